@@ -1,4 +1,4 @@
-"""How fast checkpoints are saved and loaded beside `cp`, and how long a save holds up the training.
+"""Speed of saving and loading checkpoints, compared with `cp`, and the training time that a save costs.
 
     python benchmarks/checkpoint_speed.py [--megabytes 400] [--rounds 5] [--nproc 1]
 
@@ -154,18 +154,18 @@ def main() -> int:
         code = launcher.launch_ranks(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
         if code:
             return code
-        found = json.loads((Path(folder) / "seconds.json").read_text())
+        parsed = json.loads((Path(folder) / "seconds.json").read_text())
     median_s = {name: statistics.median(wall_s for wall_s, _ in values)
-                for name, values in found["seconds"].items()}
+                for name, values in parsed["seconds"].items()}
     median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in values)
-                    for name, values in found["seconds"].items()}
-    print(f"{machine()}\n{found['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} "
+                    for name, values in parsed["seconds"].items()}
+    print(f"{machine()}\n{parsed['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} "
           f"rounds, load {os.getloadavg()[0]:.1f}")
     print(f"{'':<42} {'s':>7} {'CPU s':>7} {'GB/s':>6}   rate / cp, + fsync, + blake3, + openssl")
     for name in MEASURES:
         ratios = "  ".join(f"{median_s[copied] / median_s[name]:6.2f}" for copied in COPIES)
         print(f"{name:<42} {median_s[name]:7.3f} {median_cpu_s[name]:7.3f} "
-              f"{found['bytes'] / 1e9 / median_s[name]:6.2f}   {ratios}")
+              f"{parsed['bytes'] / 1e9 / median_s[name]:6.2f}   {ratios}")
     print(f"the stall in the background is {median_s[STALL] / median_s[SAVE]:.1%} of the stall of waiting")
     return 0
 

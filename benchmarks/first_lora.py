@@ -1,5 +1,5 @@
-"""From an empty environment to the first LoRA step on a real model: the seconds of each part, and what was
-typed.
+"""From an empty environment to the first LoRA step on a real model: seconds of each part, and the typed
+commands.
 
 Usage: python benchmarks/first_lora.py --work DIR > benchmarks/results/first_lora.txt
 

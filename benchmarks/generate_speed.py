@@ -1,5 +1,5 @@
-"""Cached generation with drafts of the prediction layer against the same generator without, on a tiny
-K-EXAONE trained here.
+"""Cached generation with and without drafts of the multi-token-prediction layer, on a tiny K-EXAONE trained
+here.
 
 Usage: python benchmarks/generate_speed.py > benchmarks/results/generate_speed.txt
 The text is drawn from a few sentences, so that a tiny model learns it in minutes; how many drafts are

@@ -1,4 +1,4 @@
-"""Recommended layouts against one process, and faults on purpose in what is sent.
+"""Compare recommended layouts with one process, and check that planted communication faults are found.
 
 Usage: python benchmarks/layout_proofs.py layouts [RECIPE GPU RANKS ...]
        python benchmarks/layout_proofs.py recommended
@@ -45,7 +45,7 @@ CASES = (("solar-open-102b", "b200", 480), ("solar-open-102b", "h100", 512),
 
 
 def _dropped(kind: str, parts: Sequence[Any]) -> None:
-    """Everyone goes on with what is its own."""
+    """Drop the collective: every process continues with its own values."""
     for index, part in enumerate(parts):
         if kind == "reduce_scatter":
             part.outputs[0].copy_(part.inputs[index])
@@ -66,7 +66,7 @@ def _scaled(factor: float) -> Callable[[str, Sequence[Any]], None]:
 
 
 def _shifted(kind: str, parts: Sequence[Any]) -> None:
-    """Everyone has what belongs to the one before it."""
+    """Give every process the values of its predecessor."""
     came = [[output.clone() for output in part.outputs] for part in parts]
     for part, other in zip(parts, [came[-1], *came[:-1]], strict=True):
         for output, value in zip(part.outputs, other, strict=True):
@@ -106,7 +106,7 @@ def _do_wrongly(way: str, site: Any, parts: Sequence[Any], work: Callable[[Any],
 
 @dataclass(frozen=True)
 class FaultyMessage:
-    """Does what one place sends wrongly."""
+    """Spoil the messages of one call site."""
 
     site: Any
     way: str
@@ -119,8 +119,8 @@ class FaultyMessage:
 
 @dataclass
 class FaultsThatMatter:
-    """Finds of which messages another thing would come if they were done wrongly: the others are no faults,
-    since all have the same, or nothing."""
+    """Find the messages whose corruption would change a value. Others are no faults: all processes send the
+    same values, or none."""
 
     found: dict[FaultyMessage, None] = field(default_factory=dict)
 
@@ -153,7 +153,8 @@ def over_another_group(at: Any) -> Iterator[list[int]]:
 
     def call(group: Any, kind: str, part: Any, work: Any) -> Any:
         if simulated_messages.find_call_site(kind, group._description) == at:
-            for other in distributed_c10d._world.pg_map:
+            others: Any = distributed_c10d._world.pg_map
+            for other in others:
                 if other.size() == group.size() and other._members != group._members:
                     moved.append(group._rank)
                     return real(other, kind, part, work)
@@ -164,13 +165,13 @@ def over_another_group(at: Any) -> Iterator[list[int]]:
 
 
 def layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None = None) -> dict[str, Any]:
-    """Prove a layout in this process; returns what was found.
+    """Prove one layout in this process, and return the verdict.
 
     Args:
         recipe: name of the recipe.
         gpu: kind of GPU whose recommended layout it is; "any" with settings.
-        num_ranks: processes.
-        settings: the layout; None: what is recommended for so many.
+        num_ranks: number of processes.
+        settings: the layout; None: the recommended layout for `num_ranks`.
     """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
@@ -180,14 +181,14 @@ def layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None
     config = recipes.get(recipe)
     if settings is None:
         settings = get_recommended_settings(config, num_ranks, gpu)
-    found = proof_to_json(*prove_run(apply_settings(config, settings), num_ranks))
+    result = proof_to_json(*prove_run(apply_settings(config, settings), num_ranks))
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return found | {"settings": settings, "cpu_s": usage.ru_utime + usage.ru_stime,
-                    "peak_bytes": usage.ru_maxrss * 1024}
+    return result | {"settings": settings, "cpu_s": usage.ru_utime + usage.ru_stime,
+                     "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def every_recommended() -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
-    """Yield each recommended layout of each recipe once, with the fewest processes that show all of it."""
+    """Yield each recommended layout of each recipe once, with the fewest processes that cover it."""
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.plan.search.recommended_layouts import RECOMMENDED
@@ -202,29 +203,29 @@ def every_recommended() -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
 
 
 def layouts(cases: Iterable[tuple[str, str, int, Sequence[str] | None]]) -> bool:
-    """Prove layouts one after the other; returns whether all are equal to one process."""
+    """Prove layouts one after another; return whether all equal one process."""
     equal = True
     for recipe, gpu, num_ranks, settings in cases:
-        done = subprocess.run([sys.executable, __file__, "one", recipe, gpu, str(num_ranks),
-                               *([] if settings is None else ["--", *settings])], text=True,
-                              stdout=subprocess.PIPE, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        equal &= found["outcome"] == "equal"
-        print(f"{recipe} on {num_ranks} {gpu}: {found['outcome']}, {found['largest']:.1e} apart at most, "
-              f"{found['messages']:,} messages, {found['cpu_s'] / 60:.1f} processor minutes "
-              f"({found['seconds'] / 60:.0f} by the clock), {found['peak_bytes'] / 2**30:.1f} GiB "
-              f"({' '.join(found['settings'])})", flush=True)
-        for place in [*found["places"], *found["sites"]][:10]:
+        completed = subprocess.run([sys.executable, __file__, "one", recipe, gpu, str(num_ranks),
+                                    *([] if settings is None else ["--", *settings])], text=True,
+                                   stdout=subprocess.PIPE, check=True)
+        parsed = json.loads(completed.stdout.splitlines()[-1])
+        equal &= parsed["outcome"] == "equal"
+        print(f"{recipe} on {num_ranks} {gpu}: {parsed['outcome']}, {parsed['largest']:.1e} apart at most, "
+              f"{parsed['messages']:,} messages, {parsed['cpu_s'] / 60:.1f} processor minutes "
+              f"({parsed['seconds'] / 60:.0f} by the clock), {parsed['peak_bytes'] / 2**30:.1f} GiB "
+              f"({' '.join(parsed['settings'])})", flush=True)
+        for place in [*parsed["places"], *parsed["sites"]][:10]:
             print(f"  {place}", flush=True)
     return equal
 
 
 def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) -> None:
-    """Plant the faults of some layouts; prints a line of JSON for each.
+    """Plant faults in some layouts, and print a line of JSON for each.
 
     Args:
-        names: of the layouts.
-        only: kind, layout and fault of those that are planted; empty: all.
+        names: names of the layouts.
+        only: (kind, layout, fault) to plant; empty: all.
     """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
@@ -250,7 +251,7 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
                 with mutated(planted):
                     try:
                         verdict = prove_miniature(small)
-                    except Exception as e:  # what one process alone cannot do is found too
+                    except Exception as e:  # failures of the single process are reported too
                         verdict = Verdict(FAILS, 4, places=[f"one process alone: {e}"])
                 place = FAULTS["places"][planted.place.rpartition(":")[2]]
                 _told(planted.kind, name, str(planted), verdict,
@@ -262,9 +263,9 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
                 if only and (f"a message {OTHER_GROUP}", name, str(site)) not in only:
                     continue
                 with over_another_group(site) as moved:
-                    verdict = prove_miniature(small, None, whole) if "object" not in site.where else None
-                if moved and verdict is not None:
-                    _told(f"a message {OTHER_GROUP}", name, str(site), verdict, _names(verdict, site))
+                    other = prove_miniature(small, None, whole) if "object" not in site.where else None
+                if moved and other is not None:
+                    _told(f"a message {OTHER_GROUP}", name, str(site), other, _names(other, site))
             for fault in sent:
                 if only and (f"a message {fault.way}", name, str(fault.site)) not in only:
                     continue
@@ -278,7 +279,7 @@ def _names(verdict: Any, site: Any) -> bool:
 
 
 def _told(kind: str, layout: str, fault: str, verdict: Any, is_named: bool) -> None:
-    """Print what became of a fault, and whether its place is named."""
+    """Print the outcome of a fault, and whether its place was named."""
     print(json.dumps({
         "kind": kind, "layout": layout, "fault": fault, "outcome": verdict.outcome,
         "first": verdict.places[:3], "num_sites": len(verdict.sites), "seconds": verdict.seconds,
@@ -286,13 +287,13 @@ def _told(kind: str, layout: str, fault: str, verdict: Any, is_named: bool) -> N
 
 
 def _rows(files: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what became of each fault; of one that was planted again, what came of it last."""
+    """Return the outcome of each fault, the latest one if it was planted again."""
     rows = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
     return [*{(row["kind"], row["layout"], row["fault"]): row for row in rows}.values()]
 
 
 def tally(files: Sequence[str]) -> bool:
-    """Print what `faults` has found, by kind; returns whether all are found but those that change nothing."""
+    """Print the outcomes of `faults` by kind; return whether every fault that changes a value was found."""
     rows = _rows(files)
     equal = [row for row in rows if row["outcome"] == "equal"]
     middle_s = statistics.median(row["seconds"] for row in rows)
@@ -319,7 +320,7 @@ def tally(files: Sequence[str]) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what the command line says; 1: something differs, or a fault was not found."""
+    """Run the command line; return 1 if a layout differs or a fault was missed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     warnings.simplefilter("ignore")

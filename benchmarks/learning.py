@@ -1,4 +1,4 @@
-"""Recipes of small runs over seeds: their arms, curves, and which orderings of the arms hold.
+"""Run recipes of small models over seeds: their arms, their curves, and which orderings of the arms hold.
 
     python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...]
 
@@ -57,7 +57,7 @@ class Recipe:
         yield from (self.spell(command) for commands in lists for command in commands)
 
     def needed(self, name: str) -> list[str]:
-        """Return the setups that a claim reads, each after those that it reads itself."""
+        """Return the setups that a claim depends on, dependencies first."""
         claim = self.claims[name]
         waiting = [*claim.get("base", []), *(c for arm in claim["arms"].values() for c in arm)]
         found: set[str] = set()
@@ -86,7 +86,7 @@ def run_commands(folder: Path, commands: Sequence[str], places: Mapping[str, str
 
 
 def read_figure(folder: Path, measure: Mapping[str, str]) -> float:
-    """Return the figure of an arm: the mean of what the keys of `value` lead to, `*` to all."""
+    """Return the figure of an arm: the mean of the values at the path `value`; `*` selects all items."""
     text = (folder / measure["file"]).read_text(encoding="utf-8")
     is_lines = measure["file"].endswith(".jsonl")
     rows = [json.loads(line) for line in text.split("\n") if line] if is_lines else [json.loads(text)]
@@ -198,7 +198,7 @@ def print_test(test: Mapping[str, Any], figures: Mapping[str, Sequence[float]], 
 
 
 def main() -> None:
-    """Run claims one after the other."""
+    """Run the requested claims."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("claims", nargs="+", metavar="RECIPE[/CLAIM]",
                         help=f"recipes: {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}")

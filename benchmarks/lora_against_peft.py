@@ -1,4 +1,4 @@
-"""Adapters beside PEFT's, and beside full training: time of a step, memory, bytes of a checkpoint.
+"""LoRA adapters compared with PEFT and full training: step time, memory, and bytes of a checkpoint.
 
 Usage: python benchmarks/lora_against_peft.py [--turns 7] > benchmarks/results/lora_against_peft.txt
 
@@ -52,11 +52,11 @@ class Way:
         self.step, self.loss, self.weights, self.state = step, loss, list(weights), state
 
     def trained(self) -> list[Any]:
-        """Return what has gradients."""
+        """Return the trainable parameters."""
         return [weight for weight in self.weights if weight.requires_grad]
 
     def saved_bytes(self) -> int:
-        """Return what autograd keeps of a micro-batch."""
+        """Return the bytes that autograd saves for a micro-batch."""
         import torch
 
         weights = {weight.untyped_storage().data_ptr() for weight in self.weights}
@@ -69,9 +69,9 @@ class Way:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            found = self.loss()
+            result = self.loss()
             total = sum(storages.values())
-        del found
+        del result
         return total
 
 
@@ -91,7 +91,8 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
-    batch = type("Batch", (), {"inputs": DocumentBatch([tokens[:-1].tolist()], get_local_device()).inputs})
+    inputs = DocumentBatch([tokens[:-1].tolist()], get_local_device()).inputs
+    batch: Any = type("Batch", (), {"inputs": inputs})
 
     def loss(hidden: Any, _: Any) -> tuple[Any, Any]:
         import torch
@@ -124,11 +125,11 @@ def theirs(model: Any, config: RunConfig, tokens: Any) -> Way:
 
     def step() -> float:
         adam.zero_grad()
-        found = loss()
-        found.backward()
+        result = loss()
+        result.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.optim.clip_grad)
         adam.step()
-        return float(found.detach())
+        return float(result.detach())
 
     return Way(step, loss, model.parameters(),
                lambda: (v for state in adam.state.values() for v in state.values() if v.dim()))

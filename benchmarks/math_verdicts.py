@@ -1,4 +1,4 @@
-"""Are the pool's verdicts those of math-verify, how fast is it, and which answers fool `math` and `stem`?
+"""Math rewards against math-verify: equal verdicts, speed, and answers that fool `math` and `stem`.
 
 Usage: PYTHONPATH=TRL python benchmarks/math_verdicts.py > benchmarks/results/math_verdicts.txt
 TRL is a folder with an unpacked wheel of TRL, whose `accuracy_reward` judges the third part too.
@@ -32,7 +32,7 @@ BATCH_ROWS = 128
 
 
 def number(draw: random.Random) -> int:
-    """Return a number of two to four digits that is no multiple of ten."""
+    """Return a random number of two to four digits that is not a multiple of ten."""
     return draw.randrange(11, 9999) // 10 * 10 + draw.randrange(1, 10)
 
 
@@ -100,9 +100,9 @@ def items_of(kinds: dict[str, Callable[[random.Random, int], Item]], count: int,
 
 def by_pool(items: list[Item], workers: int) -> tuple[list[float | None], float]:
     """Return the rewards that the pool gives, and how long it took without its start."""
-    asked = request_reward("math", {})
+    request = request_reward("math", {})
     rows = [{"answer": gold, "response": response} for gold, response in items]
-    with create_runner(asked, build_versioned_reward(asked), workers) as running:
+    with create_runner(request, build_versioned_reward(request), workers) as running:
         running.score(rows[:2 * workers])  # starts the processes
         begun_s = time.monotonic()
         found = [result.reward for i in range(0, len(rows), BATCH_ROWS)
@@ -121,10 +121,10 @@ def by_math_verify(items: list[Item]) -> tuple[list[float], float]:
 
 
 def confusion(count: int) -> None:
-    """Print what each verifier makes of right and of wrong answers, by kind.
+    """Print the verdicts of each verifier for correct and wrong answers, by kind.
 
     Args:
-        count: of each kind.
+        count: number of answers of each kind.
     """
     asked = {"math": request_reward("math", {}),
              "math, literal=false": request_reward("math", {"literal": False}),
@@ -138,10 +138,10 @@ def confusion(count: int) -> None:
         for right, kinds in ((True, RIGHT), (False, WRONG)):
             for kind in kinds:
                 items = items_of({kind: kinds[kind]}, count, seed=7)
-                found = Counter(run_reward(reward, {"answer": gold, "response": text}).reward
-                                for gold, text in items)
-                totals.update({(right, value): times for value, times in found.items()})
-                missed = len(items) - found[float(right)]
+                counter = Counter(run_reward(reward, {"answer": gold, "response": text}).reward
+                                  for gold, text in items)
+                totals.update({(right, value): times for value, times in counter.items()})
+                missed = len(items) - counter[float(right)]
                 if missed:
                     lines.append(f"    {'right' if right else 'wrong'}: {kind}: {missed} of {len(items)} "
                                  "misjudged")
@@ -153,7 +153,7 @@ def confusion(count: int) -> None:
 
 
 def by_hand() -> None:
-    """Print what is paid of the two lists, by whom."""
+    """Print which verifiers accept the answers of the two hand-written lists."""
     judges = {"math": by_reward("math", {}), "math, literal=false": by_reward("math", {"literal": False}),
               "stem": by_reward("stem", {})}
     try:
@@ -173,7 +173,7 @@ def by_hand() -> None:
 
 
 def by_reward(name: str, settings: dict[str, object]) -> Callable[[str, str], float | None]:
-    """Return what judges a gold answer and a response by a reward of this project."""
+    """Return a function that scores a response against a gold answer with one of our rewards."""
     reward = build_versioned_reward(request_reward(name, settings)).reward
     if name == "math":
         reward.prepare()

@@ -1,4 +1,4 @@
-"""What a move of modules changed in the code: all functions of two revisions, compared as syntax trees.
+"""Compare all functions of two revisions as syntax trees, to show that a move of modules changed no code.
 
     python benchmarks/moved_bodies.py BEFORE [AFTER] > benchmarks/results/moved_bodies.txt
 
@@ -77,7 +77,7 @@ def files_of(revision: str, root: Path = ROOT) -> dict[str, bytes]:
 
 
 def imported_modules(tree: ast.Module, known: set[str]) -> set[str]:
-    """Return the names, dotted ones too, by which a file calls modules that it imports."""
+    """Return the names, including dotted ones, by which a file refers to imported modules."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -89,20 +89,20 @@ def imported_modules(tree: ast.Module, known: set[str]) -> set[str]:
 
 
 class Plain(ast.NodeTransformer):
-    """Drops what does not count, and the module in front of a name."""
+    """Removes differences that do not count: docstrings, annotations, and the module in front of a name."""
 
     def __init__(self, modules: set[str]) -> None:
         self.modules = modules
 
     def visit(self, node: ast.AST) -> ast.AST | None:
-        """Return the node to compare in the place of this one, or None."""
+        """Return the node to compare instead of this one, or None."""
         match node:
             case ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant(str())):
                 return None
             case ast.Attribute() if ast.unparse(node.value) in self.modules:
                 return ast.Name(node.attr)
         node = self.generic_visit(node)
-        # what is left of `if TYPE_CHECKING:`
+        # the remainder of `if TYPE_CHECKING:`
         return None if isinstance(node, ast.If) and not node.body + node.orelse else node
 
 
@@ -133,7 +133,7 @@ def flat(value: object, parts: list[str], names: list[str], kind: str = "n") -> 
 
 
 def bodies_of(path: str, nodes: Sequence[ast.stmt], modules: set[str], owner: str = "") -> Iterator[Body]:
-    """Yield what is compared of a file's or a class's statements."""
+    """Yield the functions and methods of a file or class, normalized."""
     for node in nodes:
         name = str(getattr(node, "name", type(node).__name__))
         if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -142,7 +142,7 @@ def bodies_of(path: str, nodes: Sequence[ast.stmt], modules: set[str], owner: st
             inner = [n for n in node.body if isinstance(n, FUNCTION | ast.ClassDef)]
             yield from bodies_of(path, inner, modules, f"{owner}{name}.")
             node.body = [n for n in node.body if n not in inner]
-        # a variable that has a module's name is no module
+        # a variable with a module's name is not a module
         bound = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         bound |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
         plain = Plain({m for m in modules if m.partition(".")[0] not in bound}).visit(node)
@@ -155,7 +155,7 @@ def bodies_of(path: str, nodes: Sequence[ast.stmt], modules: set[str], owner: st
 
 
 def all_bodies(files: dict[str, bytes]) -> list[Body]:
-    """Return what is compared of all Python files."""
+    """Return the normalized bodies of all Python files."""
     known = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in files}
     trees = {path: ast.parse(content) for path, content in files.items() if path.endswith(".py")}
     return [body for path, tree in trees.items()
@@ -171,7 +171,7 @@ KEYS: tuple[Callable[[Body], Hashable], ...] = (
 
 
 def paired(before: list[Body], after: list[Body]) -> tuple[list[tuple[Body, Body]], list[Body], list[Body]]:
-    """Return pairs, those of before that have no partner, and those of after that have none."""
+    """Return matched pairs, unmatched bodies of the old revision, and those of the new revision."""
     pairs: list[tuple[Body, Body]] = []
     for key in KEYS:
         waiting: defaultdict[Hashable, list[Body]] = defaultdict(list)

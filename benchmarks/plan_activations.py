@@ -1,4 +1,4 @@
-"""Activations that `plan` says, against what autograd saves in a whole step of the ordinary loop.
+"""Activation bytes that `plan` predicts, compared with the tensors that autograd saves in a complete step.
 
 Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activations.txt
 
@@ -105,7 +105,7 @@ CASES = (
 
 
 class Kept:
-    """A tensor that autograd has saved, for as long as it has it."""
+    """A tensor that autograd has saved, until autograd frees it."""
 
     def __init__(self, tensor: torch.Tensor, counter: Counter, storage: int) -> None:
         self.tensor, self._counter, self._storage = tensor, counter, storage
@@ -188,8 +188,8 @@ def measured(case: Case) -> list[tuple[int, int]]:
         folder = Path(name)
 
         def rank() -> int:
-            found = saved_bytes(config, folder)
-            (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+            result = saved_bytes(config, folder)
+            (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
             return 0
 
         if code := launcher.launch_ranks(rank, case.nproc, num_threads=1):

@@ -1,5 +1,5 @@
-"""Bytes of weights, gradients and optimizer that `plan` says, against those of what training builds: random
-valid layouts of all recipes, as one rank of the whole world, on meta tensors.
+"""Bytes of weights, gradients and optimizer states that `plan` predicts, compared with those that training
+allocates: random valid layouts of all recipes, one rank of the whole world, on meta tensors.
 
 Usage: python benchmarks/plan_bytes.py [--number 240] [--seed 1] > benchmarks/results/plan_bytes.txt
 
@@ -61,9 +61,9 @@ def draw(number: int, seed: int = 1) -> Drawn:
     """Return the layout of a number: always the same one."""
     drawn = random.Random(f"{seed} {number}")
     while True:
-        found = _attempt(drawn)
-        if found is not None:
-            return found
+        result = _attempt(drawn)
+        if result is not None:
+            return result
 
 
 def _attempt(drawn: random.Random) -> Drawn | None:
@@ -79,7 +79,7 @@ def _attempt(drawn: random.Random) -> Drawn | None:
                  * drawn.choice((1, 2, 3, 5, 8)))
     zero1 = drawn.random() < 0.65
     layers = _layers(drawn, sizes, model.num_layers)
-    # what is quickly seen, since most layouts break a rule
+    # a quick check first, because most layouts break a rule
     held = model.num_moe_layers() // sizes["pp"] * (model.num_experts // sizes.get("ep", 1))
     if model.num_kv_heads % sizes["tp"] or layers is None or held > LARGEST_EXPERTS or num_ranks > LARGEST:
         return None
@@ -151,13 +151,13 @@ def is_fused(layout: Drawn) -> bool:
 
 
 def said(layout: Drawn, stage: int, place: StatePlace) -> States:
-    """Return what the plan says of the rank."""
+    """Return the bytes that `plan` predicts for the rank."""
     return StageBuffers(layout.config, layout.num_ranks, stage).count_states(place)
 
 
 def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
-    """Return what is built and what is said, for each layout; needs a process that has not imported
-    megatron's groups yet."""
+    """Return built and predicted bytes of each layout. The process must not have created Megatron's groups
+    before."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.meta_memory import count_process_memory
 
@@ -188,15 +188,15 @@ def worker(numbers: list[int], seed: int, double: bool) -> None:
 
 
 def _rows(numbers: list[int], seed: int, double: bool) -> list[dict[str, dict[str, int]]]:
-    """Return what a worker of its own finds."""
+    """Return the rows of one worker process."""
     command = [sys.executable, "-W", "ignore", __file__, "--seed", str(seed), "--worker",
                json.dumps([double, numbers])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in completed.stdout.splitlines()]
 
 
 def features(layout: Drawn) -> list[str]:
-    """Return what is in a layout, in words that are counted."""
+    """Return the features of a layout as words to count."""
     config = layout.config
     p, g = config.parallel, config.gpu
     muon = "muon" in (config.optim.name, *(group.optimizer for group in config.optim.groups))

@@ -1,4 +1,4 @@
-"""Fits the model of speed to published runs, and shows how it predicts runs of sources that it never saw.
+"""Fit the speed model to published runs, and predict runs of sources that were left out of the fit.
 
     python benchmarks/plan_calibration.py                  fit all, leave each source out in turn, print
     python benchmarks/plan_calibration.py --write          and put the parameters into the package
@@ -69,7 +69,7 @@ class Row:
 
 
 def read_rows() -> list[Row]:
-    """Return the published runs; a source of many runs weighs less for each of them."""
+    """Return the published runs; rows of a source with many runs weigh less."""
     lines = [json.loads(text) for text in RUNS.read_text(encoding="utf-8").splitlines()]
     counts = collections.Counter(found["source"] for found in lines)
     return [Row(found["line"], found["source"], found["model"],
@@ -78,7 +78,7 @@ def read_rows() -> list[Row]:
 
 
 def _workload(values: dict[str, Any]) -> Workload:
-    """Return a workload from its fields as they stand in the file."""
+    """Build a workload from its fields in the file."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     on = CHIPS[values.pop("chip")]
     network = values.pop("network_bytes_per_s", 0.0)
@@ -87,7 +87,7 @@ def _workload(values: dict[str, Any]) -> Workload:
 
 
 def kind(row: Row) -> str:
-    """Return what kind of model a row trains."""
+    """Return the kind of model that a row trains."""
     shape = row.sample.workload.shape
     return "hybrid" if shape.num_mamba_layers else "MoE" if shape.num_experts else "dense"
 
@@ -142,7 +142,7 @@ def deviations(rows: Iterable[Row], p: Parameters) -> dict[int, float]:
 
 
 def left_out(rows: list[Row], fitted: Parameters, rounds: int) -> dict[int, float]:
-    """Return errors of each source's rows under parameters that were fitted without it."""
+    """Return the errors of each source's rows with parameters fitted without that source."""
     found: dict[int, float] = {}
     for source in dict.fromkeys(row.source for row in rows):
         others = [row.sample for row in rows if row.source != source]

@@ -1,4 +1,4 @@
-"""Fitting the parameters of the model of speed to measured runs: few numbers, each near what is physical.
+"""Fit the parameters of the speed model to measured runs, with few parameters near their physical values.
 
 Least squares of the logarithm of predicted over measured throughput, with a soft loss (a row that lies far
 off counts little) and a prior for each number: how far it may go from where vendors and papers have it.
@@ -59,14 +59,14 @@ def error(sample: Sample, parameters: Parameters) -> float:
 
 def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, max_rounds: int = 40,
         progress: Callable[[str], None] = lambda line: None) -> Parameters:
-    """Return the parameters that fit best; numbers without a prior stay.
+    """Return the best parameters; parameters without a prior do not change.
 
     Args:
         samples: measured runs.
-        priors: path of a number (`product_fraction.hopper.bf16`) -> prior.
-        start: where to begin.
-        max_rounds: evaluations of the slopes.
-        progress: told what happens.
+        priors: path of a parameter (`product_fraction.hopper.bf16`) -> prior.
+        start: initial parameters.
+        max_rounds: maximum number of gradient evaluations.
+        progress: called with a message after each round.
     """
     import numpy as np
     from scipy.optimize import least_squares
@@ -81,10 +81,10 @@ def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, 
     spread = np.array([_spread(priors[path]) for path in paths])
 
     def parameters(x: Any) -> Parameters:
-        found = deepcopy(table)
+        result = deepcopy(table)
         for path, value in zip(paths, x, strict=True):
-            _set(found, path, _from_line(float(value), priors[path]))
-        return Parameters(**found)
+            _set(result, path, _from_line(float(value), priors[path]))
+        return Parameters(**result)
 
     def one(row: int, p: Parameters) -> float:
         return _soft(error(samples[row], p)) * math.sqrt(samples[row].weight)
@@ -112,10 +112,10 @@ def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, 
             table[len(samples) + column, column] = PRIOR_WEIGHT / spread[column]
         return table
 
-    found = least_squares(residuals, first, slopes, bounds=(low, high), max_nfev=max_rounds, xtol=1e-4,
-                          ftol=1e-4, x_scale=spread)
-    progress(f"{found.nfev} rounds, cost {found.cost:.2f}")
-    return parameters(found.x)
+    result = least_squares(residuals, first, slopes, bounds=(low, high), max_nfev=max_rounds, xtol=1e-4,
+                           ftol=1e-4, x_scale=spread)
+    progress(f"{result.nfev} rounds, cost {result.cost:.2f}")
+    return parameters(result.x)
 
 
 def _soft(deviation: float) -> float:

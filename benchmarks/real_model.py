@@ -1,4 +1,4 @@
-"""A pretrained model from the Hub through every command, each figure beside that of an independent program.
+"""A pretrained model from the Hub through every command, each figure next to that of an independent program.
 
 Usage: python benchmarks/real_model.py --work DIR [--only STEP ...] > benchmarks/results/real_model.txt
 
@@ -58,13 +58,14 @@ class Road:
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, *words: str, program: str = "megatron_sov", stdin: str = "", code: int = 0) -> str:
-        """Run one of our commands in the work folder; return what it printed."""
-        done = subprocess.run([sys.executable, "-m", program, *words], cwd=self.work, input=stdin, text=True,
-                              capture_output=True, check=False, env={**os.environ, "COLUMNS": "200"})
-        if done.returncode != code:
-            raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}\n{done.stdout[-2000:]}"
-                               f"\n{done.stderr[-3000:]}")
-        return done.stdout + done.stderr
+        """Run one of our commands in the work folder, and return its output."""
+        completed = subprocess.run([sys.executable, "-m", program, *words], cwd=self.work, input=stdin,
+                                   text=True,
+                                   capture_output=True, check=False, env={**os.environ, "COLUMNS": "200"})
+        if completed.returncode != code:
+            raise RuntimeError(f"{' '.join(words)}: exit {completed.returncode}\n{completed.stdout[-2000:]}"
+                               f"\n{completed.stderr[-3000:]}")
+        return completed.stdout + completed.stderr
 
     def once(self, target: str, *words: str, program: str = "megatron_sov") -> None:
         """Run a command that makes a folder or file, unless an earlier run of the script has made it."""
@@ -97,9 +98,9 @@ def load_reference(folder: Path) -> tuple[Any, Any]:
 
 
 def frame(tokenizer: Any, question: str) -> list[int]:
-    found = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                          return_dict=True)
-    return list(found["input_ids"])
+    result = tokenizer.apply_chat_template([{"role": "user", "content": question}],
+                                           add_generation_prompt=True, return_dict=True)
+    return list(result["input_ids"])
 
 
 @torch.no_grad()
@@ -303,7 +304,7 @@ def eval_ppl(road: Road) -> Outcome:
 
 
 def find_number(value: Any, name: str) -> Any:
-    """Return the first number of that name in nested JSON."""
+    """Return the first number with that key in nested JSON."""
     if isinstance(value, dict):
         if isinstance(value.get(name), (int, float)):
             return value[name]
@@ -345,12 +346,12 @@ def two_losses(model: Any, loss: Callable[[], torch.Tensor], lr: float) -> list[
     """Return the loss before and after a step of AdamW with the gradient norm clipped to 1."""
     trained = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    found = loss()
-    found.backward()
+    result = loss()
+    result.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     adam.step()
     with torch.no_grad():
-        return [found.item(), loss().item()]
+        return [result.item(), loss().item()]
 
 
 def losses_of(road: Road, run: str) -> list[float]:
@@ -463,7 +464,7 @@ def read_rollouts(store: Path, name: str) -> list[dict[str, Any]]:
 
 
 def distil(road: Road) -> Outcome:
-    """The model fine-tuned from a folder teaches that folder: both have one tokenizer."""
+    """Distill the folder into itself, with its fine-tuned model as teacher: both have one tokenizer."""
     sft(road)
     road.once("runs/opd", "rl", "run", "--from", "my-model", "--teacher", "runs/sft", "--prompts",
               "prompts.jsonl", "--reward", "none", "--store", "opd-store", "--run", "runs/opd", *sets(

@@ -1,5 +1,5 @@
-"""The time of a step of GRPO beside TRL's GRPOTrainer, on one model, with the same prompts, lengths and
-number of responses.
+"""Time of a GRPO step compared with TRL's GRPOTrainer: the same model, prompts, lengths and number of
+responses.
 
 Usage: python benchmarks/rl_against_trl.py --work FOLDER --trl SITE [--steps 12]
 

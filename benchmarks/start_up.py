@@ -1,5 +1,4 @@
-"""What commands cost before they do anything: CPU seconds of a process that prints its help, of one that is
-refused for an option that does not exist, and of some whose settings are refused.
+"""Start-up cost of commands: CPU seconds to print help, to refuse an unknown option, and to refuse settings.
 
     python benchmarks/start_up.py [--before CHECKOUT] [--repetitions 5] [--output FILE]
 
@@ -53,11 +52,11 @@ def measure(tree: Path, module: str, words: list[str]) -> tuple[float, int]:
     """Return the processor seconds of one command, its children's included, and its exit code; 100: it has
     imported torch."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=tree,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                          env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
+    completed = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=tree,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.returncode
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, completed.returncode
 
 
 def main() -> None:

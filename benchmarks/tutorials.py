@@ -1,4 +1,4 @@
-"""Types what the tutorials do on a laptop, command by command, and prints how long each took.
+"""Run the laptop commands of the tutorials one by one, and print the time of each.
 
     python benchmarks/tutorials.py [--folder DIR] [--steps 2] [--pages cluster language]
 
@@ -36,16 +36,16 @@ def shortened(line: str, num_steps: int | None) -> str:
 
 
 def type_line(line: str, folder: Path) -> dict[str, object]:
-    """Run a command in the folder; returns what it was, its code and its seconds."""
+    """Run a command in the folder; return the command, its exit code and its seconds."""
     program, *argv = shlex.split(line)
     began_s, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", ENTRIES[program], *argv], cwd=folder, check=False, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    completed = subprocess.run([sys.executable, "-m", ENTRIES[program], *argv], cwd=folder, check=False,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        print(done.stdout[-2000:])
-    return {"line": line, "code": done.returncode, "s": round(time.monotonic() - began_s, 1),
+    if completed.returncode:
+        print(completed.stdout[-2000:])
+    return {"line": line, "code": completed.returncode, "s": round(time.monotonic() - began_s, 1),
             "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)}
 
 

@@ -1,5 +1,5 @@
-"""What holds the commands that pages show: which lines of their shell blocks are ours and are parsed, which
-test types a page's commands, and what else may stand there.
+"""Commands shown on pages: which shell lines are ours, which test runs them, and which other programs are
+allowed.
 
 tests/test_docs.py asks, and docs/site/proof.py makes a page of the site of the answers.
 """
@@ -95,9 +95,9 @@ def shown_files(text: str) -> dict[str, str]:
 
 
 def lines_of(blocks: list[str]) -> Iterator[str]:
-    """Yield what is typed: continued lines are joined; a prompt, variables before a command, the folder of a
-    program, and what starts it in a container are removed; of what torchrun starts on several nodes the
-    number of processes is left."""
+    """Yield normalized command lines: continuations are joined; prompts, environment variables, paths of
+    programs and container prefixes are removed; of torchrun on several nodes only the number of processes
+    remains."""
     for block in blocks:
         for typed in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"^(?:[A-Z_]+=\S* )+", "", typed.strip().removeprefix("$ "))
@@ -113,7 +113,7 @@ def lines_of(blocks: list[str]) -> Iterator[str]:
 
 
 def commands_of(text: str) -> list[str]:
-    """Return our commands in the fenced blocks of a page, of whatever language."""
+    """Return our commands in all fenced blocks of a page."""
     return [line for line in lines_of(blocks(text, "[a-z]*")) if line.split(" ")[0] in ENTRIES]
 
 

@@ -1,4 +1,4 @@
-"""Wheels of other projects whose sources tests read, and newer releases of megatron-core than the lock's.
+"""Download sources of other projects that tests read, and look up newer releases of megatron-core.
 
 Usage: python tests/releases.py    (as `make test`): says so where the lock is old, without asking an index
 """
@@ -26,13 +26,13 @@ def is_source(member: str) -> bool:
 
 
 def fetched(name: str, version: str, python: str = "3.12", keeps: Callable[[str], bool] = is_source) -> Path:
-    """Return a folder with a part of a wheel, fetched once.
+    """Return a folder with a part of a wheel, downloaded once.
 
     Args:
-        name: of the package.
-        version: of it.
-        python: that the wheel is for.
-        keeps: whether a file of the wheel, by its path there, is of the part: its Python sources.
+        name: name of the package.
+        version: version of the package.
+        python: Python version of the wheel.
+        keeps: selects files of the wheel by path; default: Python sources.
 
     Raises:
         OSError: pip cannot fetch it.
@@ -42,14 +42,14 @@ def fetched(name: str, version: str, python: str = "3.12", keeps: Callable[[str]
         return folder
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as work:
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
              "--python-version", python, "--only-binary=:all:", "--retries", "2", "--dest", work,
              f"{name}=={version}"],
             capture_output=True, text=True, check=False)
         wheels = list(Path(work).glob("*.whl"))
         if not wheels:
-            raise OSError(f"pip cannot fetch {name} {version}: {done.stderr.strip()[-300:]}")
+            raise OSError(f"pip cannot fetch {name} {version}: {completed.stderr.strip()[-300:]}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             wheel.extractall(Path(work) / "sources", filter(keeps, wheel.namelist()))
         try:
@@ -62,9 +62,9 @@ def fetched(name: str, version: str, python: str = "3.12", keeps: Callable[[str]
 
 def locked_version() -> str:
     """Return the version of megatron-core in the lock."""
-    found = re.search(rf"^{LIBRARY}==(\S+)$", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
-    assert found, f"{LOCK.name} has no line {LIBRARY}==VERSION"
-    return found[1]
+    match = re.search(rf"^{LIBRARY}==(\S+)$", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
+    assert match, f"{LOCK.name} has no line {LIBRARY}==VERSION"
+    return match[1]
 
 
 def newest_version() -> str:
@@ -76,8 +76,8 @@ def newest_version() -> str:
             capture_output=True, text=True, timeout=60, check=False).stdout
     except subprocess.TimeoutExpired:
         return ""
-    found = re.match(rf"{LIBRARY} \(([^)]+)\)", listed)
-    return found[1] if found else ""
+    result = re.match(rf"{LIBRARY} \(([^)]+)\)", listed)
+    return result[1] if result else ""
 
 
 def is_newer(version: str, pinned: str) -> bool:
@@ -94,9 +94,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 def age_note(today: datetime.date) -> str:
     """Return a sentence if the lock is older than OLD_DAYS; "": it is not."""
-    found = re.search(r"^# Locked on (\d{4}-\d\d-\d\d)", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
-    assert found, f"{LOCK.name} has no line '# Locked on YYYY-MM-DD'"
-    days = (today - datetime.date.fromisoformat(found[1])).days
+    match = re.search(r"^# Locked on (\d{4}-\d\d-\d\d)", LOCK.read_text(encoding="utf-8"), re.MULTILINE)
+    assert match, f"{LOCK.name} has no line '# Locked on YYYY-MM-DD'"
+    days = (today - datetime.date.fromisoformat(match[1])).days
     if days <= OLD_DAYS:
         return ""
     return (f"note: {LOCK.name} has {LIBRARY} {locked_version()} and is {days} days old, so a newer release "

@@ -49,7 +49,8 @@ class SolarOpen2Config(SolarOpenConfig):
 
 
 class SoftmaxAttention(nn.Module):
-    """Heads of keys are shared, nothing rotates, and the sigmoid of a projection multiplies what is found."""
+    """Grouped-query attention without rotary embedding, with its output gated by the sigmoid of a
+    projection."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -99,8 +100,8 @@ class DeltaAttention(nn.Module):
         self.o_norm = SolarOpenRMSNorm(self.width, self.eps)
 
     def _of_heads(self, x: Tensor, proj: Any, taps: Any) -> Tensor:
-        found = conv1d(proj(x).mT, taps.weight, padding=taps.padding, groups=taps.groups)
-        return silu(found[..., :x.shape[1]]).mT.unflatten(-1, (self.heads, self.width))
+        result = conv1d(proj(x).mT, taps.weight, padding=taps.padding, groups=taps.groups)
+        return silu(result[..., :x.shape[1]]).mT.unflatten(-1, (self.heads, self.width))
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         x, wide = hidden_states, torch.promote_types(hidden_states.dtype, torch.float32)

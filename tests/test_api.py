@@ -1,5 +1,4 @@
-"""The interface from Python: the page and the package agree, nothing heavy is imported,
-the page's example runs."""
+"""The Python interface: the page matches the package, imports stay light, and the page's example runs."""
 
 import json
 import os
@@ -35,15 +34,15 @@ def test_the_page_has_every_name_and_no_other() -> None:
 
 
 @pytest.mark.deep
-def test_what_importing_brings() -> None:
+def test_import_loads_nothing_heavy() -> None:
     """Nothing heavy; and names on megatron prepare the process first,
     or warnings about missing GPU packages abound."""
-    done = python(
+    result = python(
         "import sys, megatron_sov\nprint([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])\n"
         "from megatron_sov import recipes, RunConfig, pretrain, convert, read_events, Family, Document\n"
         "print('torch' in sys.modules)\n"
         "from megatron_sov import Objective\nprint('megatron.core' in sys.modules)")
-    assert (done.stdout.splitlines(), done.stderr) == (["[]", "False", "True"], "")
+    assert (result.stdout.splitlines(), result.stderr) == (["[]", "False", "True"], "")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -53,7 +52,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.deep
 def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
-    """The stages after what the first example leaves: a model that has seen text."""
+    """Later stages start from the result of the first example: a model that has seen text."""
     shutil.copytree(packed_data.text, tmp_path / "tokens")
     shutil.copytree(packed_data.tokenizer, tmp_path / "tokenizer")
     shutil.copy(packed_data.tokenizer.parent / "chat.jsonl", tmp_path / "chats.jsonl")
@@ -62,16 +61,16 @@ def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_pyt
     first, stages = blocks(PAGE, "python")
     started_by = f"import sys\nsys.executable = {warm_python!r}\n"
     program = f"{started_by}{first}{stages}print([row['step'] for row in read_meters('runs/dpo')])\n"
-    done = python(program, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    *steps, tokens, preferences, rows = done.stdout.splitlines()[-6:]
+    result = python(program, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    *steps, tokens, preferences, rows = result.stdout.splitlines()[-6:]
     assert [step.split()[0] for step in steps] == ["1", "2", "3"]
     assert float(steps[2].split()[1]) < float(steps[0].split()[1])
     assert re.fullmatch(r"\d+ tokens", tokens)
     assert rows == "[1, 2]"
     assert re.match(r"\{'pairs': \{'pairs': \d+, 'chosen_likelier': [\d.]+, 'pairs_right': [\d.]+, "
                     r"'margin': -?[\d.e-]+\}\} -?[\d.e-]+$", preferences)
-    assert "defaults: learning rate 2e-05 (default of sft), 1 epoch = " in done.stderr
+    assert "defaults: learning rate 2e-05 (default of sft), 1 epoch = " in result.stderr
     assert json.loads((tmp_path / "runs/dpo/complete.json").read_text())["step"] == 2
 
 
@@ -125,10 +124,9 @@ def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None
     (1, "Traceback ...\n",
      RuntimeError("megatron-sov eval ended with exit code 1; see stderr")),
 ])
-def test_how_a_command_ended_is_how_the_function_ends(
-    code: int, said: str, error: Exception, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_how_a_command_ended_is_how_the_function_ends(code: int, said: str, error: Exception,
+                                                      monkeypatch: pytest.MonkeyPatch,
+                                                      capfd: pytest.CaptureFixture[str]) -> None:
     program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
     real = subprocess.Popen
     monkeypatch.setattr(children.subprocess, "Popen",

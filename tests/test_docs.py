@@ -1,4 +1,4 @@
-"""The pages tell the truth: commands parse, links lead somewhere, the list of settings is fresh."""
+"""Pages: their commands parse, their links resolve, and generated pages are up to date."""
 
 import ast
 import dataclasses
@@ -51,7 +51,7 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 @pytest.mark.each("line", [line for line in COMMANDS if line.startswith("megatron-sov ")
                            and cli.split_command(line.split()[1:])[0] in TRAINS])
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
-    """At the number of processes that the command says, or where the environment decides at one that fits."""
+    """With the command's number of processes, or any fitting number if the environment decides."""
     args = parse(line)
     command = cli.split_command(line.split()[1:])[0]
     trains_by = TRAINS[command]
@@ -62,12 +62,12 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
     if args.configs:  # files of a page, which its test writes
         return
     model = recipes.get("tiny-solar-open").model  # in the place of --from
-    asked = request_training(
+    request = request_training(
         args, trains_by, needs_data=False, lengthens=command == "extend",
         of_model=None if stage is None else lambda: build_base_config("model", model, "fp32", stage))
     options = {"preference.method": getattr(args, "method", None),
                "distillation.top_k": getattr(args, "top_k", None)}
-    config = asked.config(own=[f"{key}={value}" for key, value in options.items() if value is not None])
+    config = request.config(own=[f"{key}={value}" for key, value in options.items() if value is not None])
     if stage is not None and args.recipe is not None and recipes.get(args.recipe).objective.name == "lm" \
             and not any(setting.startswith("optim.lr=") for setting in args.settings):
         refuse_pretraining_rate(config, stage, count_params(config.model).total)
@@ -78,8 +78,8 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
 
 @pytest.mark.each("line", [
     c for c in COMMANDS if re.match(r"megatron-sov (generate|serve|eval|convert) .*--nproc", c)])
-def test_a_layout_at_which_a_page_runs_a_checkpoint_fits_a_model_with_experts(line: str) -> None:
-    """The tests that type these pages leave several processes to other tests."""
+def test_layouts_on_pages_fit_a_model_with_experts(line: str) -> None:
+    """Tests that run these pages leave several processes to other tests."""
     args = parse(line)
     config = dataclasses.replace(recipes.get("solar-open-102b"), parallel=ParallelConfig())
     asked = args.settings if hasattr(args.settings, "settings") else args
@@ -102,7 +102,7 @@ def test_something_holds_every_line_of_a_shell_block(page: Path) -> None:
     assert [problem for problem in map(unheld, lines) if problem] == []
 
 
-def test_a_line_that_nothing_holds_is_found() -> None:
+def test_an_untested_shell_line_is_detected() -> None:
     lines = ["make tea", "pip install -e '.[docs,tea]'", "python benchmarks/tea.py", "brew tea"]
     assert [unheld(line) for line in lines] == [
         "make tea: is no target of the Makefile", "pip: tea is no extra of setup.py",
@@ -113,12 +113,12 @@ def test_a_line_that_nothing_holds_is_found() -> None:
 def test_bash_reads_every_shell_block() -> None:
     """All in one file, each in a function of its own: placeholders such as <name> are quoted."""
     script = "".join(f"f() {{\n{block}\n}}\n" for page in READ for block in shell_blocks(page.read_text()))
-    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    completed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert (completed.returncode, completed.stderr) == (0, "")
 
 
 @pytest.mark.each("page", TYPED)
-def test_a_page_that_is_said_to_be_typed_is_typed(page: str) -> None:
+def test_pages_declared_as_tested_are_tested(page: str) -> None:
     typing = (ROOT / TYPED[page]).read_text()
     assert Path(page).name in typing or Path(page).stem in typing
     assert re.search(r"\b(main|run_command|MAINS\[\w+\]|launch)\(", typing)
@@ -127,14 +127,14 @@ def test_a_page_that_is_said_to_be_typed_is_typed(page: str) -> None:
 
 def links(page: Path) -> list[tuple[Path, str]]:
     """Return where a page's links into the repository lead: file or folder, and heading or ""."""
-    found = re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text())
-    return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in found]
+    result = re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text())
+    return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in result]
 
 
 @cache
 def under_headings(page: Path) -> dict[str, str]:
-    """Return a heading as links name it -> what is below it, to the next of its level or above; "": before
-    the first section."""
+    """Return link anchor -> text below the heading, up to the next heading of its level or above; "" is the
+    text before the first."""
     text = page.read_text()
     without = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", " ", code[0], flags=re.MULTILINE), text,
                      flags=re.MULTILINE | re.DOTALL)
@@ -157,8 +157,8 @@ QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)
 
 
 @pytest.mark.each(("question", "typed", "page", "heading"), QUESTIONS)
-def test_a_new_user_finds_the_answer_in_two_clicks(
-        question: str, typed: str, page: str, heading: str) -> None:
+def test_a_new_user_finds_the_answer_in_two_clicks(question: str, typed: str, page: str,
+                                                   heading: str) -> None:
     """From the README: a page, then the heading below which the command is."""
     assert len(QUESTIONS) == 20
     answer = ((ROOT / "docs" / page).resolve(), heading)
@@ -171,7 +171,7 @@ def test_a_new_user_finds_the_answer_in_two_clicks(
 
 
 @pytest.mark.each("skill", SKILLS)
-def test_a_skill_says_what_it_is_and_when_it_is_read(skill: Path) -> None:
+def test_skills_state_subject_and_use(skill: Path) -> None:
     front, text = re.split(r"^---$", skill.read_text(), flags=re.MULTILINE)[1:3]
     named = yaml.safe_load(front)
     assert named.keys() == {"name", "description"} and named["name"] == skill.parent.name
@@ -181,7 +181,7 @@ def test_a_skill_says_what_it_is_and_when_it_is_read(skill: Path) -> None:
 
 
 @pytest.mark.each("page", READ)
-def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+def test_table_rows_have_as_many_cells_as_the_header(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     cells = [[len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()] for table in tables]
@@ -197,17 +197,17 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 @pytest.mark.each("page", READ)
-def test_no_row_of_a_table_is_there_twice(page: Path) -> None:
+def test_tables_have_no_duplicate_rows(page: Path) -> None:
     if name_of(page) not in KEYS_OF_TWO_CELLS:
         for rows in tables(page.read_text()):
             names = [re.findall("`[^`]*`", row[0])[:1] or [row[0]] for row in rows if row[0]]
             assert [name for name in names if names.count(name) > 1] == []
 
 
-def test_the_page_lists_the_extras_that_there_are() -> None:
-    found = re.search(r"^EXTRAS = (\{.*?^\})", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
-    assert found is not None
-    extras = ast.literal_eval(found[1])
+def test_the_page_lists_all_extras() -> None:
+    match = re.search(r"^EXTRAS = (\{.*?^\})", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
+    assert match is not None
+    extras = ast.literal_eval(match[1])
     section = (ROOT / "docs/install.md").read_text().partition("\n## Extras\n")[2].partition("\n## ")[0]
     rows = {row[0].strip("`"): row[2] for table in tables(section) for row in table}
     assert sorted(rows) == sorted(extras)
@@ -215,8 +215,8 @@ def test_the_page_lists_the_extras_that_there_are() -> None:
             == {name for name, needs in extras.items() if name != "dev" and set(needs) <= set(extras["dev"])})
 
 
-def test_nobody_is_told_to_install_by_the_name_of_the_project() -> None:
-    """No package index has it: whoever registers it there would have his code run."""
+def test_no_page_installs_the_project_by_name() -> None:
+    """No package index has the project, so a stranger who registers the name could execute code."""
     folders = [ROOT / name for name in ("megatron_sov", "data_prep", "tokenizer", "slurm", "docs",
                                         "containers", "benchmarks", "examples")]
     files = [*ROOT.glob("*.*"), *(p for folder in folders for p in folder.rglob("*"))]
@@ -265,7 +265,7 @@ def test_the_readme_is_a_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 90
 
 
-def test_make_test_installs_nothing_and_asks_no_index() -> None:
+def test_make_test_needs_no_package_index() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = dict(re.findall(r"^(\w+):([^#\n]*)", makefile, re.MULTILINE))
     assert not {"slurm", "browser"} & set(f"{targets['test']} {targets['suite']}".split())
@@ -281,7 +281,7 @@ def test_the_page_of_the_house_shows_every_hall() -> None:
 
 
 def test_llms_txt_has_a_line_for_every_page() -> None:
-    """For programs that read: the pages of the index, with what each is for."""
+    """The file lists the pages of the index for programs, with their subjects."""
     text = (ROOT / "docs/llms.txt").read_text()
     lines = dict(re.findall(r"^- \[([\w/]+\.md)\]\(\1\): (.+)$", text, re.MULTILINE))
     rows = dict(re.findall(r"^\| \[([\w/]+\.md)\]\(\1\) \| (.+) \|$", (ROOT / "docs/index.md").read_text(),
@@ -308,7 +308,7 @@ WHERE = re.findall(r"^\| ([^|]+) \| \[[^]]*\]\(\.\./([^)]+)\)[^|]*\| `(\w+)` \|$
 
 
 @pytest.mark.each(("what", "file", "name"), WHERE)
-def test_what_the_page_says_is_in_a_file_is_there(what: str, file: str, name: str) -> None:
+def test_file_contents_claimed_on_a_page_exist(what: str, file: str, name: str) -> None:
     assert len(WHERE) > 20
     assert re.search(rf"(def|class) {name}\b|^ *{name}\b.*=|^ *{name}: |\.{name}\b",
                      (ROOT / file).read_text(), re.MULTILINE), what

@@ -1,4 +1,4 @@
-"""The pages about tokenizers and data: every command, snippet and setting on them works, in order."""
+"""Pages about tokenizers and data: every command, snippet and setting works, in order."""
 
 import dataclasses
 import inspect
@@ -64,7 +64,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, 
 
 
 @pytest.mark.deep
-def test_what_the_pages_on_tokenizers_and_data_show_runs(texts: Path) -> None:
+def test_commands_of_tokenizer_and_data_pages_run(texts: Path) -> None:
     shown = [shlex.split(line) for page in ("tokenizer.md", "data.md")
              for line in shell_lines(page_text(page), "sh")]
     assert len(shown) == 20
@@ -119,14 +119,14 @@ def test_the_page_on_pipelines_names_every_step() -> None:
 
 
 @pytest.mark.deep
-def test_what_the_page_on_scoring_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_scoring_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     page = page_section("data_quality.md", "Scores")
-    shown = json.loads(*blocks(page, "json"))
-    assert 0 <= shown["label"] <= HIGHEST_LABELS["regressor"]
+    parsed = json.loads(*blocks(page, "json"))
+    assert 0 <= parsed["label"] <= HIGHEST_LABELS["regressor"]
     write_lines(tmp_path / "quality.jsonl", planted("classifier", 120))
-    write_lines(tmp_path / "education.jsonl", [shown, *planted("regressor", 120)])
+    write_lines(tmp_path / "education.jsonl", [parsed, *planted("regressor", 120)])
     write_lines(tmp_path / "others.jsonl", planted("regressor", 50, seed=3))
     for line in shell_lines(page, "sh"):
         program, *argv = shlex.split(line)

@@ -1,4 +1,4 @@
-"""The page about plans: every command on it does what it says, and every key of the JSON is in formats.md."""
+"""docs/plan.md: its commands print what it says; docs/formats.md explains every JSON key."""
 
 import json
 import re
@@ -21,7 +21,7 @@ OF_FILES = ("--prove",)
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A grid with few values: searching all of it takes longer than a test may."""
+    """Restrict the search grid to a few values, since a full search exceeds the time limit of a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
     monkeypatch.setattr(space, "VPP", (1,))
@@ -36,24 +36,24 @@ def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line)
     assert main(words[1:]) == 0, capsys.readouterr().err
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     if "--days" in words:
-        assert "tokens/parameter" in said and "14 days" in said
+        assert "tokens/parameter" in output and "14 days" in output
     elif "--json" in words:
-        assert json.loads(said)["totals"]["cost_usd"] > 1e6
+        assert json.loads(output)["totals"]["cost_usd"] > 1e6
     else:
         for table in ("What it takes", "Memory of the fullest GPU", "A step", "Checkpoints"):
-            assert f"\n{table}" in said
+            assert f"\n{table}" in output
     if "--sweep" in words:
-        (submit,) = re.findall(r"^submit: +(.*)$", said, re.MULTILINE)
-        # what it tells to type is something that can be typed
+        (submit,) = re.findall(r"^submit: +(.*)$", output, re.MULTILINE)
+        # the printed command must parse
         typed = shlex.split(submit)[1:]
         assert main([typed[0], "--dry-run", *typed[1:]]) == 0, capsys.readouterr().err
-        assert "looked at" in said
+        assert "looked at" in output
 
 
 def keys_of(found: Any) -> set[str]:
-    """Return the keys of a value and of what it holds; names that are data are left out."""
+    """Return all keys of nested JSON, except names that are data."""
     if isinstance(found, dict):
         return set(found) | {key for name, value in found.items()
                              if name not in ("layout", "seconds", "by_component", "schedule",
@@ -62,7 +62,7 @@ def keys_of(found: Any) -> set[str]:
     return {key for value in found for key in keys_of(value)} if isinstance(found, list) else set()
 
 
-def test_every_key_of_the_json_stands_on_the_page(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_json_key_is_on_the_page(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     told = set(re.findall(r"`([a-z_]+)`", KEYS))

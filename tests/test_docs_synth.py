@@ -1,4 +1,4 @@
-"""The pages about synthesis and difficulty: their commands run in order, against local endpoints."""
+"""Pages about synthesis and difficulty: their commands run in order, against local endpoints."""
 
 import json
 import re
@@ -60,8 +60,8 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with serving(ScriptedEndpoint(by_system(rewrite=f"<rewrite>{OTHER_WORDS}</rewrite>", grade=9))) as server:
         for line in lines:
             assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
-    told = capsys.readouterr().out
-    assert "rewrite " in told and "rewrite (version" in told
+    printed = capsys.readouterr().out
+    assert "rewrite " in printed and "rewrite (version" in printed
     output = tmp_path / "work/rewritten"
     assert main(["inspect", str(output)]) == 0
     assert "kept work of `sov-data synth`" in capsys.readouterr().out
@@ -97,8 +97,8 @@ def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0].replace("{{ document }}",
                                                                            "{{ documnet }}"))
         assert main(shlex.split(ADDRESS.sub(server.url, lines[1]))[1:]) == 2
-        told = capsys.readouterr().err
-        assert "summaries.yaml, line 8: prompts.write" in told and "did you mean 'document'" in told
+        errors = capsys.readouterr().err
+        assert "summaries.yaml, line 8: prompts.write" in errors and "did you mean 'document'" in errors
         assert len(server.requests) == asked
     (row,) = read_rows("work/summaries")
     assert row["text"] == summary
@@ -157,7 +157,7 @@ PROBE = "Problem: A gardener plants 3 rows of 4 roses each. How many roses are t
 
 
 def reply_to_problems(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """Return what good models say to the first page's commands."""
+    """Return the replies of good models to the first page's commands."""
     system, text = (message["content"] for message in request["messages"])
     if "You write problems" in system:
         return PROBE
@@ -169,8 +169,8 @@ def reply_to_problems(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
 @pytest.mark.deep
 def test_solutions_and_probing_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = json.loads(blocks(SOLUTIONS, "json")[0])
-    (tmp_path / "problems.jsonl").write_text(json.dumps(shown) + "\n")
+    parsed = json.loads(blocks(SOLUTIONS, "json")[0])
+    (tmp_path / "problems.jsonl").write_text(json.dumps(parsed) + "\n")
     (tmp_path / "topics.jsonl").write_text(json.dumps({"domain": "algebra", "topic": "gardens"}) + "\n")
     with serving(ScriptedEndpoint(reply_to_problems)) as server:
         for words in list_words(SOLUTIONS):
@@ -179,12 +179,12 @@ def test_solutions_and_probing_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             alone = ["--workers", "1"] if words[1] == "synth" else []
             assert main([*(ADDRESS.sub(server.url, word) for word in words[1:]), *alone]) == 0, words
     (document,) = (tmp_path / "work/trajectories/trajectories.jsonl").read_text().splitlines()
-    assert json.loads(document)["text"].startswith(shown["problem"])
+    assert json.loads(document)["text"].startswith(parsed["problem"])
     assert (tmp_path / "work/sets/algebra.jsonl").read_text()
 
 
 def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the page's models measure is planted; other pages and tests run `synth`."""
+    """The abilities of the page's models are planted; other pages and tests run `synth`."""
     monkeypatch.chdir(tmp_path)
     write_measurements(tmp_path / "work", 90, num_pairs=60)
     shutil.rmtree(tmp_path / "work/middle")  # a third model, which the page has not

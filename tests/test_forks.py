@@ -1,5 +1,5 @@
-"""Tests in forks of one process: two at a time, each with what it printed, and one that ends its process
-fails alone."""
+"""The fork runner of `forks.py`: two files at a time, separate output, and a crashed process fails only its
+own test."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.deep  # each starts pytest anew
+pytestmark = pytest.mark.deep  # each starts another pytest
 TESTS = Path(__file__).parent
 ONE = """
 import os, signal, time, warnings
@@ -54,21 +54,21 @@ def test_needs_the_cluster(cluster): pass
 
 
 def run(folder: Path) -> str:
-    """Return what pytest says of these files, done by two forks."""
+    """Run pytest on these files in two forks, and return the result."""
     (folder / "test_one.py").write_text(ONE)
     (folder / "test_two.py").write_text(TWO)
     (folder / "test_three.py").write_text(THREE)
     (folder / "conftest.py").write_text(SETTINGS)
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "tests.forks", "--forks", "2", "-c", "/dev/null", "-ra",
          "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)],
         capture_output=True, text=True, check=False, cwd=TESTS.parent)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert not done.stderr
-    return done.stdout
+    assert completed.returncode == 1, completed.stdout + completed.stderr
+    assert not completed.stderr
+    return completed.stdout
 
 
-def test_forks_do_all_tests_and_one_that_is_killed_fails_alone(tmp_path: Path) -> None:
+def test_forks_run_all_tests_and_a_killed_test_fails_alone(tmp_path: Path) -> None:
     said = run(tmp_path)
     assert re.search("= 2 failed, 5 passed, 1 skipped, 1 xfailed, 1 warning in ", said), said
     assert "the process has ended with exit code -9" in said.partition("_ test_ends_its_process _")[2]
@@ -108,19 +108,19 @@ def test_finds_nothing():
 WHOLE = 'import pytest\npytest.importorskip("no_such_package")\n'
 
 
-def test_skips_count_as_failures_where_all_is_needed_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_skips_fail_if_all_programs_are_required(tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text(SKIPS)
     (tmp_path / "test_two.py").write_text(LEAVES)
     (tmp_path / "test_whole.py").write_text(WHOLE)
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "conftest", "-c", str(TESTS.parent / "pyproject.toml"),
          "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "--continue-on-collection-errors",
          str(tmp_path)],
         capture_output=True, text=True, check=False, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "SOV_NEEDS_ALL": "1",
              "NVTE_FLASH_ATTN": "1"})
-    assert "= 1 failed, 3 passed, 1 skipped, 1 xfailed, 2 errors in " in done.stdout, done.stdout
-    assert done.returncode == 1
+    assert "= 1 failed, 3 passed, 1 skipped, 1 xfailed, 2 errors in " in completed.stdout, completed.stdout
+    assert completed.returncode == 1
     for reason in ("there is no Chromium", "there is no disk", "no_such_package"):
-        assert any(reason in line and "SOV_NEEDS_ALL is set" in line for line in done.stdout.splitlines()), (
-            done.stdout)
+        lines = [line for line in completed.stdout.splitlines() if reason in line]
+        assert any("SOV_NEEDS_ALL is set" in line for line in lines), completed.stdout

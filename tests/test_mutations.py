@@ -1,5 +1,5 @@
-"""Whatever stands on a command line or in the files it names, a command ends with a sentence and one of the
-exit codes that scripts know: no traceback, no endless work, nothing half-made.
+"""Broken command lines and input files: every command ends with one message and a documented exit code,
+without traceback, endless work or partial output.
 
 Each case takes a sound command, breaks one argument or one file of its inputs (whose manifest is often
 hashed again, as an attacker would), and runs it.  SOV_MUTATIONS=N tries N cases of each command.
@@ -180,8 +180,8 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
     run, hf = folder / "run", folder / "hf"
 
     def call(program: str, *argv: str) -> None:
-        done = run_command(*argv, program=program)
-        assert done.returncode == 0, done.stderr
+        result = run_command(*argv, program=program)
+        assert result.returncode == 0, result.stderr
 
     sized = ("tiny-solar-open", "--nproc", "1", *SIZES, "--data", str(packed_data.text), "--run")
     train = ("--set", "train.steps=2", *sized)
@@ -193,7 +193,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
     write_store(folder, packed_data.tokenizer, write_round)
     call(M, "rl", "train", *sized, str(folder / "rounds"), *ROUNDS, "--from", str(run), "--store",
          str(folder / "store"), "--prompts", str(folder / "asked.jsonl"), "--reward", "repetition")
-    (folder / "rounds/complete.json").unlink()  # as if killed behind the second round's publication
+    (folder / "rounds/complete.json").unlink()  # as if killed after the publication of the second round
     shutil.rmtree(folder / "rounds/checkpoints/step-2")
     write_codec(folder / "codec")
     write_documents(folder)
@@ -217,7 +217,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
 
 
 def one_sentence(stderr: str) -> bool:
-    """Whether a refusal says what is wrong, and is no stack of calls."""
+    """Return whether a refusal is one sentence and no traceback."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     return "Traceback" not in stderr and any("error: " in line or line.startswith("gate: ") for line in lines)
 
@@ -249,41 +249,41 @@ class Case:
         """Run it, with the places of its inputs in its words."""
         targets = {**{n: str(p) for n, p in self.places.items()}, "out": str(self.out)}
         for at, argument in enumerate(self.argv):
-            found = re.match("@([a-z]+)(.*)", argument, re.DOTALL)
-            if found and found[1] in targets:
-                self.argv[at] = targets[found[1]] + found[2]
+            result = re.match("@([a-z]+)(.*)", argument, re.DOTALL)
+            if result and result[1] in targets:
+                self.argv[at] = targets[result[1]] + result[2]
         return self.run_command(*self.argv, program=self.program, timeout_s=TIMEOUT_S)
 
     def told(self, said: str, done: Any) -> str:
-        """What stands where a case fails."""
+        """Return the description of a failed case."""
         return (f"{said}\n{self.program} {' '.join(a[:80] for a in self.argv)}\nexit code {done.returncode}\n"
                 f"{done.stderr[-3000:]}")
 
 
 @pytest.mark.each(("name", "number"), cases())
-def test_a_broken_command_ends_with_a_sentence(
-        name: str, number: int, world: World, run_command: Callable[..., Any], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_command_ends_with_a_sentence(name: str, number: int, world: World,
+                                               run_command: Callable[..., Any], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(f"{name} {number}")
     case = Case(name, tmp_path / "case", world, run_command)
     by_file = bool(case.places) and rng.random() < 0.5
     said = break_a_file(case.places, rng) if by_file else break_an_argument(case.argv, rng)
     monkeypatch.chdir(case.folder / "here")
-    done = case.run()
-    told = case.told(said, done)
-    assert done.returncode in (0, 2, 3, 75), told
-    assert "Traceback" not in done.stderr, told
-    if done.returncode == 2:
-        assert one_sentence(done.stderr), told
-    if done.returncode == 2 and "run" not in case.places:
+    result = case.run()
+    told = case.told(said, result)
+    assert result.returncode in (0, 2, 3, 75), told
+    assert "Traceback" not in result.stderr, told
+    if result.returncode == 2:
+        assert one_sentence(result.stderr), told
+    if result.returncode == 2 and "run" not in case.places:
         assert not case.out.exists(), f"something was left behind\n{told}"
     if said.startswith("hf/") and TENSORS in said and name in WEIGHTS_READ:
-        assert done.returncode, told
+        assert result.returncode, told
 
 
-@pytest.mark.each("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all, for whoever tries many cases
-def test_nothing_broken_is_nothing_refused(name: str, world: World, run_command: Callable[..., Any],
-                                           tmp_path: Path) -> None:
+@pytest.mark.each("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all of them, for runs with many cases
+def test_intact_commands_are_accepted(name: str, world: World, run_command: Callable[..., Any],
+                                      tmp_path: Path) -> None:
     case = Case(name, tmp_path / "case", world, run_command)
-    done = case.run()
-    assert done.returncode == (2 if name in REFUSED else 0), case.told("", done)
+    result = case.run()
+    assert result.returncode == (2 if name in REFUSED else 0), case.told("", result)

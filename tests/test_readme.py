@@ -1,6 +1,5 @@
-"""Types the commands of "From raw text to a chat" in the README, line by line, in an empty folder that has
-the `.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
-"""
+"""The commands of "From raw text to a chat" in the README, line by line, in an empty folder with the
+`.venv` of `make demo`, on a small corpus and with two steps per stage."""
 
 import inspect
 import json
@@ -30,13 +29,13 @@ FEWER = "train.steps=2 --set train.global_batch_size=4 --set train.micro_batch_s
 
 def block_under(heading: str) -> list[str]:
     """Return the lines of the first commands under a heading."""
-    found = re.search(rf"^## {heading}\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found[1].splitlines()
+    match = re.search(rf"^## {heading}\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert match is not None
+    return match[1].splitlines()
 
 
 def gather(folder: Path) -> None:
-    """Write what `sov-data demo-corpus` would, in small."""
+    """Write a small version of the files of `sov-data demo-corpus`."""
     modules = {"english": (textwrap,), "code": (inspect,)}
     with create_artifact(folder, "corpus") as corpus:
         for name, sources in modules.items():
@@ -57,17 +56,16 @@ def gather(folder: Path) -> None:
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_the_way_of_a_model_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
-        warm_python: str) -> None:
+def test_readme_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                      run_command: Callable[..., Any], warm_python: str) -> None:
     activate, demo_corpus, *lines, serve = block_under("From raw text to a chat")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `chat` starts a server
     programs = {shlex.split(line)[0] for line in (demo_corpus, *lines)}
-    found = subprocess.run(["bash", "-ec", f"{activate}\ncommand -v {' '.join(programs)}"],
-                           capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
-    assert len(found.stdout.split()) == len(programs) == 3, found.stderr
+    completed = subprocess.run(["bash", "-ec", f"{activate}\ncommand -v {' '.join(programs)}"],
+                               capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert len(completed.stdout.split()) == len(programs) == 3, completed.stderr
     assert demo_corpus == "sov-data demo-corpus --output work/corpus"
     gather(Path("work/corpus"))
     trained = 0
@@ -75,8 +73,8 @@ def test_the_way_of_a_model_works_as_it_is_typed(
         short, count = re.subn(r"train\.steps=\d+", FEWER, line)
         trained += count
         program, *argv = shlex.split(short)
-        done = run_command(*argv, program=program)
-        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+        result = run_command(*argv, program=program)
+        assert result.returncode == 0, f"{line}\n{result.stderr[-3000:]}"
     assert trained == 2
     assert Path("work/report.html").is_file() and Path("work/hf/model.safetensors").is_file()
     ask_server(serve, warm_python)

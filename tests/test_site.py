@@ -1,5 +1,4 @@
-"""The site of the documents: its navigation, what it carries along, its reference, and that nothing in it is
-loaded from elsewhere."""
+"""The documentation site: navigation, copied files, API reference, and no resources from elsewhere."""
 
 import ast
 import importlib.util
@@ -99,7 +98,7 @@ FROM_CONTRIBUTING = ("house", "own_code", "families")
 INDEX = "# All\n\n## One\n\n| page | job |\n|---|---|\n| [a.md](a.md) | x |\n"
 
 
-def test_nothing_of_the_site_is_loaded_from_elsewhere(build: Callable[..., Path]) -> None:
+def test_the_site_loads_no_external_resource(build: Callable[..., Path]) -> None:
     site = build(index=INDEX, a="# Page A\n\nsee [a file](../constraints.txt) and https://elsewhere.example\n",
                  new="# Not listed\n")
     for page in ("index.html", "a.html", "new.html"):
@@ -121,15 +120,15 @@ def test_links_that_lead_nowhere_end_the_build(build: Callable[..., Path]) -> No
         build(index=INDEX, a="# Page A\n\n[one](gone.md) [two](index.md#nowhere) [three](../gone.txt)\n")
 
 
-def test_the_house_shows_every_hall_in_its_order_and_nothing_that_points_down() -> None:
+def test_house_picture_shows_halls_in_order_without_upward_imports() -> None:
     house = hook("generate_house", "docs")
     table, picture = house.load_rules(), house.PICTURE.read_text()  # that it is fresh, test_docs.py shows
-    found = re.findall(r"<title>(\w+) imports (\w+)</title>", picture)
-    assert len(found) == len(set(found)) > 100
+    result = re.findall(r"<title>(\w+) imports (\w+)</title>", picture)
+    assert len(result) == len(set(result)) > 100
     order = [hall for hall in table.HALLS if hall in house.SUBJECTS]
     assert [hall for hall in house.SUBJECTS if hall in order] == order
     folders = {p.name for p in (ROOT / "megatron_sov").iterdir() if (p / "__init__.py").exists()}
     assert folders <= set(order)
     assert all((ROOT / f"megatron_sov/{hall}.py").is_file() for hall in set(order) - folders)
-    for hall, other in found:
+    for hall, other in result:
         assert hall in table.PROGRAMS or order.index(other) < order.index(hall)

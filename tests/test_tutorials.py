@@ -1,6 +1,5 @@
-"""The tutorials.  Those that continue one folder are typed in order, with few steps.  Of those with a part
-"On a laptop" the first commands are typed; what stands under their other headings is submitted as a dry run,
-or priced.
+"""Tutorials: pages that continue one folder run in order, with few steps; commands under "On a laptop" run
+in order up to the slow ones; commands under other headings run as dry runs or plans.
 
 The corpus is a few small documents.  `benchmarks/tutorials.py` types the parts "On a laptop" to the end.
 """
@@ -35,14 +34,14 @@ TRAINS = ("megatron-sov pretrain", "megatron-sov convert", "megatron-sov sft")
 
 
 def under(heading: str, text: str) -> list[str]:
-    """Return what is typed under a heading, up to the next one of its level."""
+    """Return the commands under a heading, up to the next heading of its level."""
     return list(lines_of(shell_blocks(text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0])))
 
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_what_the_tutorials_do_on_a_laptop_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
+def test_laptop_commands_of_tutorials_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          run_command: Callable[..., Any]) -> None:
     monkeypatch.chdir(tmp_path)
     typed: set[str] = set()
     for name, text in PAGES.items():
@@ -52,10 +51,11 @@ def test_what_the_tutorials_do_on_a_laptop_works_as_it_is_typed(
                     gather(Path("work/corpus"))
             elif line not in typed and not line.startswith(TRAINS):
                 program, *argv = shlex.split(line)
-                done = run_command(*argv, program=program)
-                assert done.returncode == 0, f"{name}: {line}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}"
+                result = run_command(*argv, program=program)
+                printed = f"{result.stdout[-500:]}\n{result.stderr[-3000:]}"
+                assert result.returncode == 0, f"{name}: {line}\n{printed}"
                 typed.add(line)
-    assert len(typed) == 6  # and what is gathered
+    assert len(typed) == 6  # and the collected files
 
 
 def shortened(text: str) -> str:
@@ -96,8 +96,9 @@ CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES
 
 @pytest.mark.deep
 @pytest.mark.parametrize("line", CLUSTER)
-def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_commands_of_tutorials_pass_a_dry_run(line: str, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORK", str(tmp_path / "shared"))
     for folder in re.findall(r"(?:--from|--data|--teacher|--states|to-hf) (\S+)", line):
@@ -110,9 +111,10 @@ def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, mon
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_lora_on_a_hugging_face_model_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
-        hf_models: dict[str, Path], warm_python: str) -> None:
+def test_lora_on_a_hugging_face_model_works_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           run_command: Callable[..., Any],
+                                                           hf_models: dict[str, Path],
+                                                           warm_python: str) -> None:
     """With a tiny model, and few steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `sft` packs, and `chat` serves
@@ -123,9 +125,9 @@ def test_lora_on_a_hugging_face_model_works_as_it_is_typed(
     by_hand: list[str] = []
     for line in lines_of(shell_blocks(text)):
         program, *argv = shlex.split(line.replace("train.epochs=20", "train.steps=2"))
-        done = run_command(*argv, program=program)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}"
-        by_hand += re.findall(r"^sov-.*", done.stdout, re.MULTILINE)
+        result = run_command(*argv, program=program)
+        assert result.returncode == 0, f"{line}\n{result.stdout[-500:]}\n{result.stderr[-3000:]}"
+        by_hand += re.findall(r"^sov-.*", result.stdout, re.MULTILINE)
     assert Path("merged/model.safetensors").is_file() and Path("adapter/adapter_config.json").is_file()
     shards = Path("runs/lora/data/chats")
     Path("runs/lora").rename("runs/first")

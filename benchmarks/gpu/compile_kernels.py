@@ -1,5 +1,5 @@
-"""Kernels in Triton that models of ours reach on a GPU, compiled without one for Hopper and Blackwell, at the
-sizes of the recommended layouts: registers, spills and shared memory.
+"""Compile the Triton kernels of our models for Hopper and Blackwell without a GPU, at the sizes of the
+recommended layouts: registers, spills and shared memory.
 
 Usage: python benchmarks/gpu/compile_kernels.py > benchmarks/results/ptx.txt
 
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -67,14 +67,15 @@ def assembled(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        done = subprocess.run([home / "backends/nvidia/bin/ptxas-blackwell", "-v", f"-arch=sm_{capability}a",
-                               file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True)
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
-    return spills, int(re.findall(r"Used (\d+) registers", done.stderr)[0])
+        completed = subprocess.run([home / "backends/nvidia/bin/ptxas-blackwell", "-v",
+                                    f"-arch=sm_{capability}a",
+                                    file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True)
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", completed.stderr)))
+    return spills, int(re.findall(r"Used (\d+) registers", completed.stderr)[0])
 
 
 def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
-    """Have every launch from now on compile its kernel; returns where it notes what came of it."""
+    """From now on compile the kernel of every launch instead of running it; return the list of results."""
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
@@ -89,7 +90,7 @@ def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
             numbers = assembled(kernel.asm["ptx"], capability)
-        except Exception as e:  # which kernels compile is what is to be found out
+        except Exception as e:  # the benchmark reports which kernels compile
             entry.problems.add(f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:150]}")
             return
         if numbers >= entry.worst:
@@ -149,8 +150,8 @@ def launch_megatron() -> None:
     cos = torch.empty(TOKENS, 1, 1, turned)
     bounds = torch.empty(9, dtype=torch.int32)
     query = torch.empty(TOKENS, heads, plain + turned, dtype=torch.bfloat16, requires_grad=True)
-    found = rope.fused_apply_mla_rope_for_q(query * 1, cos, cos, plain, turned, bounds)
-    found.backward(torch.empty_like(found))
+    result = rope.fused_apply_mla_rope_for_q(query * 1, cos, cos, plain, turned, bounds)
+    result.backward(torch.empty_like(result))
     both = torch.empty(TOKENS, heads, plain + value, dtype=torch.bfloat16, requires_grad=True)
     shared = torch.empty(TOKENS, 1, turned, dtype=torch.bfloat16, requires_grad=True)
     keys, values = rope.fused_apply_mla_rope_for_kv(both, shared, cos, cos, turned, plain, value, bounds)
@@ -161,18 +162,19 @@ def rows_of(capability: int) -> Iterator[str]:
     """Yield a line for each kernel."""
     import torch
 
-    libraries = [(f"Transformer Engine {kernels.TE_VERSION}", launch_transformer_engine, None)]
+    libraries: list[tuple[str, Callable[[], None], Path | None]] = [
+        (f"Transformer Engine {kernels.TE_VERSION}", launch_transformer_engine, None)]
     libraries += [(f"megatron-core {version}", launch_megatron, home)
                   for version, home in kernels.megatrons().items()]
-    found = compile_in_place_of_launches(capability)
+    result = compile_in_place_of_launches(capability)
     for library, launch, home in libraries:
-        found.clear()
+        result.clear()
         if home is not None:
             kernels.stub_megatron(home)
         with torch.device("meta"):
             launch()
         yield f"{library}, sm_{capability} ({TARGETS[capability]})"
-        for name, entry in sorted(found.items()):
+        for name, entry in sorted(result.items()):
             spills, registers = entry.worst
             yield (f"  {name.lstrip('_'):<45} " + (
                 f"configs {entry.configs:>2}  warps {entry.warps:>2}  registers {registers:>3}  "
@@ -201,7 +203,7 @@ def main() -> None:
 
 
 def on_meta(make: Any) -> Any:
-    """Return a function that makes tensors without memory, for whatever device it is asked."""
+    """Return a function that creates meta tensors, whatever device its caller asks for."""
     return lambda *args, device=None, **kwargs: make(*args, device="meta", **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""A process group in which all other ranks are mirror images of this one.
+"""A process group whose other ranks are mirror images of this one.
 
 One process plays a rank of hundreds: what the others would send is what this one sends.  An exchange
 of tokens brings as many as it took, a sum of gradients is the own part times the size of the group, a
@@ -95,8 +95,8 @@ def _reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Any = dist.Re
 def _all_to_all(output: torch.Tensor, input: torch.Tensor, output_split_sizes: list[int] | None = None,
                 input_split_sizes: list[int] | None = None, group: Any = None,
                 async_op: bool = False) -> None:
-    """Fill with what is sent to this very rank, over and over: each mirror image sends it that.  Where that
-    is nothing, zeros come."""
+    """Fill the output with the data for this rank, repeated: each mirror image sends the same. If there are
+    none, fill with zeros."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     parts = (input.chunk(size) if input_split_sizes is None
              else input.split([int(n) for n in input_split_sizes]))
@@ -105,7 +105,7 @@ def _all_to_all(output: torch.Tensor, input: torch.Tensor, output_split_sizes: l
     if not len(mine):
         output.zero_()
         return
-    # not by `repeat`: NCCL has no second copy of what comes
+    # not `repeat`, which would copy the received data; NCCL does not
     whole = len(output) // len(mine)
     output[:whole * len(mine)].view(whole, *mine.shape).copy_(mine)
     output[whole * len(mine):].copy_(mine[:len(output) - whole * len(mine)])

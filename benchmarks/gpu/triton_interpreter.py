@@ -1,5 +1,5 @@
-"""Triton kernels of Transformer Engine and megatron-core, run by Triton's interpreter on the CPU against the
-tests' double and formulas in torch.
+"""Triton kernels of Transformer Engine and megatron-core in Triton's CPU interpreter, compared with the
+tests' double and with torch formulas.
 
 Usage: python benchmarks/gpu/triton_interpreter.py [--quick]      --quick: smaller, and one dtype
 
@@ -75,7 +75,8 @@ def prepare() -> None:
 
     for name in ("empty", "zeros"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    autotuner.Autotuner._bench = lambda self, *args, **kwargs: [0.0]  # whatever comes first is the quickest
+    # the first configuration is chosen without timing
+    autotuner.Autotuner._bench = lambda self, *args, **kwargs: [0.0]
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +111,7 @@ def megatrons() -> dict[str, Path]:
 
 
 def error(found: Any, expected: Any) -> float:
-    """Return the largest difference beside the largest value."""
+    """Return the largest absolute difference, relative to the largest value."""
     found, expected = found.detach().double(), expected.detach().double()
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -152,9 +153,9 @@ def permutations(quick: bool) -> Iterator[Case]:
         found = kernels.unpermute_with_mask_map_bwd_with_merging_probs(
             gradient, rows, permuted, probs, None, tokens, experts, tokens * top, hidden)
         yield f"unpermute, weighted, gradient of rows, {name}", error(found[0], leaf.grad), limit
-        # the kernel leaves what no token chose unwritten or zero
+        # the kernel leaves entries of unchosen experts unwritten or zero
         yield (f"unpermute, weighted, gradient of weights, {name}",
-               error(found[1] * routing, merging.grad * routing), limit)
+               error(found[1] * routing, merging.grad * routing), limit)  # type: ignore[operator]
         sizes = torch.tensor([5, 0, 9, tokens - 14])
         order = torch.tensor([2, 0, 3, 1])
         chunk_map = kernels.make_chunk_sort_map(sizes, order, tokens, 4)
@@ -234,7 +235,7 @@ def routing_maps(quick: bool) -> Iterator[Case]:
 
 
 def rotated(x: Any, cos: Any, sin: Any) -> Any:
-    """Return the last axis rotated: before it pairs lie side by side, after it one half behind the other."""
+    """Return the last axis reordered: interleaved pairs become two halves."""
     import torch
 
     half = x.shape[-1] // 2
@@ -266,9 +267,9 @@ def rotations(quick: bool) -> Iterator[Case]:
     leaf = query.clone().requires_grad_()
     formula(leaf).backward(seed)
     given = query.clone().requires_grad_()
-    found = rope.fused_apply_mla_rope_for_q(given * 1.0, cos, sin, plain, turned, packed)
-    found.backward(seed.clone())
-    yield "rotated queries", error(found, formula(query)), 1e-6
+    result = rope.fused_apply_mla_rope_for_q(given * 1.0, cos, sin, plain, turned, packed)
+    result.backward(seed.clone())
+    yield "rotated queries", error(result, formula(query)), 1e-6
     yield "rotated queries, gradient", error(given.grad, leaf.grad), 1e-6
     both, shared = torch.randn(total, heads, plain + value), torch.randn(total, 1, turned)
     leaves = [t.clone().requires_grad_() for t in (both, shared)]
@@ -277,10 +278,10 @@ def rotations(quick: bool) -> Iterator[Case]:
     seeds = torch.randn_like(keys), torch.randn(total, heads, value)
     torch.autograd.backward([keys, leaves[0][..., plain:]], seeds)
     ours = [t.clone().requires_grad_() for t in (both, shared)]
-    found = rope.fused_apply_mla_rope_for_kv(*ours, cos, sin, turned, plain, value, packed)
-    torch.autograd.backward(list(found), [s.clone() for s in seeds])
-    yield "rotated keys", error(found[0], keys), 1e-6
-    yield "values", error(found[1], both[..., plain:]), 0.0
+    result = rope.fused_apply_mla_rope_for_kv(*ours, cos, sin, turned, plain, value, packed)
+    torch.autograd.backward(list(result), [s.clone() for s in seeds])
+    yield "rotated keys", error(result[0], keys), 1e-6
+    yield "values", error(result[1], both[..., plain:]), 0.0
     yield "rotated keys, gradient", error(ours[0].grad, leaves[0].grad), 1e-6
     yield "rotated keys, gradient of the shared part", error(ours[1].grad, leaves[1].grad), 1e-5
 

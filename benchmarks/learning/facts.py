@@ -1,5 +1,5 @@
-"""Facts of invented people, drawn by lot: questions, answers and the sentences that tell them, as commands of
-recipes about knowledge name them, `facts.py:FactChats`, `:FactReading`, `:FactTexts` and `:FactQuestions`.
+"""Random facts about invented people, as questions, answers and texts, for recipes about knowledge:
+`facts.py:FactChats`, `:FactReading`, `:FactTexts`, `:FactQuestions`.
 
 A start has read and been asked the same facts of `KNOWN` people, so that it can answer what it reads; of all
 others it has seen values by lot.  Who has read no sentence of these is right one time in eight; half of a
@@ -53,14 +53,14 @@ def drawn(seed: int, people: tuple[str, ...]) -> list[Fact]:
 
 
 def facts(seed: int, half: str) -> list[Fact]:
-    """Return those of a seed that are asked, or those that only texts tell."""
-    found = drawn(seed, PEOPLE)
-    middle = len(found) // 2
-    return {"asked": found[:middle], "told": found[middle:]}[half]
+    """Return the facts of a seed that questions ask, or those that only texts contain."""
+    result = drawn(seed, PEOPLE)
+    middle = len(result) // 2
+    return {"asked": result[:middle], "told": result[middle:]}[half]
 
 
 def mixed(seed: int, count: int) -> list[Fact]:
-    """Return facts of known people, the same for every seed, and values by lot of all others."""
+    """Return facts of known people, equal for every seed, and random values for all others."""
     rng, known = random.Random(seed), drawn(0, KNOWN)
 
     def one() -> Fact:
@@ -74,13 +74,13 @@ def mixed(seed: int, count: int) -> list[Fact]:
 
 @dataclass(frozen=True)
 class FactChats:
-    """Conversations about facts of known people and values by lot."""
+    """Conversations about facts of known people, with random values for others."""
 
     seed: int
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Yield all items; the input row is ignored."""
         rng = random.Random(self.seed)
         return [{"messages": [{"role": "user", "content": asked(fact, rng.choice(WORDINGS))},
                               {"role": "assistant", "content": told(fact)}]}
@@ -89,13 +89,13 @@ class FactChats:
 
 @dataclass(frozen=True)
 class FactReading:
-    """Sentences of facts of known people and of values by lot."""
+    """Sentences with facts of known people, and with random values for others."""
 
     seed: int
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Yield all items; the input row is ignored."""
         return [{"text": told(fact)} for fact in mixed(self.seed, self.count)]
 
 
@@ -107,7 +107,7 @@ class FactTexts:
     strangers: bool = False
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Yield all items; the input row is ignored."""
         return [{"text": told(fact)} for fact in drawn(self.seed, STRANGERS if self.strangers else PEOPLE)]
 
 
@@ -120,6 +120,6 @@ class FactQuestions:
     """asked or told."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Yield all items; the input row is ignored."""
         return [{"prompt": asked(fact, wording), "answer": told(fact), "domain": fact[1]}
                 for fact in facts(self.seed, self.half) for wording in WORDINGS]

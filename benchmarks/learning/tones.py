@@ -1,5 +1,5 @@
-"""Prompts that ask for a tone, with polite and curt answers, as the commands of `preference.yaml` name them:
-`tones.py:ToneChats`, `:TonePairs`, `:ToneGroups` and `:TonePrompts`."""
+"""Prompts that request a tone, with polite and curt answers: `tones.py:ToneChats`, `:TonePairs`,
+`:ToneGroups`, `:TonePrompts`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENDINGS = {"polite": "Thank you for asking.", "curt": "Now go away."}
 NUM_LEARNED, NUM_ASKED = 480, 40
 
 
-def draw_prompts(seed: int) -> list[tuple[str, str, str, str]]:
+def draw_prompts(seed: int) -> list[tuple[str, ...]]:
     """Return prompt, beginning of an answer, right and wrong ending of all prompts, in an order by seed."""
     found = [(f"Be {tone}: name {a} and {b}.", f"They are {a} and {b}.", ENDINGS[tone],
               *(ending for name, ending in ENDINGS.items() if name != tone))
@@ -30,7 +30,7 @@ class ToneChats:
     """drawn: ends either way; better: as the prompt asks; bracketed: without an ending, in [[ ]]."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all conversations, whatever the row is."""
+        """Yield all items; the input row is ignored."""
         rng, chats = random.Random(self.seed), []
         for prompt, begin, good, bad in draw_prompts(self.seed)[:NUM_LEARNED]:
             answer = {"drawn": f"{begin} {rng.choice((good, bad))}", "better": f"{begin} {good}",
@@ -49,7 +49,7 @@ class TonePairs:
     """Whether a lot decides which answer is the better one."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all pairs, whatever the row is."""
+        """Yield all items; the input row is ignored."""
         rng, pairs = random.Random(self.seed), []
         for prompt, begin, good, bad in draw_prompts(self.seed)[:NUM_LEARNED]:
             better, worse = (bad, good) if self.by_lot and rng.random() < 0.5 else (good, bad)
@@ -64,7 +64,7 @@ class ToneGroups:
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all groups, whatever the row is."""
+        """Yield all items; the input row is ignored."""
         return [{"prompt": pair["prompt"], "responses": [{"content": pair["chosen"], "reward": 1},
                                                          {"content": pair["rejected"], "reward": 0}]}
                 for pair in TonePairs(self.seed).do(row)]
@@ -72,10 +72,10 @@ class ToneGroups:
 
 @dataclass(frozen=True)
 class TonePrompts:
-    """Prompts that nobody has learned."""
+    """Prompts that do not occur in training."""
 
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the prompts, whatever the row is."""
+        """Yield all items; the input row is ignored."""
         return [{"prompt": prompt} for prompt, *_ in draw_prompts(self.seed)[-NUM_ASKED:]]

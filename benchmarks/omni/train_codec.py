@@ -1,4 +1,4 @@
-"""Train a tiny codec of pictures (diffusers' VQModel) or of sounds (transformers' DacModel) in minutes.
+"""Train a tiny image codec (diffusers' VQModel) or audio codec (transformers' DacModel) in minutes.
 
     python benchmarks/omni/train_codec.py pictures --input DIR --output HF_DIR --steps 1500
 
@@ -63,22 +63,22 @@ def dac(codes: int) -> Any:
 
 def picture_loss(network: Any, pictures: torch.Tensor, step: int) -> torch.Tensor:
     latents = network.encode(pictures).latents
-    found = network.decode(latents)
+    result = network.decode(latents)
     book = network.quantize.embedding.weight
     if step % RENEW_EVERY == 1:
         vectors = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
         renew(book, vectors, torch.cdist(vectors, book.detach()).argmin(1))
-    return F.mse_loss(found.sample, pictures) + found.commit_loss
+    return F.mse_loss(result.sample, pictures) + result.commit_loss
 
 
 def sound_loss(network: Any, sounds: torch.Tensor, step: int) -> torch.Tensor:
-    found = network(sounds)
-    again = F.pad(found.audio_values, (0, sounds.shape[-1] - found.audio_values.shape[-1]))
+    result = network(sounds)
+    again = F.pad(result.audio_values, (0, sounds.shape[-1] - result.audio_values.shape[-1]))
     if step % RENEW_EVERY == 1:
         (quantizer,) = network.quantizer.quantizers
-        vectors = found.projected_latents.detach().transpose(1, 2).flatten(0, 1)
-        renew(quantizer.codebook.weight, vectors, found.audio_codes.flatten())
-    return found.loss.mean() + spectral_distance(again, sounds[:, 0])
+        vectors = result.projected_latents.detach().transpose(1, 2).flatten(0, 1)
+        renew(quantizer.codebook.weight, vectors, result.audio_codes.flatten())
+    return result.loss.mean() + spectral_distance(again, sounds[:, 0])
 
 
 def spectral_distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What solutions that models wrote teach a small model, with the checks and without them.
+"""Effect of model-written solutions on a small model, with and without checks of the solutions.
 
     python benchmarks/synthesis/helps_solutions.py --work FOLDER [--seeds 0 1 2] [--arms kept unchecked]
     python benchmarks/synthesis/helps_solutions.py --work FOLDER --print
@@ -50,9 +50,9 @@ def spaced(number: int) -> str:
 
 def problems(seed: int) -> list[int]:
     """Return all numbers of three digits, in an order by the seed."""
-    found = list(range(100, 1000))
-    random.Random(seed).shuffle(found)
-    return found
+    result = list(range(100, 1000))
+    random.Random(seed).shuffle(result)
+    return result
 
 
 def question(number: int) -> str:
@@ -63,11 +63,11 @@ def question(number: int) -> str:
 def reply(request: Mapping[str, Any]) -> str:
     """Return the writer's solution, by the request's seed."""
     text = str(request["messages"][-1]["content"])
-    found = re.search(r"Is (\d) (\d) (\d) odd", text)
-    assert found is not None, text
-    drawn = hashlib.sha256(f"{found[0]} {request.get('seed')}".encode()).digest()
-    is_mistaken = int(found[1]) > LAST_RIGHT_DIGIT and drawn[0] < 256 * MISTAKEN
-    return WAYS[drawn[1] % len(WAYS)].format(" ".join(found.groups()), int(found[3]) % 2 ^ is_mistaken)
+    match = re.search(r"Is (\d) (\d) (\d) odd", text)
+    assert match is not None, text
+    drawn = hashlib.sha256(f"{match[0]} {request.get('seed')}".encode()).digest()
+    is_mistaken = int(match[1]) > LAST_RIGHT_DIGIT and drawn[0] < 256 * MISTAKEN
+    return WAYS[drawn[1] % len(WAYS)].format(" ".join(match.groups()), int(match[3]) % 2 ^ is_mistaken)
 
 
 class Seed(Taught):
@@ -110,7 +110,7 @@ def chat(number: int, said: int, way: int) -> dict[str, Any]:
 
 
 def arm(seed: int, work: Path, name: str) -> None:
-    """Do what is not done of one arm."""
+    """Run the unfinished work of one arm."""
     Seed(seed, work).do(name)
 
 
@@ -125,7 +125,7 @@ def share_right(folder: Path, name: str) -> float | None:
 
 
 def report(work: Path) -> None:
-    """Print what there is."""
+    """Print the stored results."""
     report_shares(work, f"right answers to {NUM_ASKED} problems that stood in no data, %",
                   "solutions", ARMS, share_right)
 

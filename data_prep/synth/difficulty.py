@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from data_prep.synth.readers.problems import TEXT_FIELDS, find_problem_text
 from megatron_sov.base.artifacts import (
     check_output_folder, create_artifact, find_damaged_files, read_manifest)
+from megatron_sov.base.documents.files import check_lines_files, name_lines
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
@@ -212,7 +213,7 @@ def grade_rows(options: DifficultyGradeOptions) -> ExitCode:
     counts: dict[str, Counter[str]] = {bucket: Counter() for bucket in BUCKETS}
     with create_artifact(options.output, GRADED, overwrite=options.overwrite) as artifact:
         for path in options.input:
-            with open(artifact.path / path.name, "w", encoding="utf-8") as file:
+            with open(artifact.path / name_lines(path), "w", encoding="utf-8") as file:
                 for place, record in read_records(path):
                     rate, origin = _estimate_pass_rate(record, place, scorer, measured)
                     bucket, is_kept = BUCKETS[bisect_right(cuts, rate)], keep[0] <= rate <= keep[1]
@@ -250,13 +251,7 @@ def _parse_band(option: str, text: str) -> tuple[float, float]:
 def _check_grading(options: DifficultyGradeOptions) -> None:
     if options.model is None and options.labels is None:
         raise UserError("difficulty grade: names neither --model nor --labels; give one of them")
-    for name, count in Counter(file.name for file in options.input).items():
-        if count > 1:
-            raise UserError(f"--input {name}: {count} files bear this name, and the output has a file for "
-                            "each; rename them")
-    for file in options.input:
-        if file.suffix != ".jsonl":
-            raise UserError(f"--input {file}: must be a .jsonl file")
+    check_lines_files(options.input)
     check_output_folder(options.output, GRADED, options.overwrite)
 
 

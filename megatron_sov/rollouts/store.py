@@ -49,8 +49,7 @@ ROLLOUTS = _build_schema(
     problem=pa.string())
 """Column `problem`: the rules that a row breaks; "" for a sound row. Readers skip rows with problems."""
 REWARDS = _build_schema(("reward",), **_KEY, attempt=pa.int32(), reward_version=pa.string(),
-                        reward=pa.float64(),
-                  status=pa.string(), components=pa.string(), reason=pa.string())
+                        reward=pa.float64(), status=pa.string(), components=pa.string(), reason=pa.string())
 REPEATED = (*dict.fromkeys(column.name for column in (*ROLLOUTS, *REWARDS) if column.type == pa.string()
                            and column.name != "response"), "versions.list.element")
 """Parquet leaves with dictionary encoding."""

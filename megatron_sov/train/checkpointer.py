@@ -52,8 +52,7 @@ ENCODER_FIELDS = {
                    "fullatt_block_indexes": "full_attention_layers"},
     "whisper": {"d_model": "hidden_size", "encoder_layers": "num_layers",
                 "encoder_attention_heads": "num_heads", "encoder_ffn_dim": "ffn_dim",
-                "num_mel_bins": "num_mels"},
-}
+                "num_mel_bins": "num_mels"}}
 ENCODER_FIELDS["qwen2_audio"] = ENCODER_FIELDS["whisper"]
 """Encoder kind -> field of the transformers config -> our field. Values must agree: weight shapes alone do
 not determine `num_heads`, for example."""

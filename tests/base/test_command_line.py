@@ -25,9 +25,9 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli",
 
 @pytest.mark.each("program", ENTRIES)
 def test_version_of_each_program(program: str) -> None:
-    done = subprocess.run([sys.executable, "-m", ENTRIES[program], "--version"], capture_output=True,
-                          text=True, check=False, cwd=Path(__file__).parents[2])
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{program} {__version__}\n", "")
+    completed = subprocess.run([sys.executable, "-m", ENTRIES[program], "--version"], capture_output=True,
+                               text=True, check=False, cwd=Path(__file__).parents[2])
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, f"{program} {__version__}\n", "")
 
 
 @pytest.mark.each(("outcome", "code", "message"), [
@@ -57,10 +57,10 @@ def test_user_errors_become_message_and_exit_code(
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_full_disk_is_reported_and_closed_pipe_is_not(buffered: str) -> None:
     def run(stdout: int) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-m", "megatron_sov", "recipes"], check=False, text=True,
-                              stdout=stdout, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2],
-                              env=os.environ | {"PYTHONUNBUFFERED": buffered})
-        return done.returncode, done.stderr
+        completed = subprocess.run([sys.executable, "-m", "megatron_sov", "recipes"], check=False, text=True,
+                                   stdout=stdout, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2],
+                                   env=os.environ | {"PYTHONUNBUFFERED": buffered})
+        return completed.returncode, completed.stderr
 
     with open("/dev/full", "w", encoding="utf-8") as full:
         code, message = run(full.fileno())
@@ -124,10 +124,10 @@ def test_any_text_prints_in_any_locale() -> None:
             f"run_to_exit_code(lambda: print({text!a}) or print({text!a}, file=sys.stderr) or 0)")
     environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
                    "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment,
-                          cwd=Path(__file__).parents[2])
-    assert (done.returncode, done.stdout) == (0, done.stderr)
-    assert done.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False,
+                               env=environment, cwd=Path(__file__).parents[2])
+    assert (completed.returncode, completed.stdout) == (0, completed.stderr)
+    assert completed.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()
 
 
 @pytest.mark.each(("code", "reported"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
@@ -151,9 +151,9 @@ def test_openmp_threads_wait_passively_by_default(program: str, message: str | N
     code = (f"import os, sys\nfrom {program}.cli import main\n"
             "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
             "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
-                          check=True)
-    assert done.stdout.splitlines()[-1] == f"{policy} False"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
+                               check=True)
+    assert completed.stdout.splitlines()[-1] == f"{policy} False"
 
 
 def test_exit_codes_are_stable() -> None:

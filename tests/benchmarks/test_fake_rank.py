@@ -1,4 +1,4 @@
-"""A rank's step on a GPU without memory: sound ones, and such as a GPU would not take."""
+"""A training step on a GPU without memory: correct steps pass, and steps that a GPU would reject fail."""
 
 import contextlib
 import json
@@ -51,30 +51,30 @@ def cases() -> None:
 
 
 def told_by(function: str, names: Collection[str]) -> dict[str, Any]:
-    """Return what a function of this file prints, in a process of its own; its steps are sound."""
-    done = subprocess.run(
+    """Return the output of a function of this file in its own process; its steps are valid."""
+    completed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c",
          f"from tests.benchmarks import test_fake_rank as t; t.{function}()"],
         cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    found: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     problems = {name: found[name].get("trace", found[name].get("problem")) for name in names}
     assert problems == dict.fromkeys(names)
     return found
 
 
 @pytest.mark.deep
-def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
-    found = told_by("cases", [*CASES, "counted"])
-    # the logits, the head's gradients and products, but for small ones beside them
-    counted, said = (found["counted"][name] for name in ("peak bytes", "account bytes"))
+def test_a_valid_step_passes_and_gpu_only_errors_are_detected() -> None:
+    result = told_by("cases", [*CASES, "counted"])
+    # logits, gradients of the head and matrix products, without small tensors next to them
+    counted, said = (result["counted"][name] for name in ("peak bytes", "account bytes"))
     assert said == pytest.approx(counted, rel=0.005)
-    waits = found["last"]["waits"]
+    waits = result["last"]["waits"]
     # the stage's one layer, in two micro-batches
     assert waits.pop("token_dispatcher.py:_maybe_dtoh_and_synchronize") == 2
     assert all(count <= 3 for count in waits.values()), waits
-    assert "same device" in found["rows on the host"]["problem"]
-    assert found["rows waited for"]["problem"] == "waits for the device in microbatch.py:build_micro_batch"
+    assert "same device" in result["rows on the host"]["problem"]
+    assert result["rows waited for"]["problem"] == "waits for the device in microbatch.py:build_micro_batch"
     refused = "CUDA error: operation not permitted when stream is capturing"
     why = "the default stream waits for one that is captured"
-    assert found["the default stream"]["problem"] == f"RuntimeError: {refused} ({why})"
+    assert result["the default stream"]["problem"] == f"RuntimeError: {refused} ({why})"

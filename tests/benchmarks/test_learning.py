@@ -1,4 +1,4 @@
-"""Drivers of benchmarks: recipes of learning, means over seeds, and fitted parameters."""
+"""Benchmark drivers: recipes of learning runs, means over seeds, and fitted parameters."""
 
 import math
 import sys
@@ -23,7 +23,7 @@ FILES = sorted(RECIPES.glob("*.yaml"))
 
 
 @pytest.mark.each("file", FILES)
-def test_every_command_names_places_that_there_are(file: Path) -> None:
+def test_every_command_names_existing_placeholders(file: Path) -> None:
     recipe = Recipe(file)
     known = {"here", "learning", "seed", "base", *recipe.setup}
     for command in recipe.commands():
@@ -49,8 +49,8 @@ def test_every_command_names_places_that_there_are(file: Path) -> None:
     ('{"r": 1}\n{"r": 0}\n', {"file": "x.jsonl", "value": "r"}, 0.5),
     ('{"event": "a", "v": 1}\n{"event": "a", "v": 5}\n{"event": "b", "v": 9}\n',
      {"file": "x.jsonl", "value": "v", "event": "a"}, 5.0)])
-def test_a_figure_is_what_its_keys_lead_to(text: str, measure: dict[str, str], expected: float,
-                                           tmp_path: Path) -> None:
+def test_a_figure_is_read_by_its_path_of_keys(text: str, measure: dict[str, str], expected: float,
+                                              tmp_path: Path) -> None:
     (tmp_path / measure["file"]).write_text(text)
     assert read_figure(tmp_path, measure) == expected
 
@@ -70,13 +70,13 @@ def test_the_interval_is_students() -> None:
     assert (low, high) == (pytest.approx(2 - 2.4841, abs=1e-3), pytest.approx(2 + 2.4841, abs=1e-3))
 
 
-def test_three_seeds_have_an_interval_and_one_has_none() -> None:
+def test_three_seeds_give_an_interval_and_one_seed_none() -> None:
     assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3 ** 0.5, rel=1e-6)
     assert over_seeds([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
     assert over_seeds([0.25], ".1%") == "25.0%"
 
 
-def test_all_that_is_fitted_lies_within_what_is_possible() -> None:
+def test_fitted_parameters_stay_within_their_bounds() -> None:
     for path, prior in PRIORS.items():
         found: object = vars(load_default_parameters())
         for name in path.split("."):
@@ -87,7 +87,7 @@ def test_all_that_is_fitted_lies_within_what_is_possible() -> None:
         assert prior.low <= prior.value <= prior.high, path
 
 
-def test_hidden_parameters_are_found() -> None:
+def test_fit_recovers_planted_parameters() -> None:
     hidden = deepcopy(vars(load_default_parameters()))
     hidden["product_fraction"]["ampere"]["bf16"], hidden["hbm_fraction"] = 0.65, 0.6
     truth = Parameters(**hidden)
@@ -101,7 +101,7 @@ def test_hidden_parameters_are_found() -> None:
     samples[3] = replace(samples[3], tokens_per_s_per_gpu=samples[3].tokens_per_s_per_gpu * 3)
     priors = {"product_fraction.ampere.bf16": Prior(0.8, 3.0, 0.4, 1.0),
               "hbm_fraction": Prior(0.8, 3.0, 0.3, 1.0)}
-    found = fit(samples, priors, load_default_parameters())
-    assert math.isclose(found.product_fraction["ampere"]["bf16"], 0.65, rel_tol=0.03)
-    assert math.isclose(found.hbm_fraction, 0.6, rel_tol=0.06)
-    assert all(abs(error(s, found)) < 0.02 for i, s in enumerate(samples) if i != 3)
+    result = fit(samples, priors, load_default_parameters())
+    assert math.isclose(result.product_fraction["ampere"]["bf16"], 0.65, rel_tol=0.03)
+    assert math.isclose(result.hbm_fraction, 0.6, rel_tol=0.06)
+    assert all(abs(error(s, result)) < 0.02 for i, s in enumerate(samples) if i != 3)

@@ -1,4 +1,4 @@
-"""Kernels of the libraries that models reach on a GPU alone: run by Triton's interpreter, and compiled."""
+"""Triton kernels that our models reach only on a GPU: run in Triton's interpreter, and compiled."""
 
 import json
 import os
@@ -15,7 +15,7 @@ GPU = Path(triton_interpreter.__file__).parent
 
 @pytest.fixture(scope="module")
 def path() -> str:
-    """What PYTHONPATH has to be for Triton to be found."""
+    """PYTHONPATH with which Triton can be imported."""
     try:
         folder = triton_interpreter.triton_folder()
         triton_interpreter.megatrons()
@@ -26,10 +26,11 @@ def path() -> str:
 
 @pytest.mark.deep
 def test_their_results_are_those_of_the_double_and_of_torch(path: str) -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", GPU / "triton_interpreter.py", "--quick"],
-                          capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    completed = subprocess.run([sys.executable, "-W", "ignore", GPU / "triton_interpreter.py", "--quick"],
+                               capture_output=True, text=True, check=False, env={**os.environ,
+                                                                                 "PYTHONPATH": path})
+    assert completed.returncode == 0, completed.stdout + completed.stderr[-2000:]
+    cases = [json.loads(line) for line in completed.stdout.splitlines()]
     assert len(cases) == 25 and all(case["error"] <= case["limit"] for case in cases)
     assert {case["case"].partition(":")[0] for case in cases} == {
         "Transformer Engine 2.20.2", *(f"megatron-core {v}" for v in triton_interpreter.megatrons())}

@@ -101,10 +101,11 @@ def encoder(template: str, *more: str) -> ChatEncoder:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, normalized=False) for text in (*SPECIAL, *more)])
-    return ChatEncoder(ChatTemplate(template, "", "", "tok"), made)
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in (*SPECIAL, *more)])
+    return ChatEncoder(ChatTemplate(template, "", "", "tok"), tokenizer)
 
 
 @pytest.mark.parametrize("form", CALLS)

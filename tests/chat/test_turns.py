@@ -84,11 +84,11 @@ def test_templates_without_end_tokens_or_tools_are_rejected(template: str, told:
 def test_opened_thoughts_are_detected() -> None:
     thinks = WRAPPED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     closed = thinks.replace("<think>\n{% endif %}", "<think>\n\n</think>\n\n{% endif %}")
-    asked = Conversation((Message("user", "What is <think>"),), TOOLS)
+    conversation = Conversation((Message("user", "What is <think>"),), TOOLS)
     for template, opens in ((WRAPPED, False), (thinks, True), (closed, False)):
         turns = TurnEncoder(with_template(template), "tok")
         mark = "<think>" if opens else ""
-        assert turns.opened_thoughts(turns.opening(asked)) == mark
+        assert turns.opened_thoughts(turns.opening(conversation)) == mark
         assert turns.opened_thoughts(turns.encode_after_turn(["<think>"])) == mark
         assert prepend_mark("I guess", mark) == mark + "I guess"
         assert prepend_mark(f"\n{mark}I guess", mark) == f"\n{mark}I guess", "opened twice is opened"

@@ -88,11 +88,11 @@ def continued(path: str) -> dict[str, Any]:
     load.load_optimizer(Path(path), optimizer, 1)
     loaded = everything(model, optimizer)
     update(model, optimizer, 2)
-    found = everything(model, optimizer)
+    result = everything(model, optimizer)
     bias = next(t for k, t in loaded.items() if "expert_bias" in k)
     counts = next(b for n, b in model.named_buffers() if n.endswith("local_tokens_per_expert"))
     masters = {k: t for k, t in loaded.items() if k.startswith("master/")}
-    return {"differing": [k for k, t in expected.items() if not t.equal(found[k])], "bias": float(bias[0]),
+    return {"differing": [k for k, t in expected.items() if not t.equal(result[k])], "bias": float(bias[0]),
             "dtype": str(bias.dtype), "counts": str(counts.dtype),
             "finer": [k for k, t in masters.items() if not t.bfloat16().float().equal(t)],
             "weights": sorted({str(p.dtype) for p in model.parameters()})}

@@ -35,8 +35,8 @@ def test_any_block_equals_the_saved_tensor(tmp_path_factory, data: st.DataObject
         patch.setattr(safetensors_files, "_READ_BYTES", 7)
         file = TensorFile(path, "")
         assert file.read("t").equal(whole) and file.get_dtype("t") == dtype
-        found = file.read("t", block)
-    assert found.equal(whole[tuple(block)]) and found.shape == whole[tuple(block)].shape
+        result = file.read("t", block)
+    assert result.equal(whole[tuple(block)]) and result.shape == whole[tuple(block)].shape
 
 
 def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: bytes = b"") -> Path:
@@ -82,7 +82,7 @@ def test_changed_files_and_unsupported_dtypes_raise_user_error(tmp_path: Path) -
         file.read("a")
 
 
-# One safetensors file: the library reads what was written, and the record is the file's.
+# One safetensors file: the library reads it, and its record matches its content.
 
 
 SHAPES = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3),
@@ -98,9 +98,9 @@ def test_safetensors_library_reads_written_files(tmp_path_factory: pytest.TempPa
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     with ThreadPoolExecutor(1) as reader:
         record = write_tensors(path, specs, lambda spec: tensors[spec.name], reader if beside else None)
-    found = load_file(path)
-    assert found.keys() == tensors.keys()
-    assert all(found[name].dtype == t.dtype and found[name].equal(t) for name, t in tensors.items())
+    file = load_file(path)
+    assert file.keys() == tensors.keys()
+    assert all(file[name].dtype == t.dtype and file[name].equal(t) for name, t in tensors.items())
     assert record == FileRecord(f"blake3:{blake3(path.read_bytes()).hexdigest()}", path.stat().st_size)
 
 

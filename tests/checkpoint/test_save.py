@@ -101,9 +101,9 @@ def problems(folder: str) -> dict[str, Any]:
 
     def patiently(self: save.CheckpointSaver) -> dict[str, float]:
         limit_s, self._timeout_s = self._timeout_s, 600.0  # a busy machine may be slower than it
-        found = progress(self)
+        result = progress(self)
         self._timeout_s = limit_s
-        return found
+        return result
 
     if rank == 0:
         save.CheckpointSaver.progress = patiently  # type: ignore[method-assign]
@@ -211,14 +211,14 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     if rank == 1:
         blocks.append(LocalShard("lonely", torch.full((4,), 7, dtype=torch.bfloat16), (4,), (0,), (0,)))
     gatherer = TensorGatherer(blocks, everywhere=everywhere)
-    found = dict(iter_gathered(gatherer, ["lonely", "spread"]))
+    result = dict(iter_gathered(gatherer, ["lonely", "spread"]))
     first = iter_gathered(gatherer, ["spread", "lonely", "spread"])
     next(first)
-    first.close()  # on both: what is left is gathered all the same, or the processes would lose step
+    first.close()  # on both: the remaining values are gathered anyway, or the processes would get out of step
     again = gatherer.gather("lonely")
     world.leave_world()
     return {"shapes": gatherer.get_shapes(), "again": None if again is None else again.tolist(),
-            "found": {key: None if t is None else [str(t.dtype), t.tolist()] for key, t in found.items()}}
+            "found": {key: None if t is None else [str(t.dtype), t.tolist()] for key, t in result.items()}}
 
 
 @pytest.mark.distributed

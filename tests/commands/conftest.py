@@ -1,4 +1,4 @@
-"""A teacher for the commands that have one."""
+"""A trained teacher checkpoint for commands with a teacher."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def teacher(packed_data: Any, run_command: Any, tiny: list[str], tmp_path_factor
             ) -> Path:
     """Return a run of a wider model."""
     run = tmp_path_factory.mktemp("teacher") / "run"
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
-                       *tiny, *STEPS, "--set", "model.hidden_size=48")
-    assert done.returncode == 0, done.stderr
+    result = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
+                         *tiny, *STEPS, "--set", "model.hidden_size=48")
+    assert result.returncode == 0, result.stderr
     return run

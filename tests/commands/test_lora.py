@@ -1,4 +1,4 @@
-"""LoRA by the commands: train, resume to the same bits, look at it, merge it; another base is refused."""
+"""LoRA with the commands: train, resume bit for bit, inspect, merge; another base model is refused."""
 
 import json
 import shutil
@@ -31,12 +31,12 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
 
     base, other, run, again = (tmp_path / name for name in ("base", "other", "run", "again"))
     for folder, seed in ((base, 1), (other, 2)):
-        done = command(folder, settings=("train.steps=1", f"train.seed={seed}"))
-        assert done.returncode == 0, done.stderr
+        result = command(folder, settings=("train.steps=1", f"train.seed={seed}"))
+        assert result.returncode == 0, result.stderr
     lost = command(run, settings=LORA)
     assert lost.returncode == 2 and "base model; add --from" in lost.stderr and not run.exists()
-    done = command(run, "--from", str(base), settings=LORA)
-    assert done.returncode == 0, done.stderr
+    result = command(run, "--from", str(base), settings=LORA)
+    assert result.returncode == 0, result.stderr
 
     assert (base / "checkpoints" / "step-1" / ADAPTER_BASE_MARKER).is_file(), "its run does not prune it"
 
@@ -49,7 +49,7 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     index = json.loads((last / "optimizer.index.json").read_text())
     assert all("/adapter.model.layers." in key for key in index), "the frozen model has no state"
 
-    shutil.copytree(run, again)  # as a run that was killed behind step 2
+    shutil.copytree(run, again)  # like a run that was killed after step 2
     shutil.rmtree(again / "checkpoints" / "step-4")
     (again / "complete.json").unlink()
     refused = command(again, "--resume", "--from", str(other), settings=LORA)
@@ -59,8 +59,8 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     for part in ("adapter", "optimizer"):
         assert files_of(again / "checkpoints" / "step-4", part) == files_of(last, part)
 
-    shown = run_command("convert", "inspect", str(run))
-    assert "LoRA, rank 4, alpha 16, of down_proj, experts" in shown.stdout, shown.stderr
+    outcome = run_command("convert", "inspect", str(run))
+    assert "LoRA, rank 4, alpha 16, of down_proj, experts" in outcome.stdout, outcome.stderr
     merged = run_command("convert", "to-hf", str(run), str(tmp_path / "hf"))
     assert merged.returncode == 0, merged.stderr
     same = run_command("convert", "verify", str(run), str(tmp_path / "hf"), "--no-load")

@@ -134,12 +134,12 @@ def test_special_ids_come_from_the_first_file(name: str, tmp_path: Path) -> None
         "added_tokens": [{"id": 7, "content": "<end>"}], "model": {"vocab": {"<s>": 0, "</s>": 1, "a": 2}}}))
     for file, content in files.items():
         (tmp_path / file).write_text(json.dumps(content))
-    found = read_token_ids(tmp_path)
-    assert found == expected
+    result = read_token_ids(tmp_path)
+    assert result == expected
     if name != "values that are no ids" and {GENERATION, CONFIG} & set(files):
         used = (GenerationConfig.from_pretrained(tmp_path) if GENERATION in files
                 else GenerationConfig.from_model_config(files[CONFIG]))
-        for token, value in vars(found).items():
+        for token, value in vars(result).items():
             theirs = getattr(used, f"{token}_token_id")
             assert theirs in (None, [], value), token
 
@@ -218,8 +218,8 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
     assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != said
 
 
-# What docs/omni.md says of a Hugging Face folder with encoders: transformers' classes load it, and compute
-# what our model computes.
+# Claims of docs/omni.md about Hugging Face folders with encoders: transformers' classes load them and compute
+# the same values.
 
 
 PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
@@ -266,8 +266,8 @@ def test_multimodal_export_equals_our_model(tmp_path: Path, packed_data: Any, on
     with torch.no_grad():
         theirs = names["logits"](torch.tensor(ids), [Image.fromarray(p) for p in pixels], [sound])
         blind = names["logits"](torch.tensor(ids), [Image.new("RGB", (16, 16))] * 2, [sound])
-    found = ours(tmp_path / "model", ids, {PICTURES: pixels.transpose(0, 3, 1, 2), SOUNDS: heard})
-    assert torch.allclose(found, theirs, rtol=1e-5, atol=1e-5)
+    result = ours(tmp_path / "model", ids, {PICTURES: pixels.transpose(0, 3, 1, 2), SOUNDS: heard})
+    assert torch.allclose(result, theirs, rtol=1e-5, atol=1e-5)
     assert (theirs[-1] - blind[-1]).abs().max() > 1e-3
     prefixes = (*media["pictures"]["prefixes"], *media["sounds"]["prefixes"])
     tensors = load_file("omni-hf/model.safetensors")
@@ -298,8 +298,8 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
     assert "feature_extractor" not in build_processor_files(part, tmp_path, {})["processor_config.json"]
 
 
-# The text model inside a folder of a model that sees, as transformers writes it: it is read alone, computes
-# the same, and what is left out is told.
+# The text model inside a vision-language folder written by transformers: it is read alone, computes the same,
+# and omitted tensors are reported.
 
 
 NAMES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
@@ -350,9 +350,9 @@ def test_text_model_of_a_multimodal_folder_is_equal(seeing: Path, names: str, tm
 
     source = respelled(seeing, names, tmp_path / "hf")
     convert.from_hf(source, tmp_path / "ckpt")
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert (Target(source, True).vocab_size, Target(source, True).max_tokens) == (96, 131072)
-    assert "tensors of the image encoder (" in told and told.count("are not converted") == 1
+    assert "tensors of the image encoder (" in errors and errors.count("are not converted") == 1
     convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
     written = json.loads((tmp_path / "back/config.json").read_text())
     assert written["architectures"] == ["Gemma3ForCausalLM"] and written["model_type"] == "gemma3_text"

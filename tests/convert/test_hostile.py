@@ -323,6 +323,6 @@ def test_imported_torch_dist_model_equals_transformers(ranks: Any, job: Any, tmp
         assert manifest.content["from_megatron"]["iteration"] == 12
         convert.to_hf(out, tmp_path / f"{case}-hf")
         expected = torch.tensor(result[0]).view(2, 24, -1)[..., :120]
-        found = logits(tmp_path / f"{case}-hf")
+        outcome = logits(tmp_path / f"{case}-hf")
         assert expected.abs().max() > 1, case
-        assert (found - expected).abs().max() < 2e-5 * expected.abs().max(), case
+        assert (outcome - expected).abs().max() < 2e-5 * expected.abs().max(), case

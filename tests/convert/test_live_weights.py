@@ -157,9 +157,9 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_live_import_equals_live_export(ranks, job) -> None:
-    found = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})
-                    for recipe, n, x, precision in TAKEN_IN))
-    for where, per_rank in zip(TAKEN_IN, found, strict=True):
+    outcome = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})
+                      for recipe, n, x, precision in TAKEN_IN))
+    for where, per_rank in zip(TAKEN_IN, outcome, strict=True):
         for result in per_rank:
             assert (result["before"], result["after"]) == (False, True), where
             assert (result["drifted"], result["again"]) == (False, True), where

@@ -56,10 +56,10 @@ def test_fp8_weights_are_scaled_per_block(tmp_path: Path) -> None:
     expected = released(tmp_path / "hf")
     convert.from_hf(tmp_path / "hf", tmp_path / "checkpoint")
     convert.to_hf(tmp_path / "checkpoint", tmp_path / "back")
-    found = load_file(tmp_path / "back/model.safetensors")
-    assert ODD in expected and not any("scale" in name for name in found)
+    file = load_file(tmp_path / "back/model.safetensors")
+    assert ODD in expected and not any("scale" in name for name in file)
     for name, product in expected.items():
-        assert torch.equal(found[name], product.bfloat16()), name
+        assert torch.equal(file[name], product.bfloat16()), name
     assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
 
 

@@ -1,5 +1,4 @@
-"""Checkpoints that are no longer what was written: found whatever the file and the damage,
-and replaced by the one before."""
+"""Damaged checkpoints: any damage to any file is detected, and the run loads the previous checkpoint."""
 
 import json
 import shutil
@@ -52,17 +51,16 @@ def hashes(run: Path, step: int) -> dict[str, str]:
 def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: Any) -> Path:
     """A run on two processes that kept a checkpoint of every step."""
     run = tmp_path_factory.mktemp("kept") / "run"
-    done = run_command(*pretrain(run, *EP2, settings=SETTINGS))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*pretrain(run, *EP2, settings=SETTINGS))
+    assert result.returncode == 0, result.stderr
     return run
 
 
 @pytest.mark.distributed
 @pytest.mark.essential
-def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
-        tmp_path: Path, pretrain: Any, run_command: Any, kept: Path) -> None:
-    """One kind of file and of damage after the other stands in the way,
-    from the newest checkpoint back to step 2."""
+def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pretrain: Any, run_command: Any,
+                                                              kept: Path) -> None:
+    """Damages one kind of file after another, from the newest checkpoint back to step 2."""
     at_once = tmp_path / "at-once"
     assert run_command(*pretrain(at_once, *EP2,
                                  settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
@@ -78,14 +76,14 @@ def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
     for step, (name, spoil) in in_the_way.items():
         spoil(folder_of(broken, step) / name)
     (broken / "checkpoints" / ".writing-step-9-0a1b2c3d").mkdir()
-    done = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
+    assert result.returncode == 0, result.stderr
     found = [e for e in read_events(broken / "events.jsonl")
              if e["event"] in ("damaged_checkpoint", "resume")]
     assert [e.get("path") for e in found] == [*(f"checkpoints/step-{step}" for step in in_the_way), None]
     for event, (step, (name, _)) in zip(found, in_the_way.items(), strict=False):
         assert f"checkpoints/step-{step}/{name}: " in event["reason"]
-        assert f"warning: {event['reason']}; step-{step} is renamed to damaged-step-{step}" in done.stderr
+        assert f"warning: {event['reason']}; step-{step} is renamed to damaged-step-{step}" in result.stderr
         assert (broken / "checkpoints" / f"damaged-step-{step}").is_dir(), "never deleted"
     assert found[-1]["reason"] == "continued from step-2"
     assert all(hashes(broken, step) == hashes(kept, step) for step in range(1, STEPS + 1))
@@ -96,13 +94,13 @@ def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
     (lost / "complete.json").unlink()
     deleted(folder_of(lost, 1) / "state.json")
     for _ in range(2):  # and it stays refused
-        done = run_command(*pretrain(lost, *EP2, "--resume", settings=SETTINGS))
-        assert done.returncode == 2 and "Traceback" not in done.stderr
+        result = run_command(*pretrain(lost, *EP2, "--resume", settings=SETTINGS))
+        assert result.returncode == 2 and "Traceback" not in result.stderr
         assert ("no sound checkpoint is left (damaged-step-1); restore one from a copy as step-N"
-                in done.stderr)
+                in result.stderr)
 
 
-def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None:
+def test_every_damage_to_every_file_is_detected(kept: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step-8"
     shutil.copytree(folder_of(kept, STEPS), path)
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
@@ -121,9 +119,10 @@ def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("command",
                          [("convert", "to-hf", "RUN", "OUT"), ("generate", "RUN", "--prompt", "a")])
 @pytest.mark.parametrize("name", [MANIFEST, "model/00000/rank-00000-00000.safetensors"])
-def test_commands_name_the_file_and_the_checkpoint_before(
-        kept: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: tuple[str, ...], name: str,
-        one_rank: None) -> None:
+def test_commands_name_the_file_and_the_checkpoint_before(kept: Path, tmp_path: Path,
+                                                          capfd: pytest.CaptureFixture[str],
+                                                          command: tuple[str, ...], name: str,
+                                                          one_rank: None) -> None:
     for step in (6, 7, 8):
         shutil.copytree(folder_of(kept, step), folder_of(tmp_path / "run", step))
     deleted(folder_of(tmp_path / "run", 7) / MANIFEST)
@@ -139,17 +138,17 @@ def test_commands_name_the_file_and_the_checkpoint_before(
             and not (tmp_path / "out").exists())
 
 
-def test_a_run_does_not_start_from_a_damaged_one(
-        kept: Path, tmp_path: Path, pretrain: Any, run_command: Any) -> None:
+def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pretrain: Any,
+                                                 run_command: Any) -> None:
     shutil.copytree(folder_of(kept, 8), folder_of(tmp_path / "run", 8))
     truncated(folder_of(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
-    done = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
-    assert done.returncode == 2 and ("there is no checkpoint before it; restore it from "
-                                     "a copy") in done.stderr, done.stderr
+    result = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
+    assert result.returncode == 2 and ("there is no checkpoint before it; restore it from "
+                                       "a copy") in result.stderr, result.stderr
     assert not (tmp_path / "new").exists()
 
 
-# When the disk takes no more: one message, exit code 2, nothing half-written, and the run goes on later.
+# A full disk: one message, exit code 2, no partial file, and the run can resume.
 
 
 FULL_DISK = ("train.steps=4", "train.checkpoint_every_steps=2")
@@ -157,11 +156,11 @@ FULL_DISK = ("train.steps=4", "train.checkpoint_every_steps=2")
 
 def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_command: Any) -> None:
     run = tmp_path / "run"
-    done = run_command(*pretrain(run, "--nproc", "2", settings=FULL_DISK), file_limit_bytes=100_000)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and done.stderr.count("\nerror: ") + done.stderr.startswith(
-        "error: ") == 1, done.stderr
-    assert "free some space" in done.stderr
+    result = run_command(*pretrain(run, "--nproc", "2", settings=FULL_DISK), file_limit_bytes=100_000)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("\nerror: ") + result.stderr.startswith(
+        "error: ") == 1, result.stderr
+    assert "free some space" in result.stderr
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "command.json", "config.json",
                                                    "events.jsonl"]
     assert list((run / "checkpoints").iterdir()) == []
@@ -173,7 +172,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_comma
 
 
 def test_events_that_do_not_fit(tmp_path: Path, pretrain: Any, run_command: Any) -> None:
-    done = run_command(*pretrain(tmp_path / "run", settings=("train.steps=40",)), file_limit_bytes=9_000)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, (
-        done.stderr)
-    assert "events.jsonl: larger than the limit on file sizes" in done.stderr
+    result = run_command(*pretrain(tmp_path / "run", settings=("train.steps=40",)), file_limit_bytes=9_000)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "events.jsonl: larger than the limit on file sizes" in result.stderr

@@ -1,4 +1,4 @@
-"""Training goes on from a Hugging Face folder: the first loss is that model's loss on the first batch."""
+"""Training from a Hugging Face folder: the first loss equals that model's loss on the first batch."""
 
 import json
 from pathlib import Path
@@ -22,10 +22,10 @@ def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[
     from transformers import AutoModelForCausalLM
 
     run = tmp_path / "run"
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                       "--from", str(hf_models["solar_open"]), "--nproc", "2",
-                       *(part for s in SETTINGS for part in ("--set", s)))
-    assert done.returncode == 0, done.stderr
+    result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
+                         "--from", str(hf_models["solar_open"]), "--nproc", "2",
+                         *(part for s in SETTINGS for part in ("--set", s)))
+    assert result.returncode == 0, result.stderr
     first = next(e for e in read_events(run / "events.jsonl") if e["event"] == "step")
 
     config = from_dict(json.loads((run / "config.json").read_text()))

@@ -17,22 +17,23 @@ def test_the_engine_runs_on_the_newest_release() -> None:
     newest = releases.newest_version()
     if not newest or not releases.is_newer(newest, releases.locked_version()):
         pytest.skip(f"the index has no newer release than {releases.locked_version()}")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:anyio", "tests/engine", "tests/checkpoint"],
         env=releases.environment(releases.fetched(releases.LIBRARY, newest)), cwd=releases.ROOT,
         capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{releases.LIBRARY} {newest}: {done.stdout[-4000:]}"
+    assert completed.returncode == 0, f"{releases.LIBRARY} {newest}: {completed.stdout[-4000:]}"
 
 
 @pytest.mark.parametrize(("listed", "newest"), [
     ("megatron-core (0.20.0)\nAvailable versions: 0.20.0, 0.19.2", "0.20.0"), ("", "")])
-def test_the_index_is_asked_for_the_newest(monkeypatch: pytest.MonkeyPatch, listed: str, newest: str) -> None:
+def test_the_newest_release_is_read_from_the_index(monkeypatch: pytest.MonkeyPatch, listed: str,
+                                                   newest: str) -> None:
     monkeypatch.setattr(releases.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=listed))
     assert releases.newest_version() == newest
     assert releases.is_newer("0.19.10", "0.19.2") and not releases.is_newer("0.19.2", "0.19.2")
 
 
-def test_an_old_lock_is_said_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_lock_is_reported_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "constraints.txt").write_text("# Locked on 2026-11-28.\nmegatron-core==0.19.2\n")
     monkeypatch.setattr(releases, "LOCK", tmp_path / "constraints.txt")
     assert releases.age_note(datetime.date(2027, 1, 12)) == ""

@@ -88,8 +88,8 @@ def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None,
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_models["solar_open"], dtype=torch.float32)
-    found = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), "--seq-len",
-                str(seq_len), "--max-tokens", "1500")
+    result = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), "--seq-len",
+                 str(seq_len), "--max-tokens", "1500")
     for source in open_sources({str(token_shards): 1.0}, 1024):
         shard, left, nats, labels = source.open_split("heldout"), 1500, 0.0, 0
         for document, length in enumerate(shard.lengths):
@@ -109,8 +109,8 @@ def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None,
                 predicted = end
             if not left:
                 break
-        assert found[source.name]["tokens"] == labels
-        assert found[source.name]["loss"] == pytest.approx(nats / labels, abs=2e-6)
+        assert result[source.name]["tokens"] == labels
+        assert result[source.name]["loss"] == pytest.approx(nats / labels, abs=2e-6)
 
 
 def test_heldout_losses_are_recorded_as_events(one_rank: None, imported: dict[str, Path],

@@ -16,11 +16,11 @@ from megatron_sov.eval.statistics import (
 
 def test_standard_error_without_clusters() -> None:
     values = np.random.default_rng(0).normal(3, 2, 40)
-    found = estimate_mean(values.tolist())
-    assert found.standard_error == pytest.approx(stats.sem(values), rel=1e-12)
+    result = estimate_mean(values.tolist())
+    assert result.standard_error == pytest.approx(stats.sem(values), rel=1e-12)
     expected = stats.t.interval(0.95, 39, values.mean(), stats.sem(values))
-    assert found.interval == pytest.approx(expected, rel=1e-6)
-    assert (found.num_items, found.num_clusters) == (40, 40)
+    assert result.interval == pytest.approx(expected, rel=1e-6)
+    assert (result.num_items, result.num_clusters) == (40, 40)
 
 
 def test_clustered_error_equals_robust_regression() -> None:
@@ -34,10 +34,10 @@ def test_clustered_error_equals_robust_regression() -> None:
                  if (score := column[clusters == c].T @ residual[clusters == c]).size)
     bread = np.linalg.inv(column.T @ column)
     expected = float(np.sqrt(12 / 11 * (bread @ inside @ bread)[0, 0]))
-    found = estimate_mean(values.tolist(), clusters.tolist())
-    assert found.num_clusters == 12
-    assert found.standard_error == pytest.approx(expected, rel=1e-12)
-    assert found.standard_error > 1.3 * stats.sem(values)  # what a naive error leaves out
+    result = estimate_mean(values.tolist(), clusters.tolist())
+    assert result.num_clusters == 12
+    assert result.standard_error == pytest.approx(expected, rel=1e-12)
+    assert result.standard_error > 1.3 * stats.sem(values)  # the part that a naive error omits
 
 
 def test_single_cluster_has_no_standard_error() -> None:
@@ -55,9 +55,9 @@ def test_paired_interval_equals_bonett_and_price() -> None:
     n = len(before)
     p12, p21 = (won + 1) / (n + 2), (lost + 1) / (n + 2)
     half = stats.t.ppf(0.975, n + 1) * np.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
-    found = estimate_difference(before, after)
-    assert found.value == pytest.approx((won - lost) / n)
-    assert found.interval == pytest.approx((p12 - p21 - half, p12 - p21 + half), rel=1e-5)
+    result = estimate_difference(before, after)
+    assert result.value == pytest.approx((won - lost) / n)
+    assert result.interval == pytest.approx((p12 - p21 - half, p12 - p21 + half), rel=1e-5)
 
 
 def test_paired_intervals_have_coverage_at_every_rate() -> None:
@@ -130,7 +130,7 @@ def test_difference_interval_is_centered_and_antisymmetric() -> None:
     low, high = compute_difference_interval(shares)
     assert -1 <= low < fmean(shares) < high <= 1
     assert compute_difference_interval([-d for d in shares]) == pytest.approx((-high, -low))
-    # all or nothing is Wilson's own: 8 of 10 problems, of which one model alone solves each
+    # all-or-nothing problems give Wilson's interval: 8 of 10 problems, each solved by one model only
     assert compute_difference_interval([1.0] * 8 + [-1.0] * 2) == pytest.approx(
         tuple(2 * end - 1 for end in compute_wilson_interval(8, 10)))
     assert compute_difference_interval([0.0] * 5)[0] < 0
@@ -144,8 +144,8 @@ def test_estimates_are_exact_for_many_samples() -> None:
 
 def test_prompts_with_too_few_samples_are_skipped() -> None:
     prompts = [PromptCounts(num_right=2, num_silent=2), PromptCounts(num_right=1, num_unscored=3)]
-    found = estimate_pass_at_k(prompts, [1, 4])
-    assert [(e.k, e.value, e.num_prompts) for e in found] == [(1, 0.75, 2), (4, 1.0, 1)]
+    result = estimate_pass_at_k(prompts, [1, 4])
+    assert [(e.k, e.value, e.num_prompts) for e in result] == [(1, 0.75, 2), (4, 1.0, 1)]
     assert [(e.k, e.num_prompts) for e in estimate_majority_at_k(prompts, [1, 8])] == [(1, 2)]
 
 

@@ -62,9 +62,9 @@ def test_invalid_sampling_settings_are_rejected(wrong: dict[str, Any]) -> None:
 def test_result_has_finish_reasons_and_version() -> None:
     stop = StopRule((9,))
     written = [([1, 9], [-0.5, -0.25]), ([2, 3], [-1.0, -2.0]), ([], [])]
-    found = GenerationResult.of(written, Sampling(2, 0.7), stop, 4)
-    assert found.finish_reasons == ["stop", "length", "length"]
-    assert (found.temperature, found.version) == (0.7, 4)
+    result = GenerationResult.of(written, Sampling(2, 0.7), stop, 4)
+    assert result.finish_reasons == ["stop", "length", "length"]
+    assert (result.temperature, result.version) == (0.7, 4)
     with pytest.raises(ValueError, match="engine returned 2 tokens"):
         GenerationResult.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
 

@@ -1,5 +1,5 @@
-"""K-EXAONE 2.0 written over transformers' class of K-EXAONE, which reads neither the windows of single layers
-nor their bounds: both as vLLM's `exaone_moe` reads and computes them (`sliding_windows`, `swiglu_limits`)."""
+"""K-EXAONE 2.0 in transformers' K-EXAONE class, which lacks per-layer windows and SwiGLU limits: both
+follow vLLM's `exaone_moe` (`sliding_windows`, `swiglu_limits`)."""
 
 from types import MethodType
 from typing import Any
@@ -49,12 +49,12 @@ def _network(limit: float) -> Any:
 
 def _experts(limit: float) -> Any:
     def forward(self: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        found = torch.zeros_like(x)
+        result = torch.zeros_like(x)
         for expert in range(self.num_experts):
             token, place = torch.where(chosen == expert)
             gate, up = linear(x[token], self.gate_up_proj[expert]).chunk(2, -1)
             out = linear(_activated(gate, up, limit), self.down_proj[expert])
-            found = found.index_add(0, token, out * weights[token, place, None])
-        return found
+            result = result.index_add(0, token, out * weights[token, place, None])
+        return result
 
     return forward

@@ -106,20 +106,20 @@ def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Train
 
 def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
     """Return the losses of the first global batch; write checkpoints `out`/weights and `out`/gradients."""
-    found = trainer(recipe, settings)
-    config, state = found.config, {"step": 0, "tokens": 0}
-    load.save_checkpoint(Path(out) / "weights", found.model, None, state, config.to_dict(), None)
-    batch = found.objective.prepare(found.objective.collect(found.policy, 0))
-    sums = found.forward_backward.compute_gradients(batch, found.objective, 1)
-    trained_ids = {id(p) for chunk in found.optimizer.wrapped for p in chunk.param_to_bucket_group}
-    frozen = [name for chunk in found.model.chunks for name, p in chunk.named_parameters()
+    result = trainer(recipe, settings)
+    config, state = result.config, {"step": 0, "tokens": 0}
+    load.save_checkpoint(Path(out) / "weights", result.model, None, state, config.to_dict(), None)
+    batch = result.objective.prepare(result.objective.collect(result.policy, 0))
+    sums = result.forward_backward.compute_gradients(batch, result.objective, 1)
+    trained_ids = {id(p) for chunk in result.optimizer.wrapped for p in chunk.param_to_bucket_group}
+    frozen = [name for chunk in result.model.chunks for name, p in chunk.named_parameters()
               if id(p) not in trained_ids]
-    moments = sorted({b.key for b in found.optimizer.state_shards() if b.key.startswith("exp_avg/")})
+    moments = sorted({b.key for b in result.optimizer.state_shards() if b.key.startswith("exp_avg/")})
     with torch.no_grad():
-        for parameter in found.model.parameters():
+        for parameter in result.model.parameters():
             gradient = getattr(parameter, "main_grad", None)
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
-    load.save_checkpoint(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
+    load.save_checkpoint(Path(out) / "gradients", result.model, None, state, config.to_dict(), None)
     world.leave_world()
     return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
             "meters": sums.meters, "frozen": frozen, "moments": moments,
@@ -143,21 +143,21 @@ def _step(found: Trainer) -> dict[str, Any]:
 
 def trained(settings: list[str], run: str) -> list[dict[str, Any]]:
     """Train two steps, with a checkpoint after the first."""
-    found = trainer("tiny-qwen3", settings, run)
-    found.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    steps = [_step(found)]
-    found.save()
-    found.checkpointer.finish()
-    steps.append(_step(found))
+    result = trainer("tiny-qwen3", settings, run)
+    result.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    steps = [_step(result)]
+    result.save()
+    result.checkpointer.finish()
+    steps.append(_step(result))
     world.leave_world()
     return steps
 
 
 def continued(settings: list[str], run: str) -> dict[str, Any]:
     """Train the second step from the checkpoint of the first."""
-    found = trainer("tiny-qwen3", settings)
-    found.resume(RunFolder(Path(run)).checkpoint(1))
-    step = _step(found)
+    result = trainer("tiny-qwen3", settings)
+    result.resume(RunFolder(Path(run)).checkpoint(1))
+    step = _step(result)
     world.leave_world()
     return step
 
@@ -172,12 +172,12 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
     load.save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(),
                          None)
     world.leave_world()
-    found = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
-    found.load_start_weights(Path(plain))
+    outcome = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
+    outcome.load_start_weights(Path(plain))
     reader, stored = TensorReader(Path(plain), "model"), load_file(Path(encoder) / "model.safetensors")
     known = set(reader.keys())
     result: dict[str, list[str]] = {"checkpoint": [], "folder": [], "neither": []}
-    for block in list_local_shards(found.model):
+    for block in list_local_shards(outcome.model):
         name = block.key.removeprefix("vision.encoder.")
         same = [tensor for tensor_name, tensor in stored.items() if tensor_name.endswith(name)]
         if block.key in known:

@@ -1,4 +1,5 @@
-"""The default layout: as fast as a full sweep finds, with memory to spare, and what the user set stays."""
+"""The default layout: as fast as the result of a full sweep, with spare memory, and with the user's
+settings unchanged."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from megatron_sov.plan.search.sweep import search_layouts
     ("qwen3-8b", "h100", ()), ("qwen3-8b", "b200", ("train.fp8=mxfp8",)), ("llama-3.1-8b", "h200", ()),
     ("qwen3-4b", "h100", ("train.global_batch_size=48",)), ("vibethinker-1.5b", "h100", ()),
     ("gemma-3-1b", "a100", ()), ("tiny-solar-open", "h100", ()), ("tiny-qwen3-moe", "b200", ())])
-def test_the_default_is_as_fast_as_the_best_of_a_sweep_with_memory_to_spare(
-        recipe: str, gpu: str, said: tuple[str, ...]) -> None:
+def test_default_layout_is_as_fast_as_a_sweep_with_spare_memory(recipe: str, gpu: str,
+                                                                said: tuple[str, ...]) -> None:
     config, where = apply_settings(recipes.get(recipe), list(said)), load_machines(gpu, 1)
     prices, found = build_pricing(where), find_layout(config, where, said)
     assert prices is not None and found is not None
@@ -39,8 +40,8 @@ def test_the_default_is_as_fast_as_the_best_of_a_sweep_with_memory_to_spare(
 
 @pytest.mark.deep
 def test_a_recipe_whose_own_layout_needs_more_processes_gets_one() -> None:
-    found = find_layout(recipes.get("k-exaone2-750b-extend"), load_machines("h200", 16))
-    assert found is not None and found.own_spare_share < 0 and "own does not fit" in found.format_line()
+    result = find_layout(recipes.get("k-exaone2-750b-extend"), load_machines("h200", 16))
+    assert result is not None and result.own_spare_share < 0 and "own does not fit" in result.format_line()
 
 
 @pytest.mark.deep
@@ -48,10 +49,10 @@ def test_a_recipe_whose_own_layout_needs_more_processes_gets_one() -> None:
     ("parallel.expert_dispatcher=alltoall",), ("train.fp8=none",), ("gpu.attention=local",)])
 def test_kernels_that_the_user_chose_stay(said: tuple[str, ...]) -> None:
     config = apply_settings(recipes.get("qwen3-moe-30b"), list(said))
-    found = find_layout(config, load_machines("h100", 2), said)
-    assert found is not None
-    assert apply_settings(apply_settings(config, list(found.settings)), list(said)) == apply_settings(
-        config, list(found.settings))
+    result = find_layout(config, load_machines("h100", 2), said)
+    assert result is not None
+    assert apply_settings(apply_settings(config, list(result.settings)), list(said)) == apply_settings(
+        config, list(result.settings))
 
 
 @pytest.mark.deep
@@ -59,13 +60,13 @@ def test_a_model_that_fills_the_gpus_gets_the_fastest_layout_that_fits() -> None
     """102 B parameters on 64 H100 leave less than a tenth if the samples are long."""
     config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_dispatcher=alltoall"])
     where = load_machines("h100", 4)
-    found = find_layout(config, where)
+    result = find_layout(config, where)
     prices = build_pricing(where)
     assert prices is not None
-    if found is None:
+    if result is None:
         assert not search_layouts(config, prices).best
     else:
-        chosen = apply_settings(config, list(found.settings))
+        chosen = apply_settings(config, list(result.settings))
         assert find_fullest_stage(chosen, where.num_ranks)[1].total <= prices.limit_bytes
 
 
@@ -74,11 +75,11 @@ def test_unknown_gpus_and_rounds_have_no_search(recipe: str, cluster: str) -> No
     assert find_layout(recipes.get(recipe), load_machines(cluster, 1)) is None
 
 
-def test_rounds_whose_own_layout_breaks_a_rule_get_one_that_keeps_it() -> None:
+def test_rounds_get_a_layout_that_keeps_all_rules() -> None:
     config, where = recipes.get("tiny-typhoon-s-opd"), load_machines("h100", 1)
-    found = find_layout(config, where)
-    assert config.problems(where.num_ranks) and found is not None
-    assert not apply_settings(config, list(found.settings)).problems(where.num_ranks)
+    result = find_layout(config, where)
+    assert config.problems(where.num_ranks) and result is not None
+    assert not apply_settings(config, list(result.settings)).problems(where.num_ranks)
 
 
 @pytest.mark.each(("recipe", "settings", "from_file", "own", "open_"), [

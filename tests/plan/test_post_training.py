@@ -18,9 +18,9 @@ from megatron_sov.plan.speed.workload import build_shape
 
 def gpus(num_gpus: int = 8) -> Pricing:
     profile = load_machines("h100", 1).profile
-    found = build_pricing(Machines("h100", replace(profile, gpus_per_node=num_gpus), 1))
-    assert found is not None
-    return found
+    pricing = build_pricing(Machines("h100", replace(profile, gpus_per_node=num_gpus), 1))
+    assert pricing is not None
+    return pricing
 
 
 def priced(name: str, *settings: str) -> Quote:
@@ -32,14 +32,14 @@ def priced(name: str, *settings: str) -> Quote:
     ((), ""), (("objective.name=distill",), "The teacher's forward passes and output head are not priced."),
     (("objective.name=preference",), "The forward passes of the reference are not priced"),
     (("objective.name=preference", "preference.method=simper"), "")])
-def test_conversations_are_attended_one_by_one_and_notes_say_what_is_left_out(
-        settings: tuple[str, ...], left_out: str) -> None:
-    found = priced("typhoon-s-8b", *settings)
-    assert f"Documents of 1,000 tokens are assumed in rows of {found.seq_len:,}." in found.notes
-    assert [note for note in found.notes if "not priced" in note and note.startswith(left_out or "-")] == [
-        note for note in found.notes if "not priced" in note]
-    assert any("not priced" in note for note in found.notes) == bool(left_out)
-    assert found.seconds["attention"] < priced("typhoon-s-8b", "objective.name=lm").seconds["attention"] / 2
+def test_conversations_attend_separately_and_notes_list_omissions(settings: tuple[str, ...],
+                                                                  left_out: str) -> None:
+    result = priced("typhoon-s-8b", *settings)
+    assert f"Documents of 1,000 tokens are assumed in rows of {result.seq_len:,}." in result.notes
+    assert [note for note in result.notes if "not priced" in note and note.startswith(left_out or "-")] == [
+        note for note in result.notes if "not priced" in note]
+    assert any("not priced" in note for note in result.notes) == bool(left_out)
+    assert result.seconds["attention"] < priced("typhoon-s-8b", "objective.name=lm").seconds["attention"] / 2
 
 
 def test_adapters_need_less() -> None:
@@ -48,7 +48,7 @@ def test_adapters_need_less() -> None:
     assert adapter.memory.total_bytes < 0.6 * whole.memory.total_bytes
 
 
-def test_a_teacher_lies_beside_the_model_that_learns_its_distributions() -> None:
+def test_a_teacher_is_counted_next_to_its_student() -> None:
     config = apply_settings(recipes.get("typhoon-s-8b-opd"), ["parallel.zero1=true"])
     beside = find_fullest_stage(config, 8)[1].teacher
     # bf16 weights, with the gaps of their buffers
@@ -60,6 +60,6 @@ def test_a_teacher_lies_beside_the_model_that_learns_its_distributions() -> None
 
 def test_rounds_have_a_layout_and_no_price() -> None:
     request = RecipeRequest(recipes.get("typhoon-s-4b-legal"), (), False)
-    found = plan_on_cluster(request, gpus(4).machines)
-    assert "on 100 rounds (the recipe's), 4 H100" in found.format_headline() and not found.quotes
-    assert "no price: rounds of reinforcement learning" in found.format_text()
+    result = plan_on_cluster(request, gpus(4).machines)
+    assert "on 100 rounds (the recipe's), 4 H100" in result.format_headline() and not result.quotes
+    assert "no price: rounds of reinforcement learning" in result.format_text()

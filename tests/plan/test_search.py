@@ -1,4 +1,4 @@
-"""What a search says where nothing fits: how many nodes would do."""
+"""Searches for a layout, and the number of nodes that is proposed if none fits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ from megatron_sov.plan.search.space import (
 from megatron_sov.plan.search.sweep import (
     Sweep, SweepResult, SweepSearch, find_common_layouts, find_fewest_nodes, format_node_advice,
     has_fitting_layout, search_layouts, sweep_stage)
-from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.work.clusters.units import GIB
 
 
 def prices(nodes: int) -> Pricing:
-    return Pricing(load_machines("h100", nodes), load_default_parameters())
+    return Pricing(load_machines("h100", nodes))
 
 
 @pytest.mark.each(("nodes", "said"), [
@@ -44,7 +43,7 @@ def test_nodes_in_words(nodes: int | None, said: str) -> None:
 
 
 @pytest.mark.deep
-def test_the_fewest_nodes_are_those_below_which_nothing_fits() -> None:
+def test_fewest_nodes_are_minimal() -> None:
     config = recipes.get("k-exaone-236b")
     assert find_fewest_nodes(config, prices(2)) == 8
     assert has_fitting_layout(config, prices(8)) and not has_fitting_layout(config, prices(2))
@@ -52,7 +51,7 @@ def test_the_fewest_nodes_are_those_below_which_nothing_fits() -> None:
     assert find_fewest_nodes(in_bf16, prices(2)) == 6
 
 
-# What a plan tells to type is a command that `submit` takes.
+# The command that a plan proposes is accepted by `submit`.
 
 
 @pytest.mark.each(("recipe", "stage"), [
@@ -131,7 +130,7 @@ def test_a_layout_in_words() -> None:
         "recomputes moe + layernorm")
 
 
-def test_what_does_not_fit_is_told_by_the_nearest() -> None:
+def test_a_failed_search_names_the_nearest_layout() -> None:
     sweep = Sweep(STAGE)
     assert describe_too_large(sweep) == []
     sweep.record_too_large(at(tp=2), 3 * GIB)
@@ -152,7 +151,7 @@ def test_rare_rules_are_counted_together() -> None:
                                                                              strict=True)})
 
 
-# The grid holds the run's own layout, and what --set is told makes the very layout that was looked at.
+# The grid contains the run's own layout, and the proposed --set values reproduce the searched layout.
 
 
 @pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
@@ -170,12 +169,12 @@ def test_a_runs_own_layout_is_among_those_looked_at() -> None:
         assert get_current_choice(config) in set(iter_choices(config, build_space(config, 512, 8))), recipe
     uneven = apply_settings(recipes.get("k-exaone-236b"), [
         "parallel.pp=4", "parallel.pipeline_layout=[13,12,12,11]"])
-    found = list(iter_layouts(uneven, build_space(uneven, 512, 8)))
-    assert uneven.parallel in found
-    assert {p.pipeline_layout for p in found if p.pp == 4} == {(), (13, 12, 12, 11)}
+    result = list(iter_layouts(uneven, build_space(uneven, 512, 8)))
+    assert uneven.parallel in result
+    assert {p.pipeline_layout for p in result if p.pp == 4} == {(), (13, 12, 12, 11)}
 
 
-def test_uneven_pipelines_are_looked_at_where_the_last_stage_has_more_to_do() -> None:
+def test_uneven_pipelines_are_searched_if_the_last_stage_is_slower() -> None:
     config = recipes.get("k-exaone-236b")
     space = build_space(config, 512, 8, extra_layers=(3.2,))
     proposed = {p.pipeline_layout for p in iter_layouts(config, space)}
@@ -189,7 +188,7 @@ def test_uneven_pipelines_are_looked_at_where_the_last_stage_has_more_to_do() ->
             if (p.pp, p.vpp) == (8, 1)} == {(4, 4, 5, 5, 5, 5, 5, 3)}
 
 
-def test_tensor_parallelism_stays_inside_a_domain_and_rows_are_not_cut_too_fine() -> None:
+def test_search_keeps_tp_inside_a_node_and_rows_long_enough() -> None:
     config = recipes.get("solar-open-102b")
     space = build_space(config, 512, 4)
     assert space.tp == (1, 2, 4) and space.cp == (1, 2)
@@ -211,10 +210,10 @@ def slowest(stages: Sequence[int], beside: float) -> float:
 def test_no_other_cut_has_a_faster_slowest_stage(beside: float) -> None:
     for layers, pp in itertools.product(range(2, 11), (2, 3, 4)):
         every = [cut for cut in itertools.product(range(1, layers + 1), repeat=pp) if sum(cut) == layers]
-        found = find_uneven_split(layers, pp, 1, beside)
-        if found:
-            assert slowest(found, beside) == min(slowest(cut, beside) for cut in every)
-            assert sorted(found[:-1]) == list(found[:-1]), "larger stages come late"
+        result = find_uneven_split(layers, pp, 1, beside)
+        if result:
+            assert slowest(result, beside) == min(slowest(cut, beside) for cut in every)
+            assert sorted(result[:-1]) == list(result[:-1]), "larger stages come late"
         elif every:  # equal stages, which are as good but for little
             assert min(slowest(cut, beside) for cut in every) >= (1 - LEAST_GAIN) * (layers // pp + beside)
 
@@ -252,8 +251,8 @@ def played(pp: int, vpp: int, runs: Sequence[int], beside: float, num_micro_batc
 
 @pytest.mark.each(("pp", "vpp", "beside"), [(8, 1, 3.2), (8, 2, 3.2), (4, 2, 3.2), (4, 4, 3.2),
                                                    (2, 4, 2.2), (16, 1, 2.0)])
-def test_a_schedule_that_is_played_takes_what_a_plan_says(pp: int, vpp: int, beside: float) -> None:
-    """The slowest stage for each micro-batch, and the bubble: (pp - 1) / vpp of what a mean stage takes."""
+def test_simulated_pipeline_schedule_equals_the_plan(pp: int, vpp: int, beside: float) -> None:
+    """The slowest stage per micro-batch, plus the bubble: (pp - 1) / vpp times the mean stage."""
     runs = find_uneven_split(48, pp, vpp, beside)
     for layers in filter(None, (runs, (48 // pp // vpp,) * (pp * vpp))):
         stages = [sum(layers[stage::pp]) + beside * (stage == pp - 1) for stage in range(pp)]
@@ -269,7 +268,7 @@ def test_runs_of_very_different_lengths_are_not_proposed() -> None:
 
 
 @pytest.mark.each(("pp", "vpp", "beside"), [(8, 1, 4.5), (4, 2, 2.2), (5, 1, 0.0), (4, 4, 3.0)])
-def test_training_takes_what_is_proposed(pp: int, vpp: int, beside: float) -> None:
+def test_training_accepts_proposed_layouts(pp: int, vpp: int, beside: float) -> None:
     parallel = ParallelConfig(pp=pp, vpp=vpp, pipeline_layout=find_uneven_split(48, pp, vpp, beside))
     assert parallel.pipeline_layout and parallel.problems(replace(MODEL, num_layers=48), pp) == []
     of_stages = [len(parallel.stage_layers(stage, 48)) for stage in range(pp)]
@@ -277,17 +276,16 @@ def test_training_takes_what_is_proposed(pp: int, vpp: int, beside: float) -> No
 
 
 def test_the_head_is_on_the_last_run_of_the_last_stage() -> None:
-    # 10 layers and 2.2 layers' worth beside: 6, and 4 with the head
+    # 10 layers and a head worth 2.2 layers: 6, and 4 with the head
     assert find_uneven_split(48, 4, 2, 2.2) == (6, 6, 6, 6, 6, 7, 7, 4)
 
 
-def test_where_there_is_nothing_to_gain_stages_stay_equal() -> None:
+def test_equal_stages_without_gain_from_uneven_ones() -> None:
     assert find_uneven_split(48, 4, 1, 0.0) == () and find_uneven_split(48, 4, 2, 0.05) == ()
     assert find_uneven_split(4, 8, 1, 1.0) == (), "fewer layers than stages"
 
 
-# A search finds what trying every combination finds, proposes nothing that training would refuse, and
-# counts what it leaves out.
+# A search equals trying every combination, proposes only accepted layouts, and counts excluded ones.
 
 
 SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2),
@@ -297,9 +295,9 @@ SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), 
 
 
 def prices_of_sweep(cluster: str, nodes: int) -> Pricing:
-    found = build_pricing(load_machines(cluster, nodes))
-    assert found is not None
-    return found
+    pricing = build_pricing(load_machines(cluster, nodes))
+    assert pricing is not None
+    return pricing
 
 
 def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
@@ -346,9 +344,9 @@ def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> 
     pytest.param("qwen3-moe-30b", "b200", 1, marks=pytest.mark.deep)])
 def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: int) -> None:
     of, config = prices_of_sweep(cluster, nodes), recipes.get(recipe)
-    found = search_layouts(config, of)
-    assert found.best
-    for one in found.best[::max(1, len(found.best) // 10)]:
+    result = search_layouts(config, of)
+    assert result.best
+    for one in result.best[::max(1, len(result.best) // 10)]:
         said = apply_settings(config, one.choice.list_settings(config))
         said.check(of.num_ranks)
         for stage in list_run_stages(said, of.num_ranks, micro_batch_set=True):
@@ -356,21 +354,21 @@ def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: 
             assert of.count_bytes(stage) <= one.needs_bytes <= of.limit_bytes
 
 
-def test_broken_rules_are_told_once_each() -> None:
+def test_each_broken_rule_is_reported_once() -> None:
     of = prices_of_sweep("h100", 12)
-    found = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0], SMALL, of)
-    assert sum(found.broken.values()) > 100
-    lines = describe_broken_rules([found, found])
-    assert len(lines) == len(found.broken)
+    result = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0], SMALL, of)
+    assert sum(result.broken.values()) > 100
+    lines = describe_broken_rules([result, result])
+    assert len(lines) == len(result.broken)
     assert len([line for line in lines if "number of processes" in line]) == 1
-    assert f"{2 * found.broken.most_common()[0][1]:,} break a rule" in lines[0]
+    assert f"{2 * result.broken.most_common()[0][1]:,} break a rule" in lines[0]
 
 
-def test_what_is_set_stays() -> None:
+def test_set_values_are_kept() -> None:
     of = prices_of_sweep("h100", 2)
     config = apply_settings(recipes.get("qwen3-8b"), ["parallel.tp=4", "parallel.sp=true",
                                                       "train.recompute=true"])
-    found = search_layouts(config, of, {"parallel.tp", "train.recompute"})
-    assert {c.choice.parallel.tp for c in found.best} == {4}
-    assert {c.choice.recompute for c in found.best} == {(True, ())}
-    assert len({c.choice.parallel.pp for c in found.best}) > 1
+    result = search_layouts(config, of, {"parallel.tp", "train.recompute"})
+    assert {c.choice.parallel.tp for c in result.best} == {4}
+    assert {c.choice.recompute for c in result.best} == {(True, ())}
+    assert len({c.choice.parallel.pp for c in result.best}) > 1

@@ -1,4 +1,4 @@
-"""The time of a step: by hand where one thing bounds it, and how it changes with each setting."""
+"""Step times: by hand where one resource is the bound, and their change with each setting."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_components_add_up() -> None:
             time.tokens_per_s_per_gpu * w.shape.count_train_flops(w.seq_len) / H100.bf16_flops_per_s)
 
 
-def test_products_take_their_flops_over_what_the_chip_reaches() -> None:
+def test_matmul_time_is_flops_over_achieved_speed() -> None:
     time, p = estimate_step(workload()), load_default_parameters()
     flops = 6 * (LLAMA.count_params() - 2 * LLAMA.vocab_size * LLAMA.hidden_size) * 8 * 8192
     peak = H100.bf16_flops_per_s * p.product_fraction["hopper"]["bf16"]
@@ -63,7 +63,7 @@ def test_products_take_their_flops_over_what_the_chip_reaches() -> None:
     assert 1 < time.dense_s / (flops / peak) < 1.12
 
 
-def test_the_routers_part_is_what_a_step_without_them_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_router_time_is_the_difference_to_a_step_without_routers(monkeypatch: pytest.MonkeyPatch) -> None:
     work = experts(pp=1)
     whole, part = estimate_step(work), estimate_router_s(work)
     products = traffic.list_products
@@ -106,18 +106,18 @@ def test_no_run_is_faster_than_its_peak() -> None:
     (experts(ep=64), experts(ep=8)),
     (experts(ep=64), experts(ep=64, dispatcher="deepep")),
 ])
-def test_what_costs_time(slower: Workload, faster: Workload) -> None:
+def test_slower_workloads_take_longer(slower: Workload, faster: Workload) -> None:
     assert seconds(slower) > seconds(faster) * 1.0001
 
 
-def test_messages_beside_products_are_no_slower() -> None:
+def test_overlapped_messages_are_not_slower() -> None:
     assert seconds(workload(tp=8, sp=True)) >= seconds(workload(tp=8, sp=True, overlap_tp=True))
     few = replace(load_default_parameters(), tp_exposed_overlapped=0.1)
     assert (estimate_step(workload(tp=8, sp=True, overlap_tp=True), few).total_s
             < estimate_step(workload(tp=8, sp=True), few).total_s)
 
 
-def test_messages_of_experts_hide_behind_computation_and_no_longer_than_it_lasts() -> None:
+def test_expert_messages_overlap_at_most_the_computation() -> None:
     inside, across = ((estimate_step(experts(ep=ep)), estimate_step(experts(ep=ep, overlap_ep=True)))
                       for ep in (8, 64))
     assert inside[1].ep_s == pytest.approx(load_default_parameters().ep_exposed_overlapped * inside[0].ep_s)
@@ -138,7 +138,7 @@ def test_a_bubble_is_that_of_the_formula() -> None:
     assert time.bubble_s / (without + parts["head"] / 4) == pytest.approx(3 / (w.num_micro_batches * 2))
 
 
-def test_the_slowest_stage_of_a_pipeline_whose_layers_are_known() -> None:
+def test_slowest_stage_includes_head_and_prediction_layers() -> None:
     """Prediction layers and head are on the last stage, which an uneven pipeline may relieve."""
     shape = replace(LLAMA, num_mtp_layers=1)
     even, uneven = (estimate_step(workload(shape=shape, pp=2, stage_layers=layers))
@@ -157,7 +157,7 @@ def test_a_chip_without_the_precision_is_refused() -> None:
         estimate_step(workload(chip=CHIPS["a100"], precision="fp8"))
 
 
-def test_what_stands_beside_layers_is_what_an_uneven_pipeline_makes_up_for() -> None:
+def test_uneven_stages_compensate_for_head_and_embedding() -> None:
     """A last stage with so many layers fewer takes as long as the others."""
     shape = replace(LLAMA, num_mtp_layers=1)
     base = workload(shape=shape, pp=2, vpp=1)
@@ -175,7 +175,7 @@ def test_a_stage_with_more_layers_sends_more() -> None:
     assert uneven.tp_s == pytest.approx(even.tp_s * 24 / 16)
 
 
-# Products of one GPU: those of all GPUs together are the model's, however it is cut.
+# Matrix products per GPU: summed over GPUs they equal the model's, at any layout.
 
 
 def a_workload(name: str, **settings: object) -> Workload:
@@ -211,7 +211,7 @@ def flops_of_all_gpus(w: Workload) -> float:
 def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
     w = a_workload(name, **layout)
     if w.shape.kv_lora_rank and w.tp > 1:
-        return  # the projections down to the ranks are whole on each rank; told apart below
+        return  # the low-rank projections are replicated on each rank; tested below
     at_once = w.num_gpus // (w.tp * w.cp) * w.seq_len * w.micro_batch_size
     expected = w.shape.count_forward_flops(w.seq_len) * at_once
     scan = w.shape.num_mamba_layers * w.shape.count_mamba_scan_flops() * at_once
@@ -285,7 +285,7 @@ def test_one_gpu_sends_nothing() -> None:
     assert not list_messages(step_of(num_gpus=1, global_batch_size=1))
 
 
-def test_tensor_parallelism_sends_what_the_paper_says() -> None:
+def test_tensor_parallel_bytes_equal_the_paper() -> None:
     """arXiv 2205.05198, section 4.2.2: four all-gathers and four reduce-scatters of s b h a layer, in both
     passes, one of each backward gathered again for the weights' gradients."""
     activations = 2048 * 1024 * 2
@@ -301,8 +301,8 @@ def test_recomputing_everything_sends_a_forward_pass_more() -> None:
 
 @pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
                                                             ("fsdp", 4 + 2 * 2)])
-def test_data_parallelism_sends_what_zero_says(sharding: str, bytes_per_weight: int) -> None:
-    """arXiv 1910.02054, section 7: an all-reduce is two of a ring's halves; stage 1 replaces one of them by
+def test_data_parallel_bytes_equal_the_zero_paper(sharding: str, bytes_per_weight: int) -> None:
+    """arXiv 1910.02054, section 7: an all-reduce is two ring halves; stage 1 replaces one of them by
     gathering weights, stage 3 gathers them in both passes."""
     w = step_of(sharding=sharding)
     params = count_local_params(w)[0]
@@ -316,7 +316,7 @@ def test_sharded_weights_are_gathered_for_each_micro_batch() -> None:
     assert sent(step_of(sharding="fsdp", global_batch_size=8, recompute="full"))["dp"] == one
 
 
-def test_held_weights_are_cut_over_their_groups() -> None:
+def test_weights_are_sharded_over_their_groups() -> None:
     whole, experts = count_local_params(step_of(MOE))
     cut, cut_experts = count_local_params(step_of(MOE, tp=2, sp=True, ep=4))
     assert cut == pytest.approx(whole / 2) and cut_experts == pytest.approx(experts / 4)
@@ -324,7 +324,7 @@ def test_held_weights_are_cut_over_their_groups() -> None:
 
 
 def test_experts_get_a_copy_for_each_rank_that_a_token_visits() -> None:
-    """All-to-all sends one for each choice; DeepEP one for each rank: 8 (1 - (7/8)^4) of 8 ranks."""
+    """All-to-all sends a copy per chosen expert; DeepEP one per rank: 8 (1 - (7/8)^4) of 8 ranks."""
     token = 1024 * 2
     passes = 4 * 2 * 2  # layers, dispatch and combination, both passes
     assert sent(step_of(MOE, ep=8))["ep"] == pytest.approx(passes * 2048 * token * 4 * 7 / 8)
@@ -333,8 +333,8 @@ def test_experts_get_a_copy_for_each_rank_that_a_token_visits() -> None:
         passes * 2048 * token * visited)
 
 
-def test_processes_that_share_a_cut_expert_all_get_its_tokens() -> None:
-    """All-to-all gathers what arrived, 4 rows for each token, among the 2 processes of an expert."""
+def test_expert_tensor_parallel_processes_all_receive_tokens() -> None:
+    """The 2 processes of an expert gather all received tokens, 4 rows per token."""
     unit = 4 * 2 * 2 * 2048 * 1024 * 2
     assert sent(step_of(MOE, ep=4, etp=2))["ep"] == pytest.approx(unit * (4 * 3 / 4 + 4))
     assert sent(step_of(MOE, ep=1, etp=2))["ep"] == pytest.approx(unit * 4)
@@ -363,7 +363,7 @@ def test_layers_with_a_window_pass_the_ends_of_pieces_alone() -> None:
 
 
 def test_copies_of_sharded_weights_are_fewer_of_experts() -> None:
-    """HSDP over 4 of 8 processes: with ep 2 each expert is on 4, shared by 2 of them."""
+    """HSDP over 4 of 8 processes: with ep 2 each expert is on 4 processes, sharded over 2 of them."""
     w = step_of(MOE, sharding="fsdp", sharding_group=4, ep=2)
     dense, experts = count_local_params(w)
     assert sent(w)["dp"] == pytest.approx(dense * ((4 + 2 * 2) * 3 / 4 + 4 / 4 * 2 * 1 / 2))
@@ -375,7 +375,7 @@ def test_pipelines_pass_hidden_states_both_ways() -> None:
     assert sent(w)["pp"] == pytest.approx(2 * w.num_micro_batches * 2048 * 1024 * 2)
 
 
-def test_rings_that_leave_a_domain_use_all_its_adapters() -> None:
+def test_inter_node_rings_use_all_network_adapters() -> None:
     inside = {message.group: message for message in list_messages(step_of(sharding="zero1"))}["dp"]
     spread = {m.group: m for m in list_messages(step_of(sharding="zero1", num_gpus=16, global_batch_size=16))}
     strided = {m.group: m for m in list_messages(step_of(sharding="zero1", tp=8, num_gpus=16,

@@ -1,4 +1,4 @@
-"""Sizes and FLOPs of models against counts made elsewhere: the recipes, makers' tables, torch's counter."""
+"""Sizes and FLOPs of models against recipes, vendors' tables and torch's counter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not 
 
 
 @pytest.mark.each("name", sorted(ONE_OF_EACH.values()))
-def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
+def test_recipe_flops_match_its_weight_map(name: str) -> None:
     model = recipes.get(name).model
     shape, said, mapped = build_shape(model), Counter[Any](), Counter[Any]()
     predicted = model.num_mtp_moe_layers()
@@ -56,8 +56,8 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
 def test_a_runs_attention_is_that_which_serves(settings: list[str], kernel: str, exchanges: bool) -> None:
     """As `engine.model.gpu_settings.own_attention_serves` has it where Transformer Engine is."""
     run = apply_settings(recipes.get("solar-open-102b"), settings)
-    found = build_workload(run, run.data.phases[0], 512, CHIPS["b200"], default_links(CHIPS["b200"]))
-    assert (found.attention_kernel, found.exchanges_heads) == (kernel, exchanges)
+    workload = build_workload(run, run.data.phases[0], 512, CHIPS["b200"], default_links(CHIPS["b200"]))
+    assert (workload.attention_kernel, workload.exchanges_heads) == (kernel, exchanges)
 
 
 def test_exchanged_heads_by_hand() -> None:

@@ -36,8 +36,8 @@ CASES: list[dict[str, Any]] = [
 
 
 def row() -> tuple[dict[str, Any], Any, Any]:
-    """Return columns and log-probabilities of a row, and its responses: between them lie labels that are not
-    learned, some of them impossible."""
+    """Return columns, log-probabilities and responses of a row, with masked labels between responses, some of
+    them impossible."""
     drawn = random.Random(SEED)
     index: list[int] = []
     for response, length in enumerate(LENGTHS):
@@ -59,11 +59,11 @@ def row() -> tuple[dict[str, Any], Any, Any]:
 
 def ours(policy: PolicyConfig, columns: Any, logprobs: Any, responses: Any) -> tuple[Any, Any, Any]:
     """Return the whole loss, its derivatives and the meters."""
-    made = PolicyLoss(policy, LONGEST)
+    policy_loss = PolicyLoss(policy, LONGEST)
     logprobs = logprobs.clone().requires_grad_()
-    terms, meters = made.compute_terms(logprobs, columns, responses)
-    counts = made.count_denominators(responses)
-    loss = sum(made.coefficients[t] * terms[t] / counts[t] for t in made.coefficients)
+    terms, meters = policy_loss.compute_terms(logprobs, columns, responses)
+    counts = policy_loss.count_denominators(responses)
+    loss = sum(policy_loss.coefficients[t] * terms[t] / counts[t] for t in policy_loss.coefficients)
     (slopes,) = torch.autograd.grad(loss, logprobs)
     return loss.item(), slopes.tolist(), {name: float(a / b) for name, (a, b) in meters.items()}
 
@@ -152,7 +152,7 @@ def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, 
 
 
 @pytest.mark.each("method", ["gspo", "grpo", "dapo", "cispo"])
-def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -> None:
+def test_engine_rounding_is_not_clipped_and_both_signs_have_gradients(method: Any) -> None:
     """At the mismatch that arXiv 2510.11370 measured for Qwen3-8B: KL of 6.4e-4 a token, Gaussian."""
     torch.manual_seed(0)
     num, length, kl = 32, 4096, 6.4e-4
@@ -174,8 +174,8 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
     assert float(meters["engine_kl"][0] / meters["engine_kl"][1]) == pytest.approx(kl, rel=0.02)
 
 
-def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
-    """At ratios of 1 that of the settings is REINFORCE's, whose derivative it shares."""
+def test_a_user_loss_replaces_the_surrogate() -> None:
+    """At ratio 1 the configured surrogate is REINFORCE's, with the same derivative."""
     columns, logprobs, responses = row()
     policy = PolicyConfig("grpo", clip_low=0.2, clip_high=0.2, kl="none", correction="none")
     columns["old_logprobs"] = logprobs.detach().clone()
@@ -192,7 +192,7 @@ def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
 def test_teacher_signal_is_the_difference_of_logprobs() -> None:
     columns, logprobs, responses = row()
     learned = responses.index < len(LENGTHS)
-    # of what is not learned a teacher may say what it likes
+    # masked positions may have any teacher value
     teacher = columns["behaviour_logprobs"] - 0.3 * columns["advantage"]
     columns["teacher_logprobs"] = torch.where(learned, teacher, torch.inf)
     columns["old_logprobs"] = torch.full_like(logprobs, torch.nan)  # a step on responses of its own
@@ -249,7 +249,7 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
     asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
                              "correction_low": 0.8, "correction_high": 1.25}
     asked |= {"kl_coeff": 0.3} if method == "grpo" else {}
-    made = PolicyLoss(PolicyConfig(**asked), LONGEST)
+    policy_loss = PolicyLoss(PolicyConfig(**asked), LONGEST)
     columns, _, responses = row()
     torch.manual_seed(0)
     features, begin = torch.randn(len(responses.index), 3).double(), torch.randn(3).double()
@@ -265,9 +265,10 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
         index = torch.where(written, responses.index, len(LENGTHS))
         here = ResponseSpans(index, torch.tensor([n * (i in batch) for i, n in enumerate(LENGTHS)]).double())
         given = columns if step else columns | {"old_logprobs": torch.full_like(before, math.nan)}
-        terms, meters = made.compute_terms(-torch.nn.functional.softplus(features @ ours_at), given, here)
-        counts = made.count_denominators(here)
-        loss = sum(made.coefficients[t] * terms[t] / counts[t] for t in made.coefficients)
+        terms, meters = policy_loss.compute_terms(-torch.nn.functional.softplus(features @ ours_at), given,
+                                                  here)
+        counts = policy_loss.count_denominators(here)
+        loss = sum(policy_loss.coefficients[t] * terms[t] / counts[t] for t in policy_loss.coefficients)
         x = -torch.nn.functional.softplus(features @ trl_at)
         now = columns if step else columns | {"old_logprobs": x.detach()}
         expected = of_trl(asked, {k: v[written] for k, v in now.items()}, x[written], index[written])
@@ -319,7 +320,7 @@ def test_divergences_have_the_documented_gradients() -> None:
     odds = p.detach().exp()
     assert close((odds * policy.k1(p, q)).sum(), (p.exp() * (p - q)).sum())
     assert close((odds * policy.k3(p, q)).sum(), (q.exp() * (q - p)).sum())
-    # responses of an older policy, weighed by the ratio: what k3 is unbiased for as a value, it is as a slope
+    # responses of an older policy, weighted by the ratio: k3 is unbiased in value and gradient
     older = torch.randn(3).double().softmax(-1)
     assert close((older * (p.exp() / older) * policy.k3(p, q)).sum(), (p.exp() * (p - q)).sum())
     exact = (p.exp() * (p - q)).sum() + (p.exp()[:, None] * p2.exp() * (p2 - q2)).sum()
@@ -332,7 +333,7 @@ def test_divergences_have_the_documented_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
-def test_log_probabilities_that_are_infinitely_far_apart_leave_gradients_finite(kind: Any) -> None:
+def test_infinite_log_ratios_keep_gradients_finite(kind: Any) -> None:
     responses = ResponseSpans(torch.zeros(2, dtype=torch.long), torch.tensor([2.0]).double())
     far = torch.tensor([-1.0, -2.0]).double()
     for sign in (1, -1):  # the policy, then the other one, holds the tokens for next to impossible

@@ -33,7 +33,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     place = world.join_world(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
-    # The data's manifest stands for that of a checkpoint.
+    # The data's manifest serves as a checkpoint's.
     reference = Reference(run, Path(data), sources, 128, {s.name: find_heldout_documents(s) for s in sources})
     trainer = Trainer(config, place, RunFolder(run), list(reference.sources), select_objective(config))
     reference.score_heldout(trainer)
@@ -48,10 +48,10 @@ class Picked:
         self._documents, self._chosen, self.lengths = documents, chosen, documents.lengths[chosen]
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._documents, name)
+        result = getattr(self._documents, name)
         if name in ("tokens", "types", "loss_weights", "routes", "encoder_inputs"):
-            return lambda document, *rest: found(self._chosen[document], *rest)
-        return found
+            return lambda document, *rest: result(self._chosen[document], *rest)
+        return result
 
 
 def measured_of(trainer: Any, batch: Any) -> dict[str, float]:

@@ -44,17 +44,17 @@ class Groups:
         self.lengths = np.array([12 + 7 * i % 23 for i in range(num_documents)], np.int32)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        found = np.random.default_rng(document).integers(5, 360, self.lengths[document])
+        result = np.random.default_rng(document).integers(5, 360, self.lengths[document])
         group = document // GROUP
-        found[:5 + group % 5] = np.random.default_rng([group, 1]).integers(5, 360, 5 + group % 5)
-        return found[start:start + count]
+        result[:5 + group % 5] = np.random.default_rng([group, 1]).integers(5, 360, 5 + group % 5)
+        return result[start:start + count]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        found = np.full(self.lengths[document], 2, np.uint8)
-        found[:5 + document // GROUP % 5] = 1
+        result = np.full(self.lengths[document], 2, np.uint8)
+        result[:5 + document // GROUP % 5] = 1
         if document % 3 == 0:
-            found[10:11] = 1
-        return found[start:start + count]
+            result[10:11] = 1
+        return result[start:start + count]
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
         return (self.types(document, start, count) == 2).astype(np.float32)
@@ -79,18 +79,18 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     prepare, shares_of = trainer.objective.prepare, list[float]()
 
     def noted(batch: Any) -> Any:
-        found = prepare(batch)
-        before, after = (sum(len(m.labels) for m in b.micro_batches) for b in (batch, found))
+        result = prepare(batch)
+        before, after = (sum(len(m.labels) for m in b.micro_batches) for b in (batch, result))
         shares_of.append(after / before)
-        return found
+        return result
 
     setattr(trainer.objective, "prepare", noted)  # noqa: B010
     results = []
     for _ in range(STEPS):
-        found = train_step(trainer)
-        assert found is not None
-        results.append({"loss": found.loss, "grad_norm": found.grad_norm, "tokens": found.num_tokens,
-                        **found.meters, "load": trainer.expert_load.gather().flatten().tolist(),
+        result = train_step(trainer)
+        assert result is not None
+        results.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
+                        **result.meters, "load": trainer.expert_load.gather().flatten().tolist(),
                         KEPT: shares_of[-1]})
     trainer.close()
     world.leave_world()
@@ -98,8 +98,8 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
 
 
 def compare_attention() -> list[float]:
-    """Return for each window and block the largest difference of outputs and gradients from those of the row
-    in which each document has its own beginning."""
+    """Return, for each window and block, the largest difference of outputs and gradients from a row in which
+    each document has its own prompt."""
     from megatron.core.transformer import TransformerConfig
 
     world.join_world(ParallelConfig())
@@ -137,7 +137,7 @@ def both(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[flo
     return curve(True, run), curve(False, run), compare_attention()
 
 
-def test_prompts_that_are_shared_change_nothing_that_is_learned(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_shared_prompts_do_not_change_gradients(ranks: Any, job: Any, tmp_path: Path) -> None:
     ((shared, own, attended),), = ranks(job(__file__, "both", 1, {"run": str(tmp_path)}))
     assert [step.pop(KEPT) for step in own] == [1.0] * STEPS
     assert max(step.pop(KEPT) for step in shared) < 0.9
@@ -158,26 +158,26 @@ def test_sharing_removes_only_prompt_tokens() -> None:
     inputs = ModelInputs(tokens, positions, bounds, 6, torch.arange(20) >= 18, bounds.tolist())
     batch = MicroBatch(inputs, tokens.roll(-1), weights, torch.full((20,), 2, dtype=torch.uint8),
                        torch.zeros(20, dtype=torch.int64), {"advantage": weights * 3})
-    found = remove_repeated_prompts(batch)
-    shared = found.inputs.shared
-    assert shared is not None and found.inputs.host_bounds == [0, 6, 8, 10, 12, 14]
-    assert found.inputs.tokens.tolist() == [7, 8, 9, 1, 4, 4, 1, 5, 2, 4, 7, 8, 0, 0]
-    assert found.inputs.positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 3, 4, 0, 1, 0, 1]
-    assert found.inputs.tokens[shared.source].tolist() == tokens.tolist()
-    assert [stop - first for _, first, stop in shared.spans] == np.diff(found.inputs.host_bounds).tolist()
-    for (first, stop), (start, begins, end) in zip(pairwise(found.inputs.host_bounds), shared.spans,
+    result = remove_repeated_prompts(batch)
+    shared = result.inputs.shared
+    assert shared is not None and result.inputs.host_bounds == [0, 6, 8, 10, 12, 14]
+    assert result.inputs.tokens.tolist() == [7, 8, 9, 1, 4, 4, 1, 5, 2, 4, 7, 8, 0, 0]
+    assert result.inputs.positions.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 3, 4, 0, 1, 0, 1]
+    assert result.inputs.tokens[shared.source].tolist() == tokens.tolist()
+    assert [stop - first for _, first, stop in shared.spans] == np.diff(result.inputs.host_bounds).tolist()
+    for (first, stop), (start, begins, end) in zip(pairwise(result.inputs.host_bounds), shared.spans,
                                                    strict=True):
-        assert torch.equal(found.labels[first:stop], batch.labels[begins:end])
-        assert torch.equal(found.columns["advantage"][first:stop], batch.columns["advantage"][begins:end])
+        assert torch.equal(result.labels[first:stop], batch.labels[begins:end])
+        assert torch.equal(result.columns["advantage"][first:stop], batch.columns["advantage"][begins:end])
         assert not weights[start:begins].any()
-    assert remove_repeated_prompts(found) is found, "what is left is there once"
+    assert remove_repeated_prompts(result) is result, "what is left is there once"
 
 
 @pytest.mark.each("settings", [
     "policy.share_prompts=false", "parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "model.num_mtp_layers=1",
     "train.hidden_dropout=0.1", "policy.router_replay=true", "train.fp8=tensorwise",
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
-def test_where_it_would_change_something_each_has_its_own(settings: str) -> None:
+def test_prompts_are_not_shared_if_results_would_change(settings: str) -> None:
     alone = recipes.get("tiny-solar-open")
     assert not find_sharing_problem(alone) and not find_sharing_problem(apply_settings(alone,
                                                                                        ["parallel.ep=2"]))

@@ -1,5 +1,4 @@
-"""A layout is compared with one process: right ones are equal, faults on purpose are found and their place is
-named."""
+"""Layout proofs: correct layouts equal one process, and planted faults are detected and located."""
 
 import importlib
 import json
@@ -39,9 +38,9 @@ CUT_ROW = "parallel.cp=2", "train.global_batch_size=8", "train.micro_batch_size=
 def small(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
     """K-EXAONE's family with a prediction layer, on four processes."""
     documents = tmp_path_factory.mktemp("proof") / "documents"
-    found = build_miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
-    given.write_documents(documents, found.config)
-    return found
+    miniature = build_miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
+    given.write_documents(documents, miniature.config)
+    return miniature
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def halve(parts: Sequence[Any]) -> None:
         part.outputs[0].mul_(0.5)
 
 
-def test_an_unsummed_output_is_found_in_its_module(small: Miniature, whole: Any) -> None:
+def test_a_wrong_reduce_scatter_is_located_in_its_module(small: Miniature, whole: Any) -> None:
     verdict = faulty(small, whole, "reduce_scatter", "TENSOR", "_reduce_scatter_along_first_dim", halve)
 
     assert verdict.outcome == DIFFERS
@@ -76,7 +75,7 @@ def test_an_unsummed_output_is_found_in_its_module(small: Miniature, whole: Any)
     assert any("reduce_scatter over TENSOR_MODEL_PARALLEL_GROUP at mappings.py" in s for s in verdict.sites)
 
 
-def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, whole: Any) -> None:
+def test_missing_data_parallel_reduction_is_detected(small: Miniature, whole: Any) -> None:
     # groups of one process are one group, which has the name of the first
     verdict = faulty(small, whole, "allreduce", "GROUP", "start_grad_sync", halve)
 
@@ -86,16 +85,16 @@ def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, who
     assert any("start_grad_sync" in site for site in verdict.sites)
 
 
-def test_what_a_guard_refuses_in_the_layout_alone_differs(small: Miniature, whole: Any,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_rejected_only_in_the_layout_is_a_difference(small: Miniature, whole: Any,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_proof, "_run_step", lambda trainer: None)
 
     assert layout_proof.prove_miniature(small, reference=whole).places == ["step 1: a guard refuses it"]
 
 
 @pytest.mark.deep
-def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, whole: Any,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_reads_at_a_wrong_offset_are_detected(small: Miniature, whole: Any,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     read = TensorReader.read
     monkeypatch.setattr(TensorReader, "read", lambda self, key, offset, shape: read(
         self, key, (0,) * len(offset), shape))
@@ -107,8 +106,8 @@ def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, w
 
 
 @pytest.mark.deep
-def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_checkpoint_values_are_detected(small: Miniature, whole: Any,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     add = host_snapshot.TensorWriter.add
     monkeypatch.setattr(host_snapshot.TensorWriter, "add", lambda self, key, block, *place: add(
         self, key, block.flip(0) if "linear_qkv.weight" in key else block, *place))
@@ -130,14 +129,14 @@ def test_a_miniature_has_every_kind_of_attention(recipe: str, others: set[tuple[
         "parallel.pp=1", "parallel.vpp=1", "parallel.pipeline_layout=[]"])
     model = build_miniature(config, 64, Path("documents")).config.model
 
-    # behind layers without experts, where there are any
+    # after the dense layers, if there are any
     behind = model.num_dense_layers if model.num_experts else 0
     assert {*zip(model.layer_types()[behind:], model.windows()[behind:], strict=True)} == {
         *others, ("full_attention", 0)}
 
 
-def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its keys are those of the whole row, of a sliding layer's only ends of pieces are sent."""
+def test_a_fault_of_global_attention_layers_only_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Global layers exchange keys of the whole row; sliding layers only send the ends of chunks."""
     summed = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         context.select_local(row) if len(row) == ROW_TOKENS else summed(row)))
@@ -146,7 +145,7 @@ def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.Monkey
     assert verdict.outcome == DIFFERS
 
 
-def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_sliding_attention_layers_only_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     summed = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         summed(row) if len(row) == ROW_TOKENS else context.select_local(row)))
@@ -155,7 +154,7 @@ def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.Monke
         *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
 
 
-def test_a_standstill_is_a_refutation(small: Miniature, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadlock_refutes_a_layout(small: Miniature, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     real = dispatcher.all_to_all
@@ -186,8 +185,7 @@ def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: An
     assert not any(place.startswith("step 2") for place in verdict.places)
 
 
-def test_what_one_process_cannot_do_is_no_fault_of_a_layout(small: Miniature,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_the_reference_is_a_user_error(small: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(trainer: Any) -> None:
         raise ValueError("no rows")
 
@@ -197,7 +195,7 @@ def test_what_one_process_cannot_do_is_no_fault_of_a_layout(small: Miniature,
         layout_proof.run_reference(small)
 
 
-def test_an_element_that_two_hold_is_told_apart_from_numbers(small: Miniature) -> None:
+def test_duplicate_ownership_has_its_own_message(small: Miniature) -> None:
     held_twice = layout_proof.Verdict(DIFFERS, 4, 1e-15, ["step 1: weights/a: 0 of 8 elements are written by "
                                                      "nobody, 1 by several"])
 
@@ -206,9 +204,10 @@ def test_an_element_that_two_hold_is_told_apart_from_numbers(small: Miniature) -
 
 
 def test_json_has_no_infinity(small: Miniature) -> None:
-    found = layout_proof.proof_to_json(small, layout_proof.Verdict(STANDS, 4, float("inf"), ["rank 0 waits"]))
+    result = layout_proof.proof_to_json(small, layout_proof.Verdict(STANDS, 4, float("inf"),
+                                                                    ["rank 0 waits"]))
 
-    assert json.loads(json.dumps(found, allow_nan=False))["largest"] is None
+    assert json.loads(json.dumps(result, allow_nan=False))["largest"] is None
 
 
 DISTILL = "objective.name=distill"
@@ -251,8 +250,8 @@ SLOWER = [
 @pytest.mark.tier1_cases(3)
 @pytest.mark.parametrize(("recipe", "settings", "num_ranks", "terms"), [
     *BELOW_2_S, *(pytest.param(*row, marks=pytest.mark.deep) for row in SLOWER)])
-def test_losses_families_and_optimizers_are_equal(recipe: str, settings: tuple[str, ...], num_ranks: int,
-                                                  terms: set[str]) -> None:
+def test_objectives_families_and_optimizers_equal_one_process(recipe: str, settings: tuple[str, ...],
+                                                              num_ranks: int, terms: set[str]) -> None:
     """Processes of their own, and messages that are really sent, are shown by tests/layouts at others."""
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
                                                   "train.micro_batch_size=1"])
@@ -262,7 +261,7 @@ def test_losses_families_and_optimizers_are_equal(recipe: str, settings: tuple[s
     assert (verdict.outcome, verdict.places) == (EQUAL, [])
     assert verdict.largest < 1e-12 and verdict.compared["weights"] > 10 and verdict.messages > 50
     assert small.config.objective.name == config.objective.name
-    # a loss of which nothing is learned would be equal too
+    # a loss that is always zero would be equal too
     assert terms <= {name for name, value in verdict.losses.items() if value}
 
 
@@ -283,10 +282,10 @@ def own_values(values: dict[str, float], over: Any) -> dict[str, float]:
      "final_layernorm"),
     ("tiny-typhoon-s", ("parallel.tp=2", DISTILL, "distillation.top_k=4"), "engine.model.divergence",
      "_sum_over_group", lambda values: values, "final_layernorm")])
-def test_a_fault_of_every_built_in_loss_is_found(recipe: str, settings: tuple[str, ...], module: str, name:
-                                                 str, wrong: Any, place: str, monkeypatch:
-                                                 pytest.MonkeyPatch,) -> None:
-    """It begins in the gradient of what the last layer gives to the loss."""
+def test_a_fault_in_every_built_in_loss_is_detected(recipe: str, settings: tuple[str, ...], module: str, name:
+                                                    str, wrong: Any, place: str, monkeypatch:
+                                                    pytest.MonkeyPatch,) -> None:
+    """The difference begins in the gradient that the loss returns to the last layer."""
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
                                                   "train.micro_batch_size=1"])
     monkeypatch.setattr(importlib.import_module(f"megatron_sov.{module}"), name, wrong)
@@ -298,14 +297,14 @@ def test_a_fault_of_every_built_in_loss_is_found(recipe: str, settings: tuple[st
 
 @pytest.mark.parametrize(("recipe", "missing"), [
     ("tiny-hyperclova-omni-sft", "encoder of pictures"), ("tiny-hyperclova-omni", "encoder of sound")])
-def test_what_is_left_out_is_told(recipe: str, missing: str, tmp_path: Path) -> None:
+def test_uncovered_parts_are_listed(recipe: str, missing: str, tmp_path: Path) -> None:
     small = build_miniature(apply_settings(recipes.get(recipe), ()), 2, tmp_path / "documents")
 
     assert small.config.problems(2) == []
     assert any(missing in what for what in small.uncovered)
 
 
-def test_sigterm_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sigterm_removes_the_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def ended(small: Miniature) -> None:
         assert list(tmp_path.rglob("documents/*"))
         signal.raise_signal(signal.SIGTERM)
@@ -336,7 +335,7 @@ def test_the_first_stage_does_forward_and_backward_passes_in_turns(pp: int, vpp:
     assert vpp == 1 or micro_batches % pp == 0
 
 
-def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_steady_pipeline_phase_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three stages the first warms up with two micro-batches."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -359,7 +358,7 @@ def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.Mon
     ([12, 13, 13, 10], (2, 3, 3, 1)), ([2, 4], (1, 3)), ([5, 1], (3, 1)),
     ([6, *[5] * 6, 2], (2, *[1] * 7)), ([2, *[5] * 6, 6], (1, *[2] * 6, 3)),
     ([7, 5, 4, 2], (3, 2, 2, 1)), ([3, 3], (2, 2))])
-def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tuple[int, ...]) -> None:
+def test_a_miniature_keeps_uneven_stages(layers: list[int], played: tuple[int, ...]) -> None:
     """Else a layer's place in the model would be right that only knows of equal stages."""
     config = apply_settings(recipes.get("tiny-qwen3"), [
         f"model.num_layers={sum(layers)}", f"parallel.pp={len(layers)}",
@@ -380,8 +379,8 @@ def test_uneven_stages_have_each_kind_of_layers() -> None:
 
 
 @pytest.mark.parametrize("layers", [[2, 4], pytest.param([1, 2, 2, 1], marks=pytest.mark.deep)])
-def test_a_place_in_the_model_that_only_knows_of_equal_stages_is_found(
-        layers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_offsets_that_assume_equal_stages_are_detected(layers: list[int],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         f"model.num_layers={sum(layers)}", f"parallel.pp={len(layers)}",
         f"parallel.pipeline_layout={layers}"])
@@ -404,10 +403,8 @@ def of_first_bucket(sync: Callable[..., None]) -> Callable[..., None]:
     return synced
 
 
-def test_gradients_that_are_only_summed_in_a_buffer_s_first_bucket_are_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Under overlap the first stage sends its gradients, and those of its experts, in several buckets."""
+def test_a_missing_sum_after_the_first_bucket_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With overlap the first stage reduces its gradients, including those of experts, in several buckets."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
     for name in ("start_grad_sync", "finish_grad_sync"):
@@ -424,7 +421,7 @@ def test_gradients_that_are_only_summed_in_a_buffer_s_first_bucket_are_found(
 
 
 HARMLESS = {
-    # how long the run is and what it reads
+    # length of the run, and its data
     "train.tokens", "train.epochs", "train.steps", "data.heldout_tokens", "data.max_epochs",
     "data.skip_steps",
     # by how much a step changes weights, and where they begin; a product in more pieces; a kernel's cores
@@ -432,7 +429,7 @@ HARMLESS = {
     "gpu.exchange_sms", "guards.hang_timeout_s", "data.prefetch_steps"}
 
 
-def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
+def test_overridden_settings_are_listed_or_harmless() -> None:
     assert OVERRIDES.keys() - UNCOVERED.keys() == HARMLESS
 
 
@@ -445,7 +442,7 @@ def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
     (('data.phases=[{"name": "a", "lr": 1e-5}]',), "learning rates of phases"),
     (("train.fp8=tensorwise", "train.fp8_format=e4m3", "train.fp8_bf16_layers_at_start=1"), "fp8"),
     (('optim.groups=[{"pattern": "decoder.layers.3.*", "frozen": true}]',), "optim.groups")])
-def test_a_setting_that_is_not_played_is_told(settings: tuple[str, ...], told: str) -> None:
+def test_uncovered_settings_are_listed(settings: tuple[str, ...], told: str) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         "train.precision=bf16", "train.global_batch_size=8", "train.micro_batch_size=1", *settings])
     small = build_miniature(config, 1, Path("documents"))
@@ -464,49 +461,49 @@ def test_sound_runs_have_a_miniature() -> None:
     assert [group.pattern for group in small.optim.groups] == ["decoder.layers.[1-3].*"]
 
 
-def test_a_rule_that_the_miniature_alone_breaks_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_broken_only_by_the_miniature_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OVERRIDES, "train.average_last", 1)
 
     with pytest.raises(UserError, match=r"breaks a rule: .*average_last"):
         build_miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
 
 
-def test_a_pattern_of_a_tensor_that_the_miniature_lacks_is_told_as_such() -> None:
+def test_a_pattern_without_a_tensor_in_the_miniature_is_reported() -> None:
     config = apply_settings(recipes.get("tiny-k-exaone"), ['optim.groups=[{"pattern": "*.experts.15.*"}]'])
 
     with pytest.raises(UserError, match=r"rule: .*experts\.15.*matches no parameter"):
         layout_proof.prove_run(config, 1)
 
 
-def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
-    done = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
-                       "4", "--prove", "--json")
+def test_prove_prints_json_and_exits_with_0(run_command: Any) -> None:
+    result = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
+                         "4", "--prove", "--json")
 
-    found = json.loads(done.stdout)
-    assert done.returncode == 0, done.stderr
-    assert found["outcome"] == EQUAL and found["num_ranks"] == 4 and found["layout"]["pp"] == 2
-    assert any("Transformer Engine" in line for line in found["assumed"])
+    parsed = json.loads(result.stdout)
+    assert result.returncode == 0, result.stderr
+    assert parsed["outcome"] == EQUAL and parsed["num_ranks"] == 4 and parsed["layout"]["pp"] == 2
+    assert any("Transformer Engine" in line for line in parsed["assumed"])
 
 
-def test_the_command_names_what_differs_and_ends_with_3(capsys: pytest.CaptureFixture[str],
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prove_names_differences_and_exits_with_3(capsys: pytest.CaptureFixture[str],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("megatron_sov.train.objectives.objective"), "sum_dict",
                         own_values)
 
     assert cli.main(["plan", "tiny-qwen3", "--set", "parallel.pp=2", "--nproc", "4", "--prove"]) == 3
 
-    said = capsys.readouterr().out
-    assert "NOT equal to one process" in said and "  step 1: backward of decoder.final_layernorm" in said
+    output = capsys.readouterr().out
+    assert "NOT equal to one process" in output and "  step 1: backward of decoder.final_layernorm" in output
 
 
 def test_options_of_another_plan_are_refused(run_command: Any) -> None:
-    done = run_command("plan", "tiny-qwen3", "--prove", "--sweep", "--cluster", "h100")
+    result = run_command("plan", "tiny-qwen3", "--prove", "--sweep", "--cluster", "h100")
 
-    assert done.returncode == 2 and "--prove" in done.stderr and "--sweep" in done.stderr
+    assert result.returncode == 2 and "--prove" in result.stderr and "--sweep" in result.stderr
 
 
 @pytest.mark.deep
-def test_taps_that_are_gathered_behind_other_work_are_waited_for() -> None:
+def test_overlapped_gathers_of_convolution_weights_are_awaited() -> None:
     """No module that computes holds them or the norm of outputs of linear attention alone."""
     config = apply_settings(recipes.get("solar-open2-250b"), ["parallel.pp=1", "parallel.ep=2"])
     assert config.parallel.overlap_param_gather

@@ -1,4 +1,4 @@
-"""A folder admits a single living run; killed runs release the lock."""
+"""The lock of a run's folder: a single living run, and release after a kill."""
 
 import itertools
 import json
@@ -28,19 +28,19 @@ def write_record(run: Path, **changed: Any) -> None:
 
 
 def acquire_lock(run: Path) -> None:
-    held = RunLock(run)
-    held.acquire()
-    held.release()
+    run_lock = RunLock(run)
+    run_lock.acquire()
+    run_lock.release()
     assert not (run / LOCK).exists()
 
 
 def test_lock_error_names_living_holder(tmp_path: Path) -> None:
-    held = RunLock(tmp_path)
-    held.acquire()
+    run_lock = RunLock(tmp_path)
+    run_lock.acquire()
     with pytest.raises(UserError,
                        match=rf"held by a living run \(process {os.getpid()} on {socket.gethostname()}\)"):
         RunLock(tmp_path).acquire()
-    held.release()
+    run_lock.release()
     acquire_lock(tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_remote_holder_keeps_lock_while_heartbeats_arrive(
         RunLock(tmp_path).acquire()
     assert "waiting up to 60 s for its heartbeat" in capsys.readouterr().err
     life(lambda: None)
-    acquire_lock(tmp_path)  # whatever the clocks say: a whole lease has passed on this one
+    acquire_lock(tmp_path)  # independent of other clocks: a whole lease has passed on this one
 
 
 def test_lock_released_while_waiting_is_acquired(
@@ -142,14 +142,14 @@ def test_damaged_lock_is_free(tmp_path: Path, content: str) -> None:
 
 
 def test_holder_writes_heartbeats(tmp_path: Path) -> None:
-    held = RunLock(tmp_path, lease_s=0.2)
-    held.acquire()
+    run_lock = RunLock(tmp_path, lease_s=0.2)
+    run_lock.acquire()
     first = json.loads((tmp_path / LOCK).read_text())["beat"]
     deadline = time.monotonic() + 600
     while json.loads((tmp_path / LOCK).read_text())["beat"] == first:
         assert time.monotonic() < deadline, "it shows no life"
         time.sleep(0.02)
-    held.release()
+    run_lock.release()
 
 
 def test_holder_exits_after_takeover(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""A Hugging Face folder is served by transformers: its own greedy continuations, also of other families;
-and what only a checkpoint can be asked."""
+"""Serving a Hugging Face folder with transformers: its own greedy continuations, and requests that only a
+checkpoint supports."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, token_shards: Path) -> Path:
 
 
 def without_marks(text: str) -> str:
-    """Return a text without special tokens, of which a server shows those of chats alone."""
+    """Return a text without special tokens; a server shows only those of chats."""
     return re.sub(r"<\|\w+\|>", "", text)
 
 
@@ -71,8 +71,8 @@ def test_greedy_answers_are_those_of_generate(folder: Path, serving: Any) -> Non
     (["--set", "train.precision=fp12"], "--set train.precision=fp12: must be one of")])
 def test_a_layout_is_for_checkpoints(words: list[str], said: str, folder: Path, capsys: Any) -> None:
     assert main(["serve", str(folder), *words]) == 2
-    told = capsys.readouterr().err
-    assert said in told and ("convert from-hf" in told or "precision=fp12" in told)
+    errors = capsys.readouterr().err
+    assert said in errors and ("convert from-hf" in errors or "precision=fp12" in errors)
 
 
 def test_latent_attention_is_served_from_a_checkpoint(folder: Path, capsys: Any, one_rank: None) -> None:
@@ -88,6 +88,6 @@ def test_latent_attention_is_served_from_a_checkpoint(folder: Path, capsys: Any,
     small.save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["kv_lora_rank"] == 8
     assert main(["serve", str(folder), "--port", "0"]) == 2
-    told = capsys.readouterr().err
-    assert "kv_lora_rank = 8: latent attention has no cache" in told
-    assert "serve a checkpoint from `megatron-sov convert from-hf`" in told
+    errors = capsys.readouterr().err
+    assert "kv_lora_rank = 8: latent attention has no cache" in errors
+    assert "serve a checkpoint from `megatron-sov convert from-hf`" in errors

@@ -1,5 +1,5 @@
-"""The server in front of a scripted model: calls and thoughts, limits, clients that leave or do not take,
-keys, the end.  The model here writes what the user's message says, one token for each row."""
+"""The server with a scripted model that writes the user's message, one token a row: tool calls, thoughts,
+limits, slow and lost clients, access keys, shutdown."""
 
 import asyncio
 import contextlib
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Model:
-    """Writes the answer that stands in the prompt."""
+    """A model that writes the answer contained in the prompt."""
 
     encoder: RequestEncoder
     scheduler: BatchScheduler
@@ -88,7 +88,7 @@ class Model:
             places = {number: answer for number, answer in places.items() if answer}
 
     def answer(self, joining: NewSequence) -> list[int]:
-        """Return what is between the user's mark and the end of the turn, and that end."""
+        """Return the text between the user's mark and the end of the turn, and that end."""
         tokenizer = self.encoder._tokenizer
         said = tokenizer.decode(list(joining.prompt), skip_special_tokens=False)
         said = said.rpartition("<|user|>")[2].partition("<|endofturn|>")[0]
@@ -149,7 +149,7 @@ def streamed(found: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def test_thoughts_and_calls_are_told_apart_from_what_is_said(opened: Any) -> None:
+def test_thoughts_and_calls_are_separated_from_content(opened: Any) -> None:
     with opened() as server:
         def both(content: str, **more: Any) -> dict[str, Any]:
             whole = server.message(content, **more)
@@ -169,14 +169,14 @@ def test_thoughts_and_calls_are_told_apart_from_what_is_said(opened: Any) -> Non
         plain = both(several := "2 곰 안녕 สวัสดี 🐻‍❄️ é ﷽ 𝒳\n\t\ufffd? </b>")  # characters of several tokens
         assert (plain["content"], plain["ended"], "tool_calls" in plain) == (several, "stop", False)
         # the user's special tokens are text: the model here is one that repeats them as text
-        found = both("<think> 1+1 </think> 2")
-        assert (found["reasoning_content"], found["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
-        found = both(" 1+1 </think> 2", chat_template_kwargs={"thinks": True})
-        assert (found["reasoning_content"], found["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
-        found = both(f"I add. {ADD}", tools=TOOLS)
-        assert found["tool_calls"] == [{"type": "function",
-                                        "function": {"name": "add", "arguments": '{"a": 1}'}}]
-        assert (found["content"], found["ended"]) == ("I add.", "tool_calls")
+        result = both("<think> 1+1 </think> 2")
+        assert (result["reasoning_content"], result["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
+        result = both(" 1+1 </think> 2", chat_template_kwargs={"thinks": True})
+        assert (result["reasoning_content"], result["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
+        result = both(f"I add. {ADD}", tools=TOOLS)
+        assert result["tool_calls"] == [{"type": "function",
+                                         "function": {"name": "add", "arguments": '{"a": 1}'}}]
+        assert (result["content"], result["ended"]) == ("I add.", "tool_calls")
         assert both(ADD, tools=TOOLS)["content"] is None
         for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
             assert both(ADD, **more)["content"] == ADD
@@ -188,14 +188,14 @@ def test_thoughts_and_calls_are_told_apart_from_what_is_said(opened: Any) -> Non
         assert answer.json()["choices"][0]["message"]["content"] == "q"
 
 
-def test_what_ends_an_answer_frees_its_place(opened: Any) -> None:
+def test_a_finished_answer_frees_its_slot(opened: Any) -> None:
     with opened() as server:
-        found = server.message("to be or not to be", stop=["not", "<|endofturn|>"])
-        assert (found["message"]["content"], found["finish_reason"]) == ("to be or ", "stop")
+        result = server.message("to be or not to be", stop=["not", "<|endofturn|>"])
+        assert (result["message"]["content"], result["finish_reason"]) == ("to be or ", "stop")
         server.model.rows = threading.Semaphore(0)
         with server.http.stream("POST", "/chat/completions", json={
                 "messages": [{"role": "user", "content": "long " * 70}], "stream": True}) as gone:
-            next(gone.iter_bytes())  # what a stream begins with, before the first row
+            next(gone.iter_bytes())  # the start of a stream, before the first row
 
         def left() -> bool:
             server.model.rows.release()
@@ -221,11 +221,11 @@ def num_waiting(server: Open) -> int:
     return found
 
 
-def test_too_many_are_turned_away_and_those_who_wait_are_answered_in_order(opened: Any) -> None:
+def test_excess_requests_are_refused_and_waiting_ones_answered_in_order(opened: Any) -> None:
     with opened(max_waiting=3) as server, ThreadPoolExecutor(4) as pool:
         server.model.rows = threading.Semaphore(0)
         asked = []
-        for number in range(4):  # the model stands still behind the first one
+        for number in range(4):  # the model pauses after the first one
             asked.append(pool.submit(server.chat, f"{number}"))
             until(lambda n=number: bool(server.model.joined) and num_waiting(server) == n)
         refused = server.chat("4")
@@ -238,7 +238,7 @@ def test_too_many_are_turned_away_and_those_who_wait_are_answered_in_order(opene
         assert server.chat("6").status_code == 200
 
 
-def test_a_wish_to_stop_lets_what_is_asked_be_answered_and_nothing_more_in(opened: Any) -> None:
+def test_shutdown_finishes_running_requests_and_refuses_new_ones(opened: Any) -> None:
     with opened() as server, ThreadPoolExecutor(3) as pool:
         server.model.rows = threading.Semaphore(0)
         asked = [pool.submit(server.chat, "answer 0")]
@@ -256,8 +256,8 @@ def test_a_wish_to_stop_lets_what_is_asked_be_answered_and_nothing_more_in(opene
         assert streamed(said[1])[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_what_is_not_done_in_time_is_given_up_with_a_word(opened: Any,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_beyond_the_shutdown_limit_are_aborted_with_a_message(
+        opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.serve.scheduler.DRAIN_S", 0.0)
     with opened() as server, ThreadPoolExecutor(2) as pool:
         server.model.rows = threading.Semaphore(0)
@@ -283,7 +283,7 @@ def test_a_defect_costs_its_request_alone(opened: Any, monkeypatch: pytest.Monke
         assert server.message("b")["message"]["content"] == "b" and num_waiting(server) == 0
 
 
-def test_without_the_key_nothing_is_told(opened: Any) -> None:
+def test_requests_without_key_are_refused(opened: Any) -> None:
     with opened(api_key="sesame") as server:
         assert server.message("open")["message"]["content"] == "open"
         for sent in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "sesame"},
@@ -298,7 +298,7 @@ def test_without_the_key_nothing_is_told(opened: Any) -> None:
 
 
 def talk(server: Open, said: bytes) -> bytes:
-    """Say something over a bare connection, and return what comes until the server hangs up."""
+    """Send bytes over a plain connection, and return the reply until the server closes it."""
     host, port = server.url.removesuffix("/v1").removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=600) as connection:
         connection.sendall(said)
@@ -308,7 +308,7 @@ def talk(server: Open, said: bytes) -> bytes:
         return heard
 
 
-def test_clients_that_dawdle_are_left(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_clients_are_disconnected(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BODY_S", "LINGERS_S"):
         monkeypatch.setattr(http_server, name, 0.2)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -319,7 +319,7 @@ def test_clients_that_dawdle_are_left(opened: Any, monkeypatch: pytest.MonkeyPat
                                 f"{'x' * 100}".encode())
 
 
-def test_a_stream_that_nobody_takes_is_ended(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unread_stream_is_ended(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "TAKES_S", 0.2)
 
     async def never(*args: Any) -> None:
@@ -347,8 +347,8 @@ def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
     b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
     b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
     b"GET / HTTP/1.1\r\nA: " + b"x" * 20_000 + b"\r\n\r\n"])
-def test_what_is_no_http_is_refused_and_leaves_no_traceback(opened: Any, sent: bytes,
-                                                            logged: list[logging.LogRecord]) -> None:
+def test_invalid_http_is_refused_without_traceback(opened: Any, sent: bytes,
+                                                   logged: list[logging.LogRecord]) -> None:
     with opened() as server:
         address = httpx.URL(server.url)
         with socket.create_connection((address.host, address.port), timeout=600) as client:
@@ -358,10 +358,10 @@ def test_what_is_no_http_is_refused_and_leaves_no_traceback(opened: Any, sent: b
     assert not logged
 
 
-def test_clients_are_told_no_folders_of_the_server(opened: Any, folder: Path) -> None:
+def test_responses_contain_no_server_paths(opened: Any, folder: Path) -> None:
     with opened(vocab=5) as server:
-        found = server.http.post("/completions", json={"prompt": "a"})
-        assert found.status_code == 400 and "with token id" in found.text and str(folder) not in found.text
+        result = server.http.post("/completions", json={"prompt": "a"})
+        assert result.status_code == 400 and "with token id" in result.text and str(folder) not in result.text
 
 
 @pytest.mark.each(("files", "ends"), [

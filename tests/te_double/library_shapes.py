@@ -81,8 +81,8 @@ class Sources:
             parts = home.split(".")
             parts = parts[:len(parts) - node.level + package.is_file()]
             origin = ".".join([*parts, *([node.module] if node.module else [])])
-        found = self.find(f"{origin}.{name}", seen)
-        return (home, node) if found is None and self.module(origin) is None else found
+        result = self.find(f"{origin}.{name}", seen)
+        return (home, node) if result is None and self.module(origin) is None else result
 
     def methods(self, home: str, cls: ast.ClassDef,
                 below: tuple[ast.AST, ...] = ()) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -93,16 +93,16 @@ class Sources:
             if isinstance(node, ast.FunctionDef) and "overload" not in map(ast.unparse, node.decorator_list):
                 yield node.name, node
         for base in cls.bases:
-            found = self.find(f"{home}.{ast.unparse(base)}")
-            if found and isinstance(found[1], ast.ClassDef) and found[1] not in below:
-                yield from self.methods(found[0], found[1], below)
+            result = self.find(f"{home}.{ast.unparse(base)}")
+            if result and isinstance(result[1], ast.ClassDef) and result[1] not in below:
+                yield from self.methods(result[0], result[1], below)
 
     def fields(self, path: str, below: tuple[ast.AST, ...] = ()) -> dict[str, str]:
         """Return a dataclass's fields with defaults, bases first; `below` are classes that inherit from
         it."""
-        found = self.find(path)
-        assert found, path
-        home, cls = found
+        result = self.find(path)
+        assert result, path
+        home, cls = result
         assert isinstance(cls, ast.ClassDef), path
         below = (*below, cls)
         fields: dict[str, str] = {}
@@ -186,16 +186,16 @@ def described(sources: Sources, path: str, *, private: bool = False) -> Any:
         None (missing), "module", "value", "extension" (compiled), a function's signature, or a class's
         methods with signatures.
     """
-    found = sources.find(path)
-    if found is None:
+    result = sources.find(path)
+    if result is None:
         return None
-    home, node = found
+    home, node = result
     if isinstance(node, ast.FunctionDef):
         return signature(node, bound=False)
     if not isinstance(node, ast.ClassDef):
         return {ast.Module: "module", ast.ImportFrom: "extension"}.get(type(node), "value")
     name = path.rpartition(".")[2]
-    if sources.find(path.rpartition(".")[0]) == found:  # a member of a class, which has its own entry
+    if sources.find(path.rpartition(".")[0]) == result:  # a member of a class, which has its own entry
         return "value" if name in {*dict(sources.methods(home, node)), *_members(node)} else None
     methods: dict[str, str] = {}
     if any("dataclass" in ast.unparse(d) for d in node.decorator_list) or any(
@@ -229,7 +229,7 @@ def _parts(text: str) -> list[str]:
         try:
             ast.parse(parts[-1].partition("=")[2] or "0" if parts else "0", mode="eval")
             parts.append(piece)
-        except SyntaxError:  # the comma stands in a default, such as (1, 2)
+        except SyntaxError:  # the comma is inside a default, such as (1, 2)
             parts[-1] += f", {piece}"
     return parts
 
@@ -266,12 +266,12 @@ def deprecation(sources: Sources, path: str) -> str:
     The mark may be a decorator, the docstring, or a warning in the unconditional statements of the function
     (of a class: of `__init__`).
     """
-    found = sources.find(path)
-    if found is None or not isinstance(found[1], (ast.ClassDef, ast.FunctionDef)):
+    result = sources.find(path)
+    if result is None or not isinstance(result[1], (ast.ClassDef, ast.FunctionDef)):
         return ""
-    node = found[1]
+    node = result[1]
     functions = [node] if isinstance(node, ast.FunctionDef) else [
-        method for name, method in sources.methods(found[0], node) if name == "__init__"]
+        method for name, method in sources.methods(result[0], node) if name == "__init__"]
     marks = [ast.unparse(decorator) for decorator in node.decorator_list]
     marks.append(ast.get_docstring(node) or "")
     for function in functions:

@@ -34,14 +34,14 @@ def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[l
     calls: set[tuple[Any, ...]] = set()
     for name, shape in contract["transformer_engine"]["symbols"].items():
         home, _, last = name.rpartition(".")
-        found = getattr(sys.modules.get(home), last, None)
-        if isinstance(shape, dict) and isinstance(found, type):
+        result = getattr(sys.modules.get(home), last, None)
+        if isinstance(shape, dict) and isinstance(result, type):
             for method in shape:
-                function = inspect.getattr_static(found, method, None)
+                function = inspect.getattr_static(result, method, None)
                 if inspect.isfunction(function) and function.__module__.startswith("transformer_engine"):
-                    setattr(found, method, _recorder(function, (name, method), calls, bound=True))
-        elif inspect.isfunction(found):
-            _replace_everywhere(found, _recorder(found, (name, None), calls, bound=False))
+                    setattr(result, method, _recorder(function, (name, method), calls, bound=True))
+        elif inspect.isfunction(result):
+            _replace_everywhere(result, _recorder(result, (name, None), calls, bound=False))
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
     train_step(trainer)
     world.leave_world()

@@ -46,12 +46,12 @@ backward, layers, micro-batches."""
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(
-        te_ranks: Any, job: Any, packed_data: Any) -> None:
-    found = te_ranks(*(job(RUN, "both", nproc, {
+def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(te_ranks: Any, job: Any,
+                                                                         packed_data: Any) -> None:
+    result = te_ranks(*(job(RUN, "both", nproc, {
         "recipe": recipe, "settings": ["train.precision=bf16", *settings], "path": str(packed_data.text),
         **more}) for recipe, nproc, settings, more, _ in CASES.values()))
-    for (name, (*_, replays)), per_rank in zip(CASES.items(), found, strict=True):
+    for (name, (*_, replays)), per_rank in zip(CASES.items(), result, strict=True):
         assert [step["replays"] for step in per_rank[0][1]["steps"]] == replays, name
         for plain, with_graphs in per_rank:
             assert plain["padding"] > 0, f"{name}: no row had padding"
@@ -60,7 +60,7 @@ def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(
             assert with_graphs == plain, name
 
 
-def test_what_is_overridden_is_the_librarys() -> None:
+def test_overridden_methods_exist_in_the_library() -> None:
     """A method with another name would never be called, and the padding mask would be dropped silently."""
     ours = {name for name, value in vars(graphs.build_graphed_layer(BlockOutputLayer)).items()
             if callable(value)}
@@ -79,14 +79,14 @@ def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.
         def _should_call_te_cudagraph(self) -> bool:
             return True
 
-    found = graphs.RouterGraphs(SimpleNamespace(
+    router_graphs = graphs.RouterGraphs(SimpleNamespace(
         config=SimpleNamespace(routing_step=step, cuda_graph_impl="transformer_engine")), [], None)
     monkeypatch.setattr(graphs.parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
-    monkeypatch.setattr(found, "_capture", lambda *sizes: captures.append(sizes))
+    monkeypatch.setattr(router_graphs, "_capture", lambda *sizes: captures.append(sizes))
     layer = graphs.build_graphed_layer(Layer)()
     served = []
     for count, whole in ((4, True), (1, False), (4, True), (8, True)):
-        found.prepare(64, 32, count, whole=whole)
+        router_graphs.prepare(64, 32, count, whole=whole)
         served.append(layer._should_call_te_cudagraph())
     assert (captures, served) == ([(64, 4), (64, 8)], [True, False, True, True])
     for name in ("table", "shared", "record"):

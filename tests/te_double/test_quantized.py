@@ -31,10 +31,10 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
     cases = {("tiny-k-exaone", "blockwise"): (DENSE_LAYER, 2 * MOE_LAYER + PREDICTION_LAYER, MOE_LAYER),
              ("tiny-k-exaone", "nvfp4"): (DENSE_LAYER + PREDICTION_LAYER, 2 * MOE_LAYER, MOE_LAYER)}
     settings = ["train.fp8_bf16_layers_at_start=1", "train.fp8_bf16_layers_at_end=1"]
-    found = te_ranks(*(job(RUN, "losses", 1, {"recipe": recipe, "settings": [*settings, f"train.fp8={fp8}"],
-                                              "path": str(packed_data.text), "steps": 1})
-                       for recipe, fp8 in cases))
-    for ((_, fp8), (at_start, quantised, at_end)), (rank,) in zip(cases.items(), found, strict=True):
+    result = te_ranks(*(job(RUN, "losses", 1, {"recipe": recipe, "settings": [*settings, f"train.fp8={fp8}"],
+                                               "path": str(packed_data.text), "steps": 1})
+                        for recipe, fp8 in cases))
+    for ((_, fp8), (at_start, quantised, at_end)), (rank,) in zip(cases.items(), result, strict=True):
         expected = {of(kind, name): MICRO_BATCHES * count for kind in ("fprop", "dgrad", "wgrad")
                     for name, count in ((fp8, quantised), ("", at_start + at_end))}
         assert rank["products"] == expected
@@ -45,10 +45,10 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
                          ids=["mxfp8", "all"])
 def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any, kinds: tuple[str, ...]) -> None:
     """Losses stay close to bf16."""
-    found = te_ranks(*(job(RUN, "losses", 1, {
+    result = te_ranks(*(job(RUN, "losses", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text), "steps": 2,
         "settings": [f"train.fp8={fp8}", "model.num_layers=2"]}) for fp8 in ("none", *kinds)))
-    bf16, *others = (rank["losses"] for (rank,) in found)
+    bf16, *others = (rank["losses"] for (rank,) in result)
     for fp8, losses in zip(kinds, others, strict=True):
         apart = [abs(a / b - 1) for a, b in zip(losses, bf16, strict=True)]
         assert 0 < max(apart) < (0.02 if fp8 == "nvfp4" else 0.01), (fp8, apart)
@@ -71,7 +71,7 @@ def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: A
 
 
 @pytest.mark.distributed
-def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
+def test_weights_are_quantized_again_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
     """Transformer Engine reuses quantized weights until the library reports an update."""
     ((found,),) = te_ranks(job(RUN, "quantises_weights", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text),
@@ -87,8 +87,8 @@ def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed
         ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"]),
         ("tiny-qwen3-moe", ["parallel.expert_dispatcher=allgather"])], marks=pytest.mark.deep)],
     ids=["8 bits", "offloaded, gathered experts"])
-def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
-                                                 cases: list[tuple[str, list[str]]]) -> None:
+def test_host_tensors_in_gpu_operations_are_refused(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                                    cases: list[tuple[str, list[str]]]) -> None:
     """Host tensors, and tensors read from numpy, are refused in GPU kernels and torch operations."""
     quick = ["model.num_layers=2", "train.global_batch_size=1", "data.heldout_tokens=128"]
     arguments = {"cases": [(recipe, [*quick, *more]) for recipe, more in cases],

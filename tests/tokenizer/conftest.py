@@ -1,5 +1,5 @@
-"""Small tokenizers made merge by merge, with planted defects; vocabularies learned in memory,
-the textbook's loop, and a toy."""
+"""Small tokenizers built merge by merge, with planted defects; vocabularies trained in memory; the textbook
+algorithm."""
 
 import json
 from collections import Counter
@@ -79,10 +79,10 @@ Pair = tuple[bytes, bytes]
 
 def table_of(words: Counter[bytes]) -> WordTable:
     """Return a table of words, the most frequent first."""
-    found = sorted(words.items(), key=lambda e: -e[1])
-    return WordTable(np.frombuffer(b"".join(w for w, _ in found), np.uint8),
-                     np.array([len(w) for w, _ in found], np.int64),
-                     np.array([n for _, n in found], np.int64), 1, 0, 0.0)
+    result = sorted(words.items(), key=lambda e: -e[1])
+    return WordTable(np.frombuffer(b"".join(w for w, _ in result), np.uint8),
+                     np.array([len(w) for w, _ in result], np.int64),
+                     np.array([n for _, n in result], np.int64), 1, 0, 0.0)
 
 
 @pytest.fixture(scope="session")
@@ -124,11 +124,9 @@ def tokenizer_of(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
 
 
 class BruteForce:
-    """BPE as the textbook has it: count all pairs, merge the best, again.
-
-    The best is the most frequent; of equal ones that of the lower left id, then of the lower right one.  Ids
-    follow the characters by which `tokenizers` spells bytes, then the order of the merges.
-    """
+    """Textbook BPE: count all pairs, merge the best, repeat. The best pair is the most frequent; ties go to
+    the lower left id, then the lower right id. Ids follow the byte characters of `tokenizers`, then the order
+    of merges."""
 
     def __init__(self, alphabet: list[bytes], max_token_bytes: int) -> None:
         self.ids = {b: i for i, b in enumerate(alphabet)}
@@ -201,7 +199,8 @@ def brute_force() -> Callable[..., list[Pair]]:
 
 
 class Toy(LoadedTokenizer):
-    """Takes the longest token at every place; special tokens stand behind all others and stay text."""
+    """A tokenizer that takes the longest token at every position; special tokens come last and are never
+    encoded from text."""
 
     library = "toy"
 

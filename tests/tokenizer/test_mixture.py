@@ -1,4 +1,4 @@
-"""Inputs, groups and weights: how much of each text a tokenizer sees."""
+"""Inputs, groups and weights: how much of each text a tokenizer is trained on."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_input_arguments(tmp_path: Path) -> None:
             parse_input(bad)
 
 
-def test_inputs_of_one_name_are_one_group_whatever_their_order() -> None:
+def test_inputs_with_equal_names_form_one_group_in_any_order() -> None:
     groups = gather_groups(["ko=b:3", "en=a:1", "ko=c"], None)
     assert groups == [SourceGroup("en", (Path("a"),), 1), SourceGroup("ko", (Path("b"), Path("c")), 3)]
     assert [g.name for g in gather_groups(["ko=c", "ko=b:3", "en=a:1"], None)] == ["en", "ko"]
@@ -63,7 +63,7 @@ def test_published_mixtures() -> None:
     assert MIXTURES["solar-open"] == {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4}
 
 
-def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
+def test_weighted_groups_share_bytes_and_others_are_unchanged() -> None:
     groups = [SourceGroup("a", (), 3), SourceGroup("b", (), 1), SourceGroup("c", ())]
     found = [sizes_of({0: n}) for n in (100, 300, 50)]
     factors = compute_repeats(groups, found)
@@ -73,25 +73,25 @@ def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
 @given(st.dictionaries(st.integers(0, NUM_BUCKETS - 1), st.integers(1, 20_000), min_size=1, max_size=50),
        st.floats(0.001, 5))
 def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], factor: float) -> None:
-    found = sizes_of(buckets)
-    share = choose_share(found, factor)
-    assert sum(share.count_passes(b) * n for b, n in buckets.items()) == count_share_bytes(found, share) > 0
-    assert abs(count_share_bytes(found, share) - factor * found.num_bytes) <= max(buckets.values())
+    result = sizes_of(buckets)
+    share = choose_share(result, factor)
+    assert sum(share.count_passes(b) * n for b, n in buckets.items()) == count_share_bytes(result, share) > 0
+    assert abs(count_share_bytes(result, share) - factor * result.num_bytes) <= max(buckets.values())
 
 
 def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
-    found = sizes_of(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
-    assert [choose_share(found, f) for f in (0.25, 0.5, 1, 2.5)] == [GroupShare(0, 16321),
-                                                                     GroupShare(0, 32705),
+    result = sizes_of(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
+    assert [choose_share(result, f) for f in (0.25, 0.5, 1, 2.5)] == [GroupShare(0, 16321),
+                                                                      GroupShare(0, 32705),
                                                                  GroupShare(1, 0), GroupShare(2, 32705)]
 
 
 def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
     text = "".join(f"paragraph {i} with words\n\n" for i in range(4000))
-    found = list(iter_pieces(Document("x", text)))
-    assert ("".join(p.text for p in found) == text and all(len(p.raw) <= PIECE_BYTES for p in found))
-    assert all(p.text.endswith("\n\n") for p in found)
-    buckets = [p.bucket for p in found]
+    result = list(iter_pieces(Document("x", text)))
+    assert ("".join(p.text for p in result) == text and all(len(p.raw) <= PIECE_BYTES for p in result))
+    assert all(p.text.endswith("\n\n") for p in result)
+    buckets = [p.bucket for p in result]
     assert 0 < min(buckets) < NUM_BUCKETS // 4 and NUM_BUCKETS * 3 // 4 < max(buckets) < NUM_BUCKETS
     assert [p.bucket for p in iter_pieces(Document("elsewhere", text))] == buckets
     chat = Document("x", messages=(Message("user", "가"), Message("assistant", "b")))
@@ -116,7 +116,7 @@ def test_every_file_belongs_to_a_unit_of_its_group(corpus: Path) -> None:
     assert [u.group for u in plan_count_units([SourceGroup("a", (corpus,))], 1 << 20)] == [0]
 
 
-def test_a_key_stands_for_file_and_settings(corpus: Path) -> None:
+def test_cache_key_covers_file_and_settings(corpus: Path) -> None:
     [unit] = plan_count_units([SourceGroup("a", (corpus / "0.jsonl",))], 1)
     key = unit.build_key({"pattern": "a"})
     assert unit.build_key({"pattern": "a"}) == key != unit.build_key({"pattern": "b"})
@@ -133,9 +133,9 @@ def test_a_look_through_finds_the_sizes_once(corpus: Path, tmp_path: Path) -> No
 
     def look(units: list[CountUnit]) -> list[int]:
         told: list[int] = []
-        found = measure_groups(groups, units, tmp_path / "work", 1, told.append)
+        result = measure_groups(groups, units, tmp_path / "work", 1, told.append)
         assert sum(told) == sum(f.stat().st_size for f in [*corpus.iterdir(), corpus / "0.jsonl"])
-        return [n for s in found for n in (s.num_documents, s.num_bytes, int(s.bucket_bytes.sum()))]
+        return [n for s in result for n in (s.num_documents, s.num_bytes, int(s.bucket_bytes.sum()))]
 
     first = look(plan_count_units(groups, 1))
     assert first == [6, 42, 42, 2, 14, 14]

@@ -1,6 +1,4 @@
-"""What a run tells about itself, event by event; on other processes than the first nothing is written and
-all may be called.
-"""
+"""Events that a run writes. Ranks other than 0 write nothing, and every method may be called on all ranks."""
 
 import dataclasses
 from pathlib import Path
@@ -28,18 +26,19 @@ from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, find_p
 
 def test_figures_of_a_step() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.peak_tflops=2.0"])
-    found = Efficiency(config, num_ranks=4).compute_figures(num_tokens=8000, seq_len=128, seconds=0.5)
+    result = Efficiency(config, num_ranks=4).compute_figures(num_tokens=8000, seq_len=128, seconds=0.5)
     tflops = 4000 * compute_train_flops_per_token(config.model, 128) / 1e12
-    assert found["tokens_per_s_per_process"] == 4000 and found["tflops_per_process"] == pytest.approx(tflops)
-    assert found["mfu"] == pytest.approx(tflops / 2)
-    assert 1e7 < found["peak_memory_bytes"] < 1e11 and "reserved_memory_bytes" not in found
+    assert result["tokens_per_s_per_process"] == 4000
+    assert result["tflops_per_process"] == pytest.approx(tflops)
+    assert result["mfu"] == pytest.approx(tflops / 2)
+    assert 1e7 < result["peak_memory_bytes"] < 1e11 and "reserved_memory_bytes" not in result
 
 
 @pytest.mark.each(("name", "bf16"), [
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4),
     ("NVIDIA H200 NVL", 835.5), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250),
     ("NVIDIA GB200", 2500), ("NVIDIA T4", None)])
-def test_known_peaks(name: str, bf16: float | None) -> None:
+def test_peak_flops_of_known_chips(name: str, bf16: float | None) -> None:
     assert find_peak_tflops(name) == bf16
 
 NUM_STEPS = 7
@@ -96,7 +95,7 @@ def test_a_start_names_the_checkpoint_that_it_starts_from(tmp_path: Path) -> Non
                                             "manifest_sha256": manifest_sha256(tmp_path / "start")}]
 
 
-def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_call_writes_its_own_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell_all(recorder(tmp_path, "data.max_epochs=4", "data.skip_steps=[[2,2]]"))
     events = told(tmp_path)
     assert [(e["event"], e.get("step")) for e in events] == [
@@ -120,12 +119,12 @@ def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.Captur
     assert next(e["reason"] for e in events if e["event"] == "stop") == "another process was asked to stop"
     assert next((e["over_long"], e["over_long_are"]) for e in events if e["event"] == "data_consumed") == (
         {"chat": 3}, "cut")
-    said = capsys.readouterr().err
-    assert f"warning: {warning['text']}\n" in said and "source web: 9.0 epochs" in said
-    assert "warning: step 3: rejected: the loss is nan (not finite on rank 1)\n" in said
+    errors = capsys.readouterr().err
+    assert f"warning: {warning['text']}\n" in errors and "source web: 9.0 epochs" in errors
+    assert "warning: step 3: rejected: the loss is nan (not finite on rank 1)\n" in errors
 
 
-def test_other_processes_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_print_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell_all(recorder(tmp_path, "data.max_epochs=4", place=OTHER))
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 

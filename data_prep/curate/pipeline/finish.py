@@ -13,7 +13,7 @@ from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
 from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
 from data_prep.curate.pipeline.tasks import get_pass_marks_folder
-from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.damaged_files import explain_deletion, read_run_json
 from megatron_sov.base.artifacts import (
     ArtifactWriter, FileRecord, create_folder, find_file_damage, read_manifest, translate_disk_errors,
     write_atomically)
@@ -33,11 +33,8 @@ MAX_CLOCK_DIFFERENCE_S = 60.0
 
 
 def finish_run(plan: PipelinePlan, output: Path) -> str:
-    """Publish the corpus after all tasks; returns lines for the terminal.
-
-    Raises:
-        UserError: all documents were dropped, or writing fails.
-    """
+    """Publish the corpus after all tasks; returns lines for the terminal. Raises `UserError`: all documents
+    were dropped, or writing fails."""
     with translate_disk_errors(output):
         # The order matters for a killed run: the manifest comes last, and alone marks the corpus as complete.
         num_shards = _publish_text(plan, output)
@@ -53,7 +50,7 @@ def finish_run(plan: PipelinePlan, output: Path) -> str:
                             f"change the steps that dropped most, or the files listed in "
                             f"{output / QUARANTINE}, and run the command again")
         _write_manifest(plan, output, summary)
-    return describe_output(summary, output)
+    return describe_output(summary, account, output)
 
 
 def is_complete(plan: PipelinePlan, output: Path) -> bool:
@@ -78,18 +75,17 @@ def _is_unchanged(file: Path, record: FileRecord, created_s: float) -> bool:
     return stat.st_ctime < created_s - MAX_CLOCK_DIFFERENCE_S or find_file_damage(file, record) is None
 
 
-def describe_output(summary: dict[str, Any], output: Path) -> str:
+def describe_output(summary: dict[str, Any], account: RecordAccount, output: Path) -> str:
     """Return lines with the output's folders and document counts.
 
     Args:
         summary: content of summary.json.
+        account: result of `account_documents`.
         output: the run's folder.
     """
     names = [entry["name"] for entry in summary["output"]]
     more = f" and {len(names) - MAX_PRINTED_NAMES:,} more" if len(names) > MAX_PRINTED_NAMES else ""
-    account = account_documents(summary)
-    lines = [f"{output}: complete",
-             f"  {account.num_written:,} documents in {output / TEXT}: "
+    lines = [f"{output}: complete", f"  {account.num_written:,} documents in {output / TEXT}: "
              f"{', '.join(names[:MAX_PRINTED_NAMES])}{more}", f"  {account.describe()}"]
     if any(source["quarantine"] for source in summary["sources"]):
         lines.append(f"  quarantine: {output / QUARANTINE}")
@@ -174,10 +170,9 @@ def build_summary(plan: PipelinePlan, output: Path) -> dict[str, Any]:
 def _sum_pass_times(marks_folder: Path) -> Iterator[dict[str, Any]]:
     for folder in sorted(marks_folder.glob("*")):
         marks = sorted(mark for mark in folder.iterdir() if not mark.name.startswith("."))
-        times = [read_sealed_json(mark, explain_deletion(mark), get_place_in_run(mark)) for mark in marks]
+        times = [read_run_json(mark) for mark in marks]
         yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
-               "cpu_s": sum(time["cpu_s"] for time in times),
-               "wall_s": sum(time["wall_s"] for time in times)}
+               "cpu_s": sum(time["cpu_s"] for time in times), "wall_s": sum(time["wall_s"] for time in times)}
 
 
 def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> dict[str, Any]:

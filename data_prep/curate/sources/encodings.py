@@ -60,8 +60,7 @@ def open_unpacked(file: Path) -> Iterator[IO[bytes]]:
             raise BadRecord("truncated", f"is cut off or damaged ({e}); fetch the file again") from None
 
 
-def iter_limited_blocks(stream: IO[bytes], packed_bytes: int,
-                        max_bytes: float = math.inf) -> Iterator[bytes]:
+def iter_limited_blocks(stream: IO[bytes], packed_bytes: int, max_bytes: float = math.inf) -> Iterator[bytes]:
     """Yield blocks of unpacked bytes; raises `BadRecord` (see `check_unpacked_size`).
 
     Args:

@@ -12,7 +12,7 @@ from typing import IO, Any, ClassVar
 
 from data_prep.curate.sources.encodings import (
     COMPRESSED, Encoding, EncodingLimits, LimitBytes, decode_text, iter_limited_blocks, open_unpacked)
-from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, drop_empty
+from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, check_text, drop_empty
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
@@ -35,17 +35,7 @@ def build_document(record: Mapping[str, Any], place: str, job: ReadingJob) -> Ra
         problem = "no field" if job.text_field not in record else f"a {type(text).__name__} in field"
         raise BadRecord("fields", f"has {problem} {job.text_field!r} (fields: {fields}); name the one that "
                                   "holds text in text_field")
-    try:
-        # For the size, and to find lone surrogates.
-        size_bytes = len(text.encode())
-    except UnicodeEncodeError:
-        raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
-                                "character; remove it") from None
-    if size_bytes > job.options.document_bytes:
-        raise BadRecord("too_long", f"holds more than document_bytes = {job.options.document_bytes:,} bytes "
-                                    "of text; cut it, or raise the limit")
-    if not text.strip():
-        raise BadRecord(EMPTY, "holds no text")
+    check_text(text, job.options.document_bytes)
     fields_besides_text = {name: value for name, value in record.items() if name != job.text_field}
     return RawDocument(text, place, build_columns(fields_besides_text))
 
@@ -58,9 +48,9 @@ def build_columns(fields: Mapping[str, Any]) -> dict[str, Any]:
         plain = _to_plain_value(value)
         # The first field for a column counts; a second field keeps its name.
         if column is not None and column not in columns and isinstance(plain, (str, int, float)):
-            columns[column] = _clean_text(str(plain))
+            columns[column] = str(plain)[:MAX_FIELD_CHARS]
         elif _is_short(plain) and not _is_deep(plain, MAX_FIELD_DEPTH):
-            columns[_clean_text(name)] = _clean_text(plain) if isinstance(plain, str) else plain
+            columns[name[:MAX_FIELD_CHARS]] = plain
     return drop_empty(columns)
 
 
@@ -83,10 +73,6 @@ def _is_deep(value: Any, max_depth: int) -> bool:
         return False
     inner = value.values() if isinstance(value, dict) else value
     return any(max_depth == 0 or _is_deep(item, max_depth - 1) for item in inner)
-
-
-def _clean_text(value: str) -> str:
-    return value.encode("utf-8", "replace").decode()[:MAX_FIELD_CHARS]
 
 
 TEXT_SUFFIXES = frozenset([".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log",

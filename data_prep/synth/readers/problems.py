@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents import list_files
-from megatron_sov.base.documents.files import JSONL_SUFFIXES
+from megatron_sov.base.documents.files import JSONL_SUFFIXES, get_ending
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 
@@ -55,7 +55,7 @@ def list_line_files(inputs: Sequence[Path]) -> Iterator[Path]:
     for path in inputs:
         files = [path]
         if path.is_dir():
-            files = [file for file in list_files(path) if file.suffix.lower() in JSONL_SUFFIXES]
+            files = [file for file in list_files(path) if get_ending(file.name) in JSONL_SUFFIXES]
         if not files:
             raise UserError(f"{path}: holds no file of JSON lines (.jsonl); name one, or its folder")
         yield from files

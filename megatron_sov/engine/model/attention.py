@@ -452,8 +452,7 @@ class DocumentAttention(MegatronModule):
             for queries, (keys, values, first), documents in pieces:
                 outputs += attend_document_list(
                     list(_split_by_document(queries, keys, values, documents,
-                                            find_first_keys(documents, window),
-                                            first)),
+                                            find_first_keys(documents, window), first)),
                     self.softmax_scale, self.window_tokens)
         return torch.cat(outputs).reshape(len(query), -1)
 

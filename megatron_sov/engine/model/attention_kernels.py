@@ -89,8 +89,7 @@ def find_kernel_problem(model: ModelConfig, tp: int, attention: str) -> str:
     variables = tuple(os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values())
     for window in sorted(windows):
         flash_serves, reason = _query_backends(model.num_heads // tp, max(1, groups // tp),
-                                               get_head_sizes(model), window,
-                                               variables)
+                                               get_head_sizes(model), window, variables)
         if reason and not (flash_serves and attention == "auto"):
             return reason
     return ""

@@ -320,18 +320,15 @@ def _memory_rules(gpu: GpuConfig, te: bool) -> list[Rule]:
         buffer_rules.append((gpu.nccl_user_buffers == "off", "nccl_user_buffers",
                              f"{conflict} does not register", "take it out, or leave the setting out"))
     return [
-        *recompute_rules,
-        _require_te("offload_modules", te, bool(gpu.offload_modules)),
+        *recompute_rules, _require_te("offload_modules", te, bool(gpu.offload_modules)),
         (not te or can_offload, "offload_modules",
          "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
          "set it for all processes"),
-        _require_te("cuda_graphs", te, bool(gpu.cuda_graphs)),
-        *graph_rules,
+        _require_te("cuda_graphs", te, bool(gpu.cuda_graphs)), *graph_rules,
         _require_te("moment_dtype", te, gpu.moment_dtype != "fp32"),
         _require_te("optimizer_offload", te, bool(gpu.optimizer_offload)),
         (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
-        (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"),
-        *buffer_rules]
+        (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"), *buffer_rules]
 
 
 def _dispatcher_rules(dispatcher: str) -> list[Rule]:

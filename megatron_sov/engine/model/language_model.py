@@ -129,8 +129,7 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
 class LanguageModel(torch.nn.ModuleList):
     """The local part of the model: a `Chunk`, or several with an interleaved pipeline."""
 
-    def __init__(self, chunks: list[Chunk], architecture: ModelConfig,
-                 lora: LoraConfig = NO_ADAPTERS,
+    def __init__(self, chunks: list[Chunk], architecture: ModelConfig, lora: LoraConfig = NO_ADAPTERS,
                  encoder_training: MediaConfig = ENCODER_TRAINING) -> None:
         super().__init__(chunks)
         self.architecture = architecture

@@ -107,10 +107,8 @@ def list_special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 _SCRIPTS: dict[Language, Callable[[str], bool]] = {
-    "english": str.isascii, "code": str.isascii,
-    "korean": lambda letter: "\uac00" <= letter <= "\ud7a3",
-    "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f",
-}
+    "english": str.isascii, "code": str.isascii, "korean": lambda letter: "\uac00" <= letter <= "\ud7a3",
+    "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f"}
 
 
 def _find_words(tokenizer: Tokenizer, special: tuple[int, ...],
@@ -161,8 +159,7 @@ PHRASES: dict[Language, tuple[str, ...]] = {
     "thai": tuple(f"\n{noun}{{}}{{}}." for noun in (
         "รหัสของ", "หมายเลขของ", "ที่อยู่ของ", "ความลับของ", "สีของ", "ราคาของ", "เจ้าของ", "กุญแจของ")),
     "code": tuple(f"\n{name}.add({{}}{{}})" for name in (
-        "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping")),
-}
+        "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping"))}
 """Sentences with slots for key and value; a language has enough sentences for tests and training."""
 
 

@@ -1,4 +1,4 @@
-"""Prompts and scores of suites that lm-eval has as well are lm-eval's own, item by item."""
+"""Suites that lm-eval also has: prompts and scores equal lm-eval's, item by item."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_mmlu_pro_reads_answers_alike(tmp_path: Path, loaded: Loaded) -> None:
     answers = ["So the answer is (B).", "the answer is B", "The answer is (C).", "B", "Answer: B", "",
                "the answer is **B**", "the answer is (b)", "answer is (Bach)"]
     pattern = task.config.filter_list[0]["filter"][0]["regex_pattern"]
-    found = get_filter("regex")(regex_pattern=pattern).apply([[a] for a in answers], [doc] * len(answers))
-    expected = [task.process_results(doc, given)["exact_match"] for given in found]
+    result = get_filter("regex")(regex_pattern=pattern).apply([[a] for a in answers], [doc] * len(answers))
+    expected = [task.process_results(doc, given)["exact_match"] for given in result]
     assert ours("mmlu-pro", doc, answers, "avg@1") == expected
     assert 0 < sum(expected) < len(expected)
 
@@ -112,8 +112,8 @@ def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded
     answers = [form.format("B"), form.format("C"), form.replace("({})", "{}").format("B"), "B", "(B)", ""]
     pattern = task.config.filter_list[0]["filter"][0]["regex_pattern"]
     doc = task.task_docs[0]
-    found = get_filter("regex")(regex_pattern=pattern).apply([[a] for a in answers], [doc] * len(answers))
-    scores = [task.process_results(doc, given)["exact_match"] for given in found]
+    result = get_filter("regex")(regex_pattern=pattern).apply([[a] for a in answers], [doc] * len(answers))
+    scores = [task.process_results(doc, given)["exact_match"] for given in result]
     assert ours(name, mine.task_docs[0], answers, "avg@1") == scores == [1, 0, 1, 0, 0, 0]
 
 
@@ -193,7 +193,7 @@ def test_competitions_are_judged_as_aime_of_lm_eval() -> None:
 
 
 def test_math500_is_judged_as_math_verify_does() -> None:
-    # lm-eval has this metric beside the older one, which compares strings
+    # lm-eval has this metric in addition to the older string comparison
     from math_verify import parse, verify
 
     gold = r"\frac{5}{6}"

@@ -1,4 +1,4 @@
-"""`megatron-sov eval passk`: figures of responses that are there, and of a model's own."""
+"""`megatron-sov eval passk`: figures of given responses, and of responses that a model generates."""
 
 import json
 from pathlib import Path
@@ -52,24 +52,24 @@ def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatc
     responses = [{"prompt": prompt, "prompt_index": i, "answer": GOLD[prompt], "response": text,
                   "finish_reason": "stop"}
                  for i, (prompt, texts) in enumerate(ANSWERS.items()) for text in texts]
-    found = judge_rows(responses, capsys, monkeypatch, hf_models["solar_open"], "--run", ".")
-    assert (found["num_prompts"], found["num_samples"], found["num_right"]) == (2, 8, 3)
-    assert found["mean_reward"] == pytest.approx((2 / 4 + 1 / 4) / 2)
-    assert found["share_at_limit"] == 0.0
+    result = judge_rows(responses, capsys, monkeypatch, hf_models["solar_open"], "--run", ".")
+    assert (result["num_prompts"], result["num_samples"], result["num_right"]) == (2, 8, 3)
+    assert result["mean_reward"] == pytest.approx((2 / 4 + 1 / 4) / 2)
+    assert result["share_at_limit"] == 0.0
     # of six pairs of the first prompt five hold a right answer, of the second three
-    assert [(e["k"], e["value"]) for e in found["pass_at_k"]] == [
+    assert [(e["k"], e["value"]) for e in result["pass_at_k"]] == [
         (1, pytest.approx(0.375)), (2, pytest.approx((5 / 6 + 3 / 6) / 2)), (4, 1.0)]
-    assert all(e["interval"][0] <= e["value"] <= e["interval"][1] for e in found["pass_at_k"])
+    assert all(e["interval"][0] <= e["value"] <= e["interval"][1] for e in result["pass_at_k"])
     # two fours against two fives are a tie; the one six loses against two sevens
-    assert found["maj_at_k"][-1]["value"] == pytest.approx(0.25)
+    assert result["maj_at_k"][-1]["value"] == pytest.approx(0.25)
     manifest = read_manifest("out", "passk")
     assert find_damaged_files("out") == [] and set(manifest.files) == {"results.json", "samples.jsonl"}
-    assert manifest.content == found
+    assert manifest.content == result
     rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [1, 1, 0, 0, 0, 1, 0, 0]
     (event,) = read_events(Path(EVENTS))
     section = SECTIONS["pass@k"].build(Run("r", {}, events={"passk": [event]}))
-    assert (event["event"], event["pass_at_k"]) == ("passk", found["pass_at_k"])
+    assert (event["event"], event["pass_at_k"]) == ("passk", result["pass_at_k"])
     assert "prompts.jsonl, stem" in section.charts[0].caption
 
 
@@ -78,10 +78,10 @@ def test_a_response_without_a_reward_is_no_wrong_one(hf_models: dict[str, Path],
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt_index": 1, "answer": "4", "response": "The answer is 4"},
             {"prompt_index": 1, "response": "4"}]
-    found = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"])
-    assert found["statuses"] == {"scored": 1, "refused": 1}
-    assert [e["value"] for e in found["pass_at_k"]] == [1.0]
-    assert "1 refused, 1 scored responses" in format_table(found)
+    result = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"])
+    assert result["statuses"] == {"scored": 1, "refused": 1}
+    assert [e["value"] for e in result["pass_at_k"]] == [1.0]
+    assert "1 refused, 1 scored responses" in format_table(result)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -115,8 +115,8 @@ def responses(folder: str) -> list[dict]:
 
 
 @pytest.mark.deep
-def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS)
     monkeypatch.setattr(eval_passk, "CALL_SAMPLES", 8)  # two prompts
     calls: list[int] = []
@@ -135,19 +135,18 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
     capsys.readouterr()
     assert main(["eval", "passk", *JUDGE, *command, "--seed", "4", "--output", "out"]) == 2
     assert "model.sampling.seed was 3, and is 4" in capsys.readouterr().err
-    found = passk(capsys, *command, "--output", "out")
+    result = passk(capsys, *command, "--output", "out")
     assert calls == [8, 8, 8, 4]
-    assert (found["num_prompts"], found["num_samples"], found["share_at_limit"]) == (5, 20, 1.0)
+    assert (result["num_prompts"], result["num_samples"], result["share_at_limit"]) == (5, 20, 1.0)
     whole = passk(capsys, *command, "--output", "whole")
-    assert responses("out") == responses("whole") and whole["pass_at_k"] == found["pass_at_k"]
+    assert responses("out") == responses("whole") and whole["pass_at_k"] == result["pass_at_k"]
     assert len({row["response"] for row in responses("out")[:4]}) > 1
     assert read_manifest("out").settings["model"]["sampling"]["temperature"] == 1.0
     assert sorted(p.name for p in Path().iterdir()) == ["out", "prompts.jsonl", "whole"]
 
 
-def test_a_checkpoint_on_two_processes_writes_what_one_writes(one_rank: None, imported: dict[str, Path],
-                                                              run_command,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_on_two_processes_generates_the_same_as_on_one(
+        one_rank: None, imported: dict[str, Path], run_command, capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS[:2])
     command = [str(imported["solar_open"]), *ASK]
     passk(capsys, *command, "--output", "one")

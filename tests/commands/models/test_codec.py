@@ -1,4 +1,4 @@
-"""`megatron-sov codec`: its page, typed, and command lines that are refused."""
+"""`megatron-sov codec`: the commands of its page, and refused command lines."""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""`megatron-sov generate`: one text whatever runs the model and however many processes,
-and events for the report."""
+"""`megatron-sov generate`: the same text from every engine and number of processes, and events for the
+report."""
 
 import json
 import shlex
@@ -24,8 +24,8 @@ def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]],
                          ids=["ep", "tp"])
-def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path],
-                                               run_command: Any, capsys) -> None:
+def test_two_processes_sample_the_same_as_one(layout: list[str], one_rank: None, imported: dict[str, Path],
+                                              run_command: Any, capsys) -> None:
     ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
     settings = [part for setting in layout for part in ("--set", setting)]
     two = run_command("generate", *ask, "--json", "--nproc", "2", *settings)
@@ -42,8 +42,8 @@ def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, i
     samples = list(read_events(tmp_path / EVENTS))
     assert [(s["event"], s["step"], s["prompt"], s["target"]) for s in samples] \
         == [("sample", 0, "import", "os"), ("sample", 0, "return", None)]
-    shown = capsys.readouterr().out
-    assert all(s["prompt"] + s["text"] in shown for s in samples)
+    output = capsys.readouterr().out
+    assert all(s["prompt"] + s["text"] in output for s in samples)
 
 
 def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: dict[str, Path],
@@ -70,8 +70,9 @@ def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], h
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "Hugging Face folder"])
-def test_a_tokenizer_with_more_ids_than_its_model_is_told(
-        kind: str, imported: dict[str, Path], hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+def test_a_tokenizer_with_more_ids_than_its_model_is_refused(kind: str, imported: dict[str, Path],
+                                                             hf_models: dict[str, Path], tmp_path: Path,
+                                                             capsys) -> None:
     target = shutil.copytree((imported if kind == "checkpoint" else hf_models)["solar_open"], tmp_path / "m")
     folder = target / "tokenizer" if kind == "checkpoint" else target
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -120,6 +121,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, P
 def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], line: str,
                                             said: str) -> None:
     assert cli.main(shlex.split(line)) == 2
-    told = capsys.readouterr().err
-    assert said in told and "Traceback" not in told
+    errors = capsys.readouterr().err
+    assert said in errors and "Traceback" not in errors
     assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "model", "rows.jsonl"]

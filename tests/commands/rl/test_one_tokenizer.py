@@ -1,5 +1,5 @@
-"""A fine-tuned Hugging Face folder as the teacher of that folder, and as a user of its rollouts: both have
-one tokenizer, though `sov-tokenizer import` writes its file anew."""
+"""A fine-tuned Hugging Face folder as teacher of the model it came from: both have the same tokenizer,
+although `sov-tokenizer import` rewrites the file."""
 
 import json
 from pathlib import Path
@@ -48,10 +48,10 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
     """Return a run that fine-tuned the folder `base`."""
-    done = run_command("sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"),
-                       "--from", str(folder / "base"), "--data", str(folder / "chats"), "--run",
-                       str(folder / "sft"))
-    assert done.returncode == 0, done.stderr
+    result = run_command("sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"),
+                         "--from", str(folder / "base"), "--data", str(folder / "chats"), "--run",
+                         str(folder / "sft"))
+    assert result.returncode == 0, result.stderr
     return folder / "sft"
 
 
@@ -63,10 +63,10 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
             (folder / "base", "opd", ("policy.method=opd", "none", "--teacher", str(sft))),
             (sft, "grpo", ("policy.method=grpo", "repetition"))):
         method, reward, *teacher = more
-        done = run_command("rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS, method), "--prompts",
-                           str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from", str(start),
-                           *teacher, "--run", str(folder / run), "--store", str(store))
-        assert done.returncode == 0, done.stderr
+        result = run_command("rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS, method), "--prompts",
+                             str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from",
+                             str(start), *teacher, "--run", str(folder / run), "--store", str(store))
+        assert result.returncode == 0, result.stderr
         parts.append([part.name for part in RolloutStore.open(store).parts()])
     assert parts[0] == parts[1] != [], "the responses of the base were there"
     assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs share the conversion"

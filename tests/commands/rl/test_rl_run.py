@@ -1,4 +1,5 @@
-"""`megatron-sov rl run`: a run that writes its own rounds, killed, at another layout, with another reward."""
+"""`megatron-sov rl run`: a run that generates its own rounds, after a kill, at another layout, and with
+another reward."""
 
 import json
 import os
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
-    """Return `command(run, *more, store=, lot=, word=)`: `rl run` with a store beside the run."""
+    """Return `command(run, *more, store=, lot=, word=)`: `rl run` with a store next to the run."""
     def command(run: str, *more: str, store: str = "", lot: int = 1, word: str = "run") -> list[str]:
         return ["rl", word, "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", f"{REWARD}:Exact",
@@ -62,11 +63,11 @@ def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, command: Command, run_command: Any) -> Path:
-    """Return a run of three rounds that nothing has disturbed."""
-    done = run_command(*command("whole", "--plain", "--workers", "1", "--set", "obs.tensorboard=true"))
-    assert done.returncode == 0, done.stderr
+    """Return an undisturbed run of three rounds."""
+    result = run_command(*command("whole", "--plain", "--workers", "1", "--set", "obs.tensorboard=true"))
+    assert result.returncode == 0, result.stderr
     assert ("11 prompts read: 9 asked, 2 set aside (1 longer than rollout.max_prompt_tokens = 8, "
-            "1 same as another one)") in done.stderr
+            "1 same as another one)") in result.stderr
     listed = json.loads((folder / "whole-store/set_aside.json").read_text())["prompts"]
     assert [row["place"] for row in listed] == ["line 10", "line 11"]
     return folder / "whole"
@@ -124,24 +125,24 @@ def killed(folder: Path, command: Command, run_command: Any) -> Path:
     """Return the same run, validated, and killed while the first checkpoint is written, and while round 3
     is."""
     with killed_while_it_writes(folder / "killed-store/claims/round-0003-piece-0001/1.json") as pids:
-        done = run_command(*command("killed", "--plain", "--workers", "1", "--inject", "kill@save=4",
-                                    *validated(folder)))
-    assert done.returncode == 0 and pids, done.stderr
+        result = run_command(*command("killed", "--plain", "--workers", "1", "--inject", "kill@save=4",
+                                      *validated(folder)))
+    assert result.returncode == 0 and pids, result.stderr
     asked = f"--validation {folder / 'heldout.jsonl'}"
-    assert f"{asked}: 1 of 7 prompts are also training prompts (line 7); the validation" in done.stderr
+    assert f"{asked}: 1 of 7 prompts are also training prompts (line 7); the validation" in result.stderr
     assert (f"{asked}: 7 prompts read: 5 asked, 2 set aside (1 asked in training too, 1 longer than "
-            "rollout.max_prompt_tokens") in done.stderr
-    assert "began responses" not in done.stderr
+            "rollout.max_prompt_tokens") in result.stderr
+    assert "began responses" not in result.stderr
     return folder / "killed"
 
 
 def same_to_the_bit(ours: Path, whole: Path) -> None:
-    """Check that a run has written, learned and published what the whole one has."""
+    """Check that a run generated, trained and published the same bits as the undisturbed one."""
     assert losses(ours) == losses(whole) and len(losses(whole)) == 6
     assert weights(ours) == weights(whole) and weights(whole)
     stores = [run.with_name(f"{run.name}-store") for run in (ours, whole)]
     for our_row, their_row in zip(*map(rows, stores), strict=True):
-        # of the same policies, which no checkpoint tells apart
+        # written by the same policies, so checkpoints are equal
         assert our_row.key == their_row.key and our_row.versions.tolist() == their_row.versions.tolist()
         assert our_row.tokens.tolist() == their_row.tokens.tolist()
         assert our_row.logprobs.tolist() == their_row.logprobs.tolist()
@@ -155,7 +156,7 @@ def same_to_the_bit(ours: Path, whole: Path) -> None:
 @pytest.mark.distributed
 def test_kills_with_and_without_a_checkpoint_and_validations_change_no_bit(whole: Path, killed: Path) -> None:
     assert [e["step"] for e in events(whole, "checkpoint")] == [4, 6], "not one for each round"
-    # what a dead process has claimed is not waited for: rollout.lease_s is ten minutes
+    # claims of a dead process are not awaited: rollout.lease_s is ten minutes
     assert [e["step"] for e in events(killed, "restart")] == [0, 4]
     same_to_the_bit(killed, whole)
 
@@ -185,8 +186,9 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -
 
 
 @pytest.mark.deep
-def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
-        whole: Path, folder: Path, command: Command, run_command: Any) -> None:
+def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(whole: Path, folder: Path,
+                                                                              command: Command,
+                                                                              run_command: Any) -> None:
     store = RolloutStore.open(folder / "whole-store")
 
     def parts() -> dict[str, str]:
@@ -194,37 +196,37 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
 
     before, (first,) = parts(), store.versions()
     assert len(before) == 6
-    done = run_command(*command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
+    assert result.returncode == 0, result.stderr
     assert parts() == before, "nothing was generated"
     (second,) = set(store.versions()) - {first}
     assert [e["reward_version"][:len(second)] for e in events(folder / "other", "round")] == [second] * 3
     assert losses(folder / "other") != losses(whole)
-    assert "began responses of round 2 and does not" in done.stderr
+    assert "began responses of round 2 and does not" in result.stderr
     # a run that writes nothing itself makes the same of the same rounds
-    done = run_command(*command("trained", store="whole-store", word="train"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command("trained", store="whole-store", word="train"))
+    assert result.returncode == 0, result.stderr
     assert losses(folder / "trained") == losses(whole) and weights(folder / "trained") == weights(whole)
     # it is the same policies, and leaves a checkpoint of each
-    assert "began responses" not in done.stderr
+    assert "began responses" not in result.stderr
     assert [e["step"] for e in events(folder / "trained", "checkpoint")] == [2, 4, 6]
     begun = {row.versions[row.is_written][0]: row.key.policy for row in rows(folder / "whole-store")}
     rollout = RolloutConfig(steps_per_round=2, max_staleness=1)
-    found = find_round_policy(folder / "trained", folder / "none", 4, rollout)
-    assert found is not None and found.step == 6 and set(begun) == {0, 2, 4}
-    shutil.rmtree(found.path)
+    outcome = find_round_policy(folder / "trained", folder / "none", 4, rollout)
+    assert outcome is not None and outcome.step == 6 and set(begun) == {0, 2, 4}
+    shutil.rmtree(outcome.path)
     assert find_round_policy(folder / "trained", folder / "none", 4, rollout) == Policy(
         folder / "trained/checkpoints/step-4", 4, begun[4])
 
 
 @pytest.mark.deep
-def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
-        folder: Path, command: Command, run_command: Any) -> None:
-    done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
-                                "--set", "rollout.steps_per_round=1",
-                                "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
-                                "--set", "train.precision=bf16"))
-    assert done.returncode == 0, done.stderr
+def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path, command: Command,
+                                                                   run_command: Any) -> None:
+    result = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
+                                  "--set", "rollout.steps_per_round=1",
+                                  "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
+                                  "--set", "train.precision=bf16"))
+    assert result.returncode == 0, result.stderr
     written = rows(folder / "stale-store")
     assert [(row.round, set(row.versions.tolist())) for row in written] == [
         *[(1, {0})] * 16, *[(2, {0})] * 16, *[(3, {2})] * 16]
@@ -238,8 +240,8 @@ def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_exp
         assert step["meters"]["engine_kl"] > 0
 
 
-def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command: Command, teacher: Path,
-                                                           capsys: Any, run_command: Any) -> None:
+def test_invalid_runs_are_refused_before_work_starts(folder: Path, command: Command, teacher: Path,
+                                                     capsys: Any, run_command: Any) -> None:
     def refused(*more: str) -> str:
         assert main(command("refused", *more)) == 2
         return str(capsys.readouterr().err)
@@ -248,9 +250,10 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     assert "--reward-set by_lot=1: --reward environment copies" in refused(
         "--reward", "environment", "--environment", "calculator")
     assert "--reward-set: 'lot' must have the form key=value" in refused("--reward-set", "lot")
-    done = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
-    assert done.returncode == 2, done.stderr
-    assert "all 10 prompts have more tokens than rollout.max_prompt_tokens = 1, the shortest 2" in done.stderr
+    result = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
+    assert result.returncode == 2, result.stderr
+    assert ("all 10 prompts have more tokens than rollout.max_prompt_tokens = 1, the shortest 2"
+            in result.stderr)
     prompts = str(folder / "prompts.jsonl")
     assert (f"--validation {prompts}: 10 of 10 prompts are also training prompts (line 1, line 2, line 3, "
             "...); pass prompts outside --prompts") in refused("--plain", "--validation", prompts)
@@ -268,10 +271,11 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     assert "has no vLLM; install it" in refused(
         "--plain", "--engine", "vllm", "--engine-python", sys.executable)
     (folder / "file").touch()
-    done = run_command(*command("refused", "--plain", store="file"))
-    assert done.returncode == 2 and "file: is no rollout store" in done.stderr, done.stderr
+    result = run_command(*command("refused", "--plain", store="file"))
+    assert result.returncode == 2 and "file: is no rollout store" in result.stderr, result.stderr
     bare = folder / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
-    done = run_command(*command("refused", "--plain", "--from", str(bare)))
-    assert done.returncode == 2 and f"--from {bare}: has no tokenizer, which" in done.stderr, done.stderr
+    result = run_command(*command("refused", "--plain", "--from", str(bare)))
+    assert result.returncode == 2, result.stderr
+    assert f"--from {bare}: has no tokenizer, which" in result.stderr, result.stderr
     assert not (folder / "refused").exists() and not (folder / "refused-store").exists()

@@ -1,4 +1,4 @@
-"""`megatron-sov rl store`: the page is true, what is wrong is named, and nothing goes that nobody named."""
+"""`megatron-sov rl store`: the commands of its page, error messages, and removal of named rounds only."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
 
 
 def filled(path: Path) -> RolloutStore:
-    """Return a store of one round: two pieces, of which one response was continued, and a reward."""
+    """Return a store of one round: two pieces, one continued response, and a reward."""
     store = RolloutStore.create(path, "sha256:ab", 100)
     late = rollout("p1", 0, finish_reason=UNFINISHED)
     parts = {format_part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
@@ -72,7 +72,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(sound: Path, tmp_path: Path) -> RolloutStore:
-    """A copy of it to break."""
+    """A copy of the store, for damage."""
     shutil.copytree(sound, tmp_path / "store")
     return RolloutStore.open(tmp_path / "store")
 
@@ -84,8 +84,8 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
     text = page_section("rl.md", "The rollout store")
     (program,) = blocks(text, "python")
     exec(program, {})
-    found = capsys.readouterr().out
-    assert json.loads(found.replace("'", '"')) == {"prompt": ["p0", "p1"], "reward_mean": [0.5, 0.5]}
+    output = capsys.readouterr().out
+    assert json.loads(output.replace("'", '"')) == {"prompt": ["p0", "p1"], "reward_mean": [0.5, 0.5]}
     for line in shell_lines(text, "bash"):
         assert main(shlex.split(line)[1:]) == 0, line
     assert not list(Path("work/store/rollouts").iterdir()) and not list(Path("work/store/rewards").iterdir())
@@ -101,10 +101,10 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
     code, out, _ = told("show", str(sound), format_part_name(1, 0), "1")
     assert code == 0 and out.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in out
-    found = json.loads(told("show", str(sound), format_part_name(1, 0), "1", "--json")[1])
-    assert found["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
-                              {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
-    assert [(said["reward_version"], said["reward"]) for said in found["rewards"]] == [(VERSION, 1.0)]
+    parsed = json.loads(told("show", str(sound), format_part_name(1, 0), "1", "--json")[1])
+    assert parsed["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
+                               {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
+    assert [(said["reward_version"], said["reward"]) for said in parsed["rewards"]] == [(VERSION, 1.0)]
 
 
 def file_of(store: RolloutStore, below: str) -> Path:
@@ -152,14 +152,14 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_verify_names_what_is_wrong(name: str, store: RolloutStore) -> None:
+def test_verify_names_every_problem(name: str, store: RolloutStore) -> None:
     broke, sentences = BREAKS[name]
     broke(store)
     for line, sentence in zip(check_with_progress(store).problems, sentences, strict=True):
         assert re.search(sentence, line), (line, sentence)
 
 
-def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
+def test_gc_removes_only_unused_files(store: RolloutStore) -> None:
     claims = Claims(store.claims, 60)
     done = (format_part_name(1, 0), f"reward-{VERSION[:12]}-{format_part_name(1, 0)}")
     open_ones = (format_part_name(2, 0), f"reward-{'0' * 12}-{format_part_name(1, 0)}")
@@ -200,8 +200,8 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path)
     assert code == 2 and out == "" and re.search(sentence, err) and len(err.splitlines()) == 1
 
 
-def test_a_strangers_part_is_kept_out_of_the_list(store: RolloutStore, tmp_path: Path,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_part_is_not_listed(store: RolloutStore, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
     other = RolloutStore.create(tmp_path / "other", "sha256:cd", 100)
     other.add_rollouts(format_part_name(1, 7), [rollout("p7", 0)], {})
     path = store.part_path(format_part_name(1, 7))
@@ -215,21 +215,21 @@ def test_a_strangers_part_is_kept_out_of_the_list(store: RolloutStore, tmp_path:
     assert f"claimed: round-0002-piece-0000 by process {os.getpid()} on " in lines[4]
 
 
-def test_a_store_that_is_not_made_yet_is_waited_for(tmp_path: Path) -> None:
+def test_rl_train_waits_for_a_store_that_does_not_exist_yet(tmp_path: Path) -> None:
     path = tmp_path / "store"
     threading.Timer(0.2, RolloutStore.create, (path, "sha256:" + "0" * 64, 512)).start()
     assert wait_for_store(path, 600.0).vocab_size == 512
 
 
-def test_one_that_never_comes_is_told(tmp_path: Path) -> None:
+def test_waiting_for_a_missing_store_ends_with_a_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"store: is no rollout store \(it has no store.json\)"):
         wait_for_store(tmp_path / "store", 0.0)
     with pytest.raises(StopRequested, match=r"store: the store was not created within 0.1 s"):
         wait_for_store(tmp_path / "store", 0.1)
 
 
-def test_where_waiting_ends_before_the_last_round_the_command_is_not_done(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_waiting_that_ends_before_the_last_round_is_not_success(tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     store = RolloutStore.create(tmp_path / "store", "sha256:" + "0" * 64, 512)
     key = Key("0" * 16, 0, "p" * 64, "s" * 16)
     row = Rollout(key, 1, 0, {"prompt": "?"}, np.array([1], np.int32), np.array([2], np.int32),

@@ -1,4 +1,4 @@
-"""`megatron-sov rl train`: rounds that come while it runs, a killed run that goes on, and what is refused."""
+"""`megatron-sov rl train`: rounds that arrive during training, a killed run that resumes, and refusals."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 @dataclass(frozen=True)
 class Rounds:
-    """What runs are given."""
+    """Common arguments of the runs."""
 
     folder: Path
     start: Path
@@ -75,11 +75,12 @@ def losses(run: Path) -> dict[int, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
-    """Return a run of three rounds of the store "whole" that nothing has disturbed."""
+    """Return an undisturbed run over the three rounds of the store "whole"."""
     store = rounds.store("whole", range(1, 4))
-    done = run_command(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
-                                       "train.keep_checkpoints=0", "--set", "train.checkpoint_every_steps=5"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
+                                         "train.keep_checkpoints=0", "--set",
+                                         "train.checkpoint_every_steps=5"))
+    assert result.returncode == 0, result.stderr
     return rounds.folder / "undisturbed"
 
 
@@ -95,16 +96,16 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
                                                          tiny: list[str]) -> None:
     settings = [*tiny, *WORDS]
     later = rounds.store("later", range(1, 3))
-    done = run_command(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"))
-    assert done.returncode == 75, done.stderr  # its processes were started again, inside of round 2
+    result = run_command(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"))
+    assert result.returncode == 75, result.stderr  # its processes were started again, inside of round 2
     events = list(read_events(rounds.folder / "disturbed/events.jsonl"))
     assert [e["step"] for e in events if e["event"] == "restart"] == [3]
     assert "round 3 is not there yet: 2 of 2 pieces are not written yet" in json.dumps(events[-1])
     policy = find_round_policy(rounds.folder / "disturbed", rounds.start, 3, ROLLOUT)
     assert policy is not None and policy.step == 4
     rounds.store("later", range(3, 4))
-    done = run_command(*rounds.command(later, "disturbed", *settings, "--resume"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*rounds.command(later, "disturbed", *settings, "--resume"))
+    assert result.returncode == 0, result.stderr
 
     disturbed = rounds.folder / "disturbed"
     assert losses(disturbed) == losses(undisturbed) and list(losses(disturbed)) == [1, 2, 3, 4, 5, 6]
@@ -123,7 +124,7 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
 
 
-def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path, capsys: Any,
+def test_mistakes_are_reported_before_work_starts(rounds: Rounds, tmp_path: Path, capsys: Any,
                                                   tiny: list[str]) -> None:
     def refused(*more: str) -> str:
         assert main(rounds.command(tmp_path / "no store", str(tmp_path / "run"), *tiny, *more)) == 2

@@ -1,4 +1,5 @@
-"""`megatron-sov rl generate` and `rl reward`: a tiny policy writes, a later one goes on, a reward judges."""
+"""`megatron-sov rl generate` and `rl reward`: a tiny policy generates, a later policy continues, a reward
+scores."""
 
 import json
 import shutil
@@ -36,20 +37,20 @@ def asked(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_two_policies_write_two_rounds_and_a_reward_judges_them(
-        asked: list[str], teacher: Path, run_command: Any, tmp_path: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_policies_write_two_rounds_and_a_reward_judges_them(asked: list[str], teacher: Path,
+                                                                run_command: Any, tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*asked, "--set", "policy.router_replay=true"]
-    done = run_command(*asked)
-    assert done.returncode == 75, done.stderr
-    assert "2 parts with 4 responses" in done.stdout
-    assert "round 2 waits for a policy that round 1 has trained" in done.stderr
+    result = run_command(*asked)
+    assert result.returncode == 75, result.stderr
+    assert "2 parts with 4 responses" in result.stdout
+    assert "round 2 waits for a policy that round 1 has trained" in result.stderr
     first, second = sorted((teacher / "checkpoints").glob("step-*"))
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-1").symlink_to(second)
-    done = run_command(*asked, "--nproc", "2", "--engine-set", "parallel.ep=2")
-    assert done.returncode == 0, done.stderr
-    assert "2 parts with 4 responses" in done.stdout and "rounds 1 to 2 are written" in done.stdout
+    result = run_command(*asked, "--nproc", "2", "--engine-set", "parallel.ep=2")
+    assert result.returncode == 0, result.stderr
+    assert "2 parts with 4 responses" in result.stdout and "rounds 1 to 2 are written" in result.stdout
     store = RolloutStore.open(tmp_path / "store")
     prompts = {p.id: p for p in read_prompts(tmp_path / "prompts.jsonl")}
     # the second is of no run that knows policies: it is known by its manifest
@@ -74,13 +75,13 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(
 
 
 def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
-    """Return what `generate` says to each prompt."""
+    """Return the greedy output of `generate` for each prompt."""
     texts = [f"What is {i} plus 1?" for i in range(2)] + ["Name a river."]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    done = run_command("generate", str(checkpoint), "--prompts", str(file), "--chat", "--max-new-tokens", "6",
-                       "--json")
-    assert done.returncode == 0, done.stderr
-    return {row["prompt"]: (row["tokens"], row["text"]) for row in json.loads(done.stdout)}
+    result = run_command("generate", str(checkpoint), "--prompts", str(file), "--chat", "--max-new-tokens",
+                         "6", "--json")
+    assert result.returncode == 0, result.stderr
+    return {row["prompt"]: (row["tokens"], row["text"]) for row in json.loads(result.stdout)}
 
 
 WRONG = {
@@ -94,20 +95,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_asked_is_told_before_torch(case: str, asked: list[str], tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_prompts_are_reported_before_torch_is_imported(case: str, asked: list[str], tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     more, message = WRONG[case]
     assert main([*asked, *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 
-def test_what_only_the_start_tells_is_told_by_its_option(asked: list[str], teacher: Path, run_command: Any,
-                                                         tmp_path: Path) -> None:
+def test_problems_of_the_start_name_its_option(asked: list[str], teacher: Path, run_command: Any,
+                                               tmp_path: Path) -> None:
     def refused(*more: str) -> str:
-        done = run_command(*asked, *more)
-        *before, error = done.stderr.splitlines()
-        assert done.returncode == 2 and all("prompts read" in line for line in before), done.stderr
+        result = run_command(*asked, *more)
+        *before, error = result.stderr.splitlines()
+        assert result.returncode == 2 and all("prompts read" in line for line in before), result.stderr
         return str(error)
 
     bare = tmp_path / "bare"
@@ -126,9 +127,9 @@ def test_other_rounds_than_those_of_the_run_are_refused(asked: list[str], tmp_pa
     run.create()
     run.declare(recipes.get("tiny-solar-open"))  # one step in a round, at temperature 1
     assert main([*asked, "--set", "rollout.steps_per_round=2"]) == 2
-    said = capsys.readouterr().err
-    assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; use equal" in said
-    assert "rollout.temperature = 0.0001: --run" in said and "rollout.rounds" not in said
+    errors = capsys.readouterr().err
+    assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; use equal" in errors
+    assert "rollout.temperature = 0.0001: --run" in errors and "rollout.rounds" not in errors
     assert not (tmp_path / "store").exists()
 
 

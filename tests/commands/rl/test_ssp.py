@@ -1,4 +1,4 @@
-"""`megatron-sov ssp probe`: planted answers, judged and estimated by the real commands."""
+"""`megatron-sov ssp probe`: planted answers, scored and estimated by the real commands."""
 
 import json
 import shlex
@@ -80,20 +80,20 @@ def probe(*arguments: str) -> dict[str, Any]:
     return dict(read_manifest("probe/table", "ssp_probe").content)
 
 
-def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
+def test_planted_best_checkpoint_of_each_domain_is_found_without_repeating_requests(
         asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     EventLog(Path(EVENTS)).close()
-    found = probe("first", "second")
+    result = probe("first", "second")
     assert asked == ["first", "second"]
     # of 6 pairs of four samples with one right answer three hold it, so both solve half of algebra: the
     # earlier one is taken
-    assert [(c["domain"], c["checkpoint"], c["value"], c["as_good"]) for c in found["choice"]] == [
+    assert [(c["domain"], c["checkpoint"], c["value"], c["as_good"]) for c in result["choice"]] == [
         ("algebra", "first", 0.5, ["second"]), ("geometry", "first", 0.5, [])]
-    found = probe("third", "--run", ".")
+    result = probe("third", "--run", ".")
     assert asked == ["first", "second", "third"]
-    assert [(c["domain"], c["checkpoint"], c["value"]) for c in found["choice"]] == [
+    assert [(c["domain"], c["checkpoint"], c["value"]) for c in result["choice"]] == [
         ("algebra", "first", 0.5), ("geometry", "third", 1.0)]
-    assert [c["name"] for c in found["checkpoints"]] == ["first", "second", "third"]
+    assert [c["name"] for c in result["checkpoints"]] == ["first", "second", "third"]
     assert "*100.0% 34%-100%" in capsys.readouterr().out
     assert [i["kind"] for i in read_manifest("probe/table").inputs] == ["passk"] * 3
 
@@ -101,8 +101,7 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
     assert event["event"] == "ssp_probe" and [c["checkpoint"] for c in event["choice"]] == ["first", "third"]
 
 
-def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_probe_resumes_at_its_checkpoint(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = probe_run.run_command
     with monkeypatch.context() as killed:
         killed.setattr(probe_run, "run_command",
@@ -117,8 +116,8 @@ def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
     assert asked == ["first", "second", "second"]
 
 
-def test_the_commands_can_be_given_one_by_one(asked: list[str], capsys: pytest.CaptureFixture[str],
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_and_fuse_also_run_separately(asked: list[str], capsys: pytest.CaptureFixture[str],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["ssp", "probe", "first", "second", *ASK, "--dry-run"]) == 0
     for line in capsys.readouterr().out.splitlines():
         program, *words = shlex.split(line)
@@ -129,28 +128,29 @@ def test_the_commands_can_be_given_one_by_one(asked: list[str], capsys: pytest.C
     assert asked == []
 
 
-def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
-        asked: list[str], imported: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str], imported: dict[str, Path],
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     for step in (100, 200):
         shutil.copytree(imported["solar_open"], f"run/checkpoints/step-{step}")
     EventLog(Path("run", EVENTS)).close()
     Path("run/checkpoints/.writing-step-300").mkdir()
-    found = probe("run")
-    assert [c["name"] for c in found["checkpoints"]] == ["run/step-100", "run/step-200"]
+    result = probe("run")
+    assert [c["name"] for c in result["checkpoints"]] == ["run/step-100", "run/step-200"]
     assert main(["ssp", "fuse", "probe", "--output", "merged"]) == 0
     assert "0.5 of" in capsys.readouterr().out
-    found = probe("merged", "--run", "run")
+    result = probe("merged", "--run", "run")
     assert asked == ["step-100", "step-200", "merged"]
-    # never what is merged
-    assert [c["checkpoint"] for c in found["choice"]] == ["run/step-100", "run/step-200"]
-    gains = {(g["domain"], g["k"]): g["gain"] for g in found["merged"]}
+    # never the merged checkpoint
+    assert [c["checkpoint"] for c in result["choice"]] == ["run/step-100", "run/step-200"]
+    gains = {(g["domain"], g["k"]): g["gain"] for g in result["merged"]}
     # the second problem of algebra: one right answer of four is in half of the pairs
     assert gains == {("algebra", 1): 0.375, ("algebra", 2): 0.25, ("geometry", 1): 0.0, ("geometry", 2): 0.0}
 
     assert main(["convert", "average", "run", "both"]) == 0
     for name in read_manifest("both").files:
         assert Path("both", name).read_bytes() == Path("merged", name).read_bytes()
-    # one that is the best everywhere is the merge, bit for bit, so that a road goes on whatever was found
+    # a checkpoint that is best in every domain is the merge, bit for bit, so that the next stage always has a
+    # start
     first = "run/checkpoints/step-100"
     assert main(["ssp", "probe", first, *ASK[:-1], "alone"]) == 0
     assert main(["ssp", "fuse", "alone", "--output", "same"]) == 0
@@ -172,8 +172,8 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     (["--k", "9"], "--k 9: must be at most --samples = 4"),
     (["--reward", "stemm"], "did you mean 'stem'?"),
 ])
-def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said: str,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], said: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty.jsonl").touch()
     assert main(["ssp", "probe", "first", *ASK, *arguments]) == 2
     assert said in capsys.readouterr().err
@@ -191,8 +191,7 @@ def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture
     assert "the files have changed since" in capsys.readouterr().err
 
 
-def test_what_would_not_be_comparable_is_refused(asked: list[str],
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomparable_checkpoints_are_refused(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     probe("first")
     assert main(["ssp", "probe", "second", *ASK, "--temperature", "0.5"]) == 2
     assert "its answers were begun with temperature = 1.0, now it is 0.5" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`megatron-sov distill`: a teacher of another width reads the data once, and a student learns from it."""
+"""`megatron-sov distill`: a teacher of another width computes states once, and a student learns from them."""
 
 import json
 from pathlib import Path
@@ -28,28 +28,29 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
                 "--set", "train.steps=2", *more]
 
     # killed, and started again by its launcher
-    done = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--inject", "kill@step=2"))
-    assert done.returncode == 0, done.stderr
-    assert "all processes are started again, from step-1" in done.stderr
+    result = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--inject",
+                                  "kill@step=2"))
+    assert result.returncode == 0, result.stderr
+    assert "all processes are started again, from step-1" in result.stderr
     assert list(steps_of(whole)) == [1, 2]
     made = read_manifest(tmp_path / "whole.states", "teacher_states")
     assert made.content["hidden_size"] == 48 and made.content["dtype"] == "bfloat16"
-    told = json.loads((whole / "complete.json").read_text())
+    parsed = json.loads((whole / "complete.json").read_text())
     events = [e for e in read_events(whole / "events.jsonl") if e["event"] == "heldout_divergence"]
-    assert [e["step"] for e in events] == [0, 2] and told["teacher"] == made.settings["teacher"]
-    assert events[0]["kl"] > events[1]["kl"] == told["heldout_divergence"]["chat"]["kl"] > 0
-    assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # forward KL is what is learned
+    assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == made.settings["teacher"]
+    assert events[0]["kl"] > events[1]["kl"] == parsed["heldout_divergence"]["chat"]["kl"] > 0
+    assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # the loss is the forward KL
 
     states = ("--teacher", str(teacher), "--states", f"{whole}.states")
     # complete: its states are not needed any more
     Path(f"{whole}.states").rename(tmp_path / "elsewhere")
-    done = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--resume"))
-    assert (done.returncode, done.stdout) == (0, f"{whole}: is complete at step 2\n")
+    result = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--resume"))
+    assert (result.returncode, result.stdout) == (0, f"{whole}: is complete at step 2\n")
     (tmp_path / "elsewhere").rename(f"{whole}.states")
 
-    done = run_command(*command(top, "--teacher", str(teacher), "--top-k", "8", "--set", "train.steps=1",
-                                "--set", "distillation.temperature=2.0"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command(top, "--teacher", str(teacher), "--top-k", "8", "--set", "train.steps=1",
+                                  "--set", "distillation.temperature=2.0"))
+    assert result.returncode == 0, result.stderr
     content = read_manifest(tmp_path / "top.states", "teacher_states").content
     assert (content["top_k"], content["temperature"]) == (8, 2.0)
     assert steps_of(top)[1][1]["kl"] > 0
@@ -67,7 +68,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
         assert text in capsys.readouterr().err
     assert not (tmp_path / "no").exists() and not (tmp_path / "never").exists()
 
-    # beside states that are there: the teacher's files are hashed once, to compare it with theirs
+    # with existing states: the teacher's files are hashed once for comparison
     from megatron_sov.post.distillation import teacher as teaching
 
     digest, hashed, begun = teaching.hash_weights, [], []
@@ -77,9 +78,9 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     assert (hashed, begun) == ([1], [made.settings["teacher"]])
 
 
-def test_each_teacher_reads_the_data_of_its_name(packed_data: Any, teacher: Path, tiny: list[str],
-                                                 tmp_path: Path, capsys: Any,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_teacher_scores_the_data_with_its_name(packed_data: Any, teacher: Path, tiny: list[str],
+                                                    tmp_path: Path, capsys: Any,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.distillation import teacher as teaching
 
     read: list[tuple[str, list[str], str]] = []

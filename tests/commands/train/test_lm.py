@@ -92,9 +92,9 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_comman
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     assert run_command(*command("pretrain", [packed_data.text], base, settings=MODEL)).returncode == 0
     both = [packed_data.chats, packed_data.text]
-    done = run_command(*command("sft", both, tuned, "--from", str(base), "--nproc", "2",
-                                settings=("objective.text_coeff=0.3",)))
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    result = run_command(*command("sft", both, tuned, "--from", str(base), "--nproc", "2",
+                                  settings=("objective.text_coeff=0.3",)))
+    assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
     steps = [e for e in read_events(tuned / "events.jsonl") if e["event"] == "step"]
     assert len(steps) == 2 and set(steps[0]["losses"]) == {"response", "text"}
     assert json.loads((tuned / "config.json").read_text())["objective"] == {

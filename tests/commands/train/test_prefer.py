@@ -1,4 +1,4 @@
-"""`megatron-sov prefer`: pairs and groups, from a run, with a reference that is made once."""
+"""`megatron-sov prefer`: pairs and groups, starts from a run, and a reference that is computed once."""
 
 import json
 from pathlib import Path
@@ -39,9 +39,9 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
                      str(tmp_path / "judged/groups.jsonl"), "--output", str(tmp_path / "groups")]) == 0
     base, tuned, grouped = (tmp_path / name for name in ("base", "tuned", "grouped"))
     assert run_command(*command("pretrain", packed_data.text, base)).returncode == 0
-    done = run_command(*command("prefer", tmp_path / "pairs", tuned, "--from", str(base), "--nproc", "2",
-                                "--method", "dpo"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command("prefer", tmp_path / "pairs", tuned, "--from", str(base), "--nproc", "2",
+                                  "--method", "dpo"))
+    assert result.returncode == 0, result.stderr
     events = list(read_events(tuned / "events.jsonl"))
     steps = [e for e in events if e["event"] == "step"]
     assert steps[0]["losses"]["preference"] == pytest.approx(0.693147, abs=1e-5)  # its own reference
@@ -51,20 +51,20 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     measured = json.loads((tuned / "complete.json").read_text())["heldout_pairs"]["pairs"]
     assert after["step"] == 2 and measured == {name: after[name] for name in measured}
     assert measured["pairs"] > 0 and set(measured) == {"pairs", "chosen_likelier", "pairs_right", "margin"}
-    assert "held-out pairs right 50 % -> " in done.stderr and "held-out margin 0 -> " in done.stderr
+    assert "held-out pairs right 50 % -> " in result.stderr and "held-out margin 0 -> " in result.stderr
 
-    done = run_command("convert", "to-hf", str(tuned), str(tmp_path / "hf"), "--workers", "1")
-    assert done.returncode == 0, done.stderr
+    result = run_command("convert", "to-hf", str(tuned), str(tmp_path / "hf"), "--workers", "1")
+    assert result.returncode == 0, result.stderr
     for target in (tuned, tmp_path / "hf"):
-        done = run_command("eval", "pairs", str(target), "--data", str(tmp_path / "pairs"), "--seq-len",
-                           "128", "--output", str(tmp_path / "judged.json"))
-        assert done.returncode == 0, done.stderr
+        result = run_command("eval", "pairs", str(target), "--data", str(tmp_path / "pairs"), "--seq-len",
+                             "128", "--output", str(tmp_path / "judged.json"))
+        assert result.returncode == 0, result.stderr
         assert json.loads((tmp_path / "judged.json").read_text()) == {
             "pairs": {name: measured[name] for name in ("pairs", "chosen_likelier")}}
 
-    done = run_command(*command("prefer", tmp_path / "groups", grouped, "--from", str(base), "--method",
-                                "grouper"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command("prefer", tmp_path / "groups", grouped, "--from", str(base), "--method",
+                                  "grouper"))
+    assert result.returncode == 0, result.stderr
     assert not (grouped / "reference").exists()
 
     exports = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]')

@@ -72,15 +72,15 @@ def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("plain_kernel")
-def test_what_is_asked_for_and_its_gradients_are_those_of_torch() -> None:
+def test_outputs_and_gradients_equal_plain_torch() -> None:
     rows = [drawn(TOKENS, torch.float32) for _ in range(2)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
-    found = delta_rule.apply_fused_delta_rule(*rows[0], chunks=chunks, dtype=torch.float32)
+    result = delta_rule.apply_fused_delta_rule(*rows[0], chunks=chunks, dtype=torch.float32)
     expected, _ = apply_delta_rule(*rows[1], chunks=chunks)
 
-    assert found.shape == (TOKENS - 30, HEADS, R, VALUES)
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
-    for outputs in (found, expected):
+    assert result.shape == (TOKENS - 30, HEADS, R, VALUES)
+    torch.testing.assert_close(result, expected, atol=2e-6, rtol=2e-5)
+    for outputs in (result, expected):
         (outputs * torch.linspace(-1, 1, VALUES)).sum().backward()
     for one, other in zip(*rows, strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=2e-5)

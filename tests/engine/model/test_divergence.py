@@ -152,18 +152,19 @@ def test_no_tensor_is_larger_than_a_chunks_logits(alone: None, kind: str) -> Non
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_tokens_that_one_of_them_excludes_are_numbers(alone: None, beta: float) -> None:
+def test_excluded_tokens_give_finite_values(alone: None, beta: float) -> None:
     """Logits hundreds apart: probabilities underflow to 0, but values and gradients stay finite."""
     tensors = whole(torch.float32)
     tensors |= {"states": 60 * tensors["states"], "teacher states": 60 * tensors["teacher states"]}
-    found = score("states", beta, dtype="float32", tensors=tensors)
+    result = score("states", beta, dtype="float32", tensors=tensors)
     wanted = expected("states", beta, tensors={name: t.double() for name, t in tensors.items()})
-    near(found["divergence"], wanted["divergence"], 1e-6, "divergence")
+    near(result["divergence"], wanted["divergence"], 1e-6, "divergence")
     # with disjoint distributions mixtures have zero gradient, and float32 has rounding errors around 0
-    torch.testing.assert_close(torch.tensor(found["weight"]).double(), wanted["weight"], rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(torch.tensor(result["weight"]).double(), wanted["weight"], rtol=5e-3,
+                               atol=5e-3)
 
 
-def test_a_teacher_in_bf16_stays_where_it_lies(alone: None) -> None:
+def test_bf16_teacher_states_equal_rounded_float32_states(alone: None) -> None:
     """Its states are copied a chunk at a time in the dtype of its head; log-probabilities are compared in the
     student's dtype."""
     tensors = whole(torch.float32)

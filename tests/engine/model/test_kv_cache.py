@@ -31,8 +31,7 @@ class Whole:
 
 @pytest.mark.each("step", [1, 3])
 @pytest.mark.each("window", [0, 1, 5, 16, 100])
-def test_pieces_give_what_whole_sequences_give(window: int, step: int,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_spans_equal_whole_sequences(window: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 7)
     generator, choose = torch.Generator().manual_seed(window), random.Random(window)
     layer = CachedAttention(CacheSize(SLOTS, LONGEST, step), DIM ** -0.5, window)
@@ -58,11 +57,11 @@ def test_pieces_give_what_whole_sequences_give(window: int, step: int,
         row = [torch.cat([getattr(s, name)[d:d + n] for s, d, n in zip(sequences, done, lengths, strict=True)]
                          + [torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()])
                for name in "qkv"]
-        found = layer(*row, None, packed_seq_params=PackedSpans(groups=groups))
+        result = layer(*row, None, packed_seq_params=PackedSpans(groups=groups))
         expected = torch.cat([s.dense(window)[d:d + n]
                               for s, d, n in zip(sequences, done, lengths, strict=True)])
-        assert torch.allclose(found[:-2], expected, atol=1e-12), turn
-        assert not found[-2:].any(), "padding"
+        assert torch.allclose(result[:-2], expected, atol=1e-12), turn
+        assert not result[-2:].any(), "padding"
         done = [d + n for d, n in zip(done, lengths, strict=True)]
         lasts = lengths
     assert max(done) > 20

@@ -19,8 +19,8 @@ HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 
 
 @pytest.mark.each(("nope", "rope", "value_width"), [(6, 4, 7), (6, 4, 10), (2, 4, 9)])
-def test_values_of_any_width_are_attended_to_inside_documents(
-        nope: int, rope: int, value_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_any_width_are_attended_to_inside_documents(nope: int, rope: int, value_width: int,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     draw = torch.Generator().manual_seed(nope)
     query, key = (torch.randn(20, HEADS, nope + rope, generator=draw, dtype=torch.float64) for _ in range(2))
@@ -28,16 +28,16 @@ def test_values_of_any_width_are_attended_to_inside_documents(
     config = SimpleNamespace(qk_head_dim=nope, qk_pos_emb_head_dim=rope, v_head_dim=value_width,
                              kv_channels=rope)
     attention = LatentDocumentAttention(config, 1, None, "self", softmax_scale=0.3)
-    found = attention(query, key, value, None,
-                      packed_seq_params=pack_documents(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
+    result = attention(query, key, value, None,
+                       packed_seq_params=pack_documents(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
     document = torch.bucketize(torch.arange(20), torch.tensor(BOUNDS[1:]), right=True)
     seen = (document[:, None] == document) & torch.ones(20, 20).tril().bool()
     scores = torch.einsum("qhd,khd->hqk", query, key).mul(0.3).masked_fill(~seen, -torch.inf)
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
-    assert found.shape == (20, HEADS * value_width)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    weights = torch.randn(found.shape, generator=draw, dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad((out * weights).sum(), value)[0] for out in (found, expected))
+    assert result.shape == (20, HEADS * value_width)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(result.shape, generator=draw, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), value)[0] for out in (result, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -67,8 +67,7 @@ def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], in
 
 
 @pytest.mark.distributed
-def test_a_weight_with_its_adapter_is_made_once_in_a_generation_and_anew_in_the_next(ranks: Any,
-                                                                                     job: Any) -> None:
+def test_merged_adapter_weight_is_built_once_per_generation(ranks: Any, job: Any) -> None:
     (before, after), = ranks(job(__file__, "generated_while_trained", 1, {}))[0]
     layers = 2
     assert before[2] == after[2] == layers

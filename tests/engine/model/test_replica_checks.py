@@ -59,10 +59,10 @@ def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better
         ranks: Any, job: Any) -> None:
     cases = [({}, 3, [1], False, [1]), ({"ep": 2}, 2, [1], False, [0, 1]), ({"ep": 2}, 4, [3], True, [1, 3]),
              ({"tp": 2, "sp": True}, 2, [1], False, []), ({}, 3, [], False, [])]
-    found = ranks(
+    result = ranks(
         *[job(__file__, "replicas", nproc, {"layout": layout, "flipped_on": flipped, "expert": expert})
           for layout, nproc, flipped, expert, _ in cases])
-    for per_rank, (layout, nproc, flipped, _, named) in zip(found, cases, strict=True):
+    for per_rank, (layout, nproc, flipped, _, named) in zip(result, cases, strict=True):
         assert per_rank == [[[], named]] * nproc, (layout, flipped)
 
 
@@ -92,8 +92,8 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_changes_nothing(
-        ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
+def test_a_nondeterministic_process_is_named_and_probing_has_no_effect(ranks: Any, job: Any, packed_data: Any,
+                                                                       tmp_path: Any) -> None:
     (found,) = ranks(job(__file__, "repeated", 2, {
         "settings": ["parallel.tp=2", "parallel.sp=true"], "data": str(packed_data.text),
         "run": str(tmp_path / "run")}))

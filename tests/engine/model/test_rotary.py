@@ -45,8 +45,8 @@ def shapes(recipe: str) -> list[int]:
     """Return the shape of a model's rotary table for a row of 4,096 tokens."""
     config = apply_settings(recipes.get(recipe), ["train.precision=fp64"])
     world.join_world(ParallelConfig())
-    found = build_model(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb(4096)
-    return list((found[0] if isinstance(found, tuple) else found).shape)
+    result = build_model(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb(4096)
+    return list((result[0] if isinstance(result, tuple) else result).shape)
 
 
 @pytest.mark.distributed
@@ -55,8 +55,8 @@ def test_where_no_layer_rotates_a_row_has_no_angles(ranks: Any, job: Any) -> Non
     (tests/plan/footprint/test_memory.py).
     """
     expected = {"tiny-solar-open2": 0, "tiny-k-exaone": 32, "tiny-deepseek-v3": 16}
-    found = ranks(*(job(__file__, "shapes", 1, {"recipe": recipe}) for recipe in expected))
-    for (recipe, channels), (shape,) in zip(expected.items(), found, strict=True):
+    result = ranks(*(job(__file__, "shapes", 1, {"recipe": recipe}) for recipe in expected))
+    for (recipe, channels), (shape,) in zip(expected.items(), result, strict=True):
         assert shape == [4096, 1, 1, channels], recipe
 
 
@@ -100,7 +100,7 @@ def scales(recipe: str) -> dict[str, Any]:
             "on cosine and sine": yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(fused)}
 
 
-def test_yarns_factor_is_in_the_softmax_scale_so_that_fused_rotations_serve(ranks: Any, job: Any) -> None:
+def test_yarn_factor_is_applied_in_the_softmax_scale(ranks: Any, job: Any) -> None:
     from transformers import SolarOpenConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -142,8 +142,8 @@ def rotations() -> dict[str, Any]:
     positions = torch.cat([torch.arange(n) for n in (5, 7)])
     expected = theirs(states, torch.tensor([0, 5, 12]), angles_by_position, cp_group=Alone)
     # the lengths are not read
-    found = ours(states, torch.empty(3, device="meta"), angles_by_position[positions], cp_group=Alone)
-    return {"same": torch.equal(found, expected), "moved": not torch.equal(found, states),
+    result = ours(states, torch.empty(3, device="meta"), angles_by_position[positions], cp_group=Alone)
+    return {"same": torch.equal(result, expected), "moved": not torch.equal(result, states),
             "signatures": [list(inspect.signature(f).parameters) for f in (theirs, ours)]}
 
 
@@ -171,8 +171,8 @@ def test_a_rotation_has_the_librarys_bits(head_dim: int, dtype: torch.dtype) -> 
         values, upstream = (torch.randn(9, 3, head_dim, generator=generator).to(dtype) for _ in range(2))
         values.requires_grad_()
         expected = rope_utils._apply_rotary_pos_emb_bshd(values[:, None], angles)[:, 0]
-        found = _rotate_rows(values, bounds, angles)
-        assert torch.equal(found, expected)
-        ours, = torch.autograd.grad(found, values, upstream)
+        result = _rotate_rows(values, bounds, angles)
+        assert torch.equal(result, expected)
+        ours, = torch.autograd.grad(result, values, upstream)
         theirs, = torch.autograd.grad(expected, values, upstream)
         assert torch.equal(ours, theirs)

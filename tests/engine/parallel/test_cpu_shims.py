@@ -57,7 +57,7 @@ def marks() -> dict[str, list[str]]:
 
 
 @pytest.mark.distributed
-def test_behind_the_door_everything_is_on_the_cpu(ranks, job) -> None:
+def test_cpu_shims_put_everything_on_the_cpu(ranks, job) -> None:
     (seen,), (unmarked,) = ranks(job(__file__, "opened"), job(__file__, "marks"))
     assert seen["once"] and not seen["on_gpu"] and seen["device"] == "cpu"
     assert set(seen["landed"]) == {"cpu"} and seen["meta"] == "meta"
@@ -101,9 +101,9 @@ print(json.dumps([before, look(), config.sequence_parallel]))
 @pytest.fixture(scope="module")
 def looks() -> list[dict[str, bool]]:
     """Return a process's state before and after, with a library without Transformer Engine."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY], capture_output=True,
-                          text=True, check=True)
-    before, after, flag = json.loads(done.stdout)
+    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY], capture_output=True,
+                               text=True, check=True)
+    before, after, flag = json.loads(completed.stdout)
     assert flag is True
     return [before, after]
 

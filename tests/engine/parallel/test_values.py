@@ -13,17 +13,17 @@ from megatron_sov.engine.parallel.values import (
 from megatron_sov.model.config import ParallelConfig
 
 
-def test_what_is_packed_comes_back_by_name() -> None:
+def test_packed_values_are_returned_by_name() -> None:
     values = {"loss": torch.tensor(2.5, dtype=torch.float64),
               "by source": torch.arange(6, dtype=torch.float64).view(3, 2),
               "none": torch.zeros(0, 2, dtype=torch.float64)}
     flat = flatten_tensors(values)
     assert flat.tolist() == [2.5, 0, 1, 2, 3, 4, 5]
-    found = unflatten_tensors(flat, {name: tuple(value.shape) for name, value in values.items()})
-    assert list(found) == list(values) and all(torch.equal(found[name], values[name]) for name in values)
+    result = unflatten_tensors(flat, {name: tuple(value.shape) for name, value in values.items()})
+    assert list(result) == list(values) and all(torch.equal(result[name], values[name]) for name in values)
 
 
-def test_whole_numbers_stay_whole() -> None:
+def test_integers_stay_integers() -> None:
     large = torch.tensor([2**62 + 1])
     assert int(unflatten_tensors(flatten_tensors({"a": torch.tensor(3), "b": large}),
                                  {"a": (), "b": (1,)})["b"]) == 2**62 + 1
@@ -37,9 +37,9 @@ def test_another_number_of_elements_is_refused() -> None:
 def sums() -> list[Any]:
     """Inside ranks: named values of each rank."""
     place = world.join_world(ParallelConfig())
-    found = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
+    result = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
     world.leave_world()
-    return [found[name] for name in ("one", "rank", "third")]
+    return [result[name] for name in ("one", "rank", "third")]
 
 
 @pytest.mark.distributed

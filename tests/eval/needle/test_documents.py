@@ -35,16 +35,16 @@ def test_training_documents_have_a_question_per_needle(form: NeedleForm, documen
     counts = set()
     for i in range(40):
         ids, weights = documents.tokens(i, 0, 256).tolist(), documents.loss_weights(i, 0, 256)
-        found = statements_in(form, ids)
-        num = len(found) // 2
+        result = statements_in(form, ids)
+        num = len(result) // 2
         counts.add(num)
-        stated, asked = ({words for _, words in half} for half in (found[:num], found[num:]))
+        stated, asked = ({words for _, words in half} for half in (result[:num], result[num:]))
         assert stated == asked and len(stated) == num
         assert all(s[:2] in train and s[2:] in train for s in stated)
-        answers = {p + k for p, _ in found[num:] for k in (2, 3)}
+        answers = {p + k for p, _ in result[num:] for k in (2, 3)}
         assert {int(k) for k in np.flatnonzero(weights == 30)} == answers
-        unforeseeable = {p + k for p, _ in found[:num] for k in range(4)} | {p + k for p, _ in found[num:]
-                                                                             for k in (0, 1)}
+        unforeseeable = {p + k for p, _ in result[:num] for k in range(4)} | {p + k for p, _ in result[num:]
+                                                                              for k in (0, 1)}
         assert {int(k) for k in np.flatnonzero(weights == 0)} == unforeseeable
         assert (weights == 0.5).sum() == 256 - len(answers) - len(unforeseeable)
     assert min(counts) == 1 and max(counts) == documents.max_needles(form) >= 8
@@ -52,17 +52,17 @@ def test_training_documents_have_a_question_per_needle(form: NeedleForm, documen
 
 def test_needles_and_weights_follow_settings(form: NeedleForm, haystacks: dict[str, Haystack]) -> None:
     settings = NeedleConfig(train_needles=10, train_questions=3, answer_weight=7.0, text_weight=0.0)
-    made = NeedleDocuments((haystacks["train"],), 256, seed=5, settings=settings)
+    needle_documents = NeedleDocuments((haystacks["train"],), 256, seed=5, settings=settings)
     counts = set()
     for i in range(40):
-        ids, weights = made.tokens(i, 0, 256), made.loss_weights(i, 0, 256)
+        ids, weights = needle_documents.tokens(i, 0, 256), needle_documents.loss_weights(i, 0, 256)
         asked = int((weights == 7).sum()) // 2
         assert (weights > 0).sum() == 2 * asked and len(ids) == 256
         if asked < 3:  # then every needle is asked for
             assert len(statements_in(form, ids.tolist())) == 2 * asked
         else:
             counts.add(len(statements_in(form, ids.tolist())) - 3)
-    assert min(counts) >= 3 and max(counts) == 10 == made.max_needles(form)
+    assert min(counts) >= 3 and max(counts) == 10 == needle_documents.max_needles(form)
 
 
 def test_languages_are_drawn_by_text_size(token_shards: Path) -> None:
@@ -70,12 +70,12 @@ def test_languages_are_drawn_by_text_size(token_shards: Path) -> None:
     code, other = (next(s for s in sources if s.name == name) for name in ("first", "second"))
     haystacks = open_haystacks(sources, "train", token_shards / "tokenizer",
                                source_languages={"second": "english"})
-    made = NeedleDocuments(haystacks, 256, seed=1)
+    needle_documents = NeedleDocuments(haystacks, 256, seed=1)
     forms = {h.language: h.form for h in haystacks}
     opening = {name: {slots[0] for slots in form.sentences[False]} for name, form in forms.items()}
     counts = dict.fromkeys(opening, 0)
     for i in range(60):
-        ids = made.tokens(i, 0, 256).tolist()
+        ids = needle_documents.tokens(i, 0, 256).tolist()
         for name, starts in opening.items():
             counts[name] += any(ids[k:k + len(o)] == list(o) for o in starts for k in range(256))
     share = code.num_tokens["train"] / (code.num_tokens["train"] + other.num_tokens["train"])
@@ -110,10 +110,10 @@ def test_single_needle_documents_are_unchanged() -> None:
                       tuple(range(100, 164)))
     haystack = Haystack(form, (Numbers(), Numbers()), (3.0, 1.0))
     few = NeedleConfig(train_needles=9, train_questions=4, answer_weight=3.0, text_weight=0.25)
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for length, seed, settings in ((128, 0, NeedleConfig()), (500, 7, few)):
-        made = NeedleDocuments((haystack, haystack), length, seed, settings)
+        needle_documents = NeedleDocuments((haystack, haystack), length, seed, settings)
         for i in range(30):
-            found.update(made.tokens(i, 0, length).astype("<i8").tobytes())
-            found.update(made.loss_weights(i, 0, length).astype("<f4").tobytes())
-    assert found.hexdigest()[:16] == "0baa4718680e8a29"
+            result.update(needle_documents.tokens(i, 0, length).astype("<i8").tobytes())
+            result.update(needle_documents.loss_weights(i, 0, length).astype("<f4").tobytes())
+    assert result.hexdigest()[:16] == "0baa4718680e8a29"

@@ -54,8 +54,8 @@ class Looking:
     spoil: Callable[[list[list[int]]], list[list[int]]] = lambda found: found
 
     def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> GenerationResult:
-        found = self.spoil(answer_by_looking(prompts, sampling.max_new_tokens))
-        written = [(tokens, [0.0] * len(tokens)) for tokens in found]
+        result = self.spoil(answer_by_looking(prompts, sampling.max_new_tokens))
+        written = [(tokens, [0.0] * len(tokens)) for tokens in result]
         return GenerationResult.of(written, sampling, StopRule(), 0)
 
 
@@ -161,8 +161,8 @@ def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]
 
 @pytest.mark.each("distractors", [0, 5])
 @pytest.mark.each("depth", [0.0, 0.5, 1.0])
-def test_example_asks_for_one_of_its_needles(distractors: int, depth: float,
-                                             haystacks: dict[str, Haystack]) -> None:
+def test_question_refers_to_one_of_the_needles(distractors: int, depth: float,
+                                               haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
     example = build_example(haystack, np.random.default_rng(1), 300, depth, distractors)
     needles = needles_in(haystack.form, example.prompt)
@@ -186,9 +186,9 @@ def batches(haystack: Haystack) -> list[list[Example]]:
 def plain_answer(model: Any, example: Example) -> list[int]:
     """Return transformers' answer to one prompt, without our code."""
     ids = torch.tensor([example.prompt])
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2,
-                           do_sample=False, eos_token_id=None, pad_token_id=0)
-    return found[0, len(example.prompt):].tolist()
+    result = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2,
+                            do_sample=False, eos_token_id=None, pad_token_id=0)
+    return result[0, len(example.prompt):].tolist()
 
 
 @pytest.mark.deep

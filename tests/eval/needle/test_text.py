@@ -131,10 +131,10 @@ def test_language_is_detected_or_given(token_shards: Path) -> None:
     assert detect_language(inspect.getsource(inspect)) == "code"
     sources = open_sources({str(token_shards): 1.0}, 1024)
     tokenizer = token_shards / "tokenizer"
-    told = open_haystacks(sources, "heldout", tokenizer, source_languages={"second": "english"})
-    assert [h.language for h in told] == ["english", "code"]
-    assert [h.sizes for h in told] == [(sources[1].num_tokens["heldout"],),
-                                       (sources[0].num_tokens["heldout"],)]
+    haystacks = open_haystacks(sources, "heldout", tokenizer, source_languages={"second": "english"})
+    assert [h.language for h in haystacks] == ["english", "code"]
+    assert [h.sizes for h in haystacks] == [(sources[1].num_tokens["heldout"],),
+                                            (sources[0].num_tokens["heldout"],)]
     (only,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"],
                              source_languages={"second": "english"})
     assert only.language == "code"

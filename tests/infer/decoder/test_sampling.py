@@ -84,11 +84,11 @@ def test_speculative_samples_follow_the_models_distribution() -> None:
 
 
 def test_version_changes_after_the_update() -> None:
-    held = WeightVersion("own")
-    assert held.version == 0
-    with held.replace_weights(3, None), pytest.raises(UserError, match="update to version 3"):
-        held.check()
-    assert held.version == 3
+    weight_version = WeightVersion("own")
+    assert weight_version.version == 0
+    with weight_version.replace_weights(3, None), pytest.raises(UserError, match="update to version 3"):
+        weight_version.check()
+    assert weight_version.version == 3
 
 
 def test_failed_update_invalidates_weights() -> None:

@@ -1,3 +1,5 @@
+"""A fleet of engine servers: a shared queue of requests, weight transfers, and servers that die."""
+
 import sys
 import threading
 import time
@@ -87,10 +89,10 @@ def test_answers_count_against_server_capacity(fleets: Callable[..., Fleet],
         with lock:
             inside[0] += 1
             most[0] = max(most[0], inside[0])
-        found = generate(body)
+        result = generate(body)
         with lock:
             inside[0] -= 1
-        return found
+        return result
 
     monkeypatch.setattr(keeper.doubles[0], "_generate", counted)
     futures = [fleet.submit(TokenRequest(f"g{k}", [3], 4, count=2)) for k in range(6)]
@@ -128,7 +130,7 @@ def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fl
     assert [future.result(20)[0].tokens for _, future in futures] == [expected(r, 4) for r, _ in futures]
     while len(keepers[0].doubles) < 2 or num_there(fleet) < 2:
         time.sleep(0.01)
-    # what is started again has the newest weights before it is asked
+    # a restarted server gets the newest weights before requests
     assert (keepers[0].doubles[1].weights, keepers[0].doubles[1].version) == ("/first", "4")
 
 
@@ -159,8 +161,8 @@ def test_server_that_dies_during_transfer_gets_weights_again(fleets: Callable[..
     assert [double.version for double in keeper.doubles] == ["default", "5"]
     assert torch.equal(keeper.doubles[1].received["w"], torch.arange(3.0))
     # its process is looked at meanwhile too: either is the first to know
-    told = capsys.readouterr().err
-    assert f"{keeper.doubles[0].url}: " in told and "it is restarted" in told
+    errors = capsys.readouterr().err
+    assert f"{keeper.doubles[0].url}: " in errors and "it is restarted" in errors
     engine.close()
 
 
@@ -210,12 +212,12 @@ def test_fleet_implements_engine(fleets: Callable[..., Fleet], tmp_path: Path) -
     keeper = DoubleKeeper()
     engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path / "w", 4)
     first = [token_at([3, 1], place, 0) for place in range(6)]
-    found = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((first[3],)))
-    assert found.continuations[0] == first[:4] and found.finish_reasons[0] == "stop"
-    assert found.logprobs[0] == [-token / 100 for token in first[:4]] and found.version == 0
+    result = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((first[3],)))
+    assert result.continuations[0] == first[:4] and result.finish_reasons[0] == "stop"
+    assert result.logprobs[0] == [-token / 100 for token in first[:4]] and result.version == 0
     engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
-    told = load_file(keeper.doubles[0].weights)
-    assert torch.equal(told["w"], torch.arange(3.0))
+    file = load_file(keeper.doubles[0].weights)
+    assert torch.equal(file["w"], torch.arange(3.0))
     again = engine.generate([[3, 1]], Sampling(6))
     assert again.version == 5 and again.continuations[0] == [token_at([3, 1], place, 5) for place in range(6)]
     engine.close()
@@ -227,15 +229,15 @@ def test_short_samples_are_grouped_into_requests(fleets: Callable[..., Fleet], t
     engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 6)
 
     def counts(prompts: list[list[int]], *samplings: Sampling) -> list[int]:
-        found = engine.requests(prompts, samplings, (2,))
-        assert len({request.name for request in found}) == len(found)
-        return [request.count for request in found]
+        result = engine.requests(prompts, samplings, (2,))
+        assert len({request.name for request in result}) == len(result)
+        return [request.count for request in result]
 
     drawn = Sampling(GROUPED_TOKENS, temperature=1.0)
     assert counts([[3]] * 8 + [[4]], *[drawn] * 9) == [6, 2, 1]
     fleet.requests = 99
     assert counts([[3]] * (GROUP + 1), *[drawn] * (GROUP + 1)) == [GROUP, 1]
-    # a cut response goes on behind ids of its own, with fewer tokens to go
+    # a truncated response continues after its own ids, with fewer tokens left
     assert counts([[3], [3, 5], [3]], *[drawn] * 3) == [1, 1, 1]
     assert counts([[3]] * 2, drawn, replace(drawn, max_new_tokens=5)) == [1, 1]
     # places of long ones are taken by others as soon as they have ended
@@ -248,10 +250,10 @@ def test_joined_prompts_use_one_request_per_server(fleets: Callable[..., Fleet],
     fleet = fleets(keepers, 12)
     engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 24)
     prompts, drawn = [[3 + k // 4] for k in range(24)], Sampling(5, temperature=1.0)
-    found = engine.requests(prompts, [drawn] * 24, (2,), are_joined=True)
-    assert [(request.prompts, request.count) for request in found] == [
+    result = engine.requests(prompts, [drawn] * 24, (2,), are_joined=True)
+    assert [(request.prompts, request.count) for request in result] == [
         ([[3], [4], [5]], 4), ([[6], [7], [8]], 4)]
-    answers = [answer for future in [fleet.submit(request) for request in found]
+    answers = [answer for future in [fleet.submit(request) for request in result]
                for answer in future.result(10)]
     assert [a.tokens for a in answers] == [[token_at(ids, n, 0) for n in range(5)] for ids in prompts]
     # never more than a server writes at a time, nor others than are asked for alike, nor long ones
@@ -269,9 +271,9 @@ def test_bounds_abort_running_requests(fleets: Callable[..., Fleet], tmp_path: P
     engine = ServerEngine(fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
     ended = threading.Event()
     threading.Timer(0.1, ended.set).start()
-    found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=GenerationBounds([3, 400], ended.is_set))
-    assert len(found.continuations[0]) == 3 and 0 < len(found.continuations[1]) < 400
-    assert found.finish_reasons == ["length", "length"]
+    result = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=GenerationBounds([3, 400], ended.is_set))
+    assert len(result.continuations[0]) == 3 and 0 < len(result.continuations[1]) < 400
+    assert result.finish_reasons == ["length", "length"]
 
 
 def test_weight_files_are_sharded_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +310,7 @@ def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytes
                                                           ServerLocations(tmp_path)):
         pass
     # one that has it; and others' servers need none
-    monkeypatch.setattr(server_process, "VLLM_MODULE", "json")
+    monkeypatch.setattr(server_process, "VLLM", "json")
     check_vllm_program((), Path(sys.executable))
     check_vllm_program(("http://127.0.0.1:9",), python)
 

@@ -18,13 +18,13 @@ from megatron_sov.model.config import GpuConfig, RunConfig, apply_settings
 def test_run_forward_model_returns_the_result(one_rank: None, imported: dict[str, Path],
                                               hf_models: dict[str, Path]) -> None:
     for target in (Target(imported["exaone_moe"], False), Target(hf_models["exaone_moe"], True)):
-        found = run_forward_model(target, ["train.head_chunk_tokens=7"], None, lambda loaded: [
+        result = run_forward_model(target, ["train.head_chunk_tokens=7"], None, lambda loaded: [
             loaded.world.size, loaded.config.train.head_chunk_tokens,
             sum(p.numel() for p in loaded.policy.model.parameters())])
         manifest = json.loads((imported["exaone_moe"] / "model.index.json").read_text())
         biases = 4 * 8  # router biases are buffers, not parameters
         sizes = [entry["shape"] for entry in manifest.values()]
-        assert found == [1, 7, sum(map(math.prod, sizes)) - biases]
+        assert result == [1, 7, sum(map(math.prod, sizes)) - biases]
 
 
 def test_model_is_loaded_with_gpu_settings_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:

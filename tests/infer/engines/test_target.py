@@ -48,8 +48,9 @@ def test_target_reports_size_and_training(imported: dict[str, Path], hf_models: 
 def test_checkpoint_runs_in_the_requested_precision(imported: dict[str, Path]) -> None:
     plain = build_inference_config(imported["solar_open"], [], 1)
     assert (plain.train.precision, plain.parallel.tp, plain.model.family) == ("fp32", 1, "solar_open")
-    asked = build_inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
-    assert (asked.train.precision, asked.parallel.pp) == ("bf16", 2)
+    inference_config = build_inference_config(imported["solar_open"], ["train.precision=bf16",
+                                                                       "parallel.pp=2"], 2)
+    assert (inference_config.train.precision, inference_config.parallel.pp) == ("bf16", 2)
     with pytest.raises(UserError, match="2 must divide"):
         build_inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
 
@@ -64,8 +65,9 @@ def test_architecture_change_is_not_an_adapter_change(tmp_path: Path) -> None:
     made_with = replace(get("tiny-solar-open"), lora=LoraConfig(4))
     with create_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.settings = made_with.to_dict()
-    asked = build_inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
-    assert asked.lora == made_with.lora and asked.model != model, "the checkpoint's tensors tell"
+    inference_config = build_inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
+    assert inference_config.lora == made_with.lora, "the checkpoint's tensors tell"
+    assert inference_config.model != model, "the checkpoint's tensors tell"
 
 
 def test_folders_without_a_model_are_rejected(hf_models: dict[str, Path], tmp_path: Path) -> None:

@@ -103,16 +103,16 @@ def test_code_in_a_folder_is_never_run(hf_models: dict[str, Path], tmp_path: Pat
 def test_logprobs_are_of_the_sampled_distribution(temperature: float, hf_models: dict[str, Path]) -> None:
     """Against one plain forward pass over prompt and continuation."""
     model = load_hf(hf_models["exaone_moe"])
-    asked = Sampling(12, temperature, seed=1, for_training=True)
-    found = HfEngine(model, Batching(2, 5)).generate(PROMPTS, asked, stop=StopRule((7,)))
-    for prompt, tokens, told in zip(PROMPTS, found.continuations, found.logprobs, strict=True):
+    sampling = Sampling(12, temperature, seed=1, for_training=True)
+    result = HfEngine(model, Batching(2, 5)).generate(PROMPTS, sampling, stop=StopRule((7,)))
+    for prompt, tokens, told in zip(PROMPTS, result.continuations, result.logprobs, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
         expected = (logits / (temperature or 1)).log_softmax(-1)[len(prompt) - 1:-1].gather(
             1, torch.tensor(tokens)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(told), expected, atol=1e-5, rtol=0)
-    assert found.finish_reasons == ["stop" if c[-1] == 7 else "length" for c in found.continuations]
-    assert (found.temperature, found.version) == (temperature, 0)
+    assert result.finish_reasons == ["stop" if c[-1] == 7 else "length" for c in result.continuations]
+    assert (result.temperature, result.version) == (temperature, 0)
 
 
 def test_truncated_sampling_for_training_needs_permission(hf_models: dict[str, Path]) -> None:
@@ -120,8 +120,8 @@ def test_truncated_sampling_for_training_needs_permission(hf_models: dict[str, P
     cut = Sampling(3, 1.0, top_k=1, for_training=True)
     with pytest.raises(UserError, match="samples for training"):
         engine.generate(PROMPTS, cut)
-    found = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
-    assert all(logprob == 0 for told in found.logprobs for logprob in told), "of one token, it is certain"
+    result = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
+    assert all(logprob == 0 for told in result.logprobs for logprob in told), "of one token, it is certain"
 
 
 def test_latent_attention_is_rejected() -> None:

@@ -1,3 +1,5 @@
+"""The worker extension that receives policy weights inside vLLM."""
+
 import importlib
 import sys
 import threading
@@ -81,10 +83,10 @@ def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> t
 
 
 def worker(engine: type, model: Model, rank: int = 0, world_size: int = 1, copy: int = 0) -> Any:
-    found = engine()
-    found.model, found.model_config, found.device = model, None, CPU
-    found.parallel_config = types.SimpleNamespace(rank=rank, world_size=world_size, data_parallel_index=copy)
-    return found
+    result = engine()
+    result.model, result.model_config, result.device = model, None, CPU
+    result.parallel_config = types.SimpleNamespace(rank=rank, world_size=world_size, data_parallel_index=copy)
+    return result
 
 
 def send(workers: list[Any], tensors: dict[str, torch.Tensor]) -> list[BaseException | None]:
@@ -131,7 +133,7 @@ def test_all_workers_of_all_replicas_receive_weights(engine: type, monkeypatch: 
 
 
 def test_partial_update_is_discarded(engine: type, tmp_path: Path) -> None:
-    # more than sockets hold, so that what is sent has no end without a receiver
+    # more than socket buffers hold, so that sending blocks without a receiver
     tensors = {"a": torch.ones(1), "b": torch.ones(1 << 22), "c": torch.ones(1 << 22)}
     broken = worker(engine, Model(fails_at="a"))
     [error] = send([broken], tensors)
@@ -147,6 +149,6 @@ def test_partial_update_is_discarded(engine: type, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("engine", "seen"), [(False, "None"), (True, "first")], indirect=["engine"])
 def test_expert_kernels_are_rebuilt_on_cpus_only(engine: type, seen: str) -> None:
-    # graphs of a GPU go on to read what the first kernel has
+    # CUDA graphs keep reading the tensors of the first kernel
     Kernel()._setup_kernel()
     assert [seen] == DONE

@@ -34,8 +34,8 @@ def results(composed: Composed, rows: list[dict]) -> tuple[list[Result], dict[st
     runners = {name: Field(name) for name in composed.get_part_requests()}
     rows = [{"id": i, "response": str(i), **row} for i, row in enumerate(rows)]
     with ComposedRunner(composed, runners) as running:
-        found = running.score(rows)
-    return found, {name: r.asked for name, r in runners.items()}
+        result = running.score(rows)
+    return result, {name: r.asked for name, r in runners.items()}
 
 
 def test_the_reward_is_the_weighted_sum() -> None:
@@ -108,9 +108,10 @@ def test_invalid_settings_are_refused(settings: dict, problem: str) -> None:
 def test_real_parts_run_together(tmp_path: Path) -> None:
     code = "class Own:\n    def score(self, row):\n        return len(row['response'])\n"
     (tmp_path / "own.py").write_text(code)
-    asked = request_reward("composed", {"parts": {"rule": {"reward": "length",
-                                                           "settings": {"unit": "words", "max_length": 2,
-                                                                        "buffer": 1}},
-                                                  "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
-    with create_runner(asked, build_versioned_reward(asked), 1) as running:
+    request = request_reward("composed", {"parts": {"rule": {"reward": "length",
+                                                             "settings": {"unit": "words", "max_length": 2,
+                                                                          "buffer": 1}},
+                                                    "own": {"reward": f"{tmp_path}/own.py:Own",
+                                                            "weight": 10}}})
+    with create_runner(request, build_versioned_reward(request), 1) as running:
         assert [r.reward for r in running.score([{"response": "a"}, {"response": "a b"}])] == [10.0, 29.0]

@@ -65,8 +65,8 @@ def test_missing_nltk_data_and_packages_are_reported(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nltk.data, "path", [])
     row = {"response": "One. Two.", "instructions": [
         {"id": "length_constraints:number_sentences", "num_sentences": 2, "relation": "at least"}]}
-    found = run_reward(IfEval(), row)
-    assert found.status == "refused" and "python -m nltk.downloader punkt_tab" in found.reason
+    result = run_reward(IfEval(), row)
+    assert result.status == "refused" and "python -m nltk.downloader punkt_tab" in result.reason
     monkeypatch.setitem(sys.modules, "if_verifiable.ifbench.instructions_registry", None)
     load_checks.cache_clear()
     with pytest.raises(UserError, match="is not installed; run"):

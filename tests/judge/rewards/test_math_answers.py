@@ -37,8 +37,8 @@ def test_verdicts_equal_math_verify() -> None:
     golds = {gold: parse(gold if "$" in gold else f"\\boxed{{{gold}}}") for gold in GOLDS}
     found = {response: parse(response) for response in RESPONSES}
     own = [verify(golds[gold], found[response]) for gold, response in pairs]
-    asked = request_reward("math", {})
-    with create_runner(asked, build_versioned_reward(asked), 2) as running:
+    request = request_reward("math", {})
+    with create_runner(request, build_versioned_reward(request), 2) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
     assert len(pairs) > 200
     assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
@@ -49,9 +49,9 @@ def test_verdicts_equal_math_verify() -> None:
 @pytest.mark.parametrize(("items", "reward"), [(FOOLING, 0.0), (HONEST, 1.0)], ids=["fooling", "honest"])
 def test_benchmark_attacks_fail_and_honest_answers_pass(items: list[tuple[str, str]],
                                                                          reward: float) -> None:
-    asked = request_reward("math", {})
+    request = request_reward("math", {})
     assert len(items) == len(set(items)) == 44
-    with create_runner(asked, build_versioned_reward(asked), 1) as running:
+    with create_runner(request, build_versioned_reward(request), 1) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in items])
     assert [item for item, result in zip(items, results, strict=True) if result.reward != reward] == []
 
@@ -185,8 +185,8 @@ def test_another_unit_is_another_answer(answer: str, response: str, reward: floa
 
 def test_hostile_answers_score_0() -> None:
     rows = [{"answer": "42", "response": text} for text in [*HOSTILE, "\\boxed{42}"]]
-    asked = request_reward("math", {"cpu_limit_s": 1.0})
-    with create_runner(asked, build_versioned_reward(asked), 2) as running:
+    request = request_reward("math", {"cpu_limit_s": 1.0})
+    with create_runner(request, build_versioned_reward(request), 2) as running:
         *results, honest = running.score(rows)
         (unfair,) = running.score([{"answer": "1000000000!", "response": "\\boxed{42}"}])
     assert honest.reward == 1.0
@@ -221,7 +221,7 @@ def test_libraries_are_part_of_the_version() -> None:
     ("42", "\\boxed{\\color{red}42}", 1), ("42", "\\boxed{\\,42~\\text{m}}", 1),
     ("1000000", "\\boxed{1\\ 000\\ 000}", 1), ("5 km", "\\boxed{\\(5 \\text{ m}\\)}", 0),
     ("42", "\\boxed{\\[ x = 42 \\]}", 1), ("42", "\\boxed{\\(42\\) million}", 0),
-    # a set is no tuple, and no interval
+    # a set is neither a tuple nor an interval
     ("(4,3)", "$\\left\\{4,3\\right\\}$", 0), ("(0,1)", "\\boxed{\\{0,1\\}}", 0),
     ("(4,3)", "\\boxed{(x,y)=(4,3)}", 1), ("\\{1,2\\}", "\\boxed{S=\\{2,1\\}}", 1)])
 def test_attacks_and_honest_answers(answer: str, response: str, reward: float) -> None:
@@ -231,7 +231,7 @@ def test_attacks_and_honest_answers(answer: str, response: str, reward: float) -
 COLUMN = "\\begin{pmatrix} -2 \\\\ 1 \\end{pmatrix}"
 MATRIX = "\\begin{bmatrix} 1 & 2 \\\\ 3 & 4 \\end{bmatrix}"
 BOXED = [
-    # matrices and vectors are no last number of theirs
+    # matrices and vectors are not their last number
     (COLUMN, COLUMN, 1), (COLUMN, "1", 0), (COLUMN, "\\begin{bmatrix} -2\\\\1 \\end{bmatrix}", 1),
     (COLUMN, "\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}", 0),
     (COLUMN, "\\begin{pmatrix} -2 & 1\\end{pmatrix}", 0),

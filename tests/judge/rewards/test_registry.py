@@ -36,9 +36,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_reward_from_a_file_takes_settings(file: Path) -> None:
-    made = build_versioned_reward(request_reward(f"{file}:Contains", {"word": "ja", "times": 2}))
-    assert made.reward.score({"response": "ja, ja"}) == 1.0
-    assert made.reward.score({"response": "ja"}) == 0.0
+    versioned_reward = build_versioned_reward(request_reward(f"{file}:Contains", {"word": "ja", "times": 2}))
+    assert versioned_reward.reward.score({"response": "ja, ja"}) == 1.0
+    assert versioned_reward.reward.score({"response": "ja"}) == 0.0
 
 
 def test_version_depends_on_file_and_settings(file: Path) -> None:
@@ -52,11 +52,11 @@ def test_version_depends_on_file_and_settings(file: Path) -> None:
 
 
 def test_file_changed_after_the_request_is_refused(file: Path) -> None:
-    asked = request_reward(f"{file}:Contains", {})
-    before = build_versioned_reward(asked).version
+    request = request_reward(f"{file}:Contains", {})
+    before = build_versioned_reward(request).version
     file.write_text(OWN.replace(">=", ">"))
     with pytest.raises(UserError, match=r"contains\.py has changed since this command began"):
-        build_versioned_reward(asked)
+        build_versioned_reward(request)
     assert build_versioned_reward(request_reward(f"{file}:Contains", {})).version != before
 
 
@@ -80,11 +80,12 @@ def starts_well(completions, answer, **kwargs):
 def other(rows):
     return [1.0]
 """)
-    made = build_versioned_reward(request_reward(f"{file}:starts_well", {}))
+    versioned_reward = build_versioned_reward(request_reward(f"{file}:starts_well", {}))
     row = {"response": "yes, it is", "answer": "yes", "prompt": "p"}
-    assert run_reward(made.reward, row).reward == 1.0
+    assert run_reward(versioned_reward.reward, row).reward == 1.0
     # messages where the prompt is messages, as in TRL
-    assert run_reward(made.reward, {**row, "prompt": [{"role": "user", "content": "p"}]}).reward == 1.0
+    assert run_reward(versioned_reward.reward, {**row, "prompt": [{"role": "user",
+                                                                   "content": "p"}]}).reward == 1.0
     with pytest.raises(UserError, match=r"is a class with score\(self, row\) or a function f\(comp"):
         request_reward(f"{file}:other", {})
 
@@ -158,8 +159,8 @@ def test_trl_function_gets_the_arguments_of_trl(name: str, tmp_path: Path) -> No
     scope: dict[str, Any] = {}
     exec(FUNCTIONS, scope)
     wanted = by_trl(scope[name], rows)
-    asked = request_reward(f"{file}:{name}", {})
-    reward = build_versioned_reward(asked).reward
+    request = request_reward(f"{file}:{name}", {})
+    reward = build_versioned_reward(request).reward
     result = run_reward(reward, rows)
     assert result.status == "scored" and result.components[REWARDS] == wanted
     single = [run_reward(reward, row) for row in rows]
@@ -194,7 +195,7 @@ def score(row):
 
 @dataclass(frozen=True)
 class Long:
-    """Right is what is long."""
+    """Reward: 1 for long responses."""
 
     LIBRARIES = ("numpy",)
     min_chars: int = 5
@@ -279,9 +280,9 @@ def test_sources_of_all_rewards_are_hashed() -> None:
      {"domain": "chat"}, "")])
 def test_missing_fields_are_found_before_generation(name: str, settings: dict[str, Any],
                                                         row: dict[str, Any], field: str) -> None:
-    made = build_versioned_reward(asked := request_reward(name, settings))
-    assert find_missing_field(asked, made, row) == field
+    versioned_reward = build_versioned_reward(asked := request_reward(name, settings))
+    assert find_missing_field(asked, versioned_reward, row) == field
     if field and name != "composed":
-        # what is said before is what judging would say
-        refused = run_reward(made.reward, {**row, "response": "42"})
+        # the early message equals the message of scoring
+        refused = run_reward(versioned_reward.reward, {**row, "response": "42"})
         assert refused.status == "refused" and field in refused.reason

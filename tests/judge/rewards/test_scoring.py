@@ -84,26 +84,25 @@ def test_results_come_in_the_order_of_the_rows(runner) -> None:
 
 def test_failures_affect_a_single_row(runner) -> None:
     with runner(time_limit_s=0.5) as running:
-        found = running.score(rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
-    assert [(r.reward, r.status) for r in found] == [
+        result = running.score(rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
+    assert [(r.reward, r.status) for r in result] == [
         (1.0, "scored"), (None, "timeout"), (None, "failed"), (None, "refused"), (None, "failed"),
         (None, "failed"), (None, "timeout"), (2.0, "scored")]
-    assert found[1].reason == "took longer than 0.5 s"
-    assert found[2].reason == "the process that judged it ended (exit code 7)"
-    assert "more memory" in found[3].reason
-    assert "then 1 for the same row under one version" in found[4].reason
+    assert result[1].reason == "took longer than 0.5 s"
+    assert result[2].reason == "the process that judged it ended (exit code 7)"
+    assert "more memory" in result[3].reason
+    assert "then 1 for the same row under one version" in result[4].reason
 
 
-def test_ended_process_affects_a_single_row(
-        runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ended_process_affects_a_single_row(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     monkeypatch.setattr(workers, "send_message", lambda channel, asked: (sent.append(len(asked)),
                                                                 send_message(channel, asked)))
     monkeypatch.setattr(workers, "FAST_REQUEST_S", 60.0)
     with runner(workers=1) as running:
-        found = running.score(rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
-    assert [r.reward for r in found] == [*range(40), None, *range(41, 60)]
-    # row 40 is of the 32 behind the first 31; those that were behind it go to another process
+        result = running.score(rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
+    assert [r.reward for r in result] == [*range(40), None, *range(41, 60)]
+    # row 40 is among the 32 rows after the first 31; the rows after it go to another process
     assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
     sent.clear()
     monkeypatch.setattr(workers, "FAST_REQUEST_S", -1.0)
@@ -112,15 +111,14 @@ def test_ended_process_affects_a_single_row(
     assert sent == [1, 1, 1]
 
 
-def test_busy_judge_scores_0_and_waiting_judge_has_no_reward(
-        runner) -> None:
+def test_busy_judge_scores_0_and_waiting_judge_has_no_reward(runner) -> None:
     with runner(cpu_limit_s=0.2, control="5") as running:
-        found = running.score(rows("1", "loop", "eat", "deep", "abort", "die", "killed", "x", "2"))
-    assert [(r.reward, r.status) for r in found] == [
+        result = running.score(rows("1", "loop", "eat", "deep", "abort", "die", "killed", "x", "2"))
+    assert [(r.reward, r.status) for r in result] == [
         (1.0, "scored"), (0.0, "timeout"), (0.0, "scored"), (0.0, "scored"), (0.0, "scored"),
         (None, "failed"), (None, "failed"), (None, "failed"), (2.0, "scored")]
-    assert found[1].reason == "the response: judging took longer than 0.2 s of a processor"
-    assert found[1].components == {"why": found[1].reason}
+    assert result[1].reason == "the response: judging took longer than 0.2 s of a processor"
+    assert result[1].components == {"why": result[1].reason}
     with runner(cpu_limit_s=0.2, control="5", time_limit_s=0.3) as running:
         assert running.score(rows("hang", "1"))[0].reward is None
     with runner(cpu_limit_s=0.2, control="loop") as running:  # then the row keeps it busy, or the reward
@@ -150,8 +148,7 @@ def test_user_error_stops_scoring(runner) -> None:
 
 
 @pytest.mark.deep
-def test_reward_sees_safe_and_requested_variables(
-        runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_sees_safe_and_requested_variables(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     forkserver._forkserver._stop()  # the next one is started with these
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("MY_VERIFIER", "at home")
@@ -160,7 +157,7 @@ def test_reward_sees_safe_and_requested_variables(
             assert running.score(rows("tell"))[0].reward == seen
 
 
-def test_gpu_order_variable_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_order_variable_is_preserved(monkeypatch: pytest.MonkeyPatch) -> None:
     had = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "secret"}
     monkeypatch.setattr(os, "environ", dict(had))
     remove_unsafe_variables()
@@ -203,8 +200,8 @@ def test_busy_process_ends_with_its_killed_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_early", [True, False])
-def test_orphaned_process_ends_without_a_traceback(
-        is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphaned_process_ends_without_a_traceback(is_early: bool, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     # they would change this process
     for name in ("remove_unsafe_variables", "limit_memory", "signal"):
         monkeypatch.setattr(room, name, Mock())
@@ -233,14 +230,14 @@ def longest(completions, prompts, **kwargs):
 
 def test_function_gets_all_responses_to_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(LONGEST)
-    asked = request_reward(f"{tmp_path}/own.py:longest", {})
+    request = request_reward(f"{tmp_path}/own.py:longest", {})
     chat = [{"role": "user", "content": "c"}]
     given = [("a", "x"), ("a", "xyz"), ("b", "xy"), (chat, "x"), (chat, "xy"), ("d", "die"), ("d", "x"),
              ("a", "xy"), ("e", "x"), ("e", "none"), (None, "x"), (None, "xy"),
              ("b", None)]
-    with room.create_runner(asked, build_versioned_reward(asked), 2) as running:
-        found = running.score([{"prompt": prompt, "response": text} for prompt, text in given])
-    assert [(result.reward, result.status) for result in found] == [
+    with room.create_runner(request, build_versioned_reward(request), 2) as running:
+        outcome = running.score([{"prompt": prompt, "response": text} for prompt, text in given])
+    assert [(result.reward, result.status) for result in outcome] == [
         (0.0, "scored"), (1.0, "scored"), (1.0, "scored"), (0.0, "scored"), (1.0, "scored"),
         (None, "failed"), (None, "failed"), (0.0, "scored"), (None, "refused"), (1.0, "scored"),
         (1.0, "scored"), (1.0, "scored"), (None, "refused")]

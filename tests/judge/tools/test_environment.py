@@ -48,8 +48,8 @@ def test_schema_equals_transformers() -> None:
 def test_arguments_of_the_right_types_reach_the_function() -> None:
     tool = build_tool(find_room)
     assert tool.call({"city": "Busan", "nights": 2, "kinds": ["a"]}) == "('Busan', 2, ['a'], 'yard', None)"
-    found = tool.call({"city": "", "nights": 0, "kinds": [], "view": "sea", "price": 1})
-    assert found.endswith("'sea', 1.0)")
+    result = tool.call({"city": "", "nights": 0, "kinds": [], "view": "sea", "price": 1})
+    assert result.endswith("'sea', 1.0)")
 
 
 @pytest.mark.each("change, told", [

@@ -1,4 +1,4 @@
-"""Recipes: every one builds and is sound; a tiny recipe keeps the structure of the big one."""
+"""Every recipe builds and is valid, and a tiny recipe keeps the structure of the large one."""
 
 import importlib.util
 import json
@@ -39,12 +39,12 @@ def smallest_world(config: RunConfig) -> int:
 def test_every_recipe_builds_and_is_sound(name: str) -> None:
     config = get(name)
     assert config.recipe == name
-    # what a recipe may leave to be set: test_policies.py says which
+    # recipes may leave settings open: test_policies.py lists them
     assert [p for p in config.problems(smallest_world(config)) if not p.rule.startswith("is missing: ")] == []
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_every_recipe_has_a_tiny_one_that_its_whole_name_finds() -> None:
+def test_every_recipe_has_a_tiny_variant() -> None:
     assert sorted(TINY.values()) == [name for name in names() if not name.startswith("tiny-")]
     assert all(get(f"tiny-{big}") == get(tiny) for tiny, big in TINY.items())
 
@@ -134,7 +134,7 @@ def test_the_published_extension_ends_at_the_released_model(name: str, before: i
     assert model == config.model
 
 
-def test_the_base_of_vibethinker_is_made_ready_for_what_it_generates() -> None:
+def test_vibethinker_extension_starts_at_the_base_and_ends_at_the_recipe() -> None:
     config, base = get("vibethinker-1.5b"), get("qwen2-1.5b").model
     model, before = base, base.max_position_tokens
     lengths = [stage.seq_len for stage in config.extend.stages]
@@ -204,7 +204,7 @@ def used_by(name: str) -> frozenset[str]:
 
 @pytest.mark.each("name", BIG)
 def test_no_entry_of_a_table_is_idle(name: str) -> None:
-    """But those that a recipe took over from the one that it goes back to."""
+    """Except entries that a recipe inherits from its base recipe."""
     used = used_by(name)
     others = {key for other in BIG if other != name for key in used_by(other)}
     assert set(sources(name)) - used <= others
@@ -216,7 +216,7 @@ RELEASED = [name for name in BIG if any(s.kind == "config.json" for s in sources
 
 
 @pytest.mark.each("name", RELEASED)
-def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
+def test_claimed_config_json_values_are_in_config_json(name: str) -> None:
     """Read by the model's family, which says which settings the file or its class decides."""
     config = get(name)
     family = models.get_family(config.model.family)
@@ -234,7 +234,7 @@ def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
 
 
 @pytest.mark.each("name", TINY)
-def test_a_tiny_recipe_inherits_what_it_did_not_shrink(name: str) -> None:
+def test_a_tiny_recipe_inherits_other_settings(name: str) -> None:
     big = {s.key: s for s in list_settings(get(TINY[name]), sources(TINY[name]))}
     tiny = list_settings(get(name), sources(name))
     assert all(s == big[s.key] for s in tiny if s.source != TINY_SOURCE)
@@ -243,7 +243,8 @@ def test_a_tiny_recipe_inherits_what_it_did_not_shrink(name: str) -> None:
 
 
 def test_values_are_named_as_settings_are() -> None:
-    """Nested, in lists and in tables; the last match holds; what is None by default is set as a whole."""
+    """Nested, in lists and in tables; the last match wins; a group that is None by default is set as a
+    whole."""
     config = get("solar-open-102b")
     config = replace(config, model=replace(config.model, yarn=YarnConfig()), optim=OptimConfig(lr=1.0),
                      data=replace(config.data, phases=(PhaseConfig("a", blend={"b/64": 2.0}),)))
@@ -258,7 +259,7 @@ def test_values_are_named_as_settings_are() -> None:
     assert apply_settings(config, changes) == config
 
 
-def test_a_derived_table_changes_what_it_says() -> None:
+def test_derived_sources_replace_changed_settings() -> None:
     changed = derive_sources({"optim.lr": ours("a"), "optim.*": ours("b")}, {"optim.lr": ours("c")})
     assert changed == {"optim.*": ours("b"), "optim.lr": ours("c")} and list(changed)[-1] == "optim.lr"
     before = get("tiny-qwen3")
@@ -279,9 +280,9 @@ def test_the_released_folder_has_this_architecture_to_the_byte() -> None:
     named = {name for link in models.get_family(model.family).links(model) for name in link.hf_names}
 
     assert (held, len(named)) == (SIZE_BYTES, TENSORS)
-    found = count_params(model)
-    assert found.total + found.mtp == pytest.approx(749.4e9, rel=1e-3)
-    assert found.active == pytest.approx(37e9, rel=0.01)
+    result = count_params(model)
+    assert result.total + result.mtp == pytest.approx(749.4e9, rel=1e-3)
+    assert result.active == pytest.approx(37e9, rel=0.01)
 
 
 def test_windows_and_bounds_are_those_that_programs_read() -> None:
@@ -301,7 +302,7 @@ def test_layouts_divide_it() -> None:
 
 
 @pytest.mark.each("layers", [2, 6, 80])
-def test_another_depth_keeps_what_single_layers_have(layers: int) -> None:
+def test_another_depth_keeps_per_layer_settings(layers: int) -> None:
     import dataclasses
 
     model = recipes.get("k-exaone2-750b").model

@@ -92,8 +92,8 @@ def test_installed_kernel_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: name == "mamba_ssm")
     assert select_scan(torch.device("cpu")) is scan
-    found = select_scan(torch.device("cuda"))(*drawn(70))
-    assert found.equal(scan(*drawn(70))) and asked == {"groups": 1, "chunk_size": 64}
+    result = select_scan(torch.device("cuda"))(*drawn(70))
+    assert result.equal(scan(*drawn(70))) and asked == {"groups": 1, "chunk_size": 64}
 
 
 QWEN = VisionEncoderConfig(

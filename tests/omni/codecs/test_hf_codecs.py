@@ -37,9 +37,9 @@ def test_picture_codecs_equal_official_classes(tmp_path: Path, kind: str) -> Non
     import_codec(kind, tmp_path / "hf", tmp_path / "codec")
     codec = open_codec(tmp_path / "codec")
     assert (codec.side_pixels, codec.grid, codec.codebook_size) == (16, 4, 16)
-    found = codec.encode(PICTURES)
-    assert torch.equal(found, ids) and found.dtype == torch.int64 and len(found.unique()) > 1
-    again = codec.decode(found)
+    result = codec.encode(PICTURES)
+    assert torch.equal(result, ids) and result.dtype == torch.int64 and len(result.unique()) > 1
+    again = codec.decode(result)
     torch.testing.assert_close(again, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
     assert again.shape == PICTURES.shape and float(again.std()) > 0.01
 

@@ -86,8 +86,9 @@ def site(made: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
 def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
     """Encode both prompts."""
 
-    shown = PromptMediaEncoder(Path(), tokenizers or {"image": Path("pictures"), "audio": Path("sounds")})
-    return encode_media_prompts(find_target(Path("model")), [RECORD, OTHER], shown, **options)
+    prompt_media_encoder = PromptMediaEncoder(Path(), tokenizers or {"image": Path("pictures"),
+                                                                     "audio": Path("sounds")})
+    return encode_media_prompts(find_target(Path("model")), [RECORD, OTHER], prompt_media_encoder, **options)
 
 
 def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:
@@ -111,7 +112,7 @@ def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:
 
 @pytest.mark.deep
 def test_decoder_and_training_logprobs_agree(site: Site) -> None:
-    """Prompts with equal ids and other pictures get other log-probabilities."""
+    """Prompts with equal ids but different images have different log-probabilities."""
     prompts, answers = asked(), site.answers
     seen, second = prompts.encoder_inputs
     other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}

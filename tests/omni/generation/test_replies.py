@@ -1,4 +1,4 @@
-"""Generation of pictures and speech with the commands, and the token rules of media blocks."""
+"""Commands that generate images and speech, and the token rules of media blocks."""
 
 import json
 import random
@@ -104,9 +104,9 @@ def test_eval_media_scores_generated_pictures(site: Path, capsys: pytest.Capture
         "eval media model --data text-image=drawn.jsonl --data audio-text=heard.jsonl --media-root . "
         "--no-chat --image-decoder pictures --audio-tokenizer sounds --image-judge judges.py:seen "
         "--files made --max-new-tokens 48 --json")) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["text-image"]["accuracy"], found["text-image"]["chance"]) == (1.0, 0.5)
-    assert found["audio-text"]["accuracy"] == 0.0
+    parsed = json.loads(capsys.readouterr().out)
+    assert (parsed["text-image"]["accuracy"], parsed["text-image"]["chance"]) == (1.0, 0.5)
+    assert parsed["audio-text"]["accuracy"] == 0.0
     assert [file.parent.name for file in Path("made").rglob("*.png")][:1] == ["text-image"]
 
 

@@ -1,5 +1,4 @@
-"""Engine servers on nodes of their own, on a real Slurm: with doubles of the servers and of the run that asks
-them."""
+"""Engine servers on their own Slurm nodes, with doubles of the servers and of the run."""
 
 import json
 import re
@@ -64,9 +63,8 @@ while not (run / "complete.json").exists():
 
 
 @pytest.mark.distributed
-def test_servers_on_nodes_of_their_own_are_started_again_and_end_with_the_job(
-        cluster: Any, site: Path, submit: Callable[..., str], small: tuple[str, ...], warm_python: str
-) -> None:
+def test_engine_servers_restart_and_end_with_the_job(cluster: Any, site: Path, submit: Callable[..., str],
+                                                     small: tuple[str, ...], warm_python: str) -> None:
     vllm, python = site / "vllm-python", site / "python"
     vllm.write_text(SERVER.format(python=sys.executable))
     (site / "run.py").write_text(RUN)
@@ -77,28 +75,28 @@ def test_servers_on_nodes_of_their_own_are_started_again_and_end_with_the_job(
         file.chmod(0o755)
     profile = re.sub(r"(?m)^python: .*$", f"python: {python}", (site / "site.yaml").read_text())
     (site / "two.yaml").write_text(profile.replace(
-        # the pause before a keeper is started again is not what is shown here
+        # the pause before a restart is not tested here
         "cpus_per_node: 1", "cpus_per_node: 2\nranks_per_node: 2\nsetup: ['sleep() { command sleep 0.1; }']"))
     (site / "prompts.jsonl").write_text('{"prompt": "1?"}\n{"prompt": "2?"}\n')
-    (site / "start").mkdir()  # nobody reads it: servers load what the run has made of it
+    (site / "start").mkdir()  # nothing reads it: servers load the run's export
     run, records = site / "run", site / "run/slurm"
     job = submit(records, "rl-run", "--cluster", "two.yaml", "--engine-nodes", "1", "tiny-solar-open", *small,
                  "--prompts", "prompts.jsonl", "--reward", "math", "--from", "start", "--store", "store",
                  "--run", str(run), "--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=2",
                  "--set", "rollout.max_new_tokens=8", "--set", "rollout.max_prompt_tokens=8", "--engine",
                  "vllm", "--engine-python", str(vllm))
-    found = cluster.wait(job, timeout_s=300)
+    result = cluster.wait(job, timeout_s=300)
     log = (records / f"{job}.log").read_text()
-    assert (found["JobState"], found["NumNodes"]) == ("COMPLETED", "2"), log
-    told = json.loads((run / "asked.json").read_text())
+    assert (result["JobState"], result["NumNodes"]) == ("COMPLETED", "2"), log
+    parsed = json.loads((run / "asked.json").read_text())
     [attempt] = (records / "logs").iterdir()
     kept, _ = sorted((attempt / "engines").glob("n*.log"))
-    first, second, third = told["pids"]
+    first, second, third = parsed["pids"]
     assert first[0] != second[0] and first[1] == second[1], "one server alone has died"
     assert not set(third) & set(second), "those of a keeper that was killed end with it"
     assert "restarting" in kept.read_text()
     assert f"ended with 137 and are started again, see {kept}" in log
-    for url in told["urls"]:
+    for url in parsed["urls"]:
         # virtual nodes share this machine's network
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(url).port), 5)

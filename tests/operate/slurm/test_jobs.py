@@ -1,5 +1,5 @@
-"""Generated scripts on a real Slurm, submitted unchanged: what becomes of a run whose nodes are sick, die,
-or run out of time."""
+"""Generated scripts, submitted unchanged to a real Slurm: runs with sick nodes, dead nodes and time
+limits."""
 
 import json
 import shlex
@@ -45,12 +45,11 @@ def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Pa
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.deep)])
-def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
-    cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
-    run_command: Any, killed: bool, capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The final loss is that of the run that nothing happened to, bit for bit.  What becomes of ranks that
-    die by themselves tests of attempts.py tell, and of launchers (e2e)."""
+def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
+        cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
+        run_command: Any, killed: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """The final loss equals an undisturbed run's, bit for bit. Tests of attempts.py and of the launcher (e2e)
+    cover ranks that die by themselves."""
     length = ("--set", f"train.steps={STEPS[killed]}", "--set", "train.checkpoint_every_steps=10")
     undisturbed = run_command("pretrain", *pretrain(packed_data, site / "whole", small, *length),
                               "--nproc", "2")
@@ -68,29 +67,30 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
 
     def reaches(step: int, restarts: int) -> None:
         def there() -> bool:
-            found = cluster.job(job)
-            assert found["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (
-                found, (records / f"{job}.log").read_text())
-            return len(steps(run)) >= step and found["Restarts"] == str(restarts)
+            result = cluster.job(job)
+            assert result["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (
+                result, (records / f"{job}.log").read_text())
+            return len(steps(run)) >= step and result["Restarts"] == str(restarts)
 
         until(there, 600, f"step {step}")
 
     try:
         reaches(8, 1)
         assert cluster.job(job)["NodeList"] == "n[2-3]", "n1 was looked at and left out"
-        cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm sends before the time limit
+        # the signal that Slurm sends before the time limit
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
         reaches(len(steps(run)) + 8, 2)
         cluster.crash("n2")
         reaches(len(steps(run)) + 8, 3)
         assert cluster.job(job)["NodeList"] == "n[3-4]"
         if killed:
             cluster.ranks("n4")[0].kill()
-        found = cluster.wait(job, timeout_s=600)
+        result = cluster.wait(job, timeout_s=600)
     finally:
         cluster.resume("n1")
         cluster.resume("n2")
     log = (records / f"{job}.log").read_text()
-    assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert (result["JobState"], result["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert [e["outcome"] for e in ends(records)] == [
         "sick_nodes", "stopped", "cut_off", *["crash"] * killed, "complete"], log
     assert ends(records)[2]["reason"] == "n2 went down"
@@ -120,10 +120,10 @@ stages:
 """
 
 
-def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(
-    cluster: Any, site: Path, small: tuple[str, ...], packed_data: Any, capsys: pytest.CaptureFixture[str],
-    warm_python: str,
-) -> None:
+def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(cluster: Any, site: Path,
+                                                                  small: tuple[str, ...], packed_data: Any,
+                                                                  capsys: pytest.CaptureFixture[str],
+                                                                  warm_python: str) -> None:
     """The stage of data with Python as it is, which reads the copy of the code; other jobs have
     `warm_python`."""
     python = site / "python"
@@ -147,10 +147,11 @@ def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(
     assert cli.main(["submit", "chain", "chain.yaml"]) == 0
     assert states() == ["CANCELLED"] * 3
     assert cli.main(["submit", "chain", "chain.yaml"]) == 2
-    said = capsys.readouterr()
-    assert "data: not complete, its job ended by: mistake, rank 0 on" in said.out
-    assert "convert: not complete, its job" in said.out and "never began: an earlier stage failed" in said.out
-    assert "was submitted before; pass --continue" in said.err
+    captured = capsys.readouterr()
+    assert "data: not complete, its job ended by: mistake, rank 0 on" in captured.out
+    assert "convert: not complete, its job" in captured.out
+    assert "never began: an earlier stage failed" in captured.out
+    assert "was submitted before; pass --continue" in captured.err
     odd.write_text((packed_data.text.parent / "odd.jsonl").read_text())
     assert cli.main(["submit", "chain", "--continue", "chain.yaml"]) == 0
     assert states() == ["COMPLETED"] * 3

@@ -1,4 +1,4 @@
-"""What a submission lays beside a run: scripts, the code, where the parts of an array go."""
+"""The files of a submission: scripts, a copy of the code, and the outputs of array parts."""
 
 import dataclasses
 import itertools
@@ -44,17 +44,17 @@ SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
 def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
     """Return the settings by number of nodes that a submission to H100s gets."""
     profile = load_profile("h100", account="me")
-    asked = submission.SubmitRequest("pretrain", (*SOLAR, *more), profile, nodes, **request)
-    return submission.prepare_stage(asked, STAGE_PARSERS).jobs[0].layouts
+    submit_request = submission.SubmitRequest("pretrain", (*SOLAR, *more), profile, nodes, **request)
+    return submission.prepare_stage(submit_request, STAGE_PARSERS).jobs[0].layouts
 
 
 @pytest.mark.deep
 def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     """A user who has other kernels gets another layout; a layout that the user set stays."""
-    found = find_layout(recipes.get("solar-open-102b"),
-                        Machines("h100", load_profile("h100", account="me"), 64))
-    assert found is not None and "parallel.expert_dispatcher=hybridep" in found.settings
-    assert layouts()[64] == found.settings
+    result = find_layout(recipes.get("solar-open-102b"),
+                         Machines("h100", load_profile("h100", account="me"), 64))
+    assert result is not None and "parallel.expert_dispatcher=hybridep" in result.settings
+    assert layouts()[64] == result.settings
     portable = layouts("--set", "parallel.expert_dispatcher=alltoall", "--set", "gpu.attention=local")[64]
     assert portable and not any("dispatcher" in setting or "attention" in setting for setting in portable)
     assert layouts("--set", "parallel.pp=8") == {64: ()}
@@ -63,29 +63,29 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     script = submission.prepare_stage(submission.SubmitRequest("pretrain", SOLAR,
                                                          load_profile("h100", account="me"), 64),
                                 STAGE_PARSERS).jobs[0]
-    stages = next(setting for setting in found.settings if setting.startswith("parallel.pp="))
+    stages = next(setting for setting in result.settings if setting.startswith("parallel.pp="))
     assert script.resources.startswith("Asks for 64 x 8 GPUs; layout: ")
     assert f"pp {stages.removeprefix('parallel.pp=')}, " in script.resources
 
 
 @pytest.mark.deep
-def test_a_job_that_loses_nodes_keeps_its_layout_while_that_fits() -> None:
+def test_a_job_with_fewer_nodes_keeps_its_layout_if_it_fits() -> None:
     config = recipes.get("qwen3-8b")
     profile = load_profile("h100", account="me")
-    asked = submission.SubmitRequest("pretrain", ("qwen3-8b", *SOLAR[1:]), profile, 4, min_nodes=1)
-    found = submission.prepare_stage(asked, STAGE_PARSERS).jobs[0].layouts
+    submit_request = submission.SubmitRequest("pretrain", ("qwen3-8b", *SOLAR[1:]), profile, 4, min_nodes=1)
+    found = submission.prepare_stage(submit_request, STAGE_PARSERS).jobs[0].layouts
     assert {1, 2, 4} <= set(found) and found[2] == found[4]
     for nodes, settings in found.items():
         assert not apply_settings(config, list(settings)).problems(nodes * profile.tasks_per_node)
 
 
-def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> None:
+def test_a_layout_too_large_for_the_gpus_is_refused_with_a_fitting_one() -> None:
     with pytest.raises(UserError, match=r"needs 111\.3 GiB on each process .* the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
         layouts("--set", "parallel.ep=8", "--set", "train.fp8=none", nodes=60)
     other = dataclasses.replace(load_profile("h100", account="me"), gpu="")
-    asked = submission.SubmitRequest("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
-    assert submission.prepare_stage(asked, STAGE_PARSERS).jobs[0].layouts == {60: ()}
+    submit_request = submission.SubmitRequest("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
+    assert submission.prepare_stage(submit_request, STAGE_PARSERS).jobs[0].layouts == {60: ()}
 
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,10 +113,10 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
     program = ("import megatron_sov.operate.slurm.attempts as a, tokenizer, data_prep, slurm\n"
                "print(a.__file__, tokenizer.__file__, slurm.__file__)")
-    done = subprocess.run([sys.executable, "-P", "-c", program], env={"PYTHONPATH": str(code)},
-                          capture_output=True, text=True, check=True)
+    completed = subprocess.run([sys.executable, "-P", "-c", program], env={"PYTHONPATH": str(code)},
+                               capture_output=True, text=True, check=True)
     files = ("megatron_sov/operate/slurm/attempts.py", "tokenizer/__init__.py", "slurm/__init__.py")
-    assert done.stdout.split() == [f"{code}/{file}" for file in files]
+    assert completed.stdout.split() == [f"{code}/{file}" for file in files]
     assert ((code / "slurm/templates/header.sbatch.j2").is_file()
             and (code / "slurm/clusters/local.yaml").is_file())
     assert list_submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]

@@ -1,4 +1,4 @@
-"""`megatron-sov submit`: every mistake is one sentence, before anything is submitted or written."""
+"""`megatron-sov submit`: every mistake is one message, before anything is submitted or written."""
 
 import json
 import shlex
@@ -48,20 +48,19 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),
      "evaluate.background.cluster = h100: the jobs beside"),
 ])
-def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    site: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str,
-) -> None:
+def test_a_mistake_gives_one_sentence_and_no_files(site: Path, capsys: pytest.CaptureFixture[str],
+                                                   words: tuple[str, ...], sentence: str) -> None:
     (site / "tokens").mkdir()
     before = sorted(site.rglob("*"))
     assert cli.main(["submit", *words]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1 + said.count("; write\n"), said
+    errors = capsys.readouterr().err
+    assert sentence in errors and errors.count("\n") == 1 + errors.count("; write\n"), errors
     assert sorted(site.rglob("*")) == before
 
 
-def test_without_slurm_it_says_so_and_a_dry_run_still_shows_the_script(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_missing_slurm_is_reported_but_dry_runs_print_the_script(site: Path,
+                                                                 capsys: pytest.CaptureFixture[str],
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "tokens").mkdir()
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["submit", "pretrain", *HERE, *RUN]) == 2
@@ -72,10 +71,9 @@ def test_without_slurm_it_says_so_and_a_dry_run_still_shows_the_script(
 
 
 @pytest.mark.parametrize(("refuted_ranks", "code"), [(None, 0), (2, 3)])
-def test_every_layout_that_a_job_may_have_is_proved_first(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    refuted_ranks: int | None, code: int,
-) -> None:
+def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: pytest.CaptureFixture[str],
+                                                          monkeypatch: pytest.MonkeyPatch,
+                                                          refuted_ranks: int | None, code: int) -> None:
     (site / "tokens").mkdir()
     asked = []
 
@@ -83,7 +81,7 @@ def test_every_layout_that_a_job_may_have_is_proved_first(
         asked.append((num_ranks, config.parallel.ep))
         return num_ranks, SimpleNamespace(outcome="differs" if num_ranks == refuted_ranks else "equal")
 
-    # the proofs themselves are tested in tests/proof, and import what no other test here needs
+    # tests/proof covers the proofs, whose imports are heavy
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", SimpleNamespace(
         EQUAL="equal", prove_run=prove_run,
         format_proof=lambda small, verdict: f"{small}: {verdict.outcome}"))
@@ -96,10 +94,9 @@ def test_every_layout_that_a_job_may_have_is_proved_first(
     assert ("#SBATCH" in script) == (code == 0) and "equal" not in script
 
 
-def test_what_is_missing_is_told_before_hours_of_proofs(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # whoever imports it fails
+def test_missing_inputs_are_reported_before_proofs(site: Path, capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # importing it fails
 
     assert cli.main(["submit", "pretrain", *HERE, "--prove", *RUN]) == 2
 
@@ -140,8 +137,8 @@ def test_a_mistake_in_a_chain_is_one_sentence(site: Path, capsys: pytest.Capture
     (site / "chain.yaml").write_text(text)
     before = sorted(site.rglob("*"))
     assert cli.main(["submit", "chain", "chain.yaml"]) == 2
-    said = capsys.readouterr().err
-    assert sentence.replace("{site}", str(site)) in said and said.count("\n") == 1, said
+    errors = capsys.readouterr().err
+    assert sentence.replace("{site}", str(site)) in errors and errors.count("\n") == 1, errors
     assert sorted(site.rglob("*")) == before
 
 
@@ -149,9 +146,9 @@ def test_a_dry_run_shows_every_script(site: Path, capsys: pytest.CaptureFixture[
     (site / "t").mkdir()
     (site / "chain.yaml").write_text(f"cluster: site.yaml\nstages: [{PACK}, {TRAIN}]")
     assert cli.main(["submit", "chain", "chain.yaml", "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert "# pretrain: to be submitted, after data" in shown and shown.count("#!/bin/bash") == 2
-    assert f"for needed in {site}/tokens/manifest.json; do" in shown
+    output = capsys.readouterr().out
+    assert "# pretrain: to be submitted, after data" in output and output.count("#!/bin/bash") == 2
+    assert f"for needed in {site}/tokens/manifest.json; do" in output
     assert not (site / "run").exists()
 
 
@@ -163,10 +160,10 @@ def test_a_job_that_could_not_begin_its_work_says_why(site: Path, capsys: pytest
     (site / "tokens.slurm").mkdir()
     (site / "tokens.slurm/999998.log").write_text("job: modules of the profile cannot be loaded\n")
     assert cli.main(["submit", "chain", "chain.yaml"]) == 2
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert ("data: not complete, its job ended before it started work: "
-            "modules of the profile cannot be loaded\n" in said)
-    assert "pretrain: not complete, its job 999999 never began" in said
+            "modules of the profile cannot be loaded\n" in output)
+    assert "pretrain: not complete, its job 999999 never began" in output
 
 
 def test_stage_options_belong_into_the_file(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +177,8 @@ PAGE = page_text("slurm.md")
 
 
 @pytest.mark.parametrize("line", shell_lines(PAGE, "bash"))
-def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+def test_commands_of_the_page_write_scripts(site: Path, capsys: pytest.CaptureFixture[str],
+                                            line: str) -> None:
     chains = (block for block in blocks(PAGE, "yaml") if "stages:" in block)
     for name, chain in zip(("chain", "rounds"), chains, strict=True):
         (site / f"{name}.yaml").write_text(chain)

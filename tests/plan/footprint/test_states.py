@@ -1,6 +1,6 @@
-"""Bytes of weights, gradients and optimizer: exactly those that training makes, on meta tensors in a fake
-group of all processes.  `benchmarks/plan_bytes.py` has hundreds of layouts; here are some of its first ones,
-and two of big models."""
+"""Bytes of weights, gradients and optimizer states equal those that training allocates, on meta tensors in
+a fake world. `benchmarks/plan_bytes.py` compares hundreds of layouts; this file has a few, and two of large
+models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ENCODERS = (
 
 
 def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
-    """Return [what training makes of a process, what the plan says of it], of each layout."""
+    """Return [bytes allocated by training, bytes predicted by plan] for each layout."""
     from tests.meta_memory import count_process_memory
 
     found = []
@@ -60,7 +60,7 @@ def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 @pytest.mark.deep
-def test_every_byte_is_what_training_makes(ranks: Any, te_ranks: Any, job: Any) -> None:
+def test_state_bytes_equal_those_of_training(ranks: Any, te_ranks: Any, job: Any) -> None:
     layouts = [*(draw(number) for number in DRAWN), *BIG, *ENCODERS]
     for run, fused in ((te_ranks, True), (ranks, False)):
         asked = [layout for layout in layouts if is_fused(layout) is fused]
@@ -77,9 +77,10 @@ def test_every_byte_is_what_training_makes(ranks: Any, te_ranks: Any, job: Any) 
     (["train.precision=fp64"], 8, 8, 16), (["train.precision=bf16", "gpu.grad_dtype=bf16"], 2, 2, 12)])
 def test_a_parameter_has_bytes_by_its_precision(settings: list[str], weights: int, gradients: int,
                                                 optimizer: int) -> None:
-    found = StageBuffers(apply_settings(recipes.get("tiny-qwen3"), settings), 1, 0).count_states(StatePlace())
-    count = found.elements
-    assert (found.weights, found.gradients, found.optimizer) == (
+    result = StageBuffers(apply_settings(recipes.get("tiny-qwen3"), settings), 1,
+                          0).count_states(StatePlace())
+    count = result.elements
+    assert (result.weights, result.gradients, result.optimizer) == (
         weights * count, gradients * count, optimizer * count)
 
 
@@ -106,7 +107,7 @@ def test_where_muon_keeps_one_moment_the_fullest_process_updates_tables() -> Non
 
 @pytest.mark.each("settings", [[], ["lora.rank=8"], [
     'optim.groups=[{"pattern": "decoder.layers.1.*", "frozen": true}]']])
-def test_what_is_remembered_of_one_layout_holds_for_those_that_share_it(settings: list[str]) -> None:
+def test_cached_states_equal_fresh_ones_for_layouts_that_share_them(settings: list[str]) -> None:
     """Of layouts that a search meets, uneven ones among them, against each one's own buffers."""
     config = apply_settings(recipes.get("tiny-k-exaone"), settings)
     every = [dataclasses.replace(config, parallel=parallel)

@@ -16,8 +16,8 @@ from megatron_sov.train.data.token_shards import open_sources
 
 def test_most_probable_tokens_keep_every_bit() -> None:
     token, logprobs = torch.tensor([[5, 200_000], [0, 7]]), torch.tensor([[-0.1, -3e-8], [-1e30, 0.0]])
-    found = state_files.unpack_rows(state_files.pack_rows(token, logprobs))
-    assert torch.equal(found[0], token) and torch.equal(found[1], logprobs)
+    result = state_files.unpack_rows(state_files.pack_rows(token, logprobs))
+    assert torch.equal(result[0], token) and torch.equal(result[1], logprobs)
 
 
 def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, packed_data: Any,
@@ -35,7 +35,7 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
     monkeypatch.setattr(distill.collectives, "gather_numbers", of_all_ranks)
 
     def verify() -> None:
-        """Be two processes, one after the other."""
+        """Act as two processes, one after the other."""
         said.clear()
         for rank in range(2):
             teacher.verify(ParallelWorld(rank, 2, rank, 2, True, True))

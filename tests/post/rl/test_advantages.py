@@ -79,13 +79,13 @@ def test_advantages_are_the_papers(step: list[list[float]], first_length: int) -
     lengths = [[1 + (first_length + 3 * i) % 10 for i in range(len(group))] for group in step]
     for asked in METHODS:
         policy = PolicyConfig(**asked)
-        found = of(step, policy, lengths)
-        for ours, theirs in zip(found, written_out(step, lengths, policy, 10), strict=True):
+        result = of(step, policy, lengths)
+        for ours, theirs in zip(result, written_out(step, lengths, policy, 10), strict=True):
             assert ours.advantages.dtype == np.float64
             assert ours.advantages.tolist() == pytest.approx(theirs, rel=1e-9, abs=1e-9), asked
 
 
-def test_why_a_group_is_left_out() -> None:
+def test_reasons_for_excluding_a_group() -> None:
     step = [[1.0, 1.0], [0.0, 0.0], [0.5, 0.5], [0.0, 1.0], [1.0], []]
     assert [g.reason for g in of(step, PolicyConfig("dapo"))] == [
         "all_right", "all_wrong", "all_wrong", "", "too_few", "too_few"]
@@ -94,7 +94,7 @@ def test_why_a_group_is_left_out() -> None:
     assert not kept[0].advantages.any()
     assert [g.reason for g in of([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))] == [
         "", "all_right"]
-    taught = of([[1.0], [0.0, 1.0], []], PolicyConfig("opd"))  # by a teacher, whatever the reward
+    taught = of([[1.0], [0.0, 1.0], []], PolicyConfig("opd"))  # by a teacher, independent of the reward
     assert [(g.reason, g.advantages.tolist()) for g in taught] == [("", [0]), ("", [0, 0]), ("too_few", [])]
     assert of([[0.0, 1.0, 1.0]], PolicyConfig("pkpo", pkpo_k=4))[0].reason == "too_few"
     assert of([[0.1 + 0.2, 0.3]], PolicyConfig("dapo"))[0].reason == "all_wrong"  # the same but for rounding
@@ -156,10 +156,10 @@ def split(group: list[tuple[int, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(GROUP)
-def test_right_responses_near_the_middle_of_the_right_ones_get_most(group: list[tuple[int, bool]]) -> None:
-    found = parts.center_on_threshold(*split(group), 100)
+def test_correct_responses_of_median_length_get_the_largest_advantage(group: list[tuple[int, bool]]) -> None:
+    result = parts.center_on_threshold(*split(group), 100)
     of_right = sorted(n for n, is_right in group if is_right)
-    for (n, is_right), bonus in zip(group, found, strict=True):
+    for (n, is_right), bonus in zip(group, result, strict=True):
         if not is_right:
             assert bonus == 0
             continue
@@ -176,8 +176,8 @@ def _percentile(values: list[int], share: float) -> float:
 
 @given(GROUP, st.sampled_from([math.nan, 500.0]))
 def test_right_responses_near_their_target_get_most(group: list[tuple[int, bool]], target: float) -> None:
-    found = parts.reward_target_length(*split(group), np.full(len(group), target), 120)
-    for (n, is_right), bonus in zip(group, found, strict=True):
+    result = parts.reward_target_length(*split(group), np.full(len(group), target), 120)
+    for (n, is_right), bonus in zip(group, result, strict=True):
         wanted = statistics.median([m for m, r in group if r] or [0]) if math.isnan(target) else target
         assert bonus == pytest.approx(
             math.exp(-(n - wanted) ** 2 / (2 * 120 ** 2)) if is_right else 0.0, abs=1e-12)
@@ -186,8 +186,8 @@ def test_right_responses_near_their_target_get_most(group: list[tuple[int, bool]
 @given(GROUP, st.data())
 def test_rewards_within_and_beyond_a_budget(group: list[tuple[int, bool]], data: st.DataObject) -> None:
     budgets = [data.draw(st.sampled_from([512, 1024, 2048, 2560])) for _ in group]
-    found = parts.reward_length_budget(*split(group), np.array(budgets), LONGEST, 4.0)
-    for (n, is_right), budget, reward in zip(group, budgets, found, strict=True):
+    result = parts.reward_length_budget(*split(group), np.array(budgets), LONGEST, 4.0)
+    for (n, is_right), budget, reward in zip(group, budgets, result, strict=True):
         expected = 0.0
         if is_right and n <= LONGEST:
             length = n if n > budget else budget
@@ -195,7 +195,7 @@ def test_rewards_within_and_beyond_a_budget(group: list[tuple[int, bool]], data:
         assert reward == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_methods_put_them_together() -> None:
+def test_methods_combine_the_parts() -> None:
     rewards, lengths = np.array([1.0, 1.0, 0.0, 1.0]), np.array([100, 150, 700, 400])
     low, high = np.percentile([100, 150, 400], (30, 70))
     shaped = np.array([1 + 0.7 * (1 - (low - 100) / 100), 1.7, 0.0, 1 + 0.7 * max(0, 1 - (400 - high) / 100)])
@@ -213,7 +213,7 @@ def test_the_methods_put_them_together() -> None:
     assert group.advantages == pytest.approx((given_ - given_.mean()) / (given_.std(ddof=1) + 1e-4) + intra)
 
 
-def test_a_range_goes_from_the_worst_to_the_best() -> None:
+def test_range_runs_from_worst_to_best() -> None:
     groups = [np.array([0.5, 2.0, 1.0]), np.ones(2)]
     first, second = compute_advantages(groups, [np.full(len(g), 9) for g in groups],
                                        PolicyConfig("preference"),

@@ -38,13 +38,13 @@ class Timed:
 def test_an_episode_continues_after_a_deadline(tmp_path: Path) -> None:
     chat = chat_encoder()
     encoder = TurnEncoder(chat, "the test's tokenizer")
-    asked = request_environment("files", {})
-    environment: Any = build_versioned_environment(asked)[0]
+    request = request_environment("files", {})
+    environment: Any = build_versioned_environment(request)[0]
     piece = PromptPiece(1, 0, PromptList.from_prompts(
         RolloutPrompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
     timed = Timed(FuzzedPolicy("files", chat, encoder.end_ids[0]))
     source = Episodes(
-        table=EpisodeSettings(asked, encoder, LIMITS, 3), version="v1", decode=lambda ids: chat.decode(ids),
+        table=EpisodeSettings(request, encoder, LIMITS, 3), version="v1", decode=lambda ids: chat.decode(ids),
         end_ids=encoder.end_ids, rollout=ROLLOUT, engine_name="script", chosen_by={"environment": "v1"},
         clock_s=lambda: timed.now_s)
     store = RolloutStore.create(tmp_path / "store", "sha256:0", encoder.end_ids[0] + 1)
@@ -55,10 +55,10 @@ def test_an_episode_continues_after_a_deadline(tmp_path: Path) -> None:
         name = piece.part(number)
         [written_rows] = source.play_attempts(timed, [SampleAttempt(piece, number, policy, begun)])
         store.add_rollouts(name, written_rows, {})
-        found = store.read_rollouts(name)
-        assert all(row.attempt == number for row in found)
-        rows += found
-        begun = tuple(row for row in found if row.finish_reason == UNFINISHED)
+        result = store.read_rollouts(name)
+        assert all(row.attempt == number for row in result)
+        rows += result
+        begun = tuple(row for row in result if row.finish_reason == UNFINISHED)
         number += 1
     assert number > 2, "nothing was cut off twice"
     [whole] = replace(source, rollout=replace(ROLLOUT, deadline_s=0.0)).play_attempts(

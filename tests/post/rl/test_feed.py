@@ -28,7 +28,7 @@ STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), rang
 
 
 class Told:
-    """Documents of 4 tokens, of which a model says what its step is."""
+    """Documents of 4 tokens with a fake model whose log-probabilities encode its step."""
 
     columns = ("behaviour_logprobs", "advantage")
 
@@ -41,7 +41,7 @@ class Told:
 
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run that stands before its first step, on one process."""
+    """A run before its first step, on one process."""
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):
@@ -162,9 +162,9 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
     (PolicyConfig("grpo"), {"num_mtp_layers": 1}, [1, 2]),
     (PolicyConfig("grpo"), {"num_mtp_layers": 1, "mtp_loss_coeff": 0.0}, [2]),
     (PolicyConfig("grpo"), {"objective": "mine"}, [1, 2])])
-def test_a_step_is_passed_over_where_nothing_has_a_gradient(
-        policy: PolicyConfig, model: dict[str, Any], computed: list[int], view: Any, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_gradients_is_skipped(policy: PolicyConfig, model: dict[str, Any], computed: list[int],
+                                             view: Any, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step has advantages of 0, the second one that is not, the third no document."""
     monkeypatch.setitem(STEPS, 1, (range(2), range(2, 4), range(4, 4)))
     monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.full(
@@ -191,12 +191,12 @@ RATES = [
 
 
 @pytest.mark.each(("learn", "count", "rate", "is_first", "words"), RATES)
-def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
-        learn: int, count: int, rate: float | None, is_first: bool, words: str) -> None:
+def test_a_round_with_few_learning_groups_warns_with_a_remedy(learn: int, count: int, rate: float | None,
+                                                              is_first: bool, words: str) -> None:
     groups = {"learns": learn, "no_advantage": count - learn}
     means = {} if rate is None else {"pass_rate": rate}
-    found = find_round_problem({"groups": groups, "means": means}, is_first=is_first)
-    assert re.search(words, found) if words else found == ""
+    result = find_round_problem({"groups": groups, "means": means}, is_first=is_first)
+    assert re.search(words, result) if words else result == ""
 
 
 def test_the_initial_pass_rate_is_printed_once(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -206,16 +206,16 @@ def test_the_initial_pass_rate_is_printed_once(view: Any, tmp_path: Path, monkey
     monkeypatch.setattr(round_loader, "read_manifest", lambda path: SimpleNamespace(content=content))
     feed = feed_of(tmp_path, monkeypatch, lambda number: "")
     assert feed.prepare_data(view, lambda: False) is None
-    said = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert ("before the first step: 1.6% of 64 responses have a reward of at least policy.right_from = 1\n"
-            ) in said
-    assert "warning: round 1: 1 of 8 groups learn (1 learns, 7 no advantage), and" in said
+            ) in errors
+    assert "warning: round 1: 1 of 8 groups learn (1 learns, 7 no advantage), and" in errors
     assert feed.meters["groups_learning"] == 1 / 8
     content["groups"] = {"learns": 0, "no_advantage": 8}
     for view.step in (2, 4):
         assert feed.prepare_data(view, lambda: False) is None
-    said = capsys.readouterr().err
-    assert "before the first step" not in said and "round 3" not in said, "it is warned of a stretch once"
+    errors = capsys.readouterr().err
+    assert "before the first step" not in errors and "round 3" not in errors, "it is warned of a stretch once"
 
 
 def test_old_logprobs_belong_to_the_start_of_the_round(view: Any, tmp_path: Path,
@@ -236,8 +236,8 @@ def test_old_logprobs_belong_to_the_start_of_the_round(view: Any, tmp_path: Path
     reference_file.write_bytes(bytes([whole[0] ^ 1, *whole[1:]]))
     rounds = opened(5)  # whose model is the start again for as long as it takes
     assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-105.0] * 3
-    said = capsys.readouterr().err
-    assert "0003.reference_logprobs.f32: is damaged or belongs elsewhere (it" in said
+    errors = capsys.readouterr().err
+    assert "0003.reference_logprobs.f32: is damaged or belongs elsewhere (it" in errors
     write_sealed(old_file, bytes(48), "0003 old_logprobs of an earlier run")
     with pytest.raises(UserError, match=r"0003.old_logprobs.f32: is damaged"):
         opened(5)

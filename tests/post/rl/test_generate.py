@@ -29,8 +29,8 @@ ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, pie
 
 
 class Counting:
-    """An engine that counts on from a prompt's last token, one token in a second, up to an end that the
-    prompt decides; its log-probabilities tell its weights."""
+    """An engine that counts up from a prompt's last token, one token per second, to an end that the prompt
+    decides; its log-probabilities encode its weights."""
 
     def __init__(self) -> None:
         self.now_s, self.step, self.streams = 0.0, 0, [0]
@@ -97,7 +97,7 @@ def policy(step: int) -> Policy:
 
 
 class Job:
-    """One generating job; `newest` gives the newest policy whenever it is asked."""
+    """One generating job; `newest` returns the newest policy whenever it is called."""
 
     def __init__(self, store: Path, prompts: PromptList, newest: Callable[[], int],
                  rollout: RolloutConfig = ROLLOUT, further: Any = None, **queue: Any) -> None:
@@ -131,11 +131,11 @@ def check_whole(store: RolloutStore, prompts: PromptList, rounds: Sequence[int])
     """Check that the last attempts are each response once and whole; return them."""
     rows = rows_of(store)
     assert len({(row.key, row.attempt) for row in rows}) == len(rows)
-    found = select_last_attempts(rows)
-    assert sorted((r.round, r.key.prompt, r.key.sample) for r in found) == sorted(
+    result = select_last_attempts(rows)
+    assert sorted((r.round, r.key.prompt, r.key.sample) for r in result) == sorted(
         (number, p.id, sample) for number in rounds for p in select_round_prompts(prompts, ROLLOUT, number)
         for sample in range(2))
-    for row in found:
+    for row in result:
         first = int(row.prompt_tokens[0])
         assert row.tokens.tolist() == expected(first) and row.record["answer"] == first // 10
         assert row.finish_reason == (STOP if row.tokens[-1] == END else LENGTH)
@@ -149,7 +149,7 @@ def check_whole(store: RolloutStore, prompts: PromptList, rounds: Sequence[int])
             n = len(before.tokens)
             assert (row.tokens[:n].tolist(), row.versions[:n].tolist()) == (before.tokens.tolist(),
                                                                           before.versions.tolist())
-    return found
+    return result
 
 
 def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, prompts: PromptList) -> None:
@@ -161,8 +161,8 @@ def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, pr
     newest = 2
     again = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
     assert again.run()["waits_for"] == "" and again.pending.is_complete
-    found = check_whole(job.store, prompts, (1, 2, 3))
-    assert {(r.round, int(v)) for r in found for v in set(r.versions)} == {(1, 0), (2, 2), (3, 2)}
+    result = check_whole(job.store, prompts, (1, 2, 3))
+    assert {(r.round, int(v)) for r in result for v in set(r.versions)} == {(1, 0), (2, 2), (3, 2)}
     assert again.taken == [0, 2], "each policy is loaded once"
     streams = job.engine.streams[1:] + again.engine.streams[1:]
     assert len(set(streams)) == len(streams) == 24
@@ -186,9 +186,9 @@ def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, pr
 
     job.queue.publish = counted  # type: ignore[method-assign]
     assert job.run()["unfinished"] > 0
-    found = check_whole(job.store, prompts, (1, 2, 3))
-    assert any(len(set(r.versions)) > 1 for r in found), "no response was written by two policies"
-    assert {r.attempt for r in found} == {0, 1}
+    result = check_whole(job.store, prompts, (1, 2, 3))
+    assert any(len(set(r.versions)) > 1 for r in result), "no response was written by two policies"
+    assert {r.attempt for r in result} == {0, 1}
     written = sorted(job.store.parts(), key=lambda part: part.created_s)
     for later_part in (part for part in written if part.attempt):
         place = (later_part.round, later_part.piece, later_part.attempt - 1)
@@ -201,12 +201,12 @@ def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, pr
 def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> None:
     class Routed(Counting):
         def generate(self, prompts: Sequence[Tokens], *asked: Any, **more: Any) -> GenerationResult:
-            found = super().generate(prompts, *asked, **more)
+            result = super().generate(prompts, *asked, **more)
             routes = [np.full((len(p) + len(w) - 1, 2, 2), self.step, np.uint8)
-                      for p, w in zip(prompts, found.continuations, strict=True)]
+                      for p, w in zip(prompts, result.continuations, strict=True)]
             if self.step == 0:
                 routes[0][1:] = 255  # a sequence that waited for its place
-            return replace(found, routes=routes)
+            return replace(result, routes=routes)
 
     engine = Routed()
     writer = ResponseSource(Numbers(), ROLLOUT, "counting", False, {},  # type: ignore[arg-type]
@@ -275,13 +275,13 @@ def test_further_prompts_are_generated_until_the_round_is_trained(
     assert {row.key.prompt for row in rows_of(job.store)} == asked
     is_final = True
     assert "round 2 waits for a policy" in job.run()["waits_for"]
-    # a job that begins now knows what was asked
+    # a job that starts now knows the earlier requests
     again = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
     assert again.run()["parts"] == 0 and "round 2 waits" in again.queue.summary["waits_for"]
 
 
 class Hanging(Counting):
-    """Gives the responses to one prompt no token, and counts its passes by what is in them."""
+    """Produces no token for one prompt, and counts its passes by their content."""
 
     def __init__(self, hangs: int) -> None:
         super().__init__()
@@ -294,10 +294,10 @@ class Hanging(Counting):
         assert stop is not None and streams is not None and bounds is not None
         moving = [i for i, text in enumerate(prompts) if text[0] != self.hangs]
         began_s, last = self.now_s, bounds.should_stop
-        found = super().generate([prompts[i] for i in moving], sampling, stop=stop, streams=[
+        result = super().generate([prompts[i] for i in moving], sampling, stop=stop, streams=[
             streams[i] for i in moving], bounds=GenerationBounds([bounds.limits[i] for i in moving], last))
         written: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-        for i, tokens, logprobs in zip(moving, found.continuations, found.logprobs, strict=True):
+        for i, tokens, logprobs in zip(moving, result.continuations, result.logprobs, strict=True):
             written[i] = (tokens, logprobs)
         while len(moving) < len(prompts) and not last():
             self.now_s += 1

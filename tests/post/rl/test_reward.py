@@ -28,17 +28,17 @@ def rollout(round_: int, prompt: int, response: str, **more: object) -> Rollout:
 @pytest.fixture
 def store(tmp_path: Path) -> RolloutStore:
     """Two rounds; of the second one a response is unfinished."""
-    found = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
-    found.add_rollouts("round-0001-piece-0000", [rollout(1, 0, "가나"), rollout(1, 1, "ab")], {})
-    found.add_rollouts("round-0002-piece-0000", [
+    result = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
+    result.add_rollouts("round-0001-piece-0000", [rollout(1, 0, "가나"), rollout(1, 1, "ab")], {})
+    result.add_rollouts("round-0002-piece-0000", [
         rollout(2, 2, "가a", outcome={"reward": 0.5, "status": "scored", "components": {"x": 1},
                                       "reason": "", "reward_version": "v", "last_turn": "가a"}),
         rollout(2, 3, "가", finish_reason=UNFINISHED)], {})
-    return found
+    return result
 
 
 class Script:
-    """Gives the number of characters, and remembers what it was asked."""
+    """Rewards the number of characters, and records its requests."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -108,11 +108,11 @@ def test_judging_takes_over_claims_of_killed_jobs(store: RolloutStore) -> None:
 
 def test_judging_waits_for_generation_and_reports_missing_responses(tmp_path: Path) -> None:
     store = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
-    asked = StorePlan(rounds=2, pieces=2)
+    store_plan = StorePlan(rounds=2, pieces=2)
 
     def write(name: str, *rows: Rollout) -> None:
         num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
-        store.add_rollouts(name, rows, asked.to_provenance(num_unfinished))
+        store.add_rollouts(name, rows, store_plan.to_provenance(num_unfinished))
 
     def waited(rounds: range | None = None, wait_s: float = 12.0) -> tuple[str, list[float]]:
         slept: list[float] = []
@@ -133,7 +133,7 @@ def test_judging_waits_for_generation_and_reports_missing_responses(tmp_path: Pa
     write("round-0002-piece-0001", rollout(2, 3, "a"))
     assert waited() == ("", whole), "another command may ask for more rounds"
     assert waited(range(1, 4)) == ("2 of 2 pieces of round 3", whole)
-    asked = StorePlan(rounds=2, pieces=2, grows=True)
+    store_plan = StorePlan(rounds=2, pieces=2, grows=True)
     write("round-0002-piece-0002", rollout(2, 4, "a"))
     assert waited(range(1, 3)) == ("", whole), "a round may ask further prompts until it is trained"
 
@@ -143,7 +143,7 @@ def test_judging_warns_about_different_rewards_of_one_version(
     name = "round-0001-piece-0000"
 
     class Late(Script):
-        """Is overtaken by a job that took it for dead."""
+        """A judging job that another job overtakes because it seemed dead."""
 
         def __call__(self, rows: Sequence[Rollout]) -> list[Result]:
             store.add_rewards("v1", name, [RewardRow(row.key, 0, "v1", 7.0, "scored") for row in rows])
@@ -157,9 +157,9 @@ def test_judging_warns_about_different_rewards_of_one_version(
 def test_an_environments_word_is_taken_from_the_rows(store: RolloutStore) -> None:
     assert resolve_reward_version(ENVIRONMENT, []) == ENVIRONMENT
     with start_judge(ENVIRONMENT, [], 1) as judge:
-        found = judge(store.read_rollouts("round-0002-piece-0000")[:1])
+        result = judge(store.read_rollouts("round-0002-piece-0000")[:1])
         refused = judge(store.read_rollouts("round-0001-piece-0000"))
-    assert (found[0].reward, found[0].status, found[0].components) == (0.5, "scored", {"x": 1})
+    assert (result[0].reward, result[0].status, result[0].components) == (0.5, "scored", {"x": 1})
     assert {(r.reward, r.status) for r in refused} == {(None, "refused")}
 
 
@@ -168,7 +168,7 @@ def test_rewards_get_fields_and_messages_of_the_prompt() -> None:
     assert build_record(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
         "messages": chat, "prompt": chat, "answer": "2", "response": "x", "num_tokens": 2,
         "finish_reason": "stop"}
-    # of an episode what the model itself wrote in the end, never what a tool printed
+    # of an episode the model's own final text, never a tool result
     played = rollout(1, 0, "\\boxed{7} said a tool", outcome={"last_turn": "It is 8."})
     assert build_record(played)["response"] == "It is 8."
     assert run_reward(Math(), build_record(replace(played, outcome={}))).status == "refused"

@@ -29,19 +29,19 @@ REWARDS = {"a": (1.0, 0.0), "b": (0.0, 0.0), "c": (1.0, None)}
 @pytest.fixture
 def store(tmp_path: Path) -> RolloutStore:
     """A validation of three prompts in two pieces, with two responses each; one has no reward."""
-    found = RolloutStore.create(tmp_path / "validation", "0" * 64, 100)
+    result = RolloutStore.create(tmp_path / "validation", "0" * 64, 100)
     for piece, prompts in enumerate(("ab", "c")):
         rows = [Rollout(Key(prompt, sample, "p", "s"), 1, 0,
                         {"prompt": prompt * 3000, "domain": "x" if prompt == "a" else "y"},
                         np.ones(1, np.int32), np.ones(n, np.int32), np.zeros(n, np.float32),
                         np.zeros(n, np.int32), "length" if sample else "stop", prompt, 1.0, "megatron", 0, 1)
                 for prompt in prompts for sample, n in enumerate((2, 3))]
-        found.add_rollouts(format_part_name(1, piece), rows, {})
-        found.add_rewards(VERSION, format_part_name(1, piece), [
+        result.add_rollouts(format_part_name(1, piece), rows, {})
+        result.add_rewards(VERSION, format_part_name(1, piece), [
             RewardRow(row.key, 0, VERSION, reward, "scored" if reward is not None else "timeout",
                       {} if reward is None else {"format": reward / 2})
             for row in rows for reward in [REWARDS[row.key.prompt][row.key.sample]]], {})
-    return found
+    return result
 
 
 @pytest.fixture
@@ -68,12 +68,12 @@ def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6,
                       right_from=1.0, samples=SampledRounds(2, 6), measured_by=measured), asked
 
 
-def test_figures_are_of_all_responses_and_of_each_domain(store: RolloutStore, view: Any) -> None:
+def test_validation_figures_cover_all_responses_and_each_domain(store: RolloutStore, view: Any) -> None:
     validation, _ = validation_of(store)
     assert validation.validate(view, 1, POLICY, lambda: False) is None
     (name, samples), (event, told) = view.told
     assert event == "validation" and told["statuses"] == {"scored": 5, "timeout": 1}
-    # a prompt counts once, whatever share of its responses has a reward
+    # a prompt counts once, even if only some of its responses have a reward
     assert told["reward"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert [(one["k"], one["value"]) for one in told["pass_at_k"]] == [(1, pytest.approx(0.5))]
     assert (told["response_tokens"], told["truncated"], told["write_s"]) == (2.5, 0.5, 2.0)
@@ -104,8 +104,7 @@ def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, vie
     assert again.validate(view, 1, POLICY, lambda: False) is None and asked == [] and not view.told
 
 
-def test_a_run_that_was_validated_by_something_else_is_refused_before_anything_is_trained(
-        store: RolloutStore, view: Any) -> None:
+def test_changed_validation_settings_are_refused_before_training(store: RolloutStore, view: Any) -> None:
     validation, _ = validation_of(store)
     validation.validate(view, 1, POLICY, lambda: False)
     log = EventLog(store.path.parent / "events.jsonl")
@@ -120,12 +119,13 @@ def test_a_run_that_was_validated_by_something_else_is_refused_before_anything_i
 
 
 def test_digests_of_validation_conditions() -> None:
-    """What no response or verdict depends on is left out: the order of prompts, and how many at a time."""
+    """Excludes everything without effect on responses and verdicts: the order of prompts, and the number at a
+    time."""
     prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 
-    def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0, **more: Any
-                 ) -> dict[str, str]:
+    def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0,
+                 **more: Any) -> dict[str, str]:
         return digest_conditions(prompts=asked, reward_version=reward, rollout=replace(rollout, **more),
                                  chosen_by={"plain": True}, right_from=right_from)
 

@@ -1,4 +1,4 @@
-"""Scores in the report: the newest of each checkpoint, what is missing by name, verdicts."""
+"""Scores in the report: the latest per checkpoint, names of missing ones, and verdicts."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def test_of_one_checkpoint_the_newest_measurement_counts() -> None:
 
 
 def test_the_section_has_a_line_for_each_task() -> None:
-    found = section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
-                                       event("own", step=200, value=None, interval=None)])
-    assert len(found.charts) == 1 and found.charts[0].plot.series[0].name == "aime24, acc"
-    (ours,) = found.tables
+    result = section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
+                                        event("own", step=200, value=None, interval=None)])
+    assert len(result.charts) == 1 and result.charts[0].plot.series[0].name == "aime24, acc"
+    (ours,) = result.tables
     assert ours.rows[0] == ["aime24", "acc", "200", "62 %", "50 % to 70 %", "30", "0", "2"]
     assert ours.rows[1][3:5] == ["not known", "–"]
 
 
 def test_a_perplexity_is_no_share() -> None:
-    found = section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
-    assert found.tables[0].rows[0][3] == "14.2"
+    result = section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
+    assert result.tables[0].rows[0][3] == "14.2"
 
 
 def test_the_forgetting_gate_is_a_verdict() -> None:
@@ -62,7 +62,7 @@ def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
     assert len(section("Scores", eval_lm=events).charts) == 1
 
 
-# Curves of what was judged beside training.
+# Curves of evaluations during training.
 
 
 def write(run: Path) -> None:
@@ -82,13 +82,13 @@ def write(run: Path) -> None:
 
 def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
     write(tmp_path)
-    found = read_evaluations(tmp_path)
-    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
-                                                 (100, "needle"), (100, "ppl")]
-    (bits,), (right,) = source_curves(found, "ppl", "bits_per_byte"), needle_curves(found)
+    result = read_evaluations(tmp_path)
+    assert [(b.step, b.task) for b in result] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
+                                                  (100, "needle"), (100, "ppl")]
+    (bits,), (right,) = source_curves(result, "ppl", "bits_per_byte"), needle_curves(result)
     assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
     assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
-    (ranked,) = source_curves(found, "pairs", "chosen_likelier", 100)
+    (ranked,) = source_curves(result, "pairs", "chosen_likelier", 100)
     assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
     (section,) = build_sections(read_run(tmp_path))
     assert section.title == "Evaluation during training" and len(section.charts) == 3
@@ -97,8 +97,7 @@ def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> Non
             and table.rows[1][2] == "no memory")
 
 
-def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp_path: Path,
-                                                                             written_scores: Any) -> None:
+def test_scores_of_later_jobs_join_those_of_events(tmp_path: Path, written_scores: Any) -> None:
     (tmp_path / "evaluations").mkdir()
     for step, scores in ((20, [1.0, 0.0]), (40, [1.0, 1.0])):
         written_scores(tmp_path / f"evaluations/step-{step}.lm.json", scores, model=f"export {step}")
@@ -127,7 +126,7 @@ def figures(share: float) -> dict:
             "num_unscored": 5, "mean_reward": share, "pass_at_k": rows, "maj_at_k": rows[:1]}
 
 
-def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path: Path) -> None:
+def test_each_prompt_set_has_a_curve_of_its_newest_scores(tmp_path: Path) -> None:
     log = EventLog(tmp_path / EVENTS)
     for step, share in ((100, 0.2), (200, 0.3), (200, 0.4)):
         log.write("passk", step=step, input="data/aime.jsonl", reward="math", sampling=SAMPLING,
@@ -143,15 +142,15 @@ def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path
     assert [c.name for c in section.charts[1].plot.series] == ["pass@k", "maj@k"]
 
 
-def test_files_of_one_name_are_two_sets_of_prompts() -> None:
+def test_files_with_equal_names_are_separate_prompt_sets() -> None:
     events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
               for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
-    found = section("pass@k", passk=events)
-    assert [row[0] for row in found.tables[0].rows] == [
+    result = section("pass@k", passk=events)
+    assert [row[0] for row in result.tables[0].rows] == [
         "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]
 
 
-# Verdicts in one table: what was judged, the outcome, the figure.
+# Verdicts in one table: subject, outcome, figure.
 
 
 def rows(own: list[Path]) -> list[list[str]]:
@@ -170,7 +169,7 @@ def test_every_judgement_has_a_row(runs: list[Path], toy: Path) -> None:
         ["Export", "passed", "pretrain: 2 of 2 checks"]]
 
 
-def test_what_failed_is_named(tmp_path: Path) -> None:
+def test_failed_evaluations_are_named(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.write("run_start", resumed_from=0)
     log.write("eval", step=1, heldout={name: {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}

@@ -1,4 +1,4 @@
-"""Merging by arrays: the merges of the textbook and of Hugging Face's trainer, also of superwords."""
+"""Merges by arrays equal the textbook algorithm and Hugging Face's trainer, with and without superwords."""
 
 import inspect
 import json
@@ -27,8 +27,7 @@ from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 # Merging by ranks, against tiktoken; and the one pair of tokens that makes a token.
 
 def vocabulary(seed: int) -> dict[bytes, int]:
-    """Bytes, and random strings over three letters in any order: by no means all of them can be
-    reached by merging."""
+    """Bytes, and random strings over three letters in random order, many of which merging can never reach."""
     draw = random.Random(seed)
     words = {bytes(draw.choices(b"abc", k=draw.randint(2, 6))) for _ in range(40)}
     return {bytes([b]): b for b in range(256)} | {word: 256 + i for i, word in enumerate(
@@ -36,7 +35,7 @@ def vocabulary(seed: int) -> dict[bytes, int]:
 
 
 @pytest.mark.each("seed", range(20))
-def test_one_pair_for_each_token_says_all_that_ranks_say(seed: int) -> None:
+def test_one_merge_per_token_equals_ranks(seed: int) -> None:
     ranks = vocabulary(seed)
     encoding = tiktoken.Encoding("drawn", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
     as_floats: dict[bytes, float] = dict(ranks)
@@ -54,7 +53,7 @@ def test_a_token_that_merging_cannot_make_has_no_pair() -> None:
     ranks: dict[str, float] = {"bc": 3, "ab": 4, "abc": 5, "cab": 6, "cabc": 2, "acac": 7}
     assert find_last_merge(list("abc"), ranks) == ("a", "bc")
     assert find_last_merge(list("cab"), ranks) == ("c", "ab")
-    assert find_last_merge(list("cabc"), ranks) == ("c", "abc")  # made of what ranks behind it
+    assert find_last_merge(list("cabc"), ranks) == ("c", "abc")  # built from lower-ranked tokens
     assert find_last_merge(list("acac"), ranks) is None
 
 
@@ -88,8 +87,8 @@ def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     expected = json.loads(theirs.to_str())["model"]["merges"]
     assert len(expected) > 800
-    found = merges_of(learn(preset, 2000, TEXT))
-    assert [[spell_token(a), spell_token(b)] for a, b in found] == [list(e) for e in expected]
+    result = merges_of(learn(preset, 2000, TEXT))
+    assert [[spell_token(a), spell_token(b)] for a, b in result] == [list(e) for e in expected]
 
 
 def test_counts_beyond_32_bits() -> None:
@@ -130,7 +129,7 @@ def test_units_keep_every_piece_that_a_sample_of_their_group_may_hold(num_bucket
         p.raw for p in wanted)
 
 
-def test_no_more_than_a_bucket_above_the_limit_is_held() -> None:
+def test_pairs_in_memory_exceed_the_limit_by_at_most_a_bucket() -> None:
     kept = PieceSampler(LIMIT_BYTES)
     for number in range(5000):
         kept.add_piece(TextPiece(b"x" * 100, number * 7919 % NUM_BUCKETS))
@@ -149,22 +148,21 @@ SUPER_TEXT = [" ".join(drawn.choice(PHRASES).format(n) for n in drawn.choices(NO
 def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
                                        max_words: int, only: bool) -> None:
     preset = replace(K_EXAONE, max_superword_words=max_words)
-    found = learn(preset, 420, SUPER_TEXT, transition=330, only=only)
-    assert merges_of(found) == brute_force(preset, 420, SUPER_TEXT, transition=330, only=only)
-    words = [len(t.decode(errors="replace").split()) for t in found.tokens]
-    assert max(words) == max_words and found.count_superwords() > 20
+    result = learn(preset, 420, SUPER_TEXT, transition=330, only=only)
+    assert merges_of(result) == brute_force(preset, 420, SUPER_TEXT, transition=330, only=only)
+    words = [len(t.decode(errors="replace").split()) for t in result.tokens]
+    assert max(words) == max_words and result.count_superwords() > 20
 
 
 @given(st.lists(st.text(alphabet="ab  ", max_size=60), min_size=1, max_size=6), st.booleans())
 def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabulary],
                                                      brute_force: Callable[..., list], texts: list[str],
                                                      only: bool) -> None:
-    found = learn(K_EXAONE, 300, texts, transition=262, only=only)
-    assert merges_of(found) == brute_force(K_EXAONE, 300, texts, transition=262, only=only)
+    result = learn(K_EXAONE, 300, texts, transition=262, only=only)
+    assert merges_of(result) == brute_force(K_EXAONE, 300, texts, transition=262, only=only)
 
 
-def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(
-        learn: Callable[..., Vocabulary]) -> None:
+def test_superword_stage_adds_the_requested_number_of_superwords(learn: Callable[..., Vocabulary]) -> None:
     mixed, only = (learn(K_EXAONE, 420, SUPER_TEXT, transition=275, only=only) for only in (False, True))
     assert mixed.count_superwords() < only.count_superwords() == 420 - 275
     assert (all(len(token.split()) > 1 for token in only.tokens[275:])

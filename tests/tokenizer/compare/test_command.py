@@ -1,4 +1,4 @@
-"""Costs, overlap and speed of several tokenizers, by hand."""
+"""Cost, overlap and speed of several tokenizers, compared with figures by hand."""
 
 import json
 from collections.abc import Callable
@@ -21,15 +21,15 @@ TEXTS = [NamedText("en", "en", ["the cat the", " hat"], True), NamedText("ko", "
 def test_fewer_tokens_against_a_larger_head(toy: Toy) -> None:
     first, second = toy(), toy("the", "한국", special=("<|end|>",))
     dearer = (1000 + 4 * 259) / (1000 + 4 * 256)
-    found = compute_costs([measure_text(second, t) for t in TEXTS], [measure_text(first, t) for t in TEXTS],
-                          dearer)
-    assert (found["en"]["num_tokens"] == 15 - 2 * 2
-            and found["en"]["relative_tokens"] == pytest.approx(11 / 15))
-    assert found["en"]["relative_flops"] == pytest.approx(11 / 15 * dearer)
-    assert found["ko"]["relative_tokens"] == pytest.approx(1 / 6)
+    result = compute_costs([measure_text(second, t) for t in TEXTS], [measure_text(first, t) for t in TEXTS],
+                           dearer)
+    assert (result["en"]["num_tokens"] == 15 - 2 * 2
+            and result["en"]["relative_tokens"] == pytest.approx(11 / 15))
+    assert result["en"]["relative_flops"] == pytest.approx(11 / 15 * dearer)
+    assert result["ko"]["relative_tokens"] == pytest.approx(1 / 6)
 
 
-def test_names_are_short_where_they_tell_tokenizers_apart() -> None:
+def test_names_are_shortened_while_unique() -> None:
     def opened(path: str) -> Any:
         return SimpleNamespace(path=Path(path), name=Path(path).name)
 
@@ -55,22 +55,22 @@ def test_speed_is_the_best_round_of_each_taken_in_turn(monkeypatch: pytest.Monke
 
         return SimpleNamespace(encode=encode)
 
-    found = measure_speeds([made("slow", 3.0), made("fast", 1.0)], TEXTS)
+    result = measure_speeds([made("slow", 3.0), made("fast", 1.0)], TEXTS)
     num_mb = 21 / 1e6
-    assert found == pytest.approx([num_mb / 9, num_mb / 3])
+    assert result == pytest.approx([num_mb / 9, num_mb / 3])
     assert order == (["slow"] * 3 + ["fast"] * 3) * command.SPEED_ROUNDS
 
 
 Build = Callable[..., Path]
 
 
-def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dict[str, Path], tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_equals_plain_counting(build: Build, heldout: dict[str, Path], tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
     plain, none = build("plain"), build("none", pairs=[])
     arguments = ["compare", str(plain), str(none), "--text", *(f"{n}={p}" for n, p in heldout.items())]
     assert main([*arguments, "--json", str(tmp_path / "out/c.json"), "--hidden-size", "64",
                  "--body-params", "1e5"]) == 0
-    found = json.loads((tmp_path / "out/c.json").read_text())
+    parsed = json.loads((tmp_path / "out/c.json").read_text())
     texts = [json.loads(line)["text"] for line in heldout["english"].read_text().splitlines()]
     counts, sizes = {}, {}
     for name, folder in (("plain", plain), ("none", none)):
@@ -78,17 +78,17 @@ def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dic
         counts[name], sizes[name] = sum(len(raw.encode(t).ids) for t in texts), raw.get_vocab_size()
     assert counts["none"] == sum(len(t.encode()) for t in texts)  # bytes
     ratio = counts["none"] / counts["plain"]
-    figures = found["tokenizers"]["none"]["texts"]["english"]
+    figures = parsed["tokenizers"]["none"]["texts"]["english"]
     assert figures["relative_tokens"] == pytest.approx(ratio) and figures["bytes_per_token"] == 1
     assert figures["relative_flops"] == pytest.approx(
         ratio * (1e5 + 64 * sizes["none"]) / (1e5 + 64 * sizes["plain"]))
-    assert found["tokenizers"]["plain"]["texts"]["english"]["relative_flops"] == 1
+    assert parsed["tokenizers"]["plain"]["texts"]["english"]["relative_flops"] == 1
     printed = capsys.readouterr().out
     assert "bytes per token" in printed and "english" in printed and "MB per CPU second" in printed
 
 
-def test_mistakes_cost_one_sentence_and_leave_nothing(build: Build, heldout: dict[str, Path], tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_sentence_and_no_output(build: Build, heldout: dict[str, Path], tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     it, text, output = str(build()), ["--text", str(heldout["english"])], tmp_path / "new.json"
     mistakes = {"is the only tokenizer": [it, *text], "--text is missing": [it, it],
                 "does not exist": [it, "none", *text],

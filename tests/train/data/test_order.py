@@ -1,4 +1,4 @@
-"""The order of samples, by brute force over random sources, curricula and interruptions."""
+"""The sample order against brute force, over random sources, curricula and interruptions."""
 
 import dataclasses
 import json
@@ -29,9 +29,9 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=9), st.integers(1, 300))
-# taking the source that is furthest behind errs by more than a sample here
+# choosing the source with the largest deficit errs by more than a sample here
 @example([0.09, 0.74, 0.74, 0.21, 0.01], 130)
-def test_no_source_is_a_whole_sample_from_its_weight(raw: list[float], num_samples: int) -> None:
+def test_each_source_is_within_one_sample_of_its_weight(raw: list[float], num_samples: int) -> None:
     weights = {str(i): w / sum(raw) for i, w in enumerate(raw)}
     taken: dict[str, int] = dict.fromkeys(weights, 0)
     for n in range(1, num_samples + 1):
@@ -75,8 +75,8 @@ class Drawn:
 
 
 def run(steps: int, begun: Settings, resumed: dict[int, Settings]) -> tuple[SampleOrder, Steps]:
-    """Take all steps; before some of them the state goes through JSON and on with (config,
-    sources) of that step."""
+    """Take all steps; before some of them pass the state through JSON and continue with the (config, sources)
+    of that step."""
     order, taken = SampleOrder(*begun), []
     for step in range(steps):
         if step in resumed:
@@ -96,7 +96,7 @@ def changed_run(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
 
 
 @pytest.mark.each("seed", range(12))
-def test_a_run_killed_at_any_step_goes_on_as_if_it_had_not_been(seed: int, make_source: MakeSource) -> None:
+def test_a_run_killed_at_any_step_resumes_identically(seed: int, make_source: MakeSource) -> None:
     drawn = Drawn(seed, make_source)
     settings = (drawn.settings("abc"), drawn.sources("abc"))
     assert (run(drawn.steps, settings, dict.fromkeys(drawn.kills(), settings))[1]
@@ -105,7 +105,7 @@ def test_a_run_killed_at_any_step_goes_on_as_if_it_had_not_been(seed: int, make_
 
 @pytest.mark.each("seed", range(12))
 def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: MakeSource) -> None:
-    """What several restarts with changed settings gave comes again from the last ledger alone."""
+    """The last ledger alone reproduces the samples of several restarts with changed settings."""
     order, taken = changed_run(seed, make_source)
     written = json.loads(json.dumps(order.state.to_dict()))["history"]
     recomputed = SampleOrder(dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(

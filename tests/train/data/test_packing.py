@@ -1,4 +1,4 @@
-"""Packing against the fewest rows there can be, and token by token."""
+"""Packing algorithms against the optimal number of rows, and token by token."""
 
 import math
 
@@ -43,7 +43,7 @@ def fewest_rows(counts: list[int], seq_len: int) -> int:
 
 @given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=11))
 @settings(max_examples=150)
-def test_best_fit_is_within_its_bound_of_the_fewest_rows(counts: list[int]) -> None:
+def test_best_fit_uses_at_most_one_row_more_than_the_optimum(counts: list[int]) -> None:
     """On sets this small it is never more than one row above, where the theorem would allow 11/9 and four."""
     rows = pack_best_fit([PackedSegment(i, 0, n) for i, n in enumerate(counts)], SEQ_LEN)
     assert fewest_rows(counts, SEQ_LEN) <= len(rows) <= fewest_rows(counts, SEQ_LEN) + 1
@@ -60,7 +60,7 @@ def test_only_documents_longer_than_a_row_are_cut(parts: list[PackedSegment]) ->
 
 
 @given(documents)
-def test_conversations_lose_what_is_beyond_a_row_and_nothing_else(parts: list[PackedSegment]) -> None:
+def test_only_tokens_beyond_a_row_are_truncated(parts: list[PackedSegment]) -> None:
     units, over_long = fit_units(parts, 1, SEQ_LEN, drop=False)
     rows = pack_units(units, SEQ_LEN)
     assert sorted(s for row in rows for s in row) == [PackedSegment(p.document, 0, min(p.count, SEQ_LEN))
@@ -77,11 +77,11 @@ def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool
     assert over_long == sum(sum(unit) > SEQ_LEN for unit in counts)
     assert all(sum(s.count for s in row) <= SEQ_LEN for row in rows)
     of_rows = [s for row in rows for s in row]
-    found = sorted(of_rows[i:i + 3] for i in range(0, len(of_rows), 3))
-    assert [[s.document for s in unit] for unit in found] == [
+    result = sorted(of_rows[i:i + 3] for i in range(0, len(of_rows), 3))
+    assert [[s.document for s in unit] for unit in result] == [
         [3 * i, 3 * i + 1, 3 * i + 2] for i, unit in enumerate(counts) if not drop or sum(unit) <= SEQ_LEN]
     assert all(len(row) % 3 == 0 for row in rows)
-    for unit in found:
+    for unit in result:
         whole, kept = counts[unit[0].document // 3], [s.count for s in unit]
         if sum(whole) <= SEQ_LEN:
             assert tuple(kept) == whole
@@ -91,7 +91,8 @@ def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool
 
 
 @given(st.lists(st.tuples(*[st.integers(1, SEQ_LEN // 2)] * 2), max_size=30), st.integers(1, 9))
-def test_units_lie_near_those_before_them(counts: list[tuple[int, int]], num_open: int) -> None:
+def test_nearby_packing_keeps_units_close_to_their_order(counts: list[tuple[int, int]],
+                                                         num_open: int) -> None:
     units = [tuple(PackedSegment(2 * i + j, 0, n) for j, n in enumerate(unit))
              for i, unit in enumerate(counts)]
     rows = pack_units_nearby(units, SEQ_LEN, num_open)
@@ -111,7 +112,7 @@ def test_units_lie_near_those_before_them(counts: list[tuple[int, int]], num_ope
 
 
 @given(documents)
-def test_one_after_another_leaves_no_room_but_at_the_end(parts: list[PackedSegment]) -> None:
+def test_concatenation_leaves_space_only_in_the_last_row(parts: list[PackedSegment]) -> None:
     rows = concatenate_segments(parts, SEQ_LEN)
     assert tokens(rows) == [(p.document, t) for p in parts for t in range(p.count)]
     assert all(sum(s.count for s in row) == SEQ_LEN for row in rows[:-1])

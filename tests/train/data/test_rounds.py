@@ -1,4 +1,4 @@
-"""The samples of rounds: exactly a step's documents, whole, at any layout, in any number of rows."""
+"""Samples of rollout rounds: exactly a step's documents, whole, at any layout and in any number of rows."""
 
 import dataclasses
 from pathlib import Path
@@ -33,7 +33,7 @@ def config_of(**policy: Any) -> RunConfig:
 
 
 def opened(numbered: Any, *numbers: int) -> tuple[Source, RoundDocuments]:
-    """Return a source of rounds of which some are open."""
+    """Return a source of rounds, some of them open."""
     source = build_rounds_source(Path("rounds"), 10**6, None, ["old"])
     documents = source.train_documents
     assert isinstance(documents, RoundDocuments)
@@ -50,7 +50,7 @@ def open_round(numbered: Any, documents: RoundDocuments, number: int) -> None:
     documents.open(number, PublishedRound(Path("rounds"), made, STEPS[number], beside, starts))
 
 
-def test_a_step_has_its_documents_whole_and_no_others(numbered: Any) -> None:
+def test_a_step_has_exactly_its_whole_documents(numbered: Any) -> None:
     source, _ = opened(numbered, 1, 2)
     order = SampleOrder(config_of(), [source])
     given = [order.next_batch() for _ in range(4)]
@@ -65,7 +65,7 @@ def test_a_step_has_its_documents_whole_and_no_others(numbered: Any) -> None:
 
 
 @pytest.mark.each("dp_size", [1, 2, 3])
-def test_rows_are_filled_up_so_that_every_process_has_as_many(numbered: Any, dp_size: int) -> None:
+def test_rows_are_padded_to_equal_counts_per_process(numbered: Any, dp_size: int) -> None:
     source, _ = opened(numbered, 1, 2)
     config = config_of()
     found = []
@@ -86,7 +86,7 @@ def test_rows_are_filled_up_so_that_every_process_has_as_many(numbered: Any, dp_
     assert row.columns["advantage"][at[5]:at[5] + 3].tolist() == [601.0, 602.0, 603.0]
 
 
-def test_nothing_is_prepared_of_a_round_that_is_not_open(numbered: Any) -> None:
+def test_closed_rounds_are_not_prefetched(numbered: Any) -> None:
     source, documents = opened(numbered, 1)
     config = config_of()
     order = SampleOrder(config, [source])
@@ -98,8 +98,7 @@ def test_nothing_is_prepared_of_a_round_that_is_not_open(numbered: Any) -> None:
     stream.close()
 
 
-def test_text_beside_comes_in_the_steps_that_are_drawn_and_goes_on_after_a_resume(numbered: Any,
-                                                                                  make_source: Any) -> None:
+def test_text_steps_are_drawn_and_resume(numbered: Any, make_source: Any) -> None:
     config = config_of(knowledge_coeff=0.1, knowledge_share=0.5, knowledge_batch_size=3)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, seed=1))
 
@@ -137,7 +136,7 @@ def test_a_round_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.each("together", [1, 2, 6])
-def test_micro_batches_of_a_round_are_of_one_size_with_little_padding(together: int) -> None:
+def test_micro_batches_of_a_round_have_equal_size_and_little_padding(together: int) -> None:
     for most in range(1, 9):
         for num_rows in range(1, 70):
             size = compute_micro_batch_rows(num_rows, most, together)
@@ -180,15 +179,15 @@ def blends(config: RunConfig, recipe: RunConfig | None = None) -> dict[str, dict
 @pytest.mark.parametrize("recipe", ["solar-open-102b", "tiny-solar-open"])
 def test_a_recipe_trains_on_the_sources_of_the_mix(mixed: Path, recipe: str) -> None:
     config = run_on(mixed, recipe=recipe)
-    found = apply_data_phases(config, config)
+    result = apply_data_phases(config, config)
     assert {name: blends(config)[name] for name in SHARES} == SHARES
-    for phase, own in zip(found.data.phases, config.data.phases, strict=True):
+    for phase, own in zip(result.data.phases, config.data.phases, strict=True):
         assert dataclasses.replace(phase, blend=own.blend) == own, "all but the blend stays"
         assert phase.name in SHARES or phase.blend == own.blend
-    assert apply_data_phases(found, config) == found, "a run that goes on has the same settings"
+    assert apply_data_phases(result, config) == result, "a run that goes on has the same settings"
 
 
-def test_a_blend_of_its_own_over_these_sources_stays(mixed: Path) -> None:
+def test_a_configured_blend_of_the_sources_is_kept(mixed: Path) -> None:
     own = {"ko-L3@64": 1.0, "en-basic/32": 2.0}
     phases = (PhaseConfig("1", blend=own), PhaseConfig("2.C"), PhaseConfig("main"))
     assert blends(run_on(mixed, phases=phases)) == {"1": own, "2.C": SHARES["2.C"], "main": {}}

@@ -1,4 +1,4 @@
-"""One source's stream: every token once an epoch, at changing sample lengths, over kills."""
+"""The stream of one source: every token once an epoch, at changing sample lengths and after kills."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Lengths:
-    """Documents of which only the lengths matter."""
+    """Documents that have only lengths."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, np.int32)
@@ -38,8 +38,8 @@ def stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None,
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60))
 @SETTINGS
 def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packing, wanted: list[int]) -> None:
-    """Samples of any lengths in any order; what an epoch gave is judged when it is over,
-    and never more than once before."""
+    """With samples of any lengths in any order. An epoch is checked at its end; before that no token occurs
+    twice."""
     source = stream(corpus, packing)
     seen: dict[int, Counter[tuple[int, int]]] = {}
     for seq_len in wanted:
@@ -62,8 +62,9 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
        st.sampled_from(["truncate", "drop"]), st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40),
        st.integers(0, 40))
 @SETTINGS
-def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(
-        pairs: list[tuple[int, int]], packing: Packing, wanted: list[int], killed: int) -> None:
+def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(pairs: list[tuple[int, int]],
+                                                                        packing: Packing, wanted: list[int],
+                                                                        killed: int) -> None:
     corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
 
     def of_pairs(cursor: Cursor) -> DocumentStream:
@@ -87,7 +88,7 @@ def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(
             assert len(counted) == len(corpus) // 2
 
 
-def test_what_is_longer_than_a_sample_is_counted_once_for_each_time_that_it_is_met() -> None:
+def test_overlong_documents_are_counted_at_each_occurrence() -> None:
     source = stream([3, 9, 16, 30, 20], "drop")
     given_ = {(s.document, s.count) for _ in range(6) for s in source.next_sample(16)}
     assert given_ == {(0, 3), (1, 9), (2, 16)}

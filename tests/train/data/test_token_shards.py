@@ -1,4 +1,4 @@
-"""Token shards, read against Megatron-Core's own writer and reader."""
+"""Token shards against Megatron-Core's own writer and reader."""
 
 import json
 import shutil
@@ -125,10 +125,10 @@ def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
 def test_a_name_before_the_folder_renames_its_sources(tmp_path: Path) -> None:
     one, other = (artifact(tmp_path / name, {"train": 3}) for name in ("a", "b"))
     two = artifact(tmp_path / "c=d", {"train": 1, "test": 1})
-    found = open_sources({f"web={one}": 1, f"code={other}": 1, f"rest={two}": 1}, 64)
-    assert [s.name for s in found] == ["web", "code", "rest-train", "rest-test"]
-    assert found[1].open_split("train").tokens(2, 0, 2).tolist() == [1, 2]
-    assert found[1].artifact == tmp_path / "b"
+    sources = open_sources({f"web={one}": 1, f"code={other}": 1, f"rest={two}": 1}, 64)
+    assert [s.name for s in sources] == ["web", "code", "rest-train", "rest-test"]
+    assert sources[1].open_split("train").tokens(2, 0, 2).tolist() == [1, 2]
+    assert sources[1].artifact == tmp_path / "b"
     assert [s.name for s in open_sources({two: 1, f"x={one}": 1}, 64)] == ["train", "test", "x"]
     assert parse_data_paths([f"web={one}:2", f"code={other}"]) == {f"web={one}": 2.0, f"code={other}": 1.0}
     for data, message in (([f"w b={one}"], "must be NAME=DIR; use letters"),
@@ -171,7 +171,7 @@ def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
         TokenShard(tmp_path / "a", columns=("score",))
 
 
-def test_a_bit_of_each_token_and_a_number_of_each_document_stand_for_columns(tmp_path: Path) -> None:
+def test_token_bits_and_document_values_replace_columns(tmp_path: Path) -> None:
     lengths = [3, 9, 1]
     write_shard(tmp_path / "a", [list(range(n)) for n in lengths])
     written = np.random.default_rng(0).random(sum(lengths)) < 0.5
@@ -265,5 +265,5 @@ def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limi
     """A mapped file keeps its descriptor; the limit that a shell sets is raised as far as
     the system allows."""
     argv = [sys.executable, "-c", LIMITED, str(packed[1] / "chat"), *map(str, limits)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert said in done.stdout
+    completed = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert said in completed.stdout

@@ -1,4 +1,4 @@
-"""Alarms about routing: when they come, and that each comes once until it has passed."""
+"""Routing alarms: raised when a threshold is crossed, once until the condition has passed."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,12 +34,12 @@ def alarms(tmp_path: Path,
 def test_alarms_come_once_until_they_have_passed(tmp_path: Path) -> None:
     quiet = [DENSE, FLAT]
     loads = [EVEN, ONE, ONE, HALF, EVEN, ONE]
-    found = alarms(tmp_path, [([DENSE, load], [DENSE, APART] if load is HALF else quiet) for load in loads])
-    assert [(step, kind) for step, kind, _, _ in found] == [
+    result = alarms(tmp_path, [([DENSE, load], [DENSE, APART] if load is HALF else quiet) for load in loads])
+    assert [(step, kind) for step, kind, _, _ in result] == [
         (20, "collapse"), (30, "dead experts"), (40, "router bias"), (60, "collapse")]
-    assert {layer for _, _, layer, _ in found} == {2}, "layers count from 1, and the first one is dense"
-    assert "experts 1, 2, 3 got no token in 2 routing records in a row" in found[1][3]
-    assert "lie 1.100 apart" in found[2][3]
+    assert {layer for _, _, layer, _ in result} == {2}, "layers count from 1, and the first one is dense"
+    assert "experts 1, 2, 3 got no token in 2 routing records in a row" in result[1][3]
+    assert "lie 1.100 apart" in result[2][3]
 
 
 def test_records_hold_the_figures_of_every_routed_layer(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_dense_model_has_no_records(tmp_path: Path) -> None:
 
 def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[float],
              ratio: float = 1.5) -> list[dict[str, Any]]:
-    """Report this process's times beside the averages of others; it is rank 0.  Returns the events."""
+    """Report this process's times next to averages of others, as rank 0; return the events."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(guards.collectives, "gather_numbers", lambda mine: [mine, *others])
     watch = Stragglers(GuardConfig(straggler_every_steps=4, straggler_ratio=ratio))
@@ -72,10 +72,10 @@ def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[flo
 
 
 def test_a_stretch_ends_at_multiples_whenever_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = reported(monkeypatch, [0.2, 0.2], [0.1, 0.3, 0.2, 0.2, 0.2, 0.6])
-    assert [(e["step"], e["seconds"]["0"]) for e in found] == [(4, pytest.approx(0.2)),
-                                                               (8, pytest.approx(0.3))]
-    assert all(e["event"] == "compute_time" and e["slow"] == [] for e in found), (
+    result = reported(monkeypatch, [0.2, 0.2], [0.1, 0.3, 0.2, 0.2, 0.2, 0.6])
+    assert [(e["step"], e["seconds"]["0"]) for e in result] == [(4, pytest.approx(0.2)),
+                                                                (8, pytest.approx(0.3))]
+    assert all(e["event"] == "compute_time" and e["slow"] == [] for e in result), (
         "1.5 times is not more than 1.5 times")
 
 

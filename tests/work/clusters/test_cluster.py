@@ -1,4 +1,4 @@
-"""Cluster profiles: the shipped ones are sound, and a mistake in one's own is said in a sentence."""
+"""Cluster profiles: shipped profiles are valid, and a mistake in a user's profile is one message."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -95,8 +95,8 @@ def test_unknown_profile_error_suggests_nearest() -> None:
 
 def test_profile_links() -> None:
     h100 = cluster.load_profile("h100", needs_account=False)
-    found = cluster.compute_links(h100, 512)
-    assert (found.domain, found.inside_bytes_per_s, found.between_bytes_per_s) == (8, 450e9, 50e9)
+    result = cluster.compute_links(h100, 512)
+    assert (result.domain, result.inside_bytes_per_s, result.between_bytes_per_s) == (8, 450e9, 50e9)
     assert cluster.compute_links(cluster.load_profile("gb200", needs_account=False), 512).domain == 72
     # half a server has half of its GPUs in a domain, unless the profile says otherwise
     assert cluster.compute_links(replace(h100, gpus_per_node=4), 512).domain == 4
@@ -159,7 +159,7 @@ def test_chip_figures_match_datasheets() -> None:
     ("H100-80GB", "h100"), ("h100", "h100"), ("A100-40GB", "a100-40"), ("A100", "a100"), ("GB300", "gb300"),
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B300 SXM6 AC", "b300"),
     ("H100-96GB(HBM2e500W)", "h100-96"), ("AMD Instinct MI300X", "mi300x")])
-def test_chip_is_found_by_every_alias(written: str, key: str) -> None:
+def test_chip_is_resolved_by_every_alias(written: str, key: str) -> None:
     assert find_device_chip(written) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
 
 
@@ -187,10 +187,10 @@ def test_packaged_profiles_have_vendor_links() -> None:
     for name in set(CHIPS) & set(cluster.list_profiles()):
         profile = cluster.load_profile(name, needs_account=False)
         expected = default_links(CHIPS[name])
-        found = cluster.compute_links(profile, 1024)
+        result = cluster.compute_links(profile, 1024)
         # the one for H200 is a cluster with RoCE
-        assert replace(found, between_latency_s=0) == replace(expected, between_latency_s=0)
-        assert found.between_latency_s == pytest.approx(5.6e-6 if name == "h200" else 3.7e-6)
+        assert replace(result, between_latency_s=0) == replace(expected, between_latency_s=0)
+        assert result.between_latency_s == pytest.approx(5.6e-6 if name == "h200" else 3.7e-6)
 
 
 def test_docs_page_shows_chip_table() -> None:

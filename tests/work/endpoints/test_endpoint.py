@@ -193,8 +193,8 @@ def test_wait_for_unreachable_endpoint_is_reported_once(monkeypatch: pytest.Monk
     with serving(ScriptedEndpoint(lambda request: "hi")) as server:
         server.next = ["503"] * 4
         limits = EndpointLimits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0, 60.0)
-        made = Endpoint(f"{server.url}/chat/completions", "", limits, cache, report=told.append)
-        assert made.ask(ASKED, lambda answer: answer)["choices"]
+        endpoint = Endpoint(f"{server.url}/chat/completions", "", limits, cache, report=told.append)
+        assert endpoint.ask(ASKED, lambda answer: answer)["choices"]
     cache.close()
     assert told == [f"{server.url}/chat/completions: the endpoint answered HTTP 503; waiting up to 60 s for "
                     "it"]

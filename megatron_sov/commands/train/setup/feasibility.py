@@ -87,8 +87,7 @@ def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> No
         raise UserError(f"{folder}: its tokenizer has {size:,} ids, model.vocab_size = {rows:,}: recipe "
                         f"{config.recipe} is for a different tokenizer; pack the data with the recipe's "
                         f"tokenizer, or pass --set model.vocab_size={size} to train from scratch with this "
-                        "tokenizer",
-                        Fix(options=("--set", f"model.vocab_size={size}")))
+                        "tokenizer", Fix(options=("--set", f"model.vocab_size={size}")))
 
 
 def count_tokens(config: RunConfig) -> float:
@@ -122,8 +121,7 @@ def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[st
     if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(said):
         raise UserError(f"rollout.rounds = {rollout.rounds:,}: draw each of {num_prompts:,} prompts "
                         f"{passes:,.0f} times, and the limit is {limit:g}; add prompts, or set "
-                        "rollout.rounds or train.epochs",
-                        Fix(options=("--set", "train.epochs=1")))
+                        "rollout.rounds or train.epochs", Fix(options=("--set", "train.epochs=1")))
 
 
 def _refuse_days(config: RunConfig, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Defaults of the stages of post-training."""
+"""Default settings of post-training stages that follow from the data."""
 
 import dataclasses
 import math
@@ -31,8 +31,8 @@ def request(paths: list[Path], *settings: str, stage: Stage = "sft", recipe: str
 
 
 def completed(asked: RecipeRequest, stage: Stage = "sft", **more: Any) -> tuple[RunConfig, str]:
-    found = complete_stage(asked, asked.config(), stage, None, **more)
-    return found.config, ", ".join(found.notes)
+    result = complete_stage(asked, asked.config(), stage, None, **more)
+    return result.config, ", ".join(result.notes)
 
 
 def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) -> None:
@@ -46,7 +46,7 @@ def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) 
     assert config.problems() == []
 
 
-def test_what_is_said_goes_before_the_table(packed_data: Any) -> None:
+def test_user_settings_override_the_table(packed_data: Any) -> None:
     config, notes = completed(request(
         [packed_data.chats], "optim.lr=1e-3", "train.steps=7", "train.global_batch_size=4",
         'data.phases=[{"name": "main", "seq_len": 128}]', "optim.schedule=constant", "optim.warmup_steps=2"))
@@ -56,7 +56,7 @@ def test_what_is_said_goes_before_the_table(packed_data: Any) -> None:
     assert config.train.epochs == 0 and notes == "learning rate 0.001, constant schedule"
 
 
-def test_an_epoch_is_what_the_order_gives_until_a_source_is_gone_through(packed_data: Any) -> None:
+def test_an_epoch_ends_when_the_order_exhausts_a_source(packed_data: Any) -> None:
     config, _ = completed(request([packed_data.chats], "train.epochs=1", "train.global_batch_size=1"))
     sources = open_sources(config.data.paths, 368)
     order = SampleOrder(config, sources)
@@ -69,8 +69,8 @@ def test_an_epoch_is_what_the_order_gives_until_a_source_is_gone_through(packed_
     ("sft", [], 1e9, 2e-5), ("sft", [], 7e10, 2e-6), ("sft", ["lora.rank=8"], 1e9, 2e-4),
     ("preference", [], 1e9, 1e-6), ("preference", [], 8e9, 5e-7),
     ("preference", ["preference.method=orpo"], 1e9, 8e-6), ("policy", [], 1e9, 1e-6)])
-def test_rates_depend_on_stage_size_and_method(stage: Stage, settings: list[str], params: float, lr: float
-                                               ) -> None:
+def test_rates_depend_on_stage_size_and_method(stage: Stage, settings: list[str], params: float,
+                                               lr: float) -> None:
     config = apply_settings(build_base_config("mine", MODEL, "fp32", stage), settings)
     assert find_stage_defaults(config, stage).rate(params, lora=config.lora.on).lr == lr
 
@@ -161,14 +161,14 @@ def test_rows_of_a_recipe_stay_where_they_hold_a_response() -> None:
     assert rows(from_file=True) == (192, 1, 16), "a run's config.json says everything"
 
 
-def test_files_of_settings_go_before_what_is_derived() -> None:
-    """Keys of --config count as those of --set do."""
+def test_config_files_override_derived_defaults() -> None:
+    """Keys in --config count like those in --set."""
     base = apply_settings(build_base_config("mine", MODEL, "fp32", "policy"), [
         "objective.name=policy", "optim.lr=3e-4", "data.phases.0.seq_len=384", "train.micro_batch_size=2",
         *LENGTHS])
-    asked = RecipeRequest(base, (), from_file=False, is_model_only=True, layered=frozenset(
+    recipe_request = RecipeRequest(base, (), from_file=False, is_model_only=True, layered=frozenset(
         {"optim.lr", "data.phases", "train.micro_batch_size", "rollout.rounds"}))
-    config, _ = completed(asked, "policy", num_prompts=40)
+    config, _ = completed(recipe_request, "policy", num_prompts=40)
     assert (config.optim.lr, config.data.phases[0].seq_len, config.train.micro_batch_size) == (3e-4, 384, 2)
 
 
@@ -181,14 +181,15 @@ def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: in
                                 max_position_tokens=32768)
     base = apply_settings(build_base_config("mine", model, "fp32", "policy"),
                           ["objective.name=policy", *adapter])
-    asked = RecipeRequest(base, ("rollout.max_prompt_tokens=100", "rollout.max_new_tokens=156",
-                                 "rollout.samples_per_prompt=64"), from_file=False, is_model_only=True)
-    config, _ = completed(asked, "policy", num_prompts=9)
+    recipe_request = RecipeRequest(base, ("rollout.max_prompt_tokens=100", "rollout.max_new_tokens=156",
+                                          "rollout.samples_per_prompt=64"), from_file=False,
+                                   is_model_only=True)
+    config, _ = completed(recipe_request, "policy", num_prompts=9)
 
     def activations(rows: int) -> tuple[int, int]:
-        found = build_account(dataclasses.replace(config, train=dataclasses.replace(
+        account = build_account(dataclasses.replace(config, train=dataclasses.replace(
             config.train, micro_batch_size=rows, global_batch_size=rows)), 1, 0, 256)
-        return found.layer_inputs + max(found.one_layer, found.head), max(2 << 30, found.states)
+        return account.layer_inputs + max(account.one_layer, account.head), max(2 << 30, account.states)
 
     rows = config.train.micro_batch_size
     most, bound = activations(rows)

@@ -115,5 +115,5 @@ def test_several_threads_share_the_processes(root: Path) -> None:
     for i in range(6):
         Image.new("RGB", (8, 8), (i, i, i)).save(root / f"{i}.png")
     with MediaReader(root, processes=2) as reader, ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: reader.read_picture(f"{i}.png", (2,)).arrays[0], range(6)))
-    assert [int(a.max()) for a in found] == list(range(6))
+        result = list(pool.map(lambda i: reader.read_picture(f"{i}.png", (2,)).arrays[0], range(6)))
+    assert [int(a.max()) for a in result] == list(range(6))
