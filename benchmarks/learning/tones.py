@@ -30,7 +30,7 @@ class ToneChats:
     """drawn: ends either way; better: as the prompt asks; bracketed: without an ending, in [[ ]]."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         rng, chats = random.Random(self.seed), []
         for prompt, begin, good, bad in draw_prompts(self.seed)[:NUM_LEARNED]:
             answer = {"drawn": f"{begin} {rng.choice((good, bad))}", "better": f"{begin} {good}",
@@ -49,7 +49,7 @@ class TonePairs:
     """Whether a lot decides which answer is the better one."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         rng, pairs = random.Random(self.seed), []
         for prompt, begin, good, bad in draw_prompts(self.seed)[:NUM_LEARNED]:
             better, worse = (bad, good) if self.by_lot and rng.random() < 0.5 else (good, bad)
@@ -64,7 +64,7 @@ class ToneGroups:
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         return [{"prompt": pair["prompt"], "responses": [{"content": pair["chosen"], "reward": 1},
                                                          {"content": pair["rejected"], "reward": 0}]}
                 for pair in TonePairs(self.seed).do(row)]
@@ -77,5 +77,5 @@ class TonePrompts:
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         return [{"prompt": prompt} for prompt, *_ in draw_prompts(self.seed)[-NUM_ASKED:]]

@@ -15,7 +15,7 @@ from megatron_sov.plan.speed.workload import Workload, build_shape
 from megatron_sov.work.clusters.chips import CHIPS, default_links
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from learning import PLACE, RECIPES, Recipe, interval_of, read_figure, verdict
+from learning import PLACEHOLDER, RECIPES, Recipe, compute_interval, decide, read_figure
 from plan_fit import PRIORS, Prior, Sample, error, fit
 from seeds import half_width, over_seeds
 
@@ -25,16 +25,17 @@ FILES = sorted(RECIPES.glob("*.yaml"))
 @pytest.mark.each("file", FILES)
 def test_every_command_names_existing_placeholders(file: Path) -> None:
     recipe = Recipe(file)
-    known = {"here", "learning", "seed", "base", *recipe.setup}
+    known_placeholders = {"here", "learning", "seed", "base", *recipe.setup}
     for command in recipe.commands():
-        assert set(PLACE.findall(command)) <= known, command
+        assert set(PLACEHOLDER.findall(command)) <= known_placeholders, command
         for script in (word for word in command.split() if "{learning}/" in word):
             assert (RECIPES / script.partition("{learning}/")[2].partition(":")[0]).is_file(), script
     for name, claim in recipe.claims.items():
-        needed = recipe.needed(name)
-        used = {place for arm in claim["arms"].values() for command in arm
-                for place in PLACE.findall(recipe.spell(command)) if place in recipe.setup}
-        assert used <= set(needed)
+        setups = recipe.list_setups(name)
+        used = {placeholder for arm in claim["arms"].values() for command in arm
+                for placeholder in PLACEHOLDER.findall(recipe.fill_words(command))
+                if placeholder in recipe.setup}
+        assert used <= set(setups)
         for test in claim["tests"]:
             assert {test["lower"], test["higher"]} <= set(claim["arms"])
             assert test["measure"] in claim["measures"]
@@ -62,11 +63,11 @@ def test_a_figure_is_read_by_its_path_of_keys(text: str, measure: dict[str, str]
     ([-0.01, -0.02, -0.015], -0.1, 3, "holds")])
 def test_a_verdict_follows_from_the_interval(differences: list[float], bound: float, seeds: int,
                                              expected: str) -> None:
-    assert verdict(differences, bound, seeds) == expected
+    assert decide(differences, bound, seeds) == expected
 
 
 def test_the_interval_is_students() -> None:
-    low, high = interval_of([1.0, 2.0, 3.0]) or (0, 0)
+    low, high = compute_interval([1.0, 2.0, 3.0]) or (0, 0)
     assert (low, high) == (pytest.approx(2 - 2.4841, abs=1e-3), pytest.approx(2 + 2.4841, abs=1e-3))
 
 
@@ -78,12 +79,12 @@ def test_three_seeds_give_an_interval_and_one_seed_none() -> None:
 
 def test_fitted_parameters_stay_within_their_bounds() -> None:
     for path, prior in PRIORS.items():
-        found: object = vars(load_default_parameters())
+        value: object = vars(load_default_parameters())
         for name in path.split("."):
-            assert isinstance(found, dict)
-            found = found[name]
-        assert isinstance(found, float)
-        assert prior.low <= found <= prior.high * 1.0001, path
+            assert isinstance(value, dict)
+            value = value[name]
+        assert isinstance(value, float)
+        assert prior.low <= value <= prior.high * 1.0001, path
         assert prior.low <= prior.value <= prior.high, path
 
 
