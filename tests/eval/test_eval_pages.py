@@ -28,7 +28,7 @@ def write_files(text: str, folder: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("page", "heading", "count", "said"), [
-    ("serve.md", "Complete prompts", 5, ""), ("eval.md", "", 8, ""),
+    ("serve.md", "Complete prompts", 5, ""), ("eval.md", "", 5, ""),
     ("eval_lm.md", "", 3, r"(?s)task +metric +value .* at limit\n.*aime24  avg@1 +0.0000")])
 def test_commands_of_the_page_run(page: str, heading: str, count: int, said: str, one_rank: None,
                                   imported: dict[str, Path], hf_models: dict[str, Path],
