@@ -25,18 +25,19 @@ from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from learning import PLACE, RECIPES, Recipe
+from learning import PLACEHOLDER, Recipe, find_recipes
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = (
-    "docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_generators.md")
+    "docs/memory.md", "docs/omni.md", "docs/recipes.md", "docs/synth_generators.md")
 """Pages with tables whose first cell does not say alone what a row is of."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> what it trains by."""
 
-CLAIMED = {PLACE.sub("0", command).partition(" > ")[0]
-           for file in RECIPES.glob("*.yaml") for command in Recipe(file).commands()}
+CLAIMED = {PLACEHOLDER.sub("0", command).partition(" > ")[0]
+           for file in find_recipes() for command in Recipe(file).commands()
+           if command.split()[0] in ENTRIES}
 """Commands of the claims, with a 0 in every place."""
 COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
 
@@ -59,7 +60,7 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
     if line in commands_of((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):
         return
     stage = None if trains_by == "lm" else trains_by
-    if args.recipe is None and args.configs:
+    if args.configs:  # files of a page, which its test writes
         return
     model = recipes.get("tiny-solar-open").model  # in the place of --from
     request = request_training(
@@ -160,7 +161,7 @@ QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)
 def test_a_new_user_finds_the_answer_in_two_clicks(question: str, typed: str, page: str,
                                                    heading: str) -> None:
     """From the README: a page, then the heading below which the command is."""
-    assert len(QUESTIONS) == 12
+    assert len(QUESTIONS) == 20
     answer = ((ROOT / "docs" / page).resolve(), heading)
     clicked = [ROOT / "README.md", *(target for target, _ in links(ROOT / "README.md") if target in READ)]
     assert answer in {link for near in clicked for link in links(near)}, question
@@ -225,6 +226,25 @@ def test_no_page_installs_the_project_by_name() -> None:
     assert len(texts) > 900
     by_name = re.compile(r"megatron[-_]sov\[|install\s+(-\S+\s+)*['\"`]?megatron[-_]sov\b")
     assert [p for p in texts if by_name.search(p.read_text(encoding="utf-8"))] == []
+
+
+GENERATED = ("config", "memory", "options", "recipes", "results")
+MAX_CELL_WORDS = 20
+NUM_READ_PAGES = 41
+
+
+def test_pages_to_read_are_few() -> None:
+    """Those below "Reference" and "Evidence" are looked up."""
+    index = (ROOT / "docs/index.md").read_text()
+    listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", index.partition("\n## Reference\n")[0], re.MULTILINE)
+    assert len(listed) + 1 <= NUM_READ_PAGES
+
+
+@pytest.mark.each("page", [page for page in PAGES if page.stem not in (*GENERATED, "reproduce")])
+def test_cells_of_tables_are_short(page: Path) -> None:
+    """Code counts as one word."""
+    cells = [cell for rows in tables(page.read_text()) for row in rows for cell in row]
+    assert [cell for cell in cells if len(re.sub(r"`[^`]*`", "x", cell).split()) > MAX_CELL_WORDS] == []
 
 
 def test_the_index_lists_every_page_once() -> None:

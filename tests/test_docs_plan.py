@@ -1,4 +1,4 @@
-"""docs/plan.md: its commands print what it says, and it explains every JSON key."""
+"""docs/plan.md: its commands print what it says; docs/formats.md explains every JSON key."""
 
 import json
 import re
@@ -10,12 +10,13 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.plan.search import space
-from tests.pages_typed import page_text, shell_lines
+from tests.pages_typed import page_section, page_text, shell_lines
 
 PAGE = page_text("plan.md")
-COMMANDS = shell_lines(PAGE)
-OF_FILES = ("--prove",)
-"""Commands that play all processes: `tests/proof` runs them."""
+KEYS = page_section("formats.md", "plan --json")
+COMMANDS = shell_lines(PAGE) + shell_lines(KEYS)
+OF_FILES = ("--prove", " submit ", "mine.yaml", "--from my-model")
+"""Commands that simulate all processes (`tests/proof` runs them), and those that read a user's files."""
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def keys_of(found: Any) -> set[str]:
 def test_every_json_key_is_on_the_page(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    told = set(re.findall(r"`([a-z_]+)`", PAGE))
+    told = set(re.findall(r"`([a-z_]+)`", KEYS))
     fine = {"count", "example"}  # of a rule
     assert keys_of(plan) - told - fine == set()
     assert plan["sweep"]["looked_at"] == sum(

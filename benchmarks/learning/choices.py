@@ -37,7 +37,7 @@ class Choices:
     """all, learned or held_out."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         wordings = {"all": WORDINGS, "learned": WORDINGS[::2], "held_out": WORDINGS[1::2]}[self.wordings]
         for _ in range(self.count):

@@ -18,7 +18,7 @@ class WithEndings:
     """A conversation of one answer, once with each ending."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         question, answer = row["messages"]
         return [{"messages": [question, {**answer, "content": answer["content"] + ending}]}
                 for ending in ENDINGS]

@@ -66,7 +66,7 @@ class JunkPipeline:
     """Folder that `sov-data scorer train` wrote."""
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         return {"name": "filter", "sources": [{"name": "raw", "path": self.raw, "kind": "en"}],
                 "steps": [{"quality": {"model": self.scorer, "min_score": 0.5}}],
                 "output": {"name": "{source}"}}

@@ -53,7 +53,7 @@ class Drafts:
     """False: no instruction has one."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         for _ in range(self.count):
             things, rule = rng.choice(pairs(held_out=False))
@@ -81,7 +81,7 @@ class RulePrompts:
     """Instructions whose things and rule stand together in no draft."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         return [{"prompt": f"{QUERIES[i % len(QUERIES)].format(things=things)} {wording}", "domain": rule,
                  "instructions": [RULES[rule][0]]}
                 for i, (things, rule) in enumerate(pairs(held_out=True)) for wording in RULES[rule][2]]

@@ -36,7 +36,7 @@ class WalkChats:
     """Share of right steps."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         for _ in range(self.count):
             start, steps = rng.randrange(len(PLACES)), rng.randint(1, LONGEST)
@@ -70,7 +70,7 @@ class WalkQuestions:
     """Steps."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Yield all items; the input row is ignored."""
+        """Return all items; the input row is ignored."""
         found = [{"prompt": _ask(wording, name, start, steps), "answer": right_way(start, steps),
                   "domain": f"{steps} steps"}
                  for start in range(len(PLACES)) for steps in range(self.least, self.most + 1)
