@@ -22,10 +22,11 @@ from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import BuiltIn, request_training
 from megatron_sov.model.recipes.stage_defaults import build_base_config, refuse_pretraining_rate
 from tests.pages_typed import (
-    ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
+    ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, page_section, parse, shell_blocks,
+    unheld)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from learning import PLACE, RECIPES, Recipe
+from learning import PLACEHOLDER, RECIPES, Recipe
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = (
@@ -35,7 +36,7 @@ TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "p
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> what it trains by."""
 
-CLAIMED = {PLACE.sub("0", command).partition(" > ")[0]
+CLAIMED = {PLACEHOLDER.sub("0", command).partition(" > ")[0]
            for file in RECIPES.glob("*.yaml") for command in Recipe(file).commands()}
 """Commands of the claims, with a 0 in every place."""
 COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
@@ -237,6 +238,18 @@ def test_pages_to_read_are_few() -> None:
     index = (ROOT / "docs/index.md").read_text()
     listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", index.partition("\n## Reference\n")[0], re.MULTILINE)
     assert len(listed) + 1 <= NUM_READ_PAGES
+
+
+@pytest.mark.each("section", ["Data", "Train", "Post-train", "Evaluate and publish", "Operate"])
+def test_a_page_of_a_job_shows_output_faults_and_reference(section: str) -> None:
+    rows = page_section("index.md", section)
+    listed = re.findall(r"^\| \[(\w+\.md)\]\(\1\)", rows, re.MULTILINE)
+    assert len(listed) >= 3
+    for name in listed:
+        text = (ROOT / "docs" / name).read_text()
+        assert re.search(r"^```(text|python)?\n", text, re.MULTILINE), name
+        assert re.search(r"^## What goes wrong", text, re.MULTILINE), name
+        assert re.search(r"^Reference: ", text, re.MULTILINE), name
 
 
 @pytest.mark.each("page", [page for page in PAGES if page.stem not in (*GENERATED, "reproduce")])
