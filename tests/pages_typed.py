@@ -34,6 +34,7 @@ TYPED = {
     "docs/own_code.md": "tests/test_own_code.py",
     "docs/plan.md": "tests/test_docs_plan.py",
     "docs/rewards.md": "tests/commands/test_score.py",
+    "docs/real_model.md": "tests/benchmarks/test_real_model.py",
     "docs/serve.md": "tests/serve/test_serve.py",
     "docs/slurm.md": "tests/operate/slurm/test_submit.py",
     "docs/synth_generators.md": "tests/test_docs_synth.py",

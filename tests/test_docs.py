@@ -26,7 +26,7 @@ from tests.pages_typed import (
     unheld)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from learning import PLACEHOLDER, RECIPES, Recipe
+from learning import PLACEHOLDER, Recipe, find_recipes
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = (
@@ -37,7 +37,8 @@ TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "p
 """Command -> what it trains by."""
 
 CLAIMED = {PLACEHOLDER.sub("0", command).partition(" > ")[0]
-           for file in RECIPES.glob("*.yaml") for command in Recipe(file).commands()}
+           for file in find_recipes() for command in Recipe(file).commands()
+           if command.split()[0] in ENTRIES}
 """Commands of the claims, with a 0 in every place."""
 COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
 

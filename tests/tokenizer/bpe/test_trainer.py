@@ -181,8 +181,8 @@ def test_no_merge_of_stage_1_joins_words_by_their_bytes(learn: Callable[..., Voc
 
 
 @pytest.fixture(scope="module")
-def solar(tokenizer_of: Callable[..., Tokenizer]) -> Tokenizer:
-    return tokenizer_of(SOLAR_OPEN, 370, SUPER_TEXT)
+def solar(build_trained_tokenizer: Callable[..., Tokenizer]) -> Tokenizer:
+    return build_trained_tokenizer(SOLAR_OPEN, 370, SUPER_TEXT)
 
 
 @pytest.fixture(scope="module")
