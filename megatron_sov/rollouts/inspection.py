@@ -17,6 +17,9 @@ from megatron_sov.runs.inspection import ArtifactKind
 from megatron_sov.work.progress.locks import list_holders
 from megatron_sov.work.progress.progress_bar import create_bar
 
+KIND = ArtifactKind(lambda path: format_store(RolloutStore.open(path)),
+                    lambda path: check_with_progress(RolloutStore.open(path)).problems)
+"""Entry for rollout stores in `megatron-sov inspect`."""
 _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
                  ("part", np.int32), ("row", np.int32)])
 """Head of a row (29 bytes), kept in memory while `check_store` reads further parts."""
@@ -24,6 +27,8 @@ _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", boo
 
 @dataclass
 class StoreCheck:
+    """Counts and problems in a store."""
+
     parts: int = 0
     rows: int = 0
     rewards: int = 0
@@ -32,6 +37,7 @@ class StoreCheck:
 
 
 def check_store(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
+    """Check the files, rows, keys and rewards of a store; `done` receives 1 after each part."""
     result = StoreCheck()
     parts = store.parts(refused=result.problems.append)
     heads: list[np.ndarray] = []
@@ -153,8 +159,3 @@ def format_time(time_s: float) -> str:
 def check_with_progress(store: RolloutStore) -> StoreCheck:
     with create_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
         return check_store(store, bar.update)
-
-
-KIND = ArtifactKind(lambda path: format_store(RolloutStore.open(path)),
-                    lambda path: check_with_progress(RolloutStore.open(path)).problems)
-"""Entry for rollout stores in `megatron-sov inspect`."""
