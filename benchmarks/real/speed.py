@@ -1,4 +1,4 @@
-"""Processor seconds and peak memory with a real model beside TRL, PEFT, transformers and lm-eval.
+"""Processor seconds and peak memory with a real model, compared with TRL, PEFT, transformers and lm-eval.
 
 Usage: python benchmarks/real/speed.py --work DIR --outside ENVIRONMENT [--only NAME ...]
 
@@ -45,7 +45,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our figures beside the peer's."""
+    """Our figures and the figures of the peer."""
 
     unit: str
     peer: str
