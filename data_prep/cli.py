@@ -46,11 +46,6 @@ COMMANDS = {
         RESPONSES, "synth_generators.md",
         ("difficulty label --answers small large --output labels",
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
-    "probing-sets": Command(
-        "data_prep.synth.probing_sets:PROBING_SETS",
-        "freeze problems from `synth probes` into a set for each domain", RESPONSES, "synth_generators.md",
-        ("probing-sets --input probes --output sets",
-         "probing-sets --input probes more.jsonl --output sets --overwrite")),
     "trajectories": Command(
         "data_prep.responses.trajectories:TRAJECTORIES",
         "join each query with its diverse solutions to one document",
