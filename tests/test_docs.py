@@ -25,7 +25,7 @@ from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from learning import PLACE, RECIPES, Recipe
+from learning import PLACEHOLDER, RECIPES, Recipe
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = (
@@ -35,7 +35,7 @@ TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "p
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> what it trains by."""
 
-CLAIMED = {PLACE.sub("0", command).partition(" > ")[0]
+CLAIMED = {PLACEHOLDER.sub("0", command).partition(" > ")[0]
            for file in RECIPES.glob("*.yaml") for command in Recipe(file).commands()}
 """Commands of the claims, with a 0 in every place."""
 COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
