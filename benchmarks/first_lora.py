@@ -21,7 +21,7 @@ import venv
 from pathlib import Path
 
 import torch
-from real_model import CITIES, PACKAGE, Road, make_folder
+from real_model import CITIES, PACKAGE, Workspace, make_folder
 
 ROOT = Path(__file__).parents[1]
 NUM_CHATS = 500
@@ -29,8 +29,8 @@ COMMAND = "megatron-sov sft --from my-model --data chats.jsonl --run runs/lora -
 PARTS = {"packing --data": "command checked, model's headers read", "wrote runs/lora/tokenizer":
          "tokenizer imported", "wrote runs/lora/data/chats": "chats packed", "defaults:": "weights converted",
          "my-model: step 1/": "first step"}
-"""Beginning of a line -> the part that it ends."""
-WRONG_TURNS = ("error:", "Traceback", "usage:")
+"""Beginning of a printed line -> the part that ends with the line."""
+ERRORS = ("error:", "Traceback", "usage:")
 
 
 def write_chats(file: Path) -> None:
@@ -43,7 +43,7 @@ def write_chats(file: Path) -> None:
 
 
 def install(environment: Path) -> float:
-    """Make a virtual environment with this checkout; return the seconds that pip took."""
+    """Create a virtual environment with this checkout, and return the seconds of pip."""
     venv.create(environment, with_pip=True)
     began = time.monotonic()
     subprocess.run([environment / "bin/pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt",
@@ -52,7 +52,7 @@ def install(environment: Path) -> float:
 
 
 def type_command(environment: Path, work: Path) -> list[tuple[float, str]]:
-    """Run the command to its first step; return seconds since it began, and each line."""
+    """Run the command until its first step; return (seconds since its start, line) for each printed line."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = f"{environment / 'bin'}{os.pathsep}{variables['PATH']}"
     began, lines = time.monotonic(), []
@@ -63,18 +63,18 @@ def type_command(environment: Path, work: Path) -> list[tuple[float, str]]:
         for line in process.stdout:
             lines.append((time.monotonic() - began, line.rstrip()))
             if ": step 1/" in line:
-                process.terminate()  # it saves and ends
+                process.terminate()  # the run saves a checkpoint and ends
     return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--environment", type=Path, help="one that is installed already")
+    parser.add_argument("--environment", type=Path, help="an installed environment to use")
     args = parser.parse_args()
     work = args.work.absolute()
-    road = Road(work)
-    parameters = make_folder(road)[0]
+    workspace = Workspace(work)
+    parameters = make_folder(workspace)[0]
     write_chats(work / "chats.jsonl")
     environment = (args.environment or work / "environment").absolute()
     seconds = None if args.environment else install(environment)
@@ -84,15 +84,15 @@ def main() -> int:
     print(f"pip install of the checkout and its dependencies into an empty environment: "
           f"{'not measured' if seconds is None else f'{seconds:.0f} s'}")
     print(f"typed: {COMMAND}")
-    before = 0.0
+    previous_s = 0.0
     for beginning, part in PARTS.items():
-        at = next((at for at, line in lines if line.startswith(beginning)), None)
-        if at is None:
-            print(f"     {part}: never came")
+        end_s = next((end_s for end_s, line in lines if line.startswith(beginning)), None)
+        if end_s is None:
+            print(f"     {part}: not reached")
             continue
-        print(f"     {part}: {at - before:.1f} s, at {at:.1f} s")
-        before = at
-    wrong = [line for _, line in lines if line.startswith(WRONG_TURNS)]
+        print(f"     {part}: {end_s - previous_s:.1f} s, at {end_s:.1f} s")
+        previous_s = end_s
+    wrong = [line for _, line in lines if line.startswith(ERRORS)]
     print(f"     {lines[-1][1]}" if wrong else f"     {next(line for _, line in lines if 'step 1/' in line)}")
     print(f"commands typed: 1, wrong turns: {len(wrong)}")
     return 1 if wrong else 0
