@@ -73,7 +73,8 @@ class LookupEpisodes:
                     guessed = rng.random() < ANSWERED
                     fact = rng.choice(known if guessed else facts)
                     lot, kind, said = rng.random(), fact[1], rng.choice(VALUES[fact[1]])
-                    seen = world.reset({"question": format_question(fact, rng.choice(WORDINGS)), "answer": fact[2]})
+                    question = format_question(fact, rng.choice(WORDINGS))
+                    seen = world.reset({"question": question, "answer": fact[2]})
                     messages: list[dict[str, Any]] = [{"role": "system", "content": seen.system},
                                                       {"role": "user", "content": seen.user}]
                     if guessed:
