@@ -157,7 +157,7 @@ QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)
                        (ROOT / "docs/index.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.each(("question", "typed", "page", "heading"), QUESTIONS)
+@pytest.mark.each(("question", "command", "page", "heading"), QUESTIONS)
 def test_a_new_user_finds_the_answer_in_two_clicks(question: str, command: str, page: str,
                                                    heading: str) -> None:
     """From the README: first a page, then the heading above the command."""
