@@ -1,22 +1,30 @@
 """Run recipes of small models over seeds: their arms, their curves, and which orderings of the arms hold.
 
-    python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...]
+    python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...] [--digest]
 
-RECIPE is a file `learning/RECIPE.yaml`; without CLAIM all its claims run. A claim has arms (lists of ordinary
-commands), measures that are read from the files of each arm, and tests of the form "this arm is below that
-one by more than a bound". Arms of one seed are paired: a test holds if Student's 95 % interval of the
-differences is above the bound. `curves` are fields of an arm's events, printed as means over the seeds.
-With fewer seeds than the claim requires, every test is undecided. A killed benchmark continues after the last
-completed command.
+RECIPE is a file `learning/RECIPE.yaml` (toy models) or `real/RECIPE.yaml` (SmolLM2-135M-Instruct); without
+CLAIM all its claims run. A claim has arms (lists of ordinary commands), measures that are read from the
+files of each arm, and tests of the form "this arm is below that one by more than a bound". Arms of one seed
+are paired: a test holds if Student's 95 % interval of the differences is above the bound. `curves` are
+fields of an arm's events, printed as means over the seeds. With fewer seeds than the claim requires, every
+test is undecided. A killed benchmark continues after the last completed command.
+
+A command may also be `python SCRIPT`, or the path of a program in a setup's folder. `registered` is the
+digest of a claim's text and commands, which `--digest` prints; a claim that was edited after its
+registration is refused. No seed starts after `budget_s` processor seconds. `start` names an arm and the
+range in which its figure for the first seed must be; otherwise no other arm runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -28,7 +36,7 @@ from typing import Any
 import yaml
 from seeds import half_width
 
-RECIPES = Path(__file__).with_name("learning")
+FOLDERS = [Path(__file__).with_name(name) for name in ("learning", "real")]
 CURVE_POINTS = 8
 PROGRAMS = {"megatron-sov": "megatron_sov", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 PLACEHOLDER = re.compile(r"\{([a-z]\w*)\}")
@@ -41,6 +49,7 @@ class Recipe:
     def __init__(self, file: Path) -> None:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
         self.name = file.stem
+        self.scripts = {file.parent.name: str(file.parent)}
         self.claims: dict[str, dict[str, Any]] = raw["claims"]
         self.words: dict[str, str] = raw.get("words", {})
         self.setup: dict[str, list[str]] = raw.get("setup", {})
@@ -57,6 +66,20 @@ class Recipe:
             command_lists += [claim.get("base", []), *claim["arms"].values()]
         for commands in command_lists:
             yield from map(self.fill_words, commands)
+
+    def compute_digest(self, name: str) -> str:
+        """Return the first 16 digits of the SHA-256 of a claim and its setups, with all words filled in."""
+        claim = {key: value for key, value in self.claims[name].items() if key != "registered"}
+        setups = {setup: self.setup[setup] for setup in self.list_setups(name)}
+        text = self.fill_words(json.dumps([claim, setups], sort_keys=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check_registration(self, name: str) -> None:
+        """Raise SystemExit if a claim's text differs from its registered text."""
+        registered, digest = self.claims[name].get("registered"), self.compute_digest(name)
+        if registered not in (None, digest):
+            raise SystemExit(f"{self.name}/{name}: registered as {registered}, but its text now has the "
+                             f"digest {digest}; undo the edit, or register a new claim")
 
     def list_setups(self, name: str) -> list[str]:
         """Return the setups that a claim depends on, dependencies first."""
@@ -83,12 +106,29 @@ def run_commands(folder: Path, commands: Sequence[str], places: Mapping[str, str
         if ">" in words[-2:-1]:
             words, target = words[:-2], words[-1]
         with open(folder / "log", "ab") as log, open(target or os.devnull, "wb") as out:
-            command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
+            command = words
+            if words[0] in PROGRAMS:
+                command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
+            elif words[0] == "python":
+                command = [sys.executable, *words[1:]]
+            began_s = read_child_seconds()
             code = subprocess.run(command, stdout=out if target else log, stderr=log, cwd=folder, check=False,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if code:
             raise SystemExit(f"{folder / 'log'}: {shlex.join(words[:3])} ended with exit code {code}")
+        (folder / "seconds").write_text(str(read_seconds(folder) + read_child_seconds() - began_s))
         completed_file.write_text(str(number + 1))
+
+
+def read_child_seconds() -> float:
+    """Return the processor seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def read_seconds(folder: Path) -> float:
+    """Return the processor seconds of all commands that have run in a folder and the folders below it."""
+    return sum(float(file.read_text()) for file in folder.rglob("seconds"))
 
 
 def read_figure(folder: Path, measure: Mapping[str, str]) -> float:
@@ -170,9 +210,10 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
         num_seeds: number of seeds to run; None: the number that the claim requires.
         only: arms to run; empty: all.
     """
+    recipe.check_registration(name)
     claim = recipe.claims[name]
     arms = [arm for arm in claim["arms"] if not only or arm in only]
-    places = {"learning": str(RECIPES)}
+    places = dict(recipe.scripts)
     for setup in recipe.list_setups(name):
         folder = work / "setup" / setup
         run_commands(folder, [recipe.fill_words(command) for command in recipe.setup[setup]], places)
@@ -180,12 +221,18 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
     folders = []
     for seed in range(num_seeds or claim["seeds"]):
         folder = work / name / f"seed-{seed}"
+        if seed and read_seconds(work / name) > claim.get("budget_s", math.inf):
+            break
         seed_places = {**places, "seed": str(seed), "base": str(folder / "base")}
         commands_of = {"base": claim.get("base", []), **{arm: claim["arms"][arm] for arm in arms}}
         for part, commands in commands_of.items():
             run_commands(folder / part, [recipe.fill_words(command) for command in commands], seed_places)
+            if not seed and part == claim.get("start", {}).get("arm"):
+                check_start(claim, folder / part)
         folders.append(folder)
-    print(f"\n{recipe.name}/{name}: {len(folders)} seeds\n  {claim['says'].strip()}")
+    print(f"\n{recipe.name}/{name}: {len(folders)} of {claim['seeds']} seeds, registered as "
+          f"{claim.get('registered', 'nothing')}, {read_seconds(work / name) / 3600:.2f} processor hours"
+          f"\n  {claim['says'].strip()}")
     figures_of: dict[str, dict[str, list[float]]] = {}
     for measure, source in claim["measures"].items():
         print(f"  {source['unit']}")
@@ -202,6 +249,20 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
             print_test(test, figures_of[test["measure"]], claim["seeds"])
 
 
+def check_start(claim: Mapping[str, Any], folder: Path) -> None:
+    """Raise SystemExit if the figure of the start leaves no room for the claim's arms."""
+    start = claim["start"]
+    figure = read_figure(folder, claim["measures"][start["measure"]])
+    if not start["floor"] <= figure <= start["ceiling"]:
+        raise SystemExit(f"{folder}: {start['measure']} of the start is {figure:.3f}, and the claim needs "
+                         f"{start['floor']} to {start['ceiling']}; no other arm ran")
+
+
+def find_recipes() -> list[Path]:
+    """Return the files of all recipes."""
+    return sorted(file for folder in FOLDERS for file in folder.glob("*.yaml"))
+
+
 def print_test(test: Mapping[str, Any], figures: Mapping[str, Sequence[float]], num_seeds: int) -> None:
     """Print whether one arm exceeds another by more than the bound of a test."""
     differences = [a - b for a, b in zip(figures[test["higher"]], figures[test["lower"]], strict=True)]
@@ -216,21 +277,26 @@ def main() -> None:
     """Run the requested claims."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("claims", nargs="+", metavar="RECIPE[/CLAIM]",
-                        help=f"recipes: {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}")
-    parser.add_argument("--work", type=Path, required=True, help="folder of all runs")
+                        help=f"recipes: {', '.join(file.stem for file in find_recipes())}")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="folder of all runs")
+    parser.add_argument("--digest", action="store_true", help="print the claims' digests, and run nothing")
     parser.add_argument("--seeds", type=int, help="number of seeds (default: the claim's)")
     parser.add_argument("--arms", nargs="+", default=[], help="arms to run (default: all)")
     args = parser.parse_args()
     selected: list[tuple[Recipe, str]] = []
     for argument in args.claims:
         name, _, claim = argument.partition("/")
-        if not (file := RECIPES / f"{name}.yaml").is_file():
-            parser.error(f"{name}: {RECIPES} has no recipe of this name")
-        recipe = Recipe(file)
+        files = [file for file in find_recipes() if file.stem == name]
+        if not files:
+            parser.error(f"{name}: no recipe of this name in {', '.join(folder.name for folder in FOLDERS)}")
+        recipe = Recipe(files[0])
         if claim and claim not in recipe.claims:
-            parser.error(f"{argument}: no claim of {file}; it has {', '.join(recipe.claims)}")
+            parser.error(f"{argument}: no claim of {files[0]}; it has {', '.join(recipe.claims)}")
         selected += [(recipe, name) for name in ([claim] if claim else recipe.claims)]
     for recipe, claim in selected:
+        if args.digest:
+            print(f"{recipe.name}/{claim} {recipe.compute_digest(claim)}")
+            continue
         run_claim(recipe, claim, args.work.absolute() / recipe.name, args.seeds, args.arms)
 
 

@@ -26,18 +26,19 @@ from tests.pages_typed import (
     list_commands, parse, shell_blocks)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from learning import PLACEHOLDER, RECIPES, Recipe
+from learning import PLACEHOLDER, Recipe, find_recipes
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = (
-    "docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_generators.md")
+    "docs/memory.md", "docs/omni.md", "docs/recipes.md", "docs/synth_generators.md")
 """Pages with tables whose rows are identified by their first two cells."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> built-in objective that it trains."""
 
 CLAIMED = {PLACEHOLDER.sub("0", command).partition(" > ")[0]
-           for file in RECIPES.glob("*.yaml") for command in Recipe(file).commands()}
+           for file in find_recipes() for command in Recipe(file).commands()
+           if command.split()[0] in ENTRIES}
 """Commands of the claims, with 0 for every placeholder."""
 COMMANDS = sorted(CLAIMED.union(*(list_commands(page.read_text()) for page in READ)))
 
@@ -60,7 +61,7 @@ def test_every_setting_on_a_page_is_valid_for_its_recipe(line: str) -> None:
     if line in list_commands((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):
         return
     stage = None if trains_by == "lm" else trains_by
-    if args.recipe is None and args.configs:
+    if args.configs:  # files of a page, which its test writes
         return
     model = recipes.get("tiny-solar-open").model  # stands for the model of --from
     request = request_training(
@@ -161,7 +162,7 @@ QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)
 def test_a_new_user_finds_the_answer_in_two_clicks(question: str, command: str, page: str,
                                                    heading: str) -> None:
     """From the README: first a page, then the heading above the command."""
-    assert len(QUESTIONS) == 12
+    assert len(QUESTIONS) == 20
     answer = ((ROOT / "docs" / page).resolve(), heading)
     clicked = [ROOT / "README.md",
                *(target for target, _ in list_links(ROOT / "README.md") if target in READ)]
@@ -186,9 +187,9 @@ def test_skills_state_subject_and_use(skill: Path) -> None:
 @pytest.mark.each("page", READ)
 def test_table_rows_have_as_many_cells_as_the_header(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    parse_tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    cells = [[len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()] for table in parse_tables]
-    assert [table.splitlines()[0] for table, counts in zip(parse_tables, cells, strict=True)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    cells = [[len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()] for table in tables]
+    assert [table.splitlines()[0] for table, counts in zip(tables, cells, strict=True)
             if len(set(counts)) > 1] == []
 
 
@@ -228,6 +229,25 @@ def test_no_page_installs_the_project_by_name() -> None:
     assert len(texts) > 900
     by_name = re.compile(r"megatron[-_]sov\[|install\s+(-\S+\s+)*['\"`]?megatron[-_]sov\b")
     assert [p for p in texts if by_name.search(p.read_text(encoding="utf-8"))] == []
+
+
+GENERATED = ("config", "memory", "options", "recipes", "results")
+MAX_CELL_WORDS = 20
+NUM_READ_PAGES = 41
+
+
+def test_pages_to_read_are_few() -> None:
+    """Those below "Reference" and "Evidence" are looked up."""
+    index = (ROOT / "docs/index.md").read_text()
+    listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", index.partition("\n## Reference\n")[0], re.MULTILINE)
+    assert len(listed) + 1 <= NUM_READ_PAGES
+
+
+@pytest.mark.each("page", [page for page in PAGES if page.stem not in (*GENERATED, "reproduce")])
+def test_cells_of_tables_are_short(page: Path) -> None:
+    """Code counts as one word."""
+    cells = [cell for rows in parse_tables(page.read_text()) for row in rows for cell in row]
+    assert [cell for cell in cells if len(re.sub(r"`[^`]*`", "x", cell).split()) > MAX_CELL_WORDS] == []
 
 
 def test_the_index_lists_every_page_once() -> None:

@@ -1,4 +1,4 @@
-"""docs/plan.md: its commands print what it says, and it explains every JSON key."""
+"""docs/plan.md: its commands print what it says; docs/formats.md explains every JSON key."""
 
 import json
 import re
@@ -10,12 +10,13 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.plan.search import space
-from tests.pages_typed import page_text, shell_lines
+from tests.pages_typed import page_section, page_text, shell_lines
 
 PAGE = page_text("plan.md")
-COMMANDS = shell_lines(PAGE)
-SLOW_OPTIONS = ("--prove",)
-"""Commands that simulate all ranks: `tests/proof` runs them."""
+KEYS = page_section("formats.md", "plan --json")
+COMMANDS = shell_lines(PAGE) + shell_lines(KEYS)
+UNTYPED_PARTS = ("--prove", " submit ", "mine.yaml", "--from my-model")
+"""Parts of commands that simulate all processes (`tests/proof` runs them) or read a user's files."""
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def narrow_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("line", [c for c in COMMANDS if not any(word in c for word in SLOW_OPTIONS)])
+@pytest.mark.parametrize("line", [c for c in COMMANDS if not any(word in c for word in UNTYPED_PARTS)])
 def test_a_command_on_the_page_runs(line: str, narrow_grid: None, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line)
     assert main(words[1:]) == 0, capsys.readouterr().err
@@ -67,7 +68,7 @@ def collect_keys(parsed: Any) -> set[str]:
 def test_every_json_key_is_on_the_page(narrow_grid: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    explained = set(re.findall(r"`([a-z_]+)`", PAGE))
+    explained = set(re.findall(r"`([a-z_]+)`", KEYS))
     keys_of_rules = {"count", "example"}
     assert collect_keys(plan) - explained - keys_of_rules == set()
     assert plan["sweep"]["looked_at"] == sum(

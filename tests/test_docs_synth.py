@@ -180,7 +180,8 @@ def test_solutions_and_probing_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert main([*(ADDRESS.sub(server.url, word) for word in words[1:]), *alone]) == 0, words
     (document,) = (tmp_path / "work/trajectories/trajectories.jsonl").read_text().splitlines()
     assert json.loads(document)["text"].startswith(parsed["problem"])
-    assert (tmp_path / "work/sets/algebra.jsonl").read_text()
+    (problem, *_) = (tmp_path / "work/probes/kept.jsonl").read_text().splitlines()
+    assert json.loads(problem)["domain"] == "algebra"
 
 
 def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

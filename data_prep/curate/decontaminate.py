@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tqdm import tqdm
 
 from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings, find_hits
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import ArtifactWriter, check_output_folder, create_artifact, format_json
 from megatron_sov.base.documents import BadRecord, Document, RecordReading
 from megatron_sov.base.documents.accounting import RecordAccount
@@ -21,7 +22,6 @@ from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import DeclaredCommand, Flag
 
-KIND = "corpus"
 HITS = "hits.json"
 """List of matches; not .jsonl, because `sov-data pack` may read the folder."""
 
@@ -70,10 +70,10 @@ def decontaminate_files(files: Sequence[Path], output: Path, settings: Benchmark
     """
     check_lines_files(files)
     # Checked before the search, which may take hours.
-    check_output_folder(output, KIND, overwrite)
+    check_output_folder(output, CORPUS, overwrite)
     search = settings.build_search()
     counts: dict[str, dict[str, int]] = {}
-    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(output, CORPUS, overwrite=overwrite) as artifact:
         hits: list[dict[str, Any]] = []
         for file in files:
             counts[name_lines(file)] = _write_clean_records(file, artifact, search, reading, hits)

@@ -13,7 +13,7 @@ import regex
 from annotated_types import Ge, Le, MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
-from megatron_sov.base.documents.files import is_records
+from megatron_sov.base.documents.files import is_records, walk_files
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
 from megatron_sov.base.documents.overlap import RUN_WORDS, Units, find_units, fold_text
 from megatron_sov.base.documents.reading import read_records
@@ -192,7 +192,7 @@ def list_benchmark_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if is_records(file.name))
+            files = sorted(file for file in map(Path, walk_files(path, [])) if is_records(file.name))
         if not files or not all(file.is_file() for file in files):
             raise UserError(f"benchmarks: {path}: is no file, and no folder with files of records (.jsonl); "
                             "nothing is fetched by a benchmark's name: save each as .jsonl, e.g. by "

@@ -14,6 +14,7 @@ from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
 from data_prep.curate.pipeline.tasks import get_pass_marks_folder
 from data_prep.damaged_files import explain_deletion, read_run_json
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import (
     ArtifactWriter, FileRecord, create_folder, find_file_damage, read_manifest, translate_disk_errors,
     write_atomically)
@@ -23,7 +24,6 @@ from megatron_sov.base.sealed import check_seal, open_sealed_parquet, read_seale
 
 MAX_PRINTED_NAMES = 6
 """Output names listed on the terminal."""
-KIND = "corpus"
 TEXT, QUARANTINE = "text", "quarantine"
 SUMMARY, PIPELINE = "summary.json", "pipeline.json"
 EXCLUDED_FOLDERS = frozenset(["shards", "shared", "done", "logs", "plans", "slurm", "tokens"])
@@ -56,7 +56,7 @@ def finish_run(plan: PipelinePlan, output: Path) -> str:
 def is_complete(plan: PipelinePlan, output: Path) -> bool:
     """Return whether a folder holds the plan's output; files newer than the manifest are hashed."""
     try:
-        manifest = read_manifest(output, KIND)
+        manifest = read_manifest(output, CORPUS)
     except UserError:
         return False
     return (manifest.content.get("address") == plan.address
@@ -195,7 +195,7 @@ def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> d
 
 
 def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -> None:
-    writer = ArtifactWriter(output, KIND)
+    writer = ArtifactWriter(output, CORPUS)
     # Only files of the corpus are in the manifest, so that work files may be deleted.
     writer.excluded_names = EXCLUDED_FOLDERS
     writer.content = {
