@@ -23,7 +23,7 @@ from megatron_sov.model.recipes.requested import BuiltIn, request_training
 from megatron_sov.model.recipes.stage_defaults import build_base_config, refuse_pretraining_rate
 from tests.pages_typed import (
     ENTRIES, PAGE_TESTS, PAGES, ROOT, SKILLS, explain_untested, get_page_name, iter_command_lines,
-    list_commands, parse, shell_blocks)
+    list_commands, page_section, parse, shell_blocks)
 
 sys.path.append(str(ROOT / "benchmarks"))
 from learning import PLACEHOLDER, Recipe, find_recipes
@@ -241,6 +241,18 @@ def test_pages_to_read_are_few() -> None:
     index = (ROOT / "docs/index.md").read_text()
     listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", index.partition("\n## Reference\n")[0], re.MULTILINE)
     assert len(listed) + 1 <= NUM_READ_PAGES
+
+
+@pytest.mark.each("section", ["Data", "Train", "Post-train", "Evaluate and publish", "Operate"])
+def test_a_page_of_a_job_shows_output_faults_and_reference(section: str) -> None:
+    rows = page_section("index.md", section)
+    listed = re.findall(r"^\| \[(\w+\.md)\]\(\1\)", rows, re.MULTILINE)
+    assert len(listed) >= 3
+    for name in listed:
+        text = (ROOT / "docs" / name).read_text()
+        assert re.search(r"^```(text|python)?\n", text, re.MULTILINE), name
+        assert re.search(r"^## What goes wrong", text, re.MULTILINE), name
+        assert re.search(r"^Reference: ", text, re.MULTILINE), name
 
 
 @pytest.mark.each("page", [page for page in PAGES if page.stem not in (*GENERATED, "reproduce")])

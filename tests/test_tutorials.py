@@ -24,7 +24,9 @@ FEWER = {r"--vocab-size 1024": "--vocab-size 400", r"vocab_size(=|: )1024": r"vo
          r"train\.(steps=\d+|epochs=2)": "train.steps=2", r"rollout\.rounds=\d+": "rollout.rounds=1",
          r"rollout\.(prompts_per_round|samples_per_prompt)=\d+": r"rollout.\g<1>=2",
          r"steps: 80, max_steps: 400": "steps: 2, max_steps: 2", r"every_steps: 80": "every_steps: 2",
-         r"train_share: 0,": "train_share: 0, samples: 1,", r"max_overlap: 0.3": "max_overlap: 1"}
+         r"train_share: 0,": "train_share: 0, samples: 1,", r"max_overlap: 0.3": "max_overlap: 1",
+         r"--reward format --set 'regex=.*?'": "--reward language --set language=en",
+         r"(sov-data pairs .*)": r"\g<1> --keep-unfinished"}
 """What is written on the pages -> what is typed here, for time and a corpus of few documents."""
 GATE_FAILED = 3
 QUICK = 6

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct in the documented commands, and through every door beside its reference.
+"""SmolLM2-135M-Instruct in the documented commands, and through every command with its reference.
 
 Both tests download packages from PyPI. `test_learning.py` tests the driver of the claims without them.
 """

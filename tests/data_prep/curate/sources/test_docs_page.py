@@ -24,7 +24,7 @@ def test_snippets_print_what_is_shown(
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(snippet, "data_sources.md", "exec"), {})
+        exec(compile(snippet, "data_pipeline.md", "exec"), {})
     assert printed.getvalue() == shown and len(SNIPPETS) == 2
 
 
