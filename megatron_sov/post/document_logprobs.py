@@ -18,7 +18,6 @@ from megatron_sov.base.sealed import seal_file
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.local_shards import list_local_shards
-from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.world import ParallelWorld, run_on_each_rank, run_on_main
 from megatron_sov.eval.heldout_loss import compute_row_losses
@@ -28,7 +27,7 @@ from megatron_sov.train.data.rows import build_row, compute_micro_batch_rows, jo
 from megatron_sov.train.data.streams import PackedSegment, Row, pack_best_fit
 from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.feed import FeedView
-from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
+from megatron_sov.train.objectives.microbatch import build_micro_batch
 
 MICRO_BATCHES = 8
 """Micro-batches per process and model call."""
@@ -221,12 +220,8 @@ def _compute_local_logprobs(model: RunningLogprobs, documents: Documents, rows: 
         filled = [build_row(OrderedSample(0, row), documents, seq_len, routes=routes)
                   for row in rows[first:first + size]]
         local_batches.append(build_micro_batch(join_rows(filled)))
-    return model.policy.map(local_batches, partial(_compute_logprobs, temperature))
-
-
-def _compute_logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch
-                      ) -> torch.Tensor:
-    return head.logprobs(hidden[0], batch.labels, temperature)
+    return model.policy.map(
+        local_batches, lambda hidden, head, batch: head.logprobs(hidden[0], batch.labels, temperature))
 
 
 @torch.no_grad()

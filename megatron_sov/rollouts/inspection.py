@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
-from megatron_sov.rollouts.rows import UNFINISHED, Key, Rollout, RolloutPart
+from megatron_sov.rollouts.rows import UNFINISHED, Rollout, RolloutPart
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.inspection import ArtifactKind
 from megatron_sov.work.progress.locks import list_holders
@@ -64,15 +64,12 @@ def check_store(store: RolloutStore, done: Callable[[int], object] = lambda part
 def _build_heads(rows: list[Rollout], number: int) -> np.ndarray:
     heads = np.zeros(len(rows), _ROW)
     # 128-bit digests suffice, since keys are only compared for equality.
-    heads["key"] = np.frombuffer(b"".join(_hash_key(row.key) for row in rows), "<u8").reshape(-1, 2)
+    digests = (hashlib.blake2b(repr(tuple(row.key)).encode(), digest_size=16).digest() for row in rows)
+    heads["key"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
     heads["attempt"] = [row.attempt for row in rows]
     heads["is_unfinished"] = [row.finish_reason == UNFINISHED for row in rows]
     heads["part"], heads["row"] = number, np.arange(len(rows))
     return heads
-
-
-def _hash_key(key: Key) -> bytes:
-    return hashlib.blake2b(repr(tuple(key)).encode(), digest_size=16).digest()
 
 
 def _find_key_problems(heads: np.ndarray, parts: list[RolloutPart]) -> list[str]:

@@ -97,7 +97,8 @@ class StateFiles:
                                  for key, parts in self._parts.items()}
         # Caches on the object: a cache on the class would keep the files of closed objects open.
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._map_part)
-        self._lengths = lru_cache(maxsize=None)(self._read_lengths)
+        self._lengths = lru_cache(maxsize=None)(
+            lambda source, split: self._sources[source].open_split(split).lengths)
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
         return StateFiles, self._opened_by
@@ -138,9 +139,6 @@ class StateFiles:
         # A private mapping, so that changes to the tensor never reach the disk.
         rows = torch.from_file(str(file), size=part.num_tokens * self.width, dtype=self.dtype)
         return np.concatenate([[0], lengths.cumsum()]), rows.view(-1, self.width)
-
-    def _read_lengths(self, source: int, split: str) -> Any:
-        return self._sources[source].open_split(split).lengths
 
     def _find_sources(self, sources: list[Source], inputs: list[dict[str, str]]) -> list[int]:
         artifacts = {manifest_sha256(s.artifact): s.artifact for s in sources if s.artifact is not None}
