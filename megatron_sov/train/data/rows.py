@@ -252,12 +252,14 @@ class BatchStream:
             # would hang
             num_empty = -len(samples) % (size * self._multiple)
             filled = samples + [OrderedSample(samples[0].source, ())] * num_empty
-            # rank r among n takes every n-th micro-batch from r on
-            micro_batches = [filled[i:i + size]
-                             for i in range(self._dp_rank * size, len(filled), size * self._dp_size)]
+            micro_batches = self._select_local(filled, size)
             rows = tuple(join_rows([self._build_row(sample, entry.seq_len) for sample in part])
                          for part in micro_batches)
         return RankBatch(entry, rows, len(samples), self.order.state.to_dict(), self.order.count_epochs())
+
+    def _select_local(self, samples: list[OrderedSample], size: int) -> list[list[OrderedSample]]:
+        """Return this rank's samples in micro-batches: rank r among n takes every n-th from r on."""
+        return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 
     def _build_row(self, sample: OrderedSample, seq_len: int) -> PackedRow:
         return build_row(sample, self.order.open_documents(sample.source), seq_len, columns=self._columns,
