@@ -46,6 +46,11 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         yield line[1], UserError(f"{line[1]}: is a file of records, and a pipeline names it with its steps",
                                  Fix(words={line[1]: pipeline},
                                      before=(f"printf '%s\\n' {shlex.join(text)} > {pipeline}",)))
+    model, data = Path(find_value(line, "--from")), Path(find_value(line, "--data"))
+    if classify_folder(model) == "tokens" and classify_folder(data) in ("hf", "run", "checkpoint", "peft"):
+        yield str(model), UserError(f"--from {model}, --data {data}: are swapped",
+                                    Fix(options=("--from", str(data), "--data", str(model))))
+        return
     words: list[str] = []
     for word in line:  # --option=value -> --option value
         words += word.split("=", 1) if word.startswith("--") else [word]

@@ -214,7 +214,8 @@ class Rewrite:
         is_recipe = is_name and (self.command == "plan" or classify_word(values[0]) == "recipe")
         if name == "--from" and "RECIPE" in self.positionals and is_recipe:
             return "RECIPE"
-        same_name = [name for name in self.positionals if re.split(r"\W", name)[0].lower() == word]
+        same_name = [name for name in self.positionals
+                     if re.split(r"\W", name)[0].lower() in (word, word.removesuffix("s"))]
         if not name and same_name:
             return same_name[0]
         if name == "--nodes" and "gpu" in word and "--nproc" in self.options and not (

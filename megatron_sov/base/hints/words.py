@@ -32,7 +32,9 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     options = list(parser._option_string_actions)
     if any(action.nargs == argparse.REMAINDER for action in parser._actions):
         _check_first_argument(parser, typed)
+        _check_passed_words(parser, typed)
         return list(typed)
+    _check_verb(parser, typed)
     typed = [_rename_option(word, parser.prog, options) for word in typed]
     # lm-eval: --model names a kind, --model_args the model
     kind = ""
@@ -56,6 +58,11 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
         command=parser.prog.removeprefix("megatron-sov "), exists=getattr(cls, "is_setting", None))
     if kind:
         rewrite.add_words(f"{kind}: lm-eval's kind of model; leave it out")
+    short = load_table()["short"].get(rewrite.command, {})
+    for word in typed:
+        if word in short and short[word] in options:
+            rewrite.add_words(f"{word} is {short[word]} here")
+    rewrite.typed = [short.get(word, word) for word in typed]
     _read_words(parser, rewrite)
     _move_model(parser, rewrite)
     _place_free_words(parser, rewrite)
@@ -88,6 +95,31 @@ def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str])
     if value and (word == first.lower() or first in index_words("options").get(word, ())):
         raise UserError(f"{parser.prog}: {name} is {first} here, without an option",
                         Fix(f"{parser.prog} {shlex.join([value, *rest])}"))
+
+
+def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """Refuse sbatch's short options, and foreign options before the stage, for `submit`, which passes the
+    stage's words on."""
+    short = load_table()["short"].get(parser.prog.rpartition(" ")[2], {})
+    words = [short.get(word, word) for word in typed]
+    messages = [f"{word} is {short[word]}" for word in typed if word in short]
+    stages = parser.get_default("stages") or ()
+    at = next((n for n, word in enumerate(words) if word in stages), 0)
+    unknown = [word for word in words[:at] if word.startswith("-")
+               and word.partition("=")[0] not in parser._option_string_actions]
+    if unknown:
+        words = [words[at], *words[:at], *words[at + 1:]]
+        messages.append(f"{words[0]} comes before {unknown[0]}")
+    if messages:
+        raise UserError(f"{parser.prog}: {'; '.join(messages)}", Fix(f"{parser.prog} {shlex.join(words)}"))
+
+
+def _check_verb(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """Refuse a verb before the first argument: `recipes show NAME`, `chat start MODEL`."""
+    has_argument = any(not action.option_strings for action in parser._actions)
+    if has_argument and typed and typed[0] in load_table()["verbs"].split() and not Path(typed[0]).exists():
+        raise UserError(f"{parser.prog} {typed[0]}: does not exist; leave {typed[0]} out",
+                        Fix(f"{parser.prog} {shlex.join(typed[1:])}".rstrip()))
 
 
 def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
@@ -147,6 +179,10 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Seque
     option = text.partition("=")[0]
     if rewrite.apply_row(option, values, is_existing=True):
         return len(values[:1])
+    translated = load_table()["values"].get(option, {}).get("".join(values[:1]).lower())
+    if translated:
+        rewrite.add_words(f"{option} {values[0]} is {translated} here", option, str(translated))
+        return 1
     if len(files := _split_files(option, values)) > 1:
         rewrite.add_words(f"{option} is given once for each",
                           *(word for path in files for word in (option, path)))
