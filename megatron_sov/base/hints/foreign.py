@@ -41,6 +41,14 @@ def read_recipe_name(run: Path) -> str:
     return str(config.get("recipe") or "") if isinstance(config, dict) else ""
 
 
+def read_merge(file: Path) -> list[str]:
+    """Return the models of a mergekit file as `FOLDER:WEIGHT`; empty for other files."""
+    config = _parse_file(file) if file.suffix in (".yml", ".yaml") else None
+    models = config.get("models") if isinstance(config, dict) and "merge_method" in config else None
+    rows = [row for row in models if isinstance(row, dict)] if isinstance(models, list) else []
+    return [f"{row.get('model')}:{(row.get('parameters') or {}).get('weight', 1)}" for row in rows]
+
+
 def parse_blend(words: Sequence[str]) -> list[str]:
     """Convert Megatron-LM's alternating weights and folders to `--data FOLDER:WEIGHT` options.
 

@@ -56,6 +56,8 @@ class Rewrite:
     """Another command of ours, with options, that takes the typed words."""
     resumed_run: str = ""
     """Folder in both --save and --load."""
+    target: str = ""
+    """Adapter that replaces the typed model."""
     weights: Sequence[str] = ()
     """Weights of the folders, typed as a list."""
     weak_settings: set[str] = field(default_factory=set)
@@ -110,12 +112,14 @@ class Rewrite:
                     if _matches_row(row, self.command, option, value, is_existing)
                     and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
                     and ("if" not in row or row["if"] in self.typed)
+                    and ("target" not in row or Path(value.rpartition("=")[2] or "-").is_dir())
                     and ("outside" not in row or self._is_outside(value, row["outside"]))
                     and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
         if row is None:
             return False
         holes = self._list_holes(value)
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
+        self.target = value.rpartition("=")[2] if "target" in row else self.target
         rewards = find_value(self.typed, "--reward", "--reward_funcs").split(",")
         for name, item in zip(rewards, value.split(","), strict=False) if "each" in row else ():
             written += [word.format(name=name, item=item) for word in row["each"].split()]

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, warn
+from megatron_sov.base.hints.commands import propose_pipeline
 from megatron_sov.base.hints.foreign import (
     has_translation, parse_blend, read_foreign_config, read_recipe_name)
 from megatron_sov.base.hints.kinds import KIND_OPTIONS, classify_word, find_recipe_option
@@ -35,6 +36,9 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
         _check_passed_words(parser, typed)
         return list(typed)
     _check_verb(parser, typed)
+    if parser.prog == "sov-data run" and typed and typed[0].startswith("-") and (
+            error := propose_pipeline("run", typed)):
+        raise error
     typed = [_rename_option(word, parser.prog, options) for word in typed]
     # lm-eval: --model names a kind, --model_args the model
     kind = ""
@@ -190,7 +194,9 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Seque
     if option == "--data" and (blend := parse_blend(rest)):
         rewrite.add_words("--data is given once for each, with its weight behind a colon", *blend)
         return _count_values(rest)
-    rewrite.words.append(text)
+    full = option if option in rewrite.options or not option.startswith("--") else next(
+        (name for name in rewrite.options if name.startswith(option)), option)
+    rewrite.words.append(full + text[len(option):])
     return 0
 
 
@@ -274,7 +280,12 @@ def _split_files(option: str, values: Sequence[str]) -> list[str]:
 
 
 def _move_model(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
-    """Move the value of `--model` to TARGET, in a command whose `--model` has another meaning."""
+    """Move the value of `--model` to TARGET, in a command whose `--model` has another meaning, and put a
+    typed adapter in place of the model."""
+    if rewrite.target:
+        free, others = split_positionals(parser, rewrite.words)
+        rewrite.first, rewrite.words = [rewrite.target], [*free[1:], *others]
+        return
     if "TARGET" not in rewrite.positionals or "--model" not in rewrite.words or (
             split_positionals(parser, rewrite.words)[0]):
         return
