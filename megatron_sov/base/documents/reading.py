@@ -292,8 +292,8 @@ class CountedSpan:
         if span.suffix in TABLE_SUFFIXES and span.start == 0:
             self._refuse_table()
         if span.suffix in BINARY_SUFFIXES:
-            raise BadRecord("binary", "is a spreadsheet or document, and text or records are read; extract its "
-                                      "text by `sov-data run`, or save a table as .csv")
+            raise BadRecord("binary", "is a spreadsheet or document, not text; extract its text by "
+                                      "`sov-data run`, or save a table as .csv")
         if self.reading.kind not in (None, "text"):
             raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
                                       "pack it on its own with --format text", options=("--format", "text"))

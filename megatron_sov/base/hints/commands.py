@@ -76,8 +76,8 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
             *(f"  - {step}: {{{settings}}}" for step, settings in steps.items())]
     output = values.get("output", values.get("o", choose_free_path("corpus")))
-    return UserError(f"sov-data {command}: the steps {', '.join(steps)} belong in a pipeline file "
-                     "(docs/data_pipeline.md), which `sov-data run` runs",
+    return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} "
+                     "(docs/data_pipeline.md); `sov-data run` runs it",
                      Fix(f"printf '%s\\n' {shlex.join(text)} > {file}\n  sov-data run {file} --output "
                          f"{shlex.quote(output)}"))
 

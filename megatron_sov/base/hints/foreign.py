@@ -49,6 +49,14 @@ def read_merge(file: Path) -> list[str]:
     return [f"{row.get('model')}:{(row.get('parameters') or {}).get('weight', 1)}" for row in rows]
 
 
+def multiply_context(model: str, factor: str) -> str:
+    """Return `factor` times the context length of a Hugging Face folder; "TOKENS" if unknown."""
+    config = _parse_file(Path(model) / "config.json") if model else None
+    length = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    is_number = isinstance(length, int) and re.fullmatch(r"\d+(\.\d+)?", factor)
+    return str(round(length * float(factor))) if is_number else "TOKENS"
+
+
 def parse_blend(words: Sequence[str]) -> list[str]:
     """Convert Megatron-LM's alternating weights and folders to `--data FOLDER:WEIGHT` options.
 

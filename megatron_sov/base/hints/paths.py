@@ -55,7 +55,7 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
                                   "weighted mean is written", Fix(fuse))
     model, data = Path(find_value(line, "--from")), Path(find_value(line, "--data"))
     if classify_folder(model) == "tokens" and classify_folder(data) in ("hf", "run", "checkpoint", "peft"):
-        yield str(model), UserError(f"--from {model}, --data {data}: are swapped",
+        yield str(model), UserError(f"--from {model}, --data {data}: are swapped; --from takes a model",
                                     Fix(options=("--from", str(data), "--data", str(model))))
         return
     words: list[str] = []
@@ -90,7 +90,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         hint = "download it first" if fix.before else "take the one of a similar name"
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
     if source.is_file() and (table := fix_table(source)):
-        return UserError(f"{option} {path}: is a table, and JSON lines or Parquet are read", table)
+        return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read", table)
     what = load_table()["kinds"].get(classify_folder(source), "")
     if what and option in ("--prompts", "--input", "--validation"):
         return UserError(f"{option} {path}: is {what}; pass a file of records or text",

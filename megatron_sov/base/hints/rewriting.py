@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import find_nearest_name, fix_missing
-from megatron_sov.base.hints.foreign import parse_blend
+from megatron_sov.base.hints.foreign import multiply_context, parse_blend
 from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
     find_by_parts, find_note, get_last_part, index_words, load_table, normalize_word)
@@ -98,8 +98,7 @@ class Rewrite:
         name = setting.partition("=")[0]
         if setting in index_words("settings").get(normalize_word(word), ()):
             self.weak_settings.add(setting)
-        share = " (its share of the run's steps)" if setting.endswith("=STEPS") else ""
-        message = f"{word} is {name} here{share}" if word != name else f"{name} is a list"
+        message = f"{word} is {name} here" if word != name else f"{name} is a list"
         self.add_words(message, "--set", setting)
 
     def apply_row(self, option: str, values: list[str], *, is_existing: bool = False) -> bool:
@@ -142,7 +141,7 @@ class Rewrite:
 
     def _list_holes(self, value: str) -> dict[str, str]:
         """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
-        {output}, {folder}."""
+        {output}, {folder}, {tokens}."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -158,6 +157,7 @@ class Rewrite:
         nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
         return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
+                "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),
                 "output": find_value(self.typed, "--output") or "DIR"}
 
     def replace_option(self, option: str, values: list[str]) -> None:
@@ -165,7 +165,8 @@ class Rewrite:
         word = normalize_word(option)
         if self.apply_row(option, values):
             return
-        if "." in word and not find_note(word) and word not in index_words("settings"):
+        if "." in word and not find_note(word) and not any(
+                word in index_words(section) for section in ("settings", "options")):
             word = get_last_part(word)  # torchtitan: --training.steps
         same_name = f"--{word.replace('_', '-')}"
         if word == "load" and values and values[0] == find_value(self.typed, "--save", "--run"):
@@ -196,6 +197,9 @@ class Rewrite:
         word, num = normalize_word(option), len(words)
         if not num:
             return 0
+        if any("target" in row and word in row["words"].split() and self.command in row["at"].split(", ")
+               for row in load_table()["in_command"]):
+            return 1
         ours = self._choose_option(word, list(words))
         if ours in self.options and ours not in (*self.many, *self.repeated):
             return 1
@@ -278,7 +282,7 @@ class Rewrite:
             return
         if key == "lora.targets" and value[:1] not in ("[", ""):
             setting = f"{key}={json.dumps([name.strip() for name in value.split(',')])}"
-        if equals and ("." in key or not find(key)) and (note := find_note(key)):
+        if equals and ("." in key or not setting) and (note := find_note(key)):
             self.add_words(f"{key}: {note}")
         elif setting:
             self.add_setting(key, setting)

@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from megatron_sov.base.hints.values import find_value
 RECIPE_COMMANDS = ("pretrain", "extend", "plan")
 """Commands that require a recipe although argparse does not."""
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
-_CONFIG_WORDS = ("config", "config_file", "config_path")
+_CONFIG_WORDS = ("config", "config_file", "config_path", "deepspeed", "deepspeed_config")
 
 
 def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
@@ -229,14 +230,20 @@ def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mappin
     rewrite.typed = [*rewrite.typed, *(word for key, values in config.items()
                                        for word in (f"--{get_last_part(key)}", *values[:1]))]
     renamed = []
+    counts = Counter(name.partition(".")[2] for name in rewrite.list_settings())
+    own_names = [name for name, count in counts.items() if count == 1]
     # a file with our sections only is the user's own, with keys in wrong sections
     is_own = rewrite.exists is not None and all(rewrite.exists(key.partition(".")[0]) for key in config)
     for key, values in config.items():
         num_words = len(rewrite.words) + len(rewrite.first)
+        is_switch = any("=" in name for name in index_words("settings").get(get_last_part(key), ()))
+        values = [value for value in values if is_switch or value.lower() not in load_table()["defaults"]]
         if values and "." in key and rewrite.is_setting(key):
             rewrite.words += ["--set", f"{key}={values[0] if len(values) == 1 else json.dumps(values)}"]
-        elif values and has_translation(key):
-            rewrite.replace_option(f"--{get_last_part(key)}", values)
+        elif values and (has_translation(key) or get_last_part(key) in own_names):
+            name = ".".join(key.split(".")[-2:])  # torchtune: checkpointer.checkpoint_dir
+            name = name if name in index_words("options") else get_last_part(key)
+            rewrite.replace_option(f"--{name}", values)
             added = rewrite.words[num_words - len(rewrite.first):]
             if has_data and added[:1] == ["--data"]:
                 del rewrite.words[num_words - len(rewrite.first):]
@@ -284,7 +291,8 @@ def _move_model(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
     typed adapter in place of the model."""
     if rewrite.target:
         free, others = split_positionals(parser, rewrite.words)
-        rewrite.first, rewrite.words = [rewrite.target], [*free[1:], *others]
+        at = others.index("--model") if "--model" in others else len(others)
+        rewrite.first, rewrite.words = [rewrite.target], [*free[1:], *others[:at], *others[at + 2:]]
         return
     if "TARGET" not in rewrite.positionals or "--model" not in rewrite.words or (
             split_positionals(parser, rewrite.words)[0]):
@@ -393,6 +401,7 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     written = {word.partition("=")[0] for word in words}
     missing = {action.option_strings[0]: choose_placeholder(action, parser.prog) for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & written}
+    missing = {} if rewrite.other_command else missing
     if missing:
         rewrite.messages.append(_list_missing(missing))
     first, words = _order_positionals(parser, rewrite, words)

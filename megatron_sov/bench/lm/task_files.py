@@ -114,7 +114,7 @@ def list_published_tasks() -> set[str]:
     package = importlib.util.find_spec("lm_eval")
     places = (package.submodule_search_locations if package else None) or ()
     files = [file for place in places for file in Path(place).glob("tasks/[a-z]*/*.yaml")]
-    return {name for file in files for name in (file.parent.name, file.stem) if name[0] != "_"}
+    return {name for file in files for name in (file.parent.name, file.stem) if len(name) > 2}
 
 
 class FunctionReference(str):

@@ -126,9 +126,10 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
             fix = Fix(words={typed: shards}) if shards and Path(shards).is_dir() else fix_table(named.file)
             raise UserError(f"--data {argument}: {refusal}", fix)
         if named.name in files:
+            other = f"{named.name}2={typed}"
             raise UserError(f"--data {argument}: has the same name {named.name!r} as --data "
-                            f"{files[named.name].argument}; rename one, e.g. --data "
-                            f"{shlex.quote(f'{named.name}2={typed}')}")
+                            f"{files[named.name].argument}; rename one, e.g. --data {shlex.quote(other)}",
+                            Fix(words={path: other}))
         if named.file.exists():
             named = dataclasses.replace(named, format=_detect_format(named.file, formats, tokenizer))
         files[named.name] = named
