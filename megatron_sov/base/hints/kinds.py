@@ -11,7 +11,8 @@ KIND_OPTIONS = {
     "model": ("--from", "--tokenizer"), "hub": ("--from", "--tokenizer", "--data"),
     "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",),
     "data": ("--prompts", "--data", "--input", "--text", "--output"),
-    "absent": ("--run", "--prompt", "--output"), "name": ("--reward", "--run", "--prompt", "--output"),
+    "absent": ("--store", "--run", "--prompt", "--output"),
+    "name": ("--reward", "--run", "--prompt", "--output"),
     "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
     "code": (), "recipe": ()}
 """Kind of a word without an option -> options that take the kind, the likeliest first."""

@@ -47,6 +47,9 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         yield line[1], UserError(f"{line[1]}: is a file of records, and a pipeline names it with its steps",
                                  Fix(words={line[1]: pipeline},
                                      before=(f"printf '%s\\n' {shlex.join(text)} > {pipeline}",)))
+    if line[:2] == ["convert", "from-megatron"] and classify_folder(Path("".join(line[2:3]))) == "hf":
+        yield line[2], UserError(f"{line[2]}: is a Hugging Face folder; `convert from-hf` reads it",
+                                 Fix(command="convert from-hf"))
     for path in line[2:3] if line[:2] in (["ssp", "fuse"], ["convert", "average"]) else ():
         if models := read_merge(Path(path)):
             output = find_value(line, "--output") or next(iter(line[3:]), choose_free_path("merged"))
@@ -84,6 +87,8 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
             return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
                              Fix(words={path: os.path.dirname(path) or "."}))
         fix = fix_missing(path, is_data=option in DATA_OPTIONS)
+        if classify_folder(source.parent) == "tokens":
+            fix = Fix(words={path: str(source.parent)})
         if fix is None:
             return None
         # a fix with commands downloads the data set; any other fix names a similar path that exists

@@ -119,9 +119,10 @@ class Rewrite:
         holes = self._list_holes(value)
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
         self.target = value.rpartition("=")[2] if "target" in row else self.target
-        rewards = find_value(self.typed, "--reward", "--reward_funcs").split(",")
-        for name, item in zip(rewards, value.split(","), strict=False) if "each" in row else ():
+        rewards = re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))
+        for name, item in zip(rewards, re.split(r"[,+]", value), strict=False) if "each" in row else ():
             written += [word.format(name=name, item=item) for word in row["each"].split()]
+            written += row.get("more", {}).get(name, "").split()
         if value and value == find_value(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
         self.weak_settings |= set(written) if row.get("weak") else set()

@@ -29,6 +29,9 @@ def translate_setting(word: str, values: list[str], find: FindSetting, typed: Se
     name = find(word)
     if not name:
         return ""
+    if last == "batch_size" and any(get_last_part(text.partition("=")[0]) in load_table()["computed"]
+                                    for text in typed):
+        name = "train.micro_batch_size"
     switch = next((setting for setting in translate_to_settings(last) if setting.startswith(f"{name}=")), "")
     # finetuning_type: lora is a switch; a number is a value of the setting itself
     is_switch = value == "1" or bool(re.fullmatch(r"[A-Za-z]*", value))
@@ -73,7 +76,7 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
         steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
         return str(round(float(value) * steps)) if steps and re.fullmatch(r"[\d.]+", value) else ""
     rows = load_table()["settings"]
-    micro_batch = find_number("micro_batch_size", *rows["train.micro_batch_size"].split()) or 1
+    micro_batch = find_number("micro_batch_size", "batch_size", *rows["train.micro_batch_size"].split()) or 1
     processes = find_number("nproc", "nproc_per_node", "num_processes") or 1
     return str(round(int(value) * micro_batch * processes)) if value.isdigit() else "SAMPLES"
 

@@ -146,6 +146,8 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
             rewrite.add_changes([text.lstrip("+")])
         elif "RECIPE" in rewrite.positionals and (option := find_recipe_option(Path(text))) in options and (
                 split_positionals(parser, [*rewrite.words, text])[0] == [text]):
+            if "--from" in rewrite.words and "--teacher" in options:
+                option = "--teacher"
             if option == "--config" and (values := _read_foreign(rewrite, text)):
                 _add_foreign_config(rewrite, "RECIPE", text, values)
             else:
@@ -154,7 +156,14 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
             rewrite.words += typed[i - 1:]
             return
         elif not _OPTION.match(word):
-            parts = _split_files("", [text]) if takes_several else []
+            parts = _split_files("", [text])
+            if len(parts) > 1 and not takes_several:
+                rest = [*typed[:i - 1], *typed[i:]]
+                output = find_value(rest, "--output")
+                lines = [shlex.join([part, *(f"{Path(part).name}-{word}" if word == output else word
+                                             for word in rest)]) for part in parts]
+                raise UserError(f"{parser.prog}: {text}: takes one path at a time",
+                                Fix("\n  ".join(f"{parser.prog} {line}" for line in lines)))
             if len(parts) > 1:
                 rewrite.add_words(f"{text}: several paths are words of their own", *parts)
             else:
@@ -350,7 +359,7 @@ def _is_unknown(word: str, rewrite: Rewrite) -> bool:
     """Return whether a word is a foreign option; an unambiguous prefix of our option is not."""
     name = normalize_word(word)
     if not word.startswith("--"):
-        return name in index_words("options")
+        return True
     completions = [option for option in rewrite.options if option.startswith(word)]
     ours = rewrite.find_option(name)
     is_foreign = (rewrite.find is not None and name in index_words("settings")) or bool(

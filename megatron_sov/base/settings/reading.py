@@ -284,7 +284,8 @@ def _replace_default_word(problem: SettingsProblem) -> SettingsProblem:
     """Replace the fix for -1, all, none, auto and the like by our value of this meaning, or leave the setting
     out."""
     word = str(problem.value).lower()
-    if problem.code not in (ProblemCode.TYPE, ProblemCode.BOUND) or word not in load_table()["defaults"]:
+    is_word = problem.value is not None and word in load_table()["defaults"]
+    if problem.code not in (ProblemCode.TYPE, ProblemCode.BOUND) or not is_word:
         return problem
     ours = _find_equivalent(problem.key, word)
     return dataclasses.replace(problem, way_out=f"write {ours}" if ours else LEFT_OUT, value_to_write=ours)
