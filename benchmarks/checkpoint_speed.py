@@ -1,4 +1,4 @@
-"""How fast checkpoints are saved and loaded beside `cp`, and how long a save holds up the training.
+"""Speed of saving and loading checkpoints, compared with `cp`, and the training time that a save costs.
 
     python benchmarks/checkpoint_speed.py [--megabytes 400] [--rounds 5] [--nproc 1]
 

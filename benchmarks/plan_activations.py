@@ -1,4 +1,4 @@
-"""Activations that `plan` says, against what autograd saves in a whole step of the ordinary loop.
+"""Activation bytes that `plan` predicts, compared with the tensors that autograd saves in a complete step.
 
 Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activations.txt
 
@@ -105,7 +105,7 @@ CASES = (
 
 
 class Kept:
-    """A tensor that autograd has saved, for as long as it has it."""
+    """A tensor that autograd has saved, until autograd frees it."""
 
     def __init__(self, tensor: torch.Tensor, counter: Counter, storage: int) -> None:
         self.tensor, self._counter, self._storage = tensor, counter, storage

@@ -1,4 +1,4 @@
-"""A drawn model that reads and writes pictures and sounds, as a checkpoint, and codecs of a few entries."""
+"""A random model that reads and writes images and audio, as a checkpoint, and codecs with few entries."""
 
 from pathlib import Path
 
@@ -55,7 +55,8 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
         model = build_run_model(config)
         load.initialize_weights(model, config.model, 1)
         if likes:
-            with torch.no_grad():  # states all point one way, and so do the rows of what it likes
+            # all hidden states have one direction, and so do the output rows of preferred tokens
+            with torch.no_grad():
                 model.chunks[0].embedding.word_embeddings.weight.add_(1.0)
                 for name in likes:
                     model.chunks[0].output_layer.weight[words.token_to_id(name)] = 0.2

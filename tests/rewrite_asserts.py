@@ -1,5 +1,5 @@
-"""Rewrites the asserts of all tests once and keeps what comes of it where pytest looks for it: else each of
-its processes does it again while it collects, a third of what collecting costs.
+"""Rewrite the asserts of all test files once into pytest's cache: otherwise each pytest process repeats it,
+which takes a third of the collection time.
 
 Run before pytest; the files lie in the folders `__pycache__`, and pytest leaves out those whose test has
 changed since.

@@ -1,5 +1,5 @@
-"""docs/results.md has every file of benchmarks/results/, and a sentence of a page that names such a file has
-no number that the file has not."""
+"""docs/results.md lists every file of benchmarks/results/, and a sentence that cites such a file contains
+only numbers from the file."""
 
 import re
 from collections.abc import Iterator
@@ -31,7 +31,8 @@ def numbers(text: str) -> Iterator[tuple[float, float]]:
 
 
 def missing(sentence: str, file: str) -> list[float]:
-    """Return the numbers of a sentence that are not those of a file, rounded; 0.27 is 27 % as well."""
+    """Return the numbers of a sentence that are absent from a file, allowing for rounding and percentages
+    (0.27 is 27 %)."""
     there = [value * scale for value, _ in numbers(file) for scale in (1, 100, 0.01)]
     return [value for value, half in numbers(NO_FIGURES.sub("", sentence))
             if not any(abs(value - other) <= half for other in there)]
@@ -45,14 +46,14 @@ def sentences(page: str) -> Iterator[str]:
 
 
 @pytest.mark.each("page", PAGES)
-def test_figures_of_a_sentence_that_names_results_are_those_of_the_file(page: Path) -> None:
+def test_sentences_cite_only_numbers_of_their_result_file(page: Path) -> None:
     wrong = {sentence: found for sentence in sentences(page.read_text())
              if (names := re.findall(r"benchmarks/results/(\w+)\.txt", sentence))
              and (found := missing(sentence, "\n".join((RESULTS / f"{n}.txt").read_text() for n in names)))}
     assert wrong == {}
 
 
-def test_a_figure_that_the_file_has_not_is_found() -> None:
+def test_a_number_missing_from_the_file_is_detected() -> None:
     file = "28.3 103.6 0.273 -11.98% 105,193,984"
     assert missing("0.27 of 104 s, 95 % intervals, +12.0, 105 million", file) == []
     assert missing("0.26 and 12.1", "0.273 12.0") == [0.26, 12.1]

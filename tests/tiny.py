@@ -1,5 +1,5 @@
-"""Tiny models, the same for all tests: a config of some thousand parameters, the model that a rank builds of
-it, and the trainer of a small run."""
+"""Tiny models for tests: a config with a few thousand parameters, the model that a rank builds from it, and
+the trainer of a small run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,8 @@ RUN = ("model.vocab_size=368", "model.hidden_size=32", 'data.phases=[{"name": "m
 
 def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None,
                seed: int = 1) -> tuple[RunConfig, Any]:
-    """Runs inside a rank: join the world at a layout, else at that of the settings; return the config and its
-    model with the initial weights of a seed."""
+    """Runs inside a rank: join the world at a layout (default: that of the settings), and return the config
+    and its model with the initial weights of a seed."""
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world

@@ -1,4 +1,4 @@
-"""Words of a command line as the class of settings that takes them, and what is wrong with settings."""
+"""Parse command-line words into a settings class, and list the problems of settings."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ S = TypeVar("S")
 
 
 def typed(cls: type[S], words: Sequence[str]) -> S:
-    """Return what the words give."""
+    """Parse command-line words into `cls`."""
     parser = Parser(prog="typed")
     add_options(parser, cls)
     return read_options(cls, parser.parse_args(list(words)))

@@ -1,4 +1,4 @@
-"""One rank of a run as training has it: model, optimizer and steps over random documents, without files."""
+"""One rank of a run, as training builds it: model, optimizer and steps on random documents, without files."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class OneRank:
 
 
 def _made_there(parts: Iterable[Any], seed: int, num_threads: int) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Yield parts and normal values drawn on their device, in place of the numbers of a checkpoint free of
-    layout: those of one rank of `solar-open-102b` would take a core of the host for minutes."""
+    """Yield parameters with normal values drawn on their device. The layout-independent initial values of one
+    rank of `solar-open-102b` would take a CPU core minutes."""
     generators: dict[torch.device, torch.Generator] = {}  # 8-bit weights are made of bf16 ones on the host
     for part in parts:
         device = part.target.device

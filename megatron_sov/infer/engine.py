@@ -4,18 +4,16 @@ torch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from megatron_sov.base.settings import Flag
 from megatron_sov.infer.request import (
-    Batching, GenerationResult, NamedTensors, Sampling, ServerLocations, StopRule, Tokens)
+    MEGATRON, TRANSFORMERS, VLLM, Batching, EngineName, GenerationResult, NamedTensors, Sampling,
+    ServerLocations, StopRule, Tokens)
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
 
-EngineName = Literal["megatron", "transformers", "vllm"]
-MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
-"""Engine names: megatron runs checkpoints at any layout, transformers and vllm run Hugging Face folders."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="Engine that runs the model (default: transformers for a Hugging Face folder)")]
 PRECISION_KEY = "train.precision"

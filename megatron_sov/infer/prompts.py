@@ -17,8 +17,8 @@ from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import build_text_decoder, prepend_mark
 from megatron_sov.convert.companion_files import read_generation_ids, to_id_list
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, TRANSFORMERS, VLLM, ChosenEngine
-from megatron_sov.infer.request import GenerationResult, ServerLocations
+from megatron_sov.infer.engine import ENGINE_SET, PRECISION_KEY, ChosenEngine
+from megatron_sov.infer.request import MEGATRON, TRANSFORMERS, VLLM, GenerationResult, ServerLocations
 from megatron_sov.work.endpoints.transport import find_address_problems
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from annotated_types import Gt, Le
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+EngineName = Literal["megatron", "transformers", "vllm"]
+MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
+"""Engine names: megatron runs checkpoints at any layout, transformers and vllm run Hugging Face folders."""
 Tokens = Sequence[int]
 STOP, LENGTH = "stop", "length"
 """Finish reasons with the names of inference servers: ended by `StopRule`, or at the length limit."""

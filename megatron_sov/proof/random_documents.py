@@ -106,7 +106,7 @@ class _RandomTeacher(StoredTeacher):
 
     def __init__(self, config: RunConfig, sources: Sequence[Source]) -> None:
         settings = config.distillation
-        state_format = StateFormat("float32", settings.top_k, settings.temperature, settings.other_tokenizer)
+        state_format = StateFormat("float32", settings.top_k, settings.temperature)
         [folder] = config.data.paths
         files: Any = SimpleNamespace(
             folder=Path(folder), state_format=state_format, vocab_size=config.model.vocab_size,
@@ -114,8 +114,7 @@ class _RandomTeacher(StoredTeacher):
             dtype=torch.int32 if settings.top_k else torch.float32, sources={0: 0}, hidden_size=TEACHER_WIDTH,
             width=2 * settings.top_k or TEACHER_WIDTH, head=_get_head_path(Path(folder)),
             read_states=lambda source, split, document, start, count: _draw_states(
-                settings.top_k, config.model.vocab_size, settings.other_tokenizer,
-                document)[start:start + count])
+                settings.top_k, config.model.vocab_size, document)[start:start + count])
         super().__init__([files], settings, sources, config.model.vocab_size)
 
     def verify(self, world: ParallelWorld) -> None:
@@ -123,13 +122,10 @@ class _RandomTeacher(StoredTeacher):
 
 
 @functools.lru_cache(maxsize=1024)
-def _draw_states(top_k: int, vocab_size: int, is_silent: bool, document: int) -> torch.Tensor:
-    """Return a document's rows, like `StateFiles.read_states`; `is_silent` marks tokens without a teacher
-    distribution."""
+def _draw_states(top_k: int, vocab_size: int, document: int) -> torch.Tensor:
+    """Return a document's rows, like `StateFiles.read_states`."""
     random = torch.Generator().manual_seed(document)
     if not top_k:
         return torch.randn(_LONGEST, TEACHER_WIDTH, generator=random)
     logprobs, ids = torch.randn(_LONGEST, vocab_size, generator=random).log_softmax(-1).topk(top_k)
-    if is_silent:
-        logprobs[::5] = 1.0
     return pack_rows(ids, logprobs)

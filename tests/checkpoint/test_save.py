@@ -214,7 +214,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     result = dict(iter_gathered(gatherer, ["lonely", "spread"]))
     first = iter_gathered(gatherer, ["spread", "lonely", "spread"])
     next(first)
-    first.close()  # on both: what is left is gathered all the same, or the processes would lose step
+    first.close()  # on both: the remaining values are gathered anyway, or the processes would get out of step
     again = gatherer.gather("lonely")
     world.leave_world()
     return {"shapes": gatherer.get_shapes(), "again": None if again is None else again.tolist(),

@@ -1,4 +1,4 @@
-"""Training goes on from a Hugging Face folder: the first loss is that model's loss on the first batch."""
+"""Training from a Hugging Face folder: the first loss equals that model's loss on the first batch."""
 
 import json
 from pathlib import Path

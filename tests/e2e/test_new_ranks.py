@@ -1,5 +1,5 @@
-"""On GPUs ranks are new processes that read their work from a file; here, by a double of the question whether
-there is a GPU, they are so on CPUs, and write what forked ones write."""
+"""On GPUs each rank is a new process that reads its work from a file. A double of the GPU check makes that
+happen on a CPU, and the results equal those of forked ranks."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
             code = 1
             try:
                 for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
-                    os.environ.pop(variable, None)  # it is no rank, it starts one
+                    os.environ.pop(variable, None)  # this process is not a rank, it starts one
                 launcher.on_gpu = lambda: as_on_gpu
                 code = main(argv)
             except SystemExit as e:
@@ -44,14 +44,13 @@ def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
 
 
 def files_of(checkpoint: Path) -> dict[str, Any]:
-    """Return the hashes of a checkpoint's files, less the one that tells the hours worked."""
+    """Return the hashes of a checkpoint's files, except the file with the hours worked."""
     return {name: record for name, record in read_manifest(checkpoint).files.items() if name != "state.json"}
 
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_ranks_that_are_new_processes_do_what_forked_ones_do(
-        ranks: Any, job: Any, pretrain: Any, tmp_path: Path) -> None:
+def test_spawned_ranks_equal_forked_ranks(ranks: Any, job: Any, pretrain: Any, tmp_path: Path) -> None:
     """A stage that does more than to train, too: a teacher's states."""
     (tmp_path / "own.py").write_text(OWN)
     own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")

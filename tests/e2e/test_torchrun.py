@@ -1,5 +1,5 @@
-"""Two nodes without Slurm: a torchrun agent on each, as docs/slurm.md shows;
-the same bits as two local processes."""
+"""Two nodes without Slurm, each with a torchrun agent as in docs/slurm.md: the same bits as two local
+processes."""
 
 import os
 import re
@@ -25,7 +25,7 @@ HERE = {"$NODE_RANK": "{rank}", "node-0": "127.0.0.1", "$PORT": "{port}",
 
 
 def agent(rank: int, port: int, arguments: list[str]) -> list[str]:
-    """Return the page's command for one node, with other arguments of `pretrain`."""
+    """Return the page's command for one node, with other `pretrain` arguments."""
     (command,) = (block for block in blocks(SECTION, "sh") if "--node-rank" in block)
     for there, here in HERE.items():
         assert there in command, there

@@ -22,7 +22,7 @@ RECIPES = {"tiny-deepseek-v3": ["model.num_experts=4", "model.expert_ffn_dim=16"
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
 RECIPES["tiny-kimi-k2"] = [
-    "lora.rank=3", "lora.alpha=3",  # a cache of narrow vectors takes the adapter of what is made of them
+    "lora.rank=3", "lora.alpha=3",  # a latent cache needs the adapter of its up-projection
     "model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
     'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
     '"v_head_dim": 10}']

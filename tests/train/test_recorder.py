@@ -1,6 +1,4 @@
-"""What a run tells about itself, event by event; on other processes than the first nothing is written and
-all may be called.
-"""
+"""Events that a run writes. Ranks other than 0 write nothing, and every method may be called on all ranks."""
 
 import dataclasses
 from pathlib import Path
@@ -40,7 +38,7 @@ def test_figures_of_a_step() -> None:
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4),
     ("NVIDIA H200 NVL", 835.5), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250),
     ("NVIDIA GB200", 2500), ("NVIDIA T4", None)])
-def test_known_peaks(name: str, bf16: float | None) -> None:
+def test_peak_flops_of_known_chips(name: str, bf16: float | None) -> None:
     assert find_peak_tflops(name) == bf16
 
 NUM_STEPS = 7
@@ -97,7 +95,7 @@ def test_a_start_names_the_checkpoint_that_it_starts_from(tmp_path: Path) -> Non
                                             "manifest_sha256": manifest_sha256(tmp_path / "start")}]
 
 
-def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_call_writes_its_own_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell_all(recorder(tmp_path, "data.max_epochs=4", "data.skip_steps=[[2,2]]"))
     events = told(tmp_path)
     assert [(e["event"], e.get("step")) for e in events] == [
@@ -126,7 +124,7 @@ def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.Captur
     assert "warning: step 3: rejected: the loss is nan (not finite on rank 1)\n" in errors
 
 
-def test_other_processes_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_print_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell_all(recorder(tmp_path, "data.max_epochs=4", place=OTHER))
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.damaged_files import explain_deletion
+from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import read_sealed_json
 
@@ -53,12 +54,12 @@ class DocumentCounts:
             before: text passed to the step.
             after: text returned by the step; None: unchanged.
         """
-        size_bytes = len(before.encode())
+        size_bytes = count_text_bytes(before)
         self.documents_in += 1
         self.bytes_in += size_bytes
         if not reason:
             self.documents_kept += 1
-            self.bytes_kept += size_bytes if after is None else len(after.encode())
+            self.bytes_kept += size_bytes if after is None else count_text_bytes(after)
             if after is not None:
                 self.documents_changed += 1
             return
@@ -99,11 +100,8 @@ def hash_sample_id(sample: dict[str, Any]) -> bytes:
 
 
 def read_recorded_seal(file: Path) -> str:
-    """Return the checksum for `file` in the shard's counts file.
-
-    Raises:
-        UserError: the counts file is missing or damaged, or does not name `file`.
-    """
+    """Return the checksum for `file` in the shard's counts file. Raises `UserError`: the counts file is
+    missing or damaged, or does not name `file`."""
     # Output files are in a folder named by the shard's number; its counts are next to that folder.
     shard = file.parent if file.parent.name.isdigit() else file
     counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")

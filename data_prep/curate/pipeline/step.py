@@ -114,6 +114,10 @@ class Step(ABC):
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
+    def list_libraries(self) -> Sequence[str]:
+        """List the optional modules that `judge_document` imports."""
+        return ()
+
     def list_files(self) -> Sequence[Path]:
         """List files and folders that outcomes depend on; the step's address includes the contents."""
         return ()
@@ -140,6 +144,8 @@ RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
 """Columns that records may set."""
 
 
+READY = Path(__file__).parents[1] / "pipelines"
+"""Folder with ready pipeline files, and in `blends` with ready blends."""
 STEPS: dict[str, str] = {
     "code": "data_prep.curate.code_step:CodeStep",
     "encoding": "data_prep.curate.quality.encoding:RepairEncoding",
@@ -157,10 +163,6 @@ STEPS: dict[str, str] = {
 
 
 def load_step_class(kind: str) -> type[Step]:
-    """Import the class of a step in `STEPS`.
-
-    Raises:
-        UserError: a library for the step is not installed.
-    """
+    """Import the class of a step in `STEPS`, which needs none of `Step.list_libraries`."""
     step: type[Step] = load_built_in(f"step {kind}", STEPS[kind], "data")
     return step

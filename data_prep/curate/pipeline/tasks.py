@@ -35,6 +35,7 @@ from data_prep.curate.sources.formats import create_reader
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors
+from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_file, write_sealed_json
 from megatron_sov.work.tables.parquet import TableFile, iter_row_groups
@@ -122,11 +123,8 @@ def get_pass_marks_folder(work_folder: Path) -> Path:
 
 
 def run_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
-    """Run a task unless its result exists.
-
-    Raises:
-        UserError: invalid data or settings, or a full disk; the message names the task.
-    """
+    """Run a task unless its result exists. Raises `UserError`: invalid data or settings, or a full disk; the
+    message names the task."""
     plan = _read_plan(plan_file)
     mark = get_done_mark(plan, stage, task, output)
     # A cluster may assign a task to two workers: the second finds the result.
@@ -205,11 +203,8 @@ def _read_plan(file: Path) -> PipelinePlan:
 
 @lru_cache(maxsize=2)
 def _load_step(plan_file: Path, number: int, output: Path, *, loads_inputs: bool) -> Step:
-    """Return the process's instance of a step.
-
-    Raises:
-        UserError: a file of the step changed after the plan was made.
-    """
+    """Return the process's instance of a step. Raises `UserError`: a file of the step changed after the plan
+    was made."""
     plan = _read_plan(plan_file)
     step = plan.steps[number - 1].entry.build_step(plan.pipeline.folder)
     if loads_inputs:
@@ -302,11 +297,8 @@ def _overlay(previous: list[Any], updates: list[Any]) -> list[Any]:
 @contextmanager
 def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Path,
                 shard: int) -> Iterator[DocumentCounts]:
-    """Write a shard's documents; the table gets its final name when the with block ends.
-
-    Raises:
-        UserError: a broken record, if the pipeline has `on_bad: refuse`.
-    """
+    """Write a shard's documents; the table gets its final name when the with block ends. Raises `UserError`:
+    a broken record, if the pipeline has `on_bad: refuse`."""
     counts, buffer = DocumentCounts(), _RowBuffer(source.settings, shard)
     listed = layer.get_quarantine_file(output, shard)
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -386,7 +378,7 @@ class _RowBuffer:
                                                           default=str))
         for name, values in self._columns.items():
             values.append(row[name])
-        self._size_bytes += len(document.text.encode())
+        self._size_bytes += count_text_bytes(document.text)
         return identifier
 
     def pop_rows(self) -> dict[str, list[Any]]:
@@ -398,7 +390,7 @@ class _RowBuffer:
 
 def _replace_surrogates(text: str) -> str:
     """Replace lone surrogates, which UTF-8 cannot encode, by "?"."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 # The middle tasks of a shard: a step's outcomes.
@@ -492,11 +484,7 @@ def _judge_document(step: Step, step_plan: StepPlan, document: Doc) -> StepOutco
 def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, output: Path,
                        shard: int) -> Iterator[DocumentCounts]:
     """Write a folder with a file for each output name; the folder gets the final name when the with block
-    ends.
-
-    Raises:
-        UserError: the documents have more than `MAX_NAMES` output names.
-    """
+    ends. Raises `UserError`: the documents have more than `MAX_NAMES` output names."""
     counts = DocumentCounts()
     files = [other.get_table_file(output, shard) for other in source.layers[:-1]]
     with create_folder(layer.get_result_path(output, shard)) as temporary:

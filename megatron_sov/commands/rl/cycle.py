@@ -9,8 +9,9 @@ from megatron_sov.base.settings import DeclaredCommand, Flag, ProblemCode, Setti
 from megatron_sov.commands.rl.inputs.options import SamplingOptions
 from megatron_sov.commands.rl.train import RoundsOptions
 from megatron_sov.commands.score import JudgeOptions
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
+from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.prompts import ServerOptions
+from megatron_sov.infer.request import MEGATRON
 from megatron_sov.post.rl.reward import ENVIRONMENT
 
 RunEngine = Literal["megatron", "vllm"]

@@ -10,10 +10,10 @@ from megatron_sov.commands.rl.inputs.prompts import (
     EnvironmentRequest, check_sequence_length, count_max_tokens, drop_unused_prompts, resolve_environment)
 from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
 from megatron_sov.commands.rl.train_run import train_rounds
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
+from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.engines.server_engine import parse_server_settings
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.request import Batching
+from megatron_sov.infer.request import MEGATRON, Batching
 from megatron_sov.post.rl.generate.live import LiveRollouts
 from megatron_sov.post.rl.generate.requests import RequestWriter
 from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings

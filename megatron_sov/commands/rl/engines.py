@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.commands.rl.cycle import RlRunOptions
-from megatron_sov.infer.engine import MEGATRON
+from megatron_sov.infer.request import MEGATRON
 
 
 @dataclass(frozen=True, kw_only=True)

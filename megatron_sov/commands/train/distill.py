@@ -41,9 +41,6 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
     """Save the K most probable tokens and their log-probabilities instead of states."""
     temperature: Annotated[AboveZero, Flag(value="T")] = 1.0
     """--top-k: divisor for the logits."""
-    other_tokenizer: bool = False
-    """The data use a different tokenizer: save outputs where tokens in both vocabularies end at the same byte
-    (needs --top-k)."""
 
 
 def check_states(options: DistillStatesOptions) -> DistillStatesOptions:
@@ -65,9 +62,8 @@ class DistillOptions(GateOptions):
     groups: ClassVar[tuple[str, ...]] = ("distillation",)
 
     teacher: Annotated[tuple[str, ...], Flag(value="[NAME=]CHECKPOINT|RUN|HF_DIR")] = ()
-    """Teacher model. Its tokenizer must be the student's unless distillation.other_tokenizer is set. NAME
-    restricts the teacher to the data from --data NAME=DIR; repeat the option for more teachers. Not needed if
-    --states covers all data."""
+    """Teacher model with the student's tokenizer. NAME restricts the teacher to the data from --data
+    NAME=DIR; repeat the option for more teachers. Not needed if --states covers all data."""
     states_dtype: StatesDtype = "bfloat16"
     """Dtype for teacher states made by this command."""
     teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()

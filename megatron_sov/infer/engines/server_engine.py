@@ -26,11 +26,10 @@ from megatron_sov.convert.sources import HfWeights
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
 from megatron_sov.infer.engines.server_process import EngineServers, ServerProcess, check_vllm_program
 from megatron_sov.infer.request import (
-    GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, ServerLocations, StopRule,
+    VLLM, GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, ServerLocations, StopRule,
     Tokens, WeightVersion, check_no_drafts, check_no_rules)
 from megatron_sov.train.data.requirements import build_route_shape
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
-from megatron_sov.work.endpoints.vllm_server import VLLM
 
 SHARD_BYTES = 1 << 30
 """Bytes per weight file; bounds the host memory for an update."""

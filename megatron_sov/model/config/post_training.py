@@ -37,9 +37,6 @@ class DistillationConfig:
     keep_remainder: bool = True
     """top_k: treat all other tokens together as one more event. False: normalise student and teacher over the
     teacher's top_k tokens (arXiv 2601.18129)."""
-    other_tokenizer: bool = False
-    """top_k: the teacher has another tokenizer. The teacher's probabilities are matched byte by byte and
-    converted to the student's tokens."""
     ce_coeff: NotNegative = 0.0
     """Weight for an auxiliary cross-entropy on the data's tokens, over the same positions."""
 

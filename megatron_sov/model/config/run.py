@@ -176,9 +176,6 @@ class RunConfig:
              "their length", "leave it out"),
             (distillation.top_k < vocab_size, "distillation.top_k",
              f"must be below model.vocab_size = {vocab_size}", "use 0 for the whole vocabulary"),
-            (not distillation.other_tokenizer or distillation.top_k > 0, "distillation.other_tokenizer",
-             "needs distillation.top_k > 0: for another tokenizer only the teacher's most probable tokens "
-             "can be stored"),
             *(self._round_preference_rules() if name == "policy" and self.policy.learns_preferences
               else ()),
             (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import Fix, UserError, suggest_download, suggest_name
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name, suggest_download
 from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry, suggest_same_family
 from megatron_sov.base.settings import (
@@ -290,11 +289,12 @@ def _load_recipe(recipe: str) -> RunConfig:
                         "and name a recipe (`megatron-sov recipes` lists them)")
     if suggest_download(recipe) and ":" not in recipe:
         name = recipe.rpartition("/")[2].lower()
-        close = suggest_name(name, recipes.names()) or suggest_same_family(name, recipes.names())
-        nearest = re.search(r"'(.*?)'", close)
+        nearest = find_nearest_name(name, recipes.names())
+        family = suggest_same_family(name, recipes.names())  # other models: no fix
+        close = f"; did you mean {nearest!r}?" if nearest else family
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
                         "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR",
-                        Fix(words={recipe: nearest[1]}) if nearest else None)
+                        Fix(words={recipe: nearest}) if nearest else None)
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:

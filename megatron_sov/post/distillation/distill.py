@@ -25,7 +25,6 @@ from megatron_sov.engine.model.divergence import (
     Divergence, Teacher, TeachersByToken, TeacherStates, TeacherTopK)
 from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
-from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -77,9 +76,6 @@ class RunTeacher(Protocol):
         """
         ...
 
-    def get_weights(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return the weight per label of complete rows, [labels]; 0 for labels without teacher outputs."""
-        ...
 
 
 class StoredTeacher:
@@ -135,10 +131,7 @@ class StoredTeacher:
         pieces = context.get_local_pieces(len(batch.labels))
         if self._settings.top_k:
             ids, logprobs = unpack_rows(self._read_rows(batch.origins, pieces, split))
-            # a row without teacher output begins with `translation.NO_OUTPUT`, which is positive; its weight
-            # is 0, and zeros keep its loss finite
-            has_output = logprobs[:, :1] <= 0
-            return TeacherTopK(ids, logprobs.where(has_output, 0.0), self._settings.keep_remainder)
+            return TeacherTopK(ids, logprobs, self._settings.keep_remainder)
         # [0]: a batch of padding has no origins
         indices = sorted({self._source_teachers[origin.source] for origin in batch.origins}) or [0]
         teachers = [TeacherStates(self._read_rows(batch.origins, pieces, split, index),
@@ -151,14 +144,6 @@ class StoredTeacher:
         for overlap in _iter_overlaps(batch.origins, pieces):
             owners[overlap.local_slice] = indices.index(self._source_teachers[overlap.source])
         return TeachersByToken(owners, teachers)
-
-    def get_weights(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return weight 0 for labels with `translation.NO_OUTPUT`; see `RunTeacher.get_weights`."""
-        if not self._settings.other_tokenizer:
-            return batch.weights
-        rows = self._read_rows(batch.origins, [(0, len(batch.labels))], split)
-        has_output = unpack_rows(rows)[1][:, 0] <= 0
-        return batch.weights * to_device(has_output, batch.weights.device)
 
     def _read_rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
                    teacher_index: int = 0) -> torch.Tensor:
@@ -238,10 +223,6 @@ class LiveTeacher:
             overrides["pipeline_layout"] = ()
         self._config = dataclasses.replace(config, model=teacher.model, lora=teacher.lora,
                                            parallel=dataclasses.replace(config.parallel, **overrides))
-        if distillation.other_tokenizer:
-            raise UserError("distillation.other_tokenizer = True: a teacher with another tokenizer reads "
-                            "whole documents; use `megatron-sov distill`, or a teacher with the tokenizer of "
-                            "the student")
         if teacher.model.vocab_size != config.model.vocab_size:
             raise UserError(f"--teacher {checkpoint}: has {teacher.model.vocab_size} token ids, the student "
                             f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many")
@@ -289,10 +270,6 @@ class LiveTeacher:
         weight = build_head(self._model.model, self._model.head_chunk_tokens).weight
         return TeacherStates(outputs, weight, self._config.model.logits_softcap)
 
-    def get_weights(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return `batch.weights`: the teacher reads every token; see `RunTeacher.get_weights`."""
-        return batch.weights
-
 
 def check_outputs(files: StateFiles, settings: DistillationConfig, vocab_size: int) -> None:
     """Raise `UserError` if `files` have another `StateFormat` than `settings`, or another vocabulary."""
@@ -302,19 +279,11 @@ def check_outputs(files: StateFiles, settings: DistillationConfig, vocab_size: i
                         f"distillation.top_k = {settings.top_k} asks for "
                         f"{_describe_outputs(settings.top_k)}; set it to {stored.top_k}, or name another "
                         "folder")
-    if stored.translated != settings.other_tokenizer:
-        raise UserError(f"{files.folder}: holds {'the student' if stored.translated else 'the teacher'}'s "
-                        f"own tokens, and distillation.other_tokenizer = {settings.other_tokenizer}; set it "
-                        f"to {stored.translated}, or name another folder")
     if stored.top_k and stored.temperature != settings.temperature:
         raise UserError(f"{files.folder}: its log-probabilities are those at temperature "
                         f"{stored.temperature}, and distillation.temperature = {settings.temperature}; set "
                         "it to that, or name another folder")
-    if stored.translated:
-        if files.vocab_size > vocab_size:
-            raise UserError(f"{files.folder}: its tokens are those of a tokenizer of {files.vocab_size} ids, "
-                            f"the student has model.vocab_size = {vocab_size}; set it, or read other data")
-    elif files.vocab_size != vocab_size:
+    if files.vocab_size != vocab_size:
         raise UserError(f"{files.folder}: its teacher has {files.vocab_size} token ids, the student "
                         f"model.vocab_size = {vocab_size}; choose a teacher with as many")
 
@@ -348,15 +317,15 @@ class Distillation(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the learned labels in the global batch."""
         hosts = [m.host for m in batch.micro_batches]
-        # Two denominators: labels without teacher outputs still count for cross-entropy.
-        targets = {DIVERGENCE: sum(float(self._teacher.get_weights(m).double().sum()) for m in hosts)}
+        num_labels = sum(float(m.weights.double().sum()) for m in hosts)
+        targets = {DIVERGENCE: num_labels}
         if CROSS_ENTROPY in self.coefficients:
-            targets[CROSS_ENTROPY] = sum(float(m.weights.double().sum()) for m in hosts)
+            targets[CROSS_ENTROPY] = num_labels
         return with_denominators(batch, targets | self._count_mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Sum the divergence over learned labels, and the cross-entropy if `ce_coeff` is above 0."""
-        weights = self._teacher.get_weights(batch)
+        weights = batch.weights
         terms, measured = head.divergence(hidden[0], self._teacher.get_outputs(batch, head),
                                           {DIVERGENCE: weights}, self._teacher.divergence)
         if CROSS_ENTROPY in self.coefficients:
@@ -449,7 +418,7 @@ def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher
     def sum_divergences(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
         outputs = teacher.get_outputs(batch, head, SPLIT)
         _, measured = head.divergence(hidden[0], outputs, {}, teacher.divergence)
-        learned = (teacher.get_weights(batch, SPLIT) > 0).double()
+        learned = (batch.weights > 0).double()
         return torch.stack([learned.sum(), (measured.divergence * learned).sum(),
                             (measured.kl * learned).sum()])
 

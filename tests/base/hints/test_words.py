@@ -1,4 +1,4 @@
-"""Command lines with words of other programs, and the whole command that the answer has for each."""
+"""Command lines in the words of other programs, and the complete command that the message proposes."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
      "sov-data pack --tokenizer T --input x --output o --format chat"),
     ("sov-data mix --input A B --weights 0.7 0.3 --output O", "sov-data mix A:0.7 B:0.3 --output O"),
 ])
-def test_all_unknown_words_are_answered_as_one_command(typed: str, write: str,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_unknown_words_are_translated_into_one_command(typed: str, write: str,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     said = answer(typed, capsys).partition("\nthis line still has a fault")[0]
     assert said.splitlines()[-1].strip() == write
 
@@ -90,7 +90,7 @@ def test_all_unknown_words_are_answered_as_one_command(typed: str, write: str,
 @pytest.mark.parametrize("line", [
     f"{SFT} --zzz 14", "megatron-sov plan qwen3-8b --wombats 14", "megatron-sov recipes --zebra",
     "sov-data zebra", "sov-tokenizer train --preset x --vocab-size 9 --input a --output b --quux"])
-def test_a_word_that_resembles_nothing_is_not_guessed_at(line: str,
+def test_a_word_without_similar_names_gets_no_suggestion(line: str,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" not in answer(line, capsys)
 
@@ -112,9 +112,9 @@ def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
     ({"config.json": "{}", "m.safetensors": ""}, "eval {}",
      ["eval ppl {} --data TOKENS", "eval lm {} --tasks TASKS --output scores.json"]),
 ])
-def test_a_path_in_the_place_of_an_action_names_the_action(
-        files: dict[str, str], command: str, write: list[str], tmp_path: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_in_the_place_of_an_action_names_the_action(files: dict[str, str], command: str,
+                                                           write: list[str], tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     said = answer(f"megatron-sov {command.format(tmp_path)}", capsys)

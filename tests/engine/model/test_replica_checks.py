@@ -92,8 +92,8 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_changes_nothing(
-        ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
+def test_a_nondeterministic_process_is_named_and_probing_has_no_effect(ranks: Any, job: Any, packed_data: Any,
+                                                                       tmp_path: Any) -> None:
     (found,) = ranks(job(__file__, "repeated", 2, {
         "settings": ["parallel.tp=2", "parallel.sp=true"], "data": str(packed_data.text),
         "run": str(tmp_path / "run")}))

@@ -1,4 +1,5 @@
-"""Settings of learning from one's own responses: methods are parts by name, and each rule is told."""
+"""Settings of post-training methods: methods are combinations of named parts, and every broken rule is
+reported."""
 
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ UNPUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.each("method", METHODS)
-def test_a_method_asks_for_what_was_not_published_and_for_nothing_else(method: Any) -> None:
+def test_a_method_requires_exactly_its_unpublished_settings(method: Any) -> None:
     missing = UNPUBLISHED.get(method, {})
     assert sorted(problem.key for problem in PolicyConfig(method).problems(ROUNDS)) == [
         f"policy.{name}" for name in sorted(missing)]
@@ -47,13 +48,13 @@ def test_a_rule_that_is_broken_is_named(settings: dict[str, Any], key: str) -> N
     assert [problem.key for problem in PolicyConfig(**settings).problems(ROUNDS)] == [f"policy.{key}"]
 
 
-def test_what_is_asked_of_rounds_is_named_by_their_settings() -> None:
+def test_problems_of_rounds_name_their_settings() -> None:
     few = RolloutConfig(rounds=2, samples_per_prompt=1, max_new_tokens=1024)
     assert [problem.key for problem in PolicyConfig("hbpo").problems(few)] == [
         "rollout.samples_per_prompt", "rollout.budgets_tokens"]
 
 
-def test_a_part_that_is_set_goes_before_the_methods() -> None:
+def test_a_set_part_overrides_the_method() -> None:
     parts = PolicyConfig("dapo", clip_high=0.3, aggregation="constant", all_right="keep").parts
     assert (parts.clip_low, parts.clip_high, parts.aggregation) == (0.2, 0.3, "constant")
     assert (parts.all_right, parts.all_wrong) == ("keep", "drop")
@@ -77,7 +78,7 @@ def test_the_page_of_methods_has_every_part_of_each() -> None:
             f"{parts.all_wrong}, {parts.all_right}"], method
 
 
-def test_text_comes_in_its_share_of_the_steps_and_in_the_same_ones_everywhere() -> None:
+def test_text_steps_have_their_share_and_are_equal_on_all_processes() -> None:
     policy = PolicyConfig("ink_grpo")
     drawn = [policy.has_text_at(7, step) for step in range(1, 5001)]
     assert sum(drawn) / 5000 == pytest.approx(0.6, abs=0.02)

@@ -1,4 +1,4 @@
-"""Settings that cannot act are refused in every stage; where they act they are taken."""
+"""Settings without effect are refused in every stage; settings with an effect are accepted."""
 
 import dataclasses
 import json
@@ -43,7 +43,8 @@ def find_refused(asked: RecipeRequest, **options: Any) -> list[SettingsProblem]:
 
 
 def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the settings of a class and those that it holds, of the first item of each list of settings."""
+    """Yield the settings of a class and of its nested classes, and of the first item of each settings
+    list."""
     for field in dataclasses.fields(cls):
         inner, key = get_inner_hint(cls, field.name), f"{prefix}{field.name}"
         if get_origin(inner) is tuple:
@@ -170,7 +171,8 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
     ({"needle": {"samples": 3}}, "needle.samples"), ({"optim": {"lr": 1e-3}}, ""),
     ({"data": {"phases": [{"name": "main", "seq_len": 64, "min_lr": 0.1}]}}, "data.phases.0.min_lr"),
 ])
-def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: str, tmp_path: Path) -> None:
+def test_config_files_are_checked_for_inert_changes(written: dict[str, Any], refused: str,
+                                                    tmp_path: Path) -> None:
     part, whole = tmp_path / "part.json", tmp_path / "whole.json"
     part.write_text(json.dumps({"recipe": "tiny-qwen3", **written}))
     full = json.loads(format_json(recipes.get("tiny-qwen3").to_dict()))
@@ -180,11 +182,11 @@ def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: st
     for file in (part, whole):
         asked = request_training(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
         found = [problem.key for problem in find_refused(asked)]
-        # the phases of a run's own file may be what its command has made of others
+        # the command may have derived the phases in a run's own file
         assert found == ([] if file == whole and "data" in written else refused.split())
 
 
-def test_the_file_of_another_run_is_taken_and_a_resumed_run_is_never_refused(tmp_path: Path) -> None:
+def test_configs_of_other_runs_and_resumed_runs_are_accepted(tmp_path: Path) -> None:
     rounds = apply_settings(recipes.get("tiny-solar-open-rl"), ["rollout.rounds=3"])
     (tmp_path / "config.json").write_text(format_json(rounds.to_dict()))
     args = typed(TrainingOptions, ["--config", str(tmp_path / "config.json")])

@@ -112,7 +112,7 @@ def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:
 
 @pytest.mark.deep
 def test_decoder_and_training_logprobs_agree(site: Site) -> None:
-    """Prompts with equal ids and other pictures get other log-probabilities."""
+    """Prompts with equal ids but different images have different log-probabilities."""
     prompts, answers = asked(), site.answers
     seen, second = prompts.encoder_inputs
     other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}

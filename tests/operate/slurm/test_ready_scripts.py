@@ -1,5 +1,5 @@
-"""slurm/scripts: what the chains give, what a real Slurm takes,
-and what runs when somebody types `sbatch`."""
+"""The scripts in slurm/scripts: the chains they submit, their acceptance by a real Slurm, and a real
+`sbatch` run."""
 
 import json
 import os
@@ -39,7 +39,7 @@ TINY = ("tiny-k-exaone", "tiny-solar-open")
 DOORS = {"data": DATA_COMMANDS, "tokenizer": TOKENIZER_COMMANDS}
 
 
-def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> None:
+def test_published_and_tiny_recipes_have_scripts() -> None:
     assert list_chains() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
     assert set(list_chains()) <= set(recipes.names())
     for name in list_chains():
@@ -56,7 +56,7 @@ def test_a_tiny_twin_learns_by_the_recipes_of_the_big_one(big: str, tiny: str) -
 
 
 @pytest.mark.parametrize("name", [*BIG, *TINY])
-def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
+def test_script_parts_that_submit_does_not_check_are_valid(name: str) -> None:
     """Options of `sov-data` and `sov-tokenizer`, the rewards of rounds, the names of benchmarks."""
     for stage in read_chain(name).stages:
         argv, parser = list(stage.argv("WORK")), Parser(prog=stage.label)
@@ -74,7 +74,7 @@ def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BIG)
-def test_the_sources_of_a_recipe_are_what_its_chain_has_packed(name: str) -> None:
+def test_recipe_sources_equal_the_packed_sources_of_the_chain(name: str) -> None:
     packed: dict[str, set[str]] = {}
     for stage in read_chain(name).stages:
         argv = stage.argv("WORK")
@@ -94,8 +94,8 @@ def test_the_sources_of_a_recipe_are_what_its_chain_has_packed(name: str) -> Non
 
 @pytest.mark.deep
 @pytest.mark.parametrize("name", [*BIG, *TINY])
-def test_scripts_are_what_their_chain_gives(name: str, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scripts_are_generated_by_their_chain(name: str, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = f"slurm/scripts/{name}"
     assert cli.main(["submit", "chain", name, "--scripts", folder]) == 0
@@ -118,7 +118,7 @@ def test_notes_tell_the_memory_of_the_account(name: str) -> None:
             assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)
 
 
-def test_nothing_of_one_machine_stands_in_a_script() -> None:
+def test_scripts_contain_no_machine_specific_paths() -> None:
     for script in ALL:
         text = script.read_text()
         assert not re.search(r"code-[0-9a-f]{12}|PYTHONPATH=|--chdir", text), script
@@ -128,7 +128,7 @@ def test_nothing_of_one_machine_stands_in_a_script() -> None:
         assert f"#   sbatch {account}{script.relative_to(ROOT)}\n" in text
 
 
-def test_slurm_would_take_every_script_as_it_stands(cluster: Any, site: Path) -> None:
+def test_slurm_accepts_every_script_unchanged(cluster: Any, site: Path) -> None:
     """On as many nodes as it asks for: 64, which a partition of the virtual cluster has in name."""
     for script in ALL:
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
@@ -145,7 +145,7 @@ def exported(**variables: object) -> str:
 
 
 def log_of(job: str, work: Path) -> str:
-    """Return what a job's script has written: to where sbatch was typed, and to its records."""
+    """Return the output of a job's script: next to the place of sbatch, and in its records."""
     ends = (f"{job}.log", f"{job}_*.log")
     # os.walk passes over a folder that is gone when it gets there: other jobs rename theirs meanwhile.
     named = [Path(file) for file in os.listdir()] + [
@@ -156,7 +156,7 @@ def log_of(job: str, work: Path) -> str:
 
 @pytest.mark.parametrize(("name", "all_of_it"), [
     *(pytest.param(name, True, marks=pytest.mark.deep) for name in (BIG[0], TINY[1])), (TINY[1], False)])
-def test_scripts_start_and_say_what_is_missing(name: str, all_of_it: bool, cluster: Any, site: Path,
+def test_scripts_start_and_name_missing_inputs(name: str, all_of_it: bool, cluster: Any, site: Path,
                                                warm_python: str) -> None:
     """All of a recipe, or the first of each stage, in a $WORK that has no more than a tiny one's corpus."""
     work, jobs = site / "work", {}
@@ -182,7 +182,7 @@ def test_scripts_start_and_say_what_is_missing(name: str, all_of_it: bool, clust
         assert sentence in log_of(job, work), script
 
 
-def test_a_python_without_the_package_is_told(cluster: Any, site: Path) -> None:
+def test_a_python_without_the_package_is_reported(cluster: Any, site: Path) -> None:
     script = SCRIPTS / "tiny-solar-open/02-tokenizer.sbatch"
     (site / "work/corpus").mkdir(parents=True)
     (site / "work/corpus/manifest.json").touch()
@@ -221,7 +221,7 @@ SMALLER |= {"pair-tokens": SMALLER["group-tokens"], "prefer-rounds": (
 
 @pytest.fixture
 def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
-    """$WORK with what the first script of a tiny recipe would gather."""
+    """$WORK with the inputs of the first script of a tiny recipe."""
     folder = site / "work/corpus"
     folder.mkdir(parents=True)
     shutil.copyfile(token_shards.parent / "first.jsonl", folder / "english.jsonl")
@@ -244,9 +244,9 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
     *(pytest.param(name, "benchmarks", marks=pytest.mark.deep) for name in TINY), (TINY[1], "mid")])
 def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, last: str, cluster: Any, site: Path,
                                                        work: Path, warm_python: str) -> None:
-    """Each after those that its chain names: `pretrain` as it stands, with the look at the node and two
-    ranks; the others made for this cluster, with one rank.  Behind `mid`, `make test` starts each stage
-    above, and test_jobs.py has a chain to a converted model."""
+    """In the order of the chain: `pretrain` unchanged, with the node check and two ranks; the others adapted
+    to this cluster, with one rank. `make test` starts each later stage, and test_jobs.py runs a chain to a
+    converted model."""
     assert cli.main(["submit", "chain", name, "--cluster", "site.yaml", "--scripts", "scripts"]) == 0
     shipped = shutil.copy(SCRIPTS / name / "07-pretrain.sbatch", "scripts")
     jobs: dict[str, str] = {}

@@ -42,7 +42,7 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     config.check(place.size)
     objective = (build_round_objective if config.policy.learns_preferences
                  else build_policy_objective)(config)
-    # what a layout computes itself stands beside the rounds: each has rounds of its own
+    # a layout stores its log-probabilities next to the rounds, so each has its own rounds
     columns = select_columns(config, objective.columns, Path(folder))
     source = build_rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
                            routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
@@ -65,7 +65,7 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
         taken.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
                       **{f"term {name}": value for name, value in result.losses.items()},
                       "load": trainer.expert_load.gather().tolist(),
-                      # those of the round are the event's, which the first process writes
+                      # meters of the round are in the event, which the first process writes
                       **{f"meter {name}": value for name, value in result.meters.items()
                          if name not in feed.meters}})
     world.leave_world()
@@ -73,7 +73,7 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
 
 
 def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenizer: str, version: str) -> str:
-    """Publish the first round, a piece a shard; return what it lacks."""
+    """Publish the first round, one piece per shard; return its missing parts."""
     config = config_of(settings)
     world.join_world(ParallelConfig())
     shards.SHARD_TOKENS = 1

@@ -28,7 +28,7 @@ STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), rang
 
 
 class Told:
-    """Documents of 4 tokens, of which a model says what its step is."""
+    """Documents of 4 tokens with a fake model whose log-probabilities encode its step."""
 
     columns = ("behaviour_logprobs", "advantage")
 
@@ -41,7 +41,7 @@ class Told:
 
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run that stands before its first step, on one process."""
+    """A run before its first step, on one process."""
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):
@@ -162,9 +162,9 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
     (PolicyConfig("grpo"), {"num_mtp_layers": 1}, [1, 2]),
     (PolicyConfig("grpo"), {"num_mtp_layers": 1, "mtp_loss_coeff": 0.0}, [2]),
     (PolicyConfig("grpo"), {"objective": "mine"}, [1, 2])])
-def test_a_step_is_passed_over_where_nothing_has_a_gradient(
-        policy: PolicyConfig, model: dict[str, Any], computed: list[int], view: Any, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_gradients_is_skipped(policy: PolicyConfig, model: dict[str, Any], computed: list[int],
+                                             view: Any, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step has advantages of 0, the second one that is not, the third no document."""
     monkeypatch.setitem(STEPS, 1, (range(2), range(2, 4), range(4, 4)))
     monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.full(
@@ -191,8 +191,8 @@ RATES = [
 
 
 @pytest.mark.each(("learn", "count", "rate", "is_first", "words"), RATES)
-def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
-        learn: int, count: int, rate: float | None, is_first: bool, words: str) -> None:
+def test_a_round_with_few_learning_groups_warns_with_a_remedy(learn: int, count: int, rate: float | None,
+                                                              is_first: bool, words: str) -> None:
     groups = {"learns": learn, "no_advantage": count - learn}
     means = {} if rate is None else {"pass_rate": rate}
     result = find_round_problem({"groups": groups, "means": means}, is_first=is_first)

@@ -1,4 +1,4 @@
-"""Sources whose every token tells where it comes from."""
+"""Token sources in which every token encodes its source, document and position."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Token shards, read against Megatron-Core's own writer and reader."""
+"""Token shards against Megatron-Core's own writer and reader."""
 
 import json
 import shutil
@@ -171,7 +171,7 @@ def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
         TokenShard(tmp_path / "a", columns=("score",))
 
 
-def test_a_bit_of_each_token_and_a_number_of_each_document_stand_for_columns(tmp_path: Path) -> None:
+def test_token_bits_and_document_values_replace_columns(tmp_path: Path) -> None:
     lengths = [3, 9, 1]
     write_shard(tmp_path / "a", [list(range(n)) for n in lengths])
     written = np.random.default_rng(0).random(sum(lengths)) < 0.5

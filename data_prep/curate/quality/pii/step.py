@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import phonenumbers
 import yaml
 from annotated_types import MinLen
 
@@ -137,6 +136,8 @@ def _has_phone_format(written: str, is_announced: bool) -> bool:
 
 
 def _is_valid_phone(written: str, language: str) -> bool:
+    import phonenumbers  # optional package
+
     is_bare = written.isdigit()
     international = written.lstrip("(").startswith("+")
     # With a country code any plan counts; otherwise the plans for the language.
@@ -304,6 +305,9 @@ class Pii(Step):
     added_columns = {"pii": "string"}
     Settings = PiiSettings
     settings: PiiSettings
+
+    def list_libraries(self) -> Sequence[str]:
+        return ("phonenumbers",) if "phone" in self.settings.mask else ()
 
     def list_files(self) -> Sequence[Path]:
         return [NAMES_FILE]

@@ -17,8 +17,8 @@ from megatron_sov.commands.rl.train import RlTrainOptions, RoundsOptions
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.starts import request_with_model
 from megatron_sov.commands.train.setup.training import TrainingRequest, check_stage, find_completed_run
-from megatron_sov.infer.engine import MEGATRON
 from megatron_sov.infer.engines.server_process import check_vllm_program
+from megatron_sov.infer.request import MEGATRON
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies

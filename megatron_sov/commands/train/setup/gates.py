@@ -76,7 +76,8 @@ def check_benchmarks(config: RunConfig) -> None:
             raise UserError(f"evaluate.lm.{name} = {missing[0]}: is not a folder; it must exist before the "
                             "run starts")
     try:
-        check_task_names(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
-                                             allow_code=lm.allow_task_code, allow_download=lm.allow_download))
+        check_task_names(lm.tasks, TaskSources(tuple(map(Path, lm.task_dirs)),
+                                               Path(lm.data_dir) if lm.data_dir else None,
+                                               lm.allow_task_code, lm.allow_download))
     except UserError as e:
         raise UserError(f"evaluate.lm.tasks = {list(lm.tasks)}: {e}") from None
