@@ -54,8 +54,7 @@ def find_text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence
     if word.startswith("-"):
         return ""
     order = _TEXT_OPTIONS if Path(word).is_file() else ("--prompt", *_TEXT_OPTIONS)
-    return next((option for option in order
-                 if option in parser._option_string_actions and option not in typed
+    return next((option for option in order if option in parser._option_string_actions and option not in typed
                  and (option == "--prompt" or Path(word).exists())), "")
 
 

@@ -44,8 +44,7 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
     if not inspect.isclass(value):
         raise UserError(f"{reference}: is a {type(value).__name__}; "
                         f"{what} is a class with {', '.join(shapes.values())}")
-    wrong = [name for name, arguments in methods.items()
-             if not callable(getattr(value, name, None))
+    wrong = [name for name, arguments in methods.items() if not callable(getattr(value, name, None))
              or not accepts_arguments(getattr(value, name), ("self", *arguments))]
     if wrong:
         signatures = [f"{name}{inspect.signature(getattr(value, name))}"
