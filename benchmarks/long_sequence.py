@@ -26,7 +26,7 @@ from megatron_sov import recipes
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.memory import MemoryAccount, build_account
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 NPROC, MIB = 2, 1 << 20
 SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1",

@@ -38,7 +38,8 @@ from megatron_sov import recipes
 from megatron_sov.engine.parallel import collectives, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
-from megatron_sov.train.data.token_shards import ShardChain, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import ShardChain
 
 VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
 SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=256", "model.head_dim=64",
@@ -97,7 +98,7 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     """Return a bare training step of our model, without our loop."""
     import torch
 
-    from megatron_sov.checkpoint import load
+    from megatron_sov.checkpoint import initial_weights
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.model.expert_load import ExpertLoad
     from megatron_sov.engine.model.language_model import build_model
@@ -105,7 +106,7 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     model = build_model(config.model, config.parallel, config.train)
-    load.initialize_weights(model, config.model, config.train.seed)
+    initial_weights.initialize_weights(model, config.model, config.train.seed)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
     ready = itertools.cycle(ready_batches(config, place, source))

@@ -72,21 +72,21 @@ COMMANDS = {
         POST_TRAIN, "distill.md", ("distill states teacher --data chats --output states",
          "distill states teacher --data chats --top-k 128 --output top")),
     "rl run": Command(
-        "megatron_sov.commands.rl.cycle:RUN",
+        "megatron_sov.commands.rl.options:RUN",
         "reinforcement learning in one command: generate, judge and train every round", POST_TRAIN, "rl.md",
         ("rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl",
          "rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward ./my_reward.py:Starts "
          "--store store --run runs/rl --set policy.method=dapo")),
     "rl engines": Command(
-        "megatron_sov.commands.rl.engines:ENGINES",
+        "megatron_sov.commands.rl.options:ENGINES",
         "run the engine servers for an `rl run` on other machines", POST_TRAIN, "rl.md",
         ("rl engines --from runs/sft --prompts prompts.jsonl --reward math --store store --run runs/rl "
          "--engine vllm --engine-set tp=8 --port 8000",
          "rl engines tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl --engine vllm --engine-set servers=2 --engine-python vllm/bin/python")),
     "rl generate": Command(
-        "megatron_sov.commands.rl.generate:GENERATE",
+        "megatron_sov.commands.rl.options:GENERATE",
         "generate responses for rounds with the newest policy, into a store", POST_TRAIN, "rl.md",
         ("rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run runs/rl",
          "rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
@@ -96,7 +96,7 @@ COMMANDS = {
         "judge the responses in a store that have no reward yet", POST_TRAIN, "rl.md",
         ("rl reward --store store --reward math", "rl reward --store store --reward math --wait 3600")),
     "rl train": Command(
-        "megatron_sov.commands.rl.train:TRAIN",
+        "megatron_sov.commands.rl.options:TRAIN",
         "reinforcement learning: train on generated and judged rounds", POST_TRAIN, "rl.md",
         ("rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl",

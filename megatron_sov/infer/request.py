@@ -37,6 +37,8 @@ CACHE_TOKENS = 1 << 20
 reach the limit; if a GPU is too small for long sequences, lower the batch size."""
 ScoredTokens = tuple[list[int], list[float]]
 """A continuation's token ids, and a log-probability per token."""
+NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
+"""Hugging Face names and tensors of a whole model, e.g. from `convert.export_weights`."""
 
 
 @runtime_checkable
@@ -218,10 +220,6 @@ class RankOptions:
         """Return the layout or precision setting that an unknown option resembles, or ""."""
         setting = correct_setting(word)
         return setting if setting.startswith(("parallel.", "train.precision", "train.fp8")) else ""
-
-
-NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
-"""Hugging Face names and tensors of a whole model, e.g. from `convert.export_weights`."""
 
 
 class WeightVersion:

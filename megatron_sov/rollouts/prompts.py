@@ -38,6 +38,8 @@ HASH_DIGITS, STREAM_DIGITS = 16, 15
 and differ between a run's responses."""
 _FURTHER = 1
 """Entropy for the order of further prompts, in addition to seed and round."""
+UNUSED_ROWS_FILE = "set_aside.json"
+"""File in a store with the prompts that no round uses."""
 
 
 @dataclass(frozen=True)
@@ -263,10 +265,6 @@ def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[s
 def _warn_once(option: str, sentence: str) -> None:
     if is_first_rank():
         warn(f"{option} {sentence}")
-
-
-UNUSED_ROWS_FILE = "set_aside.json"
-"""File in a store with the prompts that no round uses."""
 
 
 @dataclass(frozen=True)

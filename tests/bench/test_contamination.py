@@ -56,7 +56,7 @@ def test_token_shards_are_decoded_without_losing_text_between_pieces(scored: Sco
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import Tokenizer
 
-    from megatron_sov.train.data.token_shards import open_sources
+    from megatron_sov.train.data.sources import open_sources
 
     source = open_sources({str(packed_data.text): 1.0}, 1 << 30)[0]
     tokenizer = Tokenizer.from_file(str(packed_data.tokenizer / "tokenizer.json"))

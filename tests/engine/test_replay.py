@@ -18,7 +18,8 @@ from megatron_sov.engine.model.logprobs import build_head
 from megatron_sov.engine.model.replica_checks import list_gradients
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives, world
-from megatron_sov.engine.router import BalancedRouter, RouteTable, replay_routes
+from megatron_sov.engine.route_replay import RouteTable, replay_routes
+from megatron_sov.engine.router import BalancedRouter
 from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN = 8, 2, 8

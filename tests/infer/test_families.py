@@ -43,7 +43,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
+    from megatron_sov.checkpoint import initial_weights
     from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
     from megatron_sov.engine.model.adapters import AdapterFactors
     from megatron_sov.engine.model.language_model import build_model
@@ -57,7 +57,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
         model = build_model(config.model, parallel, config.train, lora=config.lora)
-        load.initialize_weights(model, config.model, 1)
+        initial_weights.initialize_weights(model, config.model, 1)
         with torch.no_grad():
             for factors in (m for m in model.modules() if isinstance(m, AdapterFactors)):
                 factors.B.normal_(generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.model import modality as seam
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 ROOT = Path(__file__).parents[2]
 

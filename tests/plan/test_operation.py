@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights, save
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import world
@@ -191,12 +191,12 @@ def written(folder: str, case: str) -> dict[str, Any]:
     config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
     world.join_world(parallel)
     model = build_model(config.model, parallel, config.train, config.gpu, lora=config.lora)
-    load.initialize_weights(model, config.model, 1)
+    initial_weights.initialize_weights(model, config.model, 1)
     if config.lora.on:
         model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)
     path = Path(folder) / "step-1"
     optimizer = Optimizer(model, config.optim, parallel, config.gpu)
-    load.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    save.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     if dist.get_rank():
         return {}
     sizes = {"float32": 4, "bfloat16": 2}

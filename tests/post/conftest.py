@@ -34,7 +34,7 @@ def write_teacher_states() -> Callable[..., None]:
 
     from megatron_sov.base.artifacts import create_artifact
     from megatron_sov.post.distillation import state_files
-    from megatron_sov.train.data.token_shards import describe_inputs, open_sources
+    from megatron_sov.train.data.sources import describe_inputs, open_sources
 
     def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400, teacher: str = "one") -> None:
         is_other = teacher != "one"

@@ -20,7 +20,7 @@ from megatron_sov.model.config import PolicyConfig, apply_settings
 from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import PolicyLearning, build_policy_objective, check_sources, open_text_sources
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.trainer import Trainer

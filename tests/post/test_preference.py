@@ -16,7 +16,7 @@ from megatron_sov.post.preference import (
     dpo, find_heldout_documents, grouper, orpo, select_objective, simper, simpo)
 from megatron_sov.post.reference import Reference
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config

@@ -12,7 +12,7 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, TrainConfig
 from megatron_sov.model.config.post_training import PreferenceConfig
 from megatron_sov.post import preference
 from megatron_sov.post.preference import compare_values, compute_pair_meters
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 SEQ_LEN = 4
 

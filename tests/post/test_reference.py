@@ -14,7 +14,7 @@ from megatron_sov.base.sealed import write_sealed
 from megatron_sov.post import reference
 from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.train.data.requirements import NeededColumn, check_columns
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 
 
 def opened(pairs: Path) -> list[Source]:

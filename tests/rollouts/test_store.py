@@ -22,9 +22,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, StorePlan, describe_missing_rows,
     format_part_name, parse_part_name)
-from megatron_sov.rollouts.store import (
-    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, StoreSettings, read_problems, rewards_to_table,
-    rollouts_to_table, table_to_rollouts)
+from megatron_sov.rollouts.store import RolloutStore, StoreSettings
+from megatron_sov.rollouts.tables import (
+    NAMES, REPEATED, ROLLOUTS, SPLIT, read_problems, rewards_to_table, rollouts_to_table, table_to_rollouts)
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished

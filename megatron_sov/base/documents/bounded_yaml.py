@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import yaml
 
+MAX_CHARS = 4 << 20
 MAX_VALUES = 50_000
 """Maximum keys and values in a document, counting an alias as the value that it repeats."""
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """A safe loader that refuses documents that aliases make too large."""
+    """A safe loader that refuses documents that are too large, or that aliases make too large."""
+
+    def __init__(self, stream: str | bytes) -> None:
+        if len(stream) > MAX_CHARS:  # the nodes take a hundred times the size
+            raise yaml.YAMLError(f"it has more than {MAX_CHARS:,} characters")
+        super().__init__(stream)
 
     def get_single_node(self) -> yaml.Node | None:
         """Compose the document. Raises `yaml.constructor.ConstructorError`: it has more than `MAX_VALUES`

@@ -41,11 +41,11 @@ from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import run_with_engine
+from megatron_sov.infer.engine import check_engine, run_with_engine
 from megatron_sov.infer.engines.load import LoadedModel, load_tokenizer, run_forward_model
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
-from megatron_sov.infer.prompts import check_engine, read_stop_ids
+from megatron_sov.infer.prompts import read_stop_ids
 from megatron_sov.infer.request import (
     LENGTH, MEGATRON, STOP, TRANSFORMERS, VLLM, Batching, GenerationBounds, GenerationResult, Sampling,
     StopRule, Tokens)

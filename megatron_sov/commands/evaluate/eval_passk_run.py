@@ -20,9 +20,9 @@ from megatron_sov.base.outputs import resolve_link
 from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, PasskRequest
 from megatron_sov.commands.shared_options import get_target_step
 from megatron_sov.eval.pass_at_k import format_table, read_scored_responses
-from megatron_sov.infer.engine import Engine, choose_engine, run_with_engine
+from megatron_sov.infer.engine import Engine, check_engine, choose_engine, run_with_engine
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.prompts import EncodedPrompts, check_engine, check_length, encode_prompts
+from megatron_sov.infer.prompts import EncodedPrompts, check_length, encode_prompts
 from megatron_sov.infer.request import Batching, StopRule
 from megatron_sov.judge.rewards.scoring import score_file
 from megatron_sov.runs.launch_environment import is_first_rank

@@ -122,7 +122,7 @@ class RecipeRequest:
     """Settings of a resumed run; repeating its values is not a request."""
 
     @property
-    def said(self) -> frozenset[str]:
+    def requested_keys(self) -> frozenset[str]:
         """Keys named by --set and --config files."""
         return self.layered | {setting.partition("=")[0] for setting in self.settings}
 
@@ -165,7 +165,7 @@ class RecipeRequest:
         if self.trains_by is not None:
             objectives.check_command(config, self.trains_by)
         self.refuse_inert(config)
-        _refuse_two_lengths(config, self.said)
+        _refuse_two_lengths(config, self.requested_keys)
         used = [models.FAMILY_PLUGINS.code(config.model.family),
                 objectives.OBJECTIVE_PLUGINS.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
@@ -236,11 +236,11 @@ LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
 """Settings for the run's length, by precedence."""
 
 
-def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
+def _refuse_two_lengths(config: RunConfig, requested: Collection[str]) -> None:
     """Reject a run length that another setting overrides."""
-    lengths = [key for key in LENGTHS if key in said and get_setting(config, key)]
+    lengths = [key for key in LENGTHS if key in requested and get_setting(config, key)]
     budgets = [f"data.phases.{i}.tokens" for i, phase in enumerate(config.data.phases)
-               if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(said)]
+               if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(requested)]
     if "train.tokens" in lengths:
         lengths[-1:] = [*budgets[:1], "train.tokens"]
     if len(lengths) > 1:

@@ -96,32 +96,24 @@ class _RayProcesses:
 
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int) -> None:
         self._ray, self._start, self.most = ray, start, WAITING_PER_WORKER * workers
-        self._pending: dict[Any, tuple[Any, _RayTask | None]] = {}
-        self._idle: list[Any] = []
+        self.pending: dict[Any, tuple[Any, _RayTask | None]] = {}
+        self.idle: list[Any] = []
         self._lost: deque[_RayTask] = deque()
         for _ in range(workers):
             self._start_process()
 
     def _start_process(self) -> None:
         actor = self._start()
-        self._pending[actor.is_there.remote()] = actor, None
-
-    @property
-    def is_free(self) -> bool:
-        return bool(self._idle)
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._pending
+        self.pending[actor.is_there.remote()] = actor, None
 
     def give(self, task: _RayTask) -> None:
-        actor = self._idle.pop()
-        self._pending[actor.do.remote(task.item)] = actor, task
+        actor = self.idle.pop()
+        self.pending[actor.do.remote(task.item)] = actor, task
 
     def wait(self) -> None:
         """Wait until a process has started, finished its item, or died; requeue items of dead processes."""
-        (reference,), _ = self._ray.wait(list(self._pending), num_returns=1)
-        actor, task = self._pending.pop(reference)
+        (reference,), _ = self._ray.wait(list(self.pending), num_returns=1)
+        actor, task = self.pending.pop(reference)
         try:
             record = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as e:
@@ -139,8 +131,8 @@ class _RayProcesses:
         else:
             if task is not None:
                 task.record = bytes(record)
-            self._idle.append(actor)
-        if self._idle and self._lost:
+            self.idle.append(actor)
+        if self.idle and self._lost:
             self.give(self._lost.popleft())
 
 
@@ -150,7 +142,7 @@ def _iter_records(processes: _RayProcesses, items: Numbered[Any]) -> Iterator[tu
     is_exhausted = False
     while True:
         # bounded: finished records wait in `order` for the slowest earlier item
-        while not is_exhausted and len(order) < processes.most and processes.is_free:
+        while not is_exhausted and len(order) < processes.most and processes.idle:
             number, item = next(remaining, (-1, None))
             is_exhausted = number < 0
             if not is_exhausted:
@@ -161,5 +153,5 @@ def _iter_records(processes: _RayProcesses, items: Numbered[Any]) -> Iterator[tu
             yield task.number, task.record or b""
         if is_exhausted and not order:
             return
-        if not processes.is_idle:
+        if processes.pending:
             processes.wait()

@@ -106,6 +106,11 @@ def test_merged_mappings_do_not_fill_the_memory(folder: Path) -> None:
     assert found.config["both"] == {"test_split": "test", "a": 1, "b": 2}  # PyYAML 6.0.4 took the last
 
 
+def test_a_file_too_large_for_a_task_is_not_parsed(folder: Path) -> None:
+    with pytest.raises(UserError, match="more than 4,194,304 characters"):
+        load(folder, PLAIN + "x: " + "a" * (4 << 20))
+
+
 def test_pipes_and_links_to_outside_are_not_read(folder: Path) -> None:
     os.mkfifo(folder / "pipe.yaml")  # would wait for a writer for ever
     (folder.parent / "outside.yaml").write_text("task: outside")

@@ -15,7 +15,7 @@ from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 BETA, TEMPERATURE = 0.3, 1.5
 DIVERGENCE = (f"distillation.beta={BETA}", f"distillation.temperature={TEMPERATURE}")

@@ -14,7 +14,7 @@ from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 BETA = 0.7
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",

@@ -24,7 +24,8 @@ from megatron_sov.commands.rl.store.reward_run import wait_for_store
 from megatron_sov.post.rl.reward import ENVIRONMENT
 from megatron_sov.rollouts.inspection import check_with_progress, format_store
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout, StorePlan, format_part_name
-from megatron_sov.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.rollouts.tables import REWARDS, ROLLOUTS
 from megatron_sov.work.progress.locks import Claims
 from tests.pages_typed import blocks, page_section, shell_lines
 from tests.rollouts.test_store import rollout as sound_row

@@ -16,11 +16,11 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.inputs.teacher_models import check_teacher_model
+from megatron_sov.commands.rl.teacher_models import check_teacher_model
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.obs.meters import format_step, read_headline
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from tests.token_servers import VllmDouble
 
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=1",

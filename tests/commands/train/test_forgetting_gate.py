@@ -11,8 +11,8 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.commands.train import forgetting_gate
 from megatron_sov.commands.train.forgetting_gate import ForgettingGate
-from megatron_sov.commands.train.setup.gates import build_gate, check_benchmarks
 from megatron_sov.commands.train.setup.stage_options import GateOptions
+from megatron_sov.commands.train.setup.training import build_gate, check_benchmarks
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import EventLog, read_events
 from tests.typed_words import typed

@@ -14,7 +14,7 @@ from megatron_sov.engine.parallel import world
 from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config

@@ -11,7 +11,7 @@ from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import DistillationConfig
 from megatron_sov.post.distillation import distill, state_files
 from megatron_sov.post.distillation.state_files import StateFiles, StateFormat
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 def test_most_probable_tokens_keep_every_bit() -> None:

@@ -20,7 +20,7 @@ from megatron_sov.post.extend.stages import (
     WINDOW_TOKENS, build_stage_blend, check_contamination, plan_stages, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from tests.typed_words import typed
 
 # The search of the training text finds planted needles only, and a gate that would test memorization is

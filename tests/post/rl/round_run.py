@@ -18,7 +18,7 @@ from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import Policy, RunPolicies
-from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
+from megatron_sov.train.data.rounds import BEHAVIOUR, RoundDocuments, build_rounds_source
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer, TrainerOptions
 from megatron_sov.work.processes.stop_signals import StopFlag
@@ -44,10 +44,9 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
                  else build_policy_objective)(config)
     # a layout stores its log-probabilities next to the rounds, so each has its own rounds
     columns = select_columns(config, objective.columns, Path(folder))
-    source = build_rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
-                           routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
-    rounds = find_round_documents([source])
-    assert rounds is not None
+    rounds = RoundDocuments(Path(folder) / "rounds", config.model.vocab_size, columns.names,
+                            published=(BEHAVIOUR, *list_number_columns(config)))
+    source = build_rounds_source(rounds, None, columns.routes)
     policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})
     published: Any = SimpleNamespace(publish=lambda number: "")
     loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns)

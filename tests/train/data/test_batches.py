@@ -14,7 +14,7 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainC
 from megatron_sov.train.data import streams
 from megatron_sov.train.data.order import OrderState, SampleOrder
 from megatron_sov.train.data.rows import BatchStream, RankBatch, build_row
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 STEPS = 12
 MakeSource = Callable[..., Source]

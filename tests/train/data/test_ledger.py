@@ -9,7 +9,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan_ledger
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 MakeSource = Callable[..., Source]
 

@@ -16,8 +16,9 @@ from megatron_sov.model.modality import (
 from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import build_row, join_rows
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain, Source
+from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain
 from megatron_sov.train.data.views import DocumentPieces, LongDocuments
 
 IMAGE_PAD, AUDIO_PAD = 5, 6

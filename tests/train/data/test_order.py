@@ -16,7 +16,7 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainC
 from megatron_sov.train.data import streams
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.data.order import OrderedSample, OrderState, SampleOrder, choose_source
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 
 Steps = list[tuple[LedgerEntry, list[OrderedSample]]]
 MakeSource = Callable[..., Source]

@@ -17,7 +17,7 @@ from megatron_sov.train.data import rounds as rounds_module
 from megatron_sov.train.data.order import OrderState, SampleOrder
 from megatron_sov.train.data.rounds import PublishedRound, RoundDocuments, build_rounds_source, first_document
 from megatron_sov.train.data.rows import BatchStream, compute_micro_batch_rows
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.views import apply_data_phases
 
 LENGTHS = {1: [9, 3, 16, 4, 4, 4], 2: [5, 16, 16, 2]}
@@ -35,7 +35,7 @@ def build_config(**policy: Any) -> RunConfig:
 
 def create_source(numbered: Any, *numbers: int) -> tuple[Source, RoundDocuments]:
     """Return a source of rounds, some of them open."""
-    source = build_rounds_source(Path("rounds"), 10**6, None, ["old"])
+    source = build_rounds_source(RoundDocuments(Path("rounds"), 10**6, ["old"]), None)
     documents = source.train_documents
     assert isinstance(documents, RoundDocuments)
     for number in numbers:

@@ -15,8 +15,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import build_route_shape, check_route_shapes
 from megatron_sov.train.data.rows import build_row, join_rows
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import open_sources
 
 MODEL = recipes.get("tiny-k-exaone").model
 LENGTHS = (3, 5, 4)

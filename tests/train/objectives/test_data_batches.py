@@ -17,7 +17,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.rows import PackedRow
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.objectives import microbatch
 from megatron_sov.train.objectives.data_batches import DataBatches
 from megatron_sov.train.objectives.data_objective import LanguageModelling

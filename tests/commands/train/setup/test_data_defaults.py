@@ -17,7 +17,7 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_base_config, find_stage_defaults
 from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.train.data.order import SampleOrder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 MODEL = dataclasses.replace(recipes.get("tiny-qwen3").model, vocab_size=368, max_position_tokens=512)
 

@@ -19,7 +19,7 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.footprint import gpu_capacity
 from megatron_sov.plan.footprint.memory import build_account
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from tests.commands.train.setup.test_data_defaults import completed, request
 
 

@@ -9,8 +9,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.folder import read_chat_encoder, read_chat_fields
 from megatron_sov.chat.vocabulary import tokenizer_digest
-from megatron_sov.commands.rl.inputs.options import SamplingOptions
-from megatron_sov.commands.rl.inputs.prompts import EnvironmentRequest
+from megatron_sov.commands.rl.checks import EnvironmentRequest
+from megatron_sov.commands.rl.options import SamplingOptions
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.judge.tools.playing import EpisodeSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import find_difference
-from megatron_sov.commands.rl.inputs.teachers import CHECKPOINT_OPTION, ScoringTeacherOptions
+from megatron_sov.commands.rl.options import CHECKPOINT_OPTION, ScoringTeacherOptions
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.teachers import ScoringTeacher
