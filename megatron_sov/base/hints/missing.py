@@ -59,8 +59,7 @@ def find_text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence
 
 
 def choose_placeholder(action: argparse.Action, program: str = "") -> str:
-    """Return the value to write for a missing option: a new folder, the first choice, or the value's
-    name."""
+    """Return the value to write for a missing option: a new folder, the first choice, or the value's name."""
     rows, name = load_table()["missing"], action.option_strings[0]
     row = rows.get(f"{program} {name}", rows.get(name, {}))
     if new := row.get("new"):
