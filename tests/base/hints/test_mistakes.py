@@ -136,7 +136,7 @@ from tests.base.hints.test_words import answer
     ("megatron-sov rl run --from hf --prompts d2 --reward math --store s --run r", ["--prompts FILE.jsonl"]),
     ("megatron-sov pretrain tiny-qwen3 --data d --run r --hours 2", ["timeout --signal TERM 2h"]),
     ("megatron-sov rl run --from hf --prompts t.jsonl --reward math,format --reward_weights 1,0.2 --run r",
-     ["--reward composed --reward-set parts.math.reward=math --reward-set parts.format.reward=format "
+     ["--reward composed --reward-set parts.math.reward=math --reward-set parts.format.reward=format ",
       "--reward-set parts.math.weight=1 --reward-set parts.format.weight=0.2"]),
     ("megatron-sov rl run --from hf --prompts t.jsonl --reward math --store s --run r --engine vllm --tp 2",
      ["--engine vllm --engine-set tp=2"]),
