@@ -34,9 +34,9 @@ def install_double() -> None:
     specs.on_gpu = lambda: True  # what configurations are made for
     specs.needs_transformer_engine = lambda dtype: True
     from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
-    from tests.te_double.quantized_run import quantise_products
+    from tests.te_double.quantized_run import quantize_products
 
-    quantise_products()
+    quantize_products()
     for name in FP8_FUNCTIONS.values():  # as on a GPU that has every recipe
         setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct through every command, each figure beside that of an independent program.
+"""SmolLM2-135M-Instruct through every command, each figure compared with an independent program.
 
 Usage: outside/bin/python benchmarks/real/doors.py --work DIR [--only STEP ...]
 

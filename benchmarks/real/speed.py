@@ -1,4 +1,4 @@
-"""Processor seconds and peak memory with a real model beside TRL, PEFT, transformers and lm-eval.
+"""Processor seconds and peak memory with a real model, compared with TRL, PEFT, transformers and lm-eval.
 
 Usage: python benchmarks/real/speed.py --work DIR --outside ENVIRONMENT [--only NAME ...]
 
@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our figures beside the peer's."""
+    """Our figures and the figures of the peer."""
 
     unit: str
     peer: str
@@ -95,13 +95,13 @@ def train_settings(*more: str) -> list[str]:
                 "train.eval_every_steps=0", "train.num_threads=1", *more)
 
 
-def compare_training(bench: Bench, kind: str, goal: str, rows: str, data: str, command: Sequence[str],
+def compare_training(bench: Bench, kind: str, goal: str, data: str, command: str, lr: str,
                      *settings: str) -> Comparison:
     steps, peak_bytes = bench.time_ours(
-        kind, "steps", *command, "--from", "ck", "--data", data, "--run", f"speed/{kind}-{time.time_ns()}",
-        *train_settings(f"train.steps={NUM_STEPS}", *settings))
-    batch = len(bench.road.read_rows(rows))
-    theirs = bench.time_trl(kind, kind, rows, "--batch", str(batch))
+        kind, "steps", command, "--from", "ck", "--data", data, "--run", f"speed/{kind}-{time.time_ns()}",
+        *train_settings(f"train.steps={NUM_STEPS}", f"optim.lr={lr}", *settings))
+    batch = len(bench.road.read_rows(f"{data}.jsonl"))
+    theirs = bench.time_trl(kind, kind, f"{data}.jsonl", "--batch", str(batch), "--lr", lr)
     peer = "TRL and PEFT" if kind == "lora" else "TRL"
     return Comparison(f"a step of {batch} rows", peer, Measurement(min(steps[1:]), peak_bytes),
                       theirs, goal)
@@ -109,22 +109,20 @@ def compare_training(bench: Bench, kind: str, goal: str, rows: str, data: str, c
 
 def compare_sft(bench: Bench) -> Comparison:
     pack(bench.road, "filled", "chat", (2 * CHATS)[:NUM_CHATS])
-    return compare_training(bench, "sft", "0.9", "filled.jsonl", "filled", ["sft"],
-                            "data.phases.0.seq_len=512", "train.global_batch_size=1", "optim.lr=2e-5")
+    return compare_training(bench, "sft", "0.9", "filled", "sft", "2e-5", "data.phases.0.seq_len=512",
+                            "train.global_batch_size=1")
 
 
 def compare_lora(bench: Bench) -> Comparison:
     pack(bench.road, "filled", "chat", (2 * CHATS)[:NUM_CHATS])
-    return compare_training(bench, "lora", "0.75, memory 0.45", "filled.jsonl", "filled", ["sft"],
-                            "data.phases.0.seq_len=512", "train.global_batch_size=1", "lora.rank=16",
-                            "optim.lr=2e-4")
+    return compare_training(bench, "lora", "0.75, memory 0.45", "filled", "sft", "2e-4",
+                            "data.phases.0.seq_len=512", "train.global_batch_size=1", "lora.rank=16")
 
 
 def compare_dpo(bench: Bench) -> Comparison:
     pack(bench.road, "pairs", "preference", PAIRS)
-    return compare_training(bench, "dpo", "memory 1.0", "pairs.jsonl", "pairs", ["prefer"],
-                            "data.phases.0.seq_len=96", f"train.global_batch_size={len(PAIRS)}",
-                            f"train.micro_batch_size={len(PAIRS)}", "optim.lr=5e-6")
+    return compare_training(bench, "dpo", "memory 1.0", "pairs", "prefer", "5e-6", "data.phases.0.seq_len=96",
+                            f"train.global_batch_size={len(PAIRS)}", f"train.micro_batch_size={len(PAIRS)}")
 
 
 def compare_round(bench: Bench) -> Comparison:

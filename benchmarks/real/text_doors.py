@@ -1,4 +1,4 @@
-"""Import, generation, serving and evaluation of the model, each beside an independent program."""
+"""Import, generation, serving and evaluation of the model, each compared with an independent program."""
 
 from __future__ import annotations
 

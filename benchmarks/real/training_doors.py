@@ -1,4 +1,4 @@
-"""Fine-tuning, adapters, preferences, RL and distillation of the model beside transformers and PEFT."""
+"""Fine-tuning, adapters, preferences, RL and distillation, compared with transformers and PEFT."""
 
 from __future__ import annotations
 
