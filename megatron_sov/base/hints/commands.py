@@ -154,13 +154,13 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
         line = code[1].replace("DIR", folders[0]).replace("TEXT", " ".join(rest).replace("'", "\\'"))
         return UserError(f"{begin}; {text.partition(': `')[0]}", Fix(line))
     if "{first}" in text:
-        sentence, code, _ = text.split("`")
+        sentence, commands, _ = text.split("`")
         free = [word for word in typed if not word.startswith("-")]
-        first = free[0] if free else "OWNER/NAME" if "hf download" in code else "RUN"
+        first = free[0] if free else "OWNER/NAME" if "hf download" in commands else "RUN"
         name = Path(first).stem
         holes = {"first": first, "name": name, "second": free[1] if len(free) > 1 else f"{name}.gguf",
                  "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
-        lines = code.format(**{hole: shlex.quote(value) for hole, value in holes.items()})
+        lines = commands.format(**{hole: shlex.quote(value) for hole, value in holes.items()})
         return UserError(f"{begin}; {sentence.rstrip(': ')}", Fix(lines.replace(" && ", "\n  ")))
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []

@@ -53,8 +53,9 @@ def multiply_context(model: str, factor: str) -> str:
     """Return `factor` times the context length of a Hugging Face folder; "TOKENS" if unknown."""
     config = _parse_file(Path(model) / "config.json") if model else None
     length = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    is_number = isinstance(length, int) and re.fullmatch(r"\d+(\.\d+)?", factor)
-    return str(round(length * float(factor))) if is_number else "TOKENS"
+    if not isinstance(length, int) or not re.fullmatch(r"\d+(\.\d+)?", factor):
+        return "TOKENS"
+    return str(round(length * float(factor)))
 
 
 def parse_blend(words: Sequence[str]) -> list[str]:
