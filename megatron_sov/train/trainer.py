@@ -37,9 +37,10 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.runs.rounds import FEED_STATE
 from megatron_sov.schedules import Schedule
-from megatron_sov.train.checkpointer import Checkpointer, Stateful, TrainState, load_encoder_weights
+from megatron_sov.train.checkpointer import Checkpointer, Stateful, TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.sources import Source
+from megatron_sov.train.encoder_weights import load_encoder_weights
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.forward_backward import ForwardBackward
 from megatron_sov.train.guards.fault_injection import Fault, corrupt_checkpoint

@@ -127,7 +127,7 @@ def open_as_checkpoint(target: Target) -> Iterator[Path]:
 
 
 def build_inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
-                     ) -> RunConfig:
+                           ) -> RunConfig:
     """Return the config for running a checkpoint: one process, the precision of `choose_inference_precision`,
     then `settings`.
 
