@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_sov.checkpoint import initial_weights, load
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.engine.model.expert_load import ExpertLoad
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -43,7 +43,7 @@ class OneRank:
         self.config = config
         self.world = world.join_world(config.parallel)
         self.model = build_model(config.model, config.parallel, config.train, config.gpu)
-        with patch.object(load, "_generate_values", _draw_on_device):
+        with patch.object(initial_weights, "_generate_values", _draw_on_device):
             initial_weights.initialize_weights(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)

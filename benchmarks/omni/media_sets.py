@@ -35,7 +35,7 @@ def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
     Files are shuffled, so their names do not reveal the labels.
 
     Returns:
-        "pictures-train", "sounds-train", "pictures-heldout", "sounds-heldout" -> rows with `path` and `digit`,
+        "pictures-train", "sounds-train" and the same for "heldout" -> rows with `path` and `digit`,
         or `path`, `word` and `voice`.
     """
     draw, index = random.Random(seed), dict[str, list[Row]]()
