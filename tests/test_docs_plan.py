@@ -13,7 +13,7 @@ from megatron_sov.plan.search import space
 from tests.pages_typed import page_section, page_text, shell_lines
 
 PAGE = page_text("plan.md")
-KEYS = page_section("formats.md", "plan --json")
+KEYS = page_section("formats.md", "JSON of plan")
 COMMANDS = shell_lines(PAGE) + shell_lines(KEYS)
 UNTYPED_PARTS = ("--prove", " submit ", "mine.yaml", "--from my-model")
 """Parts of commands that simulate all processes (`tests/proof` runs them) or read a user's files."""

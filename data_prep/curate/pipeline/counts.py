@@ -15,8 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import read_sealed_json
 
 MAX_SAMPLES, SAMPLE_CHARS = 5, 1000
-_SUMMED_FIELDS = ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed", "cpu_s",
-                  "wall_s")
+_SUMMED_FIELDS = ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed")
 
 
 @dataclass
@@ -36,10 +35,6 @@ class DocumentCounts:
     """Reason -> documents and bytes."""
     broken: dict[str, int] = field(default_factory=dict)
     """Error code -> number of unreadable or excluded records."""
-    cpu_s: float = 0.0
-    """Processor time."""
-    wall_s: float = 0.0
-    """Elapsed time, summed over shards."""
     seals: dict[str, str] = field(default_factory=dict)
     """File name -> checksum, for files by the shard's task."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"dropped": []})

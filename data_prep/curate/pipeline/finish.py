@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
 from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
-from data_prep.curate.pipeline.tasks import get_pass_marks_folder
-from data_prep.damaged_files import explain_deletion, read_run_json
+from data_prep.damaged_files import explain_deletion
 from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import (
     ArtifactWriter, FileRecord, create_folder, find_file_damage, read_manifest, translate_disk_errors,
@@ -156,23 +154,8 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
 
 def build_summary(plan: PipelinePlan, output: Path) -> dict[str, Any]:
     """Return the counts from finished tasks for summary.json, without the keys `output` and `account`."""
-    shared = []
-    for step in plan.steps:
-        folders = {layer.shared for source in plan.sources for layer in source.layers
-                   if layer.number == step.entry.number}
-        shared += [{"number": step.entry.number, "kind": step.entry.kind, "folder": folder,
-                    "passes": list(_sum_pass_times(get_pass_marks_folder(output / folder)))}
-                   for folder in sorted(folders - {""})]
     return {"name": plan.pipeline.name,
-            "sources": [_summarize_source(plan, source, output) for source in plan.sources], "shared": shared}
-
-
-def _sum_pass_times(marks_folder: Path) -> Iterator[dict[str, Any]]:
-    for folder in sorted(marks_folder.glob("*")):
-        marks = sorted(mark for mark in folder.iterdir() if not mark.name.startswith("."))
-        times = [read_run_json(mark) for mark in marks]
-        yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
-               "cpu_s": sum(time["cpu_s"] for time in times), "wall_s": sum(time["wall_s"] for time in times)}
+            "sources": [_summarize_source(plan, source, output) for source in plan.sources]}
 
 
 def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> dict[str, Any]:
