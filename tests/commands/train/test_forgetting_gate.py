@@ -15,7 +15,7 @@ from megatron_sov.commands.train.setup.stage_options import GateOptions
 from megatron_sov.commands.train.setup.training import build_gate, check_benchmarks
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import EventLog, read_events
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 
 class Evaluations:
@@ -35,7 +35,7 @@ class Evaluations:
 
 
 def asked(run: Path, *words: str) -> GateOptions:
-    return typed(GateOptions, ["--run", str(run), "--nproc", "2", *words])
+    return parse_settings(GateOptions, ["--run", str(run), "--nproc", "2", *words])
 
 
 @pytest.fixture
