@@ -94,8 +94,7 @@ def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str])
     if not typed or not typed[0].startswith("-") or typed[0] in parser._option_string_actions:
         return
     name, equals, value = typed[0].partition("=")
-    rest = typed[1:] if equals else typed[2:]
-    value = value if equals else "".join(typed[1:2])
+    value, rest = (value, typed[1:]) if equals else ("".join(typed[1:2]), typed[2:])
     word = normalize_word(name)
     if value and (word == first.lower() or first in index_words("options").get(word, ())):
         raise UserError(f"{parser.prog}: {name} is {first} here, without an option",
