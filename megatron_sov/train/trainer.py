@@ -20,6 +20,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_duration
 from megatron_sov.checkpoint import initial_weights
 from megatron_sov.checkpoint.save import SavedCheckpoint
+from megatron_sov.convert.encoder_weights import load_encoder_weights
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.expert_load import ExpertLoad
@@ -40,7 +41,6 @@ from megatron_sov.schedules import Schedule
 from megatron_sov.train.checkpointer import Checkpointer, Stateful, TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.sources import Source
-from megatron_sov.train.encoder_weights import load_encoder_weights
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.forward_backward import ForwardBackward
 from megatron_sov.train.guards.fault_injection import Fault, corrupt_checkpoint
