@@ -1,4 +1,4 @@
-"""How fast conversion is beside copying the same bytes, and how much memory it takes, in both directions.
+"""Speed and memory of conversion in both directions, compared with copying the same bytes.
 
     python benchmarks/convert_speed.py [--gigabytes 4.5] [--workers 2] [--rounds 3] [--folder DIR]
 
@@ -77,7 +77,7 @@ index = {"metadata": {}, "weight_map": {s.name: name for name, shard in files.it
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took."""
+    """CPU time, wall time and memory of a command."""
 
     wall_s: float
     """Time on the clock."""
@@ -107,7 +107,7 @@ def machine() -> str:
 
 
 def hash_rate(algorithm: str) -> float:
-    """Return the GB that one core hashes in a second of its time."""
+    """Return the GB that a core hashes per second of processor time."""
     block, digest = bytes(1 << 20), Digest(algorithm)
     start_s = time.process_time()
     for _ in range(HASH_BLOCKS):

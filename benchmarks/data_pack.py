@@ -1,5 +1,5 @@
-"""How fast `sov-data pack` is beside Megatron-LM's way and datatrove, on the same text,
-with the same bytes as a result.
+"""Speed of `sov-data pack`, compared with Megatron-LM's preprocessing and datatrove on the same text, with
+identical bytes.
 
     python benchmarks/data_pack.py [--megabytes 40] [--input PATH ...] [--datatrove-python PYTHON]
 
@@ -87,7 +87,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took."""
+    """CPU time, wall time and memory of a command."""
 
     cpu_s: float
     """User and system time of all its processes."""
@@ -181,7 +181,7 @@ def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_py
 
 
 def threads_or_processes(corpus: Path, work: Path) -> None:
-    """Print what two threads and two processes take for the same units."""
+    """Print the cost of the same files with two threads and with two processes."""
     script = work / "threads_or_processes.py"
     script.write_text(THREADS_OR_PROCESSES)
     print()

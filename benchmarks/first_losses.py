@@ -1,4 +1,4 @@
-"""Whether two versions of the code learn and export the same bits: losses of tiny recipes, and an export.
+"""Compare two versions of the code bit for bit: losses of tiny recipes, and an export.
 
     python benchmarks/first_losses.py --data runs/demo/text > losses.txt
 

@@ -1,4 +1,4 @@
-"""Fitting the parameters of the model of speed to measured runs: few numbers, each near what is physical.
+"""Fit the parameters of the speed model to measured runs, with few parameters near their physical values.
 
 Least squares of the logarithm of predicted over measured throughput, with a soft loss (a row that lies far
 off counts little) and a prior for each number: how far it may go from where vendors and papers have it.
@@ -59,14 +59,14 @@ def error(sample: Sample, parameters: Parameters) -> float:
 
 def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, max_rounds: int = 40,
         progress: Callable[[str], None] = lambda line: None) -> Parameters:
-    """Return the parameters that fit best; numbers without a prior stay.
+    """Return the best parameters; parameters without a prior do not change.
 
     Args:
         samples: measured runs.
-        priors: path of a number (`product_fraction.hopper.bf16`) -> prior.
-        start: where to begin.
-        max_rounds: evaluations of the slopes.
-        progress: told what happens.
+        priors: path of a parameter (`product_fraction.hopper.bf16`) -> prior.
+        start: initial parameters.
+        max_rounds: maximum number of gradient evaluations.
+        progress: called with a message after each round.
     """
     import numpy as np
     from scipy.optimize import least_squares

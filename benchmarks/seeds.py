@@ -1,4 +1,4 @@
-"""A figure over the seeds of a benchmark: its mean, and how sure that is."""
+"""Mean and confidence interval of a figure over the seeds of a benchmark."""
 
 from __future__ import annotations
 

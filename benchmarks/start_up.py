@@ -1,5 +1,4 @@
-"""What commands cost before they do anything: CPU seconds of a process that prints its help, of one that is
-refused for an option that does not exist, and of some whose settings are refused.
+"""Start-up cost of commands: CPU seconds to print help, to refuse an unknown option, and to refuse settings.
 
     python benchmarks/start_up.py [--before CHECKOUT] [--repetitions 5] [--output FILE]
 

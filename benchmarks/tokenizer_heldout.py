@@ -1,5 +1,4 @@
-"""Trained tokenizers on text that they did not learn from: bytes per token, one step against two,
-tiktoken.
+"""Trained tokenizers on unseen text: bytes per token, one-stage and two-stage training, and tiktoken.
 
     python benchmarks/tokenizer_heldout.py --trained FOLDER [--authors FOLDER]
 
@@ -196,7 +195,7 @@ def segmentation(held: Path, trained: Trained, max_bytes: float) -> None:
 
 
 def print_counts(name: str, counts: list[int]) -> None:
-    """Print documents, bytes as MB, tokens, and what differs."""
+    """Print documents, megabytes, tokens and differences."""
     print(f"{name:<8} {counts[0]:9,} {counts[1] / 1e6:9.2f} " + " ".join(f"{n:9,}" for n in counts[2:]),
           flush=True)
 

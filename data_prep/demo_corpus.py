@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 from pydoc_data.topics import topics
 from typing import Annotated, Any
 
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import cut_text, list_files, read_documents
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import DeclaredCommand, Flag
 
-KIND = "corpus"
 ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000
 NUM_CHATS, NUM_JUDGED, NUM_LANGUAGE_PROMPTS = 4000, 400, 100
 MIN_CHARS = 100
@@ -43,33 +43,25 @@ MIN_HANGUL_SHARE = 0.3
 MIN_REPEATED_CHARS = 30
 """Minimum length for deduplicated lines, such as notes repeated on every page."""
 _SKIPPED_TAGS = frozenset([
-    "script", "style", "head", "header", "aside", "nav", "footer", "noscript", "info",
-])
+    "script", "style", "head", "header", "aside", "nav", "footer", "noscript", "info"])
 _BLOCK_TAGS = frozenset([
     "p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "td", "th", "dt", "dd", "pre", "table", "ul",
-    "ol", "section", "br", "title", "blockquote",
-])
+    "ol", "section", "br", "title", "blockquote"])
 
 PYTHON_PACKAGES = ("numpy", "networkx", "sympy", "jinja2", "pydantic", "torch/nn", "torch/optim",
                    "torch/utils", "torch/distributions")
 """Packages (or subfolders) to read docstrings from, if installed."""
 SKIPPED_FOLDERS = frozenset([
     "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings",
-    "lib2to3", "_vendor", "licenses", "turtledemo",
-])
+    "lib2to3", "_vendor", "licenses", "turtledemo"])
 """Tests, third-party packages, and folders with tables."""
 _ROLE = re.compile(r":[a-zA-Z:+-]+:`[~!]?([^`<]+?)(?:\s*<[^>`]*>)?`")
 _NOISE_LINE = re.compile(r"^\s*(\.\. [\w:-]+::.*|\.\. _.*|([=\-~^\"*#+`_.])\2{2,}|<[^>]*>.*"
                          r"|.*!\[.*|\[!?\[.*)$", re.MULTILINE)
 _MIN_ANSWER_CHARS, _MAX_ANSWER_CHARS = 40, 600
 QUESTIONS = (
-    "What does `{}` do?",
-    "What is `{}` for?",
-    "Explain `{}` in Python.",
-    "Can you tell me what `{}` does?",
-    "I found `{}` in some code. What is it?",
-    "Describe `{}` briefly.",
-)
+    "What does `{}` do?", "What is `{}` for?", "Explain `{}` in Python.", "Can you tell me what `{}` does?",
+    "I found `{}` in some code. What is it?", "Describe `{}` briefly.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +95,7 @@ def write_corpus(options: DemoCorpusOptions) -> int:
     """Write an artifact of kind "corpus" with a JSONL file per source. Raises `UserError`: the user's text is
     unreadable or empty, or the output may not be replaced."""
     output = options.output
-    check_output_folder(output, KIND, options.overwrite)
+    check_output_folder(output, CORPUS, options.overwrite)
     library = list_stdlib_files()
     sources = {name: read_source(file) for name, file in [*library, *list_package_files()]}
     docstrings = [d for name, source in sources.items() for d in parse_docstrings(name, source)]
@@ -123,7 +115,7 @@ def write_corpus(options: DemoCorpusOptions) -> int:
     records["chat"] = build_chats(docstrings)
     records["judged"] = build_judged_responses(records["chat"])
     records["benchmarks/code-switching/test"] = build_language_prompts(records["chat"])
-    with create_artifact(output, KIND, overwrite=options.overwrite) as artifact:
+    with create_artifact(output, CORPUS, overwrite=options.overwrite) as artifact:
         for name, rows in records.items():
             file = artifact.path / f"{name}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -169,8 +161,7 @@ def select_documents(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
 
 def build_chats(docstrings: list[Docstring]) -> list[dict[str, object]]:
     """Build up to `NUM_CHATS` question-answer chats with distinct answers, sorted by question."""
-    questions = {answer: question
-                 for question, answer in filter(None, map(build_question_pair, docstrings))}
+    questions = {answer: question for question, answer in filter(None, map(build_question_pair, docstrings))}
     selected = sorted(questions.items(), key=lambda pair: compute_order_key(pair[1]))[:NUM_CHATS]
     return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
             for answer, question in sorted(selected, key=lambda pair: pair[1])]

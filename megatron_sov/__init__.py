@@ -35,8 +35,7 @@ __all__ = [
     "RunConfig", "SupervisedFineTuning", "UserError", "__version__", "apply_settings", "convert",
     "distill", "evaluate", "from_dict", "generate", "pack", "per_source", "prefer", "pretrain",
     "read_events", "read_meters", "read_rounds", "recipes", "rl_run", "sft", "train_tokenizer",
-    "with_denominators",
-]
+    "with_denominators"]
 _MODULES = {
     "__version__": "version", "UserError": "base.errors", "RunConfig": "model.config",
     "apply_settings": "model.config", "from_dict": "model.config", "Family": "model.families.family",
@@ -48,8 +47,7 @@ _MODULES = {
     "PairLearning": "post.preference", "PairLearningWithReference": "post.preference",
     "PolicyLearning": "post.policy",
     **dict.fromkeys(("GlobalBatch", "LossSums", "Objective", "per_source", "with_denominators"),
-                    "train.objectives.objective"),
-}
+                    "train.objectives.objective")}
 _FOLDERS = {"convert": "convert", "recipes": "model.recipes"}
 
 

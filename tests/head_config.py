@@ -1,4 +1,4 @@
-"""What an output head reads of a model's configuration."""
+"""The fields of a model config that an output head reads."""
 
 from types import SimpleNamespace
 from typing import Any

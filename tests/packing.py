@@ -1,4 +1,4 @@
-"""Token shards that most tests of training read, made by the project's own commands."""
+"""Token shards for most training tests, built with the project's own commands."""
 
 from __future__ import annotations
 

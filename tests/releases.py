@@ -1,4 +1,4 @@
-"""Wheels of other projects whose sources tests read, and newer releases of megatron-core than the lock's.
+"""Download sources of other projects that tests read, and look up newer releases of megatron-core.
 
 Usage: python tests/releases.py    (as `make test`): says so where the lock is old, without asking an index
 """
@@ -26,13 +26,13 @@ def is_source(member: str) -> bool:
 
 
 def fetched(name: str, version: str, python: str = "3.12", keeps: Callable[[str], bool] = is_source) -> Path:
-    """Return a folder with a part of a wheel, fetched once.
+    """Return a folder with a part of a wheel, downloaded once.
 
     Args:
-        name: of the package.
-        version: of it.
-        python: that the wheel is for.
-        keeps: whether a file of the wheel, by its path there, is of the part: its Python sources.
+        name: name of the package.
+        version: version of the package.
+        python: Python version of the wheel.
+        keeps: selects files of the wheel by path; default: Python sources.
 
     Raises:
         OSError: pip cannot fetch it.

@@ -1,5 +1,4 @@
-"""The interface from Python: the page and the package agree, nothing heavy is imported,
-the page's example runs."""
+"""The Python interface: the page matches the package, imports stay light, and the page's example runs."""
 
 import json
 import os
@@ -35,7 +34,7 @@ def test_the_page_has_every_name_and_no_other() -> None:
 
 
 @pytest.mark.deep
-def test_what_importing_brings() -> None:
+def test_import_loads_nothing_heavy() -> None:
     """Nothing heavy; and names on megatron prepare the process first,
     or warnings about missing GPU packages abound."""
     result = python(
@@ -53,7 +52,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.deep
 def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
-    """The stages after what the first example leaves: a model that has seen text."""
+    """Later stages start from the result of the first example: a model that has seen text."""
     shutil.copytree(packed_data.text, tmp_path / "tokens")
     shutil.copytree(packed_data.tokenizer, tmp_path / "tokenizer")
     shutil.copy(packed_data.tokenizer.parent / "chat.jsonl", tmp_path / "chats.jsonl")
@@ -125,10 +124,9 @@ def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None
     (1, "Traceback ...\n",
      RuntimeError("megatron-sov eval ended with exit code 1; see stderr")),
 ])
-def test_how_a_command_ended_is_how_the_function_ends(
-    code: int, said: str, error: Exception, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_how_a_command_ended_is_how_the_function_ends(code: int, said: str, error: Exception,
+                                                      monkeypatch: pytest.MonkeyPatch,
+                                                      capfd: pytest.CaptureFixture[str]) -> None:
     program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
     real = subprocess.Popen
     monkeypatch.setattr(children.subprocess, "Popen",

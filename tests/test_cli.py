@@ -1,4 +1,4 @@
-"""The door: quick help without torch, exit codes, and every command's own help."""
+"""The program's entry: fast help without torch, exit codes, and the help of every command."""
 
 import argparse
 import ast
@@ -51,7 +51,7 @@ def test_a_program_without_a_command_imports_no_library(module: str, words: list
 @pytest.mark.essential
 @pytest.mark.parametrize("program", ENTRIES)
 def test_every_command_explains_itself_without_a_heavy_library(program: str) -> None:
-    """One interpreter for all: what one of them imported would be there for those that follow."""
+    """One interpreter for all commands: an import of one would be visible to the following ones."""
     module = importlib.import_module(ENTRIES[program])
     heavy: tuple[str, ...] = (*HEAVY, "pydantic", "pyarrow", "scipy", "pandas", "sklearn")
     if program == "megatron-sov":  # others have constants of numpy
@@ -75,7 +75,7 @@ def test_every_command_explains_itself_without_a_heavy_library(program: str) -> 
 
 
 @pytest.mark.each("command", ["convert", "codec", "eval", "tools", "rl store"])
-def test_the_list_of_commands_names_what_each_of_several_does(command: str) -> None:
+def test_command_list_describes_subcommands(command: str) -> None:
     parser = argparse.ArgumentParser()
     cli.COMMANDS[command].load().add_arguments(parser)
     (actions,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
@@ -104,7 +104,7 @@ def test_an_unknown_command_names_the_nearest(words: list[str], said: str, lines
 
 
 @pytest.mark.each("first", sorted({name.split()[0] for name in cli.COMMANDS if " " in name}))
-def test_the_first_of_two_words_lists_all_that_follow(first: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_group_lists_its_subcommands(first: str, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(SystemExit):
         assert cli.main([first, "--help"]) == 0
     printed = capsys.readouterr().out
@@ -112,8 +112,7 @@ def test_the_first_of_two_words_lists_all_that_follow(first: str, capsys: pytest
         assert re.search(rf"^  {second} +{re.escape(text)}$", printed, re.MULTILINE)
 
 
-def test_a_command_began_with_its_process_and_one_that_python_calls_begins_now(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_time_is_that_of_the_process_or_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     began_s = []
 
     def run(args: argparse.Namespace) -> int:
@@ -143,7 +142,7 @@ REFUSED = (
 
 
 def test_refusals_that_need_no_torch_come_without_it(tmp_path: Path) -> None:
-    """One interpreter for all: what one of them imported would be there for those that follow."""
+    """One interpreter for all commands: an import of one would be visible to the following ones."""
     lines = [line.format(there=tmp_path) for line in REFUSED]
     program = (
         "import sys\nfrom megatron_sov.cli import main\n"
@@ -162,8 +161,8 @@ def test_refusals_that_need_no_torch_come_without_it(tmp_path: Path) -> None:
 
 @pytest.mark.each("line", ["generate Qwen/Qwen3-8B --prompt x", "convert from-hf Qwen/Qwen3-8B out",
                                   "sft tiny-qwen3 --data {there} --from Qwen/Qwen3-8B --run r"])
-def test_a_name_on_the_hub_is_answered_with_the_command_that_fetches_it(
-        line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_name_is_refused_with_its_download_command(line: str, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(line.format(there=tmp_path).split()) == ExitCode.USER_ERROR
     assert "run `hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in capsys.readouterr().err
 

@@ -1,5 +1,5 @@
-"""The container definitions: both make the same image, from what lies in the repository,
-at the versions of constraints.txt."""
+"""Container definitions: both build the same image from the repository, with the versions of
+constraints.txt."""
 
 import os
 import re
@@ -22,7 +22,7 @@ esac
 
 
 def copied(lines: list[str]) -> dict[str, str]:
-    """Return source -> place of what a definition copies into the image."""
+    """Return source -> destination of files that a definition copies into the image."""
     found = {}
     for line in lines:
         *sources, place = line.split()
@@ -53,7 +53,7 @@ def test_all_that_setup_needs_is_copied() -> None:
     assert places == {name: f"/opt/megatron-sov/{name}" for name in wanted}
 
 
-def test_pins_are_those_of_the_repository_but_for_the_torch_of_the_image(tmp_path: Path) -> None:
+def test_container_pins_equal_the_repository_except_torch(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(RECORDER)
     python.chmod(python.stat().st_mode | stat.S_IXUSR)

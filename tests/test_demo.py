@@ -1,4 +1,4 @@
-"""`make demo`: how it divides its chats, and that what it types are commands which the programs know."""
+"""`make demo`: the split of its chats, and commands that the programs accept."""
 
 import json
 import sys
@@ -26,7 +26,8 @@ def lines(file: Path) -> list[dict]:
 
 
 def gather(root: Path, num_chats: int) -> None:
-    """Write chats as `sov-data demo-corpus` does; answers hold what only Python takes for a line end."""
+    """Write chats as `sov-data demo-corpus` does, with answers that contain characters which only Python
+    treats as line ends."""
     (root / "corpus").mkdir()
     (root / "corpus/chat.jsonl").write_text("".join(json.dumps(
         {"messages": [{"role": "user", "content": f"What is {i}?"},
@@ -35,8 +36,8 @@ def gather(root: Path, num_chats: int) -> None:
 
 
 @pytest.mark.parametrize(("num_chats", "expected"), [(4000, (32, 800, 3168)), (80, (10, 20, 50))])
-def test_each_chat_is_learned_from_once_and_a_rule_tells_the_better_answer(
-        tmp_path: Path, num_chats: int, expected: tuple[int, ...]) -> None:
+def test_each_chat_is_used_once_and_a_rule_ranks_answers(tmp_path: Path, num_chats: int,
+                                                         expected: tuple[int, ...]) -> None:
     gather(tmp_path, num_chats)
     demo.split_chats(tmp_path)
     folder = tmp_path / "conversations"
@@ -56,7 +57,7 @@ def test_each_chat_is_learned_from_once_and_a_rule_tells_the_better_answer(
 
 
 @pytest.mark.parametrize("sources", [SOURCES, ["user"]])
-def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: list[str]) -> None:
+def test_every_command_parses(tmp_path: Path, sources: list[str]) -> None:
     stages = [demo.corpus_stage(tmp_path, None), *demo.data_stages(tmp_path, sources),
               *demo.training_stages(tmp_path, sources), *demo.retrieval_stages(tmp_path, sources),
               *demo.judging_stages(tmp_path), *demo.report_stages(tmp_path, "What is it?")]

@@ -1,4 +1,4 @@
-"""The pages tell the truth: commands parse, links lead somewhere, the list of settings is fresh."""
+"""Pages: their commands parse, their links resolve, and generated pages are up to date."""
 
 import ast
 import dataclasses
@@ -22,23 +22,25 @@ from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import BuiltIn, request_training
 from megatron_sov.model.recipes.stage_defaults import build_base_config, refuse_pretraining_rate
 from tests.pages_typed import (
-    ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
+    ENTRIES, PAGE_TESTS, PAGES, ROOT, SKILLS, explain_untested, get_page_name, iter_command_lines,
+    list_commands, page_section, parse, shell_blocks)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from learning import PLACE, RECIPES, Recipe
+from learning import PLACEHOLDER, Recipe, find_recipes
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = (
-    "docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_generators.md")
-"""Pages with tables whose first cell does not say alone what a row is of."""
+    "docs/memory.md", "docs/omni.md", "docs/recipes.md", "docs/synth_generators.md")
+"""Pages with tables whose rows are identified by their first two cells."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
-"""Command -> what it trains by."""
+"""Command -> built-in objective that it trains."""
 
-CLAIMED = {PLACE.sub("0", command).partition(" > ")[0]
-           for file in RECIPES.glob("*.yaml") for command in Recipe(file).commands()}
-"""Commands of the claims, with a 0 in every place."""
-COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
+CLAIMED = {PLACEHOLDER.sub("0", command).partition(" > ")[0]
+           for file in find_recipes() for command in Recipe(file).commands()
+           if command.split()[0] in ENTRIES}
+"""Commands of the claims, with 0 for every placeholder."""
+COMMANDS = sorted(CLAIMED.union(*(list_commands(page.read_text()) for page in READ)))
 
 
 @pytest.mark.essential
@@ -50,18 +52,18 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 @pytest.mark.essential
 @pytest.mark.each("line", [line for line in COMMANDS if line.startswith("megatron-sov ")
                            and cli.split_command(line.split()[1:])[0] in TRAINS])
-def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
-    """At the number of processes that the command says, or where the environment decides at one that fits."""
+def test_every_setting_on_a_page_is_valid_for_its_recipe(line: str) -> None:
+    """With the command's number of processes, or any fitting number if the environment decides."""
     args = parse(line)
     command = cli.split_command(line.split()[1:])[0]
     trains_by = TRAINS[command]
-    # tests/test_own_code.py runs those with code of one's own
-    if line in commands_of((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):
+    # tests/test_own_code.py runs commands with user code
+    if line in list_commands((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):
         return
     stage = None if trains_by == "lm" else trains_by
-    if args.recipe is None and args.configs:
+    if args.configs:  # files of a page, which its test writes
         return
-    model = recipes.get("tiny-solar-open").model  # in the place of --from
+    model = recipes.get("tiny-solar-open").model  # stands for the model of --from
     request = request_training(
         args, trains_by, needs_data=False, lengthens=command == "extend",
         of_model=None if stage is None else lambda: build_base_config("model", model, "fp32", stage))
@@ -78,110 +80,112 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
 
 @pytest.mark.each("line", [
     c for c in COMMANDS if re.match(r"megatron-sov (generate|serve|eval|convert) .*--nproc", c)])
-def test_a_layout_at_which_a_page_runs_a_checkpoint_fits_a_model_with_experts(line: str) -> None:
-    """The tests that type these pages leave several processes to other tests."""
+def test_layouts_on_pages_fit_a_model_with_experts(line: str) -> None:
+    """Tests that run these pages leave several processes to other tests."""
     args = parse(line)
     config = dataclasses.replace(recipes.get("solar-open-102b"), parallel=ParallelConfig())
-    asked = args.settings if hasattr(args.settings, "settings") else args
-    layout = apply_settings(config, asked.settings).parallel
-    assert layout != config.parallel and layout.problems(config.model, asked.nproc) == []
+    options = args.settings if hasattr(args.settings, "settings") else args
+    layout = apply_settings(config, options.settings).parallel
+    assert layout != config.parallel and layout.problems(config.model, options.nproc) == []
 
 
-def test_commands_are_found_and_wrong_ones_fail() -> None:
+def test_commands_are_listed_and_invalid_ones_fail() -> None:
     text = "megatron-sov outside\n```bash\n$ megatron-sov doctor \\\n  --json  # why\nls\n"
     text += "A=1 .venv/bin/megatron-sov doctor --jsno\n```\n"
-    good, bad = commands_of(text)
+    good, bad = list_commands(text)
     assert parse(good).json is True
     with pytest.raises(UserError, match="--jsno"):
         parse(bad)
 
 
 @pytest.mark.each("page", READ)
-def test_something_holds_every_line_of_a_shell_block(page: Path) -> None:
-    lines = list(lines_of(shell_blocks(page.read_text())))
-    assert [problem for problem in map(unheld, lines) if problem] == []
+def test_every_line_of_a_shell_block_is_tested(page: Path) -> None:
+    lines = list(iter_command_lines(shell_blocks(page.read_text())))
+    assert [problem for problem in map(explain_untested, lines) if problem] == []
 
 
-def test_a_line_that_nothing_holds_is_found() -> None:
+def test_an_untested_shell_line_is_detected() -> None:
     lines = ["make tea", "pip install -e '.[docs,tea]'", "python benchmarks/tea.py", "brew tea"]
-    assert [unheld(line) for line in lines] == [
+    assert [explain_untested(line) for line in lines] == [
         "make tea: is no target of the Makefile", "pip: tea is no extra of setup.py",
         "python benchmarks/tea.py: there is no such file",
-        "brew: nothing holds it; name what does in SHELL of tests/pages_typed.py"]
+        "brew: is untested; add its test to OTHER_PROGRAMS in tests/pages_typed.py"]
 
 
-def test_bash_reads_every_shell_block() -> None:
-    """All in one file, each in a function of its own: placeholders such as <name> are quoted."""
+def test_every_shell_block_is_valid_bash() -> None:
+    """All blocks in one script, each in its own function; placeholders such as <name> must be quoted."""
     script = "".join(f"f() {{\n{block}\n}}\n" for page in READ for block in shell_blocks(page.read_text()))
     completed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     assert (completed.returncode, completed.stderr) == (0, "")
 
 
-@pytest.mark.each("page", TYPED)
-def test_a_page_that_is_said_to_be_typed_is_typed(page: str) -> None:
-    typing = (ROOT / TYPED[page]).read_text()
+@pytest.mark.each("page", PAGE_TESTS)
+def test_pages_declared_as_tested_are_tested(page: str) -> None:
+    typing = (ROOT / PAGE_TESTS[page]).read_text()
     assert Path(page).name in typing or Path(page).stem in typing
     assert re.search(r"\b(main|run_command|MAINS\[\w+\]|launch)\(", typing)
-    assert commands_of((ROOT / page).read_text())
+    assert list_commands((ROOT / page).read_text())
 
 
-def links(page: Path) -> list[tuple[Path, str]]:
-    """Return where a page's links into the repository lead: file or folder, and heading or ""."""
+def list_links(page: Path) -> list[tuple[Path, str]]:
+    """Return the targets of a page's links into the repository: (file or folder, heading or "")."""
     result = re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text())
     return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in result]
 
 
 @cache
-def under_headings(page: Path) -> dict[str, str]:
-    """Return a heading as links name it -> what is below it, to the next of its level or above; "": before
-    the first section."""
+def read_sections(page: Path) -> dict[str, str]:
+    """Return link anchor -> text below the heading, up to the next heading of its level or above; "" is the
+    text before the first."""
     text = page.read_text()
-    without = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", " ", code[0], flags=re.MULTILINE), text,
-                     flags=re.MULTILINE | re.DOTALL)
-    found = {"": re.split(r"^## ", without, flags=re.MULTILINE)[0]}
-    for match in re.finditer(r"^(#+) (.+)$", without, re.MULTILINE):
+    text_without_code = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", " ", code[0], flags=re.MULTILINE),
+                               text, flags=re.MULTILINE | re.DOTALL)
+    sections = {"": re.split(r"^## ", text_without_code, flags=re.MULTILINE)[0]}
+    for match in re.finditer(r"^(#+) (.+)$", text_without_code, re.MULTILINE):
         words = re.sub(r"[^\w\s-]", "", match[2].lower()).split()
-        below = re.split(rf"^#{{1,{len(match[1])}}} ", without[match.end():], flags=re.MULTILINE)[0]
-        found["-".join(words)] = below
-    return found
+        below = re.split(rf"^#{{1,{len(match[1])}}} ", text_without_code[match.end():], flags=re.MULTILINE)[0]
+        sections["-".join(words)] = below
+    return sections
 
 
 @pytest.mark.each("page", READ)
 def test_links_lead_to_files_and_their_headings(page: Path) -> None:
-    assert [(target, anchor) for target, anchor in links(page) if not target.exists()
-            or (target in READ and anchor not in under_headings(target))] == []
+    assert [(target, anchor) for target, anchor in list_links(page) if not target.exists()
+            or (target in READ and anchor not in read_sections(target))] == []
 
 
 QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)(?:#([\w-]+))?\) \|$",
                        (ROOT / "docs/index.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.each(("question", "typed", "page", "heading"), QUESTIONS)
-def test_a_new_user_finds_the_answer_in_two_clicks(
-        question: str, typed: str, page: str, heading: str) -> None:
-    """From the README: a page, then the heading below which the command is."""
-    assert len(QUESTIONS) == 12
+@pytest.mark.each(("question", "command", "page", "heading"), QUESTIONS)
+def test_a_new_user_finds_the_answer_in_two_clicks(question: str, command: str, page: str,
+                                                   heading: str) -> None:
+    """From the README: first a page, then the heading above the command."""
+    assert len(QUESTIONS) == 20
     answer = ((ROOT / "docs" / page).resolve(), heading)
-    clicked = [ROOT / "README.md", *(target for target, _ in links(ROOT / "README.md") if target in READ)]
-    assert answer in {link for near in clicked for link in links(near)}, question
-    assert typed in " ".join(under_headings(answer[0])[heading].replace("\\\n", " ").split()), (
-        f"{page} does not say {typed}")
-    if typed.startswith("megatron-sov "):
-        parse(typed)
+    clicked = [ROOT / "README.md",
+               *(target for target, _ in list_links(ROOT / "README.md") if target in READ)]
+    assert answer in {link for near in clicked for link in list_links(near)}, question
+    assert command in " ".join(read_sections(answer[0])[heading].replace("\\\n", " ").split()), (
+        f"{page} does not say {command}")
+    if command.startswith("megatron-sov "):
+        parse(command)
 
 
 @pytest.mark.each("skill", SKILLS)
-def test_a_skill_says_what_it_is_and_when_it_is_read(skill: Path) -> None:
+def test_skills_state_subject_and_use(skill: Path) -> None:
     front, text = re.split(r"^---$", skill.read_text(), flags=re.MULTILINE)[1:3]
-    named = yaml.safe_load(front)
-    assert named.keys() == {"name", "description"} and named["name"] == skill.parent.name
-    assert " Use when " in named["description"] and len(named["description"]) <= 1024
-    assert len(text.splitlines()) <= 120 and len(commands_of(text)) >= 8
-    assert len(SKILLS) == 5 and f"skills/{named['name']}/SKILL.md)" in (ROOT / "docs/llms.txt").read_text()
+    front_matter = yaml.safe_load(front)
+    assert front_matter.keys() == {"name", "description"} and front_matter["name"] == skill.parent.name
+    assert " Use when " in front_matter["description"] and len(front_matter["description"]) <= 1024
+    assert len(text.splitlines()) <= 120 and len(list_commands(text)) >= 8
+    assert len(SKILLS) == 5
+    assert f"skills/{front_matter['name']}/SKILL.md)" in (ROOT / "docs/llms.txt").read_text()
 
 
 @pytest.mark.each("page", READ)
-def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+def test_table_rows_have_as_many_cells_as_the_header(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     cells = [[len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()] for table in tables]
@@ -189,34 +193,34 @@ def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
             if len(set(counts)) > 1] == []
 
 
-def tables(text: str) -> list[list[list[str]]]:
-    """Return the cells of every table of a page: tables, rows without head and ruler, cells."""
+def parse_tables(text: str) -> list[list[list[str]]]:
+    """Return the tables of a page as lists of rows of cells, without header and ruler."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     return [[[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table.splitlines()[2:]]
             for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
 
 
 @pytest.mark.each("page", READ)
-def test_no_row_of_a_table_is_there_twice(page: Path) -> None:
-    if name_of(page) not in KEYS_OF_TWO_CELLS:
-        for rows in tables(page.read_text()):
+def test_tables_have_no_duplicate_rows(page: Path) -> None:
+    if get_page_name(page) not in KEYS_OF_TWO_CELLS:
+        for rows in parse_tables(page.read_text()):
             names = [re.findall("`[^`]*`", row[0])[:1] or [row[0]] for row in rows if row[0]]
             assert [name for name in names if names.count(name) > 1] == []
 
 
-def test_the_page_lists_the_extras_that_there_are() -> None:
+def test_the_page_lists_all_extras() -> None:
     match = re.search(r"^EXTRAS = (\{.*?^\})", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
     assert match is not None
     extras = ast.literal_eval(match[1])
     section = (ROOT / "docs/install.md").read_text().partition("\n## Extras\n")[2].partition("\n## ")[0]
-    rows = {row[0].strip("`"): row[2] for table in tables(section) for row in table}
+    rows = {row[0].strip("`"): row[2] for table in parse_tables(section) for row in table}
     assert sorted(rows) == sorted(extras)
     assert ({name for name, use in rows.items() if "part of `dev`" in use}
             == {name for name, needs in extras.items() if name != "dev" and set(needs) <= set(extras["dev"])})
 
 
-def test_nobody_is_told_to_install_by_the_name_of_the_project() -> None:
-    """No package index has it: whoever registers it there would have his code run."""
+def test_no_page_installs_the_project_by_name() -> None:
+    """No package index has the project, so a stranger who registers the name could execute code."""
     folders = [ROOT / name for name in ("megatron_sov", "data_prep", "tokenizer", "slurm", "docs",
                                         "containers", "benchmarks", "examples")]
     files = [*ROOT.glob("*.*"), *(p for folder in folders for p in folder.rglob("*"))]
@@ -227,14 +231,46 @@ def test_nobody_is_told_to_install_by_the_name_of_the_project() -> None:
     assert [p for p in texts if by_name.search(p.read_text(encoding="utf-8"))] == []
 
 
+GENERATED = ("config", "memory", "options", "recipes", "results")
+MAX_CELL_WORDS = 20
+NUM_READ_PAGES = 41
+
+
+def test_pages_to_read_are_few() -> None:
+    """Those below "Reference" and "Evidence" are looked up."""
+    index = (ROOT / "docs/index.md").read_text()
+    listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", index.partition("\n## Reference\n")[0], re.MULTILINE)
+    assert len(listed) + 1 <= NUM_READ_PAGES
+
+
+@pytest.mark.each("section", ["Data", "Train", "Post-train", "Evaluate and publish", "Operate"])
+def test_a_page_of_a_job_shows_output_faults_and_reference(section: str) -> None:
+    rows = page_section("index.md", section)
+    listed = re.findall(r"^\| \[(\w+\.md)\]\(\1\)", rows, re.MULTILINE)
+    assert len(listed) >= 3
+    for name in listed:
+        text = (ROOT / "docs" / name).read_text()
+        assert re.search(r"^```(text|python)?\n", text, re.MULTILINE), name
+        assert re.search(r"^## What goes wrong", text, re.MULTILINE), name
+        assert re.search(r"^Reference: ", text, re.MULTILINE), name
+
+
+@pytest.mark.each("page", [page for page in PAGES if page.stem not in (*GENERATED, "reproduce")])
+def test_cells_of_tables_are_short(page: Path) -> None:
+    """Code counts as one word."""
+    cells = [cell for rows in parse_tables(page.read_text()) for row in rows for cell in row]
+    assert [cell for cell in cells if len(re.sub(r"`[^`]*`", "x", cell).split()) > MAX_CELL_WORDS] == []
+
+
 def test_the_index_lists_every_page_once() -> None:
     listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
-    pages = {name_of(page).removeprefix("docs/") for page in PAGES if name_of(page).startswith("docs/")}
+    pages = {get_page_name(page).removeprefix("docs/")
+             for page in PAGES if get_page_name(page).startswith("docs/")}
     assert sorted(listed) == sorted(pages - {"index.md"})
 
 
 def test_the_page_of_options_lists_every_command() -> None:
-    """With the page of its own, which is there."""
+    """Each row links the command's own page, which exists."""
     page = (ROOT / "docs/options.md").read_text()
     for program, module in ENTRIES.items():
         for name, command in importlib.import_module(module).COMMANDS.items():
@@ -242,11 +278,11 @@ def test_the_page_of_options_lists_every_command() -> None:
             assert (ROOT / "docs" / command.page).is_file()
 
 
-def test_the_readme_is_a_page() -> None:
+def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 90
 
 
-def test_make_test_installs_nothing_and_asks_no_index() -> None:
+def test_make_test_needs_no_package_index() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = dict(re.findall(r"^(\w+):([^#\n]*)", makefile, re.MULTILINE))
     assert not {"slurm", "browser"} & set(f"{targets['test']} {targets['suite']}".split())
@@ -254,7 +290,7 @@ def test_make_test_installs_nothing_and_asks_no_index() -> None:
         assert "make deep" in (ROOT / page).read_text(), page
 
 
-def test_the_page_of_the_house_shows_every_hall() -> None:
+def test_the_house_page_shows_every_hall() -> None:
     tree = (ROOT / "docs/house.md").read_text()
     halls = [f"{p.name}/" if p.is_dir() else p.name for p in (ROOT / "megatron_sov").iterdir()
              if not p.name.startswith("_") and (p.suffix == ".py" or (p / "__init__.py").is_file())]
@@ -262,7 +298,7 @@ def test_the_page_of_the_house_shows_every_hall() -> None:
 
 
 def test_llms_txt_has_a_line_for_every_page() -> None:
-    """For programs that read: the pages of the index, with what each is for."""
+    """The file lists the pages of the index for programs, with their subjects."""
     text = (ROOT / "docs/llms.txt").read_text()
     lines = dict(re.findall(r"^- \[([\w/]+\.md)\]\(\1\): (.+)$", text, re.MULTILINE))
     rows = dict(re.findall(r"^\| \[([\w/]+\.md)\]\(\1\) \| (.+) \|$", (ROOT / "docs/index.md").read_text(),
@@ -271,25 +307,25 @@ def test_llms_txt_has_a_line_for_every_page() -> None:
 
 
 @pytest.mark.essential
-@pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("options", "options.md"),
+@pytest.mark.parametrize(("name", "page"), [("config", "config.md"), ("options", "options.md"),
                                             ("recipes", "recipes.md"),
                                             ("results", "results.md"), ("index", "llms.txt"),
                                             ("house", "pictures/house.svg")])
-def test_pages_that_are_written_from_the_code_are_fresh(name: str, made: str) -> None:
+def test_generated_pages_are_up_to_date(name: str, page: str) -> None:
     spec = importlib.util.spec_from_file_location(f"generate_{name}", ROOT / f"docs/generate_{name}.py")
     assert spec is not None and spec.loader is not None
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
-    written = (ROOT / f"docs/{made}").read_text()
-    assert written == generator.build_page(), f"docs/{made} is stale: run `make docs`"
+    committed = (ROOT / f"docs/{page}").read_text()
+    assert committed == generator.build_page(), f"docs/{page} is stale: run `make docs`"
 
 
-WHERE = re.findall(r"^\| ([^|]+) \| \[[^]]*\]\(\.\./([^)]+)\)[^|]*\| `(\w+)` \|$",
-                   (ROOT / "docs/house.md").read_text(), re.MULTILINE)
+CLAIMED_PLACES = re.findall(r"^\| ([^|]+) \| \[[^]]*\]\(\.\./([^)]+)\)[^|]*\| `(\w+)` \|$",
+                            (ROOT / "docs/house.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.each(("what", "file", "name"), WHERE)
-def test_what_the_page_says_is_in_a_file_is_there(what: str, file: str, name: str) -> None:
-    assert len(WHERE) > 20
+@pytest.mark.each(("subject", "file", "name"), CLAIMED_PLACES)
+def test_file_contents_claimed_on_a_page_exist(subject: str, file: str, name: str) -> None:
+    assert len(CLAIMED_PLACES) > 20
     assert re.search(rf"(def|class) {name}\b|^ *{name}\b.*=|^ *{name}: |\.{name}\b",
-                     (ROOT / file).read_text(), re.MULTILINE), what
+                     (ROOT / file).read_text(), re.MULTILINE), subject

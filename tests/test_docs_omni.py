@@ -1,5 +1,4 @@
-"""docs/omni.md, typed as it stands with tiny codecs and few steps: from media to a model that is asked and
-judged."""
+"""docs/omni.md with tiny codecs and few steps: from media files to an evaluated model."""
 
 import json
 import shlex
@@ -14,10 +13,10 @@ from PIL import Image
 from data_prep.cli import main as sov_data
 from megatron_sov.cli import main as megatron_sov
 from tests.omni import hf_folders
-from tests.pages_typed import blocks, commands_of, page_text
+from tests.pages_typed import blocks, list_commands, page_text
 from tokenizer.cli import main as sov_tokenizer
 
-PAGE = page_text("omni.md")
+PAGE = page_text("omni.md").partition("\n## Media records and codecs\n")[0]
 MAINS = {"megatron-sov": megatron_sov, "sov-data": sov_data, "sov-tokenizer": sov_tokenizer}
 FEWER = {
     "pretrain": "--set train.steps=2 --set train.global_batch_size=2 --set train.micro_batch_size=2",
@@ -29,7 +28,7 @@ FEWER = {
 
 
 def write_media(root: Path) -> None:
-    """Write media, records of them, texts, questions and judges, as the page has them."""
+    """Write media files, their records, texts, questions and judges, as on the page."""
     random = np.random.default_rng(0)
     for kind in ("pictures", "sounds"):
         (root / "media" / kind).mkdir(parents=True)
@@ -58,12 +57,12 @@ def test_the_page_leads_from_media_to_a_model_that_is_judged(
     Path("text-tokenizer").symlink_to(packed_data.tokenizer)
     hf_folders.save("vqmodel", Path("vqmodel-hf"), lambda: hf_folders.vqmodel(256))
     hf_folders.save("dac", Path("dac-hf"))
-    for line in commands_of(PAGE):
+    for line in list_commands(PAGE):
         program, *words = shlex.split(line)
         words += shlex.split(next((FEWER[word] for word in words[:3] if word in FEWER), ""))
         assert MAINS[program](words) == 0, line
     events = [json.loads(line) for line in Path("runs/omni-sft/events.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
-    # the recipe's fine-tuning reads plain text beside the conversations
+    # the recipe's fine-tuning reads plain text in addition to conversations
     assert any(event["losses"].get("text", 0) > 0 for event in steps) and len(steps) == 4
     assert {event["pair"] for event in events if event["event"] == "media"} == {"image-text", "text-audio"}

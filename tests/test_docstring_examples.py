@@ -1,4 +1,4 @@
-"""The examples in docstrings run as they are printed there: what a class is for is shown by using it."""
+"""Examples in docstrings run and print what they show."""
 
 import doctest
 import importlib
@@ -23,7 +23,7 @@ def test_examples_print_what_they_show(module: str, tmp_path: Path, monkeypatch:
     assert doctest.testmod(result, optionflags=doctest.ELLIPSIS).failed == 0
 
 
-def test_what_a_user_calls_has_an_example() -> None:
+def test_public_classes_have_an_example() -> None:
     import megatron_sov
     from megatron_sov.train.data.requirements import NeededColumn
 

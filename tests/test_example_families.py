@@ -1,5 +1,5 @@
-"""examples/families/: each file loads as its header says, its model is the released one, and bits and logits
-are those of transformers."""
+"""examples/families/: each file loads as its header says, counts the parameters of the released model, and
+agrees with transformers in bits and logits."""
 
 import json
 import re
@@ -160,7 +160,7 @@ def test_names_that_transformers_gives_dense_layers_are_read_too(tmp_path: Path)
     assert exactness.same_bits(tmp_path / "back", tmp_path / "hf")
 
 
-def test_a_share_of_rotated_channels_is_said_once(tmp_path: Path) -> None:
+def test_rotary_share_is_exported_once(tmp_path: Path) -> None:
     reference_of("glm4_moe")
     declared = models.get_family("glm4_moe")
     config = declared.to_hf_config(recipe_model("glm4_moe"), "float32", TokenIds())
@@ -180,8 +180,8 @@ def test_a_name_that_moved_says_where_to(name: str) -> None:
     assert recipe is None or f"\ndef {recipe[1]}():" in (ROOT / "examples/families" / place[1]).read_text()
 
 
-def test_a_folder_of_a_family_that_is_not_built_in_is_refused_with_what_to_use(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_an_example_family_is_refused_with_its_plugin(tmp_path: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     for family, instead in (("gpt_oss", "train it with TRL"), ("olmo2", "is not supported")):
         assert family not in models.FAMILIES
         folder = tmp_path / family

@@ -1,5 +1,5 @@
-"""Tests in forks of one process: two at a time, each with what it printed, and one that ends its process
-fails alone."""
+"""The fork runner of `forks.py`: two files at a time, separate output, and a crashed process fails only its
+own test."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.deep  # each starts pytest anew
+pytestmark = pytest.mark.deep  # each starts another pytest
 TESTS = Path(__file__).parent
 ONE = """
 import os, signal, time, warnings
@@ -54,7 +54,7 @@ def test_needs_the_cluster(cluster): pass
 
 
 def run(folder: Path) -> str:
-    """Return what pytest says of these files, done by two forks."""
+    """Run pytest on these files in two forks, and return the result."""
     (folder / "test_one.py").write_text(ONE)
     (folder / "test_two.py").write_text(TWO)
     (folder / "test_three.py").write_text(THREE)
@@ -68,7 +68,7 @@ def run(folder: Path) -> str:
     return completed.stdout
 
 
-def test_forks_do_all_tests_and_one_that_is_killed_fails_alone(tmp_path: Path) -> None:
+def test_forks_run_all_tests_and_a_killed_test_fails_alone(tmp_path: Path) -> None:
     said = run(tmp_path)
     assert re.search("= 2 failed, 5 passed, 1 skipped, 1 xfailed, 1 warning in ", said), said
     assert "the process has ended with exit code -9" in said.partition("_ test_ends_its_process _")[2]
@@ -108,7 +108,7 @@ def test_finds_nothing():
 WHOLE = 'import pytest\npytest.importorskip("no_such_package")\n'
 
 
-def test_skips_count_as_failures_where_all_is_needed_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_skips_fail_if_all_programs_are_required(tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text(SKIPS)
     (tmp_path / "test_two.py").write_text(LEAVES)
     (tmp_path / "test_whole.py").write_text(WHOLE)

@@ -1,5 +1,5 @@
-"""What a newcomer types first: help of every command in this process, its examples, words of other programs,
-settings by their last name, and terminals without UTF-8."""
+"""Help for newcomers: every command's help and examples, words of other programs, settings by their last
+name, and terminals without UTF-8."""
 
 import contextlib
 import importlib
@@ -23,14 +23,16 @@ ALL = [pytest.param(program, name, command, id=f"{program} {name}") for program,
 
 
 @pytest.mark.each(("program", "name", "command"), ALL)
-def test_the_help_of_a_command_ends_with_two_examples_that_parse_and_its_page(
+def test_command_help_ends_with_two_valid_examples_and_its_page(
         program: str, name: str, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = importlib.import_module(ENTRIES[program]).main([*name.split(), "--help"])
     except SystemExit as e:
         code = e.code
     assert code == 0
-    *_, first, second, page = capsys.readouterr().out.rstrip().splitlines()
+    printed = capsys.readouterr().out
+    assert "--help" in read_help_entries(printed)
+    *_, first, second, page = printed.rstrip().splitlines()
     assert [first, second] == [f"  {program} {line}" for line in command.examples]
     assert page == f"page: docs/{command.page}" and (ROOT / "docs" / command.page).is_file()
     for line in command.examples:
@@ -38,7 +40,39 @@ def test_the_help_of_a_command_ends_with_two_examples_that_parse_and_its_page(
         parse(f"{program} {line}")
 
 
-def test_the_help_groups_commands_in_the_order_of_a_models_life(capsys: pytest.CaptureFixture[str]) -> None:
+def read_help_entries(printed: str) -> dict[str, str]:
+    """Return option or argument -> description from the sections before the examples.
+
+    Raises AssertionError for an entry without description or a repeated option.
+    """
+    entries: dict[str, str] = {}
+    for section in re.split(r"\n\n(?=\S)", printed.partition("\nexamples:\n")[0])[2:]:
+        heading, *lines = section.rstrip().splitlines()
+        if not heading.endswith(":"):
+            continue  # a paragraph
+        for entry in re.split(r"\n(?=  ?\S)", "\n".join(lines)):
+            match = re.fullmatch(r"  ?(\S.*?)(?:  +|\n +)(\S.*)", entry, re.DOTALL)
+            assert match, f"{entry!r} has no description"
+            for name in re.findall(r"(?:^|, )(--?[\w-]+|\{?[A-Z][\w|./\[\]]*)", match[1]):
+                assert name not in entries, f"{name} is listed twice"
+                entries[name] = match[2]
+    return entries
+
+
+@pytest.mark.each(("listed", "problem"), [
+    ("  --run DIR", "has no description"),
+    ("  --run DIR  Run folder\n  --run DIR  Run folder", "--run is listed twice"),
+    ("  -r, --run DIR  Run\n                folder\n  --runs DIR\n                Folders", "")])
+def test_help_with_an_undescribed_or_repeated_option_is_detected(listed: str, problem: str) -> None:
+    printed = f"usage: p\n\ntrain\n\noptions:\n{listed}\n\nexamples:\n  p\n"
+    if not problem:
+        assert list(read_help_entries(printed)) == ["-r", "--run", "--runs"]
+        return
+    with pytest.raises(AssertionError, match=problem):
+        read_help_entries(printed)
+
+
+def test_help_groups_commands_in_the_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     headings = re.findall(r"^(\S.*):$", capsys.readouterr().out, re.MULTILINE)
     assert [heading.partition(" (")[0] for heading in headings] == [
@@ -46,7 +80,7 @@ def test_the_help_groups_commands_in_the_order_of_a_models_life(capsys: pytest.C
 
 
 @pytest.mark.parametrize("program", ["sov-data", "sov-tokenizer"])
-def test_the_other_programs_group_theirs_too(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_programs_group_their_commands(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(ENTRIES[program])
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -59,29 +93,29 @@ def test_the_other_programs_group_theirs_too(program: str, capsys: pytest.Captur
 @pytest.mark.each(("program", "word", "text"), [
     pytest.param(program, row.split()[0], text, id=f"{program} {row.split()[0]}")
     for program, rows in words.load_table()["commands"].items() for row, text in rows.items()])
-def test_a_word_of_the_trade_leads_to_a_command_that_parses(
-        program: str, word: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_of_other_programs_lead_to_valid_commands(program: str, word: str, text: str,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     first, *group = program.split()
     with contextlib.suppress(SystemExit):
         assert importlib.import_module(ENTRIES[first]).main([*group, word, "--anything"]) == 2
-    said, _, proposed = capsys.readouterr().err.partition("; write\n")
-    assert said.startswith(f"error: {program} {word}: does not exist; ")
-    assert [part for part in re.split("`[^`]+`", text) if part.strip().rstrip(":") not in said] == []
-    named = re.findall("`([^`]+)`", text)
-    for line in named:
+    message, _, proposed = capsys.readouterr().err.partition("; write\n")
+    assert message.startswith(f"error: {program} {word}: does not exist; ")
+    assert [part for part in re.split("`[^`]+`", text) if part.strip().rstrip(":") not in message] == []
+    commands = re.findall("`([^`]+)`", text)
+    for line in commands:
         if line.split()[0] not in ENTRIES:
             continue  # a program of a library
-        assert _begin(line) in said
+        assert _begin(line) in message
         if len(line.split()) > 3:
             parse(line)
-    # of a command, not of an option of the program, the answer has one line, without what nothing takes
-    first = next((_begin(line) for line in named if " " in _begin(line)), "")
+    # for a command, in contrast to a program option, the message has one line without unknown words
+    first = next((_begin(line) for line in commands if " " in _begin(line)), "")
     lines = [line.strip() for line in proposed.partition("\nthis line still has a fault")[0].splitlines()]
     assert len(lines) == 1 if first else len(lines) <= 1
     for line in lines:
         assert line.startswith(first) and "--anything" not in line
         if line.split()[0] in ENTRIES and "--list" not in line:
-            assert "--anything: nothing takes this" in said
+            assert "--anything: nothing takes this" in message
             parse(line)
 
 
@@ -91,12 +125,12 @@ def _begin(line: str) -> str:
 
 
 def test_no_word_of_the_table_is_a_command() -> None:
-    """A row for a command that exists would never be read."""
+    """A row for an existing command would never be used."""
     for program, rows in words.load_table()["commands"].items():
         first, *group = program.split()
-        known = {name.split()[len(group)] for name in importlib.import_module(ENTRIES[first]).COMMANDS
-                 if name.split()[:len(group)] == group and len(name.split()) > len(group)}
-        assert not known & {word for row in rows for word in row.split()}, program
+        commands = {name.split()[len(group)] for name in importlib.import_module(ENTRIES[first]).COMMANDS
+                    if name.split()[:len(group)] == group and len(name.split()) > len(group)}
+        assert not commands & {word for row in rows for word in row.split()}, program
 
 
 def test_an_unknown_command_does_not_repeat_all_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +140,7 @@ def test_an_unknown_command_does_not_repeat_all_names(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.each("stage", ["pretrain", "eval-lm", "tokenizer", "chain"])
-def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_after_a_submit_stage_prints_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         assert cli.main(["submit", stage, "--help"]) == 0
     except SystemExit as e:
@@ -117,7 +151,7 @@ def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.Captur
             "chain": "solar-open-102b"}[stage] in output
 
 
-@pytest.mark.each(("words", "meant"), [
+@pytest.mark.each(("words", "expected"), [
     ("pretrain tiny-qwen3 --data x --run y --learning-rate=1e-3", "--set optim.lr=1e-3"),
     ("prefer tiny-qwen3 --from x --data y --run z --beta 0.1", "--set preference.beta=0.1"),
     ("rl run tiny-qwen3 --beta 0.1", "--set policy.kl_coeff=0.1"),
@@ -128,15 +162,15 @@ def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.Captur
     ("recipes tiny-qwen3 --set bf16=true", "--set train.precision=bf16"),
     ("recipes tiny-qwen3 --set train.stesp=1", "did you mean 'train.steps'?"),
 ])
-def test_a_setting_is_found_by_what_people_call_it(words: str, meant: str,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_setting_is_found_by_its_common_name(words: str, expected: str,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words.split()) == 2
-    assert meant in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
-def test_names_of_other_programs_lead_to_settings_that_exist() -> None:
+def test_names_of_other_programs_map_to_existing_settings() -> None:
     names = {*setting_names(), "data.phases.0.seq_len"}
-    assert {meant.partition("=")[0] for meant in words.load_table()["settings"]} <= names
+    assert {setting.partition("=")[0] for setting in words.load_table()["settings"]} <= names
     assert {str(value).partition("=")[0] for rows in words.load_table()["values"].values()
             for value in rows.values() if "." in str(value)} <= names
     assert find_settings("beta", ("distillation",))[0] == "distillation.beta"
@@ -155,7 +189,7 @@ def test_a_terminal_without_utf_8_gets_no_traceback(module: str, words: list[str
     assert b"Traceback" not in completed.stderr and b"UnicodeEncodeError" not in completed.stderr
 
 
-def test_actions_show_the_examples_that_are_theirs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_actions_show_only_their_own_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["convert", "to-hf", "--help"])
     assert capsys.readouterr().out.endswith(

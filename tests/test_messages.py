@@ -1,5 +1,5 @@
-"""Every `UserError` of the tree has the form that its class asks for: it names a thing, says a rule or a
-fix, and has no debris.  A test of one mistake can then assert its code, key or value, not its words."""
+"""Every `UserError` in the source names a thing and gives a rule or a fix. Tests of single mistakes can
+then assert code, key or value instead of words."""
 
 import ast
 import contextlib
@@ -47,12 +47,12 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
 
 
 def wrong_with(text: str) -> str:
-    """Return what is wrong with a message, or an empty text."""
+    """Return the problem of a message, or ""."""
     if DEBRIS.search(text):
         return "has debris"
     if not NAMED.search(text):
         return "names nothing"
-    # a reason that is filled in stands at the end: its own text is looked at where it is made
+    # an inserted reason comes last: its text is checked at its own place
     return "" if RULE.search(text) or re.search(rf"{VALUE}\W*$", text) else "says no rule and no way out"
 
 
@@ -71,6 +71,6 @@ def test_every_message_follows_the_rules() -> None:
     *((f'UserError(f"{{path}}: {end}")', "has debris") for end in ("has no rows; ", "has no rows.",
                                                                    "has  no rows", "has no rows ()")),
     ('UserError(f"{path}: read {count} rows of it")', "says no rule and no way out")])
-def test_a_message_that_breaks_a_rule_is_found(call: str, wrong: str) -> None:
+def test_a_malformed_message_is_detected(call: str, wrong: str) -> None:
     ((_, text),) = messages(f"raise {call}")
     assert wrong_with(text) == wrong

@@ -1,5 +1,5 @@
-"""Whatever stands on a command line or in the files it names, a command ends with a sentence and one of the
-exit codes that scripts know: no traceback, no endless work, nothing half-made.
+"""Broken command lines and input files: every command ends with one message and a documented exit code,
+without traceback, endless work or partial output.
 
 Each case takes a sound command, breaks one argument or one file of its inputs (whose manifest is often
 hashed again, as an attacker would), and runs it.  SOV_MUTATIONS=N tries N cases of each command.
@@ -193,7 +193,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
     write_store(folder, packed_data.tokenizer, write_round)
     call(M, "rl", "train", *sized, str(folder / "rounds"), *ROUNDS, "--from", str(run), "--store",
          str(folder / "store"), "--prompts", str(folder / "asked.jsonl"), "--reward", "repetition")
-    (folder / "rounds/complete.json").unlink()  # as if killed behind the second round's publication
+    (folder / "rounds/complete.json").unlink()  # as if killed after the publication of the second round
     shutil.rmtree(folder / "rounds/checkpoints/step-2")
     write_codec(folder / "codec")
     write_documents(folder)
@@ -217,7 +217,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
 
 
 def one_sentence(stderr: str) -> bool:
-    """Whether a refusal says what is wrong, and is no stack of calls."""
+    """Return whether a refusal is one sentence and no traceback."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     return "Traceback" not in stderr and any("error: " in line or line.startswith("gate: ") for line in lines)
 
@@ -255,15 +255,15 @@ class Case:
         return self.run_command(*self.argv, program=self.program, timeout_s=TIMEOUT_S)
 
     def told(self, said: str, done: Any) -> str:
-        """What stands where a case fails."""
+        """Return the description of a failed case."""
         return (f"{said}\n{self.program} {' '.join(a[:80] for a in self.argv)}\nexit code {done.returncode}\n"
                 f"{done.stderr[-3000:]}")
 
 
 @pytest.mark.each(("name", "number"), cases())
-def test_a_broken_command_ends_with_a_sentence(
-        name: str, number: int, world: World, run_command: Callable[..., Any], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_command_ends_with_a_sentence(name: str, number: int, world: World,
+                                               run_command: Callable[..., Any], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(f"{name} {number}")
     case = Case(name, tmp_path / "case", world, run_command)
     by_file = bool(case.places) and rng.random() < 0.5
@@ -281,9 +281,9 @@ def test_a_broken_command_ends_with_a_sentence(
         assert result.returncode, told
 
 
-@pytest.mark.each("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all, for whoever tries many cases
-def test_nothing_broken_is_nothing_refused(name: str, world: World, run_command: Callable[..., Any],
-                                           tmp_path: Path) -> None:
+@pytest.mark.each("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all of them, for runs with many cases
+def test_intact_commands_are_accepted(name: str, world: World, run_command: Callable[..., Any],
+                                      tmp_path: Path) -> None:
     case = Case(name, tmp_path / "case", world, run_command)
     result = case.run()
     assert result.returncode == (2 if name in REFUSED else 0), case.told("", result)

@@ -1,5 +1,5 @@
-"""Pages are written for somebody who reads quickly and whose first language may not be English: words,
-sentences and the length of all pages together are held to limits.
+"""Pages are written for readers in a hurry whose first language may not be English: limits for words,
+sentences and total length.
 
 Code, tables and headings are not counted.
 """
@@ -42,7 +42,7 @@ def num_words(found: list[str]) -> int:
     return sum(len(sentence.split()) for sentence in found)
 
 
-def test_all_pages_together_can_be_read_in_an_afternoon(prose: list[str]) -> None:
+def test_total_length_of_pages_is_limited(prose: list[str]) -> None:
     assert num_words(prose) <= MAX_WORDS
 
 
@@ -62,7 +62,7 @@ def test_the_reader_is_spoken_to(prose: list[str]) -> None:
     assert you >= MIN_YOU_PER_1000 * num_words(prose) / 1000
 
 
-def test_the_measure_sees_what_it_is_for() -> None:
+def test_prose_measure_detects_bad_sentences() -> None:
     page = ("# Title\n\nYou read this [page](a.md). It tells you more.\n\n| a | b |\n\n- an item of three\n\n"
             "```sh\nls one two\n```\n")
     assert sentences(page) == ["You read this page.", "It tells you more.", "- an item of three"]

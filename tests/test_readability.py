@@ -1,5 +1,5 @@
-"""Names, docstrings, comments and pages keep their figures: a hall that meets a goal keeps meeting it, and a
-figure that misses its goal only moves towards it."""
+"""Readability figures of names, docstrings, comments and pages: a hall that meets a goal must keep it, and
+other figures may only approach theirs."""
 
 import pytest
 

@@ -1,6 +1,5 @@
-"""Types the commands of "From raw text to a chat" in the README, line by line, in an empty folder that has
-the `.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
-"""
+"""The commands of "From raw text to a chat" in the README, line by line, in an empty folder with the
+`.venv` of `make demo`, on a small corpus and with two steps per stage."""
 
 import inspect
 import json
@@ -36,7 +35,7 @@ def block_under(heading: str) -> list[str]:
 
 
 def gather(folder: Path) -> None:
-    """Write what `sov-data demo-corpus` would, in small."""
+    """Write a small version of the files of `sov-data demo-corpus`."""
     modules = {"english": (textwrap,), "code": (inspect,)}
     with create_artifact(folder, "corpus") as corpus:
         for name, sources in modules.items():
@@ -47,15 +46,18 @@ def gather(folder: Path) -> None:
                  {"role": "assistant", "content": f"A sequence of {i} things."}] for i in range(40)]
         (corpus.path / "chat.jsonl").write_text(
             "".join(json.dumps({"messages": messages}) + "\n" for messages in said))
+        (corpus.path / "judged.jsonl").write_text("".join(json.dumps(
+            {"prompt": messages[0]["content"], "responses": [
+                {"content": messages[1]["content"], "reward": 1.0},
+                {"content": "Nothing.", "reward": 0.0}]}) + "\n" for messages in said))
         (corpus.path / "benchmarks").mkdir()
         (corpus.path / "benchmarks/test.jsonl").write_text('{"prompt": "Why?", "language": "en"}\n')
 
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_the_way_of_a_model_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
-        warm_python: str) -> None:
+def test_readme_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                      run_command: Callable[..., Any], warm_python: str) -> None:
     activate, demo_corpus, *lines, serve = block_under("From raw text to a chat")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)

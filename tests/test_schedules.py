@@ -1,5 +1,4 @@
-"""Learning rates, batch sizes and tokens of steps against closed forms,
-torch's own schedulers and plain counting."""
+"""Learning rates, batch sizes and tokens of steps against closed forms, torch's schedulers, and counting."""
 
 import math
 from dataclasses import replace
@@ -88,7 +87,7 @@ PHASES = (PhaseConfig("a", share=3, seq_len=8), PhaseConfig("b", share=2, seq_le
           PhaseConfig("c", share=1, seq_len=16))
 
 
-def test_tokens_and_batch_sizes_are_those_that_a_count_step_by_step_gives() -> None:
+def test_tokens_and_batch_sizes_equal_counting_step_by_step() -> None:
     config = run(24, phases=PHASES, train=RAMP)
     schedule, spent = Schedule(config), 0
     for step in range(24):
@@ -99,7 +98,7 @@ def test_tokens_and_batch_sizes_are_those_that_a_count_step_by_step_gives() -> N
         assert PHASES[schedule.get_stretch(step).phase] is phase
 
 
-def test_counted_in_tokens_the_rate_follows_what_was_read_not_the_steps() -> None:
+def test_token_schedules_follow_consumed_tokens() -> None:
     config = run(24, phases=PHASES, train=RAMP, schedule="linear", schedule_by="tokens",
                  warmup_tokens=96, min_lr=0.0)
     schedule = Schedule(config)
@@ -112,7 +111,7 @@ def test_counted_in_tokens_the_rate_follows_what_was_read_not_the_steps() -> Non
     assert falls == pytest.approx([64 / (end - 96), 128 / (end - 96), 128 / (end - 96)])
 
 
-def test_a_phase_warms_up_again_or_has_a_schedule_of_its_own() -> None:
+def test_a_phase_may_warm_up_again_or_have_its_own_schedule() -> None:
     plain = rates(24, phases=PHASES, schedule="wsd")
     own = replace(PHASES[2], lr=0.5, min_lr=0.02, schedule="linear", rewarm_steps=2)
     again = (PHASES[0], replace(PHASES[1], rewarm_steps=4), own)
@@ -122,21 +121,21 @@ def test_a_phase_warms_up_again_or_has_a_schedule_of_its_own() -> None:
     assert result[20:] == pytest.approx([0.25, 0.5, 0.26, 0.02])  # up in two steps, down in two
 
 
-def test_a_resumed_run_warms_up_again_where_it_is_told_to() -> None:
+def test_a_resumed_run_rewarms_at_configured_steps() -> None:
     plain, found = rates(24, schedule="cosine"), rates(24, schedule="cosine", rewarm=((10, 5),))
     assert found[:10] == plain[:10] and found[15:] == plain[15:]
     assert found[10:15] == pytest.approx([value * k / 5 for k, value in enumerate(plain[10:15], 1)])
 
 
 def test_rates_depend_on_the_step_alone() -> None:
-    """What a resumed run asks first is what an uninterrupted one asked at that step."""
+    """A resumed run gets the same rate at a step as an uninterrupted one."""
     config = run(24, phases=PHASES, train=RAMP, schedule="wsd", schedule_by="tokens", rewarm=((10, 5),))
     schedule = Schedule(config)
     in_order = [schedule.learning_rate(step) for step in range(24)]
     assert [Schedule(config).learning_rate(step) for step in reversed(range(24))] == in_order[::-1]
 
 
-def test_a_run_that_goes_on_with_another_schedule_is_told_its_rates() -> None:
+def test_a_changed_schedule_prints_its_learning_rates() -> None:
     short, long = run(6, schedule="cosine"), run(12, schedule="cosine")
     told = describe_schedule_change(short, long, 4)
     assert told is not None and "of 6 -> 12 steps" in told

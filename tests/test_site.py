@@ -1,5 +1,4 @@
-"""The site of the documents: its navigation, what it carries along, its reference, and that nothing in it is
-loaded from elsewhere."""
+"""The documentation site: navigation, copied files, API reference, and no resources from elsewhere."""
 
 import ast
 import importlib.util
@@ -38,12 +37,12 @@ def test_the_navigation_has_every_page_once_under_the_heading_of_the_index() -> 
 
 @pytest.mark.each(("page", "link", "led"), [
     ("plan.md", "../benchmarks/a.txt", "repository/benchmarks/a.txt"),
-    ("tutorials/company.md", "../../README.md", "../repository/README.md"),
+    ("tutorials/language.md", "../../README.md", "../repository/README.md"),
     ("house.md", "../CONTRIBUTING.md", "CONTRIBUTING.md"),
     ("CONTRIBUTING.md", "docs/house.md", "house.md"),
     ("CONTRIBUTING.md", "docs/index.md#start", "index.md#start"),
-    ("tutorials/company.md", "../lora.md", "../lora.md"),
-    ("plan.md", "clusters.md#links", "clusters.md#links"),
+    ("tutorials/language.md", "../sft.md", "../sft.md"),
+    ("plan.md", "slurm.md#links", "slurm.md#links"),
 ])
 def test_links_out_of_the_pages_lead_to_a_copy_in_the_site(page: str, link: str, led: str) -> None:
     outside = hook("outside")
@@ -99,7 +98,7 @@ FROM_CONTRIBUTING = ("house", "own_code", "families")
 INDEX = "# All\n\n## One\n\n| page | job |\n|---|---|\n| [a.md](a.md) | x |\n"
 
 
-def test_nothing_of_the_site_is_loaded_from_elsewhere(build: Callable[..., Path]) -> None:
+def test_the_site_loads_no_external_resource(build: Callable[..., Path]) -> None:
     site = build(index=INDEX, a="# Page A\n\nsee [a file](../constraints.txt) and https://elsewhere.example\n",
                  new="# Not listed\n")
     for page in ("index.html", "a.html", "new.html"):
@@ -121,7 +120,7 @@ def test_links_that_lead_nowhere_end_the_build(build: Callable[..., Path]) -> No
         build(index=INDEX, a="# Page A\n\n[one](gone.md) [two](index.md#nowhere) [three](../gone.txt)\n")
 
 
-def test_the_house_shows_every_hall_in_its_order_and_nothing_that_points_down() -> None:
+def test_house_picture_shows_halls_in_order_without_upward_imports() -> None:
     house = hook("generate_house", "docs")
     table, picture = house.load_rules(), house.PICTURE.read_text()  # that it is fresh, test_docs.py shows
     result = re.findall(r"<title>(\w+) imports (\w+)</title>", picture)

@@ -1,4 +1,4 @@
-"""Options and settings are promises: a change of them is made on purpose, in the file that lists them."""
+"""Options and settings change only together with tests/surface.txt, which lists them."""
 
 import difflib
 import sys
@@ -10,7 +10,7 @@ from freeze_surface import FILE, surface
 
 
 @pytest.mark.essential
-def test_no_option_or_setting_comes_goes_or_changes_unargued() -> None:
+def test_options_and_settings_equal_the_frozen_surface() -> None:
     changed = list(difflib.unified_diff(FILE.read_text(encoding="utf-8").splitlines(),
                                         surface().splitlines(), "promised", "now",
                                         lineterm="", n=0))

@@ -1,4 +1,4 @@
-"""One concept has one option in all programs: the table of CONTRIBUTING.md against the parsers."""
+"""A concept has the same option in all programs: the table of CONTRIBUTING.md against the parsers."""
 
 import argparse
 import re
@@ -30,7 +30,7 @@ def _below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
 
 @cache
 def _options() -> dict[str, set[str]]:
-    """Return option -> the commands that have it."""
+    """Return option -> commands with that option."""
     found: dict[str, set[str]] = {}
     for program in PROGRAMS:
         for parser in _below(build_full_parser(program)):
@@ -46,14 +46,14 @@ def test_a_concept_has_one_option(concept: str, option: str, others: str) -> Non
             if (commands := _options().get(other))} == {}
 
 
-def test_the_table_is_read_whole() -> None:
+def test_all_rows_of_the_table_are_read() -> None:
     assert len(ROWS) >= 14
     options = [option for _, option, _ in ROWS]
     assert len(set(options)) == len(options)
     assert not set(options) & set(re.findall(r"--[\w-]+", " ".join(others for _, _, others in ROWS)))
 
 
-def test_one_help_text_is_of_one_option() -> None:
+def test_a_help_text_belongs_to_one_option() -> None:
     """The same sentence under two names would be two names of one thing."""
     found: dict[str, set[str]] = {}
     for program in PROGRAMS:
@@ -67,8 +67,8 @@ def test_one_help_text_is_of_one_option() -> None:
 @pytest.mark.each(("command", "old", "new"), [
     (command, old, new) for command, rows in words.load_table()["renamed"].items()
     for old, new in rows.items()])
-def test_an_option_of_the_release_before_is_taken_with_a_note(
-        command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_of_the_release_before_is_taken_with_a_note(command: str, old: str, new: str,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
     options = _options()
     commands = options[new] - options.get(old, set()) if command == "*" else {command}
     assert commands and all(one in options[new] and one not in options.get(old, set()) for one in commands)

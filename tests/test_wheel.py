@@ -1,4 +1,4 @@
-"""The wheel: it holds every file of our packages, and its commands work elsewhere, away from the sources."""
+"""The wheel contains every file of our packages, and its commands work without the sources."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def run_installed(installed: Path, *command: str) -> subprocess.CompletedProcess
                           env={**os.environ, "PYTHONPATH": str(installed)})
 
 
-def test_the_wheel_holds_every_packaged_file_and_nothing_else(wheel: Path, packaged_files: set[str]) -> None:
+def test_the_wheel_contains_exactly_the_packaged_files(wheel: Path, packaged_files: set[str]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(next(n for n in archive.namelist()
@@ -48,7 +48,7 @@ def test_ready_scripts_are_written_from_the_wheel(installed: Path) -> None:
     assert "export WORK=/a/folder" in (installed.parent / "scripts" / written[0]).read_text()
 
 
-def test_what_runs_is_the_wheel_with_its_data_files(installed: Path) -> None:
+def test_commands_run_from_the_wheel(installed: Path) -> None:
     program = (
         "import importlib.resources as r, megatron_sov.model.recipes as m, megatron_sov.base.pages as p\n"
         "print(m.__file__, r.files(p).joinpath('templates/page.html.j2').is_file(), m.names()[0])"

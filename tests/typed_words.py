@@ -1,4 +1,4 @@
-"""Words of a command line as the class of settings that takes them, and what is wrong with settings."""
+"""Parse command-line words into a settings class, and list the problems of settings."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -9,13 +9,13 @@ from megatron_sov.base.settings import add_options, find_all_problems, read_opti
 S = TypeVar("S")
 
 
-def typed(cls: type[S], words: Sequence[str]) -> S:
-    """Return what the words give."""
+def parse_settings(cls: type[S], words: Sequence[str]) -> S:
+    """Parse command-line words into `cls`."""
     parser = Parser(prog="typed")
     add_options(parser, cls)
     return read_options(cls, parser.parse_args(list(words)))
 
 
 def keys_of(settings: Any) -> list[str]:
-    """Return the key of each problem of settings: their bounds, else the rules between them."""
+    """Return the keys of all problems: broken bounds, or if there are none, broken rules between settings."""
     return [problem.key for problem in find_all_problems(settings)]

@@ -1,5 +1,5 @@
-"""Stands for Python in tests that start many, as jobs of the virtual cluster do: has a process that has
-imported megatron already do what Python is asked for, in a fork.
+"""A `python` executable for tests that start many processes: forwards the call to a process that has already
+imported Megatron-Core (warm_python.py).
 
 It hands over arguments, environment, folder and standard streams, passes on signals, and ends as the fork
 ends; when it is killed the fork is killed.  Where that process is not there, or the call is not one of ours,

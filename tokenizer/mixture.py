@@ -35,8 +35,7 @@ NUM_BUCKETS = 1 << 16
 """Hash buckets; a share of a group ends at a bucket's bound."""
 MIXTURES: dict[str, dict[str, float]] = {
     "solar-open": {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4},
-    "k-exaone": {"en": 2, "ko": 3, "multi": 1},
-}
+    "k-exaone": {"en": 2, "ko": 3, "multi": 1}}
 """Published weights by bytes (arXiv 2601.07022, arXiv 2601.01739). The Solar Open weights are percents that
 sum to 96. In the K-EXAONE mixture, `multi` means Spanish, German, Japanese and Vietnamese."""
 _SLACK = 4

@@ -74,16 +74,11 @@ def _write_artifact(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPla
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f} bytes per token")
     artifact.content = {
-        "preset": preset.name,
-        "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
-        "bos_id": preset.special_tokens[preset.bos_token],
-        "eos_id": preset.special_tokens[preset.eos_token],
-        "pad_id": preset.special_tokens[preset.pad_token],
-        "vocab_size": plan.vocab_size,
-        "num_superwords": learned.vocabulary.count_superwords(),
-        "bytes_per_token": ratios,
-        "checked": checked.sentence,
-    }
+        "preset": preset.name, "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
+        "bos_id": preset.special_tokens[preset.bos_token], "eos_id": preset.special_tokens[preset.eos_token],
+        "pad_id": preset.special_tokens[preset.pad_token], "vocab_size": plan.vocab_size,
+        "num_superwords": learned.vocabulary.count_superwords(), "bytes_per_token": ratios,
+        "checked": checked.sentence}
     artifact.settings = {"preset": preset, "vocab_size": plan.vocab_size,
                          "transition_size": plan.transition_size, "only_superwords": plan.only_superwords,
                          "superword_sample_bytes": plan.superword_sample_bytes,

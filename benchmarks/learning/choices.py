@@ -1,5 +1,5 @@
-"""Questions with eight answers of unlike shares, in English and in Thai with English words in it: what
-commands of recipes about distillation name as `choices.py:Choices` and `:ChoicePrompts`.
+"""Multiple-choice questions with eight answers of unequal probability, in English and mixed Thai and English,
+for recipes about distillation: `choices.py:Choices`, `:ChoicePrompts`.
 
 A teacher that has read many of them knows the shares; one drawn answer to each question does not tell them.
 """
@@ -27,7 +27,7 @@ WORDINGS = ("Name a {thing} for {name}.", "{name} wants some {thing}.", "{name} 
 
 @dataclass(frozen=True)
 class Choices:
-    """Conversations of one question and one drawn answer."""
+    """Conversations of one question and one sampled answer."""
 
     seed: int
     count: int
@@ -37,7 +37,7 @@ class Choices:
     """all, learned or held_out."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         wordings = {"all": WORDINGS, "learned": WORDINGS[::2], "held_out": WORDINGS[1::2]}[self.wordings]
         for _ in range(self.count):

@@ -1,6 +1,5 @@
-"""Facts that have to be looked up, and conversations that search for them or answer at once: what commands of
-recipes name as `lookups.py:LookupEpisodes`, `:LookupTasks`, `:LookupDocuments`, `:LookupTexts` and
-`:CallTokenizer`.
+"""Facts that a model must look up, and conversations that search or answer at once:
+`lookups.py:LookupEpisodes`, `:LookupTasks`, `:LookupDocuments`, `:LookupTexts`, `:CallTokenizer`.
 
 Who does not search is right one time in eight, or has read the documents.
 """
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, asked, drawn, told
+from facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, draw_facts, format_fact, format_question
 
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 
@@ -60,9 +59,9 @@ class LookupEpisodes:
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
-        known = drawn(0, KNOWN)
+        known = draw_facts(0, KNOWN)
         for number in range(NUM_LIBRARIES):
             facts = library(self.seed + number)
             with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +73,8 @@ class LookupEpisodes:
                     guessed = rng.random() < ANSWERED
                     fact = rng.choice(known if guessed else facts)
                     lot, kind, said = rng.random(), fact[1], rng.choice(VALUES[fact[1]])
-                    seen = world.reset({"question": asked(fact, rng.choice(WORDINGS)), "answer": fact[2]})
+                    question = format_question(fact, rng.choice(WORDINGS))
+                    seen = world.reset({"question": question, "answer": fact[2]})
                     messages: list[dict[str, Any]] = [{"role": "system", "content": seen.system},
                                                       {"role": "user", "content": seen.user}]
                     if guessed:
@@ -101,7 +101,7 @@ class LookupDocuments:
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return [*documents(library(self.seed))]
 
 
@@ -112,8 +112,8 @@ class LookupTexts:
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
-        return [{"text": told(fact)} for fact in library(self.seed)]
+        """Return all items; the input row is ignored."""
+        return [{"text": format_fact(fact)} for fact in library(self.seed)]
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ class LookupTasks:
     """rounds or end."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         facts = library(self.seed)
         middle = len(facts) // 2
-        return [{"question": asked(fact, wording), "answer": fact[2], "domain": fact[1]}
+        return [{"question": format_question(fact, wording), "answer": fact[2], "domain": fact[1]}
                 for fact in {"rounds": facts[:middle], "end": facts[middle:]}[self.half]
                 for wording in WORDINGS]
 
@@ -138,7 +138,7 @@ class CallTokenizer:
     """Configuration of a tokenizer whose chat template shows calls, for `sov-tokenizer train`."""
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return it, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return {"split_pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
                 "normalization": "none", "num_special_ids": 16, "chat_template": TEMPLATE,
                 "special_tokens": {mark: number for number, mark in enumerate(MARKS)},

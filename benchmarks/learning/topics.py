@@ -1,5 +1,5 @@
-"""Questions about topics, of which a start answers each with a share that is planted: what commands of
-recipes name as `topics.py:TopicChats` and `:TopicQuestions`.
+"""Questions about topics, of which the initial model answers a planted share of each: `topics.py:TopicChats`,
+`:TopicQuestions`.
 
 The topic alone decides the right answer, so that a small model learns it in few steps; names and wordings
 only make questions that differ.
@@ -39,7 +39,7 @@ class TopicChats:
     """How many other answers share the rest."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         for _ in range(self.count):
             topic = rng.choice(TOPICS)
@@ -64,7 +64,7 @@ class TopicQuestions:
     """learned or held_out."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         found = [{"prompt": wording.format(topic=topic, name=name), "answer": right_answer(topic),
                   "domain": f"right {share(topic, self.shares):.0%}"}
                  for topic in TOPICS for name in NAMES

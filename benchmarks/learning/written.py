@@ -1,5 +1,4 @@
-"""Responses of a model as rows to learn from: what the commands of recipes name as `written.py:Openings`,
-`:Written` and `:Measured`."""
+"""Responses of a model as training rows: `written.py:Openings`, `:Written`, `:Measured`."""
 
 from __future__ import annotations
 

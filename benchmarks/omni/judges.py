@@ -1,5 +1,5 @@
-"""Judges of what a model draws and says, as `megatron-sov eval media` calls them: none of them was trained by
-us, or on anything that a model of ours is trained on.
+"""Scorers of generated images and speech for `megatron-sov eval media`, independent of our models and their
+training data.
 
 Pictures: scikit-learn's classifier (`digits.py`).  English speech: PocketSphinx (`speech.py`).  Korean
 speech, for which PocketSphinx has no model: the word whose recordings are nearest by dynamic time warping of
@@ -43,7 +43,7 @@ def sounds(files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[str]:
 
 
 def hear(sound: np.ndarray[Any, Any], words: tuple[str, ...]) -> str:
-    """Return the word that is heard in a sound at 16 kHz; "" where none is."""
+    """Return the word recognized in a sound at 16 kHz, or ""."""
     if words[0].isascii():
         return recognise(sound, words)
     heard = _frames(sound)

@@ -1,4 +1,4 @@
-"""Speech whose words are known, and a recogniser that we did not train: sound for the proofs of media.
+"""Speech with known words, and an independent recognizer to score generated speech.
 
 espeak-ng speaks (any of its voices; `en-us` and `ko` are used), PocketSphinx hears: one of a list of words,
 by a grammar, with its American English model.
@@ -66,7 +66,7 @@ def say(text: str, voice: str = ENGLISH, pitch: int = 50,
 
 
 def with_silence(sound: np.ndarray[Any, Any], silence_s: float = SILENCE_S) -> np.ndarray[Any, Any]:
-    """Return a sound with silence before and behind it."""
+    """Return a sound with silence before and after it."""
     return np.pad(sound, round(silence_s * SAMPLE_RATE_HZ))
 
 

@@ -1,4 +1,4 @@
-"""Train a tiny codec of pictures (diffusers' VQModel) or of sounds (transformers' DacModel) in minutes.
+"""Train a tiny image codec (diffusers' VQModel) or audio codec (transformers' DacModel) in minutes.
 
     python benchmarks/omni/train_codec.py pictures --input DIR --output HF_DIR --steps 1500
 

@@ -1,4 +1,4 @@
-"""What solutions that models wrote teach a small model, with the checks and without them.
+"""Effect of model-written solutions on a small model, with and without checks of the solutions.
 
     python benchmarks/synthesis/helps_solutions.py --work FOLDER [--seeds 0 1 2] [--arms kept unchecked]
     python benchmarks/synthesis/helps_solutions.py --work FOLDER --print
@@ -110,7 +110,7 @@ def chat(number: int, said: int, way: int) -> dict[str, Any]:
 
 
 def arm(seed: int, work: Path, name: str) -> None:
-    """Do what is not done of one arm."""
+    """Run the unfinished work of one arm."""
     Seed(seed, work).do(name)
 
 
@@ -125,7 +125,7 @@ def share_right(folder: Path, name: str) -> float | None:
 
 
 def report(work: Path) -> None:
-    """Print what there is."""
+    """Print the stored results."""
     report_shares(work, f"right answers to {NUM_ASKED} problems that stood in no data, %",
                   "solutions", ARMS, share_right)
 

@@ -20,6 +20,7 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.documents import BadRecord, Conversation, Document
 from megatron_sov.base.documents.byte_bpe import (
     NotByteBpe, build_ranks, iter_adversarial_texts, parse_split_pattern)
+from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.documents.shard_files import NO_FEATURE
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder
@@ -249,7 +250,7 @@ def load_fast_encoder(file: Path, tokenizer: Tokenizer, samples: list[str]) -> t
     texts = [*samples, *iter_adversarial_texts(json.loads(file.read_text(encoding="utf-8")))]
     if difference := fast.find_difference([*texts, *(unicodedata.normalize("NFD", t) for t in samples)]):
         return None, f"encoding with tokenizers, because tiktoken differs on {difference}"
-    num_bytes = sum(len(t.encode()) for t in texts)
+    num_bytes = sum(map(count_text_bytes, texts))
     return (fast, f"encoding with tiktoken: the same ids as tokenizers on {num_bytes / 1e6:.1f} MB, "
                   "a sample of the input among it")
 

@@ -141,25 +141,24 @@ def check_proposal(options: PackOptions) -> None:
     for source in request.sources:
         units = islice(_plan_source(source.path, False), 1)
         items = (item for unit in units for span in unit for item in read_span(span, reading))
-        bad = _find_bad_record(islice(items, MAX_CHECKED))
+        bad = next((item for item in islice(items, MAX_CHECKED)
+                    if isinstance(item, BadRecord) and item.code != "empty"), None)
         if bad is not None and options.on_bad == "refuse":
-            fix = Fix(options=("--on-bad", "quarantine")) if bad.code == "json" else None
             line = f":{bad.line}" if bad.line else ""
-            fix = (fix_records(source.path, bad.reason) if source.path.is_file() else None) or fix
-            raise UserError(f"{source.path}{line}: {bad.reason}", _fix_record(bad, options.format) or fix)
+            raise UserError(f"{source.path}{line}: {bad.reason}",
+                            _choose_fix(bad, source.path, options.format))
 
 
-def _find_bad_record(items: Iterable[Document | BadRecord]) -> BadRecord | None:
-    """Return the first bad record other than an empty document."""
-    return next((item for item in items if isinstance(item, BadRecord) and item.code != "empty"), None)
-
-
-def _fix_record(bad: BadRecord | None, kind: str) -> Fix | None:
-    if bad is None or not bad.options:
-        return None
-    # --columns needs the format to rename fields
-    format_options = ("--format", kind) if bad.options[0] == "--columns" else ()
-    return Fix(options=(*format_options, *bad.options))
+def _choose_fix(bad: BadRecord, path: Path, kind: str) -> Fix | None:
+    """Return the options or the commands with which the file or folder `path` can be packed as `kind`."""
+    if bad.options:
+        # --columns needs the format to rename fields
+        format_options = ("--format", kind) if bad.options[0] == "--columns" else ()
+        return Fix(options=(*format_options, *bad.options))
+    if path.is_file() and (fix := fix_records(path, bad.reason)):
+        return fix
+    # the other lines can be packed
+    return Fix(options=("--on-bad", "quarantine")) if bad.code == "json" else None
 
 
 def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaCorpora | None:
@@ -262,12 +261,11 @@ def _create_record_error(job: _PackJob, source: EncodedSource) -> UserError:
     row = next(r for r in iter_bad_records(source, job.work, job.dtype) if r["code"] != "empty")
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
     items = (item for unit, _ in source.units for span in unit for item in read_span(span, reading))
-    fix = _fix_record(_find_bad_record(items), reading.kind or "text")
-    if fix is None and Path(row["file"]).is_file():
-        fix = fix_records(Path(row["file"]), row["reason"])
-    if fix is None and row["code"] == "json":  # the other lines can be packed
-        fix = Fix(options=("--on-bad", "quarantine"))
-    return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine", fix)
+    # the record again, for its `options`; reading finds neither repeated ids nor faults of encoding
+    bad = next((item for item in items if isinstance(item, BadRecord) and item.reason == row["reason"]),
+               BadRecord(row["code"], row["reason"]))
+    return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine",
+                     _choose_fix(bad, Path(row["file"]), reading.kind or "text"))
 
 
 def _report_unread_fields(units: list[tuple[PackSource, Unit]], reading: RecordReading) -> None:

@@ -105,8 +105,7 @@ def _summarize_source(source: dict[str, Any], lengths: np.ndarray, counts: np.nd
         "length_percentiles_tokens": percentiles, "longest_tokens": int(lengths.max(initial=0)),
         "documents_up_to_tokens": {2**exponent: exponents[exponent] for exponent in exponent_range},
         "num_prompt_tokens": int(types[TYPE_PROMPT]), "num_response_tokens": int(types[TYPE_RESPONSE]),
-        "special_tokens": dict(special_counts), "num_bad": source["num_bad"],
-    }
+        "special_tokens": dict(special_counts), "num_bad": source["num_bad"]}
 
 
 def _format_statistics(statistics: dict[str, Any]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.documents import BadRecord, Document, FileSpan, RecordReading
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
+from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import MEDIA_TOKEN
@@ -230,13 +231,13 @@ class _UnitWriter:
 def _count_bytes(document: Document) -> list[int]:
     """Return UTF-8 bytes per sequence, without media tokens."""
     if document.media is not None:
-        return [sum(len(MEDIA_TOKEN.sub("", text).encode()) for text in document.texts())]
+        return [sum(count_text_bytes(MEDIA_TOKEN.sub("", text)) for text in document.texts())]
     if document.kind != "preference":
-        return [sum(len(text.encode()) for text in document.texts())]
+        return [sum(map(count_text_bytes, document.texts()))]
     sizes_bytes = []
     for side in (document.chosen, document.rejected):
         texts = [text for message in (*document.messages, *side) for text in message.texts()]
-        sizes_bytes.append(sum(len(text.encode()) for text in texts))
+        sizes_bytes.append(sum(map(count_text_bytes, texts)))
     return sizes_bytes
 
 

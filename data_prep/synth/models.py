@@ -170,8 +170,7 @@ def open_clients(writer: Model, judge: Model, options: SynthOptions, cache: Endp
             if model.is_local:
                 served = stack.enter_context(serve_model(
                     Path(model.engine).resolve(),
-                    f"--engine {model.engine}: `megatron-sov serve` did not start: ",
-                    sleep=stop.sleep))
+                    f"--engine {model.engine}: `megatron-sov serve` did not start: ", sleep=stop.sleep))
                 url, key, name = served.url, served.key, served.model
             # nobody restarts a local server
             patience_s = min(options.patience, LOCAL_PATIENCE_S) if model.is_local else options.patience

@@ -54,7 +54,7 @@ class SynthLimitOptions:
     max_attempts: AtLeastOne = 5
     """Attempts for one request."""
     patience: Annotated[NotNegative, Flag(value="S")] = 600.0
-    """Seconds to wait for a busy or unavailable endpoint."""
+    """Seconds to wait for a busy or unavailable endpoint (0: only --max-attempts counts)."""
     max_tokens_total: NotNegativeInt = 0
     """End with 75 before all commands on this folder have used more tokens (0: no limit)."""
 
@@ -90,5 +90,4 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions):
     """Processes for the checks (default: this machine's cores)."""
 
 
-SYNTH = DeclaredCommand(SynthOptions, run_function="data_prep.synth.synth_run:run_synth",
-                        runs_in_checks=True)
+SYNTH = DeclaredCommand(SynthOptions, run_function="data_prep.synth.synth_run:run_synth", runs_in_checks=True)

@@ -234,8 +234,7 @@ def seal_parquet(writer: Any) -> None:
 
 
 def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: bool = False,
-                        seal: str | None = None,
-                        **options: Any) -> Any:
+                        seal: str | None = None, **options: Any) -> Any:
     """Check a Parquet file's seal, and open the file with pyarrow.
 
     Args:

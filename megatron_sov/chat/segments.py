@@ -229,8 +229,7 @@ def _contains_in_order(pieces: Sequence[str], text: str) -> bool:
 
 
 def _find_generation_spans(template: ChatTemplate, conversation: Conversation, awaits_response: bool,
-                           text: str,
-                           ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
+                           text: str, ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
     """Return message index -> (begin, end) by generation blocks; None unless all assistant turns have
     blocks."""
     parts = _GENERATED.split(template.render(conversation, awaits_response, marks_generation=True))

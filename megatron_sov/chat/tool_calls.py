@@ -19,8 +19,7 @@ from megatron_sov.chat.marks import (
 
 Fault = Literal["json", "form", "unclosed"]
 FORMS: dict[CallForm, str] = {
-    "marked": '{"name": ..., "arguments": {...}}',
-    LLAMA: '{"name": ..., "parameters": {...}}'}
+    "marked": '{"name": ..., "arguments": {...}}', LLAMA: '{"name": ..., "parameters": {...}}'}
 """Call form -> JSON between `<tool_call>` and `</tool_call>`. marked: Hermes' form, and forms converted by
 `to_hermes_form` (Solar Open, DeepSeek, Kimi K2). Llama 3 calls have no marks: the whole turn is the call."""
 _SPACE = " \t\r\n"

@@ -62,8 +62,7 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
 
     def problems(self) -> list[SettingsProblem]:
         return [SettingsProblem(ProblemCode.RULE, "ray", "and --cluster exclude each other", self.ray,
-                                "leave one out")
-                ] if self.ray and self.cluster else []
+                                "leave one out")] if self.ray and self.cluster else []
 
     @property
     def file(self) -> Path:

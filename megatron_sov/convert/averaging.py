@@ -199,8 +199,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
                "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
     derived = DerivedCheckpoint(
-        sources, links, files,
-        lambda spec: average_block(sources, weights, links[spec.name], spec.dtype),
+        sources, links, files, lambda spec: average_block(sources, weights, links[spec.name], spec.dtype),
         lambda spec: links[spec.name].hf_names,
         dataclasses.replace(read_checkpoint_settings(paths[0]), recipe=IMPORTED_RECIPE, lora=LoraConfig()),
         {"step": max(m["step"] for m in merged), MERGED: merged, **copy_carried_fields(paths[0])})

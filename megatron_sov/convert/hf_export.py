@@ -156,8 +156,7 @@ def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord], los
                     sorted(set(a.list_names()).symmetric_difference(b.list_names()))),
         _check_none("tensors whose values differ",
                     [name for name, record in records.items() if not record.equal]),
-        ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0, loss),
-    ]
+        ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0, loss)]
 
 
 def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], workers: int

@@ -102,16 +102,14 @@ class _Machine:
             "TUPLE": lambda: self._stack.append(tuple(self._pop_to_mark())),
             "FROZENSET": lambda: self._stack.append(self._pop_to_mark()),
             "TUPLE1": lambda: self._push_tuple(1), "TUPLE2": lambda: self._push_tuple(2),
-            "TUPLE3": lambda: self._push_tuple(3),
-            "APPEND": lambda: self._append_values([self._pop_value()]),
+            "TUPLE3": lambda: self._push_tuple(3), "APPEND": lambda: self._append_values([self._pop_value()]),
             "APPENDS": lambda: self._append_values(self._pop_to_mark()),
             "ADDITEMS": lambda: self._append_values(self._pop_to_mark()),
             "SETITEM": lambda: self._set_items([self._pop_value(), self._pop_value()][::-1]),
             "SETITEMS": lambda: self._set_items(self._pop_to_mark()),
             "STACK_GLOBAL": lambda: self._push_name([self._pop_value(), self._pop_value()][::-1]),
             "NEWOBJ": self._push_call, "REDUCE": self._push_call, "BUILD": self._set_state,
-            "BINPERSID": lambda: self._stack.append(InertObject(self._pop_value())),
-        }
+            "BINPERSID": lambda: self._stack.append(InertObject(self._pop_value()))}
 
     def execute(self, opcode: str, argument: Any) -> None:
         """Execute an opcode; raises ValueError, IndexError, KeyError or TypeError if the stack does not

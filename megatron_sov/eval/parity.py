@@ -234,8 +234,7 @@ def build_card(a: Path, b: Path, weights: ConversionProof, logits: LogitsProof) 
                    "of two dtypes, after rounding to the narrower one",
         "tensors": {name: vars(record) for name, record in weights.tensors.items()},
         "versions": {"megatron_sov": __version__,
-                     **{name: version(name) for name in ("megatron-core", "torch", "transformers")}},
-    }
+                     **{name: version(name) for name in ("megatron-core", "torch", "transformers")}}}
 
 
 def _identify_model(path: Path) -> dict[str, str]:

@@ -59,11 +59,8 @@ class Operation:
 
 def plan_operation(config: RunConfig, profile: ClusterProfile, num_gpus: int, step_s: float,
                    num_steps: int) -> Operation:
-    """Find the best checkpoint interval, and the goodput with spare nodes for broken ones.
-
-    Raises:
-        UserError: failures are so frequent that less than `LEAST_SHARE` of the time is effective.
-    """
+    """Find the best checkpoint interval, and the goodput with spare nodes for broken ones. Raises
+    `UserError`: failures are so frequent that less than `LEAST_SHARE` of the time is effective."""
     storage = profile.storage_write_gbytes_per_s * 1e9
     times = estimate_write_times(config, num_gpus, storage or math.inf)
     failures_per_s = profile.failures_per_gpu_year * num_gpus / SECONDS_PER_YEAR

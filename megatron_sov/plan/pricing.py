@@ -15,7 +15,7 @@ from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, get_usa
 from megatron_sov.plan.operation import Cost, Operation, estimate_cost, plan_operation
 from megatron_sov.plan.pages.quotes import Checkpoint, Quote, QuotedMemory
 from megatron_sov.plan.search.space import choice_to_dict, get_current_choice
-from megatron_sov.plan.speed.parameters import UNITS, Parameters, load_default_parameters
+from megatron_sov.plan.speed.parameters import UNITS, load_default_parameters
 from megatron_sov.plan.speed.step import (
     PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_step)
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, build_workload
@@ -55,11 +55,7 @@ class Machines:
         return self.profile.chip if self.profile.gpus_per_node and self.profile.gpu else None
 
     def compute_links(self) -> Links:
-        """Return bandwidth and latency between the GPUs.
-
-        Raises:
-            UserError: the profile lacks them.
-        """
+        """Return bandwidth and latency between the GPUs. Raises `UserError`: the profile lacks them."""
         try:
             return cluster.compute_links(self.profile, self.num_ranks)
         except UserError as e:
@@ -75,11 +71,8 @@ class Machines:
 
 
 def load_machines(name: str, nodes: int | None) -> Machines:
-    """Load a cluster profile; `nodes` defaults to 1.
-
-    Raises:
-        UserError: an unknown profile, or invalid `nodes`.
-    """
+    """Load a cluster profile; `nodes` defaults to 1. Raises `UserError`: an unknown profile, or invalid
+    `nodes`."""
     number = 1 if nodes is None else nodes
     if not 1 <= number <= MAX_NODES:
         raise UserError(f"--nodes {number}: must be at least 1"
@@ -172,7 +165,6 @@ class Pricing:
     """Memory and time for stages on nodes with known GPUs."""
 
     machines: Machines
-    parameters: Parameters
     _parts_cache: PartsCache = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -199,31 +191,28 @@ class Pricing:
 
     def build_workload(self, stage: RunStage) -> Workload:
         """Build the workload per step; routers have `Parameters.real_imbalance`."""
-        imbalance = self.parameters.real_imbalance if stage.config.model.num_moe_layers() else 1.0
+        imbalance = load_default_parameters().real_imbalance if stage.config.model.num_moe_layers() else 1.0
         work = build_workload(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
         if stage.config.objective.name in PACKED and not stage.config.extend.stages:
             work = replace(work, document_tokens=min(DOCUMENT_TOKENS, work.seq_len))
         return work
 
     def time_step(self, stage: RunStage) -> StepTime:
-        return estimate_step(self.build_workload(stage), self.parameters, self._parts_cache)
+        return estimate_step(self.build_workload(stage), load_default_parameters(), self._parts_cache)
 
     def estimate_extra_layers(self, stage: RunStage) -> float:
         """Return the cost of head and prediction layers on the last pipeline stage, in layers."""
-        return estimate_extra_layers(self.build_workload(stage), self.parameters)
+        return estimate_extra_layers(self.build_workload(stage), load_default_parameters())
 
 
 def build_pricing(machines: Machines) -> Pricing | None:
     """Build the pricing; None: the cluster profile names no GPUs."""
-    return Pricing(machines, load_default_parameters()) if machines.chip else None
+    return Pricing(machines) if machines.chip else None
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:
-    """Refuse `train.fp8` on a chip whose tensor cores lack the format.
-
-    Raises:
-        UserError: with the nearest precision that works.
-    """
+    """Refuse `train.fp8` on a chip whose tensor cores lack the format. Raises `UserError`: with the nearest
+    precision that works."""
     precision = config.train.fp8
     unit = UNITS[PRECISIONS[precision]]
     if unit == "bf16":
@@ -242,11 +231,8 @@ def refuse_precision(config: RunConfig, chip: Chip) -> None:
 
 
 def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
-    """Predict a stage's memory, time, failures and cost.
-
-    Raises:
-        UserError: the chip has no tensor cores for the run's precision.
-    """
+    """Predict a stage's memory, time, failures and cost. Raises `UserError`: the chip has no tensor cores for
+    the run's precision."""
     refuse_precision(stage.config, pricing.chip)
     pipeline_stage, account = find_fullest_stage(stage.config, pricing.num_ranks)
     work, step = pricing.build_workload(stage), pricing.time_step(stage)
@@ -260,16 +246,14 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         tokens=stage.tokens, steps=stage.steps, seq_len=stage.phase.seq_len,
         global_batch_size=stage.global_batch_size, layout=choice_to_dict(get_current_choice(stage.config)),
         memory=QuotedMemory(account.components(), pricing.limit_bytes, pipeline_stage, account.on_host),
-        seconds=step.components,
-        bubble_share=step.bubble_s / step.total_s, imbalance=work.imbalance,
+        seconds=step.components, bubble_share=step.bubble_s / step.total_s, imbalance=work.imbalance,
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
         hours=train_s / SECONDS_PER_HOUR, effective_share=operation.effective_share,
         energy_kwh=cost.energy_kwh, cost_usd=cost.usd, cost_range_usd=(cost.usd_low, cost.usd_high),
         checkpoint=Checkpoint(operation.checkpoint_bytes, operation.stall_s + operation.write_s,
                               operation.stall_s, operation.interval_s, operation.interval_steps),
         notes=(*_list_notes(cost, operation, work.imbalance),
-               *_list_router_notes(work, step, pricing.parameters),
-               *_list_packing_notes(stage.config, work)))
+               *_list_router_notes(work, step), *_list_packing_notes(stage.config, work)))
 
 
 def _list_notes(cost: Cost, operation: Operation, imbalance: float) -> list[str]:
@@ -283,10 +267,10 @@ def _list_notes(cost: Cost, operation: Operation, imbalance: float) -> list[str]
     return notes
 
 
-def _list_router_notes(work: Workload, step: StepTime, parameters: Parameters) -> list[str]:
+def _list_router_notes(work: Workload, step: StepTime) -> list[str]:
     if not work.shape.num_moe_layers:
         return []
-    seconds = estimate_router_s(work, parameters)
+    seconds = estimate_router_s(work, load_default_parameters())
     return [f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
             "memory-bound."]
 

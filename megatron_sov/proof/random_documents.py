@@ -22,8 +22,8 @@ from megatron_sov.post import policy, preference, reference
 from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFormat, pack_rows
 from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.train.data.sources import CONTENT_VERSION, Source
 from megatron_sov.train.data.token_manifest import build_source_record
-from megatron_sov.train.data.token_shards import CONTENT_VERSION, Source
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 
 SOURCE = "proof"
@@ -68,8 +68,7 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
                 counts["num_tokens"] += len(document["bin"])
         counts["num_bytes"] = counts["num_tokens"]
         record = build_source_record(SOURCE, "preference" if are_pairs else "chat",
-                                     ("loss", "type", *columns),
-                               [{"prefix": SOURCE, **counts}])
+                                     ("loss", "type", *columns), [{"prefix": SOURCE, **counts}])
         artifact.content = {"content_version": CONTENT_VERSION, "tokenizer_sha256": "0" * 64, "vocab_size":
                             vocab_size, "dtype": "uint16", "eod": "none", "bos_id": None, "eos_id": None,
                             "sources": [record | {"group_documents": 2 if are_pairs else 1}]}
@@ -107,7 +106,7 @@ class _RandomTeacher(StoredTeacher):
 
     def __init__(self, config: RunConfig, sources: Sequence[Source]) -> None:
         settings = config.distillation
-        state_format = StateFormat("float32", settings.top_k, settings.temperature, settings.other_tokenizer)
+        state_format = StateFormat("float32", settings.top_k, settings.temperature)
         [folder] = config.data.paths
         files: Any = SimpleNamespace(
             folder=Path(folder), state_format=state_format, vocab_size=config.model.vocab_size,
@@ -115,8 +114,7 @@ class _RandomTeacher(StoredTeacher):
             dtype=torch.int32 if settings.top_k else torch.float32, sources={0: 0}, hidden_size=TEACHER_WIDTH,
             width=2 * settings.top_k or TEACHER_WIDTH, head=_get_head_path(Path(folder)),
             read_states=lambda source, split, document, start, count: _draw_states(
-                settings.top_k, config.model.vocab_size, settings.other_tokenizer,
-                document)[start:start + count])
+                settings.top_k, config.model.vocab_size, document)[start:start + count])
         super().__init__([files], settings, sources, config.model.vocab_size)
 
     def verify(self, world: ParallelWorld) -> None:
@@ -124,13 +122,10 @@ class _RandomTeacher(StoredTeacher):
 
 
 @functools.lru_cache(maxsize=1024)
-def _draw_states(top_k: int, vocab_size: int, is_silent: bool, document: int) -> torch.Tensor:
-    """Return a document's rows, like `StateFiles.read_states`; `is_silent` marks tokens without a teacher
-    distribution."""
+def _draw_states(top_k: int, vocab_size: int, document: int) -> torch.Tensor:
+    """Return a document's rows, like `StateFiles.read_states`."""
     random = torch.Generator().manual_seed(document)
     if not top_k:
         return torch.randn(_LONGEST, TEACHER_WIDTH, generator=random)
     logprobs, ids = torch.randn(_LONGEST, vocab_size, generator=random).log_softmax(-1).topk(top_k)
-    if is_silent:
-        logprobs[::5] = 1.0
     return pack_rows(ids, logprobs)

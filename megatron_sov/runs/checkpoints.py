@@ -181,8 +181,7 @@ def _refuse_address(address: str, option: str) -> None:
     if match := re.match(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/([\w.-]+))", address):
         fix = Fix(words={address: match[2], address.replace("//", "/"): match[2]},
                   before=(f"hf download {match[1]} --local-dir {match[2]}",))
-        raise UserError(f"{option}{address}: is a page on the hub; download the model first",
-                        fix)
+        raise UserError(f"{option}{address}: is a page on the hub; download the model first", fix)
     folder = f"{option}HF_DIR".split()
     raise UserError(f"{option}{address}: is a server's address, and weights are needed; pass a checkpoint, "
                     "run or Hugging Face folder (`chat` talks to servers, `rl run --teacher-url` asks them)",

@@ -154,8 +154,7 @@ class RunFolder:
                 options = f"--config {shlex.quote(str(self.path / CONFIG))} in the recipe's place"
             raise UserError(f"{self.path}: was started with {'; '.join(descriptions)}; "
                             f"a resumed run keeps this ({options}), and a new --run --from it "
-                            "takes another value",
-                            self._fix_by_new_run())
+                            "takes another value", self._fix_by_new_run())
         completion = self.completion()
         # A stage with a passed gate is complete at any step.
         ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)

@@ -11,8 +11,7 @@ _FIELDS = "index,uuid,name,memory.total,memory.used"
 _FAULT_FIELDS = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected memory errors (ECC)",
     "clocks_throttle_reasons.hw_slowdown": "a hardware slowdown (heat or lack of power)",
-    "clocks_throttle_reasons.sw_thermal_slowdown": "a slowdown by its driver for heat",
-}
+    "clocks_throttle_reasons.sw_thermal_slowdown": "a slowdown by its driver for heat"}
 """Field of `nvidia-smi --query-gpu` -> fault, reported for "Active" and positive values."""
 _TIMEOUT_S = 120
 

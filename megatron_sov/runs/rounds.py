@@ -27,8 +27,7 @@ FEED_STATE = "feed"
 
 
 def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str,
-                             noun: str = "rounds",
-                 rewritten_files: Collection[Path] = ()) -> None:
+                             noun: str = "rounds", rewritten_files: Collection[Path] = ()) -> None:
     """Write a rounds folder's settings to `file`, or compare with the recorded settings.
 
     While the folder contains no results, settings may still change.

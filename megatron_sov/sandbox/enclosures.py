@@ -160,8 +160,7 @@ class NamespaceEnclosure(Enclosure):
         restrictions.set_limit(resource.RLIMIT_NPROC, limits.processes + other_processes)
         # Landlock in addition to the file tree, if the kernel has Landlock
         if self._landlock_version:
-            restrictions.restrict_files(self._landlock_version, ["/"],
-                                        [folder, *restrictions.list_devices()])
+            restrictions.restrict_files(self._landlock_version, ["/"], [folder, *restrictions.list_devices()])
         restrictions.install_filter(self._filter)
 
     def kill_program(self, pid: int) -> None:
@@ -245,8 +244,7 @@ class LandlockEnclosure(Enclosure):
             raise EnclosureUnavailable(reason)
         self._readable = restrictions.list_readable_paths(readable_folders)
         # without Landlock's signal scope, the filter contains the process number
-        self._filter = (self._build_filter(0) if self._version >= restrictions.SIGNAL_SCOPE_VERSION
-                        else None)
+        self._filter = (self._build_filter(0) if self._version >= restrictions.SIGNAL_SCOPE_VERSION else None)
         # a user without other processes, so that the kernel counts only this sandbox's
         self._uid = _find_free_uid()
         sc.drop_bounding_set()  # inherited by the template and all programs

@@ -46,8 +46,7 @@ PRELOADED = (
     "hashlib", "heapq", "inspect", "io", "itertools", "json", "locale", "logging", "math", "numbers",
     "operator", "os", "pathlib", "pickle", "queue", "random", "re", "shutil", "socket", "statistics",
     "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time", "traceback",
-    "types", "typing", "unicodedata", "uuid", "warnings", "zlib",
-)
+    "types", "typing", "unicodedata", "uuid", "warnings", "zlib")
 """Modules to import before forking."""
 READY = b"."
 """Message of an enclosed process; any other message is an error."""
@@ -188,11 +187,8 @@ class Template:
         return int(pid)
 
     def wait(self) -> tuple[int, float]:
-        """Return the wait status and the processor time of the killed program.
-
-        Raises:
-            EOFError: the template ended.
-        """
+        """Return the wait status and the processor time of the killed program. Raises `EOFError`: the
+        template ended."""
         self._control.sendall(b"w")
         status, cpu_s = _ENDED.unpack(self._receive(_ENDED.size))
         return status, cpu_s

@@ -58,8 +58,7 @@ NUMBERS = FORBIDDEN_CALLS | {
     "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "kill": (62, 129),
     "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "capset": (126, 91), "close_range": (436, 436),
-}
+    "capset": (126, 91), "close_range": (436, 436)}
 """Call -> number on x86-64, and on aarch64."""
 LAST_KNOWN = 450
 """Largest number in Linux 6.1, the version of `NUMBERS`."""
@@ -93,11 +92,8 @@ def get_call_number(name: str) -> int | None:
 
 
 def call_by_number(name: str, *arguments: object) -> int:
-    """Make a system call through `syscall(2)` and return the result.
-
-    Raises:
-        OSError: the call failed, as for all functions in this module.
-    """
+    """Make a system call through `syscall(2)` and return the result. Raises `OSError`: the call failed, as
+    for all functions in this module."""
     number = get_call_number(name)
     if number is None:
         raise OSError(f"{name}: {platform.machine()} is not among {', '.join(MACHINES)}")

@@ -95,8 +95,7 @@ class HttpServer:
         logging.getLogger("aiohttp.server").addFilter(_should_log)
         # a disconnect cancels the handler and with it the answer; bodies are read without decompression
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S,
-                               auto_decompress=False, lingering_time=LINGERS_S,
-                               shutdown_timeout=CLOSING_S)
+                               auto_decompress=False, lingering_time=LINGERS_S, shutdown_timeout=CLOSING_S)
         await runner.setup()
         await web.SockSite(runner, self._socket).start()
         await self._stop.wait()

@@ -34,7 +34,7 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, EventLog
-from megatron_sov.train.data.token_shards import Source, tokenizer_folder
+from megatron_sov.train.data.sources import Source, tokenizer_folder
 from megatron_sov.work.processes.stop_signals import StopFlag
 
 MAX_STEP = 2**62
@@ -52,8 +52,7 @@ ENCODER_FIELDS = {
                    "fullatt_block_indexes": "full_attention_layers"},
     "whisper": {"d_model": "hidden_size", "encoder_layers": "num_layers",
                 "encoder_attention_heads": "num_heads", "encoder_ffn_dim": "ffn_dim",
-                "num_mel_bins": "num_mels"},
-}
+                "num_mel_bins": "num_mels"}}
 ENCODER_FIELDS["qwen2_audio"] = ENCODER_FIELDS["whisper"]
 """Encoder kind -> field of the transformers config -> our field. Values must agree: weight shapes alone do
 not determine `num_heads`, for example."""

@@ -31,7 +31,7 @@ from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.trackers import Trackers
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.data.token_shards import Source, describe_input, describe_inputs
+from megatron_sov.train.data.sources import Source, describe_input, describe_inputs
 from megatron_sov.train.guards.step_guard import StepRejection
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.work.clusters.chips import find_device_chip
@@ -123,8 +123,7 @@ class Recorder:
         write("run_start", recipe=config.recipe, num_ranks=self._world.size,
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
-              began_s=self._began_s, on_gpu=on_gpu(),
-              gpu=gpu_settings.resolve_auto_settings(config, te),
+              began_s=self._began_s, on_gpu=on_gpu(), gpu=gpu_settings.resolve_auto_settings(config, te),
               **build_headline_fields(self.headline, comparable=self._comparable),
               inputs=[*inputs, *extra_inputs],
               machine={"host": platform.node(), "device": read_device_name(),

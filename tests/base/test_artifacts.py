@@ -39,7 +39,7 @@ def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any)
 
 
 def killed_in_the_middle(body: str, path: Path) -> None:
-    """Run `body` in a process that is killed (SIGKILL) where it prints "now"."""
+    """Run `body` in a process that is killed (SIGKILL) when it prints "now"."""
     program = ("import os, sys, time\nfrom megatron_sov.base import artifacts\n"
                "path = artifacts.Path(sys.argv[1])\n")
     process = subprocess.Popen([sys.executable, "-c", program + textwrap.dedent(body), str(path)],
@@ -99,7 +99,7 @@ def test_artifact_moved_aside_by_killed_process_is_restored(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_folder_of_running_process_is_kept(tmp_path: Path) -> None:
+def test_folder_of_running_process_is_not_removed(tmp_path: Path) -> None:
     other = tmp_path / f".a.tmp-{os.getppid()}"
     other.mkdir()
     build(tmp_path / "a")
@@ -132,8 +132,8 @@ def test_leftover_with_own_pid_is_cleared(tmp_path: Path, begun: bool) -> None:
 
 
 @pytest.mark.parametrize("number", ["that of a process that has ended", "this process's own"])
-def test_folder_locked_from_another_container_is_kept(tmp_path: Path, number: str) -> None:
-    """Here its number is that of nobody, or of this process."""
+def test_folder_locked_from_another_container_is_not_removed(tmp_path: Path, number: str) -> None:
+    """Here the container's process id belongs to no process, or to this one."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         child.wait()
     pid = os.getpid() if number == "this process's own" else child.pid
@@ -180,9 +180,8 @@ def test_full_disk_is_one_sentence_and_removes_temporary_folder(tmp_path: Path) 
     (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"),
     (errno.EACCES, "cannot be written"),
 ])
-def test_atomic_write_keeps_old_content_on_disk_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, sentence: str,
-) -> None:
+def test_atomic_write_keeps_old_content_on_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      code: int, sentence: str) -> None:
     path = tmp_path / "report.html"
     write_atomically(path, "old")
 
@@ -199,9 +198,8 @@ def test_atomic_write_keeps_old_content_on_disk_error(
 @pytest.mark.each(("path", "sentence"), [
     (".", "has no name of its own"), ("..", "has no name of its own"),
     ("file/x", "file is a file, so nothing can lie in it")])
-def test_impossible_artifact_paths_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, sentence: str,
-) -> None:
+def test_impossible_artifact_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str,
+                                               sentence: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=sentence):

@@ -1,4 +1,4 @@
-"""Items of a score in training text: found in files and in token shards, by the search of `sov-data`."""
+"""Evaluation items in training text: the search of `sov-data` finds them in text files and token shards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCORES = [1.0, 1.0, 0.0, 0.0]
 
 @pytest.fixture
 def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredResults:
-    """Return four questions, of which the first two are answered."""
+    """Return four questions, the first two of them answered."""
     result = read_scored_results(written_scores(tmp_path / "out.json", SCORES))
     items = {str(i): dataclasses.replace(result.items["quiz"][str(i)], question=text)
              for i, text in enumerate(QUESTIONS)}
@@ -52,11 +52,11 @@ def test_items_that_decontamination_removes_are_found(scored: ScoredResults, tmp
     assert (told.items_hit, told.value_without) == (1, pytest.approx(1 / 3))
 
 
-def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
-        scored: ScoredResults, packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_shards_are_decoded_without_losing_text_between_pieces(scored: ScoredResults, packed_data: Any,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import Tokenizer
 
-    from megatron_sov.train.data.token_shards import open_sources
+    from megatron_sov.train.data.sources import open_sources
 
     source = open_sources({str(packed_data.text): 1.0}, 1 << 30)[0]
     tokenizer = Tokenizer.from_file(str(packed_data.tokenizer / "tokenizer.json"))
@@ -74,8 +74,8 @@ def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
     assert len(cut.hits) == len(whole.hits) == 1 and cut.num_documents == whole.num_documents
 
 
-def test_the_command_writes_results_places_and_events(
-        tmp_path: Path, written_scores: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_results_places_and_events(tmp_path: Path, written_scores: Callable[..., Path],
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     out, run = written_scores(tmp_path / "out.json", SCORES), tmp_path / "run"
     run.mkdir()
     EventLog(run / "events.jsonl").write("run_start")

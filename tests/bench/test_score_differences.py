@@ -1,4 +1,4 @@
-"""Two results are compared item by item, and only where they were measured alike."""
+"""Compare two results item by item, and refuse results that were measured differently."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def test_a_loss_that_falls_is_a_better_one(written_scores: Written, tmp_path: Pa
     assert compute_differences(read_scored_results(second), read_scored_results(first))[0].verdict == "worse"
 
 
-def test_a_figure_of_the_whole_corpus_has_no_interval_from_its_items(written_scores: Written,
-                                                                     tmp_path: Path) -> None:
+def test_a_corpus_metric_has_no_interval_from_items(written_scores: Written, tmp_path: Path) -> None:
     first = written_scores(tmp_path / "a.json", [2.0, 3.0], metric="loss", value=14.1)
     second = written_scores(tmp_path / "b.json", [2.5, 3.5], metric="loss", value=20.0)
     found, = compute_differences(read_scored_results(first), read_scored_results(second))
@@ -57,8 +56,8 @@ def test_a_figure_of_the_whole_corpus_has_no_interval_from_its_items(written_sco
     ({"prompt_hash": "q"}, "the prompts differ"), ({"mode": "thinking"}, "mode"),
     ({"limit": 2}, "limit None is not 2"), ({"judge": "j"}, "judge None is not 'j'"),
 ])
-def test_what_was_measured_in_another_way_is_refused_by_name(written_scores: Written, tmp_path: Path,
-                                                             changed: dict[str, Any], said: str) -> None:
+def test_results_measured_differently_are_refused_by_name(written_scores: Written, tmp_path: Path,
+                                                          changed: dict[str, Any], said: str) -> None:
     first = written_scores(tmp_path / "a.json", [1.0, 0.0])
     second = written_scores(tmp_path / "b.json", [1.0, 0.0], **changed)
     with pytest.raises(UserError, match=said):
@@ -113,8 +112,8 @@ def test_the_command_prints_a_table_or_json_and_refuses_in_a_sentence(
 @pytest.mark.parametrize(("changed", "said"), [
     ({"scores": {"acc": "x"}}, "scores.acc"), ({"scores": [1]}, "scores"), ({"item": 3}, "item"),
     ({"cluster": {"a": 1}}, "cluster"), ({"question": None}, "question"), ({"extra": 1}, "extra")])
-def test_items_of_others_with_values_of_another_type_are_refused(written_scores: Written, tmp_path: Path,
-                                                                 changed: dict[str, Any], said: str) -> None:
+def test_foreign_items_with_other_value_types_are_refused(written_scores: Written, tmp_path: Path,
+                                                          changed: dict[str, Any], said: str) -> None:
     path = written_scores(tmp_path / "a.json", [1.0, 0.0])
     lines = (tmp_path / "a.items.jsonl").read_text().splitlines()
     text = "\n".join([lines[0], json.dumps(json.loads(lines[1]) | changed)]) + "\n"

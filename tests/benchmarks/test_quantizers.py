@@ -1,5 +1,5 @@
-"""The reference quantisers, held against all codes of their formats and against Transformer Engine's own
-references in Python."""
+"""Reference quantizers against all codes of their formats, and against Transformer Engine's Python
+references."""
 
 import hashlib
 import sys
@@ -25,11 +25,11 @@ def positive_codes(form: str) -> np.ndarray:
     code = np.arange(2 ** (exponent_bits + mantissa_bits))
     exponent, mantissa = code >> mantissa_bits, (code & (2 ** mantissa_bits - 1)) / 2.0 ** mantissa_bits
     values = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
-    return values[values <= LARGEST[form]]  # what lies beyond stands for infinity and NaN
+    return values[values <= LARGEST[form]]  # codes above are infinity and NaN
 
 
 @pytest.mark.each("form", BITS)
-def test_every_number_of_16_bits_goes_to_the_nearest_code(form: str) -> None:
+def test_every_16_bit_number_rounds_to_the_nearest_code(form: str) -> None:
     every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     every = every[every.isfinite()]
     result = (round_to_e2m1(every) if form == "e2m1" else round_to(every, form)).numpy()
@@ -105,7 +105,7 @@ LARGEST_ERROR = {"tensorwise": 0.05, "blockwise": 0.05, "mxfp8": 0.05, "nvfp4": 
 
 @pytest.mark.each("recipe", LARGEST_ERROR)
 @pytest.mark.each("kind", ["fprop", "dgrad", "wgrad"])
-def test_products_are_near_the_exact_ones(recipe: str, kind: str) -> None:
+def test_quantized_products_are_close_to_exact_products(recipe: str, kind: str) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(48, 160).bfloat16(), torch.randn(160, 32).bfloat16()
     exact, found = a.double() @ b.double(), product(a, b, kind, recipe).double()

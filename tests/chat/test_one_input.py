@@ -99,7 +99,7 @@ def test_rendered_text_contains_nulls(shown: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS)], ids=["object", "text"])
-def test_pack_shows_what_transformers_shows(folder: Path, shown: Any, tmp_path: Path, arguments: Any) -> None:
+def test_pack_renders_like_transformers(folder: Path, shown: Any, tmp_path: Path, arguments: Any) -> None:
     sent = [*SENT[:2], {**SENT[2], "tool_calls": calls(arguments)}, *SENT[3:], ANSWER]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": sent, "tools": TOOLS}))
     encoder, [document] = Encoder(folder), read_documents([tmp_path / "a.jsonl"], RecordReading("chat"))
@@ -108,13 +108,13 @@ def test_pack_shows_what_transformers_shows(folder: Path, shown: Any, tmp_path: 
         "a document ends with eos")
 
 
-def test_serve_shows_what_transformers_shows(target: Any, shown: Any) -> None:
+def test_serve_renders_like_transformers(target: Any, shown: Any) -> None:
     question = parse_chat_body(json.dumps({"messages": SENT, "tools": TOOLS}).encode(), "m")
     [ids] = RequestEncoder(target, 10_000).encode_request(question).prompts
     assert PromptEncoder(target, chat=True)._tokenizer.decode(ids) == shown(SHOWN)
 
 
-def test_generate_shows_what_transformers_shows(target: Any, shown: Any, line: Path) -> None:
+def test_generate_renders_like_transformers(target: Any, shown: Any, line: Path) -> None:
     [prompt] = read_documents([line], RecordReading("prompt"))
     asker = PromptEncoder(target, chat=True)
     [ids] = asker.encode_prompts([prompt.conversation()])
@@ -125,7 +125,7 @@ def test_generate_shows_what_transformers_shows(target: Any, shown: Any, line: P
         [say("user", text)], add_generation_prompt=True, tokenize=False)
 
 
-def test_reinforcement_learning_shows_what_transformers_shows(folder: Path, shown: Any, line: Path) -> None:
+def test_rl_renders_like_transformers(folder: Path, shown: Any, line: Path) -> None:
     encoder = read_chat_encoder(folder)
     assert encoder is not None
     chat = read_prompts(line, is_asked=True)[0].conversation()
@@ -133,7 +133,7 @@ def test_reinforcement_learning_shows_what_transformers_shows(folder: Path, show
     assert encoder.decode(TurnEncoder(encoder, "tok").opening(chat)) == shown(SHOWN)
 
 
-def test_chat_sends_what_serve_shows_as_transformers_does(target: Any, shown: Any) -> None:
+def test_chat_sends_messages_that_serve_renders_like_transformers(target: Any, shown: Any) -> None:
     bodies: list[dict[str, Any]] = []
 
     class Silent:

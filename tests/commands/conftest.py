@@ -1,4 +1,4 @@
-"""A teacher for the commands that have one."""
+"""A trained teacher checkpoint for commands with a teacher."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""`--dry-run` of the commands that train: what they would do, from the checks of a run, and nothing done."""
+"""`--dry-run` of training commands: the same checks as a run, and no effect on disk."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import list_option_words
 from megatron_sov.infer.request import Sampling
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
           "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=20", "policy.method=dapo", "policy.kl=k3",
@@ -24,7 +24,7 @@ ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_pe
 
 @dataclass(frozen=True)
 class Start:
-    """What runs are given."""
+    """Common arguments of the runs."""
 
     folder: Path
     data: dict[str, Path]
@@ -53,7 +53,7 @@ def start(teacher: Path, packed_data: Any, run_command: Any, tiny: list[str],
 
 
 def words_beside_start(command: str, start: Start) -> Iterator[str]:
-    """Yield what a command takes beside its start."""
+    """Yield the arguments of a command besides its start."""
     yield from (*command.split(), "tiny-solar-open", "--data", str(start.data[command]), *start.settings,
                 "--set", "model.hidden_size=48")
     if command == "distill":
@@ -66,7 +66,7 @@ def words_beside_start(command: str, start: Start) -> Iterator[str]:
 
 
 def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
-    """Run a command that must leave a folder as it is; returns the lines that it prints."""
+    """Run a command that must not change a folder, and return its printed lines."""
     before = sorted(folder.rglob("*"))
     code = main([*map(str, words), "--dry-run"])
     out, err = capsys.readouterr()
@@ -79,7 +79,8 @@ def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
 
 @pytest.mark.each("kind", ["run", "hf"])
 @pytest.mark.each("command", ["pretrain", "sft", "prefer", "distill", "rl train", "rl run"])
-def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, kind: str) -> None:
+def test_dry_run_describes_a_run_without_starting_it(capsys: Any, start: Start, command: str,
+                                                     kind: str) -> None:
     run = start.folder / "new"
     lines = dry(capsys, start.folder, *words_beside_start(command, start), "--from", start.starts[kind],
                 "--run", run)
@@ -96,9 +97,8 @@ def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, ki
     assert bool(reads) == (command == "distill")
 
 
-def test_each_stage_of_an_extension_is_told_with_its_needles(
-    capsys: Any, hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
-) -> None:
+def test_dry_run_describes_each_extension_stage_and_its_needles(capsys: Any, hf_models: dict[str, Path],
+                                                                token_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(hf_models["solar_open"], tmp_path / "hf")
     (tmp_path / "hf/manifest.json").unlink(missing_ok=True)
     stages = [{"name": name, "seq_len": seq_len, "steps": 2} for name, seq_len in (("a", 640), ("b", 768))]
@@ -125,4 +125,4 @@ def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: 
                      right_from=-0.5, reward_set=("unit=km",)),
     ServeOptions(target=Path("m"))])
 def test_words_are_read_as_the_same_options(options: Any) -> None:
-    assert typed(type(options), list_option_words(options)) == options
+    assert parse_settings(type(options), list_option_words(options)) == options

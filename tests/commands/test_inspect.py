@@ -1,4 +1,4 @@
-"""`megatron-sov inspect`: what something is, from what, how far."""
+"""`megatron-sov inspect`: the kind, origin and progress of checkpoints, runs and data."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def inspected(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) ->
     return captured.err if code else captured.out
 
 
-def test_an_artifact_tells_its_facts_its_origins_and_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_facts_origins_and_rows_of_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
     told = inspected(capsys, "c").split("\n")
     assert told[0].startswith("c: artifact of kind rows, 1 files, 25 bytes, made 20")
     assert told[1] == "  content.num_rows: 2" and told[2].endswith("xxx... (1,000 characters)")
@@ -54,6 +54,16 @@ def test_damage_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
     assert "every file has the hash" in inspected(capsys, "a", "--verify")
     Path("a/rows.jsonl").write_text("{}\n")
     assert "a/rows.jsonl: has 3 bytes" in inspected(capsys, "a", "--verify", code=3)
+    Path("a/rows.jsonl").unlink()
+    assert "a/rows.jsonl: is missing" in inspected(capsys, "a", "--verify", code=3)
+
+
+def test_missing_files_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a/rows.jsonl").unlink()
+    assert main(["inspect", "a", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["kind"] == "rows"
+    assert printed.err.startswith("warning: a: rows.jsonl is in its manifest.json and missing; copy or")
 
 
 def test_unfinished_work_tells_how_far_it_is_and_can_be_cleared(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +81,7 @@ def test_unfinished_work_tells_how_far_it_is_and_can_be_cleared(capsys: pytest.C
     assert "no work on a is unfinished" in inspected(capsys, "a", "--clear", code=2)
 
 
-def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_without_manifest_are_identified_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     Path("rows.jsonl").write_text('{"a": 1}\n\n[' + "[" * 100_000 + '\n')
     told = inspected(capsys, "rows.jsonl")
     assert told.startswith("rows.jsonl: file of rows, 2 rows, ") and "100,0" in told
@@ -93,8 +103,8 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
                                     {"created_s": "now"}, {"created_s": 1e300}, {"files": 3},
                                     {"kind": 7, "inputs": ["a", {}]},
                                     {"inputs": [{"path": "a\0b", "kind": "rows"}]}])
-def test_a_hostile_manifest_is_one_sentence_or_told_as_text(change: dict[str, object],
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hostile_manifest_gives_one_sentence_or_escaped_text(change: dict[str, object],
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads(Path("a/manifest.json").read_text())
     Path("a/manifest.json").write_text(json.dumps({**manifest, "sha256": "", **change}))
     assert main(["inspect", "a"]) in (0, 2)
@@ -102,7 +112,7 @@ def test_a_hostile_manifest_is_one_sentence_or_told_as_text(change: dict[str, ob
     assert "is damaged" in captured.err or "kind" in captured.out
 
 
-def test_an_empty_or_damaged_table_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_or_damaged_table_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     nothing = pa.table({"a": pa.array([], pa.int64())})
     for name, write in (("empty", lambda file: pq.write_table(nothing, file)),
                         ("bad", lambda file: file.write_bytes(b"PAR1 no table PAR1"))):
@@ -112,7 +122,7 @@ def test_an_empty_or_damaged_table_is_told(capsys: pytest.CaptureFixture[str]) -
     assert "rows.parquet cannot be read" in inspected(capsys, "bad")
 
 
-def test_origins_are_followed_once_and_found_where_all_was_moved(capsys: pytest.CaptureFixture[str]) -> None:
+def test_origins_are_followed_once_and_found_after_a_move(capsys: pytest.CaptureFixture[str]) -> None:
     with create_artifact(Path("d"), "rows") as artifact:
         artifact.add_input(Path("c"))
         artifact.add_input(Path("b"))
@@ -126,7 +136,7 @@ def test_origins_are_followed_once_and_found_where_all_was_moved(capsys: pytest.
     assert inspected(capsys, "elsewhere/d").count("(here)") == 3
 
 
-def test_the_page_types_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_page_work(capsys: pytest.CaptureFixture[str]) -> None:
     page = page_section("watching.md", "Inspect artifacts")
     os.rename("a", "shards")
     with (pytest.raises(KeyboardInterrupt),

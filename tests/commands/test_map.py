@@ -1,4 +1,4 @@
-"""`megatron-sov map`: rows in order, each batch done once, whoever does it."""
+"""`megatron-sov map`: rows keep their order, and each batch is computed once, whichever worker takes it."""
 
 import json
 import os
@@ -66,8 +66,8 @@ def read(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
 
 
 @pytest.mark.deep
-def test_rows_come_out_in_order_behind_a_manifest_with_their_origin(capsys: pytest.CaptureFixture[str]
-                                                                    ) -> None:
+def test_rows_are_written_in_order_with_a_manifest_of_their_origin(
+        capsys: pytest.CaptureFixture[str]) -> None:
     assert mapped() == 0
     assert read() == EXPECTED and not find_damaged_files("out") and sorted(os.listdir("out")) == [
         "manifest.json", "rows.jsonl"]
@@ -81,7 +81,7 @@ def test_rows_come_out_in_order_behind_a_manifest_with_their_origin(capsys: pyte
 
 
 @pytest.mark.deep
-def test_a_killed_command_goes_on_behind_its_batches_with_the_same_bytes() -> None:
+def test_a_killed_command_resumes_after_its_batches_with_the_same_bytes() -> None:
     assert mapped(output="whole") == 0
     Path("kill").touch()
     Path("done").unlink()

@@ -1,4 +1,4 @@
-"""`megatron-sov score`: rows in order, nothing half-written, a killed command continued."""
+"""`megatron-sov score`: rows keep their order, no partial output, and a killed command continues."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def score(*more: str, reward: str = "language", output: str = "out.jsonl") -> in
                  *more])
 
 
-def test_rows_come_out_in_order_with_what_they_had(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_written_in_order_with_their_input_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert score("--set", "language=ko") == 0
     rows = read()
     assert [row["id"] for row in rows] == [0, 1, 2, 3, 4]
@@ -56,8 +56,7 @@ def test_rows_come_out_in_order_with_what_they_had(capsys: pytest.CaptureFixture
     assert not work_folder(Path("out.jsonl")).exists()
 
 
-def test_the_mean_stands_in_the_events_of_the_run_that_wrote_the_responses(
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_mean_is_recorded_in_the_events_of_the_generating_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert score("--set", "language=ko", "--run", "none") == 2
     assert "--run none: holds no events.jsonl" in capsys.readouterr().err and not Path("out.jsonl").exists()
     Path("run").mkdir()
@@ -82,7 +81,7 @@ def test_the_records_of_a_run_are_no_output(capsys: pytest.CaptureFixture[str]) 
     assert [e["event"] for e in read("run/events.jsonl")] == ["step", "score"]
 
 
-def test_questions_are_those_of_one_test_whatever_is_answered() -> None:
+def test_question_hash_ignores_responses() -> None:
     def questions(*rows: dict[str, object]) -> str:
         write(list(rows))
         return hash_questions(Path("rows.jsonl"))
@@ -101,7 +100,7 @@ def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.C
     assert "line 1: refused: has no 'language'" in capsys.readouterr().err
 
 
-def test_rows_of_which_none_has_a_reward_are_written_and_the_command_fails(
+def test_rows_without_any_reward_are_written_and_the_command_fails(
         capsys: pytest.CaptureFixture[str]) -> None:
     write([{"response": "a"}, {"response": "b"}])
     assert score() == 3
@@ -166,7 +165,7 @@ class Counts:
 '''
 
 
-def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_command_resumes(capsys: pytest.CaptureFixture[str]) -> None:
     Path("own.py").write_text(OWN_REWARD)
     write([{"id": i, "response": ""} for i in range(400)])
     command = ["score", "--reward", "own.py:Counts", "--input", "rows.jsonl", "--output", "out.jsonl",
@@ -193,7 +192,7 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.deep
-def test_what_the_page_shows_runs() -> None:
+def test_commands_of_the_page_run() -> None:
     for name, content in shown_files(PAGE).items():
         Path(name).write_text(content)
     outputs = {}

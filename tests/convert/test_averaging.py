@@ -1,4 +1,4 @@
-"""The mean of checkpoints equals, bit for bit, the mean that torch computes in float64."""
+"""Averages of checkpoints equal, bit for bit, the mean that torch computes in float64."""
 
 import json
 import shutil

@@ -8,12 +8,12 @@ import torch
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.dtypes import DTYPES, check_space, choose_dtype, choose_export_dtype, convert_tensor
 
-# One NaN or infinity anywhere is found, whatever the dtype; values that fit are converted as torch does it.
+# A NaN or infinity is found at any position and dtype; finite values are converted as in torch.
 
 
 @pytest.mark.each("dtype", DTYPES.values())
 @pytest.mark.each("bad", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_value_is_found_at_any_position(dtype: torch.dtype, bad: float) -> None:
+def test_non_finite_value_is_detected_at_any_position(dtype: torch.dtype, bad: float) -> None:
     for place in (0, 7, 31, 200, 1022):  # wherever it falls in the vectors that a processor takes at a time
         tensor = torch.randn(1023).to(dtype)
         tensor[place] = bad
@@ -22,7 +22,7 @@ def test_non_finite_value_is_found_at_any_position(dtype: torch.dtype, bad: floa
             convert_tensor(tensor, dtype, Path("source"), "w")
 
 
-def test_finite_values_are_kept_or_rounded_once() -> None:
+def test_finite_values_are_unchanged_or_rounded_once() -> None:
     for dtype in DTYPES.values():
         limits = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, 0.0, -0.0], dtype=dtype)
         assert convert_tensor(limits, dtype, Path("source"), "w") is limits

@@ -1,5 +1,5 @@
-"""Configs of public models, with all their fields: each is read, computes what transformers computes from the
-same file, and stands in the export again.
+"""Complete configs of public models: each is read, computes what transformers computes, and is exported
+unchanged.
 
 `hub_configs.json` says of each where it was found, or that it is written down from memory; those of families
 with one or two models are in `tests/model/families/published_configs.json`.
@@ -80,7 +80,7 @@ def write(config: dict[str, Any], folder: Path) -> Path:
     if "logits_scaling" in config:
         model.lm_head.weight.data *= 10 / config["logits_scaling"]
     for name, tensor in model.named_parameters():
-        # Slow decays: with those of a new model transformers' float32 is 2e-3 from its own float64.
+        # Slow decays: with the initial ones transformers' float32 differs from its float64 by 2e-3.
         if name.endswith("A_log"):
             tensor.data = torch.randn_like(tensor) * 0.6 - 1.5
     model.save_pretrained(folder)

@@ -1,5 +1,4 @@
-"""Checkpoints that are no longer what was written: found whatever the file and the damage,
-and replaced by the one before."""
+"""Damaged checkpoints: any damage to any file is detected, and the run loads the previous checkpoint."""
 
 import json
 import shutil
@@ -59,10 +58,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: A
 
 @pytest.mark.distributed
 @pytest.mark.essential
-def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
-        tmp_path: Path, pretrain: Any, run_command: Any, kept: Path) -> None:
-    """One kind of file and of damage after the other stands in the way,
-    from the newest checkpoint back to step 2."""
+def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pretrain: Any, run_command: Any,
+                                                              kept: Path) -> None:
+    """Damages one kind of file after another, from the newest checkpoint back to step 2."""
     at_once = tmp_path / "at-once"
     assert run_command(*pretrain(at_once, *EP2,
                                  settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
@@ -102,7 +100,7 @@ def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
                 in result.stderr)
 
 
-def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None:
+def test_every_damage_to_every_file_is_detected(kept: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step-8"
     shutil.copytree(folder_of(kept, STEPS), path)
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
@@ -121,9 +119,10 @@ def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("command",
                          [("convert", "to-hf", "RUN", "OUT"), ("generate", "RUN", "--prompt", "a")])
 @pytest.mark.parametrize("name", [MANIFEST, "model/00000/rank-00000-00000.safetensors"])
-def test_commands_name_the_file_and_the_checkpoint_before(
-        kept: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: tuple[str, ...], name: str,
-        one_rank: None) -> None:
+def test_commands_name_the_file_and_the_checkpoint_before(kept: Path, tmp_path: Path,
+                                                          capfd: pytest.CaptureFixture[str],
+                                                          command: tuple[str, ...], name: str,
+                                                          one_rank: None) -> None:
     for step in (6, 7, 8):
         shutil.copytree(folder_of(kept, step), folder_of(tmp_path / "run", step))
     deleted(folder_of(tmp_path / "run", 7) / MANIFEST)
@@ -139,8 +138,8 @@ def test_commands_name_the_file_and_the_checkpoint_before(
             and not (tmp_path / "out").exists())
 
 
-def test_a_run_does_not_start_from_a_damaged_one(
-        kept: Path, tmp_path: Path, pretrain: Any, run_command: Any) -> None:
+def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pretrain: Any,
+                                                 run_command: Any) -> None:
     shutil.copytree(folder_of(kept, 8), folder_of(tmp_path / "run", 8))
     truncated(folder_of(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
     result = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
@@ -149,7 +148,7 @@ def test_a_run_does_not_start_from_a_damaged_one(
     assert not (tmp_path / "new").exists()
 
 
-# When the disk takes no more: one message, exit code 2, nothing half-written, and the run goes on later.
+# A full disk: one message, exit code 2, no partial file, and the run can resume.
 
 
 FULL_DISK = ("train.steps=4", "train.checkpoint_every_steps=2")

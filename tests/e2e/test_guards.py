@@ -1,4 +1,4 @@
-"""Every fault on purpose: what the run does about it, and that it ends as a run without the same samples."""
+"""Injected faults: the run's reaction, and an end equal to that of a run without the same samples."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def runs(data: str, folder: str) -> dict[str, int]:
             code = 1
             try:
                 for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
-                    os.environ.pop(variable, None)  # it is no rank, it starts some
+                    os.environ.pop(variable, None)  # this process is not a rank, it starts ranks
                 config = apply_settings(recipes.get("tiny-solar-open"),
                                         [f"data.paths={json.dumps({data: 1.0})}", *settings])
                 run_stage(Stage(config, RunFolder(Path(folder) / name), LanguageModelling,
@@ -82,8 +82,7 @@ def events_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def last_checkpoint(run: Path) -> dict[str, Any]:
-    """Return the hashes of all files of a run's last checkpoint, and the loop's state apart from what
-    happened on the way."""
+    """Return the hashes of all files of a run's last checkpoint, and the loop state without its history."""
     path = max((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     files = {name: record.digest for name, record in read_manifest(path).files.items()
              if name != "state.json"}
@@ -93,8 +92,8 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_whatever_comes_the_run_ends_as_one_from_which_the_same_samples_were_left_out(
-        ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+def test_any_injected_fault_equals_a_run_without_the_skipped_samples(ranks: Any, job: Any, packed_data: Any,
+                                                                     tmp_path: Path) -> None:
     """That a run gives up where nothing is left to go back to, test_interrupts.py shows."""
     ((codes,),) = ranks(job(__file__, "runs", 1, {"data": str(packed_data.text), "folder": str(tmp_path)}))
     assert codes == {"storm": 0, "storm by hand": 0, "rolled": 0, "rolled by hand": 0}
@@ -108,7 +107,7 @@ def test_whatever_comes_the_run_ends_as_one_from_which_the_same_samples_were_lef
 
 
 def _storm_is_told(run: Path) -> None:
-    """Every fault and what the run did about it stands in its events."""
+    """Check that the events contain every fault and the run's reaction."""
     assert {e["fault"].split(",")[0] for e in events_of(run, "fault")} == {
         f.split(",")[0] for f in STORM_FAULTS}
     restarts = events_of(run, "restart")

@@ -1,4 +1,4 @@
-"""Ctrl-C during a long step: an answer at once, and a second one leaves with everything on disk intact."""
+"""Ctrl-C during a long step: immediate acknowledgement, and a second Ctrl-C exits without damage on disk."""
 
 import os
 import signal
@@ -35,8 +35,8 @@ def interrupt(run: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: Any, start: Any, until: Any
-                                                      ) -> None:
+def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: Any, start: Any,
+                                                      until: Any) -> None:
     run = tmp_path / "my run"
     # Rank 1 sleeps, so that rank 0 waits for it in a collective, in which Python handles no signal.
     process = start(pretrain(run, "--nproc", "2", "--inject", "slow-rank@step=4,rank=1,seconds=8,steps=1",
@@ -79,7 +79,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_comma
     assert errors.splitlines()[-1] == ("stopped: left at once; last checkpoint: step 2; continue with: "
                                        f"megatron-sov resume {run}")
     assert "Traceback" not in errors
-    # The fault came in the run; without it the command goes on from the checkpoint.
+    # The fault occurred in the run; without it the command resumes from the checkpoint.
     result = run_command("resume", str(run))
     assert result.returncode == 0, result.stderr
     assert [event["step"] for event in events(run, "eval")] == [0, 8]  # a resumed run is not evaluated again
@@ -89,8 +89,8 @@ ENDED = ("train.steps=6", "train.eval_every_steps=0")
 
 
 @pytest.mark.distributed
-def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, tmp_path: Path,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_why_a_run_ended(pretrain: Any, run_command: Any, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
     refused, crashed, learned = tmp_path / "refused", tmp_path / "crashed", tmp_path / "learned"
     arguments = {refused: ("--inject", "nan@step=1,nan@step=2", "--set", "guards.rollback_after_skips=2"),
                  learned: ("--inject", "nan@step=3", "--set", "guards.skip=false", "--set",
@@ -141,8 +141,8 @@ class Failing(LanguageModelling):
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_that_is_being_written_when_an_error_comes_is_there_afterwards(
-        pretrain: Any, run_command: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_in_progress_is_completed_after_an_error(pretrain: Any, run_command: Any,
+                                                              tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FAILING)
     settings = (*ENDED, f"objective.name={tmp_path}/mine.py:Failing", "train.checkpoint_every_steps=2",
                 "train.max_restarts=0")

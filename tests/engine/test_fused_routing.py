@@ -95,7 +95,7 @@ def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_fused_kernels_choose_and_weigh_as_the_router_does_or_are_not_asked(ranks: Any, job: Any) -> None:
+def test_fused_kernels_route_like_the_router_or_are_not_called(ranks: Any, job: Any) -> None:
     results = ranks(*(job(__file__, "compare", 1, dict(zip(("score", "norm", "top_k", "biased"), case[:4],
                                                            strict=True))) for case in CASES))
     for case, (found,) in zip(CASES, results, strict=True):

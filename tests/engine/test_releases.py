@@ -26,13 +26,14 @@ def test_the_engine_runs_on_the_newest_release() -> None:
 
 @pytest.mark.parametrize(("listed", "newest"), [
     ("megatron-core (0.20.0)\nAvailable versions: 0.20.0, 0.19.2", "0.20.0"), ("", "")])
-def test_the_index_is_asked_for_the_newest(monkeypatch: pytest.MonkeyPatch, listed: str, newest: str) -> None:
+def test_the_newest_release_is_read_from_the_index(monkeypatch: pytest.MonkeyPatch, listed: str,
+                                                   newest: str) -> None:
     monkeypatch.setattr(releases.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=listed))
     assert releases.newest_version() == newest
     assert releases.is_newer("0.19.10", "0.19.2") and not releases.is_newer("0.19.2", "0.19.2")
 
 
-def test_an_old_lock_is_said_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_lock_is_reported_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "constraints.txt").write_text("# Locked on 2026-11-28.\nmegatron-core==0.19.2\n")
     monkeypatch.setattr(releases, "LOCK", tmp_path / "constraints.txt")
     assert releases.age_note(datetime.date(2027, 1, 12)) == ""

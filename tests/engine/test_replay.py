@@ -18,7 +18,8 @@ from megatron_sov.engine.model.logprobs import build_head
 from megatron_sov.engine.model.replica_checks import list_gradients
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives, world
-from megatron_sov.engine.router import BalancedRouter, RouteTable, replay_routes
+from megatron_sov.engine.route_replay import RouteTable, replay_routes
+from megatron_sov.engine.router import BalancedRouter
 from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN = 8, 2, 8
@@ -30,7 +31,7 @@ PADDED = 25
 
 
 def drawn_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
-    """Return random routes that no router would choose; one in eight is unknown."""
+    """Return random routes that a router would not choose; one in eight is unknown."""
     shape, random = RouteShape(layers, TOP_K, EXPERTS), np.random.default_rng(seed)
     routes = random.permuted(np.tile(np.arange(EXPERTS), (num_tokens, layers, 1)), axis=2)[:, :, :TOP_K]
     routes = routes.astype(shape.dtype)
@@ -53,7 +54,7 @@ def tables() -> list[list[Any]]:
     return found
 
 
-def test_a_table_tells_where_each_token_went_and_of_which_it_does_not_know(ranks, job) -> None:
+def test_route_tables_list_known_and_unknown_tokens(ranks, job) -> None:
     there = [True, True, False, False]  # the third is not recorded, the fourth is padding
     assert ranks(job(__file__, "tables"))[0][0] == [
         [there, [[0, 39], [5, 1]]], [there, [[2, 7], [39, 38]]],
@@ -99,7 +100,7 @@ def _balancing(scores: Any, counts: Any) -> Any:
     return 0.01 * (counts * EXPERTS / TOP_K / 7 * scores[:7].mean(0)).sum()
 
 
-def test_a_router_weighs_recorded_experts_by_live_scores_and_counts_and_balances_them(ranks, job) -> None:
+def test_recorded_experts_use_live_scores_and_enter_counts_and_balancing(ranks, job) -> None:
     ((found,),) = ranks(job(__file__, "routed"))
     for name, (ours, formula) in found.items():
         assert np.allclose(ours, formula, rtol=1e-12), name
@@ -187,8 +188,8 @@ FIRST = {"TP2+SP, experts recomputed"}
 @pytest.mark.distributed
 @pytest.mark.deep
 @pytest.mark.parametrize("names", [FIRST, LAYOUTS.keys() - FIRST], ids=["tensors", "others"])
-def test_a_step_along_recorded_routes_is_the_step_itself_at_every_layout(
-        names: set[str], ranks, job, tmp_path: Path) -> None:
+def test_a_step_along_recorded_routes_is_the_step_itself_at_every_layout(names: set[str], ranks, job,
+                                                                         tmp_path: Path) -> None:
     recorded = str(tmp_path / "routes.npy")
     ((alone,),) = ranks(job(__file__, "steps", 1, {"layout": {}, "settings": [], "recorded": recorded,
                                                    "records": True}))

@@ -193,6 +193,6 @@ def test_bf16_logits_are_summed_in_float32_as_in_transformers(ranks, job) -> Non
     assert (logits - logits.bfloat16()).abs().max() > 1e-3
 
 
-def test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers(ranks: Any, job: Any) -> None:
+def test_routes_are_freed_after_a_pass(ranks: Any, job: Any) -> None:
     ((found,),) = ranks(job(__file__, "left_by_a_pass"))
     assert len(found) >= 2 and all(found)

@@ -1,5 +1,5 @@
-"""K-EXAONE 2.0 written over transformers' class of K-EXAONE, which reads neither the windows of single layers
-nor their bounds: both as vLLM's `exaone_moe` reads and computes them (`sliding_windows`, `swiglu_limits`)."""
+"""K-EXAONE 2.0 in transformers' K-EXAONE class, which lacks per-layer windows and SwiGLU limits: both
+follow vLLM's `exaone_moe` (`sliding_windows`, `swiglu_limits`)."""
 
 from types import MethodType
 from typing import Any

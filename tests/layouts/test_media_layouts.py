@@ -102,7 +102,7 @@ def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_run_goes_on_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, tmp_path: Path) -> None:
     """Includes the encoders' optimizer moments, from a checkpoint of two processes with ZeRO-1."""
     fp64 = [*FP64, "optim.name=muon"]
     one = [*fp64, *OVERLAP]
@@ -116,7 +116,7 @@ def test_a_run_goes_on_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, t
 
 
 @pytest.mark.distributed
-def test_a_run_starts_beside_a_model_without_encoders(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_a_run_may_start_from_a_model_without_encoders(ranks: Any, job: Any, tmp_path: Path) -> None:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     SiglipVisionModel(SiglipVisionConfig(

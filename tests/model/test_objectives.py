@@ -1,4 +1,4 @@
-"""Objectives of one's own: what a class has to be, and what becomes of its settings."""
+"""User-defined objectives: required methods, and their settings."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
         objectives.check_objective(config_of(name, gama=1, gamma=None))
 
 
-def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) -> None:
+def test_type_checking_only_types_are_not_checked(tmp_path: Path) -> None:
     name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, context: "
                           f"Context, size: Size = 1): ...\n{METHODS}")
     objectives.check_objective(config_of(name, size="anything"))
@@ -76,19 +76,19 @@ def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) 
     ("def Mine(context): ...",
      r"is a function; an objective is a class with collect\(self, policy, step\)"),
 ])
-def test_what_is_none(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_objectives_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(tmp_path, text)
 
 
-def test_one_without_coefficients_says_so_when_it_is_made(tmp_path: Path) -> None:
+def test_an_objective_without_coefficients_is_refused_at_construction(tmp_path: Path) -> None:
     config = config_of(load(tmp_path,
                             f"class Mine:\n    def __init__(self, context): ...\n{METHODS}"))
     with pytest.raises(UserError, match="term -> its weight"):
         objectives.get_factory(config, None)(None)  # type: ignore[arg-type]
 
 
-def test_what_it_reads_is_known_before_it_is_made(tmp_path: Path) -> None:
+def test_required_columns_are_known_before_construction(tmp_path: Path) -> None:
     from megatron_sov.train.objectives.objective import get_columns, get_formats
 
     name = load(tmp_path, "from megatron_sov import NeededColumn\nclass Mine:\n    formats = 'preference',\n"

@@ -1,4 +1,4 @@
-"""A model of others is loaded with exactly the weights of its folder, or refused in a sentence that names the
+"""Pretrained models load exactly the weights of their folder, or are refused with the names of the
 tensors."""
 
 import json
@@ -80,8 +80,8 @@ def test_another_architectures_config_is_refused(models: dict[str, Path], tmp_pa
         load_hf(folder)
 
 
-def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_one(models: dict[str, Path],
-                                                                                   tmp_path: Path) -> None:
+def test_unknown_architecture_and_damaged_config_have_different_messages(models: dict[str, Path],
+                                                                         tmp_path: Path) -> None:
     folder = shutil.copytree(models["lm"], tmp_path / "new")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "of_next_year"}))
@@ -93,7 +93,7 @@ def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_o
         load_hf(folder)
 
 
-def test_what_a_class_does_without_is_passed_over(tmp_path: Path) -> None:
+def test_tensors_without_a_parameter_are_skipped(tmp_path: Path) -> None:
     """The prediction layer, at a size unknown to transformers; buffers of older files; a tied head."""
     c = DeepseekV3Config(**SIZES, moe_intermediate_size=8, n_routed_experts=2, num_experts_per_tok=1,
                          n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
@@ -114,7 +114,7 @@ def test_what_a_class_does_without_is_passed_over(tmp_path: Path) -> None:
 
 
 def twice(folder: Path) -> None:
-    """Beside the shards a single file with other values, as a second download leaves it."""
+    """Add a single file with other values next to the shards, as a second download leaves it."""
     whole = {name: tensor * 2 for file in folder.glob("model-*.safetensors")
              for name, tensor in load_file(file).items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
@@ -143,7 +143,7 @@ def test_files_that_two_readers_would_take_otherwise(case: str, load: Any, model
         load(tmp_path / "bad")
 
 
-def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_in_other_formats_are_not_read(models: dict[str, Path], tmp_path: Path) -> None:
     """As transformers and convert both do; an index may name the single file."""
     folder = shutil.copytree(models["lm"], tmp_path / "hub")
     (folder / "pytorch_model.bin").write_bytes(b"evil")
@@ -158,7 +158,7 @@ def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Pa
 @pytest.mark.each("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
 def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, models: dict[str, Path],
                                                                 tmp_path: Path) -> None:
-    """transformers would read it, and the check of tensors the other one."""
+    """transformers would read that file, while the tensor check reads the other one."""
     folder = Path(shutil.copytree(models["lm"], tmp_path / "lm"))
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
     edit(folder, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()], "other.safetensors")

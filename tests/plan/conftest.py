@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, whose steps take what a test says."""
+"""Run folders as training leaves them, with step times chosen by the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of published models, for figures that their pages state."""
+"""Sizes of published models, against which tests check the figures of their pages."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ def request(recipe: str, *settings: str) -> RecipeRequest:
     ("solar-open-102b-sft", 60, ("parallel.pp=4",), "on 20 B tokens (the recipe's), 60 x 8 H100"),
     ("k-exaone-236b-extend", 64, ("parallel.pp=8", "parallel.cp=8"), "on 134.2 B tokens (the recipe's), 64"),
 ])
-def test_the_headline_names_tokens_their_source_gpus_time_and_cost(
-        recipe: str, nodes: int, settings: tuple[str, ...], words: str) -> None:
+def test_the_headline_names_tokens_their_source_gpus_time_and_cost(recipe: str, nodes: int,
+                                                                   settings: tuple[str, ...],
+                                                                   words: str) -> None:
     plan = plan_on_cluster(request(recipe, LAYOUT, *settings), load_machines("h100", nodes))
     line, total = plan.format_headline(), sum_quotes(plan.quotes)
     assert line.startswith(f"{recipe}: ") and words in line
@@ -46,7 +47,7 @@ def test_the_headline_names_tokens_their_source_gpus_time_and_cost(
 
 
 @pytest.mark.parametrize("recipe", ["qwen3-8b", "qwen3-moe-30b"])
-def test_a_trillion_tokens_cost_what_a_plan_of_a_trillion_tokens_says(recipe: str) -> None:
+def test_a_budget_plan_equals_the_plan_of_its_tokens(recipe: str) -> None:
     where, size = load_machines("h100", 8), ("parallel.ep=8",) if "8b" not in recipe else ()
     short = sum_quotes(plan_on_cluster(request(recipe, LAYOUT, *size), where).quotes).scale_to_tokens(10**12)
     whole = sum_quotes(plan_on_cluster(request(recipe, LAYOUT, *size,
@@ -58,8 +59,8 @@ def test_a_trillion_tokens_cost_what_a_plan_of_a_trillion_tokens_says(recipe: st
     ("qwen3-8b", 14, None, 8), ("qwen3-8b", 0.25, None, 1), ("qwen3-8b", None, 5000, 2),
     ("qwen3-8b", 14, 5000, 8), ("qwen3-8b", 1, 1e6, 8), ("gemma-3-1b", 3, None, 1),
     ("llama-3.1-8b", None, 1e6, 8), ("qwen3-4b", 30, 1e4, 4)])
-def test_a_budget_buys_the_tokens_whose_plan_costs_the_budget(
-        recipe: str, days: float | None, usd: float | None, nodes: int) -> None:
+def test_a_budget_buys_the_tokens_whose_plan_costs_the_budget(recipe: str, days: float | None,
+                                                              usd: float | None, nodes: int) -> None:
     where = load_machines("h100", nodes)
     [row] = compute_budget_rows({recipe: request(recipe, LAYOUT)}, where, days, usd)
     assert row.tokens > 0 and row.days <= (days or 1e9) * 1.0001 and row.cost_usd <= (usd or 1e9) * 1.0001
@@ -73,7 +74,7 @@ def test_a_budget_buys_the_tokens_whose_plan_costs_the_budget(
 
 
 @pytest.mark.deep
-def test_the_table_has_what_fits_first_and_names_the_nodes_that_the_others_need() -> None:
+def test_table_lists_fitting_rows_first_and_nodes_needed_by_others() -> None:
     where = load_machines("h100", 1)
     requests = {"deepseek-v3": request("deepseek-v3"), "qwen3-8b": request("qwen3-8b", LAYOUT),
                 "gemma-3-1b": request("gemma-3-1b", LAYOUT)}

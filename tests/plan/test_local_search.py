@@ -1,4 +1,5 @@
-"""The default layout: as fast as a full sweep finds, with memory to spare, and what the user set stays."""
+"""The default layout: as fast as the result of a full sweep, with spare memory, and with the user's
+settings unchanged."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from megatron_sov.plan.search.sweep import search_layouts
     ("qwen3-8b", "h100", ()), ("qwen3-8b", "b200", ("train.fp8=mxfp8",)), ("llama-3.1-8b", "h200", ()),
     ("qwen3-4b", "h100", ("train.global_batch_size=48",)), ("vibethinker-1.5b", "h100", ()),
     ("gemma-3-1b", "a100", ()), ("tiny-solar-open", "h100", ()), ("tiny-qwen3-moe", "b200", ())])
-def test_the_default_is_as_fast_as_the_best_of_a_sweep_with_memory_to_spare(
-        recipe: str, gpu: str, said: tuple[str, ...]) -> None:
+def test_default_layout_is_as_fast_as_a_sweep_with_spare_memory(recipe: str, gpu: str,
+                                                                said: tuple[str, ...]) -> None:
     config, where = apply_settings(recipes.get(recipe), list(said)), load_machines(gpu, 1)
     prices, found = build_pricing(where), find_layout(config, where, said)
     assert prices is not None and found is not None
@@ -74,7 +75,7 @@ def test_unknown_gpus_and_rounds_have_no_search(recipe: str, cluster: str) -> No
     assert find_layout(recipes.get(recipe), load_machines(cluster, 1)) is None
 
 
-def test_rounds_whose_own_layout_breaks_a_rule_get_one_that_keeps_it() -> None:
+def test_rounds_get_a_layout_that_keeps_all_rules() -> None:
     config, where = recipes.get("tiny-typhoon-s-opd"), load_machines("h100", 1)
     result = find_layout(config, where)
     assert config.problems(where.num_ranks) and result is not None

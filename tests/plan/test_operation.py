@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights, save
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import world
@@ -121,7 +121,7 @@ def test_a_slow_store_sets_the_interval() -> None:
     assert told.interval_steps == math.ceil(told.write_s / 10) == math.ceil(told.checkpoint_bytes / 1e10)
 
 
-def test_a_store_that_nobody_knows_and_a_cluster_that_never_fails() -> None:
+def test_unknown_storage_and_infallible_clusters() -> None:
     silent = replace(H100, storage_write_gbytes_per_s=0, failures_per_gpu_year=0)
     told = plan_operation(SOLAR, silent, 512, 10.0, 777)
     assert not told.has_storage_rate and told.interval_steps == 777 and math.isinf(told.mtbf_s)
@@ -155,14 +155,14 @@ def test_energy_of_a_node_for_an_hour() -> None:
         told.energy_kwh * 12_000 / 10_200)
 
 
-def test_a_price_that_nobody_has_said_is_a_range() -> None:
+def test_an_unknown_price_is_a_range() -> None:
     told = estimate_cost(3600, 1, H100)
     assert told.usd_low < told.usd < told.usd_high and told.price_note.startswith(
         "2.95 USD for a GPU and hour, typical price of 20")
     assert estimate_cost(3600, 1, replace(H100, gpu="gb300")).price_note.startswith("a guess: ")
 
 
-# The bytes of a checkpoint are those of real ones on disk.
+# Checkpoint bytes equal those of real checkpoints on disk.
 
 
 SMALL = ("model.vocab_size=97", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
@@ -191,12 +191,12 @@ def written(folder: str, case: str) -> dict[str, Any]:
     config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
     world.join_world(parallel)
     model = build_model(config.model, parallel, config.train, config.gpu, lora=config.lora)
-    load.initialize_weights(model, config.model, 1)
+    initial_weights.initialize_weights(model, config.model, 1)
     if config.lora.on:
         model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)
     path = Path(folder) / "step-1"
     optimizer = Optimizer(model, config.optim, parallel, config.gpu)
-    load.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    save.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     if dist.get_rank():
         return {}
     sizes = {"float32": 4, "bfloat16": 2}
@@ -231,7 +231,7 @@ def test_checkpoints_of_the_big_recipes() -> None:
     assert 4 * exaone.weights < exaone.optimizer < 4.1 * exaone.weights
 
 
-def test_a_process_writes_the_more_the_fewer_there_are_and_a_slow_store_decides() -> None:
+def test_checkpoint_time_depends_on_bytes_per_process_and_storage_speed() -> None:
     config = recipes.get("solar-open-102b")
     total = count_checkpoint_bytes(config).total
     assert count_rank_bytes(config, 64) > count_rank_bytes(config, 512) > total / 512

@@ -32,8 +32,8 @@ def priced(name: str, *settings: str) -> Quote:
     ((), ""), (("objective.name=distill",), "The teacher's forward passes and output head are not priced."),
     (("objective.name=preference",), "The forward passes of the reference are not priced"),
     (("objective.name=preference", "preference.method=simper"), "")])
-def test_conversations_are_attended_one_by_one_and_notes_say_what_is_left_out(
-        settings: tuple[str, ...], left_out: str) -> None:
+def test_conversations_attend_separately_and_notes_list_omissions(settings: tuple[str, ...],
+                                                                  left_out: str) -> None:
     result = priced("typhoon-s-8b", *settings)
     assert f"Documents of 1,000 tokens are assumed in rows of {result.seq_len:,}." in result.notes
     assert [note for note in result.notes if "not priced" in note and note.startswith(left_out or "-")] == [
@@ -48,7 +48,7 @@ def test_adapters_need_less() -> None:
     assert adapter.memory.total_bytes < 0.6 * whole.memory.total_bytes
 
 
-def test_a_teacher_lies_beside_the_model_that_learns_its_distributions() -> None:
+def test_a_teacher_is_counted_next_to_its_student() -> None:
     config = apply_settings(recipes.get("typhoon-s-8b-opd"), ["parallel.zero1=true"])
     beside = find_fullest_stage(config, 8)[1].teacher
     # bf16 weights, with the gaps of their buffers

@@ -1,4 +1,4 @@
-"""Sizes and FLOPs of models against counts made elsewhere: the recipes, makers' tables, torch's counter."""
+"""Sizes and FLOPs of models against recipes, vendors' tables and torch's counter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not 
 
 
 @pytest.mark.each("name", sorted(ONE_OF_EACH.values()))
-def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
+def test_recipe_flops_match_its_weight_map(name: str) -> None:
     model = recipes.get(name).model
     shape, said, mapped = build_shape(model), Counter[Any](), Counter[Any]()
     predicted = model.num_mtp_moe_layers()

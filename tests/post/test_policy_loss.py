@@ -36,8 +36,8 @@ CASES: list[dict[str, Any]] = [
 
 
 def row() -> tuple[dict[str, Any], Any, Any]:
-    """Return columns and log-probabilities of a row, and its responses: between them lie labels that are not
-    learned, some of them impossible."""
+    """Return columns, log-probabilities and responses of a row, with masked labels between responses, some of
+    them impossible."""
     drawn = random.Random(SEED)
     index: list[int] = []
     for response, length in enumerate(LENGTHS):
@@ -152,7 +152,7 @@ def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, 
 
 
 @pytest.mark.each("method", ["gspo", "grpo", "dapo", "cispo"])
-def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -> None:
+def test_engine_rounding_is_not_clipped_and_both_signs_have_gradients(method: Any) -> None:
     """At the mismatch that arXiv 2510.11370 measured for Qwen3-8B: KL of 6.4e-4 a token, Gaussian."""
     torch.manual_seed(0)
     num, length, kl = 32, 4096, 6.4e-4
@@ -174,8 +174,8 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
     assert float(meters["engine_kl"][0] / meters["engine_kl"][1]) == pytest.approx(kl, rel=0.02)
 
 
-def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
-    """At ratios of 1 that of the settings is REINFORCE's, whose derivative it shares."""
+def test_a_user_loss_replaces_the_surrogate() -> None:
+    """At ratio 1 the configured surrogate is REINFORCE's, with the same derivative."""
     columns, logprobs, responses = row()
     policy = PolicyConfig("grpo", clip_low=0.2, clip_high=0.2, kl="none", correction="none")
     columns["old_logprobs"] = logprobs.detach().clone()
@@ -192,7 +192,7 @@ def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
 def test_teacher_signal_is_the_difference_of_logprobs() -> None:
     columns, logprobs, responses = row()
     learned = responses.index < len(LENGTHS)
-    # of what is not learned a teacher may say what it likes
+    # masked positions may have any teacher value
     teacher = columns["behaviour_logprobs"] - 0.3 * columns["advantage"]
     columns["teacher_logprobs"] = torch.where(learned, teacher, torch.inf)
     columns["old_logprobs"] = torch.full_like(logprobs, torch.nan)  # a step on responses of its own
@@ -320,7 +320,7 @@ def test_divergences_have_the_documented_gradients() -> None:
     odds = p.detach().exp()
     assert close((odds * policy.k1(p, q)).sum(), (p.exp() * (p - q)).sum())
     assert close((odds * policy.k3(p, q)).sum(), (q.exp() * (q - p)).sum())
-    # responses of an older policy, weighed by the ratio: what k3 is unbiased for as a value, it is as a slope
+    # responses of an older policy, weighted by the ratio: k3 is unbiased in value and gradient
     older = torch.randn(3).double().softmax(-1)
     assert close((older * (p.exp() / older) * policy.k3(p, q)).sum(), (p.exp() * (p - q)).sum())
     exact = (p.exp() * (p - q)).sum() + (p.exp()[:, None] * p2.exp() * (p2 - q2)).sum()
@@ -333,7 +333,7 @@ def test_divergences_have_the_documented_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
-def test_log_probabilities_that_are_infinitely_far_apart_leave_gradients_finite(kind: Any) -> None:
+def test_infinite_log_ratios_keep_gradients_finite(kind: Any) -> None:
     responses = ResponseSpans(torch.zeros(2, dtype=torch.long), torch.tensor([2.0]).double())
     far = torch.tensor([-1.0, -2.0]).double()
     for sign in (1, -1):  # the policy, then the other one, holds the tokens for next to impossible

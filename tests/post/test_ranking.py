@@ -12,7 +12,7 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, TrainConfig
 from megatron_sov.model.config.post_training import PreferenceConfig
 from megatron_sov.post import preference
 from megatron_sov.post.preference import compare_values, compute_pair_meters
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 SEQ_LEN = 4
 
@@ -31,7 +31,7 @@ class Pairs:
         return (self.types(document, start, count) == 2).astype(np.float32)
 
 
-def test_responses_after_the_sample_end_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_responses_after_the_sample_end_are_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
     def logprobs(view: Any, documents: Pairs, chosen: range, seq_len: int, rows: int) -> np.ndarray:
         """Of each response -1 (better) or -2 a token, 0 where `document_logprobs` has no number."""
         numbers = []
@@ -50,7 +50,7 @@ def test_responses_after_the_sample_end_are_left_out(monkeypatch: pytest.MonkeyP
     source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
     documents = Pairs()
     monkeypatch.setattr(Source, "open_split", lambda self, split: documents)
-    # right, wrong, a tie, right by what a sample holds; of the last one's response no sample holds anything
+    # correct, wrong, a tie, correct within the sample; the last response is outside every sample
     expected = {"pairs": 4, "chosen_likelier": 2.5 / 4, "pairs_right": 2.5 / 4, "margin": 0.25}
     assert preference.measure_heldout_pairs(view, [source], None) == {"pairs": expected}
     assert events == [{"name": "heldout_pairs", "step": 3, "source": "pairs", **expected}]
@@ -60,7 +60,7 @@ def test_responses_after_the_sample_end_are_left_out(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.each("method", ["dpo", "ipo", "dpo-norm"])
-def test_a_model_that_equals_its_reference_is_right_in_half_of_the_pairs(method: Any) -> None:
+def test_a_model_equal_to_its_reference_ranks_half_of_the_pairs(method: Any) -> None:
     sums, lengths = torch.tensor([-3.0, -7.0, -2.0, -1.0]).double(), torch.tensor([1.0, 2, 3, 4]).double()
     preference_config = PreferenceConfig(method)
     result = compute_pair_meters(preference_config, compare_values(preference_config, sums, lengths, sums))

@@ -14,7 +14,7 @@ from megatron_sov.base.sealed import write_sealed
 from megatron_sov.post import reference
 from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.train.data.requirements import NeededColumn, check_columns
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 
 
 def opened(pairs: Path) -> list[Source]:
@@ -32,7 +32,7 @@ def test_held_out_pairs_do_not_change(pairs: Path, tmp_path: Path) -> None:
     check_columns([learned], {COLUMN: NeededColumn("")})
 
 
-def test_held_out_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) -> None:
+def test_heldout_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) -> None:
     [source] = opened(pairs)
     reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     reference._open_files()
@@ -52,14 +52,13 @@ def test_held_out_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) 
 
 
 def start(folder: Path, weights: str) -> Path:
-    """Return what stands for a checkpoint that was made just now."""
+    """Return a stand-in for a newly written checkpoint."""
     with create_artifact(folder, "checkpoint") as artifact:
         (artifact.path / "model.safetensors").write_text(weights)
     return folder
 
 
-def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pairs: Path,
-                                                                            tmp_path: Path) -> None:
+def test_reference_is_identified_by_weights_data_and_samples(pairs: Path, tmp_path: Path) -> None:
     def reference(checkpoint: Path, max_tokens: int = 128) -> Reference:
         return Reference(tmp_path / "run", checkpoint, opened(pairs), max_tokens)
 

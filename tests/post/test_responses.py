@@ -1,6 +1,6 @@
 """`ResponseSpans`: learned labels per document, with padding between joined samples."""
 
-def test_a_pair_that_lost_a_response_is_left_out() -> None:
+def test_a_pair_without_one_response_is_excluded() -> None:
     import torch
 
     from megatron_sov.post.sft import ResponseSpans

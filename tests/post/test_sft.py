@@ -94,7 +94,7 @@ def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
     assert {n for n in once["terms"] if other["terms"][n] != once["terms"][n]} == {"text"}
 
 
-def test_without_text_there_is_no_term_for_it() -> None:
+def test_without_text_data_there_is_no_text_term() -> None:
     context: Any = SimpleNamespace(config=config_of("objective.text_coeff=0"),
                                    batches=SimpleNamespace(num_sources=1))
     assert SupervisedFineTuning(context).coefficients == {

@@ -18,7 +18,7 @@ from megatron_sov.post import shared_prompts
 from megatron_sov.post.policy import build_policy_objective
 from megatron_sov.post.shared_prompts import find_sharing_problem, remove_repeated_prompts
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.trainer import Trainer
@@ -98,8 +98,8 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
 
 
 def compare_attention() -> list[float]:
-    """Return for each window and block the largest difference of outputs and gradients from those of the row
-    in which each document has its own beginning."""
+    """Return, for each window and block, the largest difference of outputs and gradients from a row in which
+    each document has its own prompt."""
     from megatron.core.transformer import TransformerConfig
 
     world.join_world(ParallelConfig())
@@ -137,7 +137,7 @@ def both(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[flo
     return curve(True, run), curve(False, run), compare_attention()
 
 
-def test_prompts_that_are_shared_change_nothing_that_is_learned(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_shared_prompts_do_not_change_gradients(ranks: Any, job: Any, tmp_path: Path) -> None:
     ((shared, own, attended),), = ranks(job(__file__, "both", 1, {"run": str(tmp_path)}))
     assert [step.pop(KEPT) for step in own] == [1.0] * STEPS
     assert max(step.pop(KEPT) for step in shared) < 0.9
@@ -177,7 +177,7 @@ def test_sharing_removes_only_prompt_tokens() -> None:
     "policy.share_prompts=false", "parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "model.num_mtp_layers=1",
     "train.hidden_dropout=0.1", "policy.router_replay=true", "train.fp8=tensorwise",
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
-def test_where_it_would_change_something_each_has_its_own(settings: str) -> None:
+def test_prompts_are_not_shared_if_results_would_change(settings: str) -> None:
     alone = recipes.get("tiny-solar-open")
     assert not find_sharing_problem(alone) and not find_sharing_problem(apply_settings(alone,
                                                                                        ["parallel.ep=2"]))

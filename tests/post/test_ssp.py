@@ -42,7 +42,7 @@ def test_ties_go_to_the_earliest_checkpoint() -> None:
     assert (choice.checkpoint, choice.as_good) == ("step-100", ("step-200",))
 
 
-def test_a_choice_is_clear_where_the_problems_tell_the_best_from_every_other() -> None:
+def test_a_choice_is_clear_if_problems_separate_the_best_checkpoint() -> None:
     many = 30
     worse, noisy, best = (measured("worse", [0] * many), measured("noisy", [6, 1, 6, 0, 3] * 6),
                           measured("best", [6, 6, 0, 3, 5] * 6))

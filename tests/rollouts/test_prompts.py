@@ -1,4 +1,4 @@
-"""Prompts of rounds: known by their content, in an order that is a function, each once in an epoch."""
+"""Prompts of rounds: identified by content, ordered by a function, and each used once in an epoch."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def file_with(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_a_prompt_is_known_by_what_it_says(tmp_path: Path) -> None:
+def test_prompts_are_identified_by_content(tmp_path: Path) -> None:
     given_ = file_with(tmp_path / "a.jsonl", '{"prompt": "1+1", "answer": "2"}', "",
                        '{"messages": [{"role": "user", "content": "hi"}], "tools": []}')
     plain, chat = read_prompts(given_)
@@ -40,7 +40,7 @@ def test_a_prompt_is_known_by_what_it_says(tmp_path: Path) -> None:
                                                                                                     "hi"]
 
 
-def test_equal_lines_are_asked_once_and_broken_ones_named(tmp_path: Path) -> None:
+def test_duplicate_prompts_are_used_once_and_broken_lines_named(tmp_path: Path) -> None:
     lines = ('{"prompt": "a"}', '{"prompt": "b"}', '{ "prompt":"a"}', '{"prompt": "c"}')
     prompts = read_prompts(file_with(tmp_path / "twice.jsonl", *lines))
     assert [(p.record["prompt"], p.place, prompts.repeats.get(p.id, [])) for p in prompts] == [
@@ -54,8 +54,8 @@ def test_equal_lines_are_asked_once_and_broken_ones_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.each("form", ["parquet", "arrow", "folder", "json"])
-def test_tables_and_folders_of_datasets_are_read_with_names_of_their_own(form: str, tmp_path: Path) -> None:
-    """The rows of GSM8K have a question and an answer; a table's row has null for what it lacks."""
+def test_tables_and_dataset_folders_use_their_column_names(form: str, tmp_path: Path) -> None:
+    """Rows of GSM8K have a question and an answer; table rows have null for missing values."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -84,7 +84,7 @@ def test_tables_and_folders_of_datasets_are_read_with_names_of_their_own(form: s
         read_prompts(path, parse_renames(["prompt=ask"], ()))
 
 
-def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
+def test_values_outside_json_are_named_by_row(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -105,8 +105,8 @@ def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
         read_prompts(tmp_path / "empty.parquet")
 
 
-def test_what_a_folder_has_that_may_not_be_meant_is_told(tmp_path: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_suspicious_files_of_a_folder_are_reported(tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "test"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / f"data/{split}/rows.jsonl").write_text(json.dumps({"prompt": split}))
@@ -117,7 +117,7 @@ def test_what_a_folder_has_that_may_not_be_meant_is_told(tmp_path: Path,
     assert "as one source" in errors
 
 
-def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_path: Path) -> None:
+def test_excluded_prompts_are_listed_and_shared_through_the_store(tmp_path: Path) -> None:
     prompts = read_prompts(file_with(tmp_path / "p.jsonl", *(f'{{"prompt": "{c}"}}' for c in "abac")))
     long = {prompts[2].id: 1212}
     aside = find_unused_rows(prompts, long, 1024)
@@ -138,7 +138,7 @@ def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_pa
         find_unused_rows(prompts[1:2], {}, 1024)
 
 
-def test_prompts_are_read_where_they_are_asked_for_and_go_to_other_processes() -> None:
+def test_prompts_are_read_on_demand_and_sent_to_other_processes() -> None:
     prompts = made(7)
     some = prompts[1:6].exclude([prompts[3].id])
     assert some.ids == [prompts[i].id for i in (1, 2, 4, 5)] == pickle.loads(pickle.dumps(some)).ids
@@ -149,7 +149,7 @@ def test_prompts_are_read_where_they_are_asked_for_and_go_to_other_processes() -
             some.read_record(other)
 
 
-def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:
+def test_unusable_prompts_are_named(tmp_path: Path) -> None:
     path = file_with(tmp_path / "p.jsonl", '{"prompt": "a"}', '{"task": "a"}', '{"prompt": 3}',
                      '{"prompt": "a", "messages": []}')
     with pytest.raises(UserError, match=r"(?s)3 bad rows.*line 2: has no 'prompt'.*line 3: .*"

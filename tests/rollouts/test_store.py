@@ -1,5 +1,5 @@
-"""The store keeps what it is given: parts are whole or not there, whatever happens to the writer, and what a
-stranger wrote is read within bounds."""
+"""The rollout store: parts are complete or absent, whatever happens to the writer, and files from others
+are read within bounds."""
 
 import dataclasses
 import json
@@ -22,9 +22,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, StorePlan, describe_missing_rows,
     format_part_name, parse_part_name)
-from megatron_sov.rollouts.store import (
-    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, StoreSettings, read_problems, rewards_to_table,
-    rollouts_to_table, table_to_rollouts)
+from megatron_sov.rollouts.store import RolloutStore, StoreSettings
+from megatron_sov.rollouts.tables import (
+    NAMES, REPEATED, ROLLOUTS, SPLIT, read_problems, rewards_to_table, rollouts_to_table, table_to_rollouts)
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished
@@ -47,7 +47,7 @@ def long_rollout(count: int, logprobs: np.ndarray) -> Rollout:
 
 
 def judged(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
-    """What reward v1 said of a row."""
+    """The verdict of reward v1 for a row."""
     reward_row = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
                            {"format": 0.5})
     return dataclasses.replace(reward_row, **changes)
@@ -133,8 +133,7 @@ def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"reward": math.nan}, "row 1 has a reward of nan"), ({"reward": -math.inf}, "has a reward of -inf"),
     ({"reward_version": "v2" * 8}, "row 1 is of reward version 'v2v2")])
-def test_rewards_that_are_none_are_refused(changes: dict[str, Any], sentence: str,
-                                           store: RolloutStore) -> None:
+def test_invalid_rewards_are_refused(changes: dict[str, Any], sentence: str, store: RolloutStore) -> None:
     rows = [rollout(0), rollout(1)]
     store.add_rollouts(NAME, rows, {})
     table = rewards_to_table([judged(rows[0]), judged(rows[1], **changes)])
@@ -155,7 +154,7 @@ def test_rewards_are_of_the_rows_that_were_judged(store: RolloutStore) -> None:
         store.read_judgements("v1" * 8, store.parts())
 
 
-def test_columns_that_are_not_asked_for_are_not_read(store: RolloutStore) -> None:
+def test_unrequested_columns_are_not_read(store: RolloutStore) -> None:
     routes = np.arange(4 * 2 * 2, dtype=np.uint16).reshape(4, 2, 2)
     store.add_rollouts(NAME, [rollout(routes=routes)], {})
     (row,) = store.read_rollouts(NAME, ["response", "record"])
@@ -177,8 +176,8 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("changes", BROKEN, ids=lambda changes: "-".join(changes))
-def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], store: RolloutStore,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_row_is_excluded_and_counted(changes: dict[str, Any], store: RolloutStore,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
     (sentence,) = rollout(**changes).problems(VOCAB_SIZE)
     store.add_rollouts(NAME, [rollout(0), rollout(1, **changes)], {})
     for _ in range(2):
@@ -188,7 +187,7 @@ def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], s
     assert capsys.readouterr().err.count(warning) == 1
 
 
-def test_a_store_is_of_a_tokenizer_and_not_of_the_bytes_of_its_file(tmp_path: Path) -> None:
+def test_a_store_belongs_to_a_tokenizer_not_to_its_file_bytes(tmp_path: Path) -> None:
     texts = {"base": json.dumps({"model": {"vocab": {"a": 0}}}, indent=2),
              "sft": json.dumps({"model": {"vocab": {"a": 0}}}), "other": '{"model": {"vocab": {"b": 0}}}'}
     for name, text in texts.items():
@@ -262,7 +261,7 @@ def publish(number: int, path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_of_many_writers_of_one_name_one_stays_whole(tmp_path: Path) -> None:
+def test_one_of_many_concurrent_writers_wins_completely(tmp_path: Path) -> None:
     assert in_processes(4, publish, tmp_path / "store") == [0] * 4
     store = RolloutStore.open(tmp_path / "store")
     for part in store.parts():
@@ -283,7 +282,7 @@ def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> N
 
 
 def with_column(name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
-    """Return two sound rows of which a column is another one."""
+    """Return two valid rows with one column replaced."""
     table = rollouts_to_table([rollout(0), rollout(1)], 100)
     return table.set_column(table.schema.get_field_index(name), name, pa.array(values, kind))
 
@@ -304,7 +303,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("number", range(len(FOREIGN)))
-def test_what_a_stranger_wrote_is_named_and_refused(number: int, store: RolloutStore) -> None:
+def test_foreign_files_are_refused_by_name(number: int, store: RolloutStore) -> None:
     table, sentence = FOREIGN[number]
     foreign(store, table)
     with pytest.raises(UserError, match=rf"{NAME}/rollouts\.parquet: .*{sentence}"):
@@ -317,8 +316,7 @@ def test_rows_of_a_stranger_are_looked_at(store: RolloutStore, capsys: pytest.Ca
     assert "are skipped; the first is row 1: has temperature 0.0" in capsys.readouterr().err
 
 
-def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_not_read(store: RolloutStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MAX_ROWS", 50)
     monkeypatch.setattr(bounds, "MAX_BYTES", 1 << 20)
     zeros, text = np.zeros(300_000, np.int32), "x" * 400_000
@@ -359,9 +357,9 @@ MANIFESTS = [
 
 
 @pytest.mark.parametrize("content, files, sentence", MANIFESTS, ids=[m[2] for m in MANIFESTS])
-def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
-        content: dict[str, Any], files: dict[str, bytes], sentence: str, store: RolloutStore,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_with_an_invalid_manifest_is_excluded(content: dict[str, Any], files: dict[str, bytes],
+                                                     sentence: str, store: RolloutStore,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     with create_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
         artifact.content = {**content, **({"store": store.identity} if "store" in content else {})}
         for name, data in files.items():
@@ -373,7 +371,7 @@ def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
         store.has_part(NAME)
 
 
-def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: RolloutStore) -> None:
+def test_a_part_without_manifest_or_of_another_kind_is_excluded(store: RolloutStore) -> None:
     folder = store.path / "rollouts" / NAME
     folder.mkdir()
     (folder / "manifest.json").write_text(format_json(Manifest("tokens", {})))
@@ -386,7 +384,7 @@ def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Rollout
         store.add_rollouts(NAME, [rollout()], {})
 
 
-# What parts tell of what they were written for: foreign ones may tell anything.
+# The stated purpose of parts: foreign parts may state anything.
 
 
 def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
@@ -394,7 +392,7 @@ def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
     return RolloutPart("", Path(), "rollouts", (round_, piece, attempt), 1, 0, "", created_s, provenance)
 
 
-def test_the_newest_part_says_how_much_there_will_be() -> None:
+def test_the_newest_part_states_the_planned_total() -> None:
     before, after = StorePlan(1, 1).to_provenance(0), StorePlan(2, 1).to_provenance(0)
     parts = [part(1, 0, before, created_s=1.0)]
     assert describe_missing_rows(parts, None) == ""

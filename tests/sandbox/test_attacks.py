@@ -1,4 +1,4 @@
-"""Programs that try to get out, or to take more than they are given, in each enclosure of this machine."""
+"""Programs that try to leave the sandbox or exceed its limits, in each enclosure of this machine."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ print("HELD")
 }
 
 class World:
-    """What lies outside, and must be as it was."""
+    """Files and processes outside the sandbox, which must not change."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.secret = folder, folder / "secret"
@@ -255,7 +255,7 @@ class World:
         self.before = self.state()
 
     def names(self) -> str:
-        """Return the program's lines that tell it of this world."""
+        """Return program lines that define the names of this world."""
         (server, *_) = psutil.Process().children()
         return (f"PORT, PARENT, SERVER = {self.tcp.getsockname()[1]}, {os.getpid()}, {server.pid}\n"
                 f"FOLDER = {str(self.folder)!r}\n"
@@ -377,8 +377,8 @@ def secrets(text: str) -> set[str]:
     return set(re.findall(r"planted\d\w+", text))
 
 
-def test_a_program_finds_nothing_of_the_programs_before_it(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch,
-                                                           ) -> None:
+def test_a_program_sees_nothing_of_earlier_programs(sandbox: Sandbox,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGES_KEY", "planted1environment")
     for i in range(6):
         sandbox.run(Program(
@@ -396,8 +396,8 @@ def test_a_program_finds_nothing_of_the_programs_before_it(sandbox: Sandbox, mon
     [{"stdin": "", "stdout": "planted1expected"}] * 2,
     ["assert f(1, [2]) == 'planted1expected'", "assert f('planted2argument', []) == 'planted1expected'"],
     [{"function": "f", "arguments": [0, []], "expected": "planted1expected"}] * 2])
-def test_a_solution_finds_nothing_of_its_tests(sandbox: Sandbox, tests: list,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solution_cannot_see_its_tests(sandbox: Sandbox, tests: list,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SANDBOXES, (sandbox.enclosure, (), 1), sandbox)
     honest = "def f(x, y):\n    return 'planted1expected'\nprint('planted1expected')"
     cheat = SEARCH + r'''

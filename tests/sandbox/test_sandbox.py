@@ -1,4 +1,4 @@
-"""What a sandbox gives back, and what becomes of it when something goes wrong on its side."""
+"""Outputs of a sandbox, and recovery from failures of its own processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_sov.sandbox.enclosures import EnclosureUnavailable
 from megatron_sov.sandbox.folders import MAX_ENTRIES, measure_folder, remove_folder
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, Worker
-from tests.pages_typed import blocks, page_text
+from tests.pages_typed import blocks, page_section
 
 
 def test_a_program_reads_writes_and_ends_as_it_would_alone(sandbox: Sandbox) -> None:
@@ -35,7 +35,7 @@ def test_a_program_reads_writes_and_ends_as_it_would_alone(sandbox: Sandbox) -> 
     assert outcome.stderr == "oh\n" and outcome.reason == "exit code 3: oh"
 
 
-def test_an_error_is_told_as_an_interpreter_tells_it(sandbox: Sandbox) -> None:
+def test_errors_are_reported_like_in_an_interpreter(sandbox: Sandbox) -> None:
     outcome = sandbox.run(Program("def f():\n    1 / 0\nf()"))
     assert outcome.exit_code == 1 and outcome.reason == "exit code 1: ZeroDivisionError: division by zero"
     assert outcome.stderr.startswith('Traceback (most recent call last):\n  File "')
@@ -53,7 +53,7 @@ def test_an_exit_code_that_is_not_zero_is_no_success(sandbox: Sandbox, code: str
     assert sandbox.run(Program(f"raise SystemExit({code})")).exit_code == exit_code
 
 
-def test_threads_and_exit_functions_end_with_a_program_and_its_output_is_whole(sandbox: Sandbox) -> None:
+def test_threads_and_exit_functions_end_with_complete_output(sandbox: Sandbox) -> None:
     outcome = sandbox.run(Program(
         "import atexit, threading, time\natexit.register(lambda: print('last'))\nsaid = threading.Event()\n"
         "threading.Thread(target=lambda: (said.wait(), time.sleep(0.05), print('thread'))).start()\n"
@@ -61,7 +61,7 @@ def test_threads_and_exit_functions_end_with_a_program_and_its_output_is_whole(s
     assert outcome.status == "ok" and outcome.stdout == "x" * 300000 + "\nthread\nlast\n"
 
 
-def test_each_program_finds_an_empty_folder_of_its_own(sandbox: Sandbox) -> None:
+def test_each_program_starts_in_an_empty_folder(sandbox: Sandbox) -> None:
     for _ in range(2):
         outcome = sandbox.run(Program("import os; print(os.listdir('.')); open('left', 'w').write('x')"))
         assert outcome.stdout == "['program.py']\n"
@@ -73,7 +73,7 @@ def test_each_program_finds_an_empty_folder_of_its_own(sandbox: Sandbox) -> None
     (Program("\ud800"), "half of a surrogate pair"),
     (Program("", stdin=b"x"), "stdin is of type bytes"),  # type: ignore[arg-type]
 ])
-def test_what_is_no_program_is_refused(program: Program, what: str) -> None:
+def test_invalid_programs_are_refused(program: Program, what: str) -> None:
     assert what in program.find_problem()
 
 
@@ -110,7 +110,7 @@ def test_a_server_that_dies_is_no_verdict_and_is_replaced(sandbox: Sandbox, tmp_
         own.run(Program("print(1)"))
 
 
-def test_nothing_is_left_when_whoever_has_a_sandbox_is_killed(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_killed_owner_leaves_no_processes_or_folders(sandbox: Sandbox, tmp_path: Path) -> None:
     told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -129,7 +129,7 @@ def test_nothing_is_left_when_whoever_has_a_sandbox_is_killed(sandbox: Sandbox, 
     assert not alive and not list(tmp_path.iterdir())
 
 
-def test_settings_that_cannot_be_kept_are_named_together() -> None:
+def test_unenforceable_settings_are_named_together() -> None:
     with pytest.raises(UserError) as raised:
         Sandbox(Limits(wall_s=float("inf"), files=2), enclosure="jail", workers=0)
     assert all(part in str(raised.value) for part in (
@@ -149,7 +149,7 @@ def test_a_machine_without_an_enclosure_is_an_honest_refusal(monkeypatch: pytest
     assert "  landlock: not allowed here" in str(raised.value)
 
 
-def test_a_command_of_ones_own_encloses(tmp_path: Path) -> None:
+def test_a_user_command_can_enclose_programs(tmp_path: Path) -> None:
     wrapper = tmp_path / "wrapper"
     wrapper.write_text(f'#!/bin/sh\necho "in $1" > "$1/told"\nexec {sys.executable} -S "$3"\n')
     wrapper.chmod(0o755)
@@ -166,8 +166,8 @@ def test_a_command_of_ones_own_encloses(tmp_path: Path) -> None:
         assert sandbox.run(Program("")).status == "infrastructure"
 
 
-def test_what_the_page_shows_runs(capfd: pytest.CaptureFixture[str]) -> None:
-    for block in blocks(page_text("sandbox.md"), "python"):
+def test_commands_of_the_page_run(capfd: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(page_section("tools.md", "The sandbox"), "python"):
         exec(block, names := {**globals()})
     assert names["bubblewrap"][0] == "bwrap"
     lines = capfd.readouterr().out.splitlines()
@@ -194,7 +194,7 @@ def folder() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def test_what_lies_deeper_than_any_path_is_counted(folder: Path) -> None:
+def test_folders_deeper_than_path_max_are_counted(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     for _ in range(30):
         os.mkdir("n" * 255, dir_fd=fd)
@@ -212,7 +212,7 @@ def test_what_lies_deeper_than_any_path_is_counted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o300, 0o500])
-def test_what_its_owner_may_not_enter_is_full_and_goes(folder: Path, mode: int) -> None:
+def test_unreadable_folders_count_as_full_and_are_removed(folder: Path, mode: int) -> None:
     (folder / "outer" / "closed").mkdir(parents=True)
     (folder / "outer" / "closed" / "file").write_text("x")
     (folder / "outer" / "closed").chmod(mode)
@@ -288,7 +288,7 @@ def test_honest_programs_are_not_affected(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("package", ["torch", "pytest", "safetensors", "megatron_sov"])
-def test_numpy_is_all_that_programs_have_of_this_environment(sandbox: Sandbox, package: str) -> None:
+def test_programs_can_import_only_numpy_of_this_environment(sandbox: Sandbox, package: str) -> None:
     source = f"""
 import os
 import numpy
@@ -354,8 +354,7 @@ threading.Thread(target=work).start()
 """
 
 
-def test_the_time_that_a_program_waits_for_a_processor_is_not_its_own(by_command: Sandbox,
-                                                                      busy_core: int) -> None:
+def test_waiting_for_a_processor_does_not_count_as_time(by_command: Sandbox, busy_core: int) -> None:
     outcome = by_command.run(Program(LAST_IN_LINE.format(core=busy_core) + WORK))
     assert outcome.status == "ok" and outcome.wall_s > LIMITS.wall_s and outcome.starved_s, outcome
 
@@ -367,7 +366,7 @@ def test_a_program_that_sleeps_is_not_starved(by_command: Sandbox, busy_core: in
     assert outcome.wall_s - outcome.starved_s > LIMITS.wall_s / 3, outcome
 
 
-def test_what_a_command_itself_takes_counts(by_command: Sandbox) -> None:
+def test_resources_of_the_enclosing_command_count(by_command: Sandbox) -> None:
     outcome = by_command.run(Program("import time; x = bytearray(b'x' * (100 << 20)); time.sleep(5)"),
                              Limits(wall_s=20, memory_bytes=64 << 20))
     assert outcome.status == "memory", "sh has become the program"

@@ -1,4 +1,4 @@
-"""A server in a process of its own, and its address."""
+"""A server in its own process, and its address."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Bodies of requests: what is malformed is told in one sentence, which costs no more than the body."""
+"""Request bodies: a malformed one gets a one-sentence error, at a cost bounded by its length."""
 
 import json
 import tracemalloc
@@ -24,7 +24,7 @@ COSTLY = {
 
 
 @pytest.mark.each("name", COSTLY)
-def test_a_body_that_is_wrong_all_over_costs_little_and_is_told_in_a_sentence(name: str) -> None:
+def test_a_thoroughly_malformed_body_is_refused_cheaply(name: str) -> None:
     ask, body, said = COSTLY[name]
     tracemalloc.start()
     try:
@@ -45,13 +45,13 @@ def test_prompts_are_texts_or_ids(prompt: str, prompts: Any) -> None:
 
 @pytest.mark.each(("options", "tells"), [("", False), (', "stream_options": {}', False),
                                                 (', "stream_options": {"include_usage": true}', True)])
-def test_a_stream_tells_usage_where_it_is_asked_to(options: str, tells: bool) -> None:
+def test_a_stream_reports_usage_on_request(options: str, tells: bool) -> None:
     asked: CompletionRequest = parse_chat_body(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
     assert asked.include_usage is tells
 
 
 @pytest.mark.each("options", ['{"include_usag": true}', '{"include_usage": 1}', "[]"])
-def test_options_of_a_stream_that_are_none_are_refused(options: str) -> None:
+def test_invalid_stream_options_are_refused(options: str) -> None:
     with pytest.raises(RefusedRequest, match="stream_options is"):
         parse_chat_body(f'{{{HI}, "stream_options": {options}}}'.encode(), "m")
 

@@ -1,5 +1,4 @@
-"""`megatron-sov chat`, as docs/serve.md types it: what is asked and shown, and what is kept of a
-conversation."""
+"""`megatron-sov chat` as on docs/serve.md: prompts, output, and the saved conversation."""
 
 import io
 import os
@@ -24,10 +23,10 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, find_chat_model
 from megatron_sov.work.endpoints.answers import RequestRefused
-from tests.pages_typed import commands_of, page_section
+from tests.pages_typed import list_commands, page_section
 
 PAGE = page_section("serve.md", "Chat in the terminal")
-TYPED = commands_of(PAGE)
+TYPED = list_commands(PAGE)
 
 
 def reply(request: Any) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Any]:
-    """Return `talk(lines, *words)`: what the command prints to a pipe of lines."""
+    """Return `talk(lines, *words)`: the command's output for piped lines."""
 
     def talked(lines: str, *words: str) -> Any:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
@@ -71,8 +70,7 @@ class Shown:
         self.lines.append(f"note {text}")
 
 
-def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: ScriptedEndpoint, talk: Any
-                                                                     ) -> None:
+def test_each_piped_line_prints_exactly_one_answer(endpoint: ScriptedEndpoint, talk: Any ) -> None:
     result = talk("one\n\ntwo\n/think\n/clear\nthree\n/thnk\n/quit\nfour\n", endpoint.url, "--system",
                   "Be brief.", "--top-p", "0.9", "--seed", "5")
     assert result.out == "1 asked, last one\n2 asked, last two\n1 asked, last three\n"
@@ -84,7 +82,7 @@ def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: S
     assert [m["content"] for m in third["messages"]] == ["Be brief.", "three"]
 
 
-def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndpoint) -> None:
+def test_oldest_turns_are_dropped_at_the_context_limit(endpoint: ScriptedEndpoint) -> None:
     session, screen = ChatSession(find_chat_model(endpoint.url, ""), {}), Shown()
     for text in ("a", "b", "c"):
         session.ask(text, screen)
@@ -100,13 +98,13 @@ def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndp
 
 
 @pytest.mark.deep
-def test_a_terminal_gets_no_control_characters_and_an_interrupt_stops_the_answer_alone() -> None:
+def test_control_characters_are_removed_and_ctrl_c_stops_only_the_answer() -> None:
     with serving(ScriptedEndpoint(lambda request: "red \x1b[31m" if request["messages"][-1]["content"] == "x"
                                   else "ok")) as server:
         master, slave = pty.openpty()
         process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "chat", server.url], stdin=slave,
                                    stdout=slave, stderr=slave, start_new_session=True,
-                                   # a shell has what it starts in the background ignore it
+                                   # a shell makes background processes ignore it
                                    preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
         os.close(slave)
         seen = ""

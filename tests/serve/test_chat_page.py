@@ -1,5 +1,5 @@
-"""The chat page of `megatron-sov serve` in a browser: answers appear as text, keys work, two models answer
-side by side, and a key is taken from the address or asked for."""
+"""The chat page of `megatron-sov serve` in a browser: streamed answers, keys, two models next to each
+other, and access keys."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ KEY = "secret-key"
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """Serves the page and answers as two models, for whoever has the key."""
+    """Serves the page and answers as two models, to clients with the key."""
 
     server: Any
     protocol_version = "HTTP/1.1"
@@ -94,7 +94,7 @@ def page(browser: str, tmp_path: Path) -> Iterator[DrivenPage]:
 
 
 def ask(page: DrivenPage, text: str, number: int, key: str = "Enter") -> None:
-    """Type a question and send it; returns once it is the conversation's last."""
+    """Type a question and send it; return when its message is the last one."""
     page.value("document.getElementById('message').focus()")
     page.type(text)
     page.press(key)
@@ -108,7 +108,7 @@ def texts(page: DrivenPage, selector: str) -> list[str]:
     return page.value(f"[...document.querySelectorAll({json.dumps(selector)})].map((one) => one.textContent)")
 
 
-def test_what_a_model_writes_is_text_and_saved_rows_have_it(page: DrivenPage, scripted: Any) -> None:
+def test_model_output_is_shown_as_text_and_saved(page: DrivenPage, scripted: Any) -> None:
     page.open(f"{scripted.url}#token={KEY}")
     page.wait("document.getElementById('title').textContent === 'a, b'")
     assert page.value("location.hash") == "", "a key in the address would be seen and kept"
@@ -122,7 +122,7 @@ def test_what_a_model_writes_is_text_and_saved_rows_have_it(page: DrivenPage, sc
     assert texts(page, ".said code") == ["<b>bold</b>"]
     assert texts(page, ".thoughts > div") == ["I think."]
     assert page.value("document.querySelector('.thoughts').open") is False
-    # what the page saves, caught on its way to the disk
+    # the file that the page saves, intercepted
     page.value("URL.createObjectURL = (blob) => { window.saved = blob; return 'blob:none'; }")
     page.value("document.getElementById('save').click()")
     (row,) = [json.loads(line) for line in page.value("window.saved.text()").splitlines()]
@@ -132,8 +132,8 @@ def test_what_a_model_writes_is_text_and_saved_rows_have_it(page: DrivenPage, sc
                    "model": "a"}
 
 
-def test_keys_send_break_lines_and_stop_and_a_second_try_replaces_the_answer(page: DrivenPage, scripted: Any
-                                                                             ) -> None:
+def test_keys_send_break_lines_and_stop_and_retry_replaces_the_answer(page: DrivenPage,
+                                                                      scripted: Any) -> None:
     page.open(f"{scripted.url}#token={KEY}", 390, 844, "dark")
     page.wait("document.getElementById('title').textContent === 'a, b'")
     page.value("document.getElementById('message').focus()")
@@ -183,7 +183,7 @@ def test_the_page_fits_its_screens_and_every_field_has_a_name(page: DrivenPage, 
     assert page.console == []
 
 
-def test_a_missing_key_is_asked_for(page: DrivenPage, scripted: Any) -> None:
+def test_the_page_prompts_for_a_missing_key(page: DrivenPage, scripted: Any) -> None:
     page.open(scripted.url)
     page.wait("document.getElementById('door').open")
     page.value("document.getElementById('key').focus()")

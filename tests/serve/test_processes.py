@@ -1,4 +1,4 @@
-"""A server of several processes, and of a model with linear attention."""
+"""A server on several processes, and a server of a model with linear attention."""
 
 import json
 import os
@@ -13,20 +13,20 @@ import openai
 import pytest
 
 from megatron_sov.cli import main
-from tests.pages_typed import ROOT, commands_of
+from tests.pages_typed import ROOT, list_commands
 
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 
 
-def test_two_processes_answer_what_one_writes_and_end_with_their_parent(
-        serving: Any, imported: dict[str, Path], one_rank: None, capsys: Any,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, imported: dict[str, Path],
+                                                                 one_rank: None, capsys: Any,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     expected = []
     for number, prompt in enumerate(PROMPTS):
         assert main(["generate", str(imported["solar_open"]), "--prompt", prompt, "--samples", "2", "--json",
                      "--temperature", "1", "--seed", str(number), "--max-new-tokens", str(6 + number)]) == 0
         expected.append([found["text"] for found in json.loads(capsys.readouterr().out)])
-    typed = [shlex.split(line)[3:] for line in commands_of((ROOT / "docs/serve.md").read_text())
+    typed = [shlex.split(line)[3:] for line in list_commands((ROOT / "docs/serve.md").read_text())
              if " serve my-checkpoint " in line]
     monkeypatch.setenv("SERVE_KEY", "sesame")
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -79,7 +79,7 @@ def kept(longest: list[int]) -> list[dict[str, int]]:
 
 
 @pytest.mark.distributed
-def test_what_linear_layers_keep_is_constant_in_length(ranks: Any, job: Any) -> None:
+def test_linear_attention_state_is_constant_in_length(ranks: Any, job: Any) -> None:
     ((short, long),) = ranks(job(__file__, "kept", 1, {"longest": [64, 4096]}))[0]
     assert short["linear"] == long["linear"] > 0
     assert long["attention"] == short["attention"] * (4096 + 1) // (64 + 1)

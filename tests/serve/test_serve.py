@@ -1,5 +1,5 @@
-"""`megatron-sov serve`, as docs/serve.md types it: what the openai client gets is what `generate` writes;
-what is refused; how it ends."""
+"""`megatron-sov serve` as on docs/serve.md: the openai client gets the text of `generate`; refused
+requests; shutdown."""
 
 import contextlib
 import io
@@ -20,12 +20,12 @@ from megatron_sov.cli import main
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.serve.bodies import RequestEncoder, parse_completion_body
 from megatron_sov.work.processes.children import STOP_SIGNALS
-from tests.pages_typed import ROOT, commands_of
+from tests.pages_typed import ROOT, list_commands
 
 WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 50}}
 PAGE = (ROOT / "docs/serve.md").read_text()
-TYPED = [shlex.split(line)[3:] for line in commands_of(PAGE) if " serve my-checkpoint " in line]
+TYPED = [shlex.split(line)[3:] for line in list_commands(PAGE) if " serve my-checkpoint " in line]
 """Options behind the target, of each command that starts a server; test_processes.py types the second."""
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 
@@ -48,7 +48,7 @@ def client(server: Any) -> openai.OpenAI:
 
 @pytest.fixture
 def written(one_rank: None, imported: dict[str, Path], capsys: Any) -> Callable[..., list[dict[str, Any]]]:
-    """Return `written(*options)`: what `generate` writes."""
+    """Return `written(*options)`: the output of `generate`."""
 
     def write(*options: str) -> list[dict[str, Any]]:
         assert main(["generate", str(imported["solar_open"]), *options, "--json", "--logprobs"]) == 0
@@ -58,7 +58,7 @@ def written(one_rank: None, imported: dict[str, Path], capsys: Any) -> Callable[
     return write
 
 
-def test_the_openai_client_gets_what_generate_writes(client: openai.OpenAI, written: Any) -> None:
+def test_openai_client_receives_the_text_of_generate(client: openai.OpenAI, written: Any) -> None:
     for prompt in PROMPTS[:2]:
         (expected,) = written("--prompt", prompt, "--max-new-tokens", "9", *WARM, "--seed", "7")
         result = client.completions.create(model="mine", prompt=prompt, max_tokens=9, seed=7, **SAMPLED)
@@ -90,7 +90,7 @@ def test_answers_do_not_depend_on_their_neighbours(client: openai.OpenAI) -> Non
 
 
 @pytest.mark.tier1_cases(1)
-def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
+def test_streamed_text_equals_the_whole_answer(client: openai.OpenAI) -> None:
     for stop in (None, ["e"], ["re", "st"]):
         asked: dict[str, Any] = {"model": "mine", "max_tokens": 24, "seed": 3, "temperature": 1.0,
                                  "stop": stop}
@@ -124,7 +124,7 @@ def test_ids_are_prompts_too_and_the_model_is_listed(client: openai.OpenAI, writ
     assert [model.id for model in client.models.list()] == ["mine"]
 
 
-def test_the_models_own_ends_end_nothing_where_they_are_ignored(imported: dict[str, Path]) -> None:
+def test_ignored_end_tokens_do_not_end_the_answer(imported: dict[str, Path]) -> None:
     encoder = RequestEncoder(find_target(imported["solar_open"]), 64)
     body: dict[str, Any] = {"prompt": [5], "stop_token_ids": [7]}
     requests = [parse_completion_body(json.dumps(fields).encode(), "m")
@@ -167,7 +167,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 ]
 
 
-def test_what_would_change_the_answer_and_is_not_done_is_refused(server: Any) -> None:
+def test_unsupported_parameters_that_change_answers_are_refused(server: Any) -> None:
     with httpx.Client(base_url=server.url) as http:
         for body, status, said in REFUSED:
             path = "/chat/completions" if "messages" in body else "/completions"
@@ -226,7 +226,7 @@ def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None
     assert told.startswith("error: ") and said in told and "Traceback" not in told
 
 
-def test_what_is_no_model_is_a_mistake(tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Any) -> None:
     for target in (tmp_path, tmp_path / "none"):
         assert main(["serve", str(target)]) == 2
         assert capsys.readouterr().err.count("error: ") == 1

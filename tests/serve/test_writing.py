@@ -1,4 +1,4 @@
-"""Answers while they are written: stops, turns and calls."""
+"""Streamed answers: stop strings, turns and tool calls."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -19,7 +19,7 @@ def by_bytes() -> Tokenizer:
     return tokenizer
 
 
-def test_what_is_sure_only_grows_and_is_never_a_part_of_a_character(by_bytes: Tokenizer) -> None:
+def test_streamed_text_only_grows_by_whole_characters(by_bytes: Tokenizer) -> None:
     writing, told = AnswerText(by_bytes.decode, (), ()), ""
     for byte in TEXT.encode():
         writing.add_token(byte, None)
@@ -30,7 +30,7 @@ def test_what_is_sure_only_grows_and_is_never_a_part_of_a_character(by_bytes: To
 
 
 @pytest.mark.each("stops", [("stop",), (": s", "sagt:"), ("곰 ",), ("🐻",), ("never",)])
-def test_a_stop_string_ends_it_and_no_part_of_it_is_told(by_bytes: Tokenizer, stops: tuple[str, ...]) -> None:
+def test_no_part_of_a_stop_string_is_streamed(by_bytes: Tokenizer, stops: tuple[str, ...]) -> None:
     writing = AnswerText(by_bytes.decode, stops, ())
     wanted = min((TEXT.partition(stop)[0] for stop in stops), key=len)
     for byte in TEXT.encode():
@@ -78,8 +78,7 @@ TURNS = {
 
 
 @pytest.mark.each(("text", "in_thoughts", "expected"), TURNS.values())
-def test_a_turn_that_is_being_written_is_the_beginning_of_the_whole(text: str, in_thoughts: bool,
-                                                                    expected: ServedTurn) -> None:
+def test_a_partial_turn_is_a_prefix_of_the_whole(text: str, in_thoughts: bool, expected: ServedTurn) -> None:
     assert parse_served_turn(text, in_thoughts, TOOLS) == expected
     for tools in (TOOLS, []):
         told = ServedTurn("", "")

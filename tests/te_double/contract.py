@@ -1,4 +1,5 @@
-"""Writes the interfaces of megatron-core, Transformer Engine, vLLM, torch and DeepEP that this project calls.
+"""Write contract.json: the interfaces of megatron-core, Transformer Engine, vLLM, torch and DeepEP that this
+project calls.
 
 Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
 

@@ -53,7 +53,7 @@ def differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 
 
 @pytest.mark.distributed
-def test_models_are_made_of_its_modules(te_ranks: Any, job: Any, packed_data: Any) -> None:
+def test_models_consist_of_transformer_engine_modules(te_ranks: Any, job: Any, packed_data: Any) -> None:
     (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
         "recipe": "tiny-k-exaone", "settings": ["model.num_layers=3", "model.num_experts=4"],
         "paths": [str(packed_data.text)]}))

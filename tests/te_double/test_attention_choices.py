@@ -34,8 +34,8 @@ def draw_states() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("keeps", "decisions"), [(False, 7), (True, 3)])
-def test_decisions_about_attention_are_kept_for_each_window_and_length(
-        te: Any, monkeypatch: pytest.MonkeyPatch, keeps: bool, decisions: int) -> None:
+def test_attention_decisions_are_cached_per_window_and_length(te: Any, monkeypatch: pytest.MonkeyPatch,
+                                                              keeps: bool, decisions: int) -> None:
     """The real library caches one decision and queries cuDNN again when documents, window or length change,
     as between layers with different attention; other environment variables are a separate query."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils

@@ -83,7 +83,7 @@ def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job
 
 
 @pytest.mark.deep
-def test_the_contract_is_about_what_is_used() -> None:
+def test_the_contract_lists_exactly_the_used_interfaces() -> None:
     assert set(TE) == contract.te_names(), RENEW
     assert OURS.module(contract.TE) is not None
     assert [THEIRS[part]["version"] for part in (contract.TE, contract.VLLM, contract.DEEP_EP)] == [
@@ -134,7 +134,7 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
 GPT_MODEL = "megatron.core.models.gpt.gpt_model.GPTModel"
 
 
-def test_nothing_deprecated_of_the_library_is_subclassed_or_called() -> None:
+def test_no_deprecated_library_interface_is_used() -> None:
     sources = Sources(contract.site_folder("megatron"))
     names = contract.used(contract.ROOT / "megatron_sov", contract.MEGATRON) | set(contract.REACHED)
     found = {name: mark for name in sorted(names) if (mark := deprecation(sources, name))}

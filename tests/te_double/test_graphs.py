@@ -46,8 +46,8 @@ backward, layers, micro-batches."""
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(
-        te_ranks: Any, job: Any, packed_data: Any) -> None:
+def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(te_ranks: Any, job: Any,
+                                                                         packed_data: Any) -> None:
     result = te_ranks(*(job(RUN, "both", nproc, {
         "recipe": recipe, "settings": ["train.precision=bf16", *settings], "path": str(packed_data.text),
         **more}) for recipe, nproc, settings, more, _ in CASES.values()))
@@ -60,7 +60,7 @@ def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(
             assert with_graphs == plain, name
 
 
-def test_what_is_overridden_is_the_librarys() -> None:
+def test_overridden_methods_exist_in_the_library() -> None:
     """A method with another name would never be called, and the padding mask would be dropped silently."""
     ours = {name for name, value in vars(graphs.build_graphed_layer(BlockOutputLayer)).items()
             if callable(value)}

@@ -1,4 +1,4 @@
-"""`sov-tokenizer media`: tokens of media behind those of text."""
+"""`sov-tokenizer media`: media tokens have ids after the text tokens."""
 
 import json
 import shutil
@@ -77,14 +77,15 @@ def test_placeholders_are_where_the_recipe_has_them(num_ids: int) -> None:
     (("--audio-tokens", 4, "--image-first", 900), "--image-first 900: is only for --image-tokens"),
     (("--audio-tokens", 4, "--audio-first", 10), "the ids up to 297 are taken"),
     (("--audio-tokens", 4, "--audio-first", 10**9), "no more than")])
-def test_what_cannot_be_is_one_sentence(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                        options: tuple[object, ...], words: str) -> None:
+def test_impossible_media_vocabularies_give_one_sentence(plain: Path, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str],
+                                                         options: tuple[object, ...], words: str) -> None:
     assert run(plain, *options, "--output", tmp_path / "omni") == 2
     assert words in capsys.readouterr().err and not (tmp_path / "omni").exists()
 
 
-def test_a_model_is_refused_with_what_resizes_it(plain: Path, tmp_path: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_folder_is_refused_with_the_resizing_command(plain: Path, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     (plain / "config.json").write_text("{}")
     assert run(plain, "--image-tokens", 4, "--output", tmp_path / "omni") == 2
     assert "is a model; pass the tokenizer" in capsys.readouterr().err

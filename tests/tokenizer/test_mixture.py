@@ -1,4 +1,4 @@
-"""Inputs, groups and weights: how much of each text a tokenizer sees."""
+"""Inputs, groups and weights: how much of each text a tokenizer is trained on."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_input_arguments(tmp_path: Path) -> None:
             parse_input(bad)
 
 
-def test_inputs_of_one_name_are_one_group_whatever_their_order() -> None:
+def test_inputs_with_equal_names_form_one_group_in_any_order() -> None:
     groups = gather_groups(["ko=b:3", "en=a:1", "ko=c"], None)
     assert groups == [SourceGroup("en", (Path("a"),), 1), SourceGroup("ko", (Path("b"), Path("c")), 3)]
     assert [g.name for g in gather_groups(["ko=c", "ko=b:3", "en=a:1"], None)] == ["en", "ko"]
@@ -63,7 +63,7 @@ def test_published_mixtures() -> None:
     assert MIXTURES["solar-open"] == {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4}
 
 
-def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
+def test_weighted_groups_share_bytes_and_others_are_unchanged() -> None:
     groups = [SourceGroup("a", (), 3), SourceGroup("b", (), 1), SourceGroup("c", ())]
     found = [sizes_of({0: n}) for n in (100, 300, 50)]
     factors = compute_repeats(groups, found)
@@ -116,7 +116,7 @@ def test_every_file_belongs_to_a_unit_of_its_group(corpus: Path) -> None:
     assert [u.group for u in plan_count_units([SourceGroup("a", (corpus,))], 1 << 20)] == [0]
 
 
-def test_a_key_stands_for_file_and_settings(corpus: Path) -> None:
+def test_cache_key_covers_file_and_settings(corpus: Path) -> None:
     [unit] = plan_count_units([SourceGroup("a", (corpus / "0.jsonl",))], 1)
     key = unit.build_key({"pattern": "a"})
     assert unit.build_key({"pattern": "a"}) == key != unit.build_key({"pattern": "b"})

@@ -1,4 +1,4 @@
-"""Presets: ids at their fixed places, split rules as published, chat forms as the models know them."""
+"""Presets: special tokens at fixed ids, published split rules, and the chat formats of their models."""
 
 import json
 from dataclasses import asdict, replace
@@ -67,7 +67,7 @@ def test_bad_rules_are_named(tmp_path: Path, change: dict[str, object], codes: l
     assert e.value.codes == codes
 
 
-def test_a_chat_template_may_use_what_transformers_adds_to_jinja(tmp_path: Path) -> None:
+def test_chat_templates_may_use_transformers_jinja_extensions(tmp_path: Path) -> None:
     template = ("{% for m in messages %}{%- generation -%}{{ m.content|tojson }}{% endgeneration %}{% break "
                 "%}{% endfor %}")
     file = tmp_path / "rules.json"
@@ -92,7 +92,7 @@ def test_unknown_and_misplaced_presets(tmp_path: Path) -> None:
         load_preset("custom", tmp_path / "rules.json")
 
 
-def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_name_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rules.json"
     file.write_text('{"special_tokens": {"<s>": 0, "</s>": 1, "<s>": 2}}')
     with pytest.raises(UserError, match=r"special_tokens.<s>.*twice"):

@@ -1,5 +1,5 @@
-"""`sov-tokenizer train`: the artifact, as transformers loads it, the same file by every way, and the
-command's manners."""
+"""`sov-tokenizer train`: the artifact as transformers loads it, identical bytes with every number of
+workers, and messages."""
 
 import gzip
 import hashlib
@@ -65,7 +65,7 @@ def test_manifest_states_the_facts(trained: Path) -> None:
             == [0] * (2 if content["preset"] == "k-exaone" else 1))
 
 
-def test_transformers_loads_it_and_adds_nothing(trained: Path) -> None:
+def test_transformers_loads_the_tokenizer_without_changes(trained: Path) -> None:
     content = read_manifest(trained).content
     loaded = AutoTokenizer.from_pretrained(trained)
     assert len(loaded) == 384 and loaded.clean_up_tokenization_spaces is False
@@ -139,7 +139,7 @@ def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sh
 
 @pytest.mark.deep
 @pytest.mark.usefixtures("small_units")
-def test_a_killed_command_goes_on_to_the_same_file(large: Path, large_sha256: str, tmp_path: Path) -> None:
+def test_a_killed_command_resumes_to_the_same_file(large: Path, large_sha256: str, tmp_path: Path) -> None:
     small = ("import sys, tokenizer.bpe.count_pipeline as p; p.UNIT_BYTES = 37_500; "
              "from tokenizer.cli import main; main(sys.argv[1:])")
     work, command = tmp_path / ".t.work", [sys.executable, "-c", small,
@@ -158,8 +158,8 @@ def test_a_killed_command_goes_on_to_the_same_file(large: Path, large_sha256: st
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
-def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_sentence_and_no_output(corpus: Path, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new"
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "tiny.txt").write_text("tiny")
@@ -203,7 +203,7 @@ def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Pa
 
 
 @pytest.mark.deep
-def test_superwords_are_as_many_as_asked_for(corpus: Path, tmp_path: Path) -> None:
+def test_number_of_superwords_is_as_requested(corpus: Path, tmp_path: Path) -> None:
     assert train("k-exaone", corpus, tmp_path / "none", "--superword-share", "0") == 0
     assert read_manifest(tmp_path / "none").content["num_superwords"] == 0
     assert train("k-exaone", corpus, tmp_path / "by-share", "--superword-share", "0.1") == 0
@@ -216,7 +216,7 @@ def test_superwords_are_as_many_as_asked_for(corpus: Path, tmp_path: Path) -> No
     assert max(token.strip("Ġ").count("Ġ") for token in vocab) == 1
 
 
-def test_rules_of_ones_own(corpus: Path, tmp_path: Path) -> None:
+def test_user_defined_split_rules(corpus: Path, tmp_path: Path) -> None:
     rules = {"digits": "triples", "normalization": "none", "special_tokens": {"<s>": 0, "</s>": 3},
              "num_special_ids": 4, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
              "chat_template": "", "max_token_bytes": 12}

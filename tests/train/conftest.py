@@ -1,4 +1,4 @@
-"""A world of one process, inside the process of the tests."""
+"""A process group of one process, in the test process."""
 
 from collections.abc import Iterator
 from typing import Any

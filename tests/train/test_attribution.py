@@ -1,4 +1,4 @@
-"""Planted faults are put down to what they are: a process, its memory, the data, the optimisation."""
+"""Planted faults are attributed to their cause: a process, its memory, the data, or the optimization."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +48,7 @@ def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Any]:
         trainer.close()
 
 
-def test_a_process_whose_losses_are_others_the_second_time_is_named(make: Any) -> None:
+def test_a_process_with_changing_losses_is_named(make: Any) -> None:
     trainer, told = make(faults="nan@step=2")
     assert update(trainer) is not None
     weights = [p.clone() for p in trainer.model.parameters()]
@@ -59,8 +59,7 @@ def test_a_process_whose_losses_are_others_the_second_time_is_named(make: Any) -
     assert update(trainer) is not None, "and the run goes on"
 
 
-def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_with_changing_gradients_is_named(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, told = make()
     assert update(trainer) is not None
     sound, faults = trainer.expert_load.before_sync, [torch.nan]
@@ -118,6 +117,6 @@ def test_a_first_step_is_not_put_down_to_anything(make: Any, monkeypatch: pytest
     assert told()[0]["verdict"] == "undecided" and told()[0]["documents"]
 
 
-def test_it_asks_for_bits_that_come_again() -> None:
+def test_attribution_requires_reproducible_bits() -> None:
     with pytest.raises(UserError, match=r"guards\.attribute = true needs"):
         apply_settings(recipes.get("tiny-solar-open"), ["guards.attribute=true"]).check()

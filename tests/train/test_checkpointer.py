@@ -1,5 +1,5 @@
-"""Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes; and a run
-takes over the tokenizer settings of its start."""
+"""Media encoders start from Hugging Face folders, alone or inside a larger model; a run inherits tokenizer
+settings from its start."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def siglip(tmp_path: Path) -> Path:
     return tmp_path / "siglip"
 
 
-def test_every_tensor_is_found_under_its_own_name(siglip: Path) -> None:
+def test_every_tensor_is_loaded_by_its_name(siglip: Path) -> None:
     files, found = open_encoder(siglip, VISION, model(vision=SIGLIP))
     stored = load_file(siglip / "model.safetensors")
     assert len(found) == len({*found.values()}) == sum(not name.startswith(("head.", "vision_model.head."))
@@ -77,7 +77,8 @@ def test_two_encoders_are_refused(siglip: Path) -> None:
         open_encoder(siglip, VISION, model(vision=SIGLIP))
 
 
-# What a run takes over from the tokenizer folder of its start, beside the tokenizer that its data have too.
+# Settings that a run inherits from the tokenizer folder of its start, in addition to the tokenizer of its
+# data.
 
 VOCAB = {"model": {"vocab": {"<s>": 0, "</s>": 1, "<end>": 2}}}
 BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "top_p": 0.9},
@@ -113,8 +114,8 @@ def test_settings_of_the_base_are_taken_over(tmp_path: Path) -> None:
     ({"bos_token": "<s>"}, {"bos_token": "<s>"}, {"eos_token_id": 1, "top_p": 0.9}),
     ({"eos_token": None}, {}, {"eos_token_id": 1, "top_p": 0.9}),
     ({"chat_template": None}, {}, {"eos_token_id": 1, "top_p": 0.9})])
-def test_the_form_of_chats_is_that_of_the_data(
-        own: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any], tmp_path: Path) -> None:
+def test_chat_template_comes_from_the_data(own: dict[str, Any], config: dict[str, Any],
+                                           defaults: dict[str, Any], tmp_path: Path) -> None:
     base = written(tmp_path / "base", BASE)
     data = written(tmp_path / "data", IMPORTED | {
         "tokenizer_config.json": IMPORTED["tokenizer_config.json"] | own})
@@ -123,7 +124,7 @@ def test_the_form_of_chats_is_that_of_the_data(
     assert result["generation_config.json"] == defaults
 
 
-def test_a_template_of_the_data_stands_in_for_the_file_of_the_base(tmp_path: Path) -> None:
+def test_a_template_of_the_data_replaces_the_base_template(tmp_path: Path) -> None:
     base = written(tmp_path / "base", BASE)
     (base / "chat_template.jinja").write_text("{{ z }}")
     result = taken_over(base, written(tmp_path / "data", IMPORTED))
@@ -131,7 +132,7 @@ def test_a_template_of_the_data_stands_in_for_the_file_of_the_base(tmp_path: Pat
     assert "chat_template.jinja" not in result
 
 
-def test_nothing_is_taken_over_from_another_tokenizer(tmp_path: Path) -> None:
+def test_settings_of_another_tokenizer_are_not_inherited(tmp_path: Path) -> None:
     base = written(tmp_path / "base", BASE)
     other = {"model": {"vocab": {"<s>": 0, "</s>": 2, "<end>": 1}}}
     assert taken_over(base, written(tmp_path / "data", IMPORTED | {"tokenizer.json": other})) == {}

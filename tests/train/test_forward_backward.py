@@ -1,5 +1,5 @@
-"""Passes of a step: the same gradients however the batch is cut, sums that add up,
-and what is computed twice is equal."""
+"""Forward and backward passes of a step: gradients do not depend on the micro-batches, and recomputed
+values are equal."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from megatron_sov.engine.model.replica_checks import list_gradients
 from megatron_sov.engine.parallel import rng
 from megatron_sov.model.config import apply_settings
 from megatron_sov.train.data.requirements import build_route_shape
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from tests.tiny import tiny_trainer
 
 SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
@@ -58,7 +58,7 @@ def gradients(model: Any) -> torch.Tensor:
     return torch.cat([g.detach().flatten().clone() for g in list_gradients(model)])
 
 
-def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make: Make) -> None:
+def test_gradients_and_sums_do_not_depend_on_micro_batches(make: Make) -> None:
     found = []
     for size in (1, 4, 8):
         run = make(f"train.micro_batch_size={size}")
@@ -84,7 +84,7 @@ def test_sums_are_terms_then_loss_and_targets_of_each_source(make: Make) -> None
         "it knows nothing yet")
 
 
-def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> None:
+def test_meters_do_not_depend_on_micro_batches(make: Make) -> None:
     for size in (1, 8):
         run = make(f"train.micro_batch_size={size}")
         plain = run.objective.loss
@@ -129,8 +129,8 @@ def with_routes(data: Path, folder: Path, known: float) -> Path:
     return folder
 
 
-def test_routes_of_data_are_replayed_and_the_share_is_told(make: Make, packed_data: Any,
-                                                           tmp_path: Path) -> None:
+def test_routes_of_data_are_replayed_and_their_share_is_reported(make: Make, packed_data: Any,
+                                                                 tmp_path: Path) -> None:
     found = {}
     for name, data in (("live", packed_data.text),
                        ("unknown", with_routes(packed_data.text, tmp_path / "unknown", 0.0)),
@@ -147,7 +147,7 @@ def test_routes_of_data_are_replayed_and_the_share_is_told(make: Make, packed_da
     assert abs(found["recorded"][0] / found["live"][0] - 1) > 1e-5, "drawn experts answer otherwise"
 
 
-def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make: Make) -> None:
+def test_a_non_finite_loss_is_attributed_to_its_process(make: Make) -> None:
     run = make("train.micro_batch_size=2", faults="nan@step=2")
     finite = []
     for step in (1, 2, 3):
@@ -157,7 +157,7 @@ def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make:
     assert finite == [[True] * 3, [False] * 3, [True] * 3]
 
 
-def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trace(make: Make) -> None:
+def test_repeated_passes_are_equal_despite_dropout_and_have_no_side_effect(make: Make) -> None:
     settings = ("train.micro_batch_size=2", "train.hidden_dropout=0.2")
     probed, plain = make(*settings), make(*settings)
     own = []
@@ -174,7 +174,7 @@ def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trac
     assert not torch.equal(gradients(probed.model), own[0]), "a part of the batch is not the batch"
 
 
-def test_a_process_that_lies_the_second_time_is_off_by_one_bit(make: Make) -> None:
+def test_a_flipped_bit_in_the_repeated_pass_is_detected(make: Make) -> None:
     run = make("train.micro_batch_size=2", faults="miscompute@step=1")
     own = []
     for turn in (0, 1):

@@ -1,4 +1,4 @@
-"""The order of a run's actions, with a trainer that only writes them down."""
+"""The order of actions in the training loop, with a trainer that only records calls."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from megatron_sov.train.trainer import CurrentWork
 
 
 class Recorded:
-    """Stands for a trainer and what it is made of: notes what the loop asks for."""
+    """Stands for a trainer and its parts: records the calls of the loop."""
 
     def __init__(self, num_steps: int, step: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
@@ -110,9 +110,8 @@ def recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
 EVERY_STEP = ("observe", "poll", "record", "expert load", "sync")
 
 
-def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = None
-            ) -> tuple[bool, list[str]]:
-    """Return what `train` does, and of the actions those that are not due at every step."""
+def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = None) -> tuple[bool, list[str]]:
+    """Return the actions of `train`, without those of every step."""
     trainer.stop_after = stop_after
     complete = train(trainer, SimpleNamespace(reason="SIGTERM"), until)  # type: ignore[arg-type]
     return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]
@@ -128,7 +127,7 @@ def test_a_new_run_is_evaluated_before_its_first_step(is_new: bool, has_heldout:
     assert actions(trainer)[1] == ["start 0", *evaluated, "evaluate 1", "save 1", "saved 1", "run_end 1"]
 
 
-def test_a_run_ends_behind_the_step_that_is_named() -> None:
+def test_a_run_ends_after_the_configured_step() -> None:
     complete, done = actions(Recorded(7, checkpoint_every_steps=4), until=5)
     assert not complete and done[:2] == ["save 4", "save 5"]
     assert actions(Recorded(5), until=5)[0]
@@ -150,11 +149,11 @@ def test_a_stop_at_the_last_step_completes_the_run() -> None:
     assert actions(Recorded(3), 3) == (True, ["evaluate 3", "save 3", "saved 3", "run_end 3"])
 
 
-def test_a_run_that_was_killed_behind_its_last_step_only_ends() -> None:
+def test_a_run_killed_after_its_last_step_only_finishes() -> None:
     assert actions(Recorded(3, step=3)) == (True, ["saved 3", "run_end 3"])
 
 
-def test_a_gate_that_passes_ends_the_run_with_all_that_the_last_step_gets() -> None:
+def test_a_passing_gate_ends_the_run_like_the_last_step() -> None:
     trainer = Recorded(9, eval_every_steps=2)
     trainer.gate = SimpleNamespace(passed=False)
     trainer.gate.check = lambda trainer: setattr(trainer.gate, "passed", trainer.step == 5)
@@ -170,7 +169,7 @@ def test_a_step_is_looked_at_recorded_and_then_agreed_on() -> None:
                                "sync 1", "save 1", "saved 1", "run_end 1"]
 
 
-def test_a_skipped_step_keeps_the_rhythm_and_has_nothing_to_record() -> None:
+def test_a_skipped_step_keeps_intervals_and_records_no_step() -> None:
     trainer = Recorded(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
     assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4",
                                        "run_end 4"])
@@ -205,7 +204,7 @@ def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.Monk
                                        "run_end 5"])
 
 
-def test_data_that_are_not_there_end_the_run_with_what_is_saved_already() -> None:
+def test_missing_data_ends_the_run_without_another_checkpoint() -> None:
     trainer: Any = Recorded(3, step=2)
     trainer.missing = "round 2 is not there yet"
     assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
@@ -266,7 +265,7 @@ def test_the_time_that_work_still_needs_follows_from_earlier_work(monkeypatch: p
     assert work.describe() == "step 5 (about 1.0 s)"
 
 
-def test_what_is_still_to_be_done_at_the_end_holds_the_run_open() -> None:
+def test_a_run_waits_for_background_work_at_its_end() -> None:
     trainer = Recorded(num_steps=1)
     trainer.missing_at_the_end = "asked to stop in the last validation"
 

@@ -1,4 +1,4 @@
-"""Losses over the data order: sums, denominators and terms, against cross-entropy written out."""
+"""Pretraining losses: sums, denominators and terms against explicit cross-entropy."""
 
 import dataclasses
 import itertools
@@ -93,7 +93,7 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
             == pytest.approx(expected, rel=1e-5))
 
 
-def test_without_prediction_layers_there_is_no_such_term() -> None:
+def test_without_prediction_layers_there_is_no_mtp_term() -> None:
     result = objective_with(0)
     batch: Any = SimpleNamespace(weights=torch.ones(1))
     assert result._mtp_coefficient == {} and result._count_mtp_targets([]) == {}
@@ -113,7 +113,7 @@ def config(**objective: Any) -> Any:
 
 
 def random_batch(seed: int) -> MicroBatch:
-    """24 random labels with random weights, some of them 0, and random types."""
+    """24 random labels with random types and weights, some of them 0."""
     rng = np.random.default_rng(seed)
     return build_micro_batch(PackedRow(
         tokens=rng.integers(0, 9, 24), labels=rng.integers(0, 9, 24),
@@ -161,7 +161,7 @@ def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
         assert sum(int(s.meters[name][1]) for s in sums) == number
 
 
-def test_without_blocks_nothing_is_measured_nor_copied() -> None:
+def test_without_blocks_no_loss_is_measured_or_copied() -> None:
     made = recipes.get("tiny-qwen3")
     learner = LanguageModelling(SimpleNamespace(config=made,
                                                 batches=SimpleNamespace(num_sources=1)))  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def test_without_blocks_nothing_is_measured_nor_copied() -> None:
 # Sums, denominators and the total loss.
 
 
-def test_each_term_is_divided_by_its_own_denominator() -> None:
+def test_each_term_has_its_own_denominator() -> None:
     a, b = torch.tensor(6.0, requires_grad=True), torch.tensor(10.0, requires_grad=True)
     loss = compute_total_loss(LossSums({"a": a, "b": b}, torch.zeros(1, 2)), {"a": 1.0, "b": 0.5},
                       {"a": 3.0, "b": 20.0})
@@ -182,7 +182,7 @@ def test_each_term_is_divided_by_its_own_denominator() -> None:
     assert (a.grad, b.grad) == (torch.tensor(1 / 3), torch.tensor(0.5 / 20))
 
 
-def test_a_term_without_targets_adds_nothing_and_stays_in_the_graph() -> None:
+def test_a_term_without_targets_is_zero_and_stays_in_the_graph() -> None:
     a = torch.tensor(5.0, requires_grad=True)
     loss = compute_total_loss(LossSums({"a": a}, torch.zeros(1, 2)), {"a": 1.0}, {"a": 0.0})
     loss.backward()
@@ -195,7 +195,7 @@ def test_losses_by_source_are_weighted_sums_and_weights() -> None:
     assert result.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and result.dtype == torch.float64
 
 
-def test_what_an_objective_remembers_is_json() -> None:
+def test_objective_state_is_json() -> None:
     objective = SimpleNamespace(state=lambda: {"seen": {1}}, restore=lambda state: None)
     with pytest.raises(UserError, match=r"state\(\) returned what JSON"):
         get_checkpoint_parts(objective)["objective"].state()
@@ -205,13 +205,13 @@ def test_what_an_objective_remembers_is_json() -> None:
 @pytest.mark.parametrize(("state", "said"), [
     ({"seen": {3: 1}}, r"state\(\)\['seen'\] has the key 3, which comes back as a string"),
     ({"seen": [0, (1, 2)]}, r"state\(\)\['seen'\]\[1\] is a tuple, which comes back as a list")])
-def test_what_would_come_back_as_something_else_is_refused(state: object, said: str) -> None:
+def test_state_that_json_would_change_is_refused(state: object, said: str) -> None:
     objective = SimpleNamespace(state=lambda: state, restore=lambda state: None)
     with pytest.raises(UserError, match=f"what JSON changes \\({said}\\); return dicts with strings as keys"):
         get_checkpoint_parts(objective)["objective"].state()
 
 
-def test_a_step_that_learns_nothing_is_refused() -> None:
+def test_a_step_without_targets_is_refused() -> None:
     batch = GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "mtp": 0.0})
     with pytest.raises(UserError, match=r"training target .*response: 0, mtp"):
         check_has_targets(batch, 3)

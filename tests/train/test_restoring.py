@@ -1,4 +1,4 @@
-"""The checkpoint to go on from: the newest sound one; what is damaged is set aside, and said."""
+"""The checkpoint to resume from: the latest valid one. Damaged checkpoints are set aside with a warning."""
 
 import time
 from pathlib import Path
@@ -42,15 +42,15 @@ def names(run: RunFolder) -> list[str]:
     return sorted(p.name for p in run.checkpoints.iterdir())
 
 
-def test_the_newest_up_to_a_step_is_taken_and_nothing_is_touched(run: RunFolder, alone: Any) -> None:
+def test_newest_checkpoint_up_to_a_step_is_loaded_without_changes(run: RunFolder, alone: Any) -> None:
     assert found(run, alone) == "step-6"
     assert [found(run, alone, last_step=step) for step in (6, 5, 2, 1)] == [
         "step-6", "step-4", "step-2", None]
     assert names(run) == ["step-2", "step-4", "step-6"] and not (run.path / EVENTS).exists()
 
 
-def test_damaged_ones_are_set_aside_for_the_one_before_and_said(
-        run: RunFolder, alone: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_are_set_aside_with_a_warning(run: RunFolder, alone: Any,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     (run.checkpoint(6) / "state.json").write_text("6 stepS")
     (run.checkpoint(4) / MANIFEST).unlink()
     assert found(run, alone) == "step-2"
@@ -71,13 +71,13 @@ def test_damaged_ones_are_set_aside_for_the_one_before_and_said(
     assert found(run, alone) == "step-2" and len(list(read_events(run.path / EVENTS))) == 4, "once is enough"
 
 
-def test_damage_after_the_step_asked_for_is_not_looked_for(run: RunFolder, alone: Any) -> None:
+def test_checkpoints_after_the_requested_step_are_not_checked(run: RunFolder, alone: Any) -> None:
     (run.checkpoint(6) / "state.json").unlink()
     assert found(run, alone, last_step=4) == "step-4"
     assert names(run) == ["step-2", "step-4", "step-6"]
 
 
-def test_where_all_are_damaged_there_is_none(run: RunFolder, alone: Any) -> None:
+def test_no_checkpoint_is_loaded_if_all_are_damaged(run: RunFolder, alone: Any) -> None:
     for step in (2, 4, 6):
         (run.checkpoint(step) / MANIFEST).write_text("{")
     assert found(run, alone) is None
@@ -124,7 +124,7 @@ def synced(run: str) -> dict[str, Any]:
 
 
 class Memory:
-    """Something that remembers one word."""
+    """A stateful object that remembers one word."""
 
     def __init__(self, value: str) -> None:
         self.value = value
@@ -139,7 +139,7 @@ class Memory:
 
 
 @pytest.mark.distributed
-def test_a_step_ends_with_what_all_processes_have_to_tell(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_a_step_merges_reports_of_all_processes(ranks: Any, job: Any, tmp_path: Path) -> None:
     (found,) = ranks(job(__file__, "synced", 2, {"run": str(tmp_path / "run")}))
     copied = [any(of_rank) for of_rank in zip(*(one["copied"] for one in found), strict=True)]
     assert copied == [True, False], "nothing changes while a run waits: no copy is needed"
@@ -155,7 +155,7 @@ def test_a_step_ends_with_what_all_processes_have_to_tell(ranks: Any, job: Any, 
 
 
 class Run:
-    """Stands for a trainer with checkpoints at some steps; notes what happens to it."""
+    """Stands for a trainer with checkpoints at some steps; records calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, checkpoints: list[int], now: int, refused: int,
                  rollbacks: list[dict[str, int]]) -> None:
@@ -185,7 +185,7 @@ class Run:
         self.checkpoints = [s for s in self.checkpoints if s <= step]
 
     def restore_weights(self, path: Path) -> int:
-        self.guard.rollbacks = []  # what the checkpoint knew
+        self.guard.rollbacks = []  # the state in the checkpoint
         return int(path.name.removeprefix("step-"))
 
 
@@ -201,7 +201,7 @@ def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> 
                            "are restored from step 20, and the samples of steps 21 to 33 are skipped"}
 
 
-def test_a_second_time_it_goes_further_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_rollback_goes_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, [5, 10, 20, 33], now=37, refused=4, rollbacks=[{"at": 33, "to": 20}])
     recovery.rollback_weights(run)  # type: ignore[arg-type]
     assert run.guard.rollbacks == [{"at": 33, "to": 20}, {"at": 37, "to": 10}]
@@ -220,8 +220,8 @@ def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
 @pytest.mark.parametrize(("checkpoints", "rollbacks", "said"), [
     ([], [], "no earlier checkpoint exists"),
     ([20, 33], [{"at": 33, "to": 20}], "no checkpoint exists before step 20, which was tried")])
-def test_where_nothing_is_left_to_try_the_run_ends(monkeypatch: pytest.MonkeyPatch, checkpoints: list[int],
-                                                   rollbacks: list[dict[str, int]], said: str) -> None:
+def test_the_run_ends_if_no_rollback_is_possible(monkeypatch: pytest.MonkeyPatch, checkpoints: list[int],
+                                                 rollbacks: list[dict[str, int]], said: str) -> None:
     run = Run(monkeypatch, checkpoints, now=37, refused=4, rollbacks=rollbacks)
     with pytest.raises(UserError) as e:
         recovery.rollback_weights(run)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def build_client() -> HttpClient:
     lambda folder: next(build_client().stream({"prompt": "a"})),
     lambda folder: lock_folder(folder / "locked", folder).__enter__()],
     ids=["command", "interpreter", "sbatch", "request", "stream", "lock"])
-def test_nothing_acts_during_a_check(act: Callable[[Path], object], checking: None, tmp_path: Path) -> None:
+def test_a_check_has_no_side_effects(act: Callable[[Path], object], checking: None, tmp_path: Path) -> None:
     with pytest.raises(DryRun):
         act(tmp_path)
     assert not list(tmp_path.iterdir())

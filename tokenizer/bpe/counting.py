@@ -133,8 +133,7 @@ def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots
             if slot >> NUMBER_BITS == hash_:
                 word = np.int64(slot & NUMBER_MASK) - 1
                 start = word_ends[word - 1] if word else 0
-                if word_ends[word] - start == end - begin and _is_equal(raw, begin, text, start,
-                                                                          end - begin):
+                if word_ends[word] - start == end - begin and _is_equal(raw, begin, text, start, end - begin):
                     counts[word] += times
                     break
             # linear probing; the table is at most half full

@@ -93,12 +93,8 @@ def _fill_manifest(artifact: ArtifactWriter, source: ForeignTokenizer, special: 
     """Fill the manifest with the facts of a trained tokenizer and with the source file."""
     ids = get_token_ids(source.raw)
     artifact.content = {
-        "preset": PRESET,
-        "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
+        "preset": PRESET, "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
         **{f"{name}_id": ids.get(special[f"{name}_token"] or "") for name in ("bos", "eos", "pad")},
-        "vocab_size": source.vocab_size,
-        "bytes_per_token": ratios,
-        "checked": checked,
-    }
+        "vocab_size": source.vocab_size, "bytes_per_token": ratios, "checked": checked}
     artifact.settings = {"source": source.file.name, "source_sha256": sha256_file(source.file),
                          "library": source.library}

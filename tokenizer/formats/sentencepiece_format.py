@@ -91,11 +91,8 @@ def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [build_special_token(id_, piece) for id_, piece in special],
         "normalizer": {"type": "Sequence", "normalizers": _build_normalizers(proto.normalizer_spec)},
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": model,
-    }
+        "pre_tokenizer": pre_tokenizer, "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders}, "model": model}
 
 
 def _find_model_fault(proto: Any) -> str:

@@ -264,13 +264,11 @@ def from_tiktoken(ranks: dict[bytes, int], rules: TiktokenRules) -> dict[str, An
         "normalizer": {"type": rules.normalization} if rules.normalization else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": convert_to_oniguruma(rules.pat_str)},
-             "behavior": "Isolated",
-             "invert": False},
+             "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                   "ignore_merges": None in pairs, "vocab": vocab | dict(added),
-                  "merges": [[spellings[a], spellings[b]] for a, b in filter(None, pairs)]},
-    }
+                  "merges": [[spellings[a], spellings[b]] for a, b in filter(None, pairs)]}}

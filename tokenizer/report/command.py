@@ -207,8 +207,7 @@ def check_all(tokenizer: LoadedTokenizer, texts: list[NamedText],
         "texts": lambda: check_texts(tokenizer, measured), "used": lambda: check_used(tokenizer, measured),
         "inventory": lambda: check_inventory(tokenizer), "superwords": lambda: check_superwords(tokenizer),
         "digits": lambda: check_digits(tokenizer), "whitespace": lambda: check_whitespace(tokenizer),
-        "scalars": lambda: check_scalars(tokenizer), "neutral": lambda: check_neutral(tokenizer),
-    }
+        "scalars": lambda: check_scalars(tokenizer), "neutral": lambda: check_neutral(tokenizer)}
     return [runs[name]() for name in tqdm(names, "checks", disable=None)]
 
 

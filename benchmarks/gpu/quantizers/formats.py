@@ -1,4 +1,4 @@
-"""Number formats of 8 and 4 bits: rounding to the nearest value, ties to even, to the largest beyond it.
+"""Number formats with 8 and 4 bits: rounding to the nearest value, ties to even, saturating at the largest.
 
 E4M3 and E5M2: "FP8 Formats for Deep Learning" (arXiv 2209.05433), table 1; E2M1 and E8M0: OCP Microscaling
 Formats (MX) v1.0, sections 5.3.3 and 5.4.1.
@@ -35,7 +35,7 @@ def round_to_e2m1(values: torch.Tensor, noise: torch.Tensor | None = None) -> to
 
 
 def exponent_up(values: torch.Tensor) -> torch.Tensor:
-    """Return the exponents of the smallest powers of two (E8M0: 2^-127 to 2^127) that are no less than
+    """Return the exponents of the smallest powers of two (E8M0: 2^-127 to 2^127) that are at least the given
     positive float32 values; -127 for zero."""
     mantissa, exponent = torch.frexp(values)  # values = mantissa * 2^exponent, mantissa in [0.5, 1)
     return torch.where(values > 0, exponent - (mantissa == 0.5).int(), -127).clamp(-127, 127)

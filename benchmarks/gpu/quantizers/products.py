@@ -1,4 +1,4 @@
-"""The three matrix products of a linear layer with quantised operands, for each recipe of `train.fp8`.
+"""The three matrix products of a linear layer with quantized operands, for each recipe of `train.fp8`.
 
 Blocks and rotations lie along the summed axis: operands are quantised anew for each product from the high
 precision, never twice.

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import TypeAdapter
 
-from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, Step, load_step_class
-from data_prep.curate.pipelines import READY
+from data_prep.curate.pipeline.step import (
+    READY, RECORD_COLUMNS, SOURCE_COLUMNS, STEPS, ColumnType, Step, load_step_class)
 from data_prep.curate.sources.source import KINDS, SourceSettings
+from data_prep.libraries import find_library_problems
 from megatron_sov.base.errors import UserError, find_nearest_name, format_problems, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
 from megatron_sov.base.hints.table import index_words, normalize_word
@@ -300,11 +301,7 @@ class _PipelineReader:
                     f"{suggest_name(kind, KINDS)}")
 
     def _parse_step(self, entry: StepEntry, written: Any, place: Place) -> Iterator[StepEntry]:
-        try:
-            cls = load_step_class(entry.kind)
-        except UserError as e:
-            self.add_problem(place, str(e))
-            return
+        cls = load_step_class(entry.kind)
         if cls.shorthand and isinstance(written, (str, int, float)):
             written = {cls.shorthand: written}
         settings = self._parse_part(cls.Settings, {} if written is None else written, place, entry.kind)
@@ -348,9 +345,22 @@ def _list_adding_steps(column: str) -> list[str]:
     return [kind for kind in STEPS if column in load_step_class(kind).added_columns]
 
 
+def find_missing_libraries(pipeline: Pipeline) -> list[str]:
+    """Return a sentence for each step with an optional library that is not installed."""
+    sentences = [sentence for entry in pipeline.steps for sentence in find_library_problems(
+        f"step {entry.kind}", *entry.build_step(pipeline.folder).list_libraries())]
+    return list(dict.fromkeys(sentences))
+
+
+def check_libraries(pipeline: Pipeline, file: Path) -> None:
+    """Raise `UserError`, which names `file`, if a step's optional library is not installed."""
+    if missing := find_missing_libraries(pipeline):
+        raise UserError(format_problems(str(file), missing))
+
+
 # Names of the output's sources, made of documents' columns.
 
-OPEN_COLUMNS = frozenset(["where", "url", "title", "date", "own_id", "extra", "licence", "language_hint"])
+OPEN_COLUMNS = frozenset([*RECORD_COLUMNS, "where", "extra"])
 """Columns with values from documents, whose number is not limited."""
 MISSING_VALUE = "none"
 """Replaces null in a name."""

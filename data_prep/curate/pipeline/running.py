@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 import traceback
 from collections import deque
@@ -11,15 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 from data_prep.curate.pipeline.command import DataRunOptions
 from data_prep.curate.pipeline.counts import DocumentCounts
-from data_prep.curate.pipeline.finish import KIND, PIPELINE, build_summary, finish_run, is_complete
-from data_prep.curate.pipeline.pipeline_file import Pipeline, load_pipeline
+from data_prep.curate.pipeline.finish import PIPELINE, build_summary, finish_run, is_complete
+from data_prep.curate.pipeline.pipeline_file import (
+    Pipeline, check_libraries, find_missing_libraries, load_pipeline)
 from data_prep.curate.pipeline.plan import OUTPUT, PipelinePlan, make_plan
 from data_prep.curate.pipeline.tasks import (
     PipelineStage, Task, find_layer, get_done_mark, iter_stages, list_tasks, run_task)
 from data_prep.damaged_files import explain_deletion
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_duration
@@ -44,8 +48,11 @@ def run_from_options(options: DataRunOptions) -> None:
     check_run_folder(options.output)
     check_outside_sources(pipeline, options.output)
     if options.dry_run:
-        print(describe_plan(make_plan(pipeline, options.output, writes_pieces=False), options.output))
-    elif options.cluster:
+        plan = make_plan(pipeline, options.output, writes_pieces=False)
+        print("\n".join([*find_missing_libraries(pipeline), describe_plan(plan, options.output)]))
+        return
+    check_libraries(pipeline, options.pipeline)
+    if options.cluster:
         submit_pipeline(pipeline, options.output, options)
     else:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -63,7 +70,7 @@ def check_run_folder(output: Path) -> None:
     if not output.is_dir() or not ((output / "plans").is_dir() or (output / "shards").is_dir()):
         raise UserError(f"{output}: exists and is no folder of a pipeline; choose another output folder")
     if (output / MANIFEST).is_file():
-        read_manifest(output, KIND)
+        read_manifest(output, CORPUS)
 
 
 def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
@@ -76,11 +83,8 @@ def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
 
 
 def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run the open tasks and publish the corpus.
-
-    Raises:
-        UserError: invalid data or settings, or a full disk. Finished tasks stay.
-    """
+    """Run the open tasks and publish the corpus. Raises `UserError`: invalid data or settings, or a full
+    disk. Finished tasks stay."""
     # One run at a time in a folder: the lock excludes local runs, active jobs exclude runs on a cluster.
     with lock_folder(output, output), translate_disk_errors(output):
         check_no_active_jobs(output)
@@ -93,11 +97,8 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
 
 
 def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run a plan's steps without writing a corpus; layers hold the outcomes.
-
-    Raises:
-        UserError: see `run_pipeline`.
-    """
+    """Run a plan's steps without writing a corpus; layers hold the outcomes. Raises `UserError`: see
+    `run_pipeline`."""
     with lock_folder(output, output), translate_disk_errors(output):
         _run_stages(plan, prepare_run(plan, output), output, workers,
                     [stage for stage in iter_stages(plan) if stage.kind != OUTPUT])
@@ -154,27 +155,56 @@ def _run_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: Pipeli
             running.append(task)
             yield stage, task
 
-    start_s = last_line_s = time.monotonic()
     try:
-        with create_bar(stage.name, len(open_tasks), "task") as bar:
-            for num_done, _ in enumerate(pool.each(iter_items()), 1):
+        with StageProgress(stage, len(open_tasks)) as progress:
+            for _ in pool.each(iter_items()):
                 running.popleft()
-                bar.update(1)
-                now_s = time.monotonic()
-                # A log file shows lines instead of a bar.
-                if bar.disable and now_s - last_line_s >= PROGRESS_LINE_S:
-                    last_line_s = now_s
-                    left_s = (now_s - start_s) / num_done * (len(open_tasks) - num_done)
-                    print(f"  {stage.name}: {num_done:,} of {len(open_tasks):,} {stage.task_noun} after "
-                          f"{format_duration(now_s - start_s)}, about {format_duration(left_s)} left",
-                          flush=True)
+                progress.advance()
     except WorkerLost:
         names = ", ".join(f"{number} of source {source}"
                           for source, number in islice(running, MAX_NAMED_TASKS))
         more = f" and {len(running) - MAX_NAMED_TASKS} more" if len(running) > MAX_NAMED_TASKS else ""
         raise UserError(f"step {stage.kind}: {LOST_WORKER}; these tasks are not finished: {names}{more}; "
-                        "take fewer --workers or smaller shard_bytes, and run the command again"
-                        ) from None
+                        "take fewer --workers or smaller shard_bytes, and run the command again") from None
+
+
+class StageProgress:
+    """Progress of a stage: a bar on a terminal; in a log file a line every `PROGRESS_LINE_S` seconds from a
+    thread, so that a long task prints lines too."""
+
+    def __init__(self, stage: PipelineStage, num_tasks: int) -> None:
+        self._stage, self._num_tasks, self._num_done = stage, num_tasks, 0
+        self._start_s = time.monotonic()
+        self._stopped = threading.Event()
+        self._printer = threading.Thread(target=self._print_lines, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._bar = create_bar(self._stage.name, self._num_tasks, "task")
+        if self._bar.disable:
+            self._printer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        if self._bar.disable:
+            self._printer.join()
+        self._bar.close()
+
+    def advance(self) -> None:
+        self._num_done += 1
+        self._bar.update(1)
+
+    def _print_lines(self) -> None:
+        while not self._stopped.wait(PROGRESS_LINE_S):
+            print(self.format_line(time.monotonic() - self._start_s), flush=True)
+
+    def format_line(self, wall_s: float) -> str:
+        num_done, num_tasks = self._num_done, self._num_tasks
+        line = (f"  {self._stage.name}: {num_done:,} of {num_tasks:,} {self._stage.task_noun} after "
+                f"{format_duration(wall_s)}")
+        if not num_done:
+            return line
+        return f"{line}, about {format_duration(wall_s / num_done * (num_tasks - num_done))} left"
 
 
 def _create_task_runner(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]], None]:

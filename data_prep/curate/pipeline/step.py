@@ -114,6 +114,10 @@ class Step(ABC):
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
+    def list_libraries(self) -> Sequence[str]:
+        """List the optional modules that `judge_document` imports."""
+        return ()
+
     def list_files(self) -> Sequence[Path]:
         """List files and folders that outcomes depend on; the step's address includes the contents."""
         return ()
@@ -134,19 +138,19 @@ class Step(ABC):
 SOURCE_COLUMNS: dict[str, ColumnType] = {
     "source": "string", "where": "string", "kind": "string", "licence": "string", "synthetic": "bool",
     "url": "string", "title": "string", "date": "string", "language_hint": "string", "own_id": "string",
-    "extra": "string",
-}
+    "extra": "string"}
 """Column -> type before the first step; `extra` is JSON with the format's other fields."""
 RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
 """Columns that records may set."""
 
 
+READY = Path(__file__).parents[1] / "pipelines"
+"""Folder with ready pipeline files, and in `blends` with ready blends."""
 STEPS: dict[str, str] = {
     "code": "data_prep.curate.code_step:CodeStep",
     "encoding": "data_prep.curate.quality.encoding:RepairEncoding",
     "language": "data_prep.curate.quality.identify:Language",
-    "rules": "data_prep.curate.quality.rules.step:Rules",
-    "pii": "data_prep.curate.quality.pii.step:Pii",
+    "rules": "data_prep.curate.quality.rules.step:Rules", "pii": "data_prep.curate.quality.pii.step:Pii",
     "exact_dedup": "data_prep.curate.dedup.exact:ExactDedup",
     "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
     "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",
@@ -154,16 +158,11 @@ STEPS: dict[str, str] = {
     "quality": "data_prep.curate.scoring.scorer_steps:Quality",
     "education": "data_prep.curate.scoring.scorer_steps:Education",
     "level": "data_prep.curate.scoring.levels:Level",
-    "kind": "data_prep.curate.scoring.scorer_steps:DocumentKind",
-}
+    "kind": "data_prep.curate.scoring.scorer_steps:DocumentKind"}
 """Name in pipeline files -> module:class."""
 
 
 def load_step_class(kind: str) -> type[Step]:
-    """Import the class of a step in `STEPS`.
-
-    Raises:
-        UserError: a library for the step is not installed.
-    """
+    """Import the class of a step in `STEPS`, which needs none of `Step.list_libraries`."""
     step: type[Step] = load_built_in(f"step {kind}", STEPS[kind], "data")
     return step

@@ -7,9 +7,8 @@ forms stay unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from ftfy import TextFixerConfig, fix_encoding
 
 from data_prep.curate.line_ends import unify_line_ends
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
@@ -28,6 +27,9 @@ class RepairEncoding(Step):
     added_columns = {"lines_repaired": "int64"}
     Settings = EncodingRepairSettings
 
+    def list_libraries(self) -> Sequence[str]:
+        return ("ftfy",)
+
     def judge_document(self, document: Doc) -> StepOutcome:
         text, num_lines = repair_encoding(document.text)
         # Programs may hold wrong encodings on purpose, for example tests of decoders.
@@ -40,6 +42,8 @@ def repair_encoding(text: str) -> tuple[str, int]:
     """Return `text` with wrongly decoded lines restored, and the number of restored lines."""
     if text.isascii():
         return text, 0
+    from ftfy import TextFixerConfig, fix_encoding  # optional package
+
     config = TextFixerConfig(explain=False)
     lines = text.split("\n")
     # Line by line: a page may combine parts in several encodings.

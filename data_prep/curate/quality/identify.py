@@ -20,9 +20,8 @@ import yaml
 from annotated_types import MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
-from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents.scripts import count_letters_by_script
-from megatron_sov.base.settings import SettingsProblem, Share, choice_from, to_problem
+from megatron_sov.base.settings import Share, choice_from
 
 _SPACE = re.compile(r"\s")
 
@@ -173,22 +172,13 @@ UNKNOWN_LANGUAGE = "und"
 NUM_PIECES, PIECE_CHARS = 5, 300
 """Number and length of the pieces that `identify_language` reads from a longer text."""
 
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-LANGUAGE_BY_SCRIPT: dict[str, str] = _TABLES["main_languages"]
-"""Script -> its main language."""
-LANGUAGES_BY_SCRIPT: dict[str, frozenset[str]] = {
-    script: frozenset(names.split()) for script, names in _TABLES["shared_scripts"].items()}
-"""Script -> model labels for the script's languages."""
-_COMMON = frozenset(_TABLES["common"].split())
+TABLES_FILE = Path(__file__).with_suffix(".yaml")
 _RARE_WEIGHT = 0.2
-"""Factor on the model's probability of a language outside `_COMMON`."""
+"""Factor on the model's probability of a language outside `LanguageTables.common`."""
 _WEIGHTS = {"ms": 0.1}
 """Factors by label: Malay reads like Indonesian, which is some twenty times as frequent on the web."""
 PARENT_LANGUAGES = {"ary": "ar", "arz": "ar", "uzs": "uz", "sdh": "ku", "nn": "no"}
 """Model label of a variety -> ISO 639-1 code of its language."""
-KNOWN_LANGUAGES = frozenset(LANGUAGE_BY_SCRIPT.values()).union(
-    *LANGUAGES_BY_SCRIPT.values()) - set(PARENT_LANGUAGES)
-"""All languages that `identify_language` returns."""
 NOISE_LABEL = "zxx"
 """Model label for text without a language: numbers, variable names."""
 _CHAR_WEIGHT = {"HANGUL": 3, "CJK": 3, "KANA": 3}
@@ -200,6 +190,32 @@ _SETTLED_SHARE = 0.8
 _NO_WORDS = re.compile(r"\S*(?://|@|www\.|\\)\S*|[\d_]+")
 
 
+@dataclass(frozen=True)
+class LanguageTables:
+    """Content of `TABLES_FILE`."""
+
+    by_script: dict[str, str]
+    """Script -> its main language."""
+    sharing_script: dict[str, frozenset[str]]
+    """Script -> model labels for the script's languages."""
+    common: frozenset[str]
+    """Languages with much text on the web."""
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All languages that `identify_language` returns."""
+        labels = frozenset(self.by_script.values()).union(*self.sharing_script.values())
+        return labels - set(PARENT_LANGUAGES)
+
+
+@lru_cache(maxsize=1)
+def load_language_tables() -> LanguageTables:
+    raw = yaml.safe_load(TABLES_FILE.read_text(encoding="utf-8"))
+    return LanguageTables(raw["main_languages"], {script: frozenset(names.split()) for script, names
+                                                  in raw["shared_scripts"].items()},
+                          frozenset(raw["common"].split()))
+
+
 def identify_language(text: str) -> tuple[str, float]:
     """Return the language (ISO 639-1, else ISO 639-3, or `UNKNOWN_LANGUAGE`) and its score in [0, 1].
 
@@ -207,6 +223,7 @@ def identify_language(text: str) -> tuple[str, float]:
     script. A long text is judged by pieces from the whole text.
     """
     weights: dict[str, float] = defaultdict(float)
+    tables = load_language_tables()
     total = 0.0
     for piece in sample_pieces(text, NUM_PIECES, PIECE_CHARS):
         letters_by_script = _count_weighted_letters(piece)
@@ -214,12 +231,12 @@ def identify_language(text: str) -> tuple[str, float]:
         # If a single-language script dominates, letters of a shared script are names and quotes: the model
         # would cost time and add noise.
         largest = max((letters for script, letters in letters_by_script.items()
-                       if script in LANGUAGE_BY_SCRIPT), default=0)
+                       if script in tables.by_script), default=0)
         total += num_letters
         for script, letters in letters_by_script.items():
-            if script in LANGUAGE_BY_SCRIPT:
-                weights[LANGUAGE_BY_SCRIPT[script]] += letters
-            elif script in LANGUAGES_BY_SCRIPT and largest < _SETTLED_SHARE * num_letters:
+            if script in tables.by_script:
+                weights[tables.by_script[script]] += letters
+            elif script in tables.sharing_script and largest < _SETTLED_SHARE * num_letters:
                 for name, probability in _rank_languages(_NO_WORDS.sub(" ", piece), script):
                     weights[name] += letters * probability
     if not weights:
@@ -245,8 +262,9 @@ def _rank_languages(piece: str, script: str) -> list[tuple[str, float]]:
     """Return (language, probability) for the languages that share `script`, without noise."""
     # Labels of other scripts are removed before the probabilities are normalized. Noise is removed after, so
     # that noise lowers the scores.
+    labels = load_language_tables().sharing_script[script]
     ranked = [(label, p * _get_label_weight(label)) for label, p in _load_model().rank(piece)
-              if label in LANGUAGES_BY_SCRIPT[script] or label == NOISE_LABEL]
+              if label in labels or label == NOISE_LABEL]
     total = math.fsum(p for _, p in ranked)
     if total <= 0:
         return []
@@ -254,7 +272,8 @@ def _rank_languages(piece: str, script: str) -> list[tuple[str, float]]:
 
 
 def _get_label_weight(label: str) -> float:
-    return _WEIGHTS.get(label, 1.0 if label in _COMMON or label == NOISE_LABEL else _RARE_WEIGHT)
+    is_common = label == NOISE_LABEL or label in load_language_tables().common
+    return _WEIGHTS.get(label, 1.0 if is_common else _RARE_WEIGHT)
 
 
 @lru_cache(maxsize=1)
@@ -277,15 +296,12 @@ def _load_model() -> Any:
 class LanguageSettings:
     """Settings for `language`."""
 
-    keep: tuple[Annotated[str, choice_from(lambda: KNOWN_LANGUAGES)], ...] = ()
+    keep: tuple[Annotated[str, choice_from(lambda: load_language_tables().known)], ...] = ()
     """ISO 639-1 codes to keep, e.g. ko, en; empty keeps every language."""
     min_score: Share = 0.5
     """Documents with a lower language score are dropped."""
     forms: Annotated[tuple[Form, ...], MinLen(1)] = FORMS
     """Forms to keep: prose, code, markup. Code is kept in every language."""
-
-    def problems(self) -> list[SettingsProblem]:
-        return list(map(to_problem, find_library_problems("the step language", "py3langid")))
 
 
 class Language(Step):
@@ -296,8 +312,14 @@ class Language(Step):
     Settings = LanguageSettings
     settings: LanguageSettings
 
+    def list_libraries(self) -> Sequence[str]:
+        return ("py3langid",)
+
     def list_files(self) -> Sequence[Path]:
-        return [get_model_file()]
+        try:
+            return [TABLES_FILE, get_model_file()]
+        except ImportError:  # `sov-data run --dry-run` without py3langid
+            return [TABLES_FILE]
 
     def judge_document(self, document: Doc) -> StepOutcome:
         form = detect_form(document.text)

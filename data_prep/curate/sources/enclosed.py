@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from data_prep.curate.sources.formats import load_reader_class
-from data_prep.curate.sources.reader import ReadingJob, SourceItem
+from data_prep.curate.sources.reader import ReadingJob, SourceItem, check_text
 from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, format_error
@@ -90,16 +90,8 @@ def _send_record(channel: socket.socket, record: RawDocument | BrokenRecord, job
     if isinstance(record, BrokenRecord):
         _send(channel, {"broken": dataclasses.asdict(record)})
         return
-    try:
-        # Checked here, so that an oversized text ends only this process.
-        size_bytes = len(record.text.encode())
-    except UnicodeEncodeError:
-        raise BadRecord("utf8", "holds half of a surrogate pair, which is no character") from None
-    if size_bytes > job.options.document_bytes:
-        raise BadRecord("too_long", f"holds more than document_bytes = {job.options.document_bytes:,} bytes "
-                                    "of text; cut it, or raise the limit")
-    if not record.text.strip():
-        raise BadRecord("empty", "holds no text")
+    # Checked here, so that an oversized text ends only this process.
+    check_text(record.text, job.options.document_bytes)
     _send(channel, {"text": record.text, "place": record.place, "columns": dict(record.columns)})
 
 

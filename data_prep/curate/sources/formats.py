@@ -23,28 +23,20 @@ FORMATS: dict[str, str] = {
     "text": "data_prep.curate.sources.lines:TextReader",
     "jsonl": "data_prep.curate.sources.lines:JsonlReader",
     "parquet": "data_prep.curate.sources.parquet:ParquetReader",
-    "html": "data_prep.curate.sources.html:HtmlReader",
-    "warc": "data_prep.curate.sources.warc:WarcReader",
-    "pdf": "data_prep.curate.sources.pdf:PdfReader",
-    "code": "data_prep.curate.sources.code:CodeReader",
-}
+    "html": "data_prep.curate.sources.html:HtmlReader", "warc": "data_prep.curate.sources.warc:WarcReader",
+    "pdf": "data_prep.curate.sources.pdf:PdfReader", "code": "data_prep.curate.sources.code:CodeReader"}
 """Name in pipeline files -> module:class of its reader."""
 AUTO_FORMATS = ("text", "jsonl", "parquet", "html", "warc", "pdf", "code")
 """Formats that `auto` tries in this order; the first that accepts a name reads the file."""
 _PAGES = ("resiliparse", "charset_normalizer")
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "html": _PAGES, "pdf": ("pypdfium2",), "warc": ("warcio", "pypdfium2", *_PAGES),
-    "code": ("charset_normalizer",), "auto": ("warcio", "pypdfium2", *_PAGES),
-}
+    "code": ("charset_normalizer",), "auto": ("warcio", "pypdfium2", *_PAGES)}
 """Format -> modules for the reading process. Without this check every file would count as broken."""
 
 
 def load_reader_class(format_: str) -> type[FileReader]:
-    """Import a reader in `FORMATS`.
-
-    Raises:
-        UserError: a library for the format is not installed.
-    """
+    """Import a reader in `FORMATS`. Raises `UserError`: a library for the format is not installed."""
     reader: type[FileReader] = load_built_in(f"format {format_}", FORMATS[format_], "data")
     return reader
 
@@ -80,11 +72,8 @@ class AutoReader(FileReader):
     Options = EncodingLimits
 
     def list_pieces(self) -> list[SourcePiece]:
-        """List the source's parts in order.
-
-        Raises:
-            UserError: an empty source, or a file in `source.path` with an unknown ending.
-        """
+        """List the source's parts in order. Raises `UserError`: an empty source, or a file in `source.path`
+        with an unknown ending."""
         readers = [load_reader_class(name)(self.source) for name in AUTO_FORMATS]
         # Files in `source.path` raise an error if they have no format; files in folders are only skipped.
         required = {os.path.abspath(self.source.folder / path) for path in self.source.path}

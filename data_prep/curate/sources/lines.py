@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from data_prep.curate.sources.encodings import (
-    COMPRESSED, Encoding, EncodingLimits, LimitBytes, decode_text, iter_limited_blocks, open_unpacked)
-from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, drop_empty
+    Encoding, EncodingLimits, LimitBytes, decode_text, iter_limited_blocks, open_unpacked)
+from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, check_text, drop_empty
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
-from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
-from megatron_sov.base.documents.records import explain_bytes
+from megatron_sov.base.documents.files import BYTE_ORDER_MARK, COMPRESSED_SUFFIXES, JSONL_SUFFIXES, iter_spans
+from megatron_sov.base.documents.records import RecordReading, parse_line
 
 COLUMN_NAMES = {
     "id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
@@ -35,17 +35,7 @@ def build_document(record: Mapping[str, Any], place: str, job: ReadingJob) -> Ra
         problem = "no field" if job.text_field not in record else f"a {type(text).__name__} in field"
         raise BadRecord("fields", f"has {problem} {job.text_field!r} (fields: {fields}); name the one that "
                                   "holds text in text_field")
-    try:
-        # For the size, and to find lone surrogates.
-        size_bytes = len(text.encode())
-    except UnicodeEncodeError:
-        raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
-                                "character; remove it") from None
-    if size_bytes > job.options.document_bytes:
-        raise BadRecord("too_long", f"holds more than document_bytes = {job.options.document_bytes:,} bytes "
-                                    "of text; cut it, or raise the limit")
-    if not text.strip():
-        raise BadRecord(EMPTY, "holds no text")
+    check_text(text, job.options.document_bytes)
     fields_besides_text = {name: value for name, value in record.items() if name != job.text_field}
     return RawDocument(text, place, build_columns(fields_besides_text))
 
@@ -58,9 +48,9 @@ def build_columns(fields: Mapping[str, Any]) -> dict[str, Any]:
         plain = _to_plain_value(value)
         # The first field for a column counts; a second field keeps its name.
         if column is not None and column not in columns and isinstance(plain, (str, int, float)):
-            columns[column] = _clean_text(str(plain))
+            columns[column] = str(plain)[:MAX_FIELD_CHARS]
         elif _is_short(plain) and not _is_deep(plain, MAX_FIELD_DEPTH):
-            columns[_clean_text(name)] = _clean_text(plain) if isinstance(plain, str) else plain
+            columns[name[:MAX_FIELD_CHARS]] = plain
     return drop_empty(columns)
 
 
@@ -85,13 +75,8 @@ def _is_deep(value: Any, max_depth: int) -> bool:
     return any(max_depth == 0 or _is_deep(item, max_depth - 1) for item in inner)
 
 
-def _clean_text(value: str) -> str:
-    return value.encode("utf-8", "replace").decode()[:MAX_FIELD_CHARS]
-
-
 TEXT_SUFFIXES = frozenset([".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log",
                            ".srt"])
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
 
 
@@ -170,11 +155,6 @@ class JsonlReader(_SpansReader):
     suffixes = JSONL_SUFFIXES
 
     @classmethod
-    def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the whole part; `_send_items` restarts the time limit after each line."""
-        yield SourceItem(job.name, lambda: cls.iter_documents(job))
-
-    @classmethod
     def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
         # JSON escapes may double a text, and a line has other fields.
         limit_bytes = 2 * job.options.document_bytes
@@ -191,23 +171,11 @@ class JsonlReader(_SpansReader):
                     if len(line) > limit_bytes:
                         raise BadRecord("too_long", f"is a line of more than {limit_bytes:,} bytes; cut it, "
                                                     "or raise document_bytes")
-                    yield build_document(_parse_line(line), place, job)
+                    record = parse_line(line, place, number, RecordReading(), lambda record, *_: record)
+                    yield build_document(record, place, job)
                 except BadRecord as e:
                     yield job.build_broken(BadRecord(e.code, str(e), content=line[:1000]), place,
                                            is_left_out=e.code == EMPTY)
-
-
-def _parse_line(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise BadRecord("utf8", f"is not UTF-8 (byte {e.start}); {explain_bytes(line)}") from None
-    except (ValueError, RecursionError) as e:
-        raise BadRecord("json", f"is not valid JSON ({str(e)[:120]}); each line must be one JSON object"
-                        ) from None
-    if not isinstance(record, dict):
-        raise BadRecord("json", f"is a JSON {type(record).__name__}, must be an object")
-    return record
 
 
 def _is_part(job: ReadingJob) -> bool:
@@ -215,7 +183,7 @@ def _is_part(job: ReadingJob) -> bool:
 
 
 def _is_packed(job: ReadingJob) -> bool:
-    return Path(job.piece.file).suffix.lower() in COMPRESSED
+    return Path(job.piece.file).suffix.lower() in COMPRESSED_SUFFIXES
 
 
 def _iter_blocks(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits
+from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.source import (
     MAX_CONTENT_CHARS, NO_FORMAT, BrokenRecord, RawDocument, SourcePiece, SourceSettings)
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.files import explain_unreadable, format_skipped, is_hidden, walk_files
+from megatron_sov.base.documents.files import (
+    COMPRESSED_SUFFIXES, explain_unreadable, format_skipped, is_hidden, walk_files)
+from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import parse_settings
 from megatron_sov.sandbox.reader_process import ReaderProcess, ReaderWording
@@ -51,7 +53,7 @@ class FileReader:
     @classmethod
     def accepts_name(cls, name: str) -> bool:
         stem, dot, suffix = name.lower().rpartition(".")
-        if cls.compressed and f".{suffix}" in COMPRESSED and stem:
+        if cls.compressed and f".{suffix}" in COMPRESSED_SUFFIXES and stem:
             stem, dot, suffix = stem.rpartition(".")
         return bool(stem) and dot + suffix in cls.suffixes
 
@@ -199,6 +201,15 @@ class SourceItem:
     """May raise `BadRecord`, or any error from a parser."""
 
 
+def check_text(text: str, document_bytes: int) -> None:
+    """Raise `BadRecord` if a text is too long or blank, or holds a lone surrogate."""
+    if count_text_bytes(text) > document_bytes:
+        raise BadRecord("too_long", f"holds more than document_bytes = {document_bytes:,} bytes of text; cut "
+                                    "it, or raise the limit")
+    if not text.strip():
+        raise BadRecord(EMPTY, "holds no text")
+
+
 def drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
@@ -250,11 +261,8 @@ class _ReadingProcess(ReaderProcess):
         return has_limits and Path(root).is_relative_to(self._root)
 
     def read(self, job: ReadingJob, skip: int, progress: _Progress) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield the records in a piece after the first `skip` items.
-
-        Raises:
-            BadRecord: the process ended, or sent an invalid message.
-        """
+        """Yield the records in a piece after the first `skip` items. Raises `BadRecord`: the process ended,
+        or sent an invalid message."""
         limits: EncodingLimits = job.options
         # A hostile file may control the sender, so every message is checked, first its size.
         max_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
@@ -274,7 +282,7 @@ class _ReadingProcess(ReaderProcess):
 
 
 def _parse_record(message: dict[str, Any], limits: EncodingLimits) -> RawDocument | BrokenRecord:
-    """Raise `KeyError`, `TypeError` or `ValueError` for an invalid message."""
+    """Raise `KeyError`, `TypeError`, `ValueError` or `BadRecord` for an invalid message."""
     if "broken" in message:
         values = message["broken"]
         return BrokenRecord(str(values["file"]), str(values["place"]), str(values["code"]),
@@ -283,7 +291,7 @@ def _parse_record(message: dict[str, Any], limits: EncodingLimits) -> RawDocumen
     text, place, columns = message["text"], message["place"], message["columns"]
     if not (isinstance(text, str) and isinstance(place, str) and isinstance(columns, dict)):
         raise TypeError("a document without text, place or columns")
-    if len(text.encode()) > limits.document_bytes:
+    if count_text_bytes(text) > limits.document_bytes:
         raise ValueError("a document above the limit")
     return RawDocument(text, place, columns)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from data_prep.curate.pipeline.counts import read_recorded_seal
 from data_prep.curate.pipeline.finish import build_summary
+from data_prep.curate.pipeline.pipeline_file import check_libraries
 from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.damaged_files import explain_deletion
@@ -24,7 +25,7 @@ from data_prep.synth.run_records import SynthRunRecord, read_finished_items
 from data_prep.synth.samples import GeneratedSample, Kind, SampleVerdict
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
-from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
+from megatron_sov.base.documents.files import JSONL_SUFFIXES, contains_records, get_ending, iter_spans
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import open_sealed_parquet
@@ -72,9 +73,11 @@ def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, worker
         folders = _write_texts(output, run, folder / TEXTS)
     if not folders:
         return JudgedSamples()
-    pipeline = read_steps(choose_steps_file(checks, run.generator, run.kind), folders)
+    file = choose_steps_file(checks, run.generator, run.kind)
+    pipeline = read_steps(file, folders)
     if not pipeline.steps:
         return JudgedSamples()
+    check_libraries(pipeline, file)
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, workers)
     dropped, changed = _collect_results(plan, folder)
@@ -127,7 +130,7 @@ def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (place, text) for each document or record in an input, without empty texts. Raises `UserError`:
     the input is missing or unreadable."""
     for file in list_files(path):
-        if file.suffix.lower() in JSONL_SUFFIXES:
+        if get_ending(file.name) in JSONL_SUFFIXES or contains_records(file):
             texts = ((place, extract_question(record)) for place, record in read_records(file))
         else:
             texts = ((f"{file}:{number}", "\n\n".join(document.texts()))

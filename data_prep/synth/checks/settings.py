@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.curate.decontamination.step import collect_text
-from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
+from data_prep.curate.pipeline.pipeline_file import Pipeline, check_libraries, read_pipeline
 from data_prep.synth.samples import Kind
 from megatron_sov.base.documents.messages import BadRecord, Messages
 from megatron_sov.base.documents.records import RecordReading, parse_record
@@ -87,7 +87,7 @@ def find_check_problems(checks: Path | None) -> list[SettingsProblem]:
         return [SettingsProblem(ProblemCode.FILE, "--checks", "does not exist", checks,
                                 f"pass a YAML file, e.g. a copy of {DEFAULTS / 'chat.yaml'}")]
     try:
-        read_steps(checks, dict.fromkeys(SOURCES))
+        check_libraries(read_steps(checks, dict.fromkeys(SOURCES)), checks)
     except UserError as e:
         return [to_problem(str(e))]
     return []

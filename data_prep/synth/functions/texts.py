@@ -15,7 +15,7 @@ import regex
 import yaml
 
 from data_prep.curate.quality.identify import (
-    KNOWN_LANGUAGES, UNKNOWN_LANGUAGE, detect_form, extract_language_text, identify_language)
+    UNKNOWN_LANGUAGE, detect_form, extract_language_text, identify_language, load_language_tables)
 from data_prep.synth.declared.parsers import parse_tagged_texts
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.documents.scripts import LANGUAGES, count_letters_by_script
@@ -56,7 +56,8 @@ _NUMBER = re.compile(r"(?<![A-Za-z_\d])\d+(?:[.,'’]\d+|[십백천만억조十�
 """Digits after Latin letters, as in B52, belong to a name; 3만 5천 is a single number."""
 LanguageCode = Annotated[str, choice_from(lambda: LANGUAGES)]
 """ISO 639-1 code in `LANGUAGES`, which lists scripts."""
-IdentifiableLanguage = Annotated[str, choice_from(lambda: {"", *set(LANGUAGES) & KNOWN_LANGUAGES})]
+IdentifiableLanguage = Annotated[str, choice_from(
+    lambda: {"", *set(LANGUAGES) & load_language_tables().known})]
 """ISO 639-1 code that `identify_language` recognizes, or ""."""
 
 

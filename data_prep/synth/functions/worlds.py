@@ -305,8 +305,7 @@ def check_task(task: Mapping[str, Any], min_calls: int, max_calls: int) -> list[
     else:
         problem = "the calls change nothing, and nothing has to be said"
     return [
-        SampleVerdict("reachable goal", True),
-        SampleVerdict("goal not reached yet", not problem, problem),
+        SampleVerdict("reachable goal", True), SampleVerdict("goal not reached yet", not problem, problem),
         SampleVerdict("number of calls", min_calls <= len(calls) <= max_calls, f"{len(calls)}"),
         SampleVerdict("answers from tools", not revealed, f"the question says {', '.join(revealed)[:60]!r}"),
         SampleVerdict("question names no tools", not tools, ", ".join(tools))]

@@ -17,5 +17,4 @@ from megatron_sov.base.documents.records import ROLLOUTS, Document, LeftOut, Rec
 __all__ = [
     "DOCUMENT_BYTES", "KINDS", "ROLES", "ROLLOUTS", "TEXT_SUFFIXES", "WHOLE_FILE_BYTES", "BadRecord",
     "Conversation", "Document", "FileSpan", "LeftOut", "Message", "RecordReading", "cut_at_blank_lines",
-    "cut_text", "list_files", "plan_units", "read_documents", "read_span",
-]
+    "cut_text", "list_files", "plan_units", "read_documents", "read_span"]

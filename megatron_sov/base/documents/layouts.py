@@ -283,15 +283,13 @@ _FIELD_WORDS = {
     "messages": ("dialog", "dialogue", "chat", "conversation", "message", "turns"),
     "chosen": ("chosen", "preferred", "better", "winner", "accepted", "positive", "good", "best",
                "win", "pos"),
-    "rejected": ("rejected", "dispreferred", "worse", "loser", "negative", "bad", "worst", "lose",
-                 "neg"),
+    "rejected": ("rejected", "dispreferred", "worse", "loser", "negative", "bad", "worst", "lose", "neg"),
     "prompt": ("prompt", "question", "query", "instruction", "input", "problem", "user", "human", "request",
                "ask", "body", "post", "title"),
     "response": ("response", "completion", "output", "reply", "answer", "solution", "target", "assistant",
                  "gpt", "bot", "summary", "generation", "prediction", "generated"),
     "answer": ("answer", "solution", "gold", "golden", "target", "reference", "truth", "expected", "label"),
-    "text": ("text", "content", "body", "document", "article", "passage", "story", "markdown", "code"),
-}
+    "text": ("text", "content", "body", "document", "article", "passage", "story", "markdown", "code")}
 """Target field -> words in names of fields with the same content."""
 _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
            "prompt": ("prompt",), "text": ("text",)}

@@ -13,8 +13,8 @@ from typing import IO, Any, cast
 
 from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
-    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, is_records, iter_spans, list_files,
-    open_bytes, open_parquet)
+    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, is_json, is_records, iter_spans,
+    list_files, open_bytes, open_parquet)
 from megatron_sov.base.documents.layouts import LAYOUT_FIELDS, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, RecordParser, RecordReading, create_length_error, decode_utf8,
@@ -149,6 +149,9 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
                  renames: Renames = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (location "FILE:NUMBER", fields) per record in a file or dataset folder, without conversion.
 
+    A folder's files of records are known by their endings; a file in `path` with another ending holds JSON
+    lines or a JSON list.
+
     Args:
         tell: as in `list_files`.
         renames: columns of a table that hold messages, in addition to those with known names.
@@ -157,13 +160,13 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
         UserError: the path has no records, or a malformed one.
     """
     files = [file for file in list_files(path, tell)
-             if is_records(file.name) or file.suffix.lower() == JSON_SUFFIX]
+             if file == path or is_records(file.name) or is_json(file.name)]
     if not files:
         raise UserError(f"{path}: holds no records; pass a .jsonl, .json, .parquet or .arrow file, or a "
                         "folder with such files")
     for file in files:
         lines_before = 0
-        for span in iter_spans(file):
+        for span in iter_spans(file, read_as="" if is_records(file.name) else JSON_SUFFIX):
             counted = CountedSpan(span, RecordReading("prompt", renames=renames), _number_fields)
             for item in counted:
                 if isinstance(item, BadRecord):
@@ -186,11 +189,6 @@ def find_unread_fields(span: FileSpan, reading: RecordReading) -> list[str]:
 
 def _number_fields(record: dict[str, Any], where: str, number: int, reading: RecordReading,
                    ) -> tuple[int, dict[str, Any]]:
-    try:
-        json.dumps(record, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
-                                "character; remove it") from None
     return number, record
 
 
@@ -259,8 +257,7 @@ class CountedSpan:
                 if isinstance(item, BadRecord):
                     raise item
                 yield parse_json_value(item, f"{self.span.file}:{self.num_lines}", self.num_lines,
-                                       self.reading,
-                                       self.parse)
+                                       self.reading, self.parse)
             except BadRecord as e:
                 yield _at_line(e, self.num_lines, b"")
 
@@ -293,8 +290,7 @@ class CountedSpan:
             self._refuse_table()
         if self.reading.kind not in (None, "text"):
             raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
-                                      "pack it on its own with --format text",
-                            options=("--format", "text"))
+                                      "pack it on its own with --format text", options=("--format", "text"))
         if fields := (*self.reading.columns, *filter(None, [self.reading.bucket_by]), *self.reading.tags):
             raise BadRecord("fields", f"is plain text, which has no field {fields[0]!r}; "
                                       "pass JSONL or Parquet")

@@ -267,6 +267,9 @@ def explain_bytes(raw: bytes, *, is_begin: bool = True) -> str:
     return "convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE"
 
 
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: RecordParser) -> Any:
     """Parse a line of JSONL. Raises `BadRecord`: the line is not a JSON object of the expected kind."""
     try:
@@ -275,17 +278,19 @@ def parse_line(line: bytes, where: str, number: int, reading: RecordReading, par
         advice = "an array of records needs a name in .json" if line.lstrip()[:1] == b"[" else (
             "every line must be one JSON object")
         raise BadRecord("json", f"is not valid JSON ({e}); {advice}") from None
-    return parse_json_value(record, where, number, reading, parse)
+    # UTF-8 itself holds no surrogates; the test for two bytes saves the search in most lines
+    may_have_surrogates = b"\\u" in line and _SURROGATE_ESCAPE.search(line) is not None
+    return parse_json_value(record, where, number, reading, parse, may_have_surrogates=may_have_surrogates)
 
 
-
-
-def parse_json_value(record: Any, where: str, number: int, reading: RecordReading,
-                     parse: RecordParser) -> Any:
-    """Parse a decoded JSON value. Raises `BadRecord`: the value is not an object of the expected kind."""
+def parse_json_value(record: Any, where: str, number: int, reading: RecordReading, parse: RecordParser, *,
+                     may_have_surrogates: bool = True) -> Any:
+    """Parse a decoded JSON value. Raises `BadRecord`: the value is not an object of the expected kind, or is
+    a prompt, which takes all fields along, with a lone surrogate."""
     if not isinstance(record, dict):
-        raise BadRecord("json",
-                        f"is a JSON {type(record).__name__}, must be an object")
+        raise BadRecord("json", f"is a JSON {type(record).__name__}, must be an object")
+    if may_have_surrogates and reading.kind == "prompt":
+        count_text_bytes(json.dumps(record, ensure_ascii=False))
     return parse(record, where, number, reading)
 
 
@@ -334,7 +339,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     check_texts(document.texts(), reading)
     if kind != "text":
         for text in (*document.conversation().beside(), document.extra):
-            _count_bytes(text)  # raises for invalid text; these bytes are not counted
+            count_text_bytes(text)  # raises for invalid text; these bytes are not counted
     return document
 
 
@@ -530,15 +535,18 @@ def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:
     """Raise `BadRecord` if a document's texts are too long, contain invalid characters, or are blank."""
     size_bytes = 0
     for text in texts:
-        # encoding also rejects lone surrogates, which no tokenizer accepts
-        size_bytes += _count_bytes(text)
+        size_bytes += count_text_bytes(text)
     if size_bytes > reading.max_document_bytes:
         raise create_length_error(reading)
     if not any(text.strip() for text in texts):
         raise BadRecord("empty", "holds no text")
 
 
-def _count_bytes(text: str) -> int:
+def count_text_bytes(text: str) -> int:
+    """Return the UTF-8 bytes of a text. Raises `BadRecord`: the text holds a lone surrogate, which no
+    tokenizer accepts."""
+    if text.isascii():  # Python stores whether a text is: no character is read
+        return len(text)
     try:
         return len(text.encode())
     except UnicodeEncodeError:

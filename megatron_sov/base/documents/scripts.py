@@ -17,21 +17,13 @@ from functools import lru_cache
 #   half-width kana whole: as words they carry a meaning that single letters lose. A change requires training
 # all   scorers again.
 CODE_POINTS: dict[str, tuple[tuple[int, int], ...]] = {
-    "thai": ((0x0E00, 0x0E80),),
-    "lao": ((0x0E80, 0x0F00),),
-    "tibetan letters": ((0x0F40, 0x0FBD),),
-    "tibetan signs": ((0x0F00, 0x0F40), (0x0FBD, 0x1000)),
-    "burmese": ((0x1000, 0x10A0),),
-    "khmer": ((0x1780, 0x1800),),
-    "kana": ((0x3040, 0x3100), (0x31F0, 0x3200)),
-    "half-width kana": ((0xFF66, 0xFFA0),),
-    "bopomofo": ((0x3100, 0x3130),),
+    "thai": ((0x0E00, 0x0E80),), "lao": ((0x0E80, 0x0F00),), "tibetan letters": ((0x0F40, 0x0FBD),),
+    "tibetan signs": ((0x0F00, 0x0F40), (0x0FBD, 0x1000)), "burmese": ((0x1000, 0x10A0),),
+    "khmer": ((0x1780, 0x1800),), "kana": ((0x3040, 0x3100), (0x31F0, 0x3200)),
+    "half-width kana": ((0xFF66, 0xFFA0),), "bopomofo": ((0x3100, 0x3130),),
     "han": ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x40000)),
-    "marks of han": ((0x3005, 0x3008),),
-    "hangul": ((0x1100, 0x1200), (0xAC00, 0xD7A4)),
-    "old hangul": ((0xA960, 0xA980), (0xD7A4, 0xD800)),
-    "lone hangul letters": ((0x3130, 0x3190),),
-}
+    "marks of han": ((0x3005, 0x3008),), "hangul": ((0x1100, 0x1200), (0xAC00, 0xD7A4)),
+    "old hangul": ((0xA960, 0xA980), (0xD7A4, 0xD800)), "lone hangul letters": ((0x3130, 0x3190),)}
 """Script -> ranges of code points (first, end exclusive)."""
 
 RUN_SCRIPTS = ("thai", "lao", "burmese", "khmer", "marks of han", "kana", "han")
@@ -42,8 +34,7 @@ RULE_SCRIPTS = ("thai", "lao", "tibetan letters", "burmese", "khmer", "kana", "b
                 "half-width kana", "hangul", "lone hangul letters")
 """Scripts that quality rules count by characters."""
 SCORER_SCRIPTS = ("thai", "lao", "tibetan letters", "tibetan signs", "burmese", "khmer", "kana", "han",
-                  "hangul",
-                  "old hangul")
+                  "hangul", "old hangul")
 """Scripts whose characters are n-gram units in scorers."""
 
 
@@ -67,8 +58,7 @@ LANGUAGES = {
     "km": ("KHMER",), "lo": ("LAO",), "my": ("MYANMAR",), "am": ("ETHIOPIC",), "de": ("LATIN",),
     "fr": ("LATIN",), "es": ("LATIN",), "pt": ("LATIN",), "it": ("LATIN",), "nl": ("LATIN",),
     "pl": ("LATIN",),
-    "tr": ("LATIN",), "vi": ("LATIN",), "id": ("LATIN",), "sw": ("LATIN",), "fi": ("LATIN",),
-}
+    "tr": ("LATIN",), "vi": ("LATIN",), "id": ("LATIN",), "sw": ("LATIN",), "fi": ("LATIN",)}
 """Language (ISO 639-1) -> scripts, by the first word in Unicode names."""
 _WIDE = ("FULLWIDTH", "HALFWIDTH", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "IDEOGRAPHIC", "MATHEMATICAL")
 

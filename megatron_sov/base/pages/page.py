@@ -175,8 +175,7 @@ def render_page(kicker: str, title: str, subtitle: str, chapters: list[Chapter],
         opening=opening, overview=overview, overview_anchor=f"{anchor}s",
         css=_read_resource("colours.css") + _read_resource("page.css"), page_js=page_js,
         script_hashes=_hash_for_csp(page_js),
-        version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
-    )
+        version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)))
 
 
 def render_chat() -> str:
@@ -187,8 +186,7 @@ def render_chat() -> str:
     """
     css, js = _read_resource("colours.css") + _read_resource("chat.css"), _read_resource("chat.js")
     return _load_templates().get_template("chat.html.j2").render(
-        css=css, js=js, style_hash=_hash_for_csp(css), script_hash=_hash_for_csp(js),
-        version=__version__)
+        css=css, js=js, style_hash=_hash_for_csp(css), script_hash=_hash_for_csp(js), version=__version__)
 
 
 @lru_cache(maxsize=1)

@@ -30,5 +30,4 @@ __all__ = [
     "iter_leaves", "list_fields", "multiple_of_field", "parse_arguments", "parse_changes",
     "parse_located_yaml", "parse_nested", "parse_settings", "parse_settings_yaml", "read_command_options",
     "read_options", "read_settings_file", "read_settings_text", "requires_field",
-    "split_key", "to_plain_values", "to_problem", "try_parse_settings", "use_option_names",
-]
+    "split_key", "to_plain_values", "to_problem", "try_parse_settings", "use_option_names"]

@@ -33,6 +33,7 @@ from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
 from megatron_sov.runs.obs.events import (
     EVAL_LM_EVENT, EVENTS, build_score_events, is_score_recorded, read_events)
 from megatron_sov.work.processes.stop_signals import StopFlag, catch_stop_signals
+from megatron_sov.work.progress.locks import critical_section
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """Seeds for few-shot examples, as in lm-eval."""
@@ -183,8 +184,9 @@ def _record_events(events: RunEvents, settings: LmEvalSettings, results: Results
     if settings.run is None:
         return
     step = results.model.step if results.model.step is not None else events.last_step()
-    recorded = [event for event in read_events(settings.run / EVENTS) if event["event"] == EVAL_LM_EVENT]
-    for event in build_score_events(asdict(results), step, settings.output):
-        # array jobs and repeated commands arrive with equal scores
-        if not is_score_recorded(event, recorded):
-            events.add(EVAL_LM_EVENT, **event)
+    with critical_section(settings.run):  # between reading and adding, another job would add the same scores
+        recorded = [event for event in read_events(settings.run / EVENTS) if event["event"] == EVAL_LM_EVENT]
+        for event in build_score_events(asdict(results), step, settings.output):
+            # array jobs and repeated commands arrive with equal scores
+            if not is_score_recorded(event, recorded):
+                events.add(EVAL_LM_EVENT, **event)

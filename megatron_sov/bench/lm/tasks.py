@@ -173,8 +173,7 @@ def prepare_task(definition: TaskDefinition, data_dir: Path | None, *, may_downl
         if not isinstance(splits, dict):
             splits = {"train": splits}
         splits = {split: names if isinstance(names, list) else [names] for split, names in splits.items()}
-        config["custom_dataset"] = TaskFileReader(splits,
-                                                  to_dataset=config.get("process_docs") is not None)
+        config["custom_dataset"] = TaskFileReader(splits, to_dataset=config.get("process_docs") is not None)
     return config, files
 
 
@@ -267,13 +266,6 @@ def _import_functions(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _import_functions(child) for key, child in value.items()}
     return [_import_functions(child) for child in value] if isinstance(value, list) else value
-
-
-def get_sov_metadata(task: Any) -> dict[str, Any]:
-    """Return `metadata.sov` of a task, or {}."""
-    metadata = task.get_config("metadata")
-    settings = metadata.get("sov") if isinstance(metadata, dict) else None
-    return settings if isinstance(settings, dict) else {}
 
 
 def hash_task(task: Any, files: Mapping[str, str]) -> str:

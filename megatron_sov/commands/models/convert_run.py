@@ -87,5 +87,4 @@ def _describe_weights(path: Path) -> dict[str, Any]:
                     "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items())),
                     **describe_adapter(weights)},
         "parameters": dataclasses.asdict(count_params(weights.model)),
-        "model": dataclasses.asdict(weights.model),
-    }
+        "model": dataclasses.asdict(weights.model)}

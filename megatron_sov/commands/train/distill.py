@@ -12,7 +12,7 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AboveZero, DeclaredCommand, Flag, NotNegativeInt
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, check_token_shards
-from megatron_sov.commands.train.kinds import CHECK, RUN
+from megatron_sov.commands.train.kinds import CHECK_TRAINING, RUN_TRAINING
 from megatron_sov.commands.train.setup.stage_options import GateOptions
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import RunConfig
@@ -41,9 +41,6 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
     """Save the K most probable tokens and their log-probabilities instead of states."""
     temperature: Annotated[AboveZero, Flag(value="T")] = 1.0
     """--top-k: divisor for the logits."""
-    other_tokenizer: bool = False
-    """The data use a different tokenizer: save outputs where tokens in both vocabularies end at the same byte
-    (needs --top-k)."""
 
 
 def check_states(options: DistillStatesOptions) -> DistillStatesOptions:
@@ -65,9 +62,8 @@ class DistillOptions(GateOptions):
     groups: ClassVar[tuple[str, ...]] = ("distillation",)
 
     teacher: Annotated[tuple[str, ...], Flag(value="[NAME=]CHECKPOINT|RUN|HF_DIR")] = ()
-    """Teacher model. Its tokenizer must be the student's unless distillation.other_tokenizer is set. NAME
-    restricts the teacher to the data from --data NAME=DIR; repeat the option for more teachers. Not needed if
-    --states covers all data."""
+    """Teacher model with the student's tokenizer. NAME restricts the teacher to the data from --data
+    NAME=DIR; repeat the option for more teachers. Not needed if --states covers all data."""
     states_dtype: StatesDtype = "bfloat16"
     """Dtype for teacher states made by this command."""
     teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
@@ -98,7 +94,7 @@ class DistillOptions(GateOptions):
         assign_data(self, config.data.paths)
 
 
-DISTILL = DeclaredCommand(DistillOptions, CHECK, RUN)
+DISTILL = DeclaredCommand(DistillOptions, CHECK_TRAINING, RUN_TRAINING)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megatron_sov.post.distillation.teacher import TeacherReading
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import is_first_rank
-from megatron_sov.train.data.token_shards import Source, describe_input, open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import Source, describe_input, open_sources, tokenizer_folder
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.objective import get_formats
 from megatron_sov.train.stages.stage import Stage
@@ -31,7 +31,7 @@ from megatron_sov.train.stages.stage import Stage
 def save_states(options: DistillStatesOptions) -> None:
     """Run the teacher over the documents and print the artifact's size."""
     # states are exact; the most probable tokens are smaller
-    state_format = StateFormat(options.dtype, options.top_k, options.temperature, options.other_tokenizer)
+    state_format = StateFormat(options.dtype, options.top_k, options.temperature)
     reading = TeacherReading(find_target(options.teacher), parse_data_paths(options.data),
                              state_format=state_format)
     teacher_module.write_outputs(reading, options.output, options.settings, options.nproc,
@@ -83,11 +83,10 @@ def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Sou
     config, options, teacher = request.config, request.options, reader.teacher
     assert isinstance(options, DistillOptions) and teacher is not None
     distillation, target = config.distillation, find_target(teacher)
-    if target.vocab_size != config.model.vocab_size and not distillation.other_tokenizer:
+    if target.vocab_size != config.model.vocab_size:
         raise UserError(f"--teacher {teacher}: has {target.vocab_size} token ids, the student "
-                        f"model.vocab_size = {config.model.vocab_size}; choose a teacher with an equal "
-                        "vocabulary or, for a different tokenizer, pass --set "
-                        "distillation.other_tokenizer=true --top-k 64")
+                        f"model.vocab_size = {config.model.vocab_size}; choose a teacher with the "
+                        "student's tokenizer")
     # a folder without manifest is incomplete
     missing = [path for path in reader.states if not (path / MANIFEST).is_file()]
     if len(missing) > 1:
@@ -105,8 +104,7 @@ def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Sou
         _check_same_form(options, distillation, StateFiles(path, sources), config.model.vocab_size)
     state_format = StateFormat(options.states_dtype)
     if distillation.top_k:
-        state_format = StateFormat(top_k=distillation.top_k, temperature=distillation.temperature,
-                                   translated=distillation.other_tokenizer)
+        state_format = StateFormat(top_k=distillation.top_k, temperature=distillation.temperature)
     # checked above: existing folders have the teacher's digest
     digest = read_manifest(existing[0], TEACHER_STATES).settings["teacher"] if existing else ""
     if options.dry_run:

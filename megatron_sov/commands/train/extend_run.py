@@ -6,9 +6,8 @@ import contextlib
 
 from megatron_sov.commands.train.kinds import STAGE_KINDS
 from megatron_sov.commands.train.setup.feasibility import refuse_unfit
-from megatron_sov.commands.train.setup.gates import build_gate, check_benchmarks
 from megatron_sov.commands.train.setup.starts import find_start, refuse_many_converters
-from megatron_sov.commands.train.setup.training import ExtensionRequest
+from megatron_sov.commands.train.setup.training import ExtensionRequest, build_gate, check_benchmarks
 from megatron_sov.commands.train.training_run import check_rank_memory, convert_start, load_objective
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.plan.footprint.gpu_capacity import estimate_memory

@@ -77,8 +77,7 @@ class ForgettingGate:
         lost = forgetting.format_lines(FORGOTTEN, NOT_KNOWN)
         failure = "\n".join([f"the forgetting gate did not pass: {len(lost)} of {len(forgetting.tasks)} "
                              "tasks; change the data (rehearse the lost tasks) or the learning rate in a new "
-                             "--run, or raise --tolerance with --resume",
-                             *(f"  {line}" for line in lost)])
+                             "--run, or raise --tolerance with --resume", *(f"  {line}" for line in lost)])
         return EndVerdict(None if forgetting.passed else failure, {self.name: forgetting.to_dict()})
 
     def _print_verdict(self, forgetting: Forgetting) -> None:

@@ -33,144 +33,121 @@ from megatron_sov.engine.model.delta_rule import DocumentChunks, chunk_documents
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
 
-# Variable-length flash attention for all documents of a piece: `torch.nn.attention.varlen`. Tests compare
-# bounds and call with a plain torch double of the kernel; an H200 run compared them with a dense softmax.
-
 MAX_HEAD_DIM = 256
 """Maximum head size for torch's flash attention, which also requires multiples of 8."""
-
 Span = tuple[int, int, int]
 """Row indices per document: start, first query, end of queries. Keys run from start to end."""
-
-
-@dataclass(frozen=True)
-class PieceBounds:
-    """Document bounds in a piece's queries and in the keys that the queries reach."""
-
-    queries: torch.Tensor
-    """[documents + 1] int32 cumulative lengths, on the device."""
-    keys: torch.Tensor
-    """[documents + 1] int32 cumulative lengths, on the device."""
-    max_queries: int
-    """Largest number of queries in a document."""
-    max_keys: int
-    """Largest number of keys in a document."""
-
-
-def find_first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
-    """Return the row index per document at which keys within the window begin (0: no window)."""
-    return [max(a, start - window_tokens + 1) if window_tokens else a for a, start, _ in documents]
-
-
-def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
-                         device: torch.device) -> list[PieceBounds]:
-    """Compute the bounds of the local pieces and copy them to the device in a single transfer."""
-    lengths: list[list[int]] = []  # per piece: query lengths, then key lengths
-    for documents in spans:
-        firsts = find_first_keys(documents, window_tokens)
-        lengths.append([end - start for _, start, end in documents])
-        lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
-    cumulative = [list(accumulate(part, initial=0)) for part in lengths]
-    flat = torch.tensor([bound for part in cumulative for bound in part], dtype=torch.int32)
-    on_device = to_device(flat, device)
-    parts = on_device.split([len(part) for part in cumulative])
-    return [PieceBounds(parts[i], parts[i + 1], max(lengths[i]), max(lengths[i + 1]))
-            for i in range(0, len(lengths), 2)]
-
-
-def supports_varlen(query: torch.Tensor) -> bool:
-    """Return whether torch's `varlen_attn` supports the query's device, dtype and head size."""
-    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-            and query.shape[-1] <= MAX_HEAD_DIM and query.shape[-1] % 8 == 0)
-
-
-def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: PieceBounds,
-                     scale: float, window_tokens: int) -> torch.Tensor:
-    """Attend causally inside each document (`varlen_attn`); the last query aligns with the last key.
-
-    query [queries, heads, head_dim], key and value [keys, kv_heads, head_dim] -> [queries, heads, head_dim].
-
-    Args:
-        bounds: document bounds in queries and keys.
-        scale: softmax scale.
-        window_tokens: sliding window, current token included. 0: no window.
-    """
-    grouped: dict[str, Any] = {}
-    groups = query.shape[1] // key.shape[1]
-    # a module-level import would take a second, for torch's compiler
-    from torch.nn.attention import varlen
-
-    if groups > 1 and _accepts_grouped_heads(varlen.varlen_attn):
-        grouped = {"enable_gqa": True}
-    elif groups > 1:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    # the log-sum-exp is returned only on request
-    attended: Any = varlen.varlen_attn(
-        query, key, value, bounds.queries, bounds.keys, bounds.max_queries, bounds.max_keys, scale=scale,
-        window_size=(window_tokens - 1, 0) if window_tokens else (-1, 0), **grouped)
-    return attended
-
-
-@cache
-def _accepts_grouped_heads(function: Any) -> bool:
-    """Return whether `varlen_attn` accepts fewer key heads than query heads (not in torch 2.11)."""
-    return "enable_gqa" in inspect.signature(function).parameters
-
-
 QUERY_BLOCK = 1024
 """Queries attended at a time under a mask of at most QUERY_BLOCK x (keys up to the last query) booleans, or
 QUERY_BLOCK x (QUERY_BLOCK + window) with a sliding window."""
 
 
-@dataclass(frozen=True)
-class SharedPrompts:
-    """A row that stores a prompt shared by several documents once.
+class DocumentAttention(MegatronModule):
+    """Causal attention inside each packed document, optionally within a sliding window.
 
-    Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
+    With `parallel.cp` > 1 every global layer saves its gathered keys and values for the backward pass: 2 x
+    row tokens x key heads x head size. With `train.recompute` only one layer at a time does.
+    """
 
-    source: torch.Tensor
-    """[expanded tokens] int64: index in the packed row for the token or the token's stored copy."""
-    spans: list[Span]
-    """Documents in the expanded row: start, first stored token, end."""
-    padding: torch.Tensor
-    """[expanded tokens] bool, True for padding."""
+    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
+                 attention_dropout: float | None = None, softmax_scale: float | None = None,
+                 cp_comm_type: str | None = None, pg_collection: Any = None, window_tokens: int = 0) -> None:
+        super().__init__(config=config)
+        self.window_tokens = window_tokens
+        self.softmax_scale = softmax_scale or config.kv_channels ** -0.5
 
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+                attn_mask_type: Any = None, attention_bias: None = None,
+                packed_seq_params: PackedDocuments | None = None) -> torch.Tensor:
+        """Compute attention outputs.
 
-@dataclass(frozen=True)
-class LengthGroups:
-    """A row's documents grouped by length: with many short documents, kernel launches and slicing would take
-    most of the time."""
+        Args:
+            query: [local tokens, heads, head_dim]; key and value: [local tokens, kv_heads, head_dim].
+            packed_seq_params: documents of the row.
 
-    order: torch.Tensor | None
-    """[tokens] int64 row index per token in grouped order. None: the row is already grouped."""
-    inverse: torch.Tensor | None
-    """[tokens] int64 grouped position per row token."""
-    groups: list[tuple[int, int, int]]
-    """(documents, queries per document, keys per document) per group."""
-    keys: torch.Tensor | None = None
-    """[keys] int64 row index per key in grouped order, for shared prompts. None: same as `order`."""
+        Returns:
+            [local tokens, heads * head_dim]; the caller adds the batch axis.
+        """
+        if packed_seq_params is None:
+            raise ValueError("DocumentAttention needs packed_seq_params: "
+                             "micro-batches are rows of packed documents")
+        spans, shared, window = packed_seq_params.spans, packed_seq_params.shared, self.window_tokens
+        varlen = supports_varlen(query)
+        if not varlen and (alike := packed_seq_params.group_by_length(self.window_tokens)) is not None:
+            return self._attend_by_length(query, key, value, alike).reshape(len(query), -1)
+        if shared is not None:  # expand every document's keys; the kernel applies the window
+            key, value, window = key.index_select(0, shared.source), value.index_select(0, shared.source), 0
+        pieces = zip(query.chunk(len(spans)), self._gather_reachable_keys(key, value), spans, strict=True)
+        outputs = []
+        if varlen:
+            for (queries, (keys, values, first), documents), bounds in zip(
+                    pieces, packed_seq_params.get_piece_bounds(window), strict=True):
+                # gathered keys may begin before the first key that the documents of this piece reach
+                offset = find_first_keys(documents, window)[0] - first
+                outputs.append(attend_documents(queries, keys[offset:], values[offset:], bounds,
+                                                self.softmax_scale, self.window_tokens))
+        else:
+            for queries, (keys, values, first), documents in pieces:
+                outputs += attend_document_list(
+                    list(_split_by_document(queries, keys, values, documents,
+                                            find_first_keys(documents, window), first)),
+                    self.softmax_scale, self.window_tokens)
+        return torch.cat(outputs).reshape(len(query), -1)
 
+    def _attend_by_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                          alike: LengthGroups) -> torch.Tensor:
+        """Return [tokens, heads, head_dim], with one kernel call per document length."""
+        queries = _permute_rows(query, alike.order, alike.inverse).split(
+            [count * length for count, length, _ in alike.groups])
+        if alike.keys is None:
+            key, value = (_permute_rows(tensor, alike.order, alike.inverse) for tensor in (key, value))
+        else:
+            key, value = (tensor.index_select(0, alike.keys) for tensor in (key, value))
+        num_keys = [count * length for count, _, length in alike.groups]
+        keys, values = key.split(num_keys), value.split(num_keys)
+        outputs = [attend_equal_lengths(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
+                                        v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
+                   for (count, _, _), q, k, v in zip(alike.groups, queries, keys, values, strict=True)]
+        return _permute_rows(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.inverse,
+                             alike.order)
 
-def _permute_rows(values: torch.Tensor, order: torch.Tensor | None,
-                  inverse: torch.Tensor | None) -> torch.Tensor:
-    """Permute values [n, ...] by `order` [n]; `inverse` [n] is the inverse permutation."""
-    output: torch.Tensor = values if order is None else _Permutation.apply(values, order, inverse)
-    return output
+    def _gather_reachable_keys(self, key: torch.Tensor,
+                               value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Gather the keys and values that each local piece's queries reach.
 
+        Args:
+            key, value: [local tokens, kv_heads, head_dim].
 
-class _Permutation(torch.autograd.Function):
-    """Row permutation whose backward pass gathers by the inverse instead of a scatter-add."""
+        Returns:
+            Per piece: keys and values [keys, kv_heads, head_dim] up to the end of the piece, and the row
+            index of the first key.
+        """
+        if context.get_cp_size() == 1:
+            return [(key, value, 0)]
+        local = torch.stack([key, value], dim=1)
+        pieces = context.get_local_pieces(len(local) * context.get_cp_size())
+        length, tail = len(local) // 2, self.window_tokens - 1
+        if not 0 <= tail <= length:
+            # one message for keys and values; gradients return to the process that owns the token
+            row = context.gather_keys(local)
+            return [(row[:end, 0], row[:end, 1], 0) for _, end in pieces]
+        local_pieces = local.split(length)
+        # the window reaches window - 1 tokens back, so only the end of every other piece is needed
+        tails = (context.gather_keys(torch.cat([piece[length - tail:] for piece in local_pieces])) if tail
+                 else local[:0])
+        reachable = []
+        for piece, (first, _) in zip(local_pieces, pieces, strict=True):
+            number = first // length
+            # tails are in row order; the first piece has no tail before it
+            tail_before = tails[max(0, number - 1) * tail:number * tail]
+            keys_values = torch.cat([tail_before, piece])
+            reachable.append((keys_values[:, 0], keys_values[:, 1], first - len(tail_before)))
+        return reachable
 
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """Permute values [n, ...]."""
-        ctx.save_for_backward(order, inverse)
-        return values.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Permutation.apply(gradient, inverse, order), None, None
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
+                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return nothing: attention has no parameters."""
+        return {}
 
 
 @dataclass
@@ -224,8 +201,8 @@ class PackedDocuments(PackedSeqParams):
     def group_by_length(self, window_tokens: int) -> LengthGroups | None:
         """Return the documents grouped by length, or None if context parallelism splits the row, a window
         cuts keys, or a mask would exceed QUERY_BLOCK ** 2."""
-        if context.get_cp_size() > 1 or 0 < window_tokens < max(stop - start for start, _,
-                                                                stop in self.spans[0]):
+        longest = max(stop - start for start, _, stop in self.spans[0])
+        if context.get_cp_size() > 1 or 0 < window_tokens < longest:
             return None
         if any((stop - first) * (stop - start) > QUERY_BLOCK ** 2 for start, first, stop in self.spans[0]
                if first > start):
@@ -233,27 +210,6 @@ class PackedDocuments(PackedSeqParams):
         if self.length_groups is None:
             self.length_groups = _group_documents(self.spans[0], self.bounds.device, self.shared)
         return self.length_groups
-
-
-def _group_documents(documents: Sequence[Span], device: torch.device,
-                     shared: SharedPrompts | None) -> LengthGroups:
-    """Group a row's documents by length as `LengthGroups`."""
-    by_length: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    row_index = 0  # of a document's first query in the row
-    for start, first, stop in documents:
-        by_length[stop - first, stop - start].append((row_index, start))
-        row_index += stop - first
-    keys = None if shared is None else shared.source[to_device(torch.cat([
-        torch.arange(start, start + length) for (_, length), starts in by_length.items()
-        for _, start in starts]), device)]
-    groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
-    # equal lengths become contiguous: a group is a slice
-    places = [row_index for starts in by_length.values() for row_index, _ in starts]
-    if places == sorted(places):  # for example a single document
-        return LengthGroups(None, None, groups, keys)
-    order = torch.cat([torch.arange(row_index, row_index + queries)
-                       for (queries, _), starts in by_length.items() for row_index, _ in starts])
-    return LengthGroups(to_device(order, device), to_device(order.argsort(), device), groups, keys)
 
 
 def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
@@ -295,6 +251,156 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
                            max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans,
                            longest_tokens=max_document_tokens, row_tokens=row_tokens, bucketed=bucketed,
                            host_bounds=host_bounds)
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """A row that stores a prompt shared by several documents once.
+
+    Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
+
+    source: torch.Tensor
+    """[expanded tokens] int64: index in the packed row for the token or the token's stored copy."""
+    spans: list[Span]
+    """Documents in the expanded row: start, first stored token, end."""
+    padding: torch.Tensor
+    """[expanded tokens] bool, True for padding."""
+
+
+@dataclass(frozen=True)
+class LengthGroups:
+    """A row's documents grouped by length: with many short documents, kernel launches and slicing would take
+    most of the time."""
+
+    order: torch.Tensor | None
+    """[tokens] int64 row index per token in grouped order. None: the row is already grouped."""
+    inverse: torch.Tensor | None
+    """[tokens] int64 grouped position per row token."""
+    groups: list[tuple[int, int, int]]
+    """(documents, queries per document, keys per document) per group."""
+    keys: torch.Tensor | None = None
+    """[keys] int64 row index per key in grouped order, for shared prompts. None: same as `order`."""
+
+
+@dataclass(frozen=True)
+class PieceBounds:
+    """Document bounds in a piece's queries and in the keys that the queries reach."""
+
+    queries: torch.Tensor
+    """[documents + 1] int32 cumulative lengths, on the device."""
+    keys: torch.Tensor
+    """[documents + 1] int32 cumulative lengths, on the device."""
+    max_queries: int
+    """Largest number of queries in a document."""
+    max_keys: int
+    """Largest number of keys in a document."""
+
+
+def find_first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
+    """Return the row index per document at which keys within the window begin (0: no window)."""
+    return [max(a, start - window_tokens + 1) if window_tokens else a for a, start, _ in documents]
+
+
+def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
+                         device: torch.device) -> list[PieceBounds]:
+    """Compute the bounds of the local pieces and copy them to the device in a single transfer."""
+    lengths: list[list[int]] = []  # per piece: query lengths, then key lengths
+    for documents in spans:
+        firsts = find_first_keys(documents, window_tokens)
+        lengths.append([end - start for _, start, end in documents])
+        lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
+    cumulative = [list(accumulate(part, initial=0)) for part in lengths]
+    flat = torch.tensor([bound for part in cumulative for bound in part], dtype=torch.int32)
+    on_device = to_device(flat, device)
+    parts = on_device.split([len(part) for part in cumulative])
+    return [PieceBounds(parts[i], parts[i + 1], max(lengths[i]), max(lengths[i + 1]))
+            for i in range(0, len(lengths), 2)]
+
+
+def supports_varlen(query: torch.Tensor) -> bool:
+    """Return whether torch's `varlen_attn` supports the query's device, dtype and head size."""
+    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+            and query.shape[-1] <= MAX_HEAD_DIM and query.shape[-1] % 8 == 0)
+
+
+def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: PieceBounds,
+                     scale: float, window_tokens: int) -> torch.Tensor:
+    """Attend causally inside each document by torch's `varlen_attn`, in one call for all documents of a
+    piece; the last query aligns with the last key.
+
+    Tests compare bounds and call with a plain torch double of the kernel; an H200 run compared them with a
+    dense softmax.
+
+    query [queries, heads, head_dim], key and value [keys, kv_heads, head_dim] -> [queries, heads, head_dim].
+
+    Args:
+        bounds: document bounds in queries and keys.
+        scale: softmax scale.
+        window_tokens: sliding window, current token included. 0: no window.
+    """
+    grouped: dict[str, Any] = {}
+    groups = query.shape[1] // key.shape[1]
+    # a module-level import would take a second, for torch's compiler
+    from torch.nn.attention import varlen
+
+    if groups > 1 and _accepts_grouped_heads(varlen.varlen_attn):
+        grouped = {"enable_gqa": True}
+    elif groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    # the log-sum-exp is returned only on request
+    attended: Any = varlen.varlen_attn(
+        query, key, value, bounds.queries, bounds.keys, bounds.max_queries, bounds.max_keys, scale=scale,
+        window_size=(window_tokens - 1, 0) if window_tokens else (-1, 0), **grouped)
+    return attended
+
+
+@cache
+def _accepts_grouped_heads(function: Any) -> bool:
+    """Return whether `varlen_attn` accepts fewer key heads than query heads (not in torch 2.11)."""
+    return "enable_gqa" in inspect.signature(function).parameters
+
+
+def _permute_rows(values: torch.Tensor, order: torch.Tensor | None,
+                  inverse: torch.Tensor | None) -> torch.Tensor:
+    """Permute values [n, ...] by `order` [n]; `inverse` [n] is the inverse permutation."""
+    output: torch.Tensor = values if order is None else _Permutation.apply(values, order, inverse)
+    return output
+
+
+class _Permutation(torch.autograd.Function):
+    """Row permutation whose backward pass gathers by the inverse instead of a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        """Permute values [n, ...]."""
+        ctx.save_for_backward(order, inverse)
+        return values.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permutation.apply(gradient, inverse, order), None, None
+
+
+def _group_documents(documents: Sequence[Span], device: torch.device,
+                     shared: SharedPrompts | None) -> LengthGroups:
+    """Group a row's documents by length as `LengthGroups`."""
+    by_length: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    row_index = 0  # of a document's first query in the row
+    for start, first, stop in documents:
+        by_length[stop - first, stop - start].append((row_index, start))
+        row_index += stop - first
+    keys = None if shared is None else shared.source[to_device(torch.cat([
+        torch.arange(start, start + length) for (_, length), starts in by_length.items()
+        for _, start in starts]), device)]
+    groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
+    # equal lengths become contiguous: a group is a slice
+    places = [row_index for starts in by_length.values() for row_index, _ in starts]
+    if places == sorted(places):  # for example a single document
+        return LengthGroups(None, None, groups, keys)
+    order = torch.cat([torch.arange(row_index, row_index + queries)
+                       for (queries, _), starts in by_length.items() for row_index, _ in starts])
+    return LengthGroups(to_device(order, device), to_device(order.argsort(), device), groups, keys)
 
 
 def _round_up_to_power_of_two(number: int) -> int:
@@ -388,8 +494,8 @@ def _build_band_mask(queries: int, keys: int, window_tokens: int, device: torch.
 
 
 def _split_by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-                       documents: Sequence[Span],
-                       begins: Sequence[int], first: int) -> Iterator[tuple[torch.Tensor, ...]]:
+                       documents: Sequence[Span], begins: Sequence[int], first: int
+                       ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Split a piece into (queries, keys, values) per `Span`.
 
     Args:
@@ -402,113 +508,3 @@ def _split_by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.
                *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
     return zip(queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
                values.split(lengths)[1:], strict=True)
-
-
-class DocumentAttention(MegatronModule):
-    """Causal attention inside each packed document, optionally within a sliding window.
-
-    With `parallel.cp` > 1 every global layer saves its gathered keys and values for the backward pass: 2 x
-    row tokens x key heads x head size. With `train.recompute` only one layer at a time does.
-    """
-
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
-                 attention_dropout: float | None = None, softmax_scale: float | None = None,
-                 cp_comm_type: str | None = None, pg_collection: Any = None, window_tokens: int = 0) -> None:
-        super().__init__(config=config)
-        self.window_tokens = window_tokens
-        self.softmax_scale = softmax_scale or config.kv_channels ** -0.5
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-                attn_mask_type: Any = None, attention_bias: None = None,
-                packed_seq_params: PackedDocuments | None = None) -> torch.Tensor:
-        """Compute attention outputs.
-
-        Args:
-            query: [local tokens, heads, head_dim]; key and value: [local tokens, kv_heads, head_dim].
-            packed_seq_params: documents of the row.
-
-        Returns:
-            [local tokens, heads * head_dim]; the caller adds the batch axis.
-        """
-        if packed_seq_params is None:
-            raise ValueError("DocumentAttention needs packed_seq_params: "
-                             "micro-batches are rows of packed documents")
-        spans, shared, window = packed_seq_params.spans, packed_seq_params.shared, self.window_tokens
-        varlen = supports_varlen(query)
-        if not varlen and (alike := packed_seq_params.group_by_length(self.window_tokens)) is not None:
-            return self._attend_by_length(query, key, value, alike).reshape(len(query), -1)
-        if shared is not None:  # expand every document's keys; the kernel applies the window
-            key, value, window = key.index_select(0, shared.source), value.index_select(0, shared.source), 0
-        pieces = zip(query.chunk(len(spans)), self._gather_reachable_keys(key, value), spans, strict=True)
-        outputs = []
-        if varlen:
-            for (queries, (keys, values, first), documents), bounds in zip(
-                    pieces, packed_seq_params.get_piece_bounds(window), strict=True):
-                # gathered keys may begin before the first key that the documents of this piece reach
-                offset = find_first_keys(documents, window)[0] - first
-                outputs.append(attend_documents(queries, keys[offset:], values[offset:], bounds,
-                                                self.softmax_scale, self.window_tokens))
-        else:
-            for queries, (keys, values, first), documents in pieces:
-                outputs += attend_document_list(
-                    list(_split_by_document(queries, keys, values, documents,
-                                            find_first_keys(documents, window),
-                                            first)),
-                    self.softmax_scale, self.window_tokens)
-        return torch.cat(outputs).reshape(len(query), -1)
-
-    def _attend_by_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                          alike: LengthGroups) -> torch.Tensor:
-        """Return [tokens, heads, head_dim], with one kernel call per document length."""
-        queries = _permute_rows(query, alike.order, alike.inverse).split(
-            [count * length for count, length, _ in alike.groups])
-        if alike.keys is None:
-            key, value = (_permute_rows(tensor, alike.order, alike.inverse) for tensor in (key, value))
-        else:
-            key, value = (tensor.index_select(0, alike.keys) for tensor in (key, value))
-        num_keys = [count * length for count, _, length in alike.groups]
-        keys, values = key.split(num_keys), value.split(num_keys)
-        outputs = [attend_equal_lengths(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
-                                        v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
-                   for (count, _, _), q, k, v in zip(alike.groups, queries, keys, values, strict=True)]
-        return _permute_rows(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.inverse,
-                             alike.order)
-
-    def _gather_reachable_keys(self, key: torch.Tensor,
-                               value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Gather the keys and values that each local piece's queries reach.
-
-        Args:
-            key, value: [local tokens, kv_heads, head_dim].
-
-        Returns:
-            Per piece: keys and values [keys, kv_heads, head_dim] up to the end of the piece, and the row
-            index of the first key.
-        """
-        if context.get_cp_size() == 1:
-            return [(key, value, 0)]
-        local = torch.stack([key, value], dim=1)
-        pieces = context.get_local_pieces(len(local) * context.get_cp_size())
-        length, tail = len(local) // 2, self.window_tokens - 1
-        if not 0 <= tail <= length:
-            # one message for keys and values; gradients return to the process that owns the token
-            row = context.gather_keys(local)
-            return [(row[:end, 0], row[:end, 1], 0) for _, end in pieces]
-        local_pieces = local.split(length)
-        # the window reaches window - 1 tokens back, so only the end of every other piece is needed
-        tails = (context.gather_keys(torch.cat([piece[length - tail:] for piece in local_pieces])) if tail
-                 else local[:0])
-        reachable = []
-        for piece, (first, _) in zip(local_pieces, pieces, strict=True):
-            number = first // length
-            # tails are in row order; the first piece has no tail before it
-            tail_before = tails[max(0, number - 1) * tail:number * tail]
-            keys_values = torch.cat([tail_before, piece])
-            reachable.append((keys_values[:, 0], keys_values[:, 1], first - len(tail_before)))
-        return reachable
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
-                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return nothing: attention has no parameters."""
-        return {}
-

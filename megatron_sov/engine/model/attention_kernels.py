@@ -17,9 +17,9 @@ from megatron_sov.model.config import ModelConfig
 TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
                           "unfused": "NVTE_UNFUSED_ATTN"}
 """Transformer Engine kernel -> environment variable that allows the kernel, set from `gpu.attention`."""
-
-
 MAX_CACHED_DECISIONS = 64
+QUERY_DOCUMENTS, QUERY_TOKENS = 4, 4096
+"""Documents and tokens of the packed row in the query; the answer for packed rows depends on neither."""
 
 
 def load_attention_utils() -> Any:
@@ -67,10 +67,6 @@ def get_head_sizes(model: ModelConfig) -> tuple[int, int]:
     return keys, max(keys, latent.v_head_dim)
 
 
-QUERY_DOCUMENTS, QUERY_TOKENS = 4, 4096
-"""Documents and tokens of the packed row in the query; the answer for packed rows depends on neither."""
-
-
 def find_kernel_problem(model: ModelConfig, tp: int, attention: str) -> str:
     """Return why Transformer Engine has no attention kernel for packed rows of this model on this GPU, or "".
 
@@ -89,8 +85,7 @@ def find_kernel_problem(model: ModelConfig, tp: int, attention: str) -> str:
     variables = tuple(os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values())
     for window in sorted(windows):
         flash_serves, reason = _query_backends(model.num_heads // tp, max(1, groups // tp),
-                                               get_head_sizes(model), window,
-                                               variables)
+                                               get_head_sizes(model), window, variables)
         if reason and not (flash_serves and attention == "auto"):
             return reason
     return ""

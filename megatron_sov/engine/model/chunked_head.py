@@ -198,8 +198,7 @@ def _sweep_chunks(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tens
 
 
 def _process_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
-                   chunking: Chunking,
-                   gradients: HeadGradients, temperature: float) -> torch.Tensor:
+                   chunking: Chunking, gradients: HeadGradients, temperature: float) -> torch.Tensor:
     """Process a chunk: states [C, H], weight [V / tp, H], labels [C] -> log-probabilities [C].
 
     One tensor of logits is reused in place for exponentials and derivatives; a softcap needs a second."""

@@ -223,8 +223,7 @@ def _normalize_logits(logits: torch.Tensor, token_rows: int) -> torch.Tensor:
 
 
 def find_most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token_rows: int,
-                       temperature: float,
-                       softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                       temperature: float, softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the K most probable tokens [C, K] int64, most probable first, and their log-probabilities.
 
     K must be smaller than the vocabulary, so that padding rows never enter.

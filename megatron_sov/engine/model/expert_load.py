@@ -31,8 +31,7 @@ class ExpertLoad:
         return [m for m in self._model.modules() if hasattr(m, "local_tokens_per_expert")]
 
     def finalize_gradients(self, chunks: list[Any], num_tokens: torch.Tensor | None = None,
-                           pg_collection: Any = None,
-                           force_all_reduce: bool | None = False) -> None:
+                           pg_collection: Any = None, force_all_reduce: bool | None = False) -> None:
         """Reduce gradients and update router biases (the library's `finalize_model_grads_func`).
 
         `num_tokens` is ignored: losses are already divided by their global denominators.

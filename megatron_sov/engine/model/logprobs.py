@@ -87,8 +87,7 @@ class Head:
             Term -> its sum over the whole row, as in `cross_entropy`; and the statistics.
         """
         row_values, *sums = DivergenceSums.apply(prepare_head_input(hidden, self.config), self.weight,
-                                                 teacher,
-                                                 divergence, self._chunking, torch.is_grad_enabled(),
+                                                 teacher, divergence, self._chunking, torch.is_grad_enabled(),
                                                  *weights.values())
         return dict(zip(weights, sums, strict=True)), DivergenceStatistics(*row_values.unbind(1))
 

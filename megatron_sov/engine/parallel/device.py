@@ -27,8 +27,7 @@ from megatron_sov.work.clusters.units import GIB
 DETERMINISM_VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
-}
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",)}
 """Environment variable -> values with deterministic results; the first is the default.
 
 Sources: the reproducibility section of cuBLAS; the list that Megatron-LM accepts for `--deterministic-mode`

@@ -109,8 +109,7 @@ def get_parallel_world(rank: int, size: int) -> ParallelWorld:
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         first_stage=parallel_state.is_pipeline_first_stage(),
-        last_stage=parallel_state.is_pipeline_last_stage(),
-    )
+        last_stage=parallel_state.is_pipeline_last_stage())
 
 
 def create_groups(parallel: ParallelConfig) -> None:
@@ -124,8 +123,7 @@ def create_groups(parallel: ParallelConfig) -> None:
     create = parallel_state.create_group
 
     def create_shared(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None,
-                      pg_options: Any = None,
-                      **options: Any) -> Any:
+                      pg_options: Any = None, **options: Any) -> Any:
         if backend is not None or pg_options is not None:
             return create(ranks, group_desc=group_desc, backend=backend, pg_options=pg_options, **options)
         # groups of one send nothing and need no purpose

@@ -58,8 +58,7 @@ class NeedleResult:
         return float(np.mean([cell.correct / cell.samples for cell in self.cells]))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "distractor_share": self.distractor_share,
-                "score": self.score,
+        return {"seed": self.seed, "distractor_share": self.distractor_share, "score": self.score,
                 "cells": [asdict(cell) | {"interval": list(cell.interval)} for cell in self.cells]}
 
 

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.model.config import Language
-from megatron_sov.train.data.token_shards import Documents, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import Documents
 
 NUM_WORDS, MIN_WORDS, MAX_WORDS = 64, 16, 512
 TOKENS_PER_WORD = 64
@@ -107,10 +108,8 @@ def list_special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 _SCRIPTS: dict[Language, Callable[[str], bool]] = {
-    "english": str.isascii, "code": str.isascii,
-    "korean": lambda letter: "\uac00" <= letter <= "\ud7a3",
-    "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f",
-}
+    "english": str.isascii, "code": str.isascii, "korean": lambda letter: "\uac00" <= letter <= "\ud7a3",
+    "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f"}
 
 
 def _find_words(tokenizer: Tokenizer, special: tuple[int, ...],
@@ -161,8 +160,7 @@ PHRASES: dict[Language, tuple[str, ...]] = {
     "thai": tuple(f"\n{noun}{{}}{{}}." for noun in (
         "รหัสของ", "หมายเลขของ", "ที่อยู่ของ", "ความลับของ", "สีของ", "ราคาของ", "เจ้าของ", "กุญแจของ")),
     "code": tuple(f"\n{name}.add({{}}{{}})" for name in (
-        "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping")),
-}
+        "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping"))}
 """Sentences with slots for key and value; a language has enough sentences for tests and training."""
 
 

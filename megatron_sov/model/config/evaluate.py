@@ -222,8 +222,7 @@ class BackgroundEvalConfig:
     without delaying it."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "where cluster timeout_s max_waiting": is_set(".tasks"),
-        "cluster": is_one_of(".where", "slurm")}
+        "where cluster timeout_s max_waiting": is_set(".tasks"), "cluster": is_one_of(".where", "slurm")}
 
     tasks: tuple[EvalTask, ...] = ()
     """Evaluations for every export. ppl: loss and bits per byte per source on held-out documents; needle: the

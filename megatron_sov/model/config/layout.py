@@ -18,8 +18,7 @@ class ParallelConfig:
     """Parallel layout. The data parallel size is the process count divided by `tp * pp * cp`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "bucket_params": is_set(".overlap_grad_reduce"),
-        "expert_dispatcher": is_set("model.num_experts")}
+        "bucket_params": is_set(".overlap_grad_reduce"), "expert_dispatcher": is_set("model.num_experts")}
 
     tp: AtLeastOne = 1
     """Tensor parallel size."""

@@ -468,11 +468,9 @@ class ModelConfig:
         length = f"must have one entry per layer: model.num_layers = {self.num_layers}"
         empty = "set it to []"
         return find_broken_rules(
-            self, "model",
-            (len(self.layer_windows) in (0, self.num_layers), "layer_windows", length, empty),
+            self, "model", (len(self.layer_windows) in (0, self.num_layers), "layer_windows", length, empty),
             (len(self.layer_windows) != self.num_layers or [w > 0 for w in self.layer_windows] == slides,
-             "layer_windows", "must be above 0 exactly for the L layers of model.attention_pattern",
-             empty),
+             "layer_windows", "must be above 0 exactly for the L layers of model.attention_pattern", empty),
             (len(self.swiglu_limits) in (0, self.num_layers), "swiglu_limits", length, empty))
 
     def _position_problems(self) -> list[SettingsProblem]:

@@ -24,8 +24,7 @@ class DistillationConfig:
     """Distillation loss for objective `distill`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": has_objective_or_method("distill", "gkd"),
-        "keep_remainder": is_set(".top_k")}
+        "": has_objective_or_method("distill", "gkd"), "keep_remainder": is_set(".top_k")}
 
     beta: Share = 0.0
     """Generalised Jensen-Shannon divergence (arXiv 2306.13649, equation 1). 0: forward KL; 1: reverse KL; in
@@ -38,9 +37,6 @@ class DistillationConfig:
     keep_remainder: bool = True
     """top_k: treat all other tokens together as one more event. False: normalise student and teacher over the
     teacher's top_k tokens (arXiv 2601.18129)."""
-    other_tokenizer: bool = False
-    """top_k: the teacher has another tokenizer. The teacher's probabilities are matched byte by byte and
-    converted to the student's tokens."""
     ce_coeff: NotNegative = 0.0
     """Weight for an auxiliary cross-entropy on the data's tokens, over the same positions."""
 
@@ -244,8 +240,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hbpo": {"clip_low": 0.2, "clip_high": 0.28, "length_reward": "budget", "length_reward_coeff": 4.0},
     "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
     "gkd": {"clip": "none", "advantage": "none"},
-    "preference": {"clip": "none", "advantage": "range", **_DROP_EQUAL_GROUPS},
-}
+    "preference": {"clip": "none", "advantage": "range", **_DROP_EQUAL_GROUPS}}
 """Method -> parts that differ from the defaults in `PolicyParts`. None: a number the authors did not publish,
 which the run must set."""
 REQUIRED_NUMBERS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),

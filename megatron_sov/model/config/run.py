@@ -176,9 +176,6 @@ class RunConfig:
              "their length", "leave it out"),
             (distillation.top_k < vocab_size, "distillation.top_k",
              f"must be below model.vocab_size = {vocab_size}", "use 0 for the whole vocabulary"),
-            (not distillation.other_tokenizer or distillation.top_k > 0, "distillation.other_tokenizer",
-             "needs distillation.top_k > 0: for another tokenizer only the teacher's most probable tokens "
-             "can be stored"),
             *(self._round_preference_rules() if name == "policy" and self.policy.learns_preferences
               else ()),
             (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",
@@ -201,8 +198,7 @@ class RunConfig:
         needs = ("needs train.deterministic = true: otherwise a healthy process may compute different bits "
                  "the second time")
         return find_broken_rules(
-            self, "",
-            (not guards.probe_every_steps or deterministic, "guards.probe_every_steps", needs),
+            self, "", (not guards.probe_every_steps or deterministic, "guards.probe_every_steps", needs),
             (not guards.attribute or deterministic, "guards.attribute", needs),
             (not guards.attribute or guards.skip, "guards.attribute",
              "needs guards.skip = true: it examines rejected steps"),
@@ -332,8 +328,7 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
         SettingsError: unknown settings (with the nearest known name), wrong types or values out of bounds.
     """
     return parse_settings(RunConfig, drop_removed_settings(raw) if isinstance(raw, dict) else raw, where,
-                instead=_suggest_setting,
-                          rules=False)
+                instead=_suggest_setting, rules=False)
 
 
 def _suggest_setting(key: str) -> str:

@@ -105,8 +105,7 @@ class OptimConfig:
     def problems(self) -> list[SettingsProblem]:
         """Return every violated rule between optimizer settings."""
         return find_broken_rules(
-            self, "optim",
-            (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
+            self, "optim", (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
             (self.schedule_by == "steps" or self.warmup_tokens > 0 or not self.warmup_steps, "schedule_by",
              f"= tokens ignores optim.warmup_steps = {self.warmup_steps}",
              "set optim.warmup_tokens, or optim.warmup_steps=0"))
@@ -119,8 +118,7 @@ class GuardConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "window_steps sigma rollback_after_skips attribute": is_set(".skip"),
-        "window_steps": is_set(".sigma"),
-        "straggler_ratio": is_set(".straggler_every_steps"),
+        "window_steps": is_set(".sigma"), "straggler_ratio": is_set(".straggler_every_steps"),
         "routing_every_steps": is_set("model.num_experts"),
         "min_load_entropy dead_after_records max_bias_spread": AllOf(
             is_set("model.num_experts"), is_set(".routing_every_steps")),
@@ -173,8 +171,7 @@ class ObsConfig:
     """Trackers for a run, in addition to events.jsonl and the progress bar."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "wandb_project": is_set(".wandb"),
-        "sample_rows": has_objective("policy")}
+        "wandb_project": is_set(".wandb"), "sample_rows": has_objective("policy")}
 
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
@@ -194,13 +191,11 @@ class TrainConfig:
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "steps tokens": AllOf(has_no_rounds("leave it out, and set rollout.rounds"),
                                is_open_in_stage("steps"), is_open_in_stage("tokens")),
-        "global_batch_size": is_open_in_stage("global_batch_size"),
-        "epochs": NOT_EXTENDING,
+        "global_batch_size": is_open_in_stage("global_batch_size"), "epochs": NOT_EXTENDING,
         "max_hours": has_objective("sft", "preference", "distill"),
         "ramp_increment ramp_steps": is_set(".ramp_from_batch_size"),
         "fp8_format fp8_bf16_layers_at_start fp8_bf16_layers_at_end fp8_pad_routed_tokens fp8_weights":
-            is_none_of(".fp8", "none"),
-        "fp8_format": is_none_of(".fp8", "nvfp4"),
+            is_none_of(".fp8", "none"), "fp8_format": is_none_of(".fp8", "nvfp4"),
         "fp8_pad_routed_tokens": is_set("model.num_experts"),
         "average_weights average_decay": is_set(".average_last"),
         "average_decay": is_one_of(".average_weights", "ema")}

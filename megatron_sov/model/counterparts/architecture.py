@@ -28,19 +28,16 @@ RENAMED = {
     "num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_heads",
     "layernorm_epsilon": "norm_eps", "add_qkv_bias": "qkv_bias", "qk_layernorm": "qk_norm",
     "share_embeddings_and_output_weights": "tied_embeddings", "init_method_std": "init_std",
-    "rotary_base": "rope_theta",
-}
+    "rotary_base": "rope_theta"}
 """Megatron name -> our name, for settings with equal meaning."""
 MEGATRON_DEFAULTS = {
     "add_qkv_bias": False, "qk_layernorm": False, "share_embeddings_and_output_weights": True,
-    "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02,
-}
+    "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02}
 """Megatron's defaults."""
 EXPERT_NAMES = {
     "num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_token",
     "moe_router_score_function": "router_score", "moe_router_enable_expert_bias": "router_bias",
-    "moe_router_bias_update_rate": "router_bias_update_rate",
-}
+    "moe_router_bias_update_rate": "router_bias_update_rate"}
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",), "gated_linear_unit": (True,), "activation_func": ("silu", None),
     "add_bias_linear": (False,), "position_embedding_type": ("rope", "yarn"), "rotary_percent": (1.0,),
@@ -53,8 +50,7 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "experimental_attention_variant": (None,), "linear_attention_freq": (None,), "is_hybrid_model": (False,),
     "hybrid_override_pattern": (None,), "heterogeneous_block_specs": (False,),
     "rotary_scaling_factor": (None, 1.0),
-    "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,),
-}
+    "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,)}
 """Megatron name -> values for which the model is supported."""
 MAX_COUNT = 1 << 53
 COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",

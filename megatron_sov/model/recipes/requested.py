@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import Fix, UserError, suggest_download, suggest_name
+from megatron_sov.base.errors import Fix, UserError, suggest_download
 from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry, suggest_same_family
 from megatron_sov.base.settings import (
@@ -123,7 +123,7 @@ class RecipeRequest:
     """Settings of a resumed run; repeating its values is not a request."""
 
     @property
-    def said(self) -> frozenset[str]:
+    def requested_keys(self) -> frozenset[str]:
         """Keys named by --set and --config files."""
         return self.layered | {setting.partition("=")[0] for setting in self.settings}
 
@@ -166,7 +166,7 @@ class RecipeRequest:
         if self.trains_by is not None:
             objectives.check_command(config, self.trains_by)
         self.refuse_inert(config)
-        _refuse_two_lengths(config, self.said)
+        _refuse_two_lengths(config, self.requested_keys)
         used = [models.FAMILY_PLUGINS.code(config.model.family),
                 objectives.OBJECTIVE_PLUGINS.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
@@ -237,11 +237,11 @@ LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
 """Settings for the run's length, by precedence."""
 
 
-def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
+def _refuse_two_lengths(config: RunConfig, requested: Collection[str]) -> None:
     """Reject a run length that another setting overrides."""
-    lengths = [key for key in LENGTHS if key in said and get_setting(config, key)]
+    lengths = [key for key in LENGTHS if key in requested and get_setting(config, key)]
     budgets = [f"data.phases.{i}.tokens" for i, phase in enumerate(config.data.phases)
-               if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(said)]
+               if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(requested)]
     if "train.tokens" in lengths:
         lengths[-1:] = [*budgets[:1], "train.tokens"]
     if len(lengths) > 1:
@@ -284,17 +284,22 @@ def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
                                resumed=resumed)
 
 
+_VARIANT = re.compile("-(base|instruct|it)$")
+"""End of a name on the hub that leaves the architecture unchanged."""
+
+
 def _load_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
                         "and name a recipe (`megatron-sov recipes` lists them)")
     if suggest_download(recipe) and ":" not in recipe:
-        name = recipe.rpartition("/")[2].lower()
-        close = suggest_name(name, recipes.names()) or suggest_same_family(name, recipes.names())
-        nearest = re.search(r"'(.*?)'", close)
+        released = _find_released(recipe)
+        # other sizes of the family are no fix
+        close = (f"; {released!r} has its architecture" if released else
+                 suggest_same_family(recipe.rpartition("/")[2], recipes.names()))
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
                         "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR",
-                        Fix(words={recipe: nearest[1]}) if nearest else None)
+                        Fix(words={recipe: released}) if released else None)
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:
@@ -310,6 +315,16 @@ def _load_recipe(recipe: str) -> RunConfig:
                                            if is_file else value)
     config = apply_settings(config, [f"{setting}={name}" for setting, name in names.items()])
     return dataclasses.replace(config, code=(code,))
+
+
+def _find_released(model: str) -> str:
+    """Return the first recipe with the config.json of a model on the Hugging Face hub, or ""."""
+    wanted = _VARIANT.sub("", model.lower())
+    for name in recipes.names():
+        source = None if name.startswith("tiny-") else recipes.sources(name).get("model.*")
+        if source and _VARIANT.sub("", source.where.partition(",")[0].lower()) == wanted:
+            return name
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,10 +27,8 @@ CODEC_CLASSES = {
     "vqmodel": "megatron_sov.omni.codecs.hf_codecs:VQModelCodec",
     "janus-vq": "megatron_sov.omni.codecs.hf_codecs:JanusCodec",
     "mimi": "megatron_sov.omni.codecs.hf_codecs:MimiCodec",
-    "dac": "megatron_sov.omni.codecs.hf_codecs:DacCodec",
-    "ta-tok": "megatron_sov.omni.codecs.ta_tok:TATok",
-    "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer",
-}
+    "dac": "megatron_sov.omni.codecs.hf_codecs:DacCodec", "ta-tok": "megatron_sov.omni.codecs.ta_tok:TATok",
+    "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer"}
 """Codec kind -> module:class of an `nn.Module` that is built from its `Settings`, stored as `.settings`."""
 ARTIFACT_KIND = "codec"
 WEIGHTS = "model.safetensors"

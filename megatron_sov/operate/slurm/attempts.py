@@ -265,8 +265,7 @@ def _describe_problem(r: NodeReport, limits: dict[str, Any], usual_s: float, usu
          f"a matrix product runs at {r.matmul_tflops:.2f} TFLOP/s, {limits['min_matmul_tflops']:g} wanted"),
         (abs(skew_s) <= limits["max_clock_skew_s"], f"its clock is {skew_s:+.1f} s off the others"),
         (allreduce_s <= limits["max_allreduce_s"],
-         f"the all-reduce took {allreduce_s:.2f} s, at most {limits['max_allreduce_s']:g} s wanted"),
-    ]
+         f"the all-reduce took {allreduce_s:.2f} s, at most {limits['max_allreduce_s']:g} s wanted")]
     return next((sentence for holds, sentence in rules if not holds), "")
 
 
@@ -442,8 +441,7 @@ def end_attempt(job: AttemptedJob) -> str:
 
     def record_outcome(outcome: str, reason: str, blamed: list[str] | None = None,
                        sick: list[str] | None = None) -> None:
-        job.history.record_end(job.restart, outcome, reason, job.measure_progress(), blamed=blamed,
-                               sick=sick)
+        job.history.record_end(job.restart, outcome, reason, job.measure_progress(), blamed=blamed, sick=sick)
         log_message(f"attempt {job.restart + 1}: {outcome}, {reason}")
 
     # before the exit code: srun may fail after the stage is complete

@@ -171,8 +171,7 @@ def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
     excess = imbalance - 1 if p.ep > 1 else 0.0
     # If the head is the peak, imbalance in a layer counts only above the head.
     uneven = (int(excess * saved.unevenly)
-              + max(one_layer + int(excess * (saved.layer_unevenly + passing)), head)
-              - max(one_layer, head))
+              + max(one_layer + int(excess * (saved.layer_unevenly + passing)), head) - max(one_layer, head))
     moving = saved.waiting + max(one_layer, head) + uneven
     return MemoryAccount(
         weights=states.weights - count_replaced_bytes(config, stage, states.elements),

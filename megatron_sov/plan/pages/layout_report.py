@@ -29,8 +29,7 @@ MAX_LAYOUTS = 10
 MAX_RULES = 6
 """Broken rules with a line each; further rules share a line."""
 PLACEHOLDERS = {"extend": ("--from CHECKPOINT",), "sft": ("--from CHECKPOINT",),
-                "prefer": ("--from CHECKPOINT",),
-                "distill": ("--from CHECKPOINT", "--teacher TEACHER"),
+                "prefer": ("--from CHECKPOINT",), "distill": ("--from CHECKPOINT", "--teacher TEACHER"),
                 "rl-run": ("--from CHECKPOINT", "--teacher TEACHER", "--store STORE", "--prompts PROMPTS",
                            "--reward none"),
                 "rl-train": ("--from CHECKPOINT", "--store STORE", "--prompts PROMPTS", "--reward REWARD")}

@@ -245,8 +245,7 @@ class ModelShape:
         num_keys = ((self.num_attention_layers - self.num_window_layers) * keys(0)
                     + sum(layers * keys(window) for window, layers in self.windowed))
         return (2 * self._count_product_weights(self.num_experts_per_token)
-                + self._count_key_flops() * num_keys
-                + self.num_mamba_layers * self.count_mamba_scan_flops()
+                + self._count_key_flops() * num_keys + self.num_mamba_layers * self.count_mamba_scan_flops()
                 + (0 if self.linear is None else 2 * self.num_linear_layers * self.linear.products_per_token))
 
     def _count_key_flops(self) -> int:

@@ -25,7 +25,6 @@ from megatron_sov.engine.model.divergence import (
     Divergence, Teacher, TeachersByToken, TeacherStates, TeacherTopK)
 from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
-from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -38,7 +37,7 @@ from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rows import RowOrigin, build_heldout_samples, build_row, join_rows
-from megatron_sov.train.data.token_shards import TEXTS, Source
+from megatron_sov.train.data.sources import TEXTS, Source
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
@@ -49,6 +48,88 @@ from megatron_sov.train.objectives.objective import (
 DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
 SPLIT = "heldout"
 """Split on which `measure_heldout` measures the divergence."""
+
+
+class Distillation(DataObjective):
+    """Objective ``divergence(teacher, student) / labels + ce_coeff * CE / labels``, with multi-token
+    prediction by cross-entropy on the data (divergences: `engine.model.divergence.Divergence`)."""
+
+    meters = ("kl", "entropy")
+    headline = (Meter("kl", "KL to the teacher", "nats", "lower", heldout="heldout_divergence.kl"),)
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        teacher: RunTeacher = context.teacher
+        teacher.verify(context.world)
+        self._teacher = teacher
+        self.coefficients = {DIVERGENCE: 1.0}
+        if context.config.distillation.ce_coeff > 0:
+            self.coefficients[CROSS_ENTROPY] = context.config.distillation.ce_coeff
+        self.coefficients |= self._mtp_coefficient
+
+    def collect(self, policy: Any, step: int) -> GlobalBatch:
+        """Return the next batch in the data order, with teacher outputs."""
+        batch = super().collect(policy, step)
+        return dataclasses.replace(batch, micro_batches=self._teacher.attach_outputs(batch.micro_batches))
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count the learned labels in the global batch."""
+        hosts = [m.host for m in batch.micro_batches]
+        num_labels = sum(float(m.weights.double().sum()) for m in hosts)
+        targets = {DIVERGENCE: num_labels}
+        if CROSS_ENTROPY in self.coefficients:
+            targets[CROSS_ENTROPY] = num_labels
+        return with_denominators(batch, targets | self._count_mtp_targets(hosts))
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Sum the divergence over learned labels, and the cross-entropy if `ce_coeff` is above 0."""
+        weights = batch.weights
+        terms, measured = head.divergence(hidden[0], self._teacher.get_outputs(batch, head),
+                                          {DIVERGENCE: weights}, self._teacher.divergence)
+        if CROSS_ENTROPY in self.coefficients:
+            terms |= head.cross_entropy(hidden[0], batch.labels, {CROSS_ENTROPY: batch.weights})[0]
+        terms |= self._compute_mtp_sum(hidden, head, batch)
+        learned = (weights > 0).double()
+        return LossSums(
+            terms, per_source(measured.divergence, weights, batch.sources, self._num_sources),
+            meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
+
+    def state(self) -> dict[str, str]:
+        return {"teacher": self._teacher.teacher}
+
+    def restore(self, state: dict[str, str]) -> None:
+        """Raise `UserError` if a resumed run has another teacher: the loss curve would mix two targets."""
+        if state["teacher"] != self._teacher.teacher:
+            raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
+                            f"{state['teacher']} so far; resume with that teacher, or start a new --run "
+                            "--from the last checkpoint")
+
+
+class OnPolicyDistillation(Distillation):
+    """`Distillation` on the student's responses, and on packed data in other rounds (GKD, arXiv 2306.13649,
+    algorithm 1)."""
+
+    formats = (ROLLOUTS, *TEXTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherFactory:
+    """Factory for an objective with a teacher in `ObjectiveContext`."""
+
+    build: Callable[[ObjectiveContext], Any]
+    teachers: Sequence[RunTeacher]
+    """The teacher, or none: a complete run and --dry-run build no objective, and open no states."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return get_formats(self.build)
+
+    @property
+    def columns(self) -> Mapping[str, NeededColumn]:
+        return get_columns(self.build)
+
+    def __call__(self, context: ObjectiveContext) -> Any:
+        return self.build(dataclasses.replace(context, teacher=self.teachers[0]))
 
 
 class RunTeacher(Protocol):
@@ -75,10 +156,6 @@ class RunTeacher(Protocol):
             head: output head of the student; the head of the teacher gets the same vocabulary shard.
             split: split of the documents.
         """
-        ...
-
-    def get_weights(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return the weight per label of complete rows, [labels]; 0 for labels without teacher outputs."""
         ...
 
 
@@ -135,10 +212,7 @@ class StoredTeacher:
         pieces = context.get_local_pieces(len(batch.labels))
         if self._settings.top_k:
             ids, logprobs = unpack_rows(self._read_rows(batch.origins, pieces, split))
-            # a row without teacher output begins with `translation.NO_OUTPUT`, which is positive; its weight
-            # is 0, and zeros keep its loss finite
-            has_output = logprobs[:, :1] <= 0
-            return TeacherTopK(ids, logprobs.where(has_output, 0.0), self._settings.keep_remainder)
+            return TeacherTopK(ids, logprobs, self._settings.keep_remainder)
         # [0]: a batch of padding has no origins
         indices = sorted({self._source_teachers[origin.source] for origin in batch.origins}) or [0]
         teachers = [TeacherStates(self._read_rows(batch.origins, pieces, split, index),
@@ -151,14 +225,6 @@ class StoredTeacher:
         for overlap in _iter_overlaps(batch.origins, pieces):
             owners[overlap.local_slice] = indices.index(self._source_teachers[overlap.source])
         return TeachersByToken(owners, teachers)
-
-    def get_weights(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return weight 0 for labels with `translation.NO_OUTPUT`; see `RunTeacher.get_weights`."""
-        if not self._settings.other_tokenizer:
-            return batch.weights
-        rows = self._read_rows(batch.origins, [(0, len(batch.labels))], split)
-        has_output = unpack_rows(rows)[1][:, 0] <= 0
-        return batch.weights * to_device(has_output, batch.weights.device)
 
     def _read_rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
                    teacher_index: int = 0) -> torch.Tensor:
@@ -190,33 +256,6 @@ class StoredTeacher:
         return self._heads[teacher_index]
 
 
-class _Overlap(NamedTuple):
-    """Tokens of a document that lie in one of a row's local pieces."""
-
-    local_slice: slice
-    """Their indices among the local tokens."""
-    source: int
-    document: int
-    first_token: int
-    """Index of the first token in the document."""
-    num_tokens: int
-
-
-def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]) -> Iterator[_Overlap]:
-    """Yield the overlap of each document with each piece; a piece is a range (first, end) of row indices."""
-    num_earlier = 0  # local tokens in earlier pieces
-    for piece_first, piece_end in pieces:
-        for origin in origins:
-            document, first_token, num_tokens = origin.segment
-            # the overlap in row indices
-            first, end = max(piece_first, origin.first), min(piece_end, origin.first + num_tokens)
-            if first < end:
-                local_first = num_earlier + (first - piece_first)
-                yield _Overlap(slice(local_first, local_first + end - first), origin.source, document,
-                               first_token + (first - origin.first), end - first)
-        num_earlier += piece_end - piece_first
-
-
 class LiveTeacher:
     """A teacher on the student's processes and layout, which reads micro-batches just before the step.
 
@@ -238,10 +277,6 @@ class LiveTeacher:
             overrides["pipeline_layout"] = ()
         self._config = dataclasses.replace(config, model=teacher.model, lora=teacher.lora,
                                            parallel=dataclasses.replace(config.parallel, **overrides))
-        if distillation.other_tokenizer:
-            raise UserError("distillation.other_tokenizer = True: a teacher with another tokenizer reads "
-                            "whole documents; use `megatron-sov distill`, or a teacher with the tokenizer of "
-                            "the student")
         if teacher.model.vocab_size != config.model.vocab_size:
             raise UserError(f"--teacher {checkpoint}: has {teacher.model.vocab_size} token ids, the student "
                             f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many")
@@ -289,9 +324,32 @@ class LiveTeacher:
         weight = build_head(self._model.model, self._model.head_chunk_tokens).weight
         return TeacherStates(outputs, weight, self._config.model.logits_softcap)
 
-    def get_weights(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return `batch.weights`: the teacher reads every token; see `RunTeacher.get_weights`."""
-        return batch.weights
+
+class _Overlap(NamedTuple):
+    """Tokens of a document that lie in one of a row's local pieces."""
+
+    local_slice: slice
+    """Their indices among the local tokens."""
+    source: int
+    document: int
+    first_token: int
+    """Index of the first token in the document."""
+    num_tokens: int
+
+
+def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]) -> Iterator[_Overlap]:
+    """Yield the overlap of each document with each piece; a piece is a range (first, end) of row indices."""
+    num_earlier = 0  # local tokens in earlier pieces
+    for piece_first, piece_end in pieces:
+        for origin in origins:
+            document, first_token, num_tokens = origin.segment
+            # the overlap in row indices
+            first, end = max(piece_first, origin.first), min(piece_end, origin.first + num_tokens)
+            if first < end:
+                local_first = num_earlier + (first - piece_first)
+                yield _Overlap(slice(local_first, local_first + end - first), origin.source, document,
+                               first_token + (first - origin.first), end - first)
+        num_earlier += piece_end - piece_first
 
 
 def check_outputs(files: StateFiles, settings: DistillationConfig, vocab_size: int) -> None:
@@ -302,107 +360,17 @@ def check_outputs(files: StateFiles, settings: DistillationConfig, vocab_size: i
                         f"distillation.top_k = {settings.top_k} asks for "
                         f"{_describe_outputs(settings.top_k)}; set it to {stored.top_k}, or name another "
                         "folder")
-    if stored.translated != settings.other_tokenizer:
-        raise UserError(f"{files.folder}: holds {'the student' if stored.translated else 'the teacher'}'s "
-                        f"own tokens, and distillation.other_tokenizer = {settings.other_tokenizer}; set it "
-                        f"to {stored.translated}, or name another folder")
     if stored.top_k and stored.temperature != settings.temperature:
         raise UserError(f"{files.folder}: its log-probabilities are those at temperature "
                         f"{stored.temperature}, and distillation.temperature = {settings.temperature}; set "
                         "it to that, or name another folder")
-    if stored.translated:
-        if files.vocab_size > vocab_size:
-            raise UserError(f"{files.folder}: its tokens are those of a tokenizer of {files.vocab_size} ids, "
-                            f"the student has model.vocab_size = {vocab_size}; set it, or read other data")
-    elif files.vocab_size != vocab_size:
+    if files.vocab_size != vocab_size:
         raise UserError(f"{files.folder}: its teacher has {files.vocab_size} token ids, the student "
                         f"model.vocab_size = {vocab_size}; choose a teacher with as many")
 
 
 def _describe_outputs(top_k: int) -> str:
     return f"the {top_k} most probable tokens" if top_k else "the final hidden states"
-
-
-class Distillation(DataObjective):
-    """Objective ``divergence(teacher, student) / labels + ce_coeff * CE / labels``, with multi-token
-    prediction by cross-entropy on the data (divergences: `engine.model.divergence.Divergence`)."""
-
-    meters = ("kl", "entropy")
-    headline = (Meter("kl", "KL to the teacher", "nats", "lower", heldout="heldout_divergence.kl"),)
-
-    def __init__(self, context: ObjectiveContext) -> None:
-        super().__init__(context)
-        teacher: RunTeacher = context.teacher
-        teacher.verify(context.world)
-        self._teacher = teacher
-        self.coefficients = {DIVERGENCE: 1.0}
-        if context.config.distillation.ce_coeff > 0:
-            self.coefficients[CROSS_ENTROPY] = context.config.distillation.ce_coeff
-        self.coefficients |= self._mtp_coefficient
-
-    def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the next batch in the data order, with teacher outputs."""
-        batch = super().collect(policy, step)
-        return dataclasses.replace(batch, micro_batches=self._teacher.attach_outputs(batch.micro_batches))
-
-    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the learned labels in the global batch."""
-        hosts = [m.host for m in batch.micro_batches]
-        # Two denominators: labels without teacher outputs still count for cross-entropy.
-        targets = {DIVERGENCE: sum(float(self._teacher.get_weights(m).double().sum()) for m in hosts)}
-        if CROSS_ENTROPY in self.coefficients:
-            targets[CROSS_ENTROPY] = sum(float(m.weights.double().sum()) for m in hosts)
-        return with_denominators(batch, targets | self._count_mtp_targets(hosts))
-
-    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Sum the divergence over learned labels, and the cross-entropy if `ce_coeff` is above 0."""
-        weights = self._teacher.get_weights(batch)
-        terms, measured = head.divergence(hidden[0], self._teacher.get_outputs(batch, head),
-                                          {DIVERGENCE: weights}, self._teacher.divergence)
-        if CROSS_ENTROPY in self.coefficients:
-            terms |= head.cross_entropy(hidden[0], batch.labels, {CROSS_ENTROPY: batch.weights})[0]
-        terms |= self._compute_mtp_sum(hidden, head, batch)
-        learned = (weights > 0).double()
-        return LossSums(
-            terms, per_source(measured.divergence, weights, batch.sources, self._num_sources),
-            meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
-
-    def state(self) -> dict[str, str]:
-        return {"teacher": self._teacher.teacher}
-
-    def restore(self, state: dict[str, str]) -> None:
-        """Raise `UserError` if a resumed run has another teacher: the loss curve would mix two targets."""
-        if state["teacher"] != self._teacher.teacher:
-            raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
-                            f"{state['teacher']} so far; resume with that teacher, or start a new --run "
-                            "--from the last checkpoint")
-
-
-class OnPolicyDistillation(Distillation):
-    """`Distillation` on the student's responses, and on packed data in other rounds (GKD, arXiv 2306.13649,
-    algorithm 1)."""
-
-    formats = (ROLLOUTS, *TEXTS)
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherFactory:
-    """Factory for an objective with a teacher in `ObjectiveContext`."""
-
-    build: Callable[[ObjectiveContext], Any]
-    teachers: Sequence[RunTeacher]
-    """The teacher, or none: a complete run and --dry-run build no objective, and open no states."""
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        return get_formats(self.build)
-
-    @property
-    def columns(self) -> Mapping[str, NeededColumn]:
-        return get_columns(self.build)
-
-    def __call__(self, context: ObjectiveContext) -> Any:
-        return self.build(dataclasses.replace(context, teacher=self.teachers[0]))
 
 
 def measure_heldout(view: GateView, sources: Sequence[Source],
@@ -449,7 +417,7 @@ def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher
     def sum_divergences(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
         outputs = teacher.get_outputs(batch, head, SPLIT)
         _, measured = head.divergence(hidden[0], outputs, {}, teacher.divergence)
-        learned = (teacher.get_weights(batch, SPLIT) > 0).double()
+        learned = (batch.weights > 0).double()
         return torch.stack([learned.sum(), (measured.divergence * learned).sum(),
                             (measured.kl * learned).sum()])
 

@@ -20,7 +20,7 @@ import torch
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 KIND = "teacher_states"
 HEAD, HEAD_WEIGHT = "head.safetensors", "weight"
@@ -80,8 +80,6 @@ class StateFormat:
     """Number of most probable tokens; 0: states."""
     temperature: float = 1.0
     """Divisor of logits before the softmax."""
-    translated: bool = False
-    """Whether `TokenTranslation` translated the tokens to the student's tokenizer."""
 
 
 def build_content(parts: list[StatesPart], hidden_size: int, vocab_size: int, state_format: StateFormat,
@@ -124,8 +122,11 @@ class StateFiles:
         """Soft cap for the head's logits."""
         self.teacher = str(manifest.settings["teacher"])
         """Teacher digest from `hash_weights`."""
+        if content.get("translated"):
+            raise UserError(f"{folder}: holds a teacher's outputs for another tokenizer, which this version "
+                            "does not read; make them again with a teacher that has the student's tokenizer")
         self.state_format = StateFormat(content["dtype"], content.get("top_k", 0),
-                                        content.get("temperature", 1.0), content.get("translated", False))
+                                        content.get("temperature", 1.0))
         self.dtype = torch.int32 if self.state_format.top_k else DTYPES[self.state_format.dtype]
         self.width = 2 * self.state_format.top_k or self.hidden_size
         indices = self._find_sources(sources, [i for i in manifest.inputs if i["kind"] == "tokens"])

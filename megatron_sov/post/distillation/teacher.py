@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,11 +35,10 @@ from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, StateFormat, StatesPart, build_content, pack_rows, plan_parts,
-    read_lengths, unpack_rows)
-from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedDocument
+    read_lengths)
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINT_KIND as CHECKPOINT, MODEL, read_adapter_base
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
-from megatron_sov.train.data.token_shards import Source, describe_inputs, open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import Source, describe_inputs, open_sources, tokenizer_folder
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 FORMATS = ("text", "chat", "preference", "prompt")
@@ -82,20 +80,15 @@ def write_outputs(reading: TeacherReading, out: Path, settings: Sequence[str], n
     _check_format(reading)
     if is_first_rank():  # checked before a large model is loaded
         check_output_folder(out, KIND, overwrite)
-    translated = reading.state_format.translated
-    # With translation, the vocabulary of the teacher does not bound the ids in the data.
-    sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
-    if not translated:
-        check_same_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
-    translation = _build_translation(reading, sources)
+    sources = open_sources(reading.data, reading.target.vocab_size, FORMATS)
+    check_same_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
+    _refuse_too_long(reading, sources)
     parts = plan_parts(sources, reading.splits, reading.part_tokens)
     # The layout changes only the last digits: a killed job may continue at another layout.
     plan = {"parts": parts, "kept": asdict(reading.state_format),
             "settings": [s for s in settings if not s.startswith("parallel.")]}
     # Recorded for a bit-exact repetition.
     layout = {"settings": list(settings), "processes": num_ranks(nproc)}
-    if translation is None:
-        _refuse_too_long(reading, sources)
 
     def work(loaded: LoadedModel) -> int:
         opened = partial(_open_artifact, reading, sources, plan, layout, out=out, overwrite=overwrite,
@@ -104,7 +97,7 @@ def write_outputs(reading: TeacherReading, out: Path, settings: Sequence[str], n
             missing = [p for p in parts if p.file not in artifact.finished]
             for first in range(0, len(missing), loaded.world.dp_size):
                 batch = missing[first:first + loaded.world.dp_size]
-                _read_parts(loaded, TeacherDocuments(sources, reading, translation), batch, artifact.folder)
+                _read_parts(loaded, reading, sources, batch, artifact.folder)
                 # A barrier: every rank has written its part before the parts are recorded as finished.
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))
                 artifact.on_main(partial(_record_finished, batch))
@@ -173,8 +166,7 @@ def _open_artifact(reading: TeacherReading, sources: list[Source], plan: dict[st
         if not reading.state_format.top_k:
             head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
             save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
-        vocab_size = sources[0].vocab_size if reading.state_format.translated else model.vocab_size
-        artifact.writer.content = build_content(plan["parts"], model.hidden_size, vocab_size,
+        artifact.writer.content = build_content(plan["parts"], model.hidden_size, model.vocab_size,
                                                 reading.state_format, model.logits_softcap)
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path), **layout}
         artifact.writer.inputs += describe_inputs(sources)
@@ -193,9 +185,6 @@ def _check_format(reading: TeacherReading) -> None:
     if not 0 <= outputs.top_k < vocab_size:
         raise UserError(f"--top-k {outputs.top_k}: must lie in [0, {vocab_size}), the token ids of the "
                         f"teacher {reading.target.path}")
-    if outputs.translated and not outputs.top_k:
-        raise UserError("--top-k 0: hidden states of a teacher with another tokenizer cannot be translated; "
-                        "write its most probable tokens, e.g. --top-k 64")
     if not 0 < outputs.temperature < math.inf:
         raise UserError(f"--temperature {outputs.temperature}: must be a number greater than 0")
 
@@ -210,72 +199,16 @@ def _refuse_too_long(reading: TeacherReading, sources: list[Source]) -> None:
                                 "pack the data into shorter documents")
 
 
-@dataclass(frozen=True)
-class TeacherDocuments:
-    """Documents in the data, in teacher tokens."""
-
-    sources: list[Source]
-    reading: TeacherReading
-    translation: TokenTranslation | None
-    """None: the data have the teacher's tokenizer."""
-
-    def read_part(self, part: StatesPart) -> tuple[list[list[int]], list[TranslatedDocument]]:
-        """Return the teacher token ids per document in a part, and with `translation` the translations.
-        Raises `UserError`: a document is too long for the teacher, or the tokenizer of the teacher changes
-        the text."""
-        shard = self.sources[part.source].open_split(part.split)
-        numbers = range(part.first_document, part.first_document + part.num_documents)
-        documents = [shard.tokens(number, 0, int(shard.lengths[number])).tolist() for number in numbers]
-        if self.translation is None:
-            return documents, []
-        translated = [self.translation.translate_document(ids) for ids in documents]
-        longest = max((len(t.ids) for t in translated), default=0)
-        if longest > self.reading.target.max_tokens:
-            raise UserError(f"source {self.sources[part.source].name!r} ({part.split}): has a document of "
-                            f"{longest} of the teacher's tokens, {self.reading.target.path} reads at "
-                            f"most {self.reading.target.max_tokens}; pack the data into shorter documents")
-        return [t.ids for t in translated], translated
-
-    def translate(self, part: StatesPart, translated: list[TranslatedDocument], outputs: list[torch.Tensor]
-                  ) -> list[torch.Tensor]:
-        """Translate outputs per document, [teacher tokens, 2 K + 1], to student tokens, [tokens, 2 k]."""
-        assert self.translation is not None
-        shard, top_k = self.sources[part.source].open_split(part.split), self.reading.state_format.top_k
-        rows = []
-        for i, (document, output) in enumerate(zip(translated, outputs, strict=True)):
-            number = part.first_document + i
-            ids = shard.tokens(number, 0, int(shard.lengths[number])).tolist()
-            next_logprobs = output[:, -1].contiguous().view(torch.float32)
-            teacher_ids, logprobs = unpack_rows(output[:, :-1])
-            rows.append(pack_rows(*self.translation.translate_rows(
-                document, ids, teacher_ids, logprobs, next_logprobs, top_k)))
-        return rows
-
-
-def _build_translation(reading: TeacherReading, sources: list[Source]) -> TokenTranslation | None:
-    if not reading.state_format.translated:
-        return None
-    folder = tokenizer_folder(sources)
-    if folder is None:
-        raise UserError(f"{', '.join(map(str, reading.data))}: has no tokenizer, which the translation from "
-                        "another tokenizer needs; pack the data again")
-    if reading.state_format.top_k >= sources[0].vocab_size:
-        raise UserError(f"--top-k {reading.state_format.top_k}: must be less than the data's "
-                        f"{sources[0].vocab_size} token ids")
-    return TokenTranslation(folder, reading.target.tokenizer_folder, sources[0].vocab_size,
-                            reading.target.vocab_size)
-
-
-def _read_parts(loaded: LoadedModel, documents: TeacherDocuments, parts: Sequence[StatesPart],
-                folder: Path) -> None:
+def _read_parts(loaded: LoadedModel, reading: TeacherReading, sources: list[Source],
+                parts: Sequence[StatesPart], folder: Path) -> None:
     """Run the teacher on a part per data-parallel rank, and write the outputs; called by all ranks.
 
     Data-parallel ranks that share experts must run equal batches: rows are padded to the longest row, and
     rows of padding are added up to the largest part.
     """
-    device, dp_rank, state_format = get_local_device(), loaded.world.dp_rank, documents.reading.state_format
-    read = [documents.read_part(part) for part in parts]
-    lengths = [[len(ids) for ids in part_ids] for part_ids, _ in read]
+    device, dp_rank, state_format = get_local_device(), loaded.world.dp_rank, reading.state_format
+    documents = [_read_documents(sources, part) for part in parts]
+    lengths = [[len(ids) for ids in part_documents] for part_documents in documents]
     rows = [group_into_rows(part_lengths, ROW_TOKENS) for part_lengths in lengths]
     longest = 0
     for part_lengths, part_rows in zip(lengths, rows, strict=True):
@@ -283,35 +216,29 @@ def _read_parts(loaded: LoadedModel, documents: TeacherDocuments, parts: Sequenc
     part = parts[dp_rank] if dp_rank < len(parts) else None
     local_rows = rows[dp_rank] if part else []
     micro_batches = [] if part is None else [
-        DocumentBatch([read[dp_rank][0][i] for i in row], device, longest) for row in local_rows]
+        DocumentBatch([documents[dp_rank][i] for i in row], device, longest) for row in local_rows]
     micro_batches += [DocumentBatch([[0]], device, longest)] * (max(map(len, rows)) - len(local_rows))
-    num_tokens = state_format.top_k
-    if state_format.translated:  # several teacher tokens may become one student token
-        num_tokens = min(2 * num_tokens, documents.reading.target.vocab_size)
 
     def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: DocumentBatch) -> torch.Tensor:
         if not state_format.top_k:
             return gather_states(hidden[0], loaded.policy).to("cpu", DTYPES[state_format.dtype])
-        most_probable = pack_rows(
-            *head.find_most_probable(hidden[0], num_tokens, state_format.temperature)).cpu()
-        if not state_format.translated:
-            return most_probable
-        # The next token of the document may not be among the most probable tokens: one more column of bits.
-        next_logprobs = head.logprobs(hidden[0], batch.inputs.tokens.roll(-1), state_format.temperature)
-        return torch.cat([most_probable, next_logprobs.float().cpu()[:, None].view(torch.int32)], 1)
+        return pack_rows(
+            *head.find_most_probable(hidden[0], state_format.top_k, state_format.temperature)).cpu()
 
     computed = loaded.policy.map(micro_batches, compute_outputs)
     # Tensor- and context-parallel ranks have the same rows; the first rank of a row writes.
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
-        row_lengths = [[lengths[dp_rank][i] for i in row] for row in local_rows]
+        row_lengths = [sum(lengths[dp_rank][i] for i in row) for row in local_rows]
         # Padding is dropped: the end of rows, and the rows after `row_lengths`.
-        outputs = [output[:sum(row)] for output, row in zip(computed, row_lengths, strict=False)]
-        if state_format.translated:
-            by_document = []
-            for output, row in zip(outputs, row_lengths, strict=True):
-                by_document += output.split(row)
-            outputs = documents.translate(part, read[dp_rank][1], by_document)
+        outputs = [output[:length] for output, length in zip(computed, row_lengths, strict=False)]
         _write_states(folder / part.file, outputs)
+
+
+def _read_documents(sources: list[Source], part: StatesPart) -> list[list[int]]:
+    """Return the token ids of each document in a part."""
+    shard = sources[part.source].open_split(part.split)
+    numbers = range(part.first_document, part.first_document + part.num_documents)
+    return [shard.tokens(number, 0, int(shard.lengths[number])).tolist() for number in numbers]
 
 
 def gather_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:

@@ -145,8 +145,7 @@ def field_charts(run: Run, fields: Sequence[StepField]) -> list[Chart]:
     for declared in fields:
         if (curve := run.get_curve(declared.name)) is not None:
             scaled = Curve(run.name, curve.steps, curve.values * declared.factor)
-            charts += draw_curves([scaled], declared.unit, declared.caption, run,
-                                  smooth=declared.is_smoothed)
+            charts += draw_curves([scaled], declared.unit, declared.caption, run, smooth=declared.is_smoothed)
     return charts
 
 

@@ -124,8 +124,7 @@ def build_opening(runs: list[Run]) -> list[Panel]:
         Panel("Held-out quality", 12, charts=_draw_heldout(runs)),
         Panel("What it writes", 12, comparisons=samples[:NUM_OPEN_SAMPLES], more=samples[NUM_OPEN_SAMPLES:]),
         Panel("What each stage gained" if len(runs) > 1 else "What it gained", 12, tables=gain_tables(runs)),
-        Panel("Verdicts", 12, tables=verdict_tables(runs)),
-    ]
+        Panel("Verdicts", 12, tables=verdict_tables(runs))]
     return [panel for panel in panels if not panel.is_empty]
 
 

@@ -186,10 +186,8 @@ SECTIONS = {section.title: section for section in (
     ReportSection("Rounds", "In a round the policy writes responses, which are judged and trained; a group "
                   "is the responses to one prompt.", charts=round_charts, tables=round_tables),
     ReportSection("Validation", "Held-out prompts under the run's own reward (`rl run --validation`); "
-                  "RUN/validation stores the responses.", charts=validation_charts,
-                  tables=validation_tables),
+                  "RUN/validation stores the responses.", charts=validation_charts, tables=validation_tables),
     ReportSection("Samples of responses", "From the newest sampled rounds, unedited.",
                   tables=response_tables),
     ReportSection("Samples", _describe_samples, samples=_list_samples),
-    ReportSection("Warnings and faults", tables=_fault_tables),
-)}
+    ReportSection("Warnings and faults", tables=_fault_tables))}

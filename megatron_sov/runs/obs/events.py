@@ -222,14 +222,12 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "max_violation", "padding_share", "mfu",
         "tflops_per_process", "peak_memory_bytes", "reserved_memory_bytes"), _N)
     | {"tokens": _COUNT, "losses": _NUMBERS, "losses_by_source": _NUMBERS, "meters": _NUMBERS},
-    "skip": {"meters": _NUMBERS, "ranks": _List(_Whole())},
-    "hang": {"places": _Mapping(_List(_Whole()))},
+    "skip": {"meters": _NUMBERS, "ranks": _List(_Whole())}, "hang": {"places": _Mapping(_List(_Whole()))},
     "run_start": {"num_params": _COUNT, "num_active_params": _COUNT, "num_ranks": _Whole(),
                   "num_steps": _Whole(), "resumed_from": _Whole(), "layout": _Mapping(_Any()),
                   "headline": _List(_Mapping(_Any())), "inputs": _List(_Mapping(_Any()))},
     "phase": {"seq_len": _COUNT, "global_batch_size": _COUNT, "blend": _NUMBERS},
-    "eval": {"heldout": _HELDOUT},
-    "needle": {"score": _N, "cells": _List(_CELL)},
+    "eval": {"heldout": _HELDOUT}, "needle": {"score": _N, "cells": _List(_CELL)},
     "gate": {"loss": _N, "start_loss": _N, "loss_limit": _N, "threshold": _N,
              "rows": _List(_Shape({"accuracy": _N}, ("accuracy",))), "failing_rows": _List(_Any()),
              "failing_cells": _List(_Any())},
@@ -242,9 +240,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "eval_lm": {"value": _N, "items": _N, "interval": _Pair(), "k": _Whole(), "sampling": _Mapping(_Any())},
     "eval_contamination": {"items_hit": _N, "value_without": _N},
     "score": {"mean_reward": _N, "scored": _N, "settings": _Mapping(_Any())},
-    "conversion": {"checks": _List(_Mapping(_Any()))},
-    "checkpoint": {"save_s": _N, "stall_s": _N},
-}
+    "conversion": {"checks": _List(_Mapping(_Any()))}, "checkpoint": {"save_s": _N, "stall_s": _N}}
 """Event -> field types for fields used in computations."""
 _COMMON_SHAPE = _Shape(_COMMON_FIELDS)
 _SHAPES = {event: _Shape(_COMMON_FIELDS | fields) for event, fields in _FIELDS.items()}
@@ -325,8 +321,7 @@ def build_score_events(results: Mapping[str, Any], step: int | None, output: Pat
                  "k": metric["k"], "value": metric["value"],
                  "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
                  "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
-                 "mode": task["mode"], "contamination": None,
-                 "output": str(output.absolute())}
+                 "mode": task["mode"], "contamination": None, "output": str(output.absolute())}
                 for name, task in results["tasks"].items() for metric in task["metrics"]]
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{output}: holds no results of `megatron-sov eval lm`, or is damaged ({e!r:.200}); "

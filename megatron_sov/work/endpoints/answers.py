@@ -17,8 +17,7 @@ PERMANENT_REFUSALS = {
     "longer than the model's context": ("context_length_exceeded", "maximum context length", "max_model_len",
                                         "maximum model length", "model's context length",
                                         "exceed_context_size"),
-    "against the endpoint's policy": ("content_filter", "content_policy_violation"),
-}
+    "against the endpoint's policy": ("content_filter", "content_policy_violation")}
 """Reason for a permanent refusal -> phrases in error bodies from OpenAI, vLLM, SGLang and llama.cpp."""
 NO_TOOLS_PHRASES = ("--enable-auto-tool-choice", "does not support tools", "requires --jinja")
 """Phrases from vLLM, Ollama and llama.cpp servers without tool calling."""

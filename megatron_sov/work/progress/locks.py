@@ -239,8 +239,7 @@ class Claim:
             self._beat += 1
             self._is_over = is_released
             record = {**process_identity(), "beat": self._beat,
-                      "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
-                      "is_released": is_released}
+                      "slurm_job": os.environ.get("SLURM_JOB_ID", ""), "is_released": is_released}
             try:
                 write_atomically(file, json.dumps(record))
             except FileNotFoundError:  # deleted: the claimed item is done

@@ -1,4 +1,4 @@
-"""Byte-level BPE ranks, compiled functions and the shape of routes."""
+"""Byte-level BPE ranks, compiled functions and the shape of expert routes."""
 
 import subprocess
 import sys

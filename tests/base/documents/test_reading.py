@@ -21,6 +21,8 @@ from megatron_sov.base.documents import (
     Document, Message, RecordReading, list_files, plan_units, read_documents, read_span)
 from megatron_sov.base.documents.files import ZstdFile
 from megatron_sov.base.documents.messages import Messages
+from megatron_sov.base.documents.reading import read_records
+from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.errors import UserError
 
 
@@ -140,7 +142,7 @@ def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
     assert list_source_files(source, lambda name: name.endswith(".jsonl")) == expected
 
 
-# One record as a document: what each kind needs, and what is refused with its place.
+# One record as a document: required fields of each kind, and refusals with their location.
 
 
 @pytest.mark.each(("line", "rule"), [
@@ -148,7 +150,7 @@ def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
     ("[1]", "is a JSON list"),
     ('{"txt": "a"}', "no string field 'text'"),
     ('{"text": 3}', "no string field 'text'"),
-    ('{"text": "\\ud800"}', "surrogate"),
+    ('{"text": "\\ud800"}', "surrogate"), ('{"text": "\\ud83d\\ude00 \\ud800"}', "surrogate"),
     ('{"messages": []}', "non-empty list"),
     ('{"messages": [{"role": "<|end|>", "content": "a"}]}', "must be one of system, user"),
     ('{"messages": [{"role": "user", "content": null}]}', "must be a string"),
@@ -278,3 +280,54 @@ def test_memory_is_bounded_by_record_limit(name: str, write, tmp_path: Path) -> 
                                text=True, check=True)
     growth_mb, *codes = completed.stdout.split()
     assert codes == ["too_long"] and int(growth_mb) < MAX_GROWTH_MB, completed.stdout
+
+
+class UnencodedText(str):
+    """A text that may not be encoded."""
+
+    def encode(self, *_: object) -> bytes:
+        raise AssertionError("was encoded")
+
+
+def test_ascii_text_is_counted_without_encoding() -> None:
+    assert count_text_bytes(UnencodedText("plain words")) == 11
+    assert count_text_bytes("전화") == 6
+
+
+@pytest.mark.each(("name", "content", "is_refused"), [
+    ("a.jsonl", r'{"own": "plain and 전화"}', False), ("a.jsonl", r'{"own": "\u00e9"}', False),
+    ("a.jsonl", r'{"own": "\ud83d\ude00"}', False), ("a.jsonl", r'{"own": {"a": ["\uD800"]}}', True),
+    ("a.json", r'[{"own": "\udfff"}]', True)])
+def test_any_field_of_a_record_may_hold_a_lone_surrogate(tmp_path: Path, name: str, content: str,
+                                                         is_refused: bool) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    if is_refused:
+        with pytest.raises(UserError, match="half of a surrogate pair"):
+            list(read_records(tmp_path / name))
+    else:
+        assert len(list(read_records(tmp_path / name))) == 1
+
+
+def test_lines_without_escapes_are_not_formatted_to_find_surrogates(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"own": "plain words"}\n{"own": "전화"}\n', encoding="utf-8")
+    monkeypatch.setattr(json, "dumps", None)
+    assert len(list(read_records(tmp_path / "a.jsonl"))) == 2
+
+
+@pytest.mark.each(("name", "content"), [
+    ("a.txt", '{"n": 1}\n{"n": 2}\n'), ("a", '[{"n": 1}, {"n": 2}]'), ("a.NDJSON", '{"n": 1}\n{"n": 2}\n'),
+    ("a.jsonl.gz", '{"n": 1}\n{"n": 2}\n'), ("a.json.gz", '[{"n": 1},\n {"n": 2}]'),
+    ("a.lines.gz", '{"n": 1}\n\n{"n": 2}\n')])
+def test_content_and_not_the_ending_makes_a_named_file_one_of_records(tmp_path: Path, name: str,
+                                                                      content: str) -> None:
+    write = gzip.open if name.endswith(".gz") else open
+    with write(tmp_path / name, "wb") as file:
+        file.write(content.encode())
+    assert [record["n"] for _, record in read_records(tmp_path / name)] == [1, 2]
+
+
+def test_a_named_file_of_text_holds_no_records(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# A heading\n")
+    with pytest.raises(UserError, match=r"a.md:1: is not valid JSON .*; every line must be one JSON object"):
+        list(read_records(tmp_path / "a.md"))

@@ -1,4 +1,4 @@
-"""Proposed lines: all faults of a command in one message, and the line that passes its checks."""
+"""Proposed command lines: one message names all faults, and the proposed line passes the command's checks."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_a_fix_changes_its_part_of_the_line_alone(typed: str, fix: Fix, mended: 
     assert apply_fix("megatron-sov", typed.split(), fix) == mended.split()
 
 
-def test_faults_that_come_one_after_the_other_are_in_one_message() -> None:
-    """Three checks that each see a line only if the one before passes."""
+def test_faults_of_consecutive_checks_share_one_message() -> None:
+    """Three checks, each of which runs only if the previous one passes."""
     def check(line: list[str]) -> None:
         for name in ("one", "two", "three"):
             if f"{name}=1" not in line:

@@ -1,4 +1,4 @@
-"""Mistakes of newcomers: what the answer must name, so that the next line works."""
+"""Typical first mistakes: the message names everything that the next command line needs to work."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ from tests.base.hints.test_words import answer
     ("megatron-sov distill states hf --data chat.jsonl --output o --top_k 4",
      ["--input chat.jsonl --format chat --output chat-tokens", "hf --data chat-tokens --output o --top-k 4"]),
     ("megatron-sov recipes --list qwen", ["write\n  megatron-sov recipes | grep -i qwen"]),
-    ("megatron-sov recipes Qwen/Qwen3-0.6B", ["its family has", "write\n  megatron-sov recipes qwen3-"]),
+    ("megatron-sov recipes Qwen/Qwen3-0.6B", ["its family has 'qwen3-", "pass weights by --from HF_DIR\n"]),
+    ("megatron-sov recipes upstage/Solar-Open-100B", ["write\n  megatron-sov recipes solar-open-102b"]),
+    ("megatron-sov recipes Qwen/Qwen3-30B-A3B-Base", ["write\n  megatron-sov recipes qwen3-moe-30b"]),
     ("megatron-sov codec encode d --output o",
      ["sov-data encode-media --output o", "--image-tokenizer CODEC"]),
     ("megatron-sov pretrain tiny-qwen3 --data t.txt --tokenizer tok --run r",
@@ -150,6 +152,7 @@ from tests.base.hints.test_words import answer
     ("sov-data adopt --input d --output o --tokenizer tok", ["is PREFIX here", "sov-data adopt d --out"]),
     ("sov-tokenizer import old --output o", ["GPT2TokenizerFast", "\n  sov-tokenizer import old --output o"]),
     ("sov-tokenizer import run2 --output o", ["write\n  sov-tokenizer import run2/tokenizer --output o"]),
+    ("sov-tokenizer import run3 --output o", ["import run3/checkpoints/step-10/tokenizer --output o"]),
     ("sov-tokenizer report tok", ["write\n  sov-tokenizer report tok --output report.html"]),
     ("sov-tokenizer encode tok Hello", ["T.from_file('tok/tokenizer.json').encode('Hello')"]),
     ("megatron-sov prefer --from hf --data judged1.jsonl --run r", ["sov-data pairs --input judged1.jsonl"]),
@@ -158,9 +161,9 @@ from tests.base.hints.test_words import answer
       "--data judged-pairs/pairs.jsonl --run r"]),
     ("megatron-sov prefer --from hf --data d --run r --method kto", ["TRL's KTOTrainer"]),
 ])
-def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: Path,
-                                       monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "d/manifest.json": "{}",
                        "d/shard.bin": "x", "m.gguf": "GGUF", "cut.parquet": "PAR1",
@@ -177,6 +180,7 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
                        "prompts.jsonl": '{"prompt": "a"}', "d2/manifest.json": '{"kind": "tokens"}',
                        "answers.jsonl": '{"prompt": "a", "response": "b", "answer": "b"}',
                        "old/vocab.json": "{}", "old/merges.txt": "", "run2/tokenizer/tokenizer.json": "{}",
+                       **{f"run3/checkpoints/step-{step}/tokenizer/tokenizer.json": "{}" for step in (9, 10)},
                        "tok/manifest.json": '{"kind": "tokenizer"}',
                        "judged.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
                        "ds.json": '{"bf16": {"enabled": true}, "train_micro_batch_size_per_gpu": 2, '

@@ -1,4 +1,4 @@
-"""Whatever an earlier version had and this one has not is refused by its name, with what serves instead."""
+"""Removed commands, options, settings and files are refused by name, with their replacement."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def run(typed: str) -> int:
 
 @pytest.mark.each("typed", list(removed.COMMANDS))
 @pytest.mark.each("more", ["", " --help", " commit RUN --log x.jsonl"])
-def test_a_removed_command_is_refused_with_what_to_use(typed: str, more: str,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_removed_command_is_refused_with_its_replacement(typed: str, more: str,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     assert run(typed + more) == 2
     assert f"{typed}: was removed in this version; {removed.COMMANDS[typed]}" in capsys.readouterr().err
 
 
 @pytest.mark.each("typed", list(removed.OPTIONS))
 @pytest.mark.each("more", [" x", "=x", ""])
-def test_a_removed_option_is_refused_with_what_to_use(typed: str, more: str,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_removed_option_is_refused_with_its_replacement(typed: str, more: str,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert run(typed + more) == 2
     assert f"{typed}: was removed in this version; {removed.OPTIONS[typed]}" in capsys.readouterr().err
 
@@ -54,7 +54,7 @@ def test_a_removed_word_elsewhere_is_no_command(words: list[str], capsys: pytest
 
 
 @pytest.mark.each("name", list(removed.SETTINGS))
-def test_a_removed_setting_is_refused_and_its_default_in_an_old_run_is_passed_over(name: str) -> None:
+def test_a_removed_setting_is_refused_unless_an_old_run_has_its_default(name: str) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), ["model.yarn={}"])
     assert name not in setting_names()
     with pytest.raises(SettingsError, match="it was removed in this version; ") as refused:
@@ -79,7 +79,7 @@ def test_settings_of_another_form_pass_to_the_reader(raw: dict[str, object]) -> 
 
 
 @pytest.mark.parametrize("file", list(removed.FOLDERS))
-def test_a_folder_of_a_removed_command_is_refused_by_whatever_opens_it(
+def test_a_folder_of_a_removed_command_is_refused_by_every_command(
         file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / file).write_text("{}")
     for words in (["inspect"], ["status"], ["convert", "inspect"], ["report"]):
@@ -108,9 +108,9 @@ def test_an_artifact_of_a_removed_kind_is_refused(kind: str, tmp_path: Path,
     (["tools", "run", "mcp"], "mcp"), (["tools", "run", "openenv"], "openenv"),
     (["tools", "run", "nemo_gym"], "nemo_gym"), (["tools", "run", "functions"], "functions"),
     (["tools", "run", "tickets"], "tickets")])
-def test_a_removed_value_is_refused_with_what_to_use(words: list[str], value: str, tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_removed_value_is_refused_with_its_replacement(words: list[str], value: str, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     if words[0] == "tools":
         Path("t.jsonl").write_text('{"question": "1?", "answer": "1"}\n')

@@ -1,4 +1,4 @@
-"""Unknown options and settings: the only one of ours with every part of the word in one of its names."""
+"""Suggestions for unknown options and settings: the only name that contains every part of the typed word."""
 
 import pytest
 

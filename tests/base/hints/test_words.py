@@ -1,4 +1,4 @@
-"""Command lines with words of other programs, and the whole command that the answer has for each."""
+"""Command lines in the words of other programs, and the complete command that the message proposes."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
      "sov-data pack --tokenizer T --input x --output o --format chat"),
     ("sov-data mix --input A B --weights 0.7 0.3 --output O", "sov-data mix A:0.7 B:0.3 --output O"),
 ])
-def test_all_unknown_words_are_answered_as_one_command(typed: str, write: str,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_unknown_words_are_translated_into_one_command(typed: str, write: str,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     said = answer(typed, capsys).partition("\nthis line still has a fault")[0]
     assert said.splitlines()[-1].strip() == write
 
@@ -90,7 +90,7 @@ def test_all_unknown_words_are_answered_as_one_command(typed: str, write: str,
 @pytest.mark.parametrize("line", [
     f"{SFT} --zzz 14", "megatron-sov plan qwen3-8b --wombats 14", "megatron-sov recipes --zebra",
     "sov-data zebra", "sov-tokenizer train --preset x --vocab-size 9 --input a --output b --quux"])
-def test_a_word_that_resembles_nothing_is_not_guessed_at(line: str,
+def test_a_word_without_similar_names_gets_no_suggestion(line: str,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" not in answer(line, capsys)
 
@@ -112,9 +112,9 @@ def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
     ({"config.json": "{}", "m.safetensors": ""}, "eval {}",
      ["eval ppl {} --data TOKENS", "eval lm {} --tasks TASKS --output scores.json"]),
 ])
-def test_a_path_in_the_place_of_an_action_names_the_action(
-        files: dict[str, str], command: str, write: list[str], tmp_path: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_in_the_place_of_an_action_names_the_action(files: dict[str, str], command: str,
+                                                           write: list[str], tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     said = answer(f"megatron-sov {command.format(tmp_path)}", capsys)
@@ -191,7 +191,7 @@ def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
     ("megatron-sov recipes qwen3-8b --set optim.warmup_steps=0.1", "0.1 of 1000 steps are 100"),
     ("megatron-sov recipes qwen3-8b --set optim.weight_decay=5%", "write 0.05"),
     ("megatron-sov recipes qwen3-8b --set train.precision=fp16", "it is bf16 here"),
-    ("megatron-sov recipes Qwen/Qwen3-8B", "did you mean 'qwen3-8b'?"),
+    ("megatron-sov recipes Qwen/Qwen3-8B", "'qwen3-8b' has its architecture"),
     ("sov-tokenizer train --preset k-exaone --vocab-size 32k --input x --output o", "write 32000 or 32768")])
 def test_values_of_other_programs_are_answered_with_ours(typed: str, rule: str,
                                                          capsys: pytest.CaptureFixture[str]) -> None:

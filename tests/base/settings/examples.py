@@ -1,4 +1,4 @@
-"""Settings of every kind that the reader meets."""
+"""Settings classes with a field of every type that the settings reader supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder with small tasks of every output type, made of source text."""
+"""A task folder with small lm-eval tasks of every output type, built from source text."""
 
 from __future__ import annotations
 

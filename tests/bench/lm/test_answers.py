@@ -1,4 +1,5 @@
-"""Answers on disk: what is whole counts, whoever wrote it; chunks are shared by those who ask at once."""
+"""The answer cache of `eval lm`: complete records count for every later run, and concurrent runs share
+chunks."""
 
 from __future__ import annotations
 

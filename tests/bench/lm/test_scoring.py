@@ -1,4 +1,4 @@
-"""From answers to figures: a figure that divides by zero or fails is named, never 0."""
+"""Scores from answers: a metric that fails or divides by zero is reported by name, never as 0."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Scripted(EvaluatedLM):
         return {"text": "".join(map(chr, request.prompt)), "finish_reason": "stop"}
 
 
-def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any], cluster_field: str = ""
-          ) -> tuple[TaskScores, list[ResultItem], list[str]]:
+def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any],
+          cluster_field: str = "") -> tuple[TaskScores, list[ResultItem], list[str]]:
     """Score items whose answers are their questions; `aggregate` makes the figure of their values."""
     rows = [{"q": str(v), "page": i // 2} for i, v in enumerate(values)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -64,7 +64,7 @@ def mean(values: Sequence[float]) -> float:
 
 @pytest.mark.parametrize("aggregate", [
     lambda values: 1 / 0, lambda values: math.exp(1e9), lambda values: math.nan])
-def test_a_figure_that_cannot_be_computed_is_none_and_says_why(aggregate: Any, tmp_path: Path) -> None:
+def test_an_undefined_metric_is_none_with_a_reason(aggregate: Any, tmp_path: Path) -> None:
     found, _, notes = score(tmp_path, [1, 2], aggregate)
     assert [(m.name, m.value, m.interval) for m in found.metrics] == [("exact_match", None, None)]
     assert notes == ["t: exact_match is not known: it has no item with a score, divides by zero or is too "
@@ -79,7 +79,7 @@ def test_a_metric_that_fails_is_named(values: Any, aggregate: Any, said: str, tm
         score(tmp_path, values, aggregate)
 
 
-def test_items_of_a_cluster_count_together(tmp_path: Path) -> None:
+def test_standard_error_is_computed_over_cluster_means(tmp_path: Path) -> None:
     alone, _, _ = score(tmp_path, [3.0, 3.0, 0.0, 0.0], mean)
     together, items, _ = score(tmp_path, [3.0, 3.0, 0.0, 0.0], mean, "page")
     assert [alone.metrics[0].clusters, together.metrics[0].clusters] == [4, 2]
@@ -88,7 +88,7 @@ def test_items_of_a_cluster_count_together(tmp_path: Path) -> None:
     assert [item.cluster for item in items] == ["0", "0", "1", "1"]
 
 
-def test_what_is_no_mean_of_its_items_has_no_interval(tmp_path: Path) -> None:
+def test_a_metric_that_is_no_item_mean_has_no_interval(tmp_path: Path) -> None:
     found, _, _ = score(tmp_path, [1.0, 2.0], lambda values: math.exp(mean(values)))
     assert found.metrics[0].value == pytest.approx(math.exp(1.5))
     assert found.metrics[0].interval is None
@@ -107,7 +107,7 @@ def test_a_likelihood_that_is_nan_is_refused() -> None:
 @pytest.mark.parametrize("given", [
     {"temperature": None}, {"max_gen_toks": "many"}, {"max_gen_toks": 0},
     {"do_sample": True, "temperature": -1}])
-def test_generation_settings_that_are_no_numbers_are_told(given: dict[str, Any]) -> None:
+def test_non_numeric_generation_settings_are_refused(given: dict[str, Any]) -> None:
     instance: Any = SimpleNamespace(request_type="generate_until", task_name="t", args=("?", given),
                                     repeats=1)
     with pytest.raises(UserError, match=r"task t: generation_kwargs .* cannot be used"):
@@ -131,7 +131,7 @@ def test_results_and_items_are_read_back_to_the_bit(tmp_path: Path) -> None:
     assert get_items_path(tmp_path / "out.json").name == written.items["file"] == "out.items.jsonl"
 
 
-def test_the_table_says_what_is_not_known() -> None:
+def test_table_names_unknown_values() -> None:
     assert [line.split() for line in format_scores(FOUND).splitlines()[1:]] == [
         ["t", "pass@8", "0.3000", "0.1000", "to", "0.5000", "2", "1", "1"],
         ["t", "f1", "(strict)", "not", "known", "2", "1", "1"]]
@@ -173,7 +173,7 @@ def test_items_of_another_evaluation_are_refused(tmp_path: Path) -> None:
 WEIGHTS = "model.safetensors"
 
 
-def test_weights_that_were_saved_over_an_artifact_are_found(tmp_path: Path) -> None:
+def test_weights_overwritten_inside_an_artifact_are_detected(tmp_path: Path) -> None:
     with create_artifact(tmp_path / "hf", "hf_model") as artifact:
         (artifact.path / "config.json").write_bytes(b"{}")
         (artifact.path / WEIGHTS).write_bytes(b"12345678")

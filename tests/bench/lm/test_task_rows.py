@@ -1,4 +1,4 @@
-"""Data files of tasks are read as they are written: no value changes its type, whatever it looks like."""
+"""Data files of tasks: every value keeps its type."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_parquet_is_read_as_datasets_reads_it(tmp_path: Path) -> None:
     assert list(read(file)) == reference.to_list()
 
 
-def test_an_index_of_a_choice_in_csv_is_read_by_a_template_alone(tmp_path: Path) -> None:
+def test_choice_index_in_csv_needs_a_template(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("country,right\nKorea,0\nThailand,1\n")
     text = ("task: t\ndataset_path: csv\ndataset_kwargs: {data_files: {test: d.csv}}\ntest_split: test\n"
             "output_type: multiple_choice\ndoc_to_text: '{{country}}'\ndoc_to_choice: [Seoul, Bangkok]\n"
@@ -89,8 +89,8 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("name", "content", "said"), BAD_FILES, ids=[said[:40] for *_, said in BAD_FILES])
-def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes, said: str
-                                               ) -> None:
+def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes,
+                                               said: str) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as refused:
         read(tmp_path / name)

@@ -1,4 +1,5 @@
-"""Synthetic items of every suite: files, and a right, a wrong and an unreadable answer to the first one.
+"""Synthetic items of every suite: data files, and one correct, one wrong and one unreadable answer to the
+first item.
 
 Those that are written out stand in suite_items.yaml; those that are computed stand here.
 """
@@ -91,7 +92,7 @@ LCB = {
 
 
 def written_out() -> Iterator[tuple[str, Case]]:
-    """Yield name and case of those in the file, where NAME stands for each of a case's names."""
+    """Yield (name, case) for each name of a case; NAME in the file stands for it."""
     result = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for case in result:
         for name in case["names"]:

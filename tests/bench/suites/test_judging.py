@@ -1,4 +1,5 @@
-"""avg@k, pass@k and cons@k of judged samples against all draws by hand; what has no reward is named."""
+"""avg@k, pass@k and cons@k of scored samples against an enumeration of all draws; items without a reward
+are named."""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
         {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won})
 
 
-def scored(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4", **more: Any
-           ) -> tuple[list[dict[str, float]], list[str | None]]:
+def scored(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4",
+           **more: Any) -> tuple[list[dict[str, float]], list[str | None]]:
     """Return the figures of items with these answers, and why they have none."""
     judge = AnswerJudge(asked, 1)
     doc = {"gold": gold, **more}
@@ -83,7 +84,7 @@ def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) ->
     assert (name, len(version)) == ("stem", 16)
 
 
-def test_what_has_no_reward_is_no_zero() -> None:
+def test_a_missing_reward_is_not_counted_as_zero() -> None:
     asked = replace(STEM, samples=2, metrics=("avg", "pass"), k=(1, 2))
     found, [failed] = scored(asked, [["4", "4"]], gold="four")
     assert found == [{}]
@@ -118,7 +119,7 @@ def test_an_extractor_takes_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> 
     assert "takes longer than" in str(failed)
 
 
-def test_a_reward_that_cannot_be_made_is_the_users_mistake() -> None:
+def test_a_reward_that_cannot_be_built_raises_user_error() -> None:
     for reward, settings in (("stem", {"knd": 1}), ("mrcr", {"strict": True}), ("math", {"tail_chars": 0})):
         with pytest.raises(UserError, match="task t"):
             AnswerJudge(Judging("t", reward, settings)).judge_answers([], [])
@@ -176,7 +177,7 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path) -> None:
      base64.b64encode(zlib.compress(b"no pickle")).decode(),
      base64.b64encode(zlib.compress(pickle.dumps("[]"))[:-3]).decode()],
 )
-def test_what_is_packed_otherwise_is_refused(value: str) -> None:
+def test_malformed_private_tests_are_refused(value: str) -> None:
     with pytest.raises(Refused, match="private_test_cases"):
         build_code_tests({"private_test_cases": value})
 
@@ -215,7 +216,7 @@ def test_a_task_without_a_reward_is_lm_evals_own() -> None:
         assert parse_judging({"task": "t", "metadata": metadata}, allow_code=False) is None
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(SettingsError) as e:
         made(mode="fast", metrics=["best"], reward="mth", extract="(", k=[0])
     assert sorted(e.value.codes) == [("bound", "extract"), ("bound", "k.0"), ("choice", "metrics.0"),
@@ -240,7 +241,7 @@ def test_all_problems_are_told_at_once() -> None:
     ({"reward": "judge", "reward_settings": {"api_key_env": "AWS_SECRET"}}, "reward_settings.api_key_env"),
     ({"reward": "judge", "variants": {"a": {"cache": "/etc/x"}}}, "reward_settings.cache"),
 ])
-def test_a_strangers_file_runs_nothing_and_sends_nothing(settings: dict[str, Any], said: str) -> None:
+def test_a_foreign_file_executes_and_sends_nothing(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         made(**settings)
     assert made(allow_code=True, **settings)  # a user's own may

@@ -1,5 +1,4 @@
-"""Every suite: its data are accepted, its prompt is asked, and a right, a wrong and an unreadable answer get
-what they deserve."""
+"""Every suite loads its data, builds its prompt, and scores a correct, a wrong and an unreadable answer."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ import pytest
 from suite_items import CASES, write
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks
-from megatron_sov.bench.lm.tasks import LoadedTasks, get_sov_metadata
+from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks, get_sov_metadata
+from megatron_sov.bench.lm.tasks import LoadedTasks
 from megatron_sov.bench.suites.data import LETTERS, find_field_problem, load_rows, rename_fields
 from megatron_sov.judge.rewards.judge import Judge
 
@@ -25,7 +24,7 @@ Load = Callable[[str], LoadedTasks]
 Loaded = Callable[[str], Any]
 
 
-def test_there_is_a_case_for_every_task() -> None:
+def test_every_task_has_a_case() -> None:
     assert set(TASKS) == set(CASES)
     assert all(config["metadata"]["sov"][name] for config in TASKS.values()
                for name in ("source", "licence", "prompt_source"))
@@ -39,8 +38,8 @@ def payload_score(payload: dict[str, Any]) -> float:
 
 @pytest.mark.tier1_cases(6)
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in CHOSEN])
-def test_answers_get_what_they_deserve(name: str, tmp_path: Path, load: Load,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_get_the_expected_scores(name: str, tmp_path: Path, load: Load,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     # a judge that reads one word, in place of an endpoint
     monkeypatch.setattr(Judge, "_endpoint",
                         SimpleNamespace(ask=lambda payload, read: (payload_score(payload), "said")))
@@ -126,14 +125,15 @@ def test_a_publishers_file_is_read_under_its_own_names(tmp_path: Path, load: Loa
         load_rows({"test": []}, {"fields": {}})
 
 
-def test_items_that_belong_together_are_named_by_a_field(tmp_path: Path, loaded: Loaded) -> None:
+def test_a_field_names_the_group_of_an_item(tmp_path: Path, loaded: Loaded) -> None:
     write(CASES["mmmlu"], tmp_path)
     task = loaded("mmmlu")
     # one question in 14 languages
-    assert {doc[get_sov_metadata(task)["cluster_field"]] for doc in task.task_docs} == {1}
+    cluster_field = get_sov_metadata(task.get_config("metadata"))["cluster_field"]
+    assert {doc[cluster_field] for doc in task.task_docs} == {1}
 
 
-def test_examples_of_a_group_must_be_there(tmp_path: Path, loaded: Loaded) -> None:
+def test_few_shot_examples_of_a_group_are_required(tmp_path: Path, loaded: Loaded) -> None:
     write(CASES["mmlu"], tmp_path)
     task = loaded("mmlu")
     with pytest.raises(UserError, match="have 5 examples of"):

@@ -1,4 +1,4 @@
-"""`megatron-sov eval passk`: figures of responses that are there, and of a model's own."""
+"""`megatron-sov eval passk`: figures of given responses, and of responses that a model generates."""
 
 import json
 from pathlib import Path
@@ -115,10 +115,9 @@ def responses(folder: str) -> list[dict]:
 
 
 @pytest.mark.deep
-def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS)
-    monkeypatch.setattr(eval_passk, "CALL_SAMPLES", 8)  # two prompts
     calls: list[int] = []
     generate = HfEngine.generate
 
@@ -129,7 +128,7 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
         return generate(engine, prompts, *rest, **more)
 
     monkeypatch.setattr(HfEngine, "generate", counted)
-    command = [str(hf_models["solar_open"]), *ASK]
+    command = [str(hf_models["solar_open"]), *ASK, "--batch-size", "2"]  # two prompts a call
     assert main(["eval", "passk", *JUDGE, *command, "--output", "out"]) == ExitCode.INTERRUPTED
     assert not Path("out").exists()
     capsys.readouterr()
@@ -145,9 +144,8 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
     assert sorted(p.name for p in Path().iterdir()) == ["out", "prompts.jsonl", "whole"]
 
 
-def test_a_checkpoint_on_two_processes_writes_what_one_writes(one_rank: None, imported: dict[str, Path],
-                                                              run_command,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_on_two_processes_generates_the_same_as_on_one(
+        one_rank: None, imported: dict[str, Path], run_command, capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS[:2])
     command = [str(imported["solar_open"]), *ASK]
     passk(capsys, *command, "--output", "one")

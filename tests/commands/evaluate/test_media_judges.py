@@ -1,4 +1,5 @@
-"""Rows of pairs of modalities, and figures that agree with jiwer and with counting."""
+"""`megatron-sov eval media`: rows of input and output modality, and figures that agree with jiwer and with
+counting."""
 
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from megatron_sov.eval.statistics import compute_wilson_interval
 WORDS = [{"type": "text", "text": "Say it."}]
 
 
-def test_pairs_are_those_of_the_model_card_and_no_others() -> None:
+def test_pairs_of_modalities_equal_those_of_the_model_card() -> None:
     assert set(PAIRS) == {"image-text", "image-audio", "text-image", "text-audio", "audio-text",
                           "audio-image", "audio-audio"}
 
 
-def test_figures_count_what_was_recognised() -> None:
-    """Case and punctuation do not count; rates are those of all words and characters together."""
+def test_error_rates_count_recognized_words() -> None:
+    """Case and punctuation are ignored; rates are over all words and characters together."""
     rows = [MediaRow(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
     heard = ["hello world", "yell oh", ""]
     told = compute_media_figures(rows, heard)
@@ -58,7 +59,7 @@ def test_a_function_of_a_file_judges(tmp_path: Path) -> None:
     ("def seen(files, labels):\n    return ['a']\n", "returned .* for 2 files"),
     ("def seen(files, labels):\n    return [1, 2]\n", "returned .* for 2 files"),
     ("seen = 3\n", "a judge is a function")])
-def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -> None:
+def test_an_invalid_judge_is_refused(tmp_path: Path, code: str, said: str) -> None:
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(UserError, match=said):
         load_judge(f"{tmp_path / 'mine.py'}:seen")(FILES, LABELS)

@@ -1,4 +1,4 @@
-"""`megatron-sov codec`: its page, typed, and command lines that are refused."""
+"""`megatron-sov codec`: the commands of its page, and refused command lines."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from megatron_sov.omni.codecs.folder import open_codec, save_codec
 from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
 from megatron_sov.omni.generation.replies import MarkIds, split_reply
 from tests.omni import hf_folders
-from tests.pages_typed import commands_of, page_section
+from tests.pages_typed import list_commands, page_text
 
-PAGE = page_section("media_data.md", "Picture and sound codecs")
+PAGE = page_text("omni.md").partition("\n### Picture and sound codecs\n")[2].partition("\n## ")[0]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     """All but imports of files, which tests/omni/codecs has."""
     for kind, folder in (("vqmodel", "ldm-vq"), ("dac", "dac_16khz"), ("mimi", "mimi")):
         hf_folders.save(kind, Path(folder))
-    typed = [line for line in commands_of(PAGE) if not re.search(r"import (ta-tok|cosy)", line)]
+    typed = [line for line in list_commands(PAGE) if not re.search(r"import (ta-tok|cosy)", line)]
     assert len(typed) == 6
     for line in typed:
         assert cli.main(shlex.split(line)[1:]) == 0, line

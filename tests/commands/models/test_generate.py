@@ -1,5 +1,5 @@
-"""`megatron-sov generate`: one text whatever runs the model and however many processes,
-and events for the report."""
+"""`megatron-sov generate`: the same text from every engine and number of processes, and events for the
+report."""
 
 import json
 import shlex
@@ -24,8 +24,8 @@ def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]],
                          ids=["ep", "tp"])
-def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path],
-                                               run_command: Any, capsys) -> None:
+def test_two_processes_sample_the_same_as_one(layout: list[str], one_rank: None, imported: dict[str, Path],
+                                              run_command: Any, capsys) -> None:
     ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
     settings = [part for setting in layout for part in ("--set", setting)]
     two = run_command("generate", *ask, "--json", "--nproc", "2", *settings)
@@ -70,8 +70,9 @@ def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], h
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "Hugging Face folder"])
-def test_a_tokenizer_with_more_ids_than_its_model_is_told(
-        kind: str, imported: dict[str, Path], hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+def test_a_tokenizer_with_more_ids_than_its_model_is_refused(kind: str, imported: dict[str, Path],
+                                                             hf_models: dict[str, Path], tmp_path: Path,
+                                                             capsys) -> None:
     target = shutil.copytree((imported if kind == "checkpoint" else hf_models)["solar_open"], tmp_path / "m")
     folder = target / "tokenizer" if kind == "checkpoint" else target
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

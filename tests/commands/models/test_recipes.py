@@ -1,4 +1,4 @@
-"""`megatron-sov recipes`: the list, one recipe with its sources, and as JSON."""
+"""`megatron-sov recipes`: the list, one recipe with its sources, and JSON."""
 
 import json
 from pathlib import Path
@@ -52,8 +52,8 @@ def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) 
     assert lines["optim.lr"] == ["0.001", "yours", "--config or --set"]
 
 
-def test_values_of_a_file_are_yours_and_the_others_are_the_recipes(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_from_a_file_and_from_the_recipe_are_distinguished(tmp_path: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     file, whole = tmp_path / "mine.yaml", tmp_path / "whole.json"
     file.write_text("recipe: k-exaone-236b\noptim: {weight_decay: 0.25}\nmodel: {num_layers: 24}\n")
     config = apply_settings(recipes.get("k-exaone-236b"), ["optim.weight_decay=0.25", "model.num_layers=24"])

@@ -14,9 +14,8 @@ BAD = [*GOOD, MachineCheck("torch", "broken", "cannot be imported", "make setup"
 
 
 @pytest.mark.parametrize(("found", "code"), [(GOOD, 0), (BAD, 2)])
-def test_only_what_is_broken_fails(
-    found: list[MachineCheck], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_only_broken_installations_fail(found: list[MachineCheck], code: int, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "run_checks", lambda: found)
     assert cli.main(["doctor", "--json"]) == code
     printed = json.loads(capsys.readouterr().out)

@@ -1,5 +1,4 @@
-"""`logs`: one stream from the files of all ranks and starts; a run is followed until it has ended and is
-quiet, and never longer than its reader wants."""
+"""`megatron-sov logs`: merges the files of all ranks and starts, and follows a run until it ends."""
 
 import json
 import time
@@ -19,7 +18,7 @@ Follow = Callable[..., list[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that Slurm started twice, as its scripts leave it."""
+    """A run with two Slurm attempts, as job scripts leave it."""
     run = tmp_path / "run"
     files = {
         "slurm/17.log": "job: attempt 1 on n1, n2 begins at 0\n",
@@ -77,11 +76,8 @@ def test_one_rank_over_all_starts(run: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def follow(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Follow:
-    """Return `follow(happens, *arguments)`: what is printed while, at the end of the n-th pause,
-    `happens[n]()` happens.
-
-    No time goes by but what the command sleeps; after the last of them the reader presses Ctrl-C.
-    """
+    """Return `follow(happens, *arguments)`: the printed lines, while `happens[n]()` runs at the end of the
+    n-th pause. Time passes only in the command's sleeps; after the last pause the reader presses Ctrl-C."""
 
     def followed(happens: list[Callable[[], object]], *arguments: str) -> list[str]:
         slept_s: list[float] = []
@@ -103,8 +99,8 @@ def nothing() -> None:
     """Let nothing happen."""
 
 
-def test_following_sees_new_lines_files_and_events_and_ends_when_the_run_is_quiet(run: Path,
-                                                                                  follow: Follow) -> None:
+def test_following_prints_new_lines_files_and_events_until_the_run_is_quiet(run: Path,
+                                                                            follow: Follow) -> None:
     happened: list[str] = []
 
     def goes_on() -> None:
@@ -130,8 +126,8 @@ def test_following_sees_new_lines_files_and_events_and_ends_when_the_run_is_quie
 
 
 @pytest.mark.parametrize("state", ["running", "silent", "waiting"])
-def test_a_run_that_may_go_on_is_followed_until_its_reader_goes(
-        state: str, run: Path, follow: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_may_resume_is_followed_until_the_reader_leaves(state: str, run: Path, follow: Follow,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "read_run_state", lambda run: SimpleNamespace(state=state))
     pauses = int(10 * logs.SILENCE_S / logs.POLL_S)
     file = run / "slurm/logs/17-0/rank-2.log"
@@ -139,7 +135,7 @@ def test_a_run_that_may_go_on_is_followed_until_its_reader_goes(
     assert lines[-1] == "[job 17 rank 2] goes on"
 
 
-def test_what_is_no_text_stays_harmless(tmp_path: Path) -> None:
+def test_binary_log_bytes_are_printed_harmlessly(tmp_path: Path) -> None:
     (file := tmp_path / "rank-0.log").write_bytes(b"\x1b[31m\xff" + b"x" * (LONGEST_LINE_BYTES + 10))
     lines = list(LogTail(LogFile(file, "x", 0)).lines(whole=True))
     assert ("".join(line.text for line in lines).startswith("·[31m\ufffdx")

@@ -1,4 +1,5 @@
-"""`megatron-sov plan`: on a cluster it takes the recommended layout, and tells what that needs of a GPU."""
+"""`megatron-sov plan`: uses the recommended layout on a cluster, and prints the memory and time that it
+needs."""
 
 import json
 import re
@@ -29,8 +30,8 @@ def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFi
     assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
 
 
-def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
-        token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_without_cluster_prints_size_memory_and_epochs(token_shards: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "tiny-solar-open", "--data", f"web={token_shards}", "--set"]
     assert main([*command, "model.vocab_size=2048"]) == 0
     size, data, unused, layout, memory, *_ = capsys.readouterr().out.splitlines()
@@ -72,8 +73,8 @@ def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str,
 
 
 @pytest.mark.deep
-def test_what_an_offloaded_optimizer_pins_has_to_fit_the_profiles_memory(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pinned_optimizer_memory_must_fit_the_profile(tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     profile = tmp_path / "small.yaml"
     profile.write_text("description: nodes with little memory\ngpu: h200\naccount: ''\nmemory: 16G\n"
                        "network_gbits_per_gpu: 400\n")
@@ -84,14 +85,14 @@ def test_what_an_offloaded_optimizer_pins_has_to_fit_the_profiles_memory(
             in capsys.readouterr().err)
 
 
-def test_gpus_that_nobody_has_named_have_a_layout_and_no_price(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unnamed_gpus_get_a_layout_but_no_price(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny-solar-open", "--cluster", "one-node", "--set",
                  "train.micro_batch_size=2"]) == 0
     output = capsys.readouterr().out
     assert "no price: gpu is empty in the profile" in output and "What it takes" not in output
 
 
-def test_where_nothing_fits_a_search_tells_what_lacks_and_how_many_nodes_would_do(
+def test_search_without_a_fit_names_the_shortfall_and_the_nodes_needed(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
     monkeypatch.setattr(space, "VPP", (1,))
@@ -103,7 +104,7 @@ def test_where_nothing_fits_a_search_tells_what_lacks_and_how_many_nodes_would_d
     assert "no number of nodes up to 4,096 is enough: set less of the layout" in errors
 
 
-# A model of the user's own, of which config.json alone is there.
+# A user's model folder with only a config.json.
 
 
 SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -137,7 +138,7 @@ def own_plan(own_model: Path, capsys: pytest.CaptureFixture[str], *words: str) -
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 64, 256])
-def test_an_adapter_has_gradients_and_optimizer_of_its_own_weights_alone(
+def test_an_adapter_has_gradients_and_optimizer_states_only_for_its_weights(
         rank: int, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = own_plan(own_model, capsys, "--set", f"lora.rank={rank}")
     memory, trained = plan["memory_bytes"], adapter_params(rank)
@@ -148,8 +149,8 @@ def test_an_adapter_has_gradients_and_optimizer_of_its_own_weights_alone(
     assert memory["optimizer"] == pytest.approx(12 * trained / 8, rel=0.02)
 
 
-def test_an_adapter_saves_the_products_of_weight_gradients(
-        own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_saves_the_products_of_weight_gradients(own_model: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     whole, adapter = (
         own_plan(own_model, capsys, "--set", "train.recompute=true", *more)["stages"][0]["seconds"]
         for more in ((), ("--set", "lora.rank=16")))
@@ -165,9 +166,9 @@ def test_an_adapter_saves_the_products_of_weight_gradients(
     (["train.steps=7", "train.global_batch_size=64"], "train.steps", "1.84 M"),
     (["train.steps=7", "data.phases.0.seq_len=2048"], "train.steps", "1.84 M"),
     (["data.phases.0.seq_len=8192", "train.steps=1"], "train.steps", "1.05 M")])
-def test_a_stage_without_data_is_as_long_as_a_setting_says(
-        settings: list[str], source: str, tokens: str, own_model: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_without_data_is_as_long_as_a_setting_says(settings: list[str], source: str, tokens: str,
+                                                           own_model: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--from", str(own_model), "--cluster", "h100",
                  *(word for setting in settings for word in ("--set", setting))]) == 0
     [headline] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("my-8b: ")]
@@ -186,7 +187,7 @@ def test_a_stage_without_data_is_as_long_as_a_setting_says(
     (["--days", "-1"], "--days"),
     (["qwen3-8b", "--days", "3", "--prove"], "--days and --prove: exclude each other"),
 ])
-def test_a_model_or_a_budget_that_says_too_little_or_too_much_is_refused(
+def test_incomplete_or_contradictory_models_and_budgets_are_refused(
         words: list[str], sentence: str, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed = [str(own_model) if word == "MODEL" else word for word in words]
     assert main(["plan", *typed, "--cluster", "h100"]) == 2
@@ -197,9 +198,9 @@ def test_a_model_or_a_budget_that_says_too_little_or_too_much_is_refused(
 @pytest.mark.parametrize(("fields", "sentence"), [
     ({"model_type": "unheard-of"}, "unheard-of"), ({"hidden_size": "wide"}, "config.json: "),
     ({"num_hidden_layers": None}, "num_hidden_layers"), ({"hidden_act": "tanh"}, "hidden_act")])
-def test_a_config_json_that_no_family_has_is_refused_by_its_field(
-        fields: dict[str, object], sentence: str, own_model: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_json_that_no_family_has_is_refused_by_its_field(fields: dict[str, object], sentence: str,
+                                                                  own_model: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     file = own_model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     assert main(["plan", "--from", str(own_model), "--cluster", "h100", "--set", "train.steps=5"]) == 2
@@ -207,8 +208,8 @@ def test_a_config_json_that_no_family_has_is_refused_by_its_field(
     assert f"--from {own_model}: " in captured.err and sentence in captured.err and not captured.out
 
 
-def test_epochs_of_data_are_the_length_of_a_stage(
-        own_model: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_epochs_of_data_are_the_length_of_a_stage(own_model: Path, token_shards: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "distill", "--from", str(own_model), "--data", f"web={token_shards}",
                "--cluster", "h100"]
     assert main(command) == 0

@@ -1,4 +1,4 @@
-"""`status`: a run's state from its folder, whatever became of it, and what is printed of it."""
+"""`megatron-sov status`: the state of a run from its folder, and its printed form."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def hold(path: Path) -> None:
                                                 "started_s": psutil.Process().create_time()}))
 
 
-def test_a_living_run_has_speed_time_left_and_starts_with_reasons(tmp_path: Path) -> None:
+def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run", begin(100), *steps(1, 5, 98), (89, "checkpoint", {"step": 4, "stall_s": 0.0}),
         (85, "restart", {"step": 4, "text": "rank 1 was ended by SIGKILL; all processes are started again"}),
@@ -150,7 +150,7 @@ def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: 
     assert capsys.readouterr().out == "[job 17] job: modules of the profile cannot be loaded\n"
 
 
-def test_a_run_that_holds_its_folder_and_writes_nothing_is_silent(tmp_path: Path) -> None:
+def test_a_locked_run_without_new_events_is_silent(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 200))
     hold(run)
     assert read_run_state(run, NOW_S).state == "silent"
@@ -236,20 +236,22 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10}}, 1.0),
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10},
       "ko": {"loss": 2.0, "bits_per_byte": 2.0, "tokens": 20}}, 60 / (20 + 20)),
+    ({"en": {"loss": 2.0, "bits_per_byte": 1.5, "tokens": 10},  # a source without bytes counts nowhere
+      "images": {"loss": 9.0, "bits_per_byte": "nan", "tokens": 5}}, 1.5),
     ({"en": {"loss": 2.0, "tokens": 10}}, None),
     ({"en": {"loss": 2.0, "bits_per_byte": 0, "tokens": 10}}, None),
     ({"en": {"loss": "nan", "bits_per_byte": "nan", "tokens": 10}}, None),
     ({}, None), (None, None), ([1], None),
     ({"en": 5}, None)])
 def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
-                                                   expected: float | None) -> None:
+                                                 expected: float | None) -> None:
     run = write_run(tmp_path / "run", begin(100), (50, "eval", {"step": 1, "heldout": heldout}))
     found = read_run_state(run, NOW_S).heldout_bits_per_byte
     assert math.isnan(found) if expected is None else found == pytest.approx(expected)
 
 
 def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, Any]]) -> None:
-    """Have `--follow` find more events whenever it sleeps, and Ctrl-C where none are left."""
+    """Make `--follow` find new events at every sleep, and Ctrl-C when none remain."""
     pieces = iter(later)
 
     def sleep(_: float) -> None:
@@ -264,7 +266,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, A
 
 
 def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                         capsys: pytest.CaptureFixture[str]) -> None:
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", begin(100), *steps(1, 3, 98))
     hold(run)
     step = {"event": "step", "step": 4, "loss": 2.5, "tokens": 4000, "phase": "main"}

@@ -1,4 +1,4 @@
-"""`megatron-sov rl engines`: servers that are kept at work where a run cannot start them."""
+"""`megatron-sov rl engines`: start engine servers for a run, and restart those that end."""
 
 import threading
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from megatron_sov.commands.rl.engines_run import keep_server
 
 
 class Scripted:
-    """A server whose starts go as is told: "ends", "fails", or "stays" until it is asked to stop."""
+    """A server with scripted starts: "ends", "fails", or "stays" until it is asked to stop."""
 
     log = Path("engine-0.log")
 
@@ -38,7 +38,7 @@ class Scripted:
 @pytest.mark.parametrize(("starts", "why"), [
     (("ends", "fails", "fails", "ends", "fails", "stays"), ""),
     (("ends", "fails", "fails", "fails"), "--engine vllm: server 0 ended")])
-def test_a_server_that_ends_is_started_again_and_one_that_cannot_be_is_told(
+def test_an_ended_server_restarts_and_a_failed_restart_is_reported(
         starts: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
     is_over = threading.Event()
     server = Scripted(*starts, is_over=is_over)

@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --set policy.method=gkd`: a teacher's whole distribution over what the student writes,
-and over data in its place; beside transformers and `distill`."""
+"""`megatron-sov rl run --set policy.method=gkd`: distillation on student text and on data, compared with
+transformers and `distill`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 BETA, TEMPERATURE = 0.3, 1.5
 DIVERGENCE = (f"distillation.beta={BETA}", f"distillation.temperature={TEMPERATURE}")
@@ -73,8 +73,8 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 
 def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Path) -> tuple[float, float]:
-    """Return the mean generalised JSD and forward KL over what the student wrote in a round, by torch's own
-    KL of the two models' logits, as TRL's GKD trainer has it."""
+    """Return mean generalized JSD and forward KL over the student's text of a round, with torch's KL of the
+    two models' logits, as in TRL's GKD trainer."""
     import torch
     from torch.nn.functional import kl_div
     from transformers import AutoModelForCausalLM
@@ -142,12 +142,10 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     (["--set", "rollout.max_staleness=1"], "max_staleness = 1 must be 0: with policy.on_policy_share = 0.5"),
     (["--set", "policy.method=opd"], 'on_policy_share = 0.5 has no effect with policy.method = "opd"'),
     (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),
-    (["--set", "distillation.other_tokenizer=true", "--set", "distillation.top_k=4"],
-     "a teacher with another tokenizer reads whole documents"),
 ])
-def test_what_cannot_be_learned_is_told_before_anything_begins(
-        more: list[str], said: str, folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
-        ) -> None:
+def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
+                                                        command: Command,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *more)) == 2
     assert said in capsys.readouterr().err
     assert not (folder / "refused").exists()

@@ -1,5 +1,5 @@
-"""A fine-tuned Hugging Face folder as the teacher of that folder, and as a user of its rollouts: both have
-one tokenizer, though `sov-tokenizer import` writes its file anew."""
+"""A fine-tuned Hugging Face folder as teacher of the model it came from: both have the same tokenizer,
+although `sov-tokenizer import` rewrites the file."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`megatron-sov rl knowledge`: what is kept, what is left out and why, and that it can be packed."""
+"""`megatron-sov rl knowledge`: which rows it selects, why it drops others, and packing of its output."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def write(name: str, rows: list[dict]) -> None:
     Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def test_each_section_is_there_once_as_an_assistants_turn_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_section_occurs_once_as_a_single_assistant_turn(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(COMMAND) == 0
     chats = [json.loads(line) for line in Path("out/knowledge.jsonl").read_text().splitlines()]
     assert [chat["id"] for chat in chats] == ["Credit Act / 1", "Credit Act / 2", "Labour Act / 1"]
@@ -81,8 +81,8 @@ def test_of_chats_the_assistants_turns_are_taken_and_it_can_be_packed(packed_dat
     (["--answer-field", "reply"], "--tests tests.jsonl: line 1 has no text in 'reply'"),
     (["--tests", "absent.jsonl"], "--tests absent.jsonl: cannot be read"),
 ])
-def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said: str,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], said: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()

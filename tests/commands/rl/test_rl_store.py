@@ -1,4 +1,4 @@
-"""`megatron-sov rl store`: the page is true, what is wrong is named, and nothing goes that nobody named."""
+"""`megatron-sov rl store`: the commands of its page, error messages, and removal of named rounds only."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,10 @@ from megatron_sov.commands.rl.store.reward_run import wait_for_store
 from megatron_sov.post.rl.reward import ENVIRONMENT
 from megatron_sov.rollouts.inspection import check_with_progress, format_store
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout, StorePlan, format_part_name
-from megatron_sov.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.rollouts.tables import REWARDS, ROLLOUTS
 from megatron_sov.work.progress.locks import Claims
-from tests.pages_typed import blocks, page_text, shell_lines
+from tests.pages_typed import blocks, page_section, shell_lines
 from tests.rollouts.test_store import rollout as sound_row
 
 VERSION = "8c1d22ab90e4f00d"
@@ -40,7 +41,7 @@ def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
 
 
 def filled(path: Path) -> RolloutStore:
-    """Return a store of one round: two pieces, of which one response was continued, and a reward."""
+    """Return a store of one round: two pieces, one continued response, and a reward."""
     store = RolloutStore.create(path, "sha256:ab", 100)
     late = rollout("p1", 0, finish_reason=UNFINISHED)
     parts = {format_part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
@@ -72,7 +73,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(sound: Path, tmp_path: Path) -> RolloutStore:
-    """A copy of it to break."""
+    """A copy of the store, for damage."""
     shutil.copytree(sound, tmp_path / "store")
     return RolloutStore.open(tmp_path / "store")
 
@@ -81,7 +82,7 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(sound, "work/store")
-    text = page_text("rollout_store.md")
+    text = page_section("rl.md", "The rollout store")
     (program,) = blocks(text, "python")
     exec(program, {})
     output = capsys.readouterr().out
@@ -89,8 +90,9 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for line in shell_lines(text, "bash"):
         assert main(shlex.split(line)[1:]) == 0, line
     assert not list(Path("work/store/rollouts").iterdir()) and not list(Path("work/store/rewards").iterdir())
+    columns = page_section("formats.md", "Rollout store")
     for kind, schema in (("rollouts", ROLLOUTS), ("rewards", REWARDS)):
-        table = text.partition(f"`{kind}.parquet`:")[2].partition("\n## ")[0].partition("\n`rewards")[0]
+        table = columns.partition(f"`{kind}.parquet`:")[2].partition("\n`rewards")[0]
         named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
                  for name in re.findall(r"`(\w+)`", row)]
         assert sorted(named) == sorted(schema.names)
@@ -151,14 +153,14 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_verify_names_what_is_wrong(name: str, store: RolloutStore) -> None:
+def test_verify_names_every_problem(name: str, store: RolloutStore) -> None:
     broke, sentences = BREAKS[name]
     broke(store)
     for line, sentence in zip(check_with_progress(store).problems, sentences, strict=True):
         assert re.search(sentence, line), (line, sentence)
 
 
-def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
+def test_gc_removes_only_unused_files(store: RolloutStore) -> None:
     claims = Claims(store.claims, 60)
     done = (format_part_name(1, 0), f"reward-{VERSION[:12]}-{format_part_name(1, 0)}")
     open_ones = (format_part_name(2, 0), f"reward-{'0' * 12}-{format_part_name(1, 0)}")
@@ -199,8 +201,8 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path)
     assert code == 2 and out == "" and re.search(sentence, err) and len(err.splitlines()) == 1
 
 
-def test_a_strangers_part_is_kept_out_of_the_list(store: RolloutStore, tmp_path: Path,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_part_is_not_listed(store: RolloutStore, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
     other = RolloutStore.create(tmp_path / "other", "sha256:cd", 100)
     other.add_rollouts(format_part_name(1, 7), [rollout("p7", 0)], {})
     path = store.part_path(format_part_name(1, 7))
@@ -214,21 +216,21 @@ def test_a_strangers_part_is_kept_out_of_the_list(store: RolloutStore, tmp_path:
     assert f"claimed: round-0002-piece-0000 by process {os.getpid()} on " in lines[4]
 
 
-def test_a_store_that_is_not_made_yet_is_waited_for(tmp_path: Path) -> None:
+def test_rl_train_waits_for_a_store_that_does_not_exist_yet(tmp_path: Path) -> None:
     path = tmp_path / "store"
     threading.Timer(0.2, RolloutStore.create, (path, "sha256:" + "0" * 64, 512)).start()
     assert wait_for_store(path, 600.0).vocab_size == 512
 
 
-def test_one_that_never_comes_is_told(tmp_path: Path) -> None:
+def test_waiting_for_a_missing_store_ends_with_a_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"store: is no rollout store \(it has no store.json\)"):
         wait_for_store(tmp_path / "store", 0.0)
     with pytest.raises(StopRequested, match=r"store: the store was not created within 0.1 s"):
         wait_for_store(tmp_path / "store", 0.1)
 
 
-def test_where_waiting_ends_before_the_last_round_the_command_is_not_done(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_waiting_that_ends_before_the_last_round_is_not_success(tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     store = RolloutStore.create(tmp_path / "store", "sha256:" + "0" * 64, 512)
     key = Key("0" * 16, 0, "p" * 64, "s" * 16)
     row = Rollout(key, 1, 0, {"prompt": "?"}, np.array([1], np.int32), np.array([2], np.int32),

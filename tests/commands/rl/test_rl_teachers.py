@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --teacher ... --teacher-url ...`: what teachers say of the student's tokens, beside
-transformers."""
+"""`megatron-sov rl run --teacher ... --teacher-url ...`: teachers' log-probabilities of student tokens,
+compared with transformers."""
 
 import json
 import re
@@ -16,11 +16,11 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.inputs.teacher_models import check_teacher_model
+from megatron_sov.commands.rl.teacher_models import check_teacher_model
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.obs.meters import format_step, read_headline
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from tests.token_servers import VllmDouble
 
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=1",
@@ -84,7 +84,7 @@ def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
 
 
 def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list[np.ndarray]:
-    """Return what transformers' model says of each token but the first of texts."""
+    """Return transformers' log-probabilities of each token of texts but the first."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -100,8 +100,8 @@ def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list
     return found
 
 
-def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
-        whole: Path, teacher: Path, folder: Path) -> None:
+def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, teacher: Path,
+                                                                  folder: Path) -> None:
     there, domains = documents(whole, 1), []
     for name, count in read_manifest(whole / "rounds/0001").content["document_domains"]:
         domains += [name] * count
@@ -116,7 +116,7 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
     advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
         teachers, student, there, strict=True)]
     told, step = events(whole, "round")[0], events(whole, "step")[0]
-    # --reward none: there is no reward of 0 to tell, and what the run is after is told in its place
+    # --reward none: no reward of 0 is printed, but the figure that the run optimizes
     assert "reward" not in told["means"] and "reward" not in step["meters"]
     headline, _ = read_headline(events(whole, "run_start")[0])
     assert format_step(step, headline, comparable=False).startswith("KL to the teacher ")
@@ -137,15 +137,15 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
     (["--teacher", "a=elsewhere"], "scores the same prompts; prefix each with its domain"),
     (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])
-def test_what_cannot_be_learned_is_told_before_anything_begins(
-        more: list[str], said: str, folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
-        ) -> None:
+def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
+                                                        command: Command,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *more)) == 2
     assert said in capsys.readouterr().err
     assert not (folder / "refused").exists()
 
 
-def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_without_a_teacher_are_refused(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     words = command("refused")
     assert main(words[:-2]) == 2  # without the server
     assert "line 2 has domain 'b', and the teachers have 'a'; add" in capsys.readouterr().err
@@ -156,7 +156,7 @@ def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.
         capsys.readouterr().err)
 
 
-def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_path: Path) -> None:
+def test_a_mismatched_teacher_is_refused_by_its_first_wrong_field(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
     config = recipes.get("tiny-solar-open")
     own = config.model

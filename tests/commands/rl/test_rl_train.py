@@ -1,4 +1,4 @@
-"""`megatron-sov rl train`: rounds that come while it runs, a killed run that goes on, and what is refused."""
+"""`megatron-sov rl train`: rounds that arrive during training, a killed run that resumes, and refusals."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 @dataclass(frozen=True)
 class Rounds:
-    """What runs are given."""
+    """Common arguments of the runs."""
 
     folder: Path
     start: Path
@@ -75,7 +75,7 @@ def losses(run: Path) -> dict[int, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
-    """Return a run of three rounds of the store "whole" that nothing has disturbed."""
+    """Return an undisturbed run over the three rounds of the store "whole"."""
     store = rounds.store("whole", range(1, 4))
     result = run_command(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
                                          "train.keep_checkpoints=0", "--set",
@@ -124,7 +124,7 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
 
 
-def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path, capsys: Any,
+def test_mistakes_are_reported_before_work_starts(rounds: Rounds, tmp_path: Path, capsys: Any,
                                                   tiny: list[str]) -> None:
     def refused(*more: str) -> str:
         assert main(rounds.command(tmp_path / "no store", str(tmp_path / "run"), *tiny, *more)) == 2

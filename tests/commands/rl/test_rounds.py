@@ -1,4 +1,5 @@
-"""`megatron-sov rl generate` and `rl reward`: a tiny policy writes, a later one goes on, a reward judges."""
+"""`megatron-sov rl generate` and `rl reward`: a tiny policy generates, a later policy continues, a reward
+scores."""
 
 import json
 import shutil
@@ -11,7 +12,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.inputs.checks import choose_rounds
+from megatron_sov.commands.rl.checks import choose_rounds
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
@@ -36,9 +37,9 @@ def asked(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_two_policies_write_two_rounds_and_a_reward_judges_them(
-        asked: list[str], teacher: Path, run_command: Any, tmp_path: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_policies_write_two_rounds_and_a_reward_judges_them(asked: list[str], teacher: Path,
+                                                                run_command: Any, tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*asked, "--set", "policy.router_replay=true"]
     result = run_command(*asked)
     assert result.returncode == 75, result.stderr
@@ -74,7 +75,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(
 
 
 def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
-    """Return what `generate` says to each prompt."""
+    """Return the greedy output of `generate` for each prompt."""
     texts = [f"What is {i} plus 1?" for i in range(2)] + ["Name a river."]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     result = run_command("generate", str(checkpoint), "--prompts", str(file), "--chat", "--max-new-tokens",
@@ -94,16 +95,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_asked_is_told_before_torch(case: str, asked: list[str], tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_prompts_are_reported_before_torch_is_imported(case: str, asked: list[str], tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     more, message = WRONG[case]
     assert main([*asked, *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 
-def test_what_only_the_start_tells_is_told_by_its_option(asked: list[str], teacher: Path, run_command: Any,
-                                                         tmp_path: Path) -> None:
+def test_problems_of_the_start_name_its_option(asked: list[str], teacher: Path, run_command: Any,
+                                               tmp_path: Path) -> None:
     def refused(*more: str) -> str:
         result = run_command(*asked, *more)
         *before, error = result.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""`megatron-sov ssp probe`: planted answers, judged and estimated by the real commands."""
+"""`megatron-sov ssp probe`: planted answers, scored and estimated by the real commands."""
 
 import json
 import shlex
@@ -80,7 +80,7 @@ def probe(*arguments: str) -> dict[str, Any]:
     return dict(read_manifest("probe/table", "ssp_probe").content)
 
 
-def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
+def test_planted_best_checkpoint_of_each_domain_is_found_without_repeating_requests(
         asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     EventLog(Path(EVENTS)).close()
     result = probe("first", "second")
@@ -101,8 +101,7 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
     assert event["event"] == "ssp_probe" and [c["checkpoint"] for c in event["choice"]] == ["first", "third"]
 
 
-def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_probe_resumes_at_its_checkpoint(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = probe_run.run_command
     with monkeypatch.context() as killed:
         killed.setattr(probe_run, "run_command",
@@ -117,8 +116,8 @@ def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
     assert asked == ["first", "second", "second"]
 
 
-def test_the_commands_can_be_given_one_by_one(asked: list[str], capsys: pytest.CaptureFixture[str],
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_and_fuse_also_run_separately(asked: list[str], capsys: pytest.CaptureFixture[str],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["ssp", "probe", "first", "second", *ASK, "--dry-run"]) == 0
     for line in capsys.readouterr().out.splitlines():
         program, *words = shlex.split(line)
@@ -129,8 +128,8 @@ def test_the_commands_can_be_given_one_by_one(asked: list[str], capsys: pytest.C
     assert asked == []
 
 
-def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
-        asked: list[str], imported: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str], imported: dict[str, Path],
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     for step in (100, 200):
         shutil.copytree(imported["solar_open"], f"run/checkpoints/step-{step}")
     EventLog(Path("run", EVENTS)).close()
@@ -141,7 +140,7 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     assert "0.5 of" in capsys.readouterr().out
     result = probe("merged", "--run", "run")
     assert asked == ["step-100", "step-200", "merged"]
-    # never what is merged
+    # never the merged checkpoint
     assert [c["checkpoint"] for c in result["choice"]] == ["run/step-100", "run/step-200"]
     gains = {(g["domain"], g["k"]): g["gain"] for g in result["merged"]}
     # the second problem of algebra: one right answer of four is in half of the pairs
@@ -150,7 +149,8 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     assert main(["convert", "average", "run", "both"]) == 0
     for name in read_manifest("both").files:
         assert Path("both", name).read_bytes() == Path("merged", name).read_bytes()
-    # one that is the best everywhere is the merge, bit for bit, so that a road goes on whatever was found
+    # a checkpoint that is best in every domain is the merge, bit for bit, so that the next stage always has a
+    # start
     first = "run/checkpoints/step-100"
     assert main(["ssp", "probe", first, *ASK[:-1], "alone"]) == 0
     assert main(["ssp", "fuse", "alone", "--output", "same"]) == 0
@@ -172,27 +172,30 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     (["--k", "9"], "--k 9: must be at most --samples = 4"),
     (["--reward", "stemm"], "did you mean 'stem'?"),
 ])
-def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said: str,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], said: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty.jsonl").touch()
     assert main(["ssp", "probe", "first", *ASK, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not Path("probe").exists()
 
 
-def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture[str]) -> None:
-    with create_artifact("sets", "probing_sets") as artifact:
-        (artifact.path / "statistics.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}))
-        artifact.content = {"domains": {"statistics": 1}}
+def test_generated_problems_name_their_domains_and_are_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = {"prompt": "2 + 2?", "answer": "4", "domain": "statistics"}
+    with create_artifact("sets", "synthesis") as artifact:
+        (artifact.path / "kept.jsonl").write_text(json.dumps(problem))
     assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 0
     assert '"probe_domain": "statistics"' in Path("probe/problems.jsonl").read_text()
-    Path("sets/statistics.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
+    Path("sets/kept.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
     assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 2
     assert "the files have changed since" in capsys.readouterr().err
+    with create_artifact("more", "synthesis") as artifact:
+        (artifact.path / "kept.jsonl").write_text(json.dumps({**problem, "domain": ""}))
+    assert main(["ssp", "probe", "first", *ASK, "--problems", "more", "--dry-run"]) == 2
+    assert "kept.jsonl: line 1 has no text in 'domain'" in capsys.readouterr().err
 
 
-def test_what_would_not_be_comparable_is_refused(asked: list[str],
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomparable_checkpoints_are_refused(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     probe("first")
     assert main(["ssp", "probe", "second", *ASK, "--temperature", "0.5"]) == 2
     assert "its answers were begun with temperature = 1.0, now it is 0.5" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""`megatron-sov tools`: the page's examples, a model that plays, and mistakes told in a sentence."""
+"""`megatron-sov tools`: the commands of its page, a model that plays episodes, and messages about
+mistakes."""
 
 import json
 import re

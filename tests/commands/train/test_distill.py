@@ -1,4 +1,4 @@
-"""`megatron-sov distill`: a teacher of another width reads the data once, and a student learns from it."""
+"""`megatron-sov distill`: a teacher of another width computes states once, and a student learns from them."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     events = [e for e in read_events(whole / "events.jsonl") if e["event"] == "heldout_divergence"]
     assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == made.settings["teacher"]
     assert events[0]["kl"] > events[1]["kl"] == parsed["heldout_divergence"]["chat"]["kl"] > 0
-    assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # forward KL is what is learned
+    assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # the loss is the forward KL
 
     states = ("--teacher", str(teacher), "--states", f"{whole}.states")
     # complete: its states are not needed any more
@@ -68,7 +68,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
         assert text in capsys.readouterr().err
     assert not (tmp_path / "no").exists() and not (tmp_path / "never").exists()
 
-    # beside states that are there: the teacher's files are hashed once, to compare it with theirs
+    # with existing states: the teacher's files are hashed once for comparison
     from megatron_sov.post.distillation import teacher as teaching
 
     digest, hashed, begun = teaching.hash_weights, [], []
@@ -78,9 +78,9 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     assert (hashed, begun) == ([1], [made.settings["teacher"]])
 
 
-def test_each_teacher_reads_the_data_of_its_name(packed_data: Any, teacher: Path, tiny: list[str],
-                                                 tmp_path: Path, capsys: Any,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_teacher_scores_the_data_with_its_name(packed_data: Any, teacher: Path, tiny: list[str],
+                                                    tmp_path: Path, capsys: Any,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.distillation import teacher as teaching
 
     read: list[tuple[str, list[str], str]] = []

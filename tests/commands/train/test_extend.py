@@ -1,4 +1,4 @@
-"""`megatron-sov extend`: from a short run to a longer one, judged before and after."""
+"""`megatron-sov extend`: a run continues at a longer context, evaluated before and after."""
 
 import json
 from pathlib import Path

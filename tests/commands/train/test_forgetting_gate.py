@@ -1,4 +1,4 @@
-"""`--gate`: what is asked of `eval lm`, when, and what comes of its answers."""
+"""`--gate` of post-training stages: when `eval lm` runs, with which arguments, and how its scores decide."""
 
 import json
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.commands.train import forgetting_gate
 from megatron_sov.commands.train.forgetting_gate import ForgettingGate
-from megatron_sov.commands.train.setup.gates import build_gate, check_benchmarks
 from megatron_sov.commands.train.setup.stage_options import GateOptions
+from megatron_sov.commands.train.setup.training import build_gate, check_benchmarks
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import EventLog, read_events
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 
 class Evaluations:
@@ -35,7 +35,7 @@ class Evaluations:
 
 
 def asked(run: Path, *words: str) -> GateOptions:
-    return typed(GateOptions, ["--run", str(run), "--nproc", "2", *words])
+    return parse_settings(GateOptions, ["--run", str(run), "--nproc", "2", *words])
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def gate_for(run: Path, *words: str) -> ForgettingGate | None:
     return build_gate(asked(run, *words), recipes.get("tiny-solar-open"), Path("base/checkpoints/step-9"))
 
 
-def test_the_start_is_evaluated_first_and_both_share_their_answers(
-        run: Path, written_scores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_is_evaluated_first_and_both_share_their_answers(run: Path, written_scores: Any,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     evaluations = Evaluations(written_scores, [1.0] * 40, [1.0] * 40)
     monkeypatch.setattr(forgetting_gate, "run_command", evaluations)
     gate = gate_for(run, "--gate", "quiz,other", "--gate-with=--task-dir 'my tasks' --limit 40")
@@ -68,9 +68,9 @@ def test_the_start_is_evaluated_first_and_both_share_their_answers(
     assert verdict.failure is None and verdict.completion["forgetting_gate"]["tasks"][0]["value"] == 0
 
 
-def test_what_is_lost_fails_the_stage_and_is_told_in_events(
-        run: Path, written_scores: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-        ) -> None:
+def test_lost_scores_fail_the_stage_and_are_recorded_in_events(run: Path, written_scores: Any,
+                                                               monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(forgetting_gate, "run_command",
                         Evaluations(written_scores, [1.0] * 40, [1.0] * 20 + [0.0] * 20))
     gate = gate_for(run, "--gate", "quiz", "--tolerance", "0.2")
@@ -84,8 +84,8 @@ def test_what_is_lost_fails_the_stage_and_is_told_in_events(
     assert json.dumps(event["tasks"]) == json.dumps(verdict.completion["forgetting_gate"]["tasks"])
 
 
-def test_an_evaluation_that_stops_or_fails_ends_the_command_as_it_did(
-        run: Path, written_scores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_code_of_the_gate_evaluation_is_returned(run: Path, written_scores: Any,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     evaluations = Evaluations(written_scores, [], [])
     monkeypatch.setattr(forgetting_gate, "run_command", evaluations)
     gate = gate_for(run, "--gate", "quiz")
@@ -112,7 +112,7 @@ def test_a_mistake_is_one_sentence_before_anything_runs(run: Path, words: list[s
         gate_for(run, *words)
 
 
-def test_without_a_start_there_is_nothing_to_compare_with(run: Path) -> None:
+def test_a_gate_without_initial_weights_is_refused(run: Path) -> None:
     assert gate_for(run) is None
     with pytest.raises(UserError, match="add --from"):
         build_gate(asked(run, "--gate", "quiz"), recipes.get("tiny-solar-open"), None)
@@ -124,7 +124,7 @@ def refuse(*changes: str) -> None:
     check_benchmarks(apply_settings(recipes.get("tiny-solar-open"), [*asked, *changes]))
 
 
-def test_what_is_not_there_is_named_before_the_first_step(tmp_path: Path) -> None:
+def test_missing_gate_inputs_are_named_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "capitals.yaml").write_text("task: capitals\ntag: geography\n")
     here = f"evaluate.lm.task_dirs={json.dumps([str(tmp_path)])}"
     refuse(here)
@@ -132,6 +132,11 @@ def test_what_is_not_there_is_named_before_the_first_step(tmp_path: Path) -> Non
     refuse("evaluate.lm.allow_download=true")  # lm-eval may have it
     with pytest.raises(UserError, match=r"evaluate.lm.tasks = \['capitels'\]: .* did you mean .*capitals"):
         refuse(here, 'evaluate.lm.tasks=["capitels"]')
+    (tmp_path / "capitals.yaml").write_text(
+        "task: capitals\nmetadata: a note\ndataset_kwargs: {data_files: '${DATA}/d.jsonl'}\n")
+    with pytest.raises(UserError, match=r"needs d\.jsonl; put the data set into a folder"):
+        refuse(here)
+    refuse(here, f"evaluate.lm.data_dir={tmp_path}")
     for name, value in (("task_dirs", '["no such"]'), ("data_dir", "no such")):
         with pytest.raises(UserError, match=f"evaluate.lm.{name} = no such: is not a folder"):
             refuse(here, f"evaluate.lm.{name}={value}")

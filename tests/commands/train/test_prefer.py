@@ -1,4 +1,4 @@
-"""`megatron-sov prefer`: pairs and groups, from a run, with a reference that is made once."""
+"""`megatron-sov prefer`: pairs and groups, starts from a run, and a reference that is computed once."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`megatron-sov resume`: which command it gives, and what it refuses.  tests/e2e/test_resume.py trains."""
+"""`megatron-sov resume`: the command that it runs, and refusals. tests/e2e/test_resume.py trains."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ Begin = Callable[..., Path]
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
-    """Return what makes a run's folder as a command line leaves it."""
+    """Return a function that creates a run's folder for a command line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
 
@@ -41,7 +41,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
-    """Return what `pretrain` is given."""
+    """Return the arguments of `pretrain`."""
     found: list[argparse.Namespace] = []
     run = DeclaredCommand.run
 
@@ -55,8 +55,8 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
     return found
 
 
-def test_everything_comes_from_the_folder(
-        begun: Begin, given: list[argparse.Namespace], capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_comes_from_the_folder(begun: Begin, given: list[argparse.Namespace],
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     run = begun(*BEGAN)
     assert cli.main(["resume", "runs/a"]) == 0
     args = vars(given[0])
@@ -67,8 +67,8 @@ def test_everything_comes_from_the_folder(
         f"resume: megatron-sov pretrain --run {run} --nproc 2 --resume --config {run}/config.json\n")
 
 
-def test_what_is_typed_behind_the_folder_goes_before_it_and_is_said(
-        begun: Begin, given: list[argparse.Namespace], capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_after_the_folder_override_the_recorded_command(begun: Begin, given: list[argparse.Namespace],
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
     begun(*BEGAN)
     assert cli.main(["resume", "runs/a", "--nproc", "4", "--set", "train.steps=12"]) == 0
     assert given[0].nproc == "4" and given[0].settings == ["train.steps=12"]
@@ -81,16 +81,17 @@ def test_what_is_typed_behind_the_folder_goes_before_it_and_is_said(
     ("--run b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --from runs/a --run b"),
     ("--set optim.lr=1 --from b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --set "
                                   "optim.lr=1 --run runs/a-2 --from b")])
-def test_other_weights_and_other_folders_are_a_new_run(
-        typed: str, line: str, begun: Begin, given: list[argparse.Namespace],
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_weights_and_other_folders_are_a_new_run(typed: str, line: str, begun: Begin,
+                                                       given: list[argparse.Namespace],
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
     begun(*BEGAN)
     assert cli.main(["resume", "runs/a", *typed.split()]) == 2 and not given
     assert f"write\n  megatron-sov {line}\n" in capsys.readouterr().err
 
 
-def test_a_run_of_a_launcher_goes_on_with_as_many_processes(
-        begun: Begin, given: list[argparse.Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launched_run_resumes_with_the_same_number_of_processes(begun: Begin,
+                                                                  given: list[argparse.Namespace],
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "1")
     begun(*BEGAN[:6])
@@ -118,17 +119,17 @@ def test_a_command_that_went_on_can_go_on_again(begun: Begin, given: list[argpar
     assert given[1].dry_run and given[1].configs == given[0].configs
 
 
-def test_a_run_of_stages_is_planned_again_from_what_was_typed(
-        begun: Begin, given: list[argparse.Namespace], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_multi_stage_run_is_planned_again_from_its_command(begun: Begin, given: list[argparse.Namespace],
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     begun(*BEGAN, has_config=False)
     assert cli.main(["resume", "runs/a"]) == 0
     assert (given[0].recipe, given[0].data, given[0].settings) == ("tiny-qwen3", ["tokens:2"],
                                                                    ["train.steps=9"])
 
 
-def test_code_that_only_the_folder_names_is_not_run(
-        begun: Begin, given: list[argparse.Namespace], tmp_path: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_that_only_the_folder_names_is_not_run(begun: Begin, given: list[argparse.Namespace],
+                                                    tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
     run = begun(*BEGAN, "--plugin", "evil.py:X")
     (tmp_path / "evil.py").write_text("open('ran', 'w')\n")
     assert cli.main(["resume", "runs/a"]) == 2
@@ -144,9 +145,9 @@ def test_code_that_only_the_folder_names_is_not_run(
     ("distill", "distill", ("--teacher", "gone")),
     ("rl run", "policy", ("--prompts", "gone", "--store", "gone", "--reward", "math")),
     ("rl train", "policy", ("--prompts", "gone", "--store", "gone", "--reward", "math"))])
-def test_a_complete_run_needs_none_of_its_inputs(
-        begun: Begin, command: str, objective: str, more: Sequence[str],
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_needs_none_of_its_inputs(begun: Begin, command: str, objective: str,
+                                                 more: Sequence[str],
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
     data = () if objective == "policy" else ("--data", "gone")
     words = [*command.split(), "tiny-qwen3", *data, "--from", "gone", "--run", "runs/a", *more]
     run = begun(*words, settings=[f"objective.name={objective}"])
@@ -167,8 +168,8 @@ def test_a_complete_run_needs_none_of_its_inputs(
     ('{"words": ["doctor"], "folder": "/", "processes": 1}', "started the run and is not a training command"),
     ('{"words": ["rm", "-r"], "folder": "/", "processes": 1}', "started the run and is not a command of"),
 ])
-def test_a_folder_that_does_not_say_how_it_was_begun(
-        begun: Begin, content: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_does_not_say_how_it_was_begun(begun: Begin, content: str | None, message: str,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     run = begun(*BEGAN)
     (run / COMMAND).unlink()
     if content is not None:
@@ -184,7 +185,6 @@ def test_a_run_that_python_began_has_no_command(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "run" / COMMAND).exists()
 
 
-def test_resume_without_the_rest_names_the_command_that_needs_none(
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_without_options_names_a_complete_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sft", "--run", "runs/a", "--resume"]) == 2
     assert "`megatron-sov resume RUN` goes on without them" in capsys.readouterr().err

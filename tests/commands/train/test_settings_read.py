@@ -1,4 +1,4 @@
-"""Which settings each kind of stage reads, against the conditions under which they are declared to act."""
+"""Settings that each kind of stage reads, against their declared conditions (`ACTS_WHEN`)."""
 
 import dataclasses
 import fnmatch
@@ -80,7 +80,7 @@ class StageReads:
 
 
 def groups_of(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[type, str]]:
-    """Yield each class of settings with what stands before its fields."""
+    """Yield each settings class with the prefix of its keys."""
     yield cls, prefix
     for field in dataclasses.fields(cls):
         inner = get_inner_hint(cls, field.name)
@@ -176,13 +176,13 @@ def unlisted(keys: set[str], reasons: dict[str, str]) -> set[str]:
 
 
 @pytest.mark.deep
-def test_stages_read_what_acts_and_nothing_else(stages: dict[str, StageReads]) -> None:
+def test_stages_read_exactly_the_settings_with_effect(stages: dict[str, StageReads]) -> None:
     read_idly = {key: (name, stage.reads[key]) for name, stage in stages.items()
                  for key in stage.inert() & stage.reads.keys()}
     assert unlisted({*read_idly}, READ_WITHOUT_EFFECT) == set(), read_idly
     acts = {key for stage in stages.values() for key in {*setting_names()} - stage.inert()}
     unread = {key for key in acts if not any(key in stage.reads for stage in stages.values())}
     assert unlisted(unread, NEVER_READ) == set()
-    # no reason outlives what it was for
+    # no reason outlives its setting
     assert [pattern for pattern in READ_WITHOUT_EFFECT if not fnmatch.filter(read_idly, pattern)] == []
     assert [pattern for pattern in NEVER_READ if not fnmatch.filter(unread, pattern)] == []

@@ -1,4 +1,4 @@
-"""Memory of the machine is checked by the command, before the stage starts."""
+"""Training commands check the memory of the machine before the stage starts."""
 
 from types import SimpleNamespace
 

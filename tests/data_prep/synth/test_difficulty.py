@@ -61,7 +61,7 @@ def test_rows_are_graded_and_the_band_is_kept(made: Path, tmp_path: Path,
     rows = [{"prompt": "What is 1 plus 2?", "answer": "3"}, {"prompt": "What is 9876 times 5432 times 9999?"},
             {"messages": [{"role": "user", "content": measured["problem"]},
                           {"role": "assistant", "content": "?"}]}]
-    file = write(tmp_path / "rows.jsonl", rows)
+    file = write(tmp_path / "rows.txt", rows)
     words = ["difficulty", "grade", "--input", str(file), "--model", str(made / "model"), "--labels",
              str(made / "labels")]
     assert main([*words, "--output", str(tmp_path / "all")]) == 0
@@ -86,8 +86,8 @@ def test_rows_are_graded_and_the_band_is_kept(made: Path, tmp_path: Path,
     (["grade", "--input", "@rows", "--model", "@labels", "--output", "@out"], "difficulty_labels"),
     (["grade", "--input", "@rows", "--model", "@model", "--keep", "1:1", "--output", "@out"], "no row is in"),
 ])
-def test_mistakes_are_one_sentence_and_leave_nothing(words: list[str], said: str, made: Path, tmp_path: Path,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_sentence_and_no_output(words: list[str], said: str, made: Path, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "rows.jsonl", [{"prompt": "What is 977 times 3 times 88?"}])
     write(tmp_path / "bad.jsonl", [{"x": 1}])
     places = {"@rows": tmp_path / "rows.jsonl", "@bad": tmp_path / "bad.jsonl", "@out": tmp_path / "out",

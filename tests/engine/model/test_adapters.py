@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.checkpoint.gather import TensorGatherer
 from megatron_sov.engine.decode import forward_only
 from megatron_sov.engine.model.adapters import LinearAdapter
@@ -72,7 +72,7 @@ class Learning:
     def __init__(self, config: Any, seed: int = 1) -> None:
         self.config = config
         self.model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
-        load.initialize_weights(self.model, config.model, seed)
+        initial_weights.initialize_weights(self.model, config.model, seed)
         if config.lora.dora:
             for chunk in self.model.chunks:
                 chunk.adapters.set_magnitudes(chunk)
@@ -172,8 +172,9 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
      ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.gate_up_proj",
       "model.layers.1.mlp.shared_experts.up_proj", "model.layers.1.mlp.experts.down_proj"]),
 ])
-def test_the_first_gradient_of_b_is_the_whole_one_times_a_transposed(
-        recipe: str, settings: list[str], names: list[str], ranks: Any, job: Any) -> None:
+def test_first_gradient_of_b_is_full_gradient_times_a_transposed(recipe: str, settings: list[str],
+                                                                 names: list[str], ranks: Any,
+                                                                 job: Any) -> None:
     ((found,),) = ranks(job(__file__, "full_gradients", 1, {"recipe": recipe, "settings": settings}))
     assert found["losses"][0] == found["losses"][1], "B is 0: nothing is added"
     assert found["worst"] < 1e-12 and found["of A"] == 0
@@ -268,9 +269,9 @@ def test_the_same_adapter_under_zero1_and_recomputation(ranks: Any, job: Any) ->
     ("tiny-k-exaone", {**TP2, **EP2}, 2, ['lora.targets=["all-linear"]']),
     ("tiny-qwen2", {}, 1, ["lora.dora=true"]),
 ])
-def test_the_same_adapter_behind_transformer_engines_layers(
-        recipe: str, layout: dict[str, Any], nproc: int, settings: list[str], ranks: Any, te_ranks: Any,
-        job: Any) -> None:
+def test_adapters_of_transformer_engine_layers_are_equal(recipe: str, layout: dict[str, Any], nproc: int,
+                                                         settings: list[str], ranks: Any, te_ranks: Any,
+                                                         job: Any) -> None:
     """With the double's fused norm-and-linear layers, and one grouped layer for all local experts."""
     asked = {"recipe": recipe, "settings": settings}
     ((local,),) = ranks(job(__file__, "trained", 1, {"layout": {}, **asked}))

@@ -117,6 +117,6 @@ def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> Non
 
 
 @pytest.mark.each(("longest", "tabled"), [(1, 1), (5, 8), (64, 64), (65, 100)])
-def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabled: int) -> None:
+def test_library_attention_sees_few_distinct_lengths(longest: int, tabled: int) -> None:
     packed = attention.pack_documents(torch.tensor([0, longest, 100]), longest, 100, own=False)
     assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled

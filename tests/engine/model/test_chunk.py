@@ -1,4 +1,4 @@
-"""A chunk's layers have the numbers of their entries in our per-layer lists; its output head."""
+"""Layers of a model chunk have their global numbers in per-layer settings; the chunk's output head."""
 
 from typing import Any
 
@@ -93,7 +93,7 @@ def built_head() -> list[Any]:
 
 
 @pytest.mark.distributed
-def test_the_head_of_a_model_has_a_config_of_its_own(ranks: Any, job: Any) -> None:
+def test_the_output_head_has_its_own_config(ranks: Any, job: Any) -> None:
     ((of_head, of_model, refusal),), ((built,),) = ranks(job(__file__, "heads", 1, {}),
                                                          job(__file__, "built_head", 1, {}))
     assert (of_head, of_model, built) == (False, True, "OutputHead")

@@ -69,7 +69,7 @@ def test_a_weighted_sum_needs_one_pass_and_other_losses_two() -> None:
     assert once.most_numbers == twice.most_numbers == max(CHUNK, HIDDEN) * VOCABULARY, "never all logits"
 
 
-def test_without_gradients_there_are_logits_only() -> None:
+def test_without_gradients_only_logits_are_computed() -> None:
     states, weight, labels, weights = inputs()
     with torch.no_grad(), Products() as seen:
         losses, total = fused(states, weight, labels, weights)
@@ -78,7 +78,7 @@ def test_without_gradients_there_are_logits_only() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["states", "weight"])
-def test_what_is_frozen_costs_nothing(frozen: str) -> None:
+def test_a_frozen_head_weight_costs_nothing(frozen: str) -> None:
     states, weight, labels, weights = inputs()
     (states if frozen == "states" else weight).requires_grad_(False)
     with Products() as seen:
@@ -87,7 +87,7 @@ def test_what_is_frozen_costs_nothing(frozen: str) -> None:
     assert (states.grad is None, weight.grad is None) == (frozen == "states", frozen == "weight")
 
 
-def test_gradients_are_given_once() -> None:
+def test_gradients_are_returned_once() -> None:
     """Gradients are scaled in place: a second backward pass would scale them twice."""
     total = fused(*inputs())[1]
     total.backward(retain_graph=True)
@@ -126,8 +126,8 @@ def by_logprobs(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("way", [by_one_sum, by_two_sums, by_logprobs])
-def test_the_heads_gradient_is_summed_in_float32_under_bf16(
-        way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heads_gradient_is_summed_in_float32_under_bf16(way: Any,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """With 256 chunks of equal sign, a bf16 sum loses later chunks: 8 bits drop terms below 1/256 of the sum.
     In float32 the sum is as close to float64 as bf16 logits allow."""
     monkeypatch.setattr(chunked_head, "PRODUCT_ROWS", 16)

@@ -72,7 +72,7 @@ def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("plain_kernel")
-def test_what_is_asked_for_and_its_gradients_are_those_of_torch() -> None:
+def test_outputs_and_gradients_equal_plain_torch() -> None:
     rows = [drawn(TOKENS, torch.float32) for _ in range(2)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
     result = delta_rule.apply_fused_delta_rule(*rows[0], chunks=chunks, dtype=torch.float32)

@@ -32,7 +32,7 @@ def bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("fastest", [0.3, 40.0])
-def test_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
+def test_a_document_equals_transformers(fastest: float) -> None:
     """Decays as in Kimi Delta Attention; fast ones reach e^-2,000 in a chunk."""
     from transformers.models.kimi_linear import modeling_kimi_linear as theirs
 
@@ -50,7 +50,7 @@ def test_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
         torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=2e-5)
 
 
-def test_a_backward_pass_costs_as_much_for_each_token_of_a_long_document() -> None:
+def test_backward_cost_per_token_is_constant_in_length() -> None:
     class Counting(TorchDispatchMode):
         """Counts the elements that operators return."""
 
@@ -71,7 +71,7 @@ def test_a_backward_pass_costs_as_much_for_each_token_of_a_long_document() -> No
     assert backward(32) < 4.5 * backward(8), "four times as many tokens"
 
 
-def test_documents_of_a_row_are_what_each_is_alone() -> None:
+def test_packed_documents_equal_single_documents() -> None:
     row = drawn(sum(LENGTHS))
     chunks = chunk_documents(bounds(LENGTHS), CPU)
     found, states = apply_delta_rule(*row, chunks=chunks)
@@ -89,7 +89,7 @@ def test_documents_of_a_row_are_what_each_is_alone() -> None:
 
 
 @pytest.mark.parametrize("fastest", [0.3, 40.0])
-def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks(fastest: float) -> None:
+def test_single_tokens_and_carried_states_equal_chunks(fastest: float) -> None:
     row = [t.detach() for t in drawn(2 * CHUNK_TOKENS + 9, fastest=fastest)]
     found, last = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
     zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)

@@ -152,7 +152,7 @@ def test_no_tensor_is_larger_than_a_chunks_logits(alone: None, kind: str) -> Non
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_tokens_that_one_of_them_excludes_are_numbers(alone: None, beta: float) -> None:
+def test_excluded_tokens_give_finite_values(alone: None, beta: float) -> None:
     """Logits hundreds apart: probabilities underflow to 0, but values and gradients stay finite."""
     tensors = whole(torch.float32)
     tensors |= {"states": 60 * tensors["states"], "teacher states": 60 * tensors["teacher states"]}
@@ -164,7 +164,7 @@ def test_tokens_that_one_of_them_excludes_are_numbers(alone: None, beta: float) 
                                atol=5e-3)
 
 
-def test_a_teacher_in_bf16_stays_where_it_lies(alone: None) -> None:
+def test_bf16_teacher_states_equal_rounded_float32_states(alone: None) -> None:
     """Its states are copied a chunk at a time in the dtype of its head; log-probabilities are compared in the
     student's dtype."""
     tensors = whole(torch.float32)

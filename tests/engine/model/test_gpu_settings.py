@@ -40,7 +40,7 @@ def test_each_recipe_has_the_librarys_names() -> None:
     assert fp4["moe_router_padding_for_quantization"] and "fp8" not in fp4
 
 
-def test_layers_in_bf16_are_asked_by_their_number_in_the_model() -> None:
+def test_bf16_layers_are_counted_in_the_whole_model() -> None:
     """Three of four layers at the start, independent of stages: the library's validation would refuse them at
     `parallel.pp` = 2, so they are set after it."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
@@ -69,7 +69,7 @@ def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te)
 
 
-def test_a_chip_that_cannot_is_told_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_recipe_names_those_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     chip(monkeypatch, {"tensorwise", "blockwise"})  # as on Hopper
     check_fp8_support(TrainConfig(fp8="blockwise"), te=True)
     for fp8 in ("mxfp8", "nvfp4"):
@@ -88,7 +88,7 @@ def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_p
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
 
-def test_what_is_only_read_is_not_quantised() -> None:
+def test_quantization_is_disabled_in_a_context_and_restored() -> None:
     config = SimpleNamespace(fp8="e4m3", fp4=None, moe_router_padding_for_quantization=True)
     with pytest.raises(KeyError), disable_quantization(config):
         assert (config.fp8, config.fp4, config.moe_router_padding_for_quantization) == (None, None, False)
@@ -164,7 +164,7 @@ def test_each_setting_has_a_case() -> None:
     assert ours == {name for name in CHANGES if name.startswith("gpu.")}
 
 
-def test_the_page_says_of_each_setting_where_it_goes_and_how_it_is_proven() -> None:
+def test_the_page_lists_field_and_proof_of_each_setting() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()
             if line.startswith(("| `gpu.", "| `train.", "| `parallel."))]
@@ -190,7 +190,7 @@ def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_confi
     assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)
 
 
-def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_repeat(
+def test_linear_attention_kernels_are_used_if_importable_and_nondeterminism_is_allowed(
         monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*changes: str, te: bool = True) -> bool:
         config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16", *changes])
@@ -223,8 +223,8 @@ def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: p
 @pytest.mark.each(("version", "told"), [
     ("0.4.2", "version 0.4.2 is older than 0.6"), ("0.5.1", "version 0.5.1 is older than 0.6"),
     ("", "version unknown"), ("0.6.0", ""), ("0.10.0", ""), ("1.0.dev1", "")])
-def test_older_kernels_do_not_serve(
-        version: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_kernels_do_not_serve(version: str, told: str, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fla/ops/kda").mkdir(parents=True)
     (tmp_path / "fla/ops/kda/__init__.py").write_text("def chunk_kda(**kwargs): pass\n")
     (tmp_path / "fla/ops/__init__.py").write_text("")
@@ -239,7 +239,7 @@ def test_older_kernels_do_not_serve(
             del sys.modules[name]
 
 
-def test_a_run_tells_what_auto_came_to() -> None:
+def test_a_run_records_the_resolved_auto_settings() -> None:
     fused: dict[str, Any] = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
     fused["linear_attention"] = False
     assert gpu_settings.resolve_auto_settings(config_with([]), te=True) == fused | {"attention": "auto"}
@@ -275,8 +275,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
     ("parallel.expert_dispatcher=deepep", True, {}, "parallel.expert_dispatcher"),
     ("gpu.linear_attention=fla", True, {}, "gpu.linear_attention"),
 ])
-def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dict[str, str], keys: str,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_gpu_settings_are_refused(changes: str, te: bool, environment: dict[str, str], keys: str,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: te)
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # set by the library with each model
         monkeypatch.delenv(name, raising=False)
@@ -287,8 +287,7 @@ def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dic
     assert [key for _, key in refused.value.codes] == keys.split()
 
 
-def test_overlapped_passes_that_free_what_layers_in_bf16_need_are_refused(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlap_that_frees_inputs_of_bf16_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "find_deep_ep_problem", lambda name: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
@@ -305,8 +304,8 @@ def test_overlapped_passes_that_free_what_layers_in_bf16_need_are_refused(
     ("", r"AttributeError: module 'deep_ep\.utils' has no attribute 'EventOverlap'"),
     ("raise AssertionError('Invalid NCCL versions: a v.s. b')", "AssertionError: Invalid NCCL versions: a v"),
 ])
-def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
-        says: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, told: str, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "deep_ep"
     package.mkdir()
     (package / "__init__.py").write_text(f"{says}\nclass Buffer: pass\n")

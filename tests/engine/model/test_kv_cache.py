@@ -31,8 +31,7 @@ class Whole:
 
 @pytest.mark.each("step", [1, 3])
 @pytest.mark.each("window", [0, 1, 5, 16, 100])
-def test_pieces_give_what_whole_sequences_give(window: int, step: int,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_spans_equal_whole_sequences(window: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 7)
     generator, choose = torch.Generator().manual_seed(window), random.Random(window)
     layer = CachedAttention(CacheSize(SLOTS, LONGEST, step), DIM ** -0.5, window)

@@ -41,7 +41,7 @@ def devices(recipe: str, precision: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.distributed
-def test_nothing_stays_on_the_cpu(ranks: Any, job: Any) -> None:
+def test_no_tensor_stays_on_the_cpu(ranks: Any, job: Any) -> None:
     results = ranks(*(job(__file__, "devices", 1, {"recipe": recipe, "precision": precision})
                       for recipe in ("tiny-solar-open", "tiny-k-exaone") for precision in ("fp32", "bf16")))
     for (found,) in results:

@@ -19,8 +19,8 @@ HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 
 
 @pytest.mark.each(("nope", "rope", "value_width"), [(6, 4, 7), (6, 4, 10), (2, 4, 9)])
-def test_values_of_any_width_are_attended_to_inside_documents(
-        nope: int, rope: int, value_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_any_width_are_attended_to_inside_documents(nope: int, rope: int, value_width: int,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     draw = torch.Generator().manual_seed(nope)
     query, key = (torch.randn(20, HEADS, nope + rope, generator=draw, dtype=torch.float64) for _ in range(2))
@@ -67,8 +67,7 @@ def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], in
 
 
 @pytest.mark.distributed
-def test_a_weight_with_its_adapter_is_made_once_in_a_generation_and_anew_in_the_next(ranks: Any,
-                                                                                     job: Any) -> None:
+def test_merged_adapter_weight_is_built_once_per_generation(ranks: Any, job: Any) -> None:
     (before, after), = ranks(job(__file__, "generated_while_trained", 1, {}))[0]
     layers = 2
     assert before[2] == after[2] == layers

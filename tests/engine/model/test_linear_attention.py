@@ -104,7 +104,7 @@ def test_kimis_layer_and_its_gradients_are_transformers_module(one_process: None
         [gate.f_a_proj.weight.grad, theirs.g_a_proj.weight.grad]), atol=2e-4, rtol=2e-4)
 
 
-def test_packed_documents_are_separate_ones(layer: LinearAttention) -> None:
+def test_packed_documents_equal_separate_documents(layer: LinearAttention) -> None:
     x, bounds = states(), [0, 70, 71, 71, 150]
     together = layer(x, packed_seq_params=row(bounds))[0]
     for start, stop in ((0, 70), (70, 71), (71, 150)):
@@ -112,7 +112,7 @@ def test_packed_documents_are_separate_ones(layer: LinearAttention) -> None:
         torch.testing.assert_close(together[start:stop], alone, atol=1e-13, rtol=1e-12)
 
 
-def test_what_is_kept_for_the_backward_pass_is_what_plan_counts(layer: LinearAttention) -> None:
+def test_saved_tensors_equal_the_bytes_that_plan_counts(layer: LinearAttention) -> None:
     tokens, weights = 512, {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -128,7 +128,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_plan_counts(layer: LinearAtt
     assert 0 <= result - sum(counted.values()) - tokens * HIDDEN * 8 <= tokens * 6 * 8
 
 
-def test_answers_that_share_a_prompt_are_whole_documents(layer: LinearAttention) -> None:
+def test_responses_with_a_shared_prompt_equal_whole_documents(layer: LinearAttention) -> None:
     """A prompt of 70 tokens, stored once, with responses of 3 and 5."""
     x = states(78)
     source = torch.cat([torch.arange(73), torch.arange(70), torch.arange(73, 78)])
@@ -149,7 +149,7 @@ def read(layer: LinearAttention, x: torch.Tensor, spans: list[tuple[int, int, in
 
 @pytest.mark.parametrize("step_tokens", [1, 4])
 @torch.no_grad()
-def test_spans_and_tokens_one_by_one_are_one_pass(layer: LinearAttention, step_tokens: int) -> None:
+def test_cached_spans_and_single_tokens_equal_one_pass(layer: LinearAttention, step_tokens: int) -> None:
     x = states()
     expected = layer(x, packed_seq_params=row([0, TOKENS]))[0]
     layer.state_cache = kept = RecurrentCache(CacheSize(3, TOKENS, step_tokens), layer)

@@ -69,7 +69,7 @@ class Linear(torch.nn.Module):
         return states, None
 
 
-def test_bounds_come_behind_adapters_in_layers_that_have_one() -> None:
+def test_activation_bounds_apply_after_adapters() -> None:
     model = recipes.get("tiny-k-exaone2").model
     layers = [SimpleNamespace(layer_number=n, mlp=Network()) for n in (4, 5)]  # limit 7 on the second
     linears: list[Any] = [part.linear_fc1 for layer in layers

@@ -70,7 +70,7 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_documents_stay_apart_and_pieces_are_the_whole(ranks: Any, job: Any) -> None:
+def test_documents_are_separate_and_cached_spans_equal_whole_rows(ranks: Any, job: Any) -> None:
     layouts = ((1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"cp": 2}))
     results = ranks(*(job(__file__, "states", n, {"layout": layout}) for n, layout in layouts))
     for (_, layout), per_rank in zip(layouts, results, strict=True):

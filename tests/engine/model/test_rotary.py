@@ -100,7 +100,7 @@ def scales(recipe: str) -> dict[str, Any]:
             "on cosine and sine": yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(fused)}
 
 
-def test_yarns_factor_is_in_the_softmax_scale_so_that_fused_rotations_serve(ranks: Any, job: Any) -> None:
+def test_yarn_factor_is_applied_in_the_softmax_scale(ranks: Any, job: Any) -> None:
     from transformers import SolarOpenConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -107,7 +107,7 @@ def expected_of(what: str, tensors: dict[str, torch.Tensor], cap: float | None) 
 @pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("cap", [None, CAP])
-def test_figures_and_gradients_are_those_of_whole_logits(ranks: Any, job: Any, cap: float | None) -> None:
+def test_values_and_gradients_equal_those_of_whole_logits(ranks: Any, job: Any, cap: float | None) -> None:
     results = ranks(*(job(__file__, "of_a_split_head", n, {"layout": layout, "chunk_tokens": tokens,
                                                            "cap": cap}) for n, layout, tokens in LAYOUTS))
     tensors, n = whole(), divergences.VOCABULARY

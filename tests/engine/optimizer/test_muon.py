@@ -169,8 +169,8 @@ def worst(result: dict[str, Any]) -> tuple[float, str]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("names", [FIRST, pytest.param(LAYOUTS.keys() - FIRST, marks=pytest.mark.deep)],
                          ids=["at once", "each alone"])
-def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(
-        names: set[str], ranks: Any, job: Any) -> None:
+def test_matrices_follow_torch_muon_and_other_parameters_torch_adamw(names: set[str], ranks: Any,
+                                                                     job: Any) -> None:
     cases = [(name, n, settings, seed) for seed, (name, (n, settings)) in enumerate(LAYOUTS.items(), 1)
              if name in names]
     results = ranks(*(job(__file__, "updates", n, {"settings": [FP64, *settings], "seed": seed})

@@ -32,8 +32,8 @@ LAYOUTS = {"plain": (2, []), "both": (2, [ZERO1, REDUCE, GATHER, BUCKETS])}
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(
-        ranks: Any, job: Any, packed_data: Any) -> None:
+def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(ranks: Any, job: Any,
+                                                                 packed_data: Any) -> None:
     results = dict(zip(LAYOUTS, ranks(*(
         job(RUN, "deferred", n, {"settings": [FP64, *settings], "paths": [str(packed_data.text)]})
         for n, settings in LAYOUTS.values())), strict=True))
@@ -159,7 +159,7 @@ def refusals(settings: list[list[str]]) -> list[str]:
 
 
 @pytest.mark.distributed
-def test_groups_change_what_their_names_match_and_nothing_else(ranks: Any, job: Any) -> None:
+def test_groups_change_only_matching_parameters(ranks: Any, job: Any) -> None:
     exceptions = ('optim.groups=[{"pattern": "*router.weight", "optimizer": "adamw"}, {"pattern": '
                   '"decoder.*", "lr_scale": 0.5},'
                   ' {"pattern": "decoder.layers.1.pre*", "frozen": true}, {"pattern": '

@@ -77,7 +77,7 @@ def zero1_shards(precision: str) -> dict[str, Any]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks, job) -> None:
+def test_zero1_assigns_disjoint_parameter_ranges(ranks, job) -> None:
     cases = (("fp32", ["exp_avg", "exp_avg_sq"], "float32"),
              ("bf16", ["exp_avg", "exp_avg_sq", "master"], "float32"),
              ("fp64", ["exp_avg", "exp_avg_sq"], "float64"))
@@ -103,8 +103,7 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
 @given(shape=SHAPES, data=st.data())
-def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(shape: list[int],
-                                                                              data: st.DataObject) -> None:
+def test_an_element_range_is_a_few_ordered_rectangles(shape: list[int], data: st.DataObject) -> None:
     size = int(np.prod(shape))
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(start, size))

@@ -55,8 +55,7 @@ def measured(folder: str) -> list[Any]:
 
 
 @pytest.mark.distributed
-def test_the_slow_process_is_named_and_those_that_wait_for_it_are_not(ranks: Any, job: Any,
-                                                                      tmp_path: Path) -> None:
+def test_the_slow_process_is_named_but_waiting_ones_are_not(ranks: Any, job: Any, tmp_path: Path) -> None:
     ((fast, fast_steps, waits, found), (slow, slow_steps, _, other)) = ranks(
         job(__file__, "measured", 2, {"folder": str(tmp_path)}))[0]
     for computed_s, step_s, waited_s in zip(fast, fast_steps, waits, strict=True):

@@ -37,7 +37,7 @@ def cut(cp: int, tp: int) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_a_row_is_cut_and_put_together(ranks, job) -> None:
+def test_a_row_is_split_and_gathered(ranks, job) -> None:
     layouts = [(1, 1), (2, 1), (4, 1), (2, 2)]
     for (cp, tp), per_rank in zip(layouts, ranks(*(job(__file__, "cut", cp * tp, {"cp": cp, "tp": tp})
                                                    for cp, tp in layouts)), strict=True):

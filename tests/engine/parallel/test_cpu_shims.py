@@ -57,7 +57,7 @@ def marks() -> dict[str, list[str]]:
 
 
 @pytest.mark.distributed
-def test_behind_the_door_everything_is_on_the_cpu(ranks, job) -> None:
+def test_cpu_shims_put_everything_on_the_cpu(ranks, job) -> None:
     (seen,), (unmarked,) = ranks(job(__file__, "opened"), job(__file__, "marks"))
     assert seen["once"] and not seen["on_gpu"] and seen["device"] == "cpu"
     assert set(seen["landed"]) == {"cpu"} and seen["meta"] == "meta"

@@ -20,7 +20,7 @@ from megatron_sov.engine.parallel import device as own_gpu, rng, world
 from megatron_sov.engine.parallel.device import DETERMINISM_VARIABLES, enable_determinism
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
@@ -39,7 +39,7 @@ def _left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
-def test_every_library_is_told() -> None:
+def test_settings_reach_every_library() -> None:
     enable_determinism()
     assert (torch.are_deterministic_algorithms_enabled()
             and not torch.is_deterministic_algorithms_warn_only_enabled())
@@ -173,7 +173,7 @@ def told(uuids: list[str], problems: dict[int, str]) -> list[str]:
         return list(ranks.map(rank, range(len(uuids))))
 
 
-def test_all_ranks_hear_of_one_that_has_no_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_report_a_rank_without_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(["a", "b", "c"], {}) == ["", "", ""]
     assert told(["a", "b"], {1: "is on fire"}) == ["rank 1: its GPU is on fire"] * 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -244,7 +244,7 @@ def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: py
         own_gpu.set_run_variables(config)
 
 
-def test_a_process_stays_beside_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_bound_to_cores_near_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: taken.append(sorted(cpus)), raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)

@@ -18,7 +18,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import load_plugin
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.launcher import read_plan, write_plan_file
-from megatron_sov.train.data.token_shards import ShardChain, map_numbers, open_sources
+from megatron_sov.train.data.sources import open_sources
+from megatron_sov.train.data.token_shards import ShardChain, map_numbers
 from megatron_sov.work.processes.stop_signals import catch_stop_signals
 
 # Plan files for ranks that are new processes.
@@ -29,7 +30,7 @@ def passed_on(value: Any) -> Any:
         return read_plan(os.dup(plan))()
 
 
-def test_shards_are_opened_again_and_a_bare_map_of_a_file_is_not_copied(packed_data: Any) -> None:
+def test_shards_are_reopened_instead_of_pickled(packed_data: Any) -> None:
     shard = open_sources({str(packed_data.text): 1.0}, 368)[0].open_split("train")
     again = passed_on(shard)
     assert isinstance(again, ShardChain) and again is not shard
@@ -41,7 +42,7 @@ def test_shards_are_opened_again_and_a_bare_map_of_a_file_is_not_copied(packed_d
         passed_on(map_numbers(index, np.dtype(np.uint8), index.stat().st_size)[3:9])
 
 
-def test_code_that_a_person_named_is_run_again_as_it_was(tmp_path: Path) -> None:
+def test_user_code_runs_unchanged_in_new_processes(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("class Own:\n    number = 7\n")
     value = load_plugin(f"{file}:Own").value()
@@ -52,7 +53,7 @@ def test_code_that_a_person_named_is_run_again_as_it_was(tmp_path: Path) -> None
             read_plan(os.dup(plan))
 
 
-def test_a_rank_is_asked_itself_to_stop() -> None:
+def test_a_stop_signal_reaches_the_rank() -> None:
     with catch_stop_signals() as flag:
         again = passed_on(flag)
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -53,7 +53,7 @@ def _objects(rank: int, size: int) -> list[Any]:
     return values
 
 
-def test_calls_give_what_they_are_defined_to() -> None:
+def test_collectives_return_their_defined_results() -> None:
     mine = [torch.arange(3.0) + 10 * rank for rank in range(3)]
     result = SimulatedRanks(3).run(ParallelConfig(), everything)
 
@@ -67,7 +67,7 @@ def test_calls_give_what_they_are_defined_to() -> None:
         assert results == {name: value.tolist() for name, value in expected.items()}
 
 
-def test_each_process_is_at_its_own_place() -> None:
+def test_each_process_has_its_own_rank_and_groups() -> None:
     def place_of(place: ParallelWorld) -> tuple[Any, ...]:
         from megatron.core import parallel_state
 
@@ -84,7 +84,7 @@ def test_each_process_is_at_its_own_place() -> None:
     assert not dist.is_initialized()
 
 
-def test_a_standstill_is_told_with_who_waits_for_what() -> None:
+def test_a_deadlock_names_each_waiting_process_and_call() -> None:
     def waits(place: ParallelWorld) -> None:
         if place.rank:
             dist.all_reduce(torch.ones(1))
@@ -93,7 +93,7 @@ def test_a_standstill_is_told_with_who_waits_for_what() -> None:
         SimulatedRanks(3).run(ParallelConfig(), waits)
 
 
-def test_two_calls_that_do_not_belong_together_are_told() -> None:
+def test_mismatched_calls_are_reported() -> None:
     def differ(place: ParallelWorld) -> None:
         if place.rank:
             dist.barrier()
@@ -104,7 +104,7 @@ def test_two_calls_that_do_not_belong_together_are_told() -> None:
         SimulatedRanks(2).run(ParallelConfig(), differ)
 
 
-def test_an_error_of_one_ends_all() -> None:
+def test_an_error_of_one_process_ends_all() -> None:
     def fails(place: ParallelWorld) -> None:
         if place.rank == 1:
             raise KeyError("mine")
@@ -121,7 +121,7 @@ def test_places_are_counted() -> None:
     assert ranks.sites == {CallSite("barrier", "WORLD", "outside of the library"): 2}
 
 
-def test_what_nobody_takes_is_told() -> None:
+def test_an_unreceived_message_is_reported() -> None:
     def send_only(place: ParallelWorld) -> None:
         if place.rank == 0:
             dist.isend(torch.ones(1), 1)
@@ -144,9 +144,8 @@ def send(mine: torch.Tensor, is_first: bool) -> None:
 @pytest.mark.each("call", [
     send, lambda mine, is_first: dist.all_reduce(mine), lambda mine, is_first: dist.broadcast(mine, 0),
     lambda mine, is_first: dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine)])
-def test_numbers_that_are_not_as_many_or_of_another_kind_are_told(
-    call: Callable[[torch.Tensor, bool], None], other: torch.Tensor,
-) -> None:
+def test_messages_of_other_size_or_dtype_are_reported(call: Callable[[torch.Tensor, bool], None],
+                                                      other: torch.Tensor) -> None:
     """torch's copy would broadcast and convert them."""
     with pytest.raises(Deadlock, match="call pass different"):
         SimulatedRanks(2).run(ParallelConfig(), lambda place: call(
@@ -156,6 +155,6 @@ def test_numbers_that_are_not_as_many_or_of_another_kind_are_told(
 @pytest.mark.parametrize("call", [
     lambda mine, rank: dist.all_reduce(mine, [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank]),
     lambda mine, rank: dist.broadcast(mine, rank)])
-def test_another_reduction_or_another_sender_is_told(call: Callable[[torch.Tensor, int], None]) -> None:
+def test_mismatched_reductions_or_sources_are_reported(call: Callable[[torch.Tensor, int], None]) -> None:
     with pytest.raises(Deadlock, match=r"(allreduce MAX|broadcast from 1)"):
         SimulatedRanks(2).run(ParallelConfig(), lambda place: call(torch.zeros(4), place.rank))

@@ -13,7 +13,7 @@ from megatron_sov.engine.parallel.values import (
 from megatron_sov.model.config import ParallelConfig
 
 
-def test_what_is_packed_comes_back_by_name() -> None:
+def test_packed_values_are_returned_by_name() -> None:
     values = {"loss": torch.tensor(2.5, dtype=torch.float64),
               "by source": torch.arange(6, dtype=torch.float64).view(3, 2),
               "none": torch.zeros(0, 2, dtype=torch.float64)}
@@ -23,7 +23,7 @@ def test_what_is_packed_comes_back_by_name() -> None:
     assert list(result) == list(values) and all(torch.equal(result[name], values[name]) for name in values)
 
 
-def test_whole_numbers_stay_whole() -> None:
+def test_integers_stay_integers() -> None:
     large = torch.tensor([2**62 + 1])
     assert int(unflatten_tensors(flatten_tensors({"a": torch.tensor(3), "b": large}),
                                  {"a": (), "b": (1,)})["b"]) == 2**62 + 1

@@ -20,7 +20,7 @@ def place(layout: dict[str, int]) -> list[int | bool]:
     return [w.rank, w.size, w.dp_rank, w.dp_size, w.first_stage, w.last_stage, w.is_main]
 
 
-def test_what_one_join_leaves_in_a_store_the_next_does_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_keys_of_one_join_do_not_affect_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     import datetime
 
     import torch.distributed as dist
@@ -67,7 +67,7 @@ def joining(timeout_s: float) -> list[Any]:
 
 
 @pytest.mark.distributed
-def test_on_gpus_no_group_is_split_off_all_processes_and_gloo_makes_none(ranks: Any, job: Any) -> None:
+def test_gpu_groups_are_not_split_from_the_world_and_gloo_creates_none(ranks: Any, job: Any) -> None:
     """With a default group bound to a device, every process takes part in every `new_group`."""
     ((asked,),) = ranks(job(__file__, "joining", 1, {"timeout_s": 90.0}))
     assert asked == [[0, 1, 7, 90.0], ["nccl", False, 90.0], [False, 2]]
@@ -121,8 +121,8 @@ def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[
 @pytest.mark.distributed
 @pytest.mark.parametrize(("num_ranks", "layout"), [
     (480, {"pp": 2, "ep": 8}), (1024, {"pp": 8, "ep": 64, "cp": 2})])
-def test_a_rank_helps_to_make_few_groups_and_has_those_of_the_library(
-        ranks: Any, job: Any, num_ranks: int, layout: dict[str, int]) -> None:
+def test_a_rank_joins_few_group_creations_and_has_the_library_groups(ranks: Any, job: Any, num_ranks: int,
+                                                                     layout: dict[str, int]) -> None:
     places = [0, num_ranks // 2 + 3]  # the second may be in no embedding group
     given = {"num_ranks": num_ranks, "layout": layout, "places": places}
     ((shared,),), ((alone,),) = (ranks(job(__file__, name, 1, given)) for name in ("joined", "unshared"))

@@ -161,8 +161,8 @@ def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]
 
 @pytest.mark.each("distractors", [0, 5])
 @pytest.mark.each("depth", [0.0, 0.5, 1.0])
-def test_example_asks_for_one_of_its_needles(distractors: int, depth: float,
-                                             haystacks: dict[str, Haystack]) -> None:
+def test_question_refers_to_one_of_the_needles(distractors: int, depth: float,
+                                               haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
     example = build_example(haystack, np.random.default_rng(1), 300, depth, distractors)
     needles = needles_in(haystack.form, example.prompt)

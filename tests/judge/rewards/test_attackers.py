@@ -1,5 +1,5 @@
-"""Responses that try to be paid without a solution, in each enclosure: they find, forge, kill or break.
-Attacks on files and processes outside are those of tests/sandbox/test_attacks.py.
+"""Responses that try to earn a reward without a solution, in each enclosure. Attacks on files and processes
+outside the sandbox are in tests/sandbox/test_attacks.py.
 
 All of one enclosure share a server, so that what one of them leaves behind would pay, or harm, the next one.
 """

@@ -65,7 +65,7 @@ def test_a_row_that_every_program_would_pass_or_fail_is_refused(test: str) -> No
         "s = Stack()\ns.push(1)\nassert s.size == 1"]),
     ("from collections import Counter\ndef count(x):\n    return Counter(x)", [
         "assert count('aab') == Counter('aab')"])])
-def test_a_row_may_expect_none_errors_and_constants(response: str, tests: list[Any]) -> None:
+def test_rows_may_expect_none_errors_and_constants(response: str, tests: list[Any]) -> None:
     assert score(response, tests).reward == 1.0
     assert score("x = 1", tests).reward == 0.0
 
@@ -211,8 +211,8 @@ def test_only_newlines_end_a_line(printed: str, expected: str, equal: bool) -> N
         ("nan", "0.5"), ("1e400", "1e401"), ("a 0.1", "b 0.1"), ("0.5 0.5", "0.5"), ("", "0.0"),
         ("0.5,", "0.5"), ("1_0.0", "10.0"), ("٣.0", "3.0"), ("9" * 300_000 + "x", "0.5"),
         ("1e999999", "0.5")))])
-def test_outputs_by_lines_tokens_and_within_a_tolerance(
-        printed: str, expected: str, lines: bool, tokens: bool, close: bool) -> None:
+def test_outputs_by_lines_tokens_and_within_a_tolerance(printed: str, expected: str, lines: bool,
+                                                        tokens: bool, close: bool) -> None:
     assert is_same_output(printed, expected, "lines", 0.0) is lines
     assert is_same_output(printed, expected, "tokens", 0.0) is tokens
     assert is_same_output(printed, expected, "lines", 1e-6) is close

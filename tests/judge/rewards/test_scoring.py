@@ -94,8 +94,7 @@ def test_failures_affect_a_single_row(runner) -> None:
     assert "then 1 for the same row under one version" in result[4].reason
 
 
-def test_ended_process_affects_a_single_row(
-        runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ended_process_affects_a_single_row(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     monkeypatch.setattr(workers, "send_message", lambda channel, asked: (sent.append(len(asked)),
                                                                 send_message(channel, asked)))
@@ -103,7 +102,7 @@ def test_ended_process_affects_a_single_row(
     with runner(workers=1) as running:
         result = running.score(rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
     assert [r.reward for r in result] == [*range(40), None, *range(41, 60)]
-    # row 40 is of the 32 behind the first 31; those that were behind it go to another process
+    # row 40 is among the 32 rows after the first 31; the rows after it go to another process
     assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
     sent.clear()
     monkeypatch.setattr(workers, "FAST_REQUEST_S", -1.0)
@@ -112,8 +111,7 @@ def test_ended_process_affects_a_single_row(
     assert sent == [1, 1, 1]
 
 
-def test_busy_judge_scores_0_and_waiting_judge_has_no_reward(
-        runner) -> None:
+def test_busy_judge_scores_0_and_waiting_judge_has_no_reward(runner) -> None:
     with runner(cpu_limit_s=0.2, control="5") as running:
         result = running.score(rows("1", "loop", "eat", "deep", "abort", "die", "killed", "x", "2"))
     assert [(r.reward, r.status) for r in result] == [
@@ -150,8 +148,7 @@ def test_user_error_stops_scoring(runner) -> None:
 
 
 @pytest.mark.deep
-def test_reward_sees_safe_and_requested_variables(
-        runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_sees_safe_and_requested_variables(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     forkserver._forkserver._stop()  # the next one is started with these
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("MY_VERIFIER", "at home")
@@ -160,7 +157,7 @@ def test_reward_sees_safe_and_requested_variables(
             assert running.score(rows("tell"))[0].reward == seen
 
 
-def test_gpu_order_variable_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_order_variable_is_preserved(monkeypatch: pytest.MonkeyPatch) -> None:
     had = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "secret"}
     monkeypatch.setattr(os, "environ", dict(had))
     remove_unsafe_variables()
@@ -203,8 +200,8 @@ def test_busy_process_ends_with_its_killed_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_early", [True, False])
-def test_orphaned_process_ends_without_a_traceback(
-        is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphaned_process_ends_without_a_traceback(is_early: bool, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     # they would change this process
     for name in ("remove_unsafe_variables", "limit_memory", "signal"):
         monkeypatch.setattr(room, name, Mock())

@@ -1,5 +1,5 @@
-"""Forms, lengths, repetitions and languages that are asked for, on answers that have them, miss them
-narrowly, or are hostile."""
+"""Requested forms, lengths, repetitions and languages: answers that meet them, narrowly miss them, or are
+hostile."""
 
 import json
 import time
@@ -41,7 +41,7 @@ def test_tags_are_required_once_and_in_order(text: str, has_them: bool) -> None:
     ("[" * 100_000, NO_JSON),
     ("[" * 5_000 + "]" * 5_000, NO_JSON), ("1" * 5_000, NO_JSON), ('"\x00"', NO_JSON),
 ])
-def test_json_is_the_whole_response(text: str, value: object) -> None:
+def test_json_must_be_the_whole_response(text: str, value: object) -> None:
     assert parse_json(text) == value
 
 
@@ -122,7 +122,7 @@ def test_final_loop_has_the_shortest_period(text: str, piece: str, repeats: int)
     assert find_final_loop(text) == (piece, repeats)
 
 
-def test_loop_inside_a_repeated_passage_is_found() -> None:
+def test_loop_inside_a_repeated_passage_is_detected() -> None:
     looping = SOUND + "no " * 20
     assert find_final_loop(looping + looping, 24)[1] >= 19
 

@@ -19,7 +19,7 @@ TASK = {"question": "Try."}
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[EnvironmentHost]:
-    """One process; where a test ends it, the next one is started."""
+    """A host process; if a test ends it, the next call starts another."""
     with EnvironmentHost(request_environment(f"{FILE}:Hostile", {}), LIMITS) as found:
         yield found
 
@@ -27,7 +27,7 @@ def host() -> Iterator[EnvironmentHost]:
 @pytest.mark.each("how, fault", [
     ("raises", "failed"), ("nan", "result"), ("object", "result"), ("deep", "result"), ("memory", "memory"),
     ("leaves", "failed"), ("dies", "ended"), ("state", "state"), ("broken", "infrastructure")])
-def test_failed_call_changes_nothing(host: EnvironmentHost, how: str, fault: str) -> None:
+def test_a_failed_call_does_not_change_state(host: EnvironmentHost, how: str, fault: str) -> None:
     host.reset(TASK)
     assert host.call(ToolCall("add", {})).text == "1"
     result = host.call(ToolCall("misbehave", {"how": how}))
@@ -36,7 +36,7 @@ def test_failed_call_changes_nothing(host: EnvironmentHost, how: str, fault: str
     assert host.call(ToolCall("add", {})).text == "2"
 
 
-def test_a_result_is_cut_to_the_limit_and_says_so(host: EnvironmentHost) -> None:
+def test_a_long_result_is_truncated_with_a_note(host: EnvironmentHost) -> None:
     host.reset(TASK)
     result = host.call(ToolCall("misbehave", {"how": "megabytes"}))
     assert (len(result.text), result.is_cut, result.fault) == (200, True, "")
@@ -50,8 +50,7 @@ def test_a_result_is_cut_to_the_limit_and_says_so(host: EnvironmentHost) -> None
     (ToolCall("misbehave", {}), "arguments", "how: is missing"),
     (ToolCall("misbehave", {"how": 1}), "arguments", "how: Input should be a valid string"),
     (ToolCall("add", {"by": 2}), "arguments", "by: there is no such argument")])
-def test_malformed_calls_reach_no_tool(host: EnvironmentHost, call: ToolCall,
-                                                                 fault: str, told: str) -> None:
+def test_malformed_calls_reach_no_tool(host: EnvironmentHost, call: ToolCall, fault: str, told: str) -> None:
     host.reset(TASK)
     result = host.call(call)
     assert result.fault == fault and told in result.text, result

@@ -1,4 +1,4 @@
-"""A small sound config, varied by the tests of the settings."""
+"""A small valid config, which tests of settings modify."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,5 @@
-"""From token budgets, batch sizes and a ramp to optimizer steps: against adding up step by
-step, and by hand."""
+"""Optimizer steps from token budgets, batch sizes and a batch-size ramp, against summing step by step and
+by hand."""
 
 import dataclasses
 
@@ -17,7 +17,8 @@ RAMP = TrainConfig(tokens=1, global_batch_size=12, ramp_from_batch_size=4, ramp_
 
 
 def test_the_ramp_by_hand() -> None:
-    """From 4 to 12 by 4 in 10 steps: two equal stretches, and all of it from step 10 on."""
+    """From 4 to 12 in increments of 4 within 10 steps: two equal intervals, and the full size from step 10
+    on."""
     assert [batch_size_at(RAMP, PhaseConfig("a"), s) for s in range(12)] == [4] * 5 + [8] * 5 + [12] * 2
     assert find_ramp_changes(RAMP, PhaseConfig("a")) == [5, 10]
     assert [batch_size_at(RAMP, PhaseConfig("a", global_batch_size=6), s) for s in (0, 5, 10)] == [4, 6, 6]
@@ -61,7 +62,7 @@ def test_shares_of_a_token_budget_by_hand() -> None:
     assert phase_steps(DataConfig(phases=phases), TrainConfig(tokens=40_000, global_batch_size=8)) == [38, 6]
 
 
-def test_given_steps_are_shared_out_by_what_the_phases_need() -> None:
+def test_given_steps_are_divided_by_the_budgets_of_phases() -> None:
     """By tokens: 10 steps of the first to 5 of the second, whose samples are twice as long; by share:
     as the shares say."""
     phases = (PhaseConfig("a", tokens=8000, seq_len=100), PhaseConfig("b", tokens=8000, seq_len=200))
@@ -88,7 +89,7 @@ def asked(*settings: str) -> RunConfig:
     return apply_settings(base, ["data.phases.0.seq_len=32", *settings])
 
 
-def test_each_round_is_a_phase_of_its_steps() -> None:
+def test_each_round_is_a_phase() -> None:
     config = add_rounds(asked())
     assert [phase.name for phase in config.data.phases] == [f"round-000{n}" for n in range(1, 8)]
     assert {phase.seq_len for phase in config.data.phases} == {32} and config.train.steps == 21

@@ -1,4 +1,4 @@
-"""What `train.fp8` asks of precision, model, layout and rows, one sentence for each rule."""
+"""Requirements of `train.fp8` on precision, model, layout and rows: one message for each rule."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ BROKEN = {
 
 
 @pytest.mark.each(("changes", "sentence"), BROKEN.values())
-def test_every_rule_is_told(changes: list[str], sentence: str) -> None:
+def test_every_broken_rule_is_reported(changes: list[str], sentence: str) -> None:
     result = tiny(*changes).problems(8)
     assert [p for p in result if sentence in p.sentence], result
 

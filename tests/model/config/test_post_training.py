@@ -1,4 +1,5 @@
-"""Settings of learning from one's own responses: methods are parts by name, and each rule is told."""
+"""Settings of post-training methods: methods are combinations of named parts, and every broken rule is
+reported."""
 
 import re
 from pathlib import Path
@@ -14,11 +15,11 @@ UNPUBLISHED: dict[str, dict[str, Any]] = {
     "cispo": {"clip_high": 4.0}, "agapo": {"clip_high": 4.0}, "pkpo": {"pkpo_k": 4},
     "agapo_exaone4": {"kl_coeff": 0.01, "all_wrong_reward": -0.1},
     "mgpo": {"clip_low": 0.2, "clip_high": 0.2, "mgpo_lambda": 1.0}}
-"""Method -> what its authors left open, and a run has to say."""
+"""Method -> settings that its authors did not publish and a run must set."""
 
 
 @pytest.mark.each("method", METHODS)
-def test_a_method_asks_for_what_was_not_published_and_for_nothing_else(method: Any) -> None:
+def test_a_method_requires_exactly_its_unpublished_settings(method: Any) -> None:
     missing = UNPUBLISHED.get(method, {})
     assert sorted(problem.key for problem in PolicyConfig(method).problems(ROUNDS)) == [
         f"policy.{name}" for name in sorted(missing)]
@@ -42,33 +43,35 @@ def test_a_method_asks_for_what_was_not_published_and_for_nothing_else(method: A
     ({"length_reward": "target", "length_reward_coeff": 1.0}, "length_width_tokens"),
     ({"method": "lapo_d", "length_reward": "target", "length_width_tokens": 9.0}, "length_reward_coeff"),
 ])
-def test_a_rule_that_is_broken_is_named(settings: dict[str, Any], key: str) -> None:
-    """A number of one part is not taken for another's."""
+def test_a_broken_rule_is_named(settings: dict[str, Any], key: str) -> None:
+    """Values of one part are never used for another part."""
     assert [problem.key for problem in PolicyConfig(**settings).problems(ROUNDS)] == [f"policy.{key}"]
 
 
-def test_what_is_asked_of_rounds_is_named_by_their_settings() -> None:
+def test_problems_of_rounds_name_their_settings() -> None:
     few = RolloutConfig(rounds=2, samples_per_prompt=1, max_new_tokens=1024)
     assert [problem.key for problem in PolicyConfig("hbpo").problems(few)] == [
         "rollout.samples_per_prompt", "rollout.budgets_tokens"]
 
 
-def test_a_part_that_is_set_goes_before_the_methods() -> None:
+def test_a_set_part_overrides_the_method() -> None:
     parts = PolicyConfig("dapo", clip_high=0.3, aggregation="constant", all_right="keep").parts
     assert (parts.clip_low, parts.clip_high, parts.aggregation) == (0.2, 0.3, "constant")
     assert (parts.all_right, parts.all_wrong) == ("keep", "drop")
 
 
-def test_the_page_of_methods_has_every_part_of_each() -> None:
+def test_the_page_lists_every_part_of_each_method() -> None:
     text = (Path(__file__).parents[3] / "docs/policy_methods.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \| [^|]* \|$", text, re.MULTILINE))
     for method in METHODS:
         policy: Any = PolicyConfig(method)
         parts = policy.parts
         missing = {p.key.removeprefix("policy.") for p in policy.problems(ROUNDS)}
-        bounds = ["?" if name in missing else "-" if name not in used else f"{getattr(parts, name):.4g}"
-                  for used in [{"two_sided": ("clip_low", "clip_high"), "cispo": ("clip_high",),
-                                "none": ()}[parts.clip]] for name in ("clip_low", "clip_high")]
+        used = {"two_sided": ("clip_low", "clip_high"), "cispo": ("clip_high",), "none": ()}[parts.clip]
+        bounds = []
+        for name in ("clip_low", "clip_high"):
+            bound = f"{getattr(parts, name):.4g}" if name in used else "-"
+            bounds.append("?" if name in missing else bound)
         coeff = "?" if "kl_coeff" in missing else f"{parts.kl_coeff:g}"
         assert rows[method].split(" | ") == [
             parts.ratio, parts.clip, ", ".join(bounds), parts.advantage,
@@ -77,7 +80,7 @@ def test_the_page_of_methods_has_every_part_of_each() -> None:
             f"{parts.all_wrong}, {parts.all_right}"], method
 
 
-def test_text_comes_in_its_share_of_the_steps_and_in_the_same_ones_everywhere() -> None:
+def test_text_steps_have_their_share_and_are_equal_on_all_processes() -> None:
     policy = PolicyConfig("ink_grpo")
     drawn = [policy.has_text_at(7, step) for step in range(1, 5001)]
     assert sum(drawn) / 5000 == pytest.approx(0.6, abs=0.02)

@@ -1,4 +1,5 @@
-"""Settings survive JSON; `--set` knows types and neighbours; `--data` knows folders and weights."""
+"""Settings survive JSON; `--set` reads types and suggests similar keys; `--data` reads folders and
+weights."""
 
 import json
 from collections.abc import Callable
@@ -68,14 +69,13 @@ def test_set_converts_to_the_type_of_the_field(setting: str, path: tuple[str | i
     assert (node, type(node)) == (value, type(value))
 
 
-def test_later_settings_win_and_the_given_config_stays_as_it_was(small: Small) -> None:
+def test_later_settings_win_without_changing_the_given_config(small: Small) -> None:
     config = small()
     assert apply_settings(config, ["train.steps=1", "train.steps=2"]).train.steps == 2
     assert config.train.steps == 10
 
 
-def test_unknown_settings_and_wrong_types_of_a_file_are_all_named_in_the_order_of_the_fields(small: Small
-                                                                                             ) -> None:
+def test_all_problems_of_a_file_are_named_in_field_order(small: Small ) -> None:
     raw = small().to_dict()
     raw["train"] |= {"stepz": 3, "micro_batch_size": "two"}
     raw["model"] |= {"num_expert": 4}
@@ -86,8 +86,7 @@ def test_unknown_settings_and_wrong_types_of_a_file_are_all_named_in_the_order_o
 
 
 @pytest.mark.each(("old", "now"), RENAMED.items())
-def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(old: str, now: str, small: Small
-                                                                           ) -> None:
+def test_a_renamed_setting_is_refused_with_its_new_name(old: str, now: str, small: Small ) -> None:
     with pytest.raises(SettingsError, match=f"{old}: no such setting; it is now called {now}$"):
         apply_settings(small(), [f"{old}=1"])
     raw = small().to_dict()
@@ -104,7 +103,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_weights_stand_after_the_last_colon(data: Path) -> None:
+def test_weight_follows_the_last_colon(data: Path) -> None:
     assert parse_data_paths([f"{data}/a:0.5", f"{data}/b:2"]) == {f"{data}/a": 0.5, f"{data}/b:2": 1.0}
     assert parse_data_paths([f"{data}/b:2:3"]) == {f"{data}/b:2": 3.0}
 
@@ -126,7 +125,7 @@ def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, argume
         parse_data_paths(arguments)
 
 
-def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
+def test_unoffered_library_fields_have_a_reason(small: Small) -> None:
     with pytest.raises(UserError, match=r"gpu\.cuda_graph_impl: no such setting"):
         apply_settings(small(), ["gpu.cuda_graph_impl=local"])
     with pytest.raises(UserError, match=r"_for_mxfp8_param_ag: no such setting; .*train\.fp8_weights"):
@@ -183,7 +182,7 @@ def test_the_same_peak_keeps_the_very_least_rate() -> None:
     assert apply_settings(recipe, [f"optim.lr={recipe.optim.lr}"]).optim == recipe.optim
 
 
-def test_a_peak_that_is_none_or_not_there_takes_nothing_along() -> None:
+def test_a_refused_or_absent_peak_does_not_derive_min_lr() -> None:
     with pytest.raises(SettingsError, match=r"optim\.lr = 1.* must"):
         apply_settings(recipes.get("tiny-solar-open"), [f"optim.lr=1{'0' * 400}"])
     assert apply_settings(recipes.get("tiny-solar-open"), ["optim={}"]).optim == OptimConfig()

@@ -1,4 +1,4 @@
-"""A run's settings: frozen, explained, every problem listed at once, steps from the token budget."""
+"""Run settings: frozen, documented, all problems in one list, and steps from the token budget."""
 
 import ast
 import dataclasses
@@ -54,6 +54,6 @@ def test_a_row_must_split_over_the_processes_that_share_it(small: Small) -> None
     assert problem.rule.endswith("must be a multiple of parallel.tp = 2")
 
 
-def test_processes_that_share_a_row_need_no_batch_of_their_own(small: Small) -> None:
+def test_context_parallel_processes_share_a_batch(small: Small) -> None:
     for num_ranks, cp in ((8, 1), (16, 2), (16, 4)):
         assert replace(small(), parallel=ParallelConfig(cp=cp)).problems(num_ranks) == []

@@ -1,4 +1,5 @@
-"""Settings of other stacks, as ours: read and never run, and nothing is passed over in silence."""
+"""Convert settings of Megatron-LM and other programs to ours: files are never executed, and no setting is
+dropped silently."""
 
 from typing import Any
 
@@ -21,7 +22,7 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
     ({"mtp_num_layers": 10**30}, "must be a whole number from 0 to 10,000"),
     ({"add_bias_linear": True}, "add_bias_linear = True: only False is read"),
 ])
-def test_an_architecture_that_is_none_of_ours_is_refused(stated: dict[str, Any], sentence: str) -> None:
+def test_an_unsupported_architecture_is_refused(stated: dict[str, Any], sentence: str) -> None:
     assert infer_architecture(LLAMA).family == "llama"
     with pytest.raises(UserError) as refused:
         infer_architecture(LLAMA | stated)

@@ -41,10 +41,10 @@ def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
     assert short == 6 * (count_multiplied_weights(model) + 12 * 64 * 2 * 128 * 2048.5 + states)
 
 
-def test_solar_open_2_has_the_parameters_of_its_card_to_the_last_one() -> None:
+def test_solar_open_2_has_exactly_the_parameters_of_its_card() -> None:
     model = get("solar-open2-250b").model
     assert count_params(model).total == 250_287_794_944
-    # 36 states of 64 x 128 x 128 and 3 x 24,576 inputs in 4 bytes beside twelve layers of keys and values
+    # 36 states of 64 x 128 x 128 and 3 x 24,576 inputs in 4 bytes, and keys and values of twelve layers
     assert model.count_state_tokens() == -(-36 * (64 * 128 * 128 + 3 * 24576) * 4 // (12 * 2 * 8 * 128 * 2))
     assert get("qwen3-8b").model.count_state_tokens() == 0
 
@@ -72,7 +72,7 @@ def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
 
 
 @pytest.mark.each("recipe", sorted(r for r in ONE_OF_EACH.values() if r.startswith("tiny-")))
-def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_model(recipe: str) -> None:
+def test_adapter_targets_are_all_linear_layers_and_embeddings(recipe: str) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,7 +93,7 @@ def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_mod
 @pytest.mark.each(("recipe", "targets"), [
     ("tiny-qwen3", ["experts"]), ("tiny-qwen3-moe", ["up_proj"]), ("tiny-qwen3", ["f_a_proj"]),
     ("tiny-solar-open2", ["q_a_proj"]), ("tiny-deepseek-v3", ["k_proj"])])
-def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) -> None:
+def test_missing_adapter_targets_are_reported(recipe: str, targets: list[str]) -> None:
     with pytest.raises(SettingsError) as e:
         resolve_targets(LoraConfig(4, targets=("o_proj", *targets)), get(recipe).model)
     assert [(problem.key, problem.rule) for problem in e.value.problems] == [
@@ -102,7 +102,7 @@ def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) ->
 
 @pytest.mark.parametrize("recipe", ["tiny-deepseek-v3", "tiny-k-exaone"])
 def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> None:
-    """Training adapts the trunk: what else stood in the list would be missed in every checkpoint."""
+    """Training adapts only the trunk: adapters of other layers would be missing in every checkpoint."""
     model = get(recipe).model
     lora = LoraConfig(rank=4, targets=("gate_proj", "up_proj", "down_proj", "experts", "lm_head"))
     assert model.num_mtp_layers == 1
@@ -112,7 +112,7 @@ def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> N
     assert not any(name.startswith("mtp.") for name in names)
 
 
-# Training FLOPs against what torch counts in transformers' own model classes.
+# Training FLOPs against torch's count in transformers' model classes.
 
 SEQ_LEN = 64
 
@@ -145,7 +145,7 @@ def test_keys_that_a_query_sees(seq_len: int, window: int) -> None:
     assert compute_mean_keys(seq_len, window) == pytest.approx(sum(seen) / seq_len)
 
 
-def test_windows_cap_the_keys_and_prediction_layers_run_a_head_of_their_own() -> None:
+def test_windows_limit_keys_and_prediction_layers_have_their_own_head() -> None:
     model = get("k-exaone-236b").model  # 36 sliding layers of 128, 12 global ones, a global prediction layer
     keys = 36 * compute_mean_keys(8192, 128) + 13 * compute_mean_keys(8192, 0)
     assert compute_train_flops_per_token(model, 8192) == pytest.approx(

@@ -95,7 +95,7 @@ def test_prediction_layer_has_the_published_names_and_shapes() -> None:
     assert {key: v for key, v in ours.items() if key.startswith("mtp.")} == expected
 
 
-def test_a_prediction_layer_behind_the_trunk_is_one_more_of_its_layers() -> None:
+def test_a_prediction_layer_counts_as_one_more_layer() -> None:
     """With four tensors around it, and embedding and head once more (`deepseek_mtp.py` of vLLM)."""
     model = recipes.get("deepseek-v3").model
     ours, at, hidden = our_tensors(model), "model.layers.61.", 7168
@@ -121,7 +121,7 @@ def test_a_model_that_its_family_cannot_express_is_refused_with_every_reason() -
 @pytest.mark.each(("field", "value"), [
     ("head_dim", 0), ("head_dim", -1), ("hidden_size", -4), ("num_layers", 10**15),
     ("num_mtp_layers", 10**15), ("attention_multiplier", 1e-320), ("attention_multiplier", 0.0)])
-def test_numbers_that_cannot_be_divided_by_or_counted_to_are_told(field: str, value: float) -> None:
+def test_zero_and_huge_numbers_are_refused(field: str, value: float) -> None:
     model = replace(recipes.get("tiny-gemma3").model, **{field: value})
     with pytest.raises(UserError, match=f"model.{field} "):
         models.get_family("gemma3_text").check(model)
@@ -148,7 +148,7 @@ def without(*items: object) -> Family:
         item for item in models.get_family("qwen3").config if item not in items))
 
 
-def test_a_family_that_leaves_out_a_setting_is_refused_when_it_is_loaded() -> None:
+def test_a_family_with_an_unmapped_setting_is_refused_at_load() -> None:
     """transformers would take its own default, as 32 heads of keys."""
     assert without().find_undefined_fields() == []
     rope = next(item for item in models.get_family("qwen3").config if isinstance(item, Rope))
@@ -174,28 +174,27 @@ def test_a_config_json_that_describes_another_model_is_not_written() -> None:
 
 
 @pytest.mark.each("name", recipes.names())
-def test_config_goes_to_transformers_and_comes_back(name: str) -> None:
-    """Our config.json survives transformers' own config class: what it writes back describes the
-    same architecture."""
+def test_config_survives_transformers_round_trip(name: str) -> None:
+    """transformers' config class reads our config.json and writes back the same architecture."""
     from transformers import AutoConfig
 
     model = recipes.get(name).model
     family = models.get_family(model.family)
-    model = replace(model, **family.training)  # what only training knows is not in the file
+    model = replace(model, **family.training)  # training-only settings are not in the file
     assert family.from_hf_config(json.loads(json.dumps(hf_config(model)))) == model
     theirs = AutoConfig.for_model(**hf_config(model))
     assert family.from_hf_config(json.loads(theirs.to_json_string())) == model
     assert theirs.eos_token_id == [2, 24, 25]
 
 
-def test_layer_types_are_explicit_and_last_layer_is_what_the_pattern_says() -> None:
+def test_layer_types_are_explicit_and_follow_the_pattern() -> None:
     model = replace(recipes.get("tiny-k-exaone").model, num_layers=6)
     config = hf_config(model)
     assert config["layer_types"] == ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 2
     assert models.get_family("exaone_moe").from_hf_config(config) == model
 
 
-# those of EXAONE 4.0, HyperCLOVA X, Gemma and Kimi K2 are as remembered (docs/families.md)
+# totals of EXAONE 4.0, HyperCLOVA X, Gemma and Kimi K2 are unsourced (docs/families.md)
 PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())
 """The config.json of released models, in the older spelling (rope_theta, rope_scaling, is_moe_layer)."""
 RELEASED = {
@@ -225,7 +224,7 @@ def test_solar_trains_with_plain_rotations_before_its_last_stage() -> None:
 
 
 @pytest.mark.parametrize("said", [{}, {"num_key_value_heads": None}])
-def test_a_llama_whose_config_has_no_heads_of_keys_has_as_many_as_queries(said: dict) -> None:
+def test_llama_without_num_key_value_heads_uses_num_attention_heads(said: dict) -> None:
     from transformers import LlamaConfig
 
     config = {name: value for name, value in hf_config(recipes.get("llama-3.1-8b").model).items()
@@ -255,7 +254,7 @@ def test_yarn_means_the_same_frequencies_in_transformers() -> None:
 
 
 def test_llamas_scaling_means_the_same_frequencies_in_transformers() -> None:
-    """One that is not the default survives, and ours are the frequencies that transformers has in float32."""
+    """A non-default scaling survives, with the same float32 frequencies as transformers."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

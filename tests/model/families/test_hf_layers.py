@@ -1,5 +1,5 @@
-"""Which layers slide and which are dense, read as transformers reads it;
-what we cannot express is refused."""
+"""Sliding and dense layers of a config.json, as transformers reads them; unsupported structures are
+refused."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from megatron_sov.model.families.family import TokenIds
 
 
 def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
-    """Return a tiny recipe's config.json with other fields; None takes a field away."""
+    """Return a tiny recipe's config.json with other fields; None removes a field."""
     model = recipes.get(recipe).model
     changed = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds()) | fields
     return {name: value for name, value in changed.items() if value is not None}
@@ -41,7 +41,7 @@ def test_qwens_windows_are_those_of_transformers(recipe: str, switch: bool, wind
     assert read(models.get_family(ours.family).to_hf_config(ours, "float32", TokenIds())) == ours
 
 
-def test_every_layer_of_qwen3_moe_slides_or_none() -> None:
+def test_qwen3_moe_slides_in_all_layers_or_none() -> None:
     sliding = read(config_of("tiny-qwen3-moe", use_sliding_window=True, sliding_window=9,
                              max_window_layers=2))
     assert (set(sliding.layer_types()), sliding.sliding_window_tokens) == ({"sliding_attention"}, 9)
@@ -63,7 +63,7 @@ def test_dense_layers_of_qwen3_moe_are_those_of_transformers(fields: dict[str, A
     assert [hasattr(layer.mlp, "experts") for layer in layers] == [i >= dense for i in range(4)]
 
 
-def test_the_prediction_layer_of_k_exaone_is_global_unless_the_config_says_otherwise() -> None:
+def test_prediction_layer_of_k_exaone_is_global_by_default() -> None:
     silent = config_of("tiny-k-exaone", mtp_layer_types=None, mtp_sliding_windows=None,
                        mtp_loss_scaling_factor=None)
     model = read(silent)
@@ -75,10 +75,10 @@ def test_the_prediction_layer_of_k_exaone_is_global_unless_the_config_says_other
     assert read(models.get_family("exaone_moe").to_hf_config(sliding, "float32", TokenIds())) == sliding
 
 
-def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
+def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
     config = config_of("tiny-k-exaone2")
     model = read(config)
-    assert "sliding_window" not in config  # which would say what no program can follow
+    assert "sliding_window" not in config  # which no program could interpret
     assert (model.windows(), model.mtp_window()) == ([0, 64, 32, 32, 32, 0], 32)
     assert (model.limits(), model.mtp_depths, model.num_predictions) == ([0, 0, 0, 0, 7.0, 7.0], 4, 4)
     # as classes write it that know one window and a count of dense layers
@@ -108,7 +108,7 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
     ("tiny-k-exaone", {"mtp_num_speculative_steps": 0},
      "mtp_num_speculative_steps = 0 with num_nextn_predict_layers = 1"),
 ])
-def test_what_we_do_not_compute_is_refused(recipe: str, fields: dict[str, Any], sentence: str) -> None:
+def test_unsupported_structures_are_refused(recipe: str, fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         read(config_of(recipe, **fields))
 
@@ -120,7 +120,7 @@ def test_a_pattern_that_qwen3_moe_cannot_express_is_a_problem_before_training() 
     assert len(problems) == 2 and any("either every layer slides or none does" in p.rule for p in problems)
 
 
-# Latent attention in config.json: as transformers writes it, as it was released, and what is refused.
+# Latent attention in config.json: as written by transformers, as released, and refusals.
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096,
@@ -183,7 +183,7 @@ def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], said: s
         read_latent(latent_config_of(**fields))
 
 
-def test_other_families_have_none_and_this_one_does() -> None:
+def test_only_deepseek_v3_has_latent_attention() -> None:
     without = replace(recipes.get("tiny-deepseek-v3").model, latent_attention=None)
     for ask in (models.get_family("deepseek_v3").check, models.get_family("deepseek_v3").links):
         with pytest.raises(UserError, match=r"model\.latent_attention = null: family"):

@@ -1,4 +1,4 @@
-"""Tensors whose rows stand by heads, and the config items of families with linear attention."""
+"""Tensors whose rows are grouped by head, and config fields of families with linear attention."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def numbered(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.mark.each("name", [entry.megatron for entry in (*KIMI_DELTA, *GATED_ATTENTION)])
-def test_what_is_split_is_joined_again(name: str) -> None:
+def test_split_tensors_are_joined_unchanged(name: str) -> None:
     one = link(name)
     block = numbered(one.block_shape)
     parts = one.split(block)
@@ -36,7 +36,7 @@ def test_what_is_split_is_joined_again(name: str) -> None:
     assert torch.equal(one.join(parts), block)
 
 
-def test_the_gates_of_solar_open_2_are_a_tensor_of_their_own() -> None:
+def test_gates_of_solar_open_2_are_a_separate_tensor() -> None:
     """A group has two query heads, their two gates, key and value, of 8 rows each."""
     solar = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads=2, head_dim=8,
                     hidden_size=5)
@@ -63,7 +63,7 @@ def test_solar_open_2_counts_layers_from_0_in_one_of_three_spellings() -> None:
         assert read({**SOLAR, **said})["attention_pattern"] == pattern, said
 
 
-def test_sizes_of_solar_open_2_are_said_in_a_part_or_follow_from_its_heads() -> None:
+def test_sizes_of_solar_open_2_are_explicit_or_follow_from_heads() -> None:
     read = SolarLayers().read
     usual = {"num_key_heads": 6, "num_value_heads": 6, "key_head_dim": 4, "value_head_dim": 4, "conv_taps": 4,
              "gate_rank": 4, "negative_eigenvalues": True}
@@ -93,7 +93,7 @@ def test_layers_of_solar_open_2_that_are_not_understood(said: dict, message: str
 @pytest.mark.each(("field", "value"), [
     ("kda_use_full_proj", True), ("use_rope", True), ("hc_rate", 2), ("use_gqa_gate", False),
     ("use_gqa_gate_bias", True), ("attention_bias", True), ("num_nextn_predict_layers", 1)])
-def test_a_switch_of_solar_open_2_that_no_released_model_has_is_refused(field: str, value: object) -> None:
+def test_unreleased_switches_of_solar_open_2_are_refused(field: str, value: object) -> None:
     family = models.get_family("solar_open2")
     config = family.to_hf_config(recipes.get("tiny-solar-open2").model, "float32", TokenIds())
     with pytest.raises(UserError, match=f"{field} = {value}, but only .* is supported for this family"):
@@ -103,8 +103,8 @@ def test_a_switch_of_solar_open_2_that_no_released_model_has_is_refused(field: s
 @pytest.mark.parametrize(("name", "changed", "message"), [
     ("tiny-solar-open2", {"value_head_dim": 8}, "keys and values must have the same number of heads"),
     ("tiny-solar-open2", {"gate_rank": 8}, "equal to gate_rank")])
-def test_linear_attention_that_a_family_cannot_write_is_refused(name: str, changed: dict, message: str
-                                                                ) -> None:
+def test_linear_attention_that_a_family_cannot_write_is_refused(name: str, changed: dict,
+                                                                message: str) -> None:
     model = recipes.get(name).model
     assert model.linear_attention is not None
     model = replace(model, linear_attention=replace(model.linear_attention, **changed))

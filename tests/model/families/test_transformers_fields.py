@@ -1,5 +1,5 @@
-"""Which fields of a config.json are passed over: those that transformers' own source neither declares nor
-reads, and those of its base class at the value that changes nothing."""
+"""Ignored fields of a config.json: fields that transformers neither declares nor reads, and base-class
+fields at their neutral value."""
 
 import json
 from typing import Any
@@ -21,8 +21,8 @@ def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
     return models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds(1, 2, 0)) | fields
 
 
-def test_the_table_is_what_transformers_source_reads() -> None:
-    """A release with another field fails here: write the table anew, and look at the difference."""
+def test_field_table_equals_transformers_source() -> None:
+    """A release with another field fails here: regenerate the table and inspect the difference."""
     found, table = find_fields(), json.loads(TABLE.read_text())
     assert found == table, "run python tests/freeze_fields.py"
     assert {*table} - {"shared"} == {*models.FAMILIES, *OF_EXAMPLES} - {"solar_open2"}, (
@@ -41,7 +41,7 @@ def test_the_table_knows_every_field_that_an_item_of_a_family_writes() -> None:
         assert theirs <= known, theirs - known
 
 
-def test_fields_that_change_nothing_are_fields_of_the_shared_source() -> None:
+def test_neutral_fields_are_fields_of_the_base_class() -> None:
     table = load_transformers_fields()
     assert {*HARMLESS_FIELDS} <= table["shared"]
     read = {name for family, names in table.items() if family != "shared" for name in names}

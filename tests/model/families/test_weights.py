@@ -1,5 +1,5 @@
-"""The weight map's vocabulary: interleaving against loops and against megatron, inversion,
-declarations that fail early."""
+"""Weight maps: interleaving against loops and Megatron-Core, inversion, and declarations that fail at
+import."""
 
 import math
 from dataclasses import replace
@@ -22,8 +22,8 @@ def qkv_link(model: ModelConfig) -> Link:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
-def test_qkv_rows_stand_as_a_loop_over_groups_puts_them(groups: int, heads_per_group: int, half_dim: int,
-                                                        hidden: int) -> None:
+def test_qkv_rows_equal_a_loop_over_groups(groups: int, heads_per_group: int, half_dim: int,
+                                           hidden: int) -> None:
     dim = 2 * half_dim
     model = replace(TINY, num_heads=groups * heads_per_group, num_kv_heads=groups, head_dim=dim,
                     hidden_size=hidden)
@@ -114,7 +114,7 @@ def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> N
     (lambda: WeightSection("once", "", "", (Same("a", "b.{e}", "H"),)), "an expert's in Experts"),
     (lambda: WeightSection("once", "", "", (Same("a", "b", "H"), Same("c", "b", "H"))), "names b twice"),
 ])
-def test_a_wrong_declaration_fails_when_it_is_made(declare, message: str) -> None:
+def test_an_invalid_declaration_fails_at_construction(declare, message: str) -> None:
     with pytest.raises(ValueError) as e:
         declare()
     assert message in str(e.value)

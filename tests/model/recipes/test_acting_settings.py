@@ -1,4 +1,4 @@
-"""Settings that cannot act are refused in every stage; where they act they are taken."""
+"""Settings without effect are refused in every stage; settings with an effect are accepted."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from megatron_sov.model.config import RunConfig, apply_settings, setting_names
 from megatron_sov.model.config.data import phase_steps, phase_tokens
 from megatron_sov.model.recipes.requested import (
     RecipeRequest, TrainingOptions, request_recipe, request_training)
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 STAGES = {"pretrain": ("tiny-qwen3", "lm", "pretrain"), "experts": ("tiny-solar-open", "lm", "pretrain"),
           "extend": ("tiny-solar-open-extend", "lm", "extend"), "sft": ("tiny-qwen3", "sft", "sft"),
@@ -43,7 +43,8 @@ def find_refused(asked: RecipeRequest, **options: Any) -> list[SettingsProblem]:
 
 
 def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the settings of a class and those that it holds, of the first item of each list of settings."""
+    """Yield the settings of a class and of its nested classes, and of the first item of each settings
+    list."""
     for field in dataclasses.fields(cls):
         inner, key = get_inner_hint(cls, field.name), f"{prefix}{field.name}"
         if get_origin(inner) is tuple:
@@ -121,7 +122,7 @@ ACTS = [
     ("sft", 'lora.rank=4 lora.targets=["q_proj"] train.max_hours=3 train.epochs=2 data.over_long=drop'),
     ("distill", "distillation.top_k=4 distillation.keep_remainder=false distillation.beta=0.5"),
     ("rl", "policy.correction_high=3 policy.correction_low=0.1 policy.geo_reject_high=2 "
-           "policy.geo_reject_low=0.1 policy.overlong_buffer_tokens=2 policy.overlong_penalty=0.5"),
+     "policy.geo_reject_low=0.1 policy.overlong_buffer_tokens=2 policy.overlong_penalty=0.5"),
     ("rl", "policy.knowledge_coeff=0.1 policy.knowledge_share=0.5 policy.knowledge_batch_size=2"),
     ("rl", "rollout.validation_samples=2 rollout.validation_every_rounds=2 obs.sample_rows=2"),
     ("rl", "policy.method=lapo_d policy.length_reward_coeff=0.5 policy.length_width_tokens=9"),
@@ -132,14 +133,14 @@ ACTS = [
     ("experts", "model.router_bias_update_rate=0.1 model.num_shared_experts=2 guards.max_bias_spread=2"),
     ("experts", "model.num_mtp_layers=1 model.mtp_loss_coeff=0.1 model.mtp_depths=2"),
     ("experts", "parallel.expert_dispatcher=deepep gpu.exchange_sms=8 train.fp8=mxfp8 train.fp8_format=e4m3 "
-                "train.fp8_pad_routed_tokens=true train.precision=bf16 gpu.grad_dtype=bf16"),
+     "train.fp8_pad_routed_tokens=true train.precision=bf16 gpu.grad_dtype=bf16"),
     ("pretrain", "optim.schedule=constant data.phases.0.lr=1e-3 data.phases.0.schedule=cosine "
-                 "data.phases.0.min_lr=1e-4 optim.min_lr=1e-4"),
+     "data.phases.0.min_lr=1e-4 optim.min_lr=1e-4"),
     ("pretrain", 'optim.groups=[{"pattern":"*","optimizer":"muon"}] optim.muon_scale=original'),
     ("pretrain", "optim.schedule_by=tokens optim.warmup_steps=0 optim.warmup_tokens=5 data.packing=concat"),
     ("pretrain", "train.average_last=2 train.average_weights=ema train.average_decay=0.9"),
     ("pretrain", 'evaluate.background.tasks=["lm","needle"] evaluate.background.timeout_s=9 needle.samples=3 '
-                 'evaluate.lm.tasks=["x"] evaluate.lm.apply_chat_template=true evaluate.lm.mode=thinking'),
+     'evaluate.lm.tasks=["x"] evaluate.lm.apply_chat_template=true evaluate.lm.mode=thinking'),
     ("pretrain", 'model.audio_tokens={"first":0,"size":8} objective.audio_weight=0.5'),
     ("pretrain", "train.steps=3 train.tokens=0 train.epochs=0"),
 ]
@@ -159,7 +160,7 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
     given = (f"objective.name={tmp_path}/own.py:Own", "objective.options.gamma=2", "preference.beta=0.5",
              "rollout.temperature=0.5", "policy.kl=k3", "distillation.beta=1", "objective.text_coeff=0.1")
     settings = [word for one in given for word in ("--set", one)]
-    asked = request_training(typed(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
+    asked = request_training(parse_settings(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
     assert asked.config().preference.beta == 0.5
 
 
@@ -170,7 +171,8 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
     ({"needle": {"samples": 3}}, "needle.samples"), ({"optim": {"lr": 1e-3}}, ""),
     ({"data": {"phases": [{"name": "main", "seq_len": 64, "min_lr": 0.1}]}}, "data.phases.0.min_lr"),
 ])
-def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: str, tmp_path: Path) -> None:
+def test_config_files_are_checked_for_inert_changes(written: dict[str, Any], refused: str,
+                                                    tmp_path: Path) -> None:
     part, whole = tmp_path / "part.json", tmp_path / "whole.json"
     part.write_text(json.dumps({"recipe": "tiny-qwen3", **written}))
     full = json.loads(format_json(recipes.get("tiny-qwen3").to_dict()))
@@ -178,18 +180,19 @@ def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: st
         full[group] |= values
     whole.write_text(json.dumps(full))
     for file in (part, whole):
-        asked = request_training(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
+        asked = request_training(parse_settings(TrainingOptions, ["--config", str(file), "--data", "d"]),
+                                 "lm")
         found = [problem.key for problem in find_refused(asked)]
-        # the phases of a run's own file may be what its command has made of others
+        # the command may have derived the phases in a run's own file
         assert found == ([] if file == whole and "data" in written else refused.split())
 
 
-def test_the_file_of_another_run_is_taken_and_a_resumed_run_is_never_refused(tmp_path: Path) -> None:
+def test_configs_of_other_runs_and_resumed_runs_are_accepted(tmp_path: Path) -> None:
     rounds = apply_settings(recipes.get("tiny-solar-open-rl"), ["rollout.rounds=3"])
     (tmp_path / "config.json").write_text(format_json(rounds.to_dict()))
-    args = typed(TrainingOptions, ["--config", str(tmp_path / "config.json")])
+    args = parse_settings(TrainingOptions, ["--config", str(tmp_path / "config.json")])
     assert find_refused(request_training(args, "policy", needs_data=False)) == []
-    args = typed(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])
+    args = parse_settings(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])
     old = apply_settings(recipes.get("tiny-qwen3"), ["lora.alpha=32"])
     assert find_refused(request_training(args, "lm", resumed=old)) == []
     args = dataclasses.replace(args, settings=("lora.alpha=8",))
@@ -197,7 +200,7 @@ def test_the_file_of_another_run_is_taken_and_a_resumed_run_is_never_refused(tmp
 
 
 @pytest.mark.each("recipe", [name for name in recipes.names()
-                                    if recipes.get(name).objective.name != "policy"])
+                             if recipes.get(name).objective.name != "policy"])
 def test_train_tokens_scales_the_phases_of_every_recipe(recipe: str) -> None:
     before = recipes.get(recipe)
     after = apply_settings(before, ["train.tokens=200e9"])
@@ -235,5 +238,6 @@ def test_two_lengths_of_a_run_are_refused_with_the_winner(settings: str, message
 
 
 def test_a_budget_of_tokens_needs_no_other_setting() -> None:
-    asked = request_recipe(typed(TrainingOptions, ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
+    asked = request_recipe(parse_settings(TrainingOptions,
+                                          ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
     assert asked.config().num_steps() == round(200e9 / (128 * 4096)) and len(setting_names()) > 300

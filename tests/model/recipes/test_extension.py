@@ -1,4 +1,5 @@
-"""A longer context: which rotations are stretched, from which length on, and how large micro-batches stay."""
+"""Longer contexts: scaled rotary embeddings, the length at which scaling starts, and the size of
+micro-batches."""
 
 from dataclasses import replace
 

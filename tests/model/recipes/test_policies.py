@@ -1,4 +1,4 @@
-"""Published runs of reinforcement learning: their values, and what they leave to be set."""
+"""Published reinforcement-learning runs: their values, and the settings that they leave open."""
 
 from fnmatch import fnmatchcase
 
@@ -18,7 +18,7 @@ LACKING = {"k-exaone-236b-rl": ("policy.clip_high=1.7",),
 
 
 @pytest.mark.each("name", RUNS)
-def test_a_run_is_whole_with_what_was_not_published(name: str) -> None:
+def test_a_policy_is_complete_with_its_unpublished_settings(name: str) -> None:
     config, lacking = get(name), LACKING.get(TINY.get(name, name), ())
     ranks = max(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
     assert sorted(problem.key for problem in config.problems(ranks)) == sorted(
@@ -55,8 +55,8 @@ def test_typhoons_two_runs_differ_in_updates_lengths_and_text() -> None:
     ("k-exaone-236b-rl", ("policy.method", "policy.kl", "optim.groups.*", "model.router_bias_update_rate"),
      ("rollout.*", "optim.lr", "optim.name")),
 ])
-def test_what_nobody_published_does_not_claim_to_be(name: str, published: tuple[str, ...],
-                                                    chosen: tuple[str, ...]) -> None:
+def test_unpublished_values_are_marked(name: str, published: tuple[str, ...],
+                                       chosen: tuple[str, ...]) -> None:
     for patterns, kind in ((published, "published"), (chosen, "ours")):
         kinds = {s.key: s.source.kind for s in list_settings(get(name), sources(name))
                  if s.source.kind != "default" and any(fnmatchcase(s.key, pattern) for pattern in patterns)}
@@ -95,7 +95,7 @@ def test_the_vocabulary_closes_as_published() -> None:
     assert model.image_tokens.end == model.vocab_size == 200_704
 
 
-def test_encoders_are_the_published_ones_and_their_placeholders_are_text() -> None:
+def test_encoders_are_published_and_placeholders_are_text_tokens() -> None:
     model = get(NAMES[1]).model
     assert model.vision is not None and model.audio is not None
     seen = model.vision
@@ -111,7 +111,7 @@ def test_encoders_are_the_published_ones_and_their_placeholders_are_text() -> No
 
 
 @pytest.mark.parametrize("tiny", ["", "tiny-"])
-def test_stages_stand_in_the_published_order(tiny: str) -> None:
+def test_stages_have_the_published_order(tiny: str) -> None:
     """Discrete tokens before features of encoders; fine-tuning in four; one architecture all the way."""
     runs = [get(tiny + name) for name in NAMES]
     assert [[p.name for p in run.data.phases] for run in runs] == [

@@ -1,4 +1,5 @@
-"""Which code a command runs: what its own line names, and nothing that a config or a checkpoint names."""
+"""Code that a command may execute: only files on its own command line, never files named in a config or
+checkpoint."""
 
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.recipes import requested
 from megatron_sov.model.recipes.requested import load_plugins
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 FAMILY = """
 from pathlib import Path
@@ -73,7 +74,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config_of(*argv: str) -> RunConfig:
-    return requested.request_recipe(typed(requested.RecipeOptions, argv)).config()
+    return requested.request_recipe(parse_settings(requested.RecipeOptions, argv)).config()
 
 
 def written(path: Path, **fields: Any) -> str:
@@ -89,7 +90,7 @@ def written(path: Path, **fields: Any) -> str:
     return str(path)
 
 
-def test_a_recipe_of_ones_own_is_on_record(site: Path) -> None:
+def test_a_user_recipe_is_recorded(site: Path) -> None:
     config = config_of("./recipe.py:plain", "--set", "train.steps=7")
     assert (config.recipe, config.train.steps) == ("mine", 7)
     (code,) = config.code
@@ -97,8 +98,7 @@ def test_a_recipe_of_ones_own_is_on_record(site: Path) -> None:
     assert list(code.files) == ["recipe.py"]
 
 
-def test_what_a_named_recipe_names_is_run_too_from_its_own_folder(site: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_recipe_may_load_code_from_its_folder(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "elsewhere").mkdir()
     monkeypatch.chdir(site / "elsewhere")
     config = config_of("../recipe.py:whole")
@@ -127,7 +127,7 @@ def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
     ("recipe.py:recipes", r"recipes: is <module .*>; a recipe is a function without arguments"),
     ("recipe.py:plian", r"did you mean 'plain'"),
 ])
-def test_recipes_that_are_none(site: Path, argument: str, message: str) -> None:
+def test_invalid_recipes_are_refused(site: Path, argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config_of(argument)
 
@@ -143,13 +143,13 @@ def test_recipes_that_are_none(site: Path, argument: str, message: str) -> None:
      r"objective.options.shaer: no such setting; did you mean 'share'\?"),
     ("objective.options.share=much", r'objective.options.share = "much" must be a number'),
 ])
-def test_families_objectives_and_options_that_are_none(site: Path, setting: str, message: str) -> None:
+def test_invalid_families_objectives_and_options_are_refused(site: Path, setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config_of("tiny-qwen3", "--set", "objective.name=objective.py:Halved", "--set", setting)
 
 
 def attacks(site: Path) -> dict[str, str]:
-    """Return configs of somebody else's that name code on this machine, and what each is answered."""
+    """Return foreign configs that name code on this machine, with the expected answer to each."""
     code = {"reference": f"{site}/family.py:MINE", "package": "", "files": {"family.py": requested.__name__}}
     family, objective = {"kind": "model family", "name": "mine", **code}, f"{site}/objective.py:Halved"
     halved = {"kind": "objective", "name": "Halved", **code, "reference": objective}
@@ -168,7 +168,7 @@ def attacks(site: Path) -> dict[str, str]:
 
 
 @pytest.mark.deep
-def test_a_config_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_executes_no_code(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path, message in attacks(site).items():
         with pytest.raises(UserError) as e:
             config_of("--config", path)
@@ -190,7 +190,7 @@ def test_a_config_whose_recipe_was_a_file_needs_no_file(site: Path) -> None:
     assert config_of("--config", "config.json") == first
 
 
-def test_a_config_takes_what_the_command_line_names(site: Path) -> None:
+def test_a_config_uses_code_named_on_the_command_line(site: Path) -> None:
     first = config_of("recipe.py:whole")
     (site / "config.json").write_text(format_json(first.to_dict()))
     for registry in (models.FAMILY_PLUGINS, objectives.OBJECTIVE_PLUGINS, recipes.RECIPE_PLUGINS):
@@ -199,9 +199,7 @@ def test_a_config_takes_what_the_command_line_names(site: Path) -> None:
     assert config_of("--config", "config.json", *named) == first
 
 
-def test_a_recipe_of_ones_own_is_submitted_as_it_was_named(
-    site: Path, capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_user_recipe_is_submitted_by_its_given_name(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (site / "tokens").mkdir()
     command = ["submit", "pretrain", "--cluster", "local", "--dry-run", "./recipe.py:plain",
                "--data", "tokens", "--run", "r"]
@@ -212,8 +210,7 @@ def test_a_recipe_of_ones_own_is_submitted_as_it_was_named(
     assert "did you mean 'plain'" in capsys.readouterr().err
 
 
-def test_a_hugging_face_folder_runs_nothing_that_it_names(site: Path,
-                                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hugging_face_folder_executes_no_code(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (site / "hf").mkdir()
     (site / "hf" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     for model_type in (f"{site}/family.py:MINE", "family.py:MINE", "mine"):
@@ -226,7 +223,7 @@ def test_a_hugging_face_folder_runs_nothing_that_it_names(site: Path,
     assert not (site / "ran").exists()
 
 
-def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_executes_no_code(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, (path, message) in enumerate(attacks(site).items()):
         with create_artifact(site / f"checkpoint-{number}", "checkpoint") as artifact:
             artifact.content = {"step": 1, "tokens": 0, "parts": ["model"]}
@@ -268,7 +265,7 @@ def test_a_recipe_is_named_once(site: Path) -> None:
         config_of("--config", ".")
 
 
-def test_files_lie_over_the_recipe_one_over_the_other(site: Path) -> None:
+def test_config_files_override_the_recipe_in_order(site: Path) -> None:
     (site / "a.yaml").write_text("recipe: tiny-qwen3\ntrain:\n  steps: 7\n  seed: 3\noptim.lr: 2e-3\n"
                                  "data:\n  phases:\n  - {name: one, seq_len: 64}\n")
     (site / "b.json").write_text('{"train": {"steps": 9}, "lora": {"rank": 4}}')
@@ -282,7 +279,7 @@ def test_files_lie_over_the_recipe_one_over_the_other(site: Path) -> None:
         config_of("tiny-qwen3", "--config", "b.json")
 
 
-def test_a_file_that_names_code_as_its_recipe_runs_nothing(site: Path) -> None:
+def test_a_config_with_a_code_recipe_executes_nothing(site: Path) -> None:
     (site / "a.yaml").write_text("recipe: recipe.py:plain\n")
     with pytest.raises(UserError, match=r"recipe = 'recipe.py:plain'"):
         config_of("--config", "a.yaml")
@@ -298,7 +295,7 @@ def test_plugins_are_families_and_objectives(site: Path) -> None:
         load_plugins(["recipe.py:plain"])
 
 
-def test_settings_that_hold_references_as_part_of_something_else_run_nothing(site: Path) -> None:
+def test_nested_code_references_in_settings_are_not_executed(site: Path) -> None:
     model = json.dumps({**recipes.get("tiny-qwen3").to_dict()["model"], "family": "family.py:MINE"})
     with pytest.raises(UserError, match="is a file or module"):
         config_of("tiny-qwen3", "--set", f"model={model}")

@@ -1,4 +1,4 @@
-"""Generation of pictures and speech with the commands, and the token rules of media blocks."""
+"""Commands that generate images and speech, and the token rules of media blocks."""
 
 import json
 import random

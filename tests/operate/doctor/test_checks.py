@@ -1,4 +1,4 @@
-"""The doctor on machines that we make up: packages, programs and libraries placed or taken away."""
+"""`doctor` on simulated machines: packages, programs and libraries added or removed."""
 
 import importlib.metadata
 import json
@@ -108,14 +108,14 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
      "package installed.)"),
     ("raise OSError", "warning", "is installed but does not import (OSError: no message)"),
 ])
-def test_transformer_engine_is_what_imports(site: Path, monkeypatch: pytest.MonkeyPatch, text: str,
-                                            status: str, detail: str) -> None:
+def test_transformer_engine_counts_if_it_imports(site: Path, monkeypatch: pytest.MonkeyPatch, text: str,
+                                                 status: str, detail: str) -> None:
     module(site, "transformer_engine", pytorch=text)
     assert [(c.status, c.detail) for c in doctor.iter_transformer_engine_checks()] == [(status, detail)]
 
 
-def test_signatures_are_compared_with_those_that_this_project_calls(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signatures_are_compared_with_those_that_this_project_calls(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     assert [contract.find_first_difference(name)[1] for name in ("megatron.core", "torch")] == ["", ""]
     (tmp_path / "engine_double").mkdir()
     wanted = {"f": "a, *, b=1", "A": "", "A.g": "self, x"}
@@ -151,8 +151,8 @@ def test_signatures_are_read_from_every_folder_of_a_namespace_package(
         assert contract.find_first_difference("shared_double") == ("2", wrong)
 
 
-def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
-        site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_with_gpus_cannot_train_without_transformer_engine(site: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -164,8 +164,8 @@ def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
 
 
 @pytest.mark.parametrize(("loaded", "status"), [((9, 14, 0), "warning"), ((9, 19, 0), "ok")])
-def test_two_versions_of_cudnn_in_one_process_are_told(
-        site: Path, monkeypatch: pytest.MonkeyPatch, loaded: tuple[int, ...], status: str) -> None:
+def test_two_cudnn_versions_in_one_process_are_reported(site: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        loaded: tuple[int, ...], status: str) -> None:
     """Of an H200 with one in the system and one in torch's environment: `SUBLIBRARY_LOADING_FAILED`."""
     import torch
 
@@ -203,14 +203,14 @@ def only(found) -> MachineCheck:
     return check
 
 
-def test_programs_are_asked_for_their_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_program_versions_are_read_from_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert only(doctor.iter_slurm_checks()).status == "missing"
     program(tmp_path, "sbatch", "echo slurm 24.11.1")
     assert only(doctor.iter_slurm_checks()) == MachineCheck("Slurm", "ok", "slurm 24.11.1")
 
 
-def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sandbox_support_is_detected_by_running_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     check = only(doctor.iter_sandbox_checks())
     assert (check.status, check.detail.partition(":")[0]) in (
         ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot isolate a program"))

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of four virtual nodes for the session, and a place to submit from."""
+"""A real Slurm cluster of four virtual nodes, and a folder to submit from."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def until() -> Callable[..., None]:
-    """Return `until(condition, timeout_s, what)`."""
+    """Return `until(condition, timeout_s, what)`, which waits for a condition."""
     return virtual_cluster.until
 
 

@@ -1,4 +1,4 @@
-"""What a job's script is told: the decisions on every way in which an attempt can begin and end."""
+"""Decisions of a job script for every way in which an attempt can start and end."""
 
 import io
 import json
@@ -88,7 +88,7 @@ def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: 
     assert ended(run)["reason"] == "it was cancelled, or put back by hand; saved so far: step 10"
 
 
-def test_who_waits_for_others_goes_on_and_no_node_is_to_blame(question: Question, run: Path) -> None:
+def test_waiting_for_other_jobs_requeues_without_blame(question: Question, run: Path) -> None:
     logs = srun_says(run, "srun: error: n1: task 1: Exited with exit code 75\n",
                      "round 2 waits for a policy that round 1 has trained\n")
     for restart in range(2):
@@ -106,8 +106,7 @@ def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -
     assert ended(run)["reason"] == "needle 40 % at 4096"
 
 
-def test_a_check_that_does_not_pass_ends_the_job_and_no_node_is_to_blame(question: Question,
-                                                                         run: Path) -> None:
+def test_a_failed_gate_ends_the_job_without_blame(question: Question, run: Path) -> None:
     question("begin")
     words = srun_says(run, "srun: error: n2: task 1: Exited with exit code 3\n", "NOT verified: see above\n")
     assert question("end", "--code", "3", *words) == "exit 3"
@@ -115,9 +114,9 @@ def test_a_check_that_does_not_pass_ends_the_job_and_no_node_is_to_blame(questio
         "gate", "NOT verified: see above", [])
 
 
-def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(
-    question: Question, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(question: Question, run: Path,
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
     question("begin")
     logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n",
                      "error: --data x: does not exist\n")
@@ -129,7 +128,7 @@ def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(
                     "does not exist"]
 
 
-def test_a_node_that_fails_twice_is_left_out(question: Question, run: Path) -> None:
+def test_a_node_that_fails_twice_is_excluded(question: Question, run: Path) -> None:
     logs = srun_says(run, "srun: error: n2: task 1: Killed\n")
     question("begin")
     checkpoint(run, 10)
@@ -166,8 +165,7 @@ def test_failures_without_progress_stop_the_job(question: Question, run: Path) -
     assert answers == ["requeue", "requeue", "exit 1"]
 
 
-def test_a_job_that_nobody_could_run_any_more_stops_instead_of_waiting_for_ever(question: Question,
-                                                                                run: Path) -> None:
+def test_a_job_without_usable_nodes_stops(question: Question, run: Path) -> None:
     logs = srun_says(run, "srun: error: n2: task 1: Killed\n")
     question("begin")
     assert question("end", "--code", "137", *logs, "--max-strikes", "1", usable="n1,n2") == "exit 1"
@@ -184,9 +182,8 @@ def test_a_node_that_went_down_gets_a_strike(question: Question, run: Path) -> N
             and (first["outcome"], first["reason"], first["progress"]) == ("cut_off", "n2 went down", 10))
 
 
-def test_a_job_that_took_itself_for_cancelled_and_begins_again_was_cut_off(question: Question,
-                                                                           run: Path) -> None:
-    """Slurm ends the script of a job whose other node died as it ends that of a cancelled one."""
+def test_a_restarted_cancelled_attempt_counts_as_cut_off(question: Question, run: Path) -> None:
+    """If another node of a job dies, Slurm ends the script in the same way as a cancelled job."""
     for restart in (0, 1):
         assert question("begin", "--down", "n2", restart=restart) == "run"
         checkpoint(run, 10 * restart + 10)
@@ -197,7 +194,7 @@ def test_a_job_that_took_itself_for_cancelled_and_begins_again_was_cut_off(quest
     assert reasons == ["n2 went down"] * 2
 
 
-def test_a_job_that_is_cut_off_again_and_again_stops(question: Question) -> None:
+def test_a_repeatedly_cut_off_job_stops(question: Question) -> None:
     assert [question("begin", restart=restart) for restart in range(4)] == ["run", "run", "run", "exit 1"]
 
 
@@ -218,7 +215,8 @@ def test_another_job_in_the_folder(question: Question, run: Path, holder: str, q
     assert (run / "lock.json").exists() is stays
 
 
-def test_what_cannot_be_answered_ends_the_job(question: Question, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_attempt_arguments_end_the_job(question: Question,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
     for words in (("--asked", "nicely"), ("--code", "one"), ("--max-failures", "few")):
         assert question("end", *words) == "exit 2"
 
@@ -242,7 +240,7 @@ def attempt(history: AttemptHistory, before: int, after: int, **found: list[str]
     history.record_end(restart, "crash", "why", after, **found)
 
 
-def test_failures_in_a_row_begin_anew_with_progress(history: AttemptHistory) -> None:
+def test_progress_resets_the_failure_count(history: AttemptHistory) -> None:
     attempt(history, 0, 0)
     attempt(history, 0, 0)
     assert history.count_failures() == 2
@@ -252,7 +250,7 @@ def test_failures_in_a_row_begin_anew_with_progress(history: AttemptHistory) -> 
     assert history.count_failures() == 1
 
 
-def test_an_attempt_that_found_a_sick_node_does_not_count_as_a_failure(history: AttemptHistory) -> None:
+def test_a_sick_node_does_not_count_as_failure(history: AttemptHistory) -> None:
     attempt(history, 0, 0)
     attempt(history, 0, 0, sick=["n1"])
     assert (history.count_failures(), history.list_excluded(2)) == (1, ["n1"])
@@ -318,7 +316,7 @@ def test_other_words_of_srun_are_no_failure() -> None:
                          "srun: got SIGCONT\n") is None
 
 
-def test_the_end_of_a_log_shows_what_a_progress_bar_showed_last(tmp_path: Path) -> None:
+def test_log_tail_shows_the_last_state_of_a_progress_bar(tmp_path: Path) -> None:
     log = tmp_path / "rank-0.log"
     log.write_text("".join(f"line {i}\n" for i in range(30)) + "step 1\rstep 2\rstep 3\nerror: full\n")
     shown = read_last_lines(log).splitlines()

@@ -1,4 +1,5 @@
-"""A pipeline as arrays of a real Slurm: the same bytes as here, and a failed job is told and gone on from."""
+"""A data pipeline as Slurm arrays: the same bytes as a local run, and a failed job is reported and
+resumed."""
 
 import hashlib
 import json
@@ -57,8 +58,8 @@ def text_hashes(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.distributed
-def test_arrays_leave_what_processes_here_leave(cluster: Any, site: Path, capsys: pytest.CaptureFixture[str]
-                                                ) -> None:
+def test_array_jobs_write_the_same_files_as_local_processes(cluster: Any, site: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
     file = write_pipeline(site)
     assert cli.main(["run", str(file), "--output", "here", "--workers", "1"]) == 0
     own = (site / "own.py").read_text()
@@ -86,8 +87,7 @@ def test_arrays_leave_what_processes_here_leave(cluster: Any, site: Path, capsys
 
 @pytest.mark.deep  # test_jobs.py stops a job
 @pytest.mark.distributed
-def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
-        cluster: Any, site: Path, until: Callable[..., None]) -> None:
+def test_a_stopped_job_is_requeued_and_resumes(cluster: Any, site: Path, until: Callable[..., None]) -> None:
     file = write_pipeline(site)
     (site / "own.py").write_text(SLOW)
     assert cli.main(["run", str(file), "--output", "here", "--workers", "1"]) == 0
@@ -110,8 +110,8 @@ def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
 
 
 @pytest.mark.distributed
-def test_shares_of_a_map_on_nodes_leave_what_processes_here_leave(
-        cluster: Any, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_map_on_nodes_writes_the_same_files_as_local_processes(cluster: Any, site: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     (site / "rows.jsonl").write_text("".join(json.dumps({"n": n}) + "\n" for n in range(500)))
     own = "class Step:\n    def do(self, row):\n        return {'n': row['n'] + 1}\n"
     (site / "mine.py").write_text(own)

@@ -1,5 +1,5 @@
-"""Generated scripts on a real Slurm, submitted unchanged: what becomes of a run whose nodes are sick, die,
-or run out of time."""
+"""Generated scripts, submitted unchanged to a real Slurm: runs with sick nodes, dead nodes and time
+limits."""
 
 import json
 import shlex
@@ -45,12 +45,11 @@ def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Pa
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.deep)])
-def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
-    cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
-    run_command: Any, killed: bool, capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The final loss is that of the run that nothing happened to, bit for bit.  What becomes of ranks that
-    die by themselves tests of attempts.py tell, and of launchers (e2e)."""
+def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
+        cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
+        run_command: Any, killed: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """The final loss equals an undisturbed run's, bit for bit. Tests of attempts.py and of the launcher (e2e)
+    cover ranks that die by themselves."""
     length = ("--set", f"train.steps={STEPS[killed]}", "--set", "train.checkpoint_every_steps=10")
     undisturbed = run_command("pretrain", *pretrain(packed_data, site / "whole", small, *length),
                               "--nproc", "2")
@@ -78,7 +77,8 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     try:
         reaches(8, 1)
         assert cluster.job(job)["NodeList"] == "n[2-3]", "n1 was looked at and left out"
-        cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm sends before the time limit
+        # the signal that Slurm sends before the time limit
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
         reaches(len(steps(run)) + 8, 2)
         cluster.crash("n2")
         reaches(len(steps(run)) + 8, 3)
@@ -120,10 +120,10 @@ stages:
 """
 
 
-def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(
-    cluster: Any, site: Path, small: tuple[str, ...], packed_data: Any, capsys: pytest.CaptureFixture[str],
-    warm_python: str,
-) -> None:
+def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(cluster: Any, site: Path,
+                                                                  small: tuple[str, ...], packed_data: Any,
+                                                                  capsys: pytest.CaptureFixture[str],
+                                                                  warm_python: str) -> None:
     """The stage of data with Python as it is, which reads the copy of the code; other jobs have
     `warm_python`."""
     python = site / "python"

@@ -1,4 +1,4 @@
-"""The look at every node: what makes a node sick, and one real look by two ranks."""
+"""The check of every node before a job: what makes a node sick, and one real check by two ranks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_sick_node_is_named_with_the_figure(tmp_path: Path, changed: dict[str,
     assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2", **changed)) == {"n2": f"rank 2: {why}"}
 
 
-def test_ranks_that_see_their_own_gpu_alone_see_the_nodes_together(tmp_path: Path) -> None:
+def test_single_gpu_ranks_see_all_gpus_of_the_node_together(tmp_path: Path) -> None:
     ranks = [replace(SOUND, node=node, num_gpus=1, gpu_uuid=f"{node}-{i}")
              for node, count in (("n1", 8), ("n2", 7), ("n3", 8)) for i in range(count)]
     sick = judge(tmp_path, *ranks)
@@ -66,7 +66,7 @@ def test_ranks_that_see_their_own_gpu_alone_see_the_nodes_together(tmp_path: Pat
 
 
 def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A double of CUDA's clock: what the host does beside the product does not count."""
+    """With a double of CUDA's clock: host work next to the product does not count."""
     done: list[str] = []
 
     class Event:
@@ -94,8 +94,8 @@ def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch)
     assert done == ["mark", "product", "mark", "wait"]
 
 
-def test_a_rank_tells_what_its_driver_says_and_whether_transformer_engine_imports(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_reports_its_driver_and_transformer_engine(tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight_run, "list_visible_gpus", lambda: [VisibleGpu(0, "a", "H100", 79 << 30, 0),
                                                             VisibleGpu(1, "b", "H100", 79 << 30, 5 << 30)])
     monkeypatch.setattr(preflight_run, "find_gpu_fault", lambda uuid: f"cold in {uuid}")
@@ -122,7 +122,7 @@ def test_a_rank_that_never_came_is_laid_to_its_node(tmp_path: Path) -> None:
     assert judge(tmp_path, *hung) == {"n2": "0 of 1 ranks came to look at it"}
 
 
-def test_an_all_reduce_that_fails_without_a_culprit_is_laid_to_none(tmp_path: Path) -> None:
+def test_an_all_reduce_failure_without_a_culprit_blames_no_node(tmp_path: Path) -> None:
     hung = [replace(r, allreduce_s=None, error="timeout") for r in (*OTHERS, replace(SOUND, node="n2"))]
     assert judge(tmp_path, *hung) == {"all nodes": "the all-reduce did not end (timeout)"}
     assert set(find_sick_nodes(tmp_path / "none", ["n1"], LIMITS)) == {"all nodes"}

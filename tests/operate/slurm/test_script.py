@@ -1,5 +1,5 @@
-"""Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template
-with every profile."""
+"""Job scripts: arguments reach the program unchanged, and a real Slurm accepts every template with every
+profile."""
 
 import dataclasses
 import itertools
@@ -61,7 +61,7 @@ def words_of(text: str, array: str = "command") -> list[str]:
                           check=True).stdout.split("\0")[:-1]
 
 
-def test_every_stage_has_a_template_and_stands_on_the_page() -> None:
+def test_every_stage_has_a_template_and_is_on_the_page() -> None:
     assert set(ARGUMENTS) == set(STAGES)
     rows = re.findall(r"^\| (`[a-z`, -]+`) \| `(?:megatron-sov|sov-)", PAGE.read_text(), re.MULTILINE)
     assert {name for row in rows for name in re.findall("[a-z-]+", row)} == set(STAGES)
@@ -112,7 +112,7 @@ def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
                                                   "--container-mounts=/shared,/raid:/scratch"]
 
 
-def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profile() -> None:
+def test_request_overrides_stage_and_stage_overrides_profile() -> None:
     def limit(stage: str, name: str, **request: Any) -> str:
         match = re.search(r"^#SBATCH --time=(.*)$",
                           script(stage, cluster.load_profile(name, account="me"), **request), re.MULTILINE)
@@ -138,7 +138,7 @@ def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, 
                 and completed.stderr == "job: modules of the profile cannot be loaded\n")
 
 
-def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
+def test_jobs_with_a_shared_store_are_one_array() -> None:
     profile = cluster.load_profile("h100", account="me")
     ((text,), (alone,)) = (prepared("rl-generate", ARGUMENTS["rl-generate"], profile, array=count).texts
                            for count in (3, 0))
@@ -171,7 +171,7 @@ def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> N
                  cluster.load_profile("h100", account="me"))
 
 
-def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:
+def test_user_arguments_reach_the_program_unchanged(tmp_path: Path) -> None:
     words = ("tiny-solar-open", "--data", NASTY, "--run", str(tmp_path / "a b'c"),
              "--set", 'data.phases=[{"name": "$x", "seq_len": 8}]')
     text = prepared("pretrain", words, cluster.load_profile("local")).texts[0]
@@ -209,7 +209,7 @@ def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
                  cluster.load_profile("local"))
 
 
-def test_no_secret_of_the_submitter_stands_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scripts_contain_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
     assert "hush-hush" not in script("pretrain", cluster.load_profile("local"))
 
@@ -238,8 +238,8 @@ IN_AN_ARRAY = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK
 @pytest.mark.each(("variables", "name"), [
     (IN_AN_ARRAY, "7_2"), ({**IN_AN_ARRAY, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "8"}, "7_0"),
     ({"SLURM_JOB_ID": "7"}, "7")])
-def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dict[str, str], name: str
-                                                  ) -> None:
+def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dict[str, str],
+                                                  name: str) -> None:
     calls = tmp_path / "calls"
     for program in ("scontrol", "squeue"):
         (tmp_path / program).write_text(f'#!/bin/bash\necho "{program} $*" >> {calls}\necho RUNNING\n')
@@ -263,9 +263,7 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dic
 
 
 @pytest.mark.parametrize(("resolves", "address"), [(True, "n7"), (False, "10.0.0.7")])
-def test_the_first_node_is_where_ranks_meet_by_its_address_where_its_name_does_not_resolve(
-    tmp_path: Path, resolves: bool, address: str,
-) -> None:
+def test_master_address_is_the_first_node_or_its_ip(tmp_path: Path, resolves: bool, address: str) -> None:
     text = script("pretrain", cluster.load_profile("local"))
     lines = text[text.index("MASTER_ADDR=${nodes%%,*}"):text.index("MASTER_PORT=")]
     answer = 'echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.0.0.7 NodeHostName=n7"'
@@ -294,7 +292,7 @@ def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -
     assert (tmp_path / "no such/folder/ada").is_dir()
 
 
-def test_engine_servers_have_whole_nodes_of_their_own(site: Path) -> None:
+def test_engine_servers_get_whole_nodes(site: Path) -> None:
     profile = cluster.load_profile("h100", account="me")
     vllm = ("--engine", "vllm", "--engine-set", "tp=4")
     text = script("rl-run", profile, *vllm, nodes=2, engine_nodes=2)

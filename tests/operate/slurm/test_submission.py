@@ -1,4 +1,4 @@
-"""What a submission lays beside a run: scripts, the code, where the parts of an array go."""
+"""The files of a submission: scripts, a copy of the code, and the outputs of array parts."""
 
 import dataclasses
 import itertools
@@ -69,7 +69,7 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
 
 
 @pytest.mark.deep
-def test_a_job_that_loses_nodes_keeps_its_layout_while_that_fits() -> None:
+def test_a_job_with_fewer_nodes_keeps_its_layout_if_it_fits() -> None:
     config = recipes.get("qwen3-8b")
     profile = load_profile("h100", account="me")
     submit_request = submission.SubmitRequest("pretrain", ("qwen3-8b", *SOLAR[1:]), profile, 4, min_nodes=1)
@@ -79,7 +79,7 @@ def test_a_job_that_loses_nodes_keeps_its_layout_while_that_fits() -> None:
         assert not apply_settings(config, list(settings)).problems(nodes * profile.tasks_per_node)
 
 
-def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> None:
+def test_a_layout_too_large_for_the_gpus_is_refused_with_a_fitting_one() -> None:
     with pytest.raises(UserError, match=r"needs 111\.3 GiB on each process .* the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
         layouts("--set", "parallel.ep=8", "--set", "train.fp8=none", nodes=60)

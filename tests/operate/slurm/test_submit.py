@@ -1,4 +1,4 @@
-"""`megatron-sov submit`: every mistake is one sentence, before anything is submitted or written."""
+"""`megatron-sov submit`: every mistake is one message, before anything is submitted or written."""
 
 import json
 import shlex
@@ -48,9 +48,8 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),
      "evaluate.background.cluster = h100: the jobs beside"),
 ])
-def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    site: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str,
-) -> None:
+def test_a_mistake_gives_one_sentence_and_no_files(site: Path, capsys: pytest.CaptureFixture[str],
+                                                   words: tuple[str, ...], sentence: str) -> None:
     (site / "tokens").mkdir()
     before = sorted(site.rglob("*"))
     assert cli.main(["submit", *words]) == 2
@@ -59,9 +58,9 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert sorted(site.rglob("*")) == before
 
 
-def test_without_slurm_it_says_so_and_a_dry_run_still_shows_the_script(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_missing_slurm_is_reported_but_dry_runs_print_the_script(site: Path,
+                                                                 capsys: pytest.CaptureFixture[str],
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "tokens").mkdir()
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["submit", "pretrain", *HERE, *RUN]) == 2
@@ -72,10 +71,9 @@ def test_without_slurm_it_says_so_and_a_dry_run_still_shows_the_script(
 
 
 @pytest.mark.parametrize(("refuted_ranks", "code"), [(None, 0), (2, 3)])
-def test_every_layout_that_a_job_may_have_is_proved_first(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    refuted_ranks: int | None, code: int,
-) -> None:
+def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: pytest.CaptureFixture[str],
+                                                          monkeypatch: pytest.MonkeyPatch,
+                                                          refuted_ranks: int | None, code: int) -> None:
     (site / "tokens").mkdir()
     asked = []
 
@@ -83,7 +81,7 @@ def test_every_layout_that_a_job_may_have_is_proved_first(
         asked.append((num_ranks, config.parallel.ep))
         return num_ranks, SimpleNamespace(outcome="differs" if num_ranks == refuted_ranks else "equal")
 
-    # the proofs themselves are tested in tests/proof, and import what no other test here needs
+    # tests/proof covers the proofs, whose imports are heavy
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", SimpleNamespace(
         EQUAL="equal", prove_run=prove_run,
         format_proof=lambda small, verdict: f"{small}: {verdict.outcome}"))
@@ -96,10 +94,9 @@ def test_every_layout_that_a_job_may_have_is_proved_first(
     assert ("#SBATCH" in script) == (code == 0) and "equal" not in script
 
 
-def test_what_is_missing_is_told_before_hours_of_proofs(
-    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # whoever imports it fails
+def test_missing_inputs_are_reported_before_proofs(site: Path, capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # importing it fails
 
     assert cli.main(["submit", "pretrain", *HERE, "--prove", *RUN]) == 2
 
@@ -180,7 +177,8 @@ PAGE = page_text("slurm.md")
 
 
 @pytest.mark.parametrize("line", shell_lines(PAGE, "bash"))
-def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+def test_commands_of_the_page_write_scripts(site: Path, capsys: pytest.CaptureFixture[str],
+                                            line: str) -> None:
     chains = (block for block in blocks(PAGE, "yaml") if "stages:" in block)
     for name, chain in zip(("chain", "rounds"), chains, strict=True):
         (site / f"{name}.yaml").write_text(chain)

@@ -1,4 +1,4 @@
-"""What a layer saves, and what recomputing and offloading leave of it, against sums by hand in bf16;
+"""Saved activations of a layer, with recomputation and offloading, against sums by hand in bf16;
 `benchmarks/plan_activations.py` measures them in float32."""
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def solar(*settings: str) -> RunConfig:
     (["moe_act"], [], ALL - ROUTED * FFN),
     (["shared_experts"], [], ALL - SHARED),
     (["moe"], [], ALL - ROUTER - INSIDE - SHARED),
-    # a fused kernel keeps what its recomputation would need
+    # a fused kernel saves the inputs of its recomputation
     (["core_attn"], [], ALL),
     ([], ["core_attn", "attn_proj"], ALL - (QUERIES + 2 * KEYS) - QUERIES - 2 * 64),
     ([], ["mlp_norm", "qkv_linear"], ALL - 2 * HIDDEN),
     ([], ["expert_fc1", "moe_act"], ALL - ROUTED * (HIDDEN + 2 * FFN)),
-    # what is computed again is not there to be offloaded
+    # recomputed activations cannot be offloaded
     (["moe"], ["expert_fc1"], ALL - ROUTER - INSIDE - SHARED),
 ])
-def test_what_stays_until_the_backward_pass(recomputed: list[str], offloaded: list[str],
-                                            per_token: float) -> None:
+def test_saved_activations_of_each_layer_kind(recomputed: list[str], offloaded: list[str],
+                                              per_token: float) -> None:
     names = [f'gpu.{setting}={str(chosen).replace(chr(39), chr(34))}' for setting, chosen in
              (("recompute_modules", recomputed), ("offload_modules", offloaded))]
     config = solar("train.recompute=selective", *names)
@@ -87,8 +87,7 @@ def test_layers_differ_in_window_experts_and_positions() -> None:
     assert [kind.bounded for kind in second].count(True) == 16 and second[-1].bounded
 
 
-# Micro-batches under way, against a schedule played through, and what each of them keeps, against a step
-# that is trained.
+# Micro-batches in flight against a simulated schedule, and their saved bytes against a trained step.
 
 
 ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer",
@@ -108,8 +107,8 @@ def test_micro_batches_wait_for_their_backward_pass(pp: int, vpp: int, stage: in
 
 @pytest.mark.each("overlapped", [False, True])
 @pytest.mark.each(("pp", "vpp"), [(2, 2), (4, 2), (4, 3), (8, 4)])
-def test_it_is_what_the_librarys_schedule_leaves_under_way(pp: int, vpp: int, *, overlapped: bool) -> None:
-    """Its order of chunks, its number of passes ahead, and the one that runs beside a backward pass."""
+def test_micro_batches_in_flight_equal_the_library_schedule(pp: int, vpp: int, *, overlapped: bool) -> None:
+    """The order of chunks, the number of warm-up passes, and the pass that overlaps a backward pass."""
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
     for stage in range(pp):
@@ -135,7 +134,7 @@ def trained(name: str) -> list[int]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_step_saves_what_is_said(ranks: Any, job: Any) -> None:
+def test_a_step_saves_the_predicted_bytes(ranks: Any, job: Any) -> None:
     cases = [case for case in CASES if case.name in (*ALONE, *TOGETHER)]
     assert len(cases) == 6
     result = ranks(*(job(__file__, "trained", case.nproc, {"name": case.name}) for case in cases))
@@ -145,7 +144,7 @@ def test_a_step_saves_what_is_said(ranks: Any, job: Any) -> None:
 
 
 class KernelThatSaves(torch.autograd.Function):
-    """Saves what the kernel of fla-core 0.6.0 does (`save_for_backward` of its `chunk.py`)."""
+    """Saves the same tensors as fla-core 0.6.0's kernel (`save_for_backward` in its `chunk.py`)."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
@@ -157,8 +156,8 @@ class KernelThatSaves(torch.autograd.Function):
 
 @pytest.mark.parametrize("sizes", [
     LinearAttentionConfig(4, 4, 32, 32, gate_rank=16), LinearAttentionConfig(2, 2, 64, 32, gate_rank=16)])
-def test_kernels_of_linear_attention_keep_what_is_said(
-        sizes: LinearAttentionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_attention_kernels_save_the_predicted_bytes(sizes: LinearAttentionConfig,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer in bf16 is measured, tensor by tensor that autograd saves."""
     monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     monkeypatch.setattr(delta_rule, "_load_fla_kernel", lambda: lambda q, k, v, *, g, beta, **_: (
@@ -184,7 +183,7 @@ def test_kernels_of_linear_attention_keep_what_is_said(
     assert sum(s.nbytes() for s in found.values()) == pytest.approx(sum(said.values()), rel=3e-3)
 
 
-def test_plan_counts_the_kernels_of_linear_attention_where_they_are_asked_for() -> None:
+def test_plan_counts_linear_attention_kernels_if_enabled() -> None:
     config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16"])
     kind = next(kind for kind in list_layer_kinds(config.model) if kind.is_linear)
     auto, torchs, fla = (estimate_saved(apply_settings(config, [f"gpu.linear_attention={way}"]), 512,

@@ -1,5 +1,5 @@
-"""The account of a process: items against their settings, the head against what autograd really keeps, the
-page as made."""
+"""The memory account of a process: items against their settings, the output head against autograd, and the
+printed page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def config_of(recipe: str, **settings: Any) -> RunConfig:
 
 
 def bytes_of_an_adapted_head() -> list[int]:
-    """Return [bytes that are allocated for the head with its adapter inside, the account of it]."""
+    """Return [allocated bytes of the head with a merged adapter, predicted bytes]."""
 
     class Allocated(TorchDispatchMode):
         """Keeps the size of every operation's result in memory of its own."""
@@ -69,19 +69,19 @@ def bytes_of_an_adapted_head() -> list[int]:
         head = model.head_weight
     assert head.requires_grad
     world.leave_world()
-    # beside the head's own gradient, which without adapters there is as well
+    # in addition to the head's gradient, which exists without adapters too
     said = [build_account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
     return [sum(allocated.sizes.values()), said[0] - said[1]]
 
 
-def test_a_head_with_an_adapter_inside_is_there_once_more(ranks: Any, job: Any) -> None:
+def test_an_adapted_head_is_counted_with_its_merged_copy(ranks: Any, job: Any) -> None:
     (((measured, said),),) = ranks(job(__file__, "bytes_of_an_adapted_head", 1, {}))
     assert measured == said > 0
 
 
 def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
-    """Return [bytes that a divergence of two chunks and its gradients take at most, those of a
-    cross-entropy, and those of one whose logits are capped]."""
+    """Return peak bytes of [a divergence of two chunks with gradients, a cross-entropy, a cross-entropy with
+    capped logits]."""
 
     def peak(compute: Any) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -104,7 +104,7 @@ def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
     return found
 
 
-def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
+def test_divergence_peak_memory_equals_the_account(ranks: Any, job: Any) -> None:
     config = config_of("tiny-qwen3", train__precision="fp32", train__head_chunk_tokens=CHUNK,
                        model__vocab_size=WORDS)
 
@@ -137,7 +137,7 @@ def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor
     assert getattr(after, item) / getattr(before, item) == pytest.approx(factor, rel=0.1)
 
 
-def test_items_add_up_to_what_the_device_holds() -> None:
+def test_items_sum_to_the_device_total() -> None:
     config = config_of("k-exaone-236b", parallel__ep=16, gpu__optimizer_offload=0.5, optim__name="adamw",
                        gpu__grad_dtype="bf16", train__fp8="mxfp8")
     account = build_account(config, 64, 0, 4096)
@@ -148,7 +148,7 @@ def test_items_add_up_to_what_the_device_holds() -> None:
     assert all(value > 0 for value in items.values())
     assert account.total == sum(items.values())
     assert account.allocated == account.total - account.nccl - account.fragmentation
-    # gradients of what is updated here, in float32
+    # float32 gradients of the parameters updated here
     assert account.update == 4 * account.optimizer // 12
 
 
@@ -164,7 +164,7 @@ def test_of_a_layer_and_the_head_the_larger_counts() -> None:
         assert found.total == sum(found.components().values())
 
 
-def test_rows_of_models_that_rotate_nothing_have_no_angles() -> None:
+def test_models_without_rotary_embedding_have_no_angle_tables() -> None:
     """Of 1M tokens they would have a GiB, by cosine and sine of 128 channels in float32."""
     for recipe, angles in (("solar-open2-250b-extend", 0), ("k-exaone-236b", 2**20 * 128 * 2 * 4)):
         config = apply_settings(recipes.get(recipe), ["parallel.pp=1"])
@@ -184,10 +184,10 @@ def test_uneven_routing_is_on_top() -> None:
     assert far.components()["imbalance"] == (
         far.one_layer + 7 * (layer.routed + 3 * layer.expert_input) - far.head)
     alone = build_account(config_of("solar-open-102b", parallel__ep=1), 64, 0, 4096, 1.5)
-    assert alone.imbalance == 0  # a process with all experts has all tokens, whatever they visit
+    assert alone.imbalance == 0  # a process with all experts receives all tokens
 
 
-def test_the_page_is_what_the_script_writes() -> None:
+def test_the_page_equals_the_script_output() -> None:
     script = ROOT / "docs" / "generate_memory.py"
     code = "import sys, runpy; sys.stdout.write(runpy.run_path(sys.argv[1])['build_page']())"
     completed = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True,
@@ -208,7 +208,7 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     assert (full.gradients, full.optimizer) == (4 * whole, 8 * whole) and full.head > account.head
 
 
-# What an offloaded optimizer pins on a node, by hand; and what is refused with which share.
+# Pinned bytes of an offloaded optimizer by hand, and refusals with a fitting share.
 
 
 def offloaded(share: float, *settings: str) -> RunConfig:
@@ -216,7 +216,7 @@ def offloaded(share: float, *settings: str) -> RunConfig:
                           ["train.fp8=none", f"gpu.optimizer_offload={share}", *settings])
 
 
-def test_a_node_pins_16_bytes_for_each_weight_that_its_processes_update() -> None:
+def test_offloaded_optimizer_pins_16_bytes_per_updated_weight() -> None:
     config = offloaded(0.5, "parallel.pp=2")
     first, last = count_stage_params(config)
     # 64 processes: 32 for each stage share its dense weights, and 32 / ep each of the experts
@@ -227,7 +227,7 @@ def test_a_node_pins_16_bytes_for_each_weight_that_its_processes_update() -> Non
     assert 1 <= count_node_bytes(config, 64, range(28, 36)) / both < 1.05
 
 
-def test_a_share_that_no_node_has_room_for_is_refused_with_the_nearest_that_fits() -> None:
+def test_an_oversized_offload_share_is_refused_with_a_fitting_one() -> None:
     config = offloaded(1.0)
     needs = count_node_bytes(config, 512, range(8))
     refuse_on_nodes(config, 512, 8, int(needs / 0.9) + 1, CHIPS["h200"])
@@ -243,7 +243,7 @@ def test_a_share_that_no_node_has_room_for_is_refused_with_the_nearest_that_fits
         refuse_on_nodes(config, 512, 8, needs // 2, Gpu("Tiny", GIB))
 
 
-def test_a_start_goes_by_what_the_machine_has_available(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_checks_available_machine_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = offloaded(1.0)
     for name, value in {"RANK": 11, "WORLD_SIZE": 512, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))

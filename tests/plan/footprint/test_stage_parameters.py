@@ -1,4 +1,4 @@
-"""Parameters one by one, against those of the library's modules in their order."""
+"""Parameters of a pipeline stage, one by one, against Megatron-Core's modules in their order."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()
 
 def one_by_one(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
                end_multiple: int) -> tuple[int, list[Counter[int]]]:
-    """Return [elements of the buffer, what every rank updates of each mark], parameter by parameter."""
+    """Return [elements of the buffer, updated elements per rank and mark], computed parameter by
+    parameter."""
     multiple = math.lcm(num_ranks, end_multiple)
     buckets: list[list[tuple[int, int, int]]] = [[]]
     bounds, offset, first = [], 0, 0
@@ -99,8 +100,9 @@ def one_by_one(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | No
 
 
 @given(SIZES, st.integers(1, 7), st.none() | st.integers(1, 3000), st.sampled_from([128, 1 << 16]))
-def test_runs_lie_as_their_parameters_do(drawn: list[tuple[int, int, bool]], num_ranks: int,
-                                         bucket_numel: int | None, end_multiple: int) -> None:
+def test_buffer_of_parameter_runs_equals_one_by_one_layout(drawn: list[tuple[int, int, bool]], num_ranks: int,
+                                                           bucket_numel: int | None,
+                                                           end_multiple: int) -> None:
     sizes = [ParameterRun(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
     buffer = lay_out_buffer(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
                       end_multiple=end_multiple)
@@ -121,7 +123,7 @@ def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
                           bucket_numel=None, end_multiple=128).numel == numel
 
 
-# Estimates of what libraries take, by their formulas.
+# Memory estimates of libraries, by their formulas.
 
 
 LAYOUTS: tuple[tuple[str, list[str], int], ...] = (
@@ -196,11 +198,11 @@ def solar(*changes: str) -> RunConfig:
     # half a byte for a value; 192 / 16 = 12 scales of each of 384 rows, 320 / 16 = 20 of each of 256 columns;
     # two float32
     ("nvfp4", 320, 192, 320 * 192 + 384 * 12 + 256 * 20 + 8)])
-def test_a_weight_takes_what_is_counted_by_hand(fp8: str, rows: int, columns: int, by_hand: int) -> None:
+def test_bytes_per_weight_equal_hand_counts(fp8: str, rows: int, columns: int, by_hand: int) -> None:
     assert count_weight_bytes(fp8, rows, columns) == by_hand
 
 
-def test_layers_in_bf16_keep_nothing_beside_their_weights() -> None:
+def test_bf16_layers_have_no_fp8_copies() -> None:
     """Half of the first of four stages, and of the last one."""
     sums = [[kept_bytes(solar("train.fp8=mxfp8", *changes), stage) for stage in range(4)] for changes in (
         (), ("train.fp8_bf16_layers_at_start=6", "train.fp8_bf16_layers_at_end=6"))]
@@ -218,7 +220,7 @@ def test_the_prediction_layer_is_quantised_in_8_bits_alone() -> None:
 
 
 def test_the_account_of_a_process_has_them() -> None:
-    """By hand: 9.2 GiB of weights in bf16 are 2.17 GiB of vocabulary and what is twice a byte."""
+    """By hand: of 9.2 GiB bf16 weights, 2.17 GiB are the vocabulary and tensors stored as two bytes."""
     (_, before), (_, after) = (find_fullest_stage(solar(*changes), 512)
      for changes in ((), ("train.fp8=tensorwise",)))
     assert after.total - before.total == after.quantized_weights

@@ -12,9 +12,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.parallel import world
 from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
-from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
@@ -26,10 +26,8 @@ KINDS = {
     "top-k": ["distillation.top_k=12", "distillation.temperature=2.0"],
     "top-k alone": ["distillation.top_k=12", "distillation.temperature=2.0", "distillation.beta=1",
                     "distillation.keep_remainder=false"],
-    "translated": ["distillation.top_k=12", "distillation.temperature=2.0", "distillation.ce_coeff=0.5",
-                   "distillation.other_tokenizer=true"],
 }
-FOLDERS = {"whole": ("whole",), "two": ("first", "second"), "translated": ("translated",)}
+FOLDERS = {"whole": ("whole",), "two": ("first", "second")}
 """Of kinds -> what is kept of the teachers, where it is not the most probable tokens of one in `top`."""
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
             "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
@@ -52,14 +50,13 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
 @pytest.fixture(scope="module")
 def kept(write_teacher_states: Any, packed_data: Any, tmp_path_factory: pytest.TempPathFactory
          ) -> dict[str, Any]:
-    """Arguments of the jobs: conversations and texts, of which the longer ones are cut, and what is kept of
-    the teacher."""
+    """Arguments of the jobs: conversations and texts, longer ones truncated, and the stored form of the
+    teacher's outputs."""
     data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
     write_teacher_states(states / "whole", data, StateFormat("float32"))
     write_teacher_states(states / "first", data[:1], StateFormat("float32"))
     write_teacher_states(states / "second", data[1:], StateFormat("float32"), teacher="two")
     write_teacher_states(states / "top", data, StateFormat(top_k=12, temperature=2.0))
-    write_teacher_states(states / "translated", data, StateFormat(top_k=12, temperature=2.0, translated=True))
     return {"data": [str(d) for d in data], "states": str(states)}
 
 
@@ -70,7 +67,6 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
     for kind in KINDS:
         trainer, _, sources = _begin(kind, FEWER, data, states)
         asked = trainer.config.distillation
-        state_files = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
                  for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
         train_step(trainer)
@@ -102,14 +98,10 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                               b * (q * (log_q - log_m)).sum(-1) + (1 - b) * (p * (log_p - log_m)).sum(-1))
                 picked = -logits.log_softmax(-1)[torch.arange(count), m.labels[here]]
                 learned = (m.weights[here] > 0).double()
-                heard = learned
-                if asked.other_tokenizer:
-                    rows = state_files.read_states(source, "train", document, start, count)
-                    heard = learned * (unpack_rows(rows)[1][:, 0] <= 0)
                 wanted["cross_entropy"] += float((picked.double() * learned).sum())
                 for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),
                                      ("tokens", torch.ones(count))):
-                    wanted[name] += float((values.double() * heard).sum())
+                    wanted[name] += float((values.double() * learned).sum())
                 wanted["starts"] = max(wanted["starts"], start)
         sums = trainer.forward_backward.compute_gradients(batch, objective, 2)
         tokens = wanted["tokens"]
@@ -135,9 +127,6 @@ def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> No
     assert results[0]["ce"][0] == pytest.approx(results[0]["ce"][1], rel=1e-12)
     assert results[1]["kind"] == "two" and results[2]["ce"][0] is None
     assert results[1]["ours"] != pytest.approx(results[0]["ours"], rel=0.01)
-    translated = next(found for found in results if found["kind"] == "translated")
-    assert translated["tokens"] < results[0]["tokens"], "some positions are not heard"
-    assert translated["ce"][0] == pytest.approx(translated["ce"][1], rel=1e-12)
 
 
 def test_resume_rejects_another_teacher() -> None:

@@ -19,7 +19,7 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation import teacher as teaching
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
 from megatron_sov.post.distillation.teacher import FORMATS, TeacherReading, hash_weights, write_outputs
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 FAMILY, TOP_K = "exaone_moe", 5
 
@@ -79,44 +79,6 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
         files.read_states(1, "train", 7, 2, int(shard.lengths[7]))
 
 
-def test_states_of_another_tokenizer_are_translated(one_rank: None, hf_models: dict[str, Path], data: Path,
-                                                    tmp_path: Path, capsys: Any) -> None:
-    """Its probabilities are transformers', over its own reading of the text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from megatron_sov.post.distillation.translation import TokenTranslation
-
-    teacher = tmp_path / "teacher"
-    shutil.copytree(hf_models[FAMILY], teacher)
-    file = json.loads((teacher / "tokenizer.json").read_text())
-    kept = file["model"]["merges"][:40]  # of the same ids, but its tokens are shorter
-    file["model"]["merges"] = kept
-    (teacher / "tokenizer.json").write_text(json.dumps(file))
-    command = ["distill", "states", str(teacher), "--data", str(data), "--output", str(tmp_path / "states"),
-               "--other-tokenizer"]
-    assert main(command) == 2 and "--top-k 0: hidden states of a teacher" in capsys.readouterr().err
-    assert main([*command, "--top-k", "9"]) == 0
-    sources = open_sources({str(data): 1.0}, 1024, FORMATS)
-    files, shard = opened(tmp_path / "states", data), sources[0].open_split("train")
-    own = data / "tokenizer"
-    both = TokenTranslation(own, teacher, sources[0].vocab_size, 1024)
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
-    ids = shard.tokens(7, 0, int(shard.lengths[7]))
-    document = both.translate_document(ids.tolist())
-    text = AutoTokenizer.from_pretrained(own).decode(ids[:-1])
-    assert document.ids[:-1] == AutoTokenizer.from_pretrained(teacher)(text, add_special_tokens=False)[
-        "input_ids"] and len(document.ids) > len(ids)
-    with torch.no_grad():
-        logprobs = model(input_ids=torch.tensor([document.ids]), use_cache=False).logits[0].log_softmax(-1)
-    of_next = logprobs[:-1].gather(1, torch.tensor(document.ids)[1:, None])[:, 0]
-    best = logprobs.topk(18)
-    wanted, values = both.translate_rows(document, ids.tolist(), best.indices, best.values,
-                               torch.cat([of_next, torch.zeros(1)]), 9)
-    got, found = unpack_rows(files.read_states(0, "train", 7, 0, len(ids)))
-    torch.testing.assert_close(found, values, rtol=1e-4, atol=1e-4)
-    assert (got == wanted).double().mean() > 0.95, "equal ones may change places"
-
-
 def read(model: str, data: str, out: str, settings: list[str], top_too: bool) -> None:
     """Read the data, on this process as one of several."""
     write_outputs(reading(Path(model), Path(data)), Path(out), settings, None)
@@ -155,14 +117,14 @@ def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Pa
     def killed(*arguments: Any) -> None:
         if len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append(arguments[2])
+        seen.append(arguments[3])
         read_parts(*arguments)
 
     monkeypatch.setattr(teaching, "_read_parts", killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         write_outputs(reading(imported[FAMILY], data), out, [], None)
     assert not out.exists() and len(seen) == 2
-    monkeypatch.setattr(teaching, "_read_parts", lambda *a: (seen.append(a[2]), read_parts(*a)))
+    monkeypatch.setattr(teaching, "_read_parts", lambda *a: (seen.append(a[3]), read_parts(*a)))
     write_outputs(reading(imported[FAMILY], data), out, [], None)
     files = [part.file for together in seen for part in together]
     assert sorted(files) == sorted(p.relative_to(out).as_posix() for p in (out / "states").iterdir())

@@ -24,8 +24,7 @@ from megatron_sov.post.extend.running import (
     run_stages)
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 
-# A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
-# checkpoint and manifest.
+# A stage's gate: check times, conditions to pass, and records in events, checkpoint and manifest.
 
 SETTINGS = GateConfig(every_steps=4, min_accuracy=0.9, loss_tolerance_nats=0.1)
 
@@ -61,8 +60,7 @@ class Run:
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
-    """Return `judged(run, start_loss, min_steps)`: a gate of that run,
-    whose losses and needles are the run's."""
+    """Return `judged(run, start_loss, min_steps)`: a gate with the losses and needle scores of the run."""
 
     def made(run: Run, start_loss: float | None = 2.0, min_steps: int = 4) -> StageGate:
         monkeypatch.setattr(running, "evaluate_forward_model", lambda loaded, short: {"text": HeldoutLoss(
@@ -91,7 +89,7 @@ def test_gate_checks_before_the_first_step_and_records_the_search(judged: Any, c
                                               "512 tokens: 0 of 20 right")
 
 
-def test_it_looks_every_so_many_steps_and_after_the_last_one(judged: Any) -> None:
+def test_gate_checks_periodically_and_after_the_last_step(judged: Any) -> None:
     run = Run()
     judged(run)
     steps(run, *((step, 0) for step in range(1, 11)))
@@ -173,22 +171,22 @@ def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind 
 
 @pytest.mark.each(("correct", "rows", "single"), [
     ((20, 20, 20, 20, 20), 0, 0),
-    # one miss of 20 is 5 %: single cells below 90 % are no evidence, their row reaches it
+    # one miss of 20 is 5 %: single cells below 90 % prove nothing, their row reaches it
     ((18, 19, 17, 20, 18), 0, 0),
     ((18, 18, 18, 18, 17), 1, 0),  # 89 of 100
     ((20, 20, 20, 20, 13), 0, 1),  # 93 of 100, and one depth that is plainly worse
     ((3, 4, 2, 5, 3), 1, 5),
     ((0, 0, 0, 0, 0), 1, 5),
 ])
-def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct: tuple[int, ...], rows: int,
-                                                                        single: int) -> None:
+def test_gate_passes_if_rows_reach_the_threshold_and_no_cell_is_clearly_below(
+        correct: tuple[int, ...], rows: int, single: int) -> None:
     verdict = decide_verdict(cells(*correct), 2.0, 2.0, GATE)
     assert (len(verdict.failing_rows), len(verdict.failing_cells)) == (rows, single)
     assert verdict.passed == (not rows and not single)
     assert len(verdict.lines()) == rows + single
 
 
-def test_every_length_and_kind_is_a_row_of_its_own() -> None:
+def test_every_length_and_kind_is_a_separate_row() -> None:
     good, bad = (cells(20, 20, 20, 20, 20),
                  cells(20, 20, 15, 15, 15, length=2048) + cells(17, 17, 17, 17, 17, kind="multi-key"))
     verdict = decide_verdict(good + bad, 2.0, 2.0, GATE)

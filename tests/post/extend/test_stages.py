@@ -20,11 +20,11 @@ from megatron_sov.post.extend.stages import (
     WINDOW_TOKENS, build_stage_blend, check_contamination, plan_stages, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.train.data.token_shards import Source
-from tests.typed_words import typed
+from megatron_sov.train.data.sources import Source
+from tests.typed_words import parse_settings
 
-# The search of the training text: what is planted is found, what is not there is not, and a gate that would
-# measure memory is refused.
+# The search of the training text finds planted needles only, and a gate that would test memorization is
+# refused.
 
 QUESTION = [5, 6, 7]
 
@@ -43,7 +43,7 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Packed(Source):
-    """A source whose splits lie in memory."""
+    """A source with its splits in memory."""
 
     splits: Any = None
 
@@ -96,15 +96,15 @@ def test_search_finds_questions_within_documents_only() -> None:
         check_contamination(inside, 1.0)
 
 
-def test_the_search_ends_at_its_bound_and_says_so() -> None:
+def test_search_stops_at_its_bound_with_a_warning() -> None:
     sources = [source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])]
     result = search_contamination([QUESTION], sources, 500)
     assert (result.scanned_tokens, result.train_tokens, result.questions_found) == (
         {"web": 500}, {"web": 903}, 0)
 
 
-# Parts of a stage become one blend: shares hold, what names no source takes all of its kind, what is
-# missing is said.
+# Parts of a stage become one blend: shares hold, a part without source uses all of its kind, and missing
+# sources are named.
 
 
 def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = False) -> Source:
@@ -115,7 +115,7 @@ def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = Fa
 
 @pytest.fixture
 def sources() -> list[Source]:
-    """Two texts, one of them with a long document, and chats."""
+    """Two text sources, one of them with a long document, and chats."""
     return [blend_source("web", [10, 20], 0.6), blend_source("books", [5, 90], 0.2),
             blend_source("chats", [8], 0.2, is_chat=True)]
 
@@ -150,7 +150,7 @@ def test_mid_training_mixes_trajectories_long_documents_and_replay(sources: list
     assert blend == pytest.approx({"chats": 0.7, "books@33": 0.1, "web/8": 0.15, "books": 0.05})
 
 
-def test_the_rest_goes_to_all_sources_by_their_share(sources: list[Source]) -> None:
+def test_remaining_tokens_go_to_sources_by_share(sources: list[Source]) -> None:
     blend = build_stage_blend(stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
     assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
 
@@ -235,12 +235,12 @@ def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shard
     assert main(command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0)) == 0
 
 
-def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
+def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
     """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
     shorter = words({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
                      "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
-    args = typed(ExtendOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
-                                     str(token_shards), "--run", str(tmp_path / "long"), *shorter])
+    args = parse_settings(ExtendOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
+                                          str(token_shards), "--run", str(tmp_path / "long"), *shorter])
     request = stage_request(args, "lm", lengthens=True)
     planned = plan_stages(request, find_checkpoint(short_run), args.run, 1)
     near, far = (stage.config for stage in planned)

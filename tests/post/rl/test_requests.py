@@ -37,8 +37,8 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=3, samples_per_prompt=2, pie
                         max_new_tokens=6)
 
 
-def settings_of(folder: Path, urls: tuple[str, ...] = (), servers: EngineServers | None = None
-                ) -> ServerSettings:
+def settings_of(folder: Path, urls: tuple[str, ...] = (),
+                servers: EngineServers | None = None) -> ServerSettings:
     return ServerSettings(start=folder, places=ServerLocations(folder, urls), longest=8,
                           servers=servers or EngineServers(), vocab_size=VOCAB, with_routes=False)
 
@@ -106,7 +106,7 @@ def desks(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
 
 
 def check_whole(rows: list[Rollout]) -> None:
-    """Each response is there once, and each token is what the weights that it names have written."""
+    """Check that each response occurs once, and that each token has the policy version that wrote it."""
     assert len({(row.key.prompt, row.key.sample) for row in rows}) == len(rows) == 6
     for row in rows:
         ids = row.prompt_tokens.tolist()
@@ -150,9 +150,8 @@ def test_samples_of_a_prompt_are_joined_in_a_request(more: dict[str, Any], room:
 
 @pytest.mark.parametrize(("is_live", "deadline_s", "asked"), [
     (True, 0.0, 6), (True, 60.0, 2), (False, 0.0, 2)])
-def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(is_live: bool, deadline_s: float,
-                                                                     asked: int,
-                                                                     desks: Callable[..., Desk]) -> None:
+def test_servers_receive_all_available_work_ahead(is_live: bool, deadline_s: float, asked: int,
+                                                  desks: Callable[..., Desk]) -> None:
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
     requests = RolloutRequestQueue(requests=desk.requests, pieces=desk.queue, room=1,
                             load_policy=None if is_live else desk.take)
@@ -166,7 +165,7 @@ def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., De
     monkeypatch.setattr(transport, "KEEPALIVE_S", 60.0)  # a busy machine may stand still for longer than that
     keeper, now_s = DoubleKeeper(), [0.0]
     desk = desks([keeper], replace(ROLLOUT, piece_prompts=3))
-    # the clock stands still: what waited between two rounds would wait for ever
+    # the clock stands still: waiting between two rounds would never end
     queue = RolloutRequestQueue(requests=desk.requests, pieces=desk.queue, load_policy=None, room=4,
                          clock_s=lambda: now_s[0])
     seen: list[tuple[int, int]] = []
@@ -190,8 +189,7 @@ def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., De
     assert len(desk.fleet._threads) <= 2 + 1
 
 
-def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
-        desks: Callable[..., Desk]) -> None:
+def test_a_stop_releases_claims_and_the_next_command_finishes(desks: Callable[..., Desk]) -> None:
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1))
     asked: list[bool] = []
     desk.queue.asked_to_stop = lambda: bool(asked)
@@ -264,8 +262,8 @@ def test_remote_servers_get_the_initial_weights(urls: tuple[str, ...], given: li
     assert updates == given
 
 
-def test_a_run_that_is_to_stop_does_not_wait_for_a_server_that_does_not_answer(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopping_run_does_not_wait_for_a_silent_server(tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(servers, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
     live_servers = LiveServers(settings_of(tmp_path, ("http://127.0.0.1:9",), EngineServers(start_s=1e6)))

@@ -21,7 +21,7 @@ DOMAINS = [["math", 2], ["", 1], ["code", 2]]
 
 
 class Told:
-    """Documents that count up from 5, written behind their first token."""
+    """Documents that count up from 5; every token but the first is learned."""
 
     is_plain, columns = False, ("behaviour_logprobs",)
     lengths = np.array(LENGTHS)
@@ -58,16 +58,15 @@ VIEW: Any = SimpleNamespace(world=None, checkpointer=SimpleNamespace(advance=lam
 
 
 def told(opened: PublishedRound, *teachers: Any) -> list[float]:
-    """Return what teachers say of a round, in hundredths."""
+    """Return the teachers' scores of a round, in hundredths."""
     file = opened.path.with_name("0001.teacher_logprobs.f32")
     write_teachers(VIEW, teachers, opened, file, "these")
     assert find_seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
     return (np.fromfile(file, np.float32, sum(LENGTHS)) * -100).round(3).tolist()
 
 
-def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: PublishedRound,
-                                                                     servers: list[Any]
-                                                                     ) -> None:
+def test_each_teacher_scores_its_documents_on_several_servers(opened: PublishedRound,
+                                                              servers: list[Any]) -> None:
     one, other = servers
     expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]
     teachers = ScoringTeacher("", urls=(one.url,)), ScoringTeacher("code", urls=(other.url,))
@@ -83,8 +82,8 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Pub
         told(opened, ScoringTeacher("code", urls=(other.url,)))
 
 
-def test_scoring_retries_absent_servers_and_reports_refusals(
-        opened: PublishedRound, servers: list[Any]) -> None:
+def test_scoring_retries_absent_servers_and_reports_refusals(opened: PublishedRound,
+                                                             servers: list[Any]) -> None:
     one, other = servers
     expected = told(opened, ScoringTeacher("", urls=(one.url,)))
     other.is_dead = True

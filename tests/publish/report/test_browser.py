@@ -1,4 +1,4 @@
-"""The report in a real browser: every chart is drawn, no script complains, hostile text runs nothing."""
+"""The report in a real browser: all charts are drawn, no script fails, and hostile text is not executed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ def write(page: str, folder: Path) -> Path:
     return file
 
 
-def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: Path,
-                                                    open_page: OpenPage) -> None:
+def test_every_chart_is_drawn_without_errors(runs: list[Path], tmp_path: Path, open_page: OpenPage) -> None:
     """Of a run that has every kind of chart; several runs on a page are in the test of the layout."""
     page = render_report([read_run(runs[1])])
     dom, console = open_page(write(page, tmp_path))
@@ -55,9 +54,9 @@ def test_a_script_that_hostile_text_smuggles_in_is_refused(toy: Path, tmp_path: 
 
 @pytest.mark.parametrize("given", [
     (PHONE, NOTEBOOK), pytest.param((PHONE, TABLET, NOTEBOOK), marks=pytest.mark.deep)])
-def test_the_layout_holds_on_every_screen_in_light_and_dark(
-        runs: list[Path], toy: Path, tmp_path: Path, measure_page: MeasurePage,
-        given: tuple[Screen, ...]) -> None:
+def test_the_layout_holds_on_every_screen_in_light_and_dark(runs: list[Path], toy: Path, tmp_path: Path,
+                                                            measure_page: MeasurePage,
+                                                            given: tuple[Screen, ...]) -> None:
     """Structure alone is judged: pictures differ from one version of a font to the next."""
     first, second, other = (read_run(path) for path in (*runs, toy))
     # The second has every kind of chart; each more is drawn six times.
@@ -74,7 +73,7 @@ def test_the_layout_holds_on_every_screen_in_light_and_dark(
         contents_px = screen["contents"]["bottom"] - screen["contents"]["top"]
         if width == 1440:
             assert max(screen["panels"][name]["bottom"] for name in FIRST_SCREEN) <= screen["height"]
-            assert contents_px > 400  # open, beside the text
+            assert contents_px > 400  # expanded, next to the text
         else:
             assert contents_px < 60  # folded
             assert screen["panels"]["Held-out quality"]["bottom"] <= screen["height"]

@@ -1,4 +1,4 @@
-"""Figures: what is drawn, and what the note below says was not."""
+"""Charts of the report, and the note about series that were not drawn."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_phases_are_bands_and_restarts_are_rules(runs: list[Path]) -> None:
     assert plot.bands == [("1", 1, 251), ("2.A", 251, 400)] and plot.rules == [("restart", 233)]
 
 
-def test_a_diverged_run_is_reported_and_says_so(tmp_path: Path) -> None:
+def test_a_diverged_run_is_marked_in_its_report(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for step in range(1, 101):
         log.write("step", step=step, loss=2.0 if step < 60 else float("nan"), grad_norm=float("inf"),
@@ -51,7 +51,7 @@ def test_a_diverged_run_is_reported_and_says_so(tmp_path: Path) -> None:
     assert "Global gradient norm" not in page  # nothing left to draw
 
 
-def test_heldout_has_a_line_for_each_source_and_one_for_all(runs: list[Path]) -> None:
+def test_heldout_chart_has_a_line_for_each_source_and_the_total(runs: list[Path]) -> None:
     (bits,) = heldout_charts(read_run(runs[0]))
     assert names(bits) == ["english", "korean", "code", "all sources"]
     assert bits.plot.y.title == "bits per byte"
@@ -103,7 +103,7 @@ def test_the_last_of_a_repeated_step_counts_as_in_final_steps(events: list[dict]
                             if result else {})
 
 
-def test_phases_are_what_the_steps_name() -> None:
+def test_phases_come_from_step_events() -> None:
     table = StepTable()
     # step 3 done again
     for step, phase in ((1, "a"), (2, "a"), (3, "b"), (4, "b"), (2, "a"), (3, "a"), (4, "b"), (5, "a")):
@@ -133,7 +133,7 @@ def test_downsampling_keeps_every_spike_of_a_long_curve() -> None:
     assert drawn.steps[0] == 1 and drawn.steps[-1] == 300_000
     assert np.all(np.diff(drawn.steps) > 0)
     assert drawn.values.max() == 104 and drawn.values.min() == values.min()
-    for spike in spikes:  # a spike may only hide behind a higher one in its own stretch of 300 steps
+    for spike in spikes:  # only a higher spike within the same 300 steps may hide a spike
         near = np.abs(drawn.steps - 1 - spike) <= 301
         assert drawn.values[near].max() >= values[spike]
 
@@ -168,8 +168,7 @@ def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path: Path) -> None
     assert run.attempts[1].outcome == "stopped: time limit"
 
 
-def test_a_resume_is_told_by_the_attempt_that_it_opens_whether_before_or_after_its_start(
-        tmp_path: Path) -> None:
+def test_a_resume_belongs_to_its_attempt_in_any_event_order(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for before in (True, False):
         if before:
@@ -207,7 +206,7 @@ def test_needles_and_samples_are_the_newest(tmp_path: Path) -> None:
     assert [s["text"] for s in run.samples] == ["20", "20"]
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"contains no events.jsonl.*--run"):
         read_run(tmp_path / "missing")
     (tmp_path / "events.jsonl").touch()
@@ -234,7 +233,7 @@ def test_fields_of_a_wrong_type_break_neither_report_nor_status(runs: list[Path]
     assert format_run_state(read_run_state(tmp_path))
 
 
-def test_a_field_of_a_wrong_type_is_left_out_and_the_others_stay() -> None:
+def test_a_field_of_wrong_type_is_dropped_alone() -> None:
     event = {"event": "step", "time_s": 1e308, "step": 3, "loss": "x", "grad_norm": "nan", "lr": 0.1,
              "losses": {"a": 1.0, "b": [2]}, "note": ["kept"]}
     assert parse_event(json.dumps(event).encode()) == {

@@ -1,4 +1,4 @@
-"""What a run is judged by on the first screens: a loss of tokens, or what its objective is after."""
+"""Headline figures of a run: the token loss, or the measure of its objective."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ PAIRS = (Meter("pairs_right", "pairs right", "share", "higher"), Meter("margin",
     ("policy", RL, ["mean reward", "response length"]), ("preference", PAIRS, ["pairs right", "margin"]),
     ("lm", (LOSS,), ["loss"]), ("lm", (), ["loss"]),
     ("policy", (), ["policy loss"]), ("obj.py:Mine", (), ["loss of obj.py:Mine"])])
-def test_an_objective_is_judged_by_what_it_is_after(
-        objective: str, declared: tuple[Meter, ...], titles: list[str], tmp_path: Path) -> None:
+def test_headline_is_the_measure_of_the_objective(objective: str, declared: tuple[Meter, ...],
+                                                  titles: list[str], tmp_path: Path) -> None:
     start = build_headline_fields(declared, comparable=objective == "lm") if declared else {}
     run = read_run(write(tmp_path / "run", objective, **start))
     assert [meter.title for meter, _ in find_headline_curves(run)] == titles
@@ -58,7 +58,7 @@ def test_a_run_may_declare_its_own_meters(tmp_path: Path) -> None:
     assert curve.values.tolist() == [1, 2, 3, 4]
 
 
-def test_meters_that_are_none_leave_the_loss(tmp_path: Path) -> None:
+def test_invalid_meters_fall_back_to_the_loss(tmp_path: Path) -> None:
     run = read_run(write(tmp_path / "run", "lm", headline=[{"name": "absent"}, "odd"]))
     assert [meter.title for meter, _ in find_headline_curves(run)] == ["loss"]
 

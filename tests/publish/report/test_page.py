@@ -1,4 +1,4 @@
-"""The report as a file: complete in itself, hostile text stays text, every section with data is there."""
+"""The report file: self-contained, escaped text, and every section that has data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.sections import build_sections
 from megatron_sov.runs.obs.events import EventLog
 
-# The first screen: what was trained, on what, how it was judged, what it writes.
+# The first screen: model, data, scores and samples.
 
 def panels(*paths: Path) -> dict[str, Panel]:
     return {panel.title: panel for panel in build_opening([read_run(path) for path in paths])}
@@ -30,7 +30,7 @@ def write(run: Path, *events: dict) -> Path:
     return run
 
 
-def test_the_same_prompt_stands_before_and_after(tmp_path: Path) -> None:
+def test_samples_show_the_same_prompt_before_and_after(tmp_path: Path) -> None:
     before = write(tmp_path / "pretrain", {"event": "sample", "step": 5, "prompt": "only here", "text": "x"},
                    {"event": "sample", "step": 5, "prompt": "Why?", "text": "\n\nin the park\n"})
     after = write(tmp_path / "sft", {"event": "sample", "step": 9, "prompt": "Why?", "text": "y" * 700})
@@ -40,7 +40,7 @@ def test_the_same_prompt_stands_before_and_after(tmp_path: Path) -> None:
                            ("After: sft, step 9", "y" * 600 + "\n… (100 more characters)")]
 
 
-def test_five_samples_are_open_and_those_asked_before_come_first(tmp_path: Path) -> None:
+def test_five_samples_are_open_with_repeated_prompts_first(tmp_path: Path) -> None:
     asked = [{"event": "sample", "step": 5, "prompt": f"p{i}", "text": f"x{i}", "target": "t" if i else None}
              for i in range(9)]
     first = write(tmp_path / "a", {**asked[7], "text": "before"}, {**asked[8], "prompt": "q"})
@@ -52,7 +52,7 @@ def test_five_samples_are_open_and_those_asked_before_come_first(tmp_path: Path)
     (alone,) = panels(write(tmp_path / "c", asked[0]))["What it writes"].comparisons
     assert alone.texts == [("c, step 5", "x0")]
     page = render_report([read_run(first), read_run(tmp_path / "b")])
-    # the samples of b stand on the first screen
+    # the samples of b are on the first screen
     assert "Show 4 more" in page and page.count("<h3>Samples</h3>") == 1
 
 
@@ -90,7 +90,7 @@ def test_stages_follow_one_another_by_tokens(tmp_path: Path) -> None:
     assert heldout.plot.bands == [("a", 0.0, 300.0), ("b", 300.0, 320.0)]
 
 
-def test_steps_stand_for_tokens_where_a_stage_has_none(tmp_path: Path) -> None:
+def test_steps_replace_tokens_in_stages_without_tokens(tmp_path: Path) -> None:
     runs = [read_run(stage(tmp_path / "a", 3, 100, 3)), read_run(stage(tmp_path / "b", 2, 0, 1))]
     (heldout,) = {panel.title: panel for panel in build_opening(runs)}["Held-out quality"].charts
     assert lines(heldout) == {"en": ([3, 4], [2, 2])}
@@ -99,7 +99,7 @@ def test_steps_stand_for_tokens_where_a_stage_has_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("event", [{"event": "run_start"},
                                    {"event": "step", "step": 1, "loss": float("nan")}])
-def test_without_figures_there_is_nothing_to_draw(event: dict, tmp_path: Path) -> None:
+def test_runs_without_figures_have_no_charts(event: dict, tmp_path: Path) -> None:
     EventLog(tmp_path / "events.jsonl").write(**event)
     assert "Held-out quality" not in panels(tmp_path)
 
@@ -136,7 +136,7 @@ def document(page: str) -> Document:
     return Document(page)
 
 
-def test_nothing_is_loaded_from_anywhere(page: str, document: Document) -> None:
+def test_the_page_loads_no_external_resource(page: str, document: Document) -> None:
     references = [value for _, attributes in document.elements for name, value in attributes.items()
                   if name in ("src", "href", "srcset", "data", "action", "poster", "background")]
     assert references and all(value.startswith("#") for value in references)
@@ -181,7 +181,7 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
     assert all(hostile in "".join(document.text[tag]) for tag in ("p", "title", "td"))
 
 
-def test_all_sections_stand_in_order_and_in_the_contents(runs: list[Path], document: Document) -> None:
+def test_all_sections_are_ordered_and_in_the_contents(runs: list[Path], document: Document) -> None:
     shown = list(dict.fromkeys(s.title for path in runs for s in build_sections(read_run(path))))
     assert sorted(shown, key=EVERYTHING.index) == EVERYTHING
     anchors = {a["href"][1:] for tag, a in document.elements if tag == "a"}
@@ -196,7 +196,7 @@ def test_a_run_of_another_model_gets_one_sentence(runs: list[Path], toy: Path) -
             "trained on 3.28 M tokens") in page
     assert ("Not in this report, because another model was trained: retrieval (tiny-k-exaone); report "
             "such runs alone.") in page
-    # in what is read: a line of a chart may come to that place by chance
+    # in visible text: a chart's path may contain it by chance
     assert not re.search(r">[^<]*\b5\.157\b", page) and page.count("retrieval") == 1
 
 

@@ -1,4 +1,4 @@
-"""Scores in the report: the newest of each checkpoint, what is missing by name, verdicts."""
+"""Scores in the report: the latest per checkpoint, names of missing ones, and verdicts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
     assert len(section("Scores", eval_lm=events).charts) == 1
 
 
-# Curves of what was judged beside training.
+# Curves of evaluations during training.
 
 
 def write(run: Path) -> None:
@@ -97,8 +97,7 @@ def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> Non
             and table.rows[1][2] == "no memory")
 
 
-def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp_path: Path,
-                                                                             written_scores: Any) -> None:
+def test_scores_of_later_jobs_join_those_of_events(tmp_path: Path, written_scores: Any) -> None:
     (tmp_path / "evaluations").mkdir()
     for step, scores in ((20, [1.0, 0.0]), (40, [1.0, 1.0])):
         written_scores(tmp_path / f"evaluations/step-{step}.lm.json", scores, model=f"export {step}")
@@ -127,7 +126,7 @@ def figures(share: float) -> dict:
             "num_unscored": 5, "mean_reward": share, "pass_at_k": rows, "maj_at_k": rows[:1]}
 
 
-def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path: Path) -> None:
+def test_each_prompt_set_has_a_curve_of_its_newest_scores(tmp_path: Path) -> None:
     log = EventLog(tmp_path / EVENTS)
     for step, share in ((100, 0.2), (200, 0.3), (200, 0.4)):
         log.write("passk", step=step, input="data/aime.jsonl", reward="math", sampling=SAMPLING,
@@ -143,7 +142,7 @@ def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path
     assert [c.name for c in section.charts[1].plot.series] == ["pass@k", "maj@k"]
 
 
-def test_files_of_one_name_are_two_sets_of_prompts() -> None:
+def test_files_with_equal_names_are_separate_prompt_sets() -> None:
     events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
               for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
     result = section("pass@k", passk=events)
@@ -151,7 +150,7 @@ def test_files_of_one_name_are_two_sets_of_prompts() -> None:
         "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]
 
 
-# Verdicts in one table: what was judged, the outcome, the figure.
+# Verdicts in one table: subject, outcome, figure.
 
 
 def rows(own: list[Path]) -> list[list[str]]:
@@ -170,7 +169,7 @@ def test_every_judgement_has_a_row(runs: list[Path], toy: Path) -> None:
         ["Export", "passed", "pretrain: 2 of 2 checks"]]
 
 
-def test_what_failed_is_named(tmp_path: Path) -> None:
+def test_failed_evaluations_are_named(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.write("run_start", resumed_from=0)
     log.write("eval", step=1, heldout={name: {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}

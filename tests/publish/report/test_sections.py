@@ -21,7 +21,7 @@ def section(run_dir: Path, title: str) -> PageSection:
     return next(s for s in build_sections(read_run(run_dir)) if s.title == title)
 
 
-def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
+def test_sections_without_data_are_omitted(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.write("conversion", target="hf",
               checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
@@ -31,7 +31,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     assert '<span class="bad">FAILED</span>' in render_report([run])
 
 
-def test_a_run_that_has_just_begun_says_so(tmp_path: Path) -> None:
+def test_a_run_without_steps_is_marked_as_started(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").touch()
     assert "This run has recorded nothing yet." in render_report([read_run(tmp_path)])
 
@@ -53,12 +53,12 @@ def test_heldout_table_has_bits_per_byte(runs: list[Path]) -> None:
     assert rows["code"][4:] == [f"{bits:.4g}"]
 
 
-def test_warnings_stand_by_step(tmp_path: Path) -> None:
+def test_warnings_are_listed_by_step(tmp_path: Path) -> None:
     EventLog(tmp_path / "events.jsonl").write("warning", step=8, text="source ko is in epoch 4.1")
     assert section(tmp_path, "Warnings and faults").tables[0].rows == [["8", "source ko is in epoch 4.1"]]
 
 
-def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) -> None:
+def test_long_and_many_samples_are_truncated_with_a_note(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for _ in range(30):
         log.write("sample", step=5, prompt="p", text="x" * 4100)
@@ -97,7 +97,7 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
         ["2", "64", "0.7500", "62.5 %", "12.5", "25 %", "6", "all right 2", "failed 3"]]
 
 
-def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_path: Path) -> None:
+def test_unscored_and_damaged_rounds_are_shown(tmp_path: Path) -> None:
     publish(tmp_path, 1, means={"responses": 0}, groups={}, late=[], unjudged={"failed": 9})
     publish(tmp_path, 2, means=means(0.5), groups={"learns": 1}, late=[], unjudged={})
     (tmp_path / "rounds" / "0002" / "manifest.json").write_text("{")
@@ -109,12 +109,12 @@ def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_p
 
 
 def names(*paths: Path) -> tuple[list[str], list[str]]:
-    """Return the runs of the one model, and those of others."""
+    """Return the runs of one model, and those of others."""
     own, others = split_by_model([read_run(path) for path in paths])
     return [run.name for run in own], [run.name for run in others]
 
 
-def test_a_run_of_another_size_or_architecture_is_apart(runs: list[Path], toy: Path) -> None:
+def test_runs_of_other_sizes_have_separate_charts(runs: list[Path], toy: Path) -> None:
     assert names(runs[0], toy, runs[1]) == (["pretrain", "extend"], ["retrieval"])
 
 
@@ -122,8 +122,7 @@ def test_the_first_run_says_which_model_it_is(runs: list[Path], toy: Path) -> No
     assert names(toy, *runs) == (["retrieval"], ["pretrain", "extend"])
 
 
-def test_a_run_that_has_not_recorded_its_size_is_kept_with_the_first(runs: list[Path],
-                                                                     tmp_path: Path) -> None:
+def test_a_run_without_recorded_size_joins_the_first_chart(runs: list[Path], tmp_path: Path) -> None:
     EventLog(tmp_path / "events.jsonl").write("step", step=1, loss=1.0)
     for order in ((runs[0], tmp_path), (tmp_path, runs[0])):
         assert names(*order)[1] == []
@@ -168,7 +167,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_incidents_stand_in_the_order_of_time(run: Path) -> None:
+def test_incidents_are_ordered_by_time(run: Path) -> None:
     (incidents,) = SECTIONS["Warnings and faults"].build(read_run(run)).tables
     assert incidents.rows == [
         ["9", "step rejected", "the loss is nan; not finite on rank 3"],
@@ -182,7 +181,7 @@ def test_incidents_stand_in_the_order_of_time(run: Path) -> None:
         ["38", "rollback", "weights and optimizer are those of step 30 again"]]
 
 
-def test_a_long_list_is_cut_and_the_reader_is_told(tmp_path: Path) -> None:
+def test_a_long_list_is_truncated_with_a_note(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for step in range(1, MAX_ROWS + 31):
         log.write("skip", step=step, reason="the loss is inf", ranks=[])

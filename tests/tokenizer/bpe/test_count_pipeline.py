@@ -1,4 +1,4 @@
-"""The way from inputs to a vocabulary: what is seen of each group, and what the stages say."""
+"""From input files to a vocabulary: the share of each group that is counted, and the progress messages."""
 
 import json
 import random
@@ -51,8 +51,8 @@ def test_superwords_come_from_a_sample(corpus: Path, tmp_path: Path) -> None:
     assert second["seen_bytes"] == pytest.approx(20_000, rel=0.05) and first["seen_bytes"] > 100_000
 
 
-def test_memory_bounds_the_words_and_the_stages_say_so(corpus: Path, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limit_bounds_words_and_is_reported(corpus: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(count_pipeline, "BASE_BYTES", 0)
     monkeypatch.setattr(count_pipeline, "LEARNING_BYTES_PER_BYTE", 1)
     [stage] = learn_vocabulary(replace(make_plan(tmp_path), vocab_size=340, transition_size=340,
@@ -61,7 +61,7 @@ def test_memory_bounds_the_words_and_the_stages_say_so(corpus: Path, tmp_path: P
     assert stage["dropped_words"] > 20 and stage["least_count"] > 1 and 0 < stage["dropped_share"] < 1
 
 
-def test_too_little_text_says_how_far_it_went_and_how_much_is_needed(corpus: Path, tmp_path: Path) -> None:
+def test_too_little_text_reports_reached_and_required_size(corpus: Path, tmp_path: Path) -> None:
     plan = replace(make_plan(tmp_path), vocab_size=9000, transition_size=9000)
     with pytest.raises(UserError, match=r"only \d+ tokens were reached from 0\.\d+ MB .* give it about "
                                         r"\d+(\.\d+)? MB like it"):

@@ -1,4 +1,4 @@
-"""Counting in compiled code: as Python's Counter, however often the table grows."""
+"""Compiled word counting equals Python's Counter, however often the hash table grows."""
 
 import json
 import random
@@ -93,7 +93,7 @@ def write_runs(file: Path, runs: list[Counter[bytes]]) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """Two units; the first has two runs, and all words stand in several of them."""
+    """Two units; the first has two files, and all words occur in several of them."""
     halves = [Counter({w: n // 3 for w, n in WORDS.items() if n // 3}),
               Counter({w: n - 2 * (n // 3) for w, n in WORDS.items()})]
     return [write_runs(tmp_path / "a.arrow", [halves[0], halves[1]]),
@@ -113,8 +113,7 @@ def test_runs_are_added_up(files: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("max_bytes", [0, 200, 2000])
-def test_the_rarest_are_left_out_all_of_one_count_together(files: list[Path], tmp_path: Path,
-                                                           max_bytes: int) -> None:
+def test_rarest_words_are_dropped_by_count(files: list[Path], tmp_path: Path, max_bytes: int) -> None:
     table = gather_words(files, tmp_path, max_bytes)
     left_out = {w: n for w, n in WORDS.items() if n < table.min_count}
     assert as_counter(table) == Counter({w: n for w, n in WORDS.items() if n >= table.min_count})
@@ -125,7 +124,7 @@ def test_the_rarest_are_left_out_all_of_one_count_together(files: list[Path], tm
     assert next_size > max_bytes  # one count more would not have fitted
 
 
-def test_memory_is_for_the_words_that_are_kept(tmp_path: Path) -> None:
+def test_memory_limit_applies_to_remaining_words(tmp_path: Path) -> None:
     once = {f"once{i}".encode(): 1 for i in range(100_000)}
     file = write_runs(tmp_path / "a.arrow", [Counter({b"often": 9, b"twice": 2, **once})])
     tracemalloc.start()
@@ -194,7 +193,7 @@ def test_repeated_text_counts_as_often_as_it_is_seen(corpus: Path, tmp_path: Pat
     assert 2 < sum(c.counted_bytes for c in some) / (sum(c.counted_bytes for c in counts) / 3) < 3
 
 
-def test_complete_units_are_kept_and_changed_ones_counted_again(corpus: Path, tmp_path: Path) -> None:
+def test_complete_files_are_reused_and_changed_ones_recounted(corpus: Path, tmp_path: Path) -> None:
     before = {c.file: c.file.stat().st_mtime_ns for c in count(corpus, tmp_path / "work")}
     (corpus / "2.jsonl").write_text('{"text": "other words"}')
     after = {c.file: c.file.stat().st_mtime_ns for c in count(corpus, tmp_path / "work")}

@@ -1,4 +1,4 @@
-"""Split patterns: what is read, automata whose matches are Oniguruma's, and patterns that cannot work."""
+"""Split patterns: parsing, automata with Oniguruma's matches, and patterns that are refused."""
 
 import pickle
 from itertools import pairwise
@@ -27,13 +27,13 @@ def test_a_pattern_is_read_as_a_tree() -> None:
 @pytest.mark.each("pattern", [
     "(a)", "a*?", "a++", "a{2}+", "(?<=a)b", r"\bx", "^a", "a$", r"(a)\1", r"\x41", "[]a]", "[a", "(?:a",
     "a)", "(?=ab)c", "(?i:[a-z])", "(?:a*)*b", "a{200}", "a{3,1}", "a*", "a|", "(?!a)", "{a"])
-def test_what_is_not_read_is_said_to_be(pattern: str) -> None:
+def test_unsupported_pattern_syntax_is_reported(pattern: str) -> None:
     with pytest.raises(UnsupportedPattern):
         parse_pattern(pattern)
 
 
 @pytest.mark.each("pattern", ["(?i:'ss)", "(?i:ﬀ|x)", "(?i:fi)"])
-def test_letters_that_fold_into_one_are_left_to_oniguruma(pattern: str) -> None:
+def test_case_folding_letters_are_left_to_oniguruma(pattern: str) -> None:
     with pytest.raises(UnsupportedPattern):
         parse_pattern(pattern)
 
@@ -104,7 +104,7 @@ def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
             assert splitter.split_text(text) == by_oniguruma(pattern, text), hex(start)
 
 
-def test_text_between_matches_and_groups_are_kept() -> None:
+def test_text_between_matches_is_preserved() -> None:
     assert Splitter(SOLAR_OPEN, r"\p{L}+").split_text("ab 12 cd") == ["ab", " 12 ", "cd"]
     assert Splitter(SOLAR_OPEN, r"(\p{L})(\p{N})|.").split_text("a1b") == ["a1", "b"]
 
@@ -117,7 +117,7 @@ def test_an_engine_that_differs_is_not_used_again() -> None:
     assert splitter.split_text("right now") == ["right", " now"]
 
 
-def test_where_pieces_end_is_told_in_bytes() -> None:
+def test_piece_ends_are_byte_offsets() -> None:
     for pattern in (SOLAR_OPEN.split_pattern, r"(\p{L})+|."):  # by the automaton, by Oniguruma
         assert Splitter(SOLAR_OPEN, pattern).find_ends("가나 a".encode()).tolist()[0] == 6
 

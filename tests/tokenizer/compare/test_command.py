@@ -1,4 +1,4 @@
-"""Costs, overlap and speed of several tokenizers, by hand."""
+"""Cost, overlap and speed of several tokenizers, compared with figures by hand."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def test_fewer_tokens_against_a_larger_head(toy: Toy) -> None:
     assert result["ko"]["relative_tokens"] == pytest.approx(1 / 6)
 
 
-def test_names_are_short_where_they_tell_tokenizers_apart() -> None:
+def test_names_are_shortened_while_unique() -> None:
     def opened(path: str) -> Any:
         return SimpleNamespace(path=Path(path), name=Path(path).name)
 
@@ -64,8 +64,8 @@ def test_speed_is_the_best_round_of_each_taken_in_turn(monkeypatch: pytest.Monke
 Build = Callable[..., Path]
 
 
-def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dict[str, Path], tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_equals_plain_counting(build: Build, heldout: dict[str, Path], tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
     plain, none = build("plain"), build("none", pairs=[])
     arguments = ["compare", str(plain), str(none), "--text", *(f"{n}={p}" for n, p in heldout.items())]
     assert main([*arguments, "--json", str(tmp_path / "out/c.json"), "--hidden-size", "64",
@@ -87,8 +87,8 @@ def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dic
     assert "bytes per token" in printed and "english" in printed and "MB per CPU second" in printed
 
 
-def test_mistakes_cost_one_sentence_and_leave_nothing(build: Build, heldout: dict[str, Path], tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_sentence_and_no_output(build: Build, heldout: dict[str, Path], tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     it, text, output = str(build()), ["--text", str(heldout["english"])], tmp_path / "new.json"
     mistakes = {"is the only tokenizer": [it, *text], "--text is missing": [it, it],
                 "does not exist": [it, "none", *text],

@@ -1,4 +1,4 @@
-"""`sov-tokenizer export`: tiktoken gives the same ids from what was written, or nothing is written."""
+"""`sov-tokenizer export`: tiktoken gives the same ids with the exported file, or there is no output."""
 
 import base64
 import json
@@ -58,8 +58,8 @@ def test_tiktoken_gives_the_same_ids(exported: tuple[tiktoken.Encoding, dict[str
 @settings(max_examples=200)
 @given(raw=st.one_of(st.binary(max_size=60),
                      st.text(max_size=20).map(lambda text: text.encode()[1:] + b"\xe0 \xff the")))
-def test_any_bytes_come_back_by_tiktoken(exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer],
-                                         raw: bytes) -> None:
+def test_any_bytes_come_back_by_tiktoken(
+        exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer], raw: bytes) -> None:
     encoding = exported[0]
     assert encoding.decode_bytes(encoding._encode_bytes(raw)) == raw
 
@@ -98,9 +98,10 @@ def unmatched_text(raw: dict[str, Any]) -> None:
     (lambda raw: raw.pop("model"), "is no tokenizer.json"),
     (lambda raw: raw["model"].update(dropout=0.1), "model.dropout = 0.1 makes encoding random"),
 ])
-def test_what_tiktoken_has_no_form_for_is_refused(
-        folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-        edit: Callable[[dict[str, Any]], Any], sentence: str) -> None:
+def test_tokenizers_outside_tiktoken_are_refused(folder: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str],
+                                                 edit: Callable[[dict[str, Any]], Any],
+                                                 sentence: str) -> None:
     bad = edited(folder, tmp_path / "bad", edit)
     assert main(["export", str(bad), "--format", "tiktoken", "--output", str(tmp_path / "out.tiktoken")]) == 2
     error = capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""Building the files: special tokens cannot be reached by text, and bytes are spelled as the
-library spells them."""
+"""Files of an exported tokenizer: text never encodes to special tokens, and bytes are spelled as in the
+`tokenizers` library."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,7 @@ def test_a_merge_that_spells_a_special_token_is_refused(learn: Callable[..., Voc
         build_tokenizer(single, learn(single, 260, TEXT))
 
 
-def test_special_tokens_in_text_are_found_only_on_request(learn: Callable[..., Vocabulary]) -> None:
+def test_special_tokens_in_text_are_encoded_only_on_request(learn: Callable[..., Vocabulary]) -> None:
     tokenizer = build_tokenizer(SOLAR_OPEN, learn(SOLAR_OPEN, 290, TEXT))
     assert tokenizer.encode("<|end|>").ids == [21]
     tokenizer.encode_special_tokens = True
@@ -61,19 +61,19 @@ def test_a_good_one_passes(learn: Callable[..., Vocabulary], tmp_path: Path) -> 
         "transformers give the same ids")
 
 
-def test_text_that_does_not_come_back_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+def test_text_that_does_not_round_trip_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="decoding does not give back"):
         run(SOLAR_OPEN, learn(SOLAR_OPEN, 290, CHECKED), tmp_path,
             built=replace(SOLAR_OPEN, normalization="nfc"))
 
 
-def test_another_split_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+def test_a_different_split_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="tiktoken and transformers differ on"):
         run(K_EXAONE, learn(K_EXAONE, 320, CHECKED, transition=290), tmp_path,
             built=replace(K_EXAONE, superword_pattern=r"\S|\s"))
 
 
-def test_another_file_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+def test_a_different_file_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
     vocabulary = learn(SOLAR_OPEN, 290, CHECKED)
     tokenizer = build_tokenizer(SOLAR_OPEN, vocabulary)
     build_tokenizer(SOLAR_OPEN, learn(SOLAR_OPEN, 270, CHECKED)).save(str(tmp_path / TOKENIZER_JSON))
@@ -81,7 +81,7 @@ def test_another_file_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) 
         check_round_trip(tokenizer, SOLAR_OPEN, vocabulary, 290, tmp_path, CHECKED)
 
 
-def test_a_step_that_does_not_apply_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+def test_a_step_without_effect_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
     vocabulary = learn(K_EXAONE, 320, CHECKED, transition=290)
     tokenizer = build_tokenizer(K_EXAONE, vocabulary)
     tokenizer.save(str(tmp_path / TOKENIZER_JSON))

@@ -1,4 +1,4 @@
-"""Tokenizers of every form, opened from a path: the ids, bytes and text of their own libraries."""
+"""Tokenizers of every format, opened from a path: ids, bytes and text equal those of their own libraries."""
 
 import base64
 import json
@@ -120,7 +120,7 @@ def test_untranslated_they_do_not() -> None:
     assert pieces(r"\s+$|\s", "a  \nb") != pieces(convert_to_oniguruma(r"\s+$|\s"), "a  \nb")
 
 
-def test_what_means_the_same_stays_as_it_is() -> None:
+def test_compatible_patterns_are_unchanged() -> None:
     assert convert_to_oniguruma(O200K_PART) == O200K_PART
     pattern = r"a{1,3}|b{2,}?|[a-z[0-9]{2}+$]|\$|\^"
     assert convert_to_oniguruma(pattern) == pattern

@@ -1,4 +1,4 @@
-"""Texts on which two forms of a tokenizer must agree."""
+"""Texts on which two formats of a tokenizer must agree."""
 
 import json
 import unicodedata
@@ -36,7 +36,7 @@ def test_the_first_text_with_other_ids_is_named_with_the_place() -> None:
     assert str(find_first_difference(["x" * 100], letters, lambda text: [])).startswith(f"'{'x' * 60}' (ids ")
 
 
-def test_sentences_stand_in_many_scripts_and_come_first_then_together() -> None:
+def test_sample_sentences_cover_many_scripts_first_alone_then_joined() -> None:
     result = list(iter_builtin_texts({"model": {"vocab": {"▁the": 0, "a": 1}}}))
     assert result[:len(SENTENCES)] == list(SENTENCES) and result[len(SENTENCES)] == "\n".join(SENTENCES)
     assert result[-2:] == [" thea", " the a"], "the tokenizer's own tokens, side by side and apart"

@@ -19,7 +19,7 @@ from tokenizer.report.measures import NamedText, TokenizerMeasures, read_texts
 @pytest.mark.each(("token", "text"), [
     (b" the", "␣the"), ("한국".encode(), "한국"), (b"\n\t\x00", r"\n\t\x00"),
     ("안".encode()[:2], r"\xec\x95"), (" a b ", "␣a␣b␣"), ("\u00a0\u200b", r"\xa0\u200b"), (b"", "")])
-def test_spaces_controls_and_parts_of_characters_are_seen(token: bytes | str, text: str) -> None:
+def test_spaces_controls_and_partial_characters_are_detected(token: bytes | str, text: str) -> None:
     assert format_token(token) == text
 
 
@@ -29,7 +29,7 @@ def test_a_cut_text_has_bars_between_its_tokens() -> None:
 
 @pytest.mark.each(("token", "whole"), [(b"abc", True), ("가".encode(), True),
                                               ("가".encode()[1:], False), (b"\xff", False)])
-def test_whole_characters_are_text(token: bytes, whole: bool) -> None:
+def test_complete_characters_are_text(token: bytes, whole: bool) -> None:
     assert is_text(token) == whole
 
 
@@ -37,7 +37,7 @@ Toy = Callable[..., Any]
 SPECIAL = ("<|end|>", "[UNK]", "pad")
 
 
-def test_what_stays_text_is_good_and_the_other_way_is_told(toy: Toy) -> None:
+def test_special_tokens_in_text_are_text_or_reported(toy: Toy) -> None:
     check = check_neutral(toy(special=SPECIAL))
     assert check.verdict == "good"
     assert check.numbers == {"num_tried": 3, "become_ids_in_text": [], "not_given_back": [],
@@ -47,7 +47,7 @@ def test_what_stays_text_is_good_and_the_other_way_is_told(toy: Toy) -> None:
     assert "3 become ids, so never encode users' text that way" in check.summary
 
 
-def test_one_that_becomes_its_id_only_between_letters_is_found(toy: Toy) -> None:
+def test_a_special_token_matched_only_between_letters_is_detected(toy: Toy) -> None:
     opened = toy(special=SPECIAL)
     plain = opened.encode
     opened.encode = lambda text: opened.encode_special(text) if text == "a[UNK]b" else plain(text)
@@ -115,8 +115,8 @@ def test_a_sound_tokenizer_passes(build: Build, heldout: dict[str, Path],
     (PAIRS, r"\p{L}+|\p{N}|\s+|.", "good", True),
     ([("1", "2"), ("12", "3")], r"\p{L}+|\p{N}+|\s+|.", "bad", False),
 ])
-def test_merging_digits_are_found(build: Build, pairs: list[tuple[str, str]], split: str, verdict: str,
-                                  single: bool) -> None:
+def test_merged_digits_are_detected(build: Build, pairs: list[tuple[str, str]], split: str, verdict: str,
+                                    single: bool) -> None:
     check = check_digits(open_tokenizer(build(pairs=pairs, split=split)))
     assert (check.verdict, check.numbers["single_digits"]) == (verdict, single)
     assert check.numbers["num_multi_digit_tokens"] == (0 if single else 2)
@@ -133,7 +133,7 @@ def test_regular_groups_of_digits_are_no_defect(build: Build) -> None:
             and check.numbers["shapes"]["5"].keys() == {"2+2+1"})
 
 
-def test_dear_indentation_is_told(build: Build) -> None:
+def test_expensive_indentation_is_reported(build: Build) -> None:
     four = [("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("ĠĠĠĠ", "ĠĠĠĠ")]
     plain, good = (check_whitespace(open_tokenizer(build(f"{len(p)}", pairs=p))) for p in ([], four))
     assert plain.verdict == "note" and good.numbers["longest_spaces"] == 8

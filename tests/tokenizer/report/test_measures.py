@@ -1,4 +1,4 @@
-"""Figures of texts against plain recomputation."""
+"""Measures of a tokenizer on texts, against a plain computation."""
 
 import json
 import unicodedata
@@ -17,7 +17,7 @@ from tokenizer.report.measures import (
     CHUNK_BYTES, NamedText, check_inventory, check_scalars, check_superwords, check_texts, count_words,
     measure_text, parse_text, read_text, read_texts, try_scalars)
 
-# Held-out texts: their figures, how much of them is read, and in which pieces.
+# Held-out texts: their figures, read limits, and pieces.
 
 def named(*chunks: str) -> NamedText:
     return NamedText("t", "t", list(chunks), True)
@@ -31,11 +31,11 @@ def test_bytes_characters_and_words() -> None:
 @pytest.mark.each(("text", "words"), [
     ("two words", True), ("한국어 문장", True), ("กำลังที่นี้", False), ("日本語と中文", False),
     ("日本 abcd", True), ("ខ្មែរ", False), ("12 34", True)])
-def test_words_are_parted_by_spaces_where_most_letters_are_of_such_a_script(text: str, words: bool) -> None:
+def test_words_split_at_spaces_in_scripts_with_spaces(text: str, words: bool) -> None:
     assert named(text).has_words == words
 
 
-def test_long_documents_are_cut_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_long_documents_are_split_without_loss(tmp_path: Path) -> None:
     document = "\n\n".join(f"paragraph {i} " * 40 for i in range(1000))
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": document}) + "\n" + json.dumps({"text": "short"}))
     text = read_text("a", tmp_path / "a.jsonl", 10**9)
@@ -43,7 +43,7 @@ def test_long_documents_are_cut_and_nothing_is_lost(tmp_path: Path) -> None:
     assert len(text.chunks) > 5 and max(len(chunk) for chunk in text.chunks) <= CHUNK_BYTES
 
 
-def test_reading_ends_at_the_limit_and_says_so(tmp_path: Path) -> None:
+def test_reading_stops_at_the_limit_with_a_note(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * 100}) for _ in range(50)))
     text = read_text("a", tmp_path / "a.jsonl", 1000)
     assert (len(text.chunks), text.whole, text.path) == (10, False, str(tmp_path / "a.jsonl"))
@@ -145,13 +145,13 @@ def test_all_come_back(toy: Toy) -> None:
     assert (check.verdict, check.summary) == ("good", "4,096 characters tried, all are returned")
 
 
-def test_all_scalar_values_stand_in_blocks_and_surrogates_are_none() -> None:
+def test_blocks_cover_all_scalar_values_without_surrogates() -> None:
     blocks = list(measures._iter_blocks(measures.END))
     every = chain(range(0xD800), range(0xE000, 0x110000))
     assert all(a == b for a, b in zip(chain.from_iterable(blocks), every, strict=True))
 
 
-def test_a_lost_character_is_named_once_and_its_block_is_explained_by_it(toy: Toy) -> None:
+def test_a_lost_character_is_named_once_and_explains_its_block(toy: Toy) -> None:
     check = check_scalars(toy(change=lambda text: text.replace("ß", "ss").replace("\u0e01", "")))
     assert check.numbers["lost_blocks"] == []
     assert check.verdict == "bad" and check.summary == "4,096 characters tried, 2 lost, the first U+00DF"
@@ -159,7 +159,7 @@ def test_a_lost_character_is_named_once_and_its_block_is_explained_by_it(toy: To
                                     ["U+0E01", "THAI CHARACTER KO KAI", "ก"]]
 
 
-def test_what_is_written_in_an_equivalent_way_is_a_remark(toy: Toy) -> None:
+def test_canonically_equivalent_output_is_a_remark(toy: Toy) -> None:
     opened = toy(change=lambda text: text.replace("\u0344", unicodedata.normalize("NFC", "\u0344")))
     check = check_scalars(opened)
     assert check.numbers["normalized"] == ["U+0344"] and check.numbers["lost"] == []
@@ -167,7 +167,7 @@ def test_what_is_written_in_an_equivalent_way_is_a_remark(toy: Toy) -> None:
             and check.summary.endswith("1 replaced by equivalent text (normalization)"))
 
 
-def test_a_block_that_only_neighbours_spoil_is_told_with_how_it_was_written(toy: Toy) -> None:
+def test_a_block_broken_only_by_context_is_reported_with_its_text(toy: Toy) -> None:
     check = check_scalars(toy(change=lambda text: text.replace(" \u0e01 ", " ")))
     assert check.numbers["lost_blocks"] == ["U+0800 to U+0FFF, after a space"] and not check.numbers["lost"]
     assert check.verdict == "bad" and "1 blocks are not returned" in check.summary
@@ -218,7 +218,7 @@ def test_words_have_letters(token: bytes, words: int) -> None:
     assert count_words(token) == words
 
 
-def test_superwords_come_longest_first_and_none_is_said(toy: Toy) -> None:
+def test_superwords_are_listed_longest_first(toy: Toy) -> None:
     numbers = check_superwords(toy(" of the", "in order to", " the", "one of the",
                                    special=(" so it is",))).numbers
     assert (numbers["num_superwords"], numbers["by_num_words"]) == (3, {2: 1, 3: 2})

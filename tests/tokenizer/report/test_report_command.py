@@ -1,4 +1,4 @@
-"""`sov-tokenizer report` and its page."""
+"""`sov-tokenizer report`, and the commands of its page."""
 
 import hashlib
 import json
@@ -32,8 +32,8 @@ def test_page_and_json_hold_every_check(build: Build, heldout: dict[str, Path], 
     assert set(found["checks"]["texts"]["numbers"]["texts"]) == {"english", "thai"}
 
 
-def test_mistakes_cost_one_sentence_and_leave_nothing(build: Build, heldout: dict[str, Path], tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_give_one_sentence_and_no_output(build: Build, heldout: dict[str, Path], tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     folder = build()
     (tmp_path / "taken").mkdir()
     it, output = str(folder), ("--output", f"{tmp_path}/r.html")

@@ -1,4 +1,4 @@
-"""Sources whose every token tells where it comes from."""
+"""Token sources in which every token encodes its source, document and position."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 
 class Numbered:

@@ -1,4 +1,4 @@
-"""A manifest of tokens that lacks a part is refused by the part's name."""
+"""A token manifest without a required part is refused with the name of the part."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
     (("sources", 0, "format"), r"lacks sources\[0\]\.format"),
     (("sources", 0, "splits"), r"lacks sources\[0\]\.splits"),
     (("sources", 0, "splits", "train", "num_tokens"), r"lacks sources\[0\]\.splits\.train\.num_tokens")])
-def test_every_part_that_is_not_there_is_named(place: tuple[Any, ...], said: str) -> None:
+def test_every_missing_part_is_named(place: tuple[Any, ...], said: str) -> None:
     check_token_manifest("shards", WHOLE)
     content = copy.deepcopy(WHOLE)
     inside = content

@@ -1,4 +1,4 @@
-"""The ledger: what the settings plan, and what has happened."""
+"""The ledger: planned phases from the settings, and recorded events."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan_ledger
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 MakeSource = Callable[..., Source]
 
@@ -30,8 +30,8 @@ def steps_of(entries: list[LedgerEntry]) -> list[tuple[int, str, int, bool]]:
 
 
 def test_phases_ramp_and_skips_by_hand(sources: list[Source]) -> None:
-    """The ramp counts from the start of the run and goes on in the second phase,
-    whose full size is another."""
+    """The ramp counts from the start of the run and continues in the second phase, which has another full
+    size."""
     result = plan_ledger(config(PhaseConfig("a"), PhaseConfig("b", global_batch_size=6),
                         skip_steps=((3, 4), (12, 12)), ramp_from_batch_size=2, ramp_increment=2,
                         ramp_steps=12), sources)
@@ -39,7 +39,7 @@ def test_phases_ramp_and_skips_by_hand(sources: list[Source]) -> None:
                                 (10, "b", 6, False), (11, "b", 6, True), (12, "b", 6, False)]
 
 
-def test_an_empty_blend_takes_each_artifacts_share_of_what_has_tokens(sources: list[Source]) -> None:
+def test_an_empty_blend_weights_sources_by_tokens(sources: list[Source]) -> None:
     (entry,) = plan_ledger(config(PhaseConfig("main")), sources)
     assert entry.weights == pytest.approx({"web": 0.75, "code": 0.25})
 
@@ -83,7 +83,7 @@ def test_unchanged_settings_leave_the_ledger_as_it_was() -> None:
         assert resumed.entries == planned
 
 
-def test_what_has_happened_is_not_reinterpreted_and_the_change_counts_from_the_resumed_step() -> None:
+def test_changed_settings_apply_from_the_resumed_step() -> None:
     first = Ledger([entry(0), entry(10, "b")])
     second = Ledger([entry(0, seq_len=32), entry(6, "c")], first.history(4), 4)
     assert second.entries == [entry(0), entry(4, seq_len=32), entry(6, "c")]
@@ -94,12 +94,12 @@ def test_what_has_happened_is_not_reinterpreted_and_the_change_counts_from_the_r
     assert third.max_seq_len() == 64
 
 
-def test_history_holds_what_earlier_steps_followed() -> None:
+def test_history_records_settings_of_earlier_steps() -> None:
     ledger = Ledger([entry(0), entry(10, "b")])
     assert [len(ledger.history(s)) for s in (0, 1, 10, 11)] == [0, 1, 1, 2]
 
 
-def test_steps_that_are_passed_over_afterwards_stand_in_the_history_like_those_of_the_settings() -> None:
+def test_later_skipped_steps_are_recorded_like_configured_ones() -> None:
     first, second = LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(10, "b", 64, 8, {"x": 1.0})
     ledger = Ledger([first, second])
     ledger.skip_steps(4, 5)

@@ -1,5 +1,5 @@
-"""Pictures and sounds of token shards: a row has what its placeholders stand for, wherever documents are
-cut."""
+"""Images and audio in token shards: a row has the features of its placeholders, wherever documents are
+split."""
 
 import dataclasses
 from pathlib import Path
@@ -16,8 +16,9 @@ from megatron_sov.model.modality import (
 from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import build_row, join_rows
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain, Source
+from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain
 from megatron_sov.train.data.views import DocumentPieces, LongDocuments
 
 IMAGE_PAD, AUDIO_PAD = 5, 6
@@ -32,7 +33,7 @@ DOCUMENTS = [  # (token, feature)
 
 
 def write(prefix: Path, documents: list[list[tuple[int, int]]]) -> None:
-    """Write a shard with banks of three pictures and two sounds, whose numbers tell which they are."""
+    """Write a shard with banks of three images and two sounds, whose values identify them."""
     lengths = np.array([len(d) for d in documents], np.int32)
     flat = np.array([pair for document in documents for pair in document])
     flat[:, 0].astype(np.uint16).tofile(prefix.with_suffix(".bin"))
@@ -65,14 +66,14 @@ def said(media: EncoderInputs | None) -> list[tuple[int, int]]:
 
 
 def expected(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Return the same for (document, start, count) one after the other."""
+    """Return the expected features of several (document, start, count) spans, concatenated."""
     flat = [pair for document, start, count in pieces for pair in DOCUMENTS[document][start:start + count]]
     return [(place, feature) for place, (_, feature) in enumerate(flat) if feature >= 0]
 
 
 @pytest.mark.parametrize("pieces", [
     [(0, 0, 9)], [(1, 0, 3)], [(0, 3, 4), (2, 0, 4)], [(2, 4, 7), (1, 0, 2), (0, 0, 3)]])
-def test_a_row_has_what_its_placeholders_stand_for(chain: ShardChain, pieces: list[Any]) -> None:
+def test_a_row_has_the_features_of_its_placeholders(chain: ShardChain, pieces: list[Any]) -> None:
     row = build_row(OrderedSample(0, tuple(PackedSegment(*piece) for piece in pieces)), chain, 16)
     assert said(row.encoder_inputs) == expected(*pieces)
     assert (row.encoder_inputs is None) == (not expected(*pieces))
@@ -99,7 +100,7 @@ def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
     ((IMAGE_PAD, -1), "placeholder of pictures for feature -1"),
     ((IMAGE_PAD, 12), "feature 12, and there are 12"),
     ((9, 2), "feature 2 at token id 9, which is not a placeholder")])
-def test_a_number_that_means_nothing_is_refused(tmp_path: Path, pair: tuple[int, int], message: str) -> None:
+def test_an_invalid_media_index_is_refused(tmp_path: Path, pair: tuple[int, int], message: str) -> None:
     write(tmp_path / "a", [[(10, -1), pair]])
     with pytest.raises(UserError, match=message):
         ShardChain([tmp_path / "a"], 32, banks=BANKS).encoder_inputs(0, 0, 2)
@@ -116,7 +117,7 @@ def test_damaged_files_are_named(tmp_path: Path, suffix: str, size_bytes: int | 
         ShardChain([tmp_path / "a"], 32, banks=BANKS)
 
 
-def test_a_model_reads_the_banks_of_its_own_encoders_alone() -> None:
+def test_a_model_reads_only_banks_of_its_encoders() -> None:
     vision = VisionEncoderConfig(kind="siglip", placeholder_ids=(IMAGE_PAD,), image_size=4, patch_size=2)
     audio = AudioEncoderConfig(kind="whisper", placeholder_ids=(AUDIO_PAD,), num_mels=2, num_frames=4)
     plain = recipes.get("tiny-qwen3").model

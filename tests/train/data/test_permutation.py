@@ -1,4 +1,4 @@
-"""Shuffling by a keyed permutation."""
+"""Shuffling with a keyed permutation."""
 
 import hashlib
 

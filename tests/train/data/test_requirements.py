@@ -1,4 +1,4 @@
-"""What an objective asks of its data beside weights and types."""
+"""Columns that an objective requires of its data in addition to weights and token types."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.requirements import NeededColumn, check_columns
 
 
-def test_data_without_a_column_are_refused_with_what_makes_it(make_source: Any) -> None:
+def test_data_without_a_required_column_name_the_command_that_adds_it(make_source: Any) -> None:
     scored = make_source("scored", [5])
     text, chat = (replace(make_source(n, [5], is_chat=n == "chat"), columns=(), train_documents=None)
                   for n in ("text", "chat"))

@@ -1,4 +1,4 @@
-"""Rows: which token is predicted from which, with what weight."""
+"""Packed rows: labels, loss weights and positions of every token."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron_sov.train.data.streams import PackedSegment
 
 
 def test_a_row_by_hand(numbered: Any) -> None:
-    """A document's end, a whole one, and one that goes on in the next sample; then padding."""
+    """The end of a document, a whole one, one that continues in the next sample, and padding."""
     sample = OrderedSample(2, (PackedSegment(0, 3, 2), PackedSegment(1, 0, 3), PackedSegment(2, 0, 2)))
     row = build_row(sample, numbered([5, 3, 9]), 10, pad_id=7, columns=("score", "unknown"))
     assert row.tokens.tolist() == [103, 104, 200, 201, 202, 300, 301, 7, 7, 7]
@@ -67,7 +67,7 @@ def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int]
     assert {s.source for s in samples} == {3}
 
 
-def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
+def test_joined_rows_keep_documents_separate(numbered: Any) -> None:
     documents = numbered([4, 6])
     rows = [build_row(OrderedSample(i, (PackedSegment(i, 0, 4),)), documents, 5,
                        columns=("score",)) for i in range(2)]

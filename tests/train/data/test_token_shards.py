@@ -1,4 +1,4 @@
-"""Token shards, read against Megatron-Core's own writer and reader."""
+"""Token shards against Megatron-Core's own writer and reader."""
 
 import json
 import shutil
@@ -17,8 +17,8 @@ from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import pack_flags
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import parse_data_paths
-from megatron_sov.train.data.token_shards import (
-    ShardChain, TokenShard, describe_inputs, open_sources, tokenizer_folder)
+from megatron_sov.train.data.sources import describe_inputs, open_sources, tokenizer_folder
+from megatron_sov.train.data.token_shards import ShardChain, TokenShard
 
 
 def write_shard(prefix: Path, documents: list[list[int]]) -> None:
@@ -171,7 +171,7 @@ def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
         TokenShard(tmp_path / "a", columns=("score",))
 
 
-def test_a_bit_of_each_token_and_a_number_of_each_document_stand_for_columns(tmp_path: Path) -> None:
+def test_token_bits_and_document_values_replace_columns(tmp_path: Path) -> None:
     lengths = [3, 9, 1]
     write_shard(tmp_path / "a", [list(range(n)) for n in lengths])
     written = np.random.default_rng(0).random(sum(lengths)) < 0.5

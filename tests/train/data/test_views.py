@@ -1,4 +1,4 @@
-"""NAME@N: the long documents of a source as a source."""
+"""`NAME@N`: the documents of a source with at least N tokens, as a source of their own."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig
 from megatron_sov.train.data.ledger import (
     LedgerEntry, OverLongUnits, check_pairs_fit, check_units_fit, count_over_long, plan_ledger)
 from megatron_sov.train.data.order import SampleOrder
-from megatron_sov.train.data.token_shards import ChainedLengths, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import ChainedLengths
 from megatron_sov.train.data.views import DocumentPieces, LongDocuments, add_source_views
 
 LENGTHS = [3, 12, 30, 0, 11, 40, 12]
@@ -68,7 +69,8 @@ def test_chained_lengths_are_one_sequence(parts: list[list[int]], data: st.DataO
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any),
        st.integers(1, 9))
-def test_long_documents_are_found_in_every_shard(numbered: Any, parts: list[list[int]], minimum: int) -> None:
+def test_long_documents_are_selected_in_every_shard(numbered: Any, parts: list[list[int]],
+                                                    minimum: int) -> None:
     flat = [n for part in parts for n in part]
     documents = numbered(flat)
     documents.lengths = ChainedLengths([np.array(p, np.int32) for p in parts])
@@ -83,7 +85,7 @@ def test_long_documents_are_found_in_every_shard(numbered: Any, parts: list[list
     ({"web@41": 1.0}, "source web has no document with 41 or more tokens"),
     ({"wbe@12": 1.0}, "names source 'wbe@12', which the data does not have"),
 ])
-def test_what_is_not_there_is_named(blend: dict[str, float], said: str, web: Source) -> None:
+def test_missing_views_are_named(blend: dict[str, float], said: str, web: Source) -> None:
     with pytest.raises(UserError, match=said):
         plan_ledger(config(blend), add_source_views(config(blend), [web]))
 
@@ -135,7 +137,7 @@ def test_pieces_are_the_documents_cut(numbered: Any, lengths: list[int], max_tok
                                   getattr(documents, name)(document, first, count))
 
 
-def test_rows_are_packed_of_whole_pieces(make_source: Callable[..., Source]) -> None:
+def test_rows_contain_whole_pieces(make_source: Callable[..., Source]) -> None:
     data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={"web/4": 1.0}),))
     import dataclasses
 
@@ -148,7 +150,7 @@ def test_rows_are_packed_of_whole_pieces(make_source: Callable[..., Source]) -> 
 
 @pytest.mark.parametrize(("name", "said"), [("web/0", "must have a token count after /, e.g. web/8192"),
                                             ("web/many", "must have a token count after /")])
-def test_what_is_no_number_is_named(name: str, said: str, make_source: Callable[..., Source]) -> None:
+def test_a_non_numeric_length_is_refused(name: str, said: str, make_source: Callable[..., Source]) -> None:
     data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={name: 1.0}),))
     with pytest.raises(UserError, match=said):
         add_source_views(dataclasses.replace(recipes.get("tiny-solar-open"), data=data),

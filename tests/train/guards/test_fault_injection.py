@@ -1,4 +1,4 @@
-"""Faults on purpose: how they are written, when they come, and that each comes once in the life of a run."""
+"""Injected faults: their notation, when they occur, and that each occurs once in a run."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from megatron_sov.train.guards.fault_injection import (
     FAULT_STATES, Fault, FaultInjector, corrupt_checkpoint, list_pending_faults, parse_faults)
 
 
-def test_several_faults_stand_in_one_argument() -> None:
+def test_one_argument_may_list_several_faults() -> None:
     faults = parse_faults(
         ["kill@step=5,rank=1,nan@step=9", "spike@step=3,factor=50", "slow-rank@rank=1,step=7,seconds=0.5"], 2)
     assert faults == (Fault("kill", "step", 5, 1), Fault("nan", "step", 9),
@@ -39,7 +39,7 @@ def test_a_fault_that_cannot_be_is_refused(text: str, said: str) -> None:
     assert said in str(e.value) and str(e.value).startswith(f"--inject {text.split(',nan')[0]}: ")
 
 
-def test_a_fault_comes_once_to_its_process_from_its_step_on_and_is_told_once(tmp_path: Path) -> None:
+def test_a_fault_occurs_once_on_its_process_and_is_logged_once(tmp_path: Path) -> None:
     faults = parse_faults(["nan@step=5,rank=1", "spike@step=7,rank=1", "raise@save=4,rank=1"], 2)
     other, mine = FaultInjector(faults, tmp_path, 0), FaultInjector(faults, tmp_path, 1)
     assert other.get_loss_factor(5) == 1.0 and mine.get_loss_factor(4) == 1.0

@@ -1,4 +1,4 @@
-"""The guards together: each looks at a step when it is due."""
+"""All guards together: each checks the steps at which it is due."""
 
 import json
 import subprocess
@@ -16,13 +16,12 @@ from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.guards import guards, guards as stragglers
 from megatron_sov.train.guards.guards import Guards, SdcChecks
 
-# What is done when bits differ: it is told with rank and host, and ends the run or not,
-# as the settings say.
+# Reaction to differing bits: reported with rank and host, and the run ends or continues, as configured.
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Three processes on two machines, of which this one is rank 0; returns the events."""
+    """Three processes on two machines, with this one as rank 0; returns the events."""
     monkeypatch.setattr(guards.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(guards, "gather_objects", lambda mine: ["n1", "n1", "n2"])
     return []
@@ -49,8 +48,8 @@ def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pyt
     assert len(told) == 1, "switched off nothing is looked at"
 
 
-def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[Any],
-                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_guards_can_be_set_to_continue(monkeypatch: pytest.MonkeyPatch, told: list[Any],
+                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [0, 1])
     SdcChecks(GuardConfig(on_sdc="record")).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
     assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
@@ -116,7 +115,7 @@ dog.close()
 """
 
 
-def test_a_hang_is_told_and_ended_and_what_may_take_long_is_not_watched(tmp_path: Path) -> None:
+def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> None:
     cases = {"hang": ExitCode.HANG, "lock": ExitCode.CRASH, "off": ExitCode.OK, "evaluation": ExitCode.OK,
              "paused": ExitCode.OK}
     started = {}

@@ -1,5 +1,4 @@
-"""Which steps are refused: numbers that are not finite, and spikes by OLMo-core's rule;
-the ledger says so afterwards."""
+"""Rejected steps: non-finite numbers, and spikes by OLMo-core's rule, with their entries in the ledger."""
 
 import math
 import random
@@ -54,7 +53,7 @@ def test_spikes_are_those_of_the_rule() -> None:
 
 @pytest.mark.parametrize(("loss", "norm", "said"), [
     (math.nan, 1.0, "the loss is nan"), (2.0, math.inf, "the gradient norm is inf")])
-def test_what_is_no_number_is_refused_from_the_first_step(loss: float, norm: float, said: str) -> None:
+def test_non_finite_values_are_rejected_from_the_first_step(loss: float, norm: float, said: str) -> None:
     guard = StepGuard(GuardConfig(), is_main=True)
     assert not guard.accept_step(loss, norm)
     assert guard.rejection is not None and guard.rejection.reason == said and not guard.rejection.finite
@@ -90,7 +89,7 @@ def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint(
             and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).wants_rollback)
 
 
-def test_gradients_that_stay_large_become_usual_and_take_nothing_back() -> None:
+def test_persistently_large_gradients_are_accepted_without_rollback() -> None:
     guard = steady(GuardConfig(rollback_after_skips=2), 128)
     decisions = [guard.accept_step(2.0, 5.0) or guard.wants_rollback for _ in range(6)]
     # k equal spikes in a window of n lie sqrt((n - k) / k) standard deviations above its mean:
@@ -99,7 +98,7 @@ def test_gradients_that_stay_large_become_usual_and_take_nothing_back() -> None:
     assert not guard.wants_rollback
 
 
-def test_where_the_data_change_nothing_is_usual_yet() -> None:
+def test_spike_history_restarts_when_the_data_change() -> None:
     guard = StepGuard(GuardConfig(window_steps=20), is_main=True)
     for step in range(60):
         guard.begin_step(step, LEDGER)
@@ -119,8 +118,7 @@ def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
 
 
 def disagree() -> list[Any]:
-    """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides,
-    and what it remembers."""
+    """Runs inside ranks: only rank 1 sees a bad number; return each rank's decision and stored state."""
     place = world.join_world(ParallelConfig())
     guard = StepGuard(GuardConfig(), place.is_main)
     first = guard.accept_step(2.0 + 1e-9 * place.rank, 1.0)
@@ -130,6 +128,6 @@ def disagree() -> list[Any]:
 
 
 @pytest.mark.distributed
-def test_one_process_that_objects_is_enough_and_all_remember_the_same(ranks: Any, job: Any) -> None:
+def test_one_rejecting_process_decides_for_all(ranks: Any, job: Any) -> None:
     (found,) = ranks(job(__file__, "disagree", 2))
     assert found == [[True, False, [2.0], 1]] * 2

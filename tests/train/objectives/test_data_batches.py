@@ -1,5 +1,5 @@
-"""The order's batches as objectives get them: the same global batch however many processes share it,
-and the state behind it."""
+"""Batches of the sample order for objectives: the same global batch for any number of processes, and the
+saved position."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.rows import PackedRow
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.objectives import microbatch
 from megatron_sov.train.objectives.data_batches import DataBatches
 from megatron_sov.train.objectives.data_objective import LanguageModelling
@@ -33,7 +33,7 @@ def config(*settings: str) -> RunConfig:
                           [PHASES, "train.global_batch_size=8", "train.steps=4", *settings])
 
 
-def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_data: Any) -> None:
+def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -> None:
     """Two batches more are ready by then; skipped steps count as given."""
     sources, place = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)
     settings = config("data.skip_steps=[[2, 2]]", "data.prefetch_steps=2", "train.micro_batch_size=1")
@@ -52,7 +52,7 @@ def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_
                                              for name, cursor in order.state.cursors.items()}
         assert batches.epochs == order.count_epochs()
         resumed = DataBatches(settings, sources, place)
-        resumed.next()  # which counts for nothing, nor does what it prepared ahead
+        resumed.next()  # which does not count, nor do its prefetched batches
         resumed.restore(json.loads(json.dumps(batches.state())))
         assert resumed.state() == batches.state() and resumed.next_entry() == order.ledger.get_entry(step + 1)
         resumed.close()
@@ -105,9 +105,9 @@ def test_a_row_arrives_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("of", [LanguageModelling, SupervisedFineTuning])
-def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(
-        of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A meta tensor has no numbers: whoever asked it for one would fail, where on a GPU all would wait."""
+def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(of: Any,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are meta tensors: reading their values fails here, where on a GPU it would synchronize."""
     monkeypatch.setattr(collectives, "all_reduce_dp", lambda values: values)
     objective = of(SimpleNamespace(config=recipes.get("tiny-k-exaone"),
                                    batches=SimpleNamespace(num_sources=1)))

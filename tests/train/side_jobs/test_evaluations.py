@@ -1,5 +1,4 @@
-"""Evaluations beside training: one after the other, never in the way; what fails or
-hangs is said and left."""
+"""Evaluations next to training: one at a time, without delaying steps; failures and hangs are reported."""
 
 import argparse
 import json
@@ -106,7 +105,7 @@ def test_scores_of_benchmarks_become_events_and_their_answers_go(run: Run, writt
     assert [p.name for p in (run.path / EVALUATIONS).glob(".*.cache")] == [".step-20.lm.cache"]
 
 
-def test_a_task_that_a_signal_stopped_goes_on(run: Run) -> None:
+def test_an_interrupted_task_resumes(run: Run) -> None:
     begun = run.path / EVALUATIONS / "begun"
     run.programs = {10: f"import os, sys\nif not os.path.exists({str(begun)!r}):\n"
                         f"    open({str(begun)!r}, 'w')\n    sys.exit(75)\n{WRITES}"}
@@ -116,8 +115,8 @@ def test_a_task_that_a_signal_stopped_goes_on(run: Run) -> None:
     assert begun.is_file() and run.told() == [(10, "ppl", None)]
 
 
-def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run,
-                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_hanging_and_displaced_evaluations_are_reported(run: Run,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     run.programs = {10: FAILS, 20: HANGS, 30: HANGS}
     beside = run.evaluations("evaluate.background.timeout_s=1000", "evaluate.background.max_waiting=2")
     beside.offer(run.export(10))
@@ -135,10 +134,10 @@ def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run,
             == "evaluation ppl at step 10 failed: no memory")
     assert (run.path / EVALUATIONS / "step-10.ppl.failed").read_text() == "no memory\n"
     assert capsys.readouterr().err.count("warning: evaluation ppl at step") == 3
-    assert run.evaluations()._waiting == []  # what failed is not tried again
+    assert run.evaluations()._waiting == []  # a failed evaluation is not retried
 
 
-def test_a_stopped_run_goes_on_where_it_was_and_a_step_done_again_is_judged_again(run: Run) -> None:
+def test_resumed_runs_evaluate_repeated_steps_again(run: Run) -> None:
     run.programs = {10: HANGS}
     beside = run.evaluations()
     beside.offer(run.export(10))
@@ -195,7 +194,8 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
         target=str(tmp_path / "export"), tasks="x", settings=LmEvalSettings(output=output, cache=cache))
 
 
-def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_jobs_are_valid_submit_commands(tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.background.where=slurm",
                       "evaluate.background.cluster=local")
     argv = build_eval_command(config, EvalJob(10, "needle"), tmp_path / "step-10", tmp_path / "out.json")
@@ -213,7 +213,7 @@ def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def capitals(folder: Path) -> Path:
-    """Write a task folder whose task is that of docs/eval_lm.md."""
+    """Write a task folder with the task of docs/eval_lm.md."""
     folder.mkdir()
     text = (Path(__file__).parents[3] / "docs/eval_lm.md").read_text()
     for name, kind in (("capitals.yaml", "yaml"), ("capitals.jsonl", "json")):
@@ -223,9 +223,8 @@ def capitals(folder: Path) -> Path:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_run_judges_its_exports_as_it_judges_itself(
-        packed_data: Any, tmp_path: Path, run_command: Any, warm_python: str, monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, run_command: Any,
+                                            warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
     changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
                "model.num_experts=4",

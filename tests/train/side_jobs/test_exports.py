@@ -1,5 +1,5 @@
-"""Exports beside training: what `to_hf` writes, from a checkpoint that may be gone meanwhile;
-a failure is an event."""
+"""Exports next to training equal `to_hf`, even if the checkpoint is deleted meanwhile; a failure is an
+event."""
 
 import contextlib
 import dataclasses
@@ -25,8 +25,8 @@ TRAIN = TrainConfig(checkpoint_every_steps=10, export_every_checkpoints=2)
 
 
 class Forked:
-    """A command of `megatron-sov` beside this process, as `BackgroundProcess` has it, by a fork, which has
-    imported everything."""
+    """A `megatron-sov` command in a fork that has imported everything, with the interface of
+    `BackgroundProcess`."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self._log, self.took_s = log, 0.1
@@ -36,7 +36,7 @@ class Forked:
             code = 1
             try:
                 with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                    torch.set_num_threads(1)  # those of the parent are not here
+                    torch.set_num_threads(1)  # the parent's threads do not exist here
                     code = main(command[command.index("megatron_sov") + 1:])
             finally:
                 os._exit(code)
@@ -88,9 +88,8 @@ def run(tmp_path: Path, imported: dict[str, Path]) -> Run:
     return Run(tmp_path / "run", imported["solar_open"])
 
 
-def test_the_process_is_given_the_family_that_the_command_line_named(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_export_process_gets_the_family_of_the_command_line(run: Run, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(exports_module, "BackgroundProcess", lambda argv, log: started.append(argv))
     monkeypatch.setattr(models.FAMILY_PLUGINS, "_known", {})
@@ -105,8 +104,7 @@ def test_the_process_is_given_the_family_that_the_command_line_named(
 
 
 @pytest.mark.usefixtures("forks")
-def test_every_second_checkpoint_and_the_last_are_exported_and_pruning_does_not_matter(
-        run: Run, capsys) -> None:
+def test_every_second_and_the_last_checkpoint_are_exported_despite_pruning(run: Run, capsys) -> None:
     exports = run.exports()
     chosen = []
     for step, last in ((10, False), (15, False), (20, False), (25, True)):
@@ -126,7 +124,7 @@ def test_every_second_checkpoint_and_the_last_are_exported_and_pruning_does_not_
 
 
 @pytest.mark.usefixtures("forks")
-def test_a_failure_is_an_event_and_the_next_one_is_made(run: Run, capsys) -> None:
+def test_a_failed_export_is_an_event_and_the_next_export_runs(run: Run, capsys) -> None:
     exports, bad = run.exports(), run.checkpoint(20)
     (file,) = (bad / "model").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-3])

@@ -1,4 +1,4 @@
-"""Collections come at the steps that are set, and at no others."""
+"""Garbage collection at the configured steps only."""
 
 import gc
 
@@ -7,7 +7,7 @@ import pytest
 from megatron_sov.train.side_jobs.side_jobs import GarbageCollector
 
 
-def test_garbage_is_collected_every_so_many_steps_and_never_between(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_is_collected_only_at_configured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     garbage = GarbageCollector(every_steps=3)
     try:
         assert not gc.isenabled() and gc.get_freeze_count() > 0

@@ -1,4 +1,4 @@
-"""Traces of the steps that are set, and of what is left of them."""
+"""Profiles of the configured steps, and after a resume of the remaining ones."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ STEPS_2_AND_3 = GpuConfig(profile_first_step=2, profile_last_step=3)
 
 
 def traced(run: Path, steps: range, is_main: bool = True) -> dict[str, list[str]]:
-    """Do matrix products of [step, step] in steps and return trace -> shapes of those in it."""
+    """Run [step, step] matrix products in steps, and return trace -> shapes of its products."""
     profiling = StepProfiler(STEPS_2_AND_3, run, is_main)
     step = 0
     for step in steps:
@@ -41,14 +41,14 @@ def test_a_trace_has_the_steps_that_are_set(steps: range, expected: dict[str, li
     assert traced(tmp_path, steps) == expected
 
 
-def test_other_processes_write_none(tmp_path: Path) -> None:
+def test_other_processes_write_no_profile(tmp_path: Path) -> None:
     assert traced(tmp_path, range(1, 6), is_main=False) == {}
 
 
 @pytest.mark.each(("steps", "expected"), [
     (range(1, 6), ["2 on", "3 off"]), (range(1, 3), ["2 on", "2 off"]), (range(4, 6), [])])
-def test_nvidias_profiler_is_told_on_every_process(steps: range, expected: list[str], tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_profiler_starts_and_stops_on_every_process(steps: range, expected: list[str], tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     told, step = list[str](), 0
     monkeypatch.setattr(side_jobs, "toggle_nsys_recording",
                         lambda *, on: told.append(f"{step} {'on' if on else 'off'}"))

@@ -1,4 +1,4 @@
-"""What a run says before its first step and behind its last one."""
+"""The messages of a run before its first and after its last step."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.stages.announcement import count_planned_tokens, format_banner, format_summary
 
 CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
@@ -26,7 +26,7 @@ ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
            LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
 
 
-def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_announcement_describes_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "train.recompute=true"])
     sources = [Source(name, None, "text", {}, {"train": tokens}, 0.5)
                for name, tokens in (("web", 500), ("code", 600))]
@@ -52,7 +52,7 @@ def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -
     assert (result["web"], result["code"]) == (web, code)
 
 
-def test_a_run_says_what_came_of_it(tmp_path: Path) -> None:
+def test_summary_describes_the_end_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "a"
     sources = [source("web", "chat"), source("code", "text"), source("pairs", "preference", 2)]
     run.mkdir()

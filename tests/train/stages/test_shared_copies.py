@@ -1,4 +1,4 @@
-"""Runs that start from one Hugging Face folder share its conversion, and never that of other files."""
+"""Runs that start from the same Hugging Face folder share its conversion; other files are converted again."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def test_runs_of_one_folder_share_one_copy(start: Path, tmp_path: Path, converted: list[str]) -> None:
+def test_runs_from_one_folder_share_one_copy(start: Path, tmp_path: Path, converted: list[str]) -> None:
     runs = [tmp_path / "runs" / name for name in "abc"]
     assert find_copy(start, runs[0]) is None and not (tmp_path / "runs").exists()
     [copy] = {convert_start(start, run) for run in runs}
@@ -65,7 +65,7 @@ def touch(folder: Path) -> None:
 
 
 def write_in_place(folder: Path) -> None:
-    """Other weights of the same size, under the time of the earlier ones."""
+    """Write other weights of the same size with the earlier modification time."""
     file = folder / "model.safetensors"
     before = file.stat()
     file.write_text("WEIGHTS")
@@ -129,15 +129,15 @@ def test_a_conversion_that_fails_leaves_no_copy(start: Path, tmp_path: Path, con
     assert convert_start(start, run).is_dir() and converted == ["weights", "WEIGHTS"]
 
 
-def test_a_copy_that_was_deleted_is_made_again(start: Path, tmp_path: Path, converted: list[str]) -> None:
+def test_a_deleted_copy_is_converted_again(start: Path, tmp_path: Path, converted: list[str]) -> None:
     copy = convert_start(start, tmp_path / "runs/a")
     shutil.rmtree(copy)
     assert find_copy(start, tmp_path / "runs/a") is None
     assert convert_start(start, tmp_path / "runs/a") == copy and len(converted) == 2
 
 
-def test_many_processes_may_share_a_copy_that_is_there(start: Path, tmp_path: Path, converted: list[str],
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_processes_may_share_an_existing_copy(start: Path, tmp_path: Path, converted: list[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs/a"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

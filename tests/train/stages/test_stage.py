@@ -1,5 +1,5 @@
-"""A stage from the outside: what is refused before any process starts, what restarts are told,
-how every end is said."""
+"""A training stage from outside: refusals before any process starts, arguments of restarts, and messages at
+every end."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.ledger import plan_ledger
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.guards.gate import EndVerdict
 from megatron_sov.train.objectives.data_objective import LanguageModelling
@@ -34,7 +34,7 @@ Launched = Callable[[Callable[[], int], RestartPolicy], int]
 
 
 class Launcher:
-    """Stands for `launcher.launch`: starts no process, and does what a test says."""
+    """Stands for `launcher.launch`: starts no process, and runs a function of the test."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -70,7 +70,7 @@ def events(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
 
 
 def open_run(stage: Stage) -> None:
-    """Do what the processes of a stage do before their first step."""
+    """Do the work of a stage's processes before their first step."""
     stage.folder.create()
     stage.folder.declare(stage.config)
     (stage.folder.path / EVENTS).touch()
@@ -80,15 +80,16 @@ def open_run(stage: Stage) -> None:
     (("parallel.ep=2",), "parallel"), (("model.vocab_size=300",), "vocab_size"),
     (("model.qk_norm=true",), "qk_norm"),
     (('data.phases=[{"name": "main", "seq_len": 32, "blend": {"french": 1.0}}]',), "french")])
-def test_what_cannot_be_is_refused_before_anything_is_started_or_written(
-        settings: tuple[str, ...], says: str, stage: Callable[..., Stage], launcher: Launcher) -> None:
+def test_invalid_stages_are_refused_before_any_process_or_file(settings: tuple[str, ...], says: str,
+                                                               stage: Callable[..., Stage],
+                                                               launcher: Launcher) -> None:
     with pytest.raises(UserError, match=says):
         run_stage(stage(*settings), 1)
     assert launcher.calls == 0 and not stage().folder.path.exists()
 
 
-def test_weights_that_know_other_tokens_are_refused(
-        stage: Callable[..., Stage], launcher: Launcher, packed_data: Any, tmp_path: Path) -> None:
+def test_weights_that_know_other_tokens_are_refused(stage: Callable[..., Stage], launcher: Launcher,
+                                                    packed_data: Any, tmp_path: Path) -> None:
     shutil.copytree(packed_data.tokenizer, tmp_path / "start/tokenizer")
     with pytest.raises(StopRequested):
         run_stage(stage(start_from=tmp_path / "start"), 1)
@@ -102,8 +103,8 @@ def test_weights_that_know_other_tokens_are_refused(
     assert launcher.calls == 1
 
 
-def test_a_complete_stage_starts_nothing(
-        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_stage_starts_nothing(stage: Callable[..., Stage], launcher: Launcher,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
     ready = stage()
     open_run(ready)
     ready.folder.complete({"step": 4})
@@ -112,9 +113,9 @@ def test_a_complete_stage_starts_nothing(
     assert capsys.readouterr().out == f"{ready.folder.path}: is complete at step 4\n"
 
 
-def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
-        stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_receive_the_start_time_of_each_attempt(stage: Callable[..., Stage], launcher: Launcher,
+                                                          monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     begun_s: list[float] = []
     monkeypatch.setattr(launch_module, "run_rank",
                         lambda stage, data, launch: begun_s.append(launch.time_s) or 0)
@@ -149,9 +150,9 @@ def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
 
 @pytest.mark.parametrize(("max_restarts", "says"), [
     (0, "= 0 lets no process start again"), (2, "= 2 starts in a row have left no new checkpoint")])
-def test_giving_up_is_said_and_the_run_keeps_the_code(
-        max_restarts: int, says: str, stage: Callable[..., Stage], launcher: Launcher,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_giving_up_is_recorded_with_its_exit_code(max_restarts: int, says: str, stage: Callable[..., Stage],
+                                                  launcher: Launcher,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     ready = stage(f"train.max_restarts={max_restarts}")
 
     def fails(main: Callable[[], int], restarts: RestartPolicy) -> int:
@@ -172,8 +173,8 @@ def test_giving_up_is_said_and_the_run_keeps_the_code(
     assert capsys.readouterr().err == f"error: {failure['text']}\n" * 2
 
 
-def test_a_gate_that_did_not_pass_is_an_error_and_is_forgotten_by_the_next_start(
-        stage: Callable[..., Stage], launcher: Launcher) -> None:
+def test_a_failed_gate_is_an_error_until_the_next_start(stage: Callable[..., Stage],
+                                                        launcher: Launcher) -> None:
     ready, seen = stage(), []
 
     def fails(main: Callable[[], int], restarts: RestartPolicy) -> int:
@@ -220,7 +221,7 @@ def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
     assert [e.skip for e in data.planned] == [False, True, False]
 
 
-def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., Stage]) -> None:
+def test_checks_are_repeated_under_the_lock(stage: Callable[..., Stage]) -> None:
     """Another run may have come, and even gone, between the first look and the lock."""
     ready, other = stage("train.seed=2"), stage()
     ready.folder.enter(ready.config, resume=False)
@@ -234,8 +235,7 @@ def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., S
     _lock_folder(other, None, launch)
 
 
-def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
-        stage: Callable[..., Stage], launcher: Launcher) -> None:
+def test_a_refused_run_removes_only_its_own_files(stage: Callable[..., Stage], launcher: Launcher) -> None:
     made = stage()
     made = dataclasses.replace(made, resume=False)
 
@@ -279,8 +279,9 @@ class EndGateDouble:
         return self.verdicts.pop(0)
 
 
-def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
-        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(stage: Callable[..., Stage],
+                                                                 launcher: Launcher,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     gate = EndGateDouble([EndVerdict("worse on quiz", {}), EndVerdict(None, {"my_gate": {"passed": True}})])
     made = stage(end_gate=gate)
 

@@ -1,4 +1,4 @@
-"""Cluster profiles: the shipped ones are sound, and a mistake in one's own is said in a sentence."""
+"""Cluster profiles: shipped profiles are valid, and a mistake in a user's profile is one message."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +159,7 @@ def test_chip_figures_match_datasheets() -> None:
     ("H100-80GB", "h100"), ("h100", "h100"), ("A100-40GB", "a100-40"), ("A100", "a100"), ("GB300", "gb300"),
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B300 SXM6 AC", "b300"),
     ("H100-96GB(HBM2e500W)", "h100-96"), ("AMD Instinct MI300X", "mi300x")])
-def test_chip_is_found_by_every_alias(written: str, key: str) -> None:
+def test_chip_is_resolved_by_every_alias(written: str, key: str) -> None:
     assert find_device_chip(written) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
 
 
@@ -194,7 +194,7 @@ def test_packaged_profiles_have_vendor_links() -> None:
 
 
 def test_docs_page_shows_chip_table() -> None:
-    page = (Path(__file__).parents[3] / "docs/clusters.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/plan.md").read_text()
     rows = {cells[1].strip(" `"): [cell.strip() for cell in cells[2:-1]] for cells in
             (line.split("|") for line in page.splitlines()) if len(cells) == 11 and "`" in cells[1]}
     rows.pop("gpu")

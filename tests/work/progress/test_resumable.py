@@ -42,7 +42,7 @@ def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
     assert attempt(2) == ["b"]
     with resumable_artifact(out, "kind", "sov make", {"p": 2}) as artifact:
         assert not (artifact.path / "half").exists()
-        # what is on record is not read again: its hash is believed
+        # recorded files are not read again: their hash is trusted
         artifact.finished["a"] = dataclasses.replace(artifact.finished["a"], digest="blake3:12")
     (damaged,) = find_damaged_files(out)
     assert damaged.startswith(f"{out / 'a'}: ") and os.listdir(tmp_path) == ["out"]
@@ -96,7 +96,7 @@ def test_matching_parts_are_reused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_of_other_commands_are_kept(tmp_path: Path) -> None:
+def test_parts_of_other_commands_are_not_removed(tmp_path: Path) -> None:
     build_parts(tmp_path / "out", ["ab1"])
     with (pytest.raises(UserError, match=r"out: .* unfinished work of another command: .*inspect .* --clear"
                                          r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),

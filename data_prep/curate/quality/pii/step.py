@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import phonenumbers
 import yaml
 from annotated_types import MinLen
 
@@ -29,8 +28,7 @@ REGIONS = {
     "ko": ("KR",), "th": ("TH",), "ja": ("JP",), "vi": ("VN",), "zh": ("CN", "TW", "HK"), "en": ("US", "GB"),
     "de": ("DE", "AT", "CH"), "es": ("ES", "MX", "AR", "CO"), "fr": ("FR", "BE", "CA"), "it": ("IT",),
     "pt": ("BR", "PT"), "ru": ("RU",), "nl": ("NL",), "pl": ("PL",), "tr": ("TR",), "id": ("ID",),
-    "uk": ("UA",), "hi": ("IN",),
-}
+    "uk": ("UA",), "hi": ("IN",)}
 """Language -> countries whose numbering plans apply to numbers without a country code."""
 _MAX_PARTS = 4
 _PART = re.compile(r"(?<![\w.,/@#$%=\-])\(?\+?\(?\d[\d\-.()]{0,20}(?<=[\d)])(?![\w%]|[.,:/\-@]\w)",
@@ -138,6 +136,8 @@ def _has_phone_format(written: str, is_announced: bool) -> bool:
 
 
 def _is_valid_phone(written: str, language: str) -> bool:
+    import phonenumbers  # optional package
+
     is_bare = written.isdigit()
     international = written.lstrip("(").startswith("+")
     # With a country code any plan counts; otherwise the plans for the language.
@@ -262,8 +262,7 @@ def find_api_keys(text: str, language: str) -> Iterator[Span]:
 
 FINDERS: dict[str, Callable[[str, str], Iterator[Span]]] = {
     "api_key": find_api_keys, "email": find_emails, "iban": find_ibans, "korean_rrn": find_korean_rrns,
-    "thai_id": find_thai_ids, "card": find_cards, "ip": find_ip_addresses, "phone": find_phones,
-}
+    "thai_id": find_thai_ids, "card": find_cards, "ip": find_ip_addresses, "phone": find_phones}
 """Kind -> finder for a text and its language; if spans overlap, the earlier kind wins."""
 NAME = "{name}"
 """Part of the placeholder that is replaced by the kind's name."""
@@ -306,6 +305,9 @@ class Pii(Step):
     added_columns = {"pii": "string"}
     Settings = PiiSettings
     settings: PiiSettings
+
+    def list_libraries(self) -> Sequence[str]:
+        return ("phonenumbers",) if "phone" in self.settings.mask else ()
 
     def list_files(self) -> Sequence[Path]:
         return [NAMES_FILE]

@@ -1,4 +1,4 @@
-"""Defaults of the stages of post-training."""
+"""Default settings of post-training stages that follow from the data."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_base_config, find_stage_defaults
 from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.train.data.order import SampleOrder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 MODEL = dataclasses.replace(recipes.get("tiny-qwen3").model, vocab_size=368, max_position_tokens=512)
 
@@ -46,7 +46,7 @@ def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) 
     assert config.problems() == []
 
 
-def test_what_is_said_goes_before_the_table(packed_data: Any) -> None:
+def test_user_settings_override_the_table(packed_data: Any) -> None:
     config, notes = completed(request(
         [packed_data.chats], "optim.lr=1e-3", "train.steps=7", "train.global_batch_size=4",
         'data.phases=[{"name": "main", "seq_len": 128}]', "optim.schedule=constant", "optim.warmup_steps=2"))
@@ -56,7 +56,7 @@ def test_what_is_said_goes_before_the_table(packed_data: Any) -> None:
     assert config.train.epochs == 0 and notes == "learning rate 0.001, constant schedule"
 
 
-def test_an_epoch_is_what_the_order_gives_until_a_source_is_gone_through(packed_data: Any) -> None:
+def test_an_epoch_ends_when_the_order_exhausts_a_source(packed_data: Any) -> None:
     config, _ = completed(request([packed_data.chats], "train.epochs=1", "train.global_batch_size=1"))
     sources = open_sources(config.data.paths, 368)
     order = SampleOrder(config, sources)
@@ -69,8 +69,8 @@ def test_an_epoch_is_what_the_order_gives_until_a_source_is_gone_through(packed_
     ("sft", [], 1e9, 2e-5), ("sft", [], 7e10, 2e-6), ("sft", ["lora.rank=8"], 1e9, 2e-4),
     ("preference", [], 1e9, 1e-6), ("preference", [], 8e9, 5e-7),
     ("preference", ["preference.method=orpo"], 1e9, 8e-6), ("policy", [], 1e9, 1e-6)])
-def test_rates_depend_on_stage_size_and_method(stage: Stage, settings: list[str], params: float, lr: float
-                                               ) -> None:
+def test_rates_depend_on_stage_size_and_method(stage: Stage, settings: list[str], params: float,
+                                               lr: float) -> None:
     config = apply_settings(build_base_config("mine", MODEL, "fp32", stage), settings)
     assert find_stage_defaults(config, stage).rate(params, lora=config.lora.on).lr == lr
 
@@ -161,8 +161,8 @@ def test_rows_of_a_recipe_stay_where_they_hold_a_response() -> None:
     assert rows(from_file=True) == (192, 1, 16), "a run's config.json says everything"
 
 
-def test_files_of_settings_go_before_what_is_derived() -> None:
-    """Keys of --config count as those of --set do."""
+def test_config_files_override_derived_defaults() -> None:
+    """Keys in --config count like those in --set."""
     base = apply_settings(build_base_config("mine", MODEL, "fp32", "policy"), [
         "objective.name=policy", "optim.lr=3e-4", "data.phases.0.seq_len=384", "train.micro_batch_size=2",
         *LENGTHS])

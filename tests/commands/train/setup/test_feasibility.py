@@ -1,4 +1,4 @@
-"""Runs that do not fit their data, the machine or their hours are refused until the user sets them."""
+"""Runs that do not fit their data, GPUs or time limit are refused until the user decides."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.footprint import gpu_capacity
 from megatron_sov.plan.footprint.memory import build_account
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from tests.commands.train.setup.test_data_defaults import completed, request
 
 
@@ -34,7 +34,7 @@ def meant(asked: RecipeRequest, stage: Stage = "sft") -> None:
     refuse_unfit(asked, completed(asked, stage)[0], stage, None, is_initial=False, dry_run=False)
 
 
-def test_a_pretraining_rate_is_refused_until_it_is_said(packed_data: Any) -> None:
+def test_a_pretraining_learning_rate_is_refused_unless_set(packed_data: Any) -> None:
     data = [packed_data.chats]
     assert refused(request(data, "train.steps=2", recipe="tiny-qwen3")) == (
         "optim.lr = 0.004: is the pretraining rate of recipe tiny-qwen3, and sft takes 2e-05; leave RECIPE "
@@ -43,7 +43,7 @@ def test_a_pretraining_rate_is_refused_until_it_is_said(packed_data: Any) -> Non
     meant(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
 
 
-def test_many_epochs_are_refused_until_they_are_said(packed_data: Any) -> None:
+def test_many_epochs_are_refused_unless_set(packed_data: Any) -> None:
     data = [packed_data.chats]
     of_recipe = request(data, "optim.lr=1e-3", recipe="tiny-qwen3")
     assert "epochs, and the limit is 20; set train.epochs, add data, or allow the epochs " \
@@ -53,7 +53,7 @@ def test_many_epochs_are_refused_until_they_are_said(packed_data: Any) -> None:
     meant(request(data, "train.steps=900", "data.max_epochs=0"))
 
 
-def test_days_are_refused_until_they_are_said(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_days_are_refused_unless_set(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility, "CPU_FLOPS_PER_S", 1.0)
     monkeypatch.setattr(feasibility, "list_visible_gpus", list)
     asked = request([packed_data.chats])
@@ -67,9 +67,9 @@ def test_days_are_refused_until_they_are_said(packed_data: Any, monkeypatch: pyt
     refuse_unfit(asked, config, "sft", None, is_initial=False, dry_run=True)  # which may mean another machine
 
 
-def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3", **changes: Any
-                ) -> RecipeRequest:
-    """Return what `pretrain RECIPE --data ... --set ...` asks for."""
+def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3",
+                **changes: Any) -> RecipeRequest:
+    """Return the request of `pretrain RECIPE --data ... --set ...`."""
     base = recipes.get(recipe)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=dict.fromkeys(
         map(str, paths), 1.0)))

@@ -1,5 +1,5 @@
-"""Files of --data become token shards in the run's folder, once; the two commands are replaced by quick ones
-that write what the real ones write last."""
+"""Text and chat files given as `--data` are packed once into the run's folder. Doubles replace the two
+packing commands and write the same last file."""
 
 import gzip
 import json
@@ -61,8 +61,8 @@ def pack(run: Path, *data: str, formats: tuple[str, ...] = SFT, dry_run: bool = 
     return [packed.get(argument, argument) for argument in data]
 
 
-def test_a_file_is_packed_once_by_the_commands_that_are_printed(
-        run: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_packed_once_by_the_commands_that_are_printed(run: Path, commands: list[list[str]],
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     write("chats.jsonl", CHAT)
     assert pack(run, "chats.jsonl:0.5") == ["runs/a/data/chats:0.5"]
     printed = ["sov-tokenizer import model --output runs/a/tokenizer",
@@ -105,8 +105,9 @@ def test_name_and_format_follow_from_the_file(run: Path, file: str, records: lis
     (["pair.jsonl"], "--data pair.jsonl:1: is a pair of responses; `megatron-sov prefer` learns"),
     (["table.csv"], "--data table.csv: is a table"),
     (["latin.txt"], "--data latin.txt: is not UTF-8")])
-def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(
-        run: Path, commands: list[list[str]], data: list[str], message: str) -> None:
+def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(run: Path, commands: list[list[str]],
+                                                                        data: list[str],
+                                                                        message: str) -> None:
     for name, record in {"a.jsonl": CHAT, "deep/a.jsonl": CHAT, "turns.jsonl": {"turns": []},
                          "torn.jsonl": '{"messages": [', "pair.jsonl": PAIR,
                          "table.csv": "prompt,response"}.items():
@@ -118,8 +119,9 @@ def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(
 
 
 @pytest.mark.parametrize("killed_in", [1, 2, 3])
-def test_a_killed_packing_continues_with_what_is_missing(
-        run: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, killed_in: int) -> None:
+def test_a_killed_packing_continues_with_missing_files(run: Path, commands: list[list[str]],
+                                                       monkeypatch: pytest.MonkeyPatch,
+                                                       killed_in: int) -> None:
     data = [write("a.jsonl", CHAT), write("b.jsonl", CHAT)]
     whole = packed_files.run_command
 
@@ -137,7 +139,7 @@ def test_a_killed_packing_continues_with_what_is_missing(
     assert [words[1] for words in commands] == ["import", "pack", "pack"], "nothing is made twice"
 
 
-def test_a_command_that_fails_ends_this_one_by_its_code(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_code_of_a_failed_packing_is_returned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_files, "run_command", lambda words, go_on_by: 2)
     with pytest.raises(SystemExit) as ended:
         pack(run, write("a.jsonl", CHAT))
@@ -150,8 +152,9 @@ def test_a_command_that_fails_ends_this_one_by_its_code(run: Path, monkeypatch: 
     (lambda: write("a.jsonl", {"text": "A text."}), "a.jsonl has changed"),
     (lambda: Path("model/tokenizer.json").write_text("[]"), "tokenizer of model has changed"),
     (lambda: Path("model/chat_template.jinja").write_text("hi"), "tokenizer of model has changed")])
-def test_a_changed_file_is_packed_again_until_the_run_has_begun(
-        run: Path, commands: list[list[str]], change: Callable[[], object], named: str, begun: bool) -> None:
+def test_a_changed_file_is_packed_again_until_the_run_has_begun(run: Path, commands: list[list[str]],
+                                                                change: Callable[[], object], named: str,
+                                                                begun: bool) -> None:
     pack(run, write("a.jsonl", CHAT))
     if begun:
         (run / CONFIG).write_text("{}")
@@ -177,14 +180,14 @@ def test_resume_warns_of_a_file_that_has_changed(run: Path, commands: list[list[
                                        "runs/a packed it; the run continues with runs/a/data/a\n")
 
 
-def test_a_dry_run_writes_nothing_into_the_run(run: Path, commands: list[list[str]]) -> None:
+def test_a_dry_run_writes_no_files(run: Path, commands: list[list[str]]) -> None:
     write("a.jsonl", CHAT)
     [argument] = pack(run, "a.jsonl", dry_run=True)
     assert Path(argument).name == "a" and Path(argument).is_dir() and not run.exists()
 
 
-def test_many_processes_are_told_the_commands(run: Path, commands: list[list[str]],
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multi_process_runs_print_the_packing_commands(run: Path, commands: list[list[str]],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     write("a.jsonl", CHAT)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -210,7 +213,7 @@ def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
 
 @pytest.mark.parametrize("theirs", ["data/chats.json", "data/chats/notes.txt", "tokenizer/notes.txt",
                                     "data/tokenizer.json"])
-def test_nothing_of_the_users_own_is_replaced(run: Path, commands: list[list[str]], theirs: str) -> None:
+def test_user_files_are_not_replaced(run: Path, commands: list[list[str]], theirs: str) -> None:
     file = run / theirs
     write(str(file), json.dumps(PAIR))
     data = str(file) if theirs == "data/chats.json" else write("chats.json", json.dumps([CHAT]))
@@ -221,7 +224,7 @@ def test_nothing_of_the_users_own_is_replaced(run: Path, commands: list[list[str
 
 @pytest.mark.parametrize("record", ["1", "[]", '{"file": 1, "tokenizer": ""}', '{"tokenizer": ""}',
                                     "[" * 99999])
-def test_a_damaged_record_says_nothing(run: Path, record: str) -> None:
+def test_a_damaged_packing_record_is_ignored(run: Path, record: str) -> None:
     chats = write("chats.jsonl", CHAT)
     write(str(run / "data/chats.json"), record)
     warn_of_changed_files(run, [str(run / "data/chats")])

@@ -1,4 +1,4 @@
-"""From the command line to settings, with every mistake found before the work."""
+"""From a command line to the settings of a stage: every mistake is reported before any work."""
 
 import dataclasses
 import shutil
@@ -17,11 +17,11 @@ from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import request_training
 from tests.packing import Packed
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 
 def parsed(*argv: str) -> PretrainOptions:
-    return typed(PretrainOptions, [*argv, "--run", "r"])
+    return parse_settings(PretrainOptions, [*argv, "--run", "r"])
 
 
 def config_of(*argv: str) -> RunConfig:
@@ -35,7 +35,7 @@ def data(tmp_path: Path, token_shards: Path) -> Path:
     return tmp_path
 
 
-def test_the_model_of_a_start_gives_the_settings_of_tuning_without_a_recipe() -> None:
+def test_tuning_without_a_recipe_takes_settings_of_the_start() -> None:
     assert [parsed("--from", "s").model_settings(objective) is not None for objective in ("sft", "lm", None)
             ] == [True, False, False]
     assert parsed("tiny-k-exaone").model_settings("sft") is None
@@ -55,7 +55,7 @@ def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
     assert config_of("tiny-k-exaone", "--data", f"{data}/a", "--deterministic").train.deterministic
 
 
-def test_a_run_config_stands_in_for_the_recipe_and_gives_the_same_settings_again(data: Path) -> None:
+def test_a_run_config_replaces_the_recipe_with_equal_settings(data: Path) -> None:
     first = config_of("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7", "--deterministic")
     (data / "config.json").write_text(format_json(first.to_dict()))
     assert config_of("--config", str(data / "config.json")) == first
@@ -65,13 +65,13 @@ def test_a_run_config_stands_in_for_the_recipe_and_gives_the_same_settings_again
     assert changed.train.deterministic
 
 
-def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_round(
-        data: Path, packed_data: Packed) -> None:
+def test_pretraining_configs_serve_fine_tuning_but_not_vice_versa(data: Path, packed_data: Packed) -> None:
     lm = recipes.get("tiny-qwen3")
     for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
         (data / f"{name}.json").write_text(format_json(config.to_dict()))
     arguments = ("--data", str(packed_data.chats))
-    options = typed(SftOptions, ["--config", str(data / "lm.json"), *arguments, "--run", "r", "--from", "s"])
+    options = parse_settings(SftOptions,
+                             ["--config", str(data / "lm.json"), *arguments, "--run", "r", "--from", "s"])
     assert check_stage(dataclasses.replace(options, start_from=None)).config.objective.name == "sft"
     with pytest.raises(UserError, match=r"objective.name = sft:"):
         config_of("--config", str(data / "sft.json"), *arguments)
@@ -88,7 +88,7 @@ def test_a_recipe_is_lengthened_before_it_is_tuned(data: Path) -> None:
         request_training(tuned, "lm", lengthens=True).config()
 
 
-def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
+def test_data_named_in_a_config_must_exist(data: Path) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), ['data.paths={"/gone": 1}'])
     (data / "config.json").write_text(format_json(config.to_dict()))
     with pytest.raises(UserError, match=r"--data /gone: does not exist"):
@@ -114,9 +114,8 @@ def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message
         request_training(parsed(recipe, "--data", "not-yet", "--set", setting), "lm").config()
 
 
-def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
-    data: Path, hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_mistakes_are_found_before_a_hf_folder_is_converted(data: Path, hf_models: dict[str, Path],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(*_: object) -> int:
         raise AssertionError("converted")
 

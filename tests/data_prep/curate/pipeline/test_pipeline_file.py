@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from data_prep import cli
 from data_prep.curate.pipeline.pipeline_file import (
     StepFilter, find_pattern_problems, format_output_name, load_pipeline)
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS
+from data_prep.curate.quality import identify
 from data_prep.curate.sources.formats import FORMATS
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints.removed import PIPELINE
 
@@ -187,3 +190,43 @@ def test_a_wrong_command_line_is_a_sentence(tmp_path: Path, words: list[str], se
     said = capsys.readouterr().err
     assert sentence in said and "Traceback" not in said
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.fixture
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the optional libraries of steps away, and import the steps anew."""
+    for library in ("ftfy", "py3langid", "phonenumbers"):
+        monkeypatch.setitem(sys.modules, library, None)
+    for module in ("encoding", "pii.step"):
+        monkeypatch.delitem(sys.modules, f"data_prep.curate.quality.{module}", raising=False)
+    identify._import_langid.cache_clear()
+
+
+STEPS_WITH_LIBRARIES = "name: x\nsources: [{name: web, path: web}]\nsteps: [encoding, language, pii]\n"
+
+
+def test_columns_are_listed_without_the_libraries_of_steps(raw: Path, no_libraries: None) -> None:
+    (raw / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\noutput: {name: '{form}'}")
+    with pytest.raises(UserError, match=r"{form} is no column .* here; add the step language "):
+        load_pipeline(raw / "pipeline.yaml")
+
+
+def test_a_run_and_not_a_dry_run_needs_the_libraries_of_its_steps(
+        raw: Path, no_libraries: None, capsys: pytest.CaptureFixture[str]) -> None:
+    (raw / "pipeline.yaml").write_text(STEPS_WITH_LIBRARIES)
+    words = ["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out")]
+    assert cli.main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "step encoding needs ftfy, which is not installed" in told and "03-pii: 0 of 1 shards" in told
+    assert cli.main(words) == 2 and not (raw / "out").exists()
+    refused = capsys.readouterr().err
+    for library in ("encoding needs ftfy", "language needs py3langid", "pii needs phonenumbers"):
+        assert f"step {library}, which is not installed" in refused
+
+
+def test_pii_needs_a_library_for_phone_numbers_alone(raw: Path, no_libraries: None) -> None:
+    (raw / "web/mail.txt").write_text("Write to ann@sea.kr, who answers within a day.")
+    (raw / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\n"
+                                       "steps: [{pii: {mask: [email]}}]\n")
+    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), "--workers", "1"]) == 0
+    assert read_manifest(raw / "out", "corpus").content["num_documents"] == 7

@@ -13,8 +13,8 @@ import pytest
 
 from data_prep.curate.pipeline.step import Doc, StepOutcome
 from data_prep.curate.quality.identify import (
-    LANGUAGE_BY_SCRIPT, LANGUAGES_BY_SCRIPT, Language, LanguageSettings, _load_model, detect_form,
-    extract_language_text, identify_language)
+    TABLES_FILE, Language, LanguageSettings, _load_model, detect_form, extract_language_text, get_model_file,
+    identify_language, load_language_tables)
 from tests.typed_words import keys_of
 
 # Forms: prose, code and markup, and what of them is in a language.
@@ -152,7 +152,8 @@ def test_a_long_text_costs_no_more_than_its_pieces_and_is_seen_to_its_end() -> N
 
 
 def test_every_language_of_the_model_has_its_script() -> None:
-    known = set().union(*LANGUAGES_BY_SCRIPT.values(), LANGUAGE_BY_SCRIPT.values())
+    tables = load_language_tables()
+    known = set().union(*tables.sharing_script.values(), tables.by_script.values())
     missing = set(_load_model().labels) - known - {"zxx"}
     assert missing <= {"yue", "wuu", "grc", "hbo", "dz"}  # of scripts that are told without the model
 
@@ -189,8 +190,9 @@ def test_without_a_list_all_sure_languages_stay_and_without_a_score_all() -> Non
     assert outcome("12 + 30 = 42", min_score=0).reason == ""
 
 
-def test_the_model_is_among_the_files_that_outcomes_depend_on() -> None:
-    assert [file.stat().st_size > 1_000_000 for file in Language(LanguageSettings()).list_files()] == [True]
+def test_the_tables_and_the_model_are_the_files_that_outcomes_depend_on() -> None:
+    assert Language(LanguageSettings()).list_files() == [TABLES_FILE, get_model_file()]
+    assert get_model_file().stat().st_size > 1_000_000
 
 
 def test_every_broken_rule_is_told() -> None:

@@ -20,7 +20,7 @@ from megatron_sov.base.errors import UserError, format_install_command
 from tests.typed_words import keys_of
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     source = SourceSettings("a b", ("missing", "missing"), tmp_path, "jsonll", kind="fr")
     assert keys_of(source) == ["name", "path", "kind"]
     wrong = SourceSettings("a", ("missing", "gone"), tmp_path, "jsonll")

@@ -1,4 +1,4 @@
-"""Programs in the sandbox: what a model is told of each end.
+"""Programs in the sandbox world: the observation for each way a program can end.
 
 The sandbox is a double here; its own tests say what it holds.
 """

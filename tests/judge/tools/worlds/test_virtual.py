@@ -39,7 +39,7 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     ("borrow_book", {"member_id": "M1"}, "arguments", "book_id: is missing"),
     ("find_member", {"email": "nobody"}, "refused", "no member has this address"),
     ("fly", {}, "unknown_tool", "there is no tool 'fly'")])
-def test_a_call_that_is_refused_changes_nothing(name: str, arguments: Any, code: str, told: str) -> None:
+def test_a_refused_call_does_not_change_state(name: str, arguments: Any, code: str, told: str) -> None:
     world = begun()
     first = world.snapshot()
     with pytest.raises(ToolFault, match=told) as fault:
@@ -52,8 +52,8 @@ def test_a_call_that_is_refused_changes_nothing(name: str, arguments: Any, code:
     ("print('x'); loan['status'] = 3", "state", "row L1 of loans: status"),
     ("tables['loans'] = {}; return {1}", "failed", "not JSON serializable"),
     ("tables.pop('books')", "state", "the tables must be"), ("while True: pass", "failed", "processor")])
-def test_code_that_fails_halfway_leaves_the_tables_as_they_were(
-        last: str, code: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code: str, told: str,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtual, "CALL_LIMITS", replace(virtual.CALL_LIMITS, cpu_s=0.5))
     ending = 'return f"{book[\'title\']} is back"'
     bent = edited(lambda world: world.update(code=world["code"].replace(ending, last)))
@@ -84,7 +84,7 @@ def test_the_same_row_twice_is_not_once() -> None:
     assert world.score("").reward == 0
 
 
-def test_a_task_may_have_tables_of_its_own() -> None:
+def test_a_task_may_define_its_own_tables() -> None:
     rows = {"B7": {"title": "The Old Man and the Sea", "copies": 3},
             "B2": {"title": "Four Reigns", "copies": 0}}
     world = begun(tables={"books": rows})
@@ -118,7 +118,7 @@ def test_world_resumes_in_a_process_from_its_state() -> None:
 
 @pytest.mark.each("said, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
                                           ("220.5", False), ("2200", False), ("A220", False)])
-def test_answers_match_whole_words(said: str, counts: bool) -> None:
+def test_answers_match_complete_words(said: str, counts: bool) -> None:
     assert begun({"answers": ["220"]}).score(said).reward == counts
 
 

@@ -1,4 +1,4 @@
-"""Decoding of pictures, sounds and videos into arrays."""
+"""Decode images, audio and video into arrays."""
 
 import struct
 from pathlib import Path
