@@ -14,6 +14,7 @@ import pytest
 from megatron_sov import cli
 from megatron_sov.base.command_line import Command
 from megatron_sov.base.hints import words
+from megatron_sov.base.settings import ActionGroup
 from megatron_sov.model.config import find_settings, setting_names
 from tests.pages_typed import ENTRIES, parse
 
@@ -38,6 +39,19 @@ def test_command_help_ends_with_two_valid_examples_and_its_page(
     for line in command.examples:
         assert line.startswith(name)
         parse(f"{program} {line}")
+
+
+ACTIONS = [(program, name, action) for program, module in ENTRIES.items()
+           for name, command in importlib.import_module(module).COMMANDS.items()
+           if isinstance(group := command.load(), ActionGroup) for action in group.actions]
+
+
+@pytest.mark.each(("program", "name", "action"), ACTIONS)
+def test_the_help_of_an_action_describes_each_option_once(
+        program: str, name: str, action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(ENTRIES[program]).main([*name.split(), action, "--help"])
+    assert "--help" in read_help_entries(capsys.readouterr().out)
 
 
 def read_help_entries(printed: str) -> dict[str, str]:
@@ -111,6 +125,9 @@ def test_words_of_other_programs_lead_to_valid_commands(program: str, word: str,
     # for a command, in contrast to a program option, the message has one line without unknown words
     first = next((_begin(line) for line in commands if " " in _begin(line)), "")
     lines = [line.strip() for line in proposed.partition("\nthis line still has a fault")[0].splitlines()]
+    if "{first}" in text:  # several commands
+        assert [line.split()[0] for line in lines] == [line.split()[0] for line in commands[0].split(" && ")]
+        return
     assert len(lines) == 1 if first else len(lines) <= 1
     for line in lines:
         assert line.startswith(first) and "--anything" not in line

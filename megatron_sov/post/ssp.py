@@ -1,10 +1,9 @@
 """VibeThinker's spectrum phase (arXiv 2511.06221): the best checkpoint per domain, with a confidence
 interval, and a merged checkpoint's gain over the best. A probe's folder:
 
-    asked.json       problems, reward and samples, equal for all checkpoints
-    problems.jsonl   problems of all domains, the input of `eval passk`
-    checkpoints/     NAME-DIGEST: output of `eval passk` for a checkpoint, reused by later commands
-    table/           an artifact: pass@k per checkpoint and domain, and the choices
+asked.json       problems, reward and samples, equal for all checkpoints problems.jsonl   problems of all
+domains, the input of `eval passk` checkpoints/     NAME-DIGEST: output of `eval passk` for a checkpoint,
+reused by later commands table/           an artifact: pass@k per checkpoint and domain, and the choices
 """
 
 from __future__ import annotations
@@ -148,13 +147,10 @@ def find_candidates(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
             checkpoints = [path if is_hf_folder(path) else find_checkpoint(path)]
         for checkpoint in checkpoints:
             resolved = checkpoint.resolve()
-            candidates.setdefault(resolved, _read_candidate(resolved))
+            is_merged = (not is_hf_folder(resolved)
+                         and MERGED in read_manifest(resolved, CHECKPOINT_KIND).content)
+            candidates.setdefault(resolved, ProbedCheckpoint(resolved, is_merged))
     return list(candidates.values())
-
-
-def _read_candidate(path: Path) -> ProbedCheckpoint:
-    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, CHECKPOINT_KIND).content
-    return ProbedCheckpoint(path, is_merged)
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import initial_weights, save
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import world
@@ -26,6 +26,7 @@ from megatron_sov.plan.operation import (
     estimate_write_times, find_best_interval_s, plan_operation)
 from megatron_sov.runs.checkpoints import AdapterBase
 from megatron_sov.work.clusters import cluster
+from tests.checkpoints import save_checkpoint
 
 RESTART_S = 600.0
 
@@ -196,7 +197,7 @@ def written(folder: str, case: str) -> dict[str, Any]:
         model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)
     path = Path(folder) / "step-1"
     optimizer = Optimizer(model, config.optim, parallel, config.gpu)
-    save.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     if dist.get_rank():
         return {}
     sizes = {"float32": 4, "bfloat16": 2}

@@ -11,7 +11,8 @@ KIND_OPTIONS = {
     "model": ("--from", "--tokenizer"), "hub": ("--from", "--tokenizer", "--data"),
     "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",),
     "data": ("--prompts", "--data", "--input", "--text", "--output"),
-    "absent": ("--run", "--prompt", "--output"), "name": ("--reward", "--run", "--prompt", "--output"),
+    "absent": ("--store", "--run", "--prompt", "--output"),
+    "name": ("--reward", "--run", "--prompt", "--output"),
     "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
     "code": (), "recipe": ()}
 """Kind of a word without an option -> options that take the kind, the likeliest first."""
@@ -56,6 +57,12 @@ def find_only_folder(kind: str) -> str:
     """Return the only folder of a kind in the current folder; "": none or several."""
     names = [path.name for path in Path().iterdir() if path.is_dir() and classify_folder(path) == kind]
     return names[0] if len(names) == 1 else ""
+
+
+def list_models() -> list[str]:
+    """Return model folders and runs in the current folder and its folder runs."""
+    return [str(path) for path in sorted([*Path().iterdir(), *Path("runs").glob("*")])
+            if classify_folder(path) in ("hf", "run", "checkpoint")]
 
 
 def list_run_tokenizers(run: Path) -> list[Path]:
