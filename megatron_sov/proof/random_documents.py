@@ -33,10 +33,10 @@ TOKEN_COLUMNS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
 SPREAD = 1.5
 """Standard deviation in nats; large enough to clip importance ratios on both sides."""
 OLD_SHIFT = 1.0
-"""Distance in nats of a document's `old` log-probabilities from the model's, up or down, so that even the ratio of
-the whole response is below or above 1."""
+"""Distance in nats of a document's `old` log-probabilities from those of the model, up or down, so that even
+the ratio of a whole response is below or above 1."""
 LEARNED_SHARE = 0.75
-"""Share of documents whose advantage has the sign that no clipping stops. A step has few documents: without any
+"""Share of documents whose advantage has the sign that is not clipped. A step has few documents: without any
 of these its policy gradient would be 0 in every layout."""
 TEACHER_WIDTH = 8
 _LONGEST = 41

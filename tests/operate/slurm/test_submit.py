@@ -81,7 +81,7 @@ def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: py
         asked.append((num_ranks, config.parallel.ep))
         return num_ranks, SimpleNamespace(outcome="differs" if num_ranks == refuted_ranks else "equal")
 
-    # tests/proof covers the proofs, whose imports are heavy; another test may have imported the command's half
+    # tests/proof covers the proofs, whose imports are heavy; another test may have run the command
     monkeypatch.delitem(sys.modules, "megatron_sov.commands.operate.submit.prove_run", raising=False)
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", SimpleNamespace(
         EQUAL="equal", prove_run=prove_run,
