@@ -288,7 +288,7 @@ def _split_files(option: str, values: Sequence[str]) -> list[str]:
     """Return the files in a comma-separated list, if every file exists."""
     parts = values[0].split(",") if values and option in ("", "--data", "--input", "--prompts") else []
     all_exist = bool(parts) and not Path(values[0]).exists() and all(
-        Path(re.sub(r":[\d.]+$", "", part)).exists() for part in parts)
+        part and Path(re.sub(r":[\d.]+$", "", part)).exists() for part in parts)
     return parts if all_exist else []
 
 
