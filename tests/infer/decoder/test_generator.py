@@ -1,4 +1,4 @@
-"""Cached generation equals full forward passes at every layout, with and without drafts."""
+"""Cached generation equals full forward passes at every layout."""
 
 import dataclasses
 import os
@@ -42,17 +42,13 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the continuations of a random model, computed in several ways, on this process."""
-    config, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
+    _, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
     policy = ForwardModel(model, 50)
     attention = [type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
-    drafts = 2 if config.model.num_mtp_layers else 0
     warm = Sampling(NEW, temperature=1.0, top_k=40, top_p=0.9, seed=3)
 
     def write(prompts: Any, sampling: Any, batching: Any = None, **more: Any) -> Any:
         return MegatronEngine(policy, batching).generate(prompts, sampling, **more).continuations
-
-    def drafting(sampling: Any, num_drafts: int) -> Any:
-        return dataclasses.replace(sampling, num_drafts=num_drafts)
 
     routed = Sampling(NEW, with_routes=True)
     plain = MegatronEngine(policy).generate(PROMPTS, routed)
@@ -61,17 +57,13 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     # each process is asked, and only the first one says when it is enough
     stop_row = 2 if int(os.environ["RANK"]) == 0 else 0
     over = GenerationBounds(LIMITS, lambda: next(rows) == stop_row)
-    drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(routed, drafts)))
     found = {"greedy": greedy, "routes": [r.tolist() for r in plain.routes],
-             "drafted routes": [r.tolist() for r in drafted["routes"]], "sampled": write(PROMPTS, warm),
+             "sampled": write(PROMPTS, warm),
              "stopped early": write(PROMPTS, Sampling(NEW), bounds=over),
-             "limited": write(PROMPTS, Sampling(NEW), bounds=GenerationBounds(LIMITS, lambda: False)),
-             "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
-             "drafted samples": write(PROMPTS, drafting(warm, drafts))}
+             "limited": write(PROMPTS, Sampling(NEW), bounds=GenerationBounds(LIMITS, lambda: False))}
     if full:
         found["end"] = greedy[2][5]
-        found["stopped"] = write(PROMPTS, drafting(Sampling(NEW), min(1, drafts)),
-                                 stop=StopRule((found["end"],)))
+        found["stopped"] = write(PROMPTS, Sampling(NEW), stop=StopRule((found["end"],)))
         found["alone"] = {i: write([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
         found |= _repeated(policy, warm, routed)
         row = [DocumentBatch([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
@@ -125,8 +117,7 @@ def check_ways(found: dict[str, Any]) -> None:
     """Compare all continuations of a process with its greedy continuations."""
     greedy = found["greedy"]
     assert greedy == found["full"], "cached differs from a full forward pass"
-    assert found["routes"] == found["drafted routes"] == found["full routes"]
-    assert found["drafted"]["continuations"] == greedy != found["sampled"]
+    assert found["routes"] == found["full routes"] and greedy != found["sampled"]
     assert found["alone"] == {str(i): found["sampled"][i] for i in ALONE}, (
         "a prompt's samples depend on the others of its batch")
     assert found["repeated"] == [found["one by one"]] * 4, "a prompt that is read once is another one"
@@ -152,12 +143,9 @@ def test_generation_is_equal_at_every_layout(ranks, job, names: list[str]) -> No
         *(job(__file__, "continuations", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
     check_ways(alone[0])
     assert alone[0]["pieces"] == alone[0]["one slot"] == alone[0]["greedy"]
-    drafted = alone[0]["drafted"]
-    assert 0 < drafted["accepted"] < drafted["drafted"], "nothing was taken, or nothing taken back"
     for name, per_rank in zip(names, others, strict=True):
         for rank, found in enumerate(per_rank):
-            for way in ("greedy", "routes", "sampled", "drafted", "drafted routes", "drafted samples",
-                        "limited", "as before"):
+            for way in ("greedy", "routes", "sampled", "limited", "as before"):
                 assert found[way] == alone[0][way], (name, rank, way)
             assert found["stopped early"] == per_rank[0]["stopped early"]
             assert all(0 < len(c) <= 3 for c in found["stopped early"]), "it was not the first that said so"
@@ -199,12 +187,9 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
             read = torch.stack([record[layer][i] for layer in sorted(record)], 1)[:-1]
             assert torch.equal(read, torch.from_numpy(routes).long()), "the trainer routes otherwise"
         return {"gap": float(max(gaps)), "tokens": found.continuations, "reasons": found.finish_reasons,
-                "lowest": min(map(min, found.logprobs)), "accepted": found.accepted}
+                "lowest": min(map(min, found.logprobs))}
 
-    drafts = 2 if config.model.num_mtp_layers else 0
-    ways = {"greedy": Sampling(NEW), "T 1": Sampling(NEW, 1.0, seed=3), "T 0.7": Sampling(NEW, 0.7, seed=3),
-            "drafted": Sampling(NEW, num_drafts=drafts),
-            "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
+    ways = {"greedy": Sampling(NEW), "T 1": Sampling(NEW, 1.0, seed=3), "T 0.7": Sampling(NEW, 0.7, seed=3)}
     found = {name: furthest(ways[name]) for name in chosen}
     other = build_model(config.model, parallel, config.train)
     load.initialize_weights(other, config.model, 2)
@@ -221,9 +206,9 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
 
 FEW = PROMPTS[1:5]
 """One more than are written at a time."""
-WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"]),
+WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7"]),
          ("qwen3", 2, {"tp": 2, "sp": True}, ["T 1", "T 0.7"]),
-         ("k-exaone", 2, {"pp": 2}, ["T 1", "T 0.7", "drafted T 1"]),
+         ("k-exaone", 2, {"pp": 2}, ["T 1", "T 0.7"]),
          ("solar-open", 2, {"ep": 2}, ["T 1", "T 0.7"])]
 """Family, processes, layout, ways to sample."""
 
@@ -268,8 +253,6 @@ def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path]
                 == expected)
         with pytest.raises(ValueError, match="prompt 1 has no token"):
             engine.generate([[1], []], Sampling(4))
-        with pytest.raises(ValueError, match="num_drafts = 1 needs"):
-            engine.generate(PROMPTS, Sampling(4, num_drafts=1))
         assert engine.generate([], Sampling(4)).continuations == []
     finally:
         world.leave_world()
