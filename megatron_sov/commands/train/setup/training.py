@@ -7,18 +7,18 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path
 from megatron_sov.base.hints.paths import fix_by_packing
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.commands.train.kinds import STAGE_KINDS
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
+from megatron_sov.commands.train.setup.export_benchmarks import check_benchmarks
 from megatron_sov.commands.train.setup.feasibility import refuse_unfit
-from megatron_sov.commands.train.setup.gates import build_gate, check_benchmarks
 from megatron_sov.commands.train.setup.packed_files import (
     DataFile, FilePacking, find_files, list_packable_formats, warn_of_changed_files)
-from megatron_sov.commands.train.setup.stage_options import ExtendOptions, GateOptions, StageOptions
+from megatron_sov.commands.train.setup.stage_options import ExtendOptions, StageOptions
 from megatron_sov.commands.train.setup.starts import (
     find_start, find_start_tokenizer, propose_recipe, read_matching_model, refuse_many_converters)
 from megatron_sov.model import recipes
@@ -34,9 +34,6 @@ from megatron_sov.runs.launch_environment import num_ranks, refuse_lone_world_si
 from megatron_sov.train.data.token_shards import Source, open_sources
 from megatron_sov.train.data.views import apply_data_phases
 from megatron_sov.train.guards.fault_injection import Fault, parse_faults
-
-if TYPE_CHECKING:
-    from megatron_sov.commands.train.forgetting_gate import ForgettingGate
 
 Complete = Callable[[RunConfig], RunConfig]
 
@@ -54,8 +51,6 @@ class TrainingRequest:
     """Faults to inject."""
     notes: tuple[str, ...] = ()
     """Chosen defaults, with reasons."""
-    gate: ForgettingGate | None = None
-    """Gate for the last checkpoint."""
     memory: MemoryEstimate | None = None
     """Predicted memory per process; None for a complete run."""
     completion: dict[str, Any] | None = None
@@ -100,9 +95,8 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     if IS_CHECKING.get() or options.resume:
         RunFolder(options.run).enter(config, options.resume)
     check_benchmarks(config)
-    gate = build_gate(options, config, start) if isinstance(options, GateOptions) else None
     options.check_settings(config)
-    return TrainingRequest(options, config, start, faults, completed.notes, gate,
+    return TrainingRequest(options, config, start, faults, completed.notes,
                            estimate_memory(config, num_ranks(options.nproc)))
 
 
