@@ -199,9 +199,6 @@ class RunConfig:
                  "the second time")
         return find_broken_rules(
             self, "", (not guards.probe_every_steps or deterministic, "guards.probe_every_steps", needs),
-            (not guards.attribute or deterministic, "guards.attribute", needs),
-            (not guards.attribute or guards.skip, "guards.attribute",
-             "needs guards.skip = true: it examines rejected steps"),
             (not jobs.tasks or self.train.export_every_checkpoints > 0, "evaluate.background.tasks",
              "evaluate exports, and train.export_every_checkpoints = 0 writes none"),
             (len(set(jobs.tasks)) == len(jobs.tasks), "evaluate.background.tasks", "names a task twice"),

@@ -227,8 +227,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("gpu.pad_buckets=on", 1, "gpu.pad_buckets"),
     ("gpu.profile_first_step=3 gpu.profile_last_step=2", 1, "gpu.profile_first_step"),
     # what watches and measures
-    ("guards.probe_every_steps=5 guards.attribute=true", 1, "guards.probe_every_steps guards.attribute"),
-    ("guards.attribute=true guards.skip=false train.deterministic=true", 1, "guards.attribute"),
+    ("guards.probe_every_steps=5", 1, "guards.probe_every_steps"),
     ('evaluate.background.tasks=["ppl"]', 1, "evaluate.background.tasks"),
     (LM, 1, "evaluate.lm.tasks"),
     ('evaluate.background.tasks=["ppl","ppl"] train.export_every_checkpoints=1', 1,
