@@ -208,9 +208,7 @@ class RunConfig:
              "is empty, and evaluate.background.tasks names lm"),
             (all(name.strip() and "," not in name for name in lm.tasks), "evaluate.lm.tasks",
              "must be a list with one task name per entry, without commas"),
-            (len(set(lm.tasks)) == len(lm.tasks), "evaluate.lm.tasks", "names a task twice"),
-            (all("=" in setting for setting in lm.judge), "evaluate.lm.judge",
-             "must have the form key=value"))
+            (len(set(lm.tasks)) == len(lm.tasks), "evaluate.lm.tasks", "names a task twice"))
 
     def _phase_problems(self) -> list[SettingsProblem]:
         """Check the token budget, and each phase's row length against layout and positions."""

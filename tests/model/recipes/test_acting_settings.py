@@ -139,7 +139,7 @@ ACTS = [
     ("pretrain", "optim.schedule_by=tokens optim.warmup_steps=0 optim.warmup_tokens=5 data.packing=concat"),
     ("pretrain", "train.average_last=2 train.average_weights=ema train.average_decay=0.9"),
     ("pretrain", 'evaluate.background.tasks=["lm","needle"] evaluate.background.timeout_s=9 needle.samples=3 '
-                 'evaluate.lm.tasks=["x"] evaluate.lm.apply_chat_template=true evaluate.lm.mode=thinking'),
+                 'evaluate.lm.tasks=["x"] evaluate.lm.options=["--limit=3"]'),
     ("pretrain", 'model.audio_tokens={"first":0,"size":8} objective.audio_weight=0.5'),
     ("pretrain", "train.steps=3 train.tokens=0 train.epochs=0"),
 ]
