@@ -31,8 +31,6 @@ from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.runs.launch_environment import is_first_rank
 
 OPTION = "--prompts"
-TARGET = "target_tokens"
-"""Field in a prompt's record with the requested response length in tokens."""
 HASH_DIGITS, STREAM_DIGITS = 16, 15
 """Hexadecimal digits in the ids of prompts and settings, and in random streams: 60 bits fit an engine's int64
 and differ between a run's responses."""
@@ -415,27 +413,6 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
 def _shuffle_indices(count: int, *entropy: int) -> np.ndarray:
     # Seed and epoch form an entropy sequence, so that nearby seeds have unrelated orders.
     return np.random.default_rng(entropy).permutation(count)
-
-
-def find_budget(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sample: int) -> int | None:
-    """Return the requested response length in tokens, or None.
-
-    Args:
-        rollout: `budgets_tokens` divide a group into equal parts, in order of samples.
-        prompt: id, for messages.
-        record: record of the prompt; its field `target_tokens` holds if there are no budgets.
-        sample: index of the response in its group.
-    """
-    budgets = rollout.budgets_tokens
-    if budgets:
-        return budgets[sample * len(budgets) // rollout.samples_per_prompt]
-    target = record.get(TARGET)
-    if target is None:
-        return None
-    if not isinstance(target, int) or isinstance(target, bool) or target < 1:
-        raise UserError(f"--prompts: prompt {prompt} has {TARGET} = {target!r}; write a whole number from 1, "
-                        "or leave it out")
-    return target
 
 
 def sampling_digest(settings: Mapping[str, Any]) -> str:

@@ -157,9 +157,6 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("preference.chosen_coeff=0.1 preference.method=orpo", 1, "preference.chosen_coeff"),
     ("preference.chosen_coeff=0.5 preference.method=grouper", 1, "preference.chosen_coeff"),
     ("rollout.steps_per_round=3", 1, "rollout.prompts_per_round"),
-    ("rollout.budgets_tokens=[512,2048]", 1, "rollout.budgets_tokens"),
-    ("rollout.budgets_tokens=[1,2,3]", 1, "rollout.samples_per_prompt"),
-    ("rollout.budget_text=long", 1, "rollout.budget_text"),
     # the use of GPUs
     (f'{DENSE} gpu.recompute_modules=["mlp"]', 1, "gpu.recompute_modules"),
     (f"{SELECTIVE}[]", 1, "gpu.recompute_modules"),

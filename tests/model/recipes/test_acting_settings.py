@@ -124,7 +124,6 @@ ACTS = [
            "policy.geo_reject_low=0.1 policy.overlong_buffer_tokens=2 policy.overlong_penalty=0.5"),
     ("rl", "policy.knowledge_coeff=0.1 policy.knowledge_share=0.5 policy.knowledge_batch_size=2"),
     ("rl", "rollout.validation_samples=2 rollout.validation_every_rounds=2 obs.sample_rows=2"),
-    ("rl", "policy.method=lapo_d policy.length_reward_coeff=0.5 policy.length_width_tokens=9"),
     ("rl", "policy.method=gkd policy.on_policy_share=0.5 distillation.beta=0.5"),
     ("rl", "policy.method=preference policy.reference=run policy.keep_unfinished=true preference.beta=0.2"),
     ("extend", "extend.gate.min_accuracy=0.5 extend.gate.max_overlap=0.1 extend.gate.scan_tokens=9"),

@@ -220,43 +220,6 @@ def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> Non
     assert sent == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
 
-def test_budget_texts_end_the_prompts_of_responses(prompts: PromptList) -> None:
-    class Telling(Numbers):
-        def encode_text(self, text: str) -> list[int]:
-            begin, tokens, end = text.split()
-            assert (begin, end) == ("in", "tokens")
-            return [700, int(tokens)]
-
-    rollout = replace(ROLLOUT, samples_per_prompt=4, budgets_tokens=(2, 6), budget_text="in {tokens} tokens",
-                      max_prompt_tokens=3, deadline_s=0.0)
-    writer = ResponseSource(Telling(), rollout, "counting", False, {})  # type: ignore[arg-type]
-    assert writer.measure_long_prompts(prompts) == {}
-    [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, prompts[5:6]), 0, policy(0))])
-    assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 2]] * 2 + [[60, 700, 6]] * 2
-    assert all(not set(row.tokens.tolist()) & {60, 700} for row in rows)
-    assert {row.key.sampling for row in rows} == {compute_sampling_digest(rollout, 1, {})}
-    assert compute_sampling_digest(rollout, 1,
-                                   {}) != compute_sampling_digest(replace(rollout, budgets_tokens=(3, 6)), 1,
-                                                                  {})
-    untold = replace(rollout, budget_text="")
-    assert compute_sampling_digest(untold, 1,
-                                   {}) == compute_sampling_digest(replace(untold, budgets_tokens=()), 1, {})
-    narrow = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2), "", False,
-                            {})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="2, the shortest"):
-        narrow.measure_long_prompts(prompts)
-    told = replace(prompts[5], record={"prompt": "60", "target_tokens": 4}, id="told")
-    short = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2, budgets_tokens=()), "", False,
-                           {})  # type: ignore[arg-type]
-    assert short.measure_long_prompts([*prompts, told]) == {"told": 3}, "with the longest budget text"
-    own = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
-    alone = replace(rollout, budgets_tokens=())
-    writer = ResponseSource(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
-    [rows] = writer.write(Counting(),
-                          [SampleAttempt(PromptPiece(1, 0, PromptList.from_prompts([own])), 0, policy(0))])
-    assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 4]] * 4
-
-
 def test_further_prompts_are_generated_until_the_round_is_trained(
         tmp_path: Path, prompts: PromptList) -> None:
     rollout = replace(ROLLOUT, deadline_s=0.0)
