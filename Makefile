@@ -64,6 +64,9 @@ style: setup
 
 types: setup
 	"$(PY)" -m mypy
+	MYPYPATH=.:benchmarks:benchmarks/gpu "$(PY)" -m mypy --cache-dir .mypy_cache/benchmarks \
+	  --explicit-package-bases --follow-imports silent --ignore-missing-imports --no-warn-unused-ignores \
+	  $$(git ls-files 'benchmarks/*.py')
 
 check: style  ## two minutes: lint, types of what changed, the rules of the house, the pages, every command's help and examples
 	changed=$$(git diff --name-only --diff-filter=d HEAD -- 'megatron_sov/*.py' 'tokenizer/*.py' 'data_prep/*.py' 2>/dev/null); \

@@ -28,7 +28,7 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import hash_file
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights, load
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import count_params
@@ -85,7 +85,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
 
     place = world.join_world(ParallelConfig())
     model = build_model(config.model, config.parallel, config.train)
-    load.initialize_weights(model, config.model, 1)
+    initial_weights.initialize_weights(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
     for block in optimizer.state_shards():
         with torch.no_grad():

@@ -77,7 +77,7 @@ index = {"metadata": {}, "weight_map": {s.name: name for name, shard in files.it
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took."""
+    """CPU time, wall time and memory of a command."""
 
     wall_s: float
     """Time on the clock."""
@@ -107,7 +107,7 @@ def machine() -> str:
 
 
 def hash_rate(algorithm: str) -> float:
-    """Return the GB that one core hashes in a second of its time."""
+    """Return the GB that a core hashes per second of processor time."""
     block, digest = bytes(1 << 20), Digest(algorithm)
     start_s = time.process_time()
     for _ in range(HASH_BLOCKS):

@@ -70,7 +70,8 @@ def break_a_rule(draw: random.Random, text: str) -> str:
 
 
 def documents(count: int, chars: int, questions: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (folder, document); `planted` of a document has what was planted, and of a copy its original."""
+    """Yield (folder, document); `planted` names the defect planted in a document, or the original of a
+    copy."""
     draw = random.Random(0)
     known: dict[str, list[tuple[str, str]]] = {folder: [] for folder in FOLDERS}
     for number in range(count):
@@ -107,9 +108,9 @@ def write_corpus(folder: Path, count: int, size_mb: float) -> float:
     (folder / "trial.yaml").write_text(PIPELINE)
     for kind, document in documents(count, chars, questions):
         # The last file of each folder is as large as `SKEW` of the others.
-        name = draw.choices(range(SMALL_FILES + 1), [1] * SMALL_FILES + [SKEW])[0]
+        number = draw.choices(range(SMALL_FILES + 1), [1] * SMALL_FILES + [SKEW])[0]
         raw = json.dumps(document, ensure_ascii=False).encode() + b"\n"
-        path = folder / "raw" / kind / f"{name:02}.jsonl"
+        path = folder / "raw" / kind / f"{number:02}.jsonl"
         if kind == "html":
             raw, path = warc_record(document), path.with_suffix(".warc.gz")
         elif kind == "pdf":
@@ -243,7 +244,7 @@ def measured(process: subprocess.Popen[bytes]) -> str:
 
 
 def fates_of_ours(folder: Path) -> dict[str, str]:
-    """Return id of each document -> the step that dropped it, or "kept"."""
+    """Return document id -> the step that dropped the document, or "kept"."""
     import pyarrow.parquet as pq
 
     found: dict[str, str] = {}
@@ -305,7 +306,7 @@ def kill(folder: Path, peer: str, stage: str) -> None:
 
     output = folder / ("ours/text" if stage == "ours" else f"peer/{stage}")
     for victim in ("a worker", "the command"):
-        process, below = start(folder, peer, stage, 2), []
+        process, below = start(folder, peer, stage, 2), list[psutil.Process]()
         while len(below) < 2 or max(one.cpu_times().user for one in below) < KILL_AFTER_S:
             time.sleep(0.2)
             below = psutil.Process(process.pid).children(recursive=True)

@@ -87,7 +87,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took."""
+    """CPU time, wall time and memory of a command."""
 
     cpu_s: float
     """User and system time of all its processes."""
@@ -181,7 +181,7 @@ def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_py
 
 
 def threads_or_processes(corpus: Path, work: Path) -> None:
-    """Print what two threads and two processes take for the same units."""
+    """Print the cost of the same files with two threads and with two processes."""
     script = work / "threads_or_processes.py"
     script.write_text(THREADS_OR_PROCESSES)
     print()

@@ -34,7 +34,6 @@ from data_prep.curate.pipeline.step import Doc, ShardRef, Step
 THRESHOLD = 0.8
 WORDS = 5
 SIMILARITIES = (0.95, 0.9, 0.85, 0.82, 0.78, 0.75, 0.7, 0.6, 0.5)
-BATCH = 256
 Pairs = set[tuple[int, int]]
 
 
@@ -50,17 +49,11 @@ class FolderView:
         """Return all shards."""
         return [ShardRef("web", number) for number in range(len(list(self.folder.glob("*.jsonl"))))]
 
-    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
-        """Yield a shard's documents in batches."""
-        batch = []
+    def iter_documents(self, shard: ShardRef) -> Iterator[Doc]:
+        """Yield a shard's documents."""
         with open(self.folder / f"{shard.number}.jsonl") as f:
             for row, line in enumerate(f):
-                id_ = f"web:{shard.number}:{row:016x}"
-                batch.append(Doc(id_, json.loads(line), "web", shard.number, row))
-                if len(batch) == BATCH:
-                    yield batch
-                    batch = []
-        yield batch
+                yield Doc(f"web:{shard.number}:{row:016x}", json.loads(line), "web", shard.number, row)
 
     def get_priority(self, source: str) -> int:
         """Return the same for all."""
@@ -73,7 +66,7 @@ def text(draw: random.Random, count: int) -> list[str]:
 
 
 def copy_of(words: list[str], similarity: float, draw: random.Random) -> list[str]:
-    """Return words of which so many are exchanged that about `similarity` of the shingles are the same."""
+    """Return a copy of `words` with so many replaced that about `similarity` of the shingles are equal."""
     # of n shingles a changed word takes WORDS, and s = (n - c) / (n + c)
     changed = len(words) * (1 - similarity) / (1 + similarity) / WORDS
     result = list(words)
@@ -83,7 +76,7 @@ def copy_of(words: list[str], similarity: float, draw: random.Random) -> list[st
 
 
 def planted(num_groups: int) -> list[list[str]]:
-    """Return documents, each second of which is like the one before it."""
+    """Return documents in which every second one is a near copy of the document before it."""
     draw = random.Random(0)
     found = []
     for number in range(num_groups):
@@ -111,22 +104,22 @@ def run_passes(step: Step, view: FolderView) -> None:
             step_pass.run(view, task)
 
 
-def ours(documents: list[list[str]], verify: str) -> Pairs:
-    """Return the pairs of documents of which one goes because of the other."""
+def ours(documents: list[list[str]]) -> Pairs:
+    """Return pairs (removed document, document that it duplicates)."""
     with tempfile.TemporaryDirectory() as folder:
         view = FolderView(Path(folder) / "in", Path(folder) / "work")
         write_shards(view.folder, [" ".join(words) for words in documents], 250)
-        step = MinhashDedup(MinhashSettings(threshold=THRESHOLD, ngram=WORDS, verify=verify, partitions=4))
+        step = MinhashDedup(MinhashSettings(threshold=THRESHOLD, ngram=WORDS, partitions=4))
         run_passes(step, view)
         step.load_inputs(view)
         found: Pairs = set()
         for shard in view.shards:
-            for batch in view.iter_documents(shard):
-                for document, outcome in zip(batch, step.compute_outcomes(batch), strict=True):
-                    if outcome.reason:
-                        _, number, row = str(outcome.values["duplicate_of"]).split(":")
-                        pair = sorted([document.shard * 250 + document.row, int(number) * 250 + int(row, 16)])
-                        found.add((pair[0], pair[1]))
+            for document in view.iter_documents(shard):
+                outcome = step.judge_document(document)
+                if outcome.reason:
+                    _, number, row = str(outcome.values["duplicate_of"]).split(":")
+                    pair = sorted([document.shard * 250 + document.row, int(number) * 250 + int(row, 16)])
+                    found.add((pair[0], pair[1]))
     return found
 
 
@@ -171,9 +164,8 @@ def quality(num_groups: int) -> None:
     wanted = {pair for pair, value in similar.items() if value >= THRESHOLD}
     print(f"{len(documents)} documents, {len(wanted)} pairs at {THRESHOLD} and above")
     tools: dict[str, Callable[[], Pairs]] = {
-        "ours, exact": lambda: ours(documents, "exact"),
-        "ours, estimated": lambda: ours(documents, "estimated"),
-        "datasketch": lambda: by_datasketch(documents), "rensa": lambda: by_rensa(documents)}
+        "ours": lambda: ours(documents), "datasketch": lambda: by_datasketch(documents),
+        "rensa": lambda: by_rensa(documents)}
     for name, tool in tools.items():
         start = time.process_time()
         try:
@@ -195,12 +187,11 @@ def quality(num_groups: int) -> None:
 
 def measured(kind: str, num_shards: int, num_documents: int, answer: multiprocessing.Queue[tuple[float, ...]]
              ) -> None:
-    """Do a step over made shards; answer peak megabytes before and behind it, CPU seconds, megabytes of
-    text."""
+    """Run a step on generated shards; return peak megabytes before and after it, CPU seconds, and megabytes
+    of text."""
     steps: dict[str, Step] = {
         "exact_dedup": ExactDedup(ExactSettings()), "paragraph_dedup": ParagraphDedup(ParagraphSettings()),
-        "minhash, exact": MinhashDedup(MinhashSettings()),
-        "minhash, estimated": MinhashDedup(MinhashSettings(verify="estimated"))}
+        "minhash_dedup": MinhashDedup(MinhashSettings())}
     step = steps[kind]
     with tempfile.TemporaryDirectory() as folder:
         view = FolderView(Path(folder) / "in", Path(folder) / "work")
@@ -227,7 +218,7 @@ def peak_mebibytes() -> float:
 
 
 def _one(folder: Path) -> Path:
-    """Write one small shard, so that what is compiled and loaded is there before the clock starts."""
+    """Process one small shard, so that compilation and imports happen before the clock starts."""
     write_shards(folder / "warm", ["a b c d e f g"] * 3, 3)
     return folder / "warm"
 
@@ -235,7 +226,7 @@ def _one(folder: Path) -> Path:
 def scaling(num_shards: int, num_documents: int) -> None:
     """Print memory and speed at so many shards and at ten times as many."""
     context = multiprocessing.get_context("spawn")
-    for kind in ("exact_dedup", "paragraph_dedup", "minhash, exact", "minhash, estimated"):
+    for kind in ("exact_dedup", "paragraph_dedup", "minhash_dedup"):
         for count in (num_shards, 10 * num_shards):
             answer: multiprocessing.Queue[tuple[float, ...]] = context.Queue()
             child = context.Process(target=measured, args=(kind, count, num_documents, answer))

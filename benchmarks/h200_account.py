@@ -104,12 +104,12 @@ def gb(size: float) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Return a text in lines, behind an empty one."""
+    """Return the wrapped lines of a text, after an empty line."""
     return "\n" + textwrap.fill(text, 130)
 
 
 def kernels(found: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines on a step's kernels by kind, beside plan's milliseconds."""
+    """Yield a line for each kind of kernel in a step, with the milliseconds that `plan` predicts."""
     chip = CHIPS["h200"]
     run = config()
     w = replace(build_workload(run, run.data.phases[0], NUM_RANKS, chip, default_links(chip)),

@@ -120,7 +120,7 @@ def hash_run(run: Path) -> dict[str, str]:
     Raises:
         SystemExit: a checkpoint is damaged.
     """
-    hashes = {}
+    hashes: dict[str, str] = {}
     for path in sorted((run / "checkpoints").iterdir()):
         if (problem := find_damage(path)) is not None:
             raise SystemExit(f"{problem}: not whole")
@@ -249,7 +249,7 @@ def write_hf_folder(folder: Path) -> None:
 
 
 def prepare_inputs(folder: Path, targets: list[str]) -> None:
-    """Write what the targets read, and make their inputs by the project's own commands."""
+    """Create the inputs of all targets with the project's own commands."""
     write_inputs(folder)
     needed = {name for target in targets for name in TARGETS[target].needs}
     needed |= {name for one in needed for name in NEEDED_BY.get(one, ())}
@@ -285,7 +285,7 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def kill_command(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command with all processes that it has started."""
+    """Kill a command and all of its child processes."""
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     for child in family:
@@ -371,7 +371,7 @@ class KilledTarget:
         return not others
 
     def _moment(self) -> str:
-        """Return what the command does now, by the files that it has left so far."""
+        """Return the phase of a running command, derived from the files that it has written."""
         if not (self.output / EVENTS).is_file():
             return "at work" if self.output.exists() or any(
                 self.folder.glob(f".{self.output.name}.*")) else "start"

@@ -6,13 +6,12 @@ Usage: python benchmarks/layout_proofs.py layouts [RECIPE GPU RANKS ...]
        python benchmarks/layout_proofs.py again FAULTS.jsonl ... > AGAIN.jsonl
        python benchmarks/layout_proofs.py tally FAULTS.jsonl ... AGAIN.jsonl
 
-`layouts` plays recommended layouts of large recipes (`CASES`, or those that are named) by all of their
-processes, as `megatron-sov plan --prove` does, each in a process of its own.  `recommended` plays every
-layout that is recommended for any recipe, each on the fewest processes that can have it and of which two
-hold the same weights and two the same experts.  `faults` plays the layouts of `data/layout_faults.yaml`
-once for each fault: each place that sends something done wrongly in each way, and functions with another
-text.  `again` plants those that were not found, after something was
-mended, and `tally` tells how many are found in the end, and of how many the place is named.
+`layouts` proves recommended layouts of large recipes (`CASES`, or the named ones) with all of their simulated
+ranks, as `megatron-sov plan --prove` does, each in its own process. `recommended` proves every layout that is
+recommended for any recipe, on the fewest ranks with two replicas of the weights and of the experts. `faults`
+runs the layouts of `data/layout_faults.yaml` once for each fault: every communication call corrupted in every
+way, and functions with changed source. `again` plants the missed faults again after a correction, and `tally`
+prints how many faults were found, and how many were located.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ CASES = (("solar-open-102b", "b200", 480), ("solar-open-102b", "h100", 512),
          ("k-exaone-236b", "h100", 512), ("k-exaone-236b", "b200", 512))
 
 
-def _dropped(kind: str, parts: Sequence[Any]) -> None:
-    """Everyone goes on with what is its own."""
+def drop_message(kind: str, parts: Sequence[Any]) -> None:
+    """Drop the collective: every process continues with its own values."""
     for index, part in enumerate(parts):
         if kind == "reduce_scatter":
             part.outputs[0].copy_(part.inputs[index])
@@ -56,7 +55,7 @@ def _dropped(kind: str, parts: Sequence[Any]) -> None:
             part.outputs[0].zero_()
 
 
-def _scaled(factor: float) -> Callable[[str, Sequence[Any]], None]:
+def scale_message(factor: float) -> Callable[[str, Sequence[Any]], None]:
     def scale(kind: str, parts: Sequence[Any]) -> None:
         for part in parts:
             for output in part.outputs:
@@ -65,112 +64,115 @@ def _scaled(factor: float) -> Callable[[str, Sequence[Any]], None]:
     return scale
 
 
-def _shifted(kind: str, parts: Sequence[Any]) -> None:
-    """Everyone has what belongs to the one before it."""
-    came = [[output.clone() for output in part.outputs] for part in parts]
-    for part, other in zip(parts, [came[-1], *came[:-1]], strict=True):
-        for output, value in zip(part.outputs, other, strict=True):
+def shift_message(kind: str, parts: Sequence[Any]) -> None:
+    """Give every process the values of its predecessor."""
+    received = [[output.clone() for output in part.outputs] for part in parts]
+    for part, values in zip(parts, [received[-1], *received[:-1]], strict=True):
+        for output, value in zip(part.outputs, values, strict=True):
             if output.shape == value.shape:
                 output.copy_(value)
 
 
-def _one_lacks(kind: str, parts: Sequence[Any]) -> None:
-    """The last one has not given its own."""
+def zero_last(kind: str, parts: Sequence[Any]) -> None:
+    """Zero the result of the last process."""
     for output in parts[-1].outputs:
         output.zero_()
 
 
-WAYS: dict[str, tuple[bool, Callable[[str, Sequence[Any]], None]]] = {
-    "left out": (False, _dropped), "doubled": (True, _scaled(2.0)), "halved": (True, _scaled(0.5)),
-    "one rank on": (True, _shifted), "nothing for the last": (True, _one_lacks)}
-"""Way -> whether it comes behind the call's own work, and what it does."""
+CORRUPTIONS: dict[str, tuple[bool, Callable[[str, Sequence[Any]], None]]] = {
+    "left out": (False, drop_message), "doubled": (True, scale_message(2.0)),
+    "halved": (True, scale_message(0.5)),
+    "one rank on": (True, shift_message), "nothing for the last": (True, zero_last)}
+"""Name -> (whether the message is sent before the corruption, function that corrupts the results)."""
 OTHER_GROUP = "over another group"
 
 
-def _set(parts: Sequence[Any], values: Sequence[Sequence[torch.Tensor]]) -> None:
+def restore_outputs(parts: Sequence[Any], values: Sequence[Sequence[torch.Tensor]]) -> None:
     for part, row in zip(parts, values, strict=True):
         for output, value in zip(part.outputs, row, strict=True):
             output.copy_(value)
 
 
-def _clones(parts: Sequence[Any]) -> list[list[torch.Tensor]]:
+def clone_outputs(parts: Sequence[Any]) -> list[list[torch.Tensor]]:
     return [[output.clone() for output in part.outputs] for part in parts]
 
 
-def _do_wrongly(way: str, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> None:
-    behind, do = WAYS[way]
-    if behind:
+def corrupt_message(way: str, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> None:
+    sends_first, corrupt = CORRUPTIONS[way]
+    if sends_first:
         work(list(parts))
-    do(site.kind, parts)
+    corrupt(site.kind, parts)
 
 
 @dataclass(frozen=True)
 class FaultyMessage:
-    """Does what one place sends wrongly."""
+    """Spoil the messages of one call site."""
 
     site: Any
     way: str
 
     def __call__(self, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> bool:
         if site == self.site:
-            _do_wrongly(self.way, site, parts, work)
+            corrupt_message(self.way, site, parts, work)
         return bool(site == self.site)
 
 
 @dataclass
 class FaultsThatMatter:
-    """Finds of which messages another thing would come if they were done wrongly: the others are no faults,
-    since all have the same, or nothing."""
+    """Find the messages whose corruption would change a value. Others are no faults: all processes send the
+    same values, or none."""
 
     found: dict[FaultyMessage, None] = field(default_factory=dict)
 
     def __call__(self, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> bool:
         if len(parts) == 1 and site.kind != "recv":
             return False
-        before = _clones(parts)
-        # objects that are sent as bytes are settings of the start
-        ways = ["left out"] if "object" in site.where or "param_groups" in site.where else WAYS
+        before = clone_outputs(parts)
+        # objects sent as bytes are settings exchanged at the start: only drop them
+        ways = ["left out"] if "object" in site.where or "param_groups" in site.where else CORRUPTIONS
         work(list(parts))
-        right = _clones(parts)
+        right = clone_outputs(parts)
         for way in ways:
-            _set(parts, before)
-            _do_wrongly(way, site, parts, work)
+            restore_outputs(parts, before)
+            corrupt_message(way, site, parts, work)
             if any(not torch.equal(output, value) for part, values in zip(parts, right, strict=True)
                    for output, value in zip(part.outputs, values, strict=True)):
                 self.found[FaultyMessage(site, way)] = None
-        _set(parts, right)
+        restore_outputs(parts, right)
         return True
 
 
 @contextlib.contextmanager
-def over_another_group(at: Any) -> Iterator[list[int]]:
-    """Have a place call another group of as many processes; yields the ranks that did."""
+def over_another_group(call_site: Any) -> Iterator[list[int]]:
+    """Redirect a call site to another group of the same size; yields the list of redirected ranks."""
     from torch.distributed import distributed_c10d
 
     from megatron_sov.engine.parallel import simulated_messages, simulated_world
 
-    real, moved = simulated_world.SimulatedGroup._call, list[int]()
+    original, moved_ranks = simulated_world.SimulatedGroup._call, list[int]()
 
     def call(group: Any, kind: str, part: Any, work: Any) -> Any:
-        if simulated_messages.find_call_site(kind, group._description) == at:
-            for other in distributed_c10d._world.pg_map:
+        if simulated_messages.find_call_site(kind, group._description) == call_site:
+            groups: Any = distributed_c10d._world.pg_map
+            for other in groups:
                 if other.size() == group.size() and other._members != group._members:
-                    moved.append(group._rank)
-                    return real(other, kind, part, work)
-        return real(group, kind, part, work)
+                    moved_ranks.append(group._rank)
+                    return original(other, kind, part, work)
+        return original(group, kind, part, work)
 
     with mock.patch.object(simulated_world.SimulatedGroup, "_call", call):
-        yield moved
+        yield moved_ranks
 
 
-def layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None = None) -> dict[str, Any]:
-    """Prove a layout in this process; returns what was found.
+def prove_layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None = None
+                 ) -> dict[str, Any]:
+    """Prove one layout in this process, and return the verdict.
 
     Args:
         recipe: name of the recipe.
         gpu: kind of GPU whose recommended layout it is; "any" with settings.
-        num_ranks: processes.
-        settings: the layout; None: what is recommended for so many.
+        num_ranks: number of processes.
+        settings: the layout; None: the recommended layout for `num_ranks`.
     """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
@@ -186,23 +188,24 @@ def layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None
                      "peak_bytes": usage.ru_maxrss * 1024}
 
 
-def every_recommended() -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
-    """Yield each recommended layout of each recipe once, with the fewest processes that show all of it."""
+def iter_recommended_layouts() -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
+    """Yield each recommended layout of each recipe once, with the fewest processes that cover it."""
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.plan.search.recommended_layouts import RECOMMENDED
 
-    for recipe, of_gpus in RECOMMENDED.items():
-        for settings in dict.fromkeys(found for of_gpu in of_gpus.values() for found in of_gpu):
+    for recipe, layouts_of_gpus in RECOMMENDED.items():
+        layouts = [settings for layouts in layouts_of_gpus.values() for settings in layouts]
+        for settings in dict.fromkeys(layouts):
             config = apply_settings(recipes.get(recipe), [*settings])
             p = config.parallel
-            together = p.pp * math.lcm(p.tp * p.cp, p.etp * p.ep)
-            num_ranks = next(n for n in range(2 * together, 2048 + 1, together) if not config.problems(n))
+            replica = p.pp * math.lcm(p.tp * p.cp, p.etp * p.ep)
+            num_ranks = next(n for n in range(2 * replica, 2048 + 1, replica) if not config.problems(n))
             yield recipe, "any", num_ranks, settings
 
 
-def layouts(cases: Iterable[tuple[str, str, int, Sequence[str] | None]]) -> bool:
-    """Prove layouts one after the other; returns whether all are equal to one process."""
+def prove_layouts(cases: Iterable[tuple[str, str, int, Sequence[str] | None]]) -> bool:
+    """Prove layouts one after another; return whether all equal one process."""
     equal = True
     for recipe, gpu, num_ranks, settings in cases:
         completed = subprocess.run([sys.executable, __file__, "one", recipe, gpu, str(num_ranks),
@@ -219,12 +222,12 @@ def layouts(cases: Iterable[tuple[str, str, int, Sequence[str] | None]]) -> bool
     return equal
 
 
-def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) -> None:
-    """Plant the faults of some layouts; prints a line of JSON for each.
+def plant_faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) -> None:
+    """Plant faults in some layouts, and print a line of JSON for each.
 
     Args:
-        names: of the layouts.
-        only: kind, layout and fault of those that are planted; empty: all.
+        names: names of the layouts.
+        only: (kind, layout, fault) to plant; empty: all.
     """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
@@ -232,94 +235,100 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
     from megatron_sov.proof.miniature import build_miniature
     from megatron_sov.proof.random_documents import write_documents
 
-    known = set[Any]()
+    covered_sites = set[Any]()
     for name in names:
         recipe, settings = LAYOUTS[name]["recipe"], LAYOUTS[name]["settings"].split()
-        in_source = [Fault(f["kind"], f["function"], f["right"], f["wrong"]) for f in FAULTS["source"]
-                     if name in f["layouts"]]
+        source_faults = [Fault(f["kind"], f["function"], f["right"], f["wrong"]) for f in FAULTS["source"]
+                         if name in f["layouts"]]
         with tempfile.TemporaryDirectory() as folder:
             config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=32"])
-            small = build_miniature(config, 4, data := Path(folder, "documents"))
-            write_documents(data, small.config)
-            whole, matter = run_reference(small), FaultsThatMatter()
-            assert prove_miniature(small, matter, whole).outcome == EQUAL, name
-            for planted in in_source:
-                if only and (planted.kind, name, str(planted)) not in only:
+            miniature = build_miniature(config, 4, data := Path(folder, "documents"))
+            write_documents(data, miniature.config)
+            reference, messages = run_reference(miniature), FaultsThatMatter()
+            assert prove_miniature(miniature, messages, reference).outcome == EQUAL, name
+            for source_fault in source_faults:
+                if only and (source_fault.kind, name, str(source_fault)) not in only:
                     continue
-                # in one process too, as it is in code that somebody has written
-                with mutated(planted):
+                # in the reference process too, as a fault in the source would be
+                with mutated(source_fault):
                     try:
-                        verdict = prove_miniature(small)
-                    except Exception as e:  # what one process alone cannot do is found too
+                        verdict = prove_miniature(miniature)
+                    except Exception as e:  # failures of the single process are reported too
                         verdict = Verdict(FAILS, 4, places=[f"one process alone: {e}"])
-                place = FAULTS["places"][planted.place.rpartition(":")[2]]
-                _told(planted.kind, name, str(planted), verdict,
-                      re.search(place, " ".join(verdict.places[:1])) is not None)
-            sent = [fault for fault in matter.found
-                    if name not in FAULTS["losses"] or fault.site not in known]
-            known |= {fault.site for fault in matter.found}
-            for site in dict.fromkeys(fault.site for fault in sent):
+                place = FAULTS["places"][source_fault.place.rpartition(":")[2]]
+                print_fault(source_fault.kind, name, str(source_fault), verdict,
+                            re.search(place, " ".join(verdict.places[:1])) is not None)
+            message_faults = [fault for fault in messages.found
+                              if name not in FAULTS["losses"] or fault.site not in covered_sites]
+            covered_sites |= {fault.site for fault in messages.found}
+            for site in dict.fromkeys(fault.site for fault in message_faults):
                 if only and (f"a message {OTHER_GROUP}", name, str(site)) not in only:
                     continue
-                with over_another_group(site) as moved:
-                    verdict = prove_miniature(small, None, whole) if "object" not in site.where else None
-                if moved and verdict is not None:
-                    _told(f"a message {OTHER_GROUP}", name, str(site), verdict, _names(verdict, site))
-            for fault in sent:
+                with over_another_group(site) as moved_ranks:
+                    redirected = None
+                    if "object" not in site.where:
+                        redirected = prove_miniature(miniature, None, reference)
+                if moved_ranks and redirected is not None:
+                    print_fault(f"a message {OTHER_GROUP}", name, str(site), redirected,
+                                names_call_site(redirected, site))
+            for fault in message_faults:
                 if only and (f"a message {fault.way}", name, str(fault.site)) not in only:
                     continue
-                verdict = prove_miniature(small, fault, whole)
-                _told(f"a message {fault.way}", name, str(fault.site), verdict, _names(verdict, fault.site))
+                verdict = prove_miniature(miniature, fault, reference)
+                print_fault(f"a message {fault.way}", name, str(fault.site), verdict,
+                            names_call_site(verdict, fault.site))
 
 
-def _names(verdict: Any, site: Any) -> bool:
-    """Return whether a verdict says where the message is sent from."""
-    return any(site.where in told for told in (*verdict.sites, *verdict.places))
+def names_call_site(verdict: Any, site: Any) -> bool:
+    """Return whether a verdict names the call site of the message."""
+    return any(site.where in text for text in (*verdict.sites, *verdict.places))
 
 
-def _told(kind: str, layout: str, fault: str, verdict: Any, is_named: bool) -> None:
-    """Print what became of a fault, and whether its place is named."""
+def print_fault(kind: str, layout: str, fault: str, verdict: Any, is_named: bool) -> None:
+    """Print the outcome of a fault, and whether its place was named."""
     print(json.dumps({
         "kind": kind, "layout": layout, "fault": fault, "outcome": verdict.outcome,
         "first": verdict.places[:3], "num_sites": len(verdict.sites), "seconds": verdict.seconds,
         "is_named": is_named}), flush=True)
 
 
-def _rows(files: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what became of each fault; of one that was planted again, what came of it last."""
+def read_rows(files: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the outcome of each fault, the latest one if it was planted again."""
     rows = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
     return [*{(row["kind"], row["layout"], row["fault"]): row for row in rows}.values()]
 
 
 def tally(files: Sequence[str]) -> bool:
-    """Print what `faults` has found, by kind; returns whether all are found but those that change nothing."""
-    rows = _rows(files)
+    """Print the outcomes of `faults` by kind; return whether every fault that changes a value was found."""
+    rows = read_rows(files)
     equal = [row for row in rows if row["outcome"] == "equal"]
-    middle_s = statistics.median(row["seconds"] for row in rows)
+    median_s = statistics.median(row["seconds"] for row in rows)
     print(f"{len(rows) - len(equal)} of {len(rows)} planted faults found, {sum(r['is_named'] for r in rows)} "
-          f"by their place; {len(equal)} not found; {middle_s:.1f} s each (median, on a busy machine)")
-    for name, asked in LAYOUTS.items():
-        of_layout = [row for row in rows if row["layout"] == name]
-        if of_layout:
-            print(f"  {sum(row['outcome'] != 'equal' for row in of_layout)} of {len(of_layout)}: {name} "
-                  f"({asked['recipe']} {asked['settings']})")
+          f"by their place; {len(equal)} not found; {median_s:.1f} s each (median, on a busy machine)")
+    for name, layout in LAYOUTS.items():
+        layout_rows = [row for row in rows if row["layout"] == name]
+        if layout_rows:
+            print(f"  {sum(row['outcome'] != 'equal' for row in layout_rows)} of {len(layout_rows)}: {name} "
+                  f"({layout['recipe']} {layout['settings']})")
     print("kind of fault: found of planted, of these named by place")
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        of_kind = [row for row in rows if row["kind"] == kind]
-        print(f"  {kind}: {sum(row['outcome'] != 'equal' for row in of_kind)} of {len(of_kind)}, "
-              f"{sum(row['is_named'] for row in of_kind)}")
+        kind_rows = [row for row in rows if row["kind"] == kind]
+        print(f"  {kind}: {sum(row['outcome'] != 'equal' for row in kind_rows)} of {len(kind_rows)}, "
+              f"{sum(row['is_named'] for row in kind_rows)}")
     unexplained = []
     print("not found:")
     for row in equal:
-        why = next((known["why"] for known in FAULTS["no_faults"] if known["kind"] in row["kind"]
-                    and known["text"] in f"{row['layout']}: {row['fault']}"), None)
-        unexplained += [row] if why is None else []
-        print(f"  {row['kind']}: {row['layout']}: {row['fault']}: {why or 'A GAP'}")
+        fault = f"{row['layout']}: {row['fault']}"
+        reasons = [harmless["why"] for harmless in FAULTS["no_faults"]
+                   if harmless["kind"] in row["kind"] and harmless["text"] in fault]
+        if not reasons:
+            unexplained.append(row)
+        print(f"  {row['kind']}: {fault}: {reasons[0] if reasons else 'A GAP'}")
     return not unexplained
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what the command line says; 1: something differs, or a fault was not found."""
+    """Run the command line; return 1 if a layout differs or a fault was missed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     warnings.simplefilter("ignore")
@@ -327,22 +336,23 @@ def main(argv: Sequence[str]) -> int:
 
     cpu_shims.prepare_without_gpu()
     if argv[0] == "one":
-        print(json.dumps(layout(argv[1], argv[2], int(argv[3]), argv[5:] if "--" in argv else None)))
+        print(json.dumps(prove_layout(argv[1], argv[2], int(argv[3]), argv[5:] if "--" in argv else None)))
         return 0
     if argv[0] == "faults":
-        faults(argv[1:] or [*LAYOUTS])
+        plant_faults(argv[1:] or [*LAYOUTS])
         return 0
     if argv[0] == "again":
-        missed = {(row["kind"], row["layout"], row["fault"]) for row in _rows(argv[1:])
+        missed = {(row["kind"], row["layout"], row["fault"]) for row in read_rows(argv[1:])
                   if row["outcome"] == "equal"}
-        faults([name for name in LAYOUTS if any(layout == name for _, layout, _ in missed)], missed)
+        plant_faults([name for name in LAYOUTS if any(layout == name for _, layout, _ in missed)],
+                     missed)
         return 0
     if argv[0] == "tally":
         return int(not tally(argv[1:]))
     if argv[0] == "recommended":
-        return int(not layouts(every_recommended()))
-    given = [(argv[i], argv[i + 1], int(argv[i + 2]), None) for i in range(1, len(argv), 3)]
-    return int(not layouts(given or ((*case, None) for case in CASES)))
+        return int(not prove_layouts(iter_recommended_layouts()))
+    cases = [(argv[i], argv[i + 1], int(argv[i + 2]), None) for i in range(1, len(argv), 3)]
+    return int(not prove_layouts(cases or ((*case, None) for case in CASES)))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,30 @@
 """Run recipes of small models over seeds: their arms, their curves, and which orderings of the arms hold.
 
-    python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...]
+    python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...] [--digest]
 
-RECIPE is a file `learning/RECIPE.yaml`; without CLAIM all its claims run.  A claim has arms as ordinary
-commands, the figure that is read of each arm, and tests of the form "this arm lies below that one by more
-than a bound".  Arms of one seed are paired; a test holds if Student's 95 % interval of the differences lies
-above the bound.  `curves` are fields of an arm's events, printed as means over the seeds.  With fewer seeds
-than the claim asks for every test is undecided.  A killed command goes on after the last command that ended.
+RECIPE is a file `learning/RECIPE.yaml` (toy models) or `real/RECIPE.yaml` (SmolLM2-135M-Instruct); without
+CLAIM all its claims run. A claim has arms (lists of ordinary commands), measures that are read from the
+files of each arm, and tests of the form "this arm is below that one by more than a bound". Arms of one seed
+are paired: a test holds if Student's 95 % interval of the differences is above the bound. `curves` are
+fields of an arm's events, printed as means over the seeds. With fewer seeds than the claim requires, every
+test is undecided. A killed benchmark continues after the last completed command.
+
+A command may also be `python SCRIPT`, or the path of a program in a setup's folder. `registered` is the
+digest of a claim's text and commands, which `--digest` prints; a claim that was edited after its
+registration is refused. No seed starts after `budget_s` processor seconds. `start` names an arm and the
+range in which its figure for the first seed must be; otherwise no other arm runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
+import math
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -26,10 +36,10 @@ from typing import Any
 import yaml
 from seeds import half_width
 
-RECIPES = Path(__file__).with_name("learning")
+FOLDERS = [Path(__file__).with_name(name) for name in ("learning", "real")]
 CURVE_POINTS = 8
 PROGRAMS = {"megatron-sov": "megatron_sov", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-PLACE = re.compile(r"\{([a-z]\w*)\}")
+PLACEHOLDER = re.compile(r"\{([a-z]\w*)\}")
 """A shared word, a folder or the seed in a command."""
 
 
@@ -39,64 +49,104 @@ class Recipe:
     def __init__(self, file: Path) -> None:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
         self.name = file.stem
+        self.scripts = {file.parent.name: str(file.parent)}
         self.claims: dict[str, dict[str, Any]] = raw["claims"]
         self.words: dict[str, str] = raw.get("words", {})
         self.setup: dict[str, list[str]] = raw.get("setup", {})
 
-    def spell(self, command: str) -> str:
-        """Return a command with the shared words, and those in these, written out."""
-        while (spelled := PLACE.sub(lambda place: self.words.get(place[1], place[0]), command)) != command:
-            command = spelled
-        return command
+    def fill_words(self, command: str) -> str:
+        """Return a command with all shared words filled in, including words within words."""
+        filled = PLACEHOLDER.sub(lambda match: self.words.get(match[1], match[0]), command)
+        return command if filled == command else self.fill_words(filled)
 
     def commands(self) -> Iterator[str]:
-        """Yield every command with the shared words written out."""
-        claims = self.claims.values()
-        lists = [*self.setup.values(), *(c.get("base", []) for c in claims),
-                 *(arm for c in claims for arm in c["arms"].values())]
-        yield from (self.spell(command) for commands in lists for command in commands)
+        """Yield every command with all shared words filled in."""
+        command_lists = list(self.setup.values())
+        for claim in self.claims.values():
+            command_lists += [claim.get("base", []), *claim["arms"].values()]
+        for commands in command_lists:
+            yield from map(self.fill_words, commands)
 
-    def needed(self, name: str) -> list[str]:
-        """Return the setups that a claim reads, each after those that it reads itself."""
+    def compute_digest(self, name: str) -> str:
+        """Return the first 16 digits of the SHA-256 of a claim and its setups, with all words filled in."""
+        claim = {key: value for key, value in self.claims[name].items() if key != "registered"}
+        setups = {setup: self.setup[setup] for setup in self.list_setups(name)}
+        text = self.fill_words(json.dumps([claim, setups], sort_keys=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check_registration(self, name: str) -> None:
+        """Raise SystemExit if a claim's text differs from its registered text."""
+        registered, digest = self.claims[name].get("registered"), self.compute_digest(name)
+        if registered not in (None, digest):
+            raise SystemExit(f"{self.name}/{name}: registered as {registered}, but its text now has the "
+                             f"digest {digest}; undo the edit, or register a new claim")
+
+    def list_setups(self, name: str) -> list[str]:
+        """Return the setups that a claim depends on, dependencies first."""
         claim = self.claims[name]
         waiting = [*claim.get("base", []), *(c for arm in claim["arms"].values() for c in arm)]
-        found: set[str] = set()
+        required: set[str] = set()
         while waiting:
-            named = set(PLACE.findall(self.spell(waiting.pop()))) & self.setup.keys() - found
-            found |= named
-            waiting += [command for setup in named for command in self.setup[setup]]
-        return [setup for setup in self.setup if setup in found]
+            missing = set(PLACEHOLDER.findall(self.fill_words(waiting.pop()))) & self.setup.keys() - required
+            required |= missing
+            waiting += [command for setup in missing for command in self.setup[setup]]
+        return [setup for setup in self.setup if setup in required]
 
 
 def run_commands(folder: Path, commands: Sequence[str], places: Mapping[str, str]) -> None:
-    """Run the commands of a folder that have not ended yet, each of one thread; `> FILE` takes its output."""
+    """Run the incomplete commands of a folder, each with one thread; `> FILE` takes the output."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = folder / "done"
-    for number in range(int(done.read_text()) if done.exists() else 0, len(commands)):
-        words = [PLACE.sub(lambda place: {**places, "here": str(folder)}[place[1]], word)
+    values = {**places, "here": str(folder)}
+    completed_file = folder / "done"
+    num_completed = int(completed_file.read_text()) if completed_file.exists() else 0
+    for number in range(num_completed, len(commands)):
+        words = [PLACEHOLDER.sub(lambda match: values[match[1]], word)
                  for word in shlex.split(commands[number])]
-        words, target = (words[:-2], words[-1]) if ">" in words[-2:-1] else (words, "")
+        target = ""
+        if ">" in words[-2:-1]:
+            words, target = words[:-2], words[-1]
         with open(folder / "log", "ab") as log, open(target or os.devnull, "wb") as out:
-            command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
+            command = words
+            if words[0] in PROGRAMS:
+                command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
+            elif words[0] == "python":
+                command = [sys.executable, *words[1:]]
+            began_s = read_child_seconds()
             code = subprocess.run(command, stdout=out if target else log, stderr=log, cwd=folder, check=False,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if code:
             raise SystemExit(f"{folder / 'log'}: {shlex.join(words[:3])} ended with exit code {code}")
-        done.write_text(str(number + 1))
+        (folder / "seconds").write_text(str(read_seconds(folder) + read_child_seconds() - began_s))
+        completed_file.write_text(str(number + 1))
+
+
+def read_child_seconds() -> float:
+    """Return the processor seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def read_seconds(folder: Path) -> float:
+    """Return the processor seconds of all commands that have run in a folder and the folders below it."""
+    return sum(float(file.read_text()) for file in folder.rglob("seconds"))
 
 
 def read_figure(folder: Path, measure: Mapping[str, str]) -> float:
-    """Return the figure of an arm: the mean of what the keys of `value` lead to, `*` to all."""
+    """Return the figure of an arm: the mean of the values at the path `value`; `*` selects all items."""
     text = (folder / measure["file"]).read_text(encoding="utf-8")
-    is_lines = measure["file"].endswith(".jsonl")
-    rows = [json.loads(line) for line in text.split("\n") if line] if is_lines else [json.loads(text)]
+    if measure["file"].endswith(".jsonl"):
+        values = [json.loads(line) for line in text.split("\n") if line]
+    else:
+        values = [json.loads(text)]
     if "event" in measure:
-        rows = [row for row in rows if row.get("event") == measure["event"]][-1:]
+        values = [row for row in values if row.get("event") == measure["event"]][-1:]
     for key in measure["value"].split("/"):
-        rows = [inner for row in rows for inner in (
-            (row.values() if isinstance(row, dict) else row) if key == "*"
-            else [row[int(key) if isinstance(row, list) else key]])]
-    return fmean(rows)
+        if key == "*":
+            items = [value.values() if isinstance(value, dict) else value for value in values]
+            values = list(itertools.chain.from_iterable(items))
+        else:
+            values = [value[int(key) if isinstance(value, list) else key] for value in values]
+    return fmean(values)
 
 
 def read_curve(folder: Path, curve: Mapping[str, str]) -> list[float]:
@@ -108,114 +158,145 @@ def read_curve(folder: Path, curve: Mapping[str, str]) -> list[float]:
     return rows
 
 
-def print_curve(name: str, of_arms: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Print the mean over seeds of a curve of each arm, at places that lie evenly in it.
+def print_curve(name: str, curves_of_arms: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """Print the mean over seeds of each arm's curve at `CURVE_POINTS` evenly spaced points.
 
     Args:
-        name: what the curve shows.
-        of_arms: arm -> for each seed, the values in order.
+        name: label of the curve.
+        curves_of_arms: arm -> values of each seed's curve, in order.
     """
     print(f"  {name}, from the first to the last")
-    for arm, curves in of_arms.items():
+    for arm, curves in curves_of_arms.items():
         means = [fmean(values) for values in zip(*curves, strict=False)]
         places = sorted({round(i * (len(means) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)})
         print(f"    {arm:<12} {' '.join(f'{means[place]:8.4f}' for place in places)}")
 
 
-def interval_of(differences: Sequence[float]) -> tuple[float, float] | None:
-    """Return Student's interval of a mean; None of fewer than two values."""
+def compute_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return Student's 95 % interval of the mean, or None for fewer than two values."""
     if len(differences) < 2:
         return None
     mean, half = fmean(differences), half_width(differences)
     return mean - half, mean + half
 
 
-def verdict(differences: Sequence[float], bound: float, num_seeds: int, may_be_equal: bool = False) -> str:
-    """Return whether a test holds.
+def decide(differences: Sequence[float], bound: float, num_seeds: int, may_be_equal: bool = False) -> str:
+    """Decide a test: "holds", "does not hold" or "undecided".
 
     Args:
-        differences: of the two arms, one for each seed.
-        bound: of the test.
-        num_seeds: how many the claim asks for; fewer decide nothing.
-        may_be_equal: whether differences that are all the same decide: at a ceiling, and not in a figure that
-            draws no lots.
+        differences: difference of the two arms for each seed.
+        bound: bound of the test.
+        num_seeds: number of seeds that the claim requires; with fewer the test is undecided.
+        may_be_equal: accept equal differences of all seeds, which occur at a ceiling. Otherwise they show
+            that the figure does not depend on the seed.
     """
-    interval = interval_of(differences)
+    interval = compute_interval(differences)
     are_equal = max(differences) - min(differences) < 1e-9
     if interval is None or len(differences) < num_seeds or (are_equal and not may_be_equal):
         return "undecided"
-    return "holds" if interval[0] > bound else "does not hold" if interval[1] <= bound else "undecided"
+    if interval[0] > bound:
+        return "holds"
+    return "does not hold" if interval[1] <= bound else "undecided"
 
 
 def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
               only: Collection[str] = ()) -> None:
-    """Run the arms of a claim that have not run yet, and print their figures, curves and tests.
+    """Run the incomplete arms of a claim, and print their figures, curves and tests.
 
     Args:
-        recipe: the file of the claim.
-        name: of the claim.
+        recipe: recipe with the claim.
+        name: name of the claim.
         work: folder of the recipe's runs.
-        num_seeds: how many seeds to run; None: as many as the claim asks for.
-        only: the arms to run; empty: all.
+        num_seeds: number of seeds to run; None: the number that the claim requires.
+        only: arms to run; empty: all.
     """
+    recipe.check_registration(name)
     claim = recipe.claims[name]
     arms = [arm for arm in claim["arms"] if not only or arm in only]
-    places = {"learning": str(RECIPES)}
-    for setup in recipe.needed(name):
+    places = dict(recipe.scripts)
+    for setup in recipe.list_setups(name):
         folder = work / "setup" / setup
-        run_commands(folder, [recipe.spell(command) for command in recipe.setup[setup]], places)
+        run_commands(folder, [recipe.fill_words(command) for command in recipe.setup[setup]], places)
         places[setup] = str(folder)
     folders = []
     for seed in range(num_seeds or claim["seeds"]):
         folder = work / name / f"seed-{seed}"
-        own = {**places, "seed": str(seed), "base": str(folder / "base")}
-        run_commands(folder / "base", [recipe.spell(command) for command in claim.get("base", [])], own)
-        for arm in arms:
-            run_commands(folder / arm, [recipe.spell(command) for command in claim["arms"][arm]], own)
+        if seed and read_seconds(work / name) > claim.get("budget_s", math.inf):
+            break
+        seed_places = {**places, "seed": str(seed), "base": str(folder / "base")}
+        commands_of = {"base": claim.get("base", []), **{arm: claim["arms"][arm] for arm in arms}}
+        for part, commands in commands_of.items():
+            run_commands(folder / part, [recipe.fill_words(command) for command in commands], seed_places)
+            if not seed and part == claim.get("start", {}).get("arm"):
+                check_start(claim, folder / part)
         folders.append(folder)
-    print(f"\n{recipe.name}/{name}: {len(folders)} seeds\n  {claim['says'].strip()}")
-    found = {measure: {arm: [read_figure(folder / arm, what) for folder in folders] for arm in arms}
-             for measure, what in claim["measures"].items()}
-    for measure, of_arms in found.items():
-        print(f"  {claim['measures'][measure]['unit']}")
-        for arm, figures in of_arms.items():
+    print(f"\n{recipe.name}/{name}: {len(folders)} of {claim['seeds']} seeds, registered as "
+          f"{claim.get('registered', 'nothing')}, {read_seconds(work / name) / 3600:.2f} processor hours"
+          f"\n  {claim['says'].strip()}")
+    figures_of: dict[str, dict[str, list[float]]] = {}
+    for measure, source in claim["measures"].items():
+        print(f"  {source['unit']}")
+        figures_of[measure] = {}
+        for arm in arms:
+            figures = [read_figure(folder / arm, source) for folder in folders]
+            figures_of[measure][arm] = figures
             print(f"    {arm:<12} {', '.join(f'{figure:.4f}' for figure in figures)}")
     for curve in claim.get("curves", {}).values():
         print_curve(curve["unit"], {arm: [read_curve(folder / arm, curve) for folder in folders]
                                     for arm in arms if arm not in curve.get("not", [])})
-    for test in (test for test in claim["tests"] if {test["lower"], test["higher"]} <= {*arms}):
-        print_test(test, found[test["measure"]], claim["seeds"])
+    for test in claim["tests"]:
+        if {test["lower"], test["higher"]} <= {*arms}:
+            print_test(test, figures_of[test["measure"]], claim["seeds"])
+
+
+def check_start(claim: Mapping[str, Any], folder: Path) -> None:
+    """Raise SystemExit if the figure of the start leaves no room for the claim's arms."""
+    start = claim["start"]
+    figure = read_figure(folder, claim["measures"][start["measure"]])
+    if not start["floor"] <= figure <= start["ceiling"]:
+        raise SystemExit(f"{folder}: {start['measure']} of the start is {figure:.3f}, and the claim needs "
+                         f"{start['floor']} to {start['ceiling']}; no other arm ran")
+
+
+def find_recipes() -> list[Path]:
+    """Return the files of all recipes."""
+    return sorted(file for folder in FOLDERS for file in folder.glob("*.yaml"))
 
 
 def print_test(test: Mapping[str, Any], figures: Mapping[str, Sequence[float]], num_seeds: int) -> None:
-    """Print whether an arm lies above another one by more than the bound of a test."""
+    """Print whether one arm exceeds another by more than the bound of a test."""
     differences = [a - b for a, b in zip(figures[test["higher"]], figures[test["lower"]], strict=True)]
-    bound, interval = test.get("more_than", 0.0), interval_of(differences)
+    bound, interval = test.get("more_than", 0.0), compute_interval(differences)
     written = f", 95 %: {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
-    outcome = verdict(differences, bound, num_seeds, test.get("may_be_equal", False))
+    outcome = decide(differences, bound, num_seeds, test.get("may_be_equal", False))
     print(f"  {test['lower']} < {test['higher']} in {test['measure']}, bound {bound:g}: {outcome}, "
           f"{fmean(differences):+.4f}{written}")
 
 
 def main() -> None:
-    """Run claims one after the other."""
+    """Run the requested claims."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("claims", nargs="+", metavar="RECIPE[/CLAIM]",
-                        help=f"recipes: {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}")
-    parser.add_argument("--work", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--seeds", type=int, help="how many (default: as many as a claim asks for)")
+                        help=f"recipes: {', '.join(file.stem for file in find_recipes())}")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="folder of all runs")
+    parser.add_argument("--digest", action="store_true", help="print the claims' digests, and run nothing")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: the claim's)")
     parser.add_argument("--arms", nargs="+", default=[], help="arms to run (default: all)")
     args = parser.parse_args()
-    asked_for: list[tuple[Recipe, str]] = []
-    for asked in args.claims:
-        name, _, claim = asked.partition("/")
-        if not (file := RECIPES / f"{name}.yaml").is_file():
-            parser.error(f"{name}: {RECIPES} has no recipe of this name")
-        recipe = Recipe(file)
+    selected: list[tuple[Recipe, str]] = []
+    for argument in args.claims:
+        name, _, claim = argument.partition("/")
+        files = [file for file in find_recipes() if file.stem == name]
+        if not files:
+            parser.error(f"{name}: no recipe of this name in {', '.join(folder.name for folder in FOLDERS)}")
+        recipe = Recipe(files[0])
         if claim and claim not in recipe.claims:
-            parser.error(f"{asked}: no claim of {file}; it has {', '.join(recipe.claims)}")
-        asked_for += [(recipe, one) for one in ([claim] if claim else recipe.claims)]
-    for recipe, claim in asked_for:
+            parser.error(f"{argument}: no claim of {files[0]}; it has {', '.join(recipe.claims)}")
+        selected += [(recipe, name) for name in ([claim] if claim else recipe.claims)]
+    for recipe, claim in selected:
+        if args.digest:
+            print(f"{recipe.name}/{claim} {recipe.compute_digest(claim)}")
+            continue
         run_claim(recipe, claim, args.work.absolute() / recipe.name, args.seeds, args.arms)
 
 

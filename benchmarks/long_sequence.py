@@ -26,7 +26,7 @@ from megatron_sov import recipes
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.memory import MemoryAccount, build_account
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 NPROC, MIB = 2, 1 << 20
 SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1",
@@ -36,7 +36,7 @@ SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "m
 
 
 class OneDocument:
-    """Documents of one length (a `data.shards.Documents`); each is drawn anew."""
+    """Documents of one length with random tokens (a `data.shards.Documents`)."""
 
     is_plain, columns = True, ()
 
@@ -61,6 +61,10 @@ class OneDocument:
         """Not to be called."""
         raise KeyError(name)
 
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Not to be called."""
+        raise KeyError("routes")
+
 
 def resident_bytes(which: str) -> int:
     """Return this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
@@ -77,7 +81,7 @@ def config_of(tokens: int) -> RunConfig:
 
 
 def step(config: RunConfig, folder: Path) -> None:
-    """Train one step and write what this process needed; runs on every rank."""
+    """Train one step, and write the memory that this process used; runs on every rank."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling

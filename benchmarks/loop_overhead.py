@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from megatron_sov import recipes
 from megatron_sov.engine.parallel import collectives, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
-from megatron_sov.train.data.token_shards import ShardChain, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import ShardChain
 
 VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
 SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=256", "model.head_dim=64",
@@ -93,10 +95,10 @@ def ready_batches(config: RunConfig, place: world.ParallelWorld, source: Source)
 
 
 def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Source) -> Callable[[], None]:
-    """Return a bare step of our model: what is left of ours without the loop."""
+    """Return a bare training step of our model, without our loop."""
     import torch
 
-    from megatron_sov.checkpoint import load
+    from megatron_sov.checkpoint import initial_weights
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.model.expert_load import ExpertLoad
     from megatron_sov.engine.model.language_model import build_model
@@ -104,7 +106,7 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     model = build_model(config.model, config.parallel, config.train)
-    load.initialize_weights(model, config.model, config.train.seed)
+    initial_weights.initialize_weights(model, config.model, config.train.seed)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
     ready = itertools.cycle(ready_batches(config, place, source))
@@ -292,12 +294,12 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_shard(folder)
-            if launcher.launch_ranks(lambda folder=folder: measure(args.turns, folder), nproc, num_threads=1):
+            if launcher.launch_ranks(partial(measure, args.turns, folder), nproc, num_threads=1):
                 sys.exit(1)
 
 
 def beside_transformers(turns: int) -> None:
-    """Measure beside transformers, each kind of model in a process of its own."""
+    """Compare with transformers, each model in its own process."""
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; {turns} steps of 2 x {SEQ_LEN} tokens, fp32, one thread",
           flush=True)
@@ -305,8 +307,7 @@ def beside_transformers(turns: int) -> None:
         folder = Path(name)
         write_shard(folder)
         for kind in BESIDE:
-            if launcher.launch_ranks(lambda kind=kind: measure_transformers(turns, folder, kind), 1,
-                                     num_threads=1):
+            if launcher.launch_ranks(partial(measure_transformers, turns, folder, kind), 1, num_threads=1):
                 sys.exit(1)
 
 

@@ -32,7 +32,7 @@ BATCH_ROWS = 128
 
 
 def number(draw: random.Random) -> int:
-    """Return a number of two to four digits that is no multiple of ten."""
+    """Return a random number of two to four digits that is not a multiple of ten."""
     return draw.randrange(11, 9999) // 10 * 10 + draw.randrange(1, 10)
 
 
@@ -121,10 +121,10 @@ def by_math_verify(items: list[Item]) -> tuple[list[float], float]:
 
 
 def confusion(count: int) -> None:
-    """Print what each verifier makes of right and of wrong answers, by kind.
+    """Print the verdicts of each verifier for correct and wrong answers, by kind.
 
     Args:
-        count: of each kind.
+        count: number of answers of each kind.
     """
     asked = {"math": request_reward("math", {}),
              "math, literal=false": request_reward("math", {"literal": False}),
@@ -153,7 +153,7 @@ def confusion(count: int) -> None:
 
 
 def by_hand() -> None:
-    """Print what is paid of the two lists, by whom."""
+    """Print which verifiers accept the answers of the two hand-written lists."""
     judges = {"math": by_reward("math", {}), "math, literal=false": by_reward("math", {"literal": False}),
               "stem": by_reward("stem", {})}
     try:
@@ -173,7 +173,7 @@ def by_hand() -> None:
 
 
 def by_reward(name: str, settings: dict[str, object]) -> Callable[[str, str], float | None]:
-    """Return what judges a gold answer and a response by a reward of this project."""
+    """Return a function that scores a response against a gold answer with one of our rewards."""
     reward = build_versioned_reward(request_reward(name, settings)).reward
     if name == "math":
         reward.prepare()

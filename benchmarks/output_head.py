@@ -18,6 +18,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,7 +45,7 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
     config = SimpleNamespace(sequence_parallel=False, logits_multiplier=1.0)
     head = Head(weight.requires_grad_(), config, chunk_tokens, VOCAB_SIZE)
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cpu_ms, found = [], ()
+    cpu_ms, found = [], tuple[float, ...]()
     for _ in range(TURNS):
         inputs = (hidden.requires_grad_(), weight)
         start = time.process_time()
@@ -80,8 +81,7 @@ def main() -> None:
           "loss, gradient norms (hidden, weight)", flush=True)
     for tokens, chunk_tokens, dtype in CASES:
         for way in WAYS:
-            if launcher.launch_ranks(lambda w=way, t=tokens, c=chunk_tokens, d=dtype: measure(w, t, c, d), 1,
-                                     num_threads=1):
+            if launcher.launch_ranks(partial(measure, way, tokens, chunk_tokens, dtype), 1, num_threads=1):
                 sys.exit(1)
 
 

@@ -30,7 +30,7 @@ from megatron_sov import recipes
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.activations import estimate_stored
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 COMMON = ("train.precision=fp32", "train.steps=1", "train.eval_every_steps=0", "data.prefetch_steps=0",
           "train.micro_batch_size=1", "train.global_batch_size=1")
@@ -105,7 +105,7 @@ CASES = (
 
 
 class Kept:
-    """A tensor that autograd has saved, for as long as it has it."""
+    """A tensor that autograd has saved, until autograd frees it."""
 
     def __init__(self, tensor: torch.Tensor, counter: Counter, storage: int) -> None:
         self.tensor, self._counter, self._storage = tensor, counter, storage

@@ -1,11 +1,11 @@
 """Fit the speed model to published runs, and predict runs of sources that were left out of the fit.
 
-    python benchmarks/plan_calibration.py                  fit all, leave each source out in turn, print
-    python benchmarks/plan_calibration.py --write          and put the parameters into the package
-    python benchmarks/plan_calibration.py --no-refit       errors of the package's parameters alone
+    python benchmarks/plan_calibration.py                  fit all runs, leave each source out in turn, print
+    python benchmarks/plan_calibration.py --write          also write the parameters into the package
+    python benchmarks/plan_calibration.py --no-refit       only print errors of the package's parameters
 
-Runs are those of benchmarks/data/published_runs.jsonl, one a line: its source, its measured speed, and its
-workload; fields with their default are left out.  docs/plan_speed.md says what the numbers mean.
+Each line of benchmarks/data/published_runs.jsonl is a published run: source, measured speed, and workload
+without fields at their default. docs/plan_speed.md explains the output.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ROOT = Path(__file__).parent
 RUNS = ROOT / "data" / "published_runs.jsonl"
 PACKAGED = ROOT.parent / "megatron_sov" / "plan" / "speed" / "parameters.json"
 SOURCE_POWER = 0.25
-"""A source of n rows counts as n to the power 1 - this: many rows of one source repeat one another."""
-EXPLAINED = {
+"""A source with n rows has a total weight of n ** (1 - SOURCE_POWER), because its rows repeat one another."""
+KNOWN_CAUSES = {
     149: "support run; sparse attention with an indexer, which is not modelled", 148: "as line 149",
     150: "support run that states no layout; attention with sinks had no fused kernel",
     132: "first dropless container (25.11): half as fast as the next one, and as with dropped tokens",
@@ -51,7 +51,7 @@ EXPLAINED = {
     198: "a single micro-batch at the edge of memory: the allocator retries", 336: "experts alone in MXFP8",
     98: "B300 with micro-batches of one row; of two, nearly twice as fast", 116: "as line 98",
 }
-"""Line -> what is behind a row that is predicted badly, as far as its source tells."""
+"""Line -> cause of a bad prediction, as far as the source of the run states it."""
 GOALS = {"median": 0.10, "90th percentile": 0.25}
 
 
@@ -60,100 +60,104 @@ class Row:
     """A published run."""
 
     number: int
-    """Line of the table that the run was first noted in."""
+    """Line of the table in which the run was first recorded."""
     source: str
-    """Where it was published."""
     model: str
     sample: Sample
-    """Its workload and throughput."""
+    """Workload and measured throughput."""
 
 
 def read_rows() -> list[Row]:
-    """Return the published runs; a source of many runs weighs less for each of them."""
+    """Return the published runs; rows of a source with many runs weigh less."""
     lines = [json.loads(text) for text in RUNS.read_text(encoding="utf-8").splitlines()]
-    counts = collections.Counter(found["source"] for found in lines)
-    return [Row(found["line"], found["source"], found["model"],
-                Sample(_workload(found["workload"]), found["tokens_per_s_per_gpu"],
-                       counts[found["source"]] ** -SOURCE_POWER)) for found in lines]
+    counts = collections.Counter(run["source"] for run in lines)
+    rows = []
+    for run in lines:
+        weight = counts[run["source"]] ** -SOURCE_POWER
+        sample = Sample(build_workload(run["workload"]), run["tokens_per_s_per_gpu"], weight)
+        rows.append(Row(run["line"], run["source"], run["model"], sample))
+    return rows
 
 
-def _workload(values: dict[str, Any]) -> Workload:
-    """Return a workload from its fields as they stand in the file."""
+def build_workload(values: dict[str, Any]) -> Workload:
+    """Build a workload from its fields in the file."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    on = CHIPS[values.pop("chip")]
-    network = values.pop("network_bytes_per_s", 0.0)
-    links = replace(default_links(on), between_bytes_per_s=network) if network else default_links(on)
-    return Workload(ModelShape(**values.pop("shape")), on, links, **values)
+    chip = CHIPS[values.pop("chip")]
+    links = default_links(chip)
+    if network := values.pop("network_bytes_per_s", 0.0):
+        links = replace(links, between_bytes_per_s=network)
+    return Workload(ModelShape(**values.pop("shape")), chip, links, **values)
 
 
-def kind(row: Row) -> str:
-    """Return what kind of model a row trains."""
+def get_model_kind(row: Row) -> str:
     shape = row.sample.workload.shape
-    return "hybrid" if shape.num_mamba_layers else "MoE" if shape.num_experts else "dense"
+    if shape.num_mamba_layers:
+        return "hybrid"
+    return "MoE" if shape.num_experts else "dense"
 
 
-def precision(row: Row) -> str:
-    """Return the width of a row's products."""
+def get_precision(row: Row) -> str:
+    """Return the number format of a row's matrix products."""
     return {"bf16": "bf16", "nvfp4": "FP4"}.get(row.sample.workload.precision, "FP8")
 
 
-def line(name: str, errors: Iterable[float]) -> str:
-    """Return median, 90th percentile and worst of errors (shares, signed)."""
+def format_errors(name: str, errors: Iterable[float]) -> str:
+    """Return a line with median, 90th percentile and maximum of signed relative errors."""
     sizes = sorted(abs(e) for e in errors)
     if not sizes:
         return f"  {name:36s}    0 rows"
-    ninth = sizes[max(0, math.ceil(0.9 * len(sizes)) - 1)]
+    percentile_90 = sizes[max(0, math.ceil(0.9 * len(sizes)) - 1)]
     return (f"  {name:36s} {len(sizes):4d} rows   median {statistics.median(sizes):6.1%}   "
-            f"90th percentile {ninth:6.1%}   worst {sizes[-1]:7.1%}")
+            f"90th percentile {percentile_90:6.1%}   worst {sizes[-1]:7.1%}")
 
 
-def groups(rows: list[Row], errors: dict[int, float]) -> list[str]:
-    """Return lines of errors per chip, kind, precision and source."""
-    found = []
-    by: dict[str, Callable[[Row], str]] = {
+def group_errors(rows: list[Row], errors: dict[int, float]) -> list[str]:
+    """Return lines with the errors by chip, kind of model, precision, tuning and source."""
+    lines = []
+    groupings: dict[str, Callable[[Row], str]] = {
         "chip": lambda row: row.sample.workload.chip.key,
-        "kind of model": kind, "precision": precision,
-        "tuned or not, by the row's own words":
+        "kind of model": get_model_kind, "precision": get_precision,
+        "tuning, as the source states it":
             lambda row: "tuned" if row.sample.workload.tuned else "untuned",
         "source": lambda row: row.source}
-    for title, key in by.items():
-        found.append(f"By {title}")
+    for title, key in groupings.items():
+        lines.append(f"By {title}")
         names = collections.Counter(key(row) for row in rows)
-        found += [line(name, [errors[row.number] for row in rows if key(row) == name])
+        lines += [format_errors(name, [errors[row.number] for row in rows if key(row) == name])
                   for name, _ in names.most_common()]
-    return found
+    return lines
 
 
-def worst(rows: list[Row], errors: dict[int, float], count: int = 12) -> list[str]:
-    """Return lines for the rows that are predicted worst."""
-    found = []
+def list_worst_rows(rows: list[Row], errors: dict[int, float], count: int = 12) -> list[str]:
+    """Return lines with the `count` worst predictions and their known causes."""
+    lines = []
     for row in sorted(rows, key=lambda row: -abs(math.log1p(errors[row.number])))[:count]:
         w = row.sample.workload
-        found.append(f"  {errors[row.number]:+7.1%}  line {row.number:3d}  {row.model[:30]:30s} "
+        lines.append(f"  {errors[row.number]:+7.1%}  line {row.number:3d}  {row.model[:30]:30s} "
                      f"{w.chip.key:7s} {w.precision:6s} {w.num_gpus:5d} GPUs  tp {w.tp} pp {w.pp} ep {w.ep}  "
                      f"{row.source[:28]}{'' if w.tuned else '  (untuned)'}")
-        found.append(f"           {EXPLAINED.get(row.number, 'no cause found')}")
-    return found
+        lines.append(f"           {KNOWN_CAUSES.get(row.number, 'no cause found')}")
+    return lines
 
 
-def deviations(rows: Iterable[Row], p: Parameters) -> dict[int, float]:
-    """Return line -> predicted over measured throughput, less 1."""
+def compute_errors(rows: Iterable[Row], p: Parameters) -> dict[int, float]:
+    """Return line -> predicted over measured throughput, minus 1."""
     return {row.number: math.expm1(error(row.sample, p)) for row in rows}
 
 
-def left_out(rows: list[Row], fitted: Parameters, rounds: int) -> dict[int, float]:
-    """Return errors of each source's rows under parameters that were fitted without it."""
-    found: dict[int, float] = {}
+def cross_validate(rows: list[Row], fitted: Parameters, rounds: int) -> dict[int, float]:
+    """Return the errors of each source's rows with parameters fitted without that source."""
+    errors: dict[int, float] = {}
     for source in dict.fromkeys(row.source for row in rows):
         others = [row.sample for row in rows if row.source != source]
         p = fit(others, PRIORS, fitted, rounds)
-        found |= deviations([row for row in rows if row.source == source], p)
+        errors |= compute_errors([row for row in rows if row.source == source], p)
         print(f"  without {source}", file=sys.stderr, flush=True)
-    return found
+    return errors
 
 
-def value(p: Parameters, path: str) -> float:
-    """Return a parameter by its path."""
+def get_parameter(p: Parameters, path: str) -> float:
+    """Return a parameter by its dotted path."""
     table: object = vars(p)
     for name in path.split("."):
         assert isinstance(table, dict)
@@ -165,9 +169,9 @@ def value(p: Parameters, path: str) -> float:
 def main() -> int:
     """Fit, validate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the parameters into the package")
-    parser.add_argument("--no-refit", action="store_true", help="errors of the package's parameters alone")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of the fit of all rows")
+    parser.add_argument("--write", action="store_true", help="write the parameters into the package")
+    parser.add_argument("--no-refit", action="store_true", help="only errors of the package's parameters")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of the fit to all rows")
     parser.add_argument("--rounds-left-out", type=int, default=5, help="rounds of each fit without a source")
     args = parser.parse_args()
     rows = read_rows()
@@ -177,41 +181,43 @@ def main() -> int:
         start = time.perf_counter()
         p = fit([row.sample for row in rows], PRIORS, p, args.rounds)
         print(f"Fitted in {time.perf_counter() - start:.0f} s")
-    inside = deviations(rows, p)
+    inside = compute_errors(rows, p)
     print("\nAll rows fitted")
-    print(line("all", inside.values()))
+    print(format_errors("all", inside.values()))
     errors = inside
     if not args.no_refit:
-        errors = left_out(rows, p, args.rounds_left_out)
+        errors = cross_validate(rows, p, args.rounds_left_out)
         print("\nEach source left out of the fit in turn")
-        print(line("all", errors.values()))
+        print(format_errors("all", errors.values()))
         tuned = [row for row in rows if row.sample.workload.tuned]
-        print(line("without rows that say they are untuned", [errors[row.number] for row in tuned]))
+        print(format_errors("without rows that say they are untuned", [errors[row.number] for row in tuned]))
         print(f"  goals: {', '.join(f'{name} {goal:.0%}' for name, goal in GOALS.items())}")
-    print("\n".join(groups(rows, errors)))
+    print("\n".join(group_errors(rows, errors)))
     print("\nThe rows that are predicted worst")
-    print("\n".join(worst(rows, errors)))
+    print("\n".join(list_worst_rows(rows, errors)))
     print(f"\nParameters: {len(PRIORS)} fitted")
     for path, prior in PRIORS.items():
-        print(f"  {path:34s} expected {prior.value:10.4g}   fitted {value(p, path):10.4g}")
+        print(f"  {path:34s} expected {prior.value:10.4g}   fitted {get_parameter(p, path):10.4g}")
     if args.write and not args.no_refit:
-        write(p, len(rows), inside, errors)
+        write_parameters(p, len(rows), inside, errors)
     return 0
 
 
-def write(p: Parameters, count: int, inside: Mapping[int, float], errors: Mapping[int, float]) -> None:
-    """Put parameters into the package, with where they come from."""
-    median = {name: round(statistics.median(abs(e) for e in found.values()), 4)
-              for name, found in (("fitted", inside), ("source_left_out", errors))}
+def write_parameters(p: Parameters, count: int, inside: Mapping[int, float],
+                     errors: Mapping[int, float]) -> None:
+    """Write parameters into the package, with their provenance."""
+    median = {}
+    for name, errors_of_rows in (("fitted", inside), ("source_left_out", errors)):
+        median[name] = round(statistics.median(abs(e) for e in errors_of_rows.values()), 4)
     provenance = {"script": "benchmarks/plan_calibration.py", "data": "benchmarks/data/published_runs.jsonl",
                   "rows": count, "median_error": median}
-    write_output(PACKAGED, format_json({"parameters": _rounded(vars(p)), "provenance": provenance}) + "\n")
+    write_output(PACKAGED, format_json({"parameters": _round(vars(p)), "provenance": provenance}) + "\n")
 
 
-def _rounded(found: object) -> object:
-    if isinstance(found, dict):
-        return {name: _rounded(item) for name, item in found.items()}
-    return float(f"{found:.5g}") if isinstance(found, float) else found
+def _round(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _round(item) for name, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -59,14 +59,14 @@ def error(sample: Sample, parameters: Parameters) -> float:
 
 def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, max_rounds: int = 40,
         progress: Callable[[str], None] = lambda line: None) -> Parameters:
-    """Return the parameters that fit best; numbers without a prior stay.
+    """Return the best parameters; parameters without a prior do not change.
 
     Args:
         samples: measured runs.
-        priors: path of a number (`product_fraction.hopper.bf16`) -> prior.
-        start: where to begin.
-        max_rounds: evaluations of the slopes.
-        progress: told what happens.
+        priors: path of a parameter (`product_fraction.hopper.bf16`) -> prior.
+        start: initial parameters.
+        max_rounds: maximum number of gradient evaluations.
+        progress: called with a message after each round.
     """
     import numpy as np
     from scipy.optimize import least_squares

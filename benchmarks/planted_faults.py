@@ -118,7 +118,7 @@ def mutated(fault: Fault) -> Iterator[None]:
     if fault.right not in source:
         raise ValueError(f"{fault.place} holds no {fault.right!r}")
     source = source.replace(fault.right, fault.wrong)
-    # without decorators, and inside a function that has what it closes over
+    # without decorators, and inside a function that defines its closure variables
     source = "\n".join(("from __future__ import annotations",
                         f"def make({', '.join(function.__code__.co_freevars)}):",
                         textwrap.indent(source[source.index("def "):], "    "),
@@ -134,7 +134,7 @@ def mutated(fault: Fault) -> Iterator[None]:
 
 
 def changed(node: ast.AST) -> ast.AST | None:
-    """Return a node that does another thing, or None."""
+    """Return a mutated copy of a node, or None."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
         wrong = OPERATORS[type(node.ops[0])]
         return ast.Compare(node.left, [wrong], node.comparators)  # type: ignore[list-item]
@@ -193,7 +193,7 @@ def faults_of(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
 
 
 def drawn(area: str, seed: int) -> list[Fault]:
-    """Return the faults of an area, in an order of which any beginning is a random sample."""
+    """Return the faults of an area in random order, so that any prefix is a random sample."""
     draw = random.Random(f"{area} {seed}")
     files = [file.relative_to(ROOT).as_posix() for name in AREAS[area]["source"].split()
              for file in sorted((ROOT / name).rglob("*.py"))]
@@ -203,7 +203,7 @@ def drawn(area: str, seed: int) -> list[Fault]:
 
 
 def copied(folder: Path) -> None:
-    """Copy what git lists of the repository."""
+    """Copy the files that git lists."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
     for name in listed.stdout.splitlines():
         if name.split("/")[0] in COPIED and (ROOT / name).is_file():
@@ -227,8 +227,8 @@ def plant(folder: Path, faults: Sequence[Fault]) -> None:
 
 
 class Reach:
-    """Plugin that has each test of this process write down which faults it reaches, to FOLDER/INDEX; what a
-    fixture reaches, to FOLDER/INDEX.setup."""
+    """Pytest plugin that records the faults that each test executes in FOLDER/INDEX, and those of fixtures in
+    FOLDER/INDEX.setup."""
 
     def __init__(self, folder: Path, items: Sequence[pytest.Item]) -> None:
         self._folder, self._index = folder, {item: index for index, item in enumerate(items)}
@@ -415,7 +415,8 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield lines: an area, its faults, what is found by whom, and what only `make deep` or nobody finds."""
+    """Yield table lines: area, faults, how many each tier finds, and those that only `make deep` or no test
+    finds."""
     yield f"{'area':<12} faults  make test  all tests  share"
     for area in [*dict.fromkeys(row["area"] for row in rows), "all"]:
         of = [row for row in rows if area in (row["area"], "all")]
@@ -429,7 +430,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Measure, or print what was found."""
+    """Measure, or print stored results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("found", type=Path)
     parser.add_argument("--faults", type=int, default=50, help="faults of each area")

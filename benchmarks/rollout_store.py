@@ -61,7 +61,7 @@ def append(path: Path, parts: int, args: argparse.Namespace) -> tuple[float, flo
 
 
 def start_round(path: Path, number: int) -> str:
-    """Begin a round as the trainer does; returns what it took."""
+    """Begin a round as the trainer does; return its time and memory."""
     began = time.perf_counter()
     store = RolloutStore.open(path)
     keys = sum(len(store.read_rollouts(part.name, ())) for part in store.parts(number))
@@ -87,7 +87,7 @@ def read_all(path: Path, rounds: int) -> None:
 
 
 def main() -> None:
-    """Write a store, and say what it took."""
+    """Write a store, and print its cost."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--tokens", type=int, default=64)

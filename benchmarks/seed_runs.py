@@ -58,13 +58,13 @@ class SeedFolder:
 
 def run_arms(description: str | None, arms: Collection[str], arm: Callable[[int, Path, str], object],
              report: Callable[[Path], object]) -> None:
-    """Run what is missing of the arms and seeds that the command line names, and print the table.
+    """Run the incomplete arms and seeds that the command line names, and print the table.
 
     Args:
-        description: what the benchmark shows.
-        arms: the names to choose from.
-        arm: runs what is missing of one seed, in a folder, of one arm.
-        report: prints what there is in the folder.
+        description: subject of the benchmark, for --help.
+        arms: names that the command line may select.
+        arm: runs the incomplete work of one arm and seed in a folder.
+        report: prints the results in the folder.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True)

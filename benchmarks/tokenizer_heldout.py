@@ -195,7 +195,7 @@ def segmentation(held: Path, trained: Trained, max_bytes: float) -> None:
 
 
 def print_counts(name: str, counts: list[int]) -> None:
-    """Print documents, bytes as MB, tokens, and what differs."""
+    """Print documents, megabytes, tokens and differences."""
     print(f"{name:<8} {counts[0]:9,} {counts[1] / 1e6:9.2f} " + " ".join(f"{n:9,}" for n in counts[2:]),
           flush=True)
 

@@ -79,7 +79,7 @@ sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=s
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took."""
+    """CPU time, wall time and memory of a command."""
 
     cpu_s: float
     """User and system time of all its processes."""
@@ -127,7 +127,7 @@ def train_command(preset: str, vocab_size: int, text: Path, output: Path, *more:
 
 def split(source: Path, work: Path) -> dict[str, int]:
     """Write documents to `train` and `held`; returns the bytes of text to train on of each language."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name in ("train", "held"):
         (work / name).mkdir()
     for file in sorted(source.glob("*.jsonl")):
@@ -156,7 +156,7 @@ def merges(file: Path) -> list[list[str]]:
 
 
 def plain(work: Path, sentencepiece_python: str | None) -> None:
-    """Solar Open's tokenizer at its full size, beside the two libraries."""
+    """Train Solar Open's tokenizer at full size, and the same with the two libraries."""
     preset, vocab_size = SOLAR
     text, theirs, ours = work / "train", work / "hf-solar.json", work / "solar"
     hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text), str(theirs)]
@@ -171,7 +171,7 @@ def plain(work: Path, sentencepiece_python: str | None) -> None:
 
 
 def superwords(work: Path) -> None:
-    """K-EXAONE's tokenizer at its full size: cost beside plain BPE."""
+    """Train K-EXAONE's tokenizer at full size, and compare its cost with plain BPE."""
     preset, vocab_size = EXAONE
     text = work / "train"
     hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text),

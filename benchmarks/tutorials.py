@@ -1,11 +1,10 @@
 """Run the laptop commands of the tutorials one by one, and print the time of each.
 
-    python benchmarks/tutorials.py [--folder DIR] [--steps 2] [--pages national_lab company ...]
+    python benchmarks/tutorials.py [--folder DIR] [--steps 2] [--pages cluster language]
 
 Every command is a process of its own in DIR, as a user types it.  What two pages have alike is typed once,
 and what has been typed in DIR is passed over, so that the same command goes on after a kill.  `--steps` makes
-every run as many steps long, and rounds of reinforcement learning smaller; without it all is as it stands
-there.
+every run as many steps long; without it all is as it stands there.
 """
 
 from __future__ import annotations
@@ -26,24 +25,18 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.pages_typed import ENTRIES, lines_of, shell_blocks  # noqa: E402
 
-PAGES = ("national_lab", "company", "university", "small_team")
-ROUNDS = ("--set rollout.rounds=1 --set rollout.prompts_per_round=2 --set rollout.samples_per_prompt=2 "
-          "--set rollout.max_new_tokens=16")
+PAGES = ("cluster", "language")
 
 
 def shortened(line: str, num_steps: int | None) -> str:
     """Return a command with fewer steps, where that is asked for."""
     if num_steps is None:
         return line
-    line = re.sub(r"train\.steps=\d+", f"train.steps={num_steps}", line)
-    line = re.sub(r"(train\.checkpoint_every_steps)=\d+", rf"\1={max(1, num_steps // 2)}", line)
-    for named, kept in ((30, max(1, num_steps // 2)), (60, num_steps)):
-        line = line.replace(f"checkpoints/step-{named} ", f"checkpoints/step-{kept} ")
-    return f"{line} {ROUNDS}" if " rl run " in line else line
+    return re.sub(r"train\.steps=\d+", f"train.steps={num_steps}", line)
 
 
 def type_line(line: str, folder: Path) -> dict[str, object]:
-    """Run a command in the folder; returns what it was, its code and its seconds."""
+    """Run a command in the folder; return the command, its exit code and its seconds."""
     program, *argv = shlex.split(line)
     began_s, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     completed = subprocess.run([sys.executable, "-m", ENTRIES[program], *argv], cwd=folder, check=False,

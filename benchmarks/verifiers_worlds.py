@@ -157,7 +157,7 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Library:
-    """The library's Python, and what it is given."""
+    """The Python interpreter of the library, and its inputs."""
 
     python: str
     folder: Path
@@ -204,7 +204,7 @@ def ours(library: Library, config: Path, task: int, turns: Sequence[Turn],
 
 
 class Script:
-    """A model's server that answers what is written down."""
+    """A model server that replies with scripted texts."""
 
     def __init__(self, turns: Sequence[Turn]) -> None:
         self._turns = iter(turns)
@@ -226,7 +226,7 @@ class Script:
 
 
 def theirs(library: Library, config: Path, task: int, turns: Sequence[Turn]) -> dict[str, Any]:
-    """Return what `vf-eval` gives where a server answers the same."""
+    """Return the results of `vf-eval` with the same scripted replies."""
     loop, script = asyncio.new_event_loop(), Script(turns)
     app = web.Application()
     app.add_routes([web.post("/v1/chat/completions", script.chat)])
@@ -255,7 +255,7 @@ def theirs(library: Library, config: Path, task: int, turns: Sequence[Turn]) -> 
 
 
 def compared(library: Library, case: Case, pool: ThreadPoolExecutor) -> tuple[list[str], Any, Any]:
-    """Begin to play a case by both; returns what is shown of ours, and both futures."""
+    """Start a case in both programs; return its label and both futures."""
     taskset, seat, task, turns = case
     config, lines = library.config(taskset, seat), list[str]()
     return (lines, pool.submit(ours, library, config, task, turns, lines.append),

@@ -21,18 +21,18 @@ COMMANDS = {
     "scorer": Command(
         "data_prep.curate.scorer:SCORER",
         "train a quality classifier or an educational regressor on your labels, or judge one",
-        DOCUMENTS, "data_scoring.md",
+        DOCUMENTS, "data_quality.md",
         ("scorer train --labels quality.jsonl --kind classifier --output quality-model",
          "scorer check quality-model --labels others.jsonl")),
     "decontaminate": Command(
         "data_prep.curate.decontaminate:DECONTAMINATE", "leave out records that hold benchmark text",
-        DOCUMENTS, "dedup.md",
+        DOCUMENTS, "data_quality.md",
         ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
          "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
     "encode-media": Command(
         "data_prep.media.encode_media:ENCODE_MEDIA",
         "turn records that name pictures, sounds and videos into text and banks to pack",
-        DOCUMENTS, "media_data.md",
+        DOCUMENTS, "omni.md",
         ("encode-media --input records.jsonl --media-root media --image-tokenizer images --output made",
          "encode-media --input records.jsonl --media-root media --audio-tokenizer sounds --output made")),
     "synth": Command(
@@ -46,11 +46,6 @@ COMMANDS = {
         RESPONSES, "synth_generators.md",
         ("difficulty label --answers small large --output labels",
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
-    "probing-sets": Command(
-        "data_prep.synth.probing_sets:PROBING_SETS",
-        "freeze problems from `synth probes` into a set for each domain", RESPONSES, "synth_generators.md",
-        ("probing-sets --input probes --output sets",
-         "probing-sets --input probes more.jsonl --output sets --overwrite")),
     "trajectories": Command(
         "data_prep.responses.trajectories:TRAJECTORIES",
         "join each query with its diverse solutions to one document",
@@ -74,7 +69,7 @@ COMMANDS = {
          "pack --tokenizer tokenizer --input chats.jsonl --format chat --output chats")),
     "adopt": Command(
         "data_prep.shards.adopt:ADOPT", "take over token shards that Megatron-LM's preprocess_data wrote",
-        SHARDS, "from_megatron.md",
+        SHARDS, "convert.md",
         ("adopt /their/code_text_document --tokenizer tokenizer --output tokens",
          "adopt web=/their/web_text_document --tokenizer tokenizer --output tokens")),
     "mix": Command(
@@ -92,7 +87,7 @@ COMMANDS = {
         LOOK, "data.md", ("stats tokens", "stats chats")),
     "sample": Command(
         "data_prep.shards.sample:SAMPLE", "print documents, decoded, with their loss mask",
-        LOOK, "chats.md", ("sample chats --count 2", "sample tokens --count 1")),
+        LOOK, "data.md", ("sample chats --count 2", "sample tokens --count 1")),
     "verify": Command(
         "data_prep.shards.verify:VERIFY", "check token shards: hashes, indices, ids, splits, duplicates",
         LOOK, "data.md", ("verify tokens", "verify mixed")),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.base.artifacts import get_final_name
+from megatron_sov.base.sealed import read_sealed_json
 
 SHARED = "shared"
 """Subfolder of a run with results from passes over all shards: `shared/STEP/...`."""
@@ -34,3 +36,8 @@ def explain_deletion(file: Path) -> str:
         return f"delete its shard in all plans (`rm -r {folders}`) and run the command again"
     names = shlex.join(["find", str(file.parents[1]), "-samefile", str(file), "-delete"])
     return f"delete it under all of its names (`{names}`) and run the command again"
+
+
+def read_run_json(file: Path) -> Any:
+    """Return the value in a sealed JSON file. Raises `UserError`: it is missing, damaged or another file."""
+    return read_sealed_json(file, explain_deletion(file), get_place_in_run(file))

@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 from pydoc_data.topics import topics
 from typing import Annotated, Any
 
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import cut_text, list_files, read_documents
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import DeclaredCommand, Flag
 
-KIND = "corpus"
 ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000
 NUM_CHATS, NUM_JUDGED, NUM_LANGUAGE_PROMPTS = 4000, 400, 100
 MIN_CHARS = 100
@@ -95,7 +95,7 @@ def write_corpus(options: DemoCorpusOptions) -> int:
     """Write an artifact of kind "corpus" with a JSONL file per source. Raises `UserError`: the user's text is
     unreadable or empty, or the output may not be replaced."""
     output = options.output
-    check_output_folder(output, KIND, options.overwrite)
+    check_output_folder(output, CORPUS, options.overwrite)
     library = list_stdlib_files()
     sources = {name: read_source(file) for name, file in [*library, *list_package_files()]}
     docstrings = [d for name, source in sources.items() for d in parse_docstrings(name, source)]
@@ -115,7 +115,7 @@ def write_corpus(options: DemoCorpusOptions) -> int:
     records["chat"] = build_chats(docstrings)
     records["judged"] = build_judged_responses(records["chat"])
     records["benchmarks/code-switching/test"] = build_language_prompts(records["chat"])
-    with create_artifact(output, KIND, overwrite=options.overwrite) as artifact:
+    with create_artifact(output, CORPUS, overwrite=options.overwrite) as artifact:
         for name, rows in records.items():
             file = artifact.path / f"{name}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ megatron-sov extend tiny-k-exaone-extend --from runs/pretrain --data shards --ru
 | solar-open-102b-extend | `extend` | no source says when the rotations were stretched: the last stage gets \
 the released YaRN 2 over 65,536 |
 | vibethinker-1.5b | `extend`, then `sft` | 40,960 tokens over 16K and 32K with one slower RoPE base; then \
-probe and merge the checkpoints ([ssp.md](ssp.md)) |
+probe and merge the checkpoints ([sft.md](sft.md)) |
 | typhoon-s-8b-opd | `rl run` | from the model that `typhoon-s-8b` fine-tuned, with `--teacher`, \
 `--reward none` and `--data` |
 | solar-open-102b-sft, k-exaone-236b-sft | `sft` | from the extended model |

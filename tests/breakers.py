@@ -73,7 +73,7 @@ def break_bytes(file: Path, rng: random.Random) -> str:
 
 
 def change_quietly(file: Path, rng: random.Random) -> str:
-    """Change bits, and give the file the size and time that it had."""
+    """Change bits without changing size and modification time."""
     before, content = file.stat(), bytearray(file.read_bytes())
     for _ in range(rng.randint(1, 8) if content else 0):
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -106,7 +106,7 @@ def break_tensors(file: Path, rng: random.Random) -> str:
 
 
 def add_a_stranger(root: Path, rng: random.Random) -> str:
-    """Put something into a folder that nobody wrote there for the command."""
+    """Add a file that the command did not write."""
     folder = rng.choice(sorted([root, *(p for p in root.rglob("*") if p.is_dir())]))
     name = rng.choice(("README.md", "notes.json", "notes.jsonl", ".hidden", "loop", "outside", "nowhere",
                        "pipe"))
@@ -123,7 +123,7 @@ def add_a_stranger(root: Path, rng: random.Random) -> str:
 
 
 def sign(folder: Path, file: Path) -> None:
-    """Let the manifest next above a file hash it as it is now."""
+    """Rewrite the hash of a file in the nearest manifest above it."""
     for above in file.parents:
         manifest = above / "manifest.json"
         if manifest.is_file() and file.is_file():
@@ -131,7 +131,7 @@ def sign(folder: Path, file: Path) -> None:
                 record = json.loads(manifest.read_text())
                 result = record["files"].get(file.relative_to(above).as_posix())
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                return  # it is what was broken
+                return  # this file itself was broken
             if isinstance(result, dict):
                 result.update(vars(FileRecord.of(file)))
                 manifest.write_text(json.dumps(record))

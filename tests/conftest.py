@@ -52,12 +52,12 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 
 class EagerLibrary:
-    """Finds megatron-core's `jit` and lets its functions be as they are written: what a test file imports
-    before the CPU's door is opened (`cpu_shims`) would be compiled, seconds for each, in all that follows."""
+    """Import hook that disables compilation in megatron-core's `jit` module. A test file imports the library
+    before `cpu_shims` is installed; compilation would then cost seconds per function in all later tests."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Return the module's place, or None for any other module."""
+        """Return the spec of megatron-core's `jit` module, or None for other modules."""
         spec = PathFinder.find_spec(name, path) if name == "megatron.core.jit" else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -117,7 +117,7 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 
 @pytest.fixture(scope="session")
 def solar_open2() -> None:
-    """Have transformers know Solar Open 2, of which it has no class yet."""
+    """Register Solar Open 2 with transformers, which has no class for it yet."""
     from tests.solar_open2 import known_to_transformers
 
     known_to_transformers()
@@ -125,8 +125,8 @@ def solar_open2() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def give_memory_back() -> Iterator[None]:
-    """Hand free memory to the system behind a file in which this process has grown: the largest of thousands
-    of tests would set its size for good."""
+    """Return freed memory to the system after files in which this process has grown: otherwise the largest
+    test would set the size for the rest."""
     yield
     if sys.platform == "linux" and psutil.Process().memory_info().rss > _kept_bytes[0] + GROWTH_BYTES:
         ctypes.CDLL(None).malloc_trim(0)
@@ -139,9 +139,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.
 
 @contextmanager
 def left_as_it_was(folder: Path) -> Iterator[None]:
-    """Take back what would be found by others, whichever run before or after in this process: handlers of
-    signals, variables of Transformer Engine, and modules that were imported from below `folder`, whose names
-    others use for files of theirs."""
+    """Undo side effects that other runs in this process would see: signal handlers, variables of Transformer
+    Engine, and modules imported from below `folder`, whose names other tests reuse."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     variables = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
     num_modules = len(sys.modules)
@@ -170,7 +169,7 @@ def leave_the_process_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module", autouse=True)
 def leave_the_process_as_the_file_found_it(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """See `left_as_it_was`, of what a file's fixtures do: Ray takes SIGTERM for itself."""
+    """Apply `left_as_it_was` to the fixtures of a file: Ray replaces the handler of SIGTERM."""
     if sys.modules.get("transformer_engine", "") is None:  # a process that prepares for a CPU hides it
         del sys.modules["transformer_engine"]
     with left_as_it_was(tmp_path_factory.getbasetemp()):
@@ -183,9 +182,9 @@ _kept_threads = [0]
 
 @pytest.hookimpl(trylast=True, specname="pytest_runtest_teardown")
 def pytest_drop_garbage() -> None:
-    """Drop models that are garbage: their groups of processes keep threads, each of which wakes a hundred
-    times a second, and half of a worker's processor time went into these.  Threads that stay, of libraries,
-    are no reason to look again behind each test."""
+    """Collect discarded models: their process groups keep threads that wake a hundred times a second and took
+    half of a worker's processor time. Threads of libraries, which remain, do not trigger another
+    collection."""
     if sys.platform != "linux":
         return
     now = len(os.listdir("/proc/self/task"))
@@ -210,8 +209,8 @@ class Job:
 
 
 def refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Let a skip be a failure where SOV_NEEDS_ALL is set, as `.ci/run` does:
-    what is lacking must be installed there."""
+    """Turn skips into failures if SOV_NEEDS_ALL is set, as in `.ci/run`: missing programs must be installed
+    there."""
     # else it is an xfail
     if report.skipped and isinstance(report.longrepr, tuple) and os.environ.get("SOV_NEEDS_ALL"):
         report.outcome, report.longrepr = ("failed",
@@ -293,7 +292,7 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
 
 class Worker:
-    """A process that has imported megatron once, and does everything that is asked of it in a fork."""
+    """A process that has imported Megatron-Core once and runs each request in a fork."""
 
     def __init__(self, folder: Path, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -337,7 +336,7 @@ class Worker:
 
 
 def _worker(folder: Path, name: str, *doubles: Path) -> Iterator[Worker]:
-    """Call the worker of all processes of pytest, or that of this process, if it is the only one."""
+    """Return the worker shared by all pytest processes, or this process's own if there is only one."""
     known = json.loads(os.environ.get(SHARED, "{}"))
     own = None if name in known else Server(*doubles)
     found = Worker(folder, own.address if own else known[name])
@@ -367,7 +366,7 @@ def ranks(tmp_path: Path, worker: Worker) -> Ranks:
 
 @pytest.fixture
 def te_ranks(tmp_path: Path, te_worker: Worker) -> Ranks:
-    """Return what `ranks` is, with Transformer Engine's double."""
+    """Return the fixture `ranks` with the Transformer Engine double."""
     return _ranks_of(te_worker, tmp_path / "te_jobs")
 
 
@@ -386,11 +385,9 @@ def _ranks_of(worker: Worker, folder: Path) -> Ranks:
 
 @pytest.fixture(scope="session")
 def run_command(worker: Worker) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return `run_command(*argv, program="megatron-sov", file_limit_bytes=None, timeout_s=600)`: a command
-    in a process that is no rank.
-
-    It is a fork of one that has imported megatron: what a user waits for at the start, tests do not wait for.
-    """
+    """Return `run_command(*argv, program="megatron-sov", file_limit_bytes=None, timeout_s=600)`: run a
+    command in a fork of a process that has imported Megatron-Core, which is not a rank. It saves the start-up
+    time that a user would wait for."""
 
     def run(*argv: str, program: str = "megatron-sov", file_limit_bytes: int | None = None,
             timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
@@ -401,10 +398,8 @@ def run_command(worker: Worker) -> Callable[..., subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="session")
 def warm_python(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Program to call Python by that has imported megatron before it begins, for root; else Python itself.
-
-    Commands that `run_command` runs start others by it where SOV_TESTS_PYTHON is its name.
-    """
+    """Path of a `python` that has already imported Megatron-Core, if this process is root; otherwise Python
+    itself. Commands of `run_command` start child processes with it if SOV_TESTS_PYTHON names it."""
     if os.geteuid():
         return sys.executable
     folder = tmp_path_factory.mktemp("warm")
@@ -421,12 +416,12 @@ def warm_python(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> str
 
 @pytest.fixture
 def job() -> type[Job]:
-    """Return the class that describes what `ranks` runs (test modules cannot import this file)."""
+    """Return the class that describes a job of `ranks` (test modules cannot import this file)."""
     return Job
 
 
 def has_ended(pid: int) -> bool:
-    """Return whether a process has ended; one that nobody has taken note of yet still has its number."""
+    """Return whether a process has ended; an unreaped process still has its id."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -435,7 +430,7 @@ def has_ended(pid: int) -> bool:
 
 @pytest.fixture
 def ends() -> Callable[[int], bool]:
-    """Return `ends(pid)`: whether that process, of whatever parent, ends."""
+    """Return `ends(pid)`: wait until that process ends, whatever its parent; return whether it did."""
 
     def wait(pid: int) -> bool:
         deadline_s = time.monotonic() + 600
@@ -462,7 +457,7 @@ MeasurePage = Callable[..., dict[tuple[str, int], dict[str, Any]]]
 
 @pytest.fixture(scope="session")
 def browser() -> str:
-    """Program name of a Chromium that starts; `make browser` installs one where that can be done."""
+    """Path of a Chromium that starts; `make browser` installs one."""
     for name in BROWSERS:
         if (shutil.which(name)
                 and subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0):
@@ -472,7 +467,7 @@ def browser() -> str:
 
 @pytest.fixture
 def open_page(browser: str, tmp_path: Path) -> OpenPage:
-    """Return `open_page(file)`: its document after its scripts ran, and what they wrote to the console."""
+    """Return `open_page(file)`: the document after its scripts ran, and their console output."""
 
     def opened(file: Path) -> tuple[str, list[str]]:
         completed = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
@@ -484,11 +479,9 @@ def open_page(browser: str, tmp_path: Path) -> OpenPage:
 
 @pytest.fixture
 def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
-    """Return `measure_page(file, screens=SCREENS)`: what layout.js finds, by (light or dark, width of the
-    screen).
-
-    One browser holds all screens as frames; the page's policy lets the measuring script run by its hash.
-    """
+    """Return `measure_page(file, screens=SCREENS)`: the findings of layout.js by (light or dark, screen
+    width). One browser holds all screens as frames; the page's content policy allows the measuring script by
+    its hash."""
 
     def measured(file: Path, screens: tuple[Screen, ...] = SCREENS) -> dict[tuple[str, int], dict[str, Any]]:
         script = LAYOUT_JS.read_text(encoding="utf-8")
@@ -520,7 +513,7 @@ SIZES = {"vocab_size": 1024, "hidden_size": 32, "num_attention_heads": 4, "num_k
 
 def _made_folder(name: str, factory: pytest.TempPathFactory,
                  run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
-    """Return the folder of a fixture: made now, or a copy of what SOV_TESTS_DATA has of that name."""
+    """Return the folder of a fixture: created now, or a copy of the folder of that name in SOV_TESTS_DATA."""
     folder = factory.mktemp(name)
     if kept := os.environ.get("SOV_TESTS_DATA"):
         deadline_s = time.monotonic() + 600
@@ -616,8 +609,8 @@ def one_rank(as_one_rank: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture(scope="session")
 def packed_data(tmp_path_factory: pytest.TempPathFactory,
                 run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Packed:
-    """Documents and chats, packed by the project's own commands, in another process: what they import is
-    large, and most tests that need the files do not need it."""
+    """Documents and chats, packed by the project's own commands in another process, because their imports are
+    large and most tests do not need them."""
     from tests.packing import Packed
 
     return Packed.of(_made_folder("packed_data", tmp_path_factory, run_command))
@@ -632,7 +625,7 @@ def _pip(*arguments: str, cwd: Path, **environment: str) -> None:
 
 @pytest.fixture(scope="session")
 def packaged_files() -> set[str]:
-    """Return every file below the packages, leaving out what Python and editors put there."""
+    """Return every file below the packages, without files of Python caches and editors."""
     from megatron_sov.version import OUR_PACKAGES
 
     return {p.relative_to(ROOT).as_posix() for package in OUR_PACKAGES for p in (ROOT / package).rglob("*")
@@ -656,7 +649,7 @@ def wheel(packaged_files: set[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel alone; dependencies are those of the tests."""
+    """Install only the wheel; its dependencies are those of the test environment."""
     target = tmp_path_factory.mktemp("elsewhere") / "site"
     _pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target.parent)
     return target
@@ -665,13 +658,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def write_round() -> Callable[..., None]:
     """Return `write(store, prompts, rollout, number, version, attempt=0, unfinished=(), judge=True,
-    one_prompt=False)`: a round of scripted responses as `rl generate` and `rl reward` leave it, a function of
-    its arguments alone.
-
-    Responses are of 4 to 12 tokens; sample s of the round's prompt i has reward 1 where s divides i + 1, else
-    0.  Those in `unfinished` (prompt's place, sample) are not finished, and attempt 1 holds them alone.  With
-    `one_prompt` the responses of a group begin with the same tokens, as those of a model do.
-    """
+    one_prompt=False)`: write a round of scripted responses in the form of `rl generate` and `rl reward`, as a
+    pure function of its arguments. Responses have 4 to 12 tokens; sample s of prompt i has reward 1 if s
+    divides i + 1, else 0. Responses in `unfinished` (prompt index, sample) are not finished, and attempt 1
+    contains only them. With `one_prompt` all responses of a group start with the same tokens, as those of a
+    model do."""
     import numpy as np
 
     from megatron_sov.rollouts.prompts import select_round_prompts, split_into_pieces
@@ -736,5 +727,5 @@ def _written_scores(path: Path, scores: list[float | None], *, clusters: list[st
 
 @pytest.fixture(scope="session")
 def written_scores() -> Callable[..., Path]:
-    """Return what writes results of one task into a file, with the items' scores."""
+    """Return a function that writes the results of one task, with item scores, to a file."""
     return _written_scores

@@ -29,11 +29,17 @@ def join_rows(test: Test, tables: Sequence[tuple[str | Sequence[str], Any]]) -> 
     """Return a test that goes over all combinations of rows of tables.
 
     Each row has its own folder `tmp_path`, its own patches of `monkeypatch`, and an empty `capsys`.
+
+    Raises:
+        ValueError: a table has no rows, or a row has marks, which one test for all rows cannot have.
     """
     names = [names.replace(",", " ").split() if isinstance(names, str) else names for names, _ in tables]
     rows = [[_get_arguments(of, row) for row in table] for of, (_, table) in zip(names, tables, strict=True)]
     combinations = [{name: value for part in parts for name, value in part.items()}
                     for parts in itertools.product(*reversed(rows))]
+
+    if not combinations:
+        raise ValueError(f"{test.__qualname__}: a table of `each` has no rows")
 
     @functools.wraps(test)
     def go_over_rows(**fixtures: Any) -> None:
@@ -41,10 +47,12 @@ def join_rows(test: Test, tables: Sequence[tuple[str | Sequence[str], Any]]) -> 
         for number, arguments in enumerate(combinations):
             try:
                 _run_row(test, number, fixtures, arguments)
-            except (Exception, pytest.fail.Exception) as error:
+            except (Exception, SystemExit, pytest.fail.Exception, pytest.skip.Exception) as error:
                 error.add_note(f"in the row {arguments}")
                 failed.append(error)
-        if failed:
+        if len(failed) == len(combinations) and all(isinstance(e, pytest.skip.Exception) for e in failed):
+            raise failed[0]
+        if failed:  # a row that skips fails: the other rows would hide it
             raise BaseExceptionGroup(f"{len(failed)} of {len(combinations)} rows fail", failed)
 
     kept = [parameter for name, parameter in inspect.signature(test).parameters.items()
@@ -54,7 +62,11 @@ def join_rows(test: Test, tables: Sequence[tuple[str | Sequence[str], Any]]) -> 
 
 
 def _get_arguments(names: Sequence[str], row: Any) -> dict[str, Any]:
-    values = row.values if isinstance(row, type(pytest.param())) else row if len(names) > 1 else (row,)
+    values = row if len(names) > 1 else (row,)
+    if isinstance(row, type(pytest.param())):
+        values = row.values
+        if row.marks:
+            raise ValueError(f"the row {values} of `each` has marks, which are not applied; mark the test")
     return dict(zip(names, values, strict=True))
 
 

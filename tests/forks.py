@@ -45,13 +45,13 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Show how much memory the forks held, what they share with the first process included."""
+    """Print the memory of the forks, including pages shared with the first process."""
     if peaks := config.stash.get(PEAKS, []):
         terminalreporter.write_line(f"largest memory of each fork: {', '.join(map(str, sorted(peaks)))} MB")
 
 
 class _Fork:
-    """One of the processes, as the first one sees it."""
+    """A fork, as the first process sees it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -60,7 +60,7 @@ class _Fork:
 
 
 class _Forks:
-    """All of them, and what they have not been given yet."""
+    """All forks, and the files that are not assigned yet."""
 
     def __init__(self, session: pytest.Session) -> None:
         self.session, self.config = session, session.config
@@ -81,7 +81,7 @@ class _Forks:
             for _ in range(min(self.config.option.forks, len(self.files))):
                 self._start()
             while self.working:
-                # processes that a fork has started may keep its line open behind its end
+                # processes started by a fork may keep its pipe open after its end
                 ready = connection.wait(list(self.working), timeout=1)
                 for line in ready or [line for line, fork in self.working.items() if _has_ended(fork.pid)]:
                     self._read(line)
@@ -142,13 +142,13 @@ class _Forks:
             self.peaks.append(told)
 
     def _note_end(self, fork: _Fork) -> None:
-        """Take note of a process that has ended, and start another one for what it has left."""
+        """Record the end of a fork, and start another for its remaining tests."""
         code = os.waitstatus_to_exitcode(os.waitpid(fork.pid, 0)[1])
         if not fork.left and not code:
             return
         was_at_a_test = bool(fork.left)
         item = self.session.items[fork.left.popleft() if was_at_a_test else -1]
-        # without a test it fell over what the session's fixtures do at their end, or over its own beginning
+        # without a running test, the failure came from teardown of session fixtures or from the fork's start
         self.config.hook.pytest_runtest_logreport(report=pytest.TestReport(
             item.nodeid, item.location, {}, "failed", f"the process has ended with exit code {code}",
             "call" if was_at_a_test else "teardown"))
@@ -188,7 +188,7 @@ def _work(session: pytest.Session, line: Any, number: int) -> None:
 
 
 def _given(line: Any) -> Iterator[list[int]]:
-    """Yield what tests to do next, a file's at a time."""
+    """Yield the tests to run next, one file at a time."""
     while True:
         line.send(("next", None))
         if not (indices := line.recv()):
@@ -197,8 +197,7 @@ def _given(line: Any) -> Iterator[list[int]]:
 
 
 def _begin_anew(config: pytest.Config, line: Any, number: int) -> None:
-    """Give this process what two must not share: what is captured of its output, its folder for files, and
-    who is told of reports."""
+    """Give this fork its own output capture, temporary folder and receiver of reports."""
     manager = config.pluginmanager
     manager.unregister(name="terminalreporter")
     capture: Any = manager.getplugin("capturemanager")
@@ -213,7 +212,7 @@ def _begin_anew(config: pytest.Config, line: Any, number: int) -> None:
 
 @contextmanager
 def _captured(config: pytest.Config) -> Iterator[None]:
-    """Keep what the end of a session says off the terminal."""
+    """Keep the output of the end of a session off the terminal."""
     capture: Any = config.pluginmanager.getplugin("capturemanager")
     capture.resume_global_capture()
     try:
@@ -223,7 +222,7 @@ def _captured(config: pytest.Config) -> Iterator[None]:
 
 
 class _AnyTest:
-    """A test of which nothing is known but its session: before it, what a file has set up is torn down."""
+    """A placeholder test of a session: running it tears down the fixtures of the file before."""
 
     def __init__(self, session: pytest.Session) -> None:
         self._session = session

@@ -88,8 +88,8 @@ def _texts(nodes: Iterable[ast.AST | None]) -> Iterator[str]:
 
 
 def find_fields() -> dict[str, list[str]]:
-    """Return "shared" and each family that transformers has -> the names of fields, sorted; those of a family
-    without the shared ones."""
+    """Return family -> sorted field names of its transformers config; "shared" has the fields of the base
+    class, which the families omit."""
     shared = set[str]().union(*(read_fields(ROOT / name, True) for name in SHARED_CONFIGS),
                               *(read_fields(ROOT / name, False) for name in SHARED_MODELS))
     found = {"shared": sorted(shared)}

@@ -38,13 +38,13 @@ def options(program: str) -> Iterator[str]:
 
 
 def _default(action: argparse.Action) -> object:
-    """Return what holds where an argument is not given."""
+    """Return the value that holds if an argument is absent."""
     default = getattr(action, "declared", action.default)
     return list(default) if isinstance(default, tuple) and hasattr(action, "declared") else default
 
 
 def _shown(default: object) -> str:
-    """Return a default without what this machine puts into it."""
+    """Return a default without machine-specific parts."""
     return re.sub(r"(?<![\w.])/[\w./-]+/(?=[\w.-]+)", ".../", str(default))
 
 
@@ -54,7 +54,8 @@ def settings() -> Iterator[str]:
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.parse(file.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.ClassDef) and SETTINGS.search(node.name) and any(
-                        "dataclass" in ast.unparse(d) and not (  # a command's own are told as its options
+                        # a command's own settings are listed as its options
+                        "dataclass" in ast.unparse(d) and not (
                             "kw_only" in ast.unparse(d) and node.name.endswith("Options"))
                         for d in node.decorator_list):
                     yield from _fields(node)
@@ -75,6 +76,6 @@ def surface() -> str:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not this folder: what mirrors a package in it has the package's name
+    sys.path[0] = str(ROOT)  # not this folder: its sub-folders have the names of packages
     FILE.write_text(surface(), encoding="utf-8")
     print(f"{FILE}: {len(surface().splitlines())} lines")

@@ -35,7 +35,8 @@ def main(command: list[str]) -> int:
 
 
 def _make_data(made: Path, makers: dict[str, Callable[..., None]], run: Callable[..., Any]) -> None:
-    """Make each folder of data under another name, and rename it when it is whole: tests wait for that."""
+    """Create each data folder under a temporary name, and rename it when complete, because tests wait for the
+    name."""
     for name, make in makers.items():
         (folder := made / f"unfinished-{name}").mkdir()
         make(folder, run)
@@ -43,5 +44,6 @@ def _make_data(made: Path, makers: dict[str, Callable[..., None]], run: Callable
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])  # not this folder: what mirrors a package in it has its name
+    # not this folder: its sub-folders have the names of packages
+    sys.path[0] = str(Path(__file__).parents[1])
     sys.exit(main(sys.argv[1:]))

@@ -33,7 +33,7 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     """
     from tokenizers import Tokenizer
 
-    from megatron_sov.checkpoint import load
+    from megatron_sov.checkpoint import initial_weights, save
     from megatron_sov.engine.model.language_model import build_run_model
     from megatron_sov.engine.parallel import world
 
@@ -53,12 +53,13 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     world.join_world(config.parallel)
     try:
         model = build_run_model(config)
-        load.initialize_weights(model, config.model, 1)
+        initial_weights.initialize_weights(model, config.model, 1)
         if likes:
-            with torch.no_grad():  # states all point one way, and so do the rows of what it likes
+            # all hidden states have one direction, and so do the output rows of preferred tokens
+            with torch.no_grad():
                 model.chunks[0].embedding.word_embeddings.weight.add_(1.0)
                 for name in likes:
                     model.chunks[0].output_layer.weight[words.token_to_id(name)] = 0.2
-        load.save_checkpoint(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
+        save.save_checkpoint(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
     finally:
         world.leave_world()

@@ -26,27 +26,28 @@ TYPED = {
     "docs/convert.md": "tests/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data.py",
     "docs/data_pipeline.md": "tests/test_docs_data.py",
-    "docs/data_scoring.md": "tests/test_docs_data.py",
-    "docs/dedup.md": "tests/test_docs_data.py",
+    "docs/data_quality.md": "tests/test_docs_data.py",
+    "docs/distill.md": "tests/test_tutorials.py",
     "docs/eval.md": "tests/eval/test_eval_pages.py",
     "docs/eval_lm.md": "tests/eval/test_eval_pages.py",
-    "docs/generate.md": "tests/eval/test_eval_pages.py",
-    "docs/media_data.md": "tests/data_prep/media/test_page.py",
     "docs/omni.md": "tests/test_docs_omni.py",
     "docs/own_code.md": "tests/test_own_code.py",
     "docs/plan.md": "tests/test_docs_plan.py",
     "docs/rewards.md": "tests/commands/test_score.py",
-    "docs/rollout_store.md": "tests/commands/rl/test_rl_store.py",
+    "docs/real_model.md": "tests/benchmarks/test_real_model.py",
     "docs/serve.md": "tests/serve/test_serve.py",
     "docs/slurm.md": "tests/operate/slurm/test_submit.py",
     "docs/synth_generators.md": "tests/test_docs_synth.py",
     "docs/tokenizer.md": "tests/test_docs_data.py",
     "docs/tools.md": "tests/commands/rl/test_tools.py",
-    "docs/tutorials/company.md": "tests/test_tutorials.py",
+    "docs/tutorials/cluster.md": "tests/test_tutorials.py",
+    "docs/tutorials/context.md": "tests/test_tutorials.py",
+    "docs/tutorials/language.md": "tests/test_tutorials.py",
     "docs/tutorials/lora.md": "tests/test_tutorials.py",
-    "docs/tutorials/national_lab.md": "tests/test_tutorials.py",
-    "docs/tutorials/small_team.md": "tests/test_tutorials.py",
-    "docs/tutorials/university.md": "tests/test_tutorials.py",
+    "docs/tutorials/preferences.md": "tests/test_tutorials.py",
+    "docs/tutorials/pretrain.md": "tests/test_tutorials.py",
+    "docs/tutorials/publish.md": "tests/test_tutorials.py",
+    "docs/tutorials/rl.md": "tests/test_tutorials.py",
 }
 """Page -> the test that types its commands, or all of them but those that it names; of the others every
 command is parsed, and its settings are applied to the recipe."""
@@ -95,9 +96,9 @@ def shown_files(text: str) -> dict[str, str]:
 
 
 def lines_of(blocks: list[str]) -> Iterator[str]:
-    """Yield what is typed: continued lines are joined; a prompt, variables before a command, the folder of a
-    program, and what starts it in a container are removed; of what torchrun starts on several nodes the
-    number of processes is left."""
+    """Yield normalized command lines: continuations are joined; prompts, environment variables, paths of
+    programs and container prefixes are removed; of torchrun on several nodes only the number of processes
+    remains."""
     for block in blocks:
         for typed in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"^(?:[A-Z_]+=\S* )+", "", typed.strip().removeprefix("$ "))
@@ -113,7 +114,7 @@ def lines_of(blocks: list[str]) -> Iterator[str]:
 
 
 def commands_of(text: str) -> list[str]:
-    """Return our commands in the fenced blocks of a page, of whatever language."""
+    """Return our commands in all fenced blocks of a page."""
     return [line for line in lines_of(blocks(text, "[a-z]*")) if line.split(" ")[0] in ENTRIES]
 
 

@@ -40,14 +40,14 @@ from megatron_sov.work.processes.children import die_with_parent
 from megatron_sov.work.processes.process_tree import ProcessTreeUsage, WorkingTime
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))  # jobs' files import what tests share
+sys.path.append(str(ROOT))  # files of jobs import modules that tests share
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 """Program -> its module, which a part may have that is not installed."""
 
 
 def import_everything() -> None:
-    """Import what commands and ranks import when they need it, once for all forks."""
+    """Import everything that commands and ranks import lazily, once for all forks."""
     for package in OUR_PACKAGES:
         for found in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
             if not found.name.endswith("__main__"):
@@ -68,7 +68,7 @@ def import_everything() -> None:
 
 
 def make_what_is_kept() -> None:
-    """Make what reading settings keeps for the next time, a fifth of what a rank of a small test costs."""
+    """Fill the caches of the settings reader, which take a fifth of the time of a rank in a small test."""
     config = recipes.get("tiny-k-exaone")
     apply_settings(config, [*layout_settings(config), "data.phases.0.seq_len=32", "model.num_layers=4",
                             "optim.name=adamw", "objective.name=lm", "guards.window_steps=20",
@@ -89,7 +89,7 @@ def _function(file: str, name: str) -> Any:
 
 
 def run_jobs(jobs_file: Path) -> int:
-    """Run every job; each rank writes its result as JSON beside the jobs file."""
+    """Run every job; each rank writes its result as JSON next to the jobs file."""
     # not before `warm` has put doubles on the path: the engine imports megatron, and hides Transformer Engine
     from megatron_sov.engine.parallel import launcher
 
@@ -143,7 +143,7 @@ def be_fresh(asked: dict[str, Any], parent: int) -> None:
 
 
 def fork(asked: dict[str, Any]) -> int:
-    """Start what is asked for; returns the number of its process."""
+    """Start a request in a fork, and return the process id."""
     parent, child = os.getpid(), os.fork()
     if child:
         return child
@@ -182,8 +182,8 @@ def wait_for(child: int, timeout_s: float) -> tuple[int, float]:
 
 
 def warm(doubles: list[str]) -> None:
-    """Import what forks will need."""
-    gc.disable()  # what is imported stays
+    """Import modules that forks will need."""
+    gc.disable()  # imported modules are never collected
     import pytest  # noqa: F401  (files of jobs import it)
 
     sys.path[:0] = doubles

@@ -26,13 +26,13 @@ def is_source(member: str) -> bool:
 
 
 def fetched(name: str, version: str, python: str = "3.12", keeps: Callable[[str], bool] = is_source) -> Path:
-    """Return a folder with a part of a wheel, fetched once.
+    """Return a folder with a part of a wheel, downloaded once.
 
     Args:
-        name: of the package.
-        version: of it.
-        python: that the wheel is for.
-        keeps: whether a file of the wheel, by its path there, is of the part: its Python sources.
+        name: name of the package.
+        version: version of the package.
+        python: Python version of the wheel.
+        keeps: selects files of the wheel by path; default: Python sources.
 
     Raises:
         OSError: pip cannot fetch it.

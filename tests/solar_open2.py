@@ -49,7 +49,8 @@ class SolarOpen2Config(SolarOpenConfig):
 
 
 class SoftmaxAttention(nn.Module):
-    """Heads of keys are shared, nothing rotates, and the sigmoid of a projection multiplies what is found."""
+    """Grouped-query attention without rotary embedding, with its output gated by the sigmoid of a
+    projection."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

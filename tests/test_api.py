@@ -52,7 +52,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.deep
 def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
-    """The stages after what the first example leaves: a model that has seen text."""
+    """Later stages start from the result of the first example: a model that has seen text."""
     shutil.copytree(packed_data.text, tmp_path / "tokens")
     shutil.copytree(packed_data.tokenizer, tmp_path / "tokenizer")
     shutil.copy(packed_data.tokenizer.parent / "chat.jsonl", tmp_path / "chats.jsonl")

@@ -51,7 +51,7 @@ def test_a_program_without_a_command_imports_no_library(module: str, words: list
 @pytest.mark.essential
 @pytest.mark.parametrize("program", ENTRIES)
 def test_every_command_explains_itself_without_a_heavy_library(program: str) -> None:
-    """One interpreter for all: what one of them imported would be there for those that follow."""
+    """One interpreter for all commands: an import of one would be visible to the following ones."""
     module = importlib.import_module(ENTRIES[program])
     heavy: tuple[str, ...] = (*HEAVY, "pydantic", "pyarrow", "scipy", "pandas", "sklearn")
     if program == "megatron-sov":  # others have constants of numpy
@@ -142,7 +142,7 @@ REFUSED = (
 
 
 def test_refusals_that_need_no_torch_come_without_it(tmp_path: Path) -> None:
-    """One interpreter for all: what one of them imported would be there for those that follow."""
+    """One interpreter for all commands: an import of one would be visible to the following ones."""
     lines = [line.format(there=tmp_path) for line in REFUSED]
     program = (
         "import sys\nfrom megatron_sov.cli import main\n"

@@ -22,7 +22,7 @@ esac
 
 
 def copied(lines: list[str]) -> dict[str, str]:
-    """Return source -> place of what a definition copies into the image."""
+    """Return source -> destination of files that a definition copies into the image."""
     found = {}
     for line in lines:
         *sources, place = line.split()

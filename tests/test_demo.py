@@ -26,7 +26,8 @@ def lines(file: Path) -> list[dict]:
 
 
 def gather(root: Path, num_chats: int) -> None:
-    """Write chats as `sov-data demo-corpus` does; answers hold what only Python takes for a line end."""
+    """Write chats as `sov-data demo-corpus` does, with answers that contain characters which only Python
+    treats as line ends."""
     (root / "corpus").mkdir()
     (root / "corpus/chat.jsonl").write_text("".join(json.dumps(
         {"messages": [{"role": "user", "content": f"What is {i}?"},

@@ -22,21 +22,23 @@ from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import BuiltIn, request_training
 from megatron_sov.model.recipes.stage_defaults import build_base_config, refuse_pretraining_rate
 from tests.pages_typed import (
-    ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
+    ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, page_section, parse, shell_blocks,
+    unheld)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from learning import PLACE, RECIPES, Recipe
+from learning import PLACEHOLDER, Recipe, find_recipes
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = (
-    "docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_generators.md")
+    "docs/memory.md", "docs/omni.md", "docs/recipes.md", "docs/synth_generators.md")
 """Pages with tables whose first cell does not say alone what a row is of."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> what it trains by."""
 
-CLAIMED = {PLACE.sub("0", command).partition(" > ")[0]
-           for file in RECIPES.glob("*.yaml") for command in Recipe(file).commands()}
+CLAIMED = {PLACEHOLDER.sub("0", command).partition(" > ")[0]
+           for file in find_recipes() for command in Recipe(file).commands()
+           if command.split()[0] in ENTRIES}
 """Commands of the claims, with a 0 in every place."""
 COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
 
@@ -51,7 +53,7 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 @pytest.mark.each("line", [line for line in COMMANDS if line.startswith("megatron-sov ")
                            and cli.split_command(line.split()[1:])[0] in TRAINS])
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
-    """At the number of processes that the command says, or where the environment decides at one that fits."""
+    """With the command's number of processes, or any fitting number if the environment decides."""
     args = parse(line)
     command = cli.split_command(line.split()[1:])[0]
     trains_by = TRAINS[command]
@@ -59,7 +61,7 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
     if line in commands_of((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):
         return
     stage = None if trains_by == "lm" else trains_by
-    if args.recipe is None and args.configs:
+    if args.configs:  # files of a page, which its test writes
         return
     model = recipes.get("tiny-solar-open").model  # in the place of --from
     request = request_training(
@@ -79,7 +81,7 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
 @pytest.mark.each("line", [
     c for c in COMMANDS if re.match(r"megatron-sov (generate|serve|eval|convert) .*--nproc", c)])
 def test_layouts_on_pages_fit_a_model_with_experts(line: str) -> None:
-    """The tests that type these pages leave several processes to other tests."""
+    """Tests that run these pages leave several processes to other tests."""
     args = parse(line)
     config = dataclasses.replace(recipes.get("solar-open-102b"), parallel=ParallelConfig())
     asked = args.settings if hasattr(args.settings, "settings") else args
@@ -133,8 +135,8 @@ def links(page: Path) -> list[tuple[Path, str]]:
 
 @cache
 def under_headings(page: Path) -> dict[str, str]:
-    """Return a heading as links name it -> what is below it, to the next of its level or above; "": before
-    the first section."""
+    """Return link anchor -> text below the heading, up to the next heading of its level or above; "" is the
+    text before the first."""
     text = page.read_text()
     without = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", " ", code[0], flags=re.MULTILINE), text,
                      flags=re.MULTILINE | re.DOTALL)
@@ -160,7 +162,7 @@ QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)
 def test_a_new_user_finds_the_answer_in_two_clicks(question: str, typed: str, page: str,
                                                    heading: str) -> None:
     """From the README: a page, then the heading below which the command is."""
-    assert len(QUESTIONS) == 12
+    assert len(QUESTIONS) == 20
     answer = ((ROOT / "docs" / page).resolve(), heading)
     clicked = [ROOT / "README.md", *(target for target, _ in links(ROOT / "README.md") if target in READ)]
     assert answer in {link for near in clicked for link in links(near)}, question
@@ -216,7 +218,7 @@ def test_the_page_lists_all_extras() -> None:
 
 
 def test_no_page_installs_the_project_by_name() -> None:
-    """No package index has it: whoever registers it there would have his code run."""
+    """No package index has the project, so a stranger who registers the name could execute code."""
     folders = [ROOT / name for name in ("megatron_sov", "data_prep", "tokenizer", "slurm", "docs",
                                         "containers", "benchmarks", "examples")]
     files = [*ROOT.glob("*.*"), *(p for folder in folders for p in folder.rglob("*"))]
@@ -225,6 +227,37 @@ def test_no_page_installs_the_project_by_name() -> None:
     assert len(texts) > 900
     by_name = re.compile(r"megatron[-_]sov\[|install\s+(-\S+\s+)*['\"`]?megatron[-_]sov\b")
     assert [p for p in texts if by_name.search(p.read_text(encoding="utf-8"))] == []
+
+
+GENERATED = ("config", "memory", "options", "recipes", "results")
+MAX_CELL_WORDS = 20
+NUM_READ_PAGES = 41
+
+
+def test_pages_to_read_are_few() -> None:
+    """Those below "Reference" and "Evidence" are looked up."""
+    index = (ROOT / "docs/index.md").read_text()
+    listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", index.partition("\n## Reference\n")[0], re.MULTILINE)
+    assert len(listed) + 1 <= NUM_READ_PAGES
+
+
+@pytest.mark.each("section", ["Data", "Train", "Post-train", "Evaluate and publish", "Operate"])
+def test_a_page_of_a_job_shows_output_faults_and_reference(section: str) -> None:
+    rows = page_section("index.md", section)
+    listed = re.findall(r"^\| \[(\w+\.md)\]\(\1\)", rows, re.MULTILINE)
+    assert len(listed) >= 3
+    for name in listed:
+        text = (ROOT / "docs" / name).read_text()
+        assert re.search(r"^```(text|python)?\n", text, re.MULTILINE), name
+        assert re.search(r"^## What goes wrong", text, re.MULTILINE), name
+        assert re.search(r"^Reference: ", text, re.MULTILINE), name
+
+
+@pytest.mark.each("page", [page for page in PAGES if page.stem not in (*GENERATED, "reproduce")])
+def test_cells_of_tables_are_short(page: Path) -> None:
+    """Code counts as one word."""
+    cells = [cell for rows in tables(page.read_text()) for row in rows for cell in row]
+    assert [cell for cell in cells if len(re.sub(r"`[^`]*`", "x", cell).split()) > MAX_CELL_WORDS] == []
 
 
 def test_the_index_lists_every_page_once() -> None:
@@ -262,7 +295,7 @@ def test_the_page_of_the_house_shows_every_hall() -> None:
 
 
 def test_llms_txt_has_a_line_for_every_page() -> None:
-    """For programs that read: the pages of the index, with what each is for."""
+    """The file lists the pages of the index for programs, with their subjects."""
     text = (ROOT / "docs/llms.txt").read_text()
     lines = dict(re.findall(r"^- \[([\w/]+\.md)\]\(\1\): (.+)$", text, re.MULTILINE))
     rows = dict(re.findall(r"^\| \[([\w/]+\.md)\]\(\1\) \| (.+) \|$", (ROOT / "docs/index.md").read_text(),

@@ -67,7 +67,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, 
 def test_commands_of_tokenizer_and_data_pages_run(texts: Path) -> None:
     shown = [shlex.split(line) for page in ("tokenizer.md", "data.md")
              for line in shell_lines(page_text(page), "sh")]
-    assert len(shown) == 21
+    assert len(shown) == 20
     for name, *arguments in shown:
         if arguments[0] == "report":
             arguments += ["--skip", "scalars"]  # all of Unicode takes its time
@@ -122,7 +122,7 @@ def test_the_page_on_pipelines_names_every_step() -> None:
 def test_commands_of_the_scoring_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    page = page_text("data_scoring.md")
+    page = page_section("data_quality.md", "Scores")
     parsed = json.loads(*blocks(page, "json"))
     assert 0 <= parsed["label"] <= HIGHEST_LABELS["regressor"]
     write_lines(tmp_path / "quality.jsonl", planted("classifier", 120))
@@ -144,7 +144,7 @@ def test_commands_of_the_scoring_page_run(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_page_on_scoring_lists_every_setting_of_every_step() -> None:
     for kind in ("quality", "education", "level", "kind"):
         assert kind in STEPS
-        (row,) = re.findall(rf"^\| `{kind}` \|.*$", page_text("data_scoring.md"), re.MULTILINE)
+        (row,) = re.findall(rf"^\| `{kind}` \|.*$", page_section("data_quality.md", "Scores"), re.MULTILINE)
         named = set(re.findall(r"`(\w+)`", row.split("|")[3]))
         assert named == {field.name for field in dataclasses.fields(load_step_class(kind).Settings)}, kind
 
@@ -166,7 +166,7 @@ def benchmarked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("heading", ["Duplicates", "Decontamination"])
 def test_the_steps_that_the_page_shows_have_these_settings(benchmarked: Path, heading: str) -> None:
-    for block in blocks(page_section("dedup.md", heading), "yaml"):
+    for block in blocks(page_section("data_quality.md", heading), "yaml"):
         for step in yaml.safe_load(block)["steps"]:
             ((kind, settings),) = step.items()
             if "benchmarks" in settings:
@@ -175,7 +175,7 @@ def test_the_steps_that_the_page_shows_have_these_settings(benchmarked: Path, he
 
 
 def test_the_commands_that_the_page_shows_run(benchmarked: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for line in blocks(page_section("dedup.md", "Decontamination"), "sh")[0].splitlines():
+    for line in blocks(page_section("data_quality.md", "Decontamination"), "sh")[0].splitlines():
         assert data_prep.cli.main(shlex.split(line)[1:]) == 0
     assert ("chats.jsonl: 2 records read: 1 written, 1 set aside (1 text of benchmarks)"
             in capsys.readouterr().out)

@@ -16,7 +16,7 @@ from tests.omni import hf_folders
 from tests.pages_typed import blocks, commands_of, page_text
 from tokenizer.cli import main as sov_tokenizer
 
-PAGE = page_text("omni.md")
+PAGE = page_text("omni.md").partition("\n## Media records and codecs\n")[0]
 MAINS = {"megatron-sov": megatron_sov, "sov-data": sov_data, "sov-tokenizer": sov_tokenizer}
 FEWER = {
     "pretrain": "--set train.steps=2 --set train.global_batch_size=2 --set train.micro_batch_size=2",
@@ -28,7 +28,7 @@ FEWER = {
 
 
 def write_media(root: Path) -> None:
-    """Write media, records of them, texts, questions and judges, as the page has them."""
+    """Write media files, their records, texts, questions and judges, as on the page."""
     random = np.random.default_rng(0)
     for kind in ("pictures", "sounds"):
         (root / "media" / kind).mkdir(parents=True)
@@ -63,6 +63,6 @@ def test_the_page_leads_from_media_to_a_model_that_is_judged(
         assert MAINS[program](words) == 0, line
     events = [json.loads(line) for line in Path("runs/omni-sft/events.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
-    # the recipe's fine-tuning reads plain text beside the conversations
+    # the recipe's fine-tuning reads plain text in addition to conversations
     assert any(event["losses"].get("text", 0) > 0 for event in steps) and len(steps) == 4
     assert {event["pair"] for event in events if event["event"] == "media"} == {"image-text", "text-audio"}

@@ -1,4 +1,4 @@
-"""docs/plan.md: its commands print what it says, and it explains every JSON key."""
+"""docs/plan.md: its commands print what it says; docs/formats.md explains every JSON key."""
 
 import json
 import re
@@ -10,17 +10,18 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.plan.search import space
-from tests.pages_typed import page_text, shell_lines
+from tests.pages_typed import page_section, page_text, shell_lines
 
 PAGE = page_text("plan.md")
-COMMANDS = shell_lines(PAGE)
-OF_FILES = ("--prove",)
-"""Commands that play all processes: `tests/proof` runs them."""
+KEYS = page_section("formats.md", "plan --json")
+COMMANDS = shell_lines(PAGE) + shell_lines(KEYS)
+OF_FILES = ("--prove", " submit ", "mine.yaml", "--from my-model")
+"""Commands that simulate all processes (`tests/proof` runs them), and those that read a user's files."""
 
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A grid with few values: searching all of it takes longer than a test may."""
+    """Restrict the search grid to a few values, since a full search exceeds the time limit of a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
     monkeypatch.setattr(space, "VPP", (1,))
@@ -45,14 +46,14 @@ def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.Capt
             assert f"\n{table}" in output
     if "--sweep" in words:
         (submit,) = re.findall(r"^submit: +(.*)$", output, re.MULTILINE)
-        # what it tells to type is something that can be typed
+        # the printed command must parse
         typed = shlex.split(submit)[1:]
         assert main([typed[0], "--dry-run", *typed[1:]]) == 0, capsys.readouterr().err
         assert "looked at" in output
 
 
 def keys_of(found: Any) -> set[str]:
-    """Return the keys of a value and of what it holds; names that are data are left out."""
+    """Return all keys of nested JSON, except names that are data."""
     if isinstance(found, dict):
         return set(found) | {key for name, value in found.items()
                              if name not in ("layout", "seconds", "by_component", "schedule",
@@ -64,7 +65,7 @@ def keys_of(found: Any) -> set[str]:
 def test_every_json_key_is_on_the_page(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    told = set(re.findall(r"`([a-z_]+)`", PAGE))
+    told = set(re.findall(r"`([a-z_]+)`", KEYS))
     fine = {"count", "example"}  # of a rule
     assert keys_of(plan) - told - fine == set()
     assert plan["sweep"]["looked_at"] == sum(

@@ -157,7 +157,7 @@ PROBE = "Problem: A gardener plants 3 rows of 4 roses each. How many roses are t
 
 
 def reply_to_problems(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
-    """Return what good models say to the first page's commands."""
+    """Return the replies of good models to the first page's commands."""
     system, text = (message["content"] for message in request["messages"])
     if "You write problems" in system:
         return PROBE
@@ -180,11 +180,12 @@ def test_solutions_and_probing_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert main([*(ADDRESS.sub(server.url, word) for word in words[1:]), *alone]) == 0, words
     (document,) = (tmp_path / "work/trajectories/trajectories.jsonl").read_text().splitlines()
     assert json.loads(document)["text"].startswith(parsed["problem"])
-    assert (tmp_path / "work/sets/algebra.jsonl").read_text()
+    (problem, *_) = (tmp_path / "work/probes/kept.jsonl").read_text().splitlines()
+    assert json.loads(problem)["domain"] == "algebra"
 
 
 def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the page's models measure is planted; other pages and tests run `synth`."""
+    """The abilities of the page's models are planted; other pages and tests run `synth`."""
     monkeypatch.chdir(tmp_path)
     write_measurements(tmp_path / "work", 90, num_pairs=60)
     shutil.rmtree(tmp_path / "work/middle")  # a third model, which the page has not

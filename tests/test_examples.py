@@ -49,7 +49,7 @@ Typed = Callable[[str], str]
 
 @pytest.fixture
 def typed(site: Path, run_command: Any, warm_python: str, monkeypatch: pytest.MonkeyPatch) -> Typed:
-    """Return what types the command of an example's header, and returns what it prints."""
+    """Return a function that runs the command in an example's header and returns its output."""
     monkeypatch.chdir(site)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which an example starts commands
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -83,7 +83,7 @@ def test_own_recipe_and_own_objective(typed: Typed, site: Path) -> None:
     assert json.loads((site / "runs/own_recipe/config.json").read_text())["model"]["num_layers"] == 2
     typed("own_objective.py")
     plain, trimmed = (losses_of(site / "runs" / name) for name in ("own_recipe", "own_objective"))
-    # the same weights and data: what is left out of the loss is what the share says
+    # the same weights and data: the difference of the losses matches the stated share
     assert 0 < trimmed[0]["losses"]["trimmed"] < plain[0]["loss"]
     assert 0 < trimmed[0]["meters"]["counted"] < 1
 

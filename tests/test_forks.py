@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.deep  # each starts pytest anew
+pytestmark = pytest.mark.deep  # each starts another pytest
 TESTS = Path(__file__).parent
 ONE = """
 import os, signal, time, warnings
@@ -54,7 +54,7 @@ def test_needs_the_cluster(cluster): pass
 
 
 def run(folder: Path) -> str:
-    """Return what pytest says of these files, done by two forks."""
+    """Run pytest on these files in two forks, and return the result."""
     (folder / "test_one.py").write_text(ONE)
     (folder / "test_two.py").write_text(TWO)
     (folder / "test_three.py").write_text(THREE)

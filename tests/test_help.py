@@ -30,12 +30,46 @@ def test_the_help_of_a_command_ends_with_two_examples_that_parse_and_its_page(
     except SystemExit as e:
         code = e.code
     assert code == 0
-    *_, first, second, page = capsys.readouterr().out.rstrip().splitlines()
+    printed = capsys.readouterr().out
+    assert "--help" in read_help_entries(printed)
+    *_, first, second, page = printed.rstrip().splitlines()
     assert [first, second] == [f"  {program} {line}" for line in command.examples]
     assert page == f"page: docs/{command.page}" and (ROOT / "docs" / command.page).is_file()
     for line in command.examples:
         assert line.startswith(name)
         parse(f"{program} {line}")
+
+
+def read_help_entries(printed: str) -> dict[str, str]:
+    """Return option or argument -> description, of the sections before the examples.
+
+    Raises AssertionError: an entry without description, or an option that is listed twice.
+    """
+    entries: dict[str, str] = {}
+    for section in re.split(r"\n\n(?=\S)", printed.partition("\nexamples:\n")[0])[2:]:
+        heading, *lines = section.rstrip().splitlines()
+        if not heading.endswith(":"):
+            continue  # a paragraph
+        for entry in re.split(r"\n(?=  ?\S)", "\n".join(lines)):
+            found = re.fullmatch(r"  ?(\S.*?)(?:  +|\n +)(\S.*)", entry, re.DOTALL)
+            assert found, f"{entry!r} has no description"
+            for name in re.findall(r"(?:^|, )(--?[\w-]+|\{?[A-Z][\w|./\[\]]*)", found[1]):
+                assert name not in entries, f"{name} is listed twice"
+                entries[name] = found[2]
+    return entries
+
+
+@pytest.mark.each(("listed", "problem"), [
+    ("  --run DIR", "has no description"),
+    ("  --run DIR  Run folder\n  --run DIR  Run folder", "--run is listed twice"),
+    ("  -r, --run DIR  Run\n                folder\n  --runs DIR\n                Folders", "")])
+def test_a_help_with_an_undescribed_or_repeated_option_is_found(listed: str, problem: str) -> None:
+    printed = f"usage: p\n\ntrain\n\noptions:\n{listed}\n\nexamples:\n  p\n"
+    if not problem:
+        assert list(read_help_entries(printed)) == ["-r", "--run", "--runs"]
+        return
+    with pytest.raises(AssertionError, match=problem):
+        read_help_entries(printed)
 
 
 def test_the_help_groups_commands_in_the_order_of_a_models_life(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +108,7 @@ def test_a_word_of_the_trade_leads_to_a_command_that_parses(program: str, word: 
         assert _begin(line) in said
         if len(line.split()) > 3:
             parse(line)
-    # of a command, not of an option of the program, the answer has one line, without what nothing takes
+    # for a command, in contrast to a program option, the message has one line without unknown words
     first = next((_begin(line) for line in named if " " in _begin(line)), "")
     lines = [line.strip() for line in proposed.partition("\nthis line still has a fault")[0].splitlines()]
     assert len(lines) == 1 if first else len(lines) <= 1

@@ -47,12 +47,12 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
 
 
 def wrong_with(text: str) -> str:
-    """Return what is wrong with a message, or an empty text."""
+    """Return the problem of a message, or ""."""
     if DEBRIS.search(text):
         return "has debris"
     if not NAMED.search(text):
         return "names nothing"
-    # a reason that is filled in stands at the end: its own text is looked at where it is made
+    # an inserted reason comes last: its text is checked at its own place
     return "" if RULE.search(text) or re.search(rf"{VALUE}\W*$", text) else "says no rule and no way out"
 
 

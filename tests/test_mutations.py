@@ -193,7 +193,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
     write_store(folder, packed_data.tokenizer, write_round)
     call(M, "rl", "train", *sized, str(folder / "rounds"), *ROUNDS, "--from", str(run), "--store",
          str(folder / "store"), "--prompts", str(folder / "asked.jsonl"), "--reward", "repetition")
-    (folder / "rounds/complete.json").unlink()  # as if killed behind the second round's publication
+    (folder / "rounds/complete.json").unlink()  # as if killed after the publication of the second round
     shutil.rmtree(folder / "rounds/checkpoints/step-2")
     write_codec(folder / "codec")
     write_documents(folder)
@@ -217,7 +217,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
 
 
 def one_sentence(stderr: str) -> bool:
-    """Whether a refusal says what is wrong, and is no stack of calls."""
+    """Return whether a refusal is one sentence and no traceback."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     return "Traceback" not in stderr and any("error: " in line or line.startswith("gate: ") for line in lines)
 
@@ -255,7 +255,7 @@ class Case:
         return self.run_command(*self.argv, program=self.program, timeout_s=TIMEOUT_S)
 
     def told(self, said: str, done: Any) -> str:
-        """What stands where a case fails."""
+        """Return the description of a failed case."""
         return (f"{said}\n{self.program} {' '.join(a[:80] for a in self.argv)}\nexit code {done.returncode}\n"
                 f"{done.stderr[-3000:]}")
 
@@ -281,7 +281,7 @@ def test_a_broken_command_ends_with_a_sentence(name: str, number: int, world: Wo
         assert result.returncode, told
 
 
-@pytest.mark.each("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all, for whoever tries many cases
+@pytest.mark.each("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all of them, for runs with many cases
 def test_intact_commands_are_accepted(name: str, world: World, run_command: Callable[..., Any],
                                       tmp_path: Path) -> None:
     case = Case(name, tmp_path / "case", world, run_command)

@@ -55,7 +55,7 @@ Run = Callable[[str], subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def from_wheel(site: Path, installed: Path) -> Run:
-    """Return what runs a command of the page as a shell would, by the installed programs."""
+    """Return a function that runs a command of the page in a shell with the installed programs."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1",
                    "PATH": f"{installed / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
@@ -69,8 +69,8 @@ def from_wheel(site: Path, installed: Path) -> Run:
 
 @pytest.fixture
 def typed(site: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return what runs a command of the page in its folder, by forks of a process that has imported
-    megatron."""
+    """Return a function that runs a command of the page in a fork of a process that has imported
+    Megatron-Core."""
     monkeypatch.chdir(site)
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
@@ -126,7 +126,7 @@ def test_an_objective(site: Path, typed: Run) -> None:
     assert all(0 < event["meters"]["confidence"] < 1 for event in steps)
     plain = [next(iter(event["losses_by_source"].values())) for event in steps]
     assert losses == [event["loss"] for event in steps] and losses[-1] < losses[0]
-    assert 0 < losses[-1] < plain[-1]  # what the model knows already counts less
+    assert 0 < losses[-1] < plain[-1]  # tokens that the model already predicts count less
 
 
 @pytest.mark.deep

@@ -35,7 +35,7 @@ def block_under(heading: str) -> list[str]:
 
 
 def gather(folder: Path) -> None:
-    """Write what `sov-data demo-corpus` would, in small."""
+    """Write a small version of the files of `sov-data demo-corpus`."""
     modules = {"english": (textwrap,), "code": (inspect,)}
     with create_artifact(folder, "corpus") as corpus:
         for name, sources in modules.items():
@@ -46,6 +46,10 @@ def gather(folder: Path) -> None:
                  {"role": "assistant", "content": f"A sequence of {i} things."}] for i in range(40)]
         (corpus.path / "chat.jsonl").write_text(
             "".join(json.dumps({"messages": messages}) + "\n" for messages in said))
+        (corpus.path / "judged.jsonl").write_text("".join(json.dumps(
+            {"prompt": messages[0]["content"], "responses": [
+                {"content": messages[1]["content"], "reward": 1.0},
+                {"content": "Nothing.", "reward": 0.0}]}) + "\n" for messages in said))
         (corpus.path / "benchmarks").mkdir()
         (corpus.path / "benchmarks/test.jsonl").write_text('{"prompt": "Why?", "language": "en"}\n')
 

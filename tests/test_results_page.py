@@ -31,7 +31,8 @@ def numbers(text: str) -> Iterator[tuple[float, float]]:
 
 
 def missing(sentence: str, file: str) -> list[float]:
-    """Return the numbers of a sentence that are not those of a file, rounded; 0.27 is 27 % as well."""
+    """Return the numbers of a sentence that are absent from a file, allowing for rounding and percentages
+    (0.27 is 27 %)."""
     there = [value * scale for value, _ in numbers(file) for scale in (1, 100, 0.01)]
     return [value for value, half in numbers(NO_FIGURES.sub("", sentence))
             if not any(abs(value - other) <= half for other in there)]

@@ -128,7 +128,7 @@ def test_a_resumed_run_rewarms_at_configured_steps() -> None:
 
 
 def test_rates_depend_on_the_step_alone() -> None:
-    """What a resumed run asks first is what an uninterrupted one asked at that step."""
+    """A resumed run gets the same rate at a step as an uninterrupted one."""
     config = run(24, phases=PHASES, train=RAMP, schedule="wsd", schedule_by="tokens", rewarm=((10, 5),))
     schedule = Schedule(config)
     in_order = [schedule.learning_rate(step) for step in range(24)]

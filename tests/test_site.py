@@ -37,12 +37,12 @@ def test_the_navigation_has_every_page_once_under_the_heading_of_the_index() -> 
 
 @pytest.mark.each(("page", "link", "led"), [
     ("plan.md", "../benchmarks/a.txt", "repository/benchmarks/a.txt"),
-    ("tutorials/company.md", "../../README.md", "../repository/README.md"),
+    ("tutorials/language.md", "../../README.md", "../repository/README.md"),
     ("house.md", "../CONTRIBUTING.md", "CONTRIBUTING.md"),
     ("CONTRIBUTING.md", "docs/house.md", "house.md"),
     ("CONTRIBUTING.md", "docs/index.md#start", "index.md#start"),
-    ("tutorials/company.md", "../lora.md", "../lora.md"),
-    ("plan.md", "clusters.md#links", "clusters.md#links"),
+    ("tutorials/language.md", "../sft.md", "../sft.md"),
+    ("plan.md", "slurm.md#links", "slurm.md#links"),
 ])
 def test_links_out_of_the_pages_lead_to_a_copy_in_the_site(page: str, link: str, led: str) -> None:
     outside = hook("outside")

@@ -1,5 +1,6 @@
 """The tests that `make test` runs, and their time limit."""
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,33 @@ def test_each_row_that_fails_is_named(tmp_path: Path) -> None:
         joined(tmp_path=tmp_path)
     assert [error.__notes__ for error in failed.value.exceptions] == [
         [f"in the row {{'right': {right}, 'left': {left}}}"] for right, left in ((1, 0), (1, 1), (3, 0))]
+
+
+def end_row(end: str) -> None:
+    if end == "exit":
+        raise SystemExit(2)
+    if end == "skip":
+        pytest.skip("no disk")
+
+
+@pytest.mark.parametrize(("ends", "num_failed"), [
+    (["exit", "pass"], 1), (["pass", "skip", "exit"], 2), (["pass", "pass"], 0)])
+def test_a_row_that_exits_or_skips_fails(ends: list[str], num_failed: int) -> None:
+    with contextlib.suppress(BaseExceptionGroup) if not num_failed else pytest.raises(
+            BaseExceptionGroup, match=f"{num_failed} of {len(ends)} rows fail"):
+        join_rows(end_row, [("end", ends)])()
+
+
+def test_a_test_whose_rows_all_skip_is_skipped() -> None:
+    with pytest.raises(pytest.skip.Exception, match="no disk"):
+        join_rows(end_row, [("end", ["skip", "skip"])])()
+
+
+def test_a_table_without_rows_or_with_marks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="end_row: a table of `each` has no rows"):
+        join_rows(end_row, [("end", [])])
+    with pytest.raises(ValueError, match="has marks, which are not applied"):
+        join_rows(end_row, [("end", [pytest.param("pass", marks=pytest.mark.deep)])])
 
 
 def burn(seconds: float) -> None:

@@ -1,8 +1,7 @@
-"""Tutorials: the commands under "On a laptop" run in order up to the slow ones; commands under other headings
-run as dry runs or plans.
+"""Tutorials: pages that continue one folder run in order, with few steps; commands under "On a laptop" run
+in order up to the slow ones; commands under other headings run as dry runs or plans.
 
-What the pages have alike is typed once.  What is gathered is a few small documents; the rest is what stands
-there.  `benchmarks/tutorials.py` types everything.
+The corpus is a few small documents.  `benchmarks/tutorials.py` types the parts "On a laptop" to the end.
 """
 
 import re
@@ -14,11 +13,22 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli
-from tests.pages_typed import lines_of, page_text, shell_blocks, shown_files
+from tests.pages_typed import blocks, lines_of, page_text, shell_blocks, shown_files
 from tests.test_readme import gather
 
-PAGES = {name: page_text(f"tutorials/{name}.md")
-         for name in ("national_lab", "company", "university", "small_team")}
+PAGES = {name: page_text(f"tutorials/{name}.md") for name in ("cluster", "language", "rl")}
+ONE_FOLDER = ("tutorials/pretrain.md", "distill.md", "tutorials/preferences.md", "tutorials/rl.md",
+              "tutorials/context.md", "tutorials/publish.md")
+"""Pages that continue the folder `work` of the first."""
+FEWER = {r"--vocab-size 1024": "--vocab-size 400", r"vocab_size(=|: )1024": r"vocab_size\g<1>400",
+         r"train\.(steps=\d+|epochs=2)": "train.steps=2", r"rollout\.rounds=\d+": "rollout.rounds=1",
+         r"rollout\.(prompts_per_round|samples_per_prompt)=\d+": r"rollout.\g<1>=2",
+         r"steps: 80, max_steps: 400": "steps: 2, max_steps: 2", r"every_steps: 80": "every_steps: 2",
+         r"train_share: 0,": "train_share: 0, samples: 1,", r"max_overlap: 0.3": "max_overlap: 1",
+         r"--reward format --set 'regex=.*?'": "--reward language --set language=en",
+         r"(sov-data pairs .*)": r"\g<1> --keep-unfinished"}
+"""What is written on the pages -> what is typed here, for time and a corpus of few documents."""
+GATE_FAILED = 3
 QUICK = 6
 """How many commands of a page are typed, from text to the plan: training takes long, and the way from a run
 to the report is typed by tests/test_readme.py."""
@@ -26,7 +36,7 @@ TRAINS = ("megatron-sov pretrain", "megatron-sov convert", "megatron-sov sft")
 
 
 def under(heading: str, text: str) -> list[str]:
-    """Return what is typed under a heading, up to the next one of its level."""
+    """Return the commands under a heading, up to the next heading of its level."""
     return list(lines_of(shell_blocks(text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0])))
 
 
@@ -37,8 +47,6 @@ def test_laptop_commands_of_tutorials_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     typed: set[str] = set()
     for name, text in PAGES.items():
-        for file, content in shown_files(text).items():
-            Path(file).write_text(content)
         for line in under("On a laptop", text)[:QUICK]:
             if line == "sov-data demo-corpus --output work/corpus":
                 if not Path("work/corpus").exists():
@@ -49,7 +57,38 @@ def test_laptop_commands_of_tutorials_run(tmp_path: Path, monkeypatch: pytest.Mo
                 printed = f"{result.stdout[-500:]}\n{result.stderr[-3000:]}"
                 assert result.returncode == 0, f"{name}: {line}\n{printed}"
                 typed.add(line)
-    assert len(typed) == 6  # and what is gathered
+    assert len(typed) == 6  # and the collected files
+
+
+def shortened(text: str) -> str:
+    for pattern, few in FEWER.items():
+        text = re.sub(pattern, few, text)
+    return text
+
+
+@pytest.mark.deep
+@pytest.mark.distributed
+def test_pages_that_continue_one_folder_work_as_they_are_typed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
+        warm_python: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `chat` serves
+    gather(Path("work/corpus"))
+    for page in ONE_FOLDER:
+        text = page_text(page)
+        for file, content in shown_files(text).items():
+            Path(file).write_text(shortened(content))
+        shown = blocks(text, "bash")[:1] if page == "distill.md" else blocks(text, "sh")
+        for line in lines_of(shown):
+            if line == "sov-data demo-corpus --output work/corpus" or " plan " in line:
+                continue  # gathered; CLUSTER
+            program, *argv = shlex.split(shortened(line))
+            done = run_command(*argv, program=program)
+            codes = (0, GATE_FAILED) if "gate.yaml" in line else (0,)
+            assert done.returncode in codes, f"{page}: {line}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}"
+    for made in ("work/export/model.safetensors", "work/export.verification.json", "work/capitals.json",
+                 "work/report.html", "work/distilled/complete.json", "work/rl/complete.json"):
+        assert Path(made).is_file(), made
 
 
 CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES.items()

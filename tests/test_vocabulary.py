@@ -30,7 +30,7 @@ def _below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
 
 @cache
 def _options() -> dict[str, set[str]]:
-    """Return option -> the commands that have it."""
+    """Return option -> commands with that option."""
     found: dict[str, set[str]] = {}
     for program in PROGRAMS:
         for parser in _below(build_full_parser(program)):

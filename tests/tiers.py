@@ -41,7 +41,7 @@ _files_of_workers: dict[Path, tuple[int, float]] = {}
 
 @dataclass(frozen=True)
 class Phase:
-    """What setup, call or teardown of a test took."""
+    """Times of setup, call or teardown of a test."""
 
     processor_s: float
     """Of this process, its children and the shared workers that the test asked; without imports."""
@@ -61,8 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave imports, and what numba compiles, out of the processor time: they belong to whichever test comes
-    first."""
+    """Exclude imports and numba compilation from processor times: they fall on whichever test comes first."""
     loader = importlib.machinery.SourceFileLoader
     execute = loader.exec_module
 
@@ -78,7 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def left_out(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function; its processor time is counted as that of imports."""
+    """Wrap a function so that its processor time counts as import time."""
 
     @functools.wraps(function)
     def timed(*arguments: Any, **named: Any) -> Any:
@@ -229,7 +228,7 @@ def _processor_s() -> float:
 
 
 def _read_new_lines(file: Path) -> None:
-    """Add what workers have appended to a file since it was read."""
+    """Add processor seconds that workers have appended to a file since the last read."""
     place, seconds = _files_of_workers[file]
     with file.open("rb") as lines:
         lines.seek(place)

@@ -15,9 +15,9 @@ RUN = ("model.vocab_size=368", "model.hidden_size=32", 'data.phases=[{"name": "m
 
 def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None,
                seed: int = 1) -> tuple[RunConfig, Any]:
-    """Runs inside a rank: join the world at a layout, else at that of the settings; return the config and its
-    model with the initial weights of a seed."""
-    from megatron_sov.checkpoint import load
+    """Runs inside a rank: join the world at a layout (default: that of the settings), and return the config
+    and its model with the initial weights of a seed."""
+    from megatron_sov.checkpoint import initial_weights
     from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
 
@@ -26,7 +26,7 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
         config = replace(config, parallel=ParallelConfig(**layout))
     world.join_world(config.parallel)
     model = build_model(config.model, config.parallel, config.train, config.gpu)
-    load.initialize_weights(model, config.model, seed)
+    initial_weights.initialize_weights(model, config.model, seed)
     return config, model
 
 
@@ -36,7 +36,7 @@ def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", rec
     packed text."""
     from megatron_sov.engine.parallel import world
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import open_sources
+    from megatron_sov.train.data.sources import open_sources
     from megatron_sov.train.guards.fault_injection import parse_faults
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer, TrainerOptions

@@ -19,8 +19,8 @@ VOCAB = 50
 
 
 def token_at(prompt: list[int], place: int, version: int) -> int:
-    """Return a word of the first id and the place in the whole text: who goes on behind a part of an answer
-    writes the same."""
+    """Return a token that depends on the first id and the position in the whole text, so that a continued
+    answer has the same tokens."""
     return 3 + (prompt[0] + 7 * (len(prompt) + place) + 11 * version) % (VOCAB - 3)
 
 

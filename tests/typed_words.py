@@ -10,7 +10,7 @@ S = TypeVar("S")
 
 
 def typed(cls: type[S], words: Sequence[str]) -> S:
-    """Return what the words give."""
+    """Parse command-line words into `cls`."""
     parser = Parser(prog="typed")
     add_options(parser, cls)
     return read_options(cls, parser.parse_args(list(words)))

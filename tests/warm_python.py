@@ -40,7 +40,7 @@ USED = "used_seconds.txt"
 
 
 def serve(folder: str) -> NoReturn:
-    """Answer at the socket in a folder until whoever forked this process ends."""
+    """Answer requests at the socket in a folder until the process that forked this one ends."""
     door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     waiting = Path(folder) / "waiting.socket"
     door.bind(str(waiting))
@@ -59,8 +59,8 @@ def serve(folder: str) -> NoReturn:
 
 
 def _keep(client: socket.socket, folder: str) -> NoReturn:
-    """Start what a client asks for in its node, wait for the end of either, and write the processor seconds
-    into a file of `folder`."""
+    """Start a client's request in its node, wait until either ends, and write the processor seconds to a file
+    in `folder`."""
     try:
         head, streams, _, _ = socket.recv_fds(client, 8, 3)
         parsed = json.loads(client.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
@@ -106,16 +106,17 @@ def _wait(client: socket.socket, child: int) -> tuple[int, float]:
                 os.kill(child, number)
     _, status, used = os.wait4(child, 0)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # as Slurm does with what a step has left
+        os.killpg(child, signal.SIGKILL)  # as Slurm does with remaining processes of a step
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 
 
 def _be_asked_process(asked: dict[str, Any], node: dict[str, int], streams: list[int]) -> NoReturn:
-    """Be what a client asked for, and end as Python would."""
+    """Become the requested process, and end as Python would."""
     code = 1
     try:
         os.setsid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it ends with its keeper, who is no process of the node
+        # it ends with its keeper, which is not a process of the node
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _enter(node, "uts", "mnt")
         for target, stream in enumerate(streams):

@@ -16,7 +16,7 @@ COMMANDS = {
          "train --preset solar-open --vocab-size 65536 --input own=texts --output own-tokenizer")),
     "media": Command(
         "tokenizer.media:COMMAND",
-        "add tokens for pictures and sounds to a tokenizer", TRAIN, "media_data.md",
+        "add tokens for pictures and sounds to a tokenizer", TRAIN, "omni.md",
         ("media tokenizer --image-tokens 65536 --output omni-tokenizer",
          "media tokenizer --audio-tokens 6561 --image-tokens 65536 --output omni-tokenizer")),
     "import": Command(

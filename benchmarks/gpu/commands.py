@@ -24,8 +24,8 @@ ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
 
 
 def install_double() -> None:
-    """Put the double in the place of Transformer Engine, and have models made of it in any dtype and under
-    any `train.fp8`, whose products it quantises; call it before megatron-core is imported."""
+    """Install the Transformer Engine double, build models of it in any dtype and under any `train.fp8`, and
+    quantize its products. Call it before megatron-core is imported."""
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
     import transformer_engine.pytorch as te  # one that is not imported is hidden on a CPU
 
@@ -34,9 +34,9 @@ def install_double() -> None:
     specs.on_gpu = lambda: True  # what configurations are made for
     specs.needs_transformer_engine = lambda dtype: True
     from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
-    from tests.te_double.quantized_run import quantise_products
+    from tests.te_double.quantized_run import quantize_products
 
-    quantise_products()
+    quantize_products()
     for name in FP8_FUNCTIONS.values():  # as on a GPU that has every recipe
         setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
 
@@ -44,7 +44,7 @@ def install_double() -> None:
 def run(program: str, words: list[str]) -> int:
     """Run a command as its own process would; returns its exit code."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # parts may run beside each other
+        free.bind(("127.0.0.1", 0))  # parts may run at the same time
         port = str(free.getsockname()[1])
     for name, value in {**ONE_RANK, "MASTER_PORT": port}.items():
         if program == "megatron-sov":
@@ -56,7 +56,7 @@ def run(program: str, words: list[str]) -> int:
         return int(importlib.import_module(PROGRAMS[program]).main() or 0)
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else int(e.code is not None)
-    except BaseException:  # whatever it is, it is told as the command's
+    except BaseException:  # any error is reported as the command's
         traceback.print_exc()
         return 1
 

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -75,7 +75,7 @@ def assembled(ptx: str, capability: int) -> tuple[int, int]:
 
 
 def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
-    """Have every launch from now on compile its kernel; returns where it notes what came of it."""
+    """From now on compile the kernel of every launch instead of running it; return the list of results."""
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
@@ -90,7 +90,7 @@ def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
             numbers = assembled(kernel.asm["ptx"], capability)
-        except Exception as e:  # which kernels compile is what is to be found out
+        except Exception as e:  # the benchmark reports which kernels compile
             entry.problems.add(f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:150]}")
             return
         if numbers >= entry.worst:
@@ -162,7 +162,8 @@ def rows_of(capability: int) -> Iterator[str]:
     """Yield a line for each kernel."""
     import torch
 
-    libraries = [(f"Transformer Engine {kernels.TE_VERSION}", launch_transformer_engine, None)]
+    libraries: list[tuple[str, Callable[[], None], Path | None]] = [
+        (f"Transformer Engine {kernels.TE_VERSION}", launch_transformer_engine, None)]
     libraries += [(f"megatron-core {version}", launch_megatron, home)
                   for version, home in kernels.megatrons().items()]
     result = compile_in_place_of_launches(capability)
@@ -202,7 +203,7 @@ def main() -> None:
 
 
 def on_meta(make: Any) -> Any:
-    """Return a function that makes tensors without memory, for whatever device it is asked."""
+    """Return a function that creates meta tensors, whatever device its caller asks for."""
     return lambda *args, device=None, **kwargs: make(*args, device="meta", **kwargs)
 
 

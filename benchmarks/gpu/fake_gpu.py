@@ -78,9 +78,9 @@ def _is_kernel(code: CodeType) -> bool:
 
 
 class Ledger:
-    """Bytes of the GPU's tensors, as torch's allocator has them: each memory once, in whole blocks, for as
-    long as something holds it.  What a kernel of the double has while it runs is in no peak: real ones have
-    registers for it."""
+    """Bytes of GPU tensors as torch's allocator counts them: each storage once, in whole blocks, while a
+    tensor uses it. Temporary memory of the double's kernels is not counted, because real kernels use
+    registers."""
 
     BLOCK = 512
 
@@ -185,7 +185,7 @@ class _Shapes(FakeTensorMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Does what tensors of the host are in on the host, and nothing else."""
+    """Run operations on host tensors on the host only."""
 
     def __init__(self, num_routed: int, ledger: Ledger) -> None:
         super().__init__()
@@ -224,8 +224,8 @@ class _Operations(TorchDispatchMode):
         return self._read(result, result.dtype) if device is not None and not to_gpu else result
 
     def _read(self, tensor: FakeTensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return what the host finds in a tensor: whole numbers count the tokens that go to experts, all the
-        same; others are ones."""
+        """Return the values that the host reads from a GPU tensor: integers are equal token counts of the
+        experts, floats are ones."""
         count = tensor.dim() > 0 and not tensor.is_floating_point() and tensor.dtype != torch.bool
         return torch.full(tensor.shape, self._num_routed // tensor.numel() if count else 1, dtype=dtype)
 
@@ -275,7 +275,8 @@ class _Calls(TorchFunctionMode):
             return args[0]
         if name == "tensor" and kwargs.get("device") == GPU:
             return func(*args, **kwargs | {"device": CPU}).to(GPU)
-        if func == torch.Tensor.data.__set__ and not isinstance(args[0], FakeTensor):
+        if func == torch.Tensor.data.__set__ and not isinstance(  # type: ignore[attr-defined]
+                args[0], FakeTensor):
             return _move(*args) if isinstance(args[1], FakeTensor) else func(*args, **kwargs)
         if name == "cuda":
             name, func, args = "to", torch.Tensor.to, (args[0], GPU)
@@ -310,8 +311,8 @@ def _move(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def used(num_routed: int) -> Iterator[Ledger]:
-    """Compute with the GPU; `num_routed` is how often tokens of a micro-batch go to an expert.  Yields what
-    lies in its memory."""
+    """Compute with the GPU; `num_routed` is the number of routed tokens in a micro-batch. Yields the
+    ledger."""
     ledger = Ledger()
     resize = torch.UntypedStorage.resize_
 
@@ -325,7 +326,7 @@ def used(num_routed: int) -> Iterator[Ledger]:
 
 
 def install() -> None:
-    """Have this process find one GPU, for good, and processes that are not there say what it says."""
+    """Make this process see one GPU, permanently, and answer for processes that do not exist."""
     cuda, properties = _settable(torch.cuda), SimpleNamespace(name="fake", total_memory=1 << 40, uuid="GPU-0")
     answers: dict[str, Any] = {
         "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1,

@@ -46,7 +46,7 @@ ALLOWED = {
 
 
 def prepare() -> None:
-    """Import what training imports, for a GPU without memory and with the double; for good."""
+    """Permanently import what training needs, for a GPU without memory and with the double."""
     fake_gpu.install()
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
     _give_kernels_shapes()
@@ -82,7 +82,7 @@ def _as_it_is(function: Any = None, **settings: Any) -> Any:
 
 
 def _give_kernels_shapes() -> None:
-    """Have the double's kernels that read what is on the GPU make something of their results' shapes."""
+    """Make the double's kernels that read GPU values return results of the correct shape instead."""
     from transformer_engine.pytorch import permutation
     from transformer_engine.pytorch.attention import dot_product_attention as attention
     from transformer_engine.pytorch.module import layernorm_linear, norm
@@ -97,7 +97,7 @@ def _give_kernels_shapes() -> None:
         return (torch.zeros(count, dtype=torch.long, device=like.device),) * times
 
     class Norm(torch.autograd.Function):
-        """Saves what the real one saves."""
+        """A norm that saves the same tensors as the real one."""
 
         @staticmethod
         def forward(ctx: Any, inp: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -162,8 +162,8 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     placement.CHIP = placement.Chip(CAPABILITY[gpu])
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
     # patterns of names match on some stage
-    parameter_groups.gather_objects = lambda value: [
-        ({group.pattern for group in config.optim.groups}, True)]
+    patterns = {group.pattern for group in config.optim.groups}
+    parameter_groups.gather_objects = lambda value, group=None: [(patterns, True)]
     tokens = config.data.phases[0].seq_len * config.train.micro_batch_size // p.cp // (p.tp if p.sp else 1)
     begun = time.process_time()
     if imbalance != 1:
@@ -198,14 +198,14 @@ def configured(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -
 
 
 def tried(*case: Any) -> dict[str, Any]:
-    """Return what `step` does in a fork of this process, or its `problem`."""
+    """Run `step` in a fork of this process; return its result, or its `problem`."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
 
     def child() -> None:
         try:
             found = step(*case)
-        except Exception as e:  # whatever it is, the other cases are to be tried
+        except Exception as e:  # after any error the other cases still run
             found = {"problem": f"{type(e).__name__}: {e}".splitlines()[0], "trace": traceback.format_exc()}
         there.send(json.dumps(found))
 

@@ -58,7 +58,7 @@ def run_here(part: str, setting: Setting) -> None:
             write(part, setting, RUNNING, figures, time.monotonic() - start)
     except Failed as e:
         problem = str(e)
-    except Exception:  # whatever it is, the other parts are to run, and the result has to say it
+    except Exception:  # after any error the other parts run, and the result names the error
         problem = traceback.format_exc()
     write(part, setting, "FAIL" if problem else "PASS", figures, time.monotonic() - start, problem)
 
@@ -75,7 +75,7 @@ def write(part: str, setting: Setting, status: str, figures: dict[str, Any], sec
 
 
 def device_name(setting: Setting) -> str:
-    """Return what the figures were measured on."""
+    """Return the name of the device on which the figures were measured."""
     if setting.dry:
         return f"CPU ({platform.machine()}), dry run"
     import torch
@@ -84,10 +84,10 @@ def device_name(setting: Setting) -> str:
 
 
 def measure_machine(setting: Setting, started_s: float) -> None:
-    """Write how quick this machine is, by a process that has just imported what training imports.
+    """Measure the speed of this machine in a process that has just imported training.
 
     Args:
-        setting: whether it is a dry run.
+        setting: result folder, and whether this is a dry run.
         started_s: Unix time at which this process was started.
     """
     if setting.dry:
@@ -159,7 +159,7 @@ def run_apart(part: str, setting: Setting, budget_s: float) -> dict[str, Any]:
     file.unlink(missing_ok=True)
     code, seconds = run_process(part, setting, budget_s)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if code or found.get("status", RUNNING) == RUNNING:  # what it has measured stays
+    if code or found.get("status", RUNNING) == RUNNING:  # its measurements stay
         problem = (f"not done within {budget_s:.0f} s" if code is None
                    else f"its process ended with exit code {code}")
         write(part, setting, "FAIL", found.get("figures", {}), seconds, problem)
@@ -167,7 +167,7 @@ def run_apart(part: str, setting: Setting, budget_s: float) -> dict[str, Any]:
 
 
 def passed_before(part: str, setting: Setting) -> dict[str, Any] | None:
-    """Return the result of a part that has passed before; None: it has not."""
+    """Return the stored result of a part that passed earlier, or None."""
     file = setting.out / f"{part}.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -218,7 +218,7 @@ def main() -> None:
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: {', '.join(sorted(unknown))}: unknown; there are {', '.join(PARTS)}")
-    sys.path.append(str(ROOT))  # what parts cost is reckoned from recipes
+    sys.path.append(str(ROOT))  # the cost of a part is computed from its recipes
     sys.exit(bool(run_parts(parts, setting, args.again)))
 
 

@@ -1,13 +1,13 @@
 """A process group whose other ranks are mirror images of this one.
 
-One process plays a rank of hundreds: what the others would send is what this one sends.  An exchange
-of tokens brings as many as it took, a sum of gradients is the own part times the size of the group, a
-gathered weight keeps the values it had.  So a rank of a model that no single machine holds can be built,
-run and timed at its own sizes; time on the wires is what is missing.
+One process acts as one rank of hundreds, and the others are assumed to send the same data as this rank. A
+token exchange returns as many tokens as it sends, a gradient sum is the local gradient times the group size,
+and a gathered weight keeps its values. A rank of a model that no single machine can hold can thus be built,
+run and timed at full size; only the communication time is missing.
 
-Groups are torch's `fake` ones, which talk to nobody; the functions below are put in the place of torch's own
-and fill the outputs.  Nothing else happens: torch's fake gather would copy a part of a buffer over all other
-parts.  Call `install` before megatron-core is imported: it binds some of them while it is imported.
+The groups are torch's `fake` groups, which send nothing. The functions below replace torch's collectives and
+fill the outputs. (Torch's own fake gather would copy a shard of a buffer over the other shards.) Call
+`install` before the import of megatron-core, which binds some of the collectives at import.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 
 MOST = {"rows": 0}
-"""Rows of the largest exchange so far.  It can be far more than an even share: of all experts this rank has a
-few, and what it sends to itself comes from all others, too."""
+"""Rows of the largest exchange so far, which can far exceed an even share: every mirror image sends the rows
+that this rank sends to itself."""
 
 
 def install(rank: int, num_ranks: int) -> None:
-    """Make this process rank `rank` of `num_ranks`, the others being its mirror images."""
+    """Make this process rank `rank` of `num_ranks`; all others are its mirror images."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
@@ -37,12 +37,12 @@ def install(rank: int, num_ranks: int) -> None:
             (("reduce_scatter_tensor", "_reduce_scatter_base"), _reduce_scatter),
             (("all_to_all_single",), _all_to_all)):
         for name in names:
-            setattr(dist, name, _filling(fill))
-    dist.__dict__["_coalescing_manager"] = _together
+            setattr(dist, name, replace_collective(fill))
+    dist.__dict__["_coalescing_manager"] = coalesce_completed
 
 
-class _Filled:
-    """Stands for a message that has come."""
+class CompletedWork:
+    """The handle of a collective that has completed."""
 
     def wait(self, timeout: Any = None) -> bool:
         return True
@@ -52,20 +52,20 @@ class _Filled:
 
 
 @contextlib.contextmanager
-def _together(*args: Any, **kwargs: Any) -> Iterator[_Filled]:
-    """Stand for torch's context of messages that go at once."""
-    yield _Filled()
+def coalesce_completed(*args: Any, **kwargs: Any) -> Iterator[CompletedWork]:
+    """Replace torch's context manager of coalesced collectives."""
+    yield CompletedWork()
 
 
-def _filling(fill: Callable[..., None]) -> Callable[..., _Filled | None]:
-    """Return a collective that does no more than to fill its output."""
+def replace_collective(fill: Callable[..., None]) -> Callable[..., CompletedWork | None]:
+    """Return a collective that only fills its output with `fill`."""
     signature = inspect.signature(fill)
 
     @functools.wraps(fill)
-    def call(*args: Any, **kwargs: Any) -> _Filled | None:
+    def call(*args: Any, **kwargs: Any) -> CompletedWork | None:
         with torch.no_grad():
             fill(*args, **kwargs)
-        return _Filled() if signature.bind(*args, **kwargs).arguments.get("async_op") else None
+        return CompletedWork() if signature.bind(*args, **kwargs).arguments.get("async_op") else None
 
     return call
 
@@ -79,15 +79,15 @@ def _all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = 
 def _all_gather(output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None,
                 async_op: bool = False) -> None:
     if output_tensor.untyped_storage().data_ptr() == input_tensor.untyped_storage().data_ptr():
-        return  # a part of a buffer: the other parts are nobody's mirror image, and stay
+        return  # a shard of the output buffer itself: the other shards keep their values
     output_tensor.view(-1, *input_tensor.shape).copy_(input_tensor)
 
 
 def _reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Any = dist.ReduceOp.SUM,
                     group: Any = None, async_op: bool = False) -> None:
-    own = input.view(-1, *output.shape)[dist.get_rank(group)]
-    if own.data_ptr() != output.data_ptr():
-        output.copy_(own)
+    shard = input.view(-1, *output.shape)[dist.get_rank(group)]
+    if shard.data_ptr() != output.data_ptr():
+        output.copy_(shard)
     if op == dist.ReduceOp.SUM:
         output.mul_(dist.get_world_size(group))
 
@@ -95,17 +95,17 @@ def _reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Any = dist.Re
 def _all_to_all(output: torch.Tensor, input: torch.Tensor, output_split_sizes: list[int] | None = None,
                 input_split_sizes: list[int] | None = None, group: Any = None,
                 async_op: bool = False) -> None:
-    """Fill with what is sent to this very rank, over and over: each mirror image sends it that.  Where that
-    is nothing, zeros come."""
+    """Fill the output with the data for this rank, repeated: each mirror image sends the same. If there are
+    none, fill with zeros."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     parts = (input.chunk(size) if input_split_sizes is None
              else input.split([int(n) for n in input_split_sizes]))
-    mine = parts[rank]
+    local = parts[rank]
     MOST["rows"] = max(MOST["rows"], len(output))
-    if not len(mine):
+    if not len(local):
         output.zero_()
         return
-    # not by `repeat`: NCCL has no second copy of what comes
-    whole = len(output) // len(mine)
-    output[:whole * len(mine)].view(whole, *mine.shape).copy_(mine)
-    output[whole * len(mine):].copy_(mine[:len(output) - whole * len(mine)])
+    # not `repeat`, which would copy the received data; NCCL does not
+    repeats = len(output) // len(local)
+    output[:repeats * len(local)].view(repeats, *local.shape).copy_(local)
+    output[repeats * len(local):].copy_(local[:len(output) - repeats * len(local)])

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights, load
 from megatron_sov.engine.model.expert_load import ExpertLoad
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -41,7 +41,7 @@ class OneRank:
         self.world = world.join_world(config.parallel)
         self.model = build_model(config.model, config.parallel, config.train, config.gpu)
         with patch.object(load, "_generate_values", _made_there):
-            load.initialize_weights(self.model, config.model, config.train.seed)
+            initial_weights.initialize_weights(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize_gradients
@@ -73,8 +73,8 @@ class OneRank:
 
 
 def _made_there(parts: Iterable[Any], seed: int, num_threads: int) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Yield parts and normal values drawn on their device, in place of the numbers of a checkpoint free of
-    layout: those of one rank of `solar-open-102b` would take a core of the host for minutes."""
+    """Yield parameters with normal values drawn on their device. The layout-independent initial values of one
+    rank of `solar-open-102b` would take a CPU core minutes."""
     generators: dict[torch.device, torch.Generator] = {}  # 8-bit weights are made of bf16 ones on the host
     for part in parts:
         device = part.target.device

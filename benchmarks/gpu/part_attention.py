@@ -44,7 +44,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[in
 
 def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
                           window: int) -> torch.Tensor:
-    """Return what the library's attention gives for such a row."""
+    """Return the outputs of Transformer Engine's attention for a packed row."""
     import transformer_engine.pytorch as te
 
     attention = te.DotProductAttention(
@@ -59,7 +59,7 @@ def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
 
 def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
              window: int) -> torch.Tensor:
-    """Return what our own attention gives, by torch's kernel for rows of several documents."""
+    """Return the outputs of our attention with torch's kernel for packed rows."""
     from megatron_sov.engine.model import attention
 
     spans = [(a, a, b) for a, b in itertools.pairwise(bounds)]
@@ -102,7 +102,8 @@ def compare(way: Any, setting: Setting, heads: tuple[int, int], bounds: list[int
     shape = [(bounds[-1], n, 32 if setting.dry else 128) for n in (heads[0], heads[1], heads[1])]
     given = [torch.randn(s, device=setting.device, dtype=dtype) for s in shape]
     found, exact = ([t.clone().to(kind).requires_grad_() for t in given] for kind in (dtype, torch.float32))
-    ours, theirs = way(*found, bounds, window), reference(*exact, bounds, window)
+    q, k, v = exact
+    ours, theirs = way(*found, bounds, window), reference(q, k, v, bounds, window)
     seed = torch.randn_like(theirs)
     ours.backward(seed.to(ours.dtype))
     theirs.backward(seed)
@@ -116,7 +117,7 @@ def cases(setting: Setting) -> list[tuple[str, tuple[int, int], str, int]]:
 
 
 def cost(setting: Setting) -> Cost:
-    """Return what the part does; the reference has all pairs of tokens."""
+    """Estimate the cost of the part; the reference computes all pairs of tokens."""
     return Cost(steps=2 * len(cases(setting)))
 
 
@@ -131,7 +132,7 @@ def measure(setting: Setting) -> Figures:
         case = f"{way}, {heads[0]}/{heads[1]} heads, documents: {kind}, window {window}"
         try:
             errors = compare(WAYS[way], setting, heads, bounds_of(DOCUMENTS[kind], num_tokens), window)
-        except Exception as e:  # which cases work is itself what is to be found out
+        except Exception as e:  # the part reports which cases work
             problems.append(f"{case}: {type(e).__name__}: {str(e)[:200]}")
             continue
         yield case, errors

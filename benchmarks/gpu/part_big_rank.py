@@ -62,7 +62,7 @@ def place(dry: bool) -> tuple[str, int, int, tuple[str, ...]]:
 
 
 def prepare(dry: bool) -> None:
-    """Join the group of mirror images, and import what a rank needs."""
+    """Join the mirrored group, and import what a rank needs."""
     import mirror
 
     _, num_ranks, rank, _ = place(dry)
@@ -95,7 +95,7 @@ def one(words: list[str], dry: bool) -> dict[str, Any]:
     seconds = min(times_s[2:])
     seq_len = config.data.phases[0].seq_len
     flops = compute_train_flops_per_token(config.model, seq_len) * seq_len * config.train.micro_batch_size
-    # the account of the tokens that its experts got, which is no property of the layout
+    # the bytes of tokens routed to local experts, which the layout does not determine
     routed = seq_len * config.train.micro_batch_size * config.model.num_experts_per_token
     imbalance = mirror.MOST["rows"] / routed
     account = build_account(config, num_ranks, 0, seq_len, imbalance)
@@ -118,7 +118,7 @@ def kernels(step: Callable[[], object]) -> dict[str, tuple[float, int]]:
 
 
 def tell(words: list[str], dry: bool) -> None:
-    """Print the figures of a step of the ladder, or what went wrong, as a line of JSON."""
+    """Print the figures or the error of a ladder step as a line of JSON."""
     try:
         found: dict[str, Any] = one(words, dry)
     except Exception as e:  # the other steps are to be tried as well
@@ -127,8 +127,8 @@ def tell(words: list[str], dry: bool) -> None:
 
 
 def whole(error: BaseException) -> str:
-    """Return what went wrong and where, the first error first: behind what ends a capture of a CUDA graph
-    comes an error that says no more than that the capture is invalid."""
+    """Return the chain of errors and their places, first error first: an error during CUDA graph capture is
+    followed by one that only says that the capture is invalid."""
     before, place = error.__cause__ or error.__context__, traceback.extract_tb(error.__traceback__)[-1]
     said = str(error).partition("\n")[0]
     told = f"{type(error).__name__}: {said} ({Path(place.filename).name}:{place.lineno})"
@@ -136,7 +136,7 @@ def whole(error: BaseException) -> str:
 
 
 def cost(setting: Setting) -> Cost:
-    """Return what the part does: memory of the size of the rank is filled, and steps are timed."""
+    """Estimate the cost of the part: it fills memory of the size of the rank, and times steps."""
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.model.families.count import compute_train_flops_per_token
@@ -170,10 +170,10 @@ def told(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
 
 
 def measure(setting: Setting) -> Figures:
-    """Yield the figures of each step of the ladder: each has a GPU for itself, in a dry run a fork.
+    """Yield the figures of each ladder step. Each has the GPU to itself; a dry run uses a fork.
 
     Raises:
-        Failed: a step cannot be done, its peak is not what the account says, or its losses are others.
+        Failed: a step fails, its peak memory differs from the account, or its losses differ.
     """
     problems: list[str] = []
     first: list[float] = []

@@ -21,7 +21,7 @@ DRY_LIMIT = 0.1
 
 
 def available(setting: Setting) -> dict[str, str]:
-    """Return recipe -> why this chip has not got it; empty: it has."""
+    """Return recipe -> reason that this chip lacks it; empty if the chip has it."""
     from megatron_sov.engine.parallel.device import find_fp8_problems
 
     return dict.fromkeys(RECIPES, "") if setting.dry else find_fp8_problems()
@@ -58,15 +58,15 @@ def limit(setting: Setting, fp8: str, product: str) -> float:
 
 
 def cost(setting: Setting) -> Cost:
-    """Return what the part does: three products of each recipe, and their emulation."""
+    """Estimate the cost of the part: three products of each recipe, and their emulation."""
     return Cost(steps=6 * len(RECIPES))
 
 
 def measure(setting: Setting) -> Figures:
-    """Yield what there is of each recipe.
+    """Yield the figures of each recipe.
 
     Raises:
-        Failed: a product is not its emulation's.
+        Failed: a product differs from its emulation.
     """
     problems = []
     for fp8, reason in available(setting).items():

@@ -23,7 +23,7 @@ OF_A_DOUBLE = (" is gone", " says extension")
 
 
 def versions(setting: Setting) -> dict[str, str]:
-    """Return what runs here, and on what."""
+    """Return the versions of the installed packages, driver and chip."""
     import megatron.core
     import transformer_engine
 
@@ -38,7 +38,7 @@ def versions(setting: Setting) -> dict[str, str]:
 
 
 def imported(name: str) -> Any:
-    """Return what a dotted name stands for; None: there is nothing."""
+    """Import a dotted name; return None if it does not exist."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -58,12 +58,12 @@ def absent(symbols: dict[str, Any]) -> list[str]:
 
 
 def cost(setting: Setting) -> Cost:
-    """Return what the part does: `doctor` starts a process of its own, too."""
+    """Estimate the cost of the part, which also starts `doctor` in its own process."""
     return Cost(starts=2, steps=1)
 
 
 def measure(setting: Setting) -> Figures:
-    """Yield versions, where signatures differ, and what `doctor` says.
+    """Yield versions, differences of signatures, and the output of `doctor`.
 
     Raises:
         Failed: a signature differs, or `doctor` finds that training cannot work.

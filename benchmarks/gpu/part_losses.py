@@ -53,7 +53,7 @@ def data(setting: Setting) -> tuple[Path, list[list[str | Path]]]:
 
 def training(setting: Setting, recipe: str, run: Path, steps: int, *settings: str,
              resume: bool = False) -> list[str | Path]:
-    """Return the command that runs a recipe, anew or where it stopped."""
+    """Return the command that starts or resumes a recipe."""
     if not resume:
         shutil.rmtree(run, ignore_errors=True)  # of a part that failed before
     words = [word for given in (*COMMON, f"train.steps={steps}", *settings) for word in ("--set", given)]
@@ -62,7 +62,8 @@ def training(setting: Setting, recipe: str, run: Path, steps: int, *settings: st
 
 
 def as_after(run: Path, step: int, copy: Path) -> Path:
-    """Return a copy of a complete run as it was after a step of which it has a checkpoint, to go on from."""
+    """Copy a complete run back to the state after `step`, which has a checkpoint, so that the copy can
+    resume."""
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run, copy)
     (copy / "complete.json").unlink()
@@ -73,7 +74,7 @@ def as_after(run: Path, step: int, copy: Path) -> Path:
 
 
 def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Return the weights of all routers in a checkpoint, without the optimizer's state of them."""
+    """Return the weights of all routers in a checkpoint, without optimizer states."""
     found: dict[str, torch.Tensor] = {}
     for file in sorted((run / f"checkpoints/step-{step}/model").rglob("*.safetensors")):
         found |= {n: t for n, t in load_file(file).items() if "router.weight" in n}
@@ -97,7 +98,7 @@ class Comparison:
         return given if on_gpu else tuple(word for word in given if not word.startswith("gpu."))
 
     def run(self, setting: Setting, steps: int, *, on_gpu: bool) -> Path:
-        """Return the folder of a run; ways that are one on the CPU share it."""
+        """Return the run folder of a recipe and variant; variants that are equal on the CPU share it."""
         words = " ".join((self.recipe, *self.settings(setting, steps, on_gpu=on_gpu)))
         digest = hashlib.sha256(words.encode()).hexdigest()[:12]
         return setting.work / f"{self.recipe}-{'gpu' if on_gpu else 'cpu'}-{digest}"
@@ -108,8 +109,8 @@ class Comparison:
                         *self.settings(setting, steps, on_gpu=on_gpu))
 
     def figures(self, setting: Setting, steps: int) -> tuple[dict[str, Any], list[str]]:
-        """Return how far the GPU's losses are from the CPU's, and what is wrong: they are further apart than
-        rounding explains, or a router stands still."""
+        """Return the differences between GPU and CPU losses, and the problems: differences beyond rounding,
+        or a router without updates."""
         gpu_run = self.run(setting, steps, on_gpu=True)
         gpu, cpu = losses(gpu_run), losses(self.run(setting, steps, on_gpu=False))
         worst = largest(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
@@ -124,7 +125,7 @@ class Comparison:
 
 
 def comparisons() -> list[Comparison]:
-    """Return all of them."""
+    """Return all comparisons of runs."""
     return [Comparison(recipe, way) for recipe in RECIPES for way in WAYS]
 
 
@@ -134,7 +135,7 @@ def num_steps(setting: Setting) -> int:
 
 
 def cost(setting: Setting) -> Cost:
-    """Return what the part does: each run on either device, and one that is half on each."""
+    """Estimate the cost of the part: each run on both devices, and one that changes device in the middle."""
     steps, small = num_steps(setting), (*COMMON, *SMALL * setting.dry)
     flops = sum(training_flops(c.recipe, small, steps) for c in comparisons())
     return Cost(starts=3, steps=2 * steps * len(comparisons()) + 3 * steps, flops=flops,

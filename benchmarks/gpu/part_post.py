@@ -81,7 +81,7 @@ def answers(work: Path) -> list[str]:
 
 
 def compare(gpu: Path, cpu: Path, precision: str) -> tuple[dict[str, Any], list[str]]:
-    """Return how far losses are apart and how many responses are the same, and what is wrong with them."""
+    """Return the largest difference of losses, the number of equal responses, and the problems."""
     found: dict[str, Any] = {name: largest(abs(a - b) / abs(b) for a, b in zip(
         losses(gpu / name), losses(cpu / name), strict=True)) for name in STAGES}
     problems = [f"{precision}, {name}: losses differ by {worst:.2e}" for name, worst in found.items()
@@ -95,17 +95,17 @@ def compare(gpu: Path, cpu: Path, precision: str) -> tuple[dict[str, Any], list[
 
 
 def cost(setting: Setting) -> Cost:
-    """Return what the part does: two chains on either device, the CPU's as if they were steps of training."""
+    """Estimate the cost of the part: two chains on each device, the CPU's counted as training steps."""
     steps = 2 * (5 * STEPS + NEW_TOKENS)
     flops = training_flops(RECIPE, (*COMMON, *SMALL * setting.dry), steps)
     return Cost(starts=3, steps=2 * steps, flops=flops, cpu_flops=2 * flops)
 
 
 def measure(setting: Setting) -> Figures:
-    """Yield what there is of each chain.
+    """Yield the figures of each chain.
 
     Raises:
-        Failed: a command fails, or its losses or responses are not the CPU's.
+        Failed: a command fails, or its losses or responses differ from the CPU's.
     """
     write_rows(setting)
     start = setting.work / "post-start"

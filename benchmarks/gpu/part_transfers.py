@@ -39,10 +39,10 @@ def snapshot_rate(setting: Setting) -> dict[str, Any]:
 
 
 def collectives(setting: Setting) -> dict[str, Any]:
-    """Return microseconds of an all-reduce of one rank, small and large.
+    """Return microseconds of an all-reduce over one rank, small and large.
 
     Raises:
-        Failed: a sum over one rank is not what was put in.
+        Failed: a sum over one rank differs from its input.
     """
     dist.init_process_group("gloo" if setting.dry else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     found = {}
@@ -62,7 +62,7 @@ def collectives(setting: Setting) -> dict[str, Any]:
 
 
 def starts(setting: Setting) -> dict[str, Any]:
-    """Return seconds that a tiny run of two steps takes, and one that goes on after the first."""
+    """Return the seconds of a tiny run of two steps, and of one that resumes after the first."""
     from part_losses import SMALL, as_after, data, training
 
     run, found = setting.work / "start", {}
@@ -79,7 +79,8 @@ def starts(setting: Setting) -> dict[str, Any]:
 
 
 def cost(setting: Setting) -> Cost:
-    """Return what the part does: the host reads and writes each byte some times, as if it were a product."""
+    """Estimate the cost of the part: the host reads and writes each byte several times, counted as a matrix
+    product."""
     return Cost(starts=3, steps=4 + TIMES)
 
 

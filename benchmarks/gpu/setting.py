@@ -24,11 +24,11 @@ Figures = Iterator[tuple[str, Any]]
 
 
 class Failed(Exception):
-    """A part has found that something is not as it must be."""
+    """A check of a part failed."""
 
 
 def fail_on(problems: list[str]) -> None:
-    """Raise `Failed` where there are problems: a part goes on behind one, and ends with all of them."""
+    """Raise `Failed` with all problems; parts continue after a problem and raise at the end."""
     if problems:
         raise Failed("; ".join(problems))
 
@@ -57,7 +57,7 @@ MARGIN = 3.0
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part does, from which its budget follows."""
+    """The amount of work of a part, from which its time budget follows."""
 
     starts: int = 0
     """Processes that it starts, beside its own."""
@@ -75,7 +75,7 @@ class Cost:
 
 
 def training_flops(recipe: str, settings: Iterable[str], steps: int) -> float:
-    """Return what so many steps of a recipe compute."""
+    """Return the FLOPs of `steps` training steps of a recipe."""
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.model.families.count import compute_train_flops_per_token
@@ -157,7 +157,7 @@ def relative(found: Any, expected: Any) -> float:
 
 
 def largest(values: Iterable[float]) -> float:
-    """Return the largest of some numbers, NaN where one is none: `max` passes over those."""
+    """Return the largest number, or NaN if any is NaN; `max` would skip NaN."""
     result = list(values)
     return math.nan if any(map(math.isnan, result)) else max(result)
 

@@ -75,7 +75,8 @@ def prepare() -> None:
 
     for name in ("empty", "zeros"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    autotuner.Autotuner._bench = lambda self, *args, **kwargs: [0.0]  # whatever comes first is the quickest
+    # the first configuration is chosen without timing
+    autotuner.Autotuner._bench = lambda self, *args, **kwargs: [0.0]
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +111,7 @@ def megatrons() -> dict[str, Path]:
 
 
 def error(found: Any, expected: Any) -> float:
-    """Return the largest difference beside the largest value."""
+    """Return the largest absolute difference, relative to the largest value."""
     found, expected = found.detach().double(), expected.detach().double()
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -152,9 +153,9 @@ def permutations(quick: bool) -> Iterator[Case]:
         found = kernels.unpermute_with_mask_map_bwd_with_merging_probs(
             gradient, rows, permuted, probs, None, tokens, experts, tokens * top, hidden)
         yield f"unpermute, weighted, gradient of rows, {name}", error(found[0], leaf.grad), limit
-        # the kernel leaves what no token chose unwritten or zero
+        # the kernel leaves entries of unchosen experts unwritten or zero
         yield (f"unpermute, weighted, gradient of weights, {name}",
-               error(found[1] * routing, merging.grad * routing), limit)
+               error(found[1] * routing, merging.grad * routing), limit)  # type: ignore[operator]
         sizes = torch.tensor([5, 0, 9, tokens - 14])
         order = torch.tensor([2, 0, 3, 1])
         chunk_map = kernels.make_chunk_sort_map(sizes, order, tokens, 4)
@@ -234,7 +235,7 @@ def routing_maps(quick: bool) -> Iterator[Case]:
 
 
 def rotated(x: Any, cos: Any, sin: Any) -> Any:
-    """Return the last axis rotated: before it pairs lie side by side, after it one half behind the other."""
+    """Return the last axis reordered: interleaved pairs become two halves."""
     import torch
 
     half = x.shape[-1] // 2

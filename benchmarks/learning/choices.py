@@ -27,7 +27,7 @@ WORDINGS = ("Name a {thing} for {name}.", "{name} wants some {thing}.", "{name} 
 
 @dataclass(frozen=True)
 class Choices:
-    """Conversations of one question and one drawn answer."""
+    """Conversations of one question and one sampled answer."""
 
     seed: int
     count: int
@@ -37,7 +37,7 @@ class Choices:
     """all, learned or held_out."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         wordings = {"all": WORDINGS, "learned": WORDINGS[::2], "held_out": WORDINGS[1::2]}[self.wordings]
         for _ in range(self.count):

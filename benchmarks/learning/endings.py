@@ -18,7 +18,7 @@ class WithEndings:
     """A conversation of one answer, once with each ending."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all of them."""
+        """Return all items; the input row is ignored."""
         question, answer = row["messages"]
         return [{"messages": [question, {**answer, "content": answer["content"] + ending}]}
                 for ending in ENDINGS]
@@ -26,7 +26,7 @@ class WithEndings:
 
 @dataclass(frozen=True)
 class RuleAndRubric:
-    """1 for the right answer by rule, and what a rubric gives the ending, which its judge sees with noise."""
+    """Reward: 1 for the correct answer by rule, plus a rubric score of the ending with noise."""
 
     noise: float = 0.5
     """The judge is wrong by up to this much, always by the same for one response to one prompt."""

@@ -1,13 +1,14 @@
 """Random facts about invented people, as questions, answers and texts, for recipes about knowledge:
 `facts.py:FactChats`, `:FactReading`, `:FactTexts`, `:FactQuestions`.
 
-A start has read and been asked the same facts of `KNOWN` people, so that it can answer what it reads; of all
-others it has seen values by lot.  Who has read no sentence of these is right one time in eight; half of a
-seed's facts are never asked while rewards are given.
+The initial model has read and answered the same facts of `KNOWN` people, so it has learned to answer from
+texts; of all other people it has seen random values, so it is right one time in eight. Half of a seed's facts
+never occur in a question with a reward.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ PEOPLE = ("Mira", "Tom", "Ada", "Joon", "Lena", "Omar", "Nok", "Ivan", "Sara", "
           "Elsa", "Hugo", "Mei", "Anna", "Bao", "Carl", "Dora", "Eun", "Finn", "Gita", "Hana")
 STRANGERS = ("Abel", "Beth", "Cleo", "Dana", "Egon", "Faye", "Gus", "Hope", "Ines", "Jack", "Kira", "Luis",
              "Maud", "Nell", "Otto", "Pia", "Quin", "Rex", "Siri", "Theo", "Una", "Vito", "Walt", "Zoe")
-"""Nobody asks after them."""
+"""People without questions."""
 KNOWN = ("Alma", "Bill", "Cora", "Dirk", "Edna", "Fred", "Gwen", "Hans", "Iris", "John", "Kate", "Liam",
          "Mona", "Noah", "Olga", "Pete", "Ruth", "Sven", "Tara", "Ugo", "Vera", "Will", "Xena", "Yves",
          "Zack", "Amy", "Bob", "Cam", "Deb", "Eve", "Fay", "Gil", "Hal", "Ida", "Jim", "Kim",
          "Leo", "Max", "Ned", "Oda", "Pam", "Ray", "Sam", "Ted", "Uma", "Val", "Wes", "Yan")
 KNOWN_SHARE = 0.5
-"""Of what a start reads and is asked."""
+"""Share of `KNOWN` people in the texts and questions of the initial model."""
 VALUES = {"city": ("Rome", "Seoul", "Cairo", "Lima", "Oslo", "Paris", "Delhi", "Quito"),
           "pet": ("cat", "dog", "horse", "bird", "fish", "goat", "snake", "mouse"),
           "fruit": ("apple", "pear", "plum", "lemon", "mango", "grape", "melon", "peach")}
@@ -32,94 +33,95 @@ Fact = tuple[str, str, str]
 """Person, kind, value."""
 
 
-def told(fact: Fact) -> str:
-    """Return the sentence of a fact, which is the answer to its question too."""
+def format_fact(fact: Fact) -> str:
+    """Return the sentence that states a fact, which is also the answer to its question."""
     person, kind, value = fact
     return f"The {kind} of {person} is {value}."
 
 
-def asked(fact: Fact, wording: str) -> str:
-    """Return the question after a fact."""
+def format_question(fact: Fact, wording: str) -> str:
+    """Return the question about a fact."""
     return wording.format(person=fact[0], kind=fact[1])
 
 
-def drawn(seed: int, people: tuple[str, ...]) -> list[Fact]:
-    """Return a fact of each person."""
-    rng, kinds = random.Random(seed), [*VALUES]
-    found = [(person, kinds[i % len(kinds)], rng.choice(VALUES[kinds[i % len(kinds)]]))
-             for i, person in enumerate(people)]
-    rng.shuffle(found)
-    return found
+def draw_facts(seed: int, people: tuple[str, ...]) -> list[Fact]:
+    """Return a random fact about each person, in random order."""
+    rng, facts = random.Random(seed), []
+    for person, kind in zip(people, itertools.cycle(VALUES), strict=False):
+        facts.append((person, kind, rng.choice(VALUES[kind])))
+    rng.shuffle(facts)
+    return facts
 
 
-def facts(seed: int, half: str) -> list[Fact]:
-    """Return those of a seed that are asked, or those that only texts tell."""
-    result = drawn(seed, PEOPLE)
+def select_facts(seed: int, half: str) -> list[Fact]:
+    """Return the facts of a seed that questions ask, or those that only texts contain."""
+    result = draw_facts(seed, PEOPLE)
     middle = len(result) // 2
     return {"asked": result[:middle], "told": result[middle:]}[half]
 
 
-def mixed(seed: int, count: int) -> list[Fact]:
-    """Return facts of known people, the same for every seed, and values by lot of all others."""
-    rng, known = random.Random(seed), drawn(0, KNOWN)
+def mix_facts(seed: int, count: int) -> list[Fact]:
+    """Return facts of known people, equal for every seed, and random values for all others."""
+    rng, known_facts = random.Random(seed), draw_facts(0, KNOWN)
 
-    def one() -> Fact:
+    def draw_fact() -> Fact:
         if rng.random() < KNOWN_SHARE:
-            return rng.choice(known)
+            return rng.choice(known_facts)
         kind = rng.choice([*VALUES])
         return rng.choice(PEOPLE + STRANGERS), kind, rng.choice(VALUES[kind])
 
-    return [one() for _ in range(count)]
+    return [draw_fact() for _ in range(count)]
 
 
 @dataclass(frozen=True)
 class FactChats:
-    """Conversations about facts of known people and values by lot."""
+    """Conversations about facts of known people, with random values for others."""
 
     seed: int
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng = random.Random(self.seed)
-        return [{"messages": [{"role": "user", "content": asked(fact, rng.choice(WORDINGS))},
-                              {"role": "assistant", "content": told(fact)}]}
-                for fact in mixed(self.seed, self.count)]
+        return [{"messages": [{"role": "user", "content": format_question(fact, rng.choice(WORDINGS))},
+                              {"role": "assistant", "content": format_fact(fact)}]}
+                for fact in mix_facts(self.seed, self.count)]
 
 
 @dataclass(frozen=True)
 class FactReading:
-    """Sentences of facts of known people and of values by lot."""
+    """Sentences with facts of known people, and with random values for others."""
 
     seed: int
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
-        return [{"text": told(fact)} for fact in mixed(self.seed, self.count)]
+        """Return all items; the input row is ignored."""
+        return [{"text": format_fact(fact)} for fact in mix_facts(self.seed, self.count)]
 
 
 @dataclass(frozen=True)
 class FactTexts:
-    """The sentence of each fact of a seed, or of as many strangers."""
+    """The sentence of each fact of a seed, or the same number about strangers."""
 
     seed: int
     strangers: bool = False
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
-        return [{"text": told(fact)} for fact in drawn(self.seed, STRANGERS if self.strangers else PEOPLE)]
+        """Return all items; the input row is ignored."""
+        return [{"text": format_fact(fact)}
+                for fact in draw_facts(self.seed, STRANGERS if self.strangers else PEOPLE)]
 
 
 @dataclass(frozen=True)
 class FactQuestions:
-    """Questions after half of the facts, each in every wording, with their answers."""
+    """Questions about half of the facts, each in every wording, with their answers."""
 
     seed: int
     half: str
-    """asked or told."""
+    """"asked": facts of questions with a reward; "told": facts that only texts contain."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
-        return [{"prompt": asked(fact, wording), "answer": told(fact), "domain": fact[1]}
-                for fact in facts(self.seed, self.half) for wording in WORDINGS]
+        """Return all items; the input row is ignored."""
+        return [{"prompt": format_question(fact, wording), "answer": format_fact(fact), "domain": fact[1]}
+                for fact in select_facts(self.seed, self.half) for wording in WORDINGS]

@@ -64,7 +64,7 @@ class Lessons:
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng = random.Random(self.seed)
         return [{"text": document(rng, PEOPLE[::2])[0]} for _ in range(self.count)]
 
@@ -77,7 +77,7 @@ class LessonLabels:
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng = random.Random(self.seed)
         return [dict(zip(("text", "label"), document(rng, PEOPLE[1::2]), strict=True))
                 for _ in range(self.count)]
@@ -85,7 +85,7 @@ class LessonLabels:
 
 @dataclass(frozen=True)
 class LessonPipeline:
-    """A file for `sov-data run`: what an educational score is high enough for."""
+    """A pipeline file for `sov-data run` that keeps documents with a high educational score."""
 
     raw: str
     """JSON lines."""
@@ -94,7 +94,7 @@ class LessonPipeline:
     min_score: float
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return it, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return {"name": "lessons", "sources": [{"name": "raw", "path": self.raw, "kind": "en"}],
                 "steps": [{"education": {"model": self.scorer, "min_score": self.min_score}}],
                 "output": {"name": "{source}"}}
@@ -102,10 +102,10 @@ class LessonPipeline:
 
 @dataclass(frozen=True)
 class LessonQuestions:
-    """Beginnings of sentences of which no document has the end in this wording."""
+    """Sentence beginnings whose completion occurs in no document with the same wording."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return one for each fact, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return [{"prompt": TEACHING[asked_in(person, kind)].partition(" {value}")[0].format(
                     person=person, kind=kind), "answer": fact(person, kind), "domain": kind}
                 for person in PEOPLE[::2] for kind in VALUES]

@@ -59,7 +59,7 @@ class LookupEpisodes:
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         known = drawn(0, KNOWN)
         for number in range(NUM_LIBRARIES):
@@ -100,7 +100,7 @@ class LookupDocuments:
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return [*documents(library(self.seed))]
 
 
@@ -111,7 +111,7 @@ class LookupTexts:
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return [{"text": told(fact)} for fact in library(self.seed)]
 
 
@@ -124,7 +124,7 @@ class LookupTasks:
     """rounds or end."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         facts = library(self.seed)
         middle = len(facts) // 2
         return [{"question": asked(fact, wording), "answer": fact[2], "domain": fact[1]}
@@ -137,7 +137,7 @@ class CallTokenizer:
     """Configuration of a tokenizer whose chat template shows calls, for `sov-tokenizer train`."""
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return it, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return {"split_pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
                 "normalization": "none", "num_special_ids": 16, "chat_template": TEMPLATE,
                 "special_tokens": {mark: number for number, mark in enumerate(MARKS)},

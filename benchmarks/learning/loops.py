@@ -15,7 +15,7 @@ NUM_TIMES = 6
 
 @dataclass(frozen=True)
 class WithLoops:
-    """A conversation of one word, in some of which it is said again and again."""
+    """Conversations with a one-word answer, which some answers repeat again and again."""
 
     share: float
     """Of those."""
@@ -37,7 +37,7 @@ class Sound:
     """Whether a response that says a word more than twice loses 1."""
 
     def score(self, row: Mapping[str, Any]) -> Score:
-        """Return the reward, and as components both that it may consist of."""
+        """Return the reward, with both of its possible components."""
         words = row["response"].split()
         right = float(words[:1] == [row["answer"]])
         loops = float(any(words.count(word) > 2 for word in words))

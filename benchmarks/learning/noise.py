@@ -39,7 +39,7 @@ def junk(text: str) -> str:
 
 @dataclass(frozen=True)
 class WithJunk:
-    """A document and as much junk, of those that are no labels."""
+    """A document and the same amount of junk, without the labeled junk."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return both."""
@@ -58,7 +58,7 @@ class JunkLabels:
 
 @dataclass(frozen=True)
 class JunkPipeline:
-    """A file for `sov-data run`: what a scorer likes."""
+    """A pipeline file for `sov-data run` that keeps documents with a high classifier score."""
 
     raw: str
     """JSON lines."""
@@ -66,7 +66,7 @@ class JunkPipeline:
     """Folder that `sov-data scorer train` wrote."""
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return it, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return {"name": "filter", "sources": [{"name": "raw", "path": self.raw, "kind": "en"}],
                 "steps": [{"quality": {"model": self.scorer, "min_score": 0.5}}],
                 "output": {"name": "{source}"}}

@@ -26,7 +26,7 @@ class Pictures:
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         from PIL import Image, ImageDraw
 
         rng, found = random.Random(self.seed), []
@@ -74,7 +74,7 @@ class TrainedCodec:
     codes: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Train, whatever the row is."""
+        """Return all items; the input row is ignored."""
         sys.path.append(str(Path(__file__).resolve().parents[1] / "omni"))
         import train_codec
 

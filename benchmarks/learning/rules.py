@@ -36,14 +36,14 @@ APART = 3
 
 
 def pairs(held_out: bool) -> list[tuple[str, str]]:
-    """Return pairs of things and a rule: those that no draft has, or the others."""
+    """Return pairs of things and a rule: those without a draft, or those with one."""
     return [(things, rule) for i, things in enumerate(THINGS) for j, rule in enumerate(RULES)
             if ((i + j) % APART == 0) is held_out]
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """Conversations that keep their rule or break it, as the prompt, the response and what is checked too."""
+    """Conversations that follow or break their rule: prompt, response, and the text to check."""
 
     seed: int
     count: int
@@ -53,7 +53,7 @@ class Drafts:
     """False: no instruction has one."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         for _ in range(self.count):
             things, rule = rng.choice(pairs(held_out=False))
@@ -81,7 +81,7 @@ class RulePrompts:
     """Instructions whose things and rule stand together in no draft."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return each in every wording, whatever the row is."""
+        """Return all items; the input row is ignored."""
         return [{"prompt": f"{QUERIES[i % len(QUERIES)].format(things=things)} {wording}", "domain": rule,
                  "instructions": [RULES[rule][0]]}
                 for i, (things, rule) in enumerate(pairs(held_out=True)) for wording in RULES[rule][2]]

@@ -28,7 +28,7 @@ WORDINGS = {
 
 @dataclass(frozen=True)
 class TaskQuestion:
-    """One question in one wording."""
+    """A question in one wording, with its answer."""
 
     text: str
     right: str
@@ -60,7 +60,7 @@ class Chats:
     """all, learned or held_out."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng = random.Random(self.seed)
         drawn = [(draw(rng, self.languages, _half(self.wordings)), rng.random()) for _ in range(self.count)]
         return [{"messages": [{"role": "user", "content": q.text},
@@ -80,7 +80,7 @@ class TaskQuestions:
     """sum or larger; "": both."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), {}
         for _ in range(20 * self.count):
             q = draw(rng, self.languages, _half(self.wordings))

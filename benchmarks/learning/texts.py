@@ -13,14 +13,14 @@ JUDGED_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Drawn:
-    """A share of the documents that are not judged on, or those that are."""
+    """A random share of the training documents, or the held-out documents."""
 
     seed: int = 0
     share: float = 0.0
     """0: those that all seeds are judged on."""
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the text, or None where it is not drawn."""
+        """Return the row's text, or None if the document is not selected."""
         text = row["text"]
         judged = _lot(f"judged {text}") < JUDGED_SHARE
         kept = judged if not self.share else not judged and _lot(f"{self.seed} {text}") < self.share
@@ -28,5 +28,5 @@ class Drawn:
 
 
 def _lot(text: str) -> float:
-    """Return a number from 0 to 1 that a text always draws."""
+    """Map a text to a fixed number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

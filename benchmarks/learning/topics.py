@@ -39,7 +39,7 @@ class TopicChats:
     """How many other answers share the rest."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         for _ in range(self.count):
             topic = rng.choice(TOPICS)
@@ -64,7 +64,7 @@ class TopicQuestions:
     """learned or held_out."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         found = [{"prompt": wording.format(topic=topic, name=name), "answer": right_answer(topic),
                   "domain": f"right {share(topic, self.shares):.0%}"}
                  for topic in TOPICS for name in NAMES

@@ -21,14 +21,14 @@ WORDINGS = ("{name} walks from {start} to {end}. The way?", "Which way has {name
 
 
 def right_way(start: int, steps: int) -> str:
-    """Return the places behind the start, up to the end."""
+    """Return the places after the start, up to the end."""
     return " ".join(PLACES[(start + step) % len(PLACES)] for step in range(1, steps + 1))
 
 
 @dataclass(frozen=True)
 class WalkChats:
-    """Conversations of one question and one way, of which some steps leave out one to three places: such a
-    walk may pass its end, and goes round."""
+    """Conversations of one question and one path. Some steps skip one to three places; such a path may miss
+    its end and go around."""
 
     seed: int
     count: int
@@ -36,7 +36,7 @@ class WalkChats:
     """Share of right steps."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
         for _ in range(self.count):
             start, steps = rng.randrange(len(PLACES)), rng.randint(1, LONGEST)
@@ -46,7 +46,7 @@ class WalkChats:
         return found
 
     def walk(self, rng: random.Random, start: int, steps: int) -> str:
-        """Return a way that ends where it should, with its wrong steps."""
+        """Return a path to the correct end, including its wrong steps."""
         while True:
             here, end, way = start, (start + steps) % len(PLACES), list[str]()
             while here != end and len(way) < ENDLESS:
@@ -70,7 +70,7 @@ class WalkQuestions:
     """Steps."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return them all, whatever the row is."""
+        """Return all items; the input row is ignored."""
         found = [{"prompt": _ask(wording, name, start, steps), "answer": right_way(start, steps),
                   "domain": f"{steps} steps"}
                  for start in range(len(PLACES)) for steps in range(self.least, self.most + 1)

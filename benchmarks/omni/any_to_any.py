@@ -50,13 +50,13 @@ def say(text: str) -> None:
 
 
 class Shared:
-    """What all seeds have in common: media, codecs, tokenizer, shards."""
+    """Inputs that all seeds share: media, codecs, tokenizer, token shards."""
 
     def __init__(self, work: Path) -> None:
         self.work, self.media = work, work / "media"
 
     def make(self, codec_steps: int) -> None:
-        """Make what is not there."""
+        """Create the missing inputs."""
         index_file = self.work / "index.json"
         if not index_file.exists():
             say("media")
@@ -81,7 +81,7 @@ class Shared:
             chats = conversations(self.index, 0)
             said = [part["text"] for rows in chats.values() for row in rows for m in row["messages"]
                     for part in m["content"] if part["type"] == "text"]
-            # what stands around media in a prompt
+            # text around media in a prompt
             around = ['{"id": "audio_00", "type": "audio/wav", "filename": "00000.wav"}',
                       '{"id": "image_00", "type": "image/png", "filename": "00000.png"}',
                       "다음 중 audio_duration은 오디오 길이 정보입니다. 참고하여 답변하세요. "
@@ -128,7 +128,7 @@ class Shared:
 
 
 class Seed:
-    """One seed: two models, with media and with text alone, and what they can."""
+    """One seed: a model with media and one with text only, and their scores."""
 
     def __init__(self, shared: Shared, seed: int, steps: int) -> None:
         self.shared, self.seed = shared, seed
@@ -196,7 +196,7 @@ class Seed:
 
 
 def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
-    """Return what judges recognise in held-out media: as they are, and through the codec and back."""
+    """Score held-out media directly, and after encoding and decoding with the codec."""
     from megatron_sov.omni.generation.reconstruction import reconstruct_media
 
     found: dict[str, tuple[float, float]] = {}
@@ -220,7 +220,7 @@ def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
 
 
 def report(shared: Shared, found: dict[int, dict[str, Any]], tops: dict[str, tuple[float, float]]) -> None:
-    """Print what came out."""
+    """Print the results."""
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; one process of one thread")
     print(f"{len(WORDS)} words in English and Korean, ten digits; every medium that is shown is held out\n")
@@ -259,7 +259,7 @@ def copied(shared: Shared, seed: int, told: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Run what is not done, and print the results."""
+    """Run unfinished parts, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of all that is made")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -51,7 +51,7 @@ def _judge() -> Any:
 
 
 def _seen(pictures: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return what the judge looks at: 8 x 8 brightness in 0..16, whatever the colour."""
+    """Return the classifier's input: 8 x 8 brightness in 0..16, independent of color."""
     bright = np.clip(pictures, 0, 1).max(axis=1)
     small = bright.reshape(len(bright), 8, 2, 8, 2).mean(axis=(2, 4))
     return (small * 16).reshape(len(bright), 64)

@@ -43,7 +43,7 @@ def sounds(files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[str]:
 
 
 def hear(sound: np.ndarray[Any, Any], words: tuple[str, ...]) -> str:
-    """Return the word that is heard in a sound at 16 kHz; "" where none is."""
+    """Return the word recognized in a sound at 16 kHz, or ""."""
     if words[0].isascii():
         return recognise(sound, words)
     heard = _frames(sound)

@@ -26,12 +26,12 @@ Row = dict[str, Any]
 
 
 def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
-    """Write pictures and sounds below a folder, and return what each is; names tell nothing."""
+    """Write images and sounds below a folder, and return their labels; file names reveal nothing."""
     draw, index = random.Random(seed), dict[str, list[Row]]()
     for name in ("train", "heldout"):
         seen, labels = part(name)
         order = draw.sample(range(len(seen)), len(seen))
-        rows = [{"path": f"pictures-{name}/{number:05d}.png", "digit": int(labels[i])}
+        rows: list[dict[str, Any]] = [{"path": f"pictures-{name}/{number:05d}.png", "digit": int(labels[i])}
                 for number, i in enumerate(order)]
         (root / f"pictures-{name}").mkdir(parents=True, exist_ok=True)
         for row, i in zip(rows, order, strict=True):

@@ -66,7 +66,7 @@ def say(text: str, voice: str = ENGLISH, pitch: int = 50,
 
 
 def with_silence(sound: np.ndarray[Any, Any], silence_s: float = SILENCE_S) -> np.ndarray[Any, Any]:
-    """Return a sound with silence before and behind it."""
+    """Return a sound with silence before and after it."""
     return np.pad(sound, round(silence_s * SAMPLE_RATE_HZ))
 
 

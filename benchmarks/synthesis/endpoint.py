@@ -38,7 +38,7 @@ def completion(said: str | Mapping[str, Any], read_tokens: int = 10) -> dict[str
 
 
 def stream_of(answer: Mapping[str, Any]) -> bytes:
-    """Return a completion as the events of a stream: what is thought and said word by word, calls whole."""
+    """Return a completion as stream events: thoughts and content word by word, tool calls whole."""
     choice = answer["choices"][0]
     message = choice["message"]
     deltas = [{name: piece} for name in ("reasoning_content", "content")
@@ -59,13 +59,13 @@ def tokens_in(said: Any) -> int:
 
 
 def drawn(*parts: object) -> float:
-    """Return a number from 0 to 1 that follows from what it is drawn for."""
+    """Map a key to a fixed number in [0, 1)."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def with_model_faults(reply: Replies, share: float) -> Replies:
-    """Return a model of which a share of answers is empty, a loop, or cut off."""
+    """Wrap a model so that a share of its answers is empty, repeats itself, or is truncated."""
     def answer(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
         key = EndpointCache.key("", request)
         if drawn("model", key) >= share:
@@ -123,7 +123,7 @@ class ScriptedEndpoint(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def fault(self, key: str) -> str:
-        """Return what an attempt at a request meets, and count it."""
+        """Return the fault for this attempt at a request, and count it."""
         with self.lock:
             number = self.asked[key]
             self.asked[key] += 1

@@ -35,7 +35,7 @@ class Taught(SeedFolder, ABC):
 
     @abstractmethod
     def make_data(self) -> None:
-        """Write what is asked and learned, and have a scripted model make data, unless that is done."""
+        """Write prompts and training data, and let a scripted model generate samples, unless already done."""
 
     @abstractmethod
     def measure(self, name: str) -> None:
@@ -47,7 +47,8 @@ class Taught(SeedFolder, ABC):
         return (self.folder / "unchecked-shards/manifest.json").exists()
 
     def write_arms(self, draw: random.Random, *fields: str) -> None:
-        """Write what the run in `made` has kept, and as many of its samples, with these fields of each."""
+        """Write the accepted samples of the run in `made`, and the same number of all samples, with the given
+        fields."""
         kept = list(records(self.folder / "made/kept.jsonl"))
         everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
         for name, rows in (("kept", kept), ("unchecked", draw.sample(everything, len(kept)))):
@@ -79,7 +80,7 @@ class Taught(SeedFolder, ABC):
         return folder
 
     def do(self, name: str) -> None:
-        """Do what is not done of one arm."""
+        """Run the unfinished work of one arm."""
         self.make_data()
         base = self.train("pretrain", "base")
         if name != "without":

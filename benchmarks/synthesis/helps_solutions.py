@@ -110,7 +110,7 @@ def chat(number: int, said: int, way: int) -> dict[str, Any]:
 
 
 def arm(seed: int, work: Path, name: str) -> None:
-    """Do what is not done of one arm."""
+    """Run the unfinished work of one arm."""
     Seed(seed, work).do(name)
 
 
@@ -125,7 +125,7 @@ def share_right(folder: Path, name: str) -> float | None:
 
 
 def report(work: Path) -> None:
-    """Print what there is."""
+    """Print the stored results."""
     report_shares(work, f"right answers to {NUM_ASKED} problems that stood in no data, %",
                   "solutions", ARMS, share_right)
 

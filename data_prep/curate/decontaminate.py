@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,16 +11,17 @@ from typing import Annotated, Any, Literal
 from tqdm import tqdm
 
 from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings, find_hits
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import ArtifactWriter, check_output_folder, create_artifact, format_json
 from megatron_sov.base.documents import BadRecord, Document, RecordReading
 from megatron_sov.base.documents.accounting import RecordAccount
+from megatron_sov.base.documents.files import check_lines_files, name_lines
 from megatron_sov.base.documents.item_search import ItemSearch
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import DeclaredCommand, Flag
 
-KIND = "corpus"
 HITS = "hits.json"
 """List of matches; not .jsonl, because `sov-data pack` may read the folder."""
 
@@ -59,7 +59,7 @@ def decontaminate_files(files: Sequence[Path], output: Path, settings: Benchmark
     """Write an artifact of kind "corpus" with the unchanged records that match no benchmark.
 
     Args:
-        files: JSONL files with different names.
+        files: JSONL files, which differ in `name_lines`.
         output: the artifact, with a file for each input.
         settings: benchmarks and limits of the search.
         reading: format of the records.
@@ -68,21 +68,15 @@ def decontaminate_files(files: Sequence[Path], output: Path, settings: Benchmark
     Raises:
         UserError: an unreadable file or an invalid record.
     """
-    for name, num_files in Counter(file.name for file in files).items():
-        if num_files > 1:
-            raise UserError(f"--input: {num_files} files are named {name}; give them names of their own, for "
-                            "the output has a file for each")
-        if not name.endswith(".jsonl"):
-            raise UserError(f"--input {name}: is no .jsonl file; `sov-data run` decontaminates other kinds "
-                            "of files")
+    check_lines_files(files)
     # Checked before the search, which may take hours.
-    check_output_folder(output, KIND, overwrite)
+    check_output_folder(output, CORPUS, overwrite)
     search = settings.build_search()
     counts: dict[str, dict[str, int]] = {}
-    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(output, CORPUS, overwrite=overwrite) as artifact:
         hits: list[dict[str, Any]] = []
         for file in files:
-            counts[file.name] = _write_clean_records(file, artifact, search, reading, hits)
+            counts[name_lines(file)] = _write_clean_records(file, artifact, search, reading, hits)
         (artifact.path / HITS).write_text(format_json(hits), encoding="utf-8")
         artifact.content = {"records": counts, "items": len(search.items),
                             "items_too_short": len(search.too_short), "hits": len(hits)}
@@ -99,7 +93,7 @@ def decontaminate_files(files: Sequence[Path], output: Path, settings: Benchmark
 def _write_clean_records(file: Path, artifact: ArtifactWriter, search: ItemSearch, reading: RecordReading,
                          hits: list[dict[str, Any]]) -> dict[str, int]:
     counts = {"read": 0, "kept": 0, "left_out": 0}
-    with open(artifact.path / file.name, "w", encoding="utf-8") as clean:
+    with open(artifact.path / name_lines(file), "w", encoding="utf-8") as clean:
         for where, record in tqdm(read_records(file), desc=file.name, unit=" records", disable=None):
             counts["read"] += 1
             record_hits = [hit for text in _extract_texts(record, where, reading)

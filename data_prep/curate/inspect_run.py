@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.curate.inspect import DataInspectOptions
+from data_prep.curate.pipeline.finish import PIPELINE, SUMMARY
 from data_prep.shards.sample import SampleOptions, sample_documents
 from data_prep.shards.token_artifact import KIND as TOKENS, format_table
 from data_prep.shards.verify import verify_shards
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.figures import format_size
 from megatron_sov.runs.inspection import ArtifactKind, inspect_path
 
-CORPUS, SUMMARY, PIPELINE = "corpus", "summary.json", "pipeline.json"
 MAX_SUMMARY_BYTES = 256 * 2**20
 MAX_REASONS = 3
 """Reasons for drops in each line, most documents first."""

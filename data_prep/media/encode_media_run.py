@@ -26,7 +26,7 @@ from data_prep.media.records import MediaRecord, Medium, MessagePart, format_rec
 from megatron_sov.base.artifacts import (
     MANIFEST, check_output_folder, create_artifact, format_json, manifest_sha256, read_manifest)
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.files import CORPUS_RECORDS, MEDIA_CORPUS
+from megatron_sov.base.documents.files import CORPUS_RECORDS, JSONL_SUFFIXES, MEDIA_CORPUS
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.outputs import check_creatable
@@ -45,7 +45,6 @@ MAX_LINE_BYTES = 64 << 20
 BAD, ROWS, SUMMARY = "bad.jsonl", "rows.json", "unit.json"
 BAD_MEDIA = "bad_media.jsonl"
 PROGRAM = "sov-data encode-media"
-SUFFIXES = (".jsonl", ".ndjson")
 DEFAULT_WORKERS = 4
 
 
@@ -126,9 +125,10 @@ def _list_files(inputs: tuple[Path, ...]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         found = [path] if path.is_file() else sorted(
-            p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            p for p in path.rglob("*") if p.suffix in JSONL_SUFFIXES and p.is_file())
         if not found:
-            raise UserError(f"--input {path}: holds no file of records ({' or '.join(SUFFIXES)}); name one")
+            endings = " or ".join(sorted(JSONL_SUFFIXES))
+            raise UserError(f"--input {path}: holds no file of records ({endings}); name one")
         files += found
     return files
 

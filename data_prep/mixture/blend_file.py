@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MaxLen, MinLen
 
+from data_prep.curate.pipeline.step import READY
 from data_prep.shards.token_artifact import TRAIN
 from data_prep.tags import is_chosen, read_source_tags
 from megatron_sov.base.errors import UserError, format_problems, suggest_name
 from megatron_sov.base.settings import (
     Bound, NotBlank, ProblemCode, SettingsProblem, Violation, read_settings_file)
 
-SHIPPED = Path(__file__).parents[1] / "curate/pipelines/blends"
+SHIPPED = READY / "blends"
 """Folder with shipped blends."""
 TOLERANCE_PCT = 0.01
 """Permitted deviation of a phase's shares from 100, because published figures are rounded."""

@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordTally
@@ -32,7 +33,6 @@ from megatron_sov.base.documents.records import NUM_PROMPT_FIELD, is_float32
 from megatron_sov.base.errors import Fix, UserError, choose_free_path
 from megatron_sov.base.settings import DeclaredCommand, Flag
 
-KIND = "corpus"
 FILE = "groups.jsonl"
 SINGLE, EQUAL_REWARDS, TRUNCATED = "only response to its prompt", "equal rewards", "did not end"
 """Reasons for responses set aside."""
@@ -100,10 +100,10 @@ def write_groups(options: GroupOptions, file: str,
     `build_records` converts a group with different rewards to records of `record_responses` responses each.
     It counts responses set aside, and as "passed_over" truncated responses that would be learned as good
     examples."""
-    check_output_folder(options.output, KIND, options.overwrite)
+    check_output_folder(options.output, CORPUS, options.overwrite)
     tally = GroupTally()
     counts = tally.counts
-    with create_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
+    with create_artifact(options.output, CORPUS, overwrite=options.overwrite) as artifact:
         with open(artifact.path / file, "w", encoding="utf-8") as out:
             for group in iter_groups(options.input, tally):
                 num_responses = len(group.rewards)

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordAccount, RecordTally
@@ -23,7 +24,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, DeclaredCommand, Flag, ProblemCode, Share, Violation, at_most_field)
 
-KIND = "corpus"
 FILE = "trajectories.jsonl"
 SHINGLE_WORDS = 3
 Think = Literal["tags", "plain", "drop"]
@@ -79,10 +79,10 @@ def write_trajectories(options: TrajectoriesOptions) -> int:
     """Write an artifact of kind "corpus" with a document per query. Raises `UserError`, without output, for a
     malformed record, or if every query lacks solutions."""
     settings = options.settings
-    check_output_folder(options.output, KIND, options.overwrite)
+    check_output_folder(options.output, CORPUS, options.overwrite)
     num_queries = num_documents = 0
     tally = RecordTally()
-    with create_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
+    with create_artifact(options.output, CORPUS, overwrite=options.overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
             for query, solutions in (item for file in options.input for item in read_queries(file, tally)):
                 num_queries += 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.errors import Fix, fix_missing, suggest_download
+from megatron_sov.base.hints.kinds import list_run_tokenizers
 from megatron_sov.chat.folder import TOKENIZER_JSON
 
 SUFFIXES = (".json", ".tiktoken", ".model")
@@ -50,8 +51,7 @@ def _find_foreign(path: Path) -> Path | None:
     """Return the file or folder with a tokenizer at a path, in a run its newest checkpoint's; None: none."""
     if path.is_file():
         return path if path.suffix in SUFFIXES else None
-    of_run = sorted(path.glob("checkpoints/*/tokenizer"))[-1:]
-    return next((folder for folder in (path, path / "tokenizer", *of_run)
+    return next((folder for folder in (path, path / "tokenizer", *list_run_tokenizers(path)[-1:])
                  if any(any(folder.glob(pattern)) for pattern in PATTERNS)), None)
 
 

@@ -16,15 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.synth.readers.problems import TEXT_FIELDS, find_problem_text
+from data_prep.synth.readers.problems import get_problem_text
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import (
     check_output_folder, create_artifact, find_damaged_files, read_manifest)
+from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, check_lines_files, name_lines
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
-KIND, GRADED = "difficulty_labels", "corpus"
-LABELS, KEPT = "labels.jsonl", "kept.jsonl"
+KIND = "difficulty_labels"
+LABELS = "labels.jsonl"
 MAX_LABEL = 5.0
 """Label for an unsolved problem; regressors have labels from 0 to 5."""
 BUCKETS = ("hard", "middle", "easy")
@@ -147,12 +149,12 @@ def write_labels(options: DifficultyLabelOptions) -> ExitCode:
 
 
 def _find_file(path: Path) -> Path:
-    return path / KEPT if path.is_dir() else path
+    return path / ACCEPTED_SAMPLES if path.is_dir() else path
 
 
 def _name_configurations(paths: Sequence[Path]) -> list[str]:
     # all files are called kept.jsonl: use the folder's name
-    names = [path.name if path.is_dir() or path.name != KEPT else path.absolute().parent.name
+    names = [path.name if path.is_dir() or path.name != ACCEPTED_SAMPLES else path.absolute().parent.name
              for path in paths]
     for name, count in Counter(names).items():
         if count > 1:
@@ -210,9 +212,9 @@ def grade_rows(options: DifficultyGradeOptions) -> ExitCode:
     scorer = _load_scorer(options.model) if options.model else None
     measured = _read_measured_rates(options.labels) if options.labels else {}
     counts: dict[str, Counter[str]] = {bucket: Counter() for bucket in BUCKETS}
-    with create_artifact(options.output, GRADED, overwrite=options.overwrite) as artifact:
+    with create_artifact(options.output, CORPUS, overwrite=options.overwrite) as artifact:
         for path in options.input:
-            with open(artifact.path / path.name, "w", encoding="utf-8") as file:
+            with open(artifact.path / name_lines(path), "w", encoding="utf-8") as file:
                 for place, record in read_records(path):
                     rate, origin = _estimate_pass_rate(record, place, scorer, measured)
                     bucket, is_kept = BUCKETS[bisect_right(cuts, rate)], keep[0] <= rate <= keep[1]
@@ -250,14 +252,8 @@ def _parse_band(option: str, text: str) -> tuple[float, float]:
 def _check_grading(options: DifficultyGradeOptions) -> None:
     if options.model is None and options.labels is None:
         raise UserError("difficulty grade: names neither --model nor --labels; give one of them")
-    for name, count in Counter(file.name for file in options.input).items():
-        if count > 1:
-            raise UserError(f"--input {name}: {count} files bear this name, and the output has a file for "
-                            "each; rename them")
-    for file in options.input:
-        if file.suffix != ".jsonl":
-            raise UserError(f"--input {file}: must be a .jsonl file")
-    check_output_folder(options.output, GRADED, options.overwrite)
+    check_lines_files(options.input)
+    check_output_folder(options.output, CORPUS, options.overwrite)
 
 
 def _load_scorer(model: Path) -> Any:
@@ -279,10 +275,7 @@ def _read_measured_rates(labels: Path) -> dict[str, float]:
 def _estimate_pass_rate(record: Mapping[str, Any], place: str, scorer: Any, measured: Mapping[str, float]
                         ) -> tuple[float, str]:
     """Return a problem's pass rate, and "measured" or "expected"."""
-    text = find_problem_text(record)
-    if text is None:
-        raise UserError(f"{place}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
-                        f"{', '.join(record) or 'none'}); add one")
+    text = get_problem_text(record, place)
     if text in measured:
         return measured[text], "measured"
     if scorer is None:

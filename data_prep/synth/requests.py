@@ -56,8 +56,8 @@ class Requester:
         """Error from an unanswered request; the item is unfinished even if the generator continued."""
 
     def request_replies(self, prompt: str, fields: Mapping[str, Any], *, count: int = 1, first: int = 0,
-                        temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
-                        thinking: bool | None = None, attempts: int = MAX_ATTEMPTS) -> list[Reply]:
+                        temperature: float = 0.7, max_tokens: int = 1024, thinking: bool | None = None,
+                        attempts: int = MAX_ATTEMPTS) -> list[Reply]:
         """Draw the writer's replies to a prompt, with a seed per draw; unusable draws are omitted.
 
         Args:
@@ -66,7 +66,6 @@ class Requester:
             count: number of draws.
             first: number of the first draw, if several calls draw from the same prompt.
             temperature: sampling temperature; 0 is greedy.
-            top_p: probability mass to sample from.
             max_tokens: longest reply.
             thinking: whether a reasoning model thinks first; None: the model's default.
             attempts: requests per draw until a reply is usable; 1 for measurements, which count
@@ -76,7 +75,7 @@ class Requester:
             NoUsableReply: every draw is unusable.
         """
         template = self._prompts[prompt]
-        request = _build_request(template.render_messages(fields), temperature, top_p, max_tokens, thinking)
+        request = _build_request(template.render_messages(fields), temperature, max_tokens, thinking)
 
         def draw_reply(draw: int) -> Draw:
             try:
@@ -97,7 +96,7 @@ class Requester:
                      draw: int = 0, temperature: float = 0.7, max_tokens: int = 1024,
                      thinking: bool | None = None) -> Reply:
         """Return the writer's next message in a conversation; `draw` distinguishes equal requests."""
-        request = _build_request(messages, temperature, 1.0, max_tokens, thinking)
+        request = _build_request(messages, temperature, max_tokens, thinking)
         if tools:
             request["tools"] = [dict(tool) for tool in tools]
         reply = self._request_usable_reply(request, "", draw, MAX_ATTEMPTS)
@@ -116,7 +115,7 @@ class Requester:
         num_cut = 0
         for attempt in range(MAX_ATTEMPTS):
             temperature = JUDGE_RETRY_TEMPERATURE if attempt else 0.0
-            request = _build_request(messages, temperature, 1.0, self._judge_max_tokens, None)
+            request = _build_request(messages, temperature, self._judge_max_tokens, None)
             reply = self._request_reply("judge", request, "", 0, attempt)
             if reply.is_cut:
                 num_cut += 1
@@ -168,11 +167,11 @@ class Requester:
             raise self.failure from None
 
 
-def _build_request(messages: Sequence[Mapping[str, Any]], temperature: float, top_p: float, max_tokens: int,
+def _build_request(messages: Sequence[Mapping[str, Any]], temperature: float, max_tokens: int,
                    thinking: bool | None) -> dict[str, Any]:
     """Build a request body without model and seed."""
     request: dict[str, Any] = {"messages": _replace_half_characters(messages), "temperature": temperature,
-                               "top_p": top_p, "max_tokens": max_tokens}
+                               "top_p": 1.0, "max_tokens": max_tokens}
     if thinking is not None:  # the field of vLLM and `megatron-sov serve`
         request["chat_template_kwargs"] = {"enable_thinking": thinking}
     return request

@@ -54,7 +54,7 @@ class SynthLimitOptions:
     max_attempts: AtLeastOne = 5
     """Attempts for one request."""
     patience: Annotated[NotNegative, Flag(value="S")] = 600.0
-    """Seconds to wait for a busy or unavailable endpoint."""
+    """Seconds to wait for a busy or unavailable endpoint (0: only --max-attempts counts)."""
     max_tokens_total: NotNegativeInt = 0
     """End with 75 before all commands on this folder have used more tokens (0: no limit)."""
 

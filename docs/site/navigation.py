@@ -36,7 +36,7 @@ def build_navigation(index: str, pages: list[str]) -> list[dict[str, str | list[
         names = re.findall(r"^\| \[[^]]*\]\(([\w/]+\.md)\)", text, re.MULTILINE)
         sections[heading] = [name for name in names if name in pages]
     listed = {HOME, *PROJECT_PAGES, *(name for names in sections.values() for name in names)}
-    sections["Reference"] = [page for page in pages if page.startswith("reference/")]
+    sections.setdefault("Reference", []).extend(page for page in pages if page.startswith("reference/"))
     sections["Project"] = [page for page in PROJECT_PAGES if page in pages]
     sections["More"] = [page for page in pages if page not in listed and not page.startswith("reference/")]
     return [{"Home": HOME}, *({heading: names} for heading, names in sections.items() if names)]

@@ -37,7 +37,7 @@ PRODUCERS = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
              "rows": "`megatron-sov map`",
              "scorer": "`sov-data scorer train`",
              "difficulty_labels": "`sov-data difficulty label`",
-             "probing_sets": "`sov-data probing-sets`",
+             "synthesis": "`sov-data synth`",
              "teacher_states": "`megatron-sov distill states`",
              "codec": "`megatron-sov codec import`",
              "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}

@@ -23,7 +23,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import Contamination, Results
 from megatron_sov.bench.score_differences import ScoredResults, get_item_scores, is_mean_of_items
 from megatron_sov.chat.folder import open_tokenizer
-from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.work.processes.pool import map_in_processes
 from megatron_sov.work.progress.progress_bar import create_bar
 

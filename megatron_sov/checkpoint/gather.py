@@ -13,21 +13,6 @@ from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.engine.parallel.values import gather_objects
 
 
-@dataclass(frozen=True)
-class _BlockPosition:
-    """Position of a `LocalShard` in the global tensor."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
-
-
 class TensorGatherer:
     """Gathers global tensors from every process's blocks. Every method is collective.
 
@@ -95,6 +80,21 @@ class TensorGatherer:
             else:
                 dist.recv(share, src=owner)
         return share
+
+
+@dataclass(frozen=True)
+class _BlockPosition:
+    """Position of a `LocalShard` in the global tensor."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
 
 def iter_gathered(gatherer: TensorGatherer,

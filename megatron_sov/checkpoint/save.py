@@ -312,3 +312,21 @@ def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, com
     artifact.complete()
     # The rename is the commit: until now no folder has the name of the checkpoint.
     publish_folder(folder, writing.path)
+
+
+def save_checkpoint(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
+                    settings: dict[str, Any], tokenizer: Path | None) -> None:
+    """Save a checkpoint and wait for its completion (collective). Runs use a `CheckpointSaver` instead.
+
+    Args:
+        path: folder of the checkpoint; must not exist.
+        state: state of the loop, equal on every process; must include `step` and `tokens`.
+        settings: config of the run.
+        tokenizer: tokenizer folder to copy.
+
+    Raises:
+        UserError: on every process, if a process could not write; `path` is then not created.
+    """
+    saver = CheckpointSaver()
+    saver.begin(path, model, optimizer, CheckpointMetadata(state, settings, tokenizer), wait=True)
+    saver.finish()

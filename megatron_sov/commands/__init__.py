@@ -24,7 +24,7 @@ COMMANDS = {
          "score --reward ./my_reward.py:Starts --input answers.jsonl --output own.jsonl")),
     "codec": Command(
         "megatron_sov.commands.models.codec:CODEC",
-        "import, reconstruct: codecs for pictures and sounds", DATA, "media_data.md",
+        "import, reconstruct: codecs for pictures and sounds", DATA, "omni.md",
         ("codec import ta-tok ta_tok.pth ta-tok",
          "codec reconstruct image-tokenizer pictures/0.png --output again")),
     "recipes": Command(
@@ -72,7 +72,7 @@ COMMANDS = {
         POST_TRAIN, "distill.md", ("distill states teacher --data chats --output states",
          "distill states teacher --data chats --top-k 128 --output top")),
     "rl run": Command(
-        "megatron_sov.commands.rl.cycle:RUN",
+        "megatron_sov.commands.rl.options:RUN",
         "reinforcement learning in one command: generate, judge and train every round", POST_TRAIN,
         "rl.md",
         ("rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
@@ -80,24 +80,24 @@ COMMANDS = {
          "rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward ./my_reward.py:Starts "
          "--store store --run runs/rl --set policy.method=dapo")),
     "rl engines": Command(
-        "megatron_sov.commands.rl.engines:ENGINES",
+        "megatron_sov.commands.rl.options:ENGINES",
         "run the engine servers for an `rl run` on other machines", POST_TRAIN, "rl.md",
         ("rl engines --from runs/sft --prompts prompts.jsonl --reward math --store store --run runs/rl "
          "--engine vllm --engine-set tp=8 --port 8000",
          "rl engines tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl --engine vllm --engine-set servers=2 --engine-python vllm/bin/python")),
     "rl generate": Command(
-        "megatron_sov.commands.rl.generate:GENERATE",
-        "generate responses for rounds with the newest policy, into a store", POST_TRAIN, "rl_generate.md",
+        "megatron_sov.commands.rl.options:GENERATE",
+        "generate responses for rounds with the newest policy, into a store", POST_TRAIN, "rl.md",
         ("rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run runs/rl",
          "rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
          "runs/rl --wait 3600")),
     "rl reward": Command(
         "megatron_sov.commands.rl.store.reward:REWARD",
-        "judge the responses in a store that have no reward yet", POST_TRAIN, "rl_generate.md",
+        "judge the responses in a store that have no reward yet", POST_TRAIN, "rl.md",
         ("rl reward --store store --reward math", "rl reward --store store --reward math --wait 3600")),
     "rl train": Command(
-        "megatron_sov.commands.rl.train:TRAIN",
+        "megatron_sov.commands.rl.options:TRAIN",
         "reinforcement learning: train on generated and judged rounds", POST_TRAIN, "rl.md",
         ("rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl",
@@ -105,11 +105,11 @@ COMMANDS = {
          "--run runs/rl --wait 600")),
     "rl store": Command(
         "megatron_sov.commands.rl.store.store:STORE",
-        "show, gc: the rollout store between generation, reward and training", POST_TRAIN, "rollout_store.md",
+        "show, gc: the rollout store between generation, reward and training", POST_TRAIN, "rl.md",
         ("rl store show store round-0001-piece-0000 0", "rl store gc store --rounds 1-3 --yes")),
     "rl knowledge": Command(
         "megatron_sov.commands.rl.ssp.knowledge:KNOWLEDGE",
-        "write in-domain text for InK-GRPO, without duplicates and test answers", POST_TRAIN, "ssp.md",
+        "write in-domain text for InK-GRPO, without duplicates and test answers", POST_TRAIN, "sft.md",
         ("rl knowledge --input laws.jsonl --text-field text --document-field law --section-field section "
          "--tests test.jsonl --output knowledge",
          "rl knowledge --input laws.jsonl --text-field text --document-field law --section-field section "
@@ -119,18 +119,18 @@ COMMANDS = {
         POST_TRAIN, "tools.md", ("tools list", "tools run virtual work/sft --output work/episodes")),
     "ssp probe": Command(
         "megatron_sov.commands.rl.ssp.probe:PROBE",
-        "measure a run's checkpoints by pass@k, and find the best per domain", POST_TRAIN, "ssp.md",
+        "measure a run's checkpoints by pass@k, and find the best per domain", POST_TRAIN, "sft.md",
         ("ssp probe runs/sft --problems algebra=algebra.jsonl --reward math --k 8 --output probe",
          "ssp probe runs/sft --problems algebra=algebra.jsonl geometry=geometry.jsonl --reward math "
          "--samples 16 --k 8 --output probe")),
     "ssp fuse": Command(
         "megatron_sov.commands.rl.ssp.fuse:FUSE",
-        "average the best checkpoint per domain, or chosen checkpoints", POST_TRAIN, "ssp.md",
+        "average the best checkpoint per domain, or chosen checkpoints", POST_TRAIN, "sft.md",
         ("ssp fuse probe --output merged",
          "ssp fuse runs/sft/checkpoints/step-50 runs/sft/checkpoints/step-100:2 --output merged")),
     "generate": Command(
         "megatron_sov.commands.models.generate:GENERATE",
-        "continue prompts with a checkpoint or a Hugging Face folder", EVALUATE, "generate.md",
+        "continue prompts with a checkpoint or a Hugging Face folder", EVALUATE, "serve.md",
         ('generate hf --prompt "The model"', 'generate runs/sft --chat --prompt "What is a list?"')),
     "eval": Command(
         "megatron_sov.commands.evaluate.eval:EVAL",
@@ -139,11 +139,11 @@ COMMANDS = {
          "eval lm hf --tasks quiz --task-dir tasks --output scores.json")),
     "eval difference": Command(
         "megatron_sov.commands.evaluate.scores.difference:DIFFERENCE",
-        "compare two models item by item, with confidence intervals", EVALUATE, "compare.md",
+        "compare two models item by item, with confidence intervals", EVALUATE, "eval.md",
         ("eval difference base.json tuned.json", "eval difference base.json tuned.json --tasks quiz --json")),
     "eval contamination": Command(
         "megatron_sov.commands.evaluate.scores.contamination:CONTAMINATION",
-        "find evaluation items in the training data, and score the rest", EVALUATE, "compare.md",
+        "find evaluation items in the training data, and score the rest", EVALUATE, "eval.md",
         ("eval contamination base.json --data tokens",
          "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
     "convert": Command(

@@ -1,4 +1,4 @@
-"""Top-k routing with layout-independent expert counts and balancing loss, and replay of recorded routes.
+"""Top-k routing with layout-independent expert counts and balancing loss.
 
 `BalancedRouter` replaces the router of Megatron-Core 0.19.2 for three reasons. With per-token losses the
 library multiplies auxiliary losses by the tokens of the micro-batch, for a division by all tokens that our
@@ -9,251 +9,25 @@ broadcast); and it does not normalize the weight of a single chosen expert. Test
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core.extensions import transformer_engine as te
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from megatron_sov.engine.fused_routing import (
+    choose_experts_fused, compute_balancing_scores, uses_fused_routing)
 from megatron_sov.engine.model.attention import SharedPrompts
 from megatron_sov.engine.parallel import context
-from megatron_sov.engine.parallel.device import get_local_device, to_device
-from megatron_sov.model.config import ModelConfig
-
-# Route replay: routers look up the experts of each token in one table per step.
-#
-# The only tensor that reaches a router for the tokens of a micro-batch at any layout, under pipelines and in
-# recomputation is the library's padding mask. The mask therefore carries each token's index in the table: its
-# first row is the padding, the further rows are the bits of the index, since the library casts the mask to
-# bool. A counter per router, as in the library's `RouterReplay`, would fail with interleaved pipelines or
-# out-of-order recomputation.
-
-UINT16_MARK = -1
-"""65535 as int16: torch can index int16 tensors but not uint16."""
-
-
-@dataclass(frozen=True)
-class RecordedRoutes:
-    """Recorded routes for local tokens in a layer."""
-
-    experts: torch.Tensor
-    """[tokens, top_k] int64; arbitrary values for tokens without a record."""
-    is_recorded: torch.Tensor
-    """[tokens] bool: whether the table has a record for the token."""
-
-
-class RouteTable:
-    """Routes for the tokens in the step's local micro-batches, concatenated, read by `BalancedRouter`."""
-
-    def __init__(self, routes: np.ndarray, first_layer: int) -> None:
-        """Copy the routes to the device.
-
-        Args:
-            routes: [tokens, layers, top_k] uint8 or uint16, see `documents.shard_files`.
-            first_layer: the library's number (from 1) of the first MoE layer.
-        """
-        self._first_layer = first_layer
-        self._mark = np.iinfo(np.uint8).max if routes.dtype == np.uint8 else UINT16_MARK
-        indexable = routes if routes.dtype == np.uint8 else routes.view(np.int16)
-        self._experts = to_device(torch.from_numpy(np.ascontiguousarray(indexable)), get_local_device())
-        self._num_bits = max(1, (len(routes) - 1).bit_length())
-
-    def encode_mask(self, padding: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Encode table indices into a padding mask.
-
-        Args:
-            padding: [tokens] bool, True where a token is padding.
-            places: [tokens] int64 table index of each token; arbitrary for padding.
-
-        Returns:
-            [1 + bits, tokens] bool.
-        """
-        bits = torch.arange(self._num_bits, device=places.device)[:, None]
-        return torch.cat([padding[None], (places >> bits) & 1 == 1])
-
-    def decode_routes(self, mask: torch.Tensor, layer: int) -> RecordedRoutes:
-        """Decode the indices from a mask [tokens, 1 + bits] bool and return the tokens' records."""
-        bits = torch.arange(self._num_bits, device=mask.device)
-        # padding has arbitrary indices and is masked below
-        places = (mask[:, 1:].long() << bits).sum(dim=1)
-        experts = self._experts[places, layer - self._first_layer]
-        return RecordedRoutes(experts.long(), (experts[:, 0] != self._mark) & ~mask[:, 0])
-
-
-@contextlib.contextmanager
-def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[list[int | None]]:
-    """Replay recorded routes (`RouteTable`) inside the context.
-
-    Args:
-        config: the library's config, with `routing_step`.
-        rows: routes of each row of the step. None: routers choose.
-
-    Yields:
-        Table index of each row's first token; None for rows without routes.
-    """
-    recorded = [row for row in rows if row is not None]
-    firsts = iter(accumulate((len(row) for row in recorded), initial=0))
-    step = config.routing_step
-    if recorded:
-        step.table = RouteTable(np.concatenate(recorded), 1 + config.moe_layer_freq.index(1))
-    try:
-        yield [None if row is None else next(firsts) for row in rows]
-    finally:
-        step.table = None
-
-
-# Fused routing kernels of Transformer Engine (2.7 or newer), for routers with the same formula.
-#
-# Checked against: the Python code of Transformer Engine 2.20.2, and the simple forward kernels
-# (`common/fused_router/*.cu`) of its development branch at 2.20.0.dev0. The kernels compute in float32, add
-# the bias to sigmoid scores only for the choice, and divide sigmoid weights by their sum (plus 1e-20) if
-# several experts are chosen. The weight of a chosen expert is the biased score minus the bias, so its last
-# bits may differ from the score. A group's score is the sum of its best K / (chosen groups) experts, equal to
-# the router's sum of two if K is twice the number of chosen groups.
-
-def find_fusion_problem(model: ModelConfig) -> str:
-    """Return why the kernels cannot route this model (`gpu.router_fusion`), or ""."""
-    if te.fused_topk_with_score_function is None:
-        return ("needs the routing kernels of Transformer Engine 2.7 or newer, and the one here has none; "
-                "install a newer one, or leave it out")
-    if not _matches_formula(model.router_score, model.norm_topk_prob, model.num_experts_per_token):
-        return (f"does not go with model.norm_topk_prob = {model.norm_topk_prob} and "
-                f"model.num_experts_per_token = {model.num_experts_per_token}: the kernels divide several "
-                "sigmoid weights by their sum, and never a single one; leave it out")
-    if model.num_expert_groups > 1 and not _matches_group_score(model.num_experts_per_token,
-                                                                model.num_groups_per_token):
-        return (f"does not go with model.num_experts_per_token = {model.num_experts_per_token} and "
-                f"model.num_groups_per_token = {model.num_groups_per_token}: of a group the kernels add up "
-                "as many scores as experts are chosen in a kept one, and the router two; leave it out")
-    return ""
-
-
-def uses_fused_routing(config: Any, logits: torch.Tensor) -> bool:
-    """Return whether to use the kernels: `moe_router_fusion` is on, they exist and compute the same
-    routing."""
-    if not config.moe_router_fusion or te.fused_topk_with_score_function is None:
-        return False
-    if logits.dtype == torch.float64:
-        return False
-    if config.moe_router_num_groups is not None and not _matches_group_score(config.moe_router_topk,
-                                                                             config.moe_router_group_topk):
-        return False
-    return _matches_formula(config.moe_router_score_function, config.norm_topk_prob, config.moe_router_topk)
-
-
-def _matches_formula(score: str, normalised: bool, num_chosen: int) -> bool:
-    """Return whether the kernels compute the router's weights: a softmax with or without normalization, a
-    single sigmoid weight without, several sigmoid weights with it."""
-    return score == "softmax" or normalised == (num_chosen > 1)
-
-
-def _matches_group_score(num_chosen: int, num_groups: int) -> bool:
-    """Return whether the kernels compute group scores as the router does, as a sum of two."""
-    return num_chosen // num_groups == 2
-
-
-def choose_experts_fused(config: Any, logits: torch.Tensor,
-                         bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights [tokens, experts] (zero if not chosen) and the choice [tokens, experts] bool."""
-    weights, chosen = te.fused_topk_with_score_function(
-        logits=logits.contiguous(), topk=config.moe_router_topk,
-        # a softmax over the chosen experts equals the full softmax divided by the chosen experts' sum
-        use_pre_softmax=not config.norm_topk_prob, num_groups=config.moe_router_num_groups,
-        group_topk=config.moe_router_group_topk,
-        scaling_factor=config.moe_router_topk_scaling_factor,
-        score_function=config.moe_router_score_function, expert_bias=bias)
-    # the kernels save the map for the backward pass, and the library's dispatcher pads it in place
-    return weights, chosen.clone() if config.moe_router_padding_for_quantization else chosen
-
-
-def compute_balancing_scores(config: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scores [tokens, experts] that sum to 1, and the top K [tokens, experts] bool."""
-    chosen, scores = te.fused_compute_score_for_moe_aux_loss(
-        logits=logits.contiguous(), topk=config.moe_router_topk,
-        score_function=config.moe_router_score_function)
-    return scores, chosen
-
+from megatron_sov.engine.parallel.device import get_local_device
+from megatron_sov.engine.route_replay import RecordedRoutes, RouteTable
 
 EPSILON = 1e-20
 """Added to the sum of weights before division, as in transformers."""
-
-
-@dataclass
-class RoutingStep:
-    """Optimizer step state, shared by the process's `BalancedRouter` modules.
-
-    The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
-    pass sees the values of the forward pass.
-    """
-
-    seq_len: int = 0
-    """Tokens per sequence; a micro-batch is a row of whole sequences."""
-    num_sequences: int | torch.Tensor = 1
-    """Sequences in the global batch, over which the balancing loss is averaged."""
-    aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Layer number -> local part of the step's balancing loss, always in the same memory."""
-    counts_evaluation: bool = False
-    """Whether routers count tokens in evaluation mode as well."""
-    rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    """(local tokens, sequence tokens) -> [local tokens] int64 sequence index, shared by all layers."""
-    padding: torch.Tensor | None = None
-    """Current row's padding mask, for routers without a mask argument."""
-    shared: SharedPrompts | None = None
-    """Current row's `SharedPrompts`; requires a model without pipeline stages."""
-    table: RouteTable | None = None
-    """Routes that the step replays. None: routers choose."""
-    record: dict[int, list[torch.Tensor]] | None = None
-    """Layer number -> [local tokens, top_k] int64 per row read, in order. None: no recording."""
-    has_graphs: bool = False
-    """Whether the current passes use the captured CUDA graphs."""
-
-    def begin(self, seq_len: int, num_sequences: int) -> None:
-        """Start a step. Values that change are written to tensors: CUDA graphs replay Python numbers from
-        their capture."""
-        self.seq_len = seq_len
-        if not isinstance(self.num_sequences, torch.Tensor):
-            self.num_sequences = torch.empty((), dtype=torch.float32, device=get_local_device())
-        self.num_sequences.fill_(num_sequences)
-        self.reset_losses()
-
-    def reset_losses(self) -> None:
-        for loss in self.aux_loss.values():
-            loss.zero_()
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether routers read only hidden states and padding."""
-        return self.table is None and self.shared is None and self.record is None
-
-
-def patch_dispatcher_combine() -> None:
-    """Make the all-to-all dispatcher free a micro-batch's routes after the combine.
-
-    Megatron-Core keeps the routes, and with them the router's graph, until the layer's next forward pass.
-    With recomputation that graph ends in the layer's input, which stays with its gradient: for 48 layers,
-    4,096 tokens and hidden size 4,096 the backward pass leaves 1.9 GB more. Test:
-    `test_router.py::test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers`.
-    """
-    MoEAlltoAllTokenDispatcher.combine_postprocess = _combine_and_free_routes
-
-
 _original_combine = MoEAlltoAllTokenDispatcher.combine_postprocess
-
-
-def _combine_and_free_routes(dispatcher: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    output: torch.Tensor = _original_combine(dispatcher, *args, **kwargs)
-    # a graph replay does not set the weights again, and the library reads their dtype
-    dispatcher.probs = dispatcher.probs.new_empty(0)
-    dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
-    return output
 
 
 class BalancedRouter(TopKRouter):
@@ -426,6 +200,73 @@ class BalancedRouter(TopKRouter):
             step.rows[key] = context.compute_row_index(num_tokens * split, self.config.sequence_parallel,
                                                        device) // step.seq_len
         return step.rows[key], max(1, num_tokens * split // step.seq_len)
+
+
+@dataclass
+class RoutingStep:
+    """Optimizer step state, shared by the process's `BalancedRouter` modules.
+
+    The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
+    pass sees the values of the forward pass.
+    """
+
+    seq_len: int = 0
+    """Tokens per sequence; a micro-batch is a row of whole sequences."""
+    num_sequences: int | torch.Tensor = 1
+    """Sequences in the global batch, over which the balancing loss is averaged."""
+    aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer number -> local part of the step's balancing loss, always in the same memory."""
+    counts_evaluation: bool = False
+    """Whether routers count tokens in evaluation mode as well."""
+    rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """(local tokens, sequence tokens) -> [local tokens] int64 sequence index, shared by all layers."""
+    padding: torch.Tensor | None = None
+    """Current row's padding mask, for routers without a mask argument."""
+    shared: SharedPrompts | None = None
+    """Current row's `SharedPrompts`; requires a model without pipeline stages."""
+    table: RouteTable | None = None
+    """Routes that the step replays. None: routers choose."""
+    record: dict[int, list[torch.Tensor]] | None = None
+    """Layer number -> [local tokens, top_k] int64 per row read, in order. None: no recording."""
+    has_graphs: bool = False
+    """Whether the current passes use the captured CUDA graphs."""
+
+    def begin(self, seq_len: int, num_sequences: int) -> None:
+        """Start a step. Values that change are written to tensors: CUDA graphs replay Python numbers from
+        their capture."""
+        self.seq_len = seq_len
+        if not isinstance(self.num_sequences, torch.Tensor):
+            self.num_sequences = torch.empty((), dtype=torch.float32, device=get_local_device())
+        self.num_sequences.fill_(num_sequences)
+        self.reset_losses()
+
+    def reset_losses(self) -> None:
+        for loss in self.aux_loss.values():
+            loss.zero_()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether routers read only hidden states and padding."""
+        return self.table is None and self.shared is None and self.record is None
+
+
+def patch_dispatcher_combine() -> None:
+    """Make the all-to-all dispatcher free a micro-batch's routes after the combine.
+
+    Megatron-Core keeps the routes, and with them the router's graph, until the layer's next forward pass.
+    With recomputation that graph ends in the layer's input, which stays with its gradient: for 48 layers,
+    4,096 tokens and hidden size 4,096 the backward pass leaves 1.9 GB more. Test:
+    `test_router.py::test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers`.
+    """
+    MoEAlltoAllTokenDispatcher.combine_postprocess = _combine_and_free_routes
+
+
+def _combine_and_free_routes(dispatcher: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    output: torch.Tensor = _original_combine(dispatcher, *args, **kwargs)
+    # a graph replay does not set the weights again, and the library reads their dtype
+    dispatcher.probs = dispatcher.probs.new_empty(0)
+    dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
+    return output
 
 
 def _limit_to_groups(scores: torch.Tensor, num_groups: int, num_kept: int) -> torch.Tensor:

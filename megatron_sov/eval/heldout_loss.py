@@ -21,8 +21,9 @@ from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import check_encoders
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, build_heldout_samples
+from megatron_sov.train.data.sources import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.token_bytes import count_token_bytes
-from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
+from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.objectives.heldout_evaluator import (
     PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, build_heldout_row, compute_heldout_loss)
 from megatron_sov.work.progress.progress_bar import create_bar

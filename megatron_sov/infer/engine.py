@@ -4,18 +4,20 @@ torch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from megatron_sov.base.settings import Flag
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.infer.request import (
-    Batching, GenerationResult, NamedTensors, Sampling, ServerLocations, StopRule, Tokens)
+    MEGATRON, TRANSFORMERS, VLLM, Batching, EngineName, GenerationResult, NamedTensors, Sampling,
+    ServerLocations, StopRule, Tokens)
+from megatron_sov.work.endpoints.transport import find_address_problems
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
 
-EngineName = Literal["megatron", "transformers", "vllm"]
-MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
-"""Engine names: megatron runs checkpoints at any layout, transformers and vllm run Hugging Face folders."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="Engine that runs the model (default: transformers for a Hugging Face folder)")]
 PRECISION_KEY = "train.precision"
@@ -60,6 +62,35 @@ class Engine(Protocol):
                 succeeds.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Engine options for commands where --set has another meaning."""
+
+    engine: ChosenEngine = None
+    engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
+    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (vllm)."""
+    nproc: AtLeastOne | None = None
+    """Local processes (engine megatron)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Servers for `--engine vllm`."""
+
+    engine_python: Annotated[Path | None, Flag(value="FILE")] = None
+    """Python interpreter with the engine (default: $SOV_ENGINE_PYTHON, or the current interpreter)."""
+    engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
+    """A running server's address; repeat the option for several servers."""
+
+    def places(self, run: Path) -> ServerLocations:
+        """Return a run's server addresses, log folder and interpreter. Raises `UserError`: --engine-url is
+        not an address."""
+        for url in self.engine_url:
+            if problems := find_address_problems("--engine-url", url, "the environment"):
+                raise SettingsError("", problems)
+        return ServerLocations(run / "engines", self.engine_url, self.engine_python)
 
 
 def choose_engine(target: Target) -> EngineName:
@@ -107,3 +138,28 @@ def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *,
     from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
 
     return work(HfEngine(load_configured_hf(target.path, settings, option), batching))
+
+
+def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: int | None,
+                 option: str = "--set") -> None:
+    """Raise `UserError` if an engine cannot run a model with the given options.
+
+    Args:
+        engine: one of `ENGINES`.
+        target: the model.
+        settings: `key=value` changes of layout and precision, or of servers.
+        nproc: local processes.
+        option: option that gives the settings.
+    """
+    if engine != MEGATRON and not target.is_hf:
+        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
+                        "convert it first with `megatron-sov convert to-hf`")
+    refused = settings if engine != VLLM else ()  # settings of servers
+    if engine == TRANSFORMERS:
+        refused = [setting for setting in refused if setting.partition("=")[0] != PRECISION_KEY]
+    refused_options = [*(f"{option} {setting}" for setting in refused),
+                       *([] if nproc is None else [f"--nproc {nproc}"])]
+    if engine != MEGATRON and refused_options:
+        verb = "is" if len(refused_options) == 1 else "are"
+        raise UserError(f"{', '.join(refused_options)}: {verb} for --engine {MEGATRON}; "
+                        "add it or leave this out")

@@ -6,20 +6,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.documents.rows import fix_text_rows
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import build_text_decoder, prepend_mark
 from megatron_sov.convert.companion_files import read_generation_ids, to_id_list
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, TRANSFORMERS, VLLM, ChosenEngine
-from megatron_sov.infer.request import GenerationResult, ServerLocations
-from megatron_sov.work.endpoints.transport import find_address_problems
+from megatron_sov.infer.request import GenerationResult
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -87,35 +84,6 @@ def _read_file(file: Path) -> list[ModelPrompt]:
                             '"target", both strings')
         prompts.append(ModelPrompt(record["prompt"], record.get("target"), record))
     return prompts
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Engine options for commands where --set has another meaning."""
-
-    engine: ChosenEngine = None
-    engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (vllm)."""
-    nproc: AtLeastOne | None = None
-    """Local processes (engine megatron)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """Servers for `--engine vllm`."""
-
-    engine_python: Annotated[Path | None, Flag(value="FILE")] = None
-    """Python interpreter with the engine (default: $SOV_ENGINE_PYTHON, or the current interpreter)."""
-    engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
-    """A running server's address; repeat the option for several servers."""
-
-    def places(self, run: Path) -> ServerLocations:
-        """Return a run's server addresses, log folder and interpreter. Raises `UserError`: --engine-url is
-        not an address."""
-        for url in self.engine_url:
-            if problems := find_address_problems("--engine-url", url, "the environment"):
-                raise SettingsError("", problems)
-        return ServerLocations(run / "engines", self.engine_url, self.engine_python)
 
 
 @dataclass(frozen=True)
@@ -305,28 +273,3 @@ def check_length(target: Target, longest: int, cause: str, fix: str) -> None:
     if longest > target.max_tokens:
         raise UserError(f"{cause} make {longest} tokens, but the model has a context of {target.max_tokens}; "
                         f"{fix}")
-
-
-def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: int | None,
-                 option: str = "--set") -> None:
-    """Raise `UserError` if an engine cannot run a model with the given options.
-
-    Args:
-        engine: one of `ENGINES`.
-        target: the model.
-        settings: `key=value` changes of layout and precision, or of servers.
-        nproc: local processes.
-        option: option that gives the settings.
-    """
-    if engine != MEGATRON and not target.is_hf:
-        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
-                        "convert it first with `megatron-sov convert to-hf`")
-    refused = settings if engine != VLLM else ()  # settings of servers
-    if engine == TRANSFORMERS:
-        refused = [setting for setting in refused if setting.partition("=")[0] != PRECISION_KEY]
-    refused_options = [*(f"{option} {setting}" for setting in refused),
-                       *([] if nproc is None else [f"--nproc {nproc}"])]
-    if engine != MEGATRON and refused_options:
-        verb = "is" if len(refused_options) == 1 else "are"
-        raise UserError(f"{', '.join(refused_options)}: {verb} for --engine {MEGATRON}; "
-                        "add it or leave this out")

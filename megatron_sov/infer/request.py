@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from annotated_types import Gt, Le
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+EngineName = Literal["megatron", "transformers", "vllm"]
+MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
+"""Engine names: megatron runs checkpoints at any layout, transformers and vllm run Hugging Face folders."""
 Tokens = Sequence[int]
 STOP, LENGTH = "stop", "length"
 """Finish reasons with the names of inference servers: ended by `StopRule`, or at the length limit."""
@@ -34,6 +37,8 @@ CACHE_TOKENS = 1 << 20
 reach the limit; if a GPU is too small for long sequences, lower the batch size."""
 ScoredTokens = tuple[list[int], list[float]]
 """A continuation's token ids, and a log-probability per token."""
+NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
+"""Hugging Face names and tensors of a whole model, e.g. from `convert.export_weights`."""
 
 
 @runtime_checkable
@@ -199,10 +204,6 @@ class RankOptions:
         """Return the layout or precision setting that an unknown option resembles, or ""."""
         setting = correct_setting(word)
         return setting if setting.startswith(("parallel.", "train.precision", "train.fp8")) else ""
-
-
-NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
-"""Hugging Face names and tensors of a whole model, e.g. from `convert.export_weights`."""
 
 
 class WeightVersion:

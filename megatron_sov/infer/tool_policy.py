@@ -15,11 +15,11 @@ from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.folder import (
     CONFIG_JSON, SPECIAL_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_encoder)
 from megatron_sov.engine.parallel.values import broadcast_object
-from megatron_sov.infer.engine import Engine, EngineName, choose_engine, run_with_engine
+from megatron_sov.infer.engine import Engine, check_engine, choose_engine, run_with_engine
 from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.prompts import check_engine, check_length, read_stop_ids
-from megatron_sov.infer.request import Batching, Sampling, StopRule, Tokens
+from megatron_sov.infer.prompts import check_length, read_stop_ids
+from megatron_sov.infer.request import Batching, EngineName, Sampling, StopRule, Tokens
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import GeneratedTurn
 from megatron_sov.judge.tools.playing import ToolPolicy

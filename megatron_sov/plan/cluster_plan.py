@@ -177,11 +177,8 @@ def find_length_source(request: RecipeRequest) -> str:
 
 
 def plan_on_cluster(request: RecipeRequest, machines: Machines) -> ClusterPlan:
-    """Plan a run in its `config.parallel`; if the user sets no layout, `choose_layout` chooses.
-
-    Raises:
-        UserError: invalid settings, too little memory, or a profile without the fields that a price needs.
-    """
+    """Plan a run in its `config.parallel`; if the user sets no layout, `choose_layout` chooses. Raises
+    `UserError`: invalid settings, too little memory, or a profile without the fields that a price needs."""
     config, settings = request.config(), list(request.settings)
     pricing, default = build_pricing(machines), None
     if leaves_layout_open(request):

@@ -14,7 +14,7 @@ from megatron_sov.model.recipes.extension import find_micro_batch_size
 from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, get_usable_bytes
 from megatron_sov.plan.pages.quotes import Quote, QuotedMemory
 from megatron_sov.plan.search.space import choice_to_dict, get_current_choice
-from megatron_sov.plan.speed.parameters import UNITS, Parameters, load_default_parameters
+from megatron_sov.plan.speed.parameters import UNITS, load_default_parameters
 from megatron_sov.plan.speed.step import (
     PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_step)
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, build_workload
@@ -54,11 +54,7 @@ class Machines:
         return self.profile.chip if self.profile.gpus_per_node and self.profile.gpu else None
 
     def compute_links(self) -> Links:
-        """Return bandwidth and latency between the GPUs.
-
-        Raises:
-            UserError: the profile lacks them.
-        """
+        """Return bandwidth and latency between the GPUs. Raises `UserError`: the profile lacks them."""
         try:
             return cluster.compute_links(self.profile, self.num_ranks)
         except UserError as e:
@@ -74,11 +70,8 @@ class Machines:
 
 
 def load_machines(name: str, nodes: int | None) -> Machines:
-    """Load a cluster profile; `nodes` defaults to 1.
-
-    Raises:
-        UserError: an unknown profile, or invalid `nodes`.
-    """
+    """Load a cluster profile; `nodes` defaults to 1. Raises `UserError`: an unknown profile, or invalid
+    `nodes`."""
     number = 1 if nodes is None else nodes
     if not 1 <= number <= MAX_NODES:
         raise UserError(f"--nodes {number}: must be at least 1"
@@ -171,7 +164,6 @@ class Pricing:
     """Memory and time for stages on nodes with known GPUs."""
 
     machines: Machines
-    parameters: Parameters
     _parts_cache: PartsCache = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -198,31 +190,28 @@ class Pricing:
 
     def build_workload(self, stage: RunStage) -> Workload:
         """Build the workload per step; routers have `Parameters.real_imbalance`."""
-        imbalance = self.parameters.real_imbalance if stage.config.model.num_moe_layers() else 1.0
+        imbalance = load_default_parameters().real_imbalance if stage.config.model.num_moe_layers() else 1.0
         work = build_workload(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
         if stage.config.objective.name in PACKED and not stage.config.extend.stages:
             work = replace(work, document_tokens=min(DOCUMENT_TOKENS, work.seq_len))
         return work
 
     def time_step(self, stage: RunStage) -> StepTime:
-        return estimate_step(self.build_workload(stage), self.parameters, self._parts_cache)
+        return estimate_step(self.build_workload(stage), load_default_parameters(), self._parts_cache)
 
     def estimate_extra_layers(self, stage: RunStage) -> float:
         """Return the cost of head and prediction layers on the last pipeline stage, in layers."""
-        return estimate_extra_layers(self.build_workload(stage), self.parameters)
+        return estimate_extra_layers(self.build_workload(stage), load_default_parameters())
 
 
 def build_pricing(machines: Machines) -> Pricing | None:
     """Build the pricing; None: the cluster profile names no GPUs."""
-    return Pricing(machines, load_default_parameters()) if machines.chip else None
+    return Pricing(machines) if machines.chip else None
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:
-    """Refuse `train.fp8` on a chip whose tensor cores lack the format.
-
-    Raises:
-        UserError: with the nearest precision that works.
-    """
+    """Refuse `train.fp8` on a chip whose tensor cores lack the format. Raises `UserError`: with the nearest
+    precision that works."""
     precision = config.train.fp8
     unit = UNITS[PRECISIONS[precision]]
     if unit == "bf16":
@@ -241,11 +230,8 @@ def refuse_precision(config: RunConfig, chip: Chip) -> None:
 
 
 def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
-    """Predict a stage's memory, time and cost.
-
-    Raises:
-        UserError: the chip has no tensor cores for the run's precision.
-    """
+    """Predict a stage's memory, time and cost. Raises `UserError`: the chip has no tensor cores for
+    the run's precision."""
     refuse_precision(stage.config, pricing.chip)
     pipeline_stage, account = find_fullest_stage(stage.config, pricing.num_ranks)
     work, step = pricing.build_workload(stage), pricing.time_step(stage)
@@ -263,7 +249,7 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         hours=train_s / SECONDS_PER_HOUR, cost_usd=gpu_hours * price.typical,
         cost_range_usd=(gpu_hours * price.low, gpu_hours * price.high),
         notes=(*_list_notes(price, work.imbalance),
-               *_list_router_notes(work, step, pricing.parameters), *_list_packing_notes(stage.config, work)))
+               *_list_router_notes(work, step), *_list_packing_notes(stage.config, work)))
 
 
 @dataclass(frozen=True)
@@ -297,10 +283,10 @@ def _list_notes(price: GpuPrice, imbalance: float) -> list[str]:
     return notes
 
 
-def _list_router_notes(work: Workload, step: StepTime, parameters: Parameters) -> list[str]:
+def _list_router_notes(work: Workload, step: StepTime) -> list[str]:
     if not work.shape.num_moe_layers:
         return []
-    seconds = estimate_router_s(work, parameters)
+    seconds = estimate_router_s(work, load_default_parameters())
     return [f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
             "memory-bound."]
 

@@ -30,7 +30,7 @@ from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rounds import ROUNDS_SOURCE
-from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources
+from megatron_sov.train.data.sources import TEXTS, Source, open_sources
 from megatron_sov.train.data.views import TEXT_FORMAT, view_as_text
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective

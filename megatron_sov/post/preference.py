@@ -29,7 +29,8 @@ from megatron_sov.post.shared_prompts import share_prompts
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rounds import ADVANTAGE, GROUP_SHARE
-from megatron_sov.train.data.token_shards import Documents, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective

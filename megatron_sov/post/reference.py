@@ -42,8 +42,9 @@ from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import build_row, compute_micro_batch_rows, join_rows
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.streams import PackedSegment, Row, pack_best_fit
-from megatron_sov.train.data.token_shards import Documents, DocumentView, Source
+from megatron_sov.train.data.token_shards import Documents, DocumentView
 from megatron_sov.train.feed import FeedView
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch

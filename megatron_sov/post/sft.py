@@ -22,6 +22,10 @@ from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, compute_segments
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
+RESPONSE, TEXT = "response", "text"
+TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
+"""Loss term -> token type for the learned labels, from the `.type` sidecar; no term learns prompts."""
+
 
 @dataclass(frozen=True)
 class ResponseSpans:
@@ -82,11 +86,6 @@ def find_responses(batch: MicroBatch) -> ResponseSpans:
     lengths = torch.bincount(index, minlength=num_documents + 1)[:-1].double()
     device = batch.labels.device
     return ResponseSpans(to_device(index, device), to_device(lengths, device))
-
-
-RESPONSE, TEXT = "response", "text"
-TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
-"""Loss term -> token type for the learned labels, from the `.type` sidecar; no term learns prompts."""
 
 
 class SupervisedFineTuning(DataObjective):

@@ -158,8 +158,9 @@ def _read_candidate(path: Path) -> ProbedCheckpoint:
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
-    """Write the problems in all domains to `PROBLEMS` in the probe's folder; return the file."""
-    lines = [json.dumps({**row, DOMAIN: domain}) + "\n" for domain, file in domains.items()
+    """Write the problems in all domains to `PROBLEMS` in the probe's folder; return the file. `domains`:
+    domain -> file; "": the rows name their domains."""
+    lines = [json.dumps({**row, DOMAIN: domain or row["domain"]}) + "\n" for domain, file in domains.items()
              for _, row in read_rows(file, "--problems", "prompt")]
     write_atomically(probe / PROBLEMS, "".join(lines))
     return probe / PROBLEMS

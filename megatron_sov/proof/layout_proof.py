@@ -38,7 +38,7 @@ from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof.miniature import Miniature, build_miniature
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, MODEL
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from megatron_sov.work.progress.progress_bar import create_bar

@@ -22,8 +22,8 @@ from megatron_sov.post import policy, preference, reference
 from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFormat, pack_rows
 from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.train.data.sources import CONTENT_VERSION, Source
 from megatron_sov.train.data.token_manifest import build_source_record
-from megatron_sov.train.data.token_shards import CONTENT_VERSION, Source
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 
 SOURCE = "proof"

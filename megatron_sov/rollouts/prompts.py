@@ -19,7 +19,7 @@ from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.digests import SHA256, Digest
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.accounting import RecordAccount
-from megatron_sov.base.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
+from megatron_sov.base.documents.files import ARROW_SUFFIXES, COMPRESSED_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
 from megatron_sov.base.documents.layouts import Renames, propose_field, rename_fields
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import RecordReading, parse_record
@@ -36,6 +36,8 @@ HASH_DIGITS, STREAM_DIGITS = 16, 15
 and differ between a run's responses."""
 _FURTHER = 1
 """Entropy for the order of further prompts, in addition to seed and round."""
+UNUSED_ROWS_FILE = "set_aside.json"
+"""File in a store with the prompts that no round uses."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,8 @@ def _propose_columns(record: Mapping[str, Any], fault: BadRecord, renames: Renam
 
 def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield place and record for each row; null fields in a table are left out."""
-    if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, JSON_SUFFIX}:
+    if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, *COMPRESSED_SUFFIXES, PARQUET_SUFFIX,
+                                                JSON_SUFFIX}:
         try:
             for place, record in read_records(path, partial(_warn_once, option), renames):
                 yield place, {name: value for name, value in record.items() if value is not None}
@@ -260,10 +263,6 @@ def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[s
 def _warn_once(option: str, sentence: str) -> None:
     if is_first_rank():
         warn(f"{option} {sentence}")
-
-
-UNUSED_ROWS_FILE = "set_aside.json"
-"""File in a store with the prompts that no round uses."""
 
 
 @dataclass(frozen=True)

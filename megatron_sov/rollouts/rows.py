@@ -25,6 +25,11 @@ LAST_TURN = "last_turn"
 """Key in the outcome of an episode: the text in the model's last turn."""
 _DOMAIN_FIELD = "domain"
 _NAME = re.compile(r"round-([1-9]\d{4,}|\d{4})-piece-([1-9]\d{4,}|\d{4})(?:-attempt-([1-9]\d*))?")
+ROUNDS, PIECES, UNFINISHED_ROWS, GROWS = "asked_rounds", "pieces_per_round", "unfinished", "grows"
+"""Fields in a part's provenance: the last planned round, pieces per round, unfinished rows in this part, and
+whether a round may need further prompts until training."""
+JUDGED = "rollouts"
+"""Field in a reward's provenance: hash of the judged part's manifest."""
 
 
 class Key(NamedTuple):
@@ -199,13 +204,6 @@ def parse_round_range(text: str) -> range:
         raise UserError(f"--rounds {text}: must be a round, or the first and the last one, from 1, e.g. "
                         "--rounds 2 or --rounds 3-7")
     return range(first, last + 1)
-
-
-ROUNDS, PIECES, UNFINISHED_ROWS, GROWS = "asked_rounds", "pieces_per_round", "unfinished", "grows"
-"""Fields in a part's provenance: the last planned round, pieces per round, unfinished rows in this part, and
-whether a round may need further prompts until training."""
-JUDGED = "rollouts"
-"""Field in a reward's provenance: hash of the judged part's manifest."""
 
 
 @dataclass(frozen=True)

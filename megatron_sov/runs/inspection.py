@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import (
     MANIFEST, find_damaged_files, read_manifest, trace_origins, translate_disk_errors)
-from megatron_sov.base.errors import Fix, GateFailed, UserError, escape_controls, stop_check
+from megatron_sov.base.errors import Fix, GateFailed, UserError, escape_controls, stop_check, warn
 from megatron_sov.base.hints.removed import check_folder, check_kind
 from megatron_sov.base.settings import NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
@@ -110,8 +110,9 @@ def _describe_artifact(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     check_kind(path, manifest.kind)
     if missing := [name for name in manifest.files if not (path / name).exists()]:
-        raise UserError(f"{path}: {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} in its "
-                        f"{MANIFEST} and missing; copy or download the folder again")
+        verb = "is" if len(missing) == 1 else "are"
+        warn(escape_controls(f"{path}: {', '.join(missing[:3])} {verb} in its {MANIFEST} and missing; copy "
+                             "or download the folder again"))
     if not (isinstance(manifest.content, dict) and isinstance(manifest.settings, dict)
             and isinstance(manifest.inputs, list) and isinstance(manifest.created_s, int | float)
             and 0 <= manifest.created_s < MAX_TIME_S):

@@ -83,11 +83,8 @@ class ReaderProcess:
     def open_exchange(self) -> Iterator[socket.socket]:
         """Return a context manager for the messages about one file, which yields the channel.
 
-        Call `reset_timeout` before each further message.
-
-        Raises:
-            ReaderEnded: the process ended, timed out, or sent an invalid message.
-        """
+        Call `reset_timeout` before each further message. Raises `ReaderEnded`: the process ended, timed out,
+        or sent an invalid message."""
         self.num_files += 1
         wording = self._wording
         try:

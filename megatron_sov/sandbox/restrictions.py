@@ -246,11 +246,8 @@ def build_filter(*, namespaces: bool, signal_scope: bool, own_pid: int) -> CallF
 
 
 def install_filter(call_filter: CallFilter) -> None:
-    """Filter the system calls of this process and its children. Set PR_SET_NO_NEW_PRIVS before.
-
-    Raises:
-        OSError: the kernel rejects the filter.
-    """
+    """Filter the system calls of this process and its children. Set PR_SET_NO_NEW_PRIVS before. Raises
+    `OSError`: the kernel rejects the filter."""
     sc.prctl(sc.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(call_filter))
 
 

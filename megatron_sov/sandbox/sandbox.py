@@ -165,11 +165,8 @@ def find_packages() -> dict[str, str]:
 
 
 def shared_sandbox(enclosure: str = "auto", command: Sequence[str] = (), workers: int = 1) -> Sandbox:
-    """Return the process-wide `Sandbox` with the given settings, which ends with the process.
-
-    Raises:
-        UserError: a setting breaks a rule, or the machine cannot enclose programs.
-    """
+    """Return the process-wide `Sandbox` with the given settings, which ends with the process. Raises
+    `UserError`: a setting breaks a rule, or the machine cannot enclose programs."""
     key = (enclosure, tuple(command), workers)
     with _SANDBOXES_LOCK:  # without the lock, one of two concurrent sandboxes would never be closed
         if key not in SANDBOXES:
@@ -178,11 +175,8 @@ def shared_sandbox(enclosure: str = "auto", command: Sequence[str] = (), workers
 
 
 def detect_enclosure() -> str:
-    """Return the strongest enclosure in `ENCLOSURES` on this machine.
-
-    Raises:
-        UserError: the machine cannot enclose programs; the message has the reasons.
-    """
+    """Return the strongest enclosure in `ENCLOSURES` on this machine. Raises `UserError`: the machine cannot
+    enclose programs; the message has the reasons."""
     with Sandbox() as sandbox:
         return sandbox.enclosure
 
@@ -202,11 +196,8 @@ class Worker:
         self._child: Child | None = None
 
     def start(self) -> None:
-        """Start the server process unless it is running.
-
-        Raises:
-            EnclosureUnavailable: the machine cannot provide the enclosure.
-        """
+        """Start the server process unless it is running. Raises `EnclosureUnavailable`: the machine cannot
+        provide the enclosure."""
         if self._child is not None:
             return
         if self._settings["enclosure"] == "landlock":

@@ -187,11 +187,8 @@ class Template:
         return int(pid)
 
     def wait(self) -> tuple[int, float]:
-        """Return the wait status and the processor time of the killed program.
-
-        Raises:
-            EOFError: the template ended.
-        """
+        """Return the wait status and the processor time of the killed program. Raises `EOFError`: the
+        template ended."""
         self._control.sendall(b"w")
         status, cpu_s = _ENDED.unpack(self._receive(_ENDED.size))
         return status, cpu_s

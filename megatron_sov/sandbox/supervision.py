@@ -60,11 +60,8 @@ class CallerGone(Exception):
 
 
 def supervise_program(program: SupervisedProgram) -> Outcome:
-    """Wait for a program's end or for a passed limit, kill all its processes and return the outcome.
-
-    Raises:
-        CallerGone: the caller ended; the program is killed.
-    """
+    """Wait for a program's end or for a passed limit, kill all its processes and return the outcome. Raises
+    `CallerGone`: the caller ended; the program is killed."""
     return _Supervisor(program).run()
 
 

@@ -92,11 +92,8 @@ def get_call_number(name: str) -> int | None:
 
 
 def call_by_number(name: str, *arguments: object) -> int:
-    """Make a system call through `syscall(2)` and return the result.
-
-    Raises:
-        OSError: the call failed, as for all functions in this module.
-    """
+    """Make a system call through `syscall(2)` and return the result. Raises `OSError`: the call failed, as
+    for all functions in this module."""
     number = get_call_number(name)
     if number is None:
         raise OSError(f"{name}: {platform.machine()} is not among {', '.join(MACHINES)}")

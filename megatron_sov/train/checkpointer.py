@@ -34,7 +34,7 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, EventLog
-from megatron_sov.train.data.token_shards import Source, tokenizer_folder
+from megatron_sov.train.data.sources import Source, tokenizer_folder
 from megatron_sov.work.processes.stop_signals import StopFlag
 
 MAX_STEP = 2**62

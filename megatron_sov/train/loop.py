@@ -22,30 +22,21 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
     while not trainer.finished:
         stop_reason = trainer.fetch_data(stop)
         if stop_reason is None:
-            result = run_step(trainer)
+            begin_step(trainer)
+            result = train_step(trainer)
+            record_step(trainer, result)
             stop_reason = finish_step(trainer, result, stop, until)
         if stop_reason is not None:
             return _stop_early(trainer, stop_reason)
     return _complete_run(trainer, result, stop)
 
 
-def run_step(trainer: Trainer) -> StepResult | None:
-    """Run `train_step` under watchdog and profiler, and record its result."""
+def begin_step(trainer: Trainer) -> None:
+    """Start watchdog and profiler for the next step."""
     step = trainer.step + 1
     trainer.work.begin("step", f"step {step}")
     trainer.guards.watchdog.begin(step)
     trainer.profiling.before_step(step)
-    result = train_step(trainer)
-    # before anything changes batch, weights or random state of the rejected step
-    load = trainer.observe_step() if result is not None else None
-    if trainer.side_jobs is not None:
-        trainer.side_jobs.poll()
-    if result is not None:
-        trainer.recorder.record_step(trainer.state, result, load)
-    trainer.profiling.after_step(step)
-    trainer.garbage.after_step(step)
-    trainer.guards.watchdog.end()
-    return result
 
 
 def train_step(trainer: Trainer) -> StepResult | None:
@@ -98,10 +89,23 @@ def train_step(trainer: Trainer) -> StepResult | None:
         meters={**sums.meters, **trainer.feed_meters})
 
 
+def record_step(trainer: Trainer, result: StepResult | None) -> None:
+    """Record the result of `train_step`, run the guards that are due, and stop watchdog and profiler.
+    Collective."""
+    load = trainer.observe_step() if result is not None else None
+    if trainer.side_jobs is not None:
+        trainer.side_jobs.poll()
+    if result is not None:
+        trainer.recorder.record_step(trainer.state, result, load)
+    trainer.profiling.after_step(trainer.step)
+    trainer.garbage.after_step(trainer.step)
+    trainer.guards.watchdog.end()
+
+
 def finish_step(trainer: Trainer, result: StepResult | None, stop: StopFlag, until: int | None) -> str | None:
     """Run everything due between two steps: rollback, gate, evaluation, checkpoint. Collective.
 
-    `result` is the result of `run_step`. Returns the reason if a stop was requested before the last step.
+    `result` is the result of `train_step`. Returns the reason if a stop was requested before the last step.
     """
     # equal on all ranks: the step guard judges by loss and gradient norm of rank 0
     rolled_back = trainer.guards.step_guard.wants_rollback

@@ -31,7 +31,7 @@ from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.trackers import Trackers
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.data.token_shards import Source, describe_input, describe_inputs
+from megatron_sov.train.data.sources import Source, describe_input, describe_inputs
 from megatron_sov.train.guards.step_guard import StepRejection
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.work.clusters.chips import find_device_chip

@@ -18,7 +18,7 @@ import torch._dynamo  # torch would import it with the first optimizer: here, fo
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_duration
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model import replica_checks
@@ -39,7 +39,7 @@ from megatron_sov.runs.rounds import FEED_STATE
 from megatron_sov.schedules import Schedule
 from megatron_sov.train.checkpointer import Checkpointer, Stateful, TrainState, load_encoder_weights
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.forward_backward import ForwardBackward
 from megatron_sov.train.guards.fault_injection import Fault, corrupt_checkpoint
@@ -359,9 +359,9 @@ class CurrentWork:
         return f"{self._name} (about {format_duration(max(1.0, remaining_s))})"
 
 
-def _initialize_weights(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
+def _initialize_weights(model: LanguageModel, config: RunConfig, whole_model: bool) -> None:
     """Draw initial weights for the whole model, or for new adapters and encoders only."""
-    only = "" if initial_weights else (PREFIX, *ENCODERS)
-    load.initialize_weights(model, config.model, config.train.seed, only=only)
-    if initial_weights:
+    only = "" if whole_model else (PREFIX, *ENCODERS)
+    initial_weights.initialize_weights(model, config.model, config.train.seed, only=only)
+    if whole_model:
         load_encoder_weights(model, config)

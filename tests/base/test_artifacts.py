@@ -39,7 +39,7 @@ def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any)
 
 
 def killed_in_the_middle(body: str, path: Path) -> None:
-    """Run `body` in a process that is killed (SIGKILL) where it prints "now"."""
+    """Run `body` in a process that is killed (SIGKILL) when it prints "now"."""
     program = ("import os, sys, time\nfrom megatron_sov.base import artifacts\n"
                "path = artifacts.Path(sys.argv[1])\n")
     process = subprocess.Popen([sys.executable, "-c", program + textwrap.dedent(body), str(path)],
@@ -133,7 +133,7 @@ def test_leftover_with_own_pid_is_cleared(tmp_path: Path, begun: bool) -> None:
 
 @pytest.mark.parametrize("number", ["that of a process that has ended", "this process's own"])
 def test_folder_locked_from_another_container_is_not_removed(tmp_path: Path, number: str) -> None:
-    """Here its number is that of nobody, or of this process."""
+    """Here the container's process id belongs to no process, or to this one."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         child.wait()
     pid = os.getpid() if number == "this process's own" else child.pid

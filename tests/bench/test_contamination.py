@@ -29,7 +29,7 @@ SCORES = [1.0, 1.0, 0.0, 0.0]
 
 @pytest.fixture
 def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredResults:
-    """Return four questions, of which the first two are answered."""
+    """Return four questions, the first two of them answered."""
     result = read_scored_results(written_scores(tmp_path / "out.json", SCORES))
     items = {str(i): dataclasses.replace(result.items["quiz"][str(i)], question=text)
              for i, text in enumerate(QUESTIONS)}
@@ -56,7 +56,7 @@ def test_token_shards_are_decoded_without_losing_text_between_pieces(scored: Sco
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import Tokenizer
 
-    from megatron_sov.train.data.token_shards import open_sources
+    from megatron_sov.train.data.sources import open_sources
 
     source = open_sources({str(packed_data.text): 1.0}, 1 << 30)[0]
     tokenizer = Tokenizer.from_file(str(packed_data.tokenizer / "tokenizer.json"))

@@ -51,7 +51,7 @@ def cases() -> None:
 
 
 def told_by(function: str, names: Collection[str]) -> dict[str, Any]:
-    """Return what a function of this file prints, in a process of its own; its steps are sound."""
+    """Return the output of a function of this file in its own process; its steps are valid."""
     completed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c",
          f"from tests.benchmarks import test_fake_rank as t; t.{function}()"],
@@ -66,7 +66,7 @@ def told_by(function: str, names: Collection[str]) -> dict[str, Any]:
 @pytest.mark.deep
 def test_a_valid_step_passes_and_gpu_only_errors_are_detected() -> None:
     result = told_by("cases", [*CASES, "counted"])
-    # the logits, the head's gradients and products, but for small ones beside them
+    # logits, gradients of the head and matrix products, without small tensors next to them
     counted, said = (result["counted"][name] for name in ("peak bytes", "account bytes"))
     assert said == pytest.approx(counted, rel=0.005)
     waits = result["last"]["waits"]

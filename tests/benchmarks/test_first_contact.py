@@ -99,7 +99,7 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
     assert losses.pop("runs on the CPU") == 2
     assert losses["tiny-solar-open, fp32"]["routers"] == 2
     assert {found["worst relative difference"] for found in losses.values()} == {0.0}
-    # what a part that failed has left is not in the way
+    # files of a failed part do not interfere
     command(setting, *part_losses.training(setting, "tiny-solar-open", setting.work / "staying", 1,
                                            *part_losses.SMALL))
     again = part_losses.losses(setting.work / "staying")
@@ -119,7 +119,7 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
 @pytest.mark.each(("name", "words"), LADDER)
 def test_big_rank_uses_settings_that_training_accepts(name: str, words: tuple[str, ...]) -> None:
     problems = apply_settings(recipes.get(RECIPE), [*LAYOUT, *words]).problems(NUM_RANKS)
-    # the batch of a run of so many processes is not what is measured
+    # the global batch of so many processes is not measured
     assert [p for p in problems if "global_batch_size" not in p.key] == [], name
 
 
@@ -151,7 +151,7 @@ def test_nan_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def write_part(folder: Path, code: str) -> None:
-    """Write a part that stands for `fp8`, and a program that runs it there."""
+    """Write a part in place of `fp8`, and a program that runs it."""
     (folder / "part_fp8.py").write_text(code)
     (folder / "first_contact.py").write_text(
         f"import sys; sys.path[1:1] = [{str(GPU)!r}]\n"
@@ -164,7 +164,7 @@ ENDLESS = ("import subprocess, time\ndef measure(setting):\n"
 
 def test_a_part_without_end_leaves_its_figures_and_no_process(tmp_path: Path, ends: Any,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it had started would hold the GPU's memory."""
+    """A remaining process would hold the GPU's memory."""
     write_part(tmp_path, ENDLESS)
     monkeypatch.setattr(first_contact, "__file__", str(tmp_path / "first_contact.py"))
     waited_for = first_contact.subprocess.Popen.wait

@@ -25,7 +25,7 @@ def positive_codes(form: str) -> np.ndarray:
     code = np.arange(2 ** (exponent_bits + mantissa_bits))
     exponent, mantissa = code >> mantissa_bits, (code & (2 ** mantissa_bits - 1)) / 2.0 ** mantissa_bits
     values = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
-    return values[values <= LARGEST[form]]  # what lies beyond stands for infinity and NaN
+    return values[values <= LARGEST[form]]  # codes above are infinity and NaN
 
 
 @pytest.mark.each("form", BITS)

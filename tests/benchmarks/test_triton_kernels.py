@@ -15,7 +15,7 @@ GPU = Path(triton_interpreter.__file__).parent
 
 @pytest.fixture(scope="module")
 def path() -> str:
-    """What PYTHONPATH has to be for Triton to be found."""
+    """PYTHONPATH with which Triton can be imported."""
     try:
         folder = triton_interpreter.triton_folder()
         triton_interpreter.megatrons()

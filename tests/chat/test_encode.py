@@ -12,7 +12,7 @@ from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.marks import KIND_NONE, KINDS
 from megatron_sov.chat.template import ChatTemplate
-from tests.pages_typed import blocks, page_text
+from tests.pages_typed import blocks, page_section
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -286,8 +286,8 @@ FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
 
 
 def test_docs_chat_has_thought_call_and_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    (example,) = blocks(page_text("chats.md"), "json")
-    document = parse_record(json.loads(example), "chats.md", 1, RecordReading("chat"))
+    (example,) = blocks(page_section("data.md", "Chats"), "json")
+    document = parse_record(json.loads(example), "data.md", 1, RecordReading("chat"))
     chat = encoder(tokenizer, FULL).encode(document.conversation())
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == (

@@ -140,7 +140,7 @@ def test_response_text_contains_marks_without_frames(decode: Any) -> None:
     assert text_of_ids(encode("It is 4." + end)) == "It is 4." and text_of_ids([]) == ""
     response = get_text({"response": text_of_ids(encode(told))}, "response")
     assert response.startswith("<think>I guess 7.</think>The answer is 8.<tool_call>")
-    # what `judge.hide_thinking`, `code` and the verifiers read, also where the template has opened thoughts
+    # the text for `judge.hide_thinking`, `code` and verifiers, also if the template opens the thoughts
     assert get_content({"response": text_of_ids(encode(told))}) == "The answer is 8."
     opened = THOUGHT_MARKS[name == "solar-open"]
     cut = text_of_ids(encode(told)).removeprefix(opened).partition("7.")[0]
@@ -186,7 +186,7 @@ ALPHABET = (*MARKS, CALLED, "<\u2060tool_call>", "<\u2060\u2060|content|>", "<",
             "assistant")
 BARE = ("<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>")
 THINKS = ("<think>", "</think>")
-HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before what is said, a call of g
+HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, content, and a call of g
     "hermes": ((*THINKS, *TOOLS), "<think>HERE</think>",
                '<tool_call>{"name": "g", "arguments": {}}</tool_call>'),
     "solar": (FAMILIES[1], "<|think|>HERE<|end|><|begin|>assistant<|content|>",

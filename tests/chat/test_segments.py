@@ -120,16 +120,16 @@ def said(content: str = "", reasoning: str = "", calls: int = 0) -> Message:
                                 ("c", "\n<tool_call>add</tool_call>\n<tool_call>add</tool_call><|im_end|>")]),
     (said("I add.", calls=1), [("a", "I add."), ("c", "\n<tool_call>add</tool_call>")]),
     (said("yes"), [("t", "<think>\n\n</think>"), ("a", "\n\nyes<|im_end|>")]),
-    # thoughts that the template has opened: the turn begins inside of them
+    # the template opens the thoughts, so the turn begins inside them
     (said("yes", "hm"), [("t", "hm\n</think>"), ("a", "\n\nyes")]),
-    # gpt-oss, Solar Open: the end of the thoughts is that of a message
+    # gpt-oss, Solar Open: thoughts end with their own message
     (said("yes", "hm"), [("t", "<|channel|>analysis<|message|>hm<|end|>"),
                          ("a", "<|start|>assistant<|channel|>final<|message|>yes<|return|>")]),
     (said("", "hm", 1), [("t", "<|think|>hm<|end|>"),
                          ("c", "<|begin|>assistant<|tool_calls|>add {}<|calls|>")]),
     # Mistral
     (said("yes", "hm"), [("t", "[THINK]hm[/THINK]"), ("a", "yes</s>")]),
-    # a template without marks, and a thought that stands in the answer too
+    # a template without marks, and a thought that also occurs in the answer
     (said("hm, yes", "hm"), [("t", "hm"), ("a", " hm, yes")]),
     (said("<b>yes</b>", "hm"), [("t", "<think>hm</think>"), ("a", "<b>yes</b>")]),
 ])

@@ -58,7 +58,7 @@ def test_failing_or_endless_templates_raise_bad_record(template: str, says: str,
         render_text(template, ("user", "a"))
 
 
-# Bounds around foreign code, and that they are gone behind it.
+# Limits for foreign templates, and their removal afterwards.
 
 
 def test_limits_apply_inside_block_only() -> None:
@@ -75,7 +75,8 @@ def test_limits_apply_inside_block_only() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_swallowed_timeout_is_raised_again() -> None:
     class Swallows:
-        def __del__(self) -> None:  # whatever is raised in here is lost, as in a callback of the collector
+        # exceptions raised here are lost, as in a callback of the garbage collector
+        def __del__(self) -> None:
             while True:
                 pass
 
@@ -98,7 +99,7 @@ def test_other_threads_have_no_limits() -> None:
     assert done == [1]
 
 
-# Chat forms as they lie on disk, in the spellings that folders have.
+# Chat templates on disk, in every spelling of the folder's files.
 
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -151,7 +152,7 @@ def test_damaged_tokenizer_folder_raises_user_error(folder: Path) -> None:
     assert read_chat_encoder(folder) is None
 
 
-# Calls of tools: what is one, what is nearly one, what is none.
+# Tool calls: valid, nearly valid, and none.
 
 
 def call(text: str) -> str:

@@ -120,7 +120,7 @@ def test_comparison_includes_chat_format(where: str, bpe: Path, tmp_path: Path) 
         check_same_tokenizer(bpe, other, "choose")
 
 
-# One identity of a tokenizer, against what `tokenizers` encodes and decodes.
+# The identity of a tokenizer, compared with encoding and decoding in `tokenizers`.
 
 
 PROBES = ("the fox <end> jumps", "The\u0301 fox12 34<end>", "<pad> the\n\nfoxes", "a dove over <pad>dog f")
@@ -308,7 +308,7 @@ def test_changed_file_is_read_again(trained: Path, tmp_path: Path) -> None:
         tokenizer_digest(folder)
 
 
-# Bytes of tokens, against what the tokenizer itself decodes.
+# Bytes of tokens, compared with the tokenizer's own decoding.
 
 
 TEXT = "The 가나다 fox — 한국어 문장입니다. naïve 🦊 jumps\n\tover 12345 dogs."

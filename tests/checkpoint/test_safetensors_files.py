@@ -82,7 +82,7 @@ def test_changed_files_and_unsupported_dtypes_raise_user_error(tmp_path: Path) -
         file.read("a")
 
 
-# One safetensors file: the library reads what was written, and the record is the file's.
+# One safetensors file: the library reads it, and its record matches its content.
 
 
 SHAPES = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import host_snapshot, load, save, sharded_tensors
+from megatron_sov.checkpoint import host_snapshot, save, sharded_tensors
 from megatron_sov.checkpoint.gather import TensorGatherer, iter_gathered
 from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
@@ -37,7 +37,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
     """Save synchronously, then in the background while the model changes."""
     model, optimizer = parts({"tp": 2, "sp": True})
     at, saved, released = Path(folder), list[SavedCheckpoint](), threading.Event()
-    load.save_checkpoint(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    save.save_checkpoint(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
 
     def write_later(*arguments: Any, now: Any = sharded_tensors.write_tensors) -> Any:
         assert released.wait(600)
@@ -214,7 +214,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     result = dict(iter_gathered(gatherer, ["lonely", "spread"]))
     first = iter_gathered(gatherer, ["spread", "lonely", "spread"])
     next(first)
-    first.close()  # on both: what is left is gathered all the same, or the processes would lose step
+    first.close()  # on both: the remaining values are gathered anyway, or the processes would get out of step
     again = gatherer.gather("lonely")
     world.leave_world()
     return {"shapes": gatherer.get_shapes(), "again": None if again is None else again.tolist(),

@@ -24,7 +24,7 @@ ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_pe
 
 @dataclass(frozen=True)
 class Start:
-    """What runs are given."""
+    """Common arguments of the runs."""
 
     folder: Path
     data: dict[str, Path]
@@ -53,7 +53,7 @@ def start(teacher: Path, packed_data: Any, run_command: Any, tiny: list[str],
 
 
 def words_beside_start(command: str, start: Start) -> Iterator[str]:
-    """Yield what a command takes beside its start."""
+    """Yield the arguments of a command besides its start."""
     yield from (*command.split(), "tiny-solar-open", "--data", str(start.data[command]), *start.settings,
                 "--set", "model.hidden_size=48")
     if command == "distill":
@@ -66,7 +66,7 @@ def words_beside_start(command: str, start: Start) -> Iterator[str]:
 
 
 def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
-    """Run a command that must leave a folder as it is; returns the lines that it prints."""
+    """Run a command that must not change a folder, and return its printed lines."""
     before = sorted(folder.rglob("*"))
     code = main([*map(str, words), "--dry-run"])
     out, err = capsys.readouterr()

@@ -54,6 +54,16 @@ def test_damage_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
     assert "every file has the hash" in inspected(capsys, "a", "--verify")
     Path("a/rows.jsonl").write_text("{}\n")
     assert "a/rows.jsonl: has 3 bytes" in inspected(capsys, "a", "--verify", code=3)
+    Path("a/rows.jsonl").unlink()
+    assert "a/rows.jsonl: is missing" in inspected(capsys, "a", "--verify", code=3)
+
+
+def test_missing_files_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a/rows.jsonl").unlink()
+    assert main(["inspect", "a", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["kind"] == "rows"
+    assert printed.err.startswith("warning: a: rows.jsonl is in its manifest.json and missing; copy or")
 
 
 def test_unfinished_work_tells_how_far_it_is_and_can_be_cleared(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     index = json.loads((last / "optimizer.index.json").read_text())
     assert all("/adapter.model.layers." in key for key in index), "the frozen model has no state"
 
-    shutil.copytree(run, again)  # as a run that was killed behind step 2
+    shutil.copytree(run, again)  # like a run that was killed after step 2
     shutil.rmtree(again / "checkpoints" / "step-4")
     (again / "complete.json").unlink()
     refused = command(again, "--resume", "--from", str(other), settings=LORA)

@@ -8,7 +8,7 @@ import torch
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.dtypes import DTYPES, check_space, choose_dtype, choose_export_dtype, convert_tensor
 
-# One NaN or infinity anywhere is found, whatever the dtype; values that fit are converted as torch does it.
+# A NaN or infinity is found at any position and dtype; finite values are converted as in torch.
 
 
 @pytest.mark.each("dtype", DTYPES.values())

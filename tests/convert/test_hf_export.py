@@ -76,7 +76,7 @@ def test_export_has_all_files_for_the_hub(imported: dict[str, Path], tmp_path: P
     exec(code, names)
     assert (names["model"].config.model_type, names["tokenizer"].decode(
         names["tokenizer"]("Hi").input_ids)) == ("solar_open", "Hi")
-    # a person's own words in it are no damage, and no path of this machine goes along
+    # edits by a person are not damage, and no local path is exported
     (out / "README.md").write_text("mine\n")
     assert failed(convert.verify(imported["solar_open"], out, load=False)) == {}
     assert str(imported["solar_open"].parent) not in "".join(

@@ -63,7 +63,7 @@ def test_dtype_is_cast_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Pa
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-# What from-hf writes, in which dtype, and what it does not overwrite.
+# Files that from-hf writes, their dtype, and files that it does not overwrite.
 
 
 def test_checkpoint_is_complete(exaone_dir: Path, tmp_path: Path) -> None:

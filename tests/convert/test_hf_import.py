@@ -218,8 +218,8 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
     assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != said
 
 
-# What docs/omni.md says of a Hugging Face folder with encoders: transformers' classes load it, and compute
-# what our model computes.
+# Claims of docs/omni.md about Hugging Face folders with encoders: transformers' classes load them and compute
+# the same values.
 
 
 PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
@@ -298,8 +298,8 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
     assert "feature_extractor" not in build_processor_files(part, tmp_path, {})["processor_config.json"]
 
 
-# The text model inside a folder of a model that sees, as transformers writes it: it is read alone, computes
-# the same, and what is left out is told.
+# The text model inside a vision-language folder written by transformers: it is read alone, computes the same,
+# and omitted tensors are reported.
 
 
 NAMES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_sov import convert, recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights, save
 from megatron_sov.convert import export_weights, import_weights
 from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.model.language_model import build_model
@@ -50,7 +50,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     for block in list_local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
-    load.save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
+    save.save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
     result = {"main": {name: bits(t) for name, t in export_weights(model)},
               "bf16": {name: str(t.dtype) for name, t in export_weights(model, "bfloat16")}}
     early = export_weights(model)
@@ -117,7 +117,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     models = []
     for seed in (1, 2):
         models.append(build_model(config.model, ParallelConfig(**layout), config.train))
-        load.initialize_weights(models[-1], config.model, seed)
+        initial_weights.initialize_weights(models[-1], config.model, seed)
     source, target = models
     for block in list_local_shards(source):
         if block.key.endswith("expert_bias"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_sov import convert, recipes
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights, load, save
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import export_weights
 from megatron_sov.convert.peft import (
@@ -44,8 +44,8 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
     world.join_world(config.parallel)
     model = build_model(config.model, config.parallel, config.train)
-    load.initialize_weights(model, config.model, 1)
-    load.save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
+    initial_weights.initialize_weights(model, config.model, 1)
+    save.save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
     model = build_model(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
     for block in list_local_shards(model):
@@ -54,7 +54,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{block.key} {block.offset}".encode()))
             noise = torch.randn(block.data.shape, generator=generator) * 0.2
             block.data.copy_(block.data * (1 + noise) if block.key.endswith("magnitude") else noise)
-    load.save_checkpoint(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
+    save.save_checkpoint(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
     zeros = torch.zeros(n, dtype=torch.int64)
     inputs = ModelInputs(tokens=torch.tensor(TOKENS), positions=torch.arange(n), max_document_tokens=n,
                          cu_seqlens=torch.tensor([0, n], dtype=torch.int32),

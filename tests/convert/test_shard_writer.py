@@ -46,7 +46,8 @@ def test_safetensors_library_reads_our_shards(tmp_path_factory, shapes, max_shar
 
 
 def test_writer_holds_at_most_two_tensors_per_file(tmp_path: Path) -> None:
-    """Of forty tensors of one megabyte, at most two per file are alive: one written, one read."""
+    """Of forty tensors of one megabyte, at most two per file exist at a time: one being written, one being
+    read."""
     import weakref
 
     alive: list[weakref.ref] = []

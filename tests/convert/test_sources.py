@@ -96,7 +96,7 @@ def test_folders_without_a_model_are_rejected(solar_dir: Path, tmp_path: Path) -
     assert "is a pickle, and pickles can run code" in refused(tmp_path / "pickled", tmp_path)
 
 
-# Tensors that older programs saved and none computes with, heads that are tied, and what a message advises.
+# Unused tensors of older programs, tied heads, and the advice in messages.
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -261,12 +261,12 @@ def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
     recorded = read_manifest(tmp_path / "ckpt").content["config_fields"]
     assert recorded == said | {"pretraining_tp": 2}
     assert recorded.items() <= json.loads((back / "config.json").read_text()).items()
-    # a second time, from what was written
+    # a second time, from the converted folder
     convert.from_hf(back, tmp_path / "second")
     assert read_manifest(tmp_path / "second").content["config_fields"] == recorded
 
 
-# The source's hashes are computed beside the conversion, and what comes of a damaged file never counts.
+# Source hashes are computed during conversion, and results from a damaged file never count.
 
 
 class Folder:

@@ -17,8 +17,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture(scope="session")
 def pretrain(packed_data: Any) -> Command:
-    """Return `command(run, *arguments, **settings)`: a small `pretrain`,
-    what stands behind `megatron-sov`."""
+    """Return `command(run, *arguments, **settings)`: the arguments of a small `megatron-sov pretrain`."""
 
     def command(run: Path, *arguments: str, settings: tuple[str, ...] = ()) -> list[str]:
         chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]
@@ -30,8 +29,8 @@ def pretrain(packed_data: Any) -> Command:
 
 @pytest.fixture
 def start(warm_python: str) -> Any:
-    """Return `start(argv) -> Popen` of what stands for `megatron-sov ARGV` and ends as it does; what is still
-    running at the end is killed."""
+    """Return `start(argv) -> Popen`: a process equivalent to `megatron-sov ARGV`; remaining processes are
+    killed at the end."""
     running: list[subprocess.Popen[str]] = []
 
     def run(argv: list[str]) -> subprocess.Popen[str]:

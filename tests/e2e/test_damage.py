@@ -60,8 +60,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: A
 @pytest.mark.essential
 def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pretrain: Any, run_command: Any,
                                                               kept: Path) -> None:
-    """One kind of file and of damage after the other stands in the way,
-    from the newest checkpoint back to step 2."""
+    """Damages one kind of file after another, from the newest checkpoint back to step 2."""
     at_once = tmp_path / "at-once"
     assert run_command(*pretrain(at_once, *EP2,
                                  settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
@@ -149,7 +148,7 @@ def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pre
     assert not (tmp_path / "new").exists()
 
 
-# When the disk takes no more: one message, exit code 2, nothing half-written, and the run goes on later.
+# A full disk: one message, exit code 2, no partial file, and the run can resume.
 
 
 FULL_DISK = ("train.steps=4", "train.checkpoint_every_steps=2")

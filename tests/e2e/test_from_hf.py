@@ -11,7 +11,7 @@ from megatron_sov.model.config import from_dict
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.rows import build_row
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
             "train.micro_batch_size=2", "train.steps=2", "data.heldout_tokens=128")

@@ -53,7 +53,7 @@ def runs(data: str, folder: str) -> dict[str, int]:
             code = 1
             try:
                 for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
-                    os.environ.pop(variable, None)  # it is no rank, it starts some
+                    os.environ.pop(variable, None)  # this process is not a rank, it starts ranks
                 config = apply_settings(recipes.get("tiny-solar-open"),
                                         [f"data.paths={json.dumps({data: 1.0})}", *settings])
                 run_stage(Stage(config, RunFolder(Path(folder) / name), LanguageModelling,
@@ -82,8 +82,7 @@ def events_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def last_checkpoint(run: Path) -> dict[str, Any]:
-    """Return the hashes of all files of a run's last checkpoint, and the loop's state apart from what
-    happened on the way."""
+    """Return the hashes of all files of a run's last checkpoint, and the loop state without its history."""
     path = max((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     files = {name: record.digest for name, record in read_manifest(path).files.items()
              if name != "state.json"}
@@ -108,7 +107,7 @@ def test_any_injected_fault_equals_a_run_without_the_skipped_samples(ranks: Any,
 
 
 def _storm_is_told(run: Path) -> None:
-    """Every fault and what the run did about it stands in its events."""
+    """Check that the events contain every fault and the run's reaction."""
     assert {e["fault"].split(",")[0] for e in events_of(run, "fault")} == {
         f.split(",")[0] for f in STORM_FAULTS}
     restarts = events_of(run, "restart")

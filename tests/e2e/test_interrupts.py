@@ -79,7 +79,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_comma
     assert errors.splitlines()[-1] == ("stopped: left at once; last checkpoint: step 2; continue with: "
                                        f"megatron-sov resume {run}")
     assert "Traceback" not in errors
-    # The fault came in the run; without it the command goes on from the checkpoint.
+    # The fault occurred in the run; without it the command resumes from the checkpoint.
     result = run_command("resume", str(run))
     assert result.returncode == 0, result.stderr
     assert [event["step"] for event in events(run, "eval")] == [0, 8]  # a resumed run is not evaluated again

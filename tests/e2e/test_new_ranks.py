@@ -31,7 +31,7 @@ def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
             code = 1
             try:
                 for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
-                    os.environ.pop(variable, None)  # it is no rank, it starts one
+                    os.environ.pop(variable, None)  # this process is not a rank, it starts one
                 launcher.on_gpu = lambda: as_on_gpu
                 code = main(argv)
             except SystemExit as e:
@@ -44,7 +44,7 @@ def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
 
 
 def files_of(checkpoint: Path) -> dict[str, Any]:
-    """Return the hashes of a checkpoint's files, less the one that tells the hours worked."""
+    """Return the hashes of a checkpoint's files, except the file with the hours worked."""
     return {name: record for name, record in read_manifest(checkpoint).files.items() if name != "state.json"}
 
 

@@ -84,7 +84,8 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     os.kill(psutil.Process(rank_zero).ppid(), signal.SIGKILL)
     run.wait(timeout=600)
     assert (broken / "lock.json").exists()
-    while find_living_holder(broken) is not None:  # a rank that waits for a processor has not heard of it yet
+    # a rank that waits for a processor may not have received it yet
+    while find_living_holder(broken) is not None:
         time.sleep(0.05)
 
     # nothing is typed again: settings, data and the number of processes are in the folder
@@ -123,7 +124,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
             try:
                 os.setsid()
                 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
-                    os.environ.pop(name, None)  # it is no rank, it starts some
+                    os.environ.pop(name, None)  # this process is not a rank, it starts ranks
                 before()
                 run_stage(Stage(config, RunFolder(run), LanguageModelling, resume=True), 2)
                 code = 0

@@ -25,7 +25,7 @@ HERE = {"$NODE_RANK": "{rank}", "node-0": "127.0.0.1", "$PORT": "{port}",
 
 
 def agent(rank: int, port: int, arguments: list[str]) -> list[str]:
-    """Return the page's command for one node, with other arguments of `pretrain`."""
+    """Return the page's command for one node, with other `pretrain` arguments."""
     (command,) = (block for block in blocks(SECTION, "sh") if "--node-rank" in block)
     for there, here in HERE.items():
         assert there in command, there

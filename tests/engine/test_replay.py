@@ -18,7 +18,8 @@ from megatron_sov.engine.model.logprobs import build_head
 from megatron_sov.engine.model.replica_checks import list_gradients
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives, world
-from megatron_sov.engine.router import BalancedRouter, RouteTable, replay_routes
+from megatron_sov.engine.route_replay import RouteTable, replay_routes
+from megatron_sov.engine.router import BalancedRouter
 from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN = 8, 2, 8
@@ -30,7 +31,7 @@ PADDED = 25
 
 
 def drawn_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
-    """Return random routes that no router would choose; one in eight is unknown."""
+    """Return random routes that a router would not choose; one in eight is unknown."""
     shape, random = RouteShape(layers, TOP_K, EXPERTS), np.random.default_rng(seed)
     routes = random.permuted(np.tile(np.arange(EXPERTS), (num_tokens, layers, 1)), axis=2)[:, :, :TOP_K]
     routes = routes.astype(shape.dtype)

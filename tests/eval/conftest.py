@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.eval.needle.text import Haystack, NeedleForm, open_haystacks
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Commands of docs/generate.md and the evaluation pages run in order, and the table of suites is correct."""
+"""`generate` in docs/serve.md and the evaluation pages run in order, and the table of suites is correct."""
 
 import json
 import re
@@ -14,9 +14,8 @@ from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks
 from megatron_sov.bench.lm.tasks import load_tasks
 from megatron_sov.bench.suites.judging import parse_judging
 from megatron_sov.cli import main
-from tests.pages_typed import page_section
+from tests.pages_typed import page_section, page_text
 
-DOCS = Path(__file__).parents[2] / "docs"
 SUITES_PAGE = page_section("eval_lm.md", "Benchmark suites")
 
 
@@ -28,11 +27,12 @@ def write_files(text: str, folder: Path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(("page", "count", "said"), [
-    ("generate.md", 5, ""), ("eval.md", 8, ""),
-    ("eval_lm.md", 3, r"(?s)task +metric +value .* at limit\n.*aime24  avg@1 +0.0000")])
-def test_commands_of_the_page_run(page: str, count: int, said: str, one_rank: None, imported: dict[str, Path],
-                                  hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
+@pytest.mark.parametrize(("page", "heading", "count", "said"), [
+    ("serve.md", "Complete prompts", 5, ""), ("eval.md", "", 5, ""),
+    ("eval_lm.md", "", 3, r"(?s)task +metric +value .* at limit\n.*aime24  avg@1 +0.0000")])
+def test_commands_of_the_page_run(page: str, heading: str, count: int, said: str, one_rank: None,
+                                  imported: dict[str, Path], hf_models: dict[str, Path],
+                                  token_shards: Path, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     folders = {"my-checkpoint": imported["solar_open"], "my-model": hf_models["solar_open"],
@@ -40,7 +40,7 @@ def test_commands_of_the_page_run(page: str, count: int, said: str, one_rank: No
     for name, folder in folders.items():
         shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    text = (DOCS / page).read_text(encoding="utf-8")
+    text = page_section(page, heading) if heading else page_text(page)
     write_files(text, tmp_path)
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]

@@ -14,7 +14,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.eval.heldout_loss import HeldoutData, evaluate_rows, group_into_rows, open_heldout
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 def test_loss_per_byte_of_known_losses(token_shards: Path) -> None:

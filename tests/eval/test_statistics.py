@@ -37,7 +37,7 @@ def test_clustered_error_equals_robust_regression() -> None:
     result = estimate_mean(values.tolist(), clusters.tolist())
     assert result.num_clusters == 12
     assert result.standard_error == pytest.approx(expected, rel=1e-12)
-    assert result.standard_error > 1.3 * stats.sem(values)  # what a naive error leaves out
+    assert result.standard_error > 1.3 * stats.sem(values)  # the part that a naive error omits
 
 
 def test_single_cluster_has_no_standard_error() -> None:
@@ -130,7 +130,7 @@ def test_difference_interval_is_centered_and_antisymmetric() -> None:
     low, high = compute_difference_interval(shares)
     assert -1 <= low < fmean(shares) < high <= 1
     assert compute_difference_interval([-d for d in shares]) == pytest.approx((-high, -low))
-    # all or nothing is Wilson's own: 8 of 10 problems, of which one model alone solves each
+    # all-or-nothing problems give Wilson's interval: 8 of 10 problems, each solved by one model only
     assert compute_difference_interval([1.0] * 8 + [-1.0] * 2) == pytest.approx(
         tuple(2 * end - 1 for end in compute_wilson_interval(8, 10)))
     assert compute_difference_interval([0.0] * 5)[0] < 0

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.engine import TRANSFORMERS, run_with_engine
+from megatron_sov.infer.engine import check_engine, run_with_engine
 from megatron_sov.infer.engines.target import find_target
-from megatron_sov.infer.prompts import check_engine
-from megatron_sov.infer.request import Sampling
+from megatron_sov.infer.request import TRANSFORMERS, Sampling
 
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8]]
 

@@ -22,7 +22,7 @@ RECIPES = {"tiny-deepseek-v3": ["model.num_experts=4", "model.expert_ffn_dim=16"
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
 RECIPES["tiny-kimi-k2"] = [
-    "lora.rank=3", "lora.alpha=3",  # a cache of narrow vectors takes the adapter of what is made of them
+    "lora.rank=3", "lora.alpha=3",  # a latent cache needs the adapter of its up-projection
     "model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
     'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
     '"v_head_dim": 10}']
@@ -42,7 +42,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
+    from megatron_sov.checkpoint import initial_weights
     from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
     from megatron_sov.engine.model.adapters import AdapterFactors
     from megatron_sov.engine.model.language_model import build_model
@@ -56,7 +56,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
         model = build_model(config.model, parallel, config.train, lora=config.lora)
-        load.initialize_weights(model, config.model, 1)
+        initial_weights.initialize_weights(model, config.model, 1)
         with torch.no_grad():
             for factors in (m for m in model.modules() if isinstance(m, AdapterFactors)):
                 factors.B.normal_(generator=torch.Generator().manual_seed(1))

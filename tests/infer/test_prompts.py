@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.prompts import ModelPrompt, ServerOptions, read_prompts
+from megatron_sov.infer.engine import ServerOptions
+from megatron_sov.infer.prompts import ModelPrompt, read_prompts
 
 
 def test_prompt_options_come_before_the_file(tmp_path: Path) -> None:

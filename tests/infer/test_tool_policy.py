@@ -66,5 +66,5 @@ def test_tools_run_once_while_all_processes_sample(ranks: Any, job: Any) -> None
     (first, second), failed = ranks(job(__file__, "play", nproc=2), job(__file__, "fail", nproc=2))
     assert first["result"] == [[[2, 2], [3, 3]], [[4]]] and second["result"] is None
     assert first["asked"] == second["asked"] == [[[[1, 2], [3]], 2, 5, [9], [7, 8]], [[[4]], 1, 5, [9], [9]]]
-    said = ["the task is too long", "the engine refuses"]  # by all, so that none goes on alone
+    said = ["the task is too long", "the engine refuses"]  # on all processes, so that none continues alone
     assert failed == [[*said, "goes on"], [*said, None]]

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov import recipes
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import save
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
@@ -105,7 +105,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     trainer = _trainer(config)
     # before the step, which updates router biases
     state = {"step": 0, "tokens": 0}
-    load.save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
+    save.save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
     sums = trainer.forward_backward.compute_gradients(batch, trainer.objective, 1)
@@ -113,7 +113,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)
-    load.save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
+    save.save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     world.leave_world()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),

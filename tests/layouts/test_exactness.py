@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import load, save
 from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.parallel import world
@@ -204,7 +204,7 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str,
             out.mkdir()
             save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
         torch.distributed.barrier()
-        load.save_checkpoint(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
+        save.save_checkpoint(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
     world.leave_world()
 
 

@@ -29,7 +29,7 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
     assert "torch.bfloat16" not in bf16["reduced"]
     assert {k: v for k, v in fp64["dtypes"].items() if v != ["torch.float64"]} == {"router bias": single}
     assert abs(fp32["loss"] / fp64["loss"] - 1) < 1e-6
-    # bf16 has 8 bits: errors of 2^-9 in many roundings, most of which average out
+    # bf16 has 8 bits: errors of 2^-9 in many roundings mostly average out
     assert 1e-6 < abs(bf16["loss"] / fp64["loss"] - 1) < 2**-9
 
 

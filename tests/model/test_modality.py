@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.model import modality as seam
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ CORE = ("megatron_sov.convert", "megatron_sov.train.trainer", "megatron_sov.infe
 
 @pytest.mark.deep
 def test_core_imports_no_omni_module() -> None:
-    """What a module imports as it is loaded is told by test_architecture.py, too."""
+    """test_architecture.py also checks imports at module level."""
     program = PROGRAM.format(modules=", ".join(CORE))
     completed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                                check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -114,7 +114,7 @@ def test_tensors_without_a_parameter_are_skipped(tmp_path: Path) -> None:
 
 
 def twice(folder: Path) -> None:
-    """Beside the shards a single file with other values, as a second download leaves it."""
+    """Add a single file with other values next to the shards, as a second download leaves it."""
     whole = {name: tensor * 2 for file in folder.glob("model-*.safetensors")
              for name, tensor in load_file(file).items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
@@ -158,7 +158,7 @@ def test_weights_in_other_formats_are_not_read(models: dict[str, Path], tmp_path
 @pytest.mark.each("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
 def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, models: dict[str, Path],
                                                                 tmp_path: Path) -> None:
-    """transformers would read it, and the check of tensors the other one."""
+    """transformers would read that file, while the tensor check reads the other one."""
     folder = Path(shutil.copytree(models["lm"], tmp_path / "lm"))
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
     edit(folder, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()], "other.safetensors")

@@ -44,7 +44,7 @@ def test_figures_follow_from_each_other(quotes: list[Quote]) -> None:
         assert q.hours == pytest.approx(q.tokens / q.tokens_per_s_per_gpu / 480 / 3600)
         assert q.days == q.hours / 24 and q.gpu_hours == pytest.approx(q.days * 24 * 480)
         assert q.mfu == pytest.approx(q.tflops_per_gpu * 1e12 / 2.25e15)
-        # 12 B active parameters: 6 FLOPs each and a token, attention beside
+        # 12 B active parameters: 6 FLOPs per parameter and token, plus attention
         assert q.tflops_per_gpu * 1e12 / q.tokens_per_s_per_gpu == pytest.approx(6 * 12.05e9, rel=0.15)
         assert q.cost_range_usd[0] <= q.cost_usd <= q.cost_range_usd[1]
         assert q.memory.total_bytes <= q.memory.limit_bytes
@@ -125,7 +125,7 @@ def test_notes_are_printed_once_with_the_price_range() -> None:
     assert quote_tables.list_notes([a_quote(cost_range_usd=(23.6, 23.6))]) == ["Cost: 2.95 USD."]
 
 
-# A stage's price is made of the parts that the wings tell apart, each with its own assumption.
+# A stage's price is the sum of parts with their own assumptions.
 
 
 def on(where: Machines) -> Pricing:
@@ -173,14 +173,11 @@ def test_an_unknown_price_is_a_range() -> None:
     assert find_price(replace(profile, gpu="gb300")).source.startswith("a guess: ")
 
 
-def test_user_parameters_and_price_change_only_their_figures() -> None:
+def test_a_profile_with_a_price_sets_the_cost() -> None:
     where = load_machines("h100", 1)
     cheap = replace(where, profile=replace(where.profile, price_per_gpu_hour=1.0))
-    told, stage = quote_stage(first("qwen3-8b", on(cheap)), on(cheap)), first("qwen3-8b", on(where))
+    told = quote_stage(first("qwen3-8b", on(cheap)), on(cheap))
     assert told.cost_usd == pytest.approx(told.gpu_hours) and told.cost_range_usd == (told.cost_usd,) * 2
-    slow = Pricing(where, replace(load_default_parameters(),
-                   step_overhead_s=load_default_parameters().step_overhead_s + 10))
-    assert slow.time_step(stage).total_s == pytest.approx(on(where).time_step(stage).total_s + 10)
 
 
 @pytest.mark.each(("cluster", "asked", "works"), [
@@ -240,7 +237,7 @@ def test_the_command_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> N
     assert "must divide the number of processes, 24" in capsys.readouterr().err
 
 
-# A run is priced in stages: phases of a curriculum, or what `extend` trains one after the other.
+# A run is priced in stages: phases of a curriculum, or the stages of `extend`.
 
 
 @pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b", "tiny-solar-open", "qwen3-8b"])
@@ -276,7 +273,7 @@ def test_stages_whose_steps_are_alike_are_one_kind() -> None:
     assert len(group_stages(list_run_stages(recipes.get("solar-open-102b-extend"), 480))) == 2
 
 
-# Nodes of a profile: their number, their GPUs, what a run may take, and numbers that nobody means.
+# Nodes of a profile: number, GPUs, limits, and implausible numbers.
 
 
 def test_nodes_of_gpus() -> None:
@@ -300,7 +297,7 @@ def test_fewer_than_one_node_is_refused(nodes: int) -> None:
         load_machines("h100", nodes)
 
 
-# A run on a cluster: whose layout it takes, and what a script reads of it.
+# A run on a cluster: the layout that it uses, and the fields that scripts read.
 
 
 def of(recipe: str, *settings: str) -> RecipeRequest:

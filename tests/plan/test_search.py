@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 import shlex
 from collections import Counter
@@ -28,105 +29,102 @@ from megatron_sov.plan.search.space import (
 from megatron_sov.plan.search.sweep import (
     Sweep, SweepResult, SweepSearch, find_common_layouts, find_fewest_nodes, format_node_advice,
     has_fitting_layout, search_layouts, sweep_stage)
-from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.work.clusters.units import GIB
 
 
-def prices(nodes: int) -> Pricing:
-    return Pricing(load_machines("h100", nodes), load_default_parameters())
+def build_pricing_for(nodes: int) -> Pricing:
+    """Return the pricing of H100 nodes."""
+    return Pricing(load_machines("h100", nodes))
 
 
-@pytest.mark.each(("nodes", "said"), [
+@pytest.mark.each(("nodes", "message"), [
     (6, "the fewest nodes that it fits are 6: --nodes 6"), (48, "48 nodes are enough: --nodes 48"),
     (None, "no number of nodes up to 4,096 is enough")])
-def test_nodes_in_words(nodes: int | None, said: str) -> None:
-    assert format_node_advice(nodes).startswith(said)
+def test_nodes_in_words(nodes: int | None, message: str) -> None:
+    assert format_node_advice(nodes).startswith(message)
 
 
 @pytest.mark.deep
 def test_fewest_nodes_are_minimal() -> None:
     config = recipes.get("k-exaone-236b")
-    assert find_fewest_nodes(config, prices(2)) == 8
-    assert has_fitting_layout(config, prices(8)) and not has_fitting_layout(config, prices(2))
-    in_bf16 = apply_settings(config, ["train.fp8=none"])  # without quantised copies of weights
-    assert find_fewest_nodes(in_bf16, prices(2)) == 6
+    assert find_fewest_nodes(config, build_pricing_for(2)) == 8
+    assert has_fitting_layout(config, build_pricing_for(8))
+    assert not has_fitting_layout(config, build_pricing_for(2))
+    in_bf16 = apply_settings(config, ["train.fp8=none"])  # without quantized copies of weights
+    assert find_fewest_nodes(in_bf16, build_pricing_for(2)) == 6
 
 
-# What a plan tells to type is a command that `submit` takes.
+# The command that a plan proposes is accepted by `submit`.
 
 
 @pytest.mark.each(("recipe", "stage"), [
     ("tiny-solar-open", "pretrain"), ("tiny-k-exaone-extend", "extend"), ("tiny-typhoon-s", "sft"),
     ("tiny-solar-open-dpo", "prefer"), ("tiny-typhoon-s-opd", "rl-run"),
     ("tiny-solar-open-rl", "rl-train")])
-def test_submit_takes_the_line_of_every_objective(recipe: str, stage: str) -> None:
+def test_submit_accepts_the_proposed_command_of_every_objective(recipe: str, stage: str) -> None:
     config = apply_settings(recipes.get(recipe), ["parallel.tp=2"])
     line = format_submit_command(config, load_machines("b200", 2), [recipe], [
                                  "parallel.tp=2", "parallel.sp=true"])
-    program, command, said, *words = shlex.split(line)
-    assert (program, command, said) == ("megatron-sov", "submit", stage)
+    program, command, submitted_stage, *words = shlex.split(line)
+    assert (program, command, submitted_stage) == ("megatron-sov", "submit", stage)
     assert words[:6] == ["--cluster", "b200", "--nodes", "2", "--account", "ACCOUNT"]
     work = build_stage_work(stage, words[6:], STAGE_PARSERS)
     assert work.config is not None and work.config.parallel.tp == 2
 
 
 def test_settings_are_quoted_for_a_shell() -> None:
-    said = format_set_options(['gpu.recompute_modules=["moe"]', "parallel.tp=2"])
-    assert shlex.split(said) == ["--set", 'gpu.recompute_modules=["moe"]', "--set", "parallel.tp=2"]
+    options = format_set_options(['gpu.recompute_modules=["moe"]', "parallel.tp=2"])
+    assert shlex.split(options) == ["--set", 'gpu.recompute_modules=["moe"]', "--set", "parallel.tp=2"]
     assert format_set_options([]) == ""
 
 
-# What is said of a search.
+# The report of a search.
 
 
 CONFIG = recipes.get("qwen3-8b")
 FAST = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
 
 
-def told(*found: tuple[LayoutChoice, int, float]) -> SweepReport:
-    """Return a search of one stage that found layouts of so many bytes and seconds."""
+def build_report(*layouts: tuple[LayoutChoice, int, float]) -> SweepReport:
+    """Return the report of a single-stage search with (layout, bytes, seconds per step) results."""
     sweep = Sweep(list_run_stages(CONFIG, 8)[0], num_looked_at=9,
-                  ranked=[SweepResult(choice, needs, {"dense": s}, s) for choice, needs, s in found])
-    of = SweepSearch(CONFIG, [sweep], ["pretrain"], find_common_layouts([sweep]))
-    return SweepReport(of, load_machines("h100", 1), [], "megatron-sov submit")
+                  ranked=[SweepResult(choice, needs, {"dense": s}, s) for choice, needs, s in layouts])
+    search = SweepSearch(CONFIG, [sweep], ["pretrain"], find_common_layouts([sweep]))
+    return SweepReport(search, load_machines("h100", 1), [], "megatron-sov submit")
 
 
-def test_speed_follows_from_the_step_and_scripts_read_the_same() -> None:
-    one = told((FAST, 60 * GIB, 2.0))
-    assert one.list_lines() == ["looked at 9 layouts on 8 GPUs: 1 fit"]
-    (sweep,) = one.search.sweeps
+def test_speed_in_table_and_json_follows_from_the_step_time() -> None:
+    report = build_report((FAST, 60 * GIB, 2.0))
+    assert report.list_lines() == ["looked at 9 layouts on 8 GPUs: 1 fit"]
+    (sweep,) = report.search.sweeps
     tokens = sweep.stage.global_batch_size * sweep.stage.phase.seq_len
-    assert one.compute_token_rate(sweep, sweep.ranked[0]) == tokens / 2.0 / 8
-    plain = one.to_json()
-    assert plain["kinds"][0]["fastest"][0]["tokens_per_s_per_gpu"] == tokens / 16
-    assert plain["best"][0]["seconds"] == 2.0 * sweep.stage.steps
-    assert f"{tokens / 16:,.0f}" in one.build_table().rows[0]
+    assert report.compute_token_rate(sweep, sweep.ranked[0]) == tokens / 2.0 / 8
+    json_report = report.to_json()
+    assert json_report["kinds"][0]["fastest"][0]["tokens_per_s_per_gpu"] == tokens / 16
+    assert json_report["best"][0]["seconds"] == 2.0 * sweep.stage.steps
+    assert f"{tokens / 16:,.0f}" in report.build_table().rows[0]
 
 
-# Layouts in words, and why others were not ranked.
+# Layouts in words, and reasons for excluding others.
 
 
 PLAIN = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
 STAGE = list_run_stages(recipes.get("qwen3-8b"), 8)[0]
 
 
-def at(**changes: int) -> LayoutChoice:
+def change_layout(**changes: int) -> LayoutChoice:
     return replace(PLAIN, parallel=replace(PLAIN.parallel, **changes))
 
 
 def test_a_layout_in_words() -> None:
     assert format_sizes(PLAIN.parallel) == "data parallel alone, ZeRO-1"
-    assert format_sizes(at(tp=4, pp=2).parallel) == "tp 4, pp 2, ZeRO-1"
+    assert format_sizes(change_layout(tp=4, pp=2).parallel) == "tp 4, pp 2, ZeRO-1"
     assert format_layout(PLAIN) == "data parallel alone, micro-batch 1, recomputes nothing"
-    assert format_layout(
-    LayoutChoice(
-        ParallelConfig(
-            tp=2), 4, (True, ()))) == (
-                "tp 2, no ZeRO-1, micro-batch 4, "
-                "recomputes layers")
+    recomputed = LayoutChoice(ParallelConfig(tp=2), 4, (True, ()))
+    assert format_layout(recomputed) == "tp 2, no ZeRO-1, micro-batch 4, recomputes layers"
     uneven = ParallelConfig(pp=2, vpp=2, zero1=True, pipeline_layout=(3, 3, 3, 1))
-    assert format_layout(LayoutChoice(uneven, 1,
-                             (False, ()))).startswith("pp 2, vpp 2, 4 layers on the last stage, micro-")
+    assert format_layout(LayoutChoice(uneven, 1, (False, ()))).startswith(
+        "pp 2, vpp 2, 4 layers on the last stage, micro-")
     assert format_recompute(replace(PLAIN, recompute=("selective", ("moe", "layernorm")))) == (
         "recomputes moe + layernorm")
 
@@ -134,37 +132,37 @@ def test_a_layout_in_words() -> None:
 def test_a_failed_search_names_the_nearest_layout() -> None:
     sweep = Sweep(STAGE)
     assert describe_too_large(sweep) == []
-    sweep.record_too_large(at(tp=2), 3 * GIB)
-    sweep.record_too_large(at(tp=4), GIB)
-    assert describe_too_large(sweep) == ["2 do not fit: the nearest lacks 1.0 GiB (tp 4, micro-batch 1, "
-                                "recomputes nothing)"]
+    sweep.record_too_large(change_layout(tp=2), 3 * GIB)
+    sweep.record_too_large(change_layout(tp=4), GIB)
+    assert describe_too_large(sweep) == [
+        "2 do not fit: the nearest lacks 1.0 GiB (tp 4, micro-batch 1, recomputes nothing)"]
 
 
 def test_rare_rules_are_counted_together() -> None:
     sweep = Sweep(STAGE)
-    for letter, count in zip("abcdefgh", range(80, 0, -10), strict=True):
+    counts = dict(zip("abcdefgh", range(80, 0, -10), strict=True))
+    for letter, count in counts.items():
         sweep.record_broken(SettingsProblem(ProblemCode.RULE, "", f"rule {letter} is broken",
                                             way_out="change it"), count)
     lines = describe_broken_rules([sweep])
     assert lines[0] == "80 break a rule, as: rule a is broken"
     assert len(lines) == MAX_RULES + 1 and lines[-1] == "30 break one of 2 other rules"
-    assert sweep.broken == Counter({f"rule {c} is broken": n for c, n in zip("abcdefgh", range(80, 0, -10),
-                                                                             strict=True)})
+    assert sweep.broken == Counter({f"rule {letter} is broken": n for letter, n in counts.items()})
 
 
-# The grid holds the run's own layout, and what --set is told makes the very layout that was looked at.
+# The grid contains the run's own layout, and the proposed --set values reproduce the searched layout.
 
 
 @pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
-def test_settings_make_the_layout(recipe: str) -> None:
+def test_proposed_settings_reproduce_the_layout(recipe: str) -> None:
     config = recipes.get(recipe)
-    every = list(iter_choices(config, build_space(config, 512, 8)))
-    assert len(every) == len(set(every)) > 500
-    for choice in random.Random(recipe).sample(every, 12):
+    choices = list(iter_choices(config, build_space(config, 512, 8)))
+    assert len(choices) == len(set(choices)) > 500
+    for choice in random.Random(recipe).sample(choices, 12):
         assert apply_settings(config, choice.list_settings(config)) == choice.apply_to(config)
 
 
-def test_a_runs_own_layout_is_among_those_looked_at() -> None:
+def test_the_grid_contains_the_layout_of_the_run() -> None:
     for recipe in ("solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "solar-open-102b-dpo"):
         config = recipes.get(recipe)
         assert get_current_choice(config) in set(iter_choices(config, build_space(config, 512, 8))), recipe
@@ -183,7 +181,7 @@ def test_uneven_pipelines_are_searched_if_the_last_stage_is_slower() -> None:
     fixed = ("parallel.pipeline_layout",)
     assert {p.pipeline_layout for p in iter_layouts(
         config, build_space(config, 512, 8, fixed, (3.2,)))} == {()}
-    # 36 layers do not divide by 8 stages, but for uneven ones
+    # 36 layers do not divide into 8 equal stages
     dense = recipes.get("qwen3-8b")
     assert {p.pipeline_layout for p in iter_layouts(dense, build_space(dense, 64, 8, extra_layers=(2.0,)))
             if (p.pp, p.vpp) == (8, 1)} == {(4, 4, 5, 5, 5, 5, 5, 3)}
@@ -197,87 +195,100 @@ def test_search_keeps_tp_inside_a_node_and_rows_long_enough() -> None:
     assert build_space(longer, 512, 8).cp == (1, 2, 4, 8, 16, 32, 64)
 
 
-# Uneven pipelines against every way to cut some layers.
+# Uneven pipelines against every possible split of the layers.
 
 
 MODEL = recipes.get("k-exaone-236b").model
 
 
-def slowest(stages: Sequence[int], beside: float) -> float:
-    return max(*stages[:-1], stages[-1] + beside)
+def find_slowest_stage(stages: Sequence[int], extra: float) -> float:
+    """Return the cost of the slowest stage in layers; the head adds `extra` layers to the last stage."""
+    return max(*stages[:-1], stages[-1] + extra)
 
 
-@pytest.mark.each("beside", [0.0, 0.4, 1.7, 3.0, 6.5])
-def test_no_other_cut_has_a_faster_slowest_stage(beside: float) -> None:
+@pytest.mark.each("extra", [0.0, 0.4, 1.7, 3.0, 6.5])
+def test_no_other_split_has_a_faster_slowest_stage(extra: float) -> None:
     for layers, pp in itertools.product(range(2, 11), (2, 3, 4)):
-        every = [cut for cut in itertools.product(range(1, layers + 1), repeat=pp) if sum(cut) == layers]
-        result = find_uneven_split(layers, pp, 1, beside)
+        splits = [split for split in itertools.product(range(1, layers + 1), repeat=pp)
+                  if sum(split) == layers]
+        if not splits:
+            continue
+        fastest = min(find_slowest_stage(split, extra) for split in splits)
+        result = find_uneven_split(layers, pp, 1, extra)
         if result:
-            assert slowest(result, beside) == min(slowest(cut, beside) for cut in every)
+            assert find_slowest_stage(result, extra) == fastest
             assert sorted(result[:-1]) == list(result[:-1]), "larger stages come late"
-        elif every:  # equal stages, which are as good but for little
-            assert min(slowest(cut, beside) for cut in every) >= (1 - LEAST_GAIN) * (layers // pp + beside)
+        else:  # equal stages are nearly as fast
+            assert fastest >= (1 - LEAST_GAIN) * (layers // pp + extra)
 
 
-def played(pp: int, vpp: int, runs: Sequence[int], beside: float, num_micro_batches: int) -> float:
-    """Return the length of a step, a layer's forward pass being 1 and its backward pass 2: the
-    library's order of passes (`megatron.core.pipeline_parallel.schedules`, 0.19.2), each begun when its input
-    is there."""
-    total, length = num_micro_batches * vpp, list(runs)
-    orders: list[Iterator[tuple[int, int, int]]] = []
-    done: dict[tuple[int, int, int], float] = {}
-    for stage in range(pp):
-        ahead = min(pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp, total)
-        forward = [(0, run, mb) for group in range(0, num_micro_batches, pp) for run in range(vpp)
-                   for mb in range(group, group + pp)]
-        backward = [(1, vpp - 1 - run, mb) for _, run, mb in forward]
-        pairs = [one for pair in zip(forward[ahead:], backward, strict=False) for one in pair]
-        orders.append(iter([*forward[:ahead], *pairs, *backward[total - ahead:]]))
+def order_passes(stage: int, pp: int, vpp: int, num_micro_batches: int) -> list[tuple[int, int, int]]:
+    """Return a stage's passes as (0 forward or 1 backward, layer run, micro-batch), in the order of
+    `megatron.core.pipeline_parallel.schedules` 0.19.2."""
+    total = num_micro_batches * vpp
+    warm_up = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
+    warm_up = min(warm_up, total)
+    forward = [(0, run, micro_batch) for group in range(0, num_micro_batches, pp) for run in range(vpp)
+               for micro_batch in range(group, group + pp)]
+    backward = [(1, vpp - 1 - run, micro_batch) for _, run, micro_batch in forward]
+    steady = [one for pair in zip(forward[warm_up:], backward, strict=False) for one in pair]
+    return [*forward[:warm_up], *steady, *backward[total - warm_up:]]
+
+
+def simulate_step(pp: int, vpp: int, runs: Sequence[int], extra: float, num_micro_batches: int) -> float:
+    """Return the duration of a step in units of a layer's forward pass; a backward pass takes 2. Each pass
+    starts when its stage is free and its input has arrived."""
+    orders: list[Iterator[tuple[int, int, int]]] = [
+        iter(order_passes(stage, pp, vpp, num_micro_batches)) for stage in range(pp)]
+    last = pp * vpp - 1
+    end_of: dict[tuple[int, int, int], float] = {}
     now, waiting = [0.0] * pp, [next(order, None) for order in orders]
     while any(waiting):
         for stage in range(pp):
-            while (one := waiting[stage]) is not None:
-                back, run, mb = one
+            while (current := waiting[stage]) is not None:
+                is_backward, run, micro_batch = current
                 place = run * pp + stage
-                before = (0, place - 1, mb) if not back else (1, place + 1, mb)
-                if back and place == pp * vpp - 1:
-                    before = (0, place, mb)
-                if before[1] >= 0 and before not in done:
+                needs = (1, place + 1, micro_batch) if is_backward else (0, place - 1, micro_batch)
+                if is_backward and place == last:
+                    needs = (0, place, micro_batch)
+                if needs[1] >= 0 and needs not in end_of:
                     break
-                work = (1 + back) * (length[place] + beside * (place == pp * vpp - 1))
-                now[stage] = done[back, place, mb] = max(now[stage], done.get(before, 0.0)) + work
+                layers = runs[place] + (extra if place == last else 0.0)
+                now[stage] = max(now[stage], end_of.get(needs, 0.0)) + (1 + is_backward) * layers
+                end_of[is_backward, place, micro_batch] = now[stage]
                 waiting[stage] = next(orders[stage], None)
     return max(now)
 
 
-@pytest.mark.each(("pp", "vpp", "beside"), [(8, 1, 3.2), (8, 2, 3.2), (4, 2, 3.2), (4, 4, 3.2),
-                                                   (2, 4, 2.2), (16, 1, 2.0)])
-def test_simulated_pipeline_schedule_equals_the_plan(pp: int, vpp: int, beside: float) -> None:
-    """The slowest stage for each micro-batch, and the bubble: (pp - 1) / vpp of what a mean stage takes."""
-    runs = find_uneven_split(48, pp, vpp, beside)
+@pytest.mark.each(("pp", "vpp", "extra"), [(8, 1, 3.2), (8, 2, 3.2), (4, 2, 3.2), (4, 4, 3.2),
+                                           (2, 4, 2.2), (16, 1, 2.0)])
+def test_simulated_pipeline_schedule_equals_the_plan(pp: int, vpp: int, extra: float) -> None:
+    """The slowest stage per micro-batch, plus the bubble: (pp - 1) / vpp times the mean stage."""
+    runs = find_uneven_split(48, pp, vpp, extra)
     for layers in filter(None, (runs, (48 // pp // vpp,) * (pp * vpp))):
-        stages = [sum(layers[stage::pp]) + beside * (stage == pp - 1) for stage in range(pp)]
+        stages: list[float] = [sum(layers[stage::pp]) for stage in range(pp)]
+        stages[-1] += extra
         planned = 3 * (64 * max(stages) + (pp - 1) / vpp * sum(stages) / pp)
-        assert played(pp, vpp, layers, beside, 64) == pytest.approx(planned, rel=0.015)
+        assert simulate_step(pp, vpp, layers, extra, 64) == pytest.approx(planned, rel=0.015)
 
 
 def test_runs_of_very_different_lengths_are_not_proposed() -> None:
-    """Runs of one layer and of two: a fifth longer than planned."""
+    """A step with runs of one and of two layers takes a fifth longer than planned."""
     assert find_uneven_split(48, 16, 2, 2.0) == () and find_uneven_split(48, 8, 4, 3.2) == ()
     runs, stages = (1,) * 15 + (1,) + (2,) * 14 + (3, 1), [3.0] * 14 + [4.0, 4.0]
-    assert played(16, 2, runs, 2.0, 64) > 1.1 * 3 * (64 * max(stages) + 15 / 2 * sum(stages) / 16)
+    assert simulate_step(16, 2, runs, 2.0, 64) > 1.1 * 3 * (64 * max(stages) + 15 / 2 * sum(stages) / 16)
 
 
-@pytest.mark.each(("pp", "vpp", "beside"), [(8, 1, 4.5), (4, 2, 2.2), (5, 1, 0.0), (4, 4, 3.0)])
-def test_training_accepts_proposed_layouts(pp: int, vpp: int, beside: float) -> None:
-    parallel = ParallelConfig(pp=pp, vpp=vpp, pipeline_layout=find_uneven_split(48, pp, vpp, beside))
+@pytest.mark.each(("pp", "vpp", "extra"), [(8, 1, 4.5), (4, 2, 2.2), (5, 1, 0.0), (4, 4, 3.0)])
+def test_training_accepts_proposed_layouts(pp: int, vpp: int, extra: float) -> None:
+    parallel = ParallelConfig(pp=pp, vpp=vpp, pipeline_layout=find_uneven_split(48, pp, vpp, extra))
     assert parallel.pipeline_layout and parallel.problems(replace(MODEL, num_layers=48), pp) == []
-    of_stages = [len(parallel.stage_layers(stage, 48)) for stage in range(pp)]
-    assert slowest(of_stages, beside) <= -(-48 // pp) + beside
+    stages = [len(parallel.stage_layers(stage, 48)) for stage in range(pp)]
+    assert find_slowest_stage(stages, extra) <= math.ceil(48 / pp) + extra
 
 
 def test_the_head_is_on_the_last_run_of_the_last_stage() -> None:
-    # 10 layers and 2.2 layers' worth beside: 6, and 4 with the head
+    # 10 layers and a head worth 2.2 layers: 6, and 4 with the head
     assert find_uneven_split(48, 4, 2, 2.2) == (6, 6, 6, 6, 6, 7, 7, 4)
 
 
@@ -286,8 +297,7 @@ def test_equal_stages_without_gain_from_uneven_ones() -> None:
     assert find_uneven_split(4, 8, 1, 1.0) == (), "fewer layers than stages"
 
 
-# A search finds what trying every combination finds, proposes nothing that training would refuse, and
-# counts what it leaves out.
+# A search equals trying every combination, proposes only accepted layouts, and counts excluded ones.
 
 
 SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2),
@@ -296,16 +306,16 @@ SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), 
                     expert_overlap=("none", "micro_batches"))
 
 
-def prices_of_sweep(cluster: str, nodes: int) -> Pricing:
+def build_sweep_pricing(cluster: str, nodes: int) -> Pricing:
     pricing = build_pricing(load_machines(cluster, nodes))
     assert pricing is not None
     return pricing
 
 
-def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
-    """Return layout -> seconds of a step and bytes, for every combination of `SMALL` that training takes and
-    that fits; written apart from the search."""
-    found = {}
+def try_all_layouts(stage: RunStage, pricing: Pricing) -> dict[Any, tuple[float, float]]:
+    """Return layout -> (seconds of a step, bytes) for every combination of `SMALL` that is valid and fits,
+    computed independently of the search."""
+    layouts = {}
     for tp, pp, vpp, cp, ep, etp, zero1, size, (recompute, modules), overlap in itertools.product(
             *(getattr(SMALL, field.name) for field in dataclasses.fields(SMALL) if field.name != "uneven")):
         if (pp == 1 and vpp > 1) or etp not in (1, tp):
@@ -317,48 +327,52 @@ def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
         config = dataclasses.replace(
             stage.config, parallel=parallel, gpu=gpu,
             train=dataclasses.replace(stage.config.train, micro_batch_size=size, recompute=recompute))
-        at = stage.with_config(config)
-        if not config.problems(of.num_ranks) and of.count_bytes(at) <= of.limit_bytes:
-            found[config.parallel, size, recompute] = (of.time_step(at).total_s, of.count_bytes(at))
-    return found
+        candidate = stage.with_config(config)
+        if not config.problems(pricing.num_ranks) and pricing.count_bytes(candidate) <= pricing.limit_bytes:
+            layouts[config.parallel, size, recompute] = (pricing.time_step(candidate).total_s,
+                                                         pricing.count_bytes(candidate))
+    return layouts
 
 
 @pytest.mark.parametrize(("cluster", "nodes"), [
     ("h100", 12), pytest.param("b200", 4, marks=pytest.mark.deep)])
-def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> None:
-    of = prices_of_sweep(cluster, nodes)
-    stage = list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0]
-    found, every = sweep_stage(stage, SMALL, of), tried(stage, of)
-    assert len(every) > 20
-    ranked = {(f.choice.parallel, f.choice.micro_batch_size, f.choice.recompute[0]): f for f in found.ranked}
-    assert set(ranked) == set(every)
-    first = found.ranked[0]
-    assert (first.step_s, first.needs_bytes) == pytest.approx(min(every.values()))
-    assert [f.step_s for f in found.ranked] == sorted(f.step_s for f in found.ranked)
-    assert found.num_looked_at == len(found.ranked) + found.num_too_large + sum(found.broken.values())
-    assert found.nearest is not None
-    lacks, nearest = found.nearest
-    assert of.count_bytes(stage.with_config(nearest.apply_to(stage.config))) == lacks + of.limit_bytes
+def test_the_best_layout_is_the_best_of_all_combinations(cluster: str, nodes: int) -> None:
+    pricing = build_sweep_pricing(cluster, nodes)
+    stage = list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)[0]
+    sweep, expected = sweep_stage(stage, SMALL, pricing), try_all_layouts(stage, pricing)
+    assert len(expected) > 20
+    ranked = {(result.choice.parallel, result.choice.micro_batch_size, result.choice.recompute[0])
+              for result in sweep.ranked}
+    assert ranked == set(expected)
+    first = sweep.ranked[0]
+    assert (first.step_s, first.needs_bytes) == pytest.approx(min(expected.values()))
+    assert [result.step_s for result in sweep.ranked] == sorted(result.step_s for result in sweep.ranked)
+    assert sweep.num_looked_at == len(sweep.ranked) + sweep.num_too_large + sum(sweep.broken.values())
+    assert sweep.nearest is not None
+    lacks, nearest = sweep.nearest
+    nearest_stage = stage.with_config(nearest.apply_to(stage.config))
+    assert pricing.count_bytes(nearest_stage) == lacks + pricing.limit_bytes
 
 
 @pytest.mark.parametrize(("recipe", "cluster", "nodes"), [
     ("tiny-k-exaone-extend", "h100", 1), ("qwen3-8b", "h100", 2), ("tiny-solar-open", "gb200", 2),
     pytest.param("qwen3-moe-30b", "b200", 1, marks=pytest.mark.deep)])
-def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: int) -> None:
-    of, config = prices_of_sweep(cluster, nodes), recipes.get(recipe)
-    result = search_layouts(config, of)
+def test_training_accepts_every_proposed_layout(recipe: str, cluster: str, nodes: int) -> None:
+    pricing, config = build_sweep_pricing(cluster, nodes), recipes.get(recipe)
+    result = search_layouts(config, pricing)
     assert result.best
-    for one in result.best[::max(1, len(result.best) // 10)]:
-        said = apply_settings(config, one.choice.list_settings(config))
-        said.check(of.num_ranks)
-        for stage in list_run_stages(said, of.num_ranks, micro_batch_set=True):
-            stage.config.check(of.num_ranks)
-            assert of.count_bytes(stage) <= one.needs_bytes <= of.limit_bytes
+    for proposal in result.best[::max(1, len(result.best) // 10)]:
+        proposed = apply_settings(config, proposal.choice.list_settings(config))
+        proposed.check(pricing.num_ranks)
+        for stage in list_run_stages(proposed, pricing.num_ranks, micro_batch_set=True):
+            stage.config.check(pricing.num_ranks)
+            assert pricing.count_bytes(stage) <= proposal.needs_bytes <= pricing.limit_bytes
 
 
 def test_each_broken_rule_is_reported_once() -> None:
-    of = prices_of_sweep("h100", 12)
-    result = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0], SMALL, of)
+    pricing = build_sweep_pricing("h100", 12)
+    result = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)[0], SMALL,
+                         pricing)
     assert sum(result.broken.values()) > 100
     lines = describe_broken_rules([result, result])
     assert len(lines) == len(result.broken)
@@ -367,10 +381,10 @@ def test_each_broken_rule_is_reported_once() -> None:
 
 
 def test_set_values_are_kept() -> None:
-    of = prices_of_sweep("h100", 2)
+    pricing = build_sweep_pricing("h100", 2)
     config = apply_settings(recipes.get("qwen3-8b"), ["parallel.tp=4", "parallel.sp=true",
                                                       "train.recompute=true"])
-    result = search_layouts(config, of, {"parallel.tp", "train.recompute"})
+    result = search_layouts(config, pricing, {"parallel.tp", "train.recompute"})
     assert {c.choice.parallel.tp for c in result.best} == {4}
     assert {c.choice.recompute for c in result.best} == {(True, ())}
     assert len({c.choice.parallel.pp for c in result.best}) > 1

@@ -22,31 +22,32 @@ QWEN = published_shapes()["qwen3-30b-a3b"]
 H100 = CHIPS["h100"]
 
 
-def workload(**settings: object) -> Workload:
-    """Return 64 H100 that train Llama 3 8B."""
+def build_dense(**settings: object) -> Workload:
+    """Return the workload of Llama 3 8B on 64 H100."""
     return replace(Workload(LLAMA, H100, default_links(H100), num_gpus=64, seq_len=8192, micro_batch_size=1,
                             global_batch_size=512, sharding="zero1"), **settings)  # type: ignore[arg-type]
 
 
-def experts(**settings: object) -> Workload:
-    """Return 64 H100 that train Qwen3 30B."""
-    return replace(workload(shape=QWEN, ep=8, seq_len=4096), **settings)  # type: ignore[arg-type]
+def build_moe(**settings: object) -> Workload:
+    """Return the workload of Qwen3 30B-A3B on 64 H100."""
+    return replace(build_dense(shape=QWEN, ep=8, seq_len=4096), **settings)  # type: ignore[arg-type]
 
 
-def seconds(w: Workload) -> float:
-    """Return the seconds of a step."""
+def estimate_seconds(w: Workload) -> float:
+    """Return the estimated seconds of a step."""
     return estimate_step(w).total_s
 
 
-def test_the_head_is_never_computed_again() -> None:
-    plain, full, half = (estimate_step(workload(recompute=recompute, recompute_modules=modules))
-                         for recompute, modules in (("none", ()), ("full", ()), ("selective", ("layer",))))
+def test_the_output_head_is_never_recomputed() -> None:
+    plain = estimate_step(build_dense(recompute="none"))
+    full = estimate_step(build_dense(recompute="full"))
+    half = estimate_step(build_dense(recompute="selective", recompute_modules=("layer",)))
     assert plain.head_s == full.head_s == half.head_s > 0
     assert plain.dense_s < half.dense_s < full.dense_s == pytest.approx(plain.dense_s * 4 / 3)
 
 
 def test_components_add_up() -> None:
-    for w in (workload(), workload(pp=4, tp=2, sp=True), experts(), experts(recompute="full")):
+    for w in (build_dense(), build_dense(pp=4, tp=2, sp=True), build_moe(), build_moe(recompute="full")):
         time = estimate_step(w)
         assert sum(time.components.values()) == pytest.approx(time.total_s)
         assert min(time.components.values()) >= 0
@@ -56,183 +57,192 @@ def test_components_add_up() -> None:
 
 
 def test_matmul_time_is_flops_over_achieved_speed() -> None:
-    time, p = estimate_step(workload()), load_default_parameters()
+    time, p = estimate_step(build_dense()), load_default_parameters()
     flops = 6 * (LLAMA.count_params() - 2 * LLAMA.vocab_size * LLAMA.hidden_size) * 8 * 8192
     peak = H100.bf16_flops_per_s * p.product_fraction["hopper"]["bf16"]
-    # fills of kernels and the finite length of sums cost some percent more
+    # partly filled tiles and the finite inner dimension cost a few percent
     assert 1 < time.dense_s / (flops / peak) < 1.12
 
 
 def test_router_time_is_the_difference_to_a_step_without_routers(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = experts(pp=1)
-    whole, part = estimate_step(work), estimate_router_s(work)
+    work = build_moe(pp=1)
+    complete, router_s = estimate_step(work), estimate_router_s(work)
     products = traffic.list_products
     monkeypatch.setattr(traffic, "SCORE_BYTES", 0)
-    monkeypatch.setattr(traffic, "list_products", lambda w,
-                        block: products(w, block)[block == "moe":])
+    # the first product of an MoE block is the router's
+    monkeypatch.setattr(traffic, "list_products",
+                        lambda w, block: products(w, block)[1 if block == "moe" else 0:])
     without = estimate_step(work)
-    assert 0 < part == pytest.approx(whole.dense_s + whole.memory_s - without.dense_s - without.memory_s)
+    saved_s = complete.dense_s + complete.memory_s - without.dense_s - without.memory_s
+    assert 0 < router_s == pytest.approx(saved_s)
 
 
 def test_no_run_is_faster_than_its_peak() -> None:
-    for key, found in CHIPS.items():
+    for key, chip in CHIPS.items():
         for precision in ("bf16", "fp8", "mxfp8"):
-            if precision != "bf16" and not found.fp8_flops_per_s:
+            if precision != "bf16" and not chip.fp8_flops_per_s:
                 continue
-            time = estimate_step(workload(chip=found, links=default_links(found), precision=precision))
+            time = estimate_step(build_dense(chip=chip, links=default_links(chip), precision=precision))
             assert time.mfu < (1 if precision == "bf16" else 2), key
 
 
 @pytest.mark.each(("slower", "faster"), [
-    (workload(recompute="full"), workload(recompute="selective", recompute_modules=("core_attn",))),
-    (workload(recompute="selective", recompute_modules=("core_attn",)), workload()),
-    (workload(fused_kernels=False), workload()),
-    (workload(attention_kernel="portable"), workload()),
-    (workload(software_age_years=2), workload()),
-    (workload(tuned=False), workload()),
-    (workload(overlap_grad_reduce=False), workload()),
-    (workload(), workload(precision="fp8")),
-    (workload(), workload(chip=CHIPS["b200"])),
-    (workload(), workload(document_tokens=512)),
-    (workload(), workload(objective="lora")),
-    (workload(tp=16, sp=True), workload(tp=8, sp=True)),
-    (workload(pp=8), workload(pp=8, vpp=4)),
-    (workload(optimizer="muon"), workload()),
-    (workload(offload=1.0), workload()),
-    (experts(imbalance=2.0), experts()),
-    (experts(cuda_graphs="full"), experts(cuda_graphs="full", overlap_ep=True)),
-    (experts(), experts(cuda_graphs="partial")),
-    (experts(cuda_graphs="partial"), experts(cuda_graphs="full")),
-    (experts(ep=64), experts(ep=8)),
-    (experts(ep=64), experts(ep=64, dispatcher="deepep")),
+    (build_dense(recompute="full"), build_dense(recompute="selective", recompute_modules=("core_attn",))),
+    (build_dense(recompute="selective", recompute_modules=("core_attn",)), build_dense()),
+    (build_dense(fused_kernels=False), build_dense()),
+    (build_dense(attention_kernel="portable"), build_dense()),
+    (build_dense(software_age_years=2), build_dense()),
+    (build_dense(tuned=False), build_dense()),
+    (build_dense(overlap_grad_reduce=False), build_dense()),
+    (build_dense(), build_dense(precision="fp8")),
+    (build_dense(), build_dense(chip=CHIPS["b200"])),
+    (build_dense(), build_dense(document_tokens=512)),
+    (build_dense(), build_dense(objective="lora")),
+    (build_dense(tp=16, sp=True), build_dense(tp=8, sp=True)),
+    (build_dense(pp=8), build_dense(pp=8, vpp=4)),
+    (build_dense(optimizer="muon"), build_dense()),
+    (build_dense(offload=1.0), build_dense()),
+    (build_moe(imbalance=2.0), build_moe()),
+    (build_moe(cuda_graphs="full"), build_moe(cuda_graphs="full", overlap_ep=True)),
+    (build_moe(), build_moe(cuda_graphs="partial")),
+    (build_moe(cuda_graphs="partial"), build_moe(cuda_graphs="full")),
+    (build_moe(ep=64), build_moe(ep=8)),
+    (build_moe(ep=64), build_moe(ep=64, dispatcher="deepep")),
 ])
 def test_slower_workloads_take_longer(slower: Workload, faster: Workload) -> None:
-    assert seconds(slower) > seconds(faster) * 1.0001
+    assert estimate_seconds(slower) > estimate_seconds(faster) * 1.0001
 
 
 def test_overlapped_messages_are_not_slower() -> None:
-    assert seconds(workload(tp=8, sp=True)) >= seconds(workload(tp=8, sp=True, overlap_tp=True))
+    sequential, overlapped = build_dense(tp=8, sp=True), build_dense(tp=8, sp=True, overlap_tp=True)
+    assert estimate_seconds(sequential) >= estimate_seconds(overlapped)
     few = replace(load_default_parameters(), tp_exposed_overlapped=0.1)
-    assert (estimate_step(workload(tp=8, sp=True, overlap_tp=True), few).total_s
-            < estimate_step(workload(tp=8, sp=True), few).total_s)
+    assert (estimate_step(build_dense(tp=8, sp=True, overlap_tp=True), few).total_s
+            < estimate_step(build_dense(tp=8, sp=True), few).total_s)
 
 
 def test_expert_messages_overlap_at_most_the_computation() -> None:
-    inside, across = ((estimate_step(experts(ep=ep)), estimate_step(experts(ep=ep, overlap_ep=True)))
-                      for ep in (8, 64))
-    assert inside[1].ep_s == pytest.approx(load_default_parameters().ep_exposed_overlapped * inside[0].ep_s)
-    plain, beside = across
+    within_node, between_nodes = ((estimate_step(build_moe(ep=ep)),
+                                   estimate_step(build_moe(ep=ep, overlap_ep=True)))
+                                  for ep in (8, 64))
+    exposed = load_default_parameters().ep_exposed_overlapped
+    assert within_node[1].ep_s == pytest.approx(exposed * within_node[0].ep_s)
+    plain, overlapped = between_nodes
     computed_s = plain.dense_s + plain.experts_s + plain.attention_s + plain.head_s + plain.memory_s
     assert plain.ep_s > 1.5 * computed_s
-    assert beside.ep_s == pytest.approx(plain.ep_s - computed_s)
+    assert overlapped.ep_s == pytest.approx(plain.ep_s - computed_s)
     config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_overlap=micro_batches"])
     assert build_workload(config, PhaseConfig("one"), 480, H100, default_links(H100)).overlap_ep
 
 
-def test_a_bubble_is_that_of_the_formula() -> None:
-    """(pp - 1) / (micro-batches x vpp) of the time without it, arXiv 2104.04473, section 2.2."""
-    time = estimate_step(workload(pp=4, vpp=2, global_batch_size=64))
-    w = workload(pp=4, vpp=2, global_batch_size=64)
+def test_pipeline_bubble_equals_the_formula() -> None:
+    """The bubble is (pp - 1) / (micro-batches x vpp) of the other time (arXiv 2104.04473, section 2.2)."""
+    time = estimate_step(build_dense(pp=4, vpp=2, global_batch_size=64))
+    w = build_dense(pp=4, vpp=2, global_batch_size=64)
     parts = time.components
     without = sum(parts[name] for name in ("dense", "attention", "memory", "launch", "pp"))
     assert time.bubble_s / (without + parts["head"] / 4) == pytest.approx(3 / (w.num_micro_batches * 2))
 
 
 def test_slowest_stage_includes_head_and_prediction_layers() -> None:
-    """Prediction layers and head are on the last stage, which an uneven pipeline may relieve."""
+    """Head and prediction layers are on the last stage; an uneven pipeline gives it fewer layers."""
     shape = replace(LLAMA, num_mtp_layers=1)
-    even, uneven = (estimate_step(workload(shape=shape, pp=2, stage_layers=layers))
+    even, uneven = (estimate_step(build_dense(shape=shape, pp=2, stage_layers=layers))
                     for layers in ((16, 16), (20, 12)))
-    alone = estimate_step(workload(shape=replace(shape, num_mtp_layers=0), pp=2, stage_layers=(16, 16)))
-    assert even.attention_s == pytest.approx(alone.attention_s * 17 / 16)
-    assert even.head_s == pytest.approx(2 * alone.head_s) and even.dense_s > alone.dense_s * 17 / 16
-    assert uneven.head_s == 0 and uneven.attention_s == pytest.approx(alone.attention_s * 20 / 16)
+    without_prediction = estimate_step(build_dense(shape=replace(shape, num_mtp_layers=0), pp=2,
+                                                   stage_layers=(16, 16)))
+    assert even.attention_s == pytest.approx(without_prediction.attention_s * 17 / 16)
+    assert even.head_s == pytest.approx(2 * without_prediction.head_s)
+    assert even.dense_s > without_prediction.dense_s * 17 / 16
+    assert uneven.head_s == 0
+    assert uneven.attention_s == pytest.approx(without_prediction.attention_s * 20 / 16)
     assert uneven.total_s < even.total_s
-    # equal stages of a model without prediction layers are the same, whether or not somebody says so
-    assert estimate_step(workload(pp=2)) == estimate_step(workload(pp=2, stage_layers=(16, 16)))
+    # explicit equal stages equal the default, without prediction layers
+    assert estimate_step(build_dense(pp=2)) == estimate_step(build_dense(pp=2, stage_layers=(16, 16)))
 
 
 def test_a_chip_without_the_precision_is_refused() -> None:
     with pytest.raises(UserError, match="fp8 on A100-80GB: is not supported by its tensor cores"):
-        estimate_step(workload(chip=CHIPS["a100"], precision="fp8"))
+        estimate_step(build_dense(chip=CHIPS["a100"], precision="fp8"))
 
 
 def test_uneven_stages_compensate_for_head_and_embedding() -> None:
-    """A last stage with so many layers fewer takes as long as the others."""
+    """The best last stage has `extra_layers` / 2 fewer layers than an equal split."""
     shape = replace(LLAMA, num_mtp_layers=1)
-    base = workload(shape=shape, pp=2, vpp=1)
-    beside = estimate_extra_layers(base)
-    assert beside > estimate_extra_layers(replace(base, shape=LLAMA)) > 0
-    fewer = round(beside / 2)
+    base = build_dense(shape=shape, pp=2, vpp=1)
+    extra_layers = estimate_extra_layers(base)
+    assert extra_layers > estimate_extra_layers(replace(base, shape=LLAMA)) > 0
+    fewer = round(extra_layers / 2)
     times = {last: estimate_step(replace(base, stage_layers=(32 - last, last))).total_s
              for last in (16 - fewer - 3, 16 - fewer, 16 - fewer + 3, 16)}
     assert min(times, key=lambda last: times[last]) == 16 - fewer
 
 
 def test_a_stage_with_more_layers_sends_more() -> None:
-    base = workload(pp=2, vpp=1, tp=8, sp=True)
+    base = build_dense(pp=2, vpp=1, tp=8, sp=True)
     even, uneven = (estimate_step(replace(base, stage_layers=layers)) for layers in ((16, 16), (24, 8)))
     assert uneven.tp_s == pytest.approx(even.tp_s * 24 / 16)
 
 
-# Products of one GPU: those of all GPUs together are the model's, however it is cut.
+# Matrix products per GPU: summed over GPUs they equal the model's, at any layout.
 
 
-def a_workload(name: str, **settings: object) -> Workload:
+def build_published(name: str, **settings: object) -> Workload:
     """Return a micro-batch of 4,096 tokens of a published model on 16 GPUs."""
     return replace(Workload(published_shapes()[name], H100, default_links(H100), num_gpus=16, seq_len=4096,
                             global_batch_size=16), **settings)  # type: ignore[arg-type]
 
 
-def flops_of_all_gpus(w: Workload) -> float:
-    """Return the FLOPs of a forward pass of all micro-batches that run at once, products and attention."""
+def count_flops(w: Workload) -> float:
+    """Return the FLOPs of a forward pass over all concurrent micro-batches: matrix products and attention."""
     s = w.shape
 
-    def of(block: Block) -> float:
+    def count_block(block: Block) -> float:
         return sum(product.flops for product in traffic.list_products(w, block))
 
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
     dense = s.num_feed_forward_layers - s.num_moe_layers + (0 if s.mtp_moe else s.num_mtp_layers)
     layers = s.num_attention_layers + s.num_mtp_layers
     windowed = s.num_window_layers
-    one = (layers * of("attention") + s.num_mamba_layers * of("mamba") + dense * of("dense")
-           + (1 + s.num_mtp_layers) * of("head") + s.num_mtp_layers * of("prediction")
-           + (layers - windowed) * traffic.count_attention_flops(w, 0)
-           + windowed * traffic.count_attention_flops(w, s.window))
+    per_gpu = (layers * count_block("attention") + s.num_mamba_layers * count_block("mamba")
+               + dense * count_block("dense") + (1 + s.num_mtp_layers) * count_block("head")
+               + s.num_mtp_layers * count_block("prediction")
+               + (layers - windowed) * traffic.count_attention_flops(w, 0)
+               + windowed * traffic.count_attention_flops(w, s.window))
     if s.num_experts:
-        one += moe * (of("moe") + of("expert"))
-    return one * w.num_gpus
+        per_gpu += moe * (count_block("moe") + count_block("expert"))
+    return per_gpu * w.num_gpus
 
 
 @pytest.mark.each("name", ["llama3-8b", "qwen3-30b-a3b", "deepseek-v3", "k-exaone-236b", "kimi-k2",
-                                  "nemotron-3-nano", "nemotron-3-super", "gpt-oss-20b"])
+                           "nemotron-3-nano", "nemotron-3-super", "gpt-oss-20b"])
 @pytest.mark.each("layout", [{}, {"tp": 2, "sp": True}, {"tp": 2, "sp": True, "cp": 2}, {"ep": 8},
-                                    {"tp": 4, "sp": True, "ep": 4, "etp": 2}])
-def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
-    w = a_workload(name, **layout)
+                             {"tp": 4, "sp": True, "ep": 4, "etp": 2}])
+def test_flops_summed_over_gpus_equal_the_models(name: str, layout: dict[str, int]) -> None:
+    w = build_published(name, **layout)
     if w.shape.kv_lora_rank and w.tp > 1:
-        return  # the projections down to the ranks are whole on each rank; told apart below
+        return  # the low-rank projections are replicated on each rank; tested below
     at_once = w.num_gpus // (w.tp * w.cp) * w.seq_len * w.micro_batch_size
     expected = w.shape.count_forward_flops(w.seq_len) * at_once
     scan = w.shape.num_mamba_layers * w.shape.count_mamba_scan_flops() * at_once
-    assert flops_of_all_gpus(w) == pytest.approx(expected - scan, rel=1e-9)
+    assert count_flops(w) == pytest.approx(expected - scan, rel=1e-9)
 
 
-def test_latent_projections_are_whole_on_every_rank() -> None:
-    one, eight = (traffic.list_products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention")
+def test_latent_projections_are_replicated_on_every_rank() -> None:
+    one, eight = (traffic.list_products(build_published("deepseek-v3", tp=tp, sp=tp > 1), "attention")
                   for tp in (1, 8))
-    cut = [a.flops / b.flops for a, b in zip(one, eight, strict=True)]
-    assert sorted(cut) == [1, 1, 8, 8, 8]
+    ratios = [a.flops / b.flops for a, b in zip(one, eight, strict=True)]
+    assert sorted(ratios) == [1, 1, 8, 8, 8]
 
 
 def test_the_fullest_rank_has_more_rows() -> None:
-    even, uneven = (traffic.list_products(a_workload("qwen3-30b-a3b", ep=8, imbalance=i), "expert")
+    even, uneven = (traffic.list_products(build_published("qwen3-30b-a3b", ep=8, imbalance=i), "expert")
                     for i in (1.0, 1.5))
     assert [b.tokens / a.tokens for a, b in zip(even, uneven, strict=True)] == [1.5, 1.5]
     assert even[0].groups == 16 and even[0].tokens == 4096 * 8
 
 
-# Sizes that follow from a a_workload's settings, and recipes as workloads.
+# Sizes derived from a workload's settings, and workloads of recipes.
 
 
 LINKS = default_links(H100)
@@ -244,7 +254,7 @@ def test_groups_and_micro_batches() -> None:
     assert replace(W, global_batch_size=1).num_micro_batches == 1
 
 
-def test_a_run_s_settings_arrive() -> None:
+def test_workload_takes_settings_of_the_run() -> None:
     config = apply_settings(recipes.get("solar-open-102b"), [
         "train.fp8=mxfp8", "train.recompute=selective", 'gpu.recompute_modules=["moe_act"]',
         "parallel.expert_dispatcher=hybridep", "gpu.grad_dtype=bf16", "train.micro_batch_size=2",
@@ -270,19 +280,19 @@ DENSE = ModelShape(num_layers=4, hidden_size=1024, num_heads=8, head_dim=128, nu
 MOE = replace(DENSE, num_experts=64, num_experts_per_token=4, expert_ffn_dim=512)
 
 
-def step_of(shape: ModelShape = DENSE, **settings: object) -> Workload:
-    """Return a step of 8 GPUs, one row of 2,048 tokens each."""
+def build_step(shape: ModelShape = DENSE, **settings: object) -> Workload:
+    """Return the workload of 8 GPUs with one row of 2,048 tokens each."""
     return replace(Workload(shape, H100, default_links(H100), num_gpus=8, seq_len=2048, global_batch_size=8),
                    **settings)  # type: ignore[arg-type]
 
 
-def sent(w: Workload) -> dict[str, float]:
-    """Return group -> bytes."""
+def count_sent_bytes(w: Workload) -> dict[str, float]:
+    """Return parallel group -> bytes that a GPU sends in a step."""
     return {message.group: message.num_bytes for message in list_messages(w)}
 
 
 def test_one_gpu_sends_nothing() -> None:
-    assert not list_messages(step_of(num_gpus=1, global_batch_size=1))
+    assert not list_messages(build_step(num_gpus=1, global_batch_size=1))
 
 
 def test_tensor_parallel_bytes_equal_the_paper() -> None:
@@ -290,95 +300,103 @@ def test_tensor_parallel_bytes_equal_the_paper() -> None:
     passes, one of each backward gathered again for the weights' gradients."""
     activations = 2048 * 1024 * 2
     ring = 7 / 8 * activations
-    assert sent(step_of(tp=8, sp=False, global_batch_size=1))["tp"] == pytest.approx(4 * 2 * 2 * 2 * ring)
-    assert sent(step_of(tp=8, sp=True, global_batch_size=1))["tp"] == pytest.approx(4 * 2 * 5 * ring)
+    assert count_sent_bytes(build_step(tp=8, sp=False,
+                                       global_batch_size=1))["tp"] == pytest.approx(4 * 2 * 2 * 2 * ring)
+    assert count_sent_bytes(build_step(tp=8, sp=True,
+                                       global_batch_size=1))["tp"] == pytest.approx(4 * 2 * 5 * ring)
 
 
 def test_recomputing_everything_sends_a_forward_pass_more() -> None:
-    once, twice = (sent(step_of(tp=8, recompute=how, global_batch_size=1))["tp"] for how in ("none", "full"))
+    once, twice = (count_sent_bytes(build_step(tp=8, recompute=how, global_batch_size=1))["tp"]
+                   for how in ("none", "full"))
     assert twice == pytest.approx(once * 3 / 2)
 
 
 @pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
-                                                            ("fsdp", 4 + 2 * 2)])
+                                                     ("fsdp", 4 + 2 * 2)])
 def test_data_parallel_bytes_equal_the_zero_paper(sharding: str, bytes_per_weight: int) -> None:
-    """arXiv 1910.02054, section 7: an all-reduce is two of a ring's halves; stage 1 replaces one of them by
+    """arXiv 1910.02054, section 7: an all-reduce is two ring halves; stage 1 replaces one of them by
     gathering weights, stage 3 gathers them in both passes."""
-    w = step_of(sharding=sharding)
+    w = build_step(sharding=sharding)
     params = count_local_params(w)[0]
-    assert sent(w)["dp"] == pytest.approx(7 / 8 * params * bytes_per_weight)
+    assert count_sent_bytes(w)["dp"] == pytest.approx(7 / 8 * params * bytes_per_weight)
 
 
 def test_sharded_weights_are_gathered_for_each_micro_batch() -> None:
-    one, four = (sent(step_of(sharding="fsdp", global_batch_size=batch))["dp"] for batch in (8, 32))
+    one, four = (count_sent_bytes(build_step(sharding="fsdp", global_batch_size=batch))["dp"]
+                 for batch in (8, 32))
     assert four == pytest.approx(4 * one)
     # a layer that is computed again has been gathered for its backward pass
-    assert sent(step_of(sharding="fsdp", global_batch_size=8, recompute="full"))["dp"] == one
+    assert count_sent_bytes(build_step(sharding="fsdp", global_batch_size=8, recompute="full"))["dp"] == one
 
 
 def test_weights_are_sharded_over_their_groups() -> None:
-    whole, experts = count_local_params(step_of(MOE))
-    cut, cut_experts = count_local_params(step_of(MOE, tp=2, sp=True, ep=4))
+    whole, experts = count_local_params(build_step(MOE))
+    cut, cut_experts = count_local_params(build_step(MOE, tp=2, sp=True, ep=4))
     assert cut == pytest.approx(whole / 2) and cut_experts == pytest.approx(experts / 4)
     assert whole + experts == pytest.approx(MOE.count_params())
 
 
 def test_experts_get_a_copy_for_each_rank_that_a_token_visits() -> None:
-    """All-to-all sends one for each choice; DeepEP one for each rank: 8 (1 - (7/8)^4) of 8 ranks."""
+    """All-to-all sends a copy per chosen expert; DeepEP one per rank: 8 (1 - (7/8)^4) of 8 ranks."""
     token = 1024 * 2
     passes = 4 * 2 * 2  # layers, dispatch and combination, both passes
-    assert sent(step_of(MOE, ep=8))["ep"] == pytest.approx(passes * 2048 * token * 4 * 7 / 8)
+    assert count_sent_bytes(build_step(MOE, ep=8))["ep"] == pytest.approx(passes * 2048 * token * 4 * 7 / 8)
     visited = 8 * (1 - (7 / 8) ** 4) * 7 / 8
-    assert sent(step_of(MOE, ep=8, dispatcher="deepep"))["ep"] == pytest.approx(
+    assert count_sent_bytes(build_step(MOE, ep=8, dispatcher="deepep"))["ep"] == pytest.approx(
         passes * 2048 * token * visited)
 
 
 def test_expert_tensor_parallel_processes_all_receive_tokens() -> None:
-    """All-to-all gathers what arrived, 4 rows for each token, among the 2 processes of an expert."""
+    """The 2 processes of an expert gather all received tokens, 4 rows per token."""
     unit = 4 * 2 * 2 * 2048 * 1024 * 2
-    assert sent(step_of(MOE, ep=4, etp=2))["ep"] == pytest.approx(unit * (4 * 3 / 4 + 4))
-    assert sent(step_of(MOE, ep=1, etp=2))["ep"] == pytest.approx(unit * 4)
-    # the other dispatchers: each rank that a token visits is two processes, less the token's own
+    assert count_sent_bytes(build_step(MOE, ep=4, etp=2))["ep"] == pytest.approx(unit * (4 * 3 / 4 + 4))
+    assert count_sent_bytes(build_step(MOE, ep=1, etp=2))["ep"] == pytest.approx(unit * 4)
+    # other dispatchers: each visited expert rank is two processes, without the token's own
     visited = 4 * (1 - (3 / 4) ** 4)
-    assert sent(step_of(MOE, ep=4, etp=2, dispatcher="deepep"))["ep"] == pytest.approx(
+    assert count_sent_bytes(build_step(MOE, ep=4, etp=2, dispatcher="deepep"))["ep"] == pytest.approx(
         unit * visited * 2 * 7 / 8)
-    assert sent(step_of(MOE, ep=4, etp=2, dispatcher="allgather"))["ep"] == pytest.approx(unit * 7)
+    assert count_sent_bytes(build_step(MOE, ep=4, etp=2,
+                                       dispatcher="allgather"))["ep"] == pytest.approx(unit * 7)
 
 
-def test_context_parallelism_passes_keys_and_values_round_the_ring() -> None:
-    w = step_of(cp=8, global_batch_size=1)
+def test_context_parallelism_sends_keys_and_values_around_a_ring() -> None:
+    w = build_step(cp=8, global_batch_size=1)
     keys_and_values = 2048 / 8 * 2 * 1024 * 2
     # one round forward, two backward
-    assert sent(w)["cp"] == pytest.approx(4 * 7 * 3 * keys_and_values)
+    assert count_sent_bytes(w)["cp"] == pytest.approx(4 * 7 * 3 * keys_and_values)
 
 
-def test_layers_with_a_window_pass_the_ends_of_pieces_alone() -> None:
-    """Two pieces of 256 tokens on each of 4 processes, the last 127 of each; three layers of four slide."""
+def test_sliding_window_layers_send_only_the_ends_of_chunks() -> None:
+    """Each of 4 processes has two chunks of 256 tokens and sends the last 127 of each; three of four layers
+    slide."""
     windowed = replace(DENSE, window=128, global_every=4)
     token = 2 * 1024 * 2
-    assert sent(step_of(windowed, cp=4, global_batch_size=2))["cp"] == pytest.approx(
+    assert count_sent_bytes(build_step(windowed, cp=4, global_batch_size=2))["cp"] == pytest.approx(
         3 * 3 * (1 * 512 + 3 * 2 * 127) * token)
     wide = replace(windowed, window=2048)
-    assert sent(step_of(wide, cp=4, global_batch_size=2))["cp"] == pytest.approx(3 * 3 * 4 * 512 * token)
+    assert count_sent_bytes(build_step(wide, cp=4,
+                                       global_batch_size=2))["cp"] == pytest.approx(3 * 3 * 4 * 512 * token)
 
 
 def test_copies_of_sharded_weights_are_fewer_of_experts() -> None:
-    """HSDP over 4 of 8 processes: with ep 2 each expert is on 4, shared by 2 of them."""
-    w = step_of(MOE, sharding="fsdp", sharding_group=4, ep=2)
+    """HSDP over 4 of 8 processes: with ep 2 each expert is on 4 processes, sharded over 2 of them."""
+    w = build_step(MOE, sharding="fsdp", sharding_group=4, ep=2)
     dense, experts = count_local_params(w)
-    assert sent(w)["dp"] == pytest.approx(dense * ((4 + 2 * 2) * 3 / 4 + 4 / 4 * 2 * 1 / 2))
-    assert sent(w)["edp"] == pytest.approx(experts * ((4 + 2 * 2) * 1 / 2 + 4 / 2 * 2 * 1 / 2))
+    assert count_sent_bytes(w)["dp"] == pytest.approx(dense * ((4 + 2 * 2) * 3 / 4 + 4 / 4 * 2 * 1 / 2))
+    assert count_sent_bytes(w)["edp"] == pytest.approx(experts * ((4 + 2 * 2) * 1 / 2 + 4 / 2 * 2 * 1 / 2))
 
 
 def test_pipelines_pass_hidden_states_both_ways() -> None:
-    w = step_of(pp=4, vpp=1, global_batch_size=16)
-    assert sent(w)["pp"] == pytest.approx(2 * w.num_micro_batches * 2048 * 1024 * 2)
+    w = build_step(pp=4, vpp=1, global_batch_size=16)
+    assert count_sent_bytes(w)["pp"] == pytest.approx(2 * w.num_micro_batches * 2048 * 1024 * 2)
 
 
 def test_inter_node_rings_use_all_network_adapters() -> None:
-    inside = {message.group: message for message in list_messages(step_of(sharding="zero1"))}["dp"]
-    spread = {m.group: m for m in list_messages(step_of(sharding="zero1", num_gpus=16, global_batch_size=16))}
-    strided = {m.group: m for m in list_messages(step_of(sharding="zero1", tp=8, num_gpus=16,
-                                                     global_batch_size=16))}
+    inside = {message.group: message for message in list_messages(build_step(sharding="zero1"))}["dp"]
+    spread = {m.group: m
+              for m in list_messages(build_step(sharding="zero1", num_gpus=16, global_batch_size=16))}
+    strided = {m.group: m for m in list_messages(build_step(sharding="zero1", tp=8, num_gpus=16,
+                                                            global_batch_size=16))}
     assert (inside.link, spread["dp"].link) == ("inside", "between")
     assert spread["dp"].bytes_per_s == 8 * 50e9 and strided["dp"].bytes_per_s == 50e9

@@ -27,14 +27,14 @@ def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_teacher_states() -> Callable[..., None]:
-    """Return `write(out, data, kept, part_tokens=400, teacher="one")`: an artifact as a teacher with random
-    states leaves it, the same states whatever is kept of them; any other teacher is a wider model."""
+    """Return `write(out, data, kept, part_tokens=400, teacher="one")`: write the artifact of a teacher with
+    random states, which do not depend on `kept`; any other teacher name is a wider model."""
     import torch
     from safetensors.torch import save_file
 
     from megatron_sov.base.artifacts import create_artifact
     from megatron_sov.post.distillation import state_files
-    from megatron_sov.train.data.token_shards import describe_inputs, open_sources
+    from megatron_sov.train.data.sources import describe_inputs, open_sources
 
     def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400, teacher: str = "one") -> None:
         is_other = teacher != "one"

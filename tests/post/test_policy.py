@@ -20,7 +20,7 @@ from megatron_sov.model.config import PolicyConfig, apply_settings
 from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import PolicyLearning, build_policy_objective, check_sources, open_text_sources
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.trainer import Trainer
@@ -40,8 +40,8 @@ ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.kno
 
 
 class Rollouts:
-    """Prompts and responses of made-up tokens, with a tool's text in the middle of some, and
-    log-probabilities near those of a model that has learned nothing."""
+    """Prompts and responses of artificial tokens, some with a tool result in the middle, and
+    log-probabilities near those of an untrained model."""
 
     is_plain = False
     columns = ("advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
@@ -98,7 +98,7 @@ def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
 
 
 def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
-    """Train; return each step's losses, meters and gradient norm, and before the first what the first is by
+    """Train; return losses, meters and gradient norm of each step, preceded by the first step computed with
     `_written_out`."""
     trainer, results = _trainer(settings, run), []
     if write_out:
@@ -204,6 +204,6 @@ def test_chats_are_text_of_which_the_assistants_turns_are_learned(packed_data: A
         assert (weights == packed.loss_weights(document, 0, count)).all() and 0 < weights.sum() < count
         assert (ours.types(document, 0, count) == TYPE_TEXT).all()
         assert (ours.tokens(document, 0, count) == packed.tokens(document, 0, count)).all()
-    # a method that learns no text has nothing to learn of them
+    # a method without text loss has no gradient from them
     with pytest.raises(UserError, match="holds data of format 'chat'"):
         open_text_sources(replace(config, policy=PolicyConfig(method="dapo")))

@@ -36,8 +36,8 @@ CASES: list[dict[str, Any]] = [
 
 
 def row() -> tuple[dict[str, Any], Any, Any]:
-    """Return columns and log-probabilities of a row, and its responses: between them lie labels that are not
-    learned, some of them impossible."""
+    """Return columns, log-probabilities and responses of a row, with masked labels between responses, some of
+    them impossible."""
     drawn = random.Random(SEED)
     index: list[int] = []
     for response, length in enumerate(LENGTHS):
@@ -175,7 +175,7 @@ def test_engine_rounding_is_not_clipped_and_both_signs_have_gradients(method: An
 
 
 def test_a_user_loss_replaces_the_surrogate() -> None:
-    """At ratios of 1 that of the settings is REINFORCE's, whose derivative it shares."""
+    """At ratio 1 the configured surrogate is REINFORCE's, with the same derivative."""
     columns, logprobs, responses = row()
     policy = PolicyConfig("grpo", clip_low=0.2, clip_high=0.2, kl="none", correction="none")
     columns["old_logprobs"] = logprobs.detach().clone()
@@ -192,7 +192,7 @@ def test_a_user_loss_replaces_the_surrogate() -> None:
 def test_teacher_signal_is_the_difference_of_logprobs() -> None:
     columns, logprobs, responses = row()
     learned = responses.index < len(LENGTHS)
-    # of what is not learned a teacher may say what it likes
+    # masked positions may have any teacher value
     teacher = columns["behaviour_logprobs"] - 0.3 * columns["advantage"]
     columns["teacher_logprobs"] = torch.where(learned, teacher, torch.inf)
     columns["old_logprobs"] = torch.full_like(logprobs, torch.nan)  # a step on responses of its own
@@ -320,7 +320,7 @@ def test_divergences_have_the_documented_gradients() -> None:
     odds = p.detach().exp()
     assert close((odds * policy.k1(p, q)).sum(), (p.exp() * (p - q)).sum())
     assert close((odds * policy.k3(p, q)).sum(), (q.exp() * (q - p)).sum())
-    # responses of an older policy, weighed by the ratio: what k3 is unbiased for as a value, it is as a slope
+    # responses of an older policy, weighted by the ratio: k3 is unbiased in value and gradient
     older = torch.randn(3).double().softmax(-1)
     assert close((older * (p.exp() / older) * policy.k3(p, q)).sum(), (p.exp() * (p - q)).sum())
     exact = (p.exp() * (p - q)).sum() + (p.exp()[:, None] * p2.exp() * (p2 - q2)).sum()

@@ -16,7 +16,7 @@ from megatron_sov.post.preference import (
     dpo, find_heldout_documents, grouper, orpo, select_objective, simper, simpo)
 from megatron_sov.post.reference import Reference
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
@@ -33,7 +33,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     place = world.join_world(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
-    # The data's manifest stands for that of a checkpoint.
+    # The data's manifest serves as a checkpoint's.
     reference = Reference(run, Path(data), sources, 128, {s.name: find_heldout_documents(s) for s in sources})
     trainer = Trainer(config, place, RunFolder(run), list(reference.sources), select_objective(config))
     reference.score_heldout(trainer)

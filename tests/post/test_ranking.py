@@ -12,7 +12,7 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, TrainConfig
 from megatron_sov.model.config.post_training import PreferenceConfig
 from megatron_sov.post import preference
 from megatron_sov.post.preference import compare_values, compute_pair_meters
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 SEQ_LEN = 4
 
@@ -50,7 +50,7 @@ def test_responses_after_the_sample_end_are_excluded(monkeypatch: pytest.MonkeyP
     source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
     documents = Pairs()
     monkeypatch.setattr(Source, "open_split", lambda self, split: documents)
-    # right, wrong, a tie, right by what a sample holds; of the last one's response no sample holds anything
+    # correct, wrong, a tie, correct within the sample; the last response is outside every sample
     expected = {"pairs": 4, "chosen_likelier": 2.5 / 4, "pairs_right": 2.5 / 4, "margin": 0.25}
     assert preference.measure_heldout_pairs(view, [source], None) == {"pairs": expected}
     assert events == [{"name": "heldout_pairs", "step": 3, "source": "pairs", **expected}]

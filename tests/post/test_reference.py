@@ -14,7 +14,7 @@ from megatron_sov.base.sealed import write_sealed
 from megatron_sov.post import reference
 from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.train.data.requirements import NeededColumn, check_columns
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 
 
 def opened(pairs: Path) -> list[Source]:
@@ -52,7 +52,7 @@ def test_heldout_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) -
 
 
 def start(folder: Path, weights: str) -> Path:
-    """Return what stands for a checkpoint that was made just now."""
+    """Return a stand-in for a newly written checkpoint."""
     with create_artifact(folder, "checkpoint") as artifact:
         (artifact.path / "model.safetensors").write_text(weights)
     return folder

@@ -18,7 +18,7 @@ from megatron_sov.post import shared_prompts
 from megatron_sov.post.policy import build_policy_objective
 from megatron_sov.post.shared_prompts import find_sharing_problem, remove_repeated_prompts
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.trainer import Trainer
@@ -98,8 +98,8 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
 
 
 def compare_attention() -> list[float]:
-    """Return for each window and block the largest difference of outputs and gradients from those of the row
-    in which each document has its own beginning."""
+    """Return, for each window and block, the largest difference of outputs and gradients from a row in which
+    each document has its own prompt."""
     from megatron.core.transformer import TransformerConfig
 
     world.join_world(ParallelConfig())

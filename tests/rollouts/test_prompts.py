@@ -55,7 +55,7 @@ def test_duplicate_prompts_are_used_once_and_broken_lines_named(tmp_path: Path) 
 
 @pytest.mark.each("form", ["parquet", "arrow", "folder", "json"])
 def test_tables_and_dataset_folders_use_their_column_names(form: str, tmp_path: Path) -> None:
-    """The rows of GSM8K have a question and an answer; a table's row has null for what it lacks."""
+    """Rows of GSM8K have a question and an answer; table rows have null for missing values."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -22,9 +22,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, StorePlan, describe_missing_rows,
     format_part_name, parse_part_name)
-from megatron_sov.rollouts.store import (
-    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, StoreSettings, read_problems, rewards_to_table,
-    rollouts_to_table, table_to_rollouts)
+from megatron_sov.rollouts.store import RolloutStore, StoreSettings
+from megatron_sov.rollouts.tables import (
+    NAMES, REPEATED, ROLLOUTS, SPLIT, read_problems, rewards_to_table, rollouts_to_table, table_to_rollouts)
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished
@@ -47,7 +47,7 @@ def long_rollout(count: int, logprobs: np.ndarray) -> Rollout:
 
 
 def judged(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
-    """What reward v1 said of a row."""
+    """The verdict of reward v1 for a row."""
     reward_row = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
                            {"format": 0.5})
     return dataclasses.replace(reward_row, **changes)
@@ -282,7 +282,7 @@ def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> N
 
 
 def with_column(name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
-    """Return two sound rows of which a column is another one."""
+    """Return two valid rows with one column replaced."""
     table = rollouts_to_table([rollout(0), rollout(1)], 100)
     return table.set_column(table.schema.get_field_index(name), name, pa.array(values, kind))
 
@@ -384,7 +384,7 @@ def test_a_part_without_manifest_or_of_another_kind_is_excluded(store: RolloutSt
         store.add_rollouts(NAME, [rollout()], {})
 
 
-# What parts tell of what they were written for: foreign ones may tell anything.
+# The stated purpose of parts: foreign parts may state anything.
 
 
 def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,

@@ -100,7 +100,7 @@ def test_remote_holder_keeps_lock_while_heartbeats_arrive(
         RunLock(tmp_path).acquire()
     assert "waiting up to 60 s for its heartbeat" in capsys.readouterr().err
     life(lambda: None)
-    acquire_lock(tmp_path)  # whatever the clocks say: a whole lease has passed on this one
+    acquire_lock(tmp_path)  # independent of other clocks: a whole lease has passed on this one
 
 
 def test_lock_released_while_waiting_is_acquired(

@@ -25,7 +25,7 @@ def test_rounds_with_results_reject_other_settings(tmp_path: Path) -> None:
     enter(4)
     (folder / "rounds/.answers.work").mkdir()
     (folder / "rounds/.answers.work/0.bin").touch()
-    enter(8)  # a mended command, before anything is done
+    enter(8)  # a corrected command, before any work
     (folder / "rounds/answers").touch()
     enter(8)
     with pytest.raises(UserError, match="samples = 8, now"):
@@ -107,7 +107,7 @@ def test_policy_digests_survive_resume_from_any_checkpoint(tmp_path: Path) -> No
     assert train_rounds(create_policies(tmp_path / "elsewhere", start, lr=1),
                         range(1, 3))[1].sha256 == expected[1].sha256
     assert train_rounds(create_policies(run, start, lr=2), range(1, 3))[1].sha256 != expected[1].sha256
-    # a kill, and the checkpoints behind step 3, in the middle of round 2, and behind step 4
+    # a kill, and the checkpoints after step 3, in the middle of round 2, and after step 4
     for step in (3, 4):
         before = create_policies(run, start, lr=1)
         train_rounds(before, range(1, 3))
@@ -118,10 +118,10 @@ def test_policy_digests_survive_resume_from_any_checkpoint(tmp_path: Path) -> No
         if step == 3:
             again.begin(3, "documents of round 2")
         assert train_rounds(again, range(3, 6)) == expected[2:]
-        # who may have begun what is published next
+        # which may have started the next round
         assert [again.is_own(p.step, p.sha256) for p in expected[3:]] == [True, True]
         assert not again.is_own(6, expected[1].sha256) and again.is_own(2, "pruned long ago")
-    # jobs beside it know the checkpoint by the same
+    # other jobs identify the checkpoint in the same way
     assert find_round_policy(run, start, 3, RolloutConfig(steps_per_round=2)) == Policy(
         run / "checkpoints/step-4", 4, expected[2].sha256)
 

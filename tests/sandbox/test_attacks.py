@@ -236,7 +236,7 @@ print("HELD")
 }
 
 class World:
-    """What lies outside, and must be as it was."""
+    """Files and processes outside the sandbox, which must not change."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.secret = folder, folder / "secret"
@@ -255,7 +255,7 @@ class World:
         self.before = self.state()
 
     def names(self) -> str:
-        """Return the program's lines that tell it of this world."""
+        """Return program lines that define the names of this world."""
         (server, *_) = psutil.Process().children()
         return (f"PORT, PARENT, SERVER = {self.tcp.getsockname()[1]}, {os.getpid()}, {server.pid}\n"
                 f"FOLDER = {str(self.folder)!r}\n"

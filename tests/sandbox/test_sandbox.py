@@ -22,7 +22,7 @@ from megatron_sov.sandbox.enclosures import EnclosureUnavailable
 from megatron_sov.sandbox.folders import MAX_ENTRIES, measure_folder, remove_folder
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, Worker
-from tests.pages_typed import blocks, page_text
+from tests.pages_typed import blocks, page_section
 
 
 def test_a_program_reads_writes_and_ends_as_it_would_alone(sandbox: Sandbox) -> None:
@@ -167,7 +167,7 @@ def test_a_user_command_can_enclose_programs(tmp_path: Path) -> None:
 
 
 def test_commands_of_the_page_run(capfd: pytest.CaptureFixture[str]) -> None:
-    for block in blocks(page_text("sandbox.md"), "python"):
+    for block in blocks(page_section("tools.md", "The sandbox"), "python"):
         exec(block, names := {**globals()})
     assert names["bubblewrap"][0] == "bwrap"
     lines = capfd.readouterr().out.splitlines()

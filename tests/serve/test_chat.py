@@ -44,7 +44,7 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Any]:
-    """Return `talk(lines, *words)`: what the command prints to a pipe of lines."""
+    """Return `talk(lines, *words)`: the command's output for piped lines."""
 
     def talked(lines: str, *words: str) -> Any:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
@@ -104,7 +104,7 @@ def test_control_characters_are_removed_and_ctrl_c_stops_only_the_answer() -> No
         master, slave = pty.openpty()
         process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "chat", server.url], stdin=slave,
                                    stdout=slave, stderr=slave, start_new_session=True,
-                                   # a shell has what it starts in the background ignore it
+                                   # a shell makes background processes ignore it
                                    preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
         os.close(slave)
         seen = ""

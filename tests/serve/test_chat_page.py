@@ -24,7 +24,7 @@ KEY = "secret-key"
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """Serves the page and answers as two models, for whoever has the key."""
+    """Serves the page and answers as two models, to clients with the key."""
 
     server: Any
     protocol_version = "HTTP/1.1"
@@ -94,7 +94,7 @@ def page(browser: str, tmp_path: Path) -> Iterator[DrivenPage]:
 
 
 def ask(page: DrivenPage, text: str, number: int, key: str = "Enter") -> None:
-    """Type a question and send it; returns once it is the conversation's last."""
+    """Type a question and send it; return when its message is the last one."""
     page.value("document.getElementById('message').focus()")
     page.type(text)
     page.press(key)
@@ -122,7 +122,7 @@ def test_model_output_is_shown_as_text_and_saved(page: DrivenPage, scripted: Any
     assert texts(page, ".said code") == ["<b>bold</b>"]
     assert texts(page, ".thoughts > div") == ["I think."]
     assert page.value("document.querySelector('.thoughts').open") is False
-    # what the page saves, caught on its way to the disk
+    # the file that the page saves, intercepted
     page.value("URL.createObjectURL = (blob) => { window.saved = blob; return 'blob:none'; }")
     page.value("document.getElementById('save').click()")
     (row,) = [json.loads(line) for line in page.value("window.saved.text()").splitlines()]

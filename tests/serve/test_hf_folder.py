@@ -36,7 +36,7 @@ def folder(tmp_path: Path, token_shards: Path) -> Path:
 
 
 def without_marks(text: str) -> str:
-    """Return a text without special tokens, of which a server shows those of chats alone."""
+    """Return a text without special tokens; a server shows only those of chats."""
     return re.sub(r"<\|\w+\|>", "", text)
 
 

@@ -39,91 +39,91 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type":
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tokenizer whose tokens are bytes, and marks that are special."""
+    """A tokenizer of single bytes with special tokens for turns, thoughts and calls."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from megatron_sov.base.documents.byte_bpe import byte_alphabet
 
-    made = tmp_path_factory.mktemp("bytes")
+    path = tmp_path_factory.mktemp("bytes")
     tokenizer = Tokenizer(models.BPE(byte_alphabet(), [], unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|endofturn|>",
                                   "<think>", "</think>", "<tool_call>", "</tool_call>"])
-    tokenizer.save(str(made / "tokenizer.json"))
-    (made / "tokenizer_config.json").write_text(json.dumps({
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endofturn|>",
         "chat_template": TEMPLATE}))
-    return made
+    return path
 
 
 @dataclass
-class Model:
-    """Writes the answer that stands in the prompt."""
+class ScriptedModel:
+    """A model that writes the answer contained in the prompt."""
 
     encoder: RequestEncoder
     scheduler: BatchScheduler
     rows: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(10**6))
-    """Rows that it may read."""
+    """Number of rows that the model may still generate."""
     wants_stop: list[str] = field(default_factory=list)
     joined: list[NewSequence] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
     def run(self) -> None:
-        places: dict[int, list[int]] = {}
-        while not (orders := self.scheduler.choose_changes(SLOTS - len(places), not places)).ends:
-            assert len(places) + len(orders.joining) <= SLOTS
-            for number in orders.leaving:
-                places.pop(number, None)
+        remaining: dict[int, list[int]] = {}
+        while not (changes := self.scheduler.choose_changes(SLOTS - len(remaining), not remaining)).ends:
+            assert len(remaining) + len(changes.joining) <= SLOTS
+            for number in changes.leaving:
+                remaining.pop(number, None)
                 self.left.append(number)
-            for joining in orders.joining:
-                places[joining.number] = self.answer(joining)
-            self.joined += orders.joining
-            if not places:
+            for joining in changes.joining:
+                remaining[joining.number] = self.answer(joining)
+            self.joined += changes.joining
+            if not remaining:
                 continue
             self.rows.acquire()
-            news = [TokenEvent(number, answer.pop(0), -0.5, None if answer else STOP)
-                    for number, answer in places.items()]
-            self.scheduler.report_tokens(news)
-            places = {number: answer for number, answer in places.items() if answer}
+            events = [TokenEvent(number, answer.pop(0), -0.5, None if answer else STOP)
+                      for number, answer in remaining.items()]
+            self.scheduler.report_tokens(events)
+            remaining = {number: answer for number, answer in remaining.items() if answer}
 
     def answer(self, joining: NewSequence) -> list[int]:
-        """Return what is between the user's mark and the end of the turn, and that end."""
+        """Return the text between the user's mark and the end of the turn, and that end."""
         tokenizer = self.encoder._tokenizer
-        said = tokenizer.decode(list(joining.prompt), skip_special_tokens=False)
-        said = said.rpartition("<|user|>")[2].partition("<|endofturn|>")[0]
-        return [*tokenizer.encode(said).ids, tokenizer.token_to_id("<|endofturn|>")]
+        content = tokenizer.decode(list(joining.prompt), skip_special_tokens=False)
+        content = content.rpartition("<|user|>")[2].partition("<|endofturn|>")[0]
+        return [*tokenizer.encode(content).ids, tokenizer.token_to_id("<|endofturn|>")]
 
 
 @dataclass
-class Open:
-    """A server with its model."""
+class RunningServer:
+    """A running server, its model and an HTTP client."""
 
     url: str
-    model: Model
+    model: ScriptedModel
     http: httpx.Client
 
-    def chat(self, content: str, **more: Any) -> httpx.Response:
+    def chat(self, content: str, **fields: Any) -> httpx.Response:
         return self.http.post("/chat/completions", json={"messages": [{"role": "user", "content": content}],
-                                                         **more})
+                                                         **fields})
 
-    def message(self, content: str, **more: Any) -> dict[str, Any]:
-        return self.chat(content, **more).json()["choices"][0]
+    def message(self, content: str, **fields: Any) -> dict[str, Any]:
+        return self.chat(content, **fields).json()["choices"][0]
 
 
 @pytest.fixture
-def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
-    """Return `opened(**settings)`, within which a server answers."""
+def opened(folder: Path) -> Callable[..., AbstractContextManager[RunningServer]]:
+    """Return `opened(**settings)`, a context with a running server."""
 
     @contextlib.contextmanager
-    def within(vocab: int = 300, **given: Any) -> Iterator[Open]:
-        settings = ServeSettings("scripted", port=0, **given)
+    def open_server(vocab: int = 300, **options: Any) -> Iterator[RunningServer]:
+        settings = ServeSettings("scripted", port=0, **options)
         target: Any = SimpleNamespace(tokenizer_folder=folder, path=folder, is_hf=True, vocab_size=vocab)
         encoder = RequestEncoder(target, LONGEST)
         queue = RequestQueue(settings.max_waiting)
         stop: list[str] = []
         scheduler = BatchScheduler(queue, encoder, lambda: stop[0] if stop else None, lambda: False)
-        model = Model(encoder, scheduler, wants_stop=stop)
+        model = ScriptedModel(encoder, scheduler, wants_stop=stop)
         server = HttpServer(settings, queue, encoder, 0.0, LONGEST)
         server.start()
         runs = threading.Thread(target=model.run)
@@ -131,7 +131,7 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
         key = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
         try:
             with httpx.Client(base_url=server.url, headers=key, timeout=600) as http:
-                yield Open(server.url, model, http)
+                yield RunningServer(server.url, model, http)
         finally:
             stop.append("the test is over")
             model.rows.release(10**6)
@@ -139,48 +139,51 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
             server.stop()
             assert not runs.is_alive() and not server._thread.is_alive()
 
-    return within
+    return open_server
 
 
-def streamed(found: httpx.Response) -> list[dict[str, Any]]:
-    """Return the events of a stream that came to its end."""
-    *events, last, rest = found.text.split("\n\n")
+def parse_stream(response: httpx.Response) -> list[dict[str, Any]]:
+    """Return the events of a complete stream."""
+    *events, last, rest = response.text.split("\n\n")
     assert (last, rest) == ("data: [DONE]", "")
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 def test_thoughts_and_calls_are_separated_from_content(opened: Any) -> None:
     with opened() as server:
-        def both(content: str, **more: Any) -> dict[str, Any]:
-            whole = server.message(content, **more)
-            said: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
-            for event in streamed(server.chat(content, stream=True, **more)):
+        def request_both(content: str, **fields: Any) -> dict[str, Any]:
+            """Request an answer whole and as a stream, and return it after checking that both are equal."""
+            complete = server.message(content, **fields)
+            streamed: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+            for event in parse_stream(server.chat(content, stream=True, **fields)):
                 (choice,) = event["choices"]
                 for name in set(choice["delta"]) & {"content", "reasoning_content"}:
-                    said[name] = said.get(name, "") + choice["delta"][name]
+                    streamed[name] = streamed.get(name, "") + choice["delta"][name]
                 if calls := choice["delta"].get("tool_calls"):
-                    said["tool_calls"] = [{k: v for k, v in c.items() if k != "index"} for c in calls]
-            for call in [*said.get("tool_calls", ()), *whole["message"].get("tool_calls", ())]:
+                    streamed["tool_calls"] = [{k: v for k, v in c.items() if k != "index"} for c in calls]
+            for call in [*streamed.get("tool_calls", ()), *complete["message"].get("tool_calls", ())]:
                 assert call.pop("id").startswith("call_")
-            assert said == whole["message"] | {"content": whole["message"]["content"] or ""}
-            assert choice["finish_reason"] == whole["finish_reason"]
-            return whole["message"] | {"ended": whole["finish_reason"]}
+            assert streamed == complete["message"] | {"content": complete["message"]["content"] or ""}
+            assert choice["finish_reason"] == complete["finish_reason"]
+            return complete["message"] | {"ended": complete["finish_reason"]}
 
-        plain = both(several := "2 곰 안녕 สวัสดี 🐻‍❄️ é ﷽ 𝒳\n\t\ufffd? </b>")  # characters of several tokens
-        assert (plain["content"], plain["ended"], "tool_calls" in plain) == (several, "stop", False)
-        # the user's special tokens are text: the model here is one that repeats them as text
-        result = both("<think> 1+1 </think> 2")
-        assert (result["reasoning_content"], result["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
-        result = both(" 1+1 </think> 2", chat_template_kwargs={"thinks": True})
-        assert (result["reasoning_content"], result["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
-        result = both(f"I add. {ADD}", tools=TOOLS)
+        text = "2 곰 안녕 สวัสดี 🐻‍❄️ é ﷽ 𝒳\n\t\ufffd? </b>"  # characters of several tokens
+        plain = request_both(text)
+        assert (plain["content"], plain["ended"], "tool_calls" in plain) == (text, "stop", False)
+        # special tokens of the user are encoded as text, and this model repeats them as text
+        result = request_both("<think> 1+1 </think> 2")
+        # spaces stay, only line feeds are stripped
+        assert (result["reasoning_content"], result["content"]) == (" 1+1 ", " 2")
+        result = request_both(" 1+1 </think> 2", chat_template_kwargs={"thinks": True})
+        assert (result["reasoning_content"], result["content"]) == (" 1+1 ", " 2")
+        result = request_both(f"I add. {ADD}", tools=TOOLS)
         assert result["tool_calls"] == [{"type": "function",
                                          "function": {"name": "add", "arguments": '{"a": 1}'}}]
         assert (result["content"], result["ended"]) == ("I add.", "tool_calls")
-        assert both(ADD, tools=TOOLS)["content"] is None
-        for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
-            assert both(ADD, **more)["content"] == ADD
-        assert both("<tool_call>{add}", tools=TOOLS)["content"] == "<tool_call>{add}"
+        assert request_both(ADD, tools=TOOLS)["content"] is None
+        for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+            assert request_both(ADD, **fields)["content"] == ADD
+        assert request_both("<tool_call>{add}", tools=TOOLS)["content"] == "<tool_call>{add}"
         history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]},
             {"role": "tool", "tool_call_id": "1", "content": "3"}]
@@ -194,66 +197,66 @@ def test_a_finished_answer_frees_its_slot(opened: Any) -> None:
         assert (result["message"]["content"], result["finish_reason"]) == ("to be or ", "stop")
         server.model.rows = threading.Semaphore(0)
         with server.http.stream("POST", "/chat/completions", json={
-                "messages": [{"role": "user", "content": "long " * 70}], "stream": True}) as gone:
-            next(gone.iter_bytes())  # what a stream begins with, before the first row
+                "messages": [{"role": "user", "content": "long " * 70}], "stream": True}) as stream:
+            next(stream.iter_bytes())  # the start of a stream, before the first row
 
-        def left() -> bool:
+        def has_left() -> bool:
             server.model.rows.release()
             return 1 in server.model.left
 
-        until(left)  # the client has left, and so does its answer
+        wait_until(has_left)  # the answer ends after its client has disconnected
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until `condition()` is true."""
     deadline_s = time.monotonic() + 600
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
 
 
-def health(server: Open) -> httpx.Response:
+def get_health(server: RunningServer) -> httpx.Response:
     return httpx.get(server.url.removesuffix("/v1") + "/health")
 
 
-def num_waiting(server: Open) -> int:
-    found: int = health(server).json()["waiting"]
-    return found
+def count_waiting(server: RunningServer) -> int:
+    num_requests: int = get_health(server).json()["waiting"]
+    return num_requests
 
 
 def test_excess_requests_are_refused_and_waiting_ones_answered_in_order(opened: Any) -> None:
     with opened(max_waiting=3) as server, ThreadPoolExecutor(4) as pool:
         server.model.rows = threading.Semaphore(0)
-        asked = []
-        for number in range(4):  # the model stands still behind the first one
-            asked.append(pool.submit(server.chat, f"{number}"))
-            until(lambda n=number: bool(server.model.joined) and num_waiting(server) == n)
+        answers = []
+        for number in range(4):  # the model pauses after the first one
+            answers.append(pool.submit(server.chat, f"{number}"))
+            wait_until(lambda n=number: bool(server.model.joined) and count_waiting(server) == n)
         refused = server.chat("4")
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
         assert refused.json()["error"]["type"] == "rate_limit_error"
-        assert server.chat("5", n=4).status_code == 400  # never: they are more than may wait
+        assert server.chat("5", n=4).status_code == 400  # more answers than may ever wait
         server.model.rows.release(10**6)
-        said = [answer.result().json()["choices"][0]["message"]["content"] for answer in asked]
-        assert said == list("0123") and len(server.model.joined) == 4
+        contents = [answer.result().json()["choices"][0]["message"]["content"] for answer in answers]
+        assert contents == list("0123") and len(server.model.joined) == 4
         assert server.chat("6").status_code == 200
 
 
 def test_shutdown_finishes_running_requests_and_refuses_new_ones(opened: Any) -> None:
     with opened() as server, ThreadPoolExecutor(3) as pool:
         server.model.rows = threading.Semaphore(0)
-        asked = [pool.submit(server.chat, "answer 0")]
-        until(lambda: bool(server.model.joined))
-        asked += [pool.submit(server.chat, f"answer {number}", stream=number == 1) for number in (1, 2)]
-        until(lambda: num_waiting(server) == 2)
+        answers = [pool.submit(server.chat, "answer 0")]
+        wait_until(lambda: bool(server.model.joined))
+        answers += [pool.submit(server.chat, f"answer {number}", stream=number == 1) for number in (1, 2)]
+        wait_until(lambda: count_waiting(server) == 2)
         server.model.wants_stop.append("SIGTERM")
         server.model.rows.release()
-        until(lambda: health(server).status_code == 503)
+        wait_until(lambda: get_health(server).status_code == 503)
         late = server.chat("late")
         assert (late.status_code, late.json()["error"]["type"]) == (503, "server_error")
         server.model.rows.release(10**6)
-        said = [answer.result() for answer in asked]
-        assert said[0].json()["choices"][0]["message"]["content"] == "answer 0"
-        assert streamed(said[1])[-1]["choices"][0]["finish_reason"] == "stop"
+        responses = [answer.result() for answer in answers]
+        assert responses[0].json()["choices"][0]["message"]["content"] == "answer 0"
+        assert parse_stream(responses[1])[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_requests_beyond_the_shutdown_limit_are_aborted_with_a_message(
@@ -261,51 +264,51 @@ def test_requests_beyond_the_shutdown_limit_are_aborted_with_a_message(
     monkeypatch.setattr("megatron_sov.serve.scheduler.DRAIN_S", 0.0)
     with opened() as server, ThreadPoolExecutor(2) as pool:
         server.model.rows = threading.Semaphore(0)
-        asked = [pool.submit(server.chat, "long " * 70, stream=True)]
-        until(lambda: bool(server.model.joined))
-        asked.append(pool.submit(server.chat, "never begun"))
-        until(lambda: num_waiting(server) == 1)
+        answers = [pool.submit(server.chat, "long " * 70, stream=True)]
+        wait_until(lambda: bool(server.model.joined))
+        answers.append(pool.submit(server.chat, "never begun"))
+        wait_until(lambda: count_waiting(server) == 1)
         server.model.wants_stop.append("SIGTERM")
         server.model.rows.release(3)
-        stream, whole = (answer.result() for answer in asked)
-        assert (stream.status_code, whole.status_code) == (200, 503)
-        assert "about to end" in whole.text and "about to end" in stream.text
+        stream, unstarted = (answer.result() for answer in answers)
+        assert (stream.status_code, unstarted.status_code) == (200, 503)
+        assert "about to end" in unstarted.text and "about to end" in stream.text
         assert "[DONE]" not in stream.text
 
 
-def test_a_defect_costs_its_request_alone(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_fails_only_its_request(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened() as server:
         encode_request = server.model.encoder.encode_request
         monkeypatch.setattr(server.model.encoder, "encode_request", lambda request: 1 // 0)
         answer = server.chat("a")
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         monkeypatch.setattr(server.model.encoder, "encode_request", encode_request)
-        assert server.message("b")["message"]["content"] == "b" and num_waiting(server) == 0
+        assert server.message("b")["message"]["content"] == "b" and count_waiting(server) == 0
 
 
 def test_requests_without_key_are_refused(opened: Any) -> None:
     with opened(api_key="sesame") as server:
         assert server.message("open")["message"]["content"] == "open"
-        for sent in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "sesame"},
-                     {"Authorization": "Bearer sésame".encode()}):
+        for headers in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "sesame"},
+                        {"Authorization": "Bearer sésame".encode()}):
             for ask in (lambda h: httpx.get(f"{server.url}/models", headers=h),
                         lambda h: httpx.post(f"{server.url}/chat/completions", headers=h, json={})):
-                answer = ask(sent)
+                answer = ask(headers)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
                 assert "sesame" not in answer.text
-        assert health(server).status_code == 200
+        assert get_health(server).status_code == 200
         assert "sesame" not in repr(ServeSettings("m", api_key="sesame"))
 
 
-def talk(server: Open, said: bytes) -> bytes:
-    """Say something over a bare connection, and return what comes until the server hangs up."""
+def send_bytes(server: RunningServer, content: bytes) -> bytes:
+    """Send bytes over a plain connection, and return the reply until the server closes it."""
     host, port = server.url.removesuffix("/v1").removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=600) as connection:
-        connection.sendall(said)
-        heard = b""
+        connection.sendall(content)
+        reply = b""
         while piece := connection.recv(1 << 16):
-            heard += piece
-        return heard
+            reply += piece
+        return reply
 
 
 def test_slow_clients_are_disconnected(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,26 +316,27 @@ def test_slow_clients_are_disconnected(opened: Any, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(http_server, name, 0.2)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with opened() as server:
-        assert b" 408 " in talk(server, f"{head}Content-Length: 99\r\nConnection: close\r\n\r\n{{".encode())
-        assert b" 400 " in talk(server, b"NO HTTP AT ALL\r\n\r\n")
-        assert b" 413 " in talk(server, f"{head}Content-Length: 999999999\r\nConnection: close\r\n\r\n"
-                                f"{'x' * 100}".encode())
+        assert b" 408 " in send_bytes(server,
+                                      f"{head}Content-Length: 99\r\nConnection: close\r\n\r\n{{".encode())
+        assert b" 400 " in send_bytes(server, b"NO HTTP AT ALL\r\n\r\n")
+        assert b" 413 " in send_bytes(server, f"{head}Content-Length: 999999999\r\nConnection: close\r\n\r\n"
+                                      f"{'x' * 100}".encode())
 
 
 def test_an_unread_stream_is_ended(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "TAKES_S", 0.2)
 
-    async def never(*args: Any) -> None:
+    async def block_forever(*args: Any) -> None:
         await asyncio.sleep(600)
 
     with opened() as server:
-        monkeypatch.setattr("aiohttp.web.StreamResponse.write", never)
+        monkeypatch.setattr("aiohttp.web.StreamResponse.write", block_forever)
         with contextlib.suppress(httpx.HTTPError):
             server.chat("hello", stream=True)
-        until(lambda: not server.model.scheduler._active)
+        wait_until(lambda: not server.model.scheduler._active)
 
 
-def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
+def test_an_address_in_use_is_refused(opened: Any) -> None:
     with opened() as server:
         port = int(server.url.removesuffix("/v1").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: cannot be listened on"):
@@ -370,13 +374,13 @@ def test_responses_contain_no_server_paths(opened: Any, folder: Path) -> None:
     ({"config.json": '{"eos_token_id": 9}'}, {9}),
     ({"generation_config.json": "{}", "config.json": '{"text_config": {"eos_token_id": 9}}'}, {9}),
     ({"generation_config.json": '{"eos_token_id": [true, -1, "x", 8]}'}, {8})])
-def test_completions_end_where_the_folder_says(folder: Path, tmp_path: Path, files: dict[str, str],
-                                               ends: set[int]) -> None:
+def test_completions_end_at_the_eos_ids_of_the_folder(folder: Path, tmp_path: Path, files: dict[str, str],
+                                                      ends: set[int]) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     target: Any = SimpleNamespace(tokenizer_folder=tmp_path, path=tmp_path, is_hf=True, vocab_size=300)
-    asker = PromptEncoder(target, chat=False)
-    eos = asker._tokenizer.eos_token_id
-    assert set(asker.end_ids) - {eos} == ends and eos in asker.end_ids
+    encoder = PromptEncoder(target, chat=False)
+    eos = encoder._tokenizer.eos_token_id
+    assert set(encoder.end_ids) - {eos} == ends and eos in encoder.end_ids

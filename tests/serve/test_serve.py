@@ -48,7 +48,7 @@ def client(server: Any) -> openai.OpenAI:
 
 @pytest.fixture
 def written(one_rank: None, imported: dict[str, Path], capsys: Any) -> Callable[..., list[dict[str, Any]]]:
-    """Return `written(*options)`: what `generate` writes."""
+    """Return `written(*options)`: the output of `generate`."""
 
     def write(*options: str) -> list[dict[str, Any]]:
         assert main(["generate", str(imported["solar_open"]), *options, "--json", "--logprobs"]) == 0

@@ -16,7 +16,7 @@ def both(recipe: str, settings: list[str], path: str, *, graphs: str = GRAPHS, s
          quantises: bool = False) -> list[dict[str, Any]]:
     """Return the training results without graphs and with graphs."""
     if quantises:
-        quantized_run.quantise_products()
+        quantized_run.quantize_products()
     return [_trained(recipe, [*settings, *more], path, steps, quantises) for more in ([], [graphs])]
 
 
@@ -43,7 +43,7 @@ def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises:
         replay(self)
 
     operators.replay = counted
-    config = (quantized_run.config_of(recipe, settings, path) if quantises
+    config = (quantized_run.build_config(recipe, settings, path) if quantises
               else layout_run.small_config(recipe, settings, [path], "lm"))
     trainer = layout_run._trainer(config)
     sums, padding = trainer.forward_backward.compute_gradients, [0]

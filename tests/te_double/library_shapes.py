@@ -229,7 +229,7 @@ def _parts(text: str) -> list[str]:
         try:
             ast.parse(parts[-1].partition("=")[2] or "0" if parts else "0", mode="eval")
             parts.append(piece)
-        except SyntaxError:  # the comma stands in a default, such as (1, 2)
+        except SyntaxError:  # the comma is inside a default, such as (1, 2)
             parts[-1] += f", {piece}"
     return parts
 

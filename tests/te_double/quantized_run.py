@@ -42,13 +42,13 @@ FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": DENSE, 
                 '"value_head_dim": 32, "gate_rank": 32, "negative_eigenvalues": true}',)}
 
 
-def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
+def build_config(recipe: str, settings: list[str], path: str) -> RunConfig:
     """Return a small config of a recipe; `settings` take precedence."""
     return apply_settings(recipes.get(recipe), [*SMALL, *FAMILIES[recipe], f'data.paths={{"{path}": 1}}',
                                                 *settings])
 
 
-def quantise_products() -> None:
+def quantize_products() -> None:
     """Make the double quantize the operands of its products under a recipe, and accumulate as Hopper does."""
     from transformer_engine.pytorch import gemm as products  # the double's own
     from transformer_engine.pytorch.recording import kernel
@@ -83,97 +83,99 @@ def gather_one_by_one() -> None:
 
     start = buffers._ParamAndGradBucketGroup.start_param_sync
 
-    def one_by_one(self: Any, force_sync: bool = False) -> None:
-        at_once = mock.patch.multiple(
+    def gather_each(self: Any, force_sync: bool = False) -> None:
+        uncoalesced = mock.patch.multiple(
             buffers, _coalescing_manager=lambda *args, **kwargs: contextlib.nullcontext(mock.Mock()),
             dist_all_gather_func=lambda whole, part, group, async_op:
                 torch.distributed.all_gather_into_tensor(whole, part.clone(), group=group))
-        with at_once:
+        with uncoalesced:
             start(self, force_sync)
 
-    buffers._ParamAndGradBucketGroup.start_param_sync = one_by_one
+    buffers._ParamAndGradBucketGroup.start_param_sync = gather_each
 
 
-def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
+def train_cases(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
     """Train a step for each (recipe, settings). Return its loss, a hash of the weights, the numbers of
     products, and the number of recomputed parts without a product."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
-    quantise_products()
-    again, compute_again = [0], CheckpointWithoutOutput._recompute
+    quantize_products()
+    num_recomputed, recompute = [0], CheckpointWithoutOutput._recompute
 
-    def counted(self: Any, gradient: Any) -> None:
-        again[0] += self.ctx is not None
-        compute_again(self, gradient)
+    def count_and_recompute(self: Any, gradient: Any) -> None:
+        num_recomputed[0] += self.ctx is not None
+        recompute(self, gradient)
 
-    CheckpointWithoutOutput._recompute = counted
-    found = []
+    CheckpointWithoutOutput._recompute = count_and_recompute
+    results = []
     for recipe, settings in cases:
-        trainer = layout_run._trainer(config_of(recipe, settings, path))
-        _products()
-        again[0] = 0
+        trainer = layout_run._trainer(build_config(recipe, settings, path))
+        take_product_counts()
+        num_recomputed[0] = 0
         loss = train_step(trainer).loss
-        found.append({"loss": loss, "weights": _digest(trainer), "products": _products(), "again": again[0]})
+        results.append({"loss": loss, "weights": _digest(trainer), "products": take_product_counts(),
+                        "again": num_recomputed[0]})
         world.leave_world()
-    return found
+    return results
 
 
 def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-written") -> Trainer:
-    quantise_products()
-    trainer: Trainer = layout_run._trainer(config_of(recipe, settings, path), run)
+    quantize_products()
+    trainer: Trainer = layout_run._trainer(build_config(recipe, settings, path), run)
     return trainer
 
 
-def _products() -> dict[str, int]:
+def take_product_counts() -> dict[str, int]:
     """Return and reset the numbers of products, for example "fprop Float8BlockScaling" -> number."""
     from transformer_engine.pytorch.gemm import COUNTS  # the double's own
 
-    found = {f"{kind} {name}".strip(): count for (kind, name), count in COUNTS.items()
-             if kind != "general"}  # the router's products, which no recipe changes
+    counts = {f"{kind} {name}".strip(): count for (kind, name), count in COUNTS.items()
+              if kind != "general"}  # products of the router are never quantized
     COUNTS.clear()
-    return found
+    return counts
 
 
-def losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
+def train_losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
     """Train; return the losses and the products of the first step."""
     if "train.deterministic=true" in settings:
         device.enable_determinism()
     trainer = _trainer(recipe, settings, path)
-    _products()
+    take_product_counts()
     first = train_step(trainer).loss
-    products = _products()
+    products = take_product_counts()
     taken = [first, *(train_step(trainer).loss for _ in range(steps - 1))]
     world.leave_world()
     return {"losses": taken, "products": products}
 
 
-def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str, Any]:
+def resume_and_compare(recipe: str, settings: list[str], path: str, run: str) -> dict[str, Any]:
     """Train four steps with a checkpoint and an evaluation after the second, then again from the checkpoint.
     Return the final hashes of both runs, and the evaluation's products."""
     trainer = _trainer(recipe, settings, path, run)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"straight": [train_step(trainer).loss for _ in range(2)]}
+    results: dict[str, Any] = {"straight": [train_step(trainer).loss for _ in range(2)]}
     trainer.save()
     trainer.checkpointer.finish()
-    found["saved"] = _saved(trainer.folder.checkpoint(2))
-    found["exported"] = hashlib.sha256(b"".join(
+    results["saved"] = _saved(trainer.folder.checkpoint(2))
+    results["exported"] = hashlib.sha256(b"".join(
         name.encode() + _bytes(tensor) for name, tensor in export_weights(trainer.model))).hexdigest()
-    found["differing"] = replica_checks.find_differing_replicas(trainer.model)
-    found["in 8 bits"] = sum(get_raw_data(p).numel() for p in trainer.model.parameters() if is_quantized(p))
-    _products()
-    found["heldout"] = {name: result.loss for name, result in trainer.evaluate().items()}
-    found["products of the evaluation"] = _products()
-    found["straight"] += [train_step(trainer).loss for _ in range(2)]
-    found["straight ends"] = _digest(trainer)
+    results["differing"] = replica_checks.find_differing_replicas(trainer.model)
+    results["in 8 bits"] = sum(get_raw_data(p).numel() for p in trainer.model.parameters() if is_quantized(p))
+    take_product_counts()
+    results["heldout"] = {name: result.loss for name, result in trainer.evaluate().items()}
+    results["products of the evaluation"] = take_product_counts()
+    results["straight"] += [train_step(trainer).loss for _ in range(2)]
+    results["straight ends"] = _digest(trainer)
     trainer.resume(trainer.folder.checkpoint(2))
-    found["resumed"] = [train_step(trainer).loss for _ in range(2)]
-    found["resumed ends"] = _digest(trainer)
+    results["resumed"] = [train_step(trainer).loss for _ in range(2)]
+    results["resumed ends"] = _digest(trainer)
     trainer.close()
     world.leave_world()
-    return found
+    return results
 
 
-def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bool = True) -> list[Any]:
+def check_placement(cases: list[tuple[str, list[str]]], path: str, run: str, *,
+                    sends: bool = True) -> list[Any]:
     """Train with a checkpoint, an evaluation and a resume for each (recipe, settings), and refuse host
     tensors in GPU operations. Return the number of host tensors, or the refused operation.
 
@@ -181,21 +183,21 @@ def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bo
     """
     from transformer_engine.pytorch import placement  # the double's own
 
-    quantise_products()
+    quantize_products()
     device.CPU = cpu_shims.CPU = placement.GPU
     language_model.on_gpu = lambda: True
     torch.Tensor.cuda = lambda self, *args, **kwargs: self.to(placement.GPU)  # type: ignore[method-assign]
     if not sends:
         microbatch.to_device = lambda values, device: values
-    found: list[Any] = []
+    results: list[Any] = []
     for number, (recipe, settings) in enumerate(cases):
         with placement.HostTensors() as mode:
-            trainer = layout_run._trainer(config_of(recipe, settings, path), f"{run}-{number}")
+            trainer = layout_run._trainer(build_config(recipe, settings, path), f"{run}-{number}")
             trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             try:
                 train_step(trainer)
             except (RuntimeError, ValueError) as e:
-                found.append(str(e))
+                results.append(str(e))
                 continue
             trainer.save()
             trainer.checkpointer.finish()
@@ -204,22 +206,23 @@ def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bo
             train_step(trainer)
             trainer.close()
             world.leave_world()
-        found.append(mode.marked)
-    return found
+        results.append(mode.marked)
+    return results
 
 
-def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[str, Any]:
+def compare_moments(recipe: str, settings: list[str], path: str, before: str) -> dict[str, Any]:
     """Take a step from another run's checkpoint. Return the number of moment elements that differ from
     torch's formula rounded once, the dtypes, and the share in host memory."""
     trainer = _trainer(recipe, settings, path)
     trainer.resume(Path(before))
     old = {(s.parameter, s.start): {n: t.clone() for n, t in s.state().items()}
            for s in trainer.optimizer.shards}
-    kept: dict[Any, torch.Tensor] = {}
+    gradients: dict[Any, torch.Tensor] = {}
     inner_step = trainer.optimizer.library.step_with_ready_grads
 
     def step() -> Any:
-        kept.update({(s.parameter, s.start): s.main.grad.flatten().clone() for s in trainer.optimizer.shards})
+        gradients.update({(s.parameter, s.start): s.main.grad.flatten().clone()
+                          for s in trainer.optimizer.shards})
         return inner_step()
 
     trainer.optimizer.library.step_with_ready_grads = step
@@ -227,7 +230,7 @@ def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[st
     optim, wrong, dtypes = trainer.config.optim, 0, set()
     for shard in trainer.optimizer.shards:
         place = (shard.parameter, shard.start)
-        new, gradient = shard.state(), kept[place]
+        new, gradient = shard.state(), gradients[place]
         for name, beta, added in (("exp_avg", optim.beta1, gradient),
                                   ("exp_avg_sq", optim.beta2, gradient.square())):
             expected = beta * old[place][name].float() + (1 - beta) * added
@@ -240,15 +243,15 @@ def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[st
             "on the host": sum(n for n, there in sizes if there) / sum(n for n, _ in sizes)}
 
 
-def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]:
+def record_weight_quantization(recipe: str, settings: list[str], path: str) -> list[bool]:
     """Train two steps with an evaluation between. Return for each training pass whether the first linear
     layer was told to quantize its weight again."""
     trainer = _trainer(recipe, settings, path)
-    told: list[bool] = []
+    flags: list[bool] = []
 
     def note(module: Any, *inputs: Any) -> None:
         if torch.is_grad_enabled():
-            told.append(module.is_first_microbatch)
+            flags.append(module.is_first_microbatch)
 
     first = next(m for m in trainer.model.modules() if hasattr(m, "is_first_microbatch"))
     first.register_forward_pre_hook(note)
@@ -256,7 +259,7 @@ def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]
     trainer.evaluate()
     train_step(trainer)
     world.leave_world()
-    return told
+    return flags
 
 
 def _digest(trainer: Trainer) -> str:

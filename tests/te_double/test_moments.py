@@ -26,7 +26,7 @@ def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, pac
     runs = {name: {"recipe": "tiny-k-exaone", "path": str(packed_data.text),
                    "settings": [*common, SETTINGS[name]]}
             for name in names}
-    result = te_ranks(*(job(RUN, "continued", nproc, {**arguments, "run": str(tmp_path / name)})
+    result = te_ranks(*(job(RUN, "resume_and_compare", nproc, {**arguments, "run": str(tmp_path / name)})
                         for name, arguments in runs.items()))
     for rank in (rank for ranks in result for rank in ranks):
         assert rank["resumed"] == rank["straight"][2:] and rank["resumed ends"] == rank["straight ends"]
@@ -34,7 +34,7 @@ def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, pac
         _check_differences(*(ranks[0] for ranks in result))
     for before, after, dtype in (case for case in CONTINUED if {*case[:2]} <= {*names}):
         folder = str(tmp_path / before / "checkpoints" / "step-2")
-        for rank in te_ranks(job(RUN, "moments", nproc, {**runs[after], "before": folder}))[0]:
+        for rank in te_ranks(job(RUN, "compare_moments", nproc, {**runs[after], "before": folder}))[0]:
             assert rank["dtypes"] == [f"exp_avg {dtype}", f"exp_avg_sq {dtype}", "master float32"]
             assert rank["wrong"] == 0
             # whole parameters, until half or more of the elements have moved

@@ -31,7 +31,8 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
     cases = {("tiny-k-exaone", "blockwise"): (DENSE_LAYER, 2 * MOE_LAYER + PREDICTION_LAYER, MOE_LAYER),
              ("tiny-k-exaone", "nvfp4"): (DENSE_LAYER + PREDICTION_LAYER, 2 * MOE_LAYER, MOE_LAYER)}
     settings = ["train.fp8_bf16_layers_at_start=1", "train.fp8_bf16_layers_at_end=1"]
-    result = te_ranks(*(job(RUN, "losses", 1, {"recipe": recipe, "settings": [*settings, f"train.fp8={fp8}"],
+    result = te_ranks(*(job(RUN, "train_losses", 1,
+                            {"recipe": recipe, "settings": [*settings, f"train.fp8={fp8}"],
                                                "path": str(packed_data.text), "steps": 1})
                         for recipe, fp8 in cases))
     for ((_, fp8), (at_start, quantised, at_end)), (rank,) in zip(cases.items(), result, strict=True):
@@ -45,7 +46,7 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
                          ids=["mxfp8", "all"])
 def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any, kinds: tuple[str, ...]) -> None:
     """Losses stay close to bf16."""
-    result = te_ranks(*(job(RUN, "losses", 1, {
+    result = te_ranks(*(job(RUN, "train_losses", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text), "steps": 2,
         "settings": [f"train.fp8={fp8}", "model.num_layers=2"]}) for fp8 in ("none", *kinds)))
     bf16, *others = (rank["losses"] for (rank,) in result)
@@ -61,7 +62,7 @@ def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: A
                                          fp8: str) -> None:
     """Experts are saved although their recipe has no state; evaluation with rows of any length is not
     quantized; stochastic rounding draws the same numbers."""
-    (found,), = te_ranks(job(RUN, "continued", 1, {
+    (found,), = te_ranks(job(RUN, "resume_and_compare", 1, {
         "recipe": "tiny-k-exaone",
         "settings": [f"train.fp8={fp8}", "train.recompute=true", "model.num_layers=2"],
         "path": str(packed_data.text), "run": str(tmp_path / "run")}))
@@ -73,7 +74,7 @@ def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: A
 @pytest.mark.distributed
 def test_weights_are_quantized_again_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
     """Transformer Engine reuses quantized weights until the library reports an update."""
-    ((found,),) = te_ranks(job(RUN, "quantises_weights", 1, {
+    ((found,),) = te_ranks(job(RUN, "record_weight_quantization", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text),
         "settings": ["train.fp8=blockwise", "model.num_layers=2"]}))
     assert found == [True, False] * 2
@@ -93,7 +94,8 @@ def test_host_tensors_in_gpu_operations_are_refused(te_ranks: Any, job: Any, pac
     quick = ["model.num_layers=2", "train.global_batch_size=1", "data.heldout_tokens=128"]
     arguments = {"cases": [(recipe, [*quick, *more]) for recipe, more in cases],
                  "path": str(packed_data.text), "run": str(tmp_path / "run")}
-    (sent,), (kept,) = te_ranks(job(RUN, "placed", 1, arguments), job(RUN, "placed", 1, arguments | {
+    (sent,), (kept,) = te_ranks(job(RUN, "check_placement", 1, arguments),
+                                job(RUN, "check_placement", 1, arguments | {
         "cases": arguments["cases"][:1], "sends": False}))
     assert all(isinstance(found, int) and found > 1000 for found in sent), sent
     assert "Expected all tensors to be on the same device" in kept[0]

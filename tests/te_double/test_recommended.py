@@ -24,7 +24,7 @@ def _stored(settings: tuple[str, ...]) -> tuple[str, ...]:
 def _compared(te_ranks: Any, job: Any, path: Path, cases: list[tuple[str, tuple[str, ...]]]) -> None:
     """Compare each case with the same case without recomputation."""
     wanted = list(dict.fromkeys([*cases, *((recipe, _stored(settings)) for recipe, settings in cases)]))
-    (found,), = te_ranks(job(RUN, "each", 1, {"cases": [(recipe, [*QUICK, *settings])
+    (found,), = te_ranks(job(RUN, "train_cases", 1, {"cases": [(recipe, [*QUICK, *settings])
                                                         for recipe, settings in wanted], "path": str(path)}))
     results = dict(zip(wanted, found, strict=True))
     for recipe, settings in cases:
@@ -53,7 +53,7 @@ def test_selective_recomputation_with_other_settings(te_ranks: Any, job: Any, pa
 @pytest.mark.distributed
 def test_overlapped_shared_experts_equal_sequential_ones(te_ranks: Any, job: Any, packed_data: Any) -> None:
     """Shared experts' outputs are added in another order."""
-    (found,), = te_ranks(job(RUN, "each", 1, {"path": str(packed_data.text), "cases": [
+    (found,), = te_ranks(job(RUN, "train_cases", 1, {"path": str(packed_data.text), "cases": [
         ("tiny-solar-open", [*QUICK, *SELECTIVE, "train.precision=fp64",
                              f"gpu.shared_expert_overlap={switch}"])
         for switch in ("off", "on")]}))

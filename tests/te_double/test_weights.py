@@ -28,7 +28,8 @@ def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: 
                                           cases: list[tuple[str, list[str]]]) -> None:
     """With tensor, expert and pipeline parallelism, and gathers at once or overlapped with the forward
     pass."""
-    result = te_ranks(*(job(RUN, "losses", 2, {"recipe": recipe, "path": str(packed_data.text), "steps": 2,
+    result = te_ranks(*(job(RUN, "train_losses", 2,
+                            {"recipe": recipe, "path": str(packed_data.text), "steps": 2,
                                                "settings": [*settings, "parallel.zero1=true", *more]})
                         for recipe, settings in cases for more in ([], [IN_8_BITS])))
     for case, bf16, in_8_bits in zip(cases, result[::2], result[1::2], strict=True):
@@ -45,11 +46,11 @@ def test_checkpoints_and_exports_equal_those_of_bf16_weights(te_ranks: Any, job:
                                                              tmp_path: Path, recipe: str, nproc: int,
                                                              settings: list[str]) -> None:
     """A checkpoint loads at any layout, with and without the setting, and a resumed run is exact."""
-    bf16, in_8_bits = te_ranks(*(job(RUN, "continued", nproc, {
+    bf16, in_8_bits = te_ranks(*(job(RUN, "resume_and_compare", nproc, {
         "recipe": recipe, "path": str(packed_data.text), "run": str(tmp_path / str(len(more))),
         "settings": [*settings, "parallel.zero1=true", "train.global_batch_size=4", *more]})
         for more in ([], [IN_8_BITS])))
-    config = quantized_run.config_of(recipe, [*settings, "parallel.zero1=true", IN_8_BITS], "")
+    config = quantized_run.build_config(recipe, [*settings, "parallel.zero1=true", IN_8_BITS], "")
     counted = sum(part.count * part.numel for part in stage_parameters.iter_quantized(config, 0))
     for before, after in zip(bf16, in_8_bits, strict=True):
         assert after["straight"] == before["straight"]

@@ -69,7 +69,7 @@ def nfc() -> Any:
 
 
 @pytest.fixture
-def dropping() -> Any:
+def lossy_normalizer() -> Any:
     """Return a normalizer that loses a character."""
     return normalizers.Replace("ß", "")
 
@@ -77,20 +77,20 @@ def dropping() -> Any:
 Pair = tuple[bytes, bytes]
 
 
-def table_of(words: Counter[bytes]) -> WordTable:
+def build_word_table(words: Counter[bytes]) -> WordTable:
     """Return a table of words, the most frequent first."""
-    result = sorted(words.items(), key=lambda e: -e[1])
-    return WordTable(np.frombuffer(b"".join(w for w, _ in result), np.uint8),
-                     np.array([len(w) for w, _ in result], np.int64),
-                     np.array([n for _, n in result], np.int64), 1, 0, 0.0)
+    by_count = sorted(words.items(), key=lambda e: -e[1])
+    return WordTable(np.frombuffer(b"".join(w for w, _ in by_count), np.uint8),
+                     np.array([len(w) for w, _ in by_count], np.int64),
+                     np.array([n for _, n in by_count], np.int64), 1, 0, 0.0)
 
 
 @pytest.fixture(scope="session")
 def learn() -> Callable[..., Vocabulary]:
-    """Return `learn(preset, num_tokens, texts, transition=None, only=False)`: bytes and merges,
-    without special tokens.
+    """Return `learn(preset, num_tokens, texts, transition=None, only=False)`: train a vocabulary of bytes and
+    merges, without special tokens.
 
-    From `transition` tokens on words join; `only`: to superwords alone.
+    From `transition` tokens on, merges may join words; with `only` they must.
     """
     def learn(preset: Preset, num_tokens: int, texts: Iterable[str], transition: int | None = None,
               only: bool = False) -> Vocabulary:
@@ -99,8 +99,8 @@ def learn() -> Callable[..., Vocabulary]:
 
         def count(pattern: str) -> WordTable:
             splitter = Splitter(preset, pattern)
-            return table_of(Counter(piece.encode() for text in texts
-                                    for piece in splitter.split_text(splitter.normalize(text))))
+            return build_word_table(Counter(piece.encode() for text in texts
+                                            for piece in splitter.split_text(splitter.normalize(text))))
 
         learn_words(count(preset.split_pattern), vocabulary, transition or num_tokens, preset, lambda n: None)
         if transition:
@@ -112,23 +112,21 @@ def learn() -> Callable[..., Vocabulary]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer_of(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
-    """Return `tokenizer_of(preset, vocab_size, texts)`: a finished tokenizer that takes
-    special tokens as text."""
-    def tokenizer_of(preset: Preset, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+def build_trained_tokenizer(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
+    """Return `build_trained_tokenizer(preset, vocab_size, texts)`: train a tokenizer that encodes special
+    tokens in text as ordinary text."""
+    def build_trained_tokenizer(preset: Preset, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         trained = build_tokenizer(preset, learn(preset, vocab_size - preset.num_special_ids, texts))
         trained.encode_special_tokens = True
         return trained
 
-    return tokenizer_of
+    return build_trained_tokenizer
 
 
 class BruteForce:
-    """BPE as the textbook has it: count all pairs, merge the best, again.
-
-    The best is the most frequent; of equal ones that of the lower left id, then of the lower right one.  Ids
-    follow the characters by which `tokenizers` spells bytes, then the order of the merges.
-    """
+    """Textbook BPE: count all pairs, merge the best, repeat. The best pair is the most frequent; ties go to
+    the lower left id, then the lower right id. Ids follow the byte characters of `tokenizers`, then the order
+    of merges."""
 
     def __init__(self, alphabet: list[bytes], max_token_bytes: int) -> None:
         self.ids = {b: i for i, b in enumerate(alphabet)}
@@ -150,15 +148,16 @@ class BruteForce:
             for word, times in words.items():
                 for pair in pairwise(word):
                     pairs[pair] += times
-            best = min(((-n, self.ids[a], self.ids[b], (a, b)) for (a, b), n in pairs.items()
-                        if n >= 2 and len(a + b) <= self.max_token_bytes and allowed(a + b)), default=None)
-            if best is None:
+            candidates = [(-count, self.ids[a], self.ids[b], (a, b)) for (a, b), count in pairs.items()
+                          if count >= 2 and len(a + b) <= self.max_token_bytes and allowed(a + b)]
+            if not candidates:
                 return
-            self.merges.append(best[3])
-            self.ids[b"".join(best[3])] = len(self.ids)
+            *_, best = min(candidates)
+            self.merges.append(best)
+            self.ids[b"".join(best)] = len(self.ids)
             merged: Counter[tuple[bytes, ...]] = Counter()
             for word, times in words.items():
-                merged[self._join(word, best[3])] += times
+                merged[self._join(word, best)] += times
             words = merged
 
     @staticmethod
@@ -176,43 +175,49 @@ class BruteForce:
 
 @pytest.fixture(scope="session")
 def brute_force() -> Callable[..., list[Pair]]:
-    """Return `brute_force(preset, num_tokens, texts, transition=None, only=False)`: the merges by the
-    textbook, as `learn`."""
+    """Return `brute_force(preset, num_tokens, texts, transition=None, only=False)`: the merges of the
+    textbook algorithm, with the arguments of `learn`."""
     def brute_force(preset: Preset, num_tokens: int, texts: list[str], transition: int | None = None,
                     only: bool = False) -> list[Pair]:
-        # bytes that are spelled by their own character
+        def count_pieces(pattern: str) -> Counter[bytes]:
+            return Counter(match.group().encode() for text in texts
+                           for match in regex.finditer(pattern, text))
+
+        # the byte-level alphabet starts with the bytes that keep their own character
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        alphabet = [bytes([b]) for b in printable] + [bytes([b])
-                                                      for b in range(NUM_BYTES) if b not in printable]
-        book = BruteForce(alphabet, preset.max_token_bytes)
-        words = Counter(m.group().encode() for t in texts for m in regex.finditer(preset.split_pattern, t))
-        book.learn(Counter({tuple(bytes([b]) for b in w): n for w, n in words.items()}),
+        others = [byte for byte in range(NUM_BYTES) if byte not in printable]
+        book = BruteForce([bytes([byte]) for byte in printable + others], preset.max_token_bytes)
+        words = count_pieces(preset.split_pattern)
+        book.learn(Counter({tuple(bytes([byte]) for byte in word): count for word, count in words.items()}),
                    transition or num_tokens)
         if transition:
-            whole = Counter(m.group().encode()
-                            for t in texts for m in regex.finditer(preset.superword_pattern, t))
-            for fewest in (2, 0) if only else (0,):
-                book.learn(Counter({book.encode(w): n
-                                    for w, n in whole.items()}), num_tokens, lambda token, fewest=fewest: (
-                    fewest <= len([w for w in token.split(b" ") if w]) <= preset.max_superword_words))
+            superwords = count_pieces(preset.superword_pattern)
+            for min_words in (2, 0) if only else (0,):
+                def is_allowed(token: bytes, min_words: int = min_words) -> bool:
+                    num_words = len([word for word in token.split(b" ") if word])
+                    return min_words <= num_words <= preset.max_superword_words
+
+                book.learn(Counter({book.encode(word): count for word, count in superwords.items()}),
+                           num_tokens, is_allowed)
         return book.merges
 
     return brute_force
 
 
 class Toy(LoadedTokenizer):
-    """Takes the longest token at every place; special tokens stand behind all others and stay text."""
+    """A tokenizer that takes the longest token at every position; special tokens come last and are never
+    encoded from text."""
 
     library = "toy"
 
     def __init__(self, longer: tuple[bytes, ...], special: tuple[str, ...],
                  change: Callable[[str], str]) -> None:
-        """Take the tokens.
+        """Build the vocabulary: 256 bytes, longer tokens, special tokens.
 
         Args:
             longer: tokens of several bytes, from id 256 on.
-            special: special tokens, behind them.
-            change: what is done to text before it is encoded, and not told as normalization.
+            special: special tokens, after `longer`.
+            change: modifies text before encoding; a hidden defect, not a declared normalization.
         """
         super().__init__(Path("toy"), Path("toy"))
         self.tokens = dict(enumerate([*(bytes([b]) for b in range(256)), *longer]))
@@ -246,10 +251,10 @@ class Toy(LoadedTokenizer):
 
 @pytest.fixture
 def toy() -> Callable[..., Toy]:
-    """Return `toy(*longer, special=(), change=same)`, which makes one."""
+    """Return `toy(*longer, special=(), change=...)`, which builds a `Toy`."""
 
-    def made(*longer: str | bytes, special: tuple[str, ...] = (),
-             change: Callable[[str], str] = lambda t: t) -> Toy:
+    def build_toy(*longer: str | bytes, special: tuple[str, ...] = (),
+                  change: Callable[[str], str] = lambda t: t) -> Toy:
         return Toy(tuple(t.encode() if isinstance(t, str) else t for t in longer), special, change)
 
-    return made
+    return build_toy

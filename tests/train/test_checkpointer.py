@@ -77,7 +77,8 @@ def test_two_encoders_are_refused(siglip: Path) -> None:
         open_encoder(siglip, VISION, model(vision=SIGLIP))
 
 
-# What a run takes over from the tokenizer folder of its start, beside the tokenizer that its data have too.
+# Settings that a run inherits from the tokenizer folder of its start, in addition to the tokenizer of its
+# data.
 
 VOCAB = {"model": {"vocab": {"<s>": 0, "</s>": 1, "<end>": 2}}}
 BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "top_p": 0.9},

@@ -20,7 +20,7 @@ from megatron_sov.engine.model.replica_checks import list_gradients
 from megatron_sov.engine.parallel import rng
 from megatron_sov.model.config import apply_settings
 from megatron_sov.train.data.requirements import build_route_shape
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from tests.tiny import tiny_trainer
 
 SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",

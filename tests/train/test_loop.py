@@ -14,7 +14,7 @@ from megatron_sov.train.trainer import CurrentWork
 
 
 class Recorded:
-    """Stands for a trainer and what it is made of: notes what the loop asks for."""
+    """Stands for a trainer and its parts: records the calls of the loop."""
 
     def __init__(self, num_steps: int, step: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
@@ -110,7 +110,7 @@ EVERY_STEP = ("observe", "poll", "record", "expert load", "sync")
 
 
 def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = None) -> tuple[bool, list[str]]:
-    """Return what `train` does, and of the actions those that are not due at every step."""
+    """Return the actions of `train`, without those of every step."""
     trainer.stop_after = stop_after
     complete = train(trainer, SimpleNamespace(reason="SIGTERM"), until)  # type: ignore[arg-type]
     return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]

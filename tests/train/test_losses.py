@@ -113,7 +113,7 @@ def config(**objective: Any) -> Any:
 
 
 def random_batch(seed: int) -> MicroBatch:
-    """24 random labels with random weights, some of them 0, and random types."""
+    """24 random labels with random types and weights, some of them 0."""
     rng = np.random.default_rng(seed)
     return build_micro_batch(PackedRow(
         tokens=rng.integers(0, 9, 24), labels=rng.integers(0, 9, 24),

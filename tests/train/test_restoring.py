@@ -124,7 +124,7 @@ def synced(run: str) -> dict[str, Any]:
 
 
 class Memory:
-    """Something that remembers one word."""
+    """A stateful object that remembers one word."""
 
     def __init__(self, value: str) -> None:
         self.value = value
@@ -155,7 +155,7 @@ def test_a_step_merges_reports_of_all_processes(ranks: Any, job: Any, tmp_path: 
 
 
 class Run:
-    """Stands for a trainer with checkpoints at some steps; notes what happens to it."""
+    """Stands for a trainer with checkpoints at some steps; records calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, checkpoints: list[int], now: int, refused: int,
                  rollbacks: list[dict[str, int]]) -> None:
@@ -185,7 +185,7 @@ class Run:
         self.checkpoints = [s for s in self.checkpoints if s <= step]
 
     def restore_weights(self, path: Path) -> int:
-        self.guard.rollbacks = []  # what the checkpoint knew
+        self.guard.rollbacks = []  # the state in the checkpoint
         return int(path.name.removeprefix("step-"))
 
 

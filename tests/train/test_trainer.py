@@ -8,15 +8,14 @@ import torch
 
 
 def refusals(data: str, run: str) -> dict[str, Any]:
-    """Runs inside a rank: what a trainer says when its loss is no number,
-    and when its data was packed again."""
+    """Runs inside a rank: the trainer's errors for a NaN loss, and for data that was packed again."""
     from megatron_sov import recipes
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.runs.obs.events import EVENTS, read_events
-    from megatron_sov.train.data.token_shards import open_sources
+    from megatron_sov.train.data.sources import open_sources
     from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer

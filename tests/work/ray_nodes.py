@@ -10,11 +10,11 @@ STORE_BYTES = 80 << 20
 
 @contextmanager
 def two_nodes() -> Iterator[Any]:
-    """Give a cluster of two nodes with a core each."""
+    """Give a cluster of two nodes with a core each; the first also has a pretended GPU."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES})
+        "num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES})
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     try:
         yield cluster

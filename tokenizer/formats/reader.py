@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download
+from megatron_sov.base.hints.kinds import list_run_tokenizers
 from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
 from tokenizer.formats.hf_files import (
@@ -68,16 +69,16 @@ def find_file(path: Path) -> Path:
     files = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
     if len(files) != 1:
         advice, fix = f"pass {FORMS}", None
-        inside = [file for folder in ("tokenizer", "checkpoints/*/tokenizer")
-                  for file in path.glob(f"{folder}/{TOKENIZER_JSON}")]
+        inside = [folder for folder in (path / "tokenizer", *list_run_tokenizers(path))
+                  if (folder / TOKENIZER_JSON).is_file()]
         if (path / "merges.txt").is_file():
             advice = "make tokenizer.json of vocab.json and merges.txt"
             code = (f"from transformers import GPT2TokenizerFast as T; T('{path}/vocab.json', "
                     f"'{path}/merges.txt').save_pretrained('{path}')")
             fix = Fix(words={str(path): str(path)}, before=(shlex.join(["python", "-c", code]),))
         elif inside:
-            fix = Fix(words={str(path): str(inside[-1].parent)})
-            advice = f"pass {inside[-1].parent}"
+            fix = Fix(words={str(path): str(inside[-1])})
+            advice = f"pass {inside[-1]}"
         elif not files and (path / "config.json").is_file():
             advice = ("copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the same model "
                       "into the folder")

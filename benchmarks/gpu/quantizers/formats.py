@@ -35,7 +35,7 @@ def round_to_e2m1(values: torch.Tensor, noise: torch.Tensor | None = None) -> to
 
 
 def exponent_up(values: torch.Tensor) -> torch.Tensor:
-    """Return the exponents of the smallest powers of two (E8M0: 2^-127 to 2^127) that are no less than
+    """Return the exponents of the smallest powers of two (E8M0: 2^-127 to 2^127) that are at least the given
     positive float32 values; -127 for zero."""
     mantissa, exponent = torch.frexp(values)  # values = mantissa * 2^exponent, mantissa in [0.5, 1)
     return torch.where(values > 0, exponent - (mantissa == 0.5).int(), -127).clamp(-127, 127)

@@ -43,14 +43,14 @@ def mx(x: torch.Tensor, form: str) -> torch.Tensor:
 
 
 def tiled(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return [m, n] as [m / rows, rows, n / columns, columns], zeros behind where it does not divide."""
+    """Return [m, n] as [m / rows, rows, n / columns, columns], zero-padded to whole tiles."""
     m, n = x.shape
     padded = torch.nn.functional.pad(x, (0, -n % columns, 0, -m % rows))
     return padded.reshape(-(-m // rows), rows, -(-n // columns), columns)
 
 
 def untiled(tiles: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return what `tiled` cut, at its former shape."""
+    """Undo `tiled`, and remove the padding."""
     whole = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1)
     return whole[:shape[0], :shape[1]]
 

@@ -13,6 +13,7 @@ import regex
 from annotated_types import Ge, Le, MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
+from megatron_sov.base.documents.files import is_records, walk_files
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
 from megatron_sov.base.documents.overlap import RUN_WORDS, Units, find_units, fold_text
 from megatron_sov.base.documents.reading import read_records
@@ -186,12 +187,14 @@ def _map_folded_characters(text: str, folded: str) -> tuple[list[int], list[int]
 
 
 def list_benchmark_files(paths: Iterable[Path]) -> list[Path]:
-    """List the .jsonl files in `paths`; raises `UserError` for a missing file or a folder without files."""
+    """List the files of records in `paths`; raises `UserError` for a missing file or an empty folder."""
     benchmark_files: list[Path] = []
     for path in paths:
-        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in map(Path, walk_files(path, [])) if is_records(file.name))
         if not files or not all(file.is_file() for file in files):
-            raise UserError(f"benchmarks: {path}: is no file, and no folder with .jsonl files of records; "
+            raise UserError(f"benchmarks: {path}: is no file, and no folder with files of records (.jsonl); "
                             "nothing is fetched by a benchmark's name: save each as .jsonl, e.g. by "
                             "datasets' `to_json`, and pass the files after --benchmarks, with blanks between")
         benchmark_files += files
@@ -202,7 +205,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]
     """Read benchmark items, in order.
 
     Args:
-        paths: .jsonl files, or folders with .jsonl files.
+        paths: files of records, or folders with such files.
         fields: each field with text is an item; a dot leads into an object.
 
     Raises:

@@ -130,11 +130,8 @@ def iter_key_ranges(slices: Sequence[Slice], low: int, high: int, max_records: i
 
 
 def open_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
-    """Return a bucket's records after a first reading that verifies the checksum.
-
-    Raises:
-        UserError: the bucket is damaged.
-    """
+    """Return a bucket's records after a first reading that verifies the checksum. Raises `UserError`: the
+    bucket is damaged."""
     def read_number(f: Any, place: int) -> int:
         # A damaged header may name any place: clamp the offset to the file's end.
         f.seek(min(place * _PLACE.itemsize, size_bytes))
@@ -196,11 +193,8 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
 def read_array(path: Path) -> NDArray[Any]:
     """Map a sealed .npy file into memory, copy on write.
 
-    Compiled loops compile again for read-only arrays, hence the writable map.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    Compiled loops compile again for read-only arrays, hence the writable map. Raises `UserError`: the file is
+    damaged."""
     check_seal(path, explain_deletion(path), get_place_in_run(path))
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)

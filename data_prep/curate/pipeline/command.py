@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.curate.pipeline.step import STEPS
-from data_prep.curate.pipelines import READY
+from data_prep.curate.pipeline.step import READY, STEPS
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, count_cores
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 

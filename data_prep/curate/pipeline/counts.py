@@ -15,8 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import read_sealed_json
 
 MAX_SAMPLES, SAMPLE_CHARS = 5, 1000
-_SUMMED_FIELDS = ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed", "cpu_s",
-                  "wall_s")
+_SUMMED_FIELDS = ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed")
 
 
 @dataclass
@@ -36,10 +35,6 @@ class DocumentCounts:
     """Reason -> documents and bytes."""
     broken: dict[str, int] = field(default_factory=dict)
     """Error code -> number of unreadable or excluded records."""
-    cpu_s: float = 0.0
-    """Processor time."""
-    wall_s: float = 0.0
-    """Elapsed time, summed over shards."""
     seals: dict[str, str] = field(default_factory=dict)
     """File name -> checksum, for files by the shard's task."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"dropped": []})
@@ -100,11 +95,8 @@ def hash_sample_id(sample: dict[str, Any]) -> bytes:
 
 
 def read_recorded_seal(file: Path) -> str:
-    """Return the checksum for `file` in the shard's counts file.
-
-    Raises:
-        UserError: the counts file is missing or damaged, or does not name `file`.
-    """
+    """Return the checksum for `file` in the shard's counts file. Raises `UserError`: the counts file is
+    missing or damaged, or does not name `file`."""
     # Output files are in a folder named by the shard's number; its counts are next to that folder.
     shard = file.parent if file.parent.name.isdigit() else file
     counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")

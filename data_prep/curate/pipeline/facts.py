@@ -32,11 +32,8 @@ def get_facts_path(file: Path) -> Path:
 
 
 def write_shard_facts(file: Path) -> Facts:
-    """Count an output shard NAME.parquet and write the counts to _NAME.json.
-
-    Raises:
-        UserError: the shard is missing or damaged, or writing fails.
-    """
+    """Count an output shard NAME.parquet and write the counts to _NAME.json. Raises `UserError`: the shard is
+    missing or damaged, or writing fails."""
     shard = open_sealed_parquet(file, explain_deletion(file))
     names = [name for name in COLUMNS if name in shard.schema_arrow.names]
     facts = merge_facts(map(_count_batch, shard.iter_batches(BATCH_ROWS, columns=["text", *names])))

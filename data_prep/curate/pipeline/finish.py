@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
 from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
-from data_prep.curate.pipeline.tasks import get_pass_marks_folder
-from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.damaged_files import explain_deletion
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import (
     ArtifactWriter, FileRecord, create_folder, find_file_damage, read_manifest, translate_disk_errors,
     write_atomically)
@@ -23,7 +22,6 @@ from megatron_sov.base.sealed import check_seal, open_sealed_parquet, read_seale
 
 MAX_PRINTED_NAMES = 6
 """Output names listed on the terminal."""
-KIND = "corpus"
 TEXT, QUARANTINE = "text", "quarantine"
 SUMMARY, PIPELINE = "summary.json", "pipeline.json"
 EXCLUDED_FOLDERS = frozenset(["shards", "shared", "done", "logs", "plans", "slurm", "tokens"])
@@ -33,11 +31,8 @@ MAX_CLOCK_DIFFERENCE_S = 60.0
 
 
 def finish_run(plan: PipelinePlan, output: Path) -> str:
-    """Publish the corpus after all tasks; returns lines for the terminal.
-
-    Raises:
-        UserError: all documents were dropped, or writing fails.
-    """
+    """Publish the corpus after all tasks; returns lines for the terminal. Raises `UserError`: all documents
+    were dropped, or writing fails."""
     with translate_disk_errors(output):
         # The order matters for a killed run: the manifest comes last, and alone marks the corpus as complete.
         num_shards = _publish_text(plan, output)
@@ -59,7 +54,7 @@ def finish_run(plan: PipelinePlan, output: Path) -> str:
 def is_complete(plan: PipelinePlan, output: Path) -> bool:
     """Return whether a folder holds the plan's output; files newer than the manifest are hashed."""
     try:
-        manifest = read_manifest(output, KIND)
+        manifest = read_manifest(output, CORPUS)
     except UserError:
         return False
     return (manifest.content.get("address") == plan.address
@@ -159,23 +154,8 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
 
 def build_summary(plan: PipelinePlan, output: Path) -> dict[str, Any]:
     """Return the counts from finished tasks for summary.json, without the keys `output` and `account`."""
-    shared = []
-    for step in plan.steps:
-        folders = {layer.shared for source in plan.sources for layer in source.layers
-                   if layer.number == step.entry.number}
-        shared += [{"number": step.entry.number, "kind": step.entry.kind, "folder": folder,
-                    "passes": list(_sum_pass_times(get_pass_marks_folder(output / folder)))}
-                   for folder in sorted(folders - {""})]
     return {"name": plan.pipeline.name,
-            "sources": [_summarize_source(plan, source, output) for source in plan.sources], "shared": shared}
-
-
-def _sum_pass_times(marks_folder: Path) -> Iterator[dict[str, Any]]:
-    for folder in sorted(marks_folder.glob("*")):
-        marks = sorted(mark for mark in folder.iterdir() if not mark.name.startswith("."))
-        times = [read_sealed_json(mark, explain_deletion(mark), get_place_in_run(mark)) for mark in marks]
-        yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
-               "cpu_s": sum(time["cpu_s"] for time in times), "wall_s": sum(time["wall_s"] for time in times)}
+            "sources": [_summarize_source(plan, source, output) for source in plan.sources]}
 
 
 def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> dict[str, Any]:
@@ -198,7 +178,7 @@ def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> d
 
 
 def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -> None:
-    writer = ArtifactWriter(output, KIND)
+    writer = ArtifactWriter(output, CORPUS)
     # Only files of the corpus are in the manifest, so that work files may be deleted.
     writer.excluded_names = EXCLUDED_FOLDERS
     writer.content = {

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import TypeAdapter
 
-from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, Step, load_step_class
-from data_prep.curate.pipelines import READY
+from data_prep.curate.pipeline.step import (
+    READY, RECORD_COLUMNS, SOURCE_COLUMNS, STEPS, ColumnType, Step, load_step_class)
 from data_prep.curate.sources.source import KINDS, SourceSettings
 from data_prep.libraries import find_library_problems
 from megatron_sov.base.errors import UserError, find_nearest_name, format_problems, suggest_name
@@ -360,7 +360,7 @@ def check_libraries(pipeline: Pipeline, file: Path) -> None:
 
 # Names of the output's sources, made of documents' columns.
 
-OPEN_COLUMNS = frozenset(["where", "url", "title", "date", "own_id", "extra", "licence", "language_hint"])
+OPEN_COLUMNS = frozenset([*RECORD_COLUMNS, "where", "extra"])
 """Columns with values from documents, whose number is not limited."""
 MISSING_VALUE = "none"
 """Replaces null in a name."""

@@ -16,13 +16,14 @@ from typing import Self
 
 from data_prep.curate.pipeline.command import DataRunOptions
 from data_prep.curate.pipeline.counts import DocumentCounts
-from data_prep.curate.pipeline.finish import KIND, PIPELINE, build_summary, finish_run, is_complete
+from data_prep.curate.pipeline.finish import PIPELINE, build_summary, finish_run, is_complete
 from data_prep.curate.pipeline.pipeline_file import (
     Pipeline, check_libraries, find_missing_libraries, load_pipeline)
 from data_prep.curate.pipeline.plan import OUTPUT, PipelinePlan, make_plan
 from data_prep.curate.pipeline.tasks import (
     PipelineStage, Task, find_layer, get_done_mark, iter_stages, list_tasks, run_task)
 from data_prep.damaged_files import explain_deletion
+from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_duration
@@ -69,7 +70,7 @@ def check_run_folder(output: Path) -> None:
     if not output.is_dir() or not ((output / "plans").is_dir() or (output / "shards").is_dir()):
         raise UserError(f"{output}: exists and is no folder of a pipeline; choose another output folder")
     if (output / MANIFEST).is_file():
-        read_manifest(output, KIND)
+        read_manifest(output, CORPUS)
 
 
 def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
@@ -82,11 +83,8 @@ def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
 
 
 def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run the open tasks and publish the corpus.
-
-    Raises:
-        UserError: invalid data or settings, or a full disk. Finished tasks stay.
-    """
+    """Run the open tasks and publish the corpus. Raises `UserError`: invalid data or settings, or a full
+    disk. Finished tasks stay."""
     # One run at a time in a folder: the lock excludes local runs, active jobs exclude runs on a cluster.
     with lock_folder(output, output), translate_disk_errors(output):
         check_no_active_jobs(output)
@@ -99,11 +97,8 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
 
 
 def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run a plan's steps without writing a corpus; layers hold the outcomes.
-
-    Raises:
-        UserError: see `run_pipeline`.
-    """
+    """Run a plan's steps without writing a corpus; layers hold the outcomes. Raises `UserError`: see
+    `run_pipeline`."""
     with lock_folder(output, output), translate_disk_errors(output):
         _run_stages(plan, prepare_run(plan, output), output, workers,
                     [stage for stage in iter_stages(plan) if stage.kind != OUTPUT])

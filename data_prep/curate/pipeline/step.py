@@ -144,6 +144,8 @@ RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
 """Columns that records may set."""
 
 
+READY = Path(__file__).parents[1] / "pipelines"
+"""Folder with ready pipeline files, and in `blends` with ready blends."""
 STEPS: dict[str, str] = {
     "code": "data_prep.curate.code_step:CodeStep",
     "encoding": "data_prep.curate.quality.encoding:RepairEncoding",

@@ -11,15 +11,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
 import pyarrow as pa
 
 from data_prep.curate.line_ends import unify_line_ends
@@ -33,8 +31,8 @@ from data_prep.curate.pipeline.step import (
     KEPT, RECORD_COLUMNS, SOURCE_COLUMNS, ColumnType, Doc, ShardRef, Step, StepOutcome)
 from data_prep.curate.sources.formats import create_reader
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
-from data_prep.damaged_files import explain_deletion, get_place_in_run
-from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors
+from data_prep.damaged_files import explain_deletion
+from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors, write_atomically
 from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_file, write_sealed_json
@@ -111,23 +109,16 @@ def get_done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: 
     """Return the path that exists after a task."""
     if stage.index >= 0:
         # Next to the results of the pass, so that nobody deletes the results without the mark.
-        folder = get_pass_marks_folder(LayerView(plan, _get_step(plan, stage), output).work_folder)
-        return folder / f"{stage.index}-{stage.pass_name}" / f"{task[1]:05d}"
+        folder = LayerView(plan, _get_step(plan, stage), output).work_folder
+        return folder / ".done" / f"{stage.index}-{stage.pass_name}" / f"{task[1]:05d}"
     layer = find_layer(plan.get_source(task[0]), stage)
     assert layer is not None, (stage, task)
     return layer.get_result_path(output, task[1])
 
 
-def get_pass_marks_folder(work_folder: Path) -> Path:
-    return work_folder / ".done"
-
-
 def run_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
-    """Run a task unless its result exists.
-
-    Raises:
-        UserError: invalid data or settings, or a full disk; the message names the task.
-    """
+    """Run a task unless its result exists. Raises `UserError`: invalid data or settings, or a full disk; the
+    message names the task."""
     plan = _read_plan(plan_file)
     mark = get_done_mark(plan, stage, task, output)
     # A cluster may assign a task to two workers: the second finds the result.
@@ -156,20 +147,15 @@ def _run_open_task(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pip
     if stage.index >= 0:
         view = LayerView(plan, _get_step(plan, stage), output)
         view.work_folder.mkdir(parents=True, exist_ok=True)
-        wall_s, cpu_s = time.perf_counter(), measure_cpu_seconds()
         step = _load_step(plan_file, stage.number, output, loads_inputs=False)
         step.list_passes()[stage.index].run(view, task[1])
         # The mark comes last: a killed pass runs again and writes the same files.
         mark.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed_json(mark, {"cpu_s": measure_cpu_seconds() - cpu_s,
-                                 "wall_s": time.perf_counter() - wall_s}, get_place_in_run(mark))
+        write_atomically(mark, "")
         return
     source = plan.get_source(task[0])
     layer = find_layer(source, stage)
     assert layer is not None
-    # Child processes parse raw files, and their time counts.
-    has_children = stage.kind == PARSE
-    wall_s, cpu_s = time.perf_counter(), measure_cpu_seconds(has_children)
     if stage.kind == PARSE:
         writing = parse_shard(plan.pipeline, source, layer, output, task[1])
     elif stage.kind == OUTPUT:
@@ -178,25 +164,7 @@ def _run_open_task(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pip
         writing = _write_layer(plan, plan_file, output, stage, ShardRef(*task), mark)
     # The counts are written before the rows get their final name, which marks the shard as done.
     with writing as counts:
-        counts.wall_s = time.perf_counter() - wall_s
-        counts.cpu_s = measure_cpu_seconds(has_children) - cpu_s
         write_sealed_json(layer.get_counts_file(output, task[1]), counts.to_dict())
-
-
-def measure_cpu_seconds(with_children: bool = False) -> float:
-    """Return the process's processor time.
-
-    Args:
-        with_children: add running child processes, which takes longer than many tasks.
-    """
-    own = os.times()
-    total = own.user + own.system + own.children_user + own.children_system
-    if with_children:
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                times = child.cpu_times()
-                total += times.user + times.system
-    return total
 
 
 @lru_cache(maxsize=2)
@@ -206,11 +174,8 @@ def _read_plan(file: Path) -> PipelinePlan:
 
 @lru_cache(maxsize=2)
 def _load_step(plan_file: Path, number: int, output: Path, *, loads_inputs: bool) -> Step:
-    """Return the process's instance of a step.
-
-    Raises:
-        UserError: a file of the step changed after the plan was made.
-    """
+    """Return the process's instance of a step. Raises `UserError`: a file of the step changed after the plan
+    was made."""
     plan = _read_plan(plan_file)
     step = plan.steps[number - 1].entry.build_step(plan.pipeline.folder)
     if loads_inputs:
@@ -303,11 +268,8 @@ def _overlay(previous: list[Any], updates: list[Any]) -> list[Any]:
 @contextmanager
 def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Path,
                 shard: int) -> Iterator[DocumentCounts]:
-    """Write a shard's documents; the table gets its final name when the with block ends.
-
-    Raises:
-        UserError: a broken record, if the pipeline has `on_bad: refuse`.
-    """
+    """Write a shard's documents; the table gets its final name when the with block ends. Raises `UserError`:
+    a broken record, if the pipeline has `on_bad: refuse`."""
     counts, buffer = DocumentCounts(), _RowBuffer(source.settings, shard)
     listed = layer.get_quarantine_file(output, shard)
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -493,11 +455,7 @@ def _judge_document(step: Step, step_plan: StepPlan, document: Doc) -> StepOutco
 def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, output: Path,
                        shard: int) -> Iterator[DocumentCounts]:
     """Write a folder with a file for each output name; the folder gets the final name when the with block
-    ends.
-
-    Raises:
-        UserError: the documents have more than `MAX_NAMES` output names.
-    """
+    ends. Raises `UserError`: the documents have more than `MAX_NAMES` output names."""
     counts = DocumentCounts()
     files = [other.get_table_file(output, shard) for other in source.layers[:-1]]
     with create_folder(layer.get_result_path(output, shard)) as temporary:

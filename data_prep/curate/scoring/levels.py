@@ -26,10 +26,10 @@ import numpy as np
 from annotated_types import Gt, Le
 
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
-from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.damaged_files import explain_deletion, get_place_in_run, read_run_json
 from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import check_seal, read_sealed_json, seal_bytes, write_sealed_json
+from megatron_sov.base.sealed import check_seal, seal_bytes, write_sealed_json
 from megatron_sov.base.settings import AtLeastOne, NotBlank, at_most_field
 
 LEVELS = ("L1", "L2", "L3")
@@ -74,7 +74,7 @@ class Level(Step):
         return (Pass("keys", self._write_keys), Pass("cuts", self._write_cuts, 1))
 
     def load_inputs(self, view: View) -> None:
-        groups = _read_run_json(view.work_folder / CUTS_FILE)["groups"]
+        groups = read_run_json(view.work_folder / CUTS_FILE)["groups"]
         self._cuts: dict[str, list[int]] = {name: group["cuts"] for name, group in groups.items()}
 
     def judge_document(self, document: Doc) -> StepOutcome:
@@ -92,11 +92,8 @@ class Level(Step):
         return str(document.columns.get(self.settings.per) or "") if self.settings.per else ""
 
     def _compute_key(self, document: Doc) -> int | None:
-        """Return 64 bits that sort by score, then by hash; None without a score.
-
-        Raises:
-            UserError: the column `by` holds no number.
-        """
+        """Return 64 bits that sort by score, then by hash; None without a score. Raises `UserError`: the
+        column `by` holds no number."""
         score = document.columns.get(self.settings.by)
         if score is None:
             return None
@@ -137,7 +134,7 @@ class Level(Step):
 
     def _write_cuts(self, view: View, task: int) -> None:
         """Write the lowest key of each level for each group."""
-        shards = [(file.with_suffix(".npy"), _read_run_json(file))
+        shards = [(file.with_suffix(".npy"), read_run_json(file))
                   for file in sorted((view.work_folder / "keys").glob("*.json"))]
         counts: Counter[str] = Counter()
         for _, shard in shards:
@@ -157,11 +154,6 @@ class Level(Step):
                   for name in sorted(counts)}
         num_without = sum(shard["num_without"] for _, shard in shards)
         write_sealed_json(file, {"groups": groups, "num_without_score": num_without}, get_place_in_run(file))
-
-
-def _read_run_json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = read_sealed_json(file, explain_deletion(file), get_place_in_run(file))
-    return content
 
 
 def _to_sortable(score: float) -> int:

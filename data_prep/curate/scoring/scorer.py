@@ -87,11 +87,8 @@ def find_scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> l
 
 
 def load_scorer(folder: Path) -> Scorer:
-    """Load a scorer after checking its files against the manifest.
-
-    Raises:
-        UserError: `folder` is no scorer, or a file is damaged.
-    """
+    """Load a scorer after checking its files against the manifest. Raises `UserError`: `folder` is no scorer,
+    or a file is damaged."""
     manifest = read_manifest(folder, ARTIFACT)
     if missing := {SETTINGS_FILE, WEIGHTS_FILE} - set(manifest.files):
         raise UserError(f"{folder}: its manifest lists no {min(missing)}; train the scorer again")

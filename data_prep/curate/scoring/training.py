@@ -46,11 +46,8 @@ class TrainSettings:
 
 
 def train_scorer(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Train a scorer, write its artifact and return the content: counts and held-out metrics.
-
-    Raises:
-        UserError: labels are invalid or too few, or `output` may not be replaced.
-    """
+    """Train a scorer, write its artifact and return the content: counts and held-out metrics. Raises
+    `UserError`: labels are invalid or too few, or `output` may not be replaced."""
     check_output_folder(output, ARTIFACT, overwrite)
     labels, num_repeated = read_labels(settings.labels, settings.kind, settings.features.max_chars,
                                        min_labels=MIN_LABELS)
@@ -72,11 +69,8 @@ def train_scorer(settings: TrainSettings, output: Path, *, overwrite: bool = Fal
 
 
 def evaluate_scorer(model: Path, file: Path) -> tuple[Kind, dict[str, Any]]:
-    """Return a scorer's kind and its metrics for a file with labels.
-
-    Raises:
-        UserError: `model` is no scorer, or lines in `file` do not fit its kind.
-    """
+    """Return a scorer's kind and its metrics for a file with labels. Raises `UserError`: `model` is no
+    scorer, or lines in `file` do not fit its kind."""
     scorer = load_scorer(model)
     labels, _ = read_labels(file, scorer.kind, scorer.settings.features.max_chars)
     return scorer.kind, compute_metrics(scorer.kind, labels, _compute_scores(scorer, labels))

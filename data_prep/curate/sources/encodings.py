@@ -17,13 +17,12 @@ from typing import IO, Annotated, cast
 from annotated_types import Ge, Le
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.files import ZstdFile
+from megatron_sov.base.documents.files import open_bytes
 from megatron_sov.base.settings import Bound, ProblemCode, Violation
 
 MAX_RATIO = 250
 """Maximum ratio of unpacked to packed bytes after the first `FREE_BYTES`; human text stays below 50."""
 FREE_BYTES = 1 << 20
-COMPRESSED = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 20
 LimitBytes = Annotated[int, Ge(1000)]
 
@@ -45,14 +44,7 @@ class EncodingLimits:
 @contextmanager
 def open_unpacked(file: Path) -> Iterator[IO[bytes]]:
     """Open a file, unpacking `.gz` and `.zst`; raises `BadRecord` in the with block for damaged data."""
-    suffix = file.suffix.lower()
-    if suffix == ".gz":
-        stream = cast(IO[bytes], gzip.open(file, "rb"))  # noqa: SIM115  (closed below)
-    elif suffix == ".zst":
-        stream = io.BufferedReader(ZstdFile(file))
-    else:
-        stream = open(file, "rb")  # noqa: SIM115  (closed below)
-    with stream:
+    with open_bytes(file, file.suffix.lower()) as stream:
         try:
             yield stream
         # The caller has already yielded the data before the damage.

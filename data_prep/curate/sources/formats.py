@@ -36,11 +36,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 
 def load_reader_class(format_: str) -> type[FileReader]:
-    """Import a reader in `FORMATS`.
-
-    Raises:
-        UserError: a library for the format is not installed.
-    """
+    """Import a reader in `FORMATS`. Raises `UserError`: a library for the format is not installed."""
     reader: type[FileReader] = load_built_in(f"format {format_}", FORMATS[format_], "data")
     return reader
 
@@ -76,11 +72,8 @@ class AutoReader(FileReader):
     Options = EncodingLimits
 
     def list_pieces(self) -> list[SourcePiece]:
-        """List the source's parts in order.
-
-        Raises:
-            UserError: an empty source, or a file in `source.path` with an unknown ending.
-        """
+        """List the source's parts in order. Raises `UserError`: an empty source, or a file in `source.path`
+        with an unknown ending."""
         readers = [load_reader_class(name)(self.source) for name in AUTO_FORMATS]
         # Files in `source.path` raise an error if they have no format; files in folders are only skipped.
         required = {os.path.abspath(self.source.folder / path) for path in self.source.path}

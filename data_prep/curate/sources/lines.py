@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from data_prep.curate.sources.encodings import (
-    COMPRESSED, Encoding, EncodingLimits, LimitBytes, decode_text, iter_limited_blocks, open_unpacked)
-from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, check_text, drop_empty
+    Encoding, EncodingLimits, LimitBytes, decode_text, iter_limited_blocks, open_unpacked)
+from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, check_text, drop_empty
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
-from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
-from megatron_sov.base.documents.records import explain_bytes
+from megatron_sov.base.documents.files import BYTE_ORDER_MARK, COMPRESSED_SUFFIXES, JSONL_SUFFIXES, iter_spans
+from megatron_sov.base.documents.records import RecordReading, parse_line
 
 COLUMN_NAMES = {
     "id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
@@ -77,7 +77,6 @@ def _is_deep(value: Any, max_depth: int) -> bool:
 
 TEXT_SUFFIXES = frozenset([".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log",
                            ".srt"])
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
 
 
@@ -156,11 +155,6 @@ class JsonlReader(_SpansReader):
     suffixes = JSONL_SUFFIXES
 
     @classmethod
-    def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the whole part; `_send_items` restarts the time limit after each line."""
-        yield SourceItem(job.name, lambda: cls.iter_documents(job))
-
-    @classmethod
     def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
         # JSON escapes may double a text, and a line has other fields.
         limit_bytes = 2 * job.options.document_bytes
@@ -177,23 +171,11 @@ class JsonlReader(_SpansReader):
                     if len(line) > limit_bytes:
                         raise BadRecord("too_long", f"is a line of more than {limit_bytes:,} bytes; cut it, "
                                                     "or raise document_bytes")
-                    yield build_document(_parse_line(line), place, job)
+                    record = parse_line(line, place, number, RecordReading(), lambda record, *_: record)
+                    yield build_document(record, place, job)
                 except BadRecord as e:
                     yield job.build_broken(BadRecord(e.code, str(e), content=line[:1000]), place,
                                            is_left_out=e.code == EMPTY)
-
-
-def _parse_line(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise BadRecord("utf8", f"is not UTF-8 (byte {e.start}); {explain_bytes(line)}") from None
-    except (ValueError, RecursionError) as e:
-        raise BadRecord("json", f"is not valid JSON ({str(e)[:120]}); each line must be one JSON object"
-                        ) from None
-    if not isinstance(record, dict):
-        raise BadRecord("json", f"is a JSON {type(record).__name__}, must be an object")
-    return record
 
 
 def _is_part(job: ReadingJob) -> bool:
@@ -201,7 +183,7 @@ def _is_part(job: ReadingJob) -> bool:
 
 
 def _is_packed(job: ReadingJob) -> bool:
-    return Path(job.piece.file).suffix.lower() in COMPRESSED
+    return Path(job.piece.file).suffix.lower() in COMPRESSED_SUFFIXES
 
 
 def _iter_blocks(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:

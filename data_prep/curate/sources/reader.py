@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits
+from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.source import (
     MAX_CONTENT_CHARS, NO_FORMAT, BrokenRecord, RawDocument, SourcePiece, SourceSettings)
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.files import explain_unreadable, format_skipped, is_hidden, walk_files
+from megatron_sov.base.documents.files import (
+    COMPRESSED_SUFFIXES, explain_unreadable, format_skipped, is_hidden, walk_files)
 from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import parse_settings
@@ -52,7 +53,7 @@ class FileReader:
     @classmethod
     def accepts_name(cls, name: str) -> bool:
         stem, dot, suffix = name.lower().rpartition(".")
-        if cls.compressed and f".{suffix}" in COMPRESSED and stem:
+        if cls.compressed and f".{suffix}" in COMPRESSED_SUFFIXES and stem:
             stem, dot, suffix = stem.rpartition(".")
         return bool(stem) and dot + suffix in cls.suffixes
 
@@ -260,11 +261,8 @@ class _ReadingProcess(ReaderProcess):
         return has_limits and Path(root).is_relative_to(self._root)
 
     def read(self, job: ReadingJob, skip: int, progress: _Progress) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield the records in a piece after the first `skip` items.
-
-        Raises:
-            BadRecord: the process ended, or sent an invalid message.
-        """
+        """Yield the records in a piece after the first `skip` items. Raises `BadRecord`: the process ended,
+        or sent an invalid message."""
         limits: EncodingLimits = job.options
         # A hostile file may control the sender, so every message is checked, first its size.
         max_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)

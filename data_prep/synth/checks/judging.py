@@ -25,7 +25,7 @@ from data_prep.synth.run_records import SynthRunRecord, read_finished_items
 from data_prep.synth.samples import GeneratedSample, Kind, SampleVerdict
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
-from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
+from megatron_sov.base.documents.files import JSONL_SUFFIXES, contains_records, get_ending, iter_spans
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import open_sealed_parquet
@@ -130,7 +130,7 @@ def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (place, text) for each document or record in an input, without empty texts. Raises `UserError`:
     the input is missing or unreadable."""
     for file in list_files(path):
-        if file.suffix.lower() in JSONL_SUFFIXES:
+        if get_ending(file.name) in JSONL_SUFFIXES or contains_records(file):
             texts = ((place, extract_question(record)) for place, record in read_records(file))
         else:
             texts = ((f"{file}:{number}", "\n\n".join(document.texts()))

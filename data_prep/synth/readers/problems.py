@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents import list_files
-from megatron_sov.base.documents.files import JSONL_SUFFIXES
+from megatron_sov.base.documents.files import JSONL_SUFFIXES, get_ending
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 
@@ -55,14 +55,15 @@ def list_line_files(inputs: Sequence[Path]) -> Iterator[Path]:
     for path in inputs:
         files = [path]
         if path.is_dir():
-            files = [file for file in list_files(path) if file.suffix.lower() in JSONL_SUFFIXES]
+            files = [file for file in list_files(path) if get_ending(file.name) in JSONL_SUFFIXES]
         if not files:
             raise UserError(f"{path}: holds no file of JSON lines (.jsonl); name one, or its folder")
         yield from files
 
 
-def find_problem_text(record: Mapping[str, Any]) -> str | None:
-    """Return the first problem in `TEXT_FIELDS`: a text, or the user's turns in `messages`."""
+def get_problem_text(record: Mapping[str, Any], place: str) -> str:
+    """Return the first problem in `TEXT_FIELDS`: a text, or the user's turns in `messages`. Raises
+    `UserError`: no field holds a problem."""
     for name in TEXT_FIELDS:
         value = record.get(name)
         if isinstance(value, list):
@@ -72,14 +73,12 @@ def find_problem_text(record: Mapping[str, Any]) -> str | None:
             value = "\n\n".join(text for text in turns if isinstance(text, str))
         if isinstance(value, str) and value.strip():
             return value.strip()
-    return None
+    raise UserError(f"{place}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
+                    f"{', '.join(record) or 'none'}); add one")
 
 
 def _read_fields(record: Mapping[str, Any], place: str, needs_answer: str) -> dict[str, Any]:
-    text = find_problem_text(record)
-    if text is None:
-        raise UserError(f"{place}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
-                        f"{', '.join(record) or 'none'}); add one")
+    text = get_problem_text(record, place)
     if len(text) > MAX_CHARS:
         raise UserError(f"{place}: its problem has {len(text):,} characters, and may have {MAX_CHARS:,}; "
                         "shorten it or remove the line")

@@ -1,28 +1,40 @@
-"""Load YAML from strangers as plain values, with a limit on growth by merge keys."""
+"""Load YAML from strangers as plain values, with a limit on growth by aliases and merge keys."""
 
 from __future__ import annotations
 
 import yaml
 
-MAX_MERGED = 50_000
-"""Maximum values that `<<` may add to a mapping."""
+MAX_CHARS = 4 << 20
+MAX_VALUES = 50_000
+"""Maximum keys and values in a document, counting an alias as the value that it repeats."""
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """A safe loader that refuses mappings that `<<` makes too large."""
+    """A safe loader that refuses documents that are too large, or that aliases make too large."""
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge mappings named by `<<`, up to `MAX_MERGED` values: each level with ten aliases multiplies the
-        size by ten. Raises `yaml.constructor.ConstructorError`: the mapping would be too large."""
-        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
-        parts = [part for value in merged
-                 for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
-        # visit each mapping once: many aliases may name the same mapping
-        for part in {id(part): part for part in parts}.values():
-            if isinstance(part, yaml.MappingNode):
-                self.flatten_mapping(part)
-        # count after flattening the parts, which shows growth before it happens
-        if sum(1 + len(part.value) for part in parts) > MAX_MERGED:
-            raise yaml.constructor.ConstructorError(None, None, f"<< of more than {MAX_MERGED:,} values",
-                                                    node.start_mark)
-        super().flatten_mapping(node)
+    def __init__(self, stream: str | bytes) -> None:
+        if len(stream) > MAX_CHARS:  # the nodes take a hundred times the size
+            raise yaml.YAMLError(f"it has more than {MAX_CHARS:,} characters")
+        super().__init__(stream)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Compose the document. Raises `yaml.constructor.ConstructorError`: it has more than `MAX_VALUES`
+        values, since each level with ten aliases multiplies the size by ten, or contains itself."""
+        node = super().get_single_node()
+        if node is not None and _count_values(node, {}) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_VALUES:,} values, aliases "
+                                                    "counted", node.start_mark)
+        return node
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Count the keys and values below a node, which is visited once; `counts`: id of a node -> its count."""
+    if id(node) not in counts:
+        counts[id(node)] = MAX_VALUES  # a document that contains itself has no end
+        children = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]

@@ -10,7 +10,7 @@ import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
@@ -119,6 +119,8 @@ class FileSpan:
     document_bytes: int
     """Longest document to cut from a text file."""
     size_bytes: int
+    read_as: str = ""
+    """Ending that declares the content; "": the file's own ending."""
 
     @property
     def compression(self) -> str:
@@ -128,7 +130,7 @@ class FileSpan:
     @property
     def suffix(self) -> str:
         """Return the content's ending, without the compression's ending."""
-        return (Path(self.file.stem) if self.compression else self.file).suffix.lower()
+        return self.read_as or (Path(self.file.stem) if self.compression else self.file).suffix.lower()
 
 
 MEDIA_CORPUS, CORPUS_RECORDS = "media_corpus", "records.jsonl"
@@ -156,7 +158,7 @@ def _refuse_missing(path: Path) -> NoReturn:
     siblings = [sibling.name for sibling in path.parent.glob("*")]
     if longer := [name for name in siblings if name.startswith(f"{path.name} ")]:
         raise UserError(f"{path}: does not exist; {longer[0]!r} does: put a name with a blank in quotes")
-    is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
+    is_file = _is_text(path.name) or is_records(path.name) or is_json(path.name)
     hint = "" if is_file else suggest_download(path, is_data=True)
     raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
                     f"file, or a folder of them{hint}", fix_missing(path, is_data=not is_file))
@@ -190,7 +192,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
                              f"{explain_unreadable(unreadable[0])}"))
     texts = [file for file, name in names.items() if _is_text(name)]
     records = [file for file, name in names.items() if is_records(name)]
-    lists = [file for file, name in names.items() if _is_json(name)]
+    lists = [file for file, name in names.items() if is_json(name)]
     # README and similar files are data only in a folder without records
     about = [file for file in texts if is_description(names[file])]
     # besides descriptions only JSON files, which may be lists of records
@@ -220,6 +222,16 @@ def refuse_tables(path: Path, option: str) -> None:
         form = "a folder" if path.is_dir() else f"a table ({path.suffix})"
         raise UserError(f"{option} {path}: is {form}, and JSON lines are read; write its rows into a .jsonl "
                         "file, e.g. with to_json of `datasets`")
+
+
+def check_lines_files(files: Sequence[Path]) -> None:
+    """Check the files of JSON lines in `--input`, each of which gets an output file `name_lines`. Raises
+    `UserError`: a file is a table or a folder, or two output files would have the same name."""
+    for file in files:
+        refuse_tables(file, "--input")
+    for name, num_files in Counter(map(name_lines, files)).items():
+        if num_files > 1:
+            raise UserError(f"--input: {num_files} files would be written to {name}; rename them")
 
 
 def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
@@ -289,20 +301,26 @@ def has_word(name: str, words: Iterable[str]) -> bool:
 def is_records(name: str) -> bool:
     """Return whether a file name belongs to a record file; caches from `map` and `filter` in a saved dataset
     do not."""
-    suffix = _get_ending(name)
+    suffix = get_ending(name)
     return suffix in RECORD_SUFFIXES and not (suffix in ARROW_SUFFIXES
                                               and name.rpartition("/")[2].startswith("cache-"))
 
 
+def name_lines(file: Path) -> str:
+    """Return a file's name with the ending .jsonl in place of its own and of its compression's."""
+    name = file.stem if file.suffix.lower() in COMPRESSED_SUFFIXES else file.name
+    return Path(name).with_suffix(".jsonl").name
+
+
 def _is_text(name: str) -> bool:
-    return _get_ending(name) in TEXT_SUFFIXES - JSONL_SUFFIXES
+    return get_ending(name) in TEXT_SUFFIXES - JSONL_SUFFIXES
 
 
-def _is_json(name: str) -> bool:
-    return _get_ending(name) == JSON_SUFFIX
+def is_json(name: str) -> bool:
+    return get_ending(name) == JSON_SUFFIX
 
 
-def _get_ending(name: str) -> str:
+def get_ending(name: str) -> str:
     """Return a name's ending in lower case, without the compression's ending."""
     path = Path(name)
     suffix = path.suffix.lower()
@@ -378,8 +396,8 @@ def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -
     try:
         size_bytes = file.stat().st_size
         document_bytes = max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
-        file_span = FileSpan(file, 0, size_bytes, document_bytes, size_bytes)
-        suffix = read_as or file_span.suffix
+        file_span = FileSpan(file, 0, size_bytes, document_bytes, size_bytes, read_as)
+        suffix = file_span.suffix
         if suffix == PARQUET_SUFFIX:
             yield from _iter_row_groups(file_span, span_bytes)
         elif (file_span.compression or suffix == JSON_SUFFIX or suffix in ARROW_SUFFIXES
@@ -389,7 +407,7 @@ def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -
             # a span begins at a record or document, so that processes can read spans independently
             starts = list(_iter_starts(file_span, span_bytes, suffix))
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
-                yield FileSpan(file, start, stop, file_span.document_bytes, stop - start)
+                yield replace(file_span, start=start, stop=stop, size_bytes=stop - start)
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror or e}); "
                         "check the path and its permissions") from e

@@ -13,8 +13,8 @@ from typing import IO, Any, cast
 
 from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
-    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, is_records, iter_spans, list_files,
-    open_bytes, open_parquet)
+    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, is_json, is_records, iter_spans,
+    list_files, open_bytes, open_parquet)
 from megatron_sov.base.documents.layouts import LAYOUT_FIELDS, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, RecordParser, RecordReading, create_length_error, decode_utf8,
@@ -149,6 +149,9 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
                  renames: Renames = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (location "FILE:NUMBER", fields) per record in a file or dataset folder, without conversion.
 
+    A folder's files of records are known by their endings; a file in `path` with another ending holds JSON
+    lines or a JSON list.
+
     Args:
         tell: as in `list_files`.
         renames: columns of a table that hold messages, in addition to those with known names.
@@ -157,13 +160,13 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
         UserError: the path has no records, or a malformed one.
     """
     files = [file for file in list_files(path, tell)
-             if is_records(file.name) or file.suffix.lower() == JSON_SUFFIX]
+             if file == path or is_records(file.name) or is_json(file.name)]
     if not files:
         raise UserError(f"{path}: holds no records; pass a .jsonl, .json, .parquet or .arrow file, or a "
                         "folder with such files")
     for file in files:
         lines_before = 0
-        for span in iter_spans(file):
+        for span in iter_spans(file, read_as="" if is_records(file.name) else JSON_SUFFIX):
             counted = CountedSpan(span, RecordReading("prompt", renames=renames), _number_fields)
             for item in counted:
                 if isinstance(item, BadRecord):

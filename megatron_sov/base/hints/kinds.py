@@ -58,6 +58,12 @@ def find_only_folder(kind: str) -> str:
     return names[0] if len(names) == 1 else ""
 
 
+def list_run_tokenizers(run: Path) -> list[Path]:
+    """List the tokenizer folders in a run's checkpoints, oldest step first."""
+    folders = [path for path in run.glob("checkpoints/step-*/tokenizer") if path.parent.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.parent.name[5:]))
+
+
 def classify_folder(path: Path) -> str:
     """Return a folder's kind by its file names: run, checkpoint, hf, peft, tokens, tokenizer, megatron or
     other."""

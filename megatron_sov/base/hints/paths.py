@@ -16,7 +16,8 @@ from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
 from megatron_sov.base.hints.foreign import MAX_BYTES
-from megatron_sov.base.hints.kinds import DATA_SUFFIXES, classify_folder, find_only_folder
+from megatron_sov.base.hints.kinds import (
+    DATA_SUFFIXES, classify_folder, find_only_folder, list_run_tokenizers)
 from megatron_sov.base.hints.table import load_table, normalize_word
 from megatron_sov.base.hints.values import find_value
 
@@ -146,9 +147,8 @@ def _choose_tokenizer(line: Sequence[str]) -> str:
         return typed
     # `--from MODEL`, or a positional argument as in `eval lm MODEL`
     words = [word for word in (find_value(line, "--from"), *line[:3]) if word]
-    of_runs = [folder for word in words for folder in sorted(Path(word).glob("checkpoints/*/tokenizer"))]
-    if of_runs:
-        return str(of_runs[-1])
+    if run_tokenizers := [folder for word in words for folder in list_run_tokenizers(Path(word))]:
+        return str(run_tokenizers[-1])
     model = next((word for word in words if (Path(word) / "tokenizer.json").is_file()), "")
     return model or find_only_folder("tokenizer") or "DIR"
 

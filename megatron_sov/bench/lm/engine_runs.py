@@ -41,13 +41,14 @@ from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS, VLLM, run_with_engine
+from megatron_sov.infer.engine import check_engine, run_with_engine
 from megatron_sov.infer.engines.load import LoadedModel, load_tokenizer, run_forward_model
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
-from megatron_sov.infer.prompts import check_engine, read_stop_ids
+from megatron_sov.infer.prompts import read_stop_ids
 from megatron_sov.infer.request import (
-    LENGTH, STOP, Batching, GenerationBounds, GenerationResult, Sampling, StopRule, Tokens)
+    LENGTH, MEGATRON, STOP, TRANSFORMERS, VLLM, Batching, GenerationBounds, GenerationResult, Sampling,
+    StopRule, Tokens)
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.work.processes.stop_signals import StopFlag
 from megatron_sov.work.progress.progress_bar import create_bar
@@ -66,7 +67,7 @@ Group = Sequence[LikelihoodRequest]
 class AnswerEngine:
     target: Target
     engine: str
-    """From `infer.engine.ENGINES`."""
+    """From `infer.request.ENGINES`."""
     settings: tuple[str, ...]
     """`key=value` for layout and precision (megatron)."""
     nproc: int | None

@@ -22,7 +22,8 @@ from megatron_sov.bench.lm.harness import suppress_output
 from megatron_sov.bench.lm.results import (
     DEFAULT_MODE, Metric, ResultItem, ResultSample, TaskSampling, TaskScores, format_score_name)
 from megatron_sov.bench.lm.settings import LmEvalSettings
-from megatron_sov.bench.lm.tasks import get_sov_metadata, hash_task
+from megatron_sov.bench.lm.task_files import get_sov_metadata
+from megatron_sov.bench.lm.tasks import hash_task
 from megatron_sov.bench.suites.judging import AnswerJudge
 from megatron_sov.eval.statistics import estimate_mean
 from megatron_sov.infer.request import LENGTH
@@ -124,7 +125,8 @@ def _build_items(task: BuiltTask, samples: Sequence[Mapping[str, Any]], lm: Eval
         if task.task.OUTPUT_TYPE == GENERATION:
             answers = _build_samples(next(instances), rewards, lm)
         question, answer = format_question(task.task, sample["doc"])
-        cluster = sample["doc"].get(str(get_sov_metadata(task.task).get("cluster_field")))
+        metadata = get_sov_metadata(task.task.get_config("metadata"))
+        cluster = sample["doc"].get(str(metadata.get("cluster_field")))
         items[number] = ResultItem(task.name, str(number), hash_document(sample["doc"]),
                                    None if cluster is None else str(cluster), question, answer, scores,
                                    answers, failed)

@@ -139,7 +139,7 @@ def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
         config = catalog.definitions[name].config
         files = re.findall(re.escape(DATA) + r"/([^'\"]+)", str(config.get("dataset_kwargs")))
         if files and sources.data_dir is None:
-            publisher = ((config.get("metadata") or {}).get("sov") or {}).get("source", "the data set")
+            publisher = get_sov_metadata(config.get("metadata")).get("source", "the data set")
             raise UserError(f"task {name!r}: needs {files[0]}; put {publisher} into a folder, and pass it "
                             "as --data-dir DIR", Fix(options=("--data-dir", "DIR")))
 
@@ -174,6 +174,12 @@ def find_tasks(folders: Sequence[TaskFolder]) -> TaskCatalog:
         for tag in _list_texts(definition.config.get("tag"), f"{definition.file}: tag"):
             catalog.tags.setdefault(tag, []).append(name)
     return catalog
+
+
+def get_sov_metadata(metadata: Any) -> dict[str, Any]:
+    """Return `sov` of a task's `metadata`, or {} if a file has other values there."""
+    settings = metadata.get("sov") if isinstance(metadata, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def _get_task_name(config: Mapping[str, Any]) -> str | None:

@@ -268,13 +268,6 @@ def _import_functions(value: Any) -> Any:
     return [_import_functions(child) for child in value] if isinstance(value, list) else value
 
 
-def get_sov_metadata(task: Any) -> dict[str, Any]:
-    """Return `metadata.sov` of a task, or {}."""
-    metadata = task.get_config("metadata")
-    settings = metadata.get("sov") if isinstance(metadata, dict) else None
-    return settings if isinstance(settings, dict) else {}
-
-
 def hash_task(task: Any, files: Mapping[str, str]) -> str:
     """Hash a task's settings, data and lm-eval's version."""
     config = dict(task.dump_config())

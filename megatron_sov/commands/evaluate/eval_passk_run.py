@@ -20,9 +20,9 @@ from megatron_sov.base.outputs import resolve_link
 from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, PasskRequest
 from megatron_sov.commands.shared_options import get_target_step
 from megatron_sov.eval.pass_at_k import format_table, read_scored_responses
-from megatron_sov.infer.engine import Engine, choose_engine, run_with_engine
+from megatron_sov.infer.engine import Engine, check_engine, choose_engine, run_with_engine
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.prompts import EncodedPrompts, check_engine, check_length, encode_prompts
+from megatron_sov.infer.prompts import EncodedPrompts, check_length, encode_prompts
 from megatron_sov.infer.request import Batching, StopRule
 from megatron_sov.judge.rewards.scoring import score_file
 from megatron_sov.runs.launch_environment import is_first_rank
@@ -35,8 +35,8 @@ KIND = "passk"
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 """Files in the artifact: the figures, and the responses with rewards."""
 PROMPT_INDEX = "prompt_index"
-CALL_SAMPLES = 1024
-"""Responses per engine call; a kill loses at most one call."""
+BATCHES_PER_CALL = 4
+"""Batches of responses per engine call; a kill loses at most one call."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PasskRun:
         options = self.options
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
                 "settings": list(options.settings), "chat": options.chat, "stop": list(options.stop),
-                "samples": options.samples, "samples_a_call": CALL_SAMPLES,
+                "samples": options.samples, "samples_a_call": BATCHES_PER_CALL * options.batch_size,
                 # the batch size may change an engine's rounding
                 "sampling": asdict(options.sampling), "batch_size": options.batch_size,
                 "files": fingerprint_folder(self.target.path)}
@@ -123,7 +123,7 @@ def _sample(run: PasskRun) -> Path:
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     check_engine(run.engine, target, options.settings, options.nproc)
     # fixed calls: in some engines, samples depend on the batch; a resumed command needs equal batches
-    prompts_per_call = max(1, CALL_SAMPLES // options.samples)
+    prompts_per_call = max(1, BATCHES_PER_CALL * options.batch_size // options.samples)
     calls = [range(len(rows))[begin:begin + prompts_per_call]
              for begin in range(0, len(rows), prompts_per_call)]
 

@@ -27,7 +27,7 @@ from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure
 from megatron_sov.post.reference import score_documents, score_documents_by_hf
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first_rank
-from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.work.progress.progress_bar import create_bar
 
 LANGUAGES: tuple[Language, ...] = get_args(Language)

@@ -14,9 +14,9 @@ from megatron_sov.base.settings import (
 from megatron_sov.base.settings.problem import UNSET
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.commands.shared_options import ModelPath
-from megatron_sov.infer.engine import MEGATRON, ChosenEngine
+from megatron_sov.infer.engine import ChosenEngine
 from megatron_sov.infer.prompts import ModelPrompt, read_prompts
-from megatron_sov.infer.request import Batching, RankOptions, Sampling, WholeSampling
+from megatron_sov.infer.request import MEGATRON, Batching, RankOptions, Sampling, WholeSampling
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.folder import RunEvents

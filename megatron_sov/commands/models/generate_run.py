@@ -7,10 +7,10 @@ from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import escape_controls
 from megatron_sov.commands.models.generate import GenerateOptions, GenerateRequest
 from megatron_sov.commands.shared_options import get_target_step
-from megatron_sov.infer.engine import Engine, choose_engine, run_with_engine
+from megatron_sov.infer.engine import Engine, check_engine, choose_engine, run_with_engine
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.prompts import (
-    EncodedPrompts, ModelPrompt, check_engine, check_length, encode_prompts, format_responses)
+    EncodedPrompts, ModelPrompt, check_length, encode_prompts, format_responses)
 from megatron_sov.infer.request import GenerationResult, StopRule
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
-from megatron_sov.commands.rl.inputs.checks import CycleRequest
-from megatron_sov.commands.rl.inputs.options import VALIDATION_OPTION
-from megatron_sov.commands.rl.inputs.prompts import (
-    EnvironmentRequest, check_sequence_length, count_max_tokens, drop_unused_prompts, resolve_environment)
-from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
-from megatron_sov.commands.rl.train_run import train_rounds
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
+from megatron_sov.commands.rl.checks import (
+    CycleRequest, EnvironmentRequest, check_sequence_length, count_max_tokens, drop_unused_prompts,
+    resolve_environment)
+from megatron_sov.commands.rl.options import VALIDATION_OPTION
+from megatron_sov.commands.rl.rollout_source import build_rollout_source
+from megatron_sov.commands.rl.train_run import add_rounds
+from megatron_sov.commands.train.setup.training import TrainingRequest
+from megatron_sov.commands.train.training_run import run_training
+from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.engines.server_engine import parse_server_settings
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.request import Batching
+from megatron_sov.infer.request import MEGATRON, Batching
 from megatron_sov.post.rl.generate.live import LiveRollouts
 from megatron_sov.post.rl.generate.requests import RequestWriter
 from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
@@ -25,13 +28,16 @@ from megatron_sov.rollouts.store import StoreSettings
 from megatron_sov.runs.folder import VALIDATION
 
 
-def run_cycle(request: CycleRequest) -> None:
-    """Generate, judge and train all rounds."""
+def run_cycle(request: CycleRequest | TrainingRequest) -> None:
+    """Generate, judge and train all rounds; of a complete run, print the summary."""
+    if isinstance(request, TrainingRequest):
+        run_training(request)
+        return
     builder = RolloutBuilder.open(request)
     rollouts = builder.build_training_rollouts()
     validation = builder.build_validation(rollouts)
     try:
-        train_rounds(request.rounds, rollouts, validation)
+        run_training(request.rounds, partial(add_rounds, rollouts=rollouts, validation=validation))
     finally:
         # Worker processes of the reward end with the run, after a failure too.
         rollouts.close()
@@ -52,7 +58,7 @@ class RolloutBuilder:
     @classmethod
     def open(cls, request: CycleRequest) -> RolloutBuilder:
         """Open the start, and check that responses fit the context length."""
-        config, start = request.rounds.stage.config, find_target(request.rounds.start)
+        config, start = request.rounds.config, find_target(request.rounds.start)
         environment = resolve_environment(request.options, config)
         check_sequence_length(config.rollout, environment, start)
         return cls(request=request, start=start, environment=environment,
@@ -61,7 +67,7 @@ class RolloutBuilder:
     def build_training_rollouts(self) -> LiveRollouts:
         """Return the rollouts that answer --prompts in --store."""
         options, rounds = self.request.options, self.request.rounds
-        config = rounds.stage.config
+        config = rounds.config
         source, unused = build_rollout_source(options, config, rounds.prompts, self.start,
                                               engine_name=options.engine, environment=self.environment)
         prompts = drop_unused_prompts(f"--prompts {options.prompts}", rounds.prompts, unused, options.store)
@@ -84,7 +90,7 @@ class RolloutBuilder:
         options, rounds = self.request.options, self.request.rounds
         if rounds.validation_prompts is None:
             return None
-        config, folder = rounds.stage.config, options.run / VALIDATION
+        config, folder = rounds.config, options.run / VALIDATION
         rollout = config.rollout.for_validation(len(rounds.validation_prompts))
         # Only training replays expert routes.
         sampled = replace(config, rollout=rollout, policy=replace(config.policy, router_replay=False))
@@ -114,7 +120,7 @@ class RolloutBuilder:
 
 
 def _build_servers(request: CycleRequest, start: Target) -> LiveServers | None:
-    options, config = request.options, request.rounds.stage.config
+    options, config = request.options, request.rounds.config
     if options.engine == MEGATRON:
         return None
     # Servers load a Hugging Face folder; a checkpoint in --from is converted.

@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.commands.rl.engines import RlEnginesOptions
-from megatron_sov.commands.rl.inputs.prompts import count_max_tokens
+from megatron_sov.commands.rl.checks import count_max_tokens
+from megatron_sov.commands.rl.options import RlEnginesOptions
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.starts import request_with_model
 from megatron_sov.infer.engine import ENGINE_SET

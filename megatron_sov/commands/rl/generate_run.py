@@ -12,17 +12,15 @@ from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, warn
-from megatron_sov.commands.rl.generate import RlGenerateOptions
-from megatron_sov.commands.rl.inputs.checks import RolloutsRequest
-from megatron_sov.commands.rl.inputs.prompts import (
-    check_sequence_length, check_tokenizer, count_max_tokens, drop_unused_prompts)
-from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
+from megatron_sov.commands.rl.checks import (
+    RolloutsRequest, check_sequence_length, check_tokenizer, count_max_tokens, drop_unused_prompts)
+from megatron_sov.commands.rl.options import RlGenerateOptions
+from megatron_sov.commands.rl.rollout_source import build_rollout_source
 from megatron_sov.engine.parallel.world import run_on_first
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, Engine, choose_engine
+from megatron_sov.infer.engine import ENGINE_SET, Engine, check_engine, choose_engine
 from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.prompts import check_engine
-from megatron_sov.infer.request import Batching
+from megatron_sov.infer.request import MEGATRON, VLLM, Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue
 from megatron_sov.post.rl.generate.requests import build_requests, write_by_requests

@@ -12,7 +12,7 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AboveZero, DeclaredCommand, Flag, NotNegativeInt
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, check_token_shards
-from megatron_sov.commands.train.kinds import CHECK, RUN
+from megatron_sov.commands.train.kinds import CHECK_TRAINING, RUN_TRAINING
 from megatron_sov.commands.train.setup.stage_options import StageOptions
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import RunConfig
@@ -94,7 +94,7 @@ class DistillOptions(StageOptions):
         assign_data(self, config.data.paths)
 
 
-DISTILL = DeclaredCommand(DistillOptions, CHECK, RUN)
+DISTILL = DeclaredCommand(DistillOptions, CHECK_TRAINING, RUN_TRAINING)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megatron_sov.post.distillation.teacher import TeacherReading
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import is_first_rank
-from megatron_sov.train.data.token_shards import Source, describe_input, open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import Source, describe_input, open_sources, tokenizer_folder
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.objective import get_formats
 from megatron_sov.train.stages.stage import Stage

@@ -14,8 +14,8 @@ from megatron_sov.commands.train.setup.stage_options import (
     ExtendOptions, PreferOptions, PretrainOptions, SftOptions)
 from megatron_sov.model.recipes.requested import BuiltIn
 
-CHECK = "megatron_sov.commands.train.setup.training:check_training"
-RUN = "megatron_sov.commands.train.training_run:run_training"
+CHECK_TRAINING = "megatron_sov.commands.train.setup.training:check_training"
+RUN_TRAINING = "megatron_sov.commands.train.training_run:run_training"
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ STAGE_KINDS: dict[str, TrainingKind] = {
                            fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
     "distill": TrainingKind("distill", "megatron_sov.post.distillation.distill:Distillation",
                             fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
-    # filled by `commands.rl`, which passes the store, and for `rl run` the engine, to `run_training`
     "rl": TrainingKind("policy", "megatron_sov.post.policy:build_policy_objective",
-                       is_chosen_by_settings=True, needs_data=False),
+                       is_chosen_by_settings=True, needs_data=False,
+                       fill_stage="megatron_sov.commands.rl.train_run:add_rounds"),
 }
 """`StageOptions.stage` -> kind."""
 
 
-PRETRAIN = DeclaredCommand(PretrainOptions, CHECK, RUN)
-SFT = DeclaredCommand(SftOptions, CHECK, RUN)
-PREFER = DeclaredCommand(PreferOptions, CHECK, RUN)
+PRETRAIN = DeclaredCommand(PretrainOptions, CHECK_TRAINING, RUN_TRAINING)
+SFT = DeclaredCommand(SftOptions, CHECK_TRAINING, RUN_TRAINING)
+PREFER = DeclaredCommand(PreferOptions, CHECK_TRAINING, RUN_TRAINING)
 EXTEND = DeclaredCommand(ExtendOptions, "megatron_sov.commands.train.setup.training:check_extension",
                          "megatron_sov.commands.train.extend_run:run_extension")

@@ -15,7 +15,7 @@ from megatron_sov.post.preference import HELDOUT_PAIRS, find_heldout_documents, 
 from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
 from megatron_sov.runs.folder import REFERENCE, RunFolder
-from megatron_sov.train.data.token_shards import Source, describe_input, open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import Source, describe_input, open_sources, tokenizer_folder
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.stages.stage import Stage

@@ -32,16 +32,6 @@ REPLACED = ("run", "resume", "recipe", "configs", "plugins", "data", "dry_run", 
 """Options whose values come from the run's folder."""
 
 
-@dataclass(frozen=True)
-class ResumeOptions:
-    """Continue a run."""
-
-    run: Annotated[Path, Flag("RUN")]
-    """Run folder."""
-    arguments: Annotated[tuple[str, ...], Flag("ARGUMENTS", rest=True)] = ()
-    """The original command's options, with new values: --nproc 4, --set train.steps=400, --dry-run."""
-
-
 def resume_run(options: ResumeOptions) -> int:
     """Repeat the command that started a run, and return its exit code."""
     folder = options.run.absolute()
@@ -50,10 +40,10 @@ def resume_run(options: ResumeOptions) -> int:
     _check_arguments(name, options, first)
     first_options = _parse_options(parser, [*first.words[len(name.split()):], "--resume"])
     resumed = _replace_by_folder(first_options, folder, first)
-    _refuse_unsaid_code(folder, first, list_option_words(resumed), options.arguments)
+    _refuse_untyped_code(folder, first, list_option_words(resumed), options.arguments)
     words = [*list_option_words(dataclasses.replace(resumed, plugins=())), *options.arguments]
-    present = Path.cwd()
-    if first.folder != present and first.folder.is_dir():
+    current_folder = Path.cwd()
+    if first.folder != current_folder and first.folder.is_dir():
         os.chdir(first.folder)  # base of the command's relative paths
         if is_first_rank() and not IS_CHECKING.get():
             print(f"resume: relative paths start at {first.folder}, where the run was started")
@@ -68,15 +58,25 @@ def resume_run(options: ResumeOptions) -> int:
         export_command([*name.split(), *words])
         return int(COMMANDS[name].load().run(parser.parse_args(words)))
     except UserError as e:
-        os.chdir(present)
+        os.chdir(current_folder)
         if e.fix is None or "--from" not in e.fix.options:
             raise
         fix = dataclasses.replace(e.fix, options=(*e.fix.options, "--from", str(options.run), "--run",
                                                   choose_free_path(str(options.run))))
-        raise UserError(e.sentence, _propose_new_run(options, first, present, fix)) from None
+        raise UserError(e.sentence, _propose_new_run(options, first, current_folder, fix)) from None
     finally:
         if IS_CHECKING.get():
-            os.chdir(present)
+            os.chdir(current_folder)
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Continue a run."""
+
+    run: Annotated[Path, Flag("RUN")]
+    """Run folder."""
+    arguments: Annotated[tuple[str, ...], Flag("ARGUMENTS", rest=True)] = ()
+    """The original command's options, with new values: --nproc 4, --set train.steps=400, --dry-run."""
 
 
 RESUME = DeclaredCommand(ResumeOptions, resume_run)
@@ -94,18 +94,22 @@ def _check_arguments(name: str, options: ResumeOptions, first: TypedCommand) -> 
     is_other_run = run is not None and Path(run).absolute() != options.run.absolute()
     if start is None and not is_other_run:
         return
-    refused = [f"--from {start}"] * (start is not None) + [f"--run {run}"] * is_other_run
-    fix = Fix(options=("--from", str(start or options.run), *(["--run", str(run)] if is_other_run else [])))
+    refused = [] if start is None else [f"--from {start}"]
+    new_options = ["--from", str(start or options.run)]
+    if is_other_run:
+        refused.append(f"--run {run}")
+        new_options += ["--run", str(run)]
+    fix = Fix(options=tuple(new_options))
     raise UserError(f"{', '.join(refused)}: a resumed run goes on with its own weights in its own folder; a "
                     "new run begins with the weights of --from",
                     _propose_new_run(options, first, Path.cwd(), fix))
 
 
-def _propose_new_run(options: ResumeOptions, first: TypedCommand, present: Path, fix: Fix) -> Fix:
+def _propose_new_run(options: ResumeOptions, first: TypedCommand, current_folder: Path, fix: Fix) -> Fix:
     """Return the first command with the typed arguments as a new run; `fix` has its --from and its --run, if
     they were typed."""
     words = [*first.words]
-    if first.folder != present:
+    if first.folder != current_folder:
         words = [_find_from(word, first.folder) for word in words]
     typed = [part for word in options.arguments
              for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -125,7 +129,7 @@ def _find_from(word: str, folder: Path) -> str:
     return word
 
 
-def _refuse_unsaid_code(folder: Path, first: TypedCommand, words: list[str], arguments: Sequence[str]
+def _refuse_untyped_code(folder: Path, first: TypedCommand, words: list[str], arguments: Sequence[str]
                         ) -> None:
     """Raise `UserError` if `words` name code that only the run's folder mentions, neither the `first` command
     nor typed `arguments`: the folder may come from a stranger."""
@@ -137,7 +141,6 @@ def _refuse_unsaid_code(folder: Path, first: TypedCommand, words: list[str], arg
     for code in () if config is None else config.code:
         if code.kind != "recipe" and ["--plugin", code.reference] not in needed:
             needed.append(["--plugin", code.reference])
-    needed += [["--gate-with", word] for word in words if "--allow-task-code" in word]
     untyped = [code for _, code in needed if code not in typed]
     if not untyped:
         return

@@ -27,36 +27,6 @@ from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import get_local_device
 
 
-def get_replica_rank() -> tuple[int, int]:
-    """Return (rank, size) in the data-parallel group with context parallelism, whose processes read different
-    sequences."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return group.rank(), group.size()
-
-
-def all_reduce_replicas(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """All-reduce a tensor over the replicas, which read different sequences (default: sum)."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if group.size() == 1:
-        return values
-    total = collectives.to_comm_device(values.clone())
-    dist.all_reduce(total, operation, group)
-    return total.cpu()
-
-
-@dataclass(frozen=True)
-class DecodeOutput:
-    """Output from a forward pass over a `SpanRow`."""
-
-    row: SpanRow
-    """The row."""
-    hidden: torch.Tensor | None
-    """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None on other stages."""
-    routes: torch.Tensor | None = None
-    """[tokens, MoE layers, top_k] expert indices on the CPU, on every process of the replica's tp x pp group.
-    None: not recorded."""
-
-
 class CachedDecoder:
     """A `ForwardModel` with KV caches, and a context manager: inside, only the decoder may use the model.
 
@@ -182,3 +152,33 @@ class CachedDecoder:
         assert read.hidden is not None
         gathered = prepare_head_input(read.hidden, self._model.config)
         return gathered[torch.tensor(list(places), device=gathered.device)]
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """Output from a forward pass over a `SpanRow`."""
+
+    row: SpanRow
+    """The row."""
+    hidden: torch.Tensor | None
+    """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None on other stages."""
+    routes: torch.Tensor | None = None
+    """[tokens, MoE layers, top_k] expert indices on the CPU, on every process of the replica's tp x pp group.
+    None: not recorded."""
+
+
+def get_replica_rank() -> tuple[int, int]:
+    """Return (rank, size) in the data-parallel group with context parallelism, whose processes read different
+    sequences."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group.rank(), group.size()
+
+
+def all_reduce_replicas(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """All-reduce a tensor over the replicas, which read different sequences (default: sum)."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() == 1:
+        return values
+    total = collectives.to_comm_device(values.clone())
+    dist.all_reduce(total, operation, group)
+    return total.cpu()

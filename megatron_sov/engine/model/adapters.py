@@ -33,93 +33,79 @@ COLUMN_PARALLEL = ("linear_qkv", "linear_q_proj", "_up_proj", "linear_fc1", "out
 """Suffixes of layers whose weight is split by rows."""
 REPLICATED = "_down_proj"
 """Suffix for replicated layers (narrow latent projections). The remaining layers are split by columns."""
-
 OUTPUT_HEAD = "output_layer"
+_EMBEDDING = "embedding.word_embeddings"
 
 
-class AdapterFactors(torch.nn.Module):
-    """The local parts of `A`, `B` and (DoRA) `magnitude` for an adapted module or an adapted expert."""
+class Adapters(torch.nn.Module):
+    """A `Chunk`'s adapters. Adapted layers reference adapters only through forward hooks."""
 
-    def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, expert: int | None,
-                 rows: int | None) -> None:
+    def __init__(self, chunk: Any, model: ModelConfig, lora: LoraConfig) -> None:
+        """Create adapters for a chunk's modules and register the forward hooks."""
         super().__init__()
-        self.of, self.expert, self.column = of, expert, is_column_parallel(of)
-        row, size = is_row_parallel(of), self.group().size()
-        self._rows = rows or of.out_features // (size if self.column else 1)
-        columns = of.in_features // (size if row else 1)
-        dtype = config.params_dtype
-        # zeros, not empty memory: until initialization 0 * B A must be 0, and NaN would remain NaN
-        self.A = torch.nn.Parameter(torch.zeros(lora.rank, columns, dtype=dtype))
-        # zeros: nothing writes the padding rows of the head
-        self.B = torch.nn.Parameter(torch.zeros(self._rows, lora.rank, dtype=dtype))
-        self.magnitude = torch.nn.Parameter(torch.ones(self._rows, dtype=dtype)) if lora.dora else None
-        # the factors of a split expert and of the head sum their own gradients
-        self.sums_itself = expert is not None or of.linear == OUTPUT_HEAD
-        for parameter, split in ((self.A, row), (self.B, self.column), (self.magnitude, self.column)):
-            if parameter is not None:
-                self._mark_parameter(parameter, split, int(parameter is self.A), config.sequence_parallel)
+        self.linears = torch.nn.ModuleList()
+        self.head: LinearAdapter | None = None
+        """Adapter for the output head, whose weight the losses use."""
+        self.embedding: EmbeddingAdapter | None = None
+        by_linear: dict[str, list[AdaptedModule]] = {}
+        for of in find_adapted_modules(model, lora):
+            by_linear.setdefault(of.linear, []).append(of)
+        for layer in chunk.decoder.layers:
+            prefix = f"decoder.layers.{layer.layer_number - 1}."
+            for linear, modules in by_linear.items():
+                if linear.startswith(prefix):
+                    self._attach_adapters(layer, linear.removeprefix(prefix), modules, lora, chunk.config)
+        if _EMBEDDING in by_linear and chunk.pre_process:
+            words = chunk.embedding.word_embeddings
+            self.embedding = EmbeddingAdapter(by_linear[_EMBEDDING][0], lora, chunk.config, len(words.weight))
+            words.register_forward_hook(build_embedding_hook(self.embedding))
+        if OUTPUT_HEAD in by_linear and chunk.post_process:
+            self.head = LinearAdapter(by_linear[OUTPUT_HEAD], lora, chunk.config,
+                                      rows=len(chunk.output_layer.weight))
 
-    def group(self) -> Any:
-        """Return the process group that splits the layer."""
-        return (parallel_state.get_tensor_model_parallel_group() if self.expert is None
-                else parallel_state.get_expert_tensor_parallel_group())
+    def _attach_adapters(self, layer: Any, path: str, modules: list[AdaptedModule], lora: LoraConfig,
+              config: Any) -> None:
+        """Attach adapters to a linear layer, or to the same linear layer in each local expert."""
+        def create_adapter(expert: int | None = None) -> LinearAdapter:
+            adapter = LinearAdapter(modules, lora, config, expert)
+            self.linears.append(adapter)
+            return adapter
 
-    def _mark_parameter(self, parameter: torch.nn.Parameter, split: bool, axis: int,
-                        sequence_parallel: bool) -> None:
-        """Set the attributes that control gradient reduction and the gradient norm."""
-        if self.expert is not None:
-            # the first process of the expert's group counts replicated factors; the library would take the
-            # first process of the attention's tensor-parallel group, a different group
-            set_tensor_model_parallel_attributes(parameter, True, axis, 1)
-            parameter.shared = not split and self.group().rank() > 0  # type: ignore[attr-defined]
-            parameter.allreduce = False  # type: ignore[attr-defined]
-        elif split:
-            set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+        if not modules[0].num_experts:
+            layer.get_submodule(path).register_forward_hook(_build_linear_hook(create_adapter()))
+            return
+        experts, linear = layer.mlp.experts, path.rpartition(".")[2]
+        count = experts.num_local_experts
+        first = parallel_state.get_expert_model_parallel_rank() * count
+        adapters = [create_adapter(first + i) for i in range(count)]
+        if hasattr(experts, "local_experts"):
+            for expert, adapter in zip(experts.local_experts, adapters, strict=True):
+                expert.get_submodule(linear).register_forward_hook(_build_linear_hook(adapter))
         else:
-            parameter.sequence_parallel = (  # type: ignore[attr-defined]
-                sequence_parallel and not self.sums_itself)
+            experts.get_submodule(linear).register_forward_hook(_build_grouped_hook(adapters))
 
-    def get_forward_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B for the forward pass; the backward pass sums their gradients over the group."""
-        if not self.sums_itself or self.group().size() == 1:
-            return self.A, self.B
-        copy_to_group = tensor_parallel.copy_to_tensor_model_parallel_region
-        return ((copy_to_group(self.A, self.group()), self.B) if self.column
-                else (self.A, copy_to_group(self.B, self.group())))
+    def factors(self) -> Iterator[AdapterFactors]:
+        yield from (module for module in self.modules() if isinstance(module, AdapterFactors))
 
-    def blocks(self) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Yield the fields of a `local_shards.LocalShard` for each factor: name, data, global shape, offset,
-        replica."""
-        of, group_rank = self.of, self.group().rank()
-        halves = (of.halves,) if of.halves > 1 else ()
-        views = {A: (self.A, -1, is_row_parallel(of)),
-                 B: (self.B.view(*halves, self._rows // of.halves, -1), -2, self.column)}
-        if self.magnitude is not None:
-            views[MAGNITUDE] = (self.magnitude, -1, self.column)
-        rank = self.A.shape[0]
-        shapes = of.shapes(LoraConfig(rank=rank, dora=self.magnitude is not None))
-        for name, (view, axis, split) in views.items():
-            shape = shapes[of.key(name)]
-            offset = [self.expert or 0, *(0,) * (len(shape) - 1)]
-            if split:
-                offset[axis] = group_rank * view.shape[axis]
-                if offset[axis] >= shape[axis]:  # padding rows of the head
-                    continue
-                view = view.narrow(axis, 0, min(view.shape[axis], shape[axis] - offset[axis]))
-            yield (of.key(name), view.detach(), shape, tuple(offset),
-                   (0, 0 if split else group_rank, self._get_replica()))
+    def set_magnitudes(self, chunk: Any) -> None:
+        """Initialize trained row lengths (DoRA) from the frozen weights."""
+        for module in chunk.modules():
+            for hook in module._forward_hooks.values():
+                if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
+                    adapter.set_magnitudes(module.weight)
 
-    def _get_replica(self) -> int:
-        return int(parallel_state.get_data_parallel_rank(with_context_parallel=True) if self.expert is None
-                   else parallel_state.get_expert_data_parallel_rank())
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Return nothing: `local_shards` reads the blocks from the factors."""
+        return {}
 
 
 class LinearAdapter(torch.nn.Module):
     """The adapters of a fused linear layer, for example QKV, or an expert's gate and up."""
 
     def __init__(self, modules: Sequence[AdaptedModule], lora: LoraConfig, config: Any,
-                 expert: int | None = None, rows: int | None = None) -> None:
-        """Create the factors; `load.initialize_weights` sets their values.
+                 expert: int | None = None,
+                 rows: int | None = None) -> None:
+        """Create the factors; `initial_weights.initialize_weights` sets their values.
 
         Args:
             modules: the adapted modules inside the layer.
@@ -272,28 +258,6 @@ class LinearAdapter(torch.nn.Module):
         return torch.addmm(weight, b, a, alpha=self.scale)  # allocates one matrix instead of three
 
 
-def is_column_parallel(of: AdaptedModule) -> bool:
-    """Return whether the weight is split by rows (column-parallel layer)."""
-    return of.linear.endswith(COLUMN_PARALLEL)
-
-
-def is_row_parallel(of: AdaptedModule) -> bool:
-    """Return whether the weight is split by columns (row-parallel layer)."""
-    return not of.linear.endswith((*COLUMN_PARALLEL, REPLICATED))
-
-
-def get_effective_weight(linear: Any) -> torch.Tensor:
-    """Return a linear layer's weight with merged `LinearAdapter`, without gradient."""
-    weight: torch.Tensor = linear.weight
-    for hook in linear._forward_hooks.values():
-        if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
-            weight = adapter.compute_effective_weight(weight)
-    return weight
-
-
-_EMBEDDING = "embedding.word_embeddings"
-
-
 # A low-rank adapter of the token embedding, at any layout: row t of E becomes row t of E + alpha / rank B A.
 # B has one row per token id and is split like the embedding; A is replicated. Messages between processes
 # have shape [tokens, rank]. Under sequence parallelism the gradient of A covers the local tokens, as for a
@@ -304,7 +268,7 @@ class EmbeddingAdapter(torch.nn.Module):
     """The token embedding's adapter (`LoraConfig`)."""
 
     def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
-        """Create the factors; `load.initialize_weights` sets their values.
+        """Create the factors; `initial_weights.initialize_weights` sets their values.
 
         Args:
             of: the adapted embedding module.
@@ -332,74 +296,108 @@ class EmbeddingAdapter(torch.nn.Module):
         return low @ self.factors.A * self.scale
 
 
+class AdapterFactors(torch.nn.Module):
+    """The local parts of `A`, `B` and (DoRA) `magnitude` for an adapted module or an adapted expert."""
+
+    def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, expert: int | None,
+                 rows: int | None) -> None:
+        super().__init__()
+        self.of, self.expert, self.column = of, expert, is_column_parallel(of)
+        row, size = is_row_parallel(of), self.group().size()
+        self._rows = rows or of.out_features // (size if self.column else 1)
+        columns = of.in_features // (size if row else 1)
+        dtype = config.params_dtype
+        # zeros, not empty memory: until initialization 0 * B A must be 0, and NaN would remain NaN
+        self.A = torch.nn.Parameter(torch.zeros(lora.rank, columns, dtype=dtype))
+        # zeros: nothing writes the padding rows of the head
+        self.B = torch.nn.Parameter(torch.zeros(self._rows, lora.rank, dtype=dtype))
+        self.magnitude = torch.nn.Parameter(torch.ones(self._rows, dtype=dtype)) if lora.dora else None
+        # the factors of a split expert and of the head sum their own gradients
+        self.sums_itself = expert is not None or of.linear == OUTPUT_HEAD
+        for parameter, split in ((self.A, row), (self.B, self.column), (self.magnitude, self.column)):
+            if parameter is not None:
+                self._mark_parameter(parameter, split, int(parameter is self.A), config.sequence_parallel)
+
+    def group(self) -> Any:
+        """Return the process group that splits the layer."""
+        return (parallel_state.get_tensor_model_parallel_group() if self.expert is None
+                else parallel_state.get_expert_tensor_parallel_group())
+
+    def _mark_parameter(self, parameter: torch.nn.Parameter, split: bool, axis: int,
+                        sequence_parallel: bool) -> None:
+        """Set the attributes that control gradient reduction and the gradient norm."""
+        if self.expert is not None:
+            # the first process of the expert's group counts replicated factors; the library would take the
+            # first process of the attention's tensor-parallel group, a different group
+            set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+            parameter.shared = not split and self.group().rank() > 0  # type: ignore[attr-defined]
+            parameter.allreduce = False  # type: ignore[attr-defined]
+        elif split:
+            set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+        else:
+            parameter.sequence_parallel = (  # type: ignore[attr-defined]
+                sequence_parallel and not self.sums_itself)
+
+    def get_forward_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B for the forward pass; the backward pass sums their gradients over the group."""
+        if not self.sums_itself or self.group().size() == 1:
+            return self.A, self.B
+        copy_to_group = tensor_parallel.copy_to_tensor_model_parallel_region
+        return ((copy_to_group(self.A, self.group()), self.B) if self.column
+                else (self.A, copy_to_group(self.B, self.group())))
+
+    def blocks(self) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """Yield the fields of a `local_shards.LocalShard` for each factor: name, data, global shape, offset,
+        replica."""
+        of, group_rank = self.of, self.group().rank()
+        halves = (of.halves,) if of.halves > 1 else ()
+        views = {A: (self.A, -1, is_row_parallel(of)),
+                 B: (self.B.view(*halves, self._rows // of.halves, -1), -2, self.column)}
+        if self.magnitude is not None:
+            views[MAGNITUDE] = (self.magnitude, -1, self.column)
+        rank = self.A.shape[0]
+        shapes = of.shapes(LoraConfig(rank=rank, dora=self.magnitude is not None))
+        for name, (view, axis, split) in views.items():
+            shape = shapes[of.key(name)]
+            offset = [self.expert or 0, *(0,) * (len(shape) - 1)]
+            if split:
+                offset[axis] = group_rank * view.shape[axis]
+                if offset[axis] >= shape[axis]:  # padding rows of the head
+                    continue
+                view = view.narrow(axis, 0, min(view.shape[axis], shape[axis] - offset[axis]))
+            yield (of.key(name), view.detach(), shape, tuple(offset),
+                   (0, 0 if split else group_rank, self._get_replica()))
+
+    def _get_replica(self) -> int:
+        return int(parallel_state.get_data_parallel_rank(with_context_parallel=True) if self.expert is None
+                   else parallel_state.get_expert_data_parallel_rank())
+
+
+def is_column_parallel(of: AdaptedModule) -> bool:
+    """Return whether the weight is split by rows (column-parallel layer)."""
+    return of.linear.endswith(COLUMN_PARALLEL)
+
+
+def is_row_parallel(of: AdaptedModule) -> bool:
+    """Return whether the weight is split by columns (row-parallel layer)."""
+    return not of.linear.endswith((*COLUMN_PARALLEL, REPLICATED))
+
+
+def get_effective_weight(linear: Any) -> torch.Tensor:
+    """Return a linear layer's weight with merged `LinearAdapter`, without gradient."""
+    weight: torch.Tensor = linear.weight
+    for hook in linear._forward_hooks.values():
+        if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
+            weight = adapter.compute_effective_weight(weight)
+    return weight
+
+
 def build_embedding_hook(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
     """Return the forward hook that adds `EmbeddingAdapter.forward` to the embedding."""
     def add_adapter_output(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         return output + adapter(inputs[0], module)
 
     return add_adapter_output
-
-
-class Adapters(torch.nn.Module):
-    """A `Chunk`'s adapters. Adapted layers reference adapters only through forward hooks."""
-
-    def __init__(self, chunk: Any, model: ModelConfig, lora: LoraConfig) -> None:
-        """Create adapters for a chunk's modules and register the forward hooks."""
-        super().__init__()
-        self.linears = torch.nn.ModuleList()
-        self.head: LinearAdapter | None = None
-        """Adapter for the output head, whose weight the losses use."""
-        self.embedding: EmbeddingAdapter | None = None
-        by_linear: dict[str, list[AdaptedModule]] = {}
-        for of in find_adapted_modules(model, lora):
-            by_linear.setdefault(of.linear, []).append(of)
-        for layer in chunk.decoder.layers:
-            prefix = f"decoder.layers.{layer.layer_number - 1}."
-            for linear, modules in by_linear.items():
-                if linear.startswith(prefix):
-                    self._attach_adapters(layer, linear.removeprefix(prefix), modules, lora, chunk.config)
-        if _EMBEDDING in by_linear and chunk.pre_process:
-            words = chunk.embedding.word_embeddings
-            self.embedding = EmbeddingAdapter(by_linear[_EMBEDDING][0], lora, chunk.config, len(words.weight))
-            words.register_forward_hook(build_embedding_hook(self.embedding))
-        if OUTPUT_HEAD in by_linear and chunk.post_process:
-            self.head = LinearAdapter(by_linear[OUTPUT_HEAD], lora, chunk.config,
-                                      rows=len(chunk.output_layer.weight))
-
-    def _attach_adapters(self, layer: Any, path: str, modules: list[AdaptedModule], lora: LoraConfig,
-              config: Any) -> None:
-        """Attach adapters to a linear layer, or to the same linear layer in each local expert."""
-        def create_adapter(expert: int | None = None) -> LinearAdapter:
-            adapter = LinearAdapter(modules, lora, config, expert)
-            self.linears.append(adapter)
-            return adapter
-
-        if not modules[0].num_experts:
-            layer.get_submodule(path).register_forward_hook(_build_linear_hook(create_adapter()))
-            return
-        experts, linear = layer.mlp.experts, path.rpartition(".")[2]
-        count = experts.num_local_experts
-        first = parallel_state.get_expert_model_parallel_rank() * count
-        adapters = [create_adapter(first + i) for i in range(count)]
-        if hasattr(experts, "local_experts"):
-            for expert, adapter in zip(experts.local_experts, adapters, strict=True):
-                expert.get_submodule(linear).register_forward_hook(_build_linear_hook(adapter))
-        else:
-            experts.get_submodule(linear).register_forward_hook(_build_grouped_hook(adapters))
-
-    def factors(self) -> Iterator[AdapterFactors]:
-        yield from (module for module in self.modules() if isinstance(module, AdapterFactors))
-
-    def set_magnitudes(self, chunk: Any) -> None:
-        """Initialize trained row lengths (DoRA) from the frozen weights."""
-        for module in chunk.modules():
-            for hook in module._forward_hooks.values():
-                if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
-                    adapter.set_magnitudes(module.weight)
-
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Return nothing: `local_shards` reads the blocks from the factors."""
-        return {}
 
 
 def _build_linear_hook(adapter: LinearAdapter) -> Callable[..., Any]:

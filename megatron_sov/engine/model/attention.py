@@ -33,375 +33,13 @@ from megatron_sov.engine.model.delta_rule import DocumentChunks, chunk_documents
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
 
-# Variable-length flash attention for all documents of a piece: `torch.nn.attention.varlen`. Tests compare
-# bounds and call with a plain torch double of the kernel; an H200 run compared them with a dense softmax.
-
 MAX_HEAD_DIM = 256
 """Maximum head size for torch's flash attention, which also requires multiples of 8."""
-
 Span = tuple[int, int, int]
 """Row indices per document: start, first query, end of queries. Keys run from start to end."""
-
-
-@dataclass(frozen=True)
-class PieceBounds:
-    """Document bounds in a piece's queries and in the keys that the queries reach."""
-
-    queries: torch.Tensor
-    """[documents + 1] int32 cumulative lengths, on the device."""
-    keys: torch.Tensor
-    """[documents + 1] int32 cumulative lengths, on the device."""
-    max_queries: int
-    """Largest number of queries in a document."""
-    max_keys: int
-    """Largest number of keys in a document."""
-
-
-def find_first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
-    """Return the row index per document at which keys within the window begin (0: no window)."""
-    return [max(a, start - window_tokens + 1) if window_tokens else a for a, start, _ in documents]
-
-
-def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
-                         device: torch.device) -> list[PieceBounds]:
-    """Compute the bounds of the local pieces and copy them to the device in a single transfer."""
-    lengths: list[list[int]] = []  # per piece: query lengths, then key lengths
-    for documents in spans:
-        firsts = find_first_keys(documents, window_tokens)
-        lengths.append([end - start for _, start, end in documents])
-        lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
-    cumulative = [list(accumulate(part, initial=0)) for part in lengths]
-    flat = torch.tensor([bound for part in cumulative for bound in part], dtype=torch.int32)
-    on_device = to_device(flat, device)
-    parts = on_device.split([len(part) for part in cumulative])
-    return [PieceBounds(parts[i], parts[i + 1], max(lengths[i]), max(lengths[i + 1]))
-            for i in range(0, len(lengths), 2)]
-
-
-def supports_varlen(query: torch.Tensor) -> bool:
-    """Return whether torch's `varlen_attn` supports the query's device, dtype and head size."""
-    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-            and query.shape[-1] <= MAX_HEAD_DIM and query.shape[-1] % 8 == 0)
-
-
-def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: PieceBounds,
-                     scale: float, window_tokens: int) -> torch.Tensor:
-    """Attend causally inside each document (`varlen_attn`); the last query aligns with the last key.
-
-    query [queries, heads, head_dim], key and value [keys, kv_heads, head_dim] -> [queries, heads, head_dim].
-
-    Args:
-        bounds: document bounds in queries and keys.
-        scale: softmax scale.
-        window_tokens: sliding window, current token included. 0: no window.
-    """
-    grouped: dict[str, Any] = {}
-    groups = query.shape[1] // key.shape[1]
-    # a module-level import would take a second, for torch's compiler
-    from torch.nn.attention import varlen
-
-    if groups > 1 and _accepts_grouped_heads(varlen.varlen_attn):
-        grouped = {"enable_gqa": True}
-    elif groups > 1:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    # the log-sum-exp is returned only on request
-    attended: Any = varlen.varlen_attn(
-        query, key, value, bounds.queries, bounds.keys, bounds.max_queries, bounds.max_keys, scale=scale,
-        window_size=(window_tokens - 1, 0) if window_tokens else (-1, 0), **grouped)
-    return attended
-
-
-@cache
-def _accepts_grouped_heads(function: Any) -> bool:
-    """Return whether `varlen_attn` accepts fewer key heads than query heads (not in torch 2.11)."""
-    return "enable_gqa" in inspect.signature(function).parameters
-
-
 QUERY_BLOCK = 1024
 """Queries attended at a time under a mask of at most QUERY_BLOCK x (keys up to the last query) booleans, or
 QUERY_BLOCK x (QUERY_BLOCK + window) with a sliding window."""
-
-
-@dataclass(frozen=True)
-class SharedPrompts:
-    """A row that stores a prompt shared by several documents once.
-
-    Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
-
-    source: torch.Tensor
-    """[expanded tokens] int64: index in the packed row for the token or the token's stored copy."""
-    spans: list[Span]
-    """Documents in the expanded row: start, first stored token, end."""
-    padding: torch.Tensor
-    """[expanded tokens] bool, True for padding."""
-
-
-@dataclass(frozen=True)
-class LengthGroups:
-    """A row's documents grouped by length: with many short documents, kernel launches and slicing would take
-    most of the time."""
-
-    order: torch.Tensor | None
-    """[tokens] int64 row index per token in grouped order. None: the row is already grouped."""
-    inverse: torch.Tensor | None
-    """[tokens] int64 grouped position per row token."""
-    groups: list[tuple[int, int, int]]
-    """(documents, queries per document, keys per document) per group."""
-    keys: torch.Tensor | None = None
-    """[keys] int64 row index per key in grouped order, for shared prompts. None: same as `order`."""
-
-
-def _permute_rows(values: torch.Tensor, order: torch.Tensor | None,
-                  inverse: torch.Tensor | None) -> torch.Tensor:
-    """Permute values [n, ...] by `order` [n]; `inverse` [n] is the inverse permutation."""
-    output: torch.Tensor = values if order is None else _Permutation.apply(values, order, inverse)
-    return output
-
-
-class _Permutation(torch.autograd.Function):
-    """Row permutation whose backward pass gathers by the inverse instead of a scatter-add."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """Permute values [n, ...]."""
-        ctx.save_for_backward(order, inverse)
-        return values.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return _Permutation.apply(gradient, inverse, order), None, None
-
-
-@dataclass
-class PackedDocuments(PackedSeqParams):
-    """`PackedSeqParams` with a row's documents.
-
-    If `DocumentAttention` serves, `max_seqlen_q` is the row length, so that the library's rotary table covers
-    every position. The library's class has cumulative lengths on the device alone, and no shared prompts.
-    Test: `test_attention.py::test_each_document_attends_to_itself_alone`.
-    """
-
-    bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
-    """[documents + 1] int32 cumulative document lengths."""
-    longest_tokens: int = 0
-    """Longest document in tokens."""
-    row_tokens: int = 0
-    """Row length in tokens."""
-    spans: list[list[Span]] = field(default_factory=list)
-    """Documents, whole or in part, per local piece."""
-    piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
-    """Window -> `PieceBounds` per local piece, cached by the first layer that needs the window."""
-    length_groups: LengthGroups | None = None
-    """Documents grouped by length, computed by the first layer that needs them."""
-    shared: SharedPrompts | None = None
-    """Prompts stored once for several documents. None: no shared prompts."""
-    bucketed: bool = True
-    """Whether lengths are rounded to powers of two, see `pack_documents`."""
-    host_bounds: Sequence[int] | None = None
-    """`bounds` on the host. None: copied from the device on first use."""
-
-    @cached_property
-    def chunks(self) -> DocumentChunks:
-        """The whole row's documents as `DocumentChunks`, for linear attention."""
-        if self.shared is not None:
-            return chunk_documents(self.shared.spans, self.bounds.device)
-        bounds = self.bounds.tolist() if self.host_bounds is None else self.host_bounds
-        return chunk_documents([(a, a, b) for a, b in pairwise(bounds) if b > a], self.bounds.device)
-
-    @cached_property
-    def unsplit(self) -> PackedDocuments:
-        """The whole row's documents for `ExchangedAttention`."""
-        return pack_documents(self.bounds, self.longest_tokens, self.row_tokens, own=False,
-                              bucketed=self.bucketed)
-
-    def get_piece_bounds(self, window_tokens: int) -> list[PieceBounds]:
-        if window_tokens not in self.piece_bounds:
-            self.piece_bounds[window_tokens] = compute_piece_bounds(self.spans, window_tokens,
-                                                                    self.bounds.device)
-        return self.piece_bounds[window_tokens]
-
-    def group_by_length(self, window_tokens: int) -> LengthGroups | None:
-        """Return the documents grouped by length, or None if context parallelism splits the row, a window
-        cuts keys, or a mask would exceed QUERY_BLOCK ** 2."""
-        if context.get_cp_size() > 1 or 0 < window_tokens < max(stop - start for start, _,
-                                                                stop in self.spans[0]):
-            return None
-        if any((stop - first) * (stop - start) > QUERY_BLOCK ** 2 for start, first, stop in self.spans[0]
-               if first > start):
-            return None
-        if self.length_groups is None:
-            self.length_groups = _group_documents(self.spans[0], self.bounds.device, self.shared)
-        return self.length_groups
-
-
-def _group_documents(documents: Sequence[Span], device: torch.device,
-                     shared: SharedPrompts | None) -> LengthGroups:
-    """Group a row's documents by length as `LengthGroups`."""
-    by_length: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    row_index = 0  # of a document's first query in the row
-    for start, first, stop in documents:
-        by_length[stop - first, stop - start].append((row_index, start))
-        row_index += stop - first
-    keys = None if shared is None else shared.source[to_device(torch.cat([
-        torch.arange(start, start + length) for (_, length), starts in by_length.items()
-        for _, start in starts]), device)]
-    groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
-    # equal lengths become contiguous: a group is a slice
-    places = [row_index for starts in by_length.values() for row_index, _ in starts]
-    if places == sorted(places):  # for example a single document
-        return LengthGroups(None, None, groups, keys)
-    order = torch.cat([torch.arange(row_index, row_index + queries)
-                       for (queries, _), starts in by_length.items() for row_index, _ in starts])
-    return LengthGroups(to_device(order, device), to_device(order.argsort(), device), groups, keys)
-
-
-def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
-                   host_bounds: Sequence[int] | None = None, shared: SharedPrompts | None = None,
-                   bucketed: bool = True) -> PackedDocuments:
-    """Build `PackedDocuments` for a row.
-
-    Args:
-        bounds: [documents + 1] int32 cumulative lengths, from 0 to `row_tokens`.
-        max_document_tokens: length of the longest document.
-        row_tokens: length of the row.
-        own: True: for `DocumentAttention`; False: for the library's attention.
-        host_bounds: `bounds` on the host. None: copied from the device, which makes the host wait.
-        shared: shared prompts; requires `own` and no context parallelism.
-        bucketed: round number and length of documents to powers of two for the library. Its unfused
-            attention allocates scores of documents x longest ** 2, which would grow up to eightfold.
-    """
-    if shared is not None:
-        assert own and context.get_cp_size() == 1, "documents that share a prompt need attention of our own"
-        return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
-                               max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds,
-                               spans=[shared.spans], shared=shared)
-    if not own:
-        # Megatron-Core caches a rotary table per maximum length, and Transformer Engine repeats its choice of
-        # kernel if length or number of documents change: powers of two keep both few. Empty documents at the
-        # end fill up the number.
-        longest = min(_round_up_to_power_of_two(max_document_tokens),
-                      row_tokens) if bucketed else max_document_tokens
-        number = _round_up_to_power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
-        filled = pad(bounds, (0, number + 1 - len(bounds)), value=row_tokens)
-        return PackedDocuments(qkv_format="thd", cu_seqlens_q=filled, cu_seqlens_kv=filled,
-                               max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds,
-                               host_bounds=host_bounds)
-    documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
-                 if b > a]
-    spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
-             for first, end in context.get_local_pieces(row_tokens)]
-    return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
-                           max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans,
-                           longest_tokens=max_document_tokens, row_tokens=row_tokens, bucketed=bucketed,
-                           host_bounds=host_bounds)
-
-
-def _round_up_to_power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
-
-
-def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
-                    window_tokens: int) -> torch.Tensor:
-    """Attend from the last m tokens of a document with L tokens.
-
-    query [m, heads, head_dim], key and value [L, kv_heads, head_dim] -> [m, heads, head_dim].
-
-    Args:
-        scale: softmax scale.
-        window_tokens: sliding window, current token included. 0: no window.
-    """
-    m, total = len(query), len(key)
-    slides = 0 < window_tokens < total
-    # a whole document needs no mask: the fused kernel has a causal flag, and blocks are unnecessary
-    if m == total and not slides:
-        return attend_equal_lengths(query[None], key[None], value[None], scale)[0]
-    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
-    gqa = q.shape[1] != k.shape[1]
-    blocks = []
-    for start in range(0, m, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, m)
-        # skip keys after the last query of the block
-        first_key, end_key = 0, total - m + stop
-        if slides:
-            first_key = max(0, total - m + start - window_tokens + 1)
-            mask = _build_band_mask(stop - start, end_key - first_key, window_tokens, q.device)
-        else:
-            mask = _build_causal_mask(stop - start, end_key, q.device)
-        keys = slice(first_key, end_key)
-        attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
-        block = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
-        if slides or q.is_cuda or not torch.is_grad_enabled():
-            blocks.append(attended(*block))
-        # without a fused kernel every block would save its mask, quadratic memory in the row length
-        else:
-            blocks.append(checkpoint(attended, *block, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(blocks, dim=2)[0].transpose(0, 1)
-
-
-def attend_document_list(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
-                         window_tokens: int) -> list[torch.Tensor]:
-    """Apply `attend_document` to each document's (query, key, value), with one call per length for whole
-    documents.
-    """
-    outputs: dict[int, torch.Tensor] = {}
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for i, (query, key, value) in enumerate(documents):
-        if len(query) == len(key) and not 0 < window_tokens < len(key):
-            by_length[len(key)].append(i)
-        else:
-            outputs[i] = attend_document(query, key, value, scale, window_tokens)
-    for group in by_length.values():
-        query, key, value = (torch.stack([documents[i][part] for i in group]) for part in range(3))
-        outputs |= dict(zip(group, attend_equal_lengths(query, key, value, scale), strict=True))
-    return [outputs[i] for i in range(len(documents))]
-
-
-def attend_equal_lengths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                         scale: float) -> torch.Tensor:
-    """Attend causally by `scaled_dot_product_attention` in a batch with equal document lengths, without a
-    window.
-
-    query [documents, m, heads, head_dim], key and value [documents, L, kv_heads, head_dim] -> [documents, m,
-    heads, head_dim]; the m queries align with the last m keys."""
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    same_length = q.shape[2] == k.shape[2]
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=None if same_length else _build_causal_mask(q.shape[2], k.shape[2], q.device),
-        is_causal=same_length, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
-def _build_causal_mask(queries: int, keys: int, device: torch.device) -> Any:
-    """Return a causal mask or bias whose last query aligns with the last key."""
-    if device.type == "cpu":
-        return _build_band_mask(queries, keys, keys, device)
-    # materialized only without a fused kernel; its import takes a second, for torch's compiler
-    from torch.nn.attention.bias import causal_lower_right
-
-    return causal_lower_right(queries, keys)
-
-
-def _build_band_mask(queries: int, keys: int, window_tokens: int, device: torch.device) -> torch.Tensor:
-    """Return [queries, keys] bool, True inside the causal window; the last query aligns with the last key."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (distance >= 0) & (distance < window_tokens)
-
-
-def _split_by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-                       documents: Sequence[Span],
-                       begins: Sequence[int], first: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Split a piece into (queries, keys, values) per `Span`.
-
-    Args:
-        begins: row index of each document's first key.
-        first: row index of `keys[0]`.
-    """
-    # split instead of slices: the backward pass then writes gradients once, without a zero-filled row per
-    # document
-    lengths = [begins[0] - first,
-               *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
-    return zip(queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
-               values.split(lengths)[1:], strict=True)
 
 
 class DocumentAttention(MegatronModule):
@@ -511,3 +149,362 @@ class DocumentAttention(MegatronModule):
         """Return nothing: attention has no parameters."""
         return {}
 
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """`PackedSeqParams` with a row's documents.
+
+    If `DocumentAttention` serves, `max_seqlen_q` is the row length, so that the library's rotary table covers
+    every position. The library's class has cumulative lengths on the device alone, and no shared prompts.
+    Test: `test_attention.py::test_each_document_attends_to_itself_alone`.
+    """
+
+    bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
+    """[documents + 1] int32 cumulative document lengths."""
+    longest_tokens: int = 0
+    """Longest document in tokens."""
+    row_tokens: int = 0
+    """Row length in tokens."""
+    spans: list[list[Span]] = field(default_factory=list)
+    """Documents, whole or in part, per local piece."""
+    piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
+    """Window -> `PieceBounds` per local piece, cached by the first layer that needs the window."""
+    length_groups: LengthGroups | None = None
+    """Documents grouped by length, computed by the first layer that needs them."""
+    shared: SharedPrompts | None = None
+    """Prompts stored once for several documents. None: no shared prompts."""
+    bucketed: bool = True
+    """Whether lengths are rounded to powers of two, see `pack_documents`."""
+    host_bounds: Sequence[int] | None = None
+    """`bounds` on the host. None: copied from the device on first use."""
+
+    @cached_property
+    def chunks(self) -> DocumentChunks:
+        """The whole row's documents as `DocumentChunks`, for linear attention."""
+        if self.shared is not None:
+            return chunk_documents(self.shared.spans, self.bounds.device)
+        bounds = self.bounds.tolist() if self.host_bounds is None else self.host_bounds
+        return chunk_documents([(a, a, b) for a, b in pairwise(bounds) if b > a], self.bounds.device)
+
+    @cached_property
+    def unsplit(self) -> PackedDocuments:
+        """The whole row's documents for `ExchangedAttention`."""
+        return pack_documents(self.bounds, self.longest_tokens, self.row_tokens, own=False,
+                              bucketed=self.bucketed)
+
+    def get_piece_bounds(self, window_tokens: int) -> list[PieceBounds]:
+        if window_tokens not in self.piece_bounds:
+            self.piece_bounds[window_tokens] = compute_piece_bounds(self.spans, window_tokens,
+                                                                    self.bounds.device)
+        return self.piece_bounds[window_tokens]
+
+    def group_by_length(self, window_tokens: int) -> LengthGroups | None:
+        """Return the documents grouped by length, or None if context parallelism splits the row, a window
+        cuts keys, or a mask would exceed QUERY_BLOCK ** 2."""
+        longest = max(stop - start for start, _, stop in self.spans[0])
+        if context.get_cp_size() > 1 or 0 < window_tokens < longest:
+            return None
+        if any((stop - first) * (stop - start) > QUERY_BLOCK ** 2 for start, first, stop in self.spans[0]
+               if first > start):
+            return None
+        if self.length_groups is None:
+            self.length_groups = _group_documents(self.spans[0], self.bounds.device, self.shared)
+        return self.length_groups
+
+
+def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
+                   host_bounds: Sequence[int] | None = None, shared: SharedPrompts | None = None,
+                   bucketed: bool = True) -> PackedDocuments:
+    """Build `PackedDocuments` for a row.
+
+    Args:
+        bounds: [documents + 1] int32 cumulative lengths, from 0 to `row_tokens`.
+        max_document_tokens: length of the longest document.
+        row_tokens: length of the row.
+        own: True: for `DocumentAttention`; False: for the library's attention.
+        host_bounds: `bounds` on the host. None: copied from the device, which makes the host wait.
+        shared: shared prompts; requires `own` and no context parallelism.
+        bucketed: round number and length of documents to powers of two for the library. Its unfused
+            attention allocates scores of documents x longest ** 2, which would grow up to eightfold.
+    """
+    if shared is not None:
+        assert own and context.get_cp_size() == 1, "documents that share a prompt need attention of our own"
+        return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
+                               max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds,
+                               spans=[shared.spans], shared=shared)
+    if not own:
+        # Megatron-Core caches a rotary table per maximum length, and Transformer Engine repeats its choice of
+        # kernel if length or number of documents change: powers of two keep both few. Empty documents at the
+        # end fill up the number.
+        longest = min(_round_up_to_power_of_two(max_document_tokens),
+                      row_tokens) if bucketed else max_document_tokens
+        number = _round_up_to_power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
+        filled = pad(bounds, (0, number + 1 - len(bounds)), value=row_tokens)
+        return PackedDocuments(qkv_format="thd", cu_seqlens_q=filled, cu_seqlens_kv=filled,
+                               max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds,
+                               host_bounds=host_bounds)
+    documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
+                 if b > a]
+    spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
+             for first, end in context.get_local_pieces(row_tokens)]
+    return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
+                           max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans,
+                           longest_tokens=max_document_tokens, row_tokens=row_tokens, bucketed=bucketed,
+                           host_bounds=host_bounds)
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """A row that stores a prompt shared by several documents once.
+
+    Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
+
+    source: torch.Tensor
+    """[expanded tokens] int64: index in the packed row for the token or the token's stored copy."""
+    spans: list[Span]
+    """Documents in the expanded row: start, first stored token, end."""
+    padding: torch.Tensor
+    """[expanded tokens] bool, True for padding."""
+
+
+@dataclass(frozen=True)
+class LengthGroups:
+    """A row's documents grouped by length: with many short documents, kernel launches and slicing would take
+    most of the time."""
+
+    order: torch.Tensor | None
+    """[tokens] int64 row index per token in grouped order. None: the row is already grouped."""
+    inverse: torch.Tensor | None
+    """[tokens] int64 grouped position per row token."""
+    groups: list[tuple[int, int, int]]
+    """(documents, queries per document, keys per document) per group."""
+    keys: torch.Tensor | None = None
+    """[keys] int64 row index per key in grouped order, for shared prompts. None: same as `order`."""
+
+
+@dataclass(frozen=True)
+class PieceBounds:
+    """Document bounds in a piece's queries and in the keys that the queries reach."""
+
+    queries: torch.Tensor
+    """[documents + 1] int32 cumulative lengths, on the device."""
+    keys: torch.Tensor
+    """[documents + 1] int32 cumulative lengths, on the device."""
+    max_queries: int
+    """Largest number of queries in a document."""
+    max_keys: int
+    """Largest number of keys in a document."""
+
+
+def find_first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
+    """Return the row index per document at which keys within the window begin (0: no window)."""
+    return [max(a, start - window_tokens + 1) if window_tokens else a for a, start, _ in documents]
+
+
+def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
+                         device: torch.device) -> list[PieceBounds]:
+    """Compute the bounds of the local pieces and copy them to the device in a single transfer."""
+    lengths: list[list[int]] = []  # per piece: query lengths, then key lengths
+    for documents in spans:
+        firsts = find_first_keys(documents, window_tokens)
+        lengths.append([end - start for _, start, end in documents])
+        lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
+    cumulative = [list(accumulate(part, initial=0)) for part in lengths]
+    flat = torch.tensor([bound for part in cumulative for bound in part], dtype=torch.int32)
+    on_device = to_device(flat, device)
+    parts = on_device.split([len(part) for part in cumulative])
+    return [PieceBounds(parts[i], parts[i + 1], max(lengths[i]), max(lengths[i + 1]))
+            for i in range(0, len(lengths), 2)]
+
+
+def supports_varlen(query: torch.Tensor) -> bool:
+    """Return whether torch's `varlen_attn` supports the query's device, dtype and head size."""
+    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+            and query.shape[-1] <= MAX_HEAD_DIM and query.shape[-1] % 8 == 0)
+
+
+def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: PieceBounds,
+                     scale: float, window_tokens: int) -> torch.Tensor:
+    """Attend causally inside each document by torch's `varlen_attn`, in one call for all documents of a
+    piece; the last query aligns with the last key.
+
+    Tests compare bounds and call with a plain torch double of the kernel; an H200 run compared them with a
+    dense softmax.
+
+    query [queries, heads, head_dim], key and value [keys, kv_heads, head_dim] -> [queries, heads, head_dim].
+
+    Args:
+        bounds: document bounds in queries and keys.
+        scale: softmax scale.
+        window_tokens: sliding window, current token included. 0: no window.
+    """
+    grouped: dict[str, Any] = {}
+    groups = query.shape[1] // key.shape[1]
+    # a module-level import would take a second, for torch's compiler
+    from torch.nn.attention import varlen
+
+    if groups > 1 and _accepts_grouped_heads(varlen.varlen_attn):
+        grouped = {"enable_gqa": True}
+    elif groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    # the log-sum-exp is returned only on request
+    attended: Any = varlen.varlen_attn(
+        query, key, value, bounds.queries, bounds.keys, bounds.max_queries, bounds.max_keys, scale=scale,
+        window_size=(window_tokens - 1, 0) if window_tokens else (-1, 0), **grouped)
+    return attended
+
+
+@cache
+def _accepts_grouped_heads(function: Any) -> bool:
+    """Return whether `varlen_attn` accepts fewer key heads than query heads (not in torch 2.11)."""
+    return "enable_gqa" in inspect.signature(function).parameters
+
+
+def _permute_rows(values: torch.Tensor, order: torch.Tensor | None,
+                  inverse: torch.Tensor | None) -> torch.Tensor:
+    """Permute values [n, ...] by `order` [n]; `inverse` [n] is the inverse permutation."""
+    output: torch.Tensor = values if order is None else _Permutation.apply(values, order, inverse)
+    return output
+
+
+class _Permutation(torch.autograd.Function):
+    """Row permutation whose backward pass gathers by the inverse instead of a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        """Permute values [n, ...]."""
+        ctx.save_for_backward(order, inverse)
+        return values.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permutation.apply(gradient, inverse, order), None, None
+
+
+def _group_documents(documents: Sequence[Span], device: torch.device,
+                     shared: SharedPrompts | None) -> LengthGroups:
+    """Group a row's documents by length as `LengthGroups`."""
+    by_length: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    row_index = 0  # of a document's first query in the row
+    for start, first, stop in documents:
+        by_length[stop - first, stop - start].append((row_index, start))
+        row_index += stop - first
+    keys = None if shared is None else shared.source[to_device(torch.cat([
+        torch.arange(start, start + length) for (_, length), starts in by_length.items()
+        for _, start in starts]), device)]
+    groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
+    # equal lengths become contiguous: a group is a slice
+    places = [row_index for starts in by_length.values() for row_index, _ in starts]
+    if places == sorted(places):  # for example a single document
+        return LengthGroups(None, None, groups, keys)
+    order = torch.cat([torch.arange(row_index, row_index + queries)
+                       for (queries, _), starts in by_length.items() for row_index, _ in starts])
+    return LengthGroups(to_device(order, device), to_device(order.argsort(), device), groups, keys)
+
+
+def _round_up_to_power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+                    window_tokens: int) -> torch.Tensor:
+    """Attend from the last m tokens of a document with L tokens.
+
+    query [m, heads, head_dim], key and value [L, kv_heads, head_dim] -> [m, heads, head_dim].
+
+    Args:
+        scale: softmax scale.
+        window_tokens: sliding window, current token included. 0: no window.
+    """
+    m, total = len(query), len(key)
+    slides = 0 < window_tokens < total
+    # a whole document needs no mask: the fused kernel has a causal flag, and blocks are unnecessary
+    if m == total and not slides:
+        return attend_equal_lengths(query[None], key[None], value[None], scale)[0]
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
+    gqa = q.shape[1] != k.shape[1]
+    blocks = []
+    for start in range(0, m, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, m)
+        # skip keys after the last query of the block
+        first_key, end_key = 0, total - m + stop
+        if slides:
+            first_key = max(0, total - m + start - window_tokens + 1)
+            mask = _build_band_mask(stop - start, end_key - first_key, window_tokens, q.device)
+        else:
+            mask = _build_causal_mask(stop - start, end_key, q.device)
+        keys = slice(first_key, end_key)
+        attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        block = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
+        if slides or q.is_cuda or not torch.is_grad_enabled():
+            blocks.append(attended(*block))
+        # without a fused kernel every block would save its mask, quadratic memory in the row length
+        else:
+            blocks.append(checkpoint(attended, *block, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(blocks, dim=2)[0].transpose(0, 1)
+
+
+def attend_document_list(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
+                         window_tokens: int) -> list[torch.Tensor]:
+    """Apply `attend_document` to each document's (query, key, value), with one call per length for whole
+    documents.
+    """
+    outputs: dict[int, torch.Tensor] = {}
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for i, (query, key, value) in enumerate(documents):
+        if len(query) == len(key) and not 0 < window_tokens < len(key):
+            by_length[len(key)].append(i)
+        else:
+            outputs[i] = attend_document(query, key, value, scale, window_tokens)
+    for group in by_length.values():
+        query, key, value = (torch.stack([documents[i][part] for i in group]) for part in range(3))
+        outputs |= dict(zip(group, attend_equal_lengths(query, key, value, scale), strict=True))
+    return [outputs[i] for i in range(len(documents))]
+
+
+def attend_equal_lengths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                         scale: float) -> torch.Tensor:
+    """Attend causally by `scaled_dot_product_attention` in a batch with equal document lengths, without a
+    window.
+
+    query [documents, m, heads, head_dim], key and value [documents, L, kv_heads, head_dim] -> [documents, m,
+    heads, head_dim]; the m queries align with the last m keys."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    same_length = q.shape[2] == k.shape[2]
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=None if same_length else _build_causal_mask(q.shape[2], k.shape[2], q.device),
+        is_causal=same_length, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _build_causal_mask(queries: int, keys: int, device: torch.device) -> Any:
+    """Return a causal mask or bias whose last query aligns with the last key."""
+    if device.type == "cpu":
+        return _build_band_mask(queries, keys, keys, device)
+    # materialized only without a fused kernel; its import takes a second, for torch's compiler
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(queries, keys)
+
+
+def _build_band_mask(queries: int, keys: int, window_tokens: int, device: torch.device) -> torch.Tensor:
+    """Return [queries, keys] bool, True inside the causal window; the last query aligns with the last key."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window_tokens)
+
+
+def _split_by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                       documents: Sequence[Span], begins: Sequence[int], first: int
+                       ) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Split a piece into (queries, keys, values) per `Span`.
+
+    Args:
+        begins: row index of each document's first key.
+        first: row index of `keys[0]`.
+    """
+    # split instead of slices: the backward pass then writes gradients once, without a zero-filled row per
+    # document
+    lengths = [begins[0] - first,
+               *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
+    return zip(queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
+               values.split(lengths)[1:], strict=True)

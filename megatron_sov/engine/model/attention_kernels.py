@@ -17,9 +17,9 @@ from megatron_sov.model.config import ModelConfig
 TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
                           "unfused": "NVTE_UNFUSED_ATTN"}
 """Transformer Engine kernel -> environment variable that allows the kernel, set from `gpu.attention`."""
-
-
 MAX_CACHED_DECISIONS = 64
+QUERY_DOCUMENTS, QUERY_TOKENS = 4, 4096
+"""Documents and tokens of the packed row in the query; the answer for packed rows depends on neither."""
 
 
 def load_attention_utils() -> Any:
@@ -65,10 +65,6 @@ def get_head_sizes(model: ModelConfig) -> tuple[int, int]:
     keys = latent.qk_nope_head_dim + latent.qk_rope_head_dim
     # the library pads the values of packed rows to the query size
     return keys, max(keys, latent.v_head_dim)
-
-
-QUERY_DOCUMENTS, QUERY_TOKENS = 4, 4096
-"""Documents and tokens of the packed row in the query; the answer for packed rows depends on neither."""
 
 
 def find_kernel_problem(model: ModelConfig, tp: int, attention: str) -> str:

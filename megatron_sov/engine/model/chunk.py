@@ -41,148 +41,6 @@ from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.modality import EncoderInputs
 
 
-class OutputHead(ColumnParallelLinear):
-    """Output head, a `ColumnParallelLinear` that losses use as a bare weight.
-
-    Losses read `weight` and never call `forward`, so `gradient_accumulation_fusion` stays off in its own
-    config: with the fusion, Megatron-Core's class requires APEX even if Transformer Engine accumulates."""
-
-    def __init__(self, *args: Any, config: Any, **settings: Any) -> None:
-        # dataclasses.replace would rerun the config's checks, which refuse the per-layer lists set after them
-        head_config = copy.copy(config)
-        head_config.gradient_accumulation_fusion = False
-        super().__init__(*args, config=head_config, **settings)
-
-
-class PredictionLayer(MultiTokenPredictionLayer):
-    """Multi-token prediction (MTP) layer for packed documents.
-
-    Megatron-Core shifts tokens in a loop over documents and splits each document separately under context
-    parallelism. This class shifts and splits whole rows.
-
-    With `ModelConfig.mtp_depths` > 1 the layer runs several times and concatenates the states of all depths
-    along the token axis. Recomputation repeats all depths together, so that the gradient of a weight arrives
-    once per backward pass, as the data-parallel wrapper expects.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Checkpoints call the inner layer `transformer_layer`, as Megatron-Core's own checkpoints do.
-        children = list(self._modules.items())
-        self._modules.clear()
-        for name, child in children:
-            self._modules["transformer_layer" if name == "mtp_model_layer" else name] = child
-
-    @property
-    def mtp_model_layer(self) -> Any:
-        """The inner transformer layer, under the name that Megatron-Core calls."""
-        return self.transformer_layer
-
-    def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
-                        embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
-                        packed_seq_params: PackedDocuments | None = None,
-                        padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
-        """Return (the whole row's tokens [tokens], shifted left once per depth; `position_ids`;
-        `padding_mask`; embeddings [MTP depths * local tokens, 1, hidden]; `hidden_states`)."""
-        assert packed_seq_params is not None
-        next_ids, embedded = input_ids, []
-        for _ in range(self.config.mtp_depths):
-            next_ids = shift_tokens(next_ids, packed_seq_params.bounds)
-            local_ids = context.select_local(next_ids)[None]
-            embedded.append(embedding(input_ids=local_ids, position_ids=position_ids))
-        states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
-        joined = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
-        return next_ids, position_ids, padding_mask, joined, states
-
-    def _proj_and_transformer_layer(self, hidden_states: torch.Tensor, decoder_input: torch.Tensor,
-                                    **kwargs: Any) -> torch.Tensor:
-        """Apply the layer once per depth in `decoder_input`; depth k reads the states of depth k - 1."""
-        outputs, num_depths = [], len(decoder_input) // len(hidden_states)
-        for embedded in decoder_input.chunk(num_depths):
-            hidden_states = super()._proj_and_transformer_layer(
-                hidden_states=hidden_states, decoder_input=embedded, **kwargs)
-            outputs.append(hidden_states)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def run_depth(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
-                  packed: PackedSpans) -> torch.Tensor:
-        """Run one depth on hidden states and embeddings of the next tokens, both
-        [tokens / sequence-parallel size, 1, hidden]."""
-        states: torch.Tensor = self._proj_and_transformer_layer(
-            hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
-        return states
-
-
-def shift_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """Shift tokens left inside each document; a document's last token becomes 0.
-
-    Args:
-        tokens: [tokens] int64, the whole row.
-        bounds: [documents + 1] cumulative document lengths.
-    """
-    next_tokens = tokens.roll(-1)
-    # an empty first document gives index -1, the last token of the row, which ends a document as well
-    last_index = (bounds[1:].long() - 1) % len(tokens)
-    return next_tokens.index_fill(0, last_index, 0)
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """Model inputs for a micro-batch: a row of packed documents, not split over processes."""
-
-    tokens: torch.Tensor
-    """[tokens] int64."""
-    positions: torch.Tensor
-    """[tokens] int64 position in the document."""
-    cu_seqlens: torch.Tensor
-    """[documents + 1] int32: cumulative document lengths, from 0 to the number of tokens."""
-    max_document_tokens: int
-    """Length of the longest document."""
-    padding: torch.Tensor
-    """[tokens] bool, True where a token is padding."""
-    host_bounds: Sequence[int] | None = None
-    """`cu_seqlens` on the host. None: copied from the device on first use, which makes the host wait."""
-    routes: np.ndarray | None = None
-    """[tokens, layers, top_k] expert indices on the host (`documents.shard_files`). None: routers choose."""
-    shared: SharedPrompts | None = None
-    """Prompts shared by several documents and stored once in the row. None: no shared prompts."""
-    encoder_inputs: EncoderInputs | None = None
-    """Images and audio clips whose features replace placeholder embeddings, on the host."""
-
-
-@contextlib.contextmanager
-def offloaded_activations(config: Any) -> Iterator[None]:
-    """Let Megatron-Core offload activations (`gpu.offload_modules`) in training passes alone.
-
-    Megatron-Core records the order of offloaded groups in the first pass and follows it in every later pass,
-    with or without gradients: a first evaluation pass would set the order, and a later one would advance the
-    position in it.
-    """
-    if not config.fine_grained_activation_offloading:
-        yield
-        return
-    FineGrainedActivationOffloadingInterface.enable_offload()
-    try:
-        yield
-    finally:
-        FineGrainedActivationOffloadingInterface.disable_offload()
-
-
-class LayerInputs(NamedTuple):
-    """Inputs for a chunk's first layer on this process."""
-
-    embedded: torch.Tensor | None
-    """[local tokens, 1, hidden]. None: layers read the tensor sent by the previous pipeline stage."""
-    positions: torch.Tensor
-    """[1, local tokens] int64 position in the document."""
-    rotary: torch.Tensor
-    """Rotary angles [local tokens, 1, 1, channels], or a table by position for the fused kernel."""
-    packed: Any
-    """`PackedDocuments` or the library's `PackedSeqParams`."""
-    padding: torch.Tensor
-    """[1 or 1 + bits, local tokens] padding mask, see `Chunk._local_padding`."""
-
-
 class Chunk(LanguageModule):
     """Consecutive layers that map `ModelInputs` to hidden states [depths * local tokens, 1, hidden].
 
@@ -253,8 +111,8 @@ class Chunk(LanguageModule):
 
         Args:
             inputs: the whole row.
-            first_route: row of its first token in the route table (`router.replay_routes`). None: routers
-                choose the experts.
+            first_route: row of its first token in the route table (`route_replay.replay_routes`). None:
+                routers choose the experts.
         """
         row = self.prepare_layer_inputs(inputs, first_route)
         hidden = self.decoder(
@@ -366,6 +224,104 @@ class Chunk(LanguageModule):
         return mask
 
 
+@dataclass(frozen=True)
+class ModelInputs:
+    """Model inputs for a micro-batch: a row of packed documents, not split over processes."""
+
+    tokens: torch.Tensor
+    """[tokens] int64."""
+    positions: torch.Tensor
+    """[tokens] int64 position in the document."""
+    cu_seqlens: torch.Tensor
+    """[documents + 1] int32: cumulative document lengths, from 0 to the number of tokens."""
+    max_document_tokens: int
+    """Length of the longest document."""
+    padding: torch.Tensor
+    """[tokens] bool, True where a token is padding."""
+    host_bounds: Sequence[int] | None = None
+    """`cu_seqlens` on the host. None: copied from the device on first use, which makes the host wait."""
+    routes: np.ndarray | None = None
+    """[tokens, layers, top_k] expert indices on the host (`documents.shard_files`). None: routers choose."""
+    shared: SharedPrompts | None = None
+    """Prompts shared by several documents and stored once in the row. None: no shared prompts."""
+    encoder_inputs: EncoderInputs | None = None
+    """Images and audio clips whose features replace placeholder embeddings, on the host."""
+
+
+class LayerInputs(NamedTuple):
+    """Inputs for a chunk's first layer on this process."""
+
+    embedded: torch.Tensor | None
+    """[local tokens, 1, hidden]. None: layers read the tensor sent by the previous pipeline stage."""
+    positions: torch.Tensor
+    """[1, local tokens] int64 position in the document."""
+    rotary: torch.Tensor
+    """Rotary angles [local tokens, 1, 1, channels], or a table by position for the fused kernel."""
+    packed: Any
+    """`PackedDocuments` or the library's `PackedSeqParams`."""
+    padding: torch.Tensor
+    """[1 or 1 + bits, local tokens] padding mask, see `Chunk._local_padding`."""
+
+
+class PredictionLayer(MultiTokenPredictionLayer):
+    """Multi-token prediction (MTP) layer for packed documents.
+
+    Megatron-Core shifts tokens in a loop over documents and splits each document separately under context
+    parallelism. This class shifts and splits whole rows.
+
+    With `ModelConfig.mtp_depths` > 1 the layer runs several times and concatenates the states of all depths
+    along the token axis. Recomputation repeats all depths together, so that the gradient of a weight arrives
+    once per backward pass, as the data-parallel wrapper expects.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Checkpoints call the inner layer `transformer_layer`, as Megatron-Core's own checkpoints do.
+        children = list(self._modules.items())
+        self._modules.clear()
+        for name, child in children:
+            self._modules["transformer_layer" if name == "mtp_model_layer" else name] = child
+
+    @property
+    def mtp_model_layer(self) -> Any:
+        """The inner transformer layer, under the name that Megatron-Core calls."""
+        return self.transformer_layer
+
+    def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
+                        embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
+                        packed_seq_params: PackedDocuments | None = None,
+                        padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
+        """Return (the whole row's tokens [tokens], shifted left once per depth; `position_ids`;
+        `padding_mask`; embeddings [MTP depths * local tokens, 1, hidden]; `hidden_states`)."""
+        assert packed_seq_params is not None
+        next_ids, embedded = input_ids, []
+        for _ in range(self.config.mtp_depths):
+            next_ids = shift_tokens(next_ids, packed_seq_params.bounds)
+            local_ids = context.select_local(next_ids)[None]
+            embedded.append(embedding(input_ids=local_ids, position_ids=position_ids))
+        states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        joined = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
+        return next_ids, position_ids, padding_mask, joined, states
+
+    def _proj_and_transformer_layer(self, hidden_states: torch.Tensor, decoder_input: torch.Tensor,
+                                    **kwargs: Any) -> torch.Tensor:
+        """Apply the layer once per depth in `decoder_input`; depth k reads the states of depth k - 1."""
+        outputs, num_depths = [], len(decoder_input) // len(hidden_states)
+        for embedded in decoder_input.chunk(num_depths):
+            hidden_states = super()._proj_and_transformer_layer(
+                hidden_states=hidden_states, decoder_input=embedded, **kwargs)
+            outputs.append(hidden_states)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def run_depth(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
+                  packed: PackedSpans) -> torch.Tensor:
+        """Run one depth on hidden states and embeddings of the next tokens, both
+        [tokens / sequence-parallel size, 1, hidden]."""
+        states: torch.Tensor = self._proj_and_transformer_layer(
+            hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
+        return states
+
+
 class OverlappedPasses(TransformerModelChunkSchedulePlan):
     """A micro-batch's schedule plan, cut at expert dispatch and combine (`parallel.expert_overlap`).
 
@@ -411,6 +367,50 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
         # only the trunk: the last node runs the MTP block
         if isinstance(module, TransformerBlock):
             super()._build_layer_schedule_plan(module, *streams)
+
+
+class OutputHead(ColumnParallelLinear):
+    """Output head, a `ColumnParallelLinear` that losses use as a bare weight.
+
+    Losses read `weight` and never call `forward`, so `gradient_accumulation_fusion` stays off in its own
+    config: with the fusion, Megatron-Core's class requires APEX even if Transformer Engine accumulates."""
+
+    def __init__(self, *args: Any, config: Any, **settings: Any) -> None:
+        # dataclasses.replace would rerun the config's checks, which refuse the per-layer lists set after them
+        head_config = copy.copy(config)
+        head_config.gradient_accumulation_fusion = False
+        super().__init__(*args, config=head_config, **settings)
+
+
+def shift_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Shift tokens left inside each document; a document's last token becomes 0.
+
+    Args:
+        tokens: [tokens] int64, the whole row.
+        bounds: [documents + 1] cumulative document lengths.
+    """
+    next_tokens = tokens.roll(-1)
+    # an empty first document gives index -1, the last token of the row, which ends a document as well
+    last_index = (bounds[1:].long() - 1) % len(tokens)
+    return next_tokens.index_fill(0, last_index, 0)
+
+
+@contextlib.contextmanager
+def offloaded_activations(config: Any) -> Iterator[None]:
+    """Let Megatron-Core offload activations (`gpu.offload_modules`) in training passes alone.
+
+    Megatron-Core records the order of offloaded groups in the first pass and follows it in every later pass,
+    with or without gradients: a first evaluation pass would set the order, and a later one would advance the
+    position in it.
+    """
+    if not config.fine_grained_activation_offloading:
+        yield
+        return
+    FineGrainedActivationOffloadingInterface.enable_offload()
+    try:
+        yield
+    finally:
+        FineGrainedActivationOffloadingInterface.disable_offload()
 
 
 def _build_rotary_embedding(config: Any, model: ModelConfig, cp_group: Any) -> Any:

@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken_rules
-from megatron_sov.engine import router
+from megatron_sov.engine import fused_routing
 from megatron_sov.engine.model.attention_kernels import (
     TE_ATTENTION_VARIABLES, find_kernel_problem, get_head_sizes)
 from megatron_sov.engine.parallel.device import (
@@ -26,6 +26,24 @@ from megatron_sov.model.config.gpu import fp8_format
 
 QUANTIZATION_FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
 """Fields by which Megatron-Core's forward passes decide whether to quantize."""
+OVERLAP_FIELDS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
+"""Fields set after the config's validation, which would refuse float32 and MTP layers with them."""
+DISPATCH_OVERLAP_FIELD = "overlap_dispatch_backward_with_experts_wgrad"
+"""Field for `parallel.expert_overlap` = weight_gradients."""
+TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
+"""Modules whose recomputation needs Transformer Engine -> modules to name without it."""
+MIN_CUDNN_HEAD_256 = 92500
+"""First cuDNN version that trains packed rows with head size 256 on Blackwell."""
+NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Both names of torch's allocator variable."""
+EXPANDABLE = "expandable_segments:True"
+"""Option in `ALLOCATOR` that conflicts with NCCL's registration."""
+MAX_FLA_KEY_DIM = 256
+"""Maximum key head size in flash-linear-attention's kernels."""
+Rule = tuple[bool, str, str, str]
+"""(whether the setting is valid, setting, fault otherwise, fix), for `find_broken_rules`: the setting, its
+value, the fault and the fix form the sentence of the error."""
 
 
 def fp8_settings(train: TrainConfig) -> dict[str, Any]:
@@ -115,25 +133,12 @@ FUSIONS = (
     Fusion("rope_fusion", "apply_rope_fusion",
            lambda context: context.parallel.cp == 1 and context.model.latent_attention is None),
     Fusion("router_fusion", "moe_router_fusion", lambda context: context.model.num_moe_layers() > 0,
-           lambda model: not router.find_fusion_problem(model)),
+           lambda model: not fused_routing.find_fusion_problem(model)),
     Fusion("permute_fusion", "moe_permute_fusion", lambda context: context.model.num_moe_layers() > 0),
     Fusion("swiglu_fusion", "bias_activation_fusion",
            lambda context: context.model.activation != "gelu_tanh"),
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda context: True),
 )
-OVERLAP_FIELDS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
-"""Fields set after the config's validation, which would refuse float32 and MTP layers with them."""
-DISPATCH_OVERLAP_FIELD = "overlap_dispatch_backward_with_experts_wgrad"
-"""Field for `parallel.expert_overlap` = weight_gradients."""
-TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
-"""Modules whose recomputation needs Transformer Engine -> modules to name without it."""
-MIN_CUDNN_HEAD_256 = 92500
-"""First cuDNN version that trains packed rows with head size 256 on Blackwell."""
-NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Both names of torch's allocator variable."""
-EXPANDABLE = "expandable_segments:True"
-"""Option in `ALLOCATOR` that conflicts with NCCL's registration."""
 
 
 def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: KernelContext) -> dict[str, Any]:
@@ -222,10 +227,6 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
         _find_head_size_problem(model) or find_kernel_problem(model, context.parallel.tp, attention))
 
 
-MAX_FLA_KEY_DIM = 256
-"""Maximum key head size in flash-linear-attention's kernels."""
-
-
 def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bool) -> bool:
     """Return whether `LinearAttention` layers train with flash-linear-attention's kernels; Triton autotunes
     the kernels in each process, so results are not deterministic."""
@@ -266,11 +267,6 @@ def _find_nondeterminism() -> str:
     return ""
 
 
-Rule = tuple[bool, str, str, str]
-"""(whether the setting is valid, setting, fault otherwise, fix), for `find_broken_rules`: the setting, its
-value, the fault and the fix form the sentence of the error."""
-
-
 def check_gpu_settings(config: RunConfig, te: bool) -> None:
     """Raise `SettingsError` with a sentence per setting that this process cannot use; `te`: the model uses
     Transformer Engine modules."""
@@ -297,7 +293,7 @@ def _fusion_rules(gpu: GpuConfig, context: KernelContext) -> list[Rule]:
         fault = "has no effect in this model and layout" if context.te else NEEDS_TE
         rules.append((not is_unusable, fusion.setting, fault, "leave it out"))
     fuses_router = gpu.router_fusion == "on" and context.te and context.model.num_moe_layers() > 0
-    router_problem = router.find_fusion_problem(context.model) if fuses_router else ""
+    router_problem = fused_routing.find_fusion_problem(context.model) if fuses_router else ""
     return [*rules, (not router_problem, "router_fusion", router_problem, ""),
             _require_te("shared_expert_overlap", context.te, gpu.shared_expert_overlap != "off")]
 
@@ -403,4 +399,3 @@ def _attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
             rules.append((f"needs the variable {name} = {wanted} or none, and the environment has {value}",
                           "unset it"))
     return [(False, "attention", fault, fix) for fault, fix in rules]
-

@@ -27,103 +27,10 @@ from megatron_sov.model.config import (
 from megatron_sov.model.config.gpu import DEFAULT_GPU
 from megatron_sov.runs.checkpoints import AdapterBase
 
-# Megatron-Core creates some parameters on the CPU regardless of the default device (router weights, torch's
-# norms) and moves them with the whole model or in the first forward pass. The gradient hooks of the
-# data-parallel wrapper would then watch the old tensor, and the weight would never train.
-
-def use_local_device() -> contextlib.AbstractContextManager[object]:
-    """Return a context that creates tensors on the local GPU by default, or a null context without a GPU."""
-    return get_local_device() if on_gpu() else contextlib.nullcontext()
-
-
-def move_to_device(module: torch.nn.Module, device: torch.device) -> None:
-    """Move parameters and buffers to `device`, before hooks and buffers reference the old tensors."""
-    for part in module.modules():
-        for parameter in part._parameters.values():
-            if parameter is not None and parameter.device != device:
-                parameter.data = parameter.data.to(device)  # in place: keeps attributes and weight tying
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.to(device)
-    check_device(module, device)
-
-
-def check_device(module: torch.nn.Module, device: torch.device) -> None:
-    """Raise `RuntimeError` naming the first parameter or buffer that is not on `device`."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.device != device:
-            raise RuntimeError(f"{name} is on {tensor.device} and the model on {device}: it would get no "
-                               "gradient")
-
-
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Weights with one row per token id, split by rows over the tensor-parallel group."""
 NO_ADAPTERS = LoraConfig()
 ENCODER_TRAINING = MediaConfig()
-
-
-# SwiGLU for CPUs: Megatron-Core's kernel would be compiled; its eager form adds an offset of zero, and its
-# backward pass concatenates the two halves again.
-
-
-
-def patch_swiglu_kernels() -> None:
-    """Replace Megatron-Core's fused SwiGLU kernels by `_apply_swiglu` and `_apply_weighted_swiglu`."""
-    mlp.bias_swiglu_impl, mlp.weighted_bias_swiglu_impl = _apply_swiglu, _apply_weighted_swiglu
-
-
-def _apply_swiglu(values: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
-    """Apply SwiGLU: values [..., 2 * ffn], bias [2 * ffn] -> [..., ffn]."""
-    output: torch.Tensor = _SwiGLU.apply(values if bias is None else values + bias)
-    return output
-
-
-def _apply_weighted_swiglu(values: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor,
-                           *_: Any) -> torch.Tensor:
-    """Apply SwiGLU and router weights: [tokens, 2 * ffn], [2 * ffn], [tokens, 1] -> [tokens, ffn]."""
-    return (_apply_swiglu(values, bias) * weights).to(values.dtype)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """``silu(gate) * up`` for a tensor [gate, up]; the gradient has the same bits as autograd's."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        """[..., 2 * ffn] -> [..., ffn]."""
-        gate, up = values.chunk(2, dim=-1)
-        activated = torch.nn.functional.silu(gate)
-        ctx.save_for_backward(values, activated)
-        return activated * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Write the gradients for gate and up into the two halves of a tensor."""
-        values, activated = ctx.saved_tensors
-        gate, up = values.chunk(2, dim=-1)
-        gradients = torch.empty_like(values)
-        gate_gradient, up_gradient = gradients.chunk(2, dim=-1)
-        torch.mul(gradient, activated, out=up_gradient)
-        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=gate_gradient)
-        return gradients
-
-
-
-def mark_parameters(chunk: torch.nn.Module) -> None:
-    """Set `allreduce` and `tensor_model_parallel`, by which Megatron-Core reduces gradients and counts
-    parameters in the norm.
-
-    Gradients of routed experts are summed over the expert data-parallel group. Megatron-Core marks experts
-    only for expert-parallel sizes above 1: with `ep = 1` and `etp != tp` each tensor-parallel process would
-    keep the gradient of its own tokens. Transformer Engine marks split weights, but since 2.13 no longer
-    those of grouped linear layers (experts): tensor-parallel processes would compute different gradient
-    norms and clip differently.
-    """
-    for name, parameter in chunk.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = parameter.sequence_parallel = False  # type: ignore[attr-defined]
-            if not hasattr(parameter, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(parameter, True, int("linear_fc2" in name), 1)
 
 
 class LanguageModel(torch.nn.ModuleList):
@@ -181,6 +88,12 @@ class LanguageModel(torch.nn.ModuleList):
         return weight if adapter is None else adapter.merge_weight(weight)
 
 
+def build_run_model(config: RunConfig, gpu: GpuConfig | None = None) -> LanguageModel:
+    """Build a run config's model, see `build_model`; `gpu` replaces `config.gpu`."""
+    return build_model(config.model, config.parallel, config.train, config.gpu if gpu is None else gpu,
+                       config.lora, config.media)
+
+
 def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                 gpu: GpuConfig = DEFAULT_GPU, lora: LoraConfig = NO_ADAPTERS,
                 encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
@@ -200,10 +113,96 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
     return LanguageModel(chunks, model, lora, encoder_training)
 
 
-def build_run_model(config: RunConfig, gpu: GpuConfig | None = None) -> LanguageModel:
-    """Build a run config's model, see `build_model`; `gpu` replaces `config.gpu`."""
-    return build_model(config.model, config.parallel, config.train, config.gpu if gpu is None else gpu,
-                       config.lora, config.media)
+# Megatron-Core creates some parameters on the CPU regardless of the default device (router weights, torch's
+# norms) and moves them with the whole model or in the first forward pass. The gradient hooks of the
+# data-parallel wrapper would then watch the old tensor, and the weight would never train.
+
+def use_local_device() -> contextlib.AbstractContextManager[object]:
+    """Return a context that creates tensors on the local GPU by default, or a null context without a GPU."""
+    return get_local_device() if on_gpu() else contextlib.nullcontext()
+
+
+def move_to_device(module: torch.nn.Module, device: torch.device) -> None:
+    """Move parameters and buffers to `device`, before hooks and buffers reference the old tensors."""
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None and parameter.device != device:
+                parameter.data = parameter.data.to(device)  # in place: keeps attributes and weight tying
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device)
+    check_device(module, device)
+
+
+def check_device(module: torch.nn.Module, device: torch.device) -> None:
+    """Raise `RuntimeError` naming the first parameter or buffer that is not on `device`."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device != device:
+            raise RuntimeError(f"{name} is on {tensor.device} and the model on {device}: it would get no "
+                               "gradient")
+
+
+# SwiGLU for CPUs: Megatron-Core's kernel would be compiled; its eager form adds an offset of zero, and its
+# backward pass concatenates the two halves again.
+
+
+
+def patch_swiglu_kernels() -> None:
+    """Replace Megatron-Core's fused SwiGLU kernels by `_apply_swiglu` and `_apply_weighted_swiglu`."""
+    mlp.bias_swiglu_impl, mlp.weighted_bias_swiglu_impl = _apply_swiglu, _apply_weighted_swiglu
+
+
+def _apply_swiglu(values: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+    """Apply SwiGLU: values [..., 2 * ffn], bias [2 * ffn] -> [..., ffn]."""
+    output: torch.Tensor = _SwiGLU.apply(values if bias is None else values + bias)
+    return output
+
+
+def _apply_weighted_swiglu(values: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor,
+                           *_: Any) -> torch.Tensor:
+    """Apply SwiGLU and router weights: [tokens, 2 * ffn], [2 * ffn], [tokens, 1] -> [tokens, ffn]."""
+    return (_apply_swiglu(values, bias) * weights).to(values.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` for a tensor [gate, up]; the gradient has the same bits as autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        """[..., 2 * ffn] -> [..., ffn]."""
+        gate, up = values.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate)
+        ctx.save_for_backward(values, activated)
+        return activated * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Write the gradients for gate and up into the two halves of a tensor."""
+        values, activated = ctx.saved_tensors
+        gate, up = values.chunk(2, dim=-1)
+        gradients = torch.empty_like(values)
+        gate_gradient, up_gradient = gradients.chunk(2, dim=-1)
+        torch.mul(gradient, activated, out=up_gradient)
+        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=gate_gradient)
+        return gradients
+
+
+def mark_parameters(chunk: torch.nn.Module) -> None:
+    """Set `allreduce` and `tensor_model_parallel`, by which Megatron-Core reduces gradients and counts
+    parameters in the norm.
+
+    Gradients of routed experts are summed over the expert data-parallel group. Megatron-Core marks experts
+    only for expert-parallel sizes above 1: with `ep = 1` and `etp != tp` each tensor-parallel process would
+    keep the gradient of its own tokens. Transformer Engine marks split weights, but since 2.13 no longer
+    those of grouped linear layers (experts): tensor-parallel processes would compute different gradient
+    norms and clip differently.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            if not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, True, int("linear_fc2" in name), 1)
 
 
 def _build_chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:

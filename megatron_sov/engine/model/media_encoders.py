@@ -27,7 +27,7 @@ class MediaEncoders(torch.nn.Module):
     """A model's encoders, owned by the first `Chunk`."""
 
     def __init__(self, model: ModelConfig, config: Any) -> None:
-        """Create the encoders; `load.initialize_weights` or a checkpoint sets their weights.
+        """Create the encoders; `initial_weights.initialize_weights` or a checkpoint sets their weights.
 
         Args:
             model: the architecture.

@@ -19,221 +19,9 @@ from megatron_sov.engine.parallel.device import get_local_device, to_device
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import OptimConfig
 
-
-@dataclass(frozen=True, order=True)
-class Matrix:
-    """A two-dimensional weight, or one expert's slice of a three-dimensional one."""
-
-    key: str
-    """Global tensor's name."""
-    index: tuple[int, ...]
-    """Index on the leading axes (expert); empty for a two-dimensional weight."""
-    rows: int
-    """Output rows."""
-    columns: int
-    """Input columns."""
-
-    @property
-    def cost(self) -> int:
-        """Multiplications per Newton-Schulz iteration, up to a constant factor."""
-        return self.rows * self.columns * min(self.rows, self.columns)
-
-
-def split_matrix(matrix: Matrix, config: Any) -> list[torch.Tensor]:
-    """Return the row indices [count] per part that is orthogonalized separately.
-
-    A fused QKV weight holds the rows of queries, key and value for each query group; the first weight of a
-    gated feed-forward block holds the rows of gate and up. Each of these is a separate matrix (as with
-    `split_qkv` of megatron.core.optimizer.muon).
-
-    Args:
-        matrix: a whole weight or one expert's slice.
-        config: the library's `TransformerConfig`.
-    """
-    rows = torch.arange(matrix.rows)
-    if matrix.key.endswith("linear_qkv.weight"):
-        per_key = config.num_attention_heads // config.num_query_groups * config.kv_channels
-        grouped = rows.view(config.num_query_groups, per_key + 2 * config.kv_channels)
-        return [part.flatten()
-                for part in grouped.split([per_key, config.kv_channels, config.kv_channels], dim=1)]
-    if matrix.key.endswith("linear_fc1.weight") and config.gated_linear_unit:
-        return list(rows.chunk(2))
-    return [rows]
-
-
-def orthogonalize(update: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
-    """Approximate U V^T for an update [rows, columns] = U S V^T by Newton-Schulz iterations in its dtype.
-
-    Same operations in the same order as torch.optim.Muon, which always uses bfloat16; after Keller Jordan,
-    kellerjordan.github.io/posts/muon.
-    """
-    a, b, c = coefficients
-    tall = update.shape[0] > update.shape[1]
-    x = update.T if tall else update
-    x = x / x.norm().clamp(min=1e-7)  # bounds the largest singular value by 1
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
-
-
-def compute_update_scale(kind: str, rows: int, columns: int) -> float:
-    """Return the factor on the orthogonal update of a matrix with `rows` outputs and `columns` inputs.
-
-    Args:
-        kind: `match_rms_adamw`: update entries have a root mean square of 0.2, about AdamW's (Liu et al.,
-            arXiv 2502.16982). `original`: Keller Jordan's. `spectral`: outputs change as much as inputs (Yang
-            et al., arXiv 2310.17813).
-    """
-    if kind == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns) if kind == "original" else rows / columns)
-
-
-# Exchange of matrix pieces. Tensor parallelism splits matrices, and ZeRO-1 cuts matrices where a process's
-# range ends. Matrices are distributed over the processes of a group in rounds of similar cost: every process
-# receives whole matrices with about equal work, and holds one round's matrices in addition to the local
-# pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but computes a matrix on
-# every process with a piece.)
-
 ROUND_ELEMENTS = 1 << 24
 """Elements that a process receives per round, unless one matrix is larger."""
-
-
-@dataclass(frozen=True)
-class MatrixPlace:
-    """A piece's position in the matrix."""
-
-    matrix: Matrix
-    row: int
-    column: int
-    shape: tuple[int, int]
-    owned: bool
-    """Whether this replica of the piece is sent; all replicas receive the result."""
-
-    @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the piece's view of a whole matrix [rows, columns]."""
-        return whole[self.row:self.row + self.shape[0], self.column:self.column + self.shape[1]]
-
-
-@dataclass(frozen=True)
-class _ExchangeRound:
-    """Pieces that a process sends and receives in a round, by process in the group."""
-
-    sent: list[list[int]]
-    """Local piece indices, by the process that computes the matrix."""
-    computed: list[list[MatrixPlace]]
-    """Places of the pieces whose matrices this process computes, by the holding process."""
-
-
-class MatrixExchange:
-    """Assigns matrices to processes. Creation and `run` are collective over the group."""
-
-    def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
-        """Exchange the pieces' places and plan the rounds.
-
-        Args:
-            places: places of the local pieces.
-            group: processes that together hold all pieces of their matrices.
-        """
-        self._places, self._group = places, group
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
-        places_by_rank: list[list[MatrixPlace]] = gather_objects(places, group)
-        # sorted by cost, then name: equal on all processes, and matrices of a round take equally long
-        matrices = sorted({p.matrix for rank_places in places_by_rank for p in rank_places},
-                          key=lambda m: (-m.cost, m))
-        largest = max((m.rows * m.columns for m in matrices), default=1)
-        in_round = size * max(1, ROUND_ELEMENTS // largest)
-        number = {matrix: index for index, matrix in enumerate(matrices)}
-        self._rounds = [_ExchangeRound([[] for _ in range(size)], [[] for _ in range(size)])
-                        for _ in range(0, len(matrices), in_round)]
-        for index, piece in enumerate(places):
-            position = number[piece.matrix]
-            self._rounds[position // in_round].sent[position % in_round % size].append(index)
-        for peer, rank_places in enumerate(places_by_rank):
-            for piece in rank_places:
-                position = number[piece.matrix]
-                if position % in_round % size == rank:
-                    self._rounds[position // in_round].computed[peer].append(piece)
-
-    def run(self, read: Callable[[int], torch.Tensor],
-            compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
-            write: Callable[[int, torch.Tensor], None], dtype: torch.dtype) -> None:
-        """Apply `compute` to every matrix.
-
-        Args:
-            read: piece index -> its elements in `dtype`, in the piece's shape.
-            compute: matrix and its elements [rows, columns] -> new elements, same shape, in `dtype`.
-            write: called with a piece index and its new elements.
-            dtype: dtype of the messages.
-        """
-        for exchange_round in self._rounds:
-            sent = [_concatenate((read(n) for n in numbers if self._places[n].owned), dtype)
-                    for numbers in exchange_round.sent]
-            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.computed]
-            received = self._exchange_tensors(sent, counts)
-            matrices: dict[Matrix, torch.Tensor] = {}
-            for peer_places, flat in zip(exchange_round.computed, received, strict=True):
-                # only one replica of a piece is sent; every replica receives the result and keeps equal bits
-                owned = [p for p in peer_places if p.owned]
-                for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
-                    matrix_key = place.matrix
-                    if matrix_key not in matrices:
-                        matrices[matrix_key] = torch.empty(matrix_key.rows, matrix_key.columns, dtype=dtype,
-                                                           device=get_local_device())
-                    place.slice_of(matrices[matrix_key]).copy_(part.view(place.shape))
-            results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
-            returned = [_concatenate((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
-                        for peer_places in exchange_round.computed]
-            counts = [self._count_elements(numbers) for numbers in exchange_round.sent]
-            for numbers, flat in zip(exchange_round.sent, self._exchange_tensors(returned, counts),
-                                     strict=True):
-                places = [self._places[n] for n in numbers]
-                for n, place, part in zip(numbers, places, flat.split([p.size for p in places]), strict=True):
-                    write(n, part.view(place.shape))
-
-    def _count_elements(self, numbers: Iterable[int]) -> int:
-        return sum(self._places[n].size for n in numbers)
-
-    def _exchange_tensors(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
-        """Send a flat tensor to each process; return the tensors received, `counts` elements from each."""
-        if len(to_each) == 1:
-            return to_each
-        dtype, item = to_each[0].dtype, to_each[0].element_size()
-        received = torch.empty(sum(counts), dtype=dtype, device=get_local_device())
-        # as bytes: some backends do not support every dtype
-        dist.all_to_all_single(received.view(torch.uint8), torch.cat(to_each).view(torch.uint8),
-                               [item * n for n in counts], [item * len(t) for t in to_each],
-                               group=self._group)
-        return list(received.split(counts))
-
-
-def _concatenate(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Concatenate all elements; the result may be empty."""
-    return torch.cat([torch.empty(0, dtype=dtype, device=get_local_device()),
-                      *(t.flatten() for t in tensors)])
-
-
 MOMENTUM = "momentum"
-
-
-@dataclass(frozen=True)
-class _MatrixPiece:
-    """A rectangle of a matrix inside a `StateShard`."""
-
-    shard: StateShard
-    start: int
-    """First element's index in the shard."""
-    shape: tuple[int, int]
-
-    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the piece's view of a tensor with the shard's layout."""
-        count = self.shape[0] * self.shape[1]
-        return tensor.view(-1)[self.start:self.start + count].view(self.shape)
 
 
 class Muon:
@@ -329,6 +117,216 @@ class Muon:
                 scale[rows] = compute_update_scale(self._config.muon_scale, len(rows), matrix.columns)
             self._scales[matrix] = scale
         return self._scales[matrix]
+
+
+@dataclass(frozen=True, order=True)
+class Matrix:
+    """A two-dimensional weight, or one expert's slice of a three-dimensional one."""
+
+    key: str
+    """Global tensor's name."""
+    index: tuple[int, ...]
+    """Index on the leading axes (expert); empty for a two-dimensional weight."""
+    rows: int
+    """Output rows."""
+    columns: int
+    """Input columns."""
+
+    @property
+    def cost(self) -> int:
+        """Multiplications per Newton-Schulz iteration, up to a constant factor."""
+        return self.rows * self.columns * min(self.rows, self.columns)
+
+
+def split_matrix(matrix: Matrix, config: Any) -> list[torch.Tensor]:
+    """Return the row indices [count] per part that is orthogonalized separately.
+
+    A fused QKV weight holds the rows of queries, key and value for each query group; the first weight of a
+    gated feed-forward block holds the rows of gate and up. Each of these is a separate matrix (as with
+    `split_qkv` of megatron.core.optimizer.muon).
+
+    Args:
+        matrix: a whole weight or one expert's slice.
+        config: the library's `TransformerConfig`.
+    """
+    rows = torch.arange(matrix.rows)
+    if matrix.key.endswith("linear_qkv.weight"):
+        per_key = config.num_attention_heads // config.num_query_groups * config.kv_channels
+        grouped = rows.view(config.num_query_groups, per_key + 2 * config.kv_channels)
+        return [part.flatten()
+                for part in grouped.split([per_key, config.kv_channels, config.kv_channels], dim=1)]
+    if matrix.key.endswith("linear_fc1.weight") and config.gated_linear_unit:
+        return list(rows.chunk(2))
+    return [rows]
+
+
+def orthogonalize(update: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
+    """Approximate U V^T for an update [rows, columns] = U S V^T by Newton-Schulz iterations in its dtype.
+
+    Same operations in the same order as torch.optim.Muon, which always uses bfloat16; after Keller Jordan,
+    kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = coefficients
+    tall = update.shape[0] > update.shape[1]
+    x = update.T if tall else update
+    x = x / x.norm().clamp(min=1e-7)  # bounds the largest singular value by 1
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def compute_update_scale(kind: str, rows: int, columns: int) -> float:
+    """Return the factor on the orthogonal update of a matrix with `rows` outputs and `columns` inputs.
+
+    Args:
+        kind: `match_rms_adamw`: update entries have a root mean square of 0.2, about AdamW's (Liu et al.,
+            arXiv 2502.16982). `original`: Keller Jordan's. `spectral`: outputs change as much as inputs (Yang
+            et al., arXiv 2310.17813).
+    """
+    if kind == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns) if kind == "original" else rows / columns)
+
+
+@dataclass(frozen=True)
+class MatrixPlace:
+    """A piece's position in the matrix."""
+
+    matrix: Matrix
+    row: int
+    column: int
+    shape: tuple[int, int]
+    owned: bool
+    """Whether this replica of the piece is sent; all replicas receive the result."""
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return the piece's view of a whole matrix [rows, columns]."""
+        return whole[self.row:self.row + self.shape[0], self.column:self.column + self.shape[1]]
+
+
+@dataclass(frozen=True)
+class _ExchangeRound:
+    """Pieces that a process sends and receives in a round, by process in the group."""
+
+    sent: list[list[int]]
+    """Local piece indices, by the process that computes the matrix."""
+    computed: list[list[MatrixPlace]]
+    """Places of the pieces whose matrices this process computes, by the holding process."""
+
+
+class MatrixExchange:
+    """Gathers whole matrices from their pieces. Creation and `run` are collective over the group.
+
+    Tensor parallelism splits matrices, and ZeRO-1 cuts matrices where a process's range ends. Matrices are
+    distributed over the processes of a group in rounds of similar cost: every process receives whole matrices
+    with about equal work, and holds one round's matrices in addition to the local pieces. (Moonlight's
+    distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but computes a matrix on every process with
+    a piece.)
+    """
+
+    def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
+        """Exchange the pieces' places and plan the rounds.
+
+        Args:
+            places: places of the local pieces.
+            group: processes that together hold all pieces of their matrices.
+        """
+        self._places, self._group = places, group
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        places_by_rank: list[list[MatrixPlace]] = gather_objects(places, group)
+        # sorted by cost, then name: equal on all processes, and matrices of a round take equally long
+        matrices = sorted({p.matrix for rank_places in places_by_rank for p in rank_places},
+                          key=lambda m: (-m.cost, m))
+        largest = max((m.rows * m.columns for m in matrices), default=1)
+        in_round = size * max(1, ROUND_ELEMENTS // largest)
+        number = {matrix: index for index, matrix in enumerate(matrices)}
+        self._rounds = [_ExchangeRound([[] for _ in range(size)], [[] for _ in range(size)])
+                        for _ in range(0, len(matrices), in_round)]
+        for index, piece in enumerate(places):
+            position = number[piece.matrix]
+            self._rounds[position // in_round].sent[position % in_round % size].append(index)
+        for peer, rank_places in enumerate(places_by_rank):
+            for piece in rank_places:
+                position = number[piece.matrix]
+                if position % in_round % size == rank:
+                    self._rounds[position // in_round].computed[peer].append(piece)
+
+    def run(self, read: Callable[[int], torch.Tensor],
+            compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
+            write: Callable[[int, torch.Tensor], None], dtype: torch.dtype) -> None:
+        """Apply `compute` to every matrix.
+
+        Args:
+            read: piece index -> its elements in `dtype`, in the piece's shape.
+            compute: matrix and its elements [rows, columns] -> new elements, same shape, in `dtype`.
+            write: called with a piece index and its new elements.
+            dtype: dtype of the messages.
+        """
+        for exchange_round in self._rounds:
+            sent = [_concatenate((read(n) for n in numbers if self._places[n].owned), dtype)
+                    for numbers in exchange_round.sent]
+            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.computed]
+            received = self._exchange_tensors(sent, counts)
+            matrices: dict[Matrix, torch.Tensor] = {}
+            for peer_places, flat in zip(exchange_round.computed, received, strict=True):
+                # only one replica of a piece is sent; every replica receives the result and keeps equal bits
+                owned = [p for p in peer_places if p.owned]
+                for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
+                    matrix_key = place.matrix
+                    if matrix_key not in matrices:
+                        matrices[matrix_key] = torch.empty(matrix_key.rows, matrix_key.columns, dtype=dtype,
+                                                           device=get_local_device())
+                    place.slice_of(matrices[matrix_key]).copy_(part.view(place.shape))
+            results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
+            returned = [_concatenate((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
+                        for peer_places in exchange_round.computed]
+            counts = [self._count_elements(numbers) for numbers in exchange_round.sent]
+            for numbers, flat in zip(exchange_round.sent, self._exchange_tensors(returned, counts),
+                                     strict=True):
+                places = [self._places[n] for n in numbers]
+                for n, place, part in zip(numbers, places, flat.split([p.size for p in places]), strict=True):
+                    write(n, part.view(place.shape))
+
+    def _count_elements(self, numbers: Iterable[int]) -> int:
+        return sum(self._places[n].size for n in numbers)
+
+    def _exchange_tensors(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+        """Send a flat tensor to each process; return the tensors received, `counts` elements from each."""
+        if len(to_each) == 1:
+            return to_each
+        dtype, item = to_each[0].dtype, to_each[0].element_size()
+        received = torch.empty(sum(counts), dtype=dtype, device=get_local_device())
+        # as bytes: some backends do not support every dtype
+        dist.all_to_all_single(received.view(torch.uint8), torch.cat(to_each).view(torch.uint8),
+                               [item * n for n in counts], [item * len(t) for t in to_each],
+                               group=self._group)
+        return list(received.split(counts))
+
+
+def _concatenate(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Concatenate all elements; the result may be empty."""
+    return torch.cat([torch.empty(0, dtype=dtype, device=get_local_device()),
+                      *(t.flatten() for t in tensors)])
+
+
+@dataclass(frozen=True)
+class _MatrixPiece:
+    """A rectangle of a matrix inside a `StateShard`."""
+
+    shard: StateShard
+    start: int
+    """First element's index in the shard."""
+    shape: tuple[int, int]
+
+    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the piece's view of a tensor with the shard's layout."""
+        count = self.shape[0] * self.shape[1]
+        return tensor.view(-1)[self.start:self.start + count].view(self.shape)
 
 
 def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:

@@ -29,24 +29,6 @@ NORM_ELEMENTS = 1 << 16
 third of the time."""
 
 
-@contextlib.contextmanager
-def _select_adamw(dtype: torch.dtype) -> Iterator[None]:
-    """Make Megatron-Core create `CpuAdamW` on CPUs and torch's AdamW on GPUs, unless Transformer Engine's
-    optimizer is available and supports `dtype` (not float64)."""
-    previous = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
-    if not library_optimizer.USING_PYTORCH_OPTIMIZER and dtype != torch.float64:
-        yield
-        return
-    optimizer_class = torch.optim.AdamW if on_gpu() else CpuAdamW
-    # with the flag at True the library would ignore this attribute
-    library_optimizer.Adam = lambda adam_w_mode, **settings: optimizer_class(**settings)
-    library_optimizer.USING_PYTORCH_OPTIMIZER = False
-    try:
-        yield
-    finally:
-        library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = previous
-
-
 class Optimizer:
     """Data-parallel gradient reduction, and AdamW or Muon, for one model. Gradients are plain sums over
     processes."""
@@ -200,3 +182,21 @@ class Optimizer:
         """Set the number of updates that the restored moments include."""
         self.num_updates = num_updates
         state_shards.set_update_count(self.shards, num_updates)
+
+
+@contextlib.contextmanager
+def _select_adamw(dtype: torch.dtype) -> Iterator[None]:
+    """Make Megatron-Core create `CpuAdamW` on CPUs and torch's AdamW on GPUs, unless Transformer Engine's
+    optimizer is available and supports `dtype` (not float64)."""
+    previous = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
+    if not library_optimizer.USING_PYTORCH_OPTIMIZER and dtype != torch.float64:
+        yield
+        return
+    optimizer_class = torch.optim.AdamW if on_gpu() else CpuAdamW
+    # with the flag at True the library would ignore this attribute
+    library_optimizer.Adam = lambda adam_w_mode, **settings: optimizer_class(**settings)
+    library_optimizer.USING_PYTORCH_OPTIMIZER = False
+    try:
+        yield
+    finally:
+        library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = previous

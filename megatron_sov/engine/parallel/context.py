@@ -42,8 +42,9 @@ def get_local_pieces(row_tokens: int) -> list[tuple[int, int]]:
 
 def select_local(row: torch.Tensor) -> torch.Tensor:
     """Return the local tokens of a row: [n, ...] -> [n / c, ...]."""
-    return row if get_cp_size() == 1 else torch.cat([row[first:end] for first,
-                                                     end in get_local_pieces(len(row))])
+    if get_cp_size() == 1:
+        return row
+    return torch.cat([row[first:end] for first, end in get_local_pieces(len(row))])
 
 
 def compute_row_index(row_tokens: int, sequence_parallel: bool, device: torch.device) -> torch.Tensor:
@@ -86,9 +87,10 @@ def exchange_heads(row: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def get_local_heads(count: int) -> slice:
-    """Return the local slice of the heads after `exchange_tokens`; `count` is the number of local heads."""
-    num_heads, rank = count, int(parallel_state.get_context_parallel_rank())
+def get_local_heads(num_heads: int) -> slice:
+    """Return the local slice of the heads after `exchange_tokens`; `num_heads` is the number of local
+    heads."""
+    rank = int(parallel_state.get_context_parallel_rank())
     return slice(rank * num_heads, (rank + 1) * num_heads)
 
 
@@ -121,9 +123,9 @@ def _get_piece_indices() -> tuple[int, int]:
 def _to_row_order(by_rank: torch.Tensor) -> torch.Tensor:
     """Reorder [c, n / c, ...] by process to [n, ...] in row order."""
     c = len(by_rank)
-    pieces_ = by_rank.unflatten(1, (2, -1))
+    pieces = by_rank.unflatten(1, (2, -1))
     # early pieces come in rank order, late ones in reverse: rank r holds piece 2c - 1 - r
-    return torch.cat([pieces_[:, 0], pieces_[:, 1].flip(0)]).reshape(c * by_rank.shape[1], *by_rank.shape[2:])
+    return torch.cat([pieces[:, 0], pieces[:, 1].flip(0)]).reshape(c * by_rank.shape[1], *by_rank.shape[2:])
 
 
 def _split_by_rank(row: torch.Tensor) -> torch.Tensor:
@@ -154,9 +156,10 @@ class _HeadExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, of_tokens: bool) -> torch.Tensor:
         ctx.of_tokens = of_tokens
-        outgoing = values.unflatten(1, (get_cp_size(),
-                                        -1)).transpose(0, 1) if of_tokens else _split_by_rank(values)
-        outgoing = outgoing.contiguous()
+        if of_tokens:
+            outgoing = values.unflatten(1, (get_cp_size(), -1)).transpose(0, 1).contiguous()
+        else:
+            outgoing = _split_by_rank(values).contiguous()
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=_get_group())
         return _to_row_order(incoming) if of_tokens else incoming.transpose(0, 1).flatten(1, 2)

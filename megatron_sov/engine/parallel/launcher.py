@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -33,54 +34,6 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks
 from megatron_sov.work.processes.children import STOP_SIGNALS, die_with_parent
 
-# Plan files: the launcher pickles the work of new processes to an unnamed file, open only in the launcher and
-# the ranks, so no foreign process can have written the pickle.
-
-@contextlib.contextmanager
-def write_plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
-    """Yield the descriptor for a file from which new processes read work.
-
-    Args:
-        work: runs one rank. The pickle contains its references; modules by name, users' files by path and
-            hash.
-        num_threads: CPU threads per rank.
-    """
-    with tempfile.TemporaryFile() as file:
-        # first the part that makes the pickle importable
-        pickle.dump((num_threads, list_executed_files(), models.FAMILY_PLUGINS.named()), file)
-        _Pickler(file).dump(work)
-        file.flush()
-        yield file.fileno()
-
-
-class _Pickler(cloudpickle.Pickler):
-    """Pickler that refuses memory-mapped arrays, which every rank would copy into memory."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        base = obj
-        while isinstance(base, (np.ndarray, memoryview)):
-            base = base.base if isinstance(base, np.ndarray) else base.obj
-        if isinstance(base, mmap.mmap):
-            raise TypeError("an array is a map of a file: what holds it must say, in __reduce__, "
-                            "how it is opened again")
-        return super().reducer_override(obj)
-
-
-def read_plan(descriptor: int) -> Callable[[], Any]:
-    """Read the work from a plan file and prepare this process for it. Raises `UserError`: a user's file
-    raises an error or has changed."""
-    # all ranks share the file offset: use pread
-    file = io.BytesIO(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
-    os.close(descriptor)
-    num_threads, files, families = pickle.load(file)  # noqa: S301
-    torch.set_num_threads(num_threads)
-    execute_files(files)
-    for reference in families:
-        models.FAMILY_PLUGINS.load(reference)
-    work: Callable[[], Any] = pickle.load(file)  # noqa: S301
-    return work
-
-
 FINAL_CODES = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes without restart: complete, user error, stopped with everything saved."""
 SAME_INTERRUPT_S = 0.5
@@ -89,20 +42,6 @@ _NEW_PROCESS = f"""import sys
 sys.path[:] = sys.argv[2:]
 from {__name__} import be_rank
 be_rank(int(sys.argv[1]))"""
-
-
-@dataclass(frozen=True)
-class RestartPolicy:
-    """Restart policy for local ranks after a fault, for `launch_ranks`."""
-
-    limit: int
-    """Maximum consecutive restarts without progress."""
-    progress: Callable[[], Any]
-    """Returns a value that changes when the run progresses."""
-    note: Callable[[int, str], None]
-    """Called before each restart with exit code and cause."""
-    give_up: Callable[[int, str], None]
-    """Called instead of `note` after too many restarts."""
 
 
 def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
@@ -131,7 +70,7 @@ def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 
     if has_launcher():
         if num_threads:
             torch.set_num_threads(num_threads)
-        return _run_rank(main)
+        return _run_rank(lambda: main)
     count = num_ranks(nproc)
     torch.set_num_threads(num_threads or _count_threads(count))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -151,13 +90,27 @@ def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 
         restarts.note(outcome.code, outcome.cause)
 
 
+@dataclass(frozen=True)
+class RestartPolicy:
+    """Restart policy for local ranks after a fault, for `launch_ranks`."""
+
+    limit: int
+    """Maximum consecutive restarts without progress."""
+    progress: Callable[[], Any]
+    """Returns a value that changes when the run progresses."""
+    note: Callable[[int, str], None]
+    """Called before each restart with exit code and cause."""
+    give_up: Callable[[int, str], None]
+    """Called instead of `note` after too many restarts."""
+
+
 def run_in_fork(work: Callable[[], Any]) -> int:
     """Run `work` in a forked process, without ranks or GPU, and return its exit code. Threads that torch
     starts there would be missing in ranks forked from this process.
 
     Under torchrun or Slurm this process runs it itself.
     """
-    return _run_rank(work) if has_launcher() else _run_round(work, 1, new_processes=False).code
+    return _run_rank(lambda: work) if has_launcher() else _run_round(work, 1, new_processes=False).code
 
 
 def _count_threads(count: int) -> int:
@@ -191,14 +144,22 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
         new_processes: start new processes instead of forks.
     """
     gc.freeze()  # otherwise garbage collection would touch, and copy, shared pages
+    launcher = os.getpid()
     door = socket.create_server((LOCALHOST, 0), backlog=count)
     port = door.getsockname()[1]
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
+    children: list[int] = []
     with write_plan_file(main,
                          torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait` can pass them on
-        children = [_fork_rank(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door, plan)
-                    for rank in range(count)]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for rank in range(count):
+            child = os.fork()
+            if child == 0:
+                own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                _run_and_exit(partial(_prepare_fork, main, launcher, door, own, plan))
+            children.append(child)
     # The launcher holds the store in memory: it survives every rank and does not depend on disk space. Its
     # thread starts after the last fork: a rank forked while the thread holds a lock of the C library would
     # wait forever.
@@ -209,25 +170,17 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
     return outcome
 
 
-def _fork_rank(main: Callable[[], Any], environment: dict[str, str], door: socket.socket,
-               plan: int | None) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    child = os.fork()
-    if child:
-        return child
-
-    def start_rank() -> Any:
-        die_with_parent(parent)
-        door.close()  # belongs to the launcher
-        os.environ.update(environment)
-        if plan is not None:  # the new process stays bound to its parent; signals wait until work begins
-            _become_new_process(plan)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        return main()
-
-    _run_and_exit(start_rank)
+def _prepare_fork(main: Callable[[], Any], launcher: int, door: socket.socket, environment: dict[str, str],
+                  plan: int | None) -> Callable[[], Any]:
+    """Turn a forked process into a rank, and return the rank's work. With a plan file, replace the process by
+    a new process instead, see `be_rank`."""
+    die_with_parent(launcher)
+    door.close()  # belongs to the launcher
+    os.environ.update(environment)
+    if plan is not None:  # the new process stays bound to its parent; signals wait until work begins
+        _become_new_process(plan)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return main
 
 
 def _become_new_process(plan: int) -> NoReturn:
@@ -244,19 +197,19 @@ def be_rank(plan: int) -> NoReturn:
     Args:
         plan: descriptor of the plan file.
     """
-    def start_rank() -> Any:
+    def prepare() -> Callable[[], Any]:
         main = read_plan(plan)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        return main()
+        return main
 
-    _run_and_exit(start_rank)
+    _run_and_exit(prepare)
 
 
-def _run_and_exit(main: Callable[[], Any]) -> NoReturn:
-    """Run a rank and exit with the rank's `ExitCode`."""
+def _run_and_exit(prepare: Callable[[], Callable[[], Any]]) -> NoReturn:
+    """Run the rank whose work `prepare` returns, and exit with the rank's `ExitCode`."""
     code: int = ExitCode.CRASH
     try:
-        code = _run_rank(main)
+        code = _run_rank(prepare)
     except KeyboardInterrupt:  # before the rank handled signals
         code = ExitCode.INTERRUPTED
     except BaseException:
@@ -268,8 +221,10 @@ def _run_and_exit(main: Callable[[], Any]) -> NoReturn:
         os._exit(code)
 
 
-def _run_rank(main: Callable[[], Any]) -> int:
+def _run_rank(prepare: Callable[[], Callable[[], Any]]) -> int:
+    """Run the work that `prepare` returns, and return its exit code; the first failing rank prints why."""
     try:
+        main = prepare()
         return to_exit_code(main() or 0)
     except (UserError, SilentCorruption) as e:
         if _fails_first():
@@ -359,3 +314,51 @@ def _send_signal(children: list[int], number: int) -> None:
             os.kill(child, number)
         except ProcessLookupError:
             continue
+
+
+@contextlib.contextmanager
+def write_plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
+    """Yield the descriptor for a file from which new processes read work.
+
+    The file has no name and is open only in the launcher and the ranks, so no foreign process can have
+    written the pickle.
+
+    Args:
+        work: runs one rank. The pickle contains its references; modules by name, users' files by path and
+            hash.
+        num_threads: CPU threads per rank.
+    """
+    with tempfile.TemporaryFile() as file:
+        # first the part that makes the pickle importable
+        pickle.dump((num_threads, list_executed_files(), models.FAMILY_PLUGINS.named()), file)
+        _Pickler(file).dump(work)
+        file.flush()
+        yield file.fileno()
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickler that refuses memory-mapped arrays, which every rank would copy into memory."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        base = obj
+        while isinstance(base, (np.ndarray, memoryview)):
+            base = base.base if isinstance(base, np.ndarray) else base.obj
+        if isinstance(base, mmap.mmap):
+            raise TypeError("an array is a map of a file: what holds it must say, in __reduce__, "
+                            "how it is opened again")
+        return super().reducer_override(obj)
+
+
+def read_plan(descriptor: int) -> Callable[[], Any]:
+    """Read the work from a plan file and prepare this process for it. Raises `UserError`: a user's file
+    raises an error or has changed."""
+    # all ranks share the file offset: use pread
+    file = io.BytesIO(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+    os.close(descriptor)
+    num_threads, files, families = pickle.load(file)  # noqa: S301
+    torch.set_num_threads(num_threads)
+    execute_files(files)
+    for reference in families:
+        models.FAMILY_PLUGINS.load(reference)
+    work: Callable[[], Any] = pickle.load(file)  # noqa: S301
+    return work

@@ -45,14 +45,8 @@ _RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZE
 MAX_NAMED_RANKS = 6
 """Waiting ranks or messages named in an error."""
 
-
-@dataclass
-class _Call:
-    """A collective call that some members have not reached yet."""
-
-    operation: str
-    parts: dict[int, CallPart] = field(default_factory=dict)
-    is_done: bool = False
+# torch overloads the methods for C++; Python calls each in one way
+_ProcessGroup: Any = dist.ProcessGroup
 
 
 class SimulatedRanks:
@@ -203,6 +197,15 @@ class SimulatedRanks:
         self._turns[self._ready.popleft()].release()
 
 
+@dataclass
+class _Call:
+    """A collective call that some members have not reached yet."""
+
+    operation: str
+    parts: dict[int, CallPart] = field(default_factory=dict)
+    is_done: bool = False
+
+
 def _use_single_heap() -> None:
     """Make glibc use one heap for all threads: separate heaps took 50 % more memory with 512 ranks."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
@@ -232,10 +235,6 @@ class _PendingWork(dist.Work):
 
     def is_completed(self) -> bool:
         return self._holds()
-
-
-# torch overloads the methods for C++; Python calls each in one way
-_ProcessGroup: Any = dist.ProcessGroup
 
 
 class SimulatedGroup(_ProcessGroup):

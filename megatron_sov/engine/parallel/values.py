@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Named numbers share a message: ten numbers cost as much as a single number.
-
 Shapes = Mapping[str, tuple[int, ...]]
 """Name -> shape, in flat tensor order."""
 
@@ -34,7 +32,7 @@ def unflatten_tensors(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Ten
 
 
 def sum_dict(values: Mapping[str, float], over: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-    """Sum named numbers over processes. Collective.
+    """Sum named numbers over processes in one message. Collective.
 
     Args:
         values: local numbers; names and order must be equal on all processes.
@@ -42,8 +40,6 @@ def sum_dict(values: Mapping[str, float], over: Callable[[torch.Tensor], torch.T
     """
     total = over(torch.tensor(list(values.values()), dtype=torch.float64))
     return dict(zip(values, total.tolist(), strict=True))
-
-
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

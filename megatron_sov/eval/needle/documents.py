@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.suite import insert_sentences
 from megatron_sov.eval.needle.text import PAIR_TOKENS, Haystack, NeedleForm, Slots, draw_index, fill_slots
 from megatron_sov.model.config import NeedleConfig
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 SOURCE_NAME = "needle"
 NUM_DOCUMENTS = 1 << 24

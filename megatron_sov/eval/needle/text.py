@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.model.config import Language
-from megatron_sov.train.data.token_shards import Documents, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import Documents
 
 NUM_WORDS, MIN_WORDS, MAX_WORDS = 64, 16, 512
 TOKENS_PER_WORD = 64

@@ -212,7 +212,7 @@ def compute_distributions(logits: torch.Tensor, samplings: Sequence[Sampling]) -
         rows.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
     if len(rows) == 1:
         return compute_probabilities(logits, samplings[0])
-        # Group rows with equal settings: truncation sorts whole rows of the vocabulary.
+    # Group rows with equal settings: truncation sorts whole rows of the vocabulary.
     shares = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
     for row_indices in rows.values():
         shares[row_indices] = compute_probabilities(logits[row_indices], samplings[row_indices[0]])

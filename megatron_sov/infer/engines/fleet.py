@@ -35,109 +35,6 @@ ATTEMPTS = 8
 """Attempts per request, summed over servers."""
 
 
-class ServerKeeper(Protocol):
-    """Starts and stops one server."""
-
-    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
-        """Start the server and return it once healthy; None if `should_stop` returned True. Raises
-        `UserError`: the server does not start."""
-        ...
-
-    def is_alive(self) -> bool:
-        """Return whether the server process runs, as far as known."""
-        ...
-
-    def end(self) -> None:
-        ...
-
-
-class AddressKeeper:
-    """Waits for a server that the user has started at an address.
-
-    Args:
-        server: the server.
-        wait_s: time to wait for its first answer.
-    """
-
-    def __init__(self, server: VllmServer, wait_s: float) -> None:
-        self._server, self._wait_s = server, wait_s
-
-    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
-        """Wait until the server answers, see `Keeper`."""
-        ends_s = time.monotonic() + self._wait_s
-        is_waiting = False
-        while not self._server.is_healthy():
-            if not is_waiting:
-                warn(f"--engine-url {self._server.url}: does not answer; waiting up to {self._wait_s:g} s "
-                     "for it (--engine-set start_s)")
-                is_waiting = True
-            if should_stop():
-                return None
-            if time.monotonic() >= ends_s:
-                raise UserError(f"--engine-url {self._server.url}: has not answered for {self._wait_s:g} s; "
-                                "check that the server runs, then repeat the command")
-            time.sleep(LOOK_S)
-        return self._server
-
-    def is_alive(self) -> bool:
-        """Return whether the port accepts connections; a restarted server has lost its weights."""
-        address = urllib.parse.urlsplit(self._server.url)
-        try:
-            socket.create_connection((address.hostname, address.port or 80), LOOK_S).close()
-        except ConnectionRefusedError:
-            return False
-        except OSError:  # a slow network does not prove that the server has ended
-            return True
-        return True
-
-    def end(self) -> None:
-        """Do nothing: other jobs may use the server."""
-
-
-@dataclass(frozen=True)
-class WeightUpdate:
-    """Weight files for the servers, with their version."""
-
-    files: tuple[str, ...]
-    version: int
-
-
-@dataclass
-class _Task:
-    request: TokenRequest
-    future: Future[list[TokenAnswer]]
-    attempts: int = 0
-    is_aborted: bool = False
-
-
-class _Member:
-    """A fleet server and the tasks assigned to it."""
-
-    def __init__(self, number: int, keeper: ServerKeeper) -> None:
-        self.number, self.keeper = number, keeper
-        self.server: VllmServer | None = None
-        """None while the server is down."""
-        self.version: int | None = None
-        """Version from the last update; None: the weights loaded at the start."""
-        self.under_way: dict[str, _Task] = {}
-        self.num_starts = 0
-        """Starts since the last answer."""
-        self.num_resting = 0
-        """Recently refused requests; while above 0, the server gets no further request."""
-        self.changing = threading.Lock()
-        """Held during weight updates and starts."""
-
-    @property
-    def num_answers(self) -> int:
-        """Answers in progress."""
-        return sum(task.request.num_answers for task in self.under_way.values())
-
-    def can_accept(self, task: _Task, answers: int) -> bool:
-        """Return whether the server has capacity for a task; `answers` is its limit of answers at a time."""
-        return (self.server is not None and not self.num_resting
-                and (not self.under_way or self.num_answers + task.request.num_answers <= answers))
-
-
 class Fleet:
     """Servers and their request queue; as a context manager, `Fleet` stops the servers at the end.
 
@@ -238,7 +135,7 @@ class Fleet:
                 try:
                     server.abort([task.request for task in tasks])
                 except (BadAnswer, TimeoutError) as e:
-                # Either the full answers arrive, or the health check finds the server dead.
+                    # either the full answers arrive, or the health check finds the server dead
                     warn(f"{server.url}: does not abort ({e})")
 
     def update(self, files: Sequence[str], version: int) -> None:
@@ -449,6 +346,109 @@ class Fleet:
             return RuntimeError(ENDED)
         return self._failure or UserError(f"{ATTEMPTS} attempts of one request have failed; the last error: "
                                           f"{why}")
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """Weight files for the servers, with their version."""
+
+    files: tuple[str, ...]
+    version: int
+
+
+class ServerKeeper(Protocol):
+    """Starts and stops one server."""
+
+    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
+        """Start the server and return it once healthy; None if `should_stop` returned True. Raises
+        `UserError`: the server does not start."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Return whether the server process runs, as far as known."""
+        ...
+
+    def end(self) -> None:
+        ...
+
+
+class AddressKeeper:
+    """Waits for a server that the user has started at an address.
+
+    Args:
+        server: the server.
+        wait_s: time to wait for its first answer.
+    """
+
+    def __init__(self, server: VllmServer, wait_s: float) -> None:
+        self._server, self._wait_s = server, wait_s
+
+    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
+        """Wait until the server answers, see `ServerKeeper`."""
+        ends_s = time.monotonic() + self._wait_s
+        is_waiting = False
+        while not self._server.is_healthy():
+            if not is_waiting:
+                warn(f"--engine-url {self._server.url}: does not answer; waiting up to {self._wait_s:g} s "
+                     "for it (--engine-set start_s)")
+                is_waiting = True
+            if should_stop():
+                return None
+            if time.monotonic() >= ends_s:
+                raise UserError(f"--engine-url {self._server.url}: has not answered for {self._wait_s:g} s; "
+                                "check that the server runs, then repeat the command")
+            time.sleep(LOOK_S)
+        return self._server
+
+    def is_alive(self) -> bool:
+        """Return whether the port accepts connections; a restarted server has lost its weights."""
+        address = urllib.parse.urlsplit(self._server.url)
+        try:
+            socket.create_connection((address.hostname, address.port or 80), LOOK_S).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:  # a slow network does not prove that the server has ended
+            return True
+        return True
+
+    def end(self) -> None:
+        """Do nothing: other jobs may use the server."""
+
+
+@dataclass
+class _Task:
+    request: TokenRequest
+    future: Future[list[TokenAnswer]]
+    attempts: int = 0
+    is_aborted: bool = False
+
+
+class _Member:
+    """A fleet server and the tasks assigned to it."""
+
+    def __init__(self, number: int, keeper: ServerKeeper) -> None:
+        self.number, self.keeper = number, keeper
+        self.server: VllmServer | None = None
+        """None while the server is down."""
+        self.version: int | None = None
+        """Version from the last update; None: the weights loaded at the start."""
+        self.under_way: dict[str, _Task] = {}
+        self.num_starts = 0
+        """Starts since the last answer."""
+        self.num_resting = 0
+        """Recently refused requests; while above 0, the server gets no further request."""
+        self.changing = threading.Lock()
+        """Held during weight updates and starts."""
+
+    @property
+    def num_answers(self) -> int:
+        """Answers in progress."""
+        return sum(task.request.num_answers for task in self.under_way.values())
+
+    def can_accept(self, task: _Task, answers: int) -> bool:
+        """Return whether the server has capacity for a task; `answers` is its limit of answers at a time."""
+        return (self.server is not None and not self.num_resting
+                and (not self.under_way or self.num_answers + task.request.num_answers <= answers))
 
 
 def _empty_answers(task: _Task) -> list[TokenAnswer]:

@@ -22,6 +22,25 @@ from megatron_sov.infer.decoder.generator import DecodingBatch
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule
 
 
+def generate_live(model: ForwardModel, batching: Batching, longest: int,
+                  source: RequestSource | None) -> None:
+    """Generate until the source ends the generation (collective).
+
+    Args:
+        model: model that generates.
+        batching: memory limits.
+        longest: tokens of the longest sequence, prompt and continuation.
+        source: queue of requests; None on all processes except the first.
+    """
+    room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
+    cache = CacheSize(room, longest)
+    with CachedDecoder(model, cache) as decoder:
+        live = _LiveBatch(DecodingBatch(decoder, cache, batching.prefill_tokens), cache.slots)
+        while live.apply_changes(source):
+            if (events := live.decode_row()) and source is not None:
+                source.report_tokens(events)
+
+
 @dataclass(frozen=True)
 class NewSequence:
     """A sequence that joins the batch."""
@@ -86,7 +105,7 @@ class RequestSource(Protocol):
 class _LiveSequence:
     """A sequence in progress."""
 
-    share: int
+    replica: int
     """Replica rank of the process that decodes the sequence."""
     limit: int
     """`Sampling.max_new_tokens`."""
@@ -96,27 +115,8 @@ class _LiveSequence:
     """State of the sequence; None on the other processes."""
 
 
-def generate_live(model: ForwardModel, batching: Batching, longest: int,
-                  source: RequestSource | None) -> None:
-    """Generate until the source ends the generation (collective).
-
-    Args:
-        model: model that generates.
-        batching: memory limits.
-        longest: tokens of the longest sequence, prompt and continuation.
-        source: queue of requests; None on all processes except the first.
-    """
-    room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
-    cache = CacheSize(room, longest)
-    with CachedDecoder(model, cache) as decoder:
-        live = _Live(DecodingBatch(decoder, cache, batching.prefill_tokens), cache.slots)
-        while live.apply_changes(source):
-            if (events := live.decode_row()) and source is not None:
-                source.report_tokens(events)
-
-
-class _Live:
-    """Table of the running sequences, identical on each process."""
+class _LiveBatch:
+    """The running sequences, identical on each process."""
 
     def __init__(self, decoding: DecodingBatch, num_slots: int) -> None:
         self._decoding, self._num_slots = decoding, num_slots
@@ -134,24 +134,24 @@ class _Live:
             # all processes apply the same changes, because they run the rows together
             changes = broadcast_object(changes)
         for number in changes.leaving:
-            place = self._remove_sequence(number)
-            if place is not None and place.continuation is not None:
-                self._decoding.leave(place.continuation)
+            sequence = self._remove_sequence(number)
+            if sequence is not None and sequence.continuation is not None:
+                self._decoding.leave(sequence.continuation)
         for joining in changes.joining:
             self._add_sequence(joining)
         return not changes.ends
 
     def _add_sequence(self, joining: NewSequence) -> None:
-        shares = [place.share for place in self._sequences.values()]
+        replicas = [sequence.replica for sequence in self._sequences.values()]
         # choose the process with the fewest sequences; every process computes the same choice
-        share = min(range(self._size), key=shares.count)
+        replica = min(range(self._size), key=replicas.count)
         continuation = None
-        if share == self._rank:
-            continuation = Continuation(joining.number, list(joining.prompt), len(joining.prompt),
-                               joining.sampling.max_new_tokens, joining.sampling, StopRule(joining.end_ids),
-                               joining.stream)
+        if replica == self._rank:
+            continuation = Continuation(
+                joining.number, list(joining.prompt), len(joining.prompt), joining.sampling.max_new_tokens,
+                joining.sampling, StopRule(joining.end_ids), joining.stream)
             self._decoding.join(continuation)
-        self._sequences[joining.number] = _LiveSequence(share, joining.sampling.max_new_tokens,
+        self._sequences[joining.number] = _LiveSequence(replica, joining.sampling.max_new_tokens,
                                                         joining.end_ids, continuation)
         self._written[joining.number] = 0
 
@@ -167,11 +167,12 @@ class _Live:
         # Columns: token count (0 or 1), token id, float64 bits of the log-probability. The other processes
         # add zeros to a sequence's row, so the sum over processes is the row of its own process.
         table = torch.zeros(len(self._sequences), 3, dtype=torch.int64)
-        for row, (number, place) in zip(table, self._sequences.items(), strict=True):
+        for row, (number, sequence) in zip(table, self._sequences.items(), strict=True):
             # a row yields at most one token per sequence
-            if place.continuation is not None and len(place.continuation.logprobs) > self._written[number]:
-                bits = torch.tensor([place.continuation.logprobs[-1]], dtype=torch.float64).view(torch.int64)
-                row[:] = torch.tensor([1, place.continuation.tokens[-1], int(bits[0])])
+            local = sequence.continuation
+            if local is not None and len(local.logprobs) > self._written[number]:
+                bits = torch.tensor([local.logprobs[-1]], dtype=torch.float64).view(torch.int64)
+                row[:] = torch.tensor([1, local.tokens[-1], int(bits[0])])
         table = all_reduce_replicas(table)
         logprobs = table[:, 2].contiguous().view(torch.float64).tolist()
         # count 0: the sequence waits, or its prompt is still being read
@@ -180,12 +181,12 @@ class _Live:
         return [self._build_event(number, token, logprob) for number, (token, logprob) in written.items()]
 
     def _build_event(self, number: int, token: int, logprob: float) -> TokenEvent:
-        place, reason = self._sequences[number], None
+        sequence, reason = self._sequences[number], None
         self._written[number] += 1
         # every process detects the end from the token and removes the sequence after the same row
-        if token in place.end_ids:
+        if token in sequence.end_ids:
             reason = STOP
-        elif self._written[number] >= place.limit:
+        elif self._written[number] >= sequence.limit:
             reason = LENGTH
         if reason is not None:
             self._remove_sequence(number)

@@ -26,11 +26,10 @@ from megatron_sov.convert.sources import HfWeights
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
 from megatron_sov.infer.engines.server_process import EngineServers, ServerProcess, check_vllm_program
 from megatron_sov.infer.request import (
-    GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, ServerLocations, StopRule,
+    VLLM, GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, ServerLocations, StopRule,
     Tokens, WeightVersion, check_no_rules)
 from megatron_sov.train.data.requirements import build_route_shape
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
-from megatron_sov.work.endpoints.vllm_server import VLLM
 
 SHARD_BYTES = 1 << 30
 """Bytes per weight file; bounds the host memory for an update."""
@@ -41,92 +40,6 @@ GROUPED_TOKENS = 256
 begin another request as soon as the answer is complete."""
 _POLL_S = 0.2
 """Interval between calls of `GenerationBounds.should_stop`."""
-
-
-def parse_server_settings(settings: Sequence[str], option: str) -> EngineServers:
-    """Parse `key=value` settings for engine servers. Raises `UserError`: a setting does not exist, or
-    contradicts another setting."""
-    servers = apply_changes(EngineServers(), list(settings), option)
-    if problems := servers.problems():
-        raise SettingsError(option, problems)
-    return servers
-
-
-@contextlib.contextmanager
-def open_fleet(folder: Path, vocab_size: int, max_tokens: int, settings: EngineServers,
-               locations: ServerLocations, *, with_routes: bool = False,
-               stop_event: threading.Event | None = None) -> Iterator[Fleet]:
-    """Yield running servers as a `Fleet`; the servers stop after the block.
-
-    Args:
-        folder: Hugging Face folder of the model.
-        vocab_size: vocabulary size of the model.
-        max_tokens: tokens of the longest sequence, prompt and answer.
-        settings: settings of the servers.
-        locations: addresses or programs of the servers, and the folder of their logs.
-        with_routes: start servers that return routes.
-        stop_event: event that stops the servers, also during their start.
-
-    Raises:
-        UserError: no server can be started.
-    """
-    if not locations.command:
-        check_vllm_program(locations.urls, locations.python)
-    keepers: list[ServerKeeper] = [AddressKeeper(settings.connect(url), settings.start_s)
-                                   for url in locations.urls]
-    if not keepers:
-        keepers = [ServerProcess(number, folder, max_tokens, settings, locations.logs,
-                                 with_routes=with_routes, python=locations.python, command=locations.command)
-                   for number in range(settings.servers)]
-    with Fleet(keepers, vocab_size, settings.room, settings.restarts, over=stop_event) as fleet:
-        yield fleet
-
-
-class WeightFiles:
-    """Weight files in a folder that the servers can read. Leftover files from a killed command are
-    deleted."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._numbers = itertools.count()
-        self.delete_files()
-
-    def write(self, weights: NamedTensors) -> list[str]:
-        """Write a set of weight files; earlier files stay."""
-        with translate_disk_errors(self._folder):
-            version_folder = self._folder / str(next(self._numbers))
-            version_folder.mkdir(parents=True)
-            files: list[str] = []
-            tensors: dict[str, torch.Tensor] = {}
-            size_bytes = 0
-            for name, tensor in weights:
-                # copy: a layer's experts may be views into a shared tensor, which safetensors rejects
-                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
-                size_bytes += tensors[name].nbytes
-                if size_bytes >= SHARD_BYTES:
-                    files.append(_write_shard(tensors, version_folder, len(files)))
-                    tensors, size_bytes = {}, 0
-            if tensors:
-                files.append(_write_shard(tensors, version_folder, len(files)))
-            return files
-
-    def delete_earlier_files(self, files: Sequence[str]) -> None:
-        """Delete the files of earlier `write` calls; keep `files`, those of the last call."""
-        if not self._folder.is_dir():
-            return
-        current_folders = {Path(file).parent.name for file in files}
-        for version_folder in self._folder.iterdir():
-            if version_folder.name not in current_folders:
-                shutil.rmtree(version_folder, ignore_errors=True)
-
-    def delete_files(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _write_shard(tensors: dict[str, torch.Tensor], folder: Path, number: int) -> str:
-    file = folder / f"{number:05}.safetensors"
-    save_file(tensors, file)
-    return str(file)
 
 
 class ServerEngine:
@@ -253,6 +166,92 @@ class ServerEngine:
                     self.fleet.abort([request.name for request, future in zip(requests, futures, strict=True)
                                       if future in pending])
         return [answer for future in futures for answer in future.result()]
+
+
+def parse_server_settings(settings: Sequence[str], option: str) -> EngineServers:
+    """Parse `key=value` settings for engine servers. Raises `UserError`: a setting does not exist, or
+    contradicts another setting."""
+    servers = apply_changes(EngineServers(), list(settings), option)
+    if problems := servers.problems():
+        raise SettingsError(option, problems)
+    return servers
+
+
+@contextlib.contextmanager
+def open_fleet(folder: Path, vocab_size: int, max_tokens: int, settings: EngineServers,
+               locations: ServerLocations, *, with_routes: bool = False,
+               stop_event: threading.Event | None = None) -> Iterator[Fleet]:
+    """Yield running servers as a `Fleet`; the servers stop after the block.
+
+    Args:
+        folder: Hugging Face folder of the model.
+        vocab_size: vocabulary size of the model.
+        max_tokens: tokens of the longest sequence, prompt and answer.
+        settings: settings of the servers.
+        locations: addresses or programs of the servers, and the folder of their logs.
+        with_routes: start servers that return routes.
+        stop_event: event that stops the servers, also during their start.
+
+    Raises:
+        UserError: no server can be started.
+    """
+    if not locations.command:
+        check_vllm_program(locations.urls, locations.python)
+    keepers: list[ServerKeeper] = [AddressKeeper(settings.connect(url), settings.start_s)
+                                   for url in locations.urls]
+    if not keepers:
+        keepers = [ServerProcess(number, folder, max_tokens, settings, locations.logs,
+                                 with_routes=with_routes, python=locations.python, command=locations.command)
+                   for number in range(settings.servers)]
+    with Fleet(keepers, vocab_size, settings.room, settings.restarts, over=stop_event) as fleet:
+        yield fleet
+
+
+class WeightFiles:
+    """Weight files in a folder that the servers can read. Leftover files from a killed command are
+    deleted."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count()
+        self.delete_files()
+
+    def write(self, weights: NamedTensors) -> list[str]:
+        """Write a set of weight files; earlier files stay."""
+        with translate_disk_errors(self._folder):
+            version_folder = self._folder / str(next(self._numbers))
+            version_folder.mkdir(parents=True)
+            files: list[str] = []
+            tensors: dict[str, torch.Tensor] = {}
+            size_bytes = 0
+            for name, tensor in weights:
+                # copy: a layer's experts may be views into a shared tensor, which safetensors rejects
+                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                size_bytes += tensors[name].nbytes
+                if size_bytes >= SHARD_BYTES:
+                    files.append(_write_shard(tensors, version_folder, len(files)))
+                    tensors, size_bytes = {}, 0
+            if tensors:
+                files.append(_write_shard(tensors, version_folder, len(files)))
+            return files
+
+    def delete_earlier_files(self, files: Sequence[str]) -> None:
+        """Delete the files of earlier `write` calls; keep `files`, those of the last call."""
+        if not self._folder.is_dir():
+            return
+        current_folders = {Path(file).parent.name for file in files}
+        for version_folder in self._folder.iterdir():
+            if version_folder.name not in current_folders:
+                shutil.rmtree(version_folder, ignore_errors=True)
+
+    def delete_files(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _write_shard(tensors: dict[str, torch.Tensor], folder: Path, number: int) -> str:
+    file = folder / f"{number:05}.safetensors"
+    save_file(tensors, file)
+    return str(file)
 
 
 def _truncate_answer(answer: TokenAnswer, stop: StopRule) -> ScoredTokens:

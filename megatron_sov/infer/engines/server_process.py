@@ -21,6 +21,7 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
+from megatron_sov.infer.request import VLLM
 from megatron_sov.work.endpoints.transport import find_missing_libraries
 from megatron_sov.work.endpoints.vllm_server import SendFiles, VllmServer
 from megatron_sov.work.processes.children import start_command
@@ -28,7 +29,6 @@ from megatron_sov.work.processes.supervisor import SupervisedCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
 """Environment variable with vLLM's Python interpreter; vLLM needs other library versions."""
-VLLM_MODULE = "vllm"
 BY = f"{ENGINE_PYTHON} (`rl run`, `rl generate`: or --engine-python)"
 WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
@@ -139,7 +139,7 @@ def check_vllm_program(urls: Sequence[str], python: Path | None) -> None:
     if shutil.which(word) is None:
         raise UserError(f"--engine vllm: {word} is not an executable program; set the interpreter with vLLM "
                         f"by {BY}")
-    import_check = f"import importlib.util as i, sys; sys.exit(i.find_spec({VLLM_MODULE!r}) is None)"
+    import_check = f"import importlib.util as i, sys; sys.exit(i.find_spec({VLLM!r}) is None)"
     with open(os.devnull, "w") as out:
         code = start_command([word, "-c", import_check], stdout=out, stderr=out.fileno(),
                              ends_with_this=True).wait()

@@ -37,55 +37,6 @@ PASS_TOKENS = 1024
 """Preferred minimum tokens per pass; fewer sequences run at a time to reach the minimum."""
 
 
-def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str = "--set") -> Any:
-    """Load a transformers model in the precision of `settings` (`train.precision=NAME`), see `load_hf`.
-    Raises `UserError`: the precision does not exist."""
-    precision = [choose_inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
-    if precision not in PRECISION:
-        raise UserError(f"{option} {settings[-1]}: must be one of {', '.join(PRECISION)}")
-    report_precision(folder, "transformers", precision)
-    return load_hf(folder, PRECISION[precision])
-
-
-def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """Load a transformers model for inference, on the GPU if available; code in the folder is not run.
-
-    Args:
-        folder: Hugging Face folder.
-        dtype: dtype of the weights; None uses `choose_inference_precision`.
-
-    Raises:
-        UserError: transformers cannot load the folder, or would initialize missing weights.
-    """
-    dtype = dtype or PRECISION[choose_inference_precision()]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_export(folder)
-    options = {"dtype": dtype, **find_low_bit_options(folder)}
-    model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=list_ignored_prefixes(folder),
-                                 **options)
-    if options["dtype"] != dtype:
-        model = model.to(dtype)
-    _check_ignored_fields(folder, model)
-    # The folder's generation defaults would replace unset options.
-    model.generation_config = GenerationConfig()
-    return model.eval().to(device)
-
-
-def _check_ignored_fields(folder: Path, model: Any) -> None:
-    """Raise `UserError` if transformers' class ignores per-layer bounds or windows in config.json.
-
-    It would silently compute another model (K-EXAONE 2.0 before transformers' #47802).
-    """
-    has_field = {"swiglu_limits": any(getattr(model.config, "swiglu_limits", None) or []),
-            "sliding_windows": len({*(getattr(model.config, "sliding_windows", None) or [])} - {0, None}) > 1}
-    source = inspect.getsource(inspect.getmodule(type(model)) or type(model))
-    ignored = [name for name, is_set in has_field.items() if is_set and name not in source]
-    if ignored:
-        raise UserError(f"{folder}: transformers {transformers.__version__} does not read "
-                        f"{' and '.join(ignored)} of config.json, and would compute another model; use "
-                        "--engine megatron or vllm")
-
-
 class HfEngine:
     """Inference engine for a transformers model from `load_hf`; `batching` limits memory."""
 
@@ -144,6 +95,55 @@ class HfEngine:
             raise ValueError("the engine transformers has its own model: an update needs weights")
         with self._weight_version.replace_weights(version, weights):
             copy_weights(self._model, weights)
+
+
+def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """Load a transformers model for inference, on the GPU if available; code in the folder is not run.
+
+    Args:
+        folder: Hugging Face folder.
+        dtype: dtype of the weights; None uses `choose_inference_precision`.
+
+    Raises:
+        UserError: transformers cannot load the folder, or would initialize missing weights.
+    """
+    dtype = dtype or PRECISION[choose_inference_precision()]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_export(folder)
+    options = {"dtype": dtype, **find_low_bit_options(folder)}
+    model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=list_ignored_prefixes(folder),
+                                 **options)
+    if options["dtype"] != dtype:
+        model = model.to(dtype)
+    _check_ignored_fields(folder, model)
+    # The folder's generation defaults would replace unset options.
+    model.generation_config = GenerationConfig()
+    return model.eval().to(device)
+
+
+def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str = "--set") -> Any:
+    """Load a transformers model in the precision of `settings` (`train.precision=NAME`), see `load_hf`.
+    Raises `UserError`: the precision does not exist."""
+    precision = [choose_inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
+    if precision not in PRECISION:
+        raise UserError(f"{option} {settings[-1]}: must be one of {', '.join(PRECISION)}")
+    report_precision(folder, "transformers", precision)
+    return load_hf(folder, PRECISION[precision])
+
+
+def _check_ignored_fields(folder: Path, model: Any) -> None:
+    """Raise `UserError` if transformers' class ignores per-layer bounds or windows in config.json.
+
+    It would silently compute another model (K-EXAONE 2.0 before transformers' #47802).
+    """
+    has_field = {"swiglu_limits": any(getattr(model.config, "swiglu_limits", None) or []),
+            "sliding_windows": len({*(getattr(model.config, "sliding_windows", None) or [])} - {0, None}) > 1}
+    source = inspect.getsource(inspect.getmodule(type(model)) or type(model))
+    ignored = [name for name, is_set in has_field.items() if is_set and name not in source]
+    if ignored:
+        raise UserError(f"{folder}: transformers {transformers.__version__} does not read "
+                        f"{' and '.join(ignored)} of config.json, and would compute another model; use "
+                        "--engine megatron or vllm")
 
 
 def check_cache_support(config: Any, fix: str = "take the engine megatron or vllm (--engine)") -> None:

@@ -26,7 +26,7 @@ TARGETS: tuple[str, ...] = get_args(Target)
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adaptation for a frozen model (docs/lora.md): W x becomes W x + alpha / rank B A x, and only A
+    """Low-rank adaptation for a frozen model (docs/sft.md): W x becomes W x + alpha / rank B A x, and only A
     and B are trained."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {"alpha targets dora": is_set(".rank")}

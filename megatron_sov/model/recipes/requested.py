@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import Fix, UserError, suggest_download, suggest_name
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name, suggest_download
 from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry, suggest_same_family
 from megatron_sov.base.settings import (
@@ -123,7 +122,7 @@ class RecipeRequest:
     """Settings of a resumed run; repeating its values is not a request."""
 
     @property
-    def said(self) -> frozenset[str]:
+    def requested_keys(self) -> frozenset[str]:
         """Keys named by --set and --config files."""
         return self.layered | {setting.partition("=")[0] for setting in self.settings}
 
@@ -166,7 +165,7 @@ class RecipeRequest:
         if self.trains_by is not None:
             objectives.check_command(config, self.trains_by)
         self.refuse_inert(config)
-        _refuse_two_lengths(config, self.said)
+        _refuse_two_lengths(config, self.requested_keys)
         used = [models.FAMILY_PLUGINS.code(config.model.family),
                 objectives.OBJECTIVE_PLUGINS.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
@@ -237,11 +236,11 @@ LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
 """Settings for the run's length, by precedence."""
 
 
-def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
+def _refuse_two_lengths(config: RunConfig, requested: Collection[str]) -> None:
     """Reject a run length that another setting overrides."""
-    lengths = [key for key in LENGTHS if key in said and get_setting(config, key)]
+    lengths = [key for key in LENGTHS if key in requested and get_setting(config, key)]
     budgets = [f"data.phases.{i}.tokens" for i, phase in enumerate(config.data.phases)
-               if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(said)]
+               if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(requested)]
     if "train.tokens" in lengths:
         lengths[-1:] = [*budgets[:1], "train.tokens"]
     if len(lengths) > 1:
@@ -290,11 +289,12 @@ def _load_recipe(recipe: str) -> RunConfig:
                         "and name a recipe (`megatron-sov recipes` lists them)")
     if suggest_download(recipe) and ":" not in recipe:
         name = recipe.rpartition("/")[2].lower()
-        close = suggest_name(name, recipes.names()) or suggest_same_family(name, recipes.names())
-        nearest = re.search(r"'(.*?)'", close)
+        nearest = find_nearest_name(name, recipes.names())
+        family = suggest_same_family(name, recipes.names())  # other models: no fix
+        close = f"; did you mean {nearest!r}?" if nearest else family
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
                         "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR",
-                        Fix(words={recipe: nearest[1]}) if nearest else None)
+                        Fix(words={recipe: nearest}) if nearest else None)
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:

@@ -110,22 +110,23 @@ def build_base_config(name: str, model: ModelConfig, precision: Literal["fp32", 
         train=TrainConfig(epochs=DEFAULTS[stage].epochs, precision=precision, global_batch_size=1))
 
 
-def find_rate_settings(config: RunConfig, stage: Stage, num_params: float, said: Collection[str]
-                  ) -> dict[str, str]:
+def find_rate_settings(config: RunConfig, stage: Stage, num_params: float, requested: Collection[str]
+                       ) -> dict[str, str]:
     """Return `key=value` settings for learning rate and schedule -> source.
 
     Args:
         config: settings of the user and recipe.
         stage: stage name.
         num_params: model parameters.
-        said: keys set on the command line.
+        requested: keys set on the command line.
     """
     defaults = find_stage_defaults(config, stage)
     rate = defaults.rate(num_params, lora=config.lora.on)
     values = {f"optim.lr={rate.lr!r}": rate.source, f"optim.schedule={defaults.schedule}": defaults.source}
     if defaults.epochs != DEFAULTS[stage].epochs:
         values[f"train.epochs={defaults.epochs!r}"] = defaults.source
-    return {setting: source for setting, source in values.items() if setting.partition("=")[0] not in said}
+    return {setting: source for setting, source in values.items()
+            if setting.partition("=")[0] not in requested}
 
 
 def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float) -> None:

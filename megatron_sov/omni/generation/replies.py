@@ -238,10 +238,10 @@ ReplyPart = TextPart | AudioPart | ImagePart
 class MarkIds:
     """Media mark ids; in a vocabulary without marks, codebook entries alone delimit media."""
 
-    image: tuple[int, ...] = ()
-    """Start and end mark around discrete pictures; () in a vocabulary without marks."""
-    audio: tuple[int, ...] = ()
-    """Start and end mark around discrete speech; () in a vocabulary without marks."""
+    image: tuple[int | None, ...] = (None, None)
+    """Start and end mark around discrete pictures; None: missing from the vocabulary."""
+    audio: tuple[int | None, ...] = (None, None)
+    """Start and end mark around discrete speech; None: missing from the vocabulary."""
     in_image: frozenset[int] = frozenset()
     """End-of-line and end-of-frame marks."""
     ratios: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -254,13 +254,11 @@ class MarkIds:
         Args:
             find_token_id: function from a token to its id; None for unknown tokens.
         """
-        def find_known(names: Iterable[str]) -> tuple[int, ...]:
-            return tuple(token_id for token_id in map(find_token_id, names) if token_id is not None)
-
         ratios = {token_id: ratio for ratio in media_tokens.RATIOS
                   if (token_id := find_token_id(media_tokens.ratio_token(*ratio))) is not None}
-        line_marks = find_known((media_tokens.END_OF_LINE, media_tokens.END_OF_FRAME))
-        return MarkIds(find_known(DISCRETE_IMAGE), find_known(DISCRETE_AUDIO), frozenset(line_marks), ratios)
+        line_marks = map(find_token_id, (media_tokens.END_OF_LINE, media_tokens.END_OF_FRAME))
+        return MarkIds(tuple(map(find_token_id, DISCRETE_IMAGE)), tuple(map(find_token_id, DISCRETE_AUDIO)),
+                       frozenset(mark for mark in line_marks if mark is not None), ratios)
 
 
 def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: MarkIds) -> list[ReplyPart]:
@@ -278,12 +276,21 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
         return token_id - block.first if block is not None and block.first <= token_id < block.end else None
 
     parts = list[ReplyPart]()
+    start, end = marks.image
     picture: list[int] | None = None
     ratio = (1, 1)
+    run_part: type[TextPart] | type[AudioPart] = TextPart
+    run = list[int]()  # text or speech: a tuple extended per token would copy all earlier tokens
+
+    def end_run() -> None:
+        if run:
+            parts.append(run_part(tuple(run)))
+            run.clear()
 
     def end_picture(complete: bool) -> None:
         nonlocal picture, ratio
         if picture is not None:
+            end_run()
             parts.append(ImagePart(tuple(picture), ratio, complete))
         picture, ratio = None, (1, 1)
 
@@ -293,7 +300,7 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
             picture = [] if picture is None else picture
             picture.append(entry)
             continue
-        if token_id in marks.image[:1]:  # the start mark; () in a vocabulary without marks
+        if token_id == start:
             end_picture(complete=False)
             picture = []
             continue
@@ -301,20 +308,17 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
             ratio = marks.ratios.get(token_id, ratio)
             continue
         # Any other token ends an open picture, which only the end mark makes complete.
-        end_picture(complete=token_id in marks.image[1:])
+        end_picture(complete=token_id == end)
         if token_id in (*marks.image, *marks.audio):
             continue
-        last = parts[-1] if parts else None
-        if (entry := find_entry(AUDIO, token_id)) is not None:
-            if isinstance(last, AudioPart):
-                parts[-1] = AudioPart((*last.tokens, entry))
-            else:
-                parts.append(AudioPart((entry,)))
-        elif isinstance(last, TextPart):
-            parts[-1] = TextPart((*last.ids, token_id))
-        else:
-            parts.append(TextPart((token_id,)))
+        entry = find_entry(AUDIO, token_id)
+        part: type[TextPart] | type[AudioPart] = TextPart if entry is None else AudioPart
+        if part is not run_part:
+            end_run()
+        run_part = part
+        run.append(token_id if entry is None else entry)
     end_picture(complete=False)
+    end_run()
     return parts
 
 

@@ -43,13 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     args = read_options(PreflightOptions, parser.parse_args(argv))
     report = NodeReport(os.environ.get("SLURMD_NODENAME", platform.node()), int(os.environ["RANK"]))
     file = args.folder / f"rank-{report.rank}.json"
-    for name, arguments in (("inspect_node", (args.scratch, args.transformer_engine)),
-                            ("inspect_communication", (args.timeout_s,))):
+    for inspect in (lambda: preflight_run.inspect_node(report, args.scratch, args.transformer_engine),
+                    lambda: preflight_run.inspect_communication(report, args.timeout_s)):
         try:
             # inside: the report carries the error of an installation without torch
             from megatron_sov.operate.slurm import preflight_run
 
-            getattr(preflight_run, name)(report, *arguments)
+            inspect()
         except Exception as e:  # a sick node can raise any type; the report carries the error
             report.error = report.error or format_error(e)
         # after each inspection: a hang in the second keeps the results of the first

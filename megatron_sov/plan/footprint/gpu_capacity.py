@@ -92,11 +92,8 @@ def fits_gpu(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
 
 
 def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
-    """Refuse a run that needs more than the usable GPU memory.
-
-    Raises:
-        UserError: with needed and usable GiB, and the nearest layout that fits.
-    """
+    """Refuse a run that needs more than the usable GPU memory. Raises `UserError`: with needed and usable
+    GiB, and the nearest layout that fits."""
     stage, needs = find_fullest_stage(config, num_ranks)
     if needs.total <= get_usable_bytes(gpu):
         return
@@ -188,11 +185,8 @@ def count_node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int
 
 
 def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: int, gpu: Gpu | None) -> None:
-    """Refuse a run that pins more host memory than a node has.
-
-    Raises:
-        UserError: with needed and usable GiB, and the nearest share that fits.
-    """
+    """Refuse a run that pins more host memory than a node has. Raises `UserError`: with needed and usable
+    GiB, and the nearest share that fits."""
     if config.gpu.optimizer_offload:
         nodes = [range(first, min(first + per_node, count)) for first in range(0, count, per_node)]
         fullest = max(nodes, key=lambda ranks: count_node_bytes(config, count, ranks))

@@ -100,11 +100,8 @@ class SweepSearch:
 
 def search_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (),
                    advance: Callable[[int], object] = lambda count: None) -> SweepSearch:
-    """Price all layouts for a run; `fixed` names settings that keep their value.
-
-    Raises:
-        UserError: the chip has no tensor cores for the run's precision.
-    """
+    """Price all layouts for a run; `fixed` names settings that keep their value. Raises `UserError`: the chip
+    has no tensor cores for the run's precision."""
     sweeps, names = [], []
     for stage, space, stages in build_stage_spaces(config, pricing, fixed):
         sweeps.append(sweep_stage(stage, space, pricing, advance))
@@ -196,11 +193,8 @@ def group_run_stages(config: RunConfig, num_ranks: int) -> list[tuple[RunStage, 
 def build_stage_spaces(config: RunConfig, pricing: Pricing, fixed: Collection[str]
                        ) -> list[tuple[RunStage, LayoutSpace, list[RunStage]]]:
     """Return (stage, search space, stages) per kind of stage. All kinds try the same uneven pipelines,
-    because a run has a single layout.
-
-    Raises:
-        UserError: the chip has no tensor cores for the run's precision.
-    """
+    because a run has a single layout. Raises `UserError`: the chip has no tensor cores for the run's
+    precision."""
     refuse_precision(config, pricing.chip)
     kinds = group_run_stages(config, pricing.num_ranks)
     extra_layers = dict.fromkeys(pricing.estimate_extra_layers(stage) for stage, _ in kinds)
@@ -218,7 +212,7 @@ def find_fewest_nodes(config: RunConfig, pricing: Pricing, fixed: Collection[str
     full recomputation and the smallest micro-batch; None: no count fits."""
     for nodes in NODES_TRIED:
         if nodes > pricing.machines.nodes:
-            larger = Pricing(pricing.machines.with_nodes(nodes), pricing.parameters)
+            larger = Pricing(pricing.machines.with_nodes(nodes))
             if has_fitting_layout(config, larger, fixed):
                 return nodes
     return None

@@ -37,7 +37,7 @@ from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rows import RowOrigin, build_heldout_samples, build_row, join_rows
-from megatron_sov.train.data.token_shards import TEXTS, Source
+from megatron_sov.train.data.sources import TEXTS, Source
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
@@ -48,6 +48,88 @@ from megatron_sov.train.objectives.objective import (
 DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
 SPLIT = "heldout"
 """Split on which `measure_heldout` measures the divergence."""
+
+
+class Distillation(DataObjective):
+    """Objective ``divergence(teacher, student) / labels + ce_coeff * CE / labels``, with multi-token
+    prediction by cross-entropy on the data (divergences: `engine.model.divergence.Divergence`)."""
+
+    meters = ("kl", "entropy")
+    headline = (Meter("kl", "KL to the teacher", "nats", "lower", heldout="heldout_divergence.kl"),)
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        teacher: RunTeacher = context.teacher
+        teacher.verify(context.world)
+        self._teacher = teacher
+        self.coefficients = {DIVERGENCE: 1.0}
+        if context.config.distillation.ce_coeff > 0:
+            self.coefficients[CROSS_ENTROPY] = context.config.distillation.ce_coeff
+        self.coefficients |= self._mtp_coefficient
+
+    def collect(self, policy: Any, step: int) -> GlobalBatch:
+        """Return the next batch in the data order, with teacher outputs."""
+        batch = super().collect(policy, step)
+        return dataclasses.replace(batch, micro_batches=self._teacher.attach_outputs(batch.micro_batches))
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count the learned labels in the global batch."""
+        hosts = [m.host for m in batch.micro_batches]
+        num_labels = sum(float(m.weights.double().sum()) for m in hosts)
+        targets = {DIVERGENCE: num_labels}
+        if CROSS_ENTROPY in self.coefficients:
+            targets[CROSS_ENTROPY] = num_labels
+        return with_denominators(batch, targets | self._count_mtp_targets(hosts))
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Sum the divergence over learned labels, and the cross-entropy if `ce_coeff` is above 0."""
+        weights = batch.weights
+        terms, measured = head.divergence(hidden[0], self._teacher.get_outputs(batch, head),
+                                          {DIVERGENCE: weights}, self._teacher.divergence)
+        if CROSS_ENTROPY in self.coefficients:
+            terms |= head.cross_entropy(hidden[0], batch.labels, {CROSS_ENTROPY: batch.weights})[0]
+        terms |= self._compute_mtp_sum(hidden, head, batch)
+        learned = (weights > 0).double()
+        return LossSums(
+            terms, per_source(measured.divergence, weights, batch.sources, self._num_sources),
+            meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
+
+    def state(self) -> dict[str, str]:
+        return {"teacher": self._teacher.teacher}
+
+    def restore(self, state: dict[str, str]) -> None:
+        """Raise `UserError` if a resumed run has another teacher: the loss curve would mix two targets."""
+        if state["teacher"] != self._teacher.teacher:
+            raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
+                            f"{state['teacher']} so far; resume with that teacher, or start a new --run "
+                            "--from the last checkpoint")
+
+
+class OnPolicyDistillation(Distillation):
+    """`Distillation` on the student's responses, and on packed data in other rounds (GKD, arXiv 2306.13649,
+    algorithm 1)."""
+
+    formats = (ROLLOUTS, *TEXTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherFactory:
+    """Factory for an objective with a teacher in `ObjectiveContext`."""
+
+    build: Callable[[ObjectiveContext], Any]
+    teachers: Sequence[RunTeacher]
+    """The teacher, or none: a complete run and --dry-run build no objective, and open no states."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return get_formats(self.build)
+
+    @property
+    def columns(self) -> Mapping[str, NeededColumn]:
+        return get_columns(self.build)
+
+    def __call__(self, context: ObjectiveContext) -> Any:
+        return self.build(dataclasses.replace(context, teacher=self.teachers[0]))
 
 
 class RunTeacher(Protocol):
@@ -75,7 +157,6 @@ class RunTeacher(Protocol):
             split: split of the documents.
         """
         ...
-
 
 
 class StoredTeacher:
@@ -175,33 +256,6 @@ class StoredTeacher:
         return self._heads[teacher_index]
 
 
-class _Overlap(NamedTuple):
-    """Tokens of a document that lie in one of a row's local pieces."""
-
-    local_slice: slice
-    """Their indices among the local tokens."""
-    source: int
-    document: int
-    first_token: int
-    """Index of the first token in the document."""
-    num_tokens: int
-
-
-def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]) -> Iterator[_Overlap]:
-    """Yield the overlap of each document with each piece; a piece is a range (first, end) of row indices."""
-    num_earlier = 0  # local tokens in earlier pieces
-    for piece_first, piece_end in pieces:
-        for origin in origins:
-            document, first_token, num_tokens = origin.segment
-            # the overlap in row indices
-            first, end = max(piece_first, origin.first), min(piece_end, origin.first + num_tokens)
-            if first < end:
-                local_first = num_earlier + (first - piece_first)
-                yield _Overlap(slice(local_first, local_first + end - first), origin.source, document,
-                               first_token + (first - origin.first), end - first)
-        num_earlier += piece_end - piece_first
-
-
 class LiveTeacher:
     """A teacher on the student's processes and layout, which reads micro-batches just before the step.
 
@@ -271,6 +325,33 @@ class LiveTeacher:
         return TeacherStates(outputs, weight, self._config.model.logits_softcap)
 
 
+class _Overlap(NamedTuple):
+    """Tokens of a document that lie in one of a row's local pieces."""
+
+    local_slice: slice
+    """Their indices among the local tokens."""
+    source: int
+    document: int
+    first_token: int
+    """Index of the first token in the document."""
+    num_tokens: int
+
+
+def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]) -> Iterator[_Overlap]:
+    """Yield the overlap of each document with each piece; a piece is a range (first, end) of row indices."""
+    num_earlier = 0  # local tokens in earlier pieces
+    for piece_first, piece_end in pieces:
+        for origin in origins:
+            document, first_token, num_tokens = origin.segment
+            # the overlap in row indices
+            first, end = max(piece_first, origin.first), min(piece_end, origin.first + num_tokens)
+            if first < end:
+                local_first = num_earlier + (first - piece_first)
+                yield _Overlap(slice(local_first, local_first + end - first), origin.source, document,
+                               first_token + (first - origin.first), end - first)
+        num_earlier += piece_end - piece_first
+
+
 def check_outputs(files: StateFiles, settings: DistillationConfig, vocab_size: int) -> None:
     """Raise `UserError` if `files` have another `StateFormat` than `settings`, or another vocabulary."""
     stored = files.state_format
@@ -290,88 +371,6 @@ def check_outputs(files: StateFiles, settings: DistillationConfig, vocab_size: i
 
 def _describe_outputs(top_k: int) -> str:
     return f"the {top_k} most probable tokens" if top_k else "the final hidden states"
-
-
-class Distillation(DataObjective):
-    """Objective ``divergence(teacher, student) / labels + ce_coeff * CE / labels``, with multi-token
-    prediction by cross-entropy on the data (divergences: `engine.model.divergence.Divergence`)."""
-
-    meters = ("kl", "entropy")
-    headline = (Meter("kl", "KL to the teacher", "nats", "lower", heldout="heldout_divergence.kl"),)
-
-    def __init__(self, context: ObjectiveContext) -> None:
-        super().__init__(context)
-        teacher: RunTeacher = context.teacher
-        teacher.verify(context.world)
-        self._teacher = teacher
-        self.coefficients = {DIVERGENCE: 1.0}
-        if context.config.distillation.ce_coeff > 0:
-            self.coefficients[CROSS_ENTROPY] = context.config.distillation.ce_coeff
-        self.coefficients |= self._mtp_coefficient
-
-    def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the next batch in the data order, with teacher outputs."""
-        batch = super().collect(policy, step)
-        return dataclasses.replace(batch, micro_batches=self._teacher.attach_outputs(batch.micro_batches))
-
-    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the learned labels in the global batch."""
-        hosts = [m.host for m in batch.micro_batches]
-        num_labels = sum(float(m.weights.double().sum()) for m in hosts)
-        targets = {DIVERGENCE: num_labels}
-        if CROSS_ENTROPY in self.coefficients:
-            targets[CROSS_ENTROPY] = num_labels
-        return with_denominators(batch, targets | self._count_mtp_targets(hosts))
-
-    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Sum the divergence over learned labels, and the cross-entropy if `ce_coeff` is above 0."""
-        weights = batch.weights
-        terms, measured = head.divergence(hidden[0], self._teacher.get_outputs(batch, head),
-                                          {DIVERGENCE: weights}, self._teacher.divergence)
-        if CROSS_ENTROPY in self.coefficients:
-            terms |= head.cross_entropy(hidden[0], batch.labels, {CROSS_ENTROPY: batch.weights})[0]
-        terms |= self._compute_mtp_sum(hidden, head, batch)
-        learned = (weights > 0).double()
-        return LossSums(
-            terms, per_source(measured.divergence, weights, batch.sources, self._num_sources),
-            meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
-
-    def state(self) -> dict[str, str]:
-        return {"teacher": self._teacher.teacher}
-
-    def restore(self, state: dict[str, str]) -> None:
-        """Raise `UserError` if a resumed run has another teacher: the loss curve would mix two targets."""
-        if state["teacher"] != self._teacher.teacher:
-            raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
-                            f"{state['teacher']} so far; resume with that teacher, or start a new --run "
-                            "--from the last checkpoint")
-
-
-class OnPolicyDistillation(Distillation):
-    """`Distillation` on the student's responses, and on packed data in other rounds (GKD, arXiv 2306.13649,
-    algorithm 1)."""
-
-    formats = (ROLLOUTS, *TEXTS)
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherFactory:
-    """Factory for an objective with a teacher in `ObjectiveContext`."""
-
-    build: Callable[[ObjectiveContext], Any]
-    teachers: Sequence[RunTeacher]
-    """The teacher, or none: a complete run and --dry-run build no objective, and open no states."""
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        return get_formats(self.build)
-
-    @property
-    def columns(self) -> Mapping[str, NeededColumn]:
-        return get_columns(self.build)
-
-    def __call__(self, context: ObjectiveContext) -> Any:
-        return self.build(dataclasses.replace(context, teacher=self.teachers[0]))
 
 
 def measure_heldout(view: GateView, sources: Sequence[Source],

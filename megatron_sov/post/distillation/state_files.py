@@ -20,7 +20,7 @@ import torch
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 KIND = "teacher_states"
 HEAD, HEAD_WEIGHT = "head.safetensors", "weight"

@@ -38,7 +38,7 @@ from megatron_sov.post.distillation.state_files import (
     read_lengths)
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINT_KIND as CHECKPOINT, MODEL, read_adapter_base
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
-from megatron_sov.train.data.token_shards import Source, describe_inputs, open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import Source, describe_inputs, open_sources, tokenizer_folder
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 FORMATS = ("text", "chat", "preference", "prompt")

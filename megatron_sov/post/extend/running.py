@@ -27,7 +27,7 @@ from megatron_sov.post.extend.stages import (
     Decontamination, PlannedStage, check_contamination, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
 from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
-from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import PIECES_MARK
 from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.guards.gate import GateView
@@ -38,118 +38,51 @@ from megatron_sov.train.stages.stage import Stage
 from megatron_sov.train.trainer import ObjectiveFactory
 
 
-@dataclass(frozen=True)
-class Needles:
-    """Needle documents for training, and the needle retrieval test before and after a stage."""
-
-    suite: NeedleSuite
-    """The test: held-out text, with keys and values reserved for tests."""
-    data: tuple[Source, ...]
-    """The packed data, open."""
-    sources: tuple[Source, ...]
-    """Needle documents for training; () if `needle.train_share` is 0 and no blend names `SOURCE_NAME`."""
-
-    def before(self, run: GateView) -> None:
-        """Test the model before the first step, with the stage's rotary embedding."""
-        self.record(run, "before", self.measure_scores(run))
-
-    def after(self, run: GateView) -> dict[str, Any]:
-        """Test the trained model; return fields for the completion manifest."""
-        return {"needle": self.record(run, "after", self.measure_scores(run))}
-
-    def measure_scores(self, run: GateView) -> NeedleResult:
-        """Test the current model by `run_suite`; called by all processes together."""
-        return run_suite(self.suite, MegatronEngine(run.policy))
-
-    def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
-        run.events.write("needle", when=when, step=run.step, **result.to_dict())
-        if run.world.is_main:
-            print(f"needle retrieval {when} the extension\n{format_table(result)}", flush=True)
-        return result.to_dict()
-
-
-def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXTS) -> Needles:
-    """Build the needle test and the needle documents for training.
+def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
+               resume: bool, faults: tuple[Fault, ...] = (), *, dry_run: bool = False,
+               memory: Sequence[MemoryEstimate] = ()) -> None:
+    """Run the stages in order. If a stage is incomplete, return under a launcher and raise otherwise.
 
     Args:
-        config: resolved settings.
-        start: checkpoint or Hugging Face folder with the tokenizer for data without one.
-        formats: data formats of the objective; needles are hidden in text only.
+        stages: the planned stages.
+        start: checkpoint of the start; its loss on the short context, plus a tolerance, limits every stage.
+        objective: factory of the objective.
+        nproc: local processes.
+        resume: whether folders may contain the runs already.
+        faults: injected faults, once per stage.
+        dry_run: check and describe the stages without training or searching data.
+        memory: predicted memory per stage; (): unknown.
+
+    Raises:
+        UserError: settings, data or a folder do not allow a stage.
+        GateFailed: the gate of a stage did not pass within its steps.
+        StopRequested: the run was asked to stop, and everything is saved.
     """
-    needle = config.needle
-    data = open_sources(config.data.paths, config.model.vocab_size, formats)
-    if SOURCE_NAME in (s.name for s in data):
-        raise UserError(f"--data: a source named {SOURCE_NAME!r} is reserved for documents made on the fly; "
-                        "pack that text under another name (--input NAME=PATH)")
-    tokenizer = tokenizer_folder(data) or find_tokenizer_folder(start)
-    suite = build_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
-    lengths = _document_lengths(config)
-    if not lengths:
-        return Needles(suite, tuple(data), ())
-    haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
-    return Needles(suite, tuple(data), tuple(
-        build_needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
-                            needle.train_share if name == SOURCE_NAME else 0.0, name)
-        for name, length in lengths.items()))
-
-
-def _document_lengths(config: RunConfig) -> dict[str, int]:
-    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` in
-    blends."""
-    named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
-    lengths: dict[str, int] = {}
-    if config.needle.train_share or SOURCE_NAME in named:
-        lengths[SOURCE_NAME] = config.data.max_seq_len()
-    for name in named:
-        base, mark, number = name.partition(PIECES_MARK)
-        if base == SOURCE_NAME and mark:
-            if not number.isdecimal() or int(number) < 1:
-                raise UserError(f"data.phases blend {name!r}: write a number of tokens after {PIECES_MARK}, "
-                                f"e.g. {base}{PIECES_MARK}4096")
-            lengths[name] = int(number)
-    return lengths
-
-
-def add_needles_to_blends(config: RunConfig) -> RunConfig:
-    """Add `needle.train_share` of needle documents to every explicit blend without `SOURCE_NAME`."""
-    share = config.needle.train_share
-    if share == 0:
-        return config
-    phases = []
-    for phase in config.data.phases:
-        if phase.blend and SOURCE_NAME not in phase.blend:
-            # share / (1 - share) of the other weights becomes `share` of the sum.
-            weight = sum(phase.blend.values()) * share / (1 - share)
-            phase = dataclasses.replace(phase, blend={**phase.blend, SOURCE_NAME: weight})
-        phases.append(phase)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=tuple(phases)))
-
-
-def open_short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
-    """Open held-out documents in rows of `trained_tokens`, the length before the extension."""
-    return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
-                        model_vocab_size=config.model.vocab_size, formats=formats)
-
-
-def compute_mean_loss(losses: dict[str, HeldoutLoss]) -> float:
-    """Average the losses over all held-out tokens, in nats per token."""
-    tokens = sum(r.tokens for r in losses.values())
-    return sum(r.loss * r.tokens for r in losses.values()) / max(1, tokens)
-
-
-def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None
-                            ) -> float | None:
-    """Measure a checkpoint's loss on the short context, with the checkpoint's rotary embedding.
-
-    Returns:
-        Nats per token; None on processes of a torchrun or Slurm job other than the first.
-    """
-    settings = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
-    settings.append(f"train.precision={config.train.precision}")
-    loss: float | None = run_forward_model(
-        Target(start, False), settings, nproc,
-        lambda loaded: compute_mean_loss(evaluate_forward_model(loaded, short)))
-    return loss
+    first, formats = start, get_formats(objective)
+    stage_start_s = get_command_start()
+    prepared = [build_needles(stage.config, start, formats) for stage in stages]
+    start_loss: float | None = None
+    estimates: Sequence[MemoryEstimate | None] = memory or [None] * len(stages)
+    for planned, needles, estimate in zip(stages, prepared, estimates, strict=True):
+        stage = Stage(add_needles_to_blends(planned.config), planned.folder, objective, start, resume,
+                      sources=needles.data, extra_sources=needles.sources, before=needles.before,
+                      after=needles.after, faults=faults, dry_run=dry_run, memory=estimate)
+        if planned.config.extend.gate.every_steps and not dry_run:
+            fresh = latest_checkpoint(planned.folder.checkpoints) is None
+            if fresh and start_loss is None:
+                # A resumed stage has the loss in the state of the gate.
+                start_loss = measure_checkpoint_loss(
+                    first, open_short_context(planned.config, Target(first, False).trained_tokens, formats),
+                    planned.config, nproc)
+            gate = _build_gate(planned, needles, open_short_context(
+                planned.config, Target(first, False).trained_tokens, formats), start_loss)
+            stage = dataclasses.replace(stage, before=None, after=gate.completion, gate=gate)
+        was_complete = stage.folder.completion() is not None
+        if not run_stage(stage, nproc, stage_start_s):
+            return
+        if not was_complete:
+            stage_start_s = time.time()
+        start = planned.folder.path if dry_run else find_checkpoint(planned.folder.path)
 
 
 class StageGate:
@@ -270,6 +203,120 @@ class GateVerdict:
         return lines
 
 
+@dataclass(frozen=True)
+class Needles:
+    """Needle documents for training, and the needle retrieval test before and after a stage."""
+
+    suite: NeedleSuite
+    """The test: held-out text, with keys and values reserved for tests."""
+    data: tuple[Source, ...]
+    """The packed data, open."""
+    sources: tuple[Source, ...]
+    """Needle documents for training; () if `needle.train_share` is 0 and no blend names `SOURCE_NAME`."""
+
+    def before(self, run: GateView) -> None:
+        """Test the model before the first step, with the stage's rotary embedding."""
+        self.record(run, "before", self.measure_scores(run))
+
+    def after(self, run: GateView) -> dict[str, Any]:
+        """Test the trained model; return fields for the completion manifest."""
+        return {"needle": self.record(run, "after", self.measure_scores(run))}
+
+    def measure_scores(self, run: GateView) -> NeedleResult:
+        """Test the current model by `run_suite`; called by all processes together."""
+        return run_suite(self.suite, MegatronEngine(run.policy))
+
+    def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
+        run.events.write("needle", when=when, step=run.step, **result.to_dict())
+        if run.world.is_main:
+            print(f"needle retrieval {when} the extension\n{format_table(result)}", flush=True)
+        return result.to_dict()
+
+
+def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXTS) -> Needles:
+    """Build the needle test and the needle documents for training.
+
+    Args:
+        config: resolved settings.
+        start: checkpoint or Hugging Face folder with the tokenizer for data without one.
+        formats: data formats of the objective; needles are hidden in text only.
+    """
+    needle = config.needle
+    data = open_sources(config.data.paths, config.model.vocab_size, formats)
+    if SOURCE_NAME in (s.name for s in data):
+        raise UserError(f"--data: a source named {SOURCE_NAME!r} is reserved for documents made on the fly; "
+                        "pack that text under another name (--input NAME=PATH)")
+    tokenizer = tokenizer_folder(data) or find_tokenizer_folder(start)
+    suite = build_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
+    lengths = _document_lengths(config)
+    if not lengths:
+        return Needles(suite, tuple(data), ())
+    haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
+    return Needles(suite, tuple(data), tuple(
+        build_needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
+                            needle.train_share if name == SOURCE_NAME else 0.0, name)
+        for name, length in lengths.items()))
+
+
+def _document_lengths(config: RunConfig) -> dict[str, int]:
+    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` in
+    blends."""
+    named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
+    lengths: dict[str, int] = {}
+    if config.needle.train_share or SOURCE_NAME in named:
+        lengths[SOURCE_NAME] = config.data.max_seq_len()
+    for name in named:
+        base, mark, number = name.partition(PIECES_MARK)
+        if base == SOURCE_NAME and mark:
+            if not number.isdecimal() or int(number) < 1:
+                raise UserError(f"data.phases blend {name!r}: write a number of tokens after {PIECES_MARK}, "
+                                f"e.g. {base}{PIECES_MARK}4096")
+            lengths[name] = int(number)
+    return lengths
+
+
+def add_needles_to_blends(config: RunConfig) -> RunConfig:
+    """Add `needle.train_share` of needle documents to every explicit blend without `SOURCE_NAME`."""
+    share = config.needle.train_share
+    if share == 0:
+        return config
+    phases = []
+    for phase in config.data.phases:
+        if phase.blend and SOURCE_NAME not in phase.blend:
+            # share / (1 - share) of the other weights becomes `share` of the sum.
+            weight = sum(phase.blend.values()) * share / (1 - share)
+            phase = dataclasses.replace(phase, blend={**phase.blend, SOURCE_NAME: weight})
+        phases.append(phase)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=tuple(phases)))
+
+
+def open_short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
+    """Open held-out documents in rows of `trained_tokens`, the length before the extension."""
+    return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
+                        model_vocab_size=config.model.vocab_size, formats=formats)
+
+
+def compute_mean_loss(losses: dict[str, HeldoutLoss]) -> float:
+    """Average the losses over all held-out tokens, in nats per token."""
+    tokens = sum(r.tokens for r in losses.values())
+    return sum(r.loss * r.tokens for r in losses.values()) / max(1, tokens)
+
+
+def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None
+                            ) -> float | None:
+    """Measure a checkpoint's loss on the short context, with the checkpoint's rotary embedding.
+
+    Returns:
+        Nats per token; None on processes of a torchrun or Slurm job other than the first.
+    """
+    settings = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
+    settings.append(f"train.precision={config.train.precision}")
+    loss: float | None = run_forward_model(
+        Target(start, False), settings, nproc,
+        lambda loaded: compute_mean_loss(evaluate_forward_model(loaded, short)))
+    return loss
+
+
 def _describe_row(cell: dict[str, Any]) -> str:
     return f"{cell['kind']}, {cell['language']}, {cell['length_tokens']:,} tokens"
 
@@ -300,55 +347,6 @@ def decide_verdict(cells: Sequence[Cell], loss: float, start_loss: float, gate: 
         failing_rows=[r for r in described if r["accuracy"] < gate.min_accuracy],
         loss=loss, loss_limit=start_loss + gate.loss_tolerance_nats, threshold=gate.min_accuracy,
         rows=described)
-
-
-def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
-               resume: bool, faults: tuple[Fault, ...] = (), *, dry_run: bool = False,
-               memory: Sequence[MemoryEstimate] = ()) -> None:
-    """Run the stages in order. If a stage is incomplete, return under a launcher and raise otherwise.
-
-    Args:
-        stages: the planned stages.
-        start: checkpoint of the start; its loss on the short context, plus a tolerance, limits every stage.
-        objective: factory of the objective.
-        nproc: local processes.
-        resume: whether folders may contain the runs already.
-        faults: injected faults, once per stage.
-        dry_run: check and describe the stages without training or searching data.
-        memory: predicted memory per stage; (): unknown.
-
-    Raises:
-        UserError: settings, data or a folder do not allow a stage.
-        GateFailed: the gate of a stage did not pass within its steps.
-        StopRequested: the run was asked to stop, and everything is saved.
-    """
-    first, formats = start, get_formats(objective)
-    stage_start_s = get_command_start()
-    prepared = [build_needles(stage.config, start, formats) for stage in stages]
-    start_loss: float | None = None
-    estimates: Sequence[MemoryEstimate | None] = memory or [None] * len(stages)
-    for planned, needles, estimate in zip(stages, prepared, estimates, strict=True):
-        stage = Stage(add_needles_to_blends(planned.config), planned.folder, objective, start, resume,
-                      sources=needles.data, extra_sources=needles.sources, before=needles.before,
-                      after=needles.after, faults=faults, dry_run=dry_run, memory=estimate)
-        if planned.config.extend.gate.every_steps and not dry_run:
-            fresh = latest_checkpoint(planned.folder.checkpoints) is None
-            if fresh and start_loss is None:
-                # A resumed stage has the loss in the state of the gate.
-                start_loss = measure_checkpoint_loss(
-                    first, open_short_context(planned.config, Target(first, False).trained_tokens, formats),
-                    planned.config, nproc)
-            gate = _build_gate(planned, needles, open_short_context(
-                planned.config, Target(first, False).trained_tokens, formats), start_loss)
-            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, sources=needles.data,
-                          extra_sources=needles.sources, after=gate.completion, gate=gate,
-                          faults=faults, memory=estimate)
-        was_complete = stage.folder.completion() is not None
-        if not run_stage(stage, nproc, stage_start_s):
-            return
-        if not was_complete:
-            stage_start_s = time.time()
-        start = planned.folder.path if dry_run else find_checkpoint(planned.folder.path)
 
 
 def _build_gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None

@@ -21,7 +21,8 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunFolder
 from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources
+from megatron_sov.train.data.sources import TEXTS, Source, open_sources
+from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.data.views import LONG_MARK, PIECES_MARK, LongDocuments
 
 WINDOW_TOKENS = 32

@@ -15,7 +15,7 @@ from megatron_sov.publish.report.steps import Curve, StepTable, build_curve
 from megatron_sov.runs.checkpoints import check_run_folder
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.obs.events import EVENTS, final_step_events, read_events
-from megatron_sov.runs.obs.figures import parse_number
+from megatron_sov.runs.obs.figures import combine_bits_per_byte, parse_number
 from megatron_sov.runs.obs.history import INCIDENT_NAMES, Attempt, Attempts, is_incident
 from megatron_sov.runs.obs.validation import RESPONSES, VALIDATION
 from megatron_sov.runs.rounds import TRAINED_GROUPS
@@ -24,7 +24,7 @@ CONFIG = "config.json"
 LEARNING_GROUPS = "learning_groups"
 """Curve name: share of a round's groups that the round trained on."""
 REPORTED_EVENTS = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
-                   "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate",
+                   "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm",
                    "score", *INCIDENT_NAMES)
 """Small and rare events that the report needs in full."""
 
@@ -195,20 +195,10 @@ def _build_heldout_sources(heldout: dict[int, dict[str, dict[str, Any]]]) -> dic
 
 
 def _combine_sources(heldout: dict[int, dict[str, dict[str, Any]]]) -> Curve | None:
-    """Return total bits over total bytes per step; a source has bits / (bits per byte) bytes."""
-    values = {}
-    for step, sources in heldout.items():
-        bits = num_bytes = 0.0
-        for row in sources.values():
-            source_bits = parse_number(row.get("loss")) * parse_number(row.get("tokens")) / math.log(2)
-            per_byte = parse_number(row.get("bits_per_byte"))
-            # skip a source whose tokenizer has no bytes per token
-            if math.isfinite(source_bits) and math.isfinite(per_byte) and per_byte > 0:
-                bits += source_bits
-                num_bytes += source_bits / per_byte
-        if num_bytes > 0:
-            values[int(step)] = bits / num_bytes
-    return build_curve("all sources", values) if values else None
+    """Return the bits per byte over all sources per step, without steps whose sources lack figures."""
+    values = {int(step): combine_bits_per_byte(sources) for step, sources in heldout.items()}
+    known = {step: value for step, value in values.items() if math.isfinite(value)}
+    return build_curve("all sources", known) if known else None
 
 
 def _build_round_curves(events: list[dict[str, Any]]) -> dict[str, Curve]:

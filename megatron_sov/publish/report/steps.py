@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from megatron_sov.runs.obs.figures import parse_number
 
-SCALAR_FIELDS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation",
-                 "padding_share", "tflops_per_process", "mfu", "peak_memory_bytes", "reserved_memory_bytes")
+SCALAR_FIELDS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "peak_memory_bytes")
 CURVE_GROUPS = ("losses", "losses_by_source", "meters")
 """Fields in `step` events that map names to numbers."""
 

@@ -15,7 +15,41 @@ import numpy as np
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.model.config import PhaseConfig, RunConfig, data
 from megatron_sov.train.data.rounds import ROUNDS_SOURCE, RoundDocuments, find_round_documents
-from megatron_sov.train.data.token_shards import ChainedLengths, Lengths, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import ChainedLengths, Lengths
+
+
+class Ledger:
+    """Past entries up to the current step, then planned entries."""
+
+    def __init__(self, planned: Sequence[LedgerEntry], history: Sequence[LedgerEntry] = (),
+                 step: int = 0) -> None:
+        past = [e for e in history if e.first_step < step]
+        running = next((e for e in reversed(planned) if e.first_step <= step), None)
+        future = [e for e in planned if e.first_step > step]
+        if running is not None and not (past and running.has_same_values(past[-1])):
+            past.append(dataclasses.replace(running, first_step=step))
+        self.entries = past + future
+
+    def get_entry(self, step: int) -> LedgerEntry:
+        return next(e for e in reversed(self.entries) if e.first_step <= step)
+
+    def skip_steps(self, first: int, end: int) -> None:
+        """Mark the samples in steps `first` to `end` - 1 (from 0) as not learned."""
+        entries: list[LedgerEntry] = []
+        for step in sorted({first, end, *(e.first_step for e in self.entries)}):
+            entry = self.get_entry(step)
+            entries.append(dataclasses.replace(entry, first_step=step,
+                                               skip=entry.skip or first <= step < end))
+        # one assignment, because a second thread prepares the batches of later steps
+        self.entries = _merge_equal_entries(entries)
+
+    def history(self, step: int) -> list[LedgerEntry]:
+        """Return the entries that begin before `step`."""
+        return [e for e in self.entries if e.first_step < step]
+
+    def max_seq_len(self) -> int:
+        return max(e.seq_len for e in self.entries)
 
 
 @dataclass(frozen=True)
@@ -110,39 +144,6 @@ def _compute_round_weights(config: RunConfig, sources: list[Source]) -> dict[str
         if share > 0:
             shares[name] = rows * share / total
     return shares
-
-
-class Ledger:
-    """Past entries up to the current step, then planned entries."""
-
-    def __init__(self, planned: Sequence[LedgerEntry], history: Sequence[LedgerEntry] = (),
-                 step: int = 0) -> None:
-        past = [e for e in history if e.first_step < step]
-        running = next((e for e in reversed(planned) if e.first_step <= step), None)
-        future = [e for e in planned if e.first_step > step]
-        if running is not None and not (past and running.has_same_values(past[-1])):
-            past.append(dataclasses.replace(running, first_step=step))
-        self.entries = past + future
-
-    def get_entry(self, step: int) -> LedgerEntry:
-        return next(e for e in reversed(self.entries) if e.first_step <= step)
-
-    def skip_steps(self, first: int, end: int) -> None:
-        """Mark the samples in steps `first` to `end` - 1 (from 0) as not learned."""
-        entries: list[LedgerEntry] = []
-        for step in sorted({first, end, *(e.first_step for e in self.entries)}):
-            entry = self.get_entry(step)
-            entries.append(dataclasses.replace(entry, first_step=step,
-                                               skip=entry.skip or first <= step < end))
-        # one assignment, because a second thread prepares the batches of later steps
-        self.entries = _merge_equal_entries(entries)
-
-    def history(self, step: int) -> list[LedgerEntry]:
-        """Return the entries that begin before `step`."""
-        return [e for e in self.entries if e.first_step < step]
-
-    def max_seq_len(self) -> int:
-        return max(e.seq_len for e in self.entries)
 
 
 @dataclass(frozen=True)

@@ -14,56 +14,10 @@ from typing import Any
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan_ledger
 from megatron_sov.train.data.rounds import ROUNDS_SOURCE, RoundDocuments, find_round_documents
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.streams import (
     Cursor, DocumentStream, Packing, Row, pack_units, pack_units_nearby)
-from megatron_sov.train.data.token_shards import Documents, Source
-
-
-@dataclass(frozen=True)
-class OrderedSample:
-    """Content for a batch row; padding fills the rest."""
-
-    source: int
-    """Source index."""
-    segments: Row
-    """Document parts, in order."""
-    contexts: tuple[int, ...] = ()
-    """For each segment, the number of leading labels that an earlier sample evaluates; (): 0."""
-
-
-def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
-    """Choose the next sample's source, for source -> weight and source -> samples taken.
-
-    After n samples, a source with weight w has more than n w - 1 and fewer than n w + 1 samples: among the
-    sources below their share, the next sample of the chosen source is due first (Tijdeman, "The chairman
-    assignment problem", 1980). Choosing the source furthest below its share would break the bound.
-    """
-    due = sum(taken.values()) + 1
-    # shares sum to 1, so that at least one source is below its share
-    below_share = [name for name, weight in weights.items() if taken.get(name, 0) < weight * due]
-    return min(below_share, key=lambda name: ((taken.get(name, 0) + 1) / weights[name], name))
-
-
-@dataclass
-class OrderState:
-    """Resumable `SampleOrder` state."""
-
-    cursors: dict[str, Cursor] = field(default_factory=dict)
-    """Source name -> cursor."""
-    history: list[LedgerEntry] = field(default_factory=list)
-    """Ledger entries for past steps."""
-    step: int = 0
-    """Batches returned so far."""
-    taken: dict[str, int] = field(default_factory=dict)
-    """Source name -> samples returned since weights last changed."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_dict(raw: dict[str, Any]) -> OrderState:
-        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()},
-                          [LedgerEntry(**e) for e in raw["history"]], raw["step"], dict(raw["taken"]))
+from megatron_sov.train.data.token_shards import Documents
 
 
 class SampleOrder:
@@ -168,3 +122,50 @@ class SampleOrder:
     def count_epochs(self) -> dict[str, float]:
         """Return source -> passes over the source so far, for sources in use."""
         return {name: stream.count_epochs() for name, stream in self._streams.items()}
+
+
+@dataclass(frozen=True)
+class OrderedSample:
+    """Content for a batch row; padding fills the rest."""
+
+    source: int
+    """Source index."""
+    segments: Row
+    """Document parts, in order."""
+    contexts: tuple[int, ...] = ()
+    """For each segment, the number of leading labels that an earlier sample evaluates; (): 0."""
+
+
+@dataclass
+class OrderState:
+    """Resumable `SampleOrder` state."""
+
+    cursors: dict[str, Cursor] = field(default_factory=dict)
+    """Source name -> cursor."""
+    history: list[LedgerEntry] = field(default_factory=list)
+    """Ledger entries for past steps."""
+    step: int = 0
+    """Batches returned so far."""
+    taken: dict[str, int] = field(default_factory=dict)
+    """Source name -> samples returned since weights last changed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> OrderState:
+        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()},
+                          [LedgerEntry(**e) for e in raw["history"]], raw["step"], dict(raw["taken"]))
+
+
+def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
+    """Choose the next sample's source, for source -> weight and source -> samples taken.
+
+    After n samples, a source with weight w has more than n w - 1 and fewer than n w + 1 samples: among the
+    sources below their share, the next sample of the chosen source is due first (Tijdeman, "The chairman
+    assignment problem", 1980). Choosing the source furthest below its share would break the bound.
+    """
+    due = sum(taken.values()) + 1
+    # shares sum to 1, so that at least one source is below its share
+    below_share = [name for name, weight in weights.items() if taken.get(name, 0) < weight * due]
+    return min(below_share, key=lambda name: ((taken.get(name, 0) + 1) / weights[name], name))

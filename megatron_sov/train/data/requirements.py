@@ -9,7 +9,7 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ModelConfig, RunConfig
 from megatron_sov.model.modality import check_encoders
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 
 @dataclass(frozen=True)

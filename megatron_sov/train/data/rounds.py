@@ -18,8 +18,9 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
+from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import Documents, DocumentView, Source, open_sources
+from megatron_sov.train.data.token_shards import Documents, DocumentView
 
 ROUNDS_SOURCE = "rollouts"
 """Source name."""
@@ -72,7 +73,7 @@ class RoundDocuments(DocumentView):
 
         `published` are columns in the published artifacts, `columns` are computed by the trainer, see `open`.
         """
-        self.folder, self._vocab_size = rounds, vocab_size
+        self.folder, self.vocab_size = rounds, vocab_size
         self.trainer_columns = tuple(columns)
         self.columns = (*published, *columns)
         self._rounds: dict[int, PublishedRound] = {}
@@ -106,7 +107,7 @@ class RoundDocuments(DocumentView):
                             "the round is published again")
         if not steps[-1].stop:
             return PublishedRound(path, None, steps, {}, np.zeros(1, np.int64))
-        [source] = open_sources({str(path): 1.0}, self._vocab_size, (ROLLOUTS,))
+        [source] = open_sources({str(path): 1.0}, self.vocab_size, (ROLLOUTS,))
         documents = source.open_split("train")
         lengths = np.asarray(documents.lengths[np.arange(len(documents.lengths))], np.int64)
         if steps[-1].stop != len(lengths):
@@ -172,17 +173,17 @@ class _Lengths:
             yield from np.diff(opened.starts).tolist()
 
 
-def build_rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
-                        columns: Sequence[str] = (), routes: RouteShape | None = None,
-                        published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> Source:
-    """Build the source for rounds in `run_rounds` (RUN/rounds).
+def build_rounds_source(documents: RoundDocuments, tokenizer: Path | None, routes: RouteShape | None = None
+                        ) -> Source:
+    """Build the source for published rounds.
 
-    `tokenizer` is the tokenizer folder of the responses, and `routes` the shape of published routes. See
-    `RoundDocuments` for `columns` and `published`.
+    Args:
+        documents: the rounds.
+        tokenizer: tokenizer folder of the responses.
+        routes: shape of the published routes.
     """
-    return Source(ROUNDS_SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
-                  train_documents=RoundDocuments(run_rounds, vocab_size, columns, published),
-                  vocab_size=vocab_size, tokenizer=tokenizer, routes=routes)
+    return Source(ROUNDS_SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0, train_documents=documents,
+                  vocab_size=documents.vocab_size, tokenizer=tokenizer, routes=routes)
 
 
 def find_round_documents(sources: Sequence[Source]) -> RoundDocuments | None:

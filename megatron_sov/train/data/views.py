@@ -16,7 +16,8 @@ from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import get_banks
-from megatron_sov.train.data.token_shards import ChainedLengths, Documents, DocumentView, Source, name_sources
+from megatron_sov.train.data.sources import Source, name_sources
+from megatron_sov.train.data.token_shards import ChainedLengths, Documents, DocumentView
 
 LONG_MARK, PIECES_MARK = "@", "/"
 TEXT_FORMAT = "text"

@@ -14,7 +14,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.order import OrderState, SampleOrder
 from megatron_sov.train.data.rows import BatchStream, RankBatch
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.objectives.microbatch import build_micro_batch
 from megatron_sov.train.objectives.objective import GlobalBatch
 

@@ -27,8 +27,9 @@ from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, build_heldout_samples, build_row, join_rows
+from megatron_sov.train.data.sources import Source, tokenizer_folder
 from megatron_sov.train.data.token_bytes import count_token_bytes
-from megatron_sov.train.data.token_shards import Documents, Source, tokenizer_folder
+from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch, shift_labels
 
 TURN = "turn"

@@ -16,7 +16,7 @@ from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.runs.obs.meters import LOSS, Meter
 from megatron_sov.train.data.requirements import NeededColumn
-from megatron_sov.train.data.token_shards import TEXTS
+from megatron_sov.train.data.sources import TEXTS
 from megatron_sov.train.objectives.microbatch import MicroBatch
 
 TOKENS = "all tokens"

@@ -24,12 +24,14 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.evaluate import EvalTask
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
 from megatron_sov.runs.obs.events import EVAL_LM_EVENT, build_score_events
-from megatron_sov.train.data.token_shards import TEXTS, Source
+from megatron_sov.train.data.sources import TEXTS, Source
 from megatron_sov.work.processes.background import BackgroundProcess
 
 POLL_INTERVAL_S = 1.0
 _SLEEP_S = 0.05
 """Time between two polls in `wait`."""
+TASK_FORMATS: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": ("preference",)}
+"""Task -> supported data formats; `lm` has its own data."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,6 @@ class EvalJob:
         return f"step-{self.step}.{self.task}"
 
 
-TASK_FORMATS: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": ("preference",)}
-"""Task -> supported data formats; `lm` has its own data."""
 CommandBuilder = Callable[[EvalJob, Path, Path], list[str]]
 """Returns a command for (job, export folder, result file) that writes the results or submits a job."""
 

@@ -16,7 +16,7 @@ from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, format_recent_means
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry, count_over_long
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 
 def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],

@@ -21,7 +21,7 @@ from megatron_sov.runs.launch_environment import get_command_start, has_launcher
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.train.data.ledger import check_pairs_fit, check_units_fit, count_over_long, plan_ledger
 from megatron_sov.train.data.requirements import check_columns, check_routes_and_encoders
-from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.guards.fault_injection import list_pending_faults
 from megatron_sov.train.objectives.objective import get_columns, get_formats
@@ -60,22 +60,23 @@ def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> 
         return True
     if stage.notes and is_first_rank():
         print(_format_defaults(stage), file=sys.stderr, flush=True)
-    return _launch_ranks(stage, data, launch, nproc)
-
-
-def _launch_ranks(stage: Stage, data: StageData, launch: LaunchState, nproc: int | None) -> bool:
-    """Start the ranks and wait for their end; return and raise as `run_stage`."""
     stage.folder.clear_gate_failure()
     restarts = launcher.RestartPolicy(
         stage.config.train.max_restarts, lambda: checkpoints.latest_checkpoint(stage.folder.checkpoints),
         partial(_record_restart, stage.folder, launch), partial(_record_failure, stage))
     try:
-        code = launcher.launch_ranks(lambda: run_rank(stage, data, launch), nproc,
+        code = launcher.launch_ranks(partial(run_rank, stage, data, launch), nproc,
                                      stage.config.train.num_threads, restarts)
     except KeyboardInterrupt:  # the second Ctrl-C; nothing can be resumed before the folder contains the run
         if not launch.declared[0]:
             raise
         raise StopRequested(f"left at once; {_format_resume_hint(stage.folder)}") from None
+    return _conclude_stage(stage, launch, code)
+
+
+def _conclude_stage(stage: Stage, launch: LaunchState, code: int) -> bool:
+    """Judge the last checkpoint by the end gate, and finish the side jobs of a complete stage; return and
+    raise as `run_stage`. `code` is the exit code of the ranks."""
     if code != 0:
         # a folder that these ranks did not declare belongs to an earlier run
         if code == ExitCode.USER_ERROR and launch.declared[0] and not launch.may_resume:

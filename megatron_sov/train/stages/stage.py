@@ -13,7 +13,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.guards.gate import Gate, GateView

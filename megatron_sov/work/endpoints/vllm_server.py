@@ -17,8 +17,6 @@ from megatron_sov.work.endpoints.token_server import (
     ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, check_token_ids, parse_answer,
     parse_version)
 
-VLLM = "vllm"
-"""Name of the engine in settings and messages."""
 GENERATE_PATH = "/inference/v1/generate"
 COMPLETIONS_PATH = "/v1/completions"
 """Route of every vLLM server; reports neither weight versions nor routes of prompt tokens."""

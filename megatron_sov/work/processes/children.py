@@ -151,14 +151,15 @@ def _wait_for_exit(process: subprocess.Popen[bytes], within_s: float | None) -> 
     return process.returncode
 
 
-def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
-                  stderr: IO[Any] | int | None = None, environment: Mapping[str, str] | None = None,
-                  folder: Path | None = None, ends_with_this: bool = False,
-                  own_group: bool = False) -> subprocess.Popen[Any]:
-    """Start a command with empty standard input.
+def start_command(command: Sequence[str], *, stdin: int | None = subprocess.DEVNULL,
+                  stdout: IO[Any] | None = None, stderr: IO[Any] | int | None = None,
+                  environment: Mapping[str, str] | None = None, folder: Path | None = None,
+                  ends_with_this: bool = False, own_group: bool = False) -> subprocess.Popen[Any]:
+    """Start a command.
 
     Args:
         command: program and arguments.
+        stdin: standard input; None: inherited.
         stdout: standard output; None: inherited.
         stderr: standard error; None: inherited.
         environment: environment; None: inherited.
@@ -170,7 +171,7 @@ def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
         OSError: the command cannot be started.
     """
     stop_check()
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment,
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment,
                             cwd=folder, start_new_session=own_group,
                             preexec_fn=partial(die_with_parent, os.getpid()) if ends_with_this else None)
 

@@ -16,12 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_sov.base.errors import stop_check
-from megatron_sov.work.processes.children import die_with_parent
+from megatron_sov.work.processes.children import start_command
 
 NOT_STARTED = 127
 """Exit code for a missing program, as in a shell."""
@@ -30,6 +29,7 @@ _ROOT = str(Path(__file__).parents[3])
 # isolated, because the command's environment may name other modules in PYTHONPATH
 _KEEPER = ("-I", "-S", "-c", "import sys; sys.path.append(sys.argv[1]); "
            f"from {__name__} import main; main()", _ROOT)
+_LIBRARY_PATH = "LD_LIBRARY_PATH"
 _RETRY_S = 0.005
 _POLL_MS = 20
 
@@ -55,12 +55,14 @@ class SupervisedCommand:
         self._wanted = os.fdopen(write_end, "wb", buffering=0)
         try:
             has_pipes = output is None
+            # this Python may need a library path that a third-party program must not have
+            library_path = os.environ.get(_LIBRARY_PATH, "")
             self._keeper = subprocess.Popen(
-                [sys.executable, *_KEEPER, str(read_end), *command],
+                [sys.executable, *_KEEPER, str(read_end), environment.get(_LIBRARY_PATH, ""), *command],
                 stdin=subprocess.PIPE if has_pipes else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if has_pipes else output,
-                stderr=None if has_pipes else subprocess.STDOUT, env=environment, pass_fds=[read_end],
-                start_new_session=True)
+                stderr=None if has_pipes else subprocess.STDOUT, pass_fds=[read_end],
+                start_new_session=True, env={**environment, _LIBRARY_PATH: library_path})
         finally:
             os.close(read_end)
         if self._keeper.stdin is not None and self._keeper.stdout is not None:
@@ -104,12 +106,13 @@ def _list_children() -> list[int]:
     return [*map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())]
 
 
-def _supervise_command(until: int, command: Sequence[str]) -> int:
+def _supervise_command(until: int, command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a command until the exit or a message on `until`, then kill all descendants.
 
     Args:
         until: read end of a pipe that the owner writes to or closes.
         command: program and arguments.
+        environment: its environment.
 
     Returns: the command's exit code.
     """
@@ -123,7 +126,7 @@ def _supervise_command(until: int, command: Sequence[str]) -> int:
         leader.terminate()
 
     try:
-        leader = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
+        leader = start_command(command, stdin=None, environment=environment, ends_with_this=True)
     except OSError as e:
         print(f"{command[0]}: {e.strerror}", file=sys.stderr)
         return NOT_STARTED
@@ -144,5 +147,9 @@ def _supervise_command(until: int, command: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Run the keeper: arguments are the root folder, the pipe and the command."""
-    sys.exit(_supervise_command(int(sys.argv[2]), sys.argv[3:]))
+    """Run the keeper: arguments are the root folder, the pipe, and the command after its library path."""
+    _, _, until, library_path, *command = sys.argv
+    environment = {name: value for name, value in os.environ.items() if name != _LIBRARY_PATH}
+    if library_path:
+        environment[_LIBRARY_PATH] = library_path
+    sys.exit(_supervise_command(int(until), command, environment))

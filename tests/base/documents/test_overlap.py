@@ -132,7 +132,7 @@ def test_nan_and_infinity_are_refused(text: str, why: str) -> None:
 
 def test_control_characters_are_escaped() -> None:
     assert escape_controls("a\x1b[2Jb\x1b]0;title\x07\r\x9b") == r"a\x1b[2Jb\x1b]0;title\x07\r\x9b"
-    # right to left, and the byte of a name that is no UTF-8
+    # right-to-left text, and a byte of a file name that is not UTF-8
     assert escape_controls("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
 
 
@@ -201,7 +201,7 @@ def test_script_choices_of_each_user(text: str, takes: str) -> None:
             if re.match(f"[{scripts.format_regex_ranges(taken)}]", text)] == takes.split()
 
 
-# The search finds what a comparison of lists of words finds.
+# The search equals a comparison of word lists.
 
 
 NGRAM, MIN_WORDS = 4, 2
@@ -221,7 +221,7 @@ def shortest_runs(words: list[str], size: int) -> set[tuple[str, ...]]:
 
 
 def holds(text: list[str], item: list[str]) -> bool:
-    """Return whether a text has what may not be shared of an item."""
+    """Return whether a text contains the protected part of an item."""
     size = sum(SIZES.get(word, 12) for word in item)
     if size >= NGRAM * 12:
         return not shortest_runs(text, NGRAM * 12).isdisjoint(shortest_runs(item, NGRAM * 12))

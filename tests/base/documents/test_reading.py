@@ -142,7 +142,7 @@ def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
     assert list_source_files(source, lambda name: name.endswith(".jsonl")) == expected
 
 
-# One record as a document: what each kind needs, and what is refused with its place.
+# One record as a document: required fields of each kind, and refusals with their location.
 
 
 @pytest.mark.each(("line", "rule"), [
@@ -313,3 +313,21 @@ def test_lines_without_escapes_are_not_formatted_to_find_surrogates(tmp_path: Pa
     (tmp_path / "a.jsonl").write_text('{"own": "plain words"}\n{"own": "전화"}\n', encoding="utf-8")
     monkeypatch.setattr(json, "dumps", None)
     assert len(list(read_records(tmp_path / "a.jsonl"))) == 2
+
+
+@pytest.mark.each(("name", "content"), [
+    ("a.txt", '{"n": 1}\n{"n": 2}\n'), ("a", '[{"n": 1}, {"n": 2}]'), ("a.NDJSON", '{"n": 1}\n{"n": 2}\n'),
+    ("a.jsonl.gz", '{"n": 1}\n{"n": 2}\n'), ("a.json.gz", '[{"n": 1},\n {"n": 2}]'),
+    ("a.lines.gz", '{"n": 1}\n\n{"n": 2}\n')])
+def test_content_and_not_the_ending_makes_a_named_file_one_of_records(tmp_path: Path, name: str,
+                                                                      content: str) -> None:
+    write = gzip.open if name.endswith(".gz") else open
+    with write(tmp_path / name, "wb") as file:
+        file.write(content.encode())
+    assert [record["n"] for _, record in read_records(tmp_path / name)] == [1, 2]
+
+
+def test_a_named_file_of_text_holds_no_records(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# A heading\n")
+    with pytest.raises(UserError, match=r"a.md:1: is not valid JSON .*; every line must be one JSON object"):
+        list(read_records(tmp_path / "a.md"))

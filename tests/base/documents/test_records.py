@@ -118,7 +118,7 @@ def test_written_nulls_stay(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("renames", [(), (("messages", ("dialog",)), ("tools", ("functions",)))])
 def test_table_padding_nulls_are_removed(tmp_path: Path, renames: Any) -> None:
-    """The nulls of JSON lines are no padding, those of JSON in a string neither."""
+    """Nulls in JSON lines, and in JSON inside a string, are not padding and stay."""
     rows = [calling({"city": "Seoul"}, [parameters(city={"type": "string"})], reasoning_content="hm"),
             calling({"unit": "C", "flat": ["x"]}, [parameters(unit={"type": "string", "default": "K"})])]
     named = [{"dialog": row["messages"], "functions": row["tools"]} if renames else row for row in rows]

@@ -35,7 +35,7 @@ def test_a_fix_changes_its_part_of_the_line_alone(typed: str, fix: Fix, mended: 
 
 
 def test_faults_of_consecutive_checks_share_one_message() -> None:
-    """Three checks that each see a line only if the one before passes."""
+    """Three checks, each of which runs only if the previous one passes."""
     def check(line: list[str]) -> None:
         for name in ("one", "two", "three"):
             if f"{name}=1" not in line:

@@ -49,7 +49,7 @@ def test_a_recommended_value_is_in_the_line(sentence: str, write: str) -> None:
 
 
 def test_later_faults_are_found_with_a_placeholder_value() -> None:
-    """A reward that nothing replaces, and a method that has an equivalent."""
+    """A reward without a replacement, and a method with an equivalent."""
     def check(line: list[str]) -> None:
         if "math" not in line:
             raise UserError("reward 'mine': does not exist", Fix(stand_ins={"mine": "math"}))
@@ -81,7 +81,7 @@ def test_an_option_leaves_with_its_value() -> None:
     ("pretrain x --data texts --run r", [Fix(words={"texts": "texts-tokens"}, before=(
         "sov-data pack --tokenizer tok --input texts --output texts-tokens",))]),
     ("eval pairs run --data p.jsonl", [Fix(words={"p.jsonl": "p-tokens"}, before=(
-        "sov-tokenizer import run/checkpoints/step-2/tokenizer --output tokenizer-tokenizer",
+        "sov-tokenizer import run/checkpoints/step-10/tokenizer --output tokenizer-tokenizer",
         "sov-data pack --tokenizer tokenizer-tokenizer --input p.jsonl --heldout 0.5 --format preference "
         "--output p-tokens"))]),
     ("sft --from=hf --data DIR --run new", [])])
@@ -90,7 +90,8 @@ def test_paths_are_judged_without_running_anything(line: str, fixes: list[Fix], 
     monkeypatch.chdir(tmp_path)
     for name, text in {"tokens/manifest.json": json.dumps({"kind": "tokens"}), "texts/a.txt": "a",
                        "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
-                       "run/checkpoints/step-2/tokenizer/tokenizer.json": "{}",
+                       "run/checkpoints/step-9/tokenizer/tokenizer.json": "{}",
+                       "run/checkpoints/step-10/tokenizer/tokenizer.json": "{}",
                        "p.jsonl": json.dumps({"instruction": "a", "chosen": "b", "rejected": "c"}),
                        "hf/config.json": "{}"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class DrivenPage:
                 return result
 
     def value(self, expression: str) -> Any:
-        """Return what an expression is in the page."""
+        """Evaluate an expression in the page, and return its value."""
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
@@ -76,7 +76,7 @@ class DrivenPage:
 
 @contextlib.contextmanager
 def driven(browser: str, folder: Path) -> Iterator[DrivenPage]:
-    """Give a page of a browser that runs as long as the context is open; its profile lies in the folder."""
+    """Yield a page in a browser that runs until the context ends; the browser profile is in `folder`."""
     profile = folder / "profile"
     process = subprocess.Popen(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
@@ -94,7 +94,7 @@ def driven(browser: str, folder: Path) -> Iterator[DrivenPage]:
 
 @contextlib.contextmanager
 def _connected(loop: asyncio.AbstractEventLoop, file: Path) -> Iterator[DrivenPage]:
-    """Give the browser's page, once it says where it is."""
+    """Connect to the browser's page once the browser prints its address."""
     deadline_s = time.monotonic() + LIMIT_S
     while not file.exists() or not file.read_text().strip():
         assert time.monotonic() < deadline_s

@@ -89,7 +89,7 @@ def test_unknown_name_suggests_nearest() -> None:
         registry().get("squar")
 
 
-# What is called wrongly fails when it is loaded, with what it should have taken.
+# A plug-in with a wrong signature fails at load, with the expected parameters.
 
 
 METHODS = {"read": ("path",), "write": ("path", "text")}

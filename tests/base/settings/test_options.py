@@ -31,7 +31,7 @@ class ReaderOptions:
     """Leave no time."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit."""
+        """Return the broken rules."""
         odd = self.max_bytes % 2
         return [SettingsProblem(ProblemCode.RULE, "max_bytes", "must be even", self.max_bytes)] if odd else []
 
@@ -62,7 +62,7 @@ class CountOptions:
     made: Annotated[object, NO_FLAG] = None
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
+        """Return the broken rules."""
         if self.limit and self.overwrite:
             return [SettingsProblem(ProblemCode.RULE, "limit", "goes without --overwrite", self.limit)]
         return []
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(line: str) -> CountOptions:
-    """Return what a line gives."""
+    """Parse a command line."""
     return read_options(CountOptions, parser().parse_args(line.split()))
 
 

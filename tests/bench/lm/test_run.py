@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sov import convert
-from megatron_sov.bench.lm import engine_runs, results
+from megatron_sov.bench.lm import engine_runs, evaluation, results
+from megatron_sov.bench.lm.results import EvaluatedModel, Metric, TaskScores
+from megatron_sov.bench.lm.settings import LmEvalSettings
 from megatron_sov.cli import main
 from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.transformers_engine import load_hf
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 TASKS = ("last_word", "rolling", "words", "letters", "stopped", "unended")
@@ -39,7 +45,7 @@ def reference(task_dir: Path, hf_models: dict[str, Path]) -> dict[str, Any]:
             task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
             task.set_fewshot_seed(1234)
         model, tokenizer = load_hf(hf_models[FAMILY]), load_tokenizer(hf_models[FAMILY])
-        model.generation_config.eos_token_id = tokenizer.eos_token_id  # or sequences go on behind their end
+        model.generation_config.eos_token_id = tokenizer.eos_token_id  # or sequences continue after their end
         result = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), loaded,
                           bootstrap_iters=0)
     finally:
@@ -96,12 +102,34 @@ def test_a_hugging_face_folder_is_scored_as_lm_eval_does(task_dir: Path, hf_mode
     assert [e["step"] for e in events] == [41] * 9
     assert {e["output"] for e in events} == {str(out)}
 
-    # what was answered is never asked again, the results are the same to the byte, and the run knows already
+    # stored answers are not generated again, the results have the same bytes, and the run has recorded them
     before = out.read_bytes()
     assert main(argv) == 0
     assert "asked" not in capsys.readouterr().err
     assert out.read_bytes() == before
     assert len([e for e in read_events(tmp_path / EVENTS) if e["event"] == "eval_lm"]) == 9
+
+
+def test_jobs_that_end_together_record_each_score_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                       ) -> None:
+    (tmp_path / EVENTS).touch()
+    scores = TaskScores("sha256:a", "multiple_choice", 6, (Metric("acc", 0.5),))
+    result = results.Results(EvaluatedModel("hf", "sha256:b", "huggingface", step=3), {"quiz": scores}, {})
+    both_have_read = threading.Barrier(2)
+
+    def read_together(file: Path) -> list[dict[str, Any]]:
+        events = list(read_events(file))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_have_read.wait(timeout=1)
+        return events
+
+    monkeypatch.setattr(evaluation, "read_events", read_together)
+    settings = LmEvalSettings(output=tmp_path / "out.json", run=tmp_path)
+    with ThreadPoolExecutor(2) as jobs:
+        for job in [jobs.submit(evaluation._record_events, RunEvents(tmp_path), settings, result)
+                    for _ in range(2)]:
+            job.result()
+    assert [(e["task"], e["value"]) for e in read_events(tmp_path / EVENTS)] == [("quiz", 0.5)]
 
 
 @pytest.mark.deep
@@ -164,7 +192,7 @@ def test_a_killed_evaluation_resumes_after_its_stored_answers(one_rank: None, ta
         nonlocal calls
         calls += 1
         if calls % 3 == 0:
-            raise KeyboardInterrupt  # as good as a kill: nothing behind it is written
+            raise KeyboardInterrupt  # equivalent to a kill: nothing is written afterwards
         asked.extend(request.key for request in chunk)
         return plain(model, running, chunk, flag)
 

@@ -40,7 +40,7 @@ def judged_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[[str], LoadedTasks]:
-    """Name -> what `eval lm` loads of the task over the files in the test's folder."""
+    """Name -> the task that `eval lm` loads over the files in the test's folder."""
     return lambda name: load_tasks([name], TaskSources(data_dir=tmp_path))
 
 

@@ -92,7 +92,7 @@ LCB = {
 
 
 def written_out() -> Iterator[tuple[str, Case]]:
-    """Yield name and case of those in the file, where NAME stands for each of a case's names."""
+    """Yield (name, case) for each name of a case; NAME in the file stands for it."""
     result = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for case in result:
         for name in case["names"]:

@@ -193,7 +193,7 @@ def test_competitions_are_judged_as_aime_of_lm_eval() -> None:
 
 
 def test_math500_is_judged_as_math_verify_does() -> None:
-    # lm-eval has this metric beside the older one, which compares strings
+    # lm-eval has this metric in addition to the older string comparison
     from math_verify import parse, verify
 
     gold = r"\frac{5}{6}"

@@ -12,8 +12,8 @@ import pytest
 from suite_items import CASES, write
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks
-from megatron_sov.bench.lm.tasks import LoadedTasks, get_sov_metadata
+from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks, get_sov_metadata
+from megatron_sov.bench.lm.tasks import LoadedTasks
 from megatron_sov.bench.suites.data import LETTERS, find_field_problem, load_rows, rename_fields
 from megatron_sov.judge.rewards.judge import Judge
 
@@ -129,7 +129,8 @@ def test_a_field_names_the_group_of_an_item(tmp_path: Path, loaded: Loaded) -> N
     write(CASES["mmmlu"], tmp_path)
     task = loaded("mmmlu")
     # one question in 14 languages
-    assert {doc[get_sov_metadata(task)["cluster_field"]] for doc in task.task_docs} == {1}
+    cluster_field = get_sov_metadata(task.get_config("metadata"))["cluster_field"]
+    assert {doc[cluster_field] for doc in task.task_docs} == {1}
 
 
 def test_few_shot_examples_of_a_group_are_required(tmp_path: Path, loaded: Loaded) -> None:

@@ -118,7 +118,6 @@ def responses(folder: str) -> list[dict]:
 def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS)
-    monkeypatch.setattr(eval_passk, "CALL_SAMPLES", 8)  # two prompts
     calls: list[int] = []
     generate = HfEngine.generate
 
@@ -129,7 +128,7 @@ def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytes
         return generate(engine, prompts, *rest, **more)
 
     monkeypatch.setattr(HfEngine, "generate", counted)
-    command = [str(hf_models["solar_open"]), *ASK]
+    command = [str(hf_models["solar_open"]), *ASK, "--batch-size", "2"]  # two prompts a call
     assert main(["eval", "passk", *JUDGE, *command, "--output", "out"]) == ExitCode.INTERRUPTED
     assert not Path("out").exists()
     capsys.readouterr()

@@ -20,7 +20,7 @@ def test_pairs_of_modalities_equal_those_of_the_model_card() -> None:
 
 
 def test_error_rates_count_recognized_words() -> None:
-    """Case and punctuation do not count; rates are those of all words and characters together."""
+    """Case and punctuation are ignored; rates are over all words and characters together."""
     rows = [MediaRow(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
     heard = ["hello world", "yell oh", ""]
     told = compute_media_figures(rows, heard)

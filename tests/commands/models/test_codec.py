@@ -16,9 +16,9 @@ from megatron_sov.omni.codecs.folder import open_codec, save_codec
 from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
 from megatron_sov.omni.generation.replies import MarkIds, split_reply
 from tests.omni import hf_folders
-from tests.pages_typed import commands_of, page_section
+from tests.pages_typed import commands_of, page_text
 
-PAGE = page_section("media_data.md", "Picture and sound codecs")
+PAGE = page_text("omni.md").partition("\n### Picture and sound codecs\n")[2].partition("\n## ")[0]
 
 
 @pytest.fixture

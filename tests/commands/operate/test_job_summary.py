@@ -60,7 +60,7 @@ def test_a_dry_run_ends_with_tokens_time_and_cost(packed_data: Any, tmp_path: Pa
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("limit", ["2:00:00", "12:00:00", "1-00:00:00", "7-00:00:00", "UNLIMITED"])
 def test_requeues_follow_from_days_and_time_limit(tmp_path: Path, capsys: Any, limit: str) -> None:
-    """Data that are not packed yet are no obstacle: an earlier job may make them."""
+    """Data that is not packed yet is accepted: an earlier job may write it."""
     code, out, _ = submitted(capsys, "pretrain", *H100, "--nodes", "8", "--time", limit, "qwen3-8b", "--data",
                              str(tmp_path / "tokens"), "--run", str(tmp_path / "run"), "--set",
                              "train.steps=200000", "--set", "train.global_batch_size=128")

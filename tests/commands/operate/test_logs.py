@@ -18,7 +18,7 @@ Follow = Callable[..., list[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that Slurm started twice, as its scripts leave it."""
+    """A run with two Slurm attempts, as job scripts leave it."""
     run = tmp_path / "run"
     files = {
         "slurm/17.log": "job: attempt 1 on n1, n2 begins at 0\n",
@@ -76,11 +76,8 @@ def test_one_rank_over_all_starts(run: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def follow(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Follow:
-    """Return `follow(happens, *arguments)`: what is printed while, at the end of the n-th pause,
-    `happens[n]()` happens.
-
-    No time goes by but what the command sleeps; after the last of them the reader presses Ctrl-C.
-    """
+    """Return `follow(happens, *arguments)`: the printed lines, while `happens[n]()` runs at the end of the
+    n-th pause. Time passes only in the command's sleeps; after the last pause the reader presses Ctrl-C."""
 
     def followed(happens: list[Callable[[], object]], *arguments: str) -> list[str]:
         slept_s: list[float] = []

@@ -104,7 +104,7 @@ def test_search_without_a_fit_names_the_shortfall_and_the_nodes_needed(
     assert "no number of nodes up to 4,096 is enough: set less of the layout" in errors
 
 
-# A model of the user's own, of which config.json alone is there.
+# A user's model folder with only a config.json.
 
 
 SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

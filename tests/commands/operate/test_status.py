@@ -234,6 +234,8 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10}}, 1.0),
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10},
       "ko": {"loss": 2.0, "bits_per_byte": 2.0, "tokens": 20}}, 60 / (20 + 20)),
+    ({"en": {"loss": 2.0, "bits_per_byte": 1.5, "tokens": 10},  # a source without bytes counts nowhere
+      "images": {"loss": 9.0, "bits_per_byte": "nan", "tokens": 5}}, 1.5),
     ({"en": {"loss": 2.0, "tokens": 10}}, None),
     ({"en": {"loss": 2.0, "bits_per_byte": 0, "tokens": 10}}, None),
     ({"en": {"loss": "nan", "bits_per_byte": "nan", "tokens": 10}}, None),
@@ -247,7 +249,7 @@ def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
 
 
 def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, Any]]) -> None:
-    """Have `--follow` find more events whenever it sleeps, and Ctrl-C where none are left."""
+    """Make `--follow` find new events at every sleep, and Ctrl-C when none remain."""
     pieces = iter(later)
 
     def sleep(_: float) -> None:

@@ -13,7 +13,7 @@ from megatron_sov.commands.rl.engines_run import keep_server
 
 
 class Scripted:
-    """A server whose starts go as is told: "ends", "fails", or "stays" until it is asked to stop."""
+    """A server with scripted starts: "ends", "fails", or "stays" until it is asked to stop."""
 
     log = Path("engine-0.log")
 

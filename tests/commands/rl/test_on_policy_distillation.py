@@ -15,7 +15,7 @@ from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 BETA, TEMPERATURE = 0.3, 1.5
 DIVERGENCE = (f"distillation.beta={BETA}", f"distillation.temperature={TEMPERATURE}")
@@ -73,8 +73,8 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 
 def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Path) -> tuple[float, float]:
-    """Return the mean generalised JSD and forward KL over what the student wrote in a round, by torch's own
-    KL of the two models' logits, as TRL's GKD trainer has it."""
+    """Return mean generalized JSD and forward KL over the student's text of a round, with torch's KL of the
+    two models' logits, as in TRL's GKD trainer."""
     import torch
     from torch.nn.functional import kl_div
     from transformers import AutoModelForCausalLM

@@ -14,7 +14,7 @@ from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 BETA = 0.7
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
@@ -75,7 +75,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 
 def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], dict[str, float]]]]:
-    """Return the documents of each step of a round: tokens, which are learned, and what each is one of."""
+    """Return the documents of each step of a round: tokens, label mask, and kind."""
     path = run / f"rounds/{number:04d}"
     [source] = open_sources({str(path): 1.0}, 368, ("rollouts",))
     shard, found = source.open_split("train"), []
@@ -121,8 +121,8 @@ def test_a_round_has_the_best_and_the_worst_of_each_group(whole: Path, folder: P
 
 def means_of_transformers(run: Path, step: int, taken: list[Any], start: Path,
                           folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return [documents] sums of log-probabilities of learned tokens behind so many steps, and their counts,
-    by transformers' model."""
+    """Return [documents] log-probability sums of learned tokens after `steps` steps and the token counts,
+    from transformers' model."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -151,7 +151,7 @@ def test_pairs_are_learned_against_the_weights_that_begin_the_round(whole: Path,
                                                                     teacher: Path) -> None:
     taken = [*documents(whole, 1), *documents(whole, 2)]
     for step in (1, 3):
-        # the second of each round, behind the first
+        # the second step of each round, after the first
         now, then = (means_of_transformers(whole, at, taken[step], teacher, folder)[0]
                      for at in (step, step - 1))
         assert steps(whole)[step]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)

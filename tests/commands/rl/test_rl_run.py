@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
-    """Return `command(run, *more, store=, lot=, word=)`: `rl run` with a store beside the run."""
+    """Return `command(run, *more, store=, lot=, word=)`: `rl run` with a store next to the run."""
     def command(run: str, *more: str, store: str = "", lot: int = 1, word: str = "run") -> list[str]:
         return ["rl", word, "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", f"{REWARD}:Exact",
@@ -63,7 +63,7 @@ def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, command: Command, run_command: Any) -> Path:
-    """Return a run of three rounds that nothing has disturbed."""
+    """Return an undisturbed run of three rounds."""
     result = run_command(*command("whole", "--plain", "--workers", "1", "--set", "obs.tensorboard=true"))
     assert result.returncode == 0, result.stderr
     assert ("11 prompts read: 9 asked, 2 set aside (1 longer than rollout.max_prompt_tokens = 8, "
@@ -137,12 +137,12 @@ def killed(folder: Path, command: Command, run_command: Any) -> Path:
 
 
 def same_to_the_bit(ours: Path, whole: Path) -> None:
-    """Check that a run has written, learned and published what the whole one has."""
+    """Check that a run generated, trained and published the same bits as the undisturbed one."""
     assert losses(ours) == losses(whole) and len(losses(whole)) == 6
     assert weights(ours) == weights(whole) and weights(whole)
     stores = [run.with_name(f"{run.name}-store") for run in (ours, whole)]
     for our_row, their_row in zip(*map(rows, stores), strict=True):
-        # of the same policies, which no checkpoint tells apart
+        # written by the same policies, so checkpoints are equal
         assert our_row.key == their_row.key and our_row.versions.tolist() == their_row.versions.tolist()
         assert our_row.tokens.tolist() == their_row.tokens.tolist()
         assert our_row.logprobs.tolist() == their_row.logprobs.tolist()
@@ -156,7 +156,7 @@ def same_to_the_bit(ours: Path, whole: Path) -> None:
 @pytest.mark.distributed
 def test_kills_with_and_without_a_checkpoint_and_validations_change_no_bit(whole: Path, killed: Path) -> None:
     assert [e["step"] for e in events(whole, "checkpoint")] == [4, 6], "not one for each round"
-    # what a dead process has claimed is not waited for: rollout.lease_s is ten minutes
+    # claims of a dead process are not awaited: rollout.lease_s is ten minutes
     assert [e["step"] for e in events(killed, "restart")] == [0, 4]
     same_to_the_bit(killed, whole)
 

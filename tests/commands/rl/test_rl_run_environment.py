@@ -73,10 +73,10 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
     for judged in store.read_rewards("environment", part.name):
         row = rows[judged.key]
         assert judged.reward == row.record["luck"] and len(row.tokens) <= 12
-        # every token that was read is replayed, what tools said too
+        # every token is replayed, including tool results
         assert row.routes is not None and len(row.routes) == len(row.prompt_tokens) + len(row.tokens) - 1
         assert row.routes.max() < 4, "there are four experts"
-        # what a verdict says in words stands with the response, and is not averaged
+        # text of a verdict is stored with the response and not averaged
         assert set(row.outcome["components"]) == {"said", "length"} and set(judged.components) == {"length"}
     means = read_manifest(run / "rounds/0001", "tokens").content["means"]
     assert means["responses"] == 4 and means["reward"] == 0.5 and set(means["components"]) == {"length"}

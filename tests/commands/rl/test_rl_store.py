@@ -24,9 +24,10 @@ from megatron_sov.commands.rl.store.reward_run import wait_for_store
 from megatron_sov.post.rl.reward import ENVIRONMENT
 from megatron_sov.rollouts.inspection import check_with_progress, format_store
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout, StorePlan, format_part_name
-from megatron_sov.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.rollouts.tables import REWARDS, ROLLOUTS
 from megatron_sov.work.progress.locks import Claims
-from tests.pages_typed import blocks, page_text, shell_lines
+from tests.pages_typed import blocks, page_section, shell_lines
 from tests.rollouts.test_store import rollout as sound_row
 
 VERSION = "8c1d22ab90e4f00d"
@@ -40,7 +41,7 @@ def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
 
 
 def filled(path: Path) -> RolloutStore:
-    """Return a store of one round: two pieces, of which one response was continued, and a reward."""
+    """Return a store of one round: two pieces, one continued response, and a reward."""
     store = RolloutStore.create(path, "sha256:ab", 100)
     late = rollout("p1", 0, finish_reason=UNFINISHED)
     parts = {format_part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
@@ -72,7 +73,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(sound: Path, tmp_path: Path) -> RolloutStore:
-    """A copy of it to break."""
+    """A copy of the store, for damage."""
     shutil.copytree(sound, tmp_path / "store")
     return RolloutStore.open(tmp_path / "store")
 
@@ -81,7 +82,7 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(sound, "work/store")
-    text = page_text("rollout_store.md")
+    text = page_section("rl.md", "The rollout store")
     (program,) = blocks(text, "python")
     exec(program, {})
     output = capsys.readouterr().out
@@ -89,8 +90,9 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for line in shell_lines(text, "bash"):
         assert main(shlex.split(line)[1:]) == 0, line
     assert not list(Path("work/store/rollouts").iterdir()) and not list(Path("work/store/rewards").iterdir())
+    columns = page_section("formats.md", "Rollout store")
     for kind, schema in (("rollouts", ROLLOUTS), ("rewards", REWARDS)):
-        table = text.partition(f"`{kind}.parquet`:")[2].partition("\n## ")[0].partition("\n`rewards")[0]
+        table = columns.partition(f"`{kind}.parquet`:")[2].partition("\n`rewards")[0]
         named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
                  for name in re.findall(r"`(\w+)`", row)]
         assert sorted(named) == sorted(schema.names)

@@ -16,11 +16,11 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.inputs.teacher_models import check_teacher_model
+from megatron_sov.commands.rl.teacher_models import check_teacher_model
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.obs.meters import format_step, read_headline
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from tests.token_servers import VllmDouble
 
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=1",
@@ -84,7 +84,7 @@ def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
 
 
 def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list[np.ndarray]:
-    """Return what transformers' model says of each token but the first of texts."""
+    """Return transformers' log-probabilities of each token of texts but the first."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -116,7 +116,7 @@ def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, t
     advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
         teachers, student, there, strict=True)]
     told, step = events(whole, "round")[0], events(whole, "step")[0]
-    # --reward none: there is no reward of 0 to tell, and what the run is after is told in its place
+    # --reward none: no reward of 0 is printed, but the figure that the run optimizes
     assert "reward" not in told["means"] and "reward" not in step["meters"]
     headline, _ = read_headline(events(whole, "run_start")[0])
     assert format_step(step, headline, comparable=False).startswith("KL to the teacher ")

@@ -33,7 +33,7 @@ WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 @dataclass(frozen=True)
 class Rounds:
-    """What runs are given."""
+    """Common arguments of the runs."""
 
     folder: Path
     start: Path
@@ -75,7 +75,7 @@ def losses(run: Path) -> dict[int, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
-    """Return a run of three rounds of the store "whole" that nothing has disturbed."""
+    """Return an undisturbed run over the three rounds of the store "whole"."""
     store = rounds.store("whole", range(1, 4))
     result = run_command(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
                                          "train.keep_checkpoints=0", "--set",

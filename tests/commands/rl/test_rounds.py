@@ -12,7 +12,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.inputs.checks import choose_rounds
+from megatron_sov.commands.rl.checks import choose_rounds
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
@@ -75,7 +75,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(asked: list[str]
 
 
 def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
-    """Return what `generate` says to each prompt."""
+    """Return the greedy output of `generate` for each prompt."""
     texts = [f"What is {i} plus 1?" for i in range(2)] + ["Name a river."]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     result = run_command("generate", str(checkpoint), "--prompts", str(file), "--chat", "--max-new-tokens",

@@ -140,7 +140,7 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str
     assert "0.5 of" in capsys.readouterr().out
     result = probe("merged", "--run", "run")
     assert asked == ["step-100", "step-200", "merged"]
-    # never what is merged
+    # never the merged checkpoint
     assert [c["checkpoint"] for c in result["choice"]] == ["run/step-100", "run/step-200"]
     gains = {(g["domain"], g["k"]): g["gain"] for g in result["merged"]}
     # the second problem of algebra: one right answer of four is in half of the pairs
@@ -149,7 +149,8 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str
     assert main(["convert", "average", "run", "both"]) == 0
     for name in read_manifest("both").files:
         assert Path("both", name).read_bytes() == Path("merged", name).read_bytes()
-    # one that is the best everywhere is the merge, bit for bit, so that a road goes on whatever was found
+    # a checkpoint that is best in every domain is the merge, bit for bit, so that the next stage always has a
+    # start
     first = "run/checkpoints/step-100"
     assert main(["ssp", "probe", first, *ASK[:-1], "alone"]) == 0
     assert main(["ssp", "fuse", "alone", "--output", "same"]) == 0
@@ -179,15 +180,19 @@ def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], said: st
     assert not Path("probe").exists()
 
 
-def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture[str]) -> None:
-    with create_artifact("sets", "probing_sets") as artifact:
-        (artifact.path / "statistics.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}))
-        artifact.content = {"domains": {"statistics": 1}}
+def test_generated_problems_name_their_domains_and_are_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = {"prompt": "2 + 2?", "answer": "4", "domain": "statistics"}
+    with create_artifact("sets", "synthesis") as artifact:
+        (artifact.path / "kept.jsonl").write_text(json.dumps(problem))
     assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 0
     assert '"probe_domain": "statistics"' in Path("probe/problems.jsonl").read_text()
-    Path("sets/statistics.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
+    Path("sets/kept.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
     assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 2
     assert "the files have changed since" in capsys.readouterr().err
+    with create_artifact("more", "synthesis") as artifact:
+        (artifact.path / "kept.jsonl").write_text(json.dumps({**problem, "domain": ""}))
+    assert main(["ssp", "probe", "first", *ASK, "--problems", "more", "--dry-run"]) == 2
+    assert "kept.jsonl: line 1 has no text in 'domain'" in capsys.readouterr().err
 
 
 def test_incomparable_checkpoints_are_refused(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     events = [e for e in read_events(whole / "events.jsonl") if e["event"] == "heldout_divergence"]
     assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == made.settings["teacher"]
     assert events[0]["kl"] > events[1]["kl"] == parsed["heldout_divergence"]["chat"]["kl"] > 0
-    assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # forward KL is what is learned
+    assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # the loss is the forward KL
 
     states = ("--teacher", str(teacher), "--states", f"{whole}.states")
     # complete: its states are not needed any more
@@ -68,7 +68,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
         assert text in capsys.readouterr().err
     assert not (tmp_path / "no").exists() and not (tmp_path / "never").exists()
 
-    # beside states that are there: the teacher's files are hashed once, to compare it with theirs
+    # with existing states: the teacher's files are hashed once for comparison
     from megatron_sov.post.distillation import teacher as teaching
 
     digest, hashed, begun = teaching.hash_weights, [], []

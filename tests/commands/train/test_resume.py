@@ -22,7 +22,7 @@ Begin = Callable[..., Path]
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
-    """Return what makes a run's folder as a command line leaves it."""
+    """Return a function that creates a run's folder for a command line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
 
@@ -41,7 +41,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
-    """Return what `pretrain` is given."""
+    """Return the arguments of `pretrain`."""
     found: list[argparse.Namespace] = []
     run = DeclaredCommand.run
 

@@ -80,7 +80,7 @@ class StageReads:
 
 
 def groups_of(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[type, str]]:
-    """Yield each class of settings with what stands before its fields."""
+    """Yield each settings class with the prefix of its keys."""
     yield cls, prefix
     for field in dataclasses.fields(cls):
         inner = get_inner_hint(cls, field.name)
@@ -183,6 +183,6 @@ def test_stages_read_exactly_the_settings_with_effect(stages: dict[str, StageRea
     acts = {key for stage in stages.values() for key in {*setting_names()} - stage.inert()}
     unread = {key for key in acts if not any(key in stage.reads for stage in stages.values())}
     assert unlisted(unread, NEVER_READ) == set()
-    # no reason outlives what it was for
+    # no reason outlives its setting
     assert [pattern for pattern in READ_WITHOUT_EFFECT if not fnmatch.filter(read_idly, pattern)] == []
     assert [pattern for pattern in NEVER_READ if not fnmatch.filter(unread, pattern)] == []

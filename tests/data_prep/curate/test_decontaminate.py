@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("--input text.jsonl --benchmarks none.jsonl", "none.jsonl: is no file"),
     ("--input text.jsonl --benchmarks odd.jsonl", "odd.jsonl:1: has text in none of the fields question,"),
     ("--input text.jsonl --benchmarks cut.jsonl --fields text", "cut.jsonl:2: is not valid JSON"),
-    ("--input text.txt --benchmarks bench.jsonl", "text.txt: is no .jsonl file"),
-    ("--input text.jsonl ./text.jsonl --benchmarks bench.jsonl", "2 files are named text.jsonl"),
+    ("--input text.txt --benchmarks bench.jsonl", "text.txt:1: is not valid JSON"),
+    ("--input text.jsonl ./text.jsonl --benchmarks bench.jsonl", "2 files would be written to text.jsonl"),
     ("--input text.jsonl --benchmarks bench.jsonl --text-field body", "has no string field 'body'"),
     ("--input text.jsonl --benchmarks bench.jsonl --min-words 11",
      "--min-words 11: must be at most --ngram = 10"),
@@ -45,3 +46,11 @@ def test_an_output_is_replaced_only_on_request(files: Path) -> None:
     words = ["decontaminate", "--input", "text.jsonl", "--benchmarks", "bench.jsonl", "--output", "out"]
     assert [main(words), main(words), main([*words, "--overwrite"])] == [0, 2, 0]
     assert (files / "out/text.jsonl").read_text() == '{"text": "Yes."}\n'
+
+
+@pytest.mark.parametrize("name", ["lines.txt", "lines.ndjson", "lines.jsonl.gz"])
+def test_lines_are_read_under_any_ending_and_written_as_jsonl(files: Path, name: str) -> None:
+    lines = (files / "text.jsonl").read_bytes()
+    (files / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    assert main(["decontaminate", "--input", name, "--benchmarks", "bench.jsonl", "--output", "out"]) == 0
+    assert (files / "out/lines.jsonl").read_text() == '{"text": "Yes."}\n'

@@ -1,4 +1,4 @@
-"""Commands in docs/media_data.md, run with small codecs."""
+"""Commands in docs/omni.md, run with small codecs."""
 
 import json
 import shlex
@@ -10,10 +10,10 @@ from data_prep.cli import main
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents.shard_files import FEATURES
 from tests.data_prep.media.chats import Encode
-from tests.pages_typed import blocks, page_text, shown_files
+from tests.pages_typed import blocks, page_section, shown_files
 from tokenizer.cli import main as sov_tokenizer
 
-PAGE = page_text("media_data.md")
+PAGE = page_section("omni.md", "Media records and codecs")
 SMALLER = {"6561": "8", "65536": "8", "448:256": "4:3", "128:30:750": "8:1:5"}
 """Sizes of the page -> those of the codecs here, for time."""
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import main
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 def write(path: Path, *records: Any) -> Path:

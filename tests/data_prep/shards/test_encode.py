@@ -165,6 +165,7 @@ def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.each(("given", "imported", "output"), [
     ("hf", "hf", "hf-tokenizer"),
     ("packed", "packed/tokenizer", "packed-tokenizer"),  # token shards, a checkpoint: it lies inside
+    ("run", "run/checkpoints/step-10/tokenizer", "run-tokenizer"),  # newest step, not last by name
     ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
     ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
     ("old", "old", "old-tokenizer"),
@@ -173,7 +174,8 @@ def test_foreign_tokenizer_is_rejected_with_import_command( given: str, imported
                                                            folder: Path, tmp_path: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("hf", "packed/tokenizer"):
+    steps = [f"run/checkpoints/step-{step}/tokenizer" for step in (9, 10)]
+    for name in ("hf", "packed/tokenizer", *steps):
         (tmp_path / name).mkdir(parents=True)
         shutil.copyfile(folder / "tokenizer.json", tmp_path / name / "tokenizer.json")
     (tmp_path / "old").mkdir()

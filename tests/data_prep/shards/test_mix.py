@@ -18,7 +18,7 @@ from data_prep.shards.verify import verify_shards
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import Document, RecordReading
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 @pytest.fixture(scope="module")

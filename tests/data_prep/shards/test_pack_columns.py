@@ -16,7 +16,7 @@ from data_prep.shards.pack import PackSettings, PackSource
 from data_prep.shards.pack_run import pack_sources
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import RecordReading
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_path: Path,

@@ -61,7 +61,7 @@ def test_rows_are_graded_and_the_band_is_kept(made: Path, tmp_path: Path,
     rows = [{"prompt": "What is 1 plus 2?", "answer": "3"}, {"prompt": "What is 9876 times 5432 times 9999?"},
             {"messages": [{"role": "user", "content": measured["problem"]},
                           {"role": "assistant", "content": "?"}]}]
-    file = write(tmp_path / "rows.jsonl", rows)
+    file = write(tmp_path / "rows.txt", rows)
     words = ["difficulty", "grade", "--input", str(file), "--model", str(made / "model"), "--labels",
              str(made / "labels")]
     assert main([*words, "--output", str(tmp_path / "all")]) == 0

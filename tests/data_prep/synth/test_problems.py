@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_prep.synth.functions.answers import check_answers, choose_comparison_method, ends_in_box, find_boxes
-from data_prep.synth.readers.problems import find_problem_text, read_problems
+from data_prep.synth.readers.problems import get_problem_text, read_problems
 from megatron_sov.base.errors import UserError
 
 
@@ -44,10 +44,10 @@ def test_a_folder_of_synthesis_is_what_it_has_kept(tmp_path: Path) -> None:
     ({"problem": "a", "text": "b"}, "a"), ({"text": "b"}, "b"), ({"problem": "  ", "text": "b"}, "b"),
     ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
                    {"role": "assistant", "content": "x"}]}, "u"),
-    ({"prompt": [{"role": "user", "content": "u"}]}, "u"), ({"messages": "x"}, "x"), ({"a": 1}, None),
+    ({"prompt": [{"role": "user", "content": "u"}]}, "u"), ({"messages": "x"}, "x"),
 ])
-def test_a_problem_is_what_the_user_says(record: Any, found: str | None) -> None:
-    assert find_problem_text(record) == found
+def test_a_problem_is_what_the_user_says(record: Any, found: str) -> None:
+    assert get_problem_text(record, "a.jsonl:1") == found
 
 
 @pytest.mark.parametrize(("record", "said"), [

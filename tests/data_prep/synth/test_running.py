@@ -241,6 +241,17 @@ def test_an_endpoint_that_stays_away_ends_the_run_with_75(run: Run, endpoint: Sc
     assert len(run.kept()) == 6
 
 
+def test_without_patience_each_item_is_asked_for_max_attempts_times(
+        run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "line b"}])
+    endpoint.next = ["503"] * 1000
+    assert run(endpoint, "--patience", "0", "--max-attempts", "2", "--threads", "1") == 75
+    assert "2 items got no answer, the last: b: the endpoint answered HTTP 503" in capsys.readouterr().err
+    assert 1000 - len(endpoint.next) == 2 * 2 * 2, "two answers to each item"
+    endpoint.next = []
+    assert run(endpoint) == 0 and len(run.kept()) == 4
+
+
 def test_items_without_an_answer_are_left_for_the_next_command(run: Run, endpoint: ScriptedEndpoint,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     run.write([{"id": "a", "text": "line a"}])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.checkpoint.gather import TensorGatherer
 from megatron_sov.engine.decode import forward_only
 from megatron_sov.engine.model.adapters import LinearAdapter
@@ -72,7 +72,7 @@ class Learning:
     def __init__(self, config: Any, seed: int = 1) -> None:
         self.config = config
         self.model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
-        load.initialize_weights(self.model, config.model, seed)
+        initial_weights.initialize_weights(self.model, config.model, seed)
         if config.lora.dora:
             for chunk in self.model.chunks:
                 chunk.adapters.set_magnitudes(chunk)

@@ -55,8 +55,8 @@ def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], b
 def test_auto_uses_our_attention_without_a_packed_kernel(rejected: set[int], flash: bool, attention: str,
                                                          rejecting: Callable[[set[int], bool], None],
                                                          logged: list[logging.LogRecord]) -> None:
-    """Otherwise it would silently compute whole-row products: 11 of the 12 s of a step on an H200. `fused`
-    accepts cuDNN only, whatever else is installed."""
+    """Transformer Engine would otherwise silently compute whole-row products: 11 of the 12 s of a step on an
+    H200. `fused` accepts only cuDNN."""
     rejecting(rejected, flash)
     config = apply_settings(recipes.get("tiny-k-exaone"), [
         "train.precision=bf16", "model.sliding_window_tokens=128"])

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov import recipes
-from megatron_sov.checkpoint import load
-from megatron_sov.checkpoint.load import find_init_rule, generate_normals
+from megatron_sov.checkpoint import initial_weights
+from megatron_sov.checkpoint.initial_weights import find_init_rule, generate_normals
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
@@ -41,7 +41,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-    load.initialize_weights(model, config.model, 11)
+    initial_weights.initialize_weights(model, config.model, 11)
     local = list_local_shards(model)
     file = Path(folder) / f"{recipe}.safetensors"
     if reference:
@@ -66,7 +66,7 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
     world.join_world(ParallelConfig())
     torch.set_num_threads(num_threads)
-    threads, normals = set(), load.generate_normals
+    threads, normals = set(), initial_weights.generate_normals
     calls, meeting = itertools.count(), threading.Barrier(num_threads)
 
     def noted(*args: Any) -> Any:
@@ -75,9 +75,9 @@ def with_threads(num_threads: int) -> dict[str, Any]:
             meeting.wait(600)  # otherwise one fast thread might generate all
         return normals(*args)
 
-    load.generate_normals, load._CHUNK = noted, 1000
+    initial_weights.generate_normals, initial_weights._CHUNK = noted, 1000
     model = build_model(config.model, ParallelConfig(), config.train)
-    load.initialize_weights(model, config.model, 11)
+    initial_weights.initialize_weights(model, config.model, 11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     return {"digest": digest, "threads": len(threads)}
 
@@ -127,5 +127,5 @@ def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path
         for result in per_rank:
             assert result["differing"] == [] and result["unset"] == [], layout
 
-    assert said == ("decoder.layers.0.mystery.weight: 0 rules of checkpoint/load.py match this "
+    assert said == ("decoder.layers.0.mystery.weight: 0 rules of checkpoint/initial_weights.py match this "
                     "name, needs exactly one")

@@ -7,7 +7,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import SilentCorruption
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.replica_checks import compute_checksum, flip_bit
@@ -44,7 +44,7 @@ def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> lis
     config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=368", "model.num_layers=1"])
     place = world.join_world(ParallelConfig(**layout))
     model = build_model(config.model, ParallelConfig(**layout), config.train)
-    load.initialize_weights(model, config.model, 1)
+    initial_weights.initialize_weights(model, config.model, 1)
     found = [replica_checks.find_differing_replicas(model)]
     if place.rank in flipped_on:
         replica_checks.flip_bit(next(p for p in model.parameters()

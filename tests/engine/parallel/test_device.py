@@ -20,7 +20,7 @@ from megatron_sov.engine.parallel import device as own_gpu, rng, world
 from megatron_sov.engine.parallel.device import DETERMINISM_VARIABLES, enable_determinism
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer

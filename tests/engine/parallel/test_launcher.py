@@ -18,7 +18,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import load_plugin
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.launcher import read_plan, write_plan_file
-from megatron_sov.train.data.token_shards import ShardChain, map_numbers, open_sources
+from megatron_sov.train.data.sources import open_sources
+from megatron_sov.train.data.token_shards import ShardChain, map_numbers
 from megatron_sov.work.processes.stop_signals import catch_stop_signals
 
 # Plan files for ranks that are new processes.

@@ -10,7 +10,7 @@ import pytest
 from megatron_sov.eval.needle.documents import NeedleDocuments
 from megatron_sov.eval.needle.text import Haystack, NeedleForm, Slots, open_haystacks
 from megatron_sov.model.config import NeedleConfig
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 @pytest.fixture(scope="module")

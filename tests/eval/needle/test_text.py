@@ -12,7 +12,7 @@ from megatron_sov.eval.needle.text import (
     LANGUAGES, PHRASES, Haystack, NeedleForm, build_needle_form, detect_language, fill_slots, list_phrases,
     open_haystacks)
 from megatron_sov.model.config import Language
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 
 
 def test_words_are_rare_whole_tokens(form: NeedleForm, token_shards: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.convert import export_weights
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder
 from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
@@ -162,7 +162,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
     world.join_world(parallel)
     model = build_model(config.model, parallel, config.train)
-    load.initialize_weights(model, config.model, 1)
+    initial_weights.initialize_weights(model, config.model, 1)
     policy = ForwardModel(model, 7)
 
     def trainers(row: list[int], temperature: float) -> torch.Tensor:
@@ -192,7 +192,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     ways = {"greedy": Sampling(NEW), "T 1": Sampling(NEW, 1.0, seed=3), "T 0.7": Sampling(NEW, 0.7, seed=3)}
     found = {name: furthest(ways[name]) for name in chosen}
     other = build_model(config.model, parallel, config.train)
-    load.initialize_weights(other, config.model, 2)
+    initial_weights.initialize_weights(other, config.model, 2)
     engine = MegatronEngine(ForwardModel(other, 7))
     versions = []
     for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):

@@ -130,7 +130,7 @@ def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fl
     assert [future.result(20)[0].tokens for _, future in futures] == [expected(r, 4) for r, _ in futures]
     while len(keepers[0].doubles) < 2 or num_there(fleet) < 2:
         time.sleep(0.01)
-    # what is started again has the newest weights before it is asked
+    # a restarted server gets the newest weights before requests
     assert (keepers[0].doubles[1].weights, keepers[0].doubles[1].version) == ("/first", "4")
 
 
@@ -237,7 +237,7 @@ def test_short_samples_are_grouped_into_requests(fleets: Callable[..., Fleet], t
     assert counts([[3]] * 8 + [[4]], *[drawn] * 9) == [6, 2, 1]
     fleet.requests = 99
     assert counts([[3]] * (GROUP + 1), *[drawn] * (GROUP + 1)) == [GROUP, 1]
-    # a cut response goes on behind ids of its own, with fewer tokens to go
+    # a truncated response continues after its own ids, with fewer tokens left
     assert counts([[3], [3, 5], [3]], *[drawn] * 3) == [1, 1, 1]
     assert counts([[3]] * 2, drawn, replace(drawn, max_new_tokens=5)) == [1, 1]
     # places of long ones are taken by others as soon as they have ended
@@ -310,7 +310,7 @@ def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytes
                                                           ServerLocations(tmp_path)):
         pass
     # one that has it; and others' servers need none
-    monkeypatch.setattr(server_process, "VLLM_MODULE", "json")
+    monkeypatch.setattr(server_process, "VLLM", "json")
     check_vllm_program((), Path(sys.executable))
     check_vllm_program(("http://127.0.0.1:9",), python)
 

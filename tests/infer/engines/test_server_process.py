@@ -57,7 +57,7 @@ def test_server_starts_and_stops_with_its_processes(tmp_path: Path, monkeypatch:
     own = server(tmp_path, number=1)
     assert own.start(never) is not None and own.is_alive()
     parsed = json.loads(Path("told.json").read_text())
-    # a trainer's rank is not a server's; the worker's folder comes before what was there
+    # the trainer's rank is not passed to the server; the worker's folder comes first in the path
     assert (parsed["rank"], parsed["gpus"], parsed["mode"]) == (None, "6,7", "1")
     assert parsed["path"] == f"{WORKER_FOLDER}{os.pathsep}/mine"
     words = " ".join(parsed["words"])
@@ -102,5 +102,5 @@ def test_data_parallel_server_has_one_api_server(tmp_path: Path) -> None:
     settings = parse_server_settings(["dp=2", "requests=8"], "--engine-set")
     words = ServerProcess(0, Path("model"), 99, settings, tmp_path).build_command(5)
     assert "--data-parallel-size 2 --api-server-count 1" in " ".join(words)
-    # behind which each has room of its own
+    # each has its own range after it
     assert "--max-num-seqs 8" in " ".join(words) and settings.room == 16

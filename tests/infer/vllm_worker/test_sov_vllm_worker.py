@@ -133,7 +133,7 @@ def test_all_workers_of_all_replicas_receive_weights(engine: type, monkeypatch: 
 
 
 def test_partial_update_is_discarded(engine: type, tmp_path: Path) -> None:
-    # more than sockets hold, so that what is sent has no end without a receiver
+    # more than socket buffers hold, so that sending blocks without a receiver
     tensors = {"a": torch.ones(1), "b": torch.ones(1 << 22), "c": torch.ones(1 << 22)}
     broken = worker(engine, Model(fails_at="a"))
     [error] = send([broken], tensors)
@@ -149,6 +149,6 @@ def test_partial_update_is_discarded(engine: type, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("engine", "seen"), [(False, "None"), (True, "first")], indirect=["engine"])
 def test_expert_kernels_are_rebuilt_on_cpus_only(engine: type, seen: str) -> None:
-    # graphs of a GPU go on to read what the first kernel has
+    # CUDA graphs keep reading the tensors of the first kernel
     Kernel()._setup_kernel()
     assert [seen] == DONE

@@ -106,11 +106,11 @@ def test_each_update_uses_a_new_group_until_a_worker_dies(workers: list[subproce
         expected = {name: [str(t.dtype), list(t.shape), t.flatten().float().tolist()]
                     for name, t in (TENSORS if len(sent) == 2 else first).items()}
         assert found == [expected, expected]
-        # the thread and what it holds of the files go
+        # the thread ends and releases its files
         wait_until(lambda: threading.active_count() <= before)
 
 
-    # all of it is more than sockets hold
+    # the tensors exceed the socket buffers
     large = {"a": torch.ones(1), "stop": torch.ones(1), **{f"w{i}": torch.ones(1 << 20) for i in range(12)}}
     never, began_s = threading.Event(), []
 

@@ -16,7 +16,7 @@ def no_rewards_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])
 def enclosure(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of an enclosure that this machine has; programs share one sandbox of it."""
+    """Name of an available enclosure; programs of a test module share one sandbox of it."""
     try:
         sandbox = Sandbox(enclosure=request.param)
     except UserError as e:

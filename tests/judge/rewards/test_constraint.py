@@ -22,12 +22,12 @@ BROKEN = "def evaluate(response):\n    return response[1000] == 'x'"
 @pytest.mark.each(("response", "functions", "settings", "reward"), [
     ("no comma", [NO_COMMA, SHORT], {}, 1.0),
     ("one, comma", [NO_COMMA], {}, 0.0),
-    ("one, comma", [NO_COMMA, SHORT], {}, 1.0),  # half of them is enough
+    ("one, comma", [NO_COMMA, SHORT], {}, 1.0),  # half of the checks suffices
     ("one, comma", [NO_COMMA, SHORT], {"min_share": 1.0}, 0.0),
     ("one, comma", [NO_COMMA, SHORT], {"give_share": True}, 0.5),
     ("one, comma that goes on for long", [NO_COMMA, SHORT, TRUE], {}, 0.0),
     ("one, comma that goes on for long", [NO_COMMA, SHORT, TRUE], {"min_share": 0.0}, 1.0),
-    ("no comma", [BROKEN, BROKEN, NO_COMMA], {}, 0.0),  # what gives no verdict accepts nothing
+    ("no comma", [BROKEN, BROKEN, NO_COMMA], {}, 0.0),  # a check without a verdict accepts nothing
     ("hm, hm</think>no comma", [NO_COMMA], {}, 1.0),
     ("hm, hm</think>no comma", [NO_COMMA], {"hide_thinking": False}, 0.0),
     ("  \n ", [TRUE], {}, 0.0),  # nothing keeps nothing

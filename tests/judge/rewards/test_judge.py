@@ -31,7 +31,7 @@ GOOD = (200, said('{"reason": "right", "score": 10}'))
 
 
 class Script(ThreadingHTTPServer):
-    """Answers with what stands in `answers`, the last one again and again; keeps what it was asked."""
+    """Answers with the items of `answers`, repeating the last one, and records requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -106,7 +106,7 @@ def judge(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_score_is_scaled_and_cached(script: Script, judge, tmp_path: Path) -> None:
     script.answers = [(200, said('```json\n{"reason": "fine", "score": 5.5}\n```'))]
     for _ in range(3):
-        result = run_reward(judge(), ROW)  # a new one each time: what is kept lies on the disk
+        result = run_reward(judge(), ROW)  # a new judge each time: the cache is on disk
         assert (result.reward, result.status, result.components["said"]) == (0.5, "scored", "fine")
     assert len(script.asked) == 1
     assert script.paths == ["/v1/chat/completions"]
@@ -146,7 +146,7 @@ def test_a_misbehaving_endpoint_leaves_no_score(name: str, script: Script, judge
     assert cache.num_requests() == attempts
     assert name == "late" or len(script.asked) == attempts  # one that came too late may not have read them
     script.answers = [GOOD]
-    assert run_reward(judge(), ROW).reward == 1.0  # nothing of it was kept
+    assert run_reward(judge(), ROW).reward == 1.0  # no answer was cached
 
 
 def test_a_second_attempt_may_succeed(script: Script, judge) -> None:

@@ -221,7 +221,7 @@ def test_libraries_are_part_of_the_version() -> None:
     ("42", "\\boxed{\\color{red}42}", 1), ("42", "\\boxed{\\,42~\\text{m}}", 1),
     ("1000000", "\\boxed{1\\ 000\\ 000}", 1), ("5 km", "\\boxed{\\(5 \\text{ m}\\)}", 0),
     ("42", "\\boxed{\\[ x = 42 \\]}", 1), ("42", "\\boxed{\\(42\\) million}", 0),
-    # a set is no tuple, and no interval
+    # a set is neither a tuple nor an interval
     ("(4,3)", "$\\left\\{4,3\\right\\}$", 0), ("(0,1)", "\\boxed{\\{0,1\\}}", 0),
     ("(4,3)", "\\boxed{(x,y)=(4,3)}", 1), ("\\{1,2\\}", "\\boxed{S=\\{2,1\\}}", 1)])
 def test_attacks_and_honest_answers(answer: str, response: str, reward: float) -> None:
@@ -231,7 +231,7 @@ def test_attacks_and_honest_answers(answer: str, response: str, reward: float) -
 COLUMN = "\\begin{pmatrix} -2 \\\\ 1 \\end{pmatrix}"
 MATRIX = "\\begin{bmatrix} 1 & 2 \\\\ 3 & 4 \\end{bmatrix}"
 BOXED = [
-    # matrices and vectors are no last number of theirs
+    # matrices and vectors are not their last number
     (COLUMN, COLUMN, 1), (COLUMN, "1", 0), (COLUMN, "\\begin{bmatrix} -2\\\\1 \\end{bmatrix}", 1),
     (COLUMN, "\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}", 0),
     (COLUMN, "\\begin{pmatrix} -2 & 1\\end{pmatrix}", 0),

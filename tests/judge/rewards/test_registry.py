@@ -195,7 +195,7 @@ def score(row):
 
 @dataclass(frozen=True)
 class Long:
-    """Right is what is long."""
+    """Reward: 1 for long responses."""
 
     LIBRARIES = ("numpy",)
     min_chars: int = 5
@@ -283,6 +283,6 @@ def test_missing_fields_are_found_before_generation(name: str, settings: dict[st
     versioned_reward = build_versioned_reward(asked := request_reward(name, settings))
     assert find_missing_field(asked, versioned_reward, row) == field
     if field and name != "composed":
-        # what is said before is what judging would say
+        # the early message equals the message of scoring
         refused = run_reward(versioned_reward.reward, {**row, "response": "42"})
         assert refused.status == "refused" and field in refused.reason

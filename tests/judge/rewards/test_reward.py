@@ -12,7 +12,7 @@ from megatron_sov.judge.rewards.scoring import MAX_EXAMPLES, ScoringTally
 
 
 class Gives:
-    """A reward that returns, or raises, what it is made with."""
+    """A reward that returns or raises a fixed value."""
 
     def __init__(self, what: object) -> None:
         self.what = what

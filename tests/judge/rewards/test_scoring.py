@@ -102,7 +102,7 @@ def test_ended_process_affects_a_single_row(runner, monkeypatch: pytest.MonkeyPa
     with runner(workers=1) as running:
         result = running.score(rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
     assert [r.reward for r in result] == [*range(40), None, *range(41, 60)]
-    # row 40 is of the 32 behind the first 31; those that were behind it go to another process
+    # row 40 is among the 32 rows after the first 31; the rows after it go to another process
     assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
     sent.clear()
     monkeypatch.setattr(workers, "FAST_REQUEST_S", -1.0)

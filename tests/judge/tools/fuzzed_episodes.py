@@ -100,10 +100,10 @@ class FuzzedPolicy:
 
 
 def problems_of(episode: Episode, policy: FuzzedPolicy) -> list[str]:
-    """Return what is wrong with the tokens of an episode."""
+    """Return the defects in the tokens of an episode."""
     found, ids, encoder = [], episode.ids, policy.encoder
     turns = []
-    for n in range(len(episode.turns)):  # the last one ends at the episode's limit, whatever was written
+    for n in range(len(episode.turns)):  # the last turn ends at the episode's limit
         prompt, written = policy.seen[episode.number << 16 | n]
         left = LIMITS.max_response_tokens - (len(prompt) - len(episode.prompt))
         turns.append((prompt, written[:left]))
@@ -129,7 +129,7 @@ def problems_of(episode: Episode, policy: FuzzedPolicy) -> list[str]:
 def played(world: str, num_episodes: int, folder: Path,
            wrapped: Callable[[FuzzedPolicy], ToolPolicy] = lambda policy: policy, parallel: int = 8,
            ) -> tuple[list[Episode], FuzzedPolicy, TurnEncoder]:
-    """Return the episodes of a world, whose journal lies beside `folder / world`."""
+    """Return the episodes of a world, with their journal in `folder / world`."""
     chat = chat_encoder()
     encoder = TurnEncoder(chat, "the script's tokenizer")
     policy = FuzzedPolicy(world, chat, encoder.end_ids[0])

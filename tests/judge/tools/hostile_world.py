@@ -22,10 +22,10 @@ class Hostile(World):
 
     @tool
     def misbehave(self, how: str) -> object:
-        """Misbehave behind a change of the state.
+        """Misbehave after a change of the state.
 
         Args:
-            how: in which way.
+            how: kind of misbehavior.
         """
         self.state["count"] += 100
         return getattr(self, f"_{how}")()

@@ -19,7 +19,7 @@ TASK = {"question": "Try."}
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[EnvironmentHost]:
-    """One process; where a test ends it, the next one is started."""
+    """A host process; if a test ends it, the next call starts another."""
     with EnvironmentHost(request_environment(f"{FILE}:Hostile", {}), LIMITS) as found:
         yield found
 

@@ -135,7 +135,7 @@ def test_user_answers_do_not_change_sampled_tokens(tmp_path: Path) -> None:
     assert [turn.reply for turn in episode.turns] == ["Not two.", "And?", None, "Not <tool_call>{.", None]
     assert (episode.end, episode.answer) == ("answered", "3")
     assert episode.result is not None and episode.result.reward == 5
-    # what the model wrote lies in the ids as it was, and behind it what the template makes of the rest
+    # the ids contain the model's own tokens, followed by the template's rendering of the rest
     assert [episode.ids[start:end] for start, end in episode.spans] == [encoder.encode(text) for text in said]
     assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(said[0]),
                                                  *encoder.encode_after_turn([], user="Not two.")]
@@ -155,7 +155,7 @@ def test_an_episode_ends_at_its_limits(tmp_path: Path) -> None:
     assert (whole.end, len(whole.turns)) == ("turns", 3)
     assert whole.result is not None and whole.result.reward == 3
     turn = len(whole.turns[0].written.ids)
-    # no room for what the second tool says and an answer; no room for the second turn
+    # no room for the second tool's result and an answer; no room for the second turn
     for limit, end in ((whole.num_response_tokens - turn, "tokens"),
                        (whole.num_response_tokens - 2 * turn - 1, "unended")):
         episode, _ = scripted(tmp_path, [call("add")] * 9, EpisodeLimits(max_response_tokens=limit))

@@ -17,7 +17,8 @@ RAMP = TrainConfig(tokens=1, global_batch_size=12, ramp_from_batch_size=4, ramp_
 
 
 def test_the_ramp_by_hand() -> None:
-    """From 4 to 12 by 4 in 10 steps: two equal stretches, and all of it from step 10 on."""
+    """From 4 to 12 in increments of 4 within 10 steps: two equal intervals, and the full size from step 10
+    on."""
     assert [batch_size_at(RAMP, PhaseConfig("a"), s) for s in range(12)] == [4] * 5 + [8] * 5 + [12] * 2
     assert find_ramp_changes(RAMP, PhaseConfig("a")) == [5, 10]
     assert [batch_size_at(RAMP, PhaseConfig("a", global_batch_size=6), s) for s in (0, 5, 10)] == [4, 6, 6]

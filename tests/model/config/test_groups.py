@@ -46,7 +46,7 @@ Small = Callable[..., RunConfig]
 
 
 def test_shared_experts_are_split_like_attention(small: Small) -> None:
-    """They are one wide feed-forward network, of which every tensor parallel rank has a piece."""
+    """They are one wide feed-forward network, split over tensor-parallel ranks."""
     def problems(expert_ffn_dim: int, num_shared_experts: int) -> list[SettingsProblem]:
         model = small(num_heads=6, num_kv_heads=3, expert_ffn_dim=expert_ffn_dim,
                       num_shared_experts=num_shared_experts).model
@@ -68,7 +68,7 @@ def test_yarns_table_is_cut_as_rows_are(small: Small) -> None:
 
 
 def test_layers_of_a_stage() -> None:
-    """Runs lie in the order of the layers: the first runs of all stages, then the second ones."""
+    """Layer runs are ordered: the first run of every stage, then the second ones."""
     assert [ParallelConfig(pp=2, vpp=2).stage_layers(stage, 8) for stage in (0, 1)] == [
         [0, 1, 4, 5], [2, 3, 6, 7]]
     uneven = ParallelConfig(pp=2, vpp=2, pipeline_layout=(3, 2, 2, 1))

@@ -44,7 +44,7 @@ def audio(**changes: Any) -> str:
     "policy.kl_coeff=NaN", "lora.targets=[]",
 ])
 def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> None:
-    """Bounds that are more than a limit of one number."""
+    """Bounds that are more than a minimum or maximum."""
     with pytest.raises(SettingsError) as e:
         apply_settings(small(), [settings])
     key = settings.partition("=")[0]
@@ -223,7 +223,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
      "parallel.delay_weight_grads"),
     ("gpu.pad_buckets=on", 1, "gpu.pad_buckets"),
     ("gpu.profile_first_step=3 gpu.profile_last_step=2", 1, "gpu.profile_first_step"),
-    # what watches and measures
+    # guards and measurements
     ("guards.probe_every_steps=5", 1, "guards.probe_every_steps"),
     ('evaluate.background.tasks=["ppl"]', 1, "evaluate.background.tasks"),
     (LM, 1, "evaluate.lm.tasks"),

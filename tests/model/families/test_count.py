@@ -44,7 +44,7 @@ def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
 def test_solar_open_2_has_exactly_the_parameters_of_its_card() -> None:
     model = get("solar-open2-250b").model
     assert count_params(model).total == 250_287_794_944
-    # 36 states of 64 x 128 x 128 and 3 x 24,576 inputs in 4 bytes beside twelve layers of keys and values
+    # 36 states of 64 x 128 x 128 and 3 x 24,576 inputs in 4 bytes, and keys and values of twelve layers
     assert model.count_state_tokens() == -(-36 * (64 * 128 * 128 + 3 * 24576) * 4 // (12 * 2 * 8 * 128 * 2))
     assert get("qwen3-8b").model.count_state_tokens() == 0
 
@@ -102,7 +102,7 @@ def test_missing_adapter_targets_are_reported(recipe: str, targets: list[str]) -
 
 @pytest.mark.parametrize("recipe", ["tiny-deepseek-v3", "tiny-k-exaone"])
 def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> None:
-    """Training adapts the trunk: what else stood in the list would be missed in every checkpoint."""
+    """Training adapts only the trunk: adapters of other layers would be missing in every checkpoint."""
     model = get(recipe).model
     lora = LoraConfig(rank=4, targets=("gate_proj", "up_proj", "down_proj", "experts", "lm_head"))
     assert model.num_mtp_layers == 1
@@ -112,7 +112,7 @@ def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> N
     assert not any(name.startswith("mtp.") for name in names)
 
 
-# Training FLOPs against what torch counts in transformers' own model classes.
+# Training FLOPs against torch's count in transformers' model classes.
 
 SEQ_LEN = 64
 

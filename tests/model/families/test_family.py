@@ -175,13 +175,12 @@ def test_a_config_json_that_describes_another_model_is_not_written() -> None:
 
 @pytest.mark.each("name", recipes.names())
 def test_config_survives_transformers_round_trip(name: str) -> None:
-    """Our config.json survives transformers' own config class: what it writes back describes the
-    same architecture."""
+    """transformers' config class reads our config.json and writes back the same architecture."""
     from transformers import AutoConfig
 
     model = recipes.get(name).model
     family = models.get_family(model.family)
-    model = replace(model, **family.training)  # what only training knows is not in the file
+    model = replace(model, **family.training)  # training-only settings are not in the file
     assert family.from_hf_config(json.loads(json.dumps(hf_config(model)))) == model
     theirs = AutoConfig.for_model(**hf_config(model))
     assert family.from_hf_config(json.loads(theirs.to_json_string())) == model
@@ -195,7 +194,7 @@ def test_layer_types_are_explicit_and_follow_the_pattern() -> None:
     assert models.get_family("exaone_moe").from_hf_config(config) == model
 
 
-# those of EXAONE 4.0, HyperCLOVA X, Gemma and Kimi K2 are as remembered (docs/families.md)
+# totals of EXAONE 4.0, HyperCLOVA X, Gemma and Kimi K2 are unsourced (docs/families.md)
 PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())
 """The config.json of released models, in the older spelling (rope_theta, rope_scaling, is_moe_layer)."""
 RELEASED = {
@@ -255,7 +254,7 @@ def test_yarn_means_the_same_frequencies_in_transformers() -> None:
 
 
 def test_llamas_scaling_means_the_same_frequencies_in_transformers() -> None:
-    """One that is not the default survives, and ours are the frequencies that transformers has in float32."""
+    """A non-default scaling survives, with the same float32 frequencies as transformers."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -16,7 +16,7 @@ from megatron_sov.model.families.family import TokenIds
 
 
 def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
-    """Return a tiny recipe's config.json with other fields; None takes a field away."""
+    """Return a tiny recipe's config.json with other fields; None removes a field."""
     model = recipes.get(recipe).model
     changed = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds()) | fields
     return {name: value for name, value in changed.items() if value is not None}
@@ -78,7 +78,7 @@ def test_prediction_layer_of_k_exaone_is_global_by_default() -> None:
 def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
     config = config_of("tiny-k-exaone2")
     model = read(config)
-    assert "sliding_window" not in config  # which would say what no program can follow
+    assert "sliding_window" not in config  # which no program could interpret
     assert (model.windows(), model.mtp_window()) == ([0, 64, 32, 32, 32, 0], 32)
     assert (model.limits(), model.mtp_depths, model.num_predictions) == ([0, 0, 0, 0, 7.0, 7.0], 4, 4)
     # as classes write it that know one window and a count of dense layers
@@ -120,7 +120,7 @@ def test_a_pattern_that_qwen3_moe_cannot_express_is_a_problem_before_training() 
     assert len(problems) == 2 and any("either every layer slides or none does" in p.rule for p in problems)
 
 
-# Latent attention in config.json: as transformers writes it, as it was released, and what is refused.
+# Latent attention in config.json: as written by transformers, as released, and refusals.
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096,

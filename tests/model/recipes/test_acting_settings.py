@@ -43,7 +43,8 @@ def find_refused(asked: RecipeRequest, **options: Any) -> list[SettingsProblem]:
 
 
 def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the settings of a class and those that it holds, of the first item of each list of settings."""
+    """Yield the settings of a class and of its nested classes, and of the first item of each settings
+    list."""
     for field in dataclasses.fields(cls):
         inner, key = get_inner_hint(cls, field.name), f"{prefix}{field.name}"
         if get_origin(inner) is tuple:
@@ -180,7 +181,7 @@ def test_config_files_are_checked_for_inert_changes(written: dict[str, Any], ref
     for file in (part, whole):
         asked = request_training(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
         found = [problem.key for problem in find_refused(asked)]
-        # the phases of a run's own file may be what its command has made of others
+        # the command may have derived the phases in a run's own file
         assert found == ([] if file == whole and "data" in written else refused.split())
 
 

@@ -27,20 +27,21 @@ STRUCTURE = (
     "seq_aux_loss_coeff", "attention_pattern", "rope_on_global", "rope_theta", "qk_norm", "norm_eps",
     "num_mtp_layers", "mtp_loss_coeff",
 )
-"""Fields of a model that are choices and not sizes; shrinking must not touch them."""
+"""Model fields that are design choices, not sizes; tiny recipes must not change them."""
 
 
-def smallest_world(config: RunConfig) -> int:
+def find_smallest_world(config: RunConfig) -> int:
     """Return a number of processes that the recipe's layout accepts."""
     return math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
 
 
 @pytest.mark.each("name", names())
-def test_every_recipe_builds_and_is_sound(name: str) -> None:
+def test_every_recipe_builds_and_is_valid(name: str) -> None:
     config = get(name)
     assert config.recipe == name
-    # what a recipe may leave to be set: test_policies.py says which
-    assert [p for p in config.problems(smallest_world(config)) if not p.rule.startswith("is missing: ")] == []
+    # recipes may leave settings open: test_policies.py lists them
+    assert [p for p in config.problems(find_smallest_world(config))
+            if not p.rule.startswith("is missing: ")] == []
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -52,11 +53,11 @@ def test_every_recipe_has_a_tiny_variant() -> None:
 @pytest.mark.each("name", TINY)
 def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
     tiny, big = get(name), get(TINY[name])
-    # of as many layers as it has
-    whole = big.model.layer_windows or len(big.model.attention_pattern) == big.model.num_layers
-    pattern = {"attention_pattern"} if whole else set()
-    assert {f: getattr(tiny.model, f) for f in STRUCTURE if f not in pattern} == {
-        f: getattr(big.model, f) for f in STRUCTURE if f not in pattern}
+    # a pattern with an entry for each layer becomes shorter with the model
+    is_per_layer = big.model.layer_windows or len(big.model.attention_pattern) == big.model.num_layers
+    for field in STRUCTURE:
+        if field != "attention_pattern" or not is_per_layer:
+            assert getattr(tiny.model, field) == getattr(big.model, field), field
     assert tiny.model.layer_types() == big.model.layer_types()[:tiny.model.num_layers]
     assert bool(tiny.model.sliding_window_tokens) == bool(big.model.sliding_window_tokens)
     assert set(tiny.model.layer_types()) == set(big.model.layer_types())
@@ -64,16 +65,15 @@ def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
         tiny.model.latent_attention is None), "grouped-query attention stays grouped"
     assert [(p.name, p.share) for p in tiny.data.phases] == [
         (p.name, p.tokens or p.share) for p in big.data.phases]
-    assert not any(p.tokens or p.blend or p.global_batch_size for p in tiny.data.phases), "any data will do"
+    assert not any(p.tokens or p.blend or p.global_batch_size for p in tiny.data.phases), "accepts any data"
     assert (tiny.optim.schedule, tiny.objective) == (big.optim.schedule, big.objective)
     assert [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in tiny.extend.stages] \
         == [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in big.extend.stages]
-    assert not any(s.blend or p.blend for s in tiny.extend.stages for p in s.parts), "any data will do"
+    assert not any(s.blend or p.blend for s in tiny.extend.stages for p in s.parts), "accepts any data"
 
 
 def test_k_exaone_as_published() -> None:
-    """48 layers in the pattern LLLG: 36 sliding, 12 global, the last one global,
-    without rotation on the global ones."""
+    """48 layers in the pattern LLLG: 36 sliding ones and 12 global ones without rotary embedding."""
     model = get("k-exaone-236b").model
     types = model.layer_types()
     assert (types.count("sliding_attention"), types.count("full_attention"), types[-1]) == (
@@ -88,7 +88,7 @@ def test_k_exaone_as_published() -> None:
 
 
 def test_solar_open_as_published() -> None:
-    """All layers global and mixture-of-experts; pretrained at 4K with plain rotations."""
+    """All layers are global with mixture of experts, pretrained at 4K with plain rotary embedding."""
     config = get("solar-open-102b")
     model = config.model
     assert set(model.layer_types()) == {"full_attention"}
@@ -102,8 +102,8 @@ def test_solar_open_as_published() -> None:
 
 
 def test_solar_opens_mid_training_as_published() -> None:
-    """1.15 T tokens at 32K and 1,440 samples a step: 850 B of trajectories, 135 B of long documents,
-    170 B of phase 2.C again."""
+    """1.15 T tokens at 32K with 1,440 samples a step: 850 B of trajectories, 135 B of long documents, and
+    170 B from phase 2.C."""
     config = get("solar-open-102b-mid")
     (phase,) = config.data.phases
     tokens = {name: weight / sum(phase.blend.values()) * phase.tokens / 1e9
@@ -119,7 +119,7 @@ def test_solar_opens_mid_training_as_published() -> None:
     ("k-exaone-236b", 8192, [(32768, 1024), (262144, 128)])])
 def test_the_published_extension_ends_at_the_released_model(name: str, before: int,
                                                             published: list[tuple[int, int]]) -> None:
-    """Lengths and, for Solar, batch sizes as published; rehearsal in every stage, and the gate on."""
+    """Lengths and (for Solar) batch sizes are as published; every stage has rehearsal data and a gate."""
     config = get(f"{name}-extend")
     assert [(s.seq_len, s.global_batch_size) for s in config.extend.stages] == published
     assert [(p.seq_len, p.global_batch_size) for p in config.data.phases] == published, "what `plan` shows"
@@ -128,7 +128,7 @@ def test_the_published_extension_ends_at_the_released_model(name: str, before: i
     model = get(name).model
     for stage in config.extend.stages:
         model = extend_model(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor,
-                         stage.yarn_original_tokens)
+                             stage.yarn_original_tokens)
         assert (model.yarn is None) == (stage.seq_len < 65536 or name.startswith("k-exaone"))
         before = stage.seq_len
     assert model == config.model
@@ -145,8 +145,9 @@ def test_vibethinker_extension_starts_at_the_base_and_ends_at_the_recipe() -> No
     assert model == config.model and model.yarn is None
 
 
-def test_typhoon_s_is_fine_tuned_as_the_authors_script_does() -> None:
-    """2e-5 to 0 by a cosine, 5 % of warm-up, 32 packed samples of 16,384; else the trainer's default."""
+def test_typhoon_s_fine_tuning_equals_the_authors_script() -> None:
+    """Cosine from 2e-5 to 0, 5 % warm-up, 32 packed samples of 16,384 tokens, and defaults of transformers'
+    `TrainingArguments`."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin is not None
     trainer = Path(spec.origin).with_name("training_args.py").read_text()  # importing it takes seconds
@@ -168,48 +169,48 @@ def test_unknown_recipe_names_the_nearest_and_the_list() -> None:
     assert "`megatron-sov recipes` lists them" in str(e.value) and len(str(e.value)) < 200
 
 
-# Every value that a recipe sets says where it comes from, truly as far as it can be looked up.
+# Every value of a recipe states its source, and sources that can be looked up are correct.
 
 
 CONFIGS = json.loads((Path(__file__).parents[1] / "families/published_configs.json").read_text())
 BIG = [name for name in names() if name not in TINY]
 
 
-def unlabelled(name: str, table: Sources) -> list[str]:
+def list_unlabelled(name: str, table: Sources) -> list[str]:
     return [s.key for s in list_settings(get(name), table) if s.source == YOURS]
 
 
 @pytest.mark.parametrize("name", names())
 def test_every_value_that_a_recipe_sets_has_a_source(name: str) -> None:
-    assert unlabelled(name, sources(name)) == []
+    assert list_unlabelled(name, sources(name)) == []
     labelled = [s.source for s in list_settings(get(name), sources(name)) if s.source != DEFAULT]
     assert {source.kind for source in labelled} <= {"published", "config.json", "ours"}
     assert all(source.where for source in labelled)
 
 
-def test_a_value_without_a_source_is_noticed() -> None:
+def test_a_value_without_a_source_is_detected() -> None:
     without = ("optim.min_lr", "parallel.*")
     table = {key: source for key, source in sources("k-exaone-236b").items() if key not in without}
-    assert unlabelled("k-exaone-236b", table) == [
+    assert list_unlabelled("k-exaone-236b", table) == [
         "parallel.ep", "parallel.zero1", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather",
         "optim.min_lr"]
-    assert len(unlabelled("tiny-qwen3", {})) > 20, "without a table a recipe's values are its author's"
+    assert len(list_unlabelled("tiny-qwen3", {})) > 20, "without a table all values count as the user's"
 
 
 @cache
-def used_by(name: str) -> frozenset[str]:
-    """Return the entries of a recipe's own table that name a value."""
+def find_used_entries(name: str) -> frozenset[str]:
+    """Return the entries of a recipe's source table that match a setting."""
     return frozenset(select_used(get(name), sources(name)))
 
 
 @pytest.mark.each("name", BIG)
-def test_no_entry_of_a_table_is_idle(name: str) -> None:
-    """But those that a recipe took over from the one that it goes back to."""
-    used = used_by(name)
-    others = {key for other in BIG if other != name for key in used_by(other)}
-    assert set(sources(name)) - used <= others
-    more = sources(name) | {"optim.lr": ours("last"), "optim.rl": ours("misspelt")}
-    assert select_used(get(name), more).keys() == used | {"optim.lr"}
+def test_every_entry_of_a_source_table_is_used(name: str) -> None:
+    """Except entries that a recipe inherits from its base recipe."""
+    used = find_used_entries(name)
+    inherited = {key for other in BIG if other != name for key in find_used_entries(other)}
+    assert set(sources(name)) - used <= inherited
+    extended = sources(name) | {"optim.lr": ours("last"), "optim.rl": ours("misspelt")}
+    assert select_used(get(name), extended).keys() == used | {"optim.lr"}
 
 
 RELEASED = [name for name in BIG if any(s.kind == "config.json" for s in sources(name).values())]
@@ -217,20 +218,22 @@ RELEASED = [name for name in BIG if any(s.kind == "config.json" for s in sources
 
 @pytest.mark.each("name", RELEASED)
 def test_claimed_config_json_values_are_in_config_json(name: str) -> None:
-    """Read by the model's family, which says which settings the file or its class decides."""
+    """The model's family reads the file, and knows which settings the file determines."""
     config = get(name)
     family = models.get_family(config.model.family)
-    said = [s for s in list_settings(config, sources(name)) if s.source.kind == "config.json"]
-    (released,) = {s.source.where.partition(",")[0] for s in said}
-    told = {field for item in family.config for field in getattr(item, "null_tells", ())}
+    claimed = {s.key: s for s in list_settings(config, sources(name)) if s.source.kind == "config.json"}
+    (released,) = {s.source.where.partition(",")[0] for s in claimed.values()}
+    meaningful_nulls = {field for item in family.config for field in getattr(item, "null_tells", ())}
     raw = {field: value for field, value in extract_text_config(CONFIGS[released]).items()
-           if value is not None or field in told}
-    decided = {"family", *COMMON_VALUES, *family.structure,
-               *(field for item in family.config for field in item.read(raw))}
+           if value is not None or field in meaningful_nulls}
+    determined = {"family", *COMMON_VALUES, *family.structure}
+    for item in family.config:
+        determined |= set(item.read(raw))
     read = {s.key: s.value for s in list_settings(replace(config, model=family.from_hf_config(raw)), {})}
-    assert {s.key: s.value for s in said} == {s.key: read[s.key] for s in said}
-    assert {s.key.split(".")[1] for s in said} <= decided
-    assert len(said) > 15
+    for key, setting in claimed.items():
+        assert setting.value == read[key], key
+        assert key.split(".")[1] in determined
+    assert len(claimed) > 15
 
 
 @pytest.mark.each("name", TINY)
@@ -242,19 +245,20 @@ def test_a_tiny_recipe_inherits_other_settings(name: str) -> None:
     assert not any(s == big.get(s.key) for s in tiny if s.source == TINY_SOURCE)
 
 
-def test_values_are_named_as_settings_are() -> None:
-    """Nested, in lists and in tables; the last match holds; what is None by default is set as a whole."""
+def test_sources_are_matched_by_setting_names() -> None:
+    """Nested, in lists and in tables; the last match wins; a group that is None by default is set as a
+    whole."""
     config = get("solar-open-102b")
     config = replace(config, model=replace(config.model, yarn=YarnConfig()), optim=OptimConfig(lr=1.0),
                      data=replace(config.data, phases=(PhaseConfig("a", blend={"b/64": 2.0}),)))
     table = {"data.*": ours("all"), "data.phases.*.seq_len": published("one")}
-    found = {s.key: (s.value, s.source) for s in list_settings(config, table)}
-    assert found["data.phases.0.blend.b/64"] == (2.0, ours("all"))
-    assert found["data.phases.0.seq_len"] == (4096, published("one"))
-    assert found["model.yarn.factor"] == (2.0, YOURS), "the class's own default, and yet set"
-    assert (found["optim.lr"], found["optim.min_lr"]) == ((1.0, YOURS), (3e-6, DEFAULT))
-    assert "recipe" not in found
-    changes = [f"{key}={json.dumps(value)}" for key, (value, _) in found.items()]
+    settings = {s.key: (s.value, s.source) for s in list_settings(config, table)}
+    assert settings["data.phases.0.blend.b/64"] == (2.0, ours("all"))
+    assert settings["data.phases.0.seq_len"] == (4096, published("one"))
+    assert settings["model.yarn.factor"] == (2.0, YOURS), "set, although it equals the class's default"
+    assert (settings["optim.lr"], settings["optim.min_lr"]) == ((1.0, YOURS), (3e-6, DEFAULT))
+    assert "recipe" not in settings
+    changes = [f"{key}={json.dumps(value)}" for key, (value, _) in settings.items()]
     assert apply_settings(config, changes) == config
 
 
@@ -264,27 +268,27 @@ def test_derived_sources_replace_changed_settings() -> None:
     before = get("tiny-qwen3")
     after = apply_settings(before, ["optim.lr=1", 'data.phases.0.blend={"a": 1}'])
     assert label_changes(before, after, YOURS) == {"optim.lr": YOURS, "optim.min_lr": YOURS,
-                                                "data.phases.0.blend.a": YOURS}
+                                                   "data.phases.0.blend.a": YOURS}
 
 
-TENSORS, SIZE_BYTES = 59_396, 1_498_715_008_512
-"""Of the released folder (Megatron-Bridge, examples/model_verification_cards/k-exaone-2/card.yaml)."""
+K_EXAONE_2_TENSORS, K_EXAONE_2_BYTES = 59_396, 1_498_715_008_512
+"""Size of the released folder (Megatron-Bridge, examples/model_verification_cards/k-exaone-2/card.yaml)."""
 
 
-def test_the_released_folder_has_this_architecture_to_the_byte() -> None:
+def test_k_exaone_2_has_the_released_tensors_and_bytes() -> None:
     model = recipes.get("k-exaone2-750b").model
 
-    # bf16, and routers' biases in fp32
-    held = sum(w.numel * len(w.layers) * (4 if w.is_buffer else 2) for w in layer_weights(model))
-    named = {name for link in models.get_family(model.family).links(model) for name in link.hf_names}
+    # bf16, except the routers' float32 biases
+    num_bytes = sum(w.numel * len(w.layers) * (4 if w.is_buffer else 2) for w in layer_weights(model))
+    tensors = {name for link in models.get_family(model.family).links(model) for name in link.hf_names}
 
-    assert (held, len(named)) == (SIZE_BYTES, TENSORS)
+    assert (num_bytes, len(tensors)) == (K_EXAONE_2_BYTES, K_EXAONE_2_TENSORS)
     result = count_params(model)
     assert result.total + result.mtp == pytest.approx(749.4e9, rel=1e-3)
     assert result.active == pytest.approx(37e9, rel=0.01)
 
 
-def test_windows_and_bounds_are_those_that_programs_read() -> None:
+def test_windows_and_limits_of_k_exaone_2_equal_those_of_inference_engines() -> None:
     model = recipes.get("k-exaone2-750b").model
 
     windows, limits = model.windows(), model.limits()
@@ -295,17 +299,15 @@ def test_windows_and_bounds_are_those_that_programs_read() -> None:
     assert (model.mtp_window(), model.num_predictions, model.num_dense_layers) == (128, 4, 2)
 
 
-def test_layouts_divide_it() -> None:
+def test_layouts_of_k_exaone_2_are_valid() -> None:
     assert recipes.get("k-exaone2-750b").problems(512) == []
     assert recipes.get("k-exaone2-750b-extend").problems(1024) == []
 
 
 @pytest.mark.each("layers", [2, 6, 80])
 def test_another_depth_keeps_per_layer_settings(layers: int) -> None:
-    import dataclasses
-
     model = recipes.get("k-exaone2-750b").model
-    other = dataclasses.replace(model, **model.fields_for_depth(layers))
+    resized = replace(model, **model.fields_for_depth(layers))
 
-    assert other.problems() == [] and other.windows()[:2] == [0, 4096][:layers]
-    assert other.limits()[-1] == 7.0 and (layers < 6 or other.limits()[0] == 0)
+    assert resized.problems() == [] and resized.windows()[:2] == [0, 4096][:layers]
+    assert resized.limits()[-1] == 7.0 and (layers < 6 or resized.limits()[0] == 0)

@@ -149,7 +149,7 @@ def test_invalid_families_objectives_and_options_are_refused(site: Path, setting
 
 
 def attacks(site: Path) -> dict[str, str]:
-    """Return configs of somebody else's that name code on this machine, and what each is answered."""
+    """Return foreign configs that name code on this machine, with the expected answer to each."""
     code = {"reference": f"{site}/family.py:MINE", "package": "", "files": {"family.py": requested.__name__}}
     family, objective = {"kind": "model family", "name": "mine", **code}, f"{site}/objective.py:Halved"
     halved = {"kind": "objective", "name": "Halved", **code, "reference": objective}

@@ -23,8 +23,8 @@ from megatron_sov.infer.request import Batching, Sampling
 from megatron_sov.omni.generation.prompts import PromptMediaEncoder, encode_media_prompts
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, build_row
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.objectives.microbatch import build_micro_batch
 from tests.omni_model import save_codecs, save_omni_model
 
@@ -112,7 +112,7 @@ def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:
 
 @pytest.mark.deep
 def test_decoder_and_training_logprobs_agree(site: Site) -> None:
-    """Prompts with equal ids and other pictures get other log-probabilities."""
+    """Prompts with equal ids but different images have different log-probabilities."""
     prompts, answers = asked(), site.answers
     seen, second = prompts.encoder_inputs
     other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}

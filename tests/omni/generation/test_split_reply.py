@@ -1,5 +1,7 @@
 """Splitting replies into parts."""
 
+import time
+
 import pytest
 
 from megatron_sov.chat import media_tokens as spelling
@@ -45,6 +47,20 @@ def test_formatted_blocks_split_into_parts() -> None:
 ])
 def test_incomplete_replies_are_split(ids: list[int], parts: list[ReplyPart]) -> None:
     assert split_reply(ids, BLOCKS, MARKS) == parts
+
+
+def test_an_end_mark_without_start_mark_completes_a_picture() -> None:
+    end = WORDS.index(spelling.DISCRETE_IMAGE[1])
+    marks = MarkIds.from_vocabulary(lambda name: end if name == spelling.DISCRETE_IMAGE[1] else None)
+    assert split_reply([0, BLOCKS[1].first, end, 1], BLOCKS, marks) == [
+        TextPart((0,)), ImagePart((0,)), TextPart((1,))]
+
+
+def test_long_speech_is_split_in_linear_time() -> None:
+    speech = [BLOCKS[0].first] * 200_000
+    begin_s = time.process_time()
+    assert split_reply(speech, BLOCKS, MARKS) == [AudioPart((0,) * len(speech))]
+    assert time.process_time() - begin_s < 2.5  # one tuple per token took minutes
 
 
 def test_replies_without_marks_are_split_by_codebook_ids() -> None:

@@ -41,7 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def until() -> Callable[..., None]:
-    """Return `until(condition, timeout_s, what)`."""
+    """Return `until(condition, timeout_s, what)`, which waits for a condition."""
     return virtual_cluster.until
 
 

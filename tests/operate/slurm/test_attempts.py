@@ -183,7 +183,7 @@ def test_a_node_that_went_down_gets_a_strike(question: Question, run: Path) -> N
 
 
 def test_a_restarted_cancelled_attempt_counts_as_cut_off(question: Question, run: Path) -> None:
-    """Slurm ends the script of a job whose other node died as it ends that of a cancelled one."""
+    """If another node of a job dies, Slurm ends the script in the same way as a cancelled job."""
     for restart in (0, 1):
         assert question("begin", "--down", "n2", restart=restart) == "run"
         checkpoint(run, 10 * restart + 10)

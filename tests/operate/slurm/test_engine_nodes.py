@@ -75,10 +75,10 @@ def test_engine_servers_restart_and_end_with_the_job(cluster: Any, site: Path, s
         file.chmod(0o755)
     profile = re.sub(r"(?m)^python: .*$", f"python: {python}", (site / "site.yaml").read_text())
     (site / "two.yaml").write_text(profile.replace(
-        # the pause before a keeper is started again is not what is shown here
+        # the pause before a restart is not tested here
         "cpus_per_node: 1", "cpus_per_node: 2\nranks_per_node: 2\nsetup: ['sleep() { command sleep 0.1; }']"))
     (site / "prompts.jsonl").write_text('{"prompt": "1?"}\n{"prompt": "2?"}\n')
-    (site / "start").mkdir()  # nobody reads it: servers load what the run has made of it
+    (site / "start").mkdir()  # nothing reads it: servers load the run's export
     run, records = site / "run", site / "run/slurm"
     job = submit(records, "rl-run", "--cluster", "two.yaml", "--engine-nodes", "1", "tiny-solar-open", *small,
                  "--prompts", "prompts.jsonl", "--reward", "math", "--from", "start", "--store", "store",

@@ -48,8 +48,8 @@ def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Pa
 def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
         cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
         run_command: Any, killed: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """The final loss is that of the run that nothing happened to, bit for bit.  What becomes of ranks that
-    die by themselves tests of attempts.py tell, and of launchers (e2e)."""
+    """The final loss equals an undisturbed run's, bit for bit. Tests of attempts.py and of the launcher (e2e)
+    cover ranks that die by themselves."""
     length = ("--set", f"train.steps={STEPS[killed]}", "--set", "train.checkpoint_every_steps=10")
     undisturbed = run_command("pretrain", *pretrain(packed_data, site / "whole", small, *length),
                               "--nproc", "2")
@@ -77,7 +77,8 @@ def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
     try:
         reaches(8, 1)
         assert cluster.job(job)["NodeList"] == "n[2-3]", "n1 was looked at and left out"
-        cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm sends before the time limit
+        # the signal that Slurm sends before the time limit
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
         reaches(len(steps(run)) + 8, 2)
         cluster.crash("n2")
         reaches(len(steps(run)) + 8, 3)

@@ -66,7 +66,7 @@ def test_single_gpu_ranks_see_all_gpus_of_the_node_together(tmp_path: Path) -> N
 
 
 def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A double of CUDA's clock: what the host does beside the product does not count."""
+    """With a double of CUDA's clock: host work next to the product does not count."""
     done: list[str] = []
 
     class Event:

@@ -145,7 +145,7 @@ def exported(**variables: object) -> str:
 
 
 def log_of(job: str, work: Path) -> str:
-    """Return what a job's script has written: to where sbatch was typed, and to its records."""
+    """Return the output of a job's script: next to the place of sbatch, and in its records."""
     ends = (f"{job}.log", f"{job}_*.log")
     # os.walk passes over a folder that is gone when it gets there: other jobs rename theirs meanwhile.
     named = [Path(file) for file in os.listdir()] + [
@@ -221,7 +221,7 @@ SMALLER |= {"pair-tokens": SMALLER["group-tokens"], "prefer-rounds": (
 
 @pytest.fixture
 def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
-    """$WORK with what the first script of a tiny recipe would gather."""
+    """$WORK with the inputs of the first script of a tiny recipe."""
     folder = site / "work/corpus"
     folder.mkdir(parents=True)
     shutil.copyfile(token_shards.parent / "first.jsonl", folder / "english.jsonl")
@@ -244,9 +244,9 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
     *(pytest.param(name, "benchmarks", marks=pytest.mark.deep) for name in TINY), (TINY[1], "mid")])
 def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, last: str, cluster: Any, site: Path,
                                                        work: Path, warm_python: str) -> None:
-    """Each after those that its chain names: `pretrain` as it stands, with the look at the node and two
-    ranks; the others made for this cluster, with one rank.  Behind `mid`, `make test` starts each stage
-    above, and test_jobs.py has a chain to a converted model."""
+    """In the order of the chain: `pretrain` unchanged, with the node check and two ranks; the others adapted
+    to this cluster, with one rank. `make test` starts each later stage, and test_jobs.py runs a chain to a
+    converted model."""
     assert cli.main(["submit", "chain", name, "--cluster", "site.yaml", "--scripts", "scripts"]) == 0
     shipped = shutil.copy(SCRIPTS / name / "07-pretrain.sbatch", "scripts")
     jobs: dict[str, str] = {}

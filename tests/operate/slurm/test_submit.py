@@ -81,7 +81,7 @@ def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: py
         asked.append((num_ranks, config.parallel.ep))
         return num_ranks, SimpleNamespace(outcome="differs" if num_ranks == refuted_ranks else "equal")
 
-    # the proofs themselves are tested in tests/proof, and import what no other test here needs
+    # tests/proof covers the proofs, whose imports are heavy
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", SimpleNamespace(
         EQUAL="equal", prove_run=prove_run,
         format_proof=lambda small, verdict: f"{small}: {verdict.outcome}"))
@@ -96,7 +96,7 @@ def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: py
 
 def test_missing_inputs_are_reported_before_proofs(site: Path, capsys: pytest.CaptureFixture[str],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # whoever imports it fails
+    monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # importing it fails
 
     assert cli.main(["submit", "pretrain", *HERE, "--prove", *RUN]) == 2
 

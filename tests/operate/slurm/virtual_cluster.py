@@ -126,7 +126,7 @@ class VirtualCluster:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._kill("slurmctld", signal.SIGTERM)  # first: it must not requeue what the dying nodes ran
+        self._kill("slurmctld", signal.SIGTERM)  # first: it must not requeue jobs of the dying nodes
         for name in (*self.names, "munged"):
             self._kill(name, signal.SIGKILL)
 
@@ -167,8 +167,8 @@ class VirtualCluster:
                      f'{begin}; exec slurmd -D -N {node} -f "$SLURM_CONF"')
 
     def crash(self, node: str) -> None:
-        """The whole node dies at once, and the controller is told (by itself it would notice
-        after half a minute)."""
+        """Kill the whole node at once, and tell the controller, which would notice only after half a
+        minute."""
         self._kill(node, signal.SIGKILL)
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=crash")
 
@@ -185,7 +185,7 @@ class VirtualCluster:
         self.wait_idle([node])
 
     def processes(self, node: str) -> list[psutil.Process]:
-        """Return what runs on a node, its daemon first."""
+        """Return the processes of a node, its daemon first."""
         return psutil.Process(self._daemons[node].pid).children(recursive=True)
 
     def ranks(self, node: str) -> list[psutil.Process]:
@@ -201,7 +201,7 @@ class VirtualCluster:
     # jobs
 
     def run(self, *command: str, check: bool = True, **options: Any) -> str:
-        """Run a client program; returns what it printed."""
+        """Run a Slurm client program, and return its output."""
         completed = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=600,
                                    check=False, **options)
         assert not (check and completed.returncode), (command, completed.stdout, completed.stderr)
@@ -212,7 +212,7 @@ class VirtualCluster:
         return self.run("sbatch", "--parsable", *arguments, **options).split(";")[0]
 
     def job(self, number: str) -> dict[str, str]:
-        """Return what the controller knows about a job; it is asked again where it has no time to answer."""
+        """Return the controller's record of a job; asks again if the controller times out."""
         for _ in range(600):
             result = dict(re.findall(r"(\w+)=(\S*)",
                                      self.run("scontrol", "-o", "show", "job", number, check=False)))
@@ -222,7 +222,7 @@ class VirtualCluster:
         raise TimeoutError(f"job {number}: the controller does not answer")
 
     def wait(self, number: str, states: tuple[str, ...] = ENDED, timeout_s: float = 600) -> dict[str, str]:
-        """Wait until a job is in one of the states; returns what the controller knows about it."""
+        """Wait until a job is in one of the states; return the controller's record."""
         try:
             until(lambda: self.job(number)["JobState"] in states, timeout_s, f"job {number}: {states}")
         except TimeoutError as e:
@@ -271,8 +271,8 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of `count` free ports below those where ranks meet and those that
-    the system hands out."""
+    """Return the first of `count` free ports, below the range of the ranks and the system's ephemeral
+    ports."""
     for _ in range(200):
         first = random.randrange(12000, 20000 - count)
         try:

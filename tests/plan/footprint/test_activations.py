@@ -49,12 +49,12 @@ def solar(*settings: str) -> RunConfig:
     (["moe_act"], [], ALL - ROUTED * FFN),
     (["shared_experts"], [], ALL - SHARED),
     (["moe"], [], ALL - ROUTER - INSIDE - SHARED),
-    # a fused kernel keeps what its recomputation would need
+    # a fused kernel saves the inputs of its recomputation
     (["core_attn"], [], ALL),
     ([], ["core_attn", "attn_proj"], ALL - (QUERIES + 2 * KEYS) - QUERIES - 2 * 64),
     ([], ["mlp_norm", "qkv_linear"], ALL - 2 * HIDDEN),
     ([], ["expert_fc1", "moe_act"], ALL - ROUTED * (HIDDEN + 2 * FFN)),
-    # what is computed again is not there to be offloaded
+    # recomputed activations cannot be offloaded
     (["moe"], ["expert_fc1"], ALL - ROUTER - INSIDE - SHARED),
 ])
 def test_saved_activations_of_each_layer_kind(recomputed: list[str], offloaded: list[str],
@@ -87,8 +87,7 @@ def test_layers_differ_in_window_experts_and_positions() -> None:
     assert [kind.bounded for kind in second].count(True) == 16 and second[-1].bounded
 
 
-# Micro-batches under way, against a schedule played through, and what each of them keeps, against a step
-# that is trained.
+# Micro-batches in flight against a simulated schedule, and their saved bytes against a trained step.
 
 
 ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer",
@@ -109,7 +108,7 @@ def test_micro_batches_wait_for_their_backward_pass(pp: int, vpp: int, stage: in
 @pytest.mark.each("overlapped", [False, True])
 @pytest.mark.each(("pp", "vpp"), [(2, 2), (4, 2), (4, 3), (8, 4)])
 def test_micro_batches_in_flight_equal_the_library_schedule(pp: int, vpp: int, *, overlapped: bool) -> None:
-    """Its order of chunks, its number of passes ahead, and the one that runs beside a backward pass."""
+    """The order of chunks, the number of warm-up passes, and the pass that overlaps a backward pass."""
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
     for stage in range(pp):
@@ -145,7 +144,7 @@ def test_a_step_saves_the_predicted_bytes(ranks: Any, job: Any) -> None:
 
 
 class KernelThatSaves(torch.autograd.Function):
-    """Saves what the kernel of fla-core 0.6.0 does (`save_for_backward` of its `chunk.py`)."""
+    """Saves the same tensors as fla-core 0.6.0's kernel (`save_for_backward` in its `chunk.py`)."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,

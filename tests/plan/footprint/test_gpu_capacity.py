@@ -26,12 +26,12 @@ SIZES = (512, 1024)
 
 
 def test_an_oversized_run_is_refused_with_the_nearest_fitting_layout() -> None:
-    """The figures of the issue: 33.7 GiB of weights and 67.4 of gradients on each of 480 processes."""
+    """33.7 GiB of weights and 67.4 GiB of gradients on each of 480 processes exceed an H100."""
     solar = apply_settings(recipes.get("solar-open-102b"), ["train.fp8=none"])
     with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: the layout ep 8, with ZeRO-1 "
-                                        r"needs 111\.3 GiB on each process \(weights 33\.7, gradients 67\.4, "
-                                        r".*75\.0 GiB of a H100-80GB with 79\.0 GiB; the nearest layout that "
-                                        r"fits: --set parallel\.pp=2$"):
+                       r"needs 111\.3 GiB on each process \(weights 33\.7, gradients 67\.4, "
+                       r".*75\.0 GiB of a H100-80GB with 79\.0 GiB; the nearest layout that "
+                       r"fits: --set parallel\.pp=2$"):
         refuse_too_large(solar, 480, CHIPS["h100"])
     refuse_too_large(solar, 480, CHIPS["h200"])
     with pytest.raises(UserError, match="no layout fits so many processes: use more GPUs"):
@@ -39,28 +39,22 @@ def test_an_oversized_run_is_refused_with_the_nearest_fitting_layout() -> None:
 
 
 def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
-    """By brute force over what may be changed, on a GPU that the recipe's own layout does not fit."""
+    """By brute force over changeable settings, on a GPU that is too small for the recipe's layout."""
     config, gpu = recipes.get("k-exaone-236b"), CHIPS["h100"]
     result = find_nearest_layout(config, 512, gpu)
     assert result is not None and list_changed_settings(config.parallel, result) == ["parallel.pp=4"]
     for change in ({"pp": 2}, {"ep": 32}, {"ep": 8}, {"tp": 2, "sp": True}, {"ep": 8, "pp": 2}, {"ep": 64},
                    {"pp": 2, "ep": 32}):
         other = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **change))
-        assert other.problems(512) or not fits_gpu(
-    other,
-    512,
-    gpu) or (
-        find_fullest_stage(
-            other,
-            512)[1].total > find_fullest_stage(
-                dataclasses.replace(
-                    config,
-                    parallel=result),
-                     512)[1].total)
+        if other.problems(512) or not fits_gpu(other, 512, gpu):
+            continue
+        _, account = find_fullest_stage(other, 512)
+        _, nearest_account = find_fullest_stage(dataclasses.replace(config, parallel=result), 512)
+        assert account.total > nearest_account.total, change
 
 
 def test_nearest_layout_keeps_or_replaces_an_uneven_pipeline() -> None:
-    """More experts to a process, or fewer, is a step; equal stages are one too."""
+    """Changing the number of experts per process is one step, and so is a change to equal stages."""
     def solar(layers: str) -> RunConfig:
         return apply_settings(recipes.get("solar-open-102b"), [
             "parallel.pp=4", f"parallel.pipeline_layout={layers}", "parallel.ep=4", "train.fp8=none"])
@@ -76,8 +70,8 @@ def test_nearest_layout_keeps_or_replaces_an_uneven_pipeline() -> None:
 
 
 @pytest.mark.parametrize("recipe", list(RECOMMENDED))
-def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
-    """At both sizes for big recipes, on some nodes for the others."""
+def test_every_recommended_layout_is_valid_and_fits(recipe: str) -> None:
+    """At both sizes for large recipes, on one and on eight nodes for the others."""
     config = recipes.get(recipe)
     for gpu in RECOMMENDED[recipe]:
         for num_ranks in SIZES if recipe in BIG else (8, 64):
@@ -94,7 +88,7 @@ def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
 def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(recipe: str, gpu: str,
                                                                              nodes: int,
                                                                              share: float) -> None:
-    """By account, as a plan that says nothing has it; who has no HybridEP gets a layout without."""
+    """With the default account; without HybridEP a layout without it is recommended."""
     where = load_machines(gpu, nodes)
     prices = build_pricing(where)
     assert prices is not None
@@ -123,8 +117,8 @@ def test_a_recipe_without_recommendations_keeps_its_layout() -> None:
 
 
 def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, int]]]]:
-    """Return every big recipe with each recommended layout, or one in four of these, and (processes, stage)
-    of what is to be built of it: at both sizes in turn, and one of each kind of stage."""
+    """Return every large recipe with each (or one in four) recommended layout, and the (processes, stage)
+    pairs to build: at both sizes in turn, one of each kind of stage."""
     sizes: dict[tuple[str, str], list[int]] = {}
     runs: dict[tuple[str, str], RunConfig] = {}
     for name in BIG:
@@ -147,14 +141,14 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
 
 
 def kind_of(run: RunConfig, stage: int) -> tuple[int, bool, bool]:
-    """Return what stages that hold as much have in common: number of layers, being the first or the last."""
+    """Return the properties that determine a stage's size: number of layers, first or last."""
     layers = run.parallel.stage_layers(stage, run.model.num_layers)
     return len(layers), stage == 0, stage == run.parallel.pp - 1
 
 
 def built(big: bool, every: bool) -> list[list[Any]]:
-    """Build stages of these runs, or of small ones, on meta tensors, as one rank after the other, and return
-    what they hold."""
+    """Build stages of these runs, or of small ones, on meta tensors as one rank after another, and return
+    their sizes."""
     from tests.meta_memory import count_stage_parameters
 
     return [[dataclasses.asdict(count_stage_parameters(run, num_ranks, stage)) for num_ranks, stage in places]
@@ -179,7 +173,7 @@ def test_full_size_modules_match_the_account(ranks: Any, job: Any, every: bool) 
         said, p, count = count_stage_params(run), run.parallel, count_params(run.model)
         assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p
         whole = {kind_of(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
-        # stages that embed or predict beside the first one hold copies of its table
+        # later stages that embed or predict hold copies of the first stage's table
         tables = sum(part.key in TABLES for stage in range(p.pp) for runs in held_by(run, stage)
                      for _, parts in runs for part in parts) - 2 + run.model.tied_embeddings
         copies = tables * run.model.vocab_size * run.model.hidden_size

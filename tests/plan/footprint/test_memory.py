@@ -45,7 +45,7 @@ def config_of(recipe: str, **settings: Any) -> RunConfig:
 
 
 def bytes_of_an_adapted_head() -> list[int]:
-    """Return [bytes that are allocated for the head with its adapter inside, the account of it]."""
+    """Return [allocated bytes of the head with a merged adapter, predicted bytes]."""
 
     class Allocated(TorchDispatchMode):
         """Keeps the size of every operation's result in memory of its own."""
@@ -69,7 +69,7 @@ def bytes_of_an_adapted_head() -> list[int]:
         head = model.head_weight
     assert head.requires_grad
     world.leave_world()
-    # beside the head's own gradient, which without adapters there is as well
+    # in addition to the head's gradient, which exists without adapters too
     said = [build_account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
     return [sum(allocated.sizes.values()), said[0] - said[1]]
 
@@ -80,8 +80,8 @@ def test_an_adapted_head_is_counted_with_its_merged_copy(ranks: Any, job: Any) -
 
 
 def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
-    """Return [bytes that a divergence of two chunks and its gradients take at most, those of a
-    cross-entropy, and those of one whose logits are capped]."""
+    """Return peak bytes of [a divergence of two chunks with gradients, a cross-entropy, a cross-entropy with
+    capped logits]."""
 
     def peak(compute: Any) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -148,7 +148,7 @@ def test_items_sum_to_the_device_total() -> None:
     assert all(value > 0 for value in items.values())
     assert account.total == sum(items.values())
     assert account.allocated == account.total - account.nccl - account.fragmentation
-    # gradients of what is updated here, in float32
+    # float32 gradients of the parameters updated here
     assert account.update == 4 * account.optimizer // 12
 
 
@@ -184,7 +184,7 @@ def test_uneven_routing_is_on_top() -> None:
     assert far.components()["imbalance"] == (
         far.one_layer + 7 * (layer.routed + 3 * layer.expert_input) - far.head)
     alone = build_account(config_of("solar-open-102b", parallel__ep=1), 64, 0, 4096, 1.5)
-    assert alone.imbalance == 0  # a process with all experts has all tokens, whatever they visit
+    assert alone.imbalance == 0  # a process with all experts receives all tokens
 
 
 def test_the_page_equals_the_script_output() -> None:
@@ -208,7 +208,7 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     assert (full.gradients, full.optimizer) == (4 * whole, 8 * whole) and full.head > account.head
 
 
-# What an offloaded optimizer pins on a node, by hand; and what is refused with which share.
+# Pinned bytes of an offloaded optimizer by hand, and refusals with a fitting share.
 
 
 def offloaded(share: float, *settings: str) -> RunConfig:

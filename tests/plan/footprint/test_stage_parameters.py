@@ -64,7 +64,8 @@ SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()
 
 def one_by_one(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
                end_multiple: int) -> tuple[int, list[Counter[int]]]:
-    """Return [elements of the buffer, what every rank updates of each mark], parameter by parameter."""
+    """Return [elements of the buffer, updated elements per rank and mark], computed parameter by
+    parameter."""
     multiple = math.lcm(num_ranks, end_multiple)
     buckets: list[list[tuple[int, int, int]]] = [[]]
     bounds, offset, first = [], 0, 0
@@ -122,7 +123,7 @@ def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
                           bucket_numel=None, end_multiple=128).numel == numel
 
 
-# Estimates of what libraries take, by their formulas.
+# Memory estimates of libraries, by their formulas.
 
 
 LAYOUTS: tuple[tuple[str, list[str], int], ...] = (
@@ -219,7 +220,7 @@ def test_the_prediction_layer_is_quantised_in_8_bits_alone() -> None:
 
 
 def test_the_account_of_a_process_has_them() -> None:
-    """By hand: 9.2 GiB of weights in bf16 are 2.17 GiB of vocabulary and what is twice a byte."""
+    """By hand: of 9.2 GiB bf16 weights, 2.17 GiB are the vocabulary and tensors stored as two bytes."""
     (_, before), (_, after) = (find_fullest_stage(solar(*changes), 512)
      for changes in ((), ("train.fp8=tensorwise",)))
     assert after.total - before.total == after.quantized_weights

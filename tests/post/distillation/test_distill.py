@@ -14,7 +14,7 @@ from megatron_sov.engine.parallel import world
 from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
@@ -50,8 +50,8 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
 @pytest.fixture(scope="module")
 def kept(write_teacher_states: Any, packed_data: Any, tmp_path_factory: pytest.TempPathFactory
          ) -> dict[str, Any]:
-    """Arguments of the jobs: conversations and texts, of which the longer ones are cut, and what is kept of
-    the teacher."""
+    """Arguments of the jobs: conversations and texts, longer ones truncated, and the stored form of the
+    teacher's outputs."""
     data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
     write_teacher_states(states / "whole", data, StateFormat("float32"))
     write_teacher_states(states / "first", data[:1], StateFormat("float32"))

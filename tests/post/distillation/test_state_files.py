@@ -11,7 +11,7 @@ from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import DistillationConfig
 from megatron_sov.post.distillation import distill, state_files
 from megatron_sov.post.distillation.state_files import StateFiles, StateFormat
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 def test_most_probable_tokens_keep_every_bit() -> None:
@@ -35,7 +35,7 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
     monkeypatch.setattr(distill.collectives, "gather_numbers", of_all_ranks)
 
     def verify() -> None:
-        """Be two processes, one after the other."""
+        """Act as two processes, one after the other."""
         said.clear()
         for rank in range(2):
             teacher.verify(ParallelWorld(rank, 2, rank, 2, True, True))

@@ -43,6 +43,6 @@ def test_every_source_was_read_by_a_teacher() -> None:
     assert StoredTeacher(folders, DistillationConfig(), sources, 368).teacher == "one"
     with pytest.raises(UserError, match="source 'first' of data/first"):
         StoredTeacher(folders[:1], DistillationConfig(), sources, 368)
-    # a run with two goes on with the same two, each over the same source
+    # a run with two teachers resumes with the same two, each over the same source
     folders[0].teacher = "another"
     assert StoredTeacher(folders, DistillationConfig(), sources, 368).teacher == "first: one, second: another"

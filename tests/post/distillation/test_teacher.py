@@ -19,7 +19,7 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation import teacher as teaching
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
 from megatron_sov.post.distillation.teacher import FORMATS, TeacherReading, hash_weights, write_outputs
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 FAMILY, TOP_K = "exaone_moe", 5
 

@@ -24,8 +24,7 @@ from megatron_sov.post.extend.running import (
     run_stages)
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 
-# A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
-# checkpoint and manifest.
+# A stage's gate: check times, conditions to pass, and records in events, checkpoint and manifest.
 
 SETTINGS = GateConfig(every_steps=4, min_accuracy=0.9, loss_tolerance_nats=0.1)
 
@@ -61,8 +60,7 @@ class Run:
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
-    """Return `judged(run, start_loss, min_steps)`: a gate of that run,
-    whose losses and needles are the run's."""
+    """Return `judged(run, start_loss, min_steps)`: a gate with the losses and needle scores of the run."""
 
     def made(run: Run, start_loss: float | None = 2.0, min_steps: int = 4) -> StageGate:
         monkeypatch.setattr(running, "evaluate_forward_model", lambda loaded, short: {"text": HeldoutLoss(
@@ -173,7 +171,7 @@ def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind 
 
 @pytest.mark.each(("correct", "rows", "single"), [
     ((20, 20, 20, 20, 20), 0, 0),
-    # one miss of 20 is 5 %: single cells below 90 % are no evidence, their row reaches it
+    # one miss of 20 is 5 %: single cells below 90 % prove nothing, their row reaches it
     ((18, 19, 17, 20, 18), 0, 0),
     ((18, 18, 18, 18, 17), 1, 0),  # 89 of 100
     ((20, 20, 20, 20, 13), 0, 1),  # 93 of 100, and one depth that is plainly worse

@@ -20,11 +20,11 @@ from megatron_sov.post.extend.stages import (
     WINDOW_TOKENS, build_stage_blend, check_contamination, plan_stages, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from tests.typed_words import typed
 
-# The search of the training text: what is planted is found, what is not there is not, and a gate that would
-# measure memory is refused.
+# The search of the training text finds planted needles only, and a gate that would test memorization is
+# refused.
 
 QUESTION = [5, 6, 7]
 
@@ -43,7 +43,7 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Packed(Source):
-    """A source whose splits lie in memory."""
+    """A source with its splits in memory."""
 
     splits: Any = None
 
@@ -103,8 +103,8 @@ def test_search_stops_at_its_bound_with_a_warning() -> None:
         {"web": 500}, {"web": 903}, 0)
 
 
-# Parts of a stage become one blend: shares hold, what names no source takes all of its kind, what is
-# missing is said.
+# Parts of a stage become one blend: shares hold, a part without source uses all of its kind, and missing
+# sources are named.
 
 
 def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = False) -> Source:
@@ -115,7 +115,7 @@ def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = Fa
 
 @pytest.fixture
 def sources() -> list[Source]:
-    """Two texts, one of them with a long document, and chats."""
+    """Two text sources, one of them with a long document, and chats."""
     return [blend_source("web", [10, 20], 0.6), blend_source("books", [5, 90], 0.2),
             blend_source("chats", [8], 0.2, is_chat=True)]
 

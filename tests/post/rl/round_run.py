@@ -18,7 +18,7 @@ from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import Policy, RunPolicies
-from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
+from megatron_sov.train.data.rounds import BEHAVIOUR, RoundDocuments, build_rounds_source
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer, TrainerOptions
 from megatron_sov.work.processes.stop_signals import StopFlag
@@ -42,12 +42,11 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     config.check(place.size)
     objective = (build_round_objective if config.policy.learns_preferences
                  else build_policy_objective)(config)
-    # what a layout computes itself stands beside the rounds: each has rounds of its own
+    # a layout stores its log-probabilities next to the rounds, so each has its own rounds
     columns = select_columns(config, objective.columns, Path(folder))
-    source = build_rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
-                           routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
-    rounds = find_round_documents([source])
-    assert rounds is not None
+    rounds = RoundDocuments(Path(folder) / "rounds", config.model.vocab_size, columns.names,
+                            published=(BEHAVIOUR, *list_number_columns(config)))
+    source = build_rounds_source(rounds, None, columns.routes)
     policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})
     published: Any = SimpleNamespace(publish=lambda number: "")
     loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns)
@@ -65,7 +64,7 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
         taken.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
                       **{f"term {name}": value for name, value in result.losses.items()},
                       "load": trainer.expert_load.gather().tolist(),
-                      # those of the round are the event's, which the first process writes
+                      # meters of the round are in the event, which the first process writes
                       **{f"meter {name}": value for name, value in result.meters.items()
                          if name not in feed.meters}})
     world.leave_world()
@@ -73,7 +72,7 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
 
 
 def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenizer: str, version: str) -> str:
-    """Publish the first round, a piece a shard; return what it lacks."""
+    """Publish the first round, one piece per shard; return its missing parts."""
     config = config_of(settings)
     world.join_world(ParallelConfig())
     shards.SHARD_TOKENS = 1

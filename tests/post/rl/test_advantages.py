@@ -24,98 +24,115 @@ METHODS: list[dict[str, Any]] = [
 LONGEST = 4096
 
 
-def of(rewards: list[list[float]], policy: PolicyConfig, lengths: list[list[int]] | None = None,
-       longest: int = 10) -> list[parts.GroupAdvantages]:
+def compute(rewards: list[list[float]], policy: PolicyConfig, lengths: list[list[int]] | None = None,
+            longest: int = 10) -> list[parts.GroupAdvantages]:
+    """Return the advantages of one step: a group of rewards per prompt."""
     lengths = lengths or [[1] * len(group) for group in rewards]
     groups = compute_advantages([np.array(g) for g in rewards], [np.array(n) for n in lengths], policy,
                                 longest)
     return compute_step_advantages(groups, policy)
 
 
-def written_out(rewards: list[list[float]], lengths: list[list[int]], policy: PolicyConfig,
-                longest: int) -> list[list[float]]:
-    """Return each group's advantages, one response at a time."""
-    asked, kept, found = policy.parts, [], []
+def compute_by_loops(rewards: list[list[float]], lengths: list[list[int]], policy: PolicyConfig,
+                     longest: int) -> list[list[float]]:
+    """Return each group's advantages, computed one response at a time."""
+    method = policy.parts
+    results: list[list[float]] = []
+    learned: list[bool] = []
     for group, counts in zip(rewards, lengths, strict=True):
-        right = [r >= 1.0 for r in group]
-        same = len(set(group)) == 1
-        dropped = same and (asked.all_right if right[0] else asked.all_wrong) == "drop"
-        if dropped or (asked.advantage == "pass_at_k" and len(group) < asked.pkpo_k):
-            found.append([0.0] * len(group))
-            kept.append(False)
+        right = [reward >= 1.0 for reward in group]
+        is_constant = len(set(group)) == 1
+        is_dropped = is_constant and (method.all_right if right[0] else method.all_wrong) == "drop"
+        if is_dropped or (method.advantage == "pass_at_k" and len(group) < method.pkpo_k):
+            results.append([0.0] * len(group))
+            learned.append(False)
             continue
         buffer = policy.overlong_buffer_tokens or (longest / 5 if policy.method == "dapo" else 0)
-        r = [x - (min(1.0, max(0.0, (n - (longest - buffer)) / buffer)) if buffer else 0.0)
-             for x, n in zip(group, counts, strict=True)]
-        p = sum(right) / len(r)
-        divergence = sum(q * math.log(2 * q) for q in (p, 1 - p) if q > 0)
-        found.append([(_advantage(r, i, asked) + (asked.all_wrong_reward if same and not right[0] else 0.0))
-                      * math.exp(-asked.mgpo_lambda * divergence) for i in range(len(r))])
-        kept.append(True)
-    everything = [a for group, k in zip(found, kept, strict=True) if k for a in group]
-    if asked.normalise_over_batch and everything:
-        mean, std = statistics.fmean(everything), statistics.stdev(everything)
-        found = [[(a - mean) / (std + 1e-4) for a in group] if k else group
-                 for group, k in zip(found, kept, strict=True)]
-    return found
+        penalties = [0.0] * len(group)
+        if buffer:  # DAPO: linear from 0 to 1 over the last `buffer` tokens
+            penalties = [min(1.0, max(0.0, (count - (longest - buffer)) / buffer)) for count in counts]
+        shaped = [reward - penalty for reward, penalty in zip(group, penalties, strict=True)]
+        share = sum(right) / len(group)
+        divergence = sum(q * math.log(2 * q) for q in (share, 1 - share) if q > 0)
+        weight = math.exp(-method.mgpo_lambda * divergence)
+        offset = method.all_wrong_reward if is_constant and not right[0] else 0.0
+        results.append([(_advantage(shaped, i, method) + offset) * weight for i in range(len(group))])
+        learned.append(True)
+    pooled = [a for group, is_learned in zip(results, learned, strict=True) if is_learned for a in group]
+    if not method.normalise_over_batch or not pooled:
+        return results
+    mean, std = statistics.fmean(pooled), statistics.stdev(pooled)
+    return [[(a - mean) / (std + 1e-4) for a in group] if is_learned else group
+            for group, is_learned in zip(results, learned, strict=True)]
 
 
-def _advantage(r: list[float], i: int, asked: Any) -> float:
-    others = r[:i] + r[i + 1:]
-    if asked.advantage == "pass_at_k" and asked.pkpo_k > 1:
-        n, k = len(r), asked.pkpo_k
-        sets = [s for s in itertools.combinations(range(n), k) if i in s]
-        return n / math.comb(n, k) * sum(max(r[j] for j in s) - max(r[j] for j in s if j != i) for s in sets)
-    if asked.advantage in ("leave_one_out", "pass_at_k"):
-        return r[i] - statistics.fmean(others)
-    apart = r[i] - statistics.fmean(r)
-    return apart / (statistics.stdev(r) + 1e-4) if asked.advantage == "group" else apart
+def _advantage(rewards: list[float], i: int, method: Any) -> float:
+    """Return the advantage of response `i` in its group, before shifts and weights of the group."""
+    others = rewards[:i] + rewards[i + 1:]
+    if method.advantage == "pass_at_k" and method.pkpo_k > 1:
+        # PKPO: mean gain of the best of k responses from having response i among them
+        count, k = len(rewards), method.pkpo_k
+        gain = 0.0
+        for subset in itertools.combinations(range(count), k):
+            if i in subset:
+                gain += max(rewards[j] for j in subset) - max(rewards[j] for j in subset if j != i)
+        return count / math.comb(count, k) * gain
+    if method.advantage in ("leave_one_out", "pass_at_k"):
+        return rewards[i] - statistics.fmean(others)
+    difference = rewards[i] - statistics.fmean(rewards)
+    return difference / (statistics.stdev(rewards) + 1e-4) if method.advantage == "group" else difference
 
 
 @settings(max_examples=40)
 @given(step=STEP, first_length=st.integers(1, 10))
-def test_advantages_are_the_papers(step: list[list[float]], first_length: int) -> None:
+def test_advantages_equal_the_papers(step: list[list[float]], first_length: int) -> None:
     lengths = [[1 + (first_length + 3 * i) % 10 for i in range(len(group))] for group in step]
-    for asked in METHODS:
-        policy = PolicyConfig(**asked)
-        result = of(step, policy, lengths)
-        for ours, theirs in zip(result, written_out(step, lengths, policy, 10), strict=True):
+    for settings_of_method in METHODS:
+        policy = PolicyConfig(**settings_of_method)
+        result = compute(step, policy, lengths)
+        for ours, theirs in zip(result, compute_by_loops(step, lengths, policy, 10), strict=True):
             assert ours.advantages.dtype == np.float64
-            assert ours.advantages.tolist() == pytest.approx(theirs, rel=1e-9, abs=1e-9), asked
+            assert ours.advantages.tolist() == pytest.approx(theirs, rel=1e-9, abs=1e-9), settings_of_method
 
 
 def test_reasons_for_excluding_a_group() -> None:
     step = [[1.0, 1.0], [0.0, 0.0], [0.5, 0.5], [0.0, 1.0], [1.0], []]
-    assert [g.reason for g in of(step, PolicyConfig("dapo"))] == [
+    assert [g.reason for g in compute(step, PolicyConfig("dapo"))] == [
         "all_right", "all_wrong", "all_wrong", "", "too_few", "too_few"]
-    kept = of(step, PolicyConfig("grpo"))
-    assert [g.reason for g in kept] == ["", "", "", "", "too_few", "too_few"]
-    assert not kept[0].advantages.any()
-    assert [g.reason for g in of([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))] == [
+    without_exclusion = compute(step, PolicyConfig("grpo"))
+    assert [g.reason for g in without_exclusion] == ["", "", "", "", "too_few", "too_few"]
+    assert not without_exclusion[0].advantages.any()
+    assert [g.reason for g in compute([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))] == [
         "", "all_right"]
-    taught = of([[1.0], [0.0, 1.0], []], PolicyConfig("opd"))  # by a teacher, whatever the reward
-    assert [(g.reason, g.advantages.tolist()) for g in taught] == [("", [0]), ("", [0, 0]), ("too_few", [])]
-    assert of([[0.0, 1.0, 1.0]], PolicyConfig("pkpo", pkpo_k=4))[0].reason == "too_few"
-    assert of([[0.1 + 0.2, 0.3]], PolicyConfig("dapo"))[0].reason == "all_wrong"  # the same but for rounding
+    # a teacher scores the tokens, so rewards do not matter
+    distilled = compute([[1.0], [0.0, 1.0], []], PolicyConfig("opd"))
+    assert [group.reason for group in distilled] == ["", "", "too_few"]
+    assert [group.advantages.tolist() for group in distilled] == [[0], [0, 0], []]
+    assert compute([[0.0, 1.0, 1.0]], PolicyConfig("pkpo", pkpo_k=4))[0].reason == "too_few"
+    [equal_up_to_rounding] = compute([[0.1 + 0.2, 0.3]], PolicyConfig("dapo"))
+    assert equal_up_to_rounding.reason == "all_wrong"
 
 
-KEEPING = ["grpo", "dr_grpo", "gspo", "cispo", "mgpo", "ink_grpo", "pkpo"]
-ASKED = {"mgpo": {"mgpo_lambda": 1.5}, "gspo": {"clip_low": 3e-4, "clip_high": 4e-4}, "pkpo": {"pkpo_k": 2}}
+METHODS_THAT_KEEP_GROUPS = ["grpo", "dr_grpo", "gspo", "cispo", "mgpo", "ink_grpo", "pkpo"]
+METHOD_SETTINGS = {"mgpo": {"mgpo_lambda": 1.5}, "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
+                   "pkpo": {"pkpo_k": 2}}
 
 
-@pytest.mark.each("method", KEEPING)
+@pytest.mark.each("method", METHODS_THAT_KEEP_GROUPS)
 @pytest.mark.each("reward", [0.0, 1.0, 0.1, 0.7, 1 / 3, -2.3, 1e6 / 7])
 def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(method: str, reward: float) -> None:
-    """The mean of n equal numbers is another number for most n: AdamW would turn that into whole steps."""
+    """The float mean of n equal numbers differs from them for most n, a tiny difference that AdamW would turn
+    into full steps."""
     policy = PolicyConfig(method, **{"all_right": "keep", "all_wrong": "keep", "all_wrong_reward": 0.0,
-                                     **ASKED.get(method, {})})
+                                     **METHOD_SETTINGS.get(method, {})})
     for count in (3, 6, 7, 10):
-        [group] = of([[reward] * count], policy)
+        [group] = compute([[reward] * count], policy)
         assert group.reason == "" and group.advantages.tolist() == [0.0] * count
         assert not parts.has_advantage(group.advantages)
-    [nearly] = of([[reward, reward + 1e-9 * abs(reward < 10), reward]], policy)  # the same but for rounding
+    rounding = 1e-9 if reward < 10 else 0.0
+    [nearly] = compute([[reward, reward + rounding, reward]], policy)
     assert nearly.advantages.tolist() == [0.0] * 3
-    [mixed] = of([[reward, reward, reward + 1]], policy)
+    [mixed] = compute([[reward, reward, reward + 1]], policy)
     assert parts.has_advantage(mixed.advantages)
 
 
@@ -126,39 +143,37 @@ def test_a_group_learns_by_any_advantage_beyond_the_tolerance(advantages: list[f
     assert parts.has_advantage(np.array(advantages)) is learns
 
 
-def test_mgpo_prefers_groups_of_which_half_is_right() -> None:
+def test_mgpo_prefers_groups_with_half_correct_responses() -> None:
     assert parts.compute_mgpo_weight(1 / 8, 1.0) == pytest.approx(0.7288, abs=1e-4)
     assert parts.compute_mgpo_weight(0.5, 3.0) == 1.0
-    assert parts.compute_mgpo_weight(0.0, 2.0) == parts.compute_mgpo_weight(1.0,
-                                                                            2.0) == pytest.approx(2.0 ** -2)
+    for share in (0.0, 1.0):
+        assert parts.compute_mgpo_weight(share, 2.0) == pytest.approx(2.0 ** -2)
     step = [[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
-    without = of(step, PolicyConfig("mgpo", mgpo_lambda=0.0))
-    for ours, theirs in zip(without, of(step, PolicyConfig("grpo")), strict=True):
+    without = compute(step, PolicyConfig("mgpo", mgpo_lambda=0.0))
+    for ours, theirs in zip(without, compute(step, PolicyConfig("grpo")), strict=True):
         assert ours.advantages.tolist() == theirs.advantages.tolist()
 
 
 def test_long_responses_are_penalised_as_in_dapo() -> None:
     policy = PolicyConfig("dapo", overlong_buffer_tokens=4096)
     lengths = np.array([1, 16384, 17408, 20480, 30000])
-    assert parts.compute_overlong_penalty(lengths, policy, 20480).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
-    assert parts.compute_overlong_penalty(lengths, PolicyConfig("dapo"), 20480).tolist() == [0.0, 0.0, 0.25,
-                                                                                             1.0, 1.0]
-    assert not parts.compute_overlong_penalty(lengths, PolicyConfig("grpo"), 20480).any()
-    assert not parts.compute_overlong_penalty(lengths, PolicyConfig("dapo", overlong_buffer_tokens=0),
-                                              20480).any()
+    for penalised in (policy, PolicyConfig("dapo")):  # the default buffer is a fifth of the limit
+        penalties = parts.compute_overlong_penalty(lengths, penalised, 20480)
+        assert penalties.tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    for unpenalised in (PolicyConfig("grpo"), PolicyConfig("dapo", overlong_buffer_tokens=0)):
+        assert not parts.compute_overlong_penalty(lengths, unpenalised, 20480).any()
     halved = PolicyConfig("dapo", overlong_buffer_tokens=4096, overlong_penalty=0.5)
     assert parts.compute_overlong_penalty(lengths, halved, 20480)[-1] == 0.5
 
 
 def test_range_runs_from_worst_to_best() -> None:
     groups = [np.array([0.5, 2.0, 1.0]), np.ones(2)]
-    first, second = compute_advantages(groups, [np.full(len(g), 9) for g in groups],
-                                       PolicyConfig("preference"),
-                               LONGEST)
+    lengths = [np.full(len(group), 9) for group in groups]
+    first, second = compute_advantages(groups, lengths, PolicyConfig("preference"), LONGEST)
     assert first.advantages == pytest.approx([-1, 1, -1 / 3]) and second.reason == "all_right"
-    kept = compute_advantages([np.zeros(2)], [np.full(2, 9)], PolicyConfig("gspo", advantage="range"),
-                              LONGEST)
-    assert kept[0].advantages.tolist() == [0, 0]
+    constant = compute_advantages([np.zeros(2)], [np.full(2, 9)], PolicyConfig("gspo", advantage="range"),
+                                  LONGEST)
+    assert constant[0].advantages.tolist() == [0, 0]
 
 
 @pytest.mark.each("rewards", [[0.1 + 0.2 + 0.3, 0.6, 0.6], [0.1 * 3, 0.3], [3e8, 1e9 * (0.1 + 0.2)]])

@@ -28,7 +28,7 @@ STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), rang
 
 
 class Told:
-    """Documents of 4 tokens, of which a model says what its step is."""
+    """Documents of 4 tokens with a fake model whose log-probabilities encode its step."""
 
     columns = ("behaviour_logprobs", "advantage")
 
@@ -41,7 +41,7 @@ class Told:
 
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run that stands before its first step, on one process."""
+    """A run before its first step, on one process."""
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):

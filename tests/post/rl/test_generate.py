@@ -28,9 +28,9 @@ ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, pie
                         max_new_tokens=6, deadline_s=3.0)
 
 
-class Counting:
-    """An engine that counts on from a prompt's last token, one token in a second, up to an end that the
-    prompt decides; its log-probabilities tell its weights."""
+class CountingEngine:
+    """An engine that counts up from a prompt's last token, one token per second, to an end that the prompt
+    decides; its log-probabilities encode its weights."""
 
     def __init__(self) -> None:
         self.now_s, self.step, self.streams = 0.0, 0, [0]
@@ -46,7 +46,7 @@ class Counting:
                         if len(w) < limits[i] and not (w and w[-1] == END)]:
             for i in going:
                 text = [*prompts[i], *written[i]]
-                written[i].append(END if text[-1] % 10 == length_of(text[0]) else text[-1] + 1)
+                written[i].append(END if text[-1] % 10 == get_answer_length(text[0]) else text[-1] + 1)
             self.now_s += 1
             if bounds and bounds.should_stop():
                 break
@@ -54,24 +54,24 @@ class Counting:
         return GenerationResult.of(scored, sampling, stop, self.step)
 
     def update(self, weights: Any, version: int) -> None:
-        raise AssertionError("its weights are taken by `take`")
+        raise AssertionError("the job loads weights by `take`")
 
 
-def length_of(first: int) -> int:
+def get_answer_length(first: int) -> int:
     return first // 10 % 9
 
 
-def expected(first: int) -> list[int]:
-    whole = [*range(first + 1, first + length_of(first) + 1), END]
-    return whole[:ROLLOUT.max_new_tokens]
+def expected_tokens(first: int) -> list[int]:
+    tokens = [*range(first + 1, first + get_answer_length(first) + 1), END]
+    return tokens[:ROLLOUT.max_new_tokens]
 
 
 THINKS = 120
-"""The prompt behind which thoughts are open."""
+"""The prompt after which the template opens a thought."""
 
 
-class Numbers:
-    """In the place of a tokenizer: a prompt says its only id."""
+class NumberEncoder:
+    """Stands for a tokenizer: the text of a prompt is its only token id."""
 
     end_ids = (END,)
 
@@ -81,8 +81,8 @@ class Numbers:
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
 
-    def opened_thoughts(self, asked: Sequence[int]) -> str:
-        return "<think>" if asked[0] == THINKS else ""
+    def opened_thoughts(self, prompt: Sequence[int]) -> str:
+        return "<think>" if prompt[0] == THINKS else ""
 
 
 @pytest.fixture
@@ -97,11 +97,12 @@ def policy(step: int) -> Policy:
 
 
 class Job:
-    """One generating job; `newest` gives the newest policy whenever it is asked."""
+    """One generating job; `newest` returns the newest policy whenever it is called."""
 
     def __init__(self, store: Path, prompts: PromptList, newest: Callable[[], int],
                  rollout: RolloutConfig = ROLLOUT, further: Any = None, **queue: Any) -> None:
-        self.engine, self.taken, self.store = Counting(), [0], RolloutStore.create(store, "sha256:0", 1000)
+        self.engine, self.taken = CountingEngine(), [0]
+        self.store = RolloutStore.create(store, "sha256:0", 1000)
 
         def policy_of(number: int) -> Policy | None:
             return policy(newest()) if newest() >= number - 1 else None
@@ -110,26 +111,27 @@ class Job:
             store=self.store, claims=Claims(self.store.claims, 60), prompts=prompts, rollout=rollout,
             rounds=range(1, 4), find_policy=policy_of, further=further,
             sampling_digest=lambda number: compute_sampling_digest(rollout, number, {}))
-        self.source = ResponseSource(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
+        self.source = ResponseSource(NumberEncoder(), rollout,  # type: ignore[arg-type]
+                                     "counting", False, {},
                                      lambda: self.engine.now_s)
         self.queue = PieceQueue(pending=self.pending, store=self.store,
                                 **{"wait_s": 0.0, "provenance": {}, **queue})
 
-    def take(self, given: Policy) -> None:
-        self.taken.append(given.step)
-        self.engine.step = given.step
+    def take(self, new_policy: Policy) -> None:
+        self.taken.append(new_policy.step)
+        self.engine.step = new_policy.step
 
     def run(self) -> dict[str, Any]:
         return write_batches(self.engine, self.source, self.queue, loaded=policy(0), load_policy=self.take)
 
 
-def rows_of(store: RolloutStore) -> list[Rollout]:
+def read_all_rows(store: RolloutStore) -> list[Rollout]:
     return [row for part in store.parts() for row in store.read_rollouts(part.name)]
 
 
-def check_whole(store: RolloutStore, prompts: PromptList, rounds: Sequence[int]) -> list[Rollout]:
-    """Check that the last attempts are each response once and whole; return them."""
-    rows = rows_of(store)
+def check_complete(store: RolloutStore, prompts: PromptList, rounds: Sequence[int]) -> list[Rollout]:
+    """Check that the last attempts contain each response once and complete; return them."""
+    rows = read_all_rows(store)
     assert len({(row.key, row.attempt) for row in rows}) == len(rows)
     result = select_last_attempts(rows)
     assert sorted((r.round, r.key.prompt, r.key.sample) for r in result) == sorted(
@@ -137,7 +139,7 @@ def check_whole(store: RolloutStore, prompts: PromptList, rounds: Sequence[int])
         for sample in range(2))
     for row in result:
         first = int(row.prompt_tokens[0])
-        assert row.tokens.tolist() == expected(first) and row.record["answer"] == first // 10
+        assert row.tokens.tolist() == expected_tokens(first) and row.record["answer"] == first // 10
         assert row.finish_reason == (STOP if row.tokens[-1] == END else LENGTH)
         assert row.response == "<think>" * (first == THINKS) + " ".join(map(str, row.tokens))
     for row in rows:
@@ -148,23 +150,23 @@ def check_whole(store: RolloutStore, prompts: PromptList, rounds: Sequence[int])
             assert before.finish_reason == UNFINISHED and len(before.tokens) < len(row.tokens)
             n = len(before.tokens)
             assert (row.tokens[:n].tolist(), row.versions[:n].tolist()) == (before.tokens.tolist(),
-                                                                          before.versions.tolist())
+                                                                            before.versions.tolist())
     return result
 
 
-def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, prompts: PromptList) -> None:
+def test_each_round_is_written_by_its_required_policy(tmp_path: Path, prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
     summary = job.run()
     assert (summary["parts"], summary["responses"]) == (2, 8)
     assert summary["waits_for"] == "round 2 waits for a policy that round 1 has trained"
     newest = 2
-    again = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
-    assert again.run()["waits_for"] == "" and again.pending.is_complete
-    result = check_whole(job.store, prompts, (1, 2, 3))
+    second = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
+    assert second.run()["waits_for"] == "" and second.pending.is_complete
+    result = check_complete(job.store, prompts, (1, 2, 3))
     assert {(r.round, int(v)) for r in result for v in set(r.versions)} == {(1, 0), (2, 2), (3, 2)}
-    assert again.taken == [0, 2], "each policy is loaded once"
-    streams = job.engine.streams[1:] + again.engine.streams[1:]
+    assert second.taken == [0, 2], "each policy is loaded once"
+    streams = job.engine.streams[1:] + second.engine.streams[1:]
     assert len(set(streams)) == len(streams) == 24
     parts = job.store.parts(2)
     assert parts[0].provenance["step"] == 2 and parts[0].num_rows == 4
@@ -173,7 +175,7 @@ def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, pr
 def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, prompts: PromptList) -> None:
     parts = 0
 
-    def newest() -> int:  # a trainer that is a round further with every two parts
+    def newest() -> int:  # the trainer finishes a round with every two parts
         return min(parts // 2, 2)
 
     job = Job(tmp_path / "store", prompts, newest)
@@ -186,7 +188,7 @@ def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, pr
 
     job.queue.publish = counted  # type: ignore[method-assign]
     assert job.run()["unfinished"] > 0
-    result = check_whole(job.store, prompts, (1, 2, 3))
+    result = check_complete(job.store, prompts, (1, 2, 3))
     assert any(len(set(r.versions)) > 1 for r in result), "no response was written by two policies"
     assert {r.attempt for r in result} == {0, 1}
     written = sorted(job.store.parts(), key=lambda part: part.created_s)
@@ -195,77 +197,80 @@ def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, pr
         (cut,) = [part for part in written if (part.round, part.piece, part.attempt) == place]
         between = written[written.index(cut) + 1:written.index(later_part)]
         assert all(part.attempt or part.provenance["step"] <= cut.provenance["step"] for part in between), (
-            "a newer policy begins fresh pieces before it goes on with what an older one left")
+            "a newer policy began fresh pieces before it continued those of an older policy")
 
 
 def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> None:
-    class Routed(Counting):
-        def generate(self, prompts: Sequence[Tokens], *asked: Any, **more: Any) -> GenerationResult:
-            result = super().generate(prompts, *asked, **more)
+    class Routed(CountingEngine):
+        def generate(self, prompts: Sequence[Tokens], *args: Any, **kwargs: Any) -> GenerationResult:
+            result = super().generate(prompts, *args, **kwargs)
             routes = [np.full((len(p) + len(w) - 1, 2, 2), self.step, np.uint8)
                       for p, w in zip(prompts, result.continuations, strict=True)]
             if self.step == 0:
-                routes[0][1:] = 255  # a sequence that waited for its place
+                routes[0][1:] = 255  # this sequence was still waiting for a slot
             return replace(result, routes=routes)
 
     engine = Routed()
-    writer = ResponseSource(Numbers(), ROLLOUT, "counting", False, {},  # type: ignore[arg-type]
+    writer = ResponseSource(NumberEncoder(), ROLLOUT, "counting", False, {},  # type: ignore[arg-type]
                             lambda: engine.now_s, with_routes=True)
     piece = PromptPiece(1, 0, prompts[5:6])
-    [begun] = writer.write(engine, [SampleAttempt(piece, 0, policy(0))])
-    assert {row.finish_reason for row in begun} == {UNFINISHED}
+    [partial_rows] = writer.write(engine, [SampleAttempt(piece, 0, policy(0))])
+    assert {row.finish_reason for row in partial_rows} == {UNFINISHED}
     engine.step = 1
-    [[first, other]] = writer.write(engine, [SampleAttempt(piece, 1, policy(1), tuple(begun))])
-    sent = [row.routes[:, 0, 0].tolist() for row in (first, other) if row.routes is not None]
-    assert sent == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
+    [[first, other]] = writer.write(engine, [SampleAttempt(piece, 1, policy(1), tuple(partial_rows))])
+    routed_steps = [row.routes[:, 0, 0].tolist() for row in (first, other) if row.routes is not None]
+    assert routed_steps == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
 
-def test_further_prompts_are_generated_until_the_round_is_trained(
-        tmp_path: Path, prompts: PromptList) -> None:
+def test_further_prompts_are_generated_until_the_round_is_trained(tmp_path: Path,
+                                                                  prompts: PromptList) -> None:
     rollout = replace(ROLLOUT, deadline_s=0.0)
-    more, is_final = 0, False
-    job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
+    num_further, is_final = 0, False
+    job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (num_further, is_final))
 
     def pieces_written() -> list[int]:
         return [part.piece for part in job.store.parts(1)]
 
-    own = [piece.number for piece in plan_round_pieces(prompts, rollout, 1)]
+    planned = [piece.number for piece in plan_round_pieces(prompts, rollout, 1)]
     assert job.run()["waits_for"] == "round 1 is generated, and may need further prompts until it is trained"
-    assert pieces_written() == own and all(part.provenance["grows"] for part in job.store.parts())
-    more = 1
-    assert "may need further prompts" in job.run()["waits_for"] and pieces_written() == [*own, len(own)]
-    asked = {prompt.id for piece in plan_round_pieces(prompts, rollout, 1, 1) for prompt in piece.prompts}
-    assert {row.key.prompt for row in rows_of(job.store)} == asked
+    assert pieces_written() == planned and all(part.provenance["grows"] for part in job.store.parts())
+    num_further = 1
+    assert "may need further prompts" in job.run()["waits_for"]
+    assert pieces_written() == [*planned, len(planned)]
+    prompt_ids = {prompt.id for piece in plan_round_pieces(prompts, rollout, 1, 1)
+                  for prompt in piece.prompts}
+    assert {row.key.prompt for row in read_all_rows(job.store)} == prompt_ids
     is_final = True
     assert "round 2 waits for a policy" in job.run()["waits_for"]
-    # a job that begins now knows what was asked
-    again = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
-    assert again.run()["parts"] == 0 and "round 2 waits" in again.queue.summary["waits_for"]
+    # a job that starts now knows the earlier requests
+    later_job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (num_further, is_final))
+    assert later_job.run()["parts"] == 0 and "round 2 waits" in later_job.queue.summary["waits_for"]
 
 
-class Hanging(Counting):
-    """Gives the responses to one prompt no token, and counts its passes by what is in them."""
+class HangingEngine(CountingEngine):
+    """Produces no token for one prompt, and counts its passes by their content."""
 
-    def __init__(self, hangs: int) -> None:
+    def __init__(self, silent_prompt: int) -> None:
         super().__init__()
-        self.hangs, self.asked = hangs, []
-        self.newer: Callable[[], object] = lambda: None
+        self.silent_prompt, self.passes = silent_prompt, []
+        self.on_wait: Callable[[], object] = lambda: None
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None,
                  bounds: GenerationBounds | None = None) -> GenerationResult:
         assert stop is not None and streams is not None and bounds is not None
-        moving = [i for i, text in enumerate(prompts) if text[0] != self.hangs]
+        answered = [i for i, text in enumerate(prompts) if text[0] != self.silent_prompt]
         began_s, last = self.now_s, bounds.should_stop
-        result = super().generate([prompts[i] for i in moving], sampling, stop=stop, streams=[
-            streams[i] for i in moving], bounds=GenerationBounds([bounds.limits[i] for i in moving], last))
+        result = super().generate([prompts[i] for i in answered], sampling, stop=stop, streams=[
+            streams[i] for i in answered], bounds=GenerationBounds([bounds.limits[i] for i in answered],
+                                                                   last))
         written: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-        for i, tokens, logprobs in zip(moving, result.continuations, result.logprobs, strict=True):
+        for i, tokens, logprobs in zip(answered, result.continuations, result.logprobs, strict=True):
             written[i] = (tokens, logprobs)
-        while len(moving) < len(prompts) and not last():
+        while len(answered) < len(prompts) and not last():
             self.now_s += 1
-            self.newer()
-        self.asked.append((sorted({text[0] for text in prompts}), self.now_s - began_s))
+            self.on_wait()
+        self.passes.append((sorted({text[0] for text in prompts}), self.now_s - began_s))
         return GenerationResult.of(written, sampling, stop, self.step)
 
 
@@ -274,37 +279,37 @@ def test_stuck_pieces_come_last_once_per_policy(tmp_path: Path, prompts: PromptL
     rollout = replace(ROLLOUT, deadline_s=20.0)
     job = Job(tmp_path / "store", prompts, lambda: newest, rollout, clock_s=lambda: job.engine.now_s)
     (first, *_) = select_round_prompts(prompts, rollout, 1)
-    job.engine = engine = Hanging(int(first.record["prompt"]))
+    job.engine = engine = HangingEngine(int(first.record["prompt"]))
     assert job.run()["waits_for"] == (
         "round 1 waits for responses that got no token in a whole attempt")
-    assert [(engine.hangs in texts, length_s) for texts, length_s in engine.asked] == [
-        (True, 20.0), (False, engine.asked[1][1]), (True, 20.0)], "with others, then alone, and no more"
-    engine.asked.clear()
+    assert [(engine.silent_prompt in texts, length_s) for texts, length_s in engine.passes] == [
+        (True, 20.0), (False, engine.passes[1][1]), (True, 20.0)], "first with others, then alone, then never"
+    engine.passes.clear()
     for step in (1, 2):
         newest = step
         job.run()
-    assert [engine.hangs in texts for texts, _ in engine.asked] == [False, False, True] * 2, (
+    assert [engine.silent_prompt in texts for texts, _ in engine.passes] == [False, False, True] * 2, (
         "the fresh pieces come first")
-    assert engine.asked[2] == engine.asked[5] == ([engine.hangs], 20.0)
-    assert {row.round for row in rows_of(job.store)} == {1, 2, 3}
+    assert engine.passes[2] == engine.passes[5] == ([engine.silent_prompt], 20.0)
+    assert {row.round for row in read_all_rows(job.store)} == {1, 2, 3}
 
 
-def test_continuations_by_the_same_policy_yield_to_a_newer_policy(
-        tmp_path: Path, prompts: PromptList) -> None:
+def test_continuations_by_the_same_policy_yield_to_a_newer_policy(tmp_path: Path,
+                                                                  prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=20.0),
               clock_s=lambda: job.engine.now_s)
     (first, *_) = select_round_prompts(prompts, ROLLOUT, 1)
-    job.engine = engine = Hanging(int(first.record["prompt"]))
+    job.engine = engine = HangingEngine(int(first.record["prompt"]))
 
-    def newer() -> None:
+    def on_wait() -> None:
         nonlocal newest
-        newest = 1 if len(engine.asked) == 2 and engine.now_s > 30 else newest
+        newest = 1 if len(engine.passes) == 2 and engine.now_s > 30 else newest
 
-    engine.newer = newer
+    engine.on_wait = on_wait
     job.run()
-    assert engine.asked[2][0] == [engine.hangs] and engine.asked[2][1] < 12.0
-    assert {row.round for row in rows_of(job.store)} == {1, 2}
+    assert engine.passes[2][0] == [engine.silent_prompt] and engine.passes[2][1] < 12.0
+    assert {row.round for row in read_all_rows(job.store)} == {1, 2}
 
 
 def test_continuations_of_several_pieces_are_generated_together(tmp_path: Path, prompts: PromptList) -> None:
@@ -324,8 +329,8 @@ def test_continuations_of_several_pieces_are_generated_together(tmp_path: Path, 
     assert batches[:2] == [["round-0001-piece-0000"], ["round-0001-piece-0001"]]
     assert batches[2] == ["round-0001-piece-0000-attempt-1", "round-0001-piece-0001-attempt-1"]
     assert all(len(names) == 1 or all("attempt" in name for name in names) for names in batches)
-    for row in rows_of(job.store):
-        assert row.tokens.tolist() == expected(int(row.prompt_tokens[0]))[:len(row.tokens)]
+    for row in read_all_rows(job.store):
+        assert row.tokens.tolist() == expected_tokens(int(row.prompt_tokens[0]))[:len(row.tokens)]
 
 
 def test_published_attempts_are_released(tmp_path: Path, prompts: PromptList) -> None:
@@ -337,33 +342,33 @@ def test_published_attempts_are_released(tmp_path: Path, prompts: PromptList) ->
     assert other_job.take(attempt.name) is not None
 
 
-def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: PromptList,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_jobs_share_pieces_and_the_first_version_of_a_piece_stays(
+        tmp_path: Path, prompts: PromptList, capsys: pytest.CaptureFixture[str]) -> None:
     slept: list[float] = []
 
     def sleep(pause_s: float) -> None:
         slept.append(pause_s)
-        for claim in (tmp_path / "store/claims").glob("*/1.json"):  # a sign of life
+        for claim in (tmp_path / "store/claims").glob("*/1.json"):  # a heartbeat of the other job
             claim.write_text(json.dumps({"beat": len(slept)}))
 
-    one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, patience=IdleTimeout(sleep))
-                for _ in range(2))
-    [attempt] = one.pending.claim_attempts()
+    first, second = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, patience=IdleTimeout(sleep))
+                     for _ in range(2))
+    [attempt] = first.pending.claim_attempts()
     assert attempt.name == "round-0001-piece-0000"
-    assert two.run()["waits_for"] == "round 1 waits for pieces that other jobs have claimed"
-    assert slept == [5.0, 2.0], "it waits as long as it was told"
-    two.queue.asked_to_stop = lambda: True
-    assert two.run() is two.queue.summary and len(slept) == 2
-    # a job that was taken for dead has written the same piece, by another policy
-    taken = ResponseSource(Numbers(), ROLLOUT, "other", False, {})  # type: ignore[arg-type]
-    other = Counting()
-    other.step = 1
-    [rows] = taken.write(other, [replace(attempt, policy=policy(1))])
-    one.store.add_rollouts(attempt.name, rows, {})
-    one.queue.publish([attempt], one.source.write(one.engine, [attempt]))
-    assert "stay" in capsys.readouterr().err and one.queue.summary["parts"] == 0
-    one.run()
-    check_whole(one.store, prompts, (1, 2, 3))
+    assert second.run()["waits_for"] == "round 1 waits for pieces that other jobs have claimed"
+    assert slept == [5.0, 2.0], "the second job waits wait_s seconds"
+    second.queue.asked_to_stop = lambda: True
+    assert second.run() is second.queue.summary and len(slept) == 2
+    # a job that seemed dead has written the same piece with another policy
+    source = ResponseSource(NumberEncoder(), ROLLOUT, "other", False, {})  # type: ignore[arg-type]
+    engine = CountingEngine()
+    engine.step = 1
+    [rows] = source.write(engine, [replace(attempt, policy=policy(1))])
+    first.store.add_rollouts(attempt.name, rows, {})
+    first.queue.publish([attempt], first.source.write(first.engine, [attempt]))
+    assert "stay" in capsys.readouterr().err and first.queue.summary["parts"] == 0
+    first.run()
+    check_complete(first.store, prompts, (1, 2, 3))
 
 
 def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts: PromptList) -> None:
@@ -376,7 +381,7 @@ def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts
 
 def test_an_empty_prompt_is_named(tmp_path: Path, prompts: PromptList) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 0)
-    job.source.encoder.encode_prompts = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
+    job.source.encoder.encode_prompts = lambda passes: [[]] * len(passes)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"--prompts: line \d+"):
         job.run()
-    assert job.pending.claim_attempts(), "the claim was given back"
+    assert job.pending.claim_attempts(), "the claim was not released"

@@ -27,7 +27,7 @@ Judged = tuple[Rollout, float]
 
 
 def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list[list[Judged]]:
-    """Write a round of episodes of which others wrote tokens here and there; returns its groups."""
+    """Write a round of episodes with some tokens of others (tool results); return its groups."""
     groups = []
     for piece in split_into_pieces(select_round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
         rows = []

@@ -22,7 +22,7 @@ from megatron_sov.rollouts.prompts import (
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.rounds import RoundDocuments
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 VERSION = "a" * 64
 ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, steps_per_round=2,
@@ -116,7 +116,7 @@ def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, w
     rounds = publisher.rounds
 
     def publish(number: int) -> list[int]:
-        """Return the rounds before one whose files are there when it is published."""
+        """Return the published rounds whose files exist at publication."""
         store = RolloutStore.open(publisher.store)
         write_round(store, publisher.prompts, rollout, number, VERSION)
         assert publisher.publish(number) == ""
@@ -155,7 +155,7 @@ def test_missing_parts_of_a_round_are_described(publisher: Publisher, write_roun
                                     "first is round-0001-piece-0000")
     assert not publisher.rounds.exists()
     write(publisher, write_round, 2)
-    assert publisher.publish(2) == ""  # in whatever order
+    assert publisher.publish(2) == ""  # in any order
     assert not (publisher.rounds / "0001").exists()
 
 
@@ -248,7 +248,7 @@ def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[s
 
 
 def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, number: int = 1) -> None:
-    """Write and judge some pieces of a round; `rewards` gives those of the group at a place."""
+    """Write and score some pieces of a round; `rewards` maps a group index to its rewards."""
     store = RolloutStore.open(publisher.store)
     asked = plan_round_pieces(publisher.prompts, ROLLOUT, number, 99)
     places = {prompt.id: i for i, prompt in enumerate(p for piece in asked for p in piece.prompts)}
@@ -291,14 +291,14 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: 
     write_pieces(filling, even, 0, 2)
     told = "3 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested"
     assert filling.publish(1) == told and read_further_pieces(filling.rounds, 1) == 2
-    for _ in range(2):  # a resumed run goes on with what was asked
+    for _ in range(2):  # a resumed run continues the same requests
         assert filling.publish(1) == "2 of 4 pieces are not written yet, the first is 2"
     write_pieces(filling, even, 2, 4)
     assert filling.publish(1) == ""
     content = read_manifest(filling.rounds / "0001").content
     assert content["groups"] == {"all_right": 4, "all_wrong": 3, "surplus": 1, "learns": 6}
     assert learned_places(filling) == [[0, 2, 4], [6, 8, 10]] and content["means"]["responses"] == 56
-    # who replaces nothing learns from the same store what is its own, and who may less asks less
+    # without replacements a run learns only from its own rows, and a smaller allowance requests less
     alone = dataclasses.replace(filling, rounds=tmp_path / "alone", config=config_of())
     assert alone.publish(1) == "" and learned_places(alone) == [[0, 2], [4]]
 
@@ -380,7 +380,7 @@ def test_resume_rejects_other_sampling_settings(publisher: Publisher, write_roun
                          ({"chat": {}}, "chat.chat_template.jinja = sha256:1, and .* with None")]:
         with pytest.raises(UserError, match=f"rounds/0001: was generated with {told}"):
             dataclasses.replace(publisher, chosen_by=asked | change).publish(2)
-    # whoever trains what others write does not know how they ask
+    # a run that trains on others' rounds does not know their requests
     assert "pieces are not written" in dataclasses.replace(publisher).publish(2)
     assert not capsys.readouterr().err
     write_round(store, publisher.prompts, ROLLOUT, 2, VERSION)

@@ -106,7 +106,7 @@ def desks(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
 
 
 def check_whole(rows: list[Rollout]) -> None:
-    """Each response is there once, and each token is what the weights that it names have written."""
+    """Check that each response occurs once, and that each token has the policy version that wrote it."""
     assert len({(row.key.prompt, row.key.sample) for row in rows}) == len(rows) == 6
     for row in rows:
         ids = row.prompt_tokens.tolist()
@@ -165,7 +165,7 @@ def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., De
     monkeypatch.setattr(transport, "KEEPALIVE_S", 60.0)  # a busy machine may stand still for longer than that
     keeper, now_s = DoubleKeeper(), [0.0]
     desk = desks([keeper], replace(ROLLOUT, piece_prompts=3))
-    # the clock stands still: what waited between two rounds would wait for ever
+    # the clock stands still: waiting between two rounds would never end
     queue = RolloutRequestQueue(requests=desk.requests, pieces=desk.queue, load_policy=None, room=4,
                          clock_s=lambda: now_s[0])
     seen: list[tuple[int, int]] = []

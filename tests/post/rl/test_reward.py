@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> RolloutStore:
 
 
 class Script:
-    """Gives the number of characters, and remembers what it was asked."""
+    """Rewards the number of characters, and records its requests."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -143,7 +143,7 @@ def test_judging_warns_about_different_rewards_of_one_version(
     name = "round-0001-piece-0000"
 
     class Late(Script):
-        """Is overtaken by a job that took it for dead."""
+        """A judging job that another job overtakes because it seemed dead."""
 
         def __call__(self, rows: Sequence[Rollout]) -> list[Result]:
             store.add_rewards("v1", name, [RewardRow(row.key, 0, "v1", 7.0, "scored") for row in rows])
@@ -168,7 +168,7 @@ def test_rewards_get_fields_and_messages_of_the_prompt() -> None:
     assert build_record(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
         "messages": chat, "prompt": chat, "answer": "2", "response": "x", "num_tokens": 2,
         "finish_reason": "stop"}
-    # of an episode what the model itself wrote in the end, never what a tool printed
+    # of an episode the model's own final text, never a tool result
     played = rollout(1, 0, "\\boxed{7} said a tool", outcome={"last_turn": "It is 8."})
     assert build_record(played)["response"] == "It is 8."
     assert run_reward(Math(), build_record(replace(played, outcome={}))).status == "refused"

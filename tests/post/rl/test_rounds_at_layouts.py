@@ -31,8 +31,8 @@ Layout = tuple[int, list[str]]
 
 def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
             rewards: Sequence[float] = (), **more: bool) -> None:
-    """Write and publish two rounds into a folder; with `rewards` all responses to the n-th prompt of the
-    first round have the n-th of them."""
+    """Write and publish two rounds; with `rewards`, all responses to prompt n of the first round have the
+    n-th reward."""
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
     prompts, digest = read_prompts(file), tokenizer_digest(packed_data.tokenizer)

@@ -47,7 +47,7 @@ ENCODER = TurnEncoder(CHAT, "the test's tokenizer")
 
 
 class Greedy:
-    """A model that writes one turn behind a conversation, and goes on with it where it has begun."""
+    """A model that writes one turn after a conversation, and continues a partial turn."""
 
     def __init__(self, turn: Callable[[Sequence[int]], list[int]]) -> None:
         self._turn = turn
@@ -115,7 +115,7 @@ class Server:
                 reason: str) -> list[TokenAnswer]:
         spans = tuple(VersionSpan(v, versions.index(v), versions.index(v) + versions.count(v))
                       for v in sorted(set(versions)))
-        # of what was ended before it began a server tells nothing
+        # a server reports nothing about requests aborted before they began
         routes = routes_of([*request.ids, *told][:-1]).astype(np.int32) if told else None
         return [TokenAnswer(told, [-token / 1000 for token in told], reason, spans, routes)]
 
@@ -224,7 +224,7 @@ def test_the_next_policy_continues_a_turn_after_a_deadline(job: Callable[..., Jo
     assert queue.advance(1.0, lambda: not one.store.parts(1)) is False
     cut = [row for row in one.rows() if row.finish_reason == UNFINISHED]
     assert cut and all(len(row.tokens) and row.tokens[-1] not in ENCODER.end_ids for row in cut)
-    # another episode in the same process would end the session that a server has of one that goes on
+    # a second episode in the same process would end a running server session
     asked: Any = one.requests
     processes = [host._workers._workers for host in asked._player._free_hosts]
     assert processes.count([]) >= len(cut)

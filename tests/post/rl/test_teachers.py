@@ -21,7 +21,7 @@ DOMAINS = [["math", 2], ["", 1], ["code", 2]]
 
 
 class Told:
-    """Documents that count up from 5, written behind their first token."""
+    """Documents that count up from 5; every token but the first is learned."""
 
     is_plain, columns = False, ("behaviour_logprobs",)
     lengths = np.array(LENGTHS)
@@ -58,7 +58,7 @@ VIEW: Any = SimpleNamespace(world=None, checkpointer=SimpleNamespace(advance=lam
 
 
 def told(opened: PublishedRound, *teachers: Any) -> list[float]:
-    """Return what teachers say of a round, in hundredths."""
+    """Return the teachers' scores of a round, in hundredths."""
     file = opened.path.with_name("0001.teacher_logprobs.f32")
     write_teachers(VIEW, teachers, opened, file, "these")
     assert find_seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]

@@ -29,35 +29,37 @@ REWARDS = {"a": (1.0, 0.0), "b": (0.0, 0.0), "c": (1.0, None)}
 @pytest.fixture
 def store(tmp_path: Path) -> RolloutStore:
     """A validation of three prompts in two pieces, with two responses each; one has no reward."""
-    result = RolloutStore.create(tmp_path / "validation", "0" * 64, 100)
+    store = RolloutStore.create(tmp_path / "validation", "0" * 64, 100)
     for piece, prompts in enumerate(("ab", "c")):
         rows = [Rollout(Key(prompt, sample, "p", "s"), 1, 0,
                         {"prompt": prompt * 3000, "domain": "x" if prompt == "a" else "y"},
                         np.ones(1, np.int32), np.ones(n, np.int32), np.zeros(n, np.float32),
                         np.zeros(n, np.int32), "length" if sample else "stop", prompt, 1.0, "megatron", 0, 1)
                 for prompt in prompts for sample, n in enumerate((2, 3))]
-        result.add_rollouts(format_part_name(1, piece), rows, {})
-        result.add_rewards(VERSION, format_part_name(1, piece), [
+        store.add_rollouts(format_part_name(1, piece), rows, {})
+        store.add_rewards(VERSION, format_part_name(1, piece), [
             RewardRow(row.key, 0, VERSION, reward, "scored" if reward is not None else "timeout",
                       {} if reward is None else {"format": reward / 2})
             for row in rows for reward in [REWARDS[row.key.prompt][row.key.sample]]], {})
-    return result
+    return store
 
 
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run's view on one process; `recorded` has its events as (name, fields)."""
     monkeypatch.setattr(validation, "run_on_main", lambda world, action: action())
-    told: list[tuple[str, dict[str, Any]]] = []
-    return SimpleNamespace(step=0, world=None, told=told, events=SimpleNamespace(
-        write=lambda name, **fields: told.append((name, fields))))
+    recorded: list[tuple[str, dict[str, Any]]] = []
+    return SimpleNamespace(step=0, world=None, recorded=recorded, events=SimpleNamespace(
+        write=lambda name, **fields: recorded.append((name, fields))))
 
 
-def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6,
-                  measured: Mapping[str, str] = MEASURED) -> tuple[Any, list[int]]:
-    asked: list[int] = []
+def build_validation(store: RolloutStore, every: int = 2, num_responses: int = 6,
+                     measured: Mapping[str, str] = MEASURED) -> tuple[Any, list[int]]:
+    """Return a validation over stored rounds, and the list of rounds that it has written."""
+    written_rounds: list[int] = []
 
-    def write(view: Any, number: int, policy: Any, asked_to_stop: Any) -> dict[str, float]:
-        asked.append(number)
+    def write(view: Any, number: int, policy: Any, is_stopping: Any) -> dict[str, float]:
+        written_rounds.append(number)
         return {"write_s": 2.0}
 
     rollout = RolloutConfig(rounds=5, validation_every_rounds=every)
@@ -65,84 +67,88 @@ def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6,
         write=write, judge=lambda *_: {}, reward=SimpleNamespace(version=VERSION),
         settings=SimpleNamespace(store=SimpleNamespace(open=lambda: store)))
     return Validation(run=store.path.parent, rollouts=rollouts, rollout=rollout, num_responses=num_responses,
-                      right_from=1.0, samples=SampledRounds(2, 6), measured_by=measured), asked
+                      right_from=1.0, samples=SampledRounds(2, 6), measured_by=measured), written_rounds
 
 
 def test_validation_figures_cover_all_responses_and_each_domain(store: RolloutStore, view: Any) -> None:
-    validation, _ = validation_of(store)
+    validation, _ = build_validation(store)
     assert validation.validate(view, 1, POLICY, lambda: False) is None
-    (name, samples), (event, told) = view.told
-    assert event == "validation" and told["statuses"] == {"scored": 5, "timeout": 1}
-    # a prompt counts once, whatever share of its responses has a reward
-    assert told["reward"] == pytest.approx((0.5 + 0 + 1) / 3)
-    assert [(one["k"], one["value"]) for one in told["pass_at_k"]] == [(1, pytest.approx(0.5))]
-    assert (told["response_tokens"], told["truncated"], told["write_s"]) == (2.5, 0.5, 2.0)
-    assert told["components"] == {"format": pytest.approx((1 + 0 + 0 + 0 + 1) / 10)}
-    assert [one["value"] for one in told["domains"]["x"]["pass_at_k"]] == [0.5, 1.0]
-    assert told["domains"]["y"]["reward"] == 0.5
-    assert told["text"] == "held-out reward 0.5, pass@1 50.0% (6 responses to 3 prompts)"
-    assert name == "responses" and samples["of"] == "validation"
-    first, second = samples["rows"]  # of two prompts, though the first one has two
+    (samples_event, samples), (event, figures) = view.recorded
+    assert event == "validation" and figures["statuses"] == {"scored": 5, "timeout": 1}
+    # a prompt counts once, even if only some of its responses have a reward
+    assert figures["reward"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert [(point["k"], point["value"]) for point in figures["pass_at_k"]] == [(1, pytest.approx(0.5))]
+    assert (figures["response_tokens"], figures["truncated"], figures["write_s"]) == (2.5, 0.5, 2.0)
+    assert figures["components"] == {"format": pytest.approx((1 + 0 + 0 + 0 + 1) / 10)}
+    assert [point["value"] for point in figures["domains"]["x"]["pass_at_k"]] == [0.5, 1.0]
+    assert figures["domains"]["y"]["reward"] == 0.5
+    assert figures["text"] == "held-out reward 0.5, pass@1 50.0% (6 responses to 3 prompts)"
+    assert samples_event == "responses" and samples["of"] == "validation"
+    first, second = samples["rows"]  # one response for each of two prompts
     assert first["prompt"] == "a" * 2000 + " … (1,000 more characters)" and second["response"] == "b"
     assert (first["reward"], first["components"], first["tokens"]) == (1.0, {"format": 0.5}, 2)
 
 
-def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, view: Any,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policies_are_validated_once_when_due(store: RolloutStore, view: Any,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     for every, due in ((2, [1, 3, 5, 6]), (0, [1, 6]), (10, [1, 6])):
-        validation, asked = validation_of(store, every)
+        validation, written_rounds = build_validation(store, every)
         monkeypatch.setattr(validation, "_record_figures", lambda *_: None)
         for number in range(1, 7):
             view.step = number - 1
             assert validation.validate(view, number, POLICY, lambda: False) is None
-        assert asked == due
+        assert written_rounds == due
     log = EventLog(store.path.parent / "events.jsonl")
     log.write("validation", step=0)  # before the run was killed
     log.close()
-    again, asked = validation_of(store)
+    resumed, written_rounds = build_validation(store)
     view.step = 0
-    assert again.validate(view, 1, POLICY, lambda: False) is None and asked == [] and not view.told
+    assert resumed.validate(view, 1, POLICY, lambda: False) is None
+    assert written_rounds == [] and not view.recorded
 
 
 def test_changed_validation_settings_are_refused_before_training(store: RolloutStore, view: Any) -> None:
-    validation, _ = validation_of(store)
+    validation, _ = build_validation(store)
     validation.validate(view, 1, POLICY, lambda: False)
     log = EventLog(store.path.parent / "events.jsonl")
-    log.write("validation", **view.told[-1][1])
+    log.write("validation", **view.recorded[-1][1])
     log.close()
     view.step = 1
-    again, asked = validation_of(store)
-    assert again.validate(view, 2, POLICY, lambda: False) is None and asked == [], "not due"
-    other, _ = validation_of(store, measured={**MEASURED, "prompts": "q", "reward": "t"})
+    resumed, written_rounds = build_validation(store)
+    assert resumed.validate(view, 2, POLICY, lambda: False) is None and written_rounds == [], "not due"
+    changed, _ = build_validation(store, measured={**MEASURED, "prompts": "q", "reward": "t"})
     with pytest.raises(UserError, match="step 0 were validated"):
-        other.validate(view, 2, POLICY, lambda: False)
+        changed.validate(view, 2, POLICY, lambda: False)
 
 
 def test_digests_of_validation_conditions() -> None:
-    """What no response or verdict depends on is left out: the order of prompts, and how many at a time."""
+    """Excludes everything without effect on responses and verdicts: the order of prompts, and the number at a
+    time."""
     prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 
-    def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0,
-                 **more: Any) -> dict[str, str]:
-        return digest_conditions(prompts=asked, reward_version=reward, rollout=replace(rollout, **more),
-                                 chosen_by={"plain": True}, right_from=right_from)
+    def digest(given_prompts: PromptList = prompts, reward: str = "v", right_from: float = 1.0,
+               **changes: Any) -> dict[str, str]:
+        return digest_conditions(prompts=given_prompts, reward_version=reward,
+                                 rollout=replace(rollout, **changes), chosen_by={"plain": True},
+                                 right_from=right_from)
 
-    assert measured(prompts[::-1]) == measured(piece_prompts=7, rounds=9) == measured()
+    assert digest(prompts[::-1]) == digest(piece_prompts=7, rounds=9) == digest()
 
-    def others(found: dict[str, str]) -> list[str]:
-        return [name for name, digest in measured().items() if found[name] != digest]
+    def changed_digests(digests: dict[str, str]) -> list[str]:
+        return [name for name, value in digest().items() if digests[name] != value]
 
-    assert others(measured(prompts[:2])) == ["prompts"]
-    assert others(measured(reward="w")) == others(measured(right_from=0.5)) == ["reward"]
-    assert others(measured(samples_per_prompt=9)) == others(measured(temperature=0.5)) == ["sampling"]
+    assert changed_digests(digest(prompts[:2])) == ["prompts"]
+    assert changed_digests(digest(reward="w")) == changed_digests(digest(right_from=0.5)) == ["reward"]
+    for changed in (digest(samples_per_prompt=9), digest(temperature=0.5)):
+        assert changed_digests(changed) == ["sampling"]
 
 
 def test_a_stopped_validation_ends_the_run_without_figures(store: RolloutStore, view: Any) -> None:
-    validation, asked = validation_of(store, num_responses=8)
+    validation, written_rounds = build_validation(store, num_responses=8)
     assert validation.validate(view, 1, POLICY, lambda: True) == (
         "asked to stop while validating the policy of step 0: 6 of 8 responses are judged")
-    assert asked == [1] and not view.told
+    assert written_rounds == [1] and not view.recorded
 
 
 def test_validation_without_reward_records_lengths(tmp_path: Path, store: RolloutStore) -> None:

@@ -50,8 +50,8 @@ def _evaluate(log: EventLog, step: int) -> None:
 
 
 def _watch(log: EventLog, noise: random.Random) -> None:
-    """Write what the guards saw: routing of four layers, a refused step, an alarm,
-    computing times, load by source."""
+    """Write events of guards: routing of four layers, a rejected step, an alarm, compute times, expert load
+    by source."""
     for step in range(20, NUM_STEPS + 1, 20):
         log.write("routing", step=step, layers=[1, 2, 3, 4],
                   max_violation=[abs(noise.gauss(1, 0.2)) for _ in range(4)],
@@ -62,7 +62,7 @@ def _watch(log: EventLog, noise: random.Random) -> None:
 
 
 def _score(log: EventLog) -> None:
-    """Write scores of two checkpoints on two tasks, one of which others have published; and a gate."""
+    """Write scores of two checkpoints on two tasks, one with published scores of others; and a gate."""
     for step in (CHECKPOINT, NUM_STEPS):
         for task, value in (("kmmlu", step / 1000), (f"quiz {HOSTILE}", 0.9 - step / 1000)):
             log.write("eval_lm", step=step, model_hash=f"m{step}", task=task, task_hash="t", metric="acc",
@@ -72,8 +72,7 @@ def _score(log: EventLog) -> None:
 
 
 def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:
-    """Write a run of `NUM_STEPS` steps that crashed once, after step `CRASH`,
-    and went on from step `CHECKPOINT`."""
+    """Write a run of `NUM_STEPS` steps that crashed after step `CRASH` and resumed from step `CHECKPOINT`."""
     path.mkdir(parents=True)
     corpus = path.parent / "tokens"
     if not corpus.exists():
@@ -131,14 +130,14 @@ def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A pretraining run and an extension of it."""
+    """A pretraining run and its extension."""
     root = tmp_path_factory.mktemp("runs")
     return [write_run(root / "pretrain"), write_run(root / "extend", when=("before", "after"))]
 
 
 @pytest.fixture(scope="session")
 def hostile() -> str:
-    """Text that a model wrote and that tries to run in the reader's browser."""
+    """Model-written text that tries to execute in the reader's browser."""
     return HOSTILE
 
 
@@ -161,6 +160,6 @@ def write_toy(path: Path, *, passed: bool = True) -> Path:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a model that is no stage of the one that `runs` trained."""
+    """A run of an unrelated model."""
     (path := tmp_path_factory.mktemp("other") / "retrieval").mkdir()
     return write_toy(path)

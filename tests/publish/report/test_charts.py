@@ -133,7 +133,7 @@ def test_downsampling_keeps_every_spike_of_a_long_curve() -> None:
     assert drawn.steps[0] == 1 and drawn.steps[-1] == 300_000
     assert np.all(np.diff(drawn.steps) > 0)
     assert drawn.values.max() == 104 and drawn.values.min() == values.min()
-    for spike in spikes:  # a spike may only hide behind a higher one in its own stretch of 300 steps
+    for spike in spikes:  # only a higher spike within the same 300 steps may hide a spike
         near = np.abs(drawn.steps - 1 - spike) <= 301
         assert drawn.values[near].max() >= values[spike]
 

@@ -15,7 +15,7 @@ from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.sections import build_sections
 from megatron_sov.runs.obs.events import EventLog
 
-# The first screen: what was trained, on what, how it was judged, what it writes.
+# The first screen: model, data, scores and samples.
 
 def panels(*paths: Path) -> dict[str, Panel]:
     return {panel.title: panel for panel in build_opening([read_run(path) for path in paths])}
@@ -52,7 +52,7 @@ def test_five_samples_are_open_with_repeated_prompts_first(tmp_path: Path) -> No
     (alone,) = panels(write(tmp_path / "c", asked[0]))["What it writes"].comparisons
     assert alone.texts == [("c, step 5", "x0")]
     page = render_report([read_run(first), read_run(tmp_path / "b")])
-    # the samples of b stand on the first screen
+    # the samples of b are on the first screen
     assert "Show 4 more" in page and page.count("<h3>Samples</h3>") == 1
 
 
@@ -196,7 +196,7 @@ def test_a_run_of_another_model_gets_one_sentence(runs: list[Path], toy: Path) -
             "trained on 3.28 M tokens") in page
     assert ("Not in this report, because another model was trained: retrieval (tiny-k-exaone); report "
             "such runs alone.") in page
-    # in what is read: a line of a chart may come to that place by chance
+    # in visible text: a chart's path may contain it by chance
     assert not re.search(r">[^<]*\b5\.157\b", page) and page.count("retrieval") == 1
 
 

@@ -54,7 +54,7 @@ def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
     assert len(section("Scores", eval_lm=events).charts) == 1
 
 
-# Curves of what was judged beside training.
+# Curves of evaluations during training.
 
 
 def write(run: Path) -> None:
@@ -142,7 +142,7 @@ def test_files_with_equal_names_are_separate_prompt_sets() -> None:
         "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]
 
 
-# Verdicts in one table: what was judged, the outcome, the figure.
+# Verdicts in one table: subject, outcome, figure.
 
 
 def rows(own: list[Path]) -> list[list[str]]:

@@ -93,7 +93,7 @@ def write_runs(file: Path, runs: list[Counter[bytes]]) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """Two units; the first has two runs, and all words stand in several of them."""
+    """Two units; the first has two files, and all words occur in several of them."""
     halves = [Counter({w: n // 3 for w, n in WORDS.items() if n // 3}),
               Counter({w: n - 2 * (n // 3) for w, n in WORDS.items()})]
     return [write_runs(tmp_path / "a.arrow", [halves[0], halves[1]]),

@@ -42,7 +42,7 @@ TEXTS = st.one_of(st.text(max_size=40), st.text(alphabet="the fox'sS \u00a0\u300
 
 @functools.cache
 def once_loaded(folder: Path) -> Any:
-    """Return transformers' tokenizer of a folder that stays as it is."""
+    """Return transformers' tokenizer of an unchanging folder, cached."""
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -72,7 +72,7 @@ def by_tiktoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiktoken.Enco
 def by_sentencepiece(request: pytest.FixtureRequest,
                      tmp_path_factory: pytest.TempPathFactory) -> tuple[
         sentencepiece.SentencePieceProcessor, Path]:
-    """sentencepiece's model, and the folder of the imported one, beside the file m.model."""
+    """A sentencepiece model (m.model), and the folder of its imported form."""
     root, out = tmp_path_factory.mktemp(request.param), io.BytesIO()
     options = {"character_coverage": 1.0, "vocab_size": 370, **SENTENCEPIECE[request.param]}
     lines = [word for line in PROSE.splitlines() for word in (line, *line.split())] * 3
@@ -182,7 +182,7 @@ def test_a_hugging_face_folder_is_not_cut_off(trained: Path, tmp_path: Path) -> 
 
 
 def charsmap() -> bytes:
-    """Return sentencepiece's own map of characters, which only its trainer tells."""
+    """Return sentencepiece's own character map, which only its trainer writes."""
     from sentencepiece import sentencepiece_model_pb2
 
     out = io.BytesIO()

@@ -17,7 +17,7 @@ from tokenizer.report.measures import (
     CHUNK_BYTES, NamedText, check_inventory, check_scalars, check_superwords, check_texts, count_words,
     measure_text, parse_text, read_text, read_texts, try_scalars)
 
-# Held-out texts: their figures, how much of them is read, and in which pieces.
+# Held-out texts: their figures, read limits, and pieces.
 
 def named(*chunks: str) -> NamedText:
     return NamedText("t", "t", list(chunks), True)

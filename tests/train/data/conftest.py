@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 
 class Numbered:

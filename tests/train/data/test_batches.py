@@ -14,7 +14,7 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainC
 from megatron_sov.train.data import streams
 from megatron_sov.train.data.order import OrderState, SampleOrder
 from megatron_sov.train.data.rows import BatchStream, RankBatch, build_row
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 STEPS = 12
 MakeSource = Callable[..., Source]
@@ -78,7 +78,7 @@ def test_ranks_together_have_each_sample_once_in_order(sources: list[Source], si
 
 @pytest.mark.parametrize("killed", range(1, STEPS))
 def test_a_checkpoint_after_any_step_resumes_at_any_size(sources: list[Source], killed: int) -> None:
-    """The state is that behind the batch that was given, not behind those that were ready."""
+    """The saved position is after the returned batch, not after prefetched ones."""
     whole = batches(config(), sources, rank=1, size=2)
     state = batches(config(3), sources, count=killed)[-1].order_state
     assert [plain(b) for b in batches(config(), sources, 1, 2, state, STEPS - killed)] == [
@@ -86,7 +86,7 @@ def test_a_checkpoint_after_any_step_resumes_at_any_size(sources: list[Source], 
 
 
 def test_skipped_steps_are_drawn_and_not_read(sources: list[Source]) -> None:
-    """The other steps have the samples that they would have had."""
+    """Other steps have the same samples as without skips."""
     skipping, whole = batches(config(skip_steps=((2, 3), (9, 9))), sources), batches(config(), sources)
     skipped = [step for step, batch in enumerate(skipping, 1) if batch.entry.skip]
     assert skipped == [2, 3, 9]

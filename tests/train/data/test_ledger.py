@@ -9,7 +9,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan_ledger
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 
 MakeSource = Callable[..., Source]
 
@@ -30,8 +30,8 @@ def steps_of(entries: list[LedgerEntry]) -> list[tuple[int, str, int, bool]]:
 
 
 def test_phases_ramp_and_skips_by_hand(sources: list[Source]) -> None:
-    """The ramp counts from the start of the run and goes on in the second phase,
-    whose full size is another."""
+    """The ramp counts from the start of the run and continues in the second phase, which has another full
+    size."""
     result = plan_ledger(config(PhaseConfig("a"), PhaseConfig("b", global_batch_size=6),
                         skip_steps=((3, 4), (12, 12)), ramp_from_batch_size=2, ramp_increment=2,
                         ramp_steps=12), sources)

@@ -16,8 +16,9 @@ from megatron_sov.model.modality import (
 from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import build_row, join_rows
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain, Source
+from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain
 from megatron_sov.train.data.views import DocumentPieces, LongDocuments
 
 IMAGE_PAD, AUDIO_PAD = 5, 6
@@ -32,7 +33,7 @@ DOCUMENTS = [  # (token, feature)
 
 
 def write(prefix: Path, documents: list[list[tuple[int, int]]]) -> None:
-    """Write a shard with banks of three pictures and two sounds, whose numbers tell which they are."""
+    """Write a shard with banks of three images and two sounds, whose values identify them."""
     lengths = np.array([len(d) for d in documents], np.int32)
     flat = np.array([pair for document in documents for pair in document])
     flat[:, 0].astype(np.uint16).tofile(prefix.with_suffix(".bin"))
@@ -65,7 +66,7 @@ def said(media: EncoderInputs | None) -> list[tuple[int, int]]:
 
 
 def expected(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """Return the same for (document, start, count) one after the other."""
+    """Return the expected features of several (document, start, count) spans, concatenated."""
     flat = [pair for document, start, count in pieces for pair in DOCUMENTS[document][start:start + count]]
     return [(place, feature) for place, (_, feature) in enumerate(flat) if feature >= 0]
 

@@ -16,7 +16,7 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainC
 from megatron_sov.train.data import streams
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.data.order import OrderedSample, OrderState, SampleOrder, choose_source
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 
 Steps = list[tuple[LedgerEntry, list[OrderedSample]]]
 MakeSource = Callable[..., Source]
@@ -29,7 +29,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=9), st.integers(1, 300))
-# taking the source that is furthest behind errs by more than a sample here
+# choosing the source with the largest deficit errs by more than a sample here
 @example([0.09, 0.74, 0.74, 0.21, 0.01], 130)
 def test_each_source_is_within_one_sample_of_its_weight(raw: list[float], num_samples: int) -> None:
     weights = {str(i): w / sum(raw) for i, w in enumerate(raw)}
@@ -39,23 +39,27 @@ def test_each_source_is_within_one_sample_of_its_weight(raw: list[float], num_sa
         assert max(abs(weight * n - taken[name]) for name, weight in weights.items()) < 1
 
 
-class Drawn:
+class RandomRun:
     """Random sources and settings, all drawn from a seed."""
 
     def __init__(self, seed: int, make: MakeSource) -> None:
         self.random = random.Random(seed)
-        self._make = make
+        self._make_source = make
         self.packing = self.random.choice(["best_fit", "concat"])
         self.steps = self.random.randint(6, 40)
 
     def sources(self, names: str) -> list[Source]:
-        return [self._make(
-            name, [*(self.random.choice([0, 1, 5, 9, 17, 40]) for _ in range(self.random.randint(3, 60))), 7],
-            self.random.random() + 0.1, is_chat=self.random.random() < 0.3) for name in names]
+        """Return sources with random document lengths, weights and kinds."""
+        draw, sources = self.random, []
+        for name in names:
+            lengths = [draw.choice([0, 1, 5, 9, 17, 40]) for _ in range(draw.randint(3, 60))]
+            sources.append(self._make_source(name, [*lengths, 7], draw.random() + 0.1,
+                                             is_chat=draw.random() < 0.3))
+        return sources
 
     def settings(self, names: str) -> RunConfig:
-        """Phases with blends of some of the named sources, lengths and batch sizes;
-        a ramp and skipped steps in some runs."""
+        """Return phases with random lengths, batch sizes and blends of the named sources; some runs have a
+        batch-size ramp or skipped steps."""
         draw = self.random
         phases = tuple(
             PhaseConfig(str(i), share=draw.random() + 0.1, seq_len=draw.choice([8, 16, 33]),
@@ -71,13 +75,14 @@ class Drawn:
         return dataclasses.replace(recipes.get("tiny-solar-open"), train=train, data=data)
 
     def kills(self) -> list[int]:
+        """Return the steps before which the run is killed."""
         return sorted({self.random.randint(1, self.steps - 1) for _ in range(4)})
 
 
-def run(steps: int, begun: Settings, resumed: dict[int, Settings]) -> tuple[SampleOrder, Steps]:
-    """Take all steps; before some of them the state goes through JSON and on with (config,
-    sources) of that step."""
-    order, taken = SampleOrder(*begun), []
+def take_steps(steps: int, initial: Settings, resumed: dict[int, Settings]) -> tuple[SampleOrder, Steps]:
+    """Take all steps; before some of them pass the state through JSON and continue with the (config, sources)
+    of that step."""
+    order, taken = SampleOrder(*initial), []
     for step in range(steps):
         if step in resumed:
             order = SampleOrder(*resumed[step],
@@ -87,38 +92,41 @@ def run(steps: int, begun: Settings, resumed: dict[int, Settings]) -> tuple[Samp
 
 
 def changed_run(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
-    """A run that is killed several times and resumed with other settings, and with one more source from
-    the first time on."""
-    drawn = Drawn(seed, make)
-    sources, (added,) = drawn.sources("abc"), drawn.sources("d")
-    begun = (drawn.settings("abc"), sources)
-    return run(drawn.steps, begun, {k: (drawn.settings("abcd"), [*sources, added]) for k in drawn.kills()})
+    """Take the steps of a run that is killed several times, each time resumed with other settings, and with
+    an additional source from the first resume on."""
+    random_run = RandomRun(seed, make)
+    sources, (added,) = random_run.sources("abc"), random_run.sources("d")
+    initial = (random_run.settings("abc"), sources)
+    resumed = {step: (random_run.settings("abcd"), [*sources, added]) for step in random_run.kills()}
+    return take_steps(random_run.steps, initial, resumed)
 
 
 @pytest.mark.each("seed", range(12))
 def test_a_run_killed_at_any_step_resumes_identically(seed: int, make_source: MakeSource) -> None:
-    drawn = Drawn(seed, make_source)
-    settings = (drawn.settings("abc"), drawn.sources("abc"))
-    assert (run(drawn.steps, settings, dict.fromkeys(drawn.kills(), settings))[1]
-            == run(drawn.steps, settings, {})[1])
+    random_run = RandomRun(seed, make_source)
+    settings = (random_run.settings("abc"), random_run.sources("abc"))
+    _, interrupted = take_steps(random_run.steps, settings, dict.fromkeys(random_run.kills(), settings))
+    _, uninterrupted = take_steps(random_run.steps, settings, {})
+    assert interrupted == uninterrupted
 
 
 @pytest.mark.each("seed", range(12))
 def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: MakeSource) -> None:
-    """What several restarts with changed settings gave comes again from the last ledger alone."""
+    """The last ledger alone reproduces the samples of several restarts with changed settings."""
     order, taken = changed_run(seed, make_source)
-    written = json.loads(json.dumps(order.state.to_dict()))["history"]
-    recomputed = SampleOrder(dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(
-        packing=order._packing),  # type: ignore[arg-type]
-                                                 train=TrainConfig(steps=len(taken))), order.sources)
-    recomputed.ledger = Ledger([LedgerEntry(**e) for e in written])
+    history = json.loads(json.dumps(order.state.to_dict()))["history"]
+    config = dataclasses.replace(
+        recipes.get("tiny-solar-open"), train=TrainConfig(steps=len(taken)),
+        data=DataConfig(packing=order._packing))  # type: ignore[arg-type]
+    recomputed = SampleOrder(config, order.sources)
+    recomputed.ledger = Ledger([LedgerEntry(**entry) for entry in history])
     assert [recomputed.next_batch() for _ in taken] == taken
 
 
 @pytest.mark.each("seed", range(12))
 def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_source: MakeSource) -> None:
-    """Over changed blends, lengths, batches, skips, an added source: each token as often as epochs are
-    complete, or once more."""
+    """With changed blends, lengths, batches and skips, and an added source, each token occurs once per
+    complete epoch, and at most once more."""
     order, taken = changed_run(seed, make_source)
     seen: dict[str, Counter[tuple[int, int]]] = {s.name: Counter() for s in order.sources}
     for entry, samples in taken:
@@ -130,19 +138,19 @@ def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_sou
             for s in sample.segments:
                 seen[source.name].update((s.document, t) for t in range(s.start, s.start + s.count))
                 if source.is_chat:
-                    assert (s.start, s.count) == (0, min(entry.seq_len, lengths_of(source)[s.document]))
+                    assert (s.start, s.count) == (0, min(entry.seq_len, get_lengths(source)[s.document]))
     for source in order.sources:
         epochs = order.state.cursors[source.name].epoch if source.name in order.state.cursors else 0
-        counted, lengths = seen[source.name], lengths_of(source)
+        counted, lengths = seen[source.name], get_lengths(source)
         assert set(counted) <= {(d, t) for d, n in enumerate(lengths) for t in range(n)}
         assert max(counted.values(), default=0) <= epochs + 1
-        # a conversation longer than a sample loses its end: judge it by its first tokens,
-        # which the shortest sample holds
-        whole = [(d, t) for d, n in enumerate(lengths) for t in range(min(n, 8) if source.is_chat else n)]
-        assert min((counted[token] for token in whole), default=0) >= epochs
+        # conversations longer than a sample are truncated: check only tokens that the shortest sample holds
+        required = [(document, position) for document, length in enumerate(lengths)
+                    for position in range(min(length, 8) if source.is_chat else length)]
+        assert min((counted[token] for token in required), default=0) >= epochs
 
 
-def lengths_of(source: Source) -> list[int]:
+def get_lengths(source: Source) -> list[int]:
     return np.asarray(source.open_split("train").lengths).tolist()
 
 
@@ -158,23 +166,23 @@ def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: Make
         assert all(abs(since[name] - weight * since.total()) < 1 for name, weight in weights.items())
 
 
-def test_held_out_documents_never_occur(packed_data: Any) -> None:
-    """Two epochs of real shards give every training document twice, and none of the other split."""
+def test_heldout_documents_never_occur(packed_data: Any) -> None:
+    """Two epochs of real shards contain every training document twice, and no held-out document."""
     sources = open_sources({str(packed_data.text): 1.0, str(packed_data.chats): 1.0}, 368)
     config = dataclasses.replace(recipes.get("tiny-solar-open"),
                                  data=DataConfig(phases=(PhaseConfig("main", seq_len=512),)),
                                  train=TrainConfig(steps=10**6, global_batch_size=1))
     order = SampleOrder(config, sources)
-    given_: dict[str, Counter[bytes]] = {s.name: Counter() for s in sources}
+    occurrences: dict[str, Counter[bytes]] = {s.name: Counter() for s in sources}
     while min(order.state.cursors[s.name].epoch if s.name in order.state.cursors else 0 for s in sources) < 2:
         for sample in order.next_batch()[1]:
             source = sources[sample.source]
             if order.state.cursors[source.name].epoch < 2:
-                given_[source.name].update(source.open_split("train").tokens(*s).tobytes()
-                                           for s in sample.segments)
+                occurrences[source.name].update(source.open_split("train").tokens(*s).tobytes()
+                                                for s in sample.segments)
     for source in sources:
         splits = {name: [source.open_split(name).tokens(d, 0, n).tobytes()
                          for d, n in enumerate(source.open_split(name).lengths)]
                   for name in ("train", "heldout")}
-        assert splits["heldout"] and not set(given_[source.name]) & set(splits["heldout"])
-        assert given_[source.name] == Counter(splits["train"] * 2)
+        assert splits["heldout"] and not set(occurrences[source.name]) & set(splits["heldout"])
+        assert occurrences[source.name] == Counter(splits["train"] * 2)

@@ -15,21 +15,22 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import build_route_shape, check_route_shapes
 from megatron_sov.train.data.rows import build_row, join_rows
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import open_sources
 
 MODEL = recipes.get("tiny-k-exaone").model
 LENGTHS = (3, 5, 4)
 
 
 def routes_of(document: int, shape: RouteShape) -> np.ndarray:
-    """Return routes that tell document and token: expert (document + token + layer) and those after it."""
+    """Return routes that encode document and token: expert (document + token + layer) and the following
+    ones."""
     token, layer, rank = np.ogrid[:LENGTHS[document] - 1, :shape.layers, :shape.top_k]
     return ((document + token + layer + rank) % shape.num_experts).astype(shape.dtype)
 
 
 def written(folder: Path, shape: RouteShape, **changes: Any) -> Path:
-    """Write token shards with routes; `changes` to what the manifest says of them."""
+    """Write token shards with routes; `changes` modifies the manifest."""
     with create_artifact(folder, "tokens") as artifact:
         for split in ("train", "heldout"):
             with IndexedWriter(artifact.path / split, "uint16", {"routes": shape.dtype}) as writer:

@@ -13,7 +13,7 @@ from megatron_sov.train.data import streams
 from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing
 
 corpora = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any).map(
-    lambda lengths: [*lengths, 3])  # one that fits every sample
+    lambda lengths: [*lengths, 3])  # the last document fits every sample
 packings = st.sampled_from(["best_fit", "truncate", "concat", "drop"])
 SETTINGS = settings(max_examples=120)
 
@@ -24,25 +24,26 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Lengths:
-    """Documents of which only the lengths matter."""
+    """Documents that have only lengths."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, np.int32)
 
 
-def stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None,
-           seed: int = 1) -> DocumentStream:
+def create_stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None,
+                  seed: int = 1) -> DocumentStream:
     return DocumentStream("web", Lengths(corpus), seed, packing, cursor or Cursor())  # type: ignore[arg-type]
 
 
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60))
 @SETTINGS
-def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packing, wanted: list[int]) -> None:
-    """Samples of any lengths in any order; what an epoch gave is judged when it is over,
-    and never more than once before."""
-    source = stream(corpus, packing)
+def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packing,
+                                              seq_lens: list[int]) -> None:
+    """With samples of any lengths in any order. An epoch is checked at its end; before that no token occurs
+    twice."""
+    source = create_stream(corpus, packing)
     seen: dict[int, Counter[tuple[int, int]]] = {}
-    for seq_len in wanted:
+    for seq_len in seq_lens:
         row = source.next_sample(seq_len)
         assert 0 < sum(s.count for s in row) <= seq_len
         counted = seen.setdefault(source.cursor.epoch, Counter())
@@ -62,19 +63,19 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
        st.sampled_from(["truncate", "drop"]), st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40),
        st.integers(0, 40))
 @SETTINGS
-def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(pairs: list[tuple[int, int]],
-                                                                        packing: Packing, wanted: list[int],
-                                                                        killed: int) -> None:
+def test_pairs_stay_together_at_changing_lengths_and_after_kills(pairs: list[tuple[int, int]],
+                                                                 packing: Packing, seq_lens: list[int],
+                                                                 killed: int) -> None:
     corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
 
-    def of_pairs(cursor: Cursor) -> DocumentStream:
+    def create_pair_stream(cursor: Cursor) -> DocumentStream:
         return DocumentStream("pairs", Lengths(corpus), 1, packing, cursor, group=2)  # type: ignore[arg-type]
 
-    source = of_pairs(Cursor())
+    source = create_pair_stream(Cursor())
     seen: dict[int, Counter[int]] = {}
-    for number, seq_len in enumerate(wanted):
+    for number, seq_len in enumerate(seq_lens):
         if number == killed:
-            source = of_pairs(Cursor(**json.loads(json.dumps(dataclasses.asdict(source.cursor)))))
+            source = create_pair_stream(Cursor(**json.loads(json.dumps(dataclasses.asdict(source.cursor)))))
         row = source.next_sample(seq_len)
         assert sum(s.count for s in row) <= seq_len
         for chosen, rejected in zip(row[::2], row[1::2], strict=True):
@@ -89,14 +90,14 @@ def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(pairs: l
 
 
 def test_overlong_documents_are_counted_at_each_occurrence() -> None:
-    source = stream([3, 9, 16, 30, 20], "drop")
-    given_ = {(s.document, s.count) for _ in range(6) for s in source.next_sample(16)}
-    assert given_ == {(0, 3), (1, 9), (2, 16)}
+    source = create_stream([3, 9, 16, 30, 20], "drop")
+    documents = {(s.document, s.count) for _ in range(6) for s in source.next_sample(16)}
+    assert documents == {(0, 3), (1, 9), (2, 16)}
     assert (source.cursor.epoch, source.cursor.over_long) == (2, 6)
-    again = stream([3, 9, 16, 30, 20], "drop", Cursor(**dataclasses.asdict(source.cursor)))
-    assert again.cursor.over_long == 6, "what a resumed stream packs again it has counted"
+    resumed = create_stream([3, 9, 16, 30, 20], "drop", Cursor(**dataclasses.asdict(source.cursor)))
+    assert resumed.cursor.over_long == 6, "a resumed stream does not count repacked documents again"
     with pytest.raises(UserError, match=r"data\.over_long = drop omits"):
-        stream([30, 9], "drop").next_sample(8)
+        create_stream([30, 9], "drop").next_sample(8)
 
 
 def test_the_order_depends_on_seed_name_and_epoch() -> None:
@@ -105,45 +106,45 @@ def test_the_order_depends_on_seed_name_and_epoch() -> None:
     def documents(source: DocumentStream, count: int) -> list[int]:
         return [source.next_sample(4)[0].document for _ in range(count)]
 
-    first = stream(corpus, "best_fit")
+    first = create_stream(corpus, "best_fit")
     epochs = [documents(first, 20), documents(first, 20)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
-    assert documents(stream(corpus, "best_fit", seed=2), 20) != epochs[0]
+    assert documents(create_stream(corpus, "best_fit", seed=2), 20) != epochs[0]
     assert (documents(DocumentStream("code", Lengths(corpus), 1, "best_fit", Cursor()),
                       20)  # type: ignore[arg-type]
             != epochs[0])
 
 
 def test_windows_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """15 documents in windows of at most 7 are three of 5, not two of 7 and a lone one that
-    fills a row by itself."""
-    source = stream([1] * 15, "best_fit")
+    """15 documents with windows of at most 7 make three windows of 5, not two of 7 and a single document in
+    its own row."""
+    source = create_stream([1] * 15, "best_fit")
     rows = [source.next_sample(5) for _ in range(3)]
     assert [len(row) for row in rows] == [5, 5, 5]
     assert source.count_epochs() == 1.0
 
 
 def test_the_share_of_an_epoch_is_counted_by_rows() -> None:
-    source = stream([2] * 14, "best_fit")  # two windows of seven documents, four rows each
-    found = []
+    source = create_stream([2] * 14, "best_fit")  # two windows of seven documents, four rows each
+    epochs = []
     for _ in range(9):
         source.next_sample(4)
-        found.append(source.count_epochs())
-    assert found == [pytest.approx(k / 8) for k in range(1, 10)]
+        epochs.append(source.count_epochs())
+    assert epochs == [pytest.approx(k / 8) for k in range(1, 10)]
 
 
-def test_a_source_without_a_token_is_refused_and_not_searched_for_ever() -> None:
+def test_a_source_without_tokens_is_refused() -> None:
     with pytest.raises(UserError, match="20 training documents contains"):
-        stream([0] * 20, "best_fit").next_sample(8)
+        create_stream([0] * 20, "best_fit").next_sample(8)
 
 
-def test_a_stream_keeps_the_windows_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_stream_keeps_its_window_size(monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = [7] * 50
     monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 10)
-    begun = stream(corpus, "best_fit")
-    expected = [begun.next_sample(16) for _ in range(40)]
-    resumed = stream(corpus, "best_fit")
+    uninterrupted = create_stream(corpus, "best_fit")
+    expected = [uninterrupted.next_sample(16) for _ in range(40)]
+    resumed = create_stream(corpus, "best_fit")
     first = [resumed.next_sample(16) for _ in range(9)]
     monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 25)
-    again = stream(corpus, "best_fit", Cursor(**dataclasses.asdict(resumed.cursor)))
-    assert first + [again.next_sample(16) for _ in range(31)] == expected
+    restarted = create_stream(corpus, "best_fit", Cursor(**dataclasses.asdict(resumed.cursor)))
+    assert first + [restarted.next_sample(16) for _ in range(31)] == expected

@@ -17,8 +17,8 @@ from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import pack_flags
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import parse_data_paths
-from megatron_sov.train.data.token_shards import (
-    ShardChain, TokenShard, describe_inputs, open_sources, tokenizer_folder)
+from megatron_sov.train.data.sources import describe_inputs, open_sources, tokenizer_folder
+from megatron_sov.train.data.token_shards import ShardChain, TokenShard
 
 
 def write_shard(prefix: Path, documents: list[list[int]]) -> None:

@@ -15,7 +15,8 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig
 from megatron_sov.train.data.ledger import (
     LedgerEntry, OverLongUnits, check_pairs_fit, check_units_fit, count_over_long, plan_ledger)
 from megatron_sov.train.data.order import SampleOrder
-from megatron_sov.train.data.token_shards import ChainedLengths, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import ChainedLengths
 from megatron_sov.train.data.views import DocumentPieces, LongDocuments, add_source_views
 
 LENGTHS = [3, 12, 30, 0, 11, 40, 12]

@@ -16,13 +16,12 @@ from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.guards import guards, guards as stragglers
 from megatron_sov.train.guards.guards import Guards, SdcChecks
 
-# What is done when bits differ: it is told with rank and host, and ends the run or not,
-# as the settings say.
+# Reaction to differing bits: reported with rank and host, and the run ends or continues, as configured.
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Three processes on two machines, of which this one is rank 0; returns the events."""
+    """Three processes on two machines, with this one as rank 0; returns the events."""
     monkeypatch.setattr(guards.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(guards, "gather_objects", lambda mine: ["n1", "n1", "n2"])
     return []

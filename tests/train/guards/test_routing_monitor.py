@@ -60,7 +60,7 @@ def test_a_dense_model_has_no_records(tmp_path: Path) -> None:
 
 def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[float],
              ratio: float = 1.5) -> list[dict[str, Any]]:
-    """Report this process's times beside the averages of others; it is rank 0.  Returns the events."""
+    """Report this process's times next to averages of others, as rank 0; return the events."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(guards.collectives, "gather_numbers", lambda mine: [mine, *others])
     watch = Stragglers(GuardConfig(straggler_every_steps=4, straggler_ratio=ratio))

@@ -118,8 +118,7 @@ def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
 
 
 def disagree() -> list[Any]:
-    """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides,
-    and what it remembers."""
+    """Runs inside ranks: only rank 1 sees a bad number; return each rank's decision and stored state."""
     place = world.join_world(ParallelConfig())
     guard = StepGuard(GuardConfig(), place.is_main)
     first = guard.accept_step(2.0 + 1e-9 * place.rank, 1.0)

@@ -17,7 +17,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.rows import PackedRow
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.objectives import microbatch
 from megatron_sov.train.objectives.data_batches import DataBatches
 from megatron_sov.train.objectives.data_objective import LanguageModelling
@@ -52,7 +52,7 @@ def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -
                                              for name, cursor in order.state.cursors.items()}
         assert batches.epochs == order.count_epochs()
         resumed = DataBatches(settings, sources, place)
-        resumed.next()  # which counts for nothing, nor does what it prepared ahead
+        resumed.next()  # which does not count, nor do its prefetched batches
         resumed.restore(json.loads(json.dumps(batches.state())))
         assert resumed.state() == batches.state() and resumed.next_entry() == order.ledger.get_entry(step + 1)
         resumed.close()
@@ -107,7 +107,7 @@ def test_a_row_arrives_as_it_was() -> None:
 @pytest.mark.parametrize("of", [LanguageModelling, SupervisedFineTuning])
 def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(of: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """A meta tensor has no numbers: whoever asked it for one would fail, where on a GPU all would wait."""
+    """Rows are meta tensors: reading their values fails here, where on a GPU it would synchronize."""
     monkeypatch.setattr(collectives, "all_reduce_dp", lambda values: values)
     objective = of(SimpleNamespace(config=recipes.get("tiny-k-exaone"),
                                    batches=SimpleNamespace(num_sources=1)))

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from data_prep.cli import main as sov_data
-from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint import save
 from megatron_sov.convert import to_hf
 from megatron_sov.engine.parallel import world
 from megatron_sov.eval.heldout_loss import evaluate_rows, open_heldout
 from megatron_sov.model.config import ParallelConfig
-from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutEvaluator, _count_accepted_drafts
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -33,7 +33,7 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
         f"parallel.cp={cp}", recipe=recipe)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
-        load.save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
+        save.save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
                              trainer.config.to_dict(), tokenizer_folder(trainer.sources))
     world.leave_world()
     return results
@@ -59,7 +59,7 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
         for document, length in enumerate(shard.lengths):
             ids = torch.from_numpy(shard.tokens(document, 0, length))
             text, first = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[:1])
-            # a document's first token is no target, its eos has no bytes
+            # a document's first token is not a target, and its eos has no bytes
             size_bytes += len(text.encode()) - len(first.encode())
             end, targets = 1, targets + int(length) - 1
             while end < length:  # whole, or windows of 48 tokens that overlap by half
@@ -78,8 +78,8 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
 
 
 def drafts() -> list[list[float]]:
-    """Runs inside a rank: count accepted drafts of random tokens; return what the evaluator and a loop
-    over documents find."""
+    """Runs inside a rank: count accepted drafts of random tokens; return the counts of the evaluator and of a
+    loop over documents."""
     from types import SimpleNamespace
 
     generator = torch.Generator().manual_seed(3)
@@ -164,7 +164,7 @@ def test_turn_marks_and_turn_contents_are_measured_separately(ranks: Any, job: A
             if types[i] == 2:
                 turn, said = (turn, said) if types[i - 1] == 2 else (turn + 1, "")
                 losses["first" if turn == 1 else "later"].append(ids[i] % 7)
-                # what the token begins in decides
+                # the region in which the token begins decides
                 place, call = len(said), said_of(ids, types, i, tokenizer).find("<tool_call>")
                 losses["thought" if "</think>" not in said else
                        "call" if 0 <= call <= place else "answer"].append(ids[i] % 7)

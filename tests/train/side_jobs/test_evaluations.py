@@ -136,7 +136,7 @@ def test_failing_hanging_and_displaced_evaluations_are_reported(run: Run,
             == "evaluation ppl at step 10 failed: no memory")
     assert (run.path / EVALUATIONS / "step-10.ppl.failed").read_text() == "no memory\n"
     assert capsys.readouterr().err.count("warning: evaluation ppl at step") == 3
-    assert run.evaluations()._waiting == []  # what failed is not tried again
+    assert run.evaluations()._waiting == []  # a failed evaluation is not retried
 
 
 def test_resumed_runs_evaluate_repeated_steps_again(run: Run) -> None:
@@ -215,7 +215,7 @@ def test_evaluation_jobs_are_valid_submit_commands(tmp_path: Path,
 
 
 def capitals(folder: Path) -> Path:
-    """Write a task folder whose task is that of docs/eval_lm.md."""
+    """Write a task folder with the task of docs/eval_lm.md."""
     folder.mkdir()
     text = (Path(__file__).parents[3] / "docs/eval_lm.md").read_text()
     for name, kind in (("capitals.yaml", "yaml"), ("capitals.jsonl", "json")):

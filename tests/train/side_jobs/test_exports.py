@@ -25,8 +25,8 @@ TRAIN = TrainConfig(checkpoint_every_steps=10, export_every_checkpoints=2)
 
 
 class Forked:
-    """A command of `megatron-sov` beside this process, as `BackgroundProcess` has it, by a fork, which has
-    imported everything."""
+    """A `megatron-sov` command in a fork that has imported everything, with the interface of
+    `BackgroundProcess`."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self._log, self.took_s = log, 0.1
@@ -36,7 +36,7 @@ class Forked:
             code = 1
             try:
                 with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                    torch.set_num_threads(1)  # those of the parent are not here
+                    torch.set_num_threads(1)  # the parent's threads do not exist here
                     code = main(command[command.index("megatron_sov") + 1:])
             finally:
                 os._exit(code)

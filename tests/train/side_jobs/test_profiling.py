@@ -16,7 +16,7 @@ STEPS_2_AND_3 = GpuConfig(profile_first_step=2, profile_last_step=3)
 
 
 def traced(run: Path, steps: range, is_main: bool = True) -> dict[str, list[str]]:
-    """Do matrix products of [step, step] in steps and return trace -> shapes of those in it."""
+    """Run [step, step] matrix products in steps, and return trace -> shapes of its products."""
     profiling = StepProfiler(STEPS_2_AND_3, run, is_main)
     step = 0
     for step in steps:

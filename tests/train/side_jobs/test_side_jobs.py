@@ -18,7 +18,7 @@ from megatron_sov.train.side_jobs.side_jobs import SideJobs, average_checkpoints
 
 
 class Noted:
-    """Stands for exports or evaluations: writes down what is asked of it."""
+    """Records calls in place of exports or evaluations."""
 
     def __init__(self, name: str, asked: list[str], fails: set[str],
                  exported: Callable[[int], None] | None = None) -> None:
@@ -40,7 +40,7 @@ class Noted:
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[SideJobs, list[str], set[str]]:
-    """Side jobs whose exports are ready at once, what was asked of them, and what the file system refuses."""
+    """Side jobs with immediate exports, the recorded calls, and errors that the file system raises."""
     asked: list[str] = []
     fails: set[str] = set()
     monkeypatch.setattr(side_jobs, "ExportEvaluations",

@@ -18,7 +18,7 @@ from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.stages.announcement import count_planned_tokens, format_banner, format_summary
 
 CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])

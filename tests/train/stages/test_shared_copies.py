@@ -65,7 +65,7 @@ def touch(folder: Path) -> None:
 
 
 def write_in_place(folder: Path) -> None:
-    """Other weights of the same size, under the time of the earlier ones."""
+    """Write other weights of the same size with the earlier modification time."""
     file = folder / "model.safetensors"
     before = file.stat()
     file.write_text("WEIGHTS")

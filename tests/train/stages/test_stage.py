@@ -19,7 +19,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.ledger import plan_ledger
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.stages import launch as launch_module
@@ -33,7 +33,7 @@ Launched = Callable[[Callable[[], int], RestartPolicy], int]
 
 
 class Launcher:
-    """Stands for `launcher.launch`: starts no process, and does what a test says."""
+    """Stands for `launcher.launch`: starts no process, and runs a function of the test."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -69,7 +69,7 @@ def events(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
 
 
 def open_run(stage: Stage) -> None:
-    """Do what the processes of a stage do before their first step."""
+    """Do the work of a stage's processes before their first step."""
     stage.folder.create()
     stage.folder.declare(stage.config)
     (stage.folder.path / EVENTS).touch()

@@ -188,7 +188,7 @@ def test_packaged_profiles_have_vendor_links() -> None:
 
 
 def test_docs_page_shows_chip_table() -> None:
-    page = (Path(__file__).parents[3] / "docs/clusters.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/plan.md").read_text()
     rows = {cells[1].strip(" `"): [cell.strip() for cell in cells[2:-1]] for cells in
             (line.split("|") for line in page.splitlines()) if len(cells) == 11 and "`" in cells[1]}
     rows.pop("gpu")

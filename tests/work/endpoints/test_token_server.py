@@ -37,7 +37,7 @@ def test_answers_contain_sampled_tokens_logprobs_and_versions(double: VllmDouble
     [answer] = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
     assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length", (VersionSpan(0, 0, 4),))
     sent = double.asked[0]["sampling_params"]
-    # vLLM dies of a seed on a CPU, and ends at the config's eos unless it is told not to
+    # vLLM crashes with a seed on a CPU, and stops at the config's eos unless disabled
     assert "seed" not in sent and sent["ignore_eos"] and sent["top_k"] == -1 and sent["temperature"] == 0.7
     [stopped] = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(words(3)[2],)))
     assert (stopped.tokens, stopped.reason) == (words(3), "stop")
@@ -58,7 +58,7 @@ def test_tokens_report_version_across_weight_update(double: VllmDouble) -> None:
     [before, after] = found[0].versions
     assert (before.version, after.version, before.end, after.end) == (0, 3, after.start, 20)
     assert found[0].tokens == words(before.end) + words(20, 3)[before.end:]
-    # without the cache's reset it would go on behind keys and values of the old weights
+    # without a reset of the cache it would continue with keys and values of the old weights
     assert double.orders[-2:] == ["/reset_prefix_cache?reset_running_requests=true", "/resume"]
     assert double.orders[0] == "/pause?mode=keep&clear_cache=false"
 
@@ -105,7 +105,7 @@ def test_prompts_of_request_are_answered_in_order(double: VllmDouble) -> None:
     answers = VllmServer(double.url).write(token_request)
     assert [answer.tokens for answer in answers] == [
         [token_at(prompt, place, 0) for place in range(4)] for prompt in (PROMPT, [8, 9], [4]) for _ in "12"]
-    # vLLM tells no versions of them; a server of ours has no tokenizer, and refuses to tell texts
+    # vLLM reports no versions; our server has no tokenizer, and refuses to return texts
     assert not answers[0].versions and all(body["return_tokens_as_token_ids"] for body in double.asked)
     assert (token_request.num_answers, VllmServer(double.url).write(TokenRequest("b", PROMPT,
                                                                                  4))[0].versions) == (

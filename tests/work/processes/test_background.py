@@ -52,7 +52,7 @@ def test_background_process_has_lowest_priority_and_ends_with_parent(tmp_path: P
     wait_for("state")
     state = json.loads((tmp_path / "state").read_text())
     assert state["nice"] == LOWEST_PRIORITY and state["term"]
-    os.kill(state["pid"], signal.SIGTERM)  # what stops the run does not stop its work beside
+    os.kill(state["pid"], signal.SIGTERM)  # a signal that stops the run does not stop its background work
     (tmp_path / "state.asked").touch()
     wait_for("state.answered")
     parent.kill()

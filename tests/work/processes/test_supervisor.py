@@ -90,6 +90,18 @@ time.sleep(600)
     command.end()
 
 
+def test_the_library_path_of_this_python_reaches_only_the_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where LD_LIBRARY_PATH names the folder of libpython."""
+    Path("python").write_text(f'#!/bin/sh\n[ "$LD_LIBRARY_PATH" = /ours ] && exec {sys.executable} "$@"\n')
+    Path("python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(Path("python").resolve()))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/ours")
+    for environment, passed in (({}, "none"), ({"LD_LIBRARY_PATH": "/theirs"}, "/theirs")):
+        command = SupervisedCommand(["/bin/sh", "-c", "echo ${LD_LIBRARY_PATH-none}"], environment, None)
+        assert command.stdout.read().decode() == f"{passed}\n"
+        command.end()
+
+
 def test_missing_program_is_reported() -> None:
     with open("log", "wb") as out:
         command = SupervisedCommand(["/no/program"], os.environ, out)

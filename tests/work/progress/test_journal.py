@@ -67,7 +67,7 @@ def test_other_identity_is_rejected_unless_redo(tmp_path: Path) -> None:
         "another output\n"
         "  sampling.seed was 1, and is 2")
     assert list_finished_items(out, ASKED) == {0}
-    with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: there is nothing to do anew
+    with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: no work is repeated
         assert journal.done == {0}
     write_records(out, (0, b""))
     with open_journal(out, "score", other, redo=True) as journal:

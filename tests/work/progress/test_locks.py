@@ -143,7 +143,7 @@ def test_claim_without_heartbeat_expires(tmp_path: Path) -> None:
     clock.now_s += 1
     taken = take_claim(other)
     assert not dead.renew() and taken.renew()
-    dead.release()  # what it says no longer counts
+    dead.release()  # its content no longer counts
     assert Claims(tmp_path, 60).take("a") is None and taken.renew()
 
 
@@ -182,7 +182,7 @@ def test_heartbeat_is_change_of_content(tmp_path: Path) -> None:
     for _ in range(4):
         assert other.take("a") is None
         assert living.renew()
-        for file in (tmp_path / "a").iterdir():  # the holder's clock, and the disk's, stand in 1970
+        for file in (tmp_path / "a").iterdir():  # the clocks of the holder and the disk show 1970
             os.utime(file, (0, 0))
         clock.now_s += 1e6
     assert other.take("a") is None
@@ -225,11 +225,11 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], started: An
     """Take all claims concurrently with other processes, then die: the claims become free.
 
     Args:
-        number: of the process.
-        folder: of the claims.
-        log: gets a line for each that was taken.
-        names: what to take.
-        started: where the processes meet, at the beginning and at the end.
+        number: number of this process.
+        folder: folder of the claims.
+        log: file that gets a line for each taken claim.
+        names: claims to take.
+        started: barrier at the beginning and at the end.
     """
     claims = Claims(folder, 60)
     started.wait()

@@ -42,7 +42,7 @@ def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
     assert attempt(2) == ["b"]
     with resumable_artifact(out, "kind", "sov make", {"p": 2}) as artifact:
         assert not (artifact.path / "half").exists()
-        # what is on record is not read again: its hash is believed
+        # recorded files are not read again: their hash is trusted
         artifact.finished["a"] = dataclasses.replace(artifact.finished["a"], digest="blake3:12")
     (damaged,) = find_damaged_files(out)
     assert damaged.startswith(f"{out / 'a'}: ") and os.listdir(tmp_path) == ["out"]

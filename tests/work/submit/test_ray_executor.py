@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,12 +92,40 @@ def test_lost_node_loses_no_items(cluster: Any) -> None:
         Path("lost").touch()
 
     thread = run_when_started(lambda: node.node_id in nodes(), lose)
-    rows = [{"n": n, "until": "lost"} for n in range(400)]  # each node waits with what it has begun
+    rows = [{"n": n, "until": "lost"} for n in range(400)]  # each node waits with its unfinished items
     assert run_map(cluster, "out", *rows, workers=3) == 0
     thread.join(0)
     assert not thread.is_alive(), "the node was lost while it worked"
     made = Path("out/rows.jsonl").read_text().split("\n")[:-1]
     assert [json.loads(line)["n"] for line in made] == [2 * n for n in range(400)]
+
+
+def build_marker(marker: str) -> Callable[[int], bytes]:
+    def mark(item: int) -> bytes:
+        Path(marker).touch()
+        return bytes([item])
+
+    return mark
+
+
+@pytest.mark.distributed
+def test_a_process_holds_its_gpu_between_items(cluster: Any, tmp_path: Path) -> None:
+    """A built step has a model on the GPU: no other task may get the GPU until the job ends."""
+    is_gpu_free: list[bool] = []
+
+    def read_items() -> Iterator[tuple[int, int]]:
+        yield 0, 0
+        while not marker.exists():
+            time.sleep(0.01)
+        other = ray.remote(num_gpus=1, num_cpus=0)(lambda: None).remote()
+        is_gpu_free.append(bool(ray.wait([other], timeout=5)[0]))
+        ray.cancel(other)
+        yield 1, 1
+
+    marker = tmp_path / "done"
+    execute = ray_executor.ray_executor(build_marker, (str(marker),), 1, cluster.address, gpus=1)
+    assert [number for number, _ in execute(read_items())] == [0, 1]
+    assert is_gpu_free == [False]
 
 
 @pytest.mark.distributed
@@ -120,10 +149,13 @@ class SlowFirst:
         *rest, newest = under_way
         return [newest], rest
 
-    def get(self, reference: str) -> bytes:
-        return reference.encode()
+    def get(self, reference: list[Any]) -> bytes:
+        return str(reference).encode()
 
 
 def test_slow_item_does_not_end_iteration() -> None:
-    records = ray_executor._iter_records(SlowFirst(), lambda item: f"done {item}", 2, enumerate(range(40)))
-    assert list(records) == [(number, f"done {number}".encode()) for number in range(40)]
+    actor = SimpleNamespace(is_there=SimpleNamespace(remote=object),
+                            do=SimpleNamespace(remote=lambda item: f"done {item}"))
+    processes = ray_executor._RayProcesses(SlowFirst(), lambda: actor, 2)
+    assert list(ray_executor._iter_records(processes, enumerate(range(40)))) == [
+        (number, f"done {number}".encode()) for number in range(40)]

@@ -273,7 +273,7 @@ def iter_sandbox_checks() -> Iterator[MachineCheck]:
         reasons = "; ".join(line.strip() for line in str(e).splitlines()[1:])
         yield MachineCheck("Sandbox", "missing",
                            f"this machine cannot isolate a program, which the reward code needs: {reasons}",
-                           "allow user namespaces, or set a sandbox command (docs/sandbox.md)")
+                           "allow user namespaces, or set a sandbox command (docs/tools.md)")
     else:
         yield MachineCheck("Sandbox", "ok", f"{enclosure}: {ENCLOSED_BY[enclosure]}")
 

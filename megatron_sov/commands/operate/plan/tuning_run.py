@@ -19,7 +19,7 @@ from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_bas
 from megatron_sov.plan.pricing import load_machines
 from megatron_sov.runs.checkpoints import IMPORTED_RECIPE, read_checkpoint_settings
 from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 def plan_tuning(plan: TuningPlan) -> None:

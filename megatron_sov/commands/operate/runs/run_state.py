@@ -22,7 +22,7 @@ from megatron_sov.runs.folder import (
     read_last_log_line)
 from megatron_sov.runs.lock import find_living_holder
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
+from megatron_sov.runs.obs.figures import combine_bits_per_byte, parse_number, parse_whole_number
 from megatron_sov.runs.obs.history import COMPLETE, INCIDENT_NAMES, UNFINISHED, Attempt, Attempts, is_incident
 from megatron_sov.runs.obs.meters import HeldoutFigures, format_step, read_headline
 from megatron_sov.work.clusters import client
@@ -191,7 +191,7 @@ class RunStateReader:
             state.told = format_step(event, self._meters, comparable=False)
             state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
         elif event["event"] == "eval":
-            state.heldout_bits_per_byte = _overall_bits_per_byte(event.get("heldout"))
+            state.heldout_bits_per_byte = combine_bits_per_byte(event.get("heldout"))
         # only extensions test needles before training
         elif event["event"] == "needle" and event.get("when") == "before":
             state.stage = "extend"
@@ -233,15 +233,6 @@ class RunStateReader:
                 state.stage = ("extend" if _is_extension(self._path, config)
                                else objectives.BUILT_IN.get(config.objective.name, "pretrain"))
         return config
-
-
-def _overall_bits_per_byte(heldout: Any) -> float:
-    """Return an evaluation's bits per byte over all sources; NaN for a source without figures."""
-    sources = [row for row in heldout.values() if isinstance(row, dict)] if isinstance(heldout, dict) else []
-    bits = [parse_number(row.get("loss")) * parse_number(row.get("tokens")) for row in sources]
-    num_bytes = [b / per_byte if (per_byte := parse_number(row.get("bits_per_byte"))) > 0 else math.nan
-                 for b, row in zip(bits, sources, strict=True)]
-    return sum(bits) / sum(num_bytes) if sum(num_bytes) > 0 else math.nan
 
 
 def read_run_state(path: Path, now_s: float | None = None) -> RunState:

@@ -21,7 +21,7 @@ from megatron_sov.plan.cluster_plan import quote_run
 from megatron_sov.plan.pages.quotes import QuoteTotals, sum_quotes
 from megatron_sov.plan.pricing import Machines, build_pricing
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
-from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
 from megatron_sov.work.clusters.units import SECONDS_PER_DAY
 

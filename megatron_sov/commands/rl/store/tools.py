@@ -13,7 +13,7 @@ from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import (
     NO_FLAG, ActionGroup, AtLeastOne, DeclaredCommand, Flag, apply_changes, parse_nested)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
-from megatron_sov.infer.prompts import EngineOptions
+from megatron_sov.infer.engine import EngineOptions
 from megatron_sov.infer.request import WholeSampling
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import (

@@ -15,8 +15,8 @@ from megatron_sov.model.recipes.stage_defaults import COMMANDS, Stage, find_rate
 from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.ledger import count_unit_tokens
+from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.data.streams import Cursor, DocumentStream
-from megatron_sov.train.data.token_shards import Source, open_sources
 
 LEAST_SEQ_LEN, MOST_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
 """Limits for the default sample length in tokens, and the default length for text."""
@@ -49,61 +49,64 @@ def complete_stage(request: RecipeRequest, config: RunConfig, stage: Stage | Non
         stage: stage of post-training; None: complete `train.epochs` alone.
         num_prompts: prompts of reinforcement learning.
     """
-    said = list_requested_settings(request)
+    requested = list_requested_settings(request)
     # an unused default must not enter the run's settings, which a resumed command reads
-    if "train.epochs" not in said and said & {"train.steps", "train.tokens", "rollout.rounds"}:
+    if "train.epochs" not in requested and requested & {"train.steps", "train.tokens", "rollout.rounds"}:
         config = _with_train(config, epochs=0.0)
     if stage == "policy":
-        return _complete_rounds(request, config, nproc, num_prompts, said)
+        return _complete_rounds(request, config, nproc, num_prompts, requested)
     if not request.is_model_only or stage is None:
-        return _with_steps(config, said) if config.train.epochs else CompletedSettings(config)
-    return _complete_model(config, stage, nproc, said)
+        return _with_steps(config, requested) if config.train.epochs else CompletedSettings(config)
+    return _complete_model(config, stage, nproc, requested)
 
 
 def list_requested_settings(request: RecipeRequest) -> frozenset[str]:
     """Return the keys in --set and --config files; phases count as `data.phases`."""
-    return request.said | {"data.phases" for key in request.said if key.startswith("data.phases.")}
+    keys = request.requested_keys
+    return keys | {"data.phases" for key in keys if key.startswith("data.phases.")}
 
 
 def _with_train(config: RunConfig, **changes: object) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))  # type: ignore[arg-type]
 
 
-def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Collection[str]
+def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, requested: Collection[str]
                     ) -> CompletedSettings:
     """Complete a stage without recipe, for the model in --from."""
     total, name = count_params(config.model).total, COMMANDS[stage]
-    config = apply_settings(config, list(find_rate_settings(config, stage, total, said)))
+    config = apply_settings(config, list(find_rate_settings(config, stage, total, requested)))
     sources = open_all_sources(config)
-    notes = [f"learning rate {config.optim.lr:g}" + _format_reason(said, "optim.lr", f"default of {name}")]
-    if "data.phases" not in said:
+    reason = _format_reason(requested, "optim.lr", f"default of {name}")
+    notes = [f"learning rate {config.optim.lr:g}{reason}"]
+    if "data.phases" not in requested:
         seq_len, why = _choose_seq_len(config, sources)
         [phase] = config.data.phases
         config = dataclasses.replace(config, data=dataclasses.replace(
             config.data, phases=(dataclasses.replace(phase, seq_len=seq_len),)))
         notes.append(f"samples of {seq_len:,} tokens ({why})")
     samples = count_epoch_samples(config, sources)
-    if "train.global_batch_size" not in said:
+    if "train.global_batch_size" not in requested:
         size = _choose_batch_size(config, nproc, find_stage_defaults(config, stage).batch_size, samples)
         config = _with_train(config, global_batch_size=size)
         notes.append(f"batches of {size:,} (from {samples:,} samples an epoch)")
-    completed = _with_steps(config, said, samples)
+    completed = _with_steps(config, requested, samples)
     config, schedule = completed.config, {}
     steps, defaults = config.num_steps(), find_stage_defaults(config, stage)
-    if not {"optim.warmup_steps", "optim.warmup_tokens", "optim.schedule_by"} & set(said):
+    if not {"optim.warmup_steps", "optim.warmup_tokens", "optim.schedule_by"} & set(requested):
         schedule["optim.warmup_steps"] = round(defaults.warmup_share * steps)
-    if "train.eval_every_steps" not in said:
+    if "train.eval_every_steps" not in requested:
         schedule["train.eval_every_steps"] = max(1, round(samples / config.train.global_batch_size))
     config = apply_settings(config, [f"{key}={value}" for key, value in schedule.items()])
     notes[1:1] = [*completed.notes, f"{config.optim.schedule} schedule"]
     return CompletedSettings(config, tuple(notes))
 
 
-def _format_reason(said: Collection[str], key: str, why: str) -> str:
-    return "" if key in said else f" ({why})"
+def _format_reason(requested: Collection[str], key: str, why: str) -> str:
+    return "" if key in requested else f" ({why})"
 
 
-def _with_steps(config: RunConfig, said: Collection[str], samples: int | None = None) -> CompletedSettings:
+def _with_steps(config: RunConfig, requested: Collection[str], samples: int | None = None
+                ) -> CompletedSettings:
     """Set the steps for `train.epochs`, if it is not 0."""
     epochs = config.train.epochs
     if not epochs:
@@ -161,53 +164,55 @@ def _count_samples(config: RunConfig, source: Source) -> int:
 
 
 def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | None, num_prompts: int,
-                     said: Collection[str]) -> CompletedSettings:
+                     requested: Collection[str]) -> CompletedSettings:
     """Complete the rounds in reinforcement learning."""
     notes: list[str] = []
     if request.is_model_only:
         total = count_params(config.model).total
-        config = apply_settings(config, list(find_rate_settings(config, "policy", total, said)))
-        notes.append(f"learning rate {config.optim.lr:g}" + _format_reason(said, "optim.lr", "default of rl"))
-        config, lengths = _with_lengths(config, said)
+        config = apply_settings(config, list(find_rate_settings(config, "policy", total, requested)))
+        reason = _format_reason(requested, "optim.lr", "default of rl")
+        notes.append(f"learning rate {config.optim.lr:g}{reason}")
+        config, lengths = _with_lengths(config, requested)
         notes += lengths
-    config = _with_micro_batches(request, _with_row_length(request, config, said), nproc, said)
+    config = _with_micro_batches(request, _with_row_length(request, config, requested), nproc, requested)
     if request.is_model_only:
         rows = config.train.micro_batch_size
         notes.append(f"rows of {config.data.phases[0].seq_len:,} tokens, up to {rows:,} in a micro-batch")
-        if "rollout.prompts_per_round" not in said and num_prompts:
+        if "rollout.prompts_per_round" not in requested and num_prompts:
             count = max(1, min(PROMPTS_PER_ROUND, num_prompts) // config.rollout.steps_per_round)
             config = apply_settings(
                 config, [f"rollout.prompts_per_round={count * config.rollout.steps_per_round}"])
-    if config.train.epochs and "rollout.rounds" not in said and num_prompts:
+    if config.train.epochs and "rollout.rounds" not in requested and num_prompts:
         rounds = math.ceil(config.train.epochs * num_prompts / config.rollout.prompts_per_round)
         config = apply_settings(config, [f"rollout.rounds={rounds}"])
         notes.append(f"{config.train.epochs:g} passes over {num_prompts:,} prompts = {rounds:,} rounds of "
                      f"{config.rollout.prompts_per_round:,}")
     # RL runs have few, long steps. The interval must divide the permanent interval.
     every = CHECKPOINT_ROUNDS * config.rollout.steps_per_round
-    if "train.checkpoint_every_steps" not in said and config.train.keep_every_steps % every == 0:
+    if "train.checkpoint_every_steps" not in requested and config.train.keep_every_steps % every == 0:
         config = _with_train(config, checkpoint_every_steps=min(config.train.checkpoint_every_steps, every))
     return CompletedSettings(config, tuple(notes))
 
 
-def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, list[str]]:
+def _with_lengths(config: RunConfig, requested: Collection[str]) -> tuple[RunConfig, list[str]]:
     """Limit prompt and response lengths to the model's context; return settings and notes."""
     most = config.model.max_position_tokens
-    if "data.phases" in said:
+    if "data.phases" in requested:
         most = min(most, config.data.phases[0].seq_len)
     pair = config.documents_per_unit
     chosen = {f"rollout.{name}": min(getattr(config.rollout, name), most // 2 // pair)
               for name in ("max_prompt_tokens", "max_new_tokens")}
-    config = apply_settings(config, [f"{key}={value}" for key, value in chosen.items() if key not in said])
+    config = apply_settings(config, [f"{key}={value}" for key, value in chosen.items()
+                                     if key not in requested])
     return config, [f"responses of up to {config.rollout.max_new_tokens:,} tokens"
-                    + _format_reason(said, "rollout.max_new_tokens", "rollout.max_new_tokens")]
+                    + _format_reason(requested, "rollout.max_new_tokens", "rollout.max_new_tokens")]
 
 
-def _with_row_length(request: RecipeRequest, config: RunConfig, said: Collection[str]) -> RunConfig:
+def _with_row_length(request: RecipeRequest, config: RunConfig, requested: Collection[str]) -> RunConfig:
     """Make rows hold the longest prompt and response, or both in a pair, unless the length was set or the
     recipe's rows are long enough."""
     longest = config.documents_per_unit * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
-    if "data.phases" in said or (not request.is_model_only and config.data.phases[0].seq_len >= longest):
+    if "data.phases" in requested or (not request.is_model_only and config.data.phases[0].seq_len >= longest):
         return config
     seq_len = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
     if seq_len > MOST_SEQ_LEN:
@@ -217,15 +222,15 @@ def _with_row_length(request: RecipeRequest, config: RunConfig, said: Collection
         f"data.phases.0.seq_len={min(seq_len, most - most % config.parallel.row_multiple)}"])
 
 
-def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | None, said: Collection[str]
-                        ) -> RunConfig:
+def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | None,
+                        requested: Collection[str]) -> RunConfig:
     """Make micro-batches hold all responses to a prompt, so that the prompt is computed once, within the
     limits on memory and batch size."""
-    is_open = request.is_model_only and "train.global_batch_size" not in said
+    is_open = request.is_model_only and "train.global_batch_size" not in requested
     chosen = config
     if is_open:
         chosen = _with_train(config, global_batch_size=_choose_batch_size(config, nproc, 0, 0))
-    is_set = "train.micro_batch_size" in said or request.from_file or bool(request.base.code)
+    is_set = "train.micro_batch_size" in requested or request.from_file or bool(request.base.code)
     has_fixed_batches = config.policy.on_policy_share < 1 or config.train.ramp_from_batch_size > 0
     if is_set or has_fixed_batches or not config.may_share_prompts:
         return chosen

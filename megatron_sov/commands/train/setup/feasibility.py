@@ -18,7 +18,7 @@ from megatron_sov.model.recipes.stage_defaults import MAX_DEFAULT_EPOCHS, Stage,
 from megatron_sov.plan.footprint.gpu_capacity import refuse_on_this_machine
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
@@ -114,11 +114,11 @@ def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: S
                                  "train.epochs=1")))
 
 
-def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:
+def _refuse_many_passes(config: RunConfig, num_prompts: int, requested: Collection[str]) -> None:
     """Refuse a recipe's rounds if they draw the prompts very often."""
     rollout, limit = config.rollout, max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     passes = rollout.rounds * rollout.prompts_per_round / num_prompts
-    if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(said):
+    if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(requested):
         raise UserError(f"rollout.rounds = {rollout.rounds:,}: draw each of {num_prompts:,} prompts "
                         f"{passes:,.0f} times, and the limit is {limit:g}; add prompts, or set "
                         "rollout.rounds or train.epochs", Fix(options=("--set", "train.epochs=1")))

@@ -65,6 +65,104 @@ PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 
 
 @dataclasses.dataclass(frozen=True)
+class FilePacking:
+    """Conversion of the files in --data to token shards."""
+
+    run: Path
+    files: Sequence[DataFile]
+    tokenizer: Path
+    """Folder with the model's tokenizer."""
+    dry_run: bool
+    """Pack into a temporary folder, which is deleted when this process ends."""
+
+    @property
+    def arguments(self) -> set[str]:
+        """Return the --data arguments that name files."""
+        return {data_file.argument for data_file in self.files}
+
+    def pack(self) -> dict[str, str]:
+        """Import the tokenizer and pack the files that are missing in the run's folder.
+
+        Returns:
+            Argument of --data -> the argument that names the packed folder.
+
+        Raises:
+            UserError: a file has changed since the run began, or many processes would pack.
+            SystemExit: a command failed, and printed why; or it was stopped.
+        """
+        records = {data_file: self._build_record(data_file) for data_file in self.files}
+        stale = [data_file for data_file in self.files if data_file.recorded(self.run) != records[data_file]]
+        packed = {data_file.argument: data_file.packed_argument(self.run) for data_file in self.files}
+        if not stale:
+            return packed
+        if RunFolder(self.run).has_started():
+            self._refuse_changed(stale, records)
+        for folder in (self.run / TOKENIZER, *(data_file.shards(self.run) for data_file in stale)):
+            _refuse_foreign(folder, self.run)
+        commands = [self._import_command(self.run)]
+        commands += [self._pack_command(self.run, data_file) for data_file in stale]
+        if num_ranks(None) > 1:
+            options = " ".join(f"--data {data_file.packed_argument(self.run)}" for data_file in stale)
+            raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; first run: "
+                            f"{'; '.join(map(shlex.join, commands))}; and pass {options}")
+        target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run
+        if self.dry_run:
+            atexit.register(shutil.rmtree, target, ignore_errors=True)
+        with translate_disk_errors(self.run):
+            (target / DATA).mkdir(parents=True, exist_ok=True)
+        if not self.dry_run:  # from here on `megatron-sov resume RUN` continues after a kill
+            record_command(self.run)
+        print("\n".join(["packing --data by these commands:", *map(shlex.join, commands)]), flush=True)
+        with critical_section(target / DATA):
+            self._import(target)
+            for data_file in stale:
+                if data_file.recorded(target) != records[data_file]:  # a second process was faster
+                    self._pack_file(target, data_file, records[data_file])
+        return packed | {data_file.argument: data_file.packed_argument(target) for data_file in stale}
+
+    def _build_record(self, data_file: DataFile) -> dict[str, str]:
+        """Return the inputs of a file's shards: digests and format."""
+        if not data_file.file.exists():
+            return data_file.recorded(self.run)
+        return {"file": str(data_file.file.absolute()), "digest": hash_file(data_file.file),
+                "format": data_file.format, "tokenizer": digest_tokenizer(self.tokenizer)}
+
+    def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
+        """Raise `UserError` if a file, or the tokenizer, has changed since the run packed the file."""
+        for data_file in stale:
+            before = data_file.recorded(self.run)
+            if before.get("file") == records[data_file]["file"]:
+                changed = f"tokenizer of {self.tokenizer}"
+                if before.get("digest") != records[data_file]["digest"]:
+                    changed = str(data_file.file)
+                raise UserError(f"--data {data_file.argument}: {changed} has changed since {self.run} "
+                                f"packed it; restore it, continue with {data_file.shards(self.run)} by "
+                                f"`megatron-sov resume {shlex.quote(str(self.run))}`, or start a new --run")
+
+    def _import_command(self, target: Path) -> list[str]:
+        return ["sov-tokenizer", "import", str(self.tokenizer), "--output", str(target / TOKENIZER)]
+
+    def _pack_command(self, target: Path, data_file: DataFile) -> list[str]:
+        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), "--format", data_file.format,
+                "--heldout", str(HELDOUT_SHARE), "--input", f"{data_file.name}={data_file.file}", "--output",
+                str(data_file.shards(target))]
+
+    def _import(self, target: Path) -> None:
+        folder = target / TOKENIZER
+        record = {"tokenizer": digest_tokenizer(self.tokenizer)}
+        if not (folder / MANIFEST).is_file() or _read_record(folder) != record:
+            write_atomically(_record_file(folder), format_json(BEGUN))
+            _run(self._import_command(target), folder)
+            write_atomically(_record_file(folder), format_json(record))
+
+    def _pack_file(self, target: Path, data_file: DataFile, record: dict[str, str]) -> None:
+        shards = data_file.shards(target)
+        write_atomically(_record_file(shards), format_json(BEGUN))
+        _run(self._pack_command(target, data_file), shards)
+        write_atomically(_record_file(shards), format_json(record))
+
+
+@dataclasses.dataclass(frozen=True)
 class DataFile:
     """A --data argument, [NAME=]FILE[:weight], that names a file."""
 
@@ -94,13 +192,6 @@ class DataFile:
         return _read_record(shards) if (shards / MANIFEST).is_file() else {}
 
 
-def list_packable_formats(objective: str) -> list[str]:
-    """Return the record formats that an objective's command packs, the preferred format first."""
-    if objective == "preference":  # chats can only be added to packed pairs
-        return ["preference"]
-    return [name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
-
-
 def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
                tokenizer: Path | None = None) -> list[DataFile]:
     """Return the --data arguments that name a file, or a deleted file that `run` has packed.
@@ -116,120 +207,33 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
         stem = re.sub(r"[^\w.-]+", "-", stem).lstrip(".-")
         if stem in ("", RESERVED_NAME):
             stem = "data"
-        named = DataFile(argument, name or stem, Path(typed), bool(name), argument.removeprefix(path))
-        was_packed = named.recorded(run).get("file") == str(named.file.absolute())
-        if not named.file.is_file() and (named.file.exists() or not was_packed):
+        data_file = DataFile(argument, name or stem, Path(typed), bool(name), argument.removeprefix(path))
+        was_packed = data_file.recorded(run).get("file") == str(data_file.file.absolute())
+        if not data_file.file.is_file() and (data_file.file.exists() or not was_packed):
             continue
-        suffix = named.file.suffix.lower()
+        suffix = data_file.file.suffix.lower()
         if refusal := next((text for names, text in REFUSED_FILES.items() if suffix in names.split()), ""):
-            shards = find_shards(str(named.file.with_suffix(""))) if suffix in (".bin", ".idx") else ""
-            fix = Fix(words={typed: shards}) if shards and Path(shards).is_dir() else _fix_table(named.file)
+            shards = find_shards(str(data_file.file.with_suffix(""))) if suffix in (".bin", ".idx") else ""
+            fix = _fix_table(data_file.file)
+            if shards and Path(shards).is_dir():
+                fix = Fix(words={typed: shards})
             raise UserError(f"--data {argument}: {refusal}", fix)
-        if named.name in files:
-            raise UserError(f"--data {argument}: has the same name {named.name!r} as --data "
-                            f"{files[named.name].argument}; rename one, e.g. --data "
-                            f"{shlex.quote(f'{named.name}2={typed}')}")
-        if named.file.exists():
-            named = dataclasses.replace(named, format=_detect_format(named.file, formats, tokenizer))
-        files[named.name] = named
+        if data_file.name in files:
+            raise UserError(f"--data {argument}: has the same name {data_file.name!r} as --data "
+                            f"{files[data_file.name].argument}; rename one, e.g. --data "
+                            f"{shlex.quote(f'{data_file.name}2={typed}')}")
+        if data_file.file.exists():
+            kind = _detect_format(data_file.file, formats, tokenizer)
+            data_file = dataclasses.replace(data_file, format=kind)
+        files[data_file.name] = data_file
     return list(files.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class FilePacking:
-    """Conversion of the files in --data to token shards."""
-
-    run: Path
-    files: Sequence[DataFile]
-    tokenizer: Path
-    """Folder with the model's tokenizer."""
-    dry_run: bool
-    """Pack into a temporary folder, which is deleted when this process ends."""
-
-    @property
-    def arguments(self) -> set[str]:
-        """Return the --data arguments that name files."""
-        return {named.argument for named in self.files}
-
-    def pack(self) -> dict[str, str]:
-        """Import the tokenizer and pack the files that are missing in the run's folder.
-
-        Returns:
-            Argument of --data -> the argument that names the packed folder.
-
-        Raises:
-            UserError: a file has changed since the run began, or many processes would pack.
-            SystemExit: a command failed, and printed why; or it was stopped.
-        """
-        records = {named: self._build_record(named) for named in self.files}
-        stale = [named for named in self.files if named.recorded(self.run) != records[named]]
-        packed = {named.argument: named.packed_argument(self.run) for named in self.files}
-        if not stale:
-            return packed
-        if RunFolder(self.run).has_started():
-            self._refuse_changed(stale, records)
-        for folder in (self.run / TOKENIZER, *(named.shards(self.run) for named in stale)):
-            _refuse_foreign(folder, self.run)
-        commands = [self._import_command(self.run)]
-        commands += [self._pack_command(self.run, named) for named in stale]
-        if num_ranks(None) > 1:
-            raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; first run: "
-                            f"{'; '.join(map(shlex.join, commands))}; and pass "
-                            + " ".join(f"--data {named.packed_argument(self.run)}" for named in stale))
-        target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run
-        if self.dry_run:
-            atexit.register(shutil.rmtree, target, ignore_errors=True)
-        with translate_disk_errors(self.run):
-            (target / DATA).mkdir(parents=True, exist_ok=True)
-        if not self.dry_run:  # from here on `megatron-sov resume RUN` continues after a kill
-            record_command(self.run)
-        print("\n".join(["packing --data by these commands:", *map(shlex.join, commands)]), flush=True)
-        with critical_section(target / DATA):
-            self._import(target)
-            for named in stale:
-                if named.recorded(target) != records[named]:  # a second process was faster
-                    self._pack_file(target, named, records[named])
-        return packed | {named.argument: named.packed_argument(target) for named in stale}
-
-    def _build_record(self, named: DataFile) -> dict[str, str]:
-        """Return the inputs of a file's shards: digests and format."""
-        if not named.file.exists():
-            return named.recorded(self.run)
-        return {"file": str(named.file.absolute()), "digest": hash_file(named.file),
-                "format": named.format, "tokenizer": digest_tokenizer(self.tokenizer)}
-
-    def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
-        """Raise `UserError` if a file, or the tokenizer, has changed since the run packed the file."""
-        for named in stale:
-            before = named.recorded(self.run)
-            if before.get("file") == records[named]["file"]:
-                changed = (str(named.file) if before.get("digest") != records[named]["digest"] else
-                        f"tokenizer of {self.tokenizer}")
-                raise UserError(f"--data {named.argument}: {changed} has changed since {self.run} packed it; "
-                                f"restore it, continue with {named.shards(self.run)} by `megatron-sov resume "
-                                f"{shlex.quote(str(self.run))}`, or start a new --run")
-
-    def _import_command(self, target: Path) -> list[str]:
-        return ["sov-tokenizer", "import", str(self.tokenizer), "--output", str(target / TOKENIZER)]
-
-    def _pack_command(self, target: Path, named: DataFile) -> list[str]:
-        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), "--format", named.format,
-                "--heldout", str(HELDOUT_SHARE), "--input", f"{named.name}={named.file}", "--output",
-                str(named.shards(target))]
-
-    def _import(self, target: Path) -> None:
-        folder = target / TOKENIZER
-        record = {"tokenizer": digest_tokenizer(self.tokenizer)}
-        if not (folder / MANIFEST).is_file() or _read_record(folder) != record:
-            write_atomically(_record_file(folder), format_json(BEGUN))
-            _run(self._import_command(target), folder)
-            write_atomically(_record_file(folder), format_json(record))
-
-    def _pack_file(self, target: Path, named: DataFile, record: dict[str, str]) -> None:
-        shards = named.shards(target)
-        write_atomically(_record_file(shards), format_json(BEGUN))
-        _run(self._pack_command(target, named), shards)
-        write_atomically(_record_file(shards), format_json(record))
+def list_packable_formats(objective: str) -> list[str]:
+    """Return the record formats that an objective's command packs, the preferred format first."""
+    if objective == "preference":  # chats can only be added to packed pairs
+        return ["preference"]
+    return [name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
 
 
 def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command, read_started_settings
 from megatron_sov.runs.launch_environment import num_ranks, refuse_lone_world_size, typed_command
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.data.views import apply_data_phases
 from megatron_sov.train.guards.fault_injection import Fault, parse_faults
 
@@ -76,7 +76,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
         deciding_options["data"] = formats
     request.refuse_inert(mixed, **deciding_options)
     if IS_CHECKING.get() and options.data and not mixed.data.paths:  # the files are not packed for a check
-        if "train.global_batch_size" not in request.said:  # derived from the missing data
+        if "train.global_batch_size" not in request.requested_keys:  # derived from the missing data
             size = mixed.train.micro_batch_size * num_ranks(options.nproc)
             mixed = apply_settings(mixed, [f"train.global_batch_size={size}"])
         mixed.check(num_ranks(options.nproc))
@@ -203,7 +203,7 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
     base = request.base
     if packing.files:
         config = request.config()  # mistakes in the settings are named before anything is packed
-        is_length_set = any(key.startswith("data.phases") for key in request.said)
+        is_length_set = any(key.startswith("data.phases") for key in request.requested_keys)
         if request.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
         # packing takes seconds, and `find_files` has read the first records

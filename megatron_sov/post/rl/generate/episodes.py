@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -240,9 +241,9 @@ class ServerEpisodePlayer:
         with self._borrow_host() as host:
             episodes = EpisodeLines(running.lines).read_episodes({running.number: running.task})
             recorded = episodes.get(running.number)
-            episode = resume_or_begin(host, running.number, running.task, recorded,
-                                      lambda opening: begin_episode(
-                running.number, running.task, opening, self._table.encoder, self._table.limits))
+            begin = partial(begin_episode, running.number, running.task, encoder=self._table.encoder,
+                            limits=self._table.limits)
+            episode = resume_or_begin(host, running.number, running.task, recorded, begin)
             while not episode.end:
                 answer = self._request_turn(running, episode)
                 if answer is None or not self._append_turn(running, episode, answer, host):

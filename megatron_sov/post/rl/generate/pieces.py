@@ -35,41 +35,6 @@ FurtherPieces = Callable[[int], tuple[int, bool]]
 """Round -> requested pieces with further prompts, and whether the count is final."""
 
 
-@dataclass(frozen=True)
-class SampleAttempt:
-    """An attempt at a piece's responses."""
-
-    piece: PromptPiece
-    number: int
-    """0: from the prompts; above 0, the attempt continues the unfinished rows from attempt `number - 1`."""
-    policy: Policy
-    unfinished: tuple[Rollout, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.piece.part(self.number)
-
-
-def never_yield() -> bool:
-    return False
-
-
-@dataclass
-class _PieceState:
-    """An incomplete piece's state, as this job sees it."""
-
-    next_attempt: int = 0
-    open_tokens: int = 0
-    """Tokens in the unfinished responses."""
-    is_stuck: bool = False
-    """Whether the previous attempt added no token."""
-    previous_step: int | None = None
-    """Policy step in the previous attempt; after an attempt by another job, the policy step in which this job
-    first saw the piece."""
-    claimed_step: int | None = None
-    """Policy step in the next attempt by this job."""
-
-
 class PendingPieces:
     """Pieces that the store lacks in `rounds`, and this job's claims."""
 
@@ -397,3 +362,38 @@ class PieceQueue:
             # The tokens of earlier attempts were counted by the jobs that generated them.
             earlier = sum(len(row.tokens) for row in attempt.unfinished)
             self.summary["tokens"] += sum(len(row.tokens) for row in rows) - earlier
+
+
+@dataclass(frozen=True)
+class SampleAttempt:
+    """An attempt at a piece's responses."""
+
+    piece: PromptPiece
+    number: int
+    """0: from the prompts; above 0, the attempt continues the unfinished rows from attempt `number - 1`."""
+    policy: Policy
+    unfinished: tuple[Rollout, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.piece.part(self.number)
+
+
+def never_yield() -> bool:
+    return False
+
+
+@dataclass
+class _PieceState:
+    """An incomplete piece's state, as this job sees it."""
+
+    next_attempt: int = 0
+    open_tokens: int = 0
+    """Tokens in the unfinished responses."""
+    is_stuck: bool = False
+    """Whether the previous attempt added no token."""
+    previous_step: int | None = None
+    """Policy step in the previous attempt; after an attempt by another job, the policy step in which this job
+    first saw the piece."""
+    claimed_step: int | None = None
+    """Policy step in the next attempt by this job."""

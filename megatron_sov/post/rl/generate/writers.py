@@ -13,11 +13,11 @@ from megatron_sov import convert
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import MEGATRON, Engine, run_with_engine
+from megatron_sov.infer.engine import Engine, run_with_engine
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.server_engine import ServerLocations
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.request import Batching, NamedTensors
+from megatron_sov.infer.request import MEGATRON, Batching, NamedTensors
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.responses import compute_sampling_digest

@@ -13,7 +13,8 @@ import numpy as np
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import PromptPiece
 from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, select_last_attempts
-from megatron_sov.rollouts.store import RewardsByRow, RolloutStore, read_keys, read_problems
+from megatron_sov.rollouts.store import RewardsByRow, RolloutStore
+from megatron_sov.rollouts.tables import read_keys, read_problems
 from megatron_sov.work.tables.parquet import read_strings
 
 FACT_COLUMNS = ("versions", "finish_reason")

@@ -46,9 +46,9 @@ from megatron_sov.runs.rounds import TRAINED_GROUPS
 from megatron_sov.train.data.requirements import build_replay_shape
 from megatron_sov.train.data.rounds import (
     ADVANTAGE, DOCUMENT_DOMAINS, GROUP_SHARE, ROUNDS_SOURCE, round_folder)
+from megatron_sov.train.data.sources import CONTENT_VERSION
 from megatron_sov.train.data.token_bytes import count_token_bytes
 from megatron_sov.train.data.token_manifest import build_source_record
-from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 NO_PAIR = "no_pair"
 """Why a group does not learn: no finished response is better than the worst response."""

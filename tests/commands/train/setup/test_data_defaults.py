@@ -17,7 +17,7 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_base_config, find_stage_defaults
 from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.train.data.order import SampleOrder
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 
 MODEL = dataclasses.replace(recipes.get("tiny-qwen3").model, vocab_size=368, max_position_tokens=512)
 
@@ -162,7 +162,7 @@ def test_rows_of_a_recipe_stay_where_they_hold_a_response() -> None:
 
 
 def test_config_files_override_derived_defaults() -> None:
-    """Keys of --config count as those of --set do."""
+    """Keys in --config count like those in --set."""
     base = apply_settings(build_base_config("mine", MODEL, "fp32", "policy"), [
         "objective.name=policy", "optim.lr=3e-4", "data.phases.0.seq_len=384", "train.micro_batch_size=2",
         *LENGTHS])

@@ -19,7 +19,7 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.footprint import gpu_capacity
 from megatron_sov.plan.footprint.memory import build_account
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.sources import open_sources
 from tests.commands.train.setup.test_data_defaults import completed, request
 
 
@@ -69,7 +69,7 @@ def test_runs_of_days_are_refused_unless_set(packed_data: Any, monkeypatch: pyte
 
 def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3",
                 **changes: Any) -> RecipeRequest:
-    """Return what `pretrain RECIPE --data ... --set ...` asks for."""
+    """Return the request of `pretrain RECIPE --data ... --set ...`."""
     base = recipes.get(recipe)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=dict.fromkeys(
         map(str, paths), 1.0)))

@@ -125,7 +125,7 @@ def test_fields_may_hold_strings_lists_objects_and_messages(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no file, and no folder with \.jsonl files"):
+    with pytest.raises(UserError, match=r"no file, and no folder with files of records"):
         list_benchmark_files([tmp_path])
     (tmp_path / "quiz.jsonl").write_text('{"title": "x"}')
     with pytest.raises(UserError, match=r"quiz.jsonl:1: has text in none of the fields question, .*title"):

@@ -11,12 +11,12 @@ import pytest
 
 from data_prep import cli
 from data_prep.curate.pipeline.pipeline_file import load_pipeline
+from data_prep.curate.pipeline.step import READY
 from data_prep.mixture.blend_file import SHIPPED as BLENDS, read_blend
 from data_prep.tags import SOURCE
 from megatron_sov.base.settings import parse_located_yaml
 
-FOLDER = Path(__file__).parents[4] / "data_prep/curate/pipelines"
-SHIPPED = sorted(FOLDER.glob("*.yaml"))
+SHIPPED = sorted(READY.glob("*.yaml"))
 QUESTION = json.dumps({"question": "How many apples are left when four of the eleven on a table are eaten?"})
 
 
@@ -51,7 +51,7 @@ def test_it_loads_where_its_files_are(shipped: Path, scorers: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("blend", sorted(BLENDS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_its_output_is_sorted_by_what_its_blend_chooses_by(blend: Path) -> None:
-    output = parse_located_yaml((FOLDER / blend.name).read_text()).value["output"]
+    output = parse_located_yaml((READY / blend.name).read_text()).value["output"]
     keys = {key for phase in read_blend(blend).phases for entry in phase.entries for key in entry.where}
     assert keys - {SOURCE} <= set(re.findall(r"{(\w+)}", output["name"])), (
         "a source of two kinds is chosen by neither")

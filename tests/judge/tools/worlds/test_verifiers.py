@@ -124,7 +124,7 @@ def said(text: str) -> ServedTurn:
 
 def settings(folder: Path, tasks: Any = (["Say a.", "Say b."],), seats: Any = ("agent",),
              repeat: bool = False, **how: Any) -> dict[str, Any]:
-    """Write the double and its settings; returns those of the world."""
+    """Write the library double and its settings; return the settings of the world."""
     for name, text in MODULES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

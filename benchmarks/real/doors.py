@@ -1,0 +1,59 @@
+"""SmolLM2-135M-Instruct through every command, each figure compared with an independent program.
+
+Usage: outside/bin/python benchmarks/real/doors.py --work DIR [--only STEP ...]
+
+`model_folder.py` creates the environment outside/. The output is benchmarks/results/real_model.txt. All
+references run in float32 on a CPU: transformers for logits, text, losses and steps of AdamW, PEFT for
+adapters, lm-eval for scores. Finished steps of DIR are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import text_doors
+import torch
+import training_doors
+from model_folder import PACKAGE, create_model_folder
+from road import Outcome, Road
+
+STEPS: dict[str, Callable[[Road], Outcome]] = {
+    "import": text_doors.import_folder, "verify": text_doors.verify_export,
+    "generate": text_doors.compare_greedy_texts, "chat": text_doors.chat_once,
+    "serve": text_doors.serve_openai,
+    "eval lm": text_doors.score_capitals, "eval ppl": text_doors.measure_perplexity,
+    "sft": training_doors.fine_tune, "lora": training_doors.train_adapter, "dpo": training_doors.prefer_pairs,
+    "rl": training_doors.reinforce, "opd": training_doors.distill_on_policy}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the model and the runs")
+    parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), help="steps to run")
+    args = parser.parse_args()
+    road = Road(args.work.resolve())
+    create_model_folder(road.model)
+    print(f"SmolLM2-135M-Instruct, {PACKAGE}, torch {torch.__version__}, {os.cpu_count()} cores, "
+          f"{time.strftime('%Y-%m-%d')}")
+    failed = 0
+    for name in args.only:
+        began_s = time.monotonic()
+        try:
+            ours, reference, agrees = STEPS[name](road)
+        except RuntimeError as e:  # a command of ours ended with another exit code
+            ours, reference, agrees = str(e), "-", False
+        failed += not agrees
+        print(f"{'ok  ' if agrees else 'FAIL'} {name}, {time.monotonic() - began_s:.0f} s\n"
+              f"     ours: {ours}\n     reference: {reference}", flush=True)
+    print(f"{len(args.only) - failed} of {len(args.only)} steps agree with their reference")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

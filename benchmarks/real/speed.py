@@ -1,0 +1,227 @@
+"""Processor seconds and peak memory with a real model, compared with TRL, PEFT, transformers and lm-eval.
+
+Usage: python benchmarks/real/speed.py --work DIR --outside ENVIRONMENT [--only NAME ...]
+
+DIR is the folder of `doors.py`, ENVIRONMENT that of `model_folder.py`, the output
+benchmarks/results/real_speed.txt. Both sides run the same rows in float32 on one thread, one process after
+the other. A step is the fastest but the first, because other programs on the machine only slow a step; a
+generation counts the tokens of the responses; an evaluation is its whole command. Memory is the peak of the
+process; in training that before the last step, because only our command writes a checkpoint afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_folder import PACKAGE
+from road import QUESTIONS, Road, sets
+from text_doors import write_capitals
+from training_doors import CHATS, PAIRS, STEP_SETTINGS, pack
+from word_task import WordPrompts
+
+HERE = Path(__file__).parent
+NUM_STEPS, NEW_TOKENS = 4, 32
+NUM_CHATS = 9
+"""They fill a row of 512 tokens, as packing fills the rows of a larger file."""
+ROUND_PROMPTS, ROUND_SAMPLES, ROUND_TOKENS = 4, 8, 12
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A side of a comparison."""
+
+    seconds: float
+    """Processor seconds per unit."""
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Our figures and the figures of the peer."""
+
+    unit: str
+    peer: str
+    ours: Measurement
+    theirs: Measurement
+    goal: str
+
+
+class Bench:
+    """Folder and interpreters of all measurements."""
+
+    def __init__(self, road: Road, outside: Path) -> None:
+        self.road, self.python = road, outside / "bin/python"
+        self.folder = road.work / "speed"
+        self.folder.mkdir(exist_ok=True)
+
+    def run(self, name: str, *words: str | Path) -> Measurement:
+        """Run a process to its end; return its processor seconds with its children's, and its peak memory."""
+        with open(self.folder / f"{name}.log", "wb") as log:
+            process = subprocess.Popen([str(word) for word in words], cwd=self.road.work, stdout=log,
+                                       stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            _, status, used = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{self.folder / name}.log: exit status {status}")
+        return Measurement(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+
+    def time_ours(self, name: str, kind: str, *words: str) -> tuple[list[float], int]:
+        """Run one of our commands; return the seconds of its steps or generations, and its peak memory."""
+        times = self.folder / f"{name}.json"
+        self.run(name, sys.executable, "-W", "ignore", HERE / "timed_command.py", times, *words)
+        found = json.loads(times.read_text())
+        return found[kind], found["peak_bytes"]
+
+    def time_trl(self, name: str, kind: str, rows: str, *words: str) -> Measurement:
+        """Run a trainer of TRL; return its fastest step but the first, and its peak memory."""
+        run = self.folder / f"{name}.trl"
+        peak_bytes = self.run(f"{name}.trl", self.python, "-W", "ignore", HERE / "outside_trl.py", kind,
+                              "--model", self.road.model, "--input", self.road.work / rows, "--run", run,
+                              "--steps", str(NUM_STEPS), *words).peak_bytes
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        return Measurement(min(event["processor_s"] for event in events[1:]), peak_bytes)
+
+
+def train_settings(*more: str) -> list[str]:
+    """Return `--set` words for a short run without evaluations."""
+    return sets(*[setting for setting in STEP_SETTINGS if not setting.startswith("train.steps")],
+                "train.eval_every_steps=0", "train.num_threads=1", *more)
+
+
+def compare_training(bench: Bench, kind: str, goal: str, data: str, command: str, lr: str,
+                     *settings: str) -> Comparison:
+    steps, peak_bytes = bench.time_ours(
+        kind, "steps", command, "--from", "ck", "--data", data, "--run", f"speed/{kind}-{time.time_ns()}",
+        *train_settings(f"train.steps={NUM_STEPS}", f"optim.lr={lr}", *settings))
+    batch = len(bench.road.read_rows(f"{data}.jsonl"))
+    theirs = bench.time_trl(kind, kind, f"{data}.jsonl", "--batch", str(batch), "--lr", lr)
+    peer = "TRL and PEFT" if kind == "lora" else "TRL"
+    return Comparison(f"a step of {batch} rows", peer, Measurement(min(steps[1:]), peak_bytes),
+                      theirs, goal)
+
+
+def compare_sft(bench: Bench) -> Comparison:
+    pack(bench.road, "filled", "chat", (2 * CHATS)[:NUM_CHATS])
+    return compare_training(bench, "sft", "0.9", "filled", "sft", "2e-5", "data.phases.0.seq_len=512",
+                            "train.global_batch_size=1")
+
+
+def compare_lora(bench: Bench) -> Comparison:
+    pack(bench.road, "filled", "chat", (2 * CHATS)[:NUM_CHATS])
+    return compare_training(bench, "lora", "0.75, memory 0.45", "filled", "sft", "2e-4",
+                            "data.phases.0.seq_len=512", "train.global_batch_size=1", "lora.rank=16")
+
+
+def compare_dpo(bench: Bench) -> Comparison:
+    pack(bench.road, "pairs", "preference", PAIRS)
+    return compare_training(bench, "dpo", "memory 1.0", "pairs", "prefer", "5e-6", "data.phases.0.seq_len=96",
+                            f"train.global_batch_size={len(PAIRS)}", f"train.micro_batch_size={len(PAIRS)}")
+
+
+def compare_round(bench: Bench) -> Comparison:
+    bench.road.write_rows("words.jsonl", WordPrompts(1, ROUND_PROMPTS * NUM_STEPS).do({}))
+    store = f"speed/round-{time.time_ns()}"
+    steps, peak_bytes = bench.time_ours(
+        "round", "steps", "rl", "run", "--from", "ck", "--prompts", "words.jsonl", "--reward",
+        f"{HERE / 'word_task.py'}:ListedWord", "--workers", "1", "--store", f"{store}.store", "--run", store,
+        *train_settings("policy.method=grpo", f"rollout.rounds={NUM_STEPS}", "rollout.max_prompt_tokens=64",
+                        f"rollout.prompts_per_round={ROUND_PROMPTS}",
+                        f"rollout.max_new_tokens={ROUND_TOKENS}", f"rollout.piece_prompts={ROUND_PROMPTS}",
+                        f"rollout.samples_per_prompt={ROUND_SAMPLES}",
+                        f"train.global_batch_size={ROUND_PROMPTS * ROUND_SAMPLES}", "optim.lr=2e-5"))
+    theirs = bench.time_trl("round", "grpo", "words.jsonl", "--batch", str(ROUND_PROMPTS), "--samples",
+                            str(ROUND_SAMPLES), "--max-new-tokens", str(ROUND_TOKENS))
+    unit = f"a round of {ROUND_PROMPTS} prompts x {ROUND_SAMPLES} responses of {ROUND_TOKENS} tokens"
+    return Comparison(unit, "TRL's GRPOTrainer", Measurement(min(steps[1:]), peak_bytes),
+                      theirs, "0.33")
+
+
+GENERATE = f"""
+import json, sys, time, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompts, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+chats = [[{{"role": "user", "content": json.loads(line)["prompt"]}}] for line in open(prompts)]
+texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+end, tokens, began_s = tokenizer.convert_tokens_to_ids("<|im_end|>"), 0, time.process_time()
+for first in range(0, len(texts), batch):
+    rows = tokenizer(texts[first:first + batch], return_tensors="pt", padding=True)
+    out = model.generate(**rows, max_new_tokens={NEW_TOKENS}, do_sample=False, pad_token_id=0,
+                         eos_token_id=end)
+    for row in out[:, rows["input_ids"].shape[1]:].tolist():
+        tokens += row.index(end) + 1 if end in row else len(row)
+print(json.dumps([time.process_time() - began_s, tokens]))
+"""
+
+
+def compare_generation(batch: int, goal: str) -> Callable[[Bench], Comparison]:
+    def compare(bench: Bench) -> Comparison:
+        questions = [f"{question} Answer in a long sentence." for question in QUESTIONS]
+        rows = [{"prompt": question} for question in (questions * 2)[:16]][:max(batch, 4)]
+        prompts, name = bench.road.write_rows(f"speed_{batch}.jsonl", rows), f"generate-{batch}"
+        out = f"speed/{name}.jsonl"
+        (bench.road.work / out).unlink(missing_ok=True)
+        calls, peak_bytes = bench.time_ours(
+            name, "generations", "generate", "ck", "--chat", "--prompts", prompts, "--max-new-tokens",
+            str(NEW_TOKENS), "--batch-size", str(batch), "--output", out)
+        num_tokens = sum(row["num_tokens"] for row in bench.road.read_rows(out))
+        theirs = bench.run(f"{name}.transformers", bench.python, "-W", "ignore", "-c", GENERATE,
+                           bench.road.model, prompts, str(batch))
+        seconds, their_tokens = json.loads(
+            (bench.folder / f"{name}.transformers.log").read_text().splitlines()[-1])
+        return Comparison(f"a token, {len(rows)} prompts at batch {batch} ({num_tokens} and {their_tokens} "
+                          "tokens)", "transformers", Measurement(sum(calls) / num_tokens, peak_bytes),
+                          Measurement(seconds / their_tokens, theirs.peak_bytes), goal)
+
+    return compare
+
+
+def compare_evaluation(bench: Bench) -> Comparison:
+    num_items = write_capitals(bench.road)
+    (bench.road.work / "speed/scores.json").unlink(missing_ok=True)
+    ours = bench.run("eval", sys.executable, "-m", "megatron_sov", "eval", "lm", "ck", "--tasks", "capitals",
+                     "--task-dir", "tasks", "--output", "speed/scores.json")
+    theirs = bench.run("eval.lm-eval", "sh", "-c", (
+        f"cd tasks && {bench.python} -W ignore -m lm_eval --model hf --model_args "
+        f"pretrained={bench.road.model},dtype=float32 --tasks capitals --include_path . --batch_size 1 "
+        "--device cpu"))
+    return Comparison(f"the whole command, {num_items} items of 4 choices", "lm-eval", ours, theirs, "0.4")
+
+
+COMPARISONS: dict[str, Callable[[Bench], Comparison]] = {
+    "sft": compare_sft, "lora": compare_lora, "dpo": compare_dpo, "round": compare_round,
+    "generate-1": compare_generation(1, "-"), "generate-16": compare_generation(16, "0.5"),
+    "eval": compare_evaluation}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of doors.py")
+    parser.add_argument("--outside", type=Path, required=True, help="environment of model_folder.py")
+    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    args = parser.parse_args()
+    bench = Bench(Road(args.work.resolve()), args.outside.absolute())
+    print(f"SmolLM2-135M-Instruct, {PACKAGE}, float32, one thread, {os.cpu_count()} cores, load "
+          f"{os.getloadavg()[0]:.0f}, {time.strftime('%Y-%m-%d')}; processor seconds and peak memory")
+    for name in args.only:
+        found = COMPARISONS[name](bench)
+        ratio, memory = (found.ours.seconds / found.theirs.seconds,
+                         found.ours.peak_bytes / found.theirs.peak_bytes)
+        print(f"{name}: {found.unit}: ours {found.ours.seconds:.4f} s, {found.ours.peak_bytes / 1e9:.2f} GB; "
+              f"{found.peer} {found.theirs.seconds:.4f} s, {found.theirs.peak_bytes / 1e9:.2f} GB; ratio "
+              f"{ratio:.2f}, memory {memory:.2f} (goal {found.goal})", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

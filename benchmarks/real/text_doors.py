@@ -1,0 +1,188 @@
+"""Import, generation, serving and evaluation of the model, each compared with an independent program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from model_folder import HUB_FIELDS
+from road import CITIES, QUESTIONS, Outcome, Road, encode_question, find_number
+
+
+def import_folder(road: Road) -> Outcome:
+    output = "imported before"
+    if not road.checkpoint.exists():
+        output = " ".join(road.run("convert", "from-hf", "my-model", "ck").split())
+    road.once("out-hf", "convert", "to-hf", "ck", "out-hf")
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (road.work / "out-hf", road.model))
+    equal = ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
+    config = json.loads((road.work / "out-hf/config.json").read_text())
+    back = all(config.get(name) == value for name, value in HUB_FIELDS.items())
+    return (f"{len(ours)} tensors to ck and back, bits equal: {equal}; three fields of the Hub given back: "
+            f"{back}; {output[:160]}", "the folder itself", equal and back)
+
+
+def verify_export(road: Road) -> Outcome:
+    output = road.run("convert", "verify", "ck", "out-hf")
+    verdict = next((line for line in output.splitlines() if line.startswith("verified")), "no verdict")
+    return verdict[:160], "transformers runs the folder", verdict.startswith("verified")
+
+
+def compare_greedy_texts(road: Road) -> Outcome:
+    expected = road.answer_greedily(QUESTIONS, 24)
+    road.write_rows("questions.jsonl", [{"prompt": question} for question in QUESTIONS])
+    counts = []
+    for target in ("ck", "my-model"):
+        road.run("generate", target, "--chat", "--prompts", "questions.jsonl", "--max-new-tokens", "24",
+                 "--output", f"{target}.texts.jsonl")
+        rows = [*road.read_rows(f"{target}.texts.jsonl")]
+        texts = [row["response"].strip() for row in rows]
+        counts.append(sum(map(str.__eq__, texts, (text.strip() for text in expected))))
+        (road.work / f"{target}.texts.jsonl").unlink()
+    return (f"checkpoint {counts[0]} and folder {counts[1]} of {len(QUESTIONS)} greedy texts equal",
+            "transformers, float32", counts == [len(QUESTIONS)] * 2)
+
+
+def chat_once(road: Road) -> Outcome:
+    expected = road.answer_greedily(QUESTIONS[:1], 24)[0].strip()
+    output = road.run("chat", "my-model", "--temperature", "0", "--max-new-tokens", "24",
+                      stdin=f"{QUESTIONS[0]}\n")
+    return f"answers {expected!r}: {expected in output}", f"transformers: {expected!r}", expected in output
+
+
+@contextmanager
+def serving(road: Road, target: str) -> Iterator[str]:
+    log = open(road.work / "serve.log", "w+", encoding="utf-8")  # noqa: SIM115
+    process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "serve", target, "--port", "8317"],
+                               cwd=road.work, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        from openai import OpenAI
+
+        client = OpenAI(base_url="http://127.0.0.1:8317/v1", api_key="none", max_retries=0)
+        for _ in range(600):
+            try:
+                client.models.list()
+                break
+            except Exception:
+                if process.poll() is not None:
+                    raise RuntimeError((road.work / "serve.log").read_text()[-2000:]) from None
+                time.sleep(0.5)
+        yield client.models.list().data[0].id
+    finally:
+        process.terminate()
+        process.wait()
+        log.close()
+
+
+def serve_openai(road: Road) -> Outcome:
+    from openai import OpenAI
+
+    model, tokenizer = road.reference()
+    expected = road.answer_greedily(QUESTIONS[:4], 24)
+    with serving(road, "my-model") as name:
+        client = OpenAI(base_url="http://127.0.0.1:8317/v1", api_key="none")
+        equal, gaps, whole = 0, [], True
+        for question, text in zip(QUESTIONS, expected, strict=False):
+            reply = client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24,
+                logprobs=True, top_logprobs=2)
+            choice = reply.choices[0]
+            equal += (choice.message.content or "").strip() == text.strip()
+            tokens = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
+            output = b"".join(bytes(token.bytes or b"") for token in tokens)
+            whole &= output.startswith((choice.message.content or "").encode())
+            ids = encode_question(tokenizer, question)
+            with torch.no_grad():
+                row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            gaps.append(abs(float(row.max()) - tokens[0].logprob))
+    passed = equal == len(expected) and max(gaps) < 1e-3 and whole
+    return (f"{equal} of {len(expected)} greedy answers equal, log-probabilities within {max(gaps):.1e}, "
+            f"bytes of the tokens are the answer: {whole}", "transformers, float32", passed)
+
+
+def write_capitals(road: Road) -> int:
+    """Write a task of lm-eval with four choices into the folder `tasks`; return the number of its items."""
+    (road.work / "tasks").mkdir(exist_ok=True)
+    names = list(CITIES)
+    rows = []
+    for i, (country, city) in enumerate(CITIES.items()):
+        wrong = [CITIES[names[(i + k) % len(names)]] for k in (1, 4, 7)]
+        choices = [*wrong[:i % 4], city, *wrong[i % 4:]]
+        rows += [{"q": text.format(country), "choices": choices, "right": i % 4}
+                 for text in ("The capital of {} is", "The government of {} sits in the city of",
+                              "Question: Which city is the capital of {}?\nAnswer:")]
+    (road.work / "tasks/capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (road.work / "tasks/capitals.yaml").write_text(
+        "task: capitals\ndataset_path: json\ndataset_kwargs: {data_files: {test: capitals.jsonl}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: right\nmetric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
+        "- {metric: acc_norm, aggregation: mean, higher_is_better: true}\nmetadata: {version: 1}\n")
+    return len(rows)
+
+
+def score_capitals(road: Road) -> Outcome:
+    """Score the task with our command and with lm-eval."""
+    write_capitals(road)
+    scores = {}
+    for target in ("ck", "my-model"):
+        road.run("eval", "lm", target, "--tasks", "capitals", "--task-dir", "tasks", "--output",
+                 f"{target}.scores.json")
+        found = json.loads((road.work / f"{target}.scores.json").read_text())["tasks"]["capitals"]["metrics"]
+        scores[target] = {metric["name"]: round(metric["value"], 4) for metric in found}
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    here = Path.cwd()
+    os.chdir(road.work / "tasks")
+    try:
+        model, tokenizer = road.reference()
+        reference_lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        theirs = simple_evaluate(reference_lm, tasks=["capitals"],
+                                 task_manager=TaskManager(include_path=".", include_defaults=False),
+                                 bootstrap_iters=0)["results"]["capitals"]
+    finally:
+        os.chdir(here)
+    reference = {name: round(theirs[f"{name},none"], 4) for name in ("acc", "acc_norm")}
+    return str(scores), f"lm-eval `hf`: {reference}", all(found == reference for found in scores.values())
+
+
+FACTS = 2 * [f"{city} is the capital of {country}." for country, city in CITIES.items()]
+TEXTS = [" ".join(FACTS[first:first + count]) for first, count in (
+    (0, 12), (2, 4), (5, 7), (1, 9), (3, 3), (0, 6), (4, 12), (7, 8), (9, 10), (6, 5), (8, 12))]
+
+
+def measure_perplexity(road: Road) -> Outcome:
+    """Every document whole, at two lengths of a row; the shortest row holds the longest document."""
+    road.write_rows("texts.jsonl", [{"text": text} for text in TEXTS])
+    road.once("tokenizer", "import", "my-model", "--output", "tokenizer", program="tokenizer.cli")
+    # one training document; all others are held out by the hash of their text
+    road.once("texts", "pack", "--tokenizer", "tokenizer", "--input", "texts.jsonl", "--heldout", "0.99",
+              "--output", "texts", program="data_prep.cli")
+    from data_prep.shards.token_artifact import open_split
+
+    documents = [ids.tolist() for ids in open_split(road.work / "texts/texts/heldout-00000").documents()]
+    model, _ = road.reference()
+    losses, count = 0.0, 0
+    for ids in documents:
+        with torch.no_grad():
+            rows = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        losses -= float(rows.gather(1, torch.tensor(ids[1:])[:, None]).sum())
+        count += len(ids) - 1
+    figures = {}
+    for length in (256, 1024):
+        road.run("eval", "ppl", "ck", "--data", "texts", "--seq-len", str(length), "--output", "ppl.json")
+        figures[length] = float(find_number(json.loads((road.work / "ppl.json").read_text()), "loss"))
+    gap = max(abs(found - losses / count) for found in figures.values())
+    return (f"{figures[256]:.4f} and {figures[1024]:.4f} nats at rows of 256 and 1,024 tokens",
+            f"transformers, each document whole: {losses / count:.4f}", gap < 2e-4)

@@ -1,1 +1,0 @@
-"""Inputs that the `rl` commands share: prompts, environments, teachers."""

@@ -1,0 +1,48 @@
+"""The faults that benchmarks plant name functions, texts, layouts and folders that are there."""
+
+import ast
+import importlib.util
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+LAYOUT_FAULTS = yaml.safe_load((ROOT / "benchmarks/data/layout_faults.yaml").read_text(encoding="utf-8"))
+AREAS = yaml.safe_load((ROOT / "benchmarks/data/planted_faults.yaml").read_text(encoding="utf-8"))
+
+
+def read_function(place: str) -> str:
+    """Return the source of MODULE:NAME.NAME without importing the module; "": there is none."""
+    module, _, name = place.partition(":")
+    package = importlib.util.find_spec(module.partition(".")[0])
+    roots = [Path(folder).parent for folder in package.submodule_search_locations]
+    (file,) = [path for root in roots if (path := root / f"{module.replace('.', '/')}.py").is_file()]
+    source = file.read_text(encoding="utf-8")
+    node: Any = ast.parse(source)
+    for part in name.split("."):
+        inner_nodes = getattr(node, "body", ())
+        node = next((inner for inner in inner_nodes if getattr(inner, "name", "") == part), None)
+    if node is None:
+        return ""
+    return textwrap.dedent("\n".join(source.split("\n")[node.lineno - 1:node.end_lineno]))
+
+
+@pytest.mark.each("fault", LAYOUT_FAULTS["source"])
+def test_each_fault_of_a_layout_can_be_planted(fault: dict[str, Any]) -> None:
+    assert fault["right"] in read_function(fault["function"])
+    assert fault["function"].partition(":")[2] in LAYOUT_FAULTS["places"]
+    assert set(fault["layouts"]) <= set(LAYOUT_FAULTS["layouts"])
+
+
+def test_no_place_is_left_of_a_fault_that_is_gone() -> None:
+    assert set(LAYOUT_FAULTS["places"]) == {fault["function"].partition(":")[2]
+                                            for fault in LAYOUT_FAULTS["source"]}
+    assert set(LAYOUT_FAULTS["losses"]) <= set(LAYOUT_FAULTS["layouts"])
+
+
+@pytest.mark.each("folders", [area[key] for area in AREAS.values() for key in ("source", "tests")])
+def test_each_area_of_planted_faults_has_its_folders(folders: str) -> None:
+    assert all((ROOT / folder).is_dir() for folder in folders.split())
