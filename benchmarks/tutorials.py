@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.pages_typed import ENTRIES, lines_of, shell_blocks  # noqa: E402
+from tests.pages_typed import ENTRIES, iter_command_lines, shell_blocks  # noqa: E402
 
 PAGES = ("cluster", "language")
 
@@ -69,7 +69,8 @@ def main() -> int:
                                         re.MULTILINE | re.DOTALL):
             (args.folder / name).write_text(content, encoding="utf-8")
         print(f"\n{page}\n   code  seconds  CPU seconds")
-        for shown in lines_of(shell_blocks(text.partition("\n## On a laptop\n")[2].partition("\n## ")[0])):
+        section = text.partition("\n## On a laptop\n")[2].partition("\n## ")[0]
+        for shown in iter_command_lines(shell_blocks(section)):
             line = shortened(shown, args.steps)
             if line not in typed:
                 typed[line] = type_line(line, args.folder)

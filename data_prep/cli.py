@@ -38,8 +38,7 @@ COMMANDS = {
     "synth": Command(
         "data_prep.synth.synth:SYNTH", "make data with models: checked, with provenance, restartable",
         RESPONSES, "synth.md",
-        ("synth --list",
-         "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
+        ("synth --list", "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
     "difficulty": Command(
         "data_prep.synth.difficulty:DIFFICULTY",
         "label problems by the models that solved them, and write difficulty into rows",
@@ -48,8 +47,7 @@ COMMANDS = {
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "trajectories": Command(
         "data_prep.responses.trajectories:TRAJECTORIES",
-        "join each query with its diverse solutions to one document",
-        RESPONSES, "data.md",
+        "join each query with its diverse solutions to one document", RESPONSES, "data.md",
         ("trajectories --input solutions.jsonl --output trajectories",
          "trajectories --input solutions.jsonl --output trajectories --overwrite")),
     "groups": Command(
@@ -82,16 +80,14 @@ COMMANDS = {
         "show the documents in token shards, or the kept and dropped records per pipeline step",
         LOOK, "watching.md", ("inspect tokens", "inspect corpus")),
     "stats": Command(
-        "data_prep.shards.stats:STATS",
-        "show document lengths, token types and special tokens, per source",
+        "data_prep.shards.stats:STATS", "show document lengths, token types and special tokens, per source",
         LOOK, "data.md", ("stats tokens", "stats chats")),
     "sample": Command(
         "data_prep.shards.sample:SAMPLE", "print documents, decoded, with their loss mask",
         LOOK, "data.md", ("sample chats --count 2", "sample tokens --count 1")),
     "verify": Command(
         "data_prep.shards.verify:VERIFY", "check token shards: hashes, indices, ids, splits, duplicates",
-        LOOK, "data.md", ("verify tokens", "verify mixed")),
-}
+        LOOK, "data.md", ("verify tokens", "verify mixed"))}
 
 
 def build_parser() -> Parser:

@@ -42,8 +42,7 @@ MIN_HANGUL_SHARE = 0.3
 """Minimum Hangul share among a Korean line's letters; menu and key names stay English."""
 MIN_REPEATED_CHARS = 30
 """Minimum length for deduplicated lines, such as notes repeated on every page."""
-_SKIPPED_TAGS = frozenset([
-    "script", "style", "head", "header", "aside", "nav", "footer", "noscript", "info"])
+_SKIPPED_TAGS = frozenset(["script", "style", "head", "header", "aside", "nav", "footer", "noscript", "info"])
 _BLOCK_TAGS = frozenset([
     "p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "td", "th", "dt", "dd", "pre", "table", "ul",
     "ol", "section", "br", "title", "blockquote"])

@@ -292,8 +292,7 @@ def _format_options(options: Mapping[str, Any]) -> list[str]:
 def _run_command(words: list[str], module: str = "megatron_sov") -> str:
     """Run a program, forward stderr, and return stdout."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed, start_command(
-            [sys.executable, "-m", module, *words], stdout=printed,
-            stderr=subprocess.PIPE) as process:
+            [sys.executable, "-m", module, *words], stdout=printed, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None, words
         lines = io.TextIOWrapper(process.stderr, encoding="utf-8", errors="replace")
         try:

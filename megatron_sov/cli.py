@@ -30,8 +30,7 @@ def build_help_parser() -> argparse.ArgumentParser:
         description="Train your own language model, from raw text to a Hugging Face folder.",
         epilog=f"{format_command_list(texts, groups)}\n\n{PROGRAM} COMMAND --help explains a command and "
                "shows examples.\nexit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, "
-               "75 stopped with everything saved,\n76 a step hung, 77 a process gave wrong bits",
-    )
+               "75 stopped with everything saved,\n76 a step hung, 77 a process gave wrong bits")
     parser.add_argument("--version", action="version", version=format_version(PROGRAM))
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

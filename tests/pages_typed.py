@@ -1,10 +1,11 @@
 """Commands shown on pages: which shell lines are ours, which test runs them, and which other programs are
 allowed.
 
-tests/test_docs.py asks, and docs/site/proof.py makes a page of the site of the answers.
+tests/test_docs.py checks the pages with it, and docs/site/proof.py shows the result on the site.
 """
 
 import importlib
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ from megatron_sov.base.settings import read_command_options
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SKILLS = sorted((ROOT / "skills").glob("*/SKILL.md"))
-"""What agents read, held as pages are."""
+"""Instructions for agents, tested like pages."""
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 
-TYPED = {
+PAGE_TESTS = {
     "README.md": "tests/test_readme.py",
     "docs/convert.md": "tests/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data.py",
@@ -49,20 +50,19 @@ TYPED = {
     "docs/tutorials/publish.md": "tests/test_tutorials.py",
     "docs/tutorials/rl.md": "tests/test_tutorials.py",
 }
-"""Page -> the test that types its commands, or all of them but those that it names; of the others every
-command is parsed, and its settings are applied to the recipe."""
+"""Page -> test that runs its commands, with the exceptions that the test names. Commands of other pages are
+parsed, and their settings applied to the recipe."""
 
-SHELL = {
-    "make": "its target stands in the Makefile", "pip": "its extra stands in setup.py",
+OTHER_PROGRAMS = {
+    "make": "its target is in the Makefile", "pip": "its extra is in setup.py",
     "python": "its script exists", "docker": "tests/test_containers.py",
     "apptainer": "tests/test_containers.py",
     "srun": "tests/operate/slurm", "salloc": "tests/operate/slurm", "sbatch": "tests/operate/slurm",
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
     "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",
     "printf": "tests/serve/test_chat.py",
-
 }
-"""First word of a line that begins none of our programs -> what holds it."""
+"""First word of a shell line with another program -> how the line is tested."""
 
 
 def page_text(name: str) -> str:
@@ -95,7 +95,7 @@ def shown_files(text: str) -> dict[str, str]:
     return dict(re.findall(r"^`([\w.-]+\.[a-z]+)`:\n\n```[a-z]+\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
 
 
-def lines_of(blocks: list[str]) -> Iterator[str]:
+def iter_command_lines(blocks: list[str]) -> Iterator[str]:
     """Yield normalized command lines: continuations are joined; prompts, environment variables, paths of
     programs and container prefixes are removed; of torchrun on several nodes only the number of processes
     remains."""
@@ -104,18 +104,18 @@ def lines_of(blocks: list[str]) -> Iterator[str]:
             line = re.sub(r"^(?:[A-Z_]+=\S* )+", "", typed.strip().removeprefix("$ "))
             line = re.sub(r"^(?:[\w./-]*/)?bin/", "", line)
             line = re.sub(r"^apptainer exec \S+ \S+ megatron-sov ", "megatron-sov ", line)
-            if found := re.match(r"torchrun (.*) -m -- megatron_sov (.*)", line):
-                words = shlex.split(found[1])
-                nodes, ranks = (int(words[words.index(option) + 1]) if option in words else 1
-                                for option in ("--nnodes", "--nproc-per-node"))
-                line = f"megatron-sov {found[2]} --nproc {nodes * ranks}"
+            if match := re.match(r"torchrun (.*) -m -- megatron_sov (.*)", line):
+                words = shlex.split(match[1])
+                options = dict(itertools.pairwise(words))
+                num_ranks = int(options.get("--nnodes", 1)) * int(options.get("--nproc-per-node", 1))
+                line = f"megatron-sov {match[2]} --nproc {num_ranks}"
             if line and not line.startswith("#"):
                 yield line
 
 
-def commands_of(text: str) -> list[str]:
+def list_commands(text: str) -> list[str]:
     """Return our commands in all fenced blocks of a page."""
-    return [line for line in lines_of(blocks(text, "[a-z]*")) if line.split(" ")[0] in ENTRIES]
+    return [line for line in iter_command_lines(blocks(text, "[a-z]*")) if line.split(" ")[0] in ENTRIES]
 
 
 def parse(line: str) -> Any:
@@ -129,18 +129,19 @@ def parse(line: str) -> Any:
     return read_command_options(parser.parse_args(rest))
 
 
-def unheld(line: str) -> str:
-    """Return why nothing holds a line of a shell block, "" where something does."""
+def explain_untested(line: str) -> str:
+    """Return why a line of a shell block is untested, or "" if it is tested."""
     word, *rest = line.split()
     if word in ENTRIES:
         return ""  # parsed
-    if word not in SHELL:
-        return f"{word}: nothing holds it; name what does in SHELL of tests/pages_typed.py"
+    if word not in OTHER_PROGRAMS:
+        return f"{word}: is untested; add its test to OTHER_PROGRAMS in tests/pages_typed.py"
     if word == "make" and not re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE):
         return f"make {rest[0]}: is no target of the Makefile"
     if word == "pip":
         setup = (ROOT / "setup.py").read_text()
-        extras = [name for found in re.findall(r"\[([\w,]+)\]", line) for name in found.split(",")]
+        extras = [name for extras_text in re.findall(r"\[([\w,]+)\]", line)
+                  for name in extras_text.split(",")]
         unknown = [name for name in extras if f'"{name}": [' not in setup]
         return f"pip: {', '.join(unknown)} is no extra of setup.py" if unknown else ""
     if word == "python" and rest[0].endswith(".py") and not (ROOT / rest[0]).is_file():
@@ -148,6 +149,6 @@ def unheld(line: str) -> str:
     return ""
 
 
-def name_of(page: Path) -> str:
+def get_page_name(page: Path) -> str:
     """Return a page's path from the root."""
     return page.relative_to(ROOT).as_posix()

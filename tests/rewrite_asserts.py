@@ -14,25 +14,25 @@ from _pytest.config import Config, get_config
 TESTS = Path(__file__).parent
 
 
-def settings() -> Config:
-    """Return pytest's settings of the project."""
+def parse_pytest_config() -> Config:
+    """Return pytest's configuration of this project."""
     config = get_config(["--rootdir", str(TESTS.parent)])
     config.parse(["-p", "no:cacheprovider", str(TESTS / Path(__file__).name)])
     return config
 
 
-def keep(files: list[Path]) -> None:
-    """Rewrite each of these files that has not been."""
-    config = settings()
+def rewrite_files(files: list[Path]) -> None:
+    """Rewrite the asserts of each file without an up-to-date cache entry."""
+    config = parse_pytest_config()
     state = AssertionState(config, "rewrite")
     for file in files:
-        kept = rewrite.get_cache_dir(file) / f"{file.stem}{rewrite.PYC_TAIL}"
-        if rewrite.try_makedirs(kept.parent) and rewrite._read_pyc(file, kept) is None:
+        cached = rewrite.get_cache_dir(file) / f"{file.stem}{rewrite.PYC_TAIL}"
+        if rewrite.try_makedirs(cached.parent) and rewrite._read_pyc(file, cached) is None:
             stat, code = rewrite._rewrite_test(file, config)
-            rewrite._write_pyc(state, code, stat, kept)
+            rewrite._write_pyc(state, code, stat, cached)
 
 
 if __name__ == "__main__":
-    found = sorted({*TESTS.rglob("test_*.py"), *TESTS.rglob("conftest.py")})
+    test_files = sorted({*TESTS.rglob("test_*.py"), *TESTS.rglob("conftest.py")})
     with ProcessPoolExecutor(2) as pool:
-        list(pool.map(keep, [found[::2], found[1::2]]))
+        list(pool.map(rewrite_files, [test_files[::2], test_files[1::2]]))

@@ -22,8 +22,8 @@ from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import BuiltIn, request_training
 from megatron_sov.model.recipes.stage_defaults import build_base_config, refuse_pretraining_rate
 from tests.pages_typed import (
-    ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, page_section, parse, shell_blocks,
-    unheld)
+    ENTRIES, PAGE_TESTS, PAGES, ROOT, SKILLS, explain_untested, get_page_name, iter_command_lines,
+    list_commands, page_section, parse, shell_blocks)
 
 sys.path.append(str(ROOT / "benchmarks"))
 from learning import PLACEHOLDER, Recipe, find_recipes
@@ -31,16 +31,16 @@ from learning import PLACEHOLDER, Recipe, find_recipes
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = (
     "docs/memory.md", "docs/omni.md", "docs/recipes.md", "docs/synth_generators.md")
-"""Pages with tables whose first cell does not say alone what a row is of."""
+"""Pages with tables whose rows are identified by their first two cells."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
-"""Command -> what it trains by."""
+"""Command -> built-in objective that it trains."""
 
 CLAIMED = {PLACEHOLDER.sub("0", command).partition(" > ")[0]
            for file in find_recipes() for command in Recipe(file).commands()
            if command.split()[0] in ENTRIES}
-"""Commands of the claims, with a 0 in every place."""
-COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
+"""Commands of the claims, with 0 for every placeholder."""
+COMMANDS = sorted(CLAIMED.union(*(list_commands(page.read_text()) for page in READ)))
 
 
 @pytest.mark.essential
@@ -52,18 +52,18 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 @pytest.mark.essential
 @pytest.mark.each("line", [line for line in COMMANDS if line.startswith("megatron-sov ")
                            and cli.split_command(line.split()[1:])[0] in TRAINS])
-def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
+def test_every_setting_on_a_page_is_valid_for_its_recipe(line: str) -> None:
     """With the command's number of processes, or any fitting number if the environment decides."""
     args = parse(line)
     command = cli.split_command(line.split()[1:])[0]
     trains_by = TRAINS[command]
-    # tests/test_own_code.py runs those with code of one's own
-    if line in commands_of((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):
+    # tests/test_own_code.py runs commands with user code
+    if line in list_commands((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):
         return
     stage = None if trains_by == "lm" else trains_by
     if args.configs:  # files of a page, which its test writes
         return
-    model = recipes.get("tiny-solar-open").model  # in the place of --from
+    model = recipes.get("tiny-solar-open").model  # stands for the model of --from
     request = request_training(
         args, trains_by, needs_data=False, lengthens=command == "extend",
         of_model=None if stage is None else lambda: build_base_config("model", model, "fp32", stage))
@@ -84,102 +84,104 @@ def test_layouts_on_pages_fit_a_model_with_experts(line: str) -> None:
     """Tests that run these pages leave several processes to other tests."""
     args = parse(line)
     config = dataclasses.replace(recipes.get("solar-open-102b"), parallel=ParallelConfig())
-    asked = args.settings if hasattr(args.settings, "settings") else args
-    layout = apply_settings(config, asked.settings).parallel
-    assert layout != config.parallel and layout.problems(config.model, asked.nproc) == []
+    options = args.settings if hasattr(args.settings, "settings") else args
+    layout = apply_settings(config, options.settings).parallel
+    assert layout != config.parallel and layout.problems(config.model, options.nproc) == []
 
 
-def test_commands_are_found_and_wrong_ones_fail() -> None:
+def test_commands_are_listed_and_invalid_ones_fail() -> None:
     text = "megatron-sov outside\n```bash\n$ megatron-sov doctor \\\n  --json  # why\nls\n"
     text += "A=1 .venv/bin/megatron-sov doctor --jsno\n```\n"
-    good, bad = commands_of(text)
+    good, bad = list_commands(text)
     assert parse(good).json is True
     with pytest.raises(UserError, match="--jsno"):
         parse(bad)
 
 
 @pytest.mark.each("page", READ)
-def test_something_holds_every_line_of_a_shell_block(page: Path) -> None:
-    lines = list(lines_of(shell_blocks(page.read_text())))
-    assert [problem for problem in map(unheld, lines) if problem] == []
+def test_every_line_of_a_shell_block_is_tested(page: Path) -> None:
+    lines = list(iter_command_lines(shell_blocks(page.read_text())))
+    assert [problem for problem in map(explain_untested, lines) if problem] == []
 
 
 def test_an_untested_shell_line_is_detected() -> None:
     lines = ["make tea", "pip install -e '.[docs,tea]'", "python benchmarks/tea.py", "brew tea"]
-    assert [unheld(line) for line in lines] == [
+    assert [explain_untested(line) for line in lines] == [
         "make tea: is no target of the Makefile", "pip: tea is no extra of setup.py",
         "python benchmarks/tea.py: there is no such file",
-        "brew: nothing holds it; name what does in SHELL of tests/pages_typed.py"]
+        "brew: is untested; add its test to OTHER_PROGRAMS in tests/pages_typed.py"]
 
 
-def test_bash_reads_every_shell_block() -> None:
-    """All in one file, each in a function of its own: placeholders such as <name> are quoted."""
+def test_every_shell_block_is_valid_bash() -> None:
+    """All blocks in one script, each in its own function; placeholders such as <name> must be quoted."""
     script = "".join(f"f() {{\n{block}\n}}\n" for page in READ for block in shell_blocks(page.read_text()))
     completed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     assert (completed.returncode, completed.stderr) == (0, "")
 
 
-@pytest.mark.each("page", TYPED)
+@pytest.mark.each("page", PAGE_TESTS)
 def test_pages_declared_as_tested_are_tested(page: str) -> None:
-    typing = (ROOT / TYPED[page]).read_text()
+    typing = (ROOT / PAGE_TESTS[page]).read_text()
     assert Path(page).name in typing or Path(page).stem in typing
     assert re.search(r"\b(main|run_command|MAINS\[\w+\]|launch)\(", typing)
-    assert commands_of((ROOT / page).read_text())
+    assert list_commands((ROOT / page).read_text())
 
 
-def links(page: Path) -> list[tuple[Path, str]]:
-    """Return where a page's links into the repository lead: file or folder, and heading or ""."""
+def list_links(page: Path) -> list[tuple[Path, str]]:
+    """Return the targets of a page's links into the repository: (file or folder, heading or "")."""
     result = re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text())
     return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in result]
 
 
 @cache
-def under_headings(page: Path) -> dict[str, str]:
+def read_sections(page: Path) -> dict[str, str]:
     """Return link anchor -> text below the heading, up to the next heading of its level or above; "" is the
     text before the first."""
     text = page.read_text()
-    without = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", " ", code[0], flags=re.MULTILINE), text,
-                     flags=re.MULTILINE | re.DOTALL)
-    found = {"": re.split(r"^## ", without, flags=re.MULTILINE)[0]}
-    for match in re.finditer(r"^(#+) (.+)$", without, re.MULTILINE):
+    text_without_code = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", " ", code[0], flags=re.MULTILINE),
+                               text, flags=re.MULTILINE | re.DOTALL)
+    sections = {"": re.split(r"^## ", text_without_code, flags=re.MULTILINE)[0]}
+    for match in re.finditer(r"^(#+) (.+)$", text_without_code, re.MULTILINE):
         words = re.sub(r"[^\w\s-]", "", match[2].lower()).split()
-        below = re.split(rf"^#{{1,{len(match[1])}}} ", without[match.end():], flags=re.MULTILINE)[0]
-        found["-".join(words)] = below
-    return found
+        below = re.split(rf"^#{{1,{len(match[1])}}} ", text_without_code[match.end():], flags=re.MULTILINE)[0]
+        sections["-".join(words)] = below
+    return sections
 
 
 @pytest.mark.each("page", READ)
 def test_links_lead_to_files_and_their_headings(page: Path) -> None:
-    assert [(target, anchor) for target, anchor in links(page) if not target.exists()
-            or (target in READ and anchor not in under_headings(target))] == []
+    assert [(target, anchor) for target, anchor in list_links(page) if not target.exists()
+            or (target in READ and anchor not in read_sections(target))] == []
 
 
 QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)(?:#([\w-]+))?\) \|$",
                        (ROOT / "docs/index.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.each(("question", "typed", "page", "heading"), QUESTIONS)
-def test_a_new_user_finds_the_answer_in_two_clicks(question: str, typed: str, page: str,
+@pytest.mark.each(("question", "command", "page", "heading"), QUESTIONS)
+def test_a_new_user_finds_the_answer_in_two_clicks(question: str, command: str, page: str,
                                                    heading: str) -> None:
-    """From the README: a page, then the heading below which the command is."""
+    """From the README: first a page, then the heading above the command."""
     assert len(QUESTIONS) == 20
     answer = ((ROOT / "docs" / page).resolve(), heading)
-    clicked = [ROOT / "README.md", *(target for target, _ in links(ROOT / "README.md") if target in READ)]
-    assert answer in {link for near in clicked for link in links(near)}, question
-    assert typed in " ".join(under_headings(answer[0])[heading].replace("\\\n", " ").split()), (
-        f"{page} does not say {typed}")
-    if typed.startswith("megatron-sov "):
-        parse(typed)
+    clicked = [ROOT / "README.md",
+               *(target for target, _ in list_links(ROOT / "README.md") if target in READ)]
+    assert answer in {link for near in clicked for link in list_links(near)}, question
+    assert command in " ".join(read_sections(answer[0])[heading].replace("\\\n", " ").split()), (
+        f"{page} does not say {command}")
+    if command.startswith("megatron-sov "):
+        parse(command)
 
 
 @pytest.mark.each("skill", SKILLS)
 def test_skills_state_subject_and_use(skill: Path) -> None:
     front, text = re.split(r"^---$", skill.read_text(), flags=re.MULTILINE)[1:3]
-    named = yaml.safe_load(front)
-    assert named.keys() == {"name", "description"} and named["name"] == skill.parent.name
-    assert " Use when " in named["description"] and len(named["description"]) <= 1024
-    assert len(text.splitlines()) <= 120 and len(commands_of(text)) >= 8
-    assert len(SKILLS) == 5 and f"skills/{named['name']}/SKILL.md)" in (ROOT / "docs/llms.txt").read_text()
+    front_matter = yaml.safe_load(front)
+    assert front_matter.keys() == {"name", "description"} and front_matter["name"] == skill.parent.name
+    assert " Use when " in front_matter["description"] and len(front_matter["description"]) <= 1024
+    assert len(text.splitlines()) <= 120 and len(list_commands(text)) >= 8
+    assert len(SKILLS) == 5
+    assert f"skills/{front_matter['name']}/SKILL.md)" in (ROOT / "docs/llms.txt").read_text()
 
 
 @pytest.mark.each("page", READ)
@@ -191,8 +193,8 @@ def test_table_rows_have_as_many_cells_as_the_header(page: Path) -> None:
             if len(set(counts)) > 1] == []
 
 
-def tables(text: str) -> list[list[list[str]]]:
-    """Return the cells of every table of a page: tables, rows without head and ruler, cells."""
+def parse_tables(text: str) -> list[list[list[str]]]:
+    """Return the tables of a page as lists of rows of cells, without header and ruler."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     return [[[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table.splitlines()[2:]]
             for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
@@ -200,8 +202,8 @@ def tables(text: str) -> list[list[list[str]]]:
 
 @pytest.mark.each("page", READ)
 def test_tables_have_no_duplicate_rows(page: Path) -> None:
-    if name_of(page) not in KEYS_OF_TWO_CELLS:
-        for rows in tables(page.read_text()):
+    if get_page_name(page) not in KEYS_OF_TWO_CELLS:
+        for rows in parse_tables(page.read_text()):
             names = [re.findall("`[^`]*`", row[0])[:1] or [row[0]] for row in rows if row[0]]
             assert [name for name in names if names.count(name) > 1] == []
 
@@ -211,7 +213,7 @@ def test_the_page_lists_all_extras() -> None:
     assert match is not None
     extras = ast.literal_eval(match[1])
     section = (ROOT / "docs/install.md").read_text().partition("\n## Extras\n")[2].partition("\n## ")[0]
-    rows = {row[0].strip("`"): row[2] for table in tables(section) for row in table}
+    rows = {row[0].strip("`"): row[2] for table in parse_tables(section) for row in table}
     assert sorted(rows) == sorted(extras)
     assert ({name for name, use in rows.items() if "part of `dev`" in use}
             == {name for name, needs in extras.items() if name != "dev" and set(needs) <= set(extras["dev"])})
@@ -256,18 +258,19 @@ def test_a_page_of_a_job_shows_output_faults_and_reference(section: str) -> None
 @pytest.mark.each("page", [page for page in PAGES if page.stem not in (*GENERATED, "reproduce")])
 def test_cells_of_tables_are_short(page: Path) -> None:
     """Code counts as one word."""
-    cells = [cell for rows in tables(page.read_text()) for row in rows for cell in row]
+    cells = [cell for rows in parse_tables(page.read_text()) for row in rows for cell in row]
     assert [cell for cell in cells if len(re.sub(r"`[^`]*`", "x", cell).split()) > MAX_CELL_WORDS] == []
 
 
 def test_the_index_lists_every_page_once() -> None:
     listed = re.findall(r"^\| \[([\w/]+\.md)\]\(\1\)", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
-    pages = {name_of(page).removeprefix("docs/") for page in PAGES if name_of(page).startswith("docs/")}
+    pages = {get_page_name(page).removeprefix("docs/")
+             for page in PAGES if get_page_name(page).startswith("docs/")}
     assert sorted(listed) == sorted(pages - {"index.md"})
 
 
 def test_the_page_of_options_lists_every_command() -> None:
-    """With the page of its own, which is there."""
+    """Each row links the command's own page, which exists."""
     page = (ROOT / "docs/options.md").read_text()
     for program, module in ENTRIES.items():
         for name, command in importlib.import_module(module).COMMANDS.items():
@@ -275,7 +278,7 @@ def test_the_page_of_options_lists_every_command() -> None:
             assert (ROOT / "docs" / command.page).is_file()
 
 
-def test_the_readme_is_a_page() -> None:
+def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 90
 
 
@@ -287,7 +290,7 @@ def test_make_test_needs_no_package_index() -> None:
         assert "make deep" in (ROOT / page).read_text(), page
 
 
-def test_the_page_of_the_house_shows_every_hall() -> None:
+def test_the_house_page_shows_every_hall() -> None:
     tree = (ROOT / "docs/house.md").read_text()
     halls = [f"{p.name}/" if p.is_dir() else p.name for p in (ROOT / "megatron_sov").iterdir()
              if not p.name.startswith("_") and (p.suffix == ".py" or (p / "__init__.py").is_file())]
@@ -304,25 +307,25 @@ def test_llms_txt_has_a_line_for_every_page() -> None:
 
 
 @pytest.mark.essential
-@pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("options", "options.md"),
+@pytest.mark.parametrize(("name", "page"), [("config", "config.md"), ("options", "options.md"),
                                             ("recipes", "recipes.md"),
                                             ("results", "results.md"), ("index", "llms.txt"),
                                             ("house", "pictures/house.svg")])
-def test_pages_that_are_written_from_the_code_are_fresh(name: str, made: str) -> None:
+def test_generated_pages_are_up_to_date(name: str, page: str) -> None:
     spec = importlib.util.spec_from_file_location(f"generate_{name}", ROOT / f"docs/generate_{name}.py")
     assert spec is not None and spec.loader is not None
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
-    written = (ROOT / f"docs/{made}").read_text()
-    assert written == generator.build_page(), f"docs/{made} is stale: run `make docs`"
+    committed = (ROOT / f"docs/{page}").read_text()
+    assert committed == generator.build_page(), f"docs/{page} is stale: run `make docs`"
 
 
-WHERE = re.findall(r"^\| ([^|]+) \| \[[^]]*\]\(\.\./([^)]+)\)[^|]*\| `(\w+)` \|$",
-                   (ROOT / "docs/house.md").read_text(), re.MULTILINE)
+CLAIMED_PLACES = re.findall(r"^\| ([^|]+) \| \[[^]]*\]\(\.\./([^)]+)\)[^|]*\| `(\w+)` \|$",
+                            (ROOT / "docs/house.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.each(("what", "file", "name"), WHERE)
-def test_file_contents_claimed_on_a_page_exist(what: str, file: str, name: str) -> None:
-    assert len(WHERE) > 20
+@pytest.mark.each(("subject", "file", "name"), CLAIMED_PLACES)
+def test_file_contents_claimed_on_a_page_exist(subject: str, file: str, name: str) -> None:
+    assert len(CLAIMED_PLACES) > 20
     assert re.search(rf"(def|class) {name}\b|^ *{name}\b.*=|^ *{name}: |\.{name}\b",
-                     (ROOT / file).read_text(), re.MULTILINE), what
+                     (ROOT / file).read_text(), re.MULTILINE), subject

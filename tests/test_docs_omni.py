@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.cli import main as sov_data
 from megatron_sov.cli import main as megatron_sov
 from tests.omni import hf_folders
-from tests.pages_typed import blocks, commands_of, page_text
+from tests.pages_typed import blocks, list_commands, page_text
 from tokenizer.cli import main as sov_tokenizer
 
 PAGE = page_text("omni.md").partition("\n## Media records and codecs\n")[0]
@@ -57,7 +57,7 @@ def test_the_page_leads_from_media_to_a_model_that_is_judged(
     Path("text-tokenizer").symlink_to(packed_data.tokenizer)
     hf_folders.save("vqmodel", Path("vqmodel-hf"), lambda: hf_folders.vqmodel(256))
     hf_folders.save("dac", Path("dac-hf"))
-    for line in commands_of(PAGE):
+    for line in list_commands(PAGE):
         program, *words = shlex.split(line)
         words += shlex.split(next((FEWER[word] for word in words[:3] if word in FEWER), ""))
         assert MAINS[program](words) == 0, line

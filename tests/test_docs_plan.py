@@ -13,14 +13,14 @@ from megatron_sov.plan.search import space
 from tests.pages_typed import page_section, page_text, shell_lines
 
 PAGE = page_text("plan.md")
-KEYS = page_section("formats.md", "plan --json")
+KEYS = page_section("formats.md", "JSON of plan")
 COMMANDS = shell_lines(PAGE) + shell_lines(KEYS)
-OF_FILES = ("--prove", " submit ", "mine.yaml", "--from my-model")
-"""Commands that simulate all processes (`tests/proof` runs them), and those that read a user's files."""
+UNTYPED_PARTS = ("--prove", " submit ", "mine.yaml", "--from my-model")
+"""Parts of commands that simulate all processes (`tests/proof` runs them) or read a user's files."""
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def narrow_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Restrict the search grid to a few values, since a full search exceeds the time limit of a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
@@ -32,8 +32,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("line", [c for c in COMMANDS if not any(word in c for word in OF_FILES)])
-def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("line", [c for c in COMMANDS if not any(word in c for word in UNTYPED_PARTS)])
+def test_a_command_on_the_page_runs(line: str, narrow_grid: None, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line)
     assert main(words[1:]) == 0, capsys.readouterr().err
     output = capsys.readouterr().out
@@ -52,22 +52,25 @@ def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.Capt
         assert "looked at" in output
 
 
-def keys_of(found: Any) -> set[str]:
+def collect_keys(parsed: Any) -> set[str]:
     """Return all keys of nested JSON, except names that are data."""
-    if isinstance(found, dict):
-        return set(found) | {key for name, value in found.items()
-                             if name not in ("layout", "seconds", "by_component", "schedule",
-                                             "memory_bytes", "phases")
-                             for key in keys_of(value)}
-    return {key for value in found for key in keys_of(value)} if isinstance(found, list) else set()
+    if isinstance(parsed, list):
+        return set().union(*map(collect_keys, parsed))
+    if not isinstance(parsed, dict):
+        return set()
+    keys = set(parsed)
+    for name, value in parsed.items():
+        if name not in ("layout", "seconds", "by_component", "schedule", "memory_bytes", "phases"):
+            keys |= collect_keys(value)
+    return keys
 
 
-def test_every_json_key_is_on_the_page(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_json_key_is_on_the_page(narrow_grid: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    told = set(re.findall(r"`([a-z_]+)`", KEYS))
-    fine = {"count", "example"}  # of a rule
-    assert keys_of(plan) - told - fine == set()
+    explained = set(re.findall(r"`([a-z_]+)`", KEYS))
+    keys_of_rules = {"count", "example"}
+    assert collect_keys(plan) - explained - keys_of_rules == set()
     assert plan["sweep"]["looked_at"] == sum(
         kind["fit"] + kind["too_large"] + sum(rule["count"] for rule in kind["rules"])
         for kind in plan["sweep"]["kinds"])

@@ -14,6 +14,7 @@ import pytest
 from megatron_sov import cli
 from megatron_sov.base.command_line import Command
 from megatron_sov.base.hints import words
+from megatron_sov.base.settings import ActionGroup
 from megatron_sov.model.config import find_settings, setting_names
 from tests.pages_typed import ENTRIES, parse
 
@@ -23,7 +24,7 @@ ALL = [pytest.param(program, name, command, id=f"{program} {name}") for program,
 
 
 @pytest.mark.each(("program", "name", "command"), ALL)
-def test_the_help_of_a_command_ends_with_two_examples_that_parse_and_its_page(
+def test_command_help_ends_with_two_valid_examples_and_its_page(
         program: str, name: str, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = importlib.import_module(ENTRIES[program]).main([*name.split(), "--help"])
@@ -40,10 +41,23 @@ def test_the_help_of_a_command_ends_with_two_examples_that_parse_and_its_page(
         parse(f"{program} {line}")
 
 
-def read_help_entries(printed: str) -> dict[str, str]:
-    """Return option or argument -> description, of the sections before the examples.
+ACTIONS = [(program, name, action) for program, module in ENTRIES.items()
+           for name, command in importlib.import_module(module).COMMANDS.items()
+           if isinstance(group := command.load(), ActionGroup) for action in group.actions]
 
-    Raises AssertionError: an entry without description, or an option that is listed twice.
+
+@pytest.mark.each(("program", "name", "action"), ACTIONS)
+def test_the_help_of_an_action_describes_each_option_once(
+        program: str, name: str, action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(ENTRIES[program]).main([*name.split(), action, "--help"])
+    assert "--help" in read_help_entries(capsys.readouterr().out)
+
+
+def read_help_entries(printed: str) -> dict[str, str]:
+    """Return option or argument -> description from the sections before the examples.
+
+    Raises AssertionError for an entry without description or a repeated option.
     """
     entries: dict[str, str] = {}
     for section in re.split(r"\n\n(?=\S)", printed.partition("\nexamples:\n")[0])[2:]:
@@ -51,11 +65,11 @@ def read_help_entries(printed: str) -> dict[str, str]:
         if not heading.endswith(":"):
             continue  # a paragraph
         for entry in re.split(r"\n(?=  ?\S)", "\n".join(lines)):
-            found = re.fullmatch(r"  ?(\S.*?)(?:  +|\n +)(\S.*)", entry, re.DOTALL)
-            assert found, f"{entry!r} has no description"
-            for name in re.findall(r"(?:^|, )(--?[\w-]+|\{?[A-Z][\w|./\[\]]*)", found[1]):
+            match = re.fullmatch(r"  ?(\S.*?)(?:  +|\n +)(\S.*)", entry, re.DOTALL)
+            assert match, f"{entry!r} has no description"
+            for name in re.findall(r"(?:^|, )(--?[\w-]+|\{?[A-Z][\w|./\[\]]*)", match[1]):
                 assert name not in entries, f"{name} is listed twice"
-                entries[name] = found[2]
+                entries[name] = match[2]
     return entries
 
 
@@ -63,7 +77,7 @@ def read_help_entries(printed: str) -> dict[str, str]:
     ("  --run DIR", "has no description"),
     ("  --run DIR  Run folder\n  --run DIR  Run folder", "--run is listed twice"),
     ("  -r, --run DIR  Run\n                folder\n  --runs DIR\n                Folders", "")])
-def test_a_help_with_an_undescribed_or_repeated_option_is_found(listed: str, problem: str) -> None:
+def test_help_with_an_undescribed_or_repeated_option_is_detected(listed: str, problem: str) -> None:
     printed = f"usage: p\n\ntrain\n\noptions:\n{listed}\n\nexamples:\n  p\n"
     if not problem:
         assert list(read_help_entries(printed)) == ["-r", "--run", "--runs"]
@@ -72,7 +86,7 @@ def test_a_help_with_an_undescribed_or_repeated_option_is_found(listed: str, pro
         read_help_entries(printed)
 
 
-def test_the_help_groups_commands_in_the_order_of_a_models_life(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_groups_commands_in_the_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     headings = re.findall(r"^(\S.*):$", capsys.readouterr().out, re.MULTILINE)
     assert [heading.partition(" (")[0] for heading in headings] == [
@@ -80,7 +94,7 @@ def test_the_help_groups_commands_in_the_order_of_a_models_life(capsys: pytest.C
 
 
 @pytest.mark.parametrize("program", ["sov-data", "sov-tokenizer"])
-def test_the_other_programs_group_theirs_too(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_programs_group_their_commands(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(ENTRIES[program])
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -93,29 +107,32 @@ def test_the_other_programs_group_theirs_too(program: str, capsys: pytest.Captur
 @pytest.mark.each(("program", "word", "text"), [
     pytest.param(program, row.split()[0], text, id=f"{program} {row.split()[0]}")
     for program, rows in words.load_table()["commands"].items() for row, text in rows.items()])
-def test_a_word_of_the_trade_leads_to_a_command_that_parses(program: str, word: str, text: str,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_of_other_programs_lead_to_valid_commands(program: str, word: str, text: str,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     first, *group = program.split()
     with contextlib.suppress(SystemExit):
         assert importlib.import_module(ENTRIES[first]).main([*group, word, "--anything"]) == 2
-    said, _, proposed = capsys.readouterr().err.partition("; write\n")
-    assert said.startswith(f"error: {program} {word}: does not exist; ")
-    assert [part for part in re.split("`[^`]+`", text) if part.strip().rstrip(":") not in said] == []
-    named = re.findall("`([^`]+)`", text)
-    for line in named:
+    message, _, proposed = capsys.readouterr().err.partition("; write\n")
+    assert message.startswith(f"error: {program} {word}: does not exist; ")
+    assert [part for part in re.split("`[^`]+`", text) if part.strip().rstrip(":") not in message] == []
+    commands = re.findall("`([^`]+)`", text)
+    for line in commands:
         if line.split()[0] not in ENTRIES:
             continue  # a program of a library
-        assert _begin(line) in said
+        assert _begin(line) in message
         if len(line.split()) > 3:
             parse(line)
     # for a command, in contrast to a program option, the message has one line without unknown words
-    first = next((_begin(line) for line in named if " " in _begin(line)), "")
+    first = next((_begin(line) for line in commands if " " in _begin(line)), "")
     lines = [line.strip() for line in proposed.partition("\nthis line still has a fault")[0].splitlines()]
+    if "{first}" in text:  # several commands
+        assert [line.split()[0] for line in lines] == [line.split()[0] for line in commands[0].split(" && ")]
+        return
     assert len(lines) == 1 if first else len(lines) <= 1
     for line in lines:
         assert line.startswith(first) and "--anything" not in line
         if line.split()[0] in ENTRIES and "--list" not in line:
-            assert "--anything: nothing takes this" in said
+            assert "--anything: nothing takes this" in message
             parse(line)
 
 
@@ -125,12 +142,12 @@ def _begin(line: str) -> str:
 
 
 def test_no_word_of_the_table_is_a_command() -> None:
-    """A row for a command that exists would never be read."""
+    """A row for an existing command would never be used."""
     for program, rows in words.load_table()["commands"].items():
         first, *group = program.split()
-        known = {name.split()[len(group)] for name in importlib.import_module(ENTRIES[first]).COMMANDS
-                 if name.split()[:len(group)] == group and len(name.split()) > len(group)}
-        assert not known & {word for row in rows for word in row.split()}, program
+        commands = {name.split()[len(group)] for name in importlib.import_module(ENTRIES[first]).COMMANDS
+                    if name.split()[:len(group)] == group and len(name.split()) > len(group)}
+        assert not commands & {word for row in rows for word in row.split()}, program
 
 
 def test_an_unknown_command_does_not_repeat_all_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +168,7 @@ def test_help_after_a_submit_stage_prints_help(stage: str, capsys: pytest.Captur
             "chain": "solar-open-102b"}[stage] in output
 
 
-@pytest.mark.each(("words", "meant"), [
+@pytest.mark.each(("words", "expected"), [
     ("pretrain tiny-qwen3 --data x --run y --learning-rate=1e-3", "--set optim.lr=1e-3"),
     ("prefer tiny-qwen3 --from x --data y --run z --beta 0.1", "--set preference.beta=0.1"),
     ("rl run tiny-qwen3 --beta 0.1", "--set policy.kl_coeff=0.1"),
@@ -162,15 +179,15 @@ def test_help_after_a_submit_stage_prints_help(stage: str, capsys: pytest.Captur
     ("recipes tiny-qwen3 --set bf16=true", "--set train.precision=bf16"),
     ("recipes tiny-qwen3 --set train.stesp=1", "did you mean 'train.steps'?"),
 ])
-def test_a_setting_is_found_by_its_common_name(words: str, meant: str,
+def test_a_setting_is_found_by_its_common_name(words: str, expected: str,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words.split()) == 2
-    assert meant in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
-def test_names_of_other_programs_lead_to_settings_that_exist() -> None:
+def test_names_of_other_programs_map_to_existing_settings() -> None:
     names = {*setting_names(), "data.phases.0.seq_len"}
-    assert {meant.partition("=")[0] for meant in words.load_table()["settings"]} <= names
+    assert {setting.partition("=")[0] for setting in words.load_table()["settings"]} <= names
     assert {str(value).partition("=")[0] for rows in words.load_table()["values"].values()
             for value in rows.values() if "." in str(value)} <= names
     assert find_settings("beta", ("distillation",))[0] == "distillation.beta"
@@ -189,7 +206,7 @@ def test_a_terminal_without_utf_8_gets_no_traceback(module: str, words: list[str
     assert b"Traceback" not in completed.stderr and b"UnicodeEncodeError" not in completed.stderr
 
 
-def test_actions_show_the_examples_that_are_theirs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_actions_show_only_their_own_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["convert", "to-hf", "--help"])
     assert capsys.readouterr().out.endswith(

@@ -12,34 +12,34 @@ from tests.pages_typed import PAGES, ROOT
 
 RESULTS = ROOT / "benchmarks/results"
 VERDICTS = yaml.safe_load((RESULTS / "verdicts.yaml").read_text())
-SHOWN = {name: shown for rows in VERDICTS.values() for name, shown in rows.items()}
-WORDS = {"": 1.0, "thousand": 1e3, "million": 1e6, "billion": 1e9}
+ENTRIES = {name: entry for rows in VERDICTS.values() for name, entry in rows.items()}
+FACTORS = {"": 1.0, "thousand": 1e3, "million": 1e6, "billion": 1e9}
 NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(e[+-]?\d+)?(?:%|x|s|k|MB|GB)?(?!\w)"
-                    rf"(?:\s+({'|'.join(filter(None, WORDS))})\b)?")
-NO_FIGURES = re.compile(r"`[^`]*`|\]\([^)]*\)|\d{4}-\d\d-\d\d|arXiv \d+\.\d+|95 %\s+interval"
-                        r"|[A-Z]\w+ \d+\.\d+\b")
-"""Code, links, dates, the width of an interval, versions of programs."""
+                    rf"(?:\s+({'|'.join(filter(None, FACTORS))})\b)?")
+NOT_FIGURES = re.compile(r"`[^`]*`|\]\([^)]*\)|\d{4}-\d\d-\d\d|arXiv \d+\.\d+|95 %\s+interval"
+                         r"|[A-Z]\w+ \d+\.\d+\b")
+"""Numbers that are no results: code, links, dates, the width of an interval, versions of programs."""
 
 
-def numbers(text: str) -> Iterator[tuple[float, float]]:
-    """Yield each number of a text, without its sign, and half of its last digit."""
-    for found in NUMBER.finditer(text):
-        digits = found[1].rstrip(",")
-        scale = float(f"1{found[2] or 'e0'}") * WORDS[found[3] or ""]
+def iter_numbers(text: str) -> Iterator[tuple[float, float]]:
+    """Yield (absolute value, half of the last digit's unit) for each number in a text."""
+    for match in NUMBER.finditer(text):
+        digits = match[1].rstrip(",")
+        scale = float(f"1{match[2] or 'e0'}") * FACTORS[match[3] or ""]
         decimals = len(digits.partition(".")[2])
         yield float(digits.replace(",", "")) * scale, 0.5001 * 10**-decimals * scale
 
 
-def missing(sentence: str, file: str) -> list[float]:
+def find_missing_numbers(sentence: str, file: str) -> list[float]:
     """Return the numbers of a sentence that are absent from a file, allowing for rounding and percentages
     (0.27 is 27 %)."""
-    there = [value * scale for value, _ in numbers(file) for scale in (1, 100, 0.01)]
-    return [value for value, half in numbers(NO_FIGURES.sub("", sentence))
-            if not any(abs(value - other) <= half for other in there)]
+    available = [value * scale for value, _ in iter_numbers(file) for scale in (1, 100, 0.01)]
+    return [value for value, half in iter_numbers(NOT_FIGURES.sub("", sentence))
+            if not any(abs(value - other) <= half for other in available)]
 
 
-def sentences(page: str) -> Iterator[str]:
-    """Yield the sentences and the rows of tables of a page."""
+def iter_sentences(page: str) -> Iterator[str]:
+    """Yield the sentences and table rows of a page, without code blocks."""
     text = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
     for block in re.split(r"\n\s*\n|\n(?=[|-])", text):
         yield from re.split(r"(?<=[.;])\s+(?=[A-Z`\[(])", block)
@@ -47,30 +47,30 @@ def sentences(page: str) -> Iterator[str]:
 
 @pytest.mark.each("page", PAGES)
 def test_sentences_cite_only_numbers_of_their_result_file(page: Path) -> None:
-    wrong = {sentence: found for sentence in sentences(page.read_text())
-             if (names := re.findall(r"benchmarks/results/(\w+)\.txt", sentence))
-             and (found := missing(sentence, "\n".join((RESULTS / f"{n}.txt").read_text() for n in names)))}
-    assert wrong == {}
+    for sentence in iter_sentences(page.read_text()):
+        names = re.findall(r"benchmarks/results/(\w+)\.txt", sentence)
+        if names:
+            results = "\n".join((RESULTS / f"{name}.txt").read_text() for name in names)
+            assert find_missing_numbers(sentence, results) == [], sentence
 
 
 def test_a_number_missing_from_the_file_is_detected() -> None:
     file = "28.3 103.6 0.273 -11.98% 105,193,984"
-    assert missing("0.27 of 104 s, 95 % intervals, +12.0, 105 million", file) == []
-    assert missing("0.26 and 12.1", "0.273 12.0") == [0.26, 12.1]
+    assert find_missing_numbers("0.27 of 104 s, 95 % intervals, +12.0, 105 million", file) == []
+    assert find_missing_numbers("0.26 and 12.1", "0.273 12.0") == [0.26, 12.1]
 
 
 def test_every_number_of_a_claim_or_figure_is_in_the_result_file() -> None:
-    wrong = {name: absent for name, shown in SHOWN.items()
-             if (absent := missing(". ".join([shown["claim"], *shown.get("figure", {}).values()]),
-                                   (RESULTS / f"{name}.txt").read_text()))}
-    assert wrong == {}
-    assert sum("figure" in shown for shown in SHOWN.values()) == 10
+    for name, entry in ENTRIES.items():
+        text = ". ".join([entry["claim"], *entry.get("figure", {}).values()])
+        assert find_missing_numbers(text, (RESULTS / f"{name}.txt").read_text()) == [], name
+    assert sum("figure" in entry for entry in ENTRIES.values()) == 10
 
 
 def test_every_file_has_a_verdict_a_page_and_a_script() -> None:
-    assert sorted(SHOWN) == sorted(path.stem for path in RESULTS.glob("*.txt"))
-    for name, shown in SHOWN.items():
-        is_there = (ROOT / f"benchmarks/{shown.get('script', name)}.py").is_file()
-        assert is_there != ("script_commit" in shown), name
-        page = (ROOT / "docs" / shown["page"]).read_text()
-        assert f"results/{name}.txt" in page, f"docs/{shown['page']} does not name {name}.txt"
+    assert sorted(ENTRIES) == sorted(path.stem for path in RESULTS.glob("*.txt"))
+    for name, entry in ENTRIES.items():
+        has_script = (ROOT / f"benchmarks/{entry.get('script', name)}.py").is_file()
+        assert has_script != ("script_commit" in entry), name
+        page = (ROOT / "docs" / entry["page"]).read_text()
+        assert f"results/{name}.txt" in page, f"docs/{entry['page']} does not name {name}.txt"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli
-from tests.pages_typed import blocks, lines_of, page_text, shell_blocks, shown_files
+from tests.pages_typed import blocks, iter_command_lines, page_text, shell_blocks, shown_files
 from tests.test_readme import gather
 
 PAGES = {name: page_text(f"tutorials/{name}.md") for name in ("cluster", "language", "rl")}
@@ -37,7 +37,8 @@ TRAINS = ("megatron-sov pretrain", "megatron-sov convert", "megatron-sov sft")
 
 def under(heading: str, text: str) -> list[str]:
     """Return the commands under a heading, up to the next heading of its level."""
-    return list(lines_of(shell_blocks(text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0])))
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return list(iter_command_lines(shell_blocks(section)))
 
 
 @pytest.mark.deep
@@ -79,7 +80,7 @@ def test_pages_that_continue_one_folder_work_as_they_are_typed(
         for file, content in shown_files(text).items():
             Path(file).write_text(shortened(content))
         shown = blocks(text, "bash")[:1] if page == "distill.md" else blocks(text, "sh")
-        for line in lines_of(shown):
+        for line in iter_command_lines(shown):
             if line == "sov-data demo-corpus --output work/corpus" or " plan " in line:
                 continue  # gathered; CLUSTER
             program, *argv = shlex.split(shortened(line))
@@ -92,7 +93,7 @@ def test_pages_that_continue_one_folder_work_as_they_are_typed(
 
 
 CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES.items()
-           for line in lines_of(shell_blocks(text)) if line not in under("On a laptop", text)
+           for line in iter_command_lines(shell_blocks(text)) if line not in under("On a laptop", text)
            and re.match(r"megatron-sov (submit (?!chain .*--continue)|plan (?!.*--sweep))", line)]
 
 
@@ -125,7 +126,7 @@ def test_lora_on_a_hugging_face_model_works_as_it_is_typed(tmp_path: Path, monke
     Path(file).write_text(content, encoding="utf-8")
     Path("SmolLM2-135M-Instruct").symlink_to(hf_models["solar_open"])
     by_hand: list[str] = []
-    for line in lines_of(shell_blocks(text)):
+    for line in iter_command_lines(shell_blocks(text)):
         program, *argv = shlex.split(line.replace("train.epochs=20", "train.steps=2"))
         result = run_command(*argv, program=program)
         assert result.returncode == 0, f"{line}\n{result.stdout[-500:]}\n{result.stderr[-3000:]}"

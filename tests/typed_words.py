@@ -9,7 +9,7 @@ from megatron_sov.base.settings import add_options, find_all_problems, read_opti
 S = TypeVar("S")
 
 
-def typed(cls: type[S], words: Sequence[str]) -> S:
+def parse_settings(cls: type[S], words: Sequence[str]) -> S:
     """Parse command-line words into `cls`."""
     parser = Parser(prog="typed")
     add_options(parser, cls)
@@ -17,5 +17,5 @@ def typed(cls: type[S], words: Sequence[str]) -> S:
 
 
 def keys_of(settings: Any) -> list[str]:
-    """Return the key of each problem of settings: their bounds, else the rules between them."""
+    """Return the keys of all problems: broken bounds, or if there are none, broken rules between settings."""
     return [problem.key for problem in find_all_problems(settings)]

@@ -15,8 +15,7 @@ COMMANDS = {
         ("train --preset solar-open --vocab-size 2048 --input corpus --output tokenizer",
          "train --preset solar-open --vocab-size 65536 --input own=texts --output own-tokenizer")),
     "media": Command(
-        "tokenizer.media:COMMAND",
-        "add tokens for pictures and sounds to a tokenizer", TRAIN, "omni.md",
+        "tokenizer.media:COMMAND", "add tokens for pictures and sounds to a tokenizer", TRAIN, "omni.md",
         ("media tokenizer --image-tokens 65536 --output omni-tokenizer",
          "media tokenizer --audio-tokens 6561 --image-tokens 65536 --output omni-tokenizer")),
     "import": Command(
@@ -35,8 +34,7 @@ COMMANDS = {
     "compare": Command(
         "tokenizer.compare.command:COMPARE", "compare tokenizers on the same text", LOOK, "tokenizer.md",
         ("compare tokenizer other/tokenizer.json --text en=english.jsonl",
-         "compare tokenizer other --text en=english.jsonl ko=korean.jsonl --json compare.json")),
-}
+         "compare tokenizer other --text en=english.jsonl ko=korean.jsonl --json compare.json"))}
 
 
 def build_parser() -> Parser:

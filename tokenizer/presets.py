@@ -116,41 +116,33 @@ def _format_reserved_name(id_: int) -> str:
 
 
 SOLAR_OPEN = Preset(
-    name="solar-open",
-    split_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    name="solar-open", split_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                  r"|\s+(?!\S)|\s+",
-    normalization="none",
+                  r"|\s+(?!\S)|\s+", normalization="none",
     special_tokens={
         "<|unk|>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "<|begin|>": 20, "<|end|>": 21,
-        "<|think|>": 22, "<|content|>": 23, "<|flush|>": 24, "<|calls|>": 25, "<|tool_calls|>": 30,
-    },
+        "<|think|>": 22, "<|content|>": 23, "<|flush|>": 24, "<|calls|>": 25, "<|tool_calls|>": 30},
     bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
     chat_template="{% for message in messages %}"
                   "<|begin|>{{ message['role'] }}<|content|>{{ message['content'] }}<|end|>"
-                  "{% endfor %}{% if add_generation_prompt %}<|begin|>assistant<|content|>{% endif %}",
-)
+                  "{% endfor %}{% if add_generation_prompt %}<|begin|>assistant<|content|>{% endif %}")
 
 K_EXAONE = Preset(
-    name="k-exaone",
-    split_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*)+|\p{N}"
+    name="k-exaone", split_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*)+|\p{N}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]"
                   r"|\s+(?!\S)|\s+",
     superword_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+"
                       r"|\p{N}"
-                      r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
-    superword_share=0.2,
+                      r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+", superword_share=0.2,
     normalization="nfc",
     special_tokens={
         "[PAD]": 0, "[BOS]": 1, "[UNK]": 3, "<|system|>": 49, "<|user|>": 50, "<|assistant|>": 51,
         "<|tool|>": 52, "<|endofturn|>": 53, "<think>": 54, "</think>": 55, "<tool_call>": 56,
-        "</tool_call>": 57,
-    },
+        "</tool_call>": 57},
     bos_token="[BOS]", eos_token="<|endofturn|>", pad_token="[PAD]",
     chat_template="{% for message in messages %}"
                   "{{ '<|' + message['role'] + '|>\n' }}{{ message['content'] }}<|endofturn|>"
-                  "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-)
+                  "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 
 PRESETS = {p.name: p for p in (SOLAR_OPEN, K_EXAONE)}
 CUSTOM = "custom"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, asked, drawn, told
+from facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, draw_facts, format_fact, format_question
 
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 
@@ -61,7 +61,7 @@ class LookupEpisodes:
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return all items; the input row is ignored."""
         rng, found = random.Random(self.seed), []
-        known = drawn(0, KNOWN)
+        known = draw_facts(0, KNOWN)
         for number in range(NUM_LIBRARIES):
             facts = library(self.seed + number)
             with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,8 @@ class LookupEpisodes:
                     guessed = rng.random() < ANSWERED
                     fact = rng.choice(known if guessed else facts)
                     lot, kind, said = rng.random(), fact[1], rng.choice(VALUES[fact[1]])
-                    seen = world.reset({"question": asked(fact, rng.choice(WORDINGS)), "answer": fact[2]})
+                    question = format_question(fact, rng.choice(WORDINGS))
+                    seen = world.reset({"question": question, "answer": fact[2]})
                     messages: list[dict[str, Any]] = [{"role": "system", "content": seen.system},
                                                       {"role": "user", "content": seen.user}]
                     if guessed:
@@ -112,7 +113,7 @@ class LookupTexts:
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return all items; the input row is ignored."""
-        return [{"text": told(fact)} for fact in library(self.seed)]
+        return [{"text": format_fact(fact)} for fact in library(self.seed)]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class LookupTasks:
         """Return all items; the input row is ignored."""
         facts = library(self.seed)
         middle = len(facts) // 2
-        return [{"question": asked(fact, wording), "answer": fact[2], "domain": fact[1]}
+        return [{"question": format_question(fact, wording), "answer": fact[2], "domain": fact[1]}
                 for fact in {"rounds": facts[:middle], "end": facts[middle:]}[self.half]
                 for wording in WORDINGS]
 

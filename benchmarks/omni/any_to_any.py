@@ -3,14 +3,14 @@ independent models.
 
     python benchmarks/omni/any_to_any.py --work FOLDER > benchmarks/results/omni_any_to_any.txt
 
-Media: scikit-learn's handwritten digits, and eleven words that espeak-ng says in English and in Korean.  The
+Media: scikit-learn's handwritten digits, and eleven words spoken by espeak-ng in English and Korean. The
 commands are those of docs/omni.md: `codec import`, `sov-tokenizer train | media`, `sov-data encode-media |
-pack`, `pretrain`, `sft`, `eval media`, `eval ppl`.  Every picture and every sound that is shown in the end is
-held out: other people's handwriting, other pitches and speeds.  What is drawn and said is judged by what
-others recognise in it (`judges.py`); the ceiling of such a judge is what it recognises in held-out media that
-went through the codec alone.  The same steps of text, without media, tell what media cost the text.
+pack`, `pretrain`, `sft`, `eval media`, `eval ppl`. All media of the evaluation are held out: handwriting of
+other people, other pitches and speeds. Independent recognizers score generated images and speech
+(`judges.py`); their ceiling is their accuracy on held-out media after encoding and decoding with the codec. A
+model trained on the same text without media shows what media cost the text.
 
-A killed run goes on in the same folder.
+A killed run resumes in the same folder.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ MODEL = ("model.vision=null", "model.audio=null", "train.micro_batch_size=8", "t
 TEXT_SHARE = 0.2
 
 
-def say(text: str) -> None:
-    """Print progress where results are not."""
+def print_progress(text: str) -> None:
+    """Print progress to stderr; results go to stdout."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
@@ -59,14 +59,14 @@ class Shared:
         """Create the missing inputs."""
         index_file = self.work / "index.json"
         if not index_file.exists():
-            say("media")
+            print_progress("media")
             index_file.parent.mkdir(parents=True, exist_ok=True)
             index = write_media(self.media)
             index_file.write_text(json.dumps(index, ensure_ascii=False))
         self.index = json.loads(index_file.read_text())
         for name, (kind, media, steps, codes, codec) in CODECS.items():
             if not (self.work / name / "manifest.json").exists():
-                say(f"codec {name}")
+                print_progress(f"codec {name}")
                 train_codec(kind, self.media / media, self.work / f"{name}-hf", codec_steps or steps, codes)
                 run(self.work / "codecs.log", "megatron_sov", "codec", "import", codec,
                     self.work / f"{name}-hf", self.work / name)
@@ -88,7 +88,7 @@ class Shared:
                       '{"audio_duration": "0.60"}']
             write_rows(self.work / "words.jsonl", ({"text": text} for text in [*said, *around * 500]))
         if not (self.work / "tokenizer/manifest.json").exists():
-            say("tokenizer")
+            print_progress("tokenizer")
             run(self.work / "tokenizer.log", "tokenizer.cli", "train", "--preset", "solar-open",
                 "--vocab-size", str(VOCAB_SIZE), "--input", texts, self.work / "words.jsonl", "--output",
                 self.work / "text-tokenizer", "--overwrite")
@@ -108,7 +108,7 @@ class Shared:
         out = self.work / f"seed-{seed}/shards"
         if (out / "manifest.json").exists():
             return out
-        say(f"seed {seed}: encode-media and pack")
+        print_progress(f"seed {seed}: encode-media and pack")
         file, corpus = self.work / f"seed-{seed}/records.jsonl", self.work / f"seed-{seed}/corpus"
         write_rows(file, (row for rows in conversations(self.index, seed).values() for row in rows))
         if not (corpus / "manifest.json").exists():
@@ -146,7 +146,8 @@ class Seed:
                         'data.phases=[{"name": "main", "seq_len": 256}]']
             run(self.folder / f"{name}.log", "megatron_sov", command, recipe, *data_words, "--run", folder,
                 "--resume", *words(settings), *more)
-            say(f"seed {self.seed}: {name}, {self.steps[name]} steps in {time.time() - began_s:.0f} s")
+            took_s = time.time() - began_s
+            print_progress(f"seed {self.seed}: {name}, {self.steps[name]} steps in {took_s:.0f} s")
         return folder
 
     def run(self, num_drawn: int) -> dict[str, Any]:
@@ -171,7 +172,7 @@ class Seed:
             if not output.exists():
                 file = self.folder / f"asked/{stem}.jsonl"
                 write_rows(file, rows)
-                # greedy, but where the same words are asked for several times
+                # greedy, except for prompts that occur several times
                 temperature = "0.7" if pair.startswith("text-") else "0"
                 run(self.folder / "eval.log", "megatron_sov", "eval", "media", model, "--data",
                     f"{pair}={file}", "--media-root", self.shared.media, "--image-tokenizer",
@@ -182,7 +183,7 @@ class Seed:
                     f"{HERE / 'judges.py'}:sounds", "--files", self.folder / "made" / stem,
                     "--max-new-tokens", "64", "--max-audio-tokens", "40", "--temperature", temperature,
                     "--batch-size", "64", "--run", model, "--output", output)
-                say(f"seed {self.seed}: asked {name}")
+                print_progress(f"seed {self.seed}: asked {name}")
             found[name] = json.loads(output.read_text())[pair]
         return found
 
@@ -195,31 +196,34 @@ class Seed:
         return float(told["bits_per_byte"])
 
 
-def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
+def compute_ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
     """Score held-out media directly, and after encoding and decoding with the codec."""
     from megatron_sov.omni.generation.reconstruction import reconstruct_media
 
-    found: dict[str, tuple[float, float]] = {}
+    accuracies: dict[str, tuple[float, float]] = {}
     for name, rows in questions(shared.index, 0).items():
-        shown = [next((p for p in row["content"] if p["type"] != "text"), None) for row in rows]
+        media_parts = [next((p for p in row["content"] if p["type"] != "text"), None) for row in rows]
         if name not in ("image-text", "audio-text"):
             continue
-        files = [shared.media / part["path"] for part in shown if part]
+        files = [shared.media / part["path"] for part in media_parts if part]
         kind, judge = (("image-tokenizer", pictures) if name == "image-text" else ("audio-tokenizer", sounds))
-        again = list(reconstruct_media(shared.work / kind, files, shared.work / "reconstructed"))
+        reconstructed = list(reconstruct_media(shared.work / kind, files, shared.work / "reconstructed"))
         labels = [row["labels"] for row in rows]
-        languages = np.array([of[0].isascii() for of in labels])
-        right = [np.array([a == row["answer"] for a, row in zip(judge(of, labels), rows, strict=True)])
-                 for of in (files, again)]
+        is_english = np.array([choices[0].isascii() for choices in labels])
+        right = []
+        for media in (files, reconstructed):
+            answers = zip(judge(media, labels), rows, strict=True)
+            right.append(np.array([answer == row["answer"] for answer, row in answers]))
         if name == "image-text":
-            found["pictures"] = (float(right[0].mean()), float(right[1].mean()))
+            accuracies["pictures"] = (float(right[0].mean()), float(right[1].mean()))
         else:
-            for language, which in (("English speech", languages), ("Korean speech", ~languages)):
-                found[language] = (float(right[0][which].mean()), float(right[1][which].mean()))
-    return found
+            for language, which in (("English speech", is_english), ("Korean speech", ~is_english)):
+                accuracies[language] = (float(right[0][which].mean()), float(right[1][which].mean()))
+    return accuracies
 
 
-def report(shared: Shared, found: dict[int, dict[str, Any]], tops: dict[str, tuple[float, float]]) -> None:
+def print_report(shared: Shared, figures_of_seeds: dict[int, dict[str, Any]],
+                 tops: dict[str, tuple[float, float]]) -> None:
     """Print the results."""
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; one process of one thread")
@@ -228,49 +232,54 @@ def report(shared: Shared, found: dict[int, dict[str, Any]], tops: dict[str, tup
     for name, (real, coded) in tops.items():
         print(f"  {name:<16} {real:6.1%} {coded:6.1%}")
     print("\nRight, by pair (mean and range over seeds):                chance   rows a seed")
-    first = next(iter(found.values()))
-    for name, told in first.items():
-        if isinstance(told, dict):
-            shares = [100 * seed[name]["accuracy"] for seed in found.values()]
-            print(f"  {name:<24} {over_seeds(shares, '5.1f')} %   {told['chance']:6.1%}   {told['num_rows']}")
-    for name, told in first.items():
-        if isinstance(told, dict) and "cer" in told:
-            rates = [seed[name]["cer"] for seed in found.values()]
+    first = next(iter(figures_of_seeds.values()))
+    for name, figures in first.items():
+        if isinstance(figures, dict):
+            shares = [100 * seed[name]["accuracy"] for seed in figures_of_seeds.values()]
+            print(f"  {name:<24} {over_seeds(shares, '5.1f')} %   {figures['chance']:6.1%}   "
+                  f"{figures['num_rows']}")
+    for name, figures in first.items():
+        if isinstance(figures, dict) and "cer" in figures:
+            rates = [seed[name]["cer"] for seed in figures_of_seeds.values()]
             print(f"  characters wrong, {name:<20} {over_seeds(rates, '5.3f')}")
+    copied_shares = [100 * compute_copied_share(shared, seed, figures)
+                     for seed, figures in figures_of_seeds.items()]
     print("\nDrawn pictures whose tokens are those of a training picture: "
-          + over_seeds([100 * copied(shared, s, told) for s, told in found.items()], "5.1f") + " %")
+          f"{over_seeds(copied_shares, '5.1f')} %")
     print("\nText, bits per byte of held-out text:")
-    whats = (("text", "pretrained on text alone"), ("media", "on as much text, and media beside it"),
-             ("sft", "after fine-tuning on media without text"))
-    for name, what in whats:
-        print(f"  {what:<42} {over_seeds([t[f'bits_per_byte/{name}'] for t in found.values()], '5.3f')}")
+    labels = (("text", "pretrained on text alone"), ("media", "on as much text, and media beside it"),
+              ("sft", "after fine-tuning on media without text"))
+    for name, label in labels:
+        bits = [figures[f"bits_per_byte/{name}"] for figures in figures_of_seeds.values()]
+        print(f"  {label:<42} {over_seeds(bits, '5.3f')}")
 
 
-def copied(shared: Shared, seed: int, told: dict[str, Any]) -> float:
+def compute_copied_share(shared: Shared, seed: int, figures: dict[str, Any]) -> float:
     """Return the share of drawn pictures that are, token for token, in the training data."""
     from megatron_sov.chat.media_tokens import IMAGE, parse_codebook_tokens
 
     corpus = shared.work / f"seed-{seed}/corpus"
-    known = {tuple(parse_codebook_tokens(IMAGE, line)) for file in corpus.glob("*.jsonl")
-             for line in file.read_text().splitlines()}  # no conversation has two pictures
-    drawn = [tuple(tokens) for sample in told["text-image"]["samples"]
+    training_images = {tuple(parse_codebook_tokens(IMAGE, line)) for file in corpus.glob("*.jsonl")
+                       for line in file.read_text().splitlines()}  # no conversation has two pictures
+    drawn = [tuple(tokens) for sample in figures["text-image"]["samples"]
              for tokens in sample["tokens"]["image"]]
-    return sum(tokens in known for tokens in drawn) / max(1, len(drawn))
+    return sum(tokens in training_images for tokens in drawn) / max(1, len(drawn))
 
 
 def main() -> None:
     """Run unfinished parts, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("--work", type=Path, required=True, help="folder of all files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1500, help="of fine-tuning; a third of it before")
-    parser.add_argument("--codec-steps", type=int, default=0, help="of both codecs (0: their own)")
-    parser.add_argument("--drawn", type=int, default=200, help="pictures that are asked for")
+    parser.add_argument("--steps", type=int, default=1500,
+                        help="fine-tuning steps; pretraining takes a third of them")
+    parser.add_argument("--codec-steps", type=int, default=0, help="steps of both codecs (0: their defaults)")
+    parser.add_argument("--drawn", type=int, default=200, help="images to generate")
     args = parser.parse_args()
     shared = Shared(args.work)
     shared.make(args.codec_steps)
     found = {seed: Seed(shared, seed, args.steps).run(args.drawn) for seed in args.seeds}
-    report(shared, found, ceilings(shared))
+    print_report(shared, found, compute_ceilings(shared))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ FILE = "pairs.jsonl"
 
 
 class PairOptions(GroupOptions):
-    """Turn groups of judged responses into pairs (best, worst), for `sov-data pack --format
-    preference`."""
+    """Turn groups of judged responses into pairs (best, worst), for `sov-data pack --format preference`."""
 
 
 def build_pair(group: ResponseGroup, tally: GroupTally) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from tests.pages_typed import PAGES, TYPED, commands_of, lines_of, name_of, shell_blocks
+from tests.pages_typed import (
+    PAGE_TESTS, PAGES, get_page_name, iter_command_lines, list_commands, shell_blocks)
 
 HEAD = """# Commands and tests
 
@@ -29,15 +30,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def build_page() -> str:
     rows, sums, num_typed = [], [0, 0, 0], 0
     for path in PAGES:
-        text, name = path.read_text(encoding="utf-8"), name_of(path)
+        text, name = path.read_text(encoding="utf-8"), get_page_name(path)
         blocks = shell_blocks(text)
-        num_commands = len(commands_of(text))
-        num_foreign = sum(1 for line in lines_of(blocks) if not commands_of(f"```sh\n{line}\n```\n"))
+        num_commands = len(list_commands(text))
+        num_foreign = sum(1 for line in iter_command_lines(blocks)
+                          if not list_commands(f"```sh\n{line}\n```\n"))
         counts = [len(blocks), num_commands, num_foreign]
-        if name in TYPED:
+        if name in PAGE_TESTS:
             num_typed += num_commands
         if any(counts):
-            rows.append(f"| {name} | {' | '.join(map(str, counts))} | {TYPED.get(name, 'parsed')} |\n")
+            rows.append(f"| {name} | {' | '.join(map(str, counts))} | {PAGE_TESTS.get(name, 'parsed')} |\n")
             sums = [total + count for total, count in zip(sums, counts, strict=True)]
     rows.append(f"| **all** | {' | '.join(map(str, sums))} | {num_typed} commands stand on pages that are "
                 "typed |\n")

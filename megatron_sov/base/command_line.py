@@ -80,6 +80,11 @@ class Parser(argparse.ArgumentParser):
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             typed = list(self._typed)
             if typed[0].startswith("-") and not find_action(self.prog, typed):
+                path = next((word for word in typed if Path(word).exists()), "")
+                at = typed.index(path) if path else 0
+                if at:
+                    rest = [*typed[:at - 1], *typed[at + 1:]]
+                    raise build_command_error(self.prog, path, list(action.choices), rest)
                 raise UserError(f"{self.prog}: an action comes before the options: "
                                 f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows more)")
             start = 0 if typed[0].startswith("-") else typed.index(value)

@@ -29,8 +29,7 @@ SINUSOIDS, STEPS, DECAYS = "sines and cosines", "even time steps", "logarithms o
 EVEN_DECAYS = "logarithms of even numbers up to 16"
 RULES = (
     ("*[!_]norm.weight", NORM), ("*.layer_norm_weight", NORM), ("*.router.expert_bias", ZEROS),
-    ("*.linear_*.bias", ZEROS),
-    ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
+    ("*.linear_*.bias", ZEROS), ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
     ("*.linear_q_proj.weight", NORMAL), ("*.linear_q_down_proj.weight", NORMAL),
     ("*.linear_q_up_proj.weight", NORMAL), ("*.linear_kv_down_proj.weight", NORMAL),
@@ -38,13 +37,10 @@ RULES = (
     ("*.gates_down_proj.weight", NORMAL), ("*.decay_up_proj.weight", NORMAL),
     ("*.output_up_proj.weight", NORMAL),
     ("*.in_proj.weight", NORMAL), ("*.out_proj.weight", RESIDUAL), ("*.conv1d.weight", FAN_IN),
-    ("*.out_norm.weight", ONES), ("*.self_attention.dt_bias", STEPS),
-    ("*.self_attention.A_log", EVEN_DECAYS),
+    ("*.out_norm.weight", ONES), ("*.self_attention.dt_bias", STEPS), ("*.self_attention.A_log", EVEN_DECAYS),
     ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
     ("*_proj*.lora_A", ADAPTER_INPUT), ("*.lm_head.lora_A", ADAPTER_INPUT),
-    ("*.embed_tokens.lora_A", STANDARD),
-    ("*.lora_B", ZEROS), ("*.magnitude", ONES),
-)
+    ("*.embed_tokens.lora_A", STANDARD), ("*.lora_B", ZEROS), ("*.magnitude", ONES))
 """Key pattern -> distribution; each key must match a single pattern. Matrices that write into the residual
 stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019). `lora_A` has the standard
 deviation of PEFT's default, uniform between +-1 / sqrt(columns); PEFT uses a standard normal for embeddings.
@@ -52,8 +48,7 @@ In linear attention, time steps and decays cover the ranges of Gated DeltaNet's 
 ENCODER_RULES = (
     ("*.embed_positions.weight", SINUSOIDS), ("*.dt_bias", STEPS), ("*.A_log", DECAYS), ("*.D", ONES),
     ("*.query_token", STANDARD), ("*.bias", ZEROS), ("*norm*.weight", ONES), ("*.ln_q.weight", ONES),
-    ("*.adapter.*", NORMAL), ("*", FAN_IN),
-)
+    ("*.adapter.*", NORMAL), ("*", FAN_IN))
 """Key pattern -> distribution for image and audio encoders; the first match counts. Sources: positions from
 Whisper, time steps from Mamba-2 (arXiv 2405.21060), decays from S4D."""
 TIME_STEPS = (0.001, 0.1)

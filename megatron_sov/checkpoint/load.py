@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
@@ -117,7 +117,8 @@ def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
     for name, theirs in adapter_identity(trained, model.architecture).items():
         if theirs != ours[name]:
             raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours[name]}; "
-                            "use the setting that it was made with")
+                            "use the setting that it was made with",
+                            Fix(options=("--set", f"lora.{name}={json.dumps(theirs)}")))
 
 
 def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool = False) -> None:

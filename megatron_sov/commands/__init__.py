@@ -73,8 +73,7 @@ COMMANDS = {
          "distill states teacher --data chats --top-k 128 --output top")),
     "rl run": Command(
         "megatron_sov.commands.rl.options:RUN",
-        "reinforcement learning in one command: generate, judge and train every round", POST_TRAIN,
-        "rl.md",
+        "reinforcement learning in one command: generate, judge and train every round", POST_TRAIN, "rl.md",
         ("rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl",
          "rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward ./my_reward.py:Starts "
@@ -179,5 +178,4 @@ COMMANDS = {
     "doctor": Command(
         "megatron_sov.commands.operate.doctor.doctor:DOCTOR",
         "check this machine, and show how to install missing parts", OPERATE, "install.md", ("doctor",
-         "doctor --json")),
-}
+         "doctor --json"))}

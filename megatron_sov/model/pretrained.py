@@ -93,8 +93,7 @@ def find_weight_files(folder: Path) -> dict[str, list[str]]:
         raise UserError(f"{folder / INDEX}: lacks a weight_map from tensor names to files; "
                         "restore it from its source")
     # The index is hostile input: "../x" would read files outside of the folder.
-    outside = [f"{name} to {file}"
-               for name, file in weight_map.items() if not isinstance(file, str)
+    outside = [f"{name} to {file}" for name, file in weight_map.items() if not isinstance(file, str)
                or Path(file).name != file or Path(file).suffix != ".safetensors"]
     if outside:
         raise UserError(f"{folder / INDEX}: weight_map must name .safetensors files in the same folder, "

@@ -22,6 +22,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing, suggest_download, warn
+from megatron_sov.base.hints.kinds import list_models
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.model import recipes
@@ -170,7 +171,8 @@ def check_model_path(path: Path, option: str = "") -> None:
         if str(path) in recipes.names():
             raise UserError(f"{option}{path}: is a recipe, which comes before the options",
                             Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
-        fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if path.is_file() else None)
+        is_model_file = path.is_file() and path.suffix not in (".yml", ".yaml")  # mergekit's: `hints.paths`
+        fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if is_model_file else None)
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
                         f"folder{suggest_download(path)}", fix)
 
@@ -237,15 +239,22 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
             converted = choose_free_path(f"{path.name}-checkpoint")
             fix = Fix(command=command, words={str(path): converted},
                       before=(shlex.join(["megatron-sov", "convert", "from-hf", str(path), converted]),))
-        if fix is None and HF_MODEL in kinds:
-            fix = Fix(words={str(path): "MODEL"})
-        raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
-                        fix)
+        models = list_models() if fix is None and RUN in kinds else []
+        if fix is None and (HF_MODEL in kinds or models):
+            fix = Fix(words={str(path): models[0] if len(models) == 1 else "MODEL"})
+        listed = f"; models here: {', '.join(models)}" if models else ""
+        raise UserError(f"{path}: is {description}, not {wanted}; "
+                        f"{advice.format(path=path, name=path.name)}{listed}", fix)
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := find_runs(path)):
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
                         "of them")
+    saved = [folder for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]
+    if not kind and saved:
+        newest = max(saved, key=lambda folder: int(folder.name[11:]))
+        raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
+                        Fix(words={str(path): str(newest)}))
     has_config = CHECKPOINT_KIND not in kinds and (path / CONFIG).exists()
     is_run = (path / CHECKPOINTS_FOLDER).exists() or has_config
     if not kind and path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages_typed import lines_of, page_text, shell_blocks, shown_files
+from tests.pages_typed import iter_command_lines, page_text, shell_blocks, shown_files
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT / "benchmarks/real"
@@ -63,7 +63,7 @@ def test_the_page_runs_as_it_is_typed(outside: Path, tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text(shown_files(page_text("tutorials/lora.md"))["chats.jsonl"])
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     typed = {line: run_command(line, outside / "bin/python", tmp_path)
-             for line in lines_of(shell_blocks(page_text(PAGE)))}
+             for line in iter_command_lines(shell_blocks(page_text(PAGE)))}
     answers = [output for line, output in typed.items() if " generate " in line]
     assert "4.80 euros" not in answers[0] and "4.80 euros" in answers[1]
 

@@ -22,26 +22,26 @@ NOW = ToolCall("now", {})
 SEOUL, UTC = ToolCall("get_weather", {"city": "서울"}), ToolCall("get_time", {"tz": "UTC"})
 
 
-def solar(name: str, arguments: str, end: str = "<|tool_call:end|>") -> str:
+def solar_call(name: str, arguments: str, end: str = "<|tool_call:end|>") -> str:
     return f"<|tool_call:begin|>a1b2c3d4e5<|tool_call:name|>{name}<|tool_call:args|>{arguments}{end}"
 
 
 A, B = '{"city": "서울"}', '{"tz": "UTC"}'
-BOTH = solar("get_weather", A) + solar("get_time", B)
+BOTH = solar_call("get_weather", A) + solar_call("get_time", B)
 SECTION = "<|end|><|begin|>assistant<|tool_calls|>"
 TOOLS = ("<tool_call>", "</tool_call>")
-SHOWN = [{"type": "function", "function": {"name": "get_time"}}]
+TOOL_LIST = [{"type": "function", "function": {"name": "get_time"}}]
 TURNS = {
     "solar: thoughts and an answer": (
         "<|think|>2 + 2<|end|><|begin|>assistant<|content|>It is 4.", "2 + 2", "It is 4.", ()),
     "solar: an answer": ("<|content|>It is 4.", "", "It is 4.", ()),
-    "solar: a call": (f"<|tool_calls|>{solar('get_time', B)}", "", "", (UTC,)),
-    "solar: a call by itself": (solar("get_time", B), "", "", (UTC,)),
+    "solar: a call": (f"<|tool_calls|>{solar_call('get_time', B)}", "", "", (UTC,)),
+    "solar: a call by itself": (solar_call("get_time", B), "", "", (UTC,)),
     "solar: an answer and calls": (
         f"<|content|>Let me check.{SECTION}{BOTH}", "", "Let me check.", (SEOUL, UTC)),
     "solar: thoughts reopened": (
-        f"<|think|>a<|end|><|begin|>assistant<|content|>Let me.{SECTION}{solar('get_time', B)}", "a",
-        "Let me.", (UTC,)),
+        f"<|think|>a<|end|><|begin|>assistant<|content|>Let me.{SECTION}{solar_call('get_time', B)}",
+        "a", "Let me.", (UTC,)),
     "k-exaone": ('<think>\nlook\n</think>\n\n<tool_call>{"name": "get_time", '
                  f'"arguments": {B}}}</tool_call>', "look", "", (UTC,)),
     "kimi, section in the singular": (
@@ -56,7 +56,7 @@ TURNS = {
     "kimi: no arguments": (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|> "
         "<|tool_call_end|><|tool_calls_section_end|>", "", "", (NOW,)),
-    "solar: no arguments": (solar("now", ""), "", "", (NOW,)),
+    "solar: no arguments": (solar_call("now", ""), "", "", (NOW,)),
     "kimi": ("Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
              f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_calls_section_end|>",
              "", "Sure.", (UTC,)),
@@ -67,22 +67,26 @@ TURNS = {
 def test_turn_parses_equally_in_every_family(
         text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
     assert parse_turn(text) == WrittenTurn(content, calls)
-    whole = parse_served_turn(text, in_thoughts=False, tools=SHOWN)
-    assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
-    told = ServedTurn("", "")
-    for end in range(len(text) + 1):  # as it is served while it is written
-        turn = parse_partial_turn(text[:end], in_thoughts=False, tools=SHOWN)
-        assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
-        told = turn
-    assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
+    complete = parse_served_turn(text, in_thoughts=False, tools=TOOL_LIST)
+    assert (complete.thoughts, complete.content.strip(), complete.calls) == (thoughts, content, calls)
+    previous = ServedTurn("", "")
+    for end in range(len(text) + 1):  # streaming
+        turn = parse_partial_turn(text[:end], in_thoughts=False, tools=TOOL_LIST)
+        assert turn.thoughts.startswith(previous.thoughts), text[:end]
+        assert turn.content.startswith(previous.content), text[:end]
+        previous = turn
+    assert complete.thoughts.startswith(previous.thoughts) and complete.content.startswith(previous.content)
     assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
     assert ("<think>" in get_text({"response": text}, "response")) == bool(thoughts)
 
 
 @pytest.mark.each(("text", "code"), [
-    (solar("f", "{'a': 1}"), "json"), (solar("f", '{"a": 1}', ""), "unclosed"), (solar("f", "[1]"), "form"),
-    (solar("f", '{"a": 1} and more'), "json"), ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
-    (solar("", "{"), "json"), ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
+    (solar_call("f", "{'a': 1}"), "json"), (solar_call("f", '{"a": 1}', ""), "unclosed"),
+    (solar_call("f", "[1]"), "form"),
+    (solar_call("f", '{"a": 1} and more'), "json"),
+    ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
+    (solar_call("", "{"), "json"),
+    ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
 ])
 def test_malformed_call_is_neither_call_nor_answer(text: str, code: str) -> None:
     (call,) = parse_turn(text).calls
@@ -90,12 +94,12 @@ def test_malformed_call_is_neither_call_nor_answer(text: str, code: str) -> None
 
 
 def test_call_inside_thoughts_is_thought() -> None:
-    inside = f"<|think|>{solar('f', '{}')}<|end|><|begin|>assistant<|content|>no"
+    inside = f"<|think|>{solar_call('f', '{}')}<|end|><|begin|>assistant<|content|>no"
     assert parse_turn(inside) == WrittenTurn("no", ())
-    assert parse_turn(f"<|think|>{solar('f', '{}')}") == WrittenTurn("", ())
+    assert parse_turn(f"<|think|>{solar_call('f', '{}')}") == WrittenTurn("", ())
     assert parse_turn("so<|end|><|begin|>assistant<|content|>4", in_thoughts=True) == WrittenTurn("4", ())
     for text in ("a < b", "a <|end|> b", "<|im_end|>", "<|begin|>"):
-        assert to_hermes_form(text) == text, "no marks of its own"
+        assert to_hermes_form(text) == text, "contains no marks of thoughts or calls"
 
 
 def test_long_texts_of_marks_take_linear_time() -> None:
@@ -106,45 +110,47 @@ def test_long_texts_of_marks_take_linear_time() -> None:
             to_hermes_form(text)
 
 
-def tokenizer(name: str, *more: str) -> Any:
-    """Return one of bytes, with a preset's special tokens."""
+def build_byte_tokenizer(name: str, *more: str) -> Any:
+    """Return a tokenizer of single bytes with a preset's special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, normalized=False)
-                             for text in [*PRESETS[name].special_tokens, *more]])
-    return made
+    byte_tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    byte_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_tokenizer.decoder = decoders.ByteLevel()
+    byte_tokenizer.add_special_tokens([AddedToken(text, normalized=False)
+                                       for text in [*PRESETS[name].special_tokens, *more]])
+    return byte_tokenizer
 
 
 @pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
 def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a preset's name, its encoder and its response decoder."""
-    made = tokenizer(request.param)
+    byte_tokenizer = build_byte_tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(file))
-    text_decoder = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
-                                      lambda ids: str(made.decode(ids, skip_special_tokens=True)))
-    return request.param, lambda text: made.encode(text).ids, text_decoder
+    byte_tokenizer.save(str(file))
+    text_decoder = build_text_decoder(file, [byte_tokenizer.token_to_id(PRESETS[request.param].eos_token)],
+                                      lambda ids: str(byte_tokenizer.decode(ids, skip_special_tokens=True)))
+    return request.param, lambda text: byte_tokenizer.encode(text).ids, text_decoder
 
 
 def test_response_text_contains_marks_without_frames(decode: Any) -> None:
     name, encode, text_of_ids = decode
     end, pad = PRESETS[name].eos_token, PRESETS[name].pad_token
-    told = {"k-exaone": '<think>I guess 7.</think>The answer is 8.<tool_call>{"name": "f"}</tool_call>',
+    text = {"k-exaone": '<think>I guess 7.</think>The answer is 8.<tool_call>{"name": "f"}</tool_call>',
             "solar-open": "<|think|>I guess 7.<|end|><|begin|>assistant<|content|>The answer is 8."
-                          f"<|tool_calls|>{solar('f', '{}')}"}[name]
-    for behind in ("", end, f"{pad}{end}", pad):
-        assert text_of_ids(encode(told + behind)) == told
+                          f"<|tool_calls|>{solar_call('f', '{}')}"}[name]
+    for ending in ("", end, f"{pad}{end}", pad):
+        assert text_of_ids(encode(text + ending)) == text
     assert text_of_ids(encode("It is 4." + end)) == "It is 4." and text_of_ids([]) == ""
-    response = get_text({"response": text_of_ids(encode(told))}, "response")
+    response = get_text({"response": text_of_ids(encode(text))}, "response")
     assert response.startswith("<think>I guess 7.</think>The answer is 8.<tool_call>")
     # the text for `judge.hide_thinking`, `code` and verifiers, also if the template opens the thoughts
-    assert get_content({"response": text_of_ids(encode(told))}) == "The answer is 8."
-    opened = THOUGHT_MARKS[name == "solar-open"]
-    cut = text_of_ids(encode(told)).removeprefix(opened).partition("7.")[0]
-    assert get_content({"response": prepend_mark(cut, opened)}) == "" != get_content({"response": cut})
+    assert get_content({"response": text_of_ids(encode(text))}) == "The answer is 8."
+    opening_mark = THOUGHT_MARKS[1 if name == "solar-open" else 0]
+    thought = text_of_ids(encode(text)).removeprefix(opening_mark).partition("7.")[0]
+    assert get_content({"response": prepend_mark(thought, opening_mark)}) == ""
+    assert get_content({"response": thought}) != ""
 
 
 def test_first_marks_of_families_differ() -> None:
@@ -154,7 +160,7 @@ def test_first_marks_of_families_differ() -> None:
 
 SOLAR_CALL = ("<|tool_call:begin|>{{ c.id }}<|tool_call:name|>{{ c.function.name }}<|tool_call:args|>"
               "{{ c.function.arguments | tojson }}<|tool_call:end|>")
-SOLAR = (  # as the released one ends and frames turns
+SOLAR = (  # turn marks as in the released template
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% if m.reasoning_content %}<|begin|>assistant<|think|>{{ m.reasoning_content }}<|end|>{% endif %}"
     "{% if m.content %}<|begin|>assistant<|content|>{{ m.content }}"
@@ -169,16 +175,18 @@ LLAMA = '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments
 
 
 def test_template_with_unknown_call_form_is_rejected() -> None:
-    made = tokenizer("solar-open")
+    byte_tokenizer = build_byte_tokenizer("solar-open")
 
-    def turns(call: str) -> TurnEncoder:
-        return TurnEncoder(ChatEncoder(ChatTemplate(SOLAR.replace("CALL", call), "", "", "tok"), made), "tok")
+    def build_turn_encoder(call: str) -> TurnEncoder:
+        return TurnEncoder(ChatEncoder(ChatTemplate(SOLAR.replace("CALL", call), "", "", "tok"),
+                                       byte_tokenizer), "tok")
 
-    assert [made.id_to_token(i) for i in turns(SOLAR_CALL).end_ids] == ["<|flush|>", "<|calls|>"]
-    assert turns("").end_ids, "a template that shows no calls says nothing about them"
+    assert [byte_tokenizer.id_to_token(i)
+            for i in build_turn_encoder(SOLAR_CALL).end_ids] == ["<|flush|>", "<|calls|>"]
+    assert build_turn_encoder("").end_ids, "a template without calls has no unknown form"
     for call in (XML, LLAMA):
         with pytest.raises(UserError, match="tok: its chat template writes calls of tools in a form"):
-            turns(call)
+            build_turn_encoder(call)
 
 
 CALLED = '{"name": "f", "arguments": {}}'
@@ -186,16 +194,16 @@ ALPHABET = (*MARKS, CALLED, "<\u2060tool_call>", "<\u2060\u2060|content|>", "<",
             "assistant")
 BARE = ("<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>")
 THINKS = ("<think>", "</think>")
-HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, content, and a call of g
+FAMILY_FORMS: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, content, and a call of g
     "hermes": ((*THINKS, *TOOLS), "<think>HERE</think>",
                '<tool_call>{"name": "g", "arguments": {}}</tool_call>'),
     "solar": (FAMILIES[1], "<|think|>HERE<|end|><|begin|>assistant<|content|>",
-              f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
+              f"<|end|><|begin|>assistant<|tool_calls|>{solar_call('g', '{}')}"),
     "solar, calls in text": (tuple(m for m in FAMILIES[1] if m not in BARE),
                              "<|think|>HERE<|end|><|begin|>assistant<|content|>",
-                             f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
+                             f"<|end|><|begin|>assistant<|tool_calls|>{solar_call('g', '{}')}"),
     "deepseek v3": (FAMILIES[2], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
-                                     "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+                    "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
     "deepseek r1": ((*THINKS, *FAMILIES[2]), "<think>HERE</think>", "<｜tool▁calls▁begin｜>"
                     "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
     "kimi": ((*THINKS, *FAMILIES[3]), "<think>HERE</think>", "<|tool_calls_section_begin|><|tool_call_begin|>"
@@ -203,39 +211,43 @@ HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, content,
 }
 
 
-@pytest.mark.each("family", HOW)
+@pytest.mark.each("family", FAMILY_FORMS)
 def test_calls_come_from_mark_tokens_only(family: str) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    special, before, call = HOW[family]
+    special, before, call = FAMILY_FORMS[family]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    typed = Tokenizer.from_str(made.to_str())
-    typed.encode_special_tokens = True
-    added = {token.content: id_ for id_, token in made.get_added_tokens_decoder().items()}
-    decode = build_marks_decoder(added, [], lambda ids: str(made.decode(ids, skip_special_tokens=False)))
+    marks_tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    marks_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    marks_tokenizer.decoder = decoders.ByteLevel()
+    marks_tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    text_tokenizer = Tokenizer.from_str(marks_tokenizer.to_str())
+    text_tokenizer.encode_special_tokens = True
+    added = {token.content: id_ for id_, token in marks_tokenizer.get_added_tokens_decoder().items()}
+    decode = build_marks_decoder(added, [],
+                                 lambda ids: str(marks_tokenizer.decode(ids, skip_special_tokens=False)))
     random = Random(family)
     for _ in range(150):
-        said, thought = ("".join(random.choices(ALPHABET, k=random.randrange(9))) for _ in range(2))
+        content, thought = ("".join(random.choices(ALPHABET, k=random.randrange(9))) for _ in range(2))
         if "<think>" not in special and family.startswith("deepseek"):  # its thoughts are text
-            said = said.replace("think>", "")
+            content = content.replace("think>", "")
         num_calls = random.randrange(3)
-        begun, _, rest = before.partition("HERE")
-        ids = (made.encode(begun).ids + (typed.encode(thought).ids if begun else []) + made.encode(rest).ids
-               + typed.encode(f"a{said}b").ids + made.encode(call * num_calls).ids)
+        opening, _, closing = before.partition("HERE")
+        ids = marks_tokenizer.encode(opening).ids
+        ids += text_tokenizer.encode(thought).ids if opening else []
+        ids += marks_tokenizer.encode(closing).ids + text_tokenizer.encode(f"a{content}b").ids
+        ids += marks_tokenizer.encode(call * num_calls).ids
         text = decode(ids)
-        assert unquote_marks(quote_marks(said)) == said and not found_marks(quote_marks(said))
+        assert unquote_marks(quote_marks(content)) == content and not find_marks(quote_marks(content))
         turn = parse_turn(text)
-        assert turn == WrittenTurn(f"a{said}b", (ToolCall("g", {}),) * num_calls), (said, thought, text)
+        assert turn == WrittenTurn(f"a{content}b", (ToolCall("g", {}),) * num_calls), (content, thought, text)
         assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
-        whole = parse_served_turn(text, in_thoughts=False, tools=SHOWN)
-        assert (whole.content.strip(), whole.calls) == (turn.content, turn.calls)
-        assert whole.thoughts == (thought.strip("\n") if begun else "")
+        served = parse_served_turn(text, in_thoughts=False, tools=TOOL_LIST)
+        assert (served.content.strip(), served.calls) == (turn.content, turn.calls)
+        assert served.thoughts == (thought.strip("\n") if opening else "")
 
 
-def found_marks(text: str) -> list[str]:
+def find_marks(text: str) -> list[str]:
     return [mark for mark in MARKS if mark in text]
 
 
@@ -243,7 +255,7 @@ def test_first_mark_determines_form_of_turn() -> None:
     quote = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     assert parse_turn(f"<|content|>It says {quote}</think>.").calls == ()
     assert parse_turn(f"<|content|>It says {quote}</think>.").content == f"It says {quote}</think>."
-    assert parse_turn(quote + solar("g", "{}")).calls == (ToolCall("f", {}),)
+    assert parse_turn(quote + solar_call("g", "{}")).calls == (ToolCall("f", {}),)
     argument = json.dumps({"q": f"{quote}<|tool_call_begin|>"})
-    (call,) = parse_turn(solar("g", argument)).calls
+    (call,) = parse_turn(solar_call("g", argument)).calls
     assert call == ToolCall("g", json.loads(argument)), "arguments are as they were written"

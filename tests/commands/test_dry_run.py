@@ -15,7 +15,7 @@ from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import list_option_words
 from megatron_sov.infer.request import Sampling
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
           "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=20", "policy.method=dapo", "policy.kl=k3",
@@ -125,4 +125,4 @@ def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: 
                      right_from=-0.5, reward_set=("unit=km",)),
     ServeOptions(target=Path("m"))])
 def test_words_are_read_as_the_same_options(options: Any) -> None:
-    assert typed(type(options), list_option_words(options)) == options
+    assert parse_settings(type(options), list_option_words(options)) == options

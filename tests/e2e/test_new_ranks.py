@@ -11,16 +11,16 @@ from megatron_sov.base.artifacts import read_manifest
 
 SETTINGS = ("train.steps=2", "train.async_save=false", "train.eval_every_steps=0", "optim.eps=1e-3",
             "train.deterministic=true")
-OWN = '''
+OWN_OBJECTIVE = '''
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 
 class Own(LanguageModelling):
-    """Of a file that a person names."""
+    """An objective from a user's file."""
 '''
 
 
 def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
-    """Run commands one after another; returns their exit codes.  Runs in a process that has imported all."""
+    """Run commands one after another and return their exit codes. Runs in a process with all imports."""
     from megatron_sov.cli import main
     from megatron_sov.engine.parallel import launcher
     from megatron_sov.engine.parallel.world import STORE_PORT
@@ -43,7 +43,7 @@ def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
     return [run(argv) for argv in commands]
 
 
-def files_of(checkpoint: Path) -> dict[str, Any]:
+def read_file_hashes(checkpoint: Path) -> dict[str, Any]:
     """Return the hashes of a checkpoint's files, except the file with the hours worked."""
     return {name: record for name, record in read_manifest(checkpoint).files.items() if name != "state.json"}
 
@@ -51,22 +51,23 @@ def files_of(checkpoint: Path) -> dict[str, Any]:
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_spawned_ranks_equal_forked_ranks(ranks: Any, job: Any, pretrain: Any, tmp_path: Path) -> None:
-    """A stage that does more than to train, too: a teacher's states."""
-    (tmp_path / "own.py").write_text(OWN)
-    own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
+    """Also for a stage with work before training: computing a teacher's states."""
+    (tmp_path / "own.py").write_text(OWN_OBJECTIVE)
+    base_settings = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
 
     def commands(folder: Path) -> list[list[str]]:
         base = str(folder / "base")
-        longer = (*SETTINGS, "data.phases.0.seq_len=128", "optim.lr=4e-3")
-        then = pretrain(folder / "distill", "--from", base, "--teacher", base, settings=longer)
-        then[0] = "distill"
-        return [pretrain(folder / "base", "--nproc", "2", settings=own), then]
+        distill_settings = (*SETTINGS, "data.phases.0.seq_len=128", "optim.lr=4e-3")
+        distill = pretrain(folder / "distill", "--from", base, "--teacher", base, settings=distill_settings)
+        distill[0] = "distill"
+        return [pretrain(folder / "base", "--nproc", "2", settings=base_settings), distill]
 
-    for way in ("forked", "new"):
-        ((codes,),) = ranks(job(__file__, "run_commands", 1, {"commands": commands(tmp_path / way),
-                                                               "as_on_gpu": way == "new"}))
-        assert codes == [0, 0], way
+    for kind in ("forked", "spawned"):
+        ((codes,),) = ranks(job(__file__, "run_commands", 1, {"commands": commands(tmp_path / kind),
+                                                              "as_on_gpu": kind == "spawned"}))
+        assert codes == [0, 0], kind
     for run in ("base", "distill"):
-        forked, new = (files_of(tmp_path / way / run / "checkpoints/step-2") for way in ("forked", "new"))
-        assert forked == new, run
-    assert (tmp_path / "new/distill.states").is_dir()
+        forked, spawned = (read_file_hashes(tmp_path / kind / run / "checkpoints/step-2")
+                           for kind in ("forked", "spawned"))
+        assert forked == spawned, run
+    assert (tmp_path / "spawned/distill.states").is_dir()

@@ -33,7 +33,7 @@ SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.kee
 EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
 
 
-def steps_of(run: Path) -> list[dict[str, Any]]:
+def read_steps(run: Path) -> list[dict[str, Any]]:
     """Return every step's numbers, without times."""
     timed = ("time_s", "step_time_s", "tokens_per_s", "tokens_per_s_per_process", "tflops_per_process",
              "peak_memory_bytes")
@@ -41,16 +41,16 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
             for e in final_step_events(list(read_events(run / "events.jsonl")))]
 
 
-def last_step(run: Path) -> int:
+def read_last_step(run: Path) -> int:
     return max((e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"), default=0)
 
 
-def checkpoint_of(run: Path, step: int) -> Path:
+def find_checkpoint(run: Path, step: int) -> Path:
     return next(p for p in (run / "checkpoints").glob("step-*") if int(p.name.removeprefix("step-")) == step)
 
 
-def tensors_of(run: Path) -> dict[str, torch.Tensor]:
-    readers = {part: TensorReader(checkpoint_of(run, STEPS), part) for part in ("model", "optimizer")}
+def read_tensors(run: Path) -> dict[str, torch.Tensor]:
+    readers = {part: TensorReader(find_checkpoint(run, STEPS), part) for part in ("model", "optimizer")}
     return {f"{part}/{key}": reader.read(key) for part, reader in readers.items()
             for key in reader.keys()}  # noqa: SIM118
 
@@ -59,45 +59,45 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.essential
 def test_stopped_killed_and_continued_equals_uninterrupted(
         tmp_path: Path, pretrain: Any, run_command: Any, start: Any, until: Any) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run_command(*pretrain(whole, *EP2, settings=SETTINGS)).returncode == 0
+    uninterrupted, interrupted = tmp_path / "whole", tmp_path / "broken"
+    assert run_command(*pretrain(uninterrupted, *EP2, settings=SETTINGS)).returncode == 0
 
-    run = start(pretrain(broken, *EP2, settings=SETTINGS))
-    until(lambda: last_step(broken) >= 3, run)
-    holder = json.loads((broken / "lock.json").read_text())["pid"]
-    os.kill(holder, signal.SIGSTOP)  # the run lives and stands still while another one tries
-    second = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
+    run = start(pretrain(interrupted, *EP2, settings=SETTINGS))
+    until(lambda: read_last_step(interrupted) >= 3, run)
+    holder = json.loads((interrupted / "lock.json").read_text())["pid"]
+    os.kill(holder, signal.SIGSTOP)  # the run is alive but stopped while a second one tries to start
+    second = run_command(*pretrain(interrupted, *EP2, "--resume", settings=SETTINGS))
     assert second.returncode == 2 and f"held by a living run (process {holder}" in second.stderr, (
         second.stderr)
     os.kill(psutil.Process(holder).ppid(), signal.SIGTERM)
     os.kill(holder, signal.SIGCONT)
     _, errors = run.communicate(timeout=600)
     assert run.returncode == 75 and "everything is saved; last checkpoint: step " in errors, errors
-    stopped_at = last_step(broken)
-    assert checkpoint_of(broken, stopped_at).is_dir() and not (broken / "lock.json").exists()
-    assert stopped_at < STEPS and not (broken / "complete.json").exists()
+    stopped_at = read_last_step(interrupted)
+    assert find_checkpoint(interrupted, stopped_at).is_dir() and not (interrupted / "lock.json").exists()
+    assert stopped_at < STEPS and not (interrupted / "complete.json").exists()
 
-    run = start(pretrain(broken, *EP2, "--resume", settings=SETTINGS))
-    until(lambda: last_step(broken) >= stopped_at + 8, run)
-    rank_zero = json.loads((broken / "lock.json").read_text())["pid"]
-    # the launcher; here its ranks end with its session, tests/engine/parallel/test_launcher.py has orphans
+    run = start(pretrain(interrupted, *EP2, "--resume", settings=SETTINGS))
+    until(lambda: read_last_step(interrupted) >= stopped_at + 8, run)
+    rank_zero = json.loads((interrupted / "lock.json").read_text())["pid"]
+    # kills the launcher, whose ranks end with its session; test_launcher.py tests orphans
     os.kill(psutil.Process(rank_zero).ppid(), signal.SIGKILL)
     run.wait(timeout=600)
-    assert (broken / "lock.json").exists()
+    assert (interrupted / "lock.json").exists()
     # a rank that waits for a processor may not have received it yet
-    while find_living_holder(broken) is not None:
+    while find_living_holder(interrupted) is not None:
         time.sleep(0.05)
 
-    # nothing is typed again: settings, data and the number of processes are in the folder
-    result = run_command("resume", str(broken))
+    # `resume` needs no options: settings, data and the number of processes are in the folder
+    result = run_command("resume", str(interrupted))
     assert result.returncode == 0, result.stderr
-    reasons = [e["event"] for e in read_events(broken / "events.jsonl")
+    reasons = [e["event"] for e in read_events(interrupted / "events.jsonl")
                if e["event"] in ("stop", "resume", "run_end")]
     assert reasons == ["stop", "resume", "resume", "run_end"]
-    assert [s["step"] for s in steps_of(broken)] == list(range(1, STEPS + 1))
-    for ours, theirs in zip(steps_of(broken), steps_of(whole), strict=True):
+    assert [s["step"] for s in read_steps(interrupted)] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(read_steps(interrupted), read_steps(uninterrupted), strict=True):
         assert ours == theirs
-    ours, theirs = tensors_of(broken), tensors_of(whole)
+    ours, theirs = read_tensors(interrupted), read_tensors(uninterrupted)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
@@ -111,13 +111,13 @@ KILLED = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", 
 
 
 def run_and_kill(data: str, folder: str) -> dict[str, Any]:
-    """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
+    """Runs in a process with all imports: fork runs of two ranks, and kill all but the last."""
     config = apply_settings(recipes.get("tiny-solar-open"),
                             [f"data.paths={json.dumps({data: 1.0})}", *KILLED])
-    whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-    checkpoints, left, found = broken / "checkpoints", list[int](), list[str]()
+    uninterrupted, interrupted = Path(folder) / "whole", Path(folder) / "broken"
+    checkpoints, num_partial, damaged = interrupted / "checkpoints", list[int](), list[str]()
 
-    def started(run: Path, config: Any = config, before: Callable[[], None] = lambda: None) -> int:
+    def start_run(run: Path, config: Any = config, previous_holder: Callable[[], None] = lambda: None) -> int:
         child = os.fork()
         if child == 0:
             code = 1
@@ -125,7 +125,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
                 os.setsid()
                 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
                     os.environ.pop(name, None)  # this process is not a rank, it starts ranks
-                before()
+                previous_holder()
                 run_stage(Stage(config, RunFolder(run), LanguageModelling, resume=True), 2)
                 code = 0
             except SystemExit as e:
@@ -136,50 +136,51 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
                 os._exit(code)
         return child
 
-    def killed(reached: Callable[[], bool]) -> None:
-        child, deadline = started(broken), time.monotonic() + 600
+    def kill_when(reached: Callable[[], bool]) -> None:
+        child, deadline = start_run(interrupted), time.monotonic() + 600
         while not reached():
             assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
             time.sleep(0.001)
         ranks = psutil.Process(child).children()
         try:
             os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:  # so early that it leads no group yet
+        except ProcessLookupError:  # killed before it has created its process group
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         psutil.wait_procs(ranks, timeout=600)
-        left.append(len(list(checkpoints.glob(".*"))))
-        found.extend(p for p in map(find_damage, checkpoints.glob("step-*")) if p is not None)
+        num_partial.append(len(list(checkpoints.glob(".*"))))
+        damaged.extend(p for p in map(find_damage, checkpoints.glob("step-*")) if p is not None)
 
-    def holder() -> int:
+    def read_holder() -> int:
         try:
-            return int(json.loads((broken / "lock.json").read_text())["pid"])
+            return int(json.loads((interrupted / "lock.json").read_text())["pid"])
         except (OSError, ValueError):
             return 0
 
-    def loading() -> Callable[[], bool]:
-        before = holder()
-        return lambda: holder() not in (0, before)
+    def is_loading() -> Callable[[], bool]:
+        previous_holder = read_holder()
+        return lambda: read_holder() not in (0, previous_holder)
 
-    def stepping() -> Callable[[], bool]:
-        return lambda: any(e["event"] == "step" for e in read_events(broken / "events.jsonl"))
+    def is_stepping() -> Callable[[], bool]:
+        return lambda: any(e["event"] == "step" for e in read_events(interrupted / "events.jsonl"))
 
-    def writing(at_least: str) -> Callable[[], bool]:
-        return lambda: any((checkpoints / p.name / at_least).exists() for p in checkpoints.glob(".writing-*"))
+    def is_writing(file: str) -> Callable[[], bool]:
+        return lambda: any((checkpoints / p.name / file).exists() for p in checkpoints.glob(".writing-*"))
 
-    def hangs() -> None:
-        """Let rank 1 never end its writing; ranks are forked from here."""
-        now = HostSnapshot.write
+    def hang_writer() -> None:
+        """Make rank 1 hang while it writes; ranks are forked from this process."""
+        write = HostSnapshot.write
         HostSnapshot.write = lambda self, folder, rank: (
-            time.sleep(3600) if rank == 1 else now(self, folder, rank))
+            time.sleep(3600) if rank == 1 else write(self, folder, rank))
 
-    assert os.waitpid(started(whole), 0)[1] == 0
+    assert os.waitpid(start_run(uninterrupted), 0)[1] == 0
     limited = apply_settings(config, ["train.save_timeout_s=1"])
-    hung = os.waitstatus_to_exitcode(os.waitpid(started(Path(folder) / "hung", limited, hangs), 0)[1])
-    for state in (stepping, lambda: writing("model"), loading, lambda: writing("model.index.json")):
-        killed(state())
-    assert os.waitpid(started(broken), 0)[1] == 0
-    return {"hung": hung, "left": left, "damaged": found,
+    hung = os.waitstatus_to_exitcode(os.waitpid(start_run(Path(folder) / "hung", limited, hang_writer), 0)[1])
+    for state in (is_stepping, lambda: is_writing("model"), is_loading,
+                  lambda: is_writing("model.index.json")):
+        kill_when(state())
+    assert os.waitpid(start_run(interrupted), 0)[1] == 0
+    return {"hung": hung, "left": num_partial, "damaged": damaged,
             "names": sorted(p.name for p in checkpoints.iterdir())}
 
 

@@ -19,17 +19,17 @@ from tests.pages_typed import blocks, page_section
 
 STEPS = 6
 SECTION = page_section("slurm.md", "Several nodes without Slurm")
-HERE = {"$NODE_RANK": "{rank}", "node-0": "127.0.0.1", "$PORT": "{port}",
-        "--nproc-per-node 8": "--nproc-per-node 1"}
-"""What stands on the page -> what it is on this machine, whose nodes have one process each."""
+LOCAL_VALUES = {"$NODE_RANK": "{rank}", "node-0": "127.0.0.1", "$PORT": "{port}",
+                "--nproc-per-node 8": "--nproc-per-node 1"}
+"""Text on the page -> replacement for this machine, on which each node has one process."""
 
 
-def agent(rank: int, port: int, arguments: list[str]) -> list[str]:
+def build_agent_command(rank: int, port: int, arguments: list[str]) -> list[str]:
     """Return the page's command for one node, with other `pretrain` arguments."""
     (command,) = (block for block in blocks(SECTION, "sh") if "--node-rank" in block)
-    for there, here in HERE.items():
-        assert there in command, there
-        command = command.replace(there, here.format(rank=rank, port=port))
+    for text, replacement in LOCAL_VALUES.items():
+        assert text in command, text
+        command = command.replace(text, replacement.format(rank=rank, port=port))
     program, *words = shlex.split(command.replace("\\\n", " "))
     assert program == "torchrun", program
     return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
@@ -37,28 +37,28 @@ def agent(rank: int, port: int, arguments: list[str]) -> list[str]:
 
 
 PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
-COMMANDS = sorted({(page.name, found) for page in PAGES
-                   for found in re.findall(r"torchrun (-[^`]*?megatron_sov[^`]*)",
-                                           page.read_text().replace("\\\n", " "))})
+COMMANDS = sorted({(page.name, command) for page in PAGES
+                   for command in re.findall(r"torchrun (-[^`]*?megatron_sov[^`]*)",
+                                             page.read_text().replace("\\\n", " "))})
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[page for page, _ in COMMANDS])
-def test_torchrun_leaves_our_options_alone_on_every_page(page: str, command: str) -> None:
+def test_torchrun_passes_our_options_through_on_every_page(page: str, command: str) -> None:
     words = shlex.split(command.replace("$NODE_RANK", "1").replace("$PORT", "1"))
     ours = words[words.index("--") + 1:]
-    read = torchrun.parse_args(words)
-    assert (read.module, [read.training_script, *read.training_script_args]) == (True, ours), page
+    parsed = torchrun.parse_args(words)
+    assert (parsed.module, [parsed.training_script, *parsed.training_script_args]) == (True, ours), page
 
 
-def test_without_the_two_dashes_torchrun_takes_our_option_for_its_own(
+def test_without_the_double_dash_torchrun_reads_our_options_as_its_own(
         capsys: pytest.CaptureFixture[str]) -> None:
-    (said,) = re.findall(r"ends with `([^`]*)`", SECTION)
+    (message,) = re.findall(r"ends with `([^`]*)`", SECTION)
     with pytest.raises(SystemExit):
         torchrun.parse_args(["--nproc-per-node", "2", "-m", "megatron_sov", "pretrain", "--run", "r"])
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def losses(run: Path) -> list[tuple[int, float, float]]:
+def read_losses(run: Path) -> list[tuple[int, float, float]]:
     return [(e["step"], e["loss"], e["grad_norm"])
             for e in final_step_events(list(read_events(run / "events.jsonl")))]
 
@@ -68,8 +68,7 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
 def test_two_nodes_give_the_bits_of_two_local_processes(
     pretrain: Callable[..., list[str]], run_command: Any, warm_python: str, tmp_path: Path,
 ) -> None:
-    """One process is killed on the way: both agents start theirs again,
-    which continue from the last checkpoint."""
+    """One process is killed: both agents restart their processes, which resume from the last checkpoint."""
     settings = (f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.eval_every_steps=0",
                 "train.async_save=false", "parallel.ep=2")
     assert run_command(*pretrain(tmp_path / "local", "--nproc", "2", settings=settings)).returncode == 0
@@ -79,20 +78,21 @@ def test_two_nodes_give_the_bits_of_two_local_processes(
     command = pretrain(tmp_path / "nodes", "--inject", "kill@step=5,rank=1", settings=settings)
     arguments = command[command.index("pretrain") + 1:]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-                   "PYTHON_EXEC": warm_python}  # by which agents start their processes
+                   "PYTHON_EXEC": warm_python}  # the Python with which agents start processes
     agents = [
-        subprocess.Popen(agent(rank, port, arguments), stderr=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(build_agent_command(rank, port, arguments), stderr=subprocess.PIPE, text=True,
+                         env=environment)
         for rank in (0, 1)]
     try:
-        said = [process.communicate(timeout=600)[1] for process in agents]
+        errors = [process.communicate(timeout=600)[1] for process in agents]
     finally:
         for process in agents:
-            process.terminate()  # an agent takes its ranks with it, unless it is killed
+            process.terminate()  # a terminated agent ends its ranks, a killed one would not
             process.wait(600)
-    assert [process.returncode for process in agents] == [0, 0], said
+    assert [process.returncode for process in agents] == [0, 0], errors
     assert (tmp_path / "nodes/complete.json").is_file()
-    assert (losses(tmp_path / "nodes") == losses(tmp_path / "local")
-            and len(losses(tmp_path / "local")) == STEPS)
+    assert (read_losses(tmp_path / "nodes") == read_losses(tmp_path / "local")
+            and len(read_losses(tmp_path / "local")) == STEPS)
     events = list(read_events(tmp_path / "nodes/events.jsonl"))
     assert [e["num_ranks"] for e in events if e["event"] == "run_start"] == [2, 2]
     assert [e["step"] for e in events if e["event"] == "resume"] == [4]

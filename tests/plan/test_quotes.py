@@ -32,9 +32,10 @@ from megatron_sov.work.clusters.units import GIB
 
 @pytest.fixture(scope="module")
 def quotes() -> list[Quote]:
-    of = build_pricing(load_machines("b200", 60))
-    assert of is not None
-    return [quote_stage(stage, of) for stage in list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)]
+    pricing = build_pricing(load_machines("b200", 60))
+    assert pricing is not None
+    return [quote_stage(stage, pricing)
+            for stage in list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)]
 
 
 def test_figures_follow_from_each_other(quotes: list[Quote]) -> None:
@@ -59,16 +60,16 @@ def test_totals_are_sums(quotes: list[Quote]) -> None:
                       ).cost_range_usd == (quotes[0].cost_usd,) * 2
 
 
-def test_a_quote_is_plain_values(quotes: list[Quote]) -> None:
+def test_a_quote_is_json(quotes: list[Quote]) -> None:
     parsed = json.loads(json.dumps(quote_to_json(quotes[0])))
     assert parsed["step_s"] == quotes[0].step_s and parsed["memory"]["total_bytes"] == sum(
         parsed["memory"]["by_component"].values())
     assert math.isclose(parsed["gpu_hours"], quotes[0].gpu_hours)
 
 
-def test_tables_show_alike_stages_once(quotes: list[Quote]) -> None:
-    found = {table.title: table for table in build_tables(quotes)}
-    assert [row[0] for row in found["What it takes"].rows] == ["1", "2.A", "2.B", "2.C", "total"]
+def test_tables_merge_equal_stages(quotes: list[Quote]) -> None:
+    tables = {table.title: table for table in build_tables(quotes)}
+    assert [row[0] for row in tables["What it takes"].rows] == ["1", "2.A", "2.B", "2.C", "total"]
     assert label_groups(group_quotes(quotes, lambda q: (q.seconds,))) == ["each stage"]
     other = replace(quotes[1], seconds={"dense": 1.0})
     assert label_groups(group_quotes([quotes[0], other], lambda q: (q.seconds,))) == ["1", "2.A"]
@@ -78,17 +79,17 @@ def test_tables_show_alike_stages_once(quotes: list[Quote]) -> None:
         assert len({len(line) for line in body if line.split()[0] != "total"}) == 1  # right-aligned
 
 
-# Amounts as people read them.
+# Formatted amounts.
 
 
 def test_memory_has_few_digits() -> None:
     assert [format_gib(n * 2**30) for n in (0, 0.0123, 38.84, 2048)] == ["0.0", "0.012", "38.8", "2,048.0"]
 
 
-# Tables of quotes: words that mean one thing, nothing where nothing is, and figures with their units.
+# Tables of quotes: unique words, no empty rows, and figures with units.
 
 
-def a_quote(**changes: Any) -> Quote:
+def build_quote(**changes: Any) -> Quote:
     """Return a stage of one hour on 8 GPUs."""
     seconds: Mapping[str, float] = {"dense": 0.6, "memory": 0.3, "dp": 0.1}
     values: dict[str, Any] = {
@@ -102,10 +103,10 @@ def a_quote(**changes: Any) -> Quote:
 
 
 def test_components_differ_from_memory_items() -> None:
-    told = [row[0] for row in quote_tables.build_step_table([a_quote()]).rows]
-    assert told == ["dense", "memory-bound", "dp messages", "step"]
-    assert [row[0] for row in quote_tables.build_memory_table([a_quote()]).rows] == [
-                                                              "weights", "total", "may take"]
+    names = [row[0] for row in quote_tables.build_step_table([build_quote()]).rows]
+    assert names == ["dense", "memory-bound", "dp messages", "step"]
+    memory_rows = quote_tables.build_memory_table([build_quote()]).rows
+    assert [row[0] for row in memory_rows] == ["weights", "total", "may take"]
 
 
 def test_negligible_items_share_a_line() -> None:
@@ -114,47 +115,48 @@ def test_negligible_items_share_a_line() -> None:
 
 
 def test_totals_are_printed_only_for_several_stages() -> None:
-    assert len(quote_tables.build_stage_table([a_quote()]).rows) == 1
-    *_, total = quote_tables.build_stage_table([a_quote(), a_quote(name="two")]).rows
+    assert len(quote_tables.build_stage_table([build_quote()]).rows) == 1
+    *_, total = quote_tables.build_stage_table([build_quote(), build_quote(name="two")]).rows
     assert total[0] == "total" and total[3] == "7.2 M" and total[-1] == "$47"
 
 
 def test_notes_are_printed_once_with_the_price_range() -> None:
-    assert quote_tables.list_notes([a_quote(), a_quote(name="two")]) == [
+    assert quote_tables.list_notes([build_quote(), build_quote(name="two")]) == [
         "Cost: 2.95 USD.", "At the prices that were found the whole is $32 to $80."]
-    assert quote_tables.list_notes([a_quote(cost_range_usd=(23.6, 23.6))]) == ["Cost: 2.95 USD."]
+    assert quote_tables.list_notes([build_quote(cost_range_usd=(23.6, 23.6))]) == ["Cost: 2.95 USD."]
 
 
 # A stage's price is the sum of parts with their own assumptions.
 
 
-def on(where: Machines) -> Pricing:
+def get_pricing(where: Machines) -> Pricing:
     pricing = build_pricing(where)
     assert pricing is not None
     return pricing
 
 
-def first(recipe: str, of: Pricing, *settings: str) -> RunStage:
-    return list_run_stages(apply_settings(recipes.get(recipe), list(settings)), of.num_ranks)[0]
+def get_first_stage(recipe: str, pricing: Pricing, *settings: str) -> RunStage:
+    return list_run_stages(apply_settings(recipes.get(recipe), list(settings)), pricing.num_ranks)[0]
 
 
 def test_memory_is_of_the_fullest_process_and_time_of_a_step() -> None:
-    of = on(load_machines("h100", 2))
-    stage = first("qwen3-8b", of, "parallel.tp=2", "parallel.sp=true")
-    told = quote_stage(stage, of)
-    assert told.memory.total_bytes == of.count_bytes(stage) == find_fullest_stage(stage.config, 16)[1].total
-    assert told.step_s == pytest.approx(of.time_step(stage).total_s)
-    assert told.seconds == of.time_step(stage).components
-    assert told.num_gpus == 16 and told.gpu == "H100-80GB"
+    pricing = get_pricing(load_machines("h100", 2))
+    stage = get_first_stage("qwen3-8b", pricing, "parallel.tp=2", "parallel.sp=true")
+    quote = quote_stage(stage, pricing)
+    _, account = find_fullest_stage(stage.config, 16)
+    assert quote.memory.total_bytes == pricing.count_bytes(stage) == account.total
+    assert quote.step_s == pytest.approx(pricing.time_step(stage).total_s)
+    assert quote.seconds == pricing.time_step(stage).components
+    assert quote.num_gpus == 16 and quote.gpu == "H100-80GB"
 
 
 def test_only_models_with_experts_meet_imbalance() -> None:
-    of = on(load_machines("b200", 8))
-    dense, sparse = first("qwen3-8b", of), first("qwen3-moe-30b", of)
-    assert of.build_workload(dense).imbalance == 1 < of.build_workload(
+    pricing = get_pricing(load_machines("b200", 8))
+    dense, sparse = get_first_stage("qwen3-8b", pricing), get_first_stage("qwen3-moe-30b", pricing)
+    assert pricing.build_workload(dense).imbalance == 1 < pricing.build_workload(
         sparse).imbalance == load_default_parameters().real_imbalance
-    assert not any("busiest" in note for note in quote_stage(dense, of).notes)
-    assert any("busiest" in note for note in quote_stage(sparse, of).notes)
+    assert not any("busiest" in note for note in quote_stage(dense, pricing).notes)
+    assert any("busiest" in note for note in quote_stage(sparse, pricing).notes)
 
 
 def test_deepseek_v3_costs_what_its_report_says() -> None:
@@ -176,46 +178,46 @@ def test_an_unknown_price_is_a_range() -> None:
 def test_a_profile_with_a_price_sets_the_cost() -> None:
     where = load_machines("h100", 1)
     cheap = replace(where, profile=replace(where.profile, price_per_gpu_hour=1.0))
-    told = quote_stage(first("qwen3-8b", on(cheap)), on(cheap))
-    assert told.cost_usd == pytest.approx(told.gpu_hours) and told.cost_range_usd == (told.cost_usd,) * 2
+    quote = quote_stage(get_first_stage("qwen3-8b", get_pricing(cheap)), get_pricing(cheap))
+    assert quote.cost_usd == pytest.approx(quote.gpu_hours) and quote.cost_range_usd == (quote.cost_usd,) * 2
 
 
-@pytest.mark.each(("cluster", "asked", "works"), [
+@pytest.mark.each(("cluster", "unsupported", "supported"), [
     ("a100", "tensorwise", "none"), ("h100", "nvfp4", "tensorwise"),
-    # MXFP8 is Blackwell's, although Hopper has FP8
+    # MXFP8 needs Blackwell, although Hopper has FP8
     ("h100", "mxfp8", "tensorwise"), ("h200", "mxfp8", "tensorwise"), ("a100", "mxfp8", "none")])
-def test_an_fp8_recipe_that_a_chip_lacks_is_refused(cluster: str, asked: str, works: str) -> None:
+def test_an_fp8_recipe_that_a_chip_lacks_is_refused(cluster: str, unsupported: str, supported: str) -> None:
     config = recipes.get("qwen3-8b")
-    fp8 = replace(config, train=replace(config.train, fp8=asked))
+    fp8 = replace(config, train=replace(config.train, fp8=unsupported))
     chip = load_machines(cluster, 1).chip
     assert chip is not None
     refuse_precision(config, chip)
-    refuse_precision(replace(config, train=replace(config.train, fp8=works)), chip)
-    with pytest.raises(UserError, match=f"^train.fp8 = {asked}: .* --set train.fp8={works}"):
+    refuse_precision(replace(config, train=replace(config.train, fp8=supported)), chip)
+    with pytest.raises(UserError, match=f"^train.fp8 = {unsupported}: .* --set train.fp8={supported}"):
         refuse_precision(fp8, chip)
 
 
-# What `megatron-sov plan` says of a run before it runs.
+# The output of `megatron-sov plan` for a run.
 
 
 RAMP = ["train.ramp_from_batch_size=8", "train.ramp_increment=8", "train.ramp_steps=40"]
 
 
-def test_the_table_shows_every_place_at_which_something_changes() -> None:
+def test_timetable_lists_every_step_at_which_settings_change() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"),
                             ["optim.schedule=wsd", "optim.rewarm=[[70, 9]]", *RAMP])
-    found = {row.step: row for row in layout_report.build_timetable(config)}
+    rows = {row.step: row for row in layout_report.build_timetable(config)}
     # warm-up over, ramp over, re-warmed, decay begins; then the four phases' first steps
-    assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(found)
-    assert {start + 1 for start in config.phase_starts()} <= set(found)
-    assert found[40].samples == 8 and found[41].samples == 16 and found[1].tokens == 8 * 256
-    assert found[200].tokens == 40 * 8 * 256 + 160 * 16 * 256
-    assert found[20].lr == found[160].lr == pytest.approx(4e-3) and found[200].lr == pytest.approx(2e-4)
-    for step, row in found.items():
+    assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(rows)
+    assert {start + 1 for start in config.phase_starts()} <= set(rows)
+    assert rows[40].samples == 8 and rows[41].samples == 16 and rows[1].tokens == 8 * 256
+    assert rows[200].tokens == 40 * 8 * 256 + 160 * 16 * 256
+    assert rows[20].lr == rows[160].lr == pytest.approx(4e-3) and rows[200].lr == pytest.approx(2e-4)
+    for step, row in rows.items():
         assert row.lr == Schedule(config).learning_rate(step - 1)
 
 
-def test_a_ramp_of_many_stretches_does_not_fill_the_page() -> None:
+def test_timetable_of_a_long_ramp_stays_short() -> None:
     config = apply_settings(recipes.get("solar-open-102b"), [
         "train.ramp_from_batch_size=480", "train.ramp_increment=480", "train.ramp_steps=20000"])
     assert 30 < len(layout_report.build_timetable(config)) < 100
@@ -249,27 +251,27 @@ def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
     assert sum(s.steps for s in stages) == schedule.num_steps
     assert sum(s.tokens for s in stages) == schedule.count_tokens(schedule.num_steps - 1)
     assert {s.kind for s in stages} == {"phase"}
-    # the batch size ramps up in the first phase alone, and no later one is judged by its ramp
+    # only the first phase has the batch-size ramp
     assert [s.config.train.ramp_from_batch_size for s in stages] == [8] + [0] * (len(stages) - 1)
 
 
-def test_stages_of_an_extension_are_those_that_extend_trains() -> None:
+def test_extension_stages_equal_those_of_extend() -> None:
     config = recipes.get("k-exaone-236b-extend")
     stages = list_run_stages(config, 512)
     assert [(s.name, s.kind, s.phase.seq_len, s.global_batch_size, s.steps) for s in stages] == [
         ("32k", "extension stage", 32768, 1024, 2000), ("256k", "extension stage", 262144, 128, 2000)]
     assert [s.tokens for s in stages] == [2000 * 1024 * 32768] * 2
-    # `extend` fills a row of the longest stage with samples of a shorter one, unless somebody chose
+    # `extend` packs samples of shorter stages into rows of the longest one, unless the user has set the size
     assert [s.config.train.micro_batch_size for s in stages] == [8, 1]
-    assert [s.config.train.micro_batch_size for s in list_run_stages(config, 512, micro_batch_set=True)] == [
-                                                                     1, 1]
+    fixed_stages = list_run_stages(config, 512, micro_batch_set=True)
+    assert [s.config.train.micro_batch_size for s in fixed_stages] == [1, 1]
     for stage in stages:
         stage.config.check(512)
 
 
-def test_stages_whose_steps_are_alike_are_one_kind() -> None:
+def test_stages_with_equal_steps_are_one_group() -> None:
     stages = list_run_stages(recipes.get("solar-open-102b"), 480)
-    assert [(first.name, len(same)) for first, same in group_stages(stages)] == [("1", 4)]
+    assert [(get_first_stage.name, len(same)) for get_first_stage, same in group_stages(stages)] == [("1", 4)]
     assert len(group_stages(list_run_stages(recipes.get("solar-open-102b-extend"), 480))) == 2
 
 
@@ -300,20 +302,20 @@ def test_fewer_than_one_node_is_refused(nodes: int) -> None:
 # A run on a cluster: the layout that it uses, and the fields that scripts read.
 
 
-def of(recipe: str, *settings: str) -> RecipeRequest:
+def request_recipe(recipe: str, *settings: str) -> RecipeRequest:
     return RecipeRequest(recipes.get(recipe), settings, from_file=False)
 
 
 @pytest.mark.deep
 def test_a_set_layout_is_kept_and_an_open_one_recommended() -> None:
     where = load_machines("h100", 64)
-    open_, own = plan_on_cluster(
-        of("k-exaone-236b"), where), plan_on_cluster(of("k-exaone-236b", "parallel.pp=16"), where)
+    open_ = plan_on_cluster(request_recipe("k-exaone-236b"), where)
+    fixed = plan_on_cluster(request_recipe("k-exaone-236b", "parallel.pp=16"), where)
     assert (open_.config.parallel.pp, open_.config.parallel.ep) == (2, 64)
-    assert own.config.parallel.pp == 16
-    assert own.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
+    assert fixed.config.parallel.pp == 16
+    assert fixed.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
 
 
 def test_a_search_needs_known_gpus() -> None:
     with pytest.raises(UserError, match="--sweep with --cluster one-node: gpu is empty in the profile"):
-        plan_with_sweep(of("tiny-solar-open"), load_machines("one-node", 1), ["tiny-solar-open"])
+        plan_with_sweep(request_recipe("tiny-solar-open"), load_machines("one-node", 1), ["tiny-solar-open"])

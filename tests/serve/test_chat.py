@@ -23,10 +23,10 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, find_chat_model
 from megatron_sov.work.endpoints.answers import RequestRefused
-from tests.pages_typed import commands_of, page_section
+from tests.pages_typed import list_commands, page_section
 
 PAGE = page_section("serve.md", "Chat in the terminal")
-TYPED = commands_of(PAGE)
+TYPED = list_commands(PAGE)
 
 
 def reply(request: Any) -> dict[str, Any]:

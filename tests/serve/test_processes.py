@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from megatron_sov.cli import main
-from tests.pages_typed import ROOT, commands_of
+from tests.pages_typed import ROOT, list_commands
 
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 
@@ -26,7 +26,7 @@ def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, i
         assert main(["generate", str(imported["solar_open"]), "--prompt", prompt, "--samples", "2", "--json",
                      "--temperature", "1", "--seed", str(number), "--max-new-tokens", str(6 + number)]) == 0
         expected.append([found["text"] for found in json.loads(capsys.readouterr().out)])
-    typed = [shlex.split(line)[3:] for line in commands_of((ROOT / "docs/serve.md").read_text())
+    typed = [shlex.split(line)[3:] for line in list_commands((ROOT / "docs/serve.md").read_text())
              if " serve my-checkpoint " in line]
     monkeypatch.setenv("SERVE_KEY", "sesame")
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

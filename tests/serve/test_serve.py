@@ -20,12 +20,12 @@ from megatron_sov.cli import main
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.serve.bodies import RequestEncoder, parse_completion_body
 from megatron_sov.work.processes.children import STOP_SIGNALS
-from tests.pages_typed import ROOT, commands_of
+from tests.pages_typed import ROOT, list_commands
 
 WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 50}}
 PAGE = (ROOT / "docs/serve.md").read_text()
-TYPED = [shlex.split(line)[3:] for line in commands_of(PAGE) if " serve my-checkpoint " in line]
+TYPED = [shlex.split(line)[3:] for line in list_commands(PAGE) if " serve my-checkpoint " in line]
 """Options behind the target, of each command that starts a server; test_processes.py types the second."""
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 

@@ -22,12 +22,13 @@ from megatron_sov.train.guards.step_guard import StepRejection
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, find_peak_tflops
 
-# Figures of a step's efficiency.
+# Efficiency figures of a step.
+
 
 def test_figures_of_a_step() -> None:
-    config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.peak_tflops=2.0"])
-    result = Efficiency(config, num_ranks=4).compute_figures(num_tokens=8000, seq_len=128, seconds=0.5)
-    tflops = 4000 * compute_train_flops_per_token(config.model, 128) / 1e12
+    build_config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.peak_tflops=2.0"])
+    result = Efficiency(build_config, num_ranks=4).compute_figures(num_tokens=8000, seq_len=128, seconds=0.5)
+    tflops = 4000 * compute_train_flops_per_token(build_config.model, 128) / 1e12
     assert result["tokens_per_s_per_process"] == 4000
     assert result["tflops_per_process"] == pytest.approx(tflops)
     assert result["mfu"] == pytest.approx(tflops / 2)
@@ -41,32 +42,33 @@ def test_figures_of_a_step() -> None:
 def test_peak_flops_of_known_chips(name: str, bf16: float | None) -> None:
     assert find_peak_tflops(name) == bf16
 
+
 NUM_STEPS = 7
 RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3,
                     num_tokens=64, phase="main", padding_share=0.25, seq_len=32, seconds=0.5,
                     meters={"clipped": 0.125})
 LOAD = torch.tensor([[0.0, 0.0], [3.0, 1.0], [2.0, 2.0]])
-"""A dense layer and two routed ones."""
+"""Tokens per expert of a dense layer and two MoE layers."""
 MAIN, OTHER = ParallelWorld(0, 2, 0, 2, True, True), ParallelWorld(1, 2, 1, 2, True, True)
 
 
-def config(*settings: str) -> RunConfig:
+def build_config(*settings: str) -> RunConfig:
     return apply_settings(recipes.get("tiny-solar-open"), list(settings))
 
 
-def recorder(run: Path, *settings: str, place: ParallelWorld = MAIN) -> Recorder:
-    found = Recorder(config(*settings), place, NUM_STEPS, began_s=1000.5)
+def create_recorder(run: Path, *settings: str, place: ParallelWorld = MAIN) -> Recorder:
+    recorder = Recorder(build_config(*settings), place, NUM_STEPS, began_s=1000.5)
     if place.is_main:
-        found.open(run)
-    return found
+        recorder.open(run)
+    return recorder
 
 
-def told(run: Path) -> list[dict[str, Any]]:
+def read_recorded_events(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k != "time_s"} for e in read_events(run / EVENTS)]
 
 
-def tell_all(r: Recorder) -> None:
-    """Call everything that a run calls."""
+def call_all_methods(r: Recorder) -> None:
+    """Call every method of the recorder."""
     r.record_start(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})])
     r.warn_about_epochs(1, {"web": 9.0})
     r.record_step(TrainState(1, 64), RESULT, LOAD)
@@ -76,7 +78,7 @@ def tell_all(r: Recorder) -> None:
                                             weights_suspect=True), [1])
     r.record_expert_load(4, LOAD)
     r.record_evaluation(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130},
-                {"chat": 3})
+                        {"chat": 3})
     r.record_checkpoint(SavedCheckpoint(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
     r.record_hang(5, {"loop.py, train": [0, 1]})
     r.record_gate_failure(6, "accuracy 0.1 is below 0.9")
@@ -88,32 +90,33 @@ def tell_all(r: Recorder) -> None:
 def test_a_start_names_the_checkpoint_that_it_starts_from(tmp_path: Path) -> None:
     with create_artifact(tmp_path / "start", "checkpoint"):
         pass
-    r = recorder(tmp_path)
+    r = create_recorder(tmp_path)
     r.record_start(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})], start=tmp_path / "start")
     r.close()
-    assert told(tmp_path)[0]["inputs"] == [{"kind": "checkpoint", "path": str(tmp_path / "start"),
-                                            "manifest_sha256": manifest_sha256(tmp_path / "start")}]
+    [event, *_] = read_recorded_events(tmp_path)
+    assert event["inputs"] == [{"kind": "checkpoint", "path": str(tmp_path / "start"),
+                                "manifest_sha256": manifest_sha256(tmp_path / "start")}]
 
 
 def test_every_call_writes_its_own_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tell_all(recorder(tmp_path, "data.max_epochs=4", "data.skip_steps=[[2,2]]"))
-    events = told(tmp_path)
+    call_all_methods(create_recorder(tmp_path, "data.max_epochs=4", "data.skip_steps=[[2,2]]"))
+    events = read_recorded_events(tmp_path)
     assert [(e["event"], e.get("step")) for e in events] == [
         ("run_start", None), ("phase", 0), ("warning", 1), ("step", 1), ("skip", 2), ("skip", 3), ("skip", 3),
         ("expert_load", 4), ("eval", 4), ("data_consumed", 4), ("checkpoint", 4), ("hang", 5),
         ("gate_failed", 6), ("stop", 6),
         ("run_end", 7)]
-    start, _, warning, step, passed_over, no_gradient, refused, load, *_ = events
+    start, _, warning, step, configured_skip, no_gradient, rejected, load, *_ = events
     assert ((start["began_s"], start["resumed_from"], start["layout"]["dp"], start["num_ranks"])
             == (1000.5, 0, 2, 2))
     assert ((step["loss"], step["tokens"], step["tokens_per_s"], step["max_violation"])
             == (2.5, 64, 128.0, 0.5))
     assert step["meters"] == {"clipped": 0.125}
-    assert passed_over == {"event": "skip", "step": 2, "reason": "data.skip_steps"}
+    assert configured_skip == {"event": "skip", "step": 2, "reason": "data.skip_steps"}
     assert (no_gradient["reason"], no_gradient["meters"]) == (NO_GRADIENT, {"reward": 1.0})
-    assert [is_incident(e) for e in (passed_over, no_gradient, refused)] == [False, False, True]
+    assert [is_incident(e) for e in (configured_skip, no_gradient, rejected)] == [False, False, True]
     assert format_recent_means(events, [Meter("reward"), Meter("loss")]) == "reward 1, loss 2.5 (one step)"
-    assert refused["ranks"] == [1]
+    assert rejected["ranks"] == [1]
     assert (load["layers"], load["load"]) == ([2, 3], [[0.75, 0.25], [0.5, 0.5]])
     assert next(e["path"] for e in events if e["event"] == "checkpoint") == "checkpoints/step-4"
     assert next(e["reason"] for e in events if e["event"] == "stop") == "another process was asked to stop"
@@ -125,41 +128,41 @@ def test_every_call_writes_its_own_event(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_other_ranks_print_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tell_all(recorder(tmp_path, "data.max_epochs=4", place=OTHER))
+    call_all_methods(create_recorder(tmp_path, "data.max_epochs=4", place=OTHER))
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
-def test_a_resumed_run_says_from_where(tmp_path: Path) -> None:
-    r = recorder(tmp_path)
+def test_a_resumed_run_records_its_checkpoint(tmp_path: Path) -> None:
+    r = create_recorder(tmp_path)
     r.record_start(5, "step-5", [], [])
     r.close()
-    resume, start = told(tmp_path)
+    resume, start = read_recorded_events(tmp_path)
     assert (resume["event"], resume["step"], resume["reason"]) == ("resume", 5, "continued from step-5")
     assert start["resumed_from"] == 5
 
 
-def test_steps_are_recorded_in_their_rhythm_and_at_the_end(tmp_path: Path) -> None:
-    r = recorder(tmp_path, "train.log_every_steps=3")
+def test_steps_are_recorded_at_the_interval_and_at_the_end(tmp_path: Path) -> None:
+    r = create_recorder(tmp_path, "train.log_every_steps=3")
     assert [step for step in range(1, NUM_STEPS + 1) if r.is_due(step)] == [3, 6, 7]
     r.record_step(TrainState(2), RESULT, None)
     r.record_step(TrainState(3), dataclasses.replace(RESULT, loss=2.0, meters={}), torch.zeros(3, 2))
     r.close()
-    (event,) = told(tmp_path)
+    (event,) = read_recorded_events(tmp_path)
     assert (event["step"], event["loss"]) == (3, 2.0) and not {"max_violation", "meters"} & event.keys(), (
-        "of a dense model there is none, and of an objective without meters")
+        "dense models have no expert load, and this result has no meters")
 
 
-def test_a_source_is_named_once_and_only_above_the_limit(tmp_path: Path) -> None:
-    r = recorder(tmp_path, "data.max_epochs=4")
+def test_epoch_warnings_occur_once_per_source_above_the_limit(tmp_path: Path) -> None:
+    r = create_recorder(tmp_path, "data.max_epochs=4")
     for step, epochs in enumerate([{"web": 4.0}, {"web": 4.1, "rare": 1.0}, {"web": 5.0, "rare": 6.0}],
                                   start=1):
         r.warn_about_epochs(step, epochs)
-    free = recorder(tmp_path, "data.max_epochs=0")
-    free.warn_about_epochs(4, {"web": 99.0})
-    asked = recorder(tmp_path, "data.max_epochs=4", "train.steps=0", "train.epochs=20")
-    asked.warn_about_epochs(4, {"web": 20.5})
-    asked.warn_about_epochs(5, {"web": 21.5})
-    for one in (r, free, asked):
-        one.close()
-    assert [(e["step"], e["text"].split()[1].rstrip(":")) for e in told(tmp_path)] == [
+    unlimited = create_recorder(tmp_path, "data.max_epochs=0")
+    unlimited.warn_about_epochs(4, {"web": 99.0})
+    with_epochs = create_recorder(tmp_path, "data.max_epochs=4", "train.steps=0", "train.epochs=20")
+    with_epochs.warn_about_epochs(4, {"web": 20.5})
+    with_epochs.warn_about_epochs(5, {"web": 21.5})
+    for recorder in (r, unlimited, with_epochs):
+        recorder.close()
+    assert [(e["step"], e["text"].split()[1].rstrip(":")) for e in read_recorded_events(tmp_path)] == [
         (2, "web"), (3, "rare"), (5, "web")]

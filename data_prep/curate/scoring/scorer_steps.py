@@ -2,11 +2,9 @@
 
 The step `kind` applies the first rule that fits:
 
-1. the source's `kind` in the pipeline file, unless it is `auto`;
-2. `math_code`: the column `form` is code or markup, or the text is dense with formulas;
-3. `domain:NAME`: the domain's classifier gives the highest score, at least `min_score`;
-4. the language: `en`, `ko`, `ja`, or `multilingual`;
-5. "": the language is unknown.
+1. the source's `kind` in the pipeline file, unless it is `auto`; 2. `math_code`: the column `form` is code or
+markup, or the text is dense with formulas; 3. `domain:NAME`: the domain's classifier gives the highest score,
+at least `min_score`; 4. the language: `en`, `ko`, `ja`, or `multilingual`; 5. "": the language is unknown.
 """
 
 from __future__ import annotations

@@ -152,6 +152,25 @@ def _from_sharegpt_pair(record: dict[str, Any], kind: str | None) -> dict[str, A
             **_omit_fields(record, (chat, "prompt", *SIDES))}
 
 
+_TURN = re.compile(r"(?:\A|\n)\n?(Human|Assistant): ?")
+
+
+def _is_transcript_pair(record: Mapping[str, Any], kind: str | None) -> bool:
+    return "prompt" not in record and all(
+        isinstance(record.get(side), str) and record[side].lstrip().startswith("Human:") for side in SIDES)
+
+
+def _from_transcript_pair(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    return {**record, **{side: _split_transcript(record[side]) for side in SIDES}}
+
+
+def _split_transcript(text: str) -> list[dict[str, str]]:
+    """Split "Human: ...\\n\\nAssistant: ..." into messages."""
+    _, *parts = _TURN.split(text.lstrip())
+    return [{"role": "user" if speaker == "Human" else "assistant", "content": content.strip()}
+            for speaker, content in zip(parts[::2], parts[1::2], strict=True)]
+
+
 @dataclass(frozen=True)
 class RecordLayout:
     """A known record layout."""
@@ -184,6 +203,8 @@ LAYOUTS = (
                  _is_tagged, _from_tagged),
     RecordLayout("Pairs (TRL)", ("prompt", "chosen", "rejected"), "--format preference"),
     RecordLayout("Whole-chat pairs (TRL)", ("chosen", "rejected"), "--format preference"),
+    RecordLayout("Transcript pairs (hh-rlhf)", ("chosen", "rejected"), "--format preference",
+                 _is_transcript_pair, _from_transcript_pair),
     RecordLayout("Alpaca pairs", ("instruction", "chosen", "rejected"), "--format preference", is_alpaca,
                  _from_alpaca),
     RecordLayout("ShareGPT pairs", ("conversations", "chosen", "rejected"), "--format preference",
@@ -247,6 +268,7 @@ def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
     renamed_fields = {name for _, sources in renames for name in sources}
     renamed = {name: value for name, value in record.items() if name not in renamed_fields}
     for target, sources in renames:
+        record = {**record, **{name: value for name in sources if (value := _get_inner(record, name))}}
         if missing := [name for name in sources if name not in record]:
             raise BadRecord("fields", f"has no field {missing[0]!r}, which --columns names "
                                       f"(fields: {', '.join(record) or 'none'})")
@@ -259,6 +281,13 @@ def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
                                       "string to be joined by --columns")
         renamed[target] = "\n".join(filter(None, (record[name] for name in sources)))
     return renamed
+
+
+def _get_inner(record: Mapping[str, Any], name: str) -> Any:
+    """Return field `b` of the object in field `a` for the name `a.b`; None: no such field."""
+    outer, dot, inner = name.partition(".")
+    value = record.get(outer)
+    return value.get(inner) if dot and name not in record and isinstance(value, dict) else None
 
 
 def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Collection[str]) -> list[str]:
@@ -288,7 +317,7 @@ _FIELD_WORDS = {
                "ask", "body", "post", "title"),
     "response": ("response", "completion", "output", "reply", "answer", "solution", "target", "assistant",
                  "gpt", "bot", "summary", "generation", "prediction", "generated"),
-    "answer": ("answer", "solution", "gold", "golden", "target", "reference", "truth", "expected", "label"),
+    "answer": ("truth", "answer", "solution", "gold", "golden", "target", "reference", "expected", "label"),
     "text": ("text", "content", "body", "document", "article", "passage", "story", "markdown", "code")}
 """Target field -> words in names of fields with the same content."""
 _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
@@ -300,7 +329,8 @@ def propose_field(record: Mapping[str, Any], target: str) -> str:
     """Return the field whose name contains a word of `_FIELD_WORDS[target]`: the word that comes first there,
     then the shortest name; "": no such field."""
     candidates: list[tuple[int, int, str]] = []
-    for name in record:
+    inner = [f"{name}.{key}" for name, value in record.items() if isinstance(value, dict) for key in value]
+    for name in (*record, *inner):
         snake_case = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()  # userPrompt -> user_prompt
         words = re.findall("[a-z]+", snake_case)
         candidates += [(rank, len(name), name) for rank, word in enumerate(_FIELD_WORDS.get(target, ()))

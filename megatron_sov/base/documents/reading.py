@@ -124,6 +124,7 @@ MAX_REPORT_BYTES = 1000
 _BLOCK_BYTES = 1 << 20
 _JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 """Beginning of JSON (a list, lines or an object); plain text begins differently."""
+BINARY_SUFFIXES = (".xlsx", ".xls", ".ods", ".docx", ".doc", ".pptx", ".pdf", ".epub")
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 """Plain-text table suffix -> column separator."""
 
@@ -288,6 +289,9 @@ class CountedSpan:
         span = self.span
         if span.suffix in TABLE_SUFFIXES and span.start == 0:
             self._refuse_table()
+        if span.suffix in BINARY_SUFFIXES:
+            raise BadRecord("binary", "is a spreadsheet or document, not text; extract its text by "
+                                      "`sov-data run`, or save a table as .csv")
         if self.reading.kind not in (None, "text"):
             raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
                                       "pack it on its own with --format text", options=("--format", "text"))

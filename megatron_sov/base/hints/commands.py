@@ -11,9 +11,10 @@ from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign_config
-from megatron_sov.base.hints.kinds import classify_folder, classify_word
+from megatron_sov.base.hints.kinds import classify_folder, classify_word, find_only_folder
 from megatron_sov.base.hints.lines import is_placeholder
 from megatron_sov.base.hints.table import index_words, load_table, normalize_word
+from megatron_sov.base.hints.values import find_value
 
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
 _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
@@ -24,7 +25,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
                         ) -> UserError:
     """Build the error for the unknown command `word` after `program`, e.g. "megatron-sov convert", with the
     command of the same meaning."""
-    if program == "sov-data" and (error := _propose_pipeline(word, typed)):
+    if program == "sov-data" and (error := propose_pipeline(word, typed)):
         return error
     texts = _index_command_texts(program, word, typed)
     # `convert hf RUN OUT`: a direction, although a folder hf exists
@@ -54,27 +55,29 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         f"{program} {word}: does not exist{suggestion} (`{program} --help` lists what there is)", fix)
 
 
-def _propose_pipeline(word: str, typed: Sequence[str]) -> UserError | None:
-    """Build the error for `sov-data STEP`, with the commands that write a pipeline file and run it; None: no
-    step, or no input."""
+def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
+    """Build the error for `sov-data STEP`, or for `sov-data run` with steps as options, with the commands
+    that write a pipeline file and run it; None: no step, or no input."""
     index, words = index_words("steps"), [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
-    step, settings = "", [""]
-    for name in reversed(index.get(normalize_word(word), ())):
-        known = [f"{key.rpartition('.')[2]}: {value}" for option, value in values.items()
-                 for key in index.get(f"{name}.{option}", ())]
-        if known or not any(settings):
-            step, settings = name, known
     source = next((values[name] for name in ("input", "i", "data", "input_dir", "input_folder")
                    if name in values), "")
-    if not step or not source:
+    named = [command] if command != "run" else [part for word in words for part in word.split(",")]
+    steps = dict[str, str]()
+    for word in named:
+        candidates = [name for name in index.get(normalize_word(word), ()) if "." not in name]
+        settings = {name: ", ".join(f"{key.rpartition('.')[2]}: {value}" for option, value in values.items()
+                                    for key in index.get(f"{name}.{option}", ())) for name in candidates}
+        chosen = next((name for name in reversed(candidates) if settings[name]), "".join(candidates[:1]))
+        steps |= {chosen: settings[chosen]} if chosen else {}
+    if not steps or not source:
         return None
-    file = choose_free_path(f"{step}.yaml")
+    file = choose_free_path(f"{next(iter(steps))}.yaml")
     text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
-            f"  - {step}: {{{', '.join(settings)}}}"]
+            *(f"  - {step}: {{{settings}}}" for step, settings in steps.items())]
     output = values.get("output", values.get("o", choose_free_path("corpus")))
-    return UserError(f"sov-data {word}: does not exist; {step} is a step of a pipeline file (docs/"
-                     "data_pipeline.md), which `sov-data run` runs",
+    return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} "
+                     "(docs/data_pipeline.md); `sov-data run` runs it",
                      Fix(f"printf '%s\\n' {shlex.join(text)} > {file}\n  sov-data run {file} --output "
                          f"{shlex.quote(output)}"))
 
@@ -150,6 +153,15 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
         rest = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
         line = code[1].replace("DIR", folders[0]).replace("TEXT", " ".join(rest).replace("'", "\\'"))
         return UserError(f"{begin}; {text.partition(': `')[0]}", Fix(line))
+    if "{first}" in text:
+        sentence, commands, _ = text.split("`")
+        free = [word for word in typed if not word.startswith("-")]
+        first = free[0] if free else "OWNER/NAME" if "hf download" in commands else "RUN"
+        name = Path(first).stem
+        holes = {"first": first, "name": name, "second": free[1] if len(free) > 1 else f"{name}.gguf",
+                 "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
+        lines = commands.format(**{hole: shlex.quote(value) for hole, value in holes.items()})
+        return UserError(f"{begin}; {sentence.rstrip(': ')}", Fix(lines.replace(" && ", "\n  ")))
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))

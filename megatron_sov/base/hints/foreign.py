@@ -41,6 +41,23 @@ def read_recipe_name(run: Path) -> str:
     return str(config.get("recipe") or "") if isinstance(config, dict) else ""
 
 
+def read_merge(file: Path) -> list[str]:
+    """Return the models of a mergekit file as `FOLDER:WEIGHT`; empty for other files."""
+    config = _parse_file(file) if file.suffix in (".yml", ".yaml") else None
+    models = config.get("models") if isinstance(config, dict) and "merge_method" in config else None
+    rows = [row for row in models if isinstance(row, dict)] if isinstance(models, list) else []
+    return [f"{row.get('model')}:{(row.get('parameters') or {}).get('weight', 1)}" for row in rows]
+
+
+def multiply_context(model: str, factor: str) -> str:
+    """Return `factor` times the context length of a Hugging Face folder; "TOKENS" if unknown."""
+    config = _parse_file(Path(model) / "config.json") if model else None
+    length = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    if not isinstance(length, int) or not re.fullmatch(r"\d+(\.\d+)?", factor):
+        return "TOKENS"
+    return str(round(length * float(factor)))
+
+
 def parse_blend(words: Sequence[str]) -> list[str]:
     """Convert Megatron-LM's alternating weights and folders to `--data FOLDER:WEIGHT` options.
 

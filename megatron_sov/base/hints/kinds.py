@@ -11,7 +11,8 @@ KIND_OPTIONS = {
     "model": ("--from", "--tokenizer"), "hub": ("--from", "--tokenizer", "--data"),
     "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",),
     "data": ("--prompts", "--data", "--input", "--text", "--output"),
-    "absent": ("--run", "--prompt", "--output"), "name": ("--reward", "--run", "--prompt", "--output"),
+    "absent": ("--store", "--run", "--prompt", "--output"),
+    "name": ("--reward", "--run", "--prompt", "--output"),
     "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
     "code": (), "recipe": ()}
 """Kind of a word without an option -> options that take the kind, the likeliest first."""
@@ -19,6 +20,8 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", "
 _FOLDER_KINDS = {"run": "model", "checkpoint": "model", "hf": "model", "peft": "model", "tokens": "tokens",
                  "tokenizer": "tokenizer"}
 """Result of `classify_folder` -> kind of a word."""
+MAX_LISTED = 8
+"""Models that a message lists."""
 _HUB_NAME = re.compile(r"[A-Za-z][\w.-]*/[\w.-]*\d[\w.-]*")
 _WEIGHT = re.compile(r"(?<=.):[\d.]+$")
 
@@ -56,6 +59,12 @@ def find_only_folder(kind: str) -> str:
     """Return the only folder of a kind in the current folder; "": none or several."""
     names = [path.name for path in Path().iterdir() if path.is_dir() and classify_folder(path) == kind]
     return names[0] if len(names) == 1 else ""
+
+
+def list_models() -> list[str]:
+    """Return model folders and runs in the current folder and its folder runs."""
+    return [str(path) for path in sorted([*Path().iterdir(), *Path("runs").glob("*")])
+            if classify_folder(path) in ("hf", "run", "checkpoint")][:MAX_LISTED]
 
 
 def list_run_tokenizers(run: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, fix_missing
 from megatron_sov.base.hints.paths import find_path_faults, use_typed_tokenizer
+from megatron_sov.base.hints.values import find_value
 
 MAX_FAULTS = 8
 """Maximum faults collected from a command line."""
@@ -66,10 +67,12 @@ class _Proposal:
         error = self.run_check()
         placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
         names = [*placeholders, *(word.partition("=")[0] for word in placeholders), *self.new_paths]
-        if error is not None and not any(_names_word(error.sentence, word) for word in names):
-            return error
-        if error is not None and (other := self.find_independent_fault(error)) is not None:
-            return other
+        for _ in range(MAX_FAULTS):
+            if error is None:
+                break
+            if not any(_names_word(error.sentence, word) for word in names):
+                return error
+            error = self.find_independent_fault(error)
         return self.find_path_fault(self.messages, is_named=False)
 
     def find_path_fault(self, message: str, *, is_named: bool) -> UserError | None:
@@ -140,6 +143,9 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             fault = proposal.find_independent_fault(fault)
             continue
         fix = use_typed_tokenizer(typed, _select_part(proposal.line, fix))
+        recipe, model = proposal.line[1:2], find_value(proposal.line, "--from")
+        if {*recipe} & {*fix.stand_ins} and model and Path(model).is_dir():
+            fix = Fix(left_out=tuple(recipe))  # the command proposes a recipe for the model's family
         line = apply_fix(proposal.program, proposal.line, fix)
         if line is None:  # several lines, or a line for another program
             other_program, *line = shlex.split(fix.line)

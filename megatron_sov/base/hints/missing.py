@@ -54,14 +54,12 @@ def find_text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence
     if word.startswith("-"):
         return ""
     order = _TEXT_OPTIONS if Path(word).is_file() else ("--prompt", *_TEXT_OPTIONS)
-    return next((option for option in order
-                 if option in parser._option_string_actions and option not in typed
+    return next((option for option in order if option in parser._option_string_actions and option not in typed
                  and (option == "--prompt" or Path(word).exists())), "")
 
 
 def choose_placeholder(action: argparse.Action, program: str = "") -> str:
-    """Return the value to write for a missing option: a new folder, the first choice, or the value's
-    name."""
+    """Return the value to write for a missing option: a new folder, the first choice, or the value's name."""
     rows, name = load_table()["missing"], action.option_strings[0]
     row = rows.get(f"{program} {name}", rows.get(name, {}))
     if new := row.get("new"):

@@ -9,13 +9,14 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
-from megatron_sov.base.hints.foreign import MAX_BYTES
+from megatron_sov.base.hints.foreign import MAX_BYTES, read_merge
 from megatron_sov.base.hints.kinds import (
     DATA_SUFFIXES, classify_folder, find_only_folder, list_run_tokenizers)
 from megatron_sov.base.hints.table import load_table, normalize_word
@@ -47,6 +48,20 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         yield line[1], UserError(f"{line[1]}: is a file of records, and a pipeline names it with its steps",
                                  Fix(words={line[1]: pipeline},
                                      before=(f"printf '%s\\n' {shlex.join(text)} > {pipeline}",)))
+    if line[:2] == ["convert", "from-megatron"] and classify_folder(Path("".join(line[2:3]))) == "hf":
+        yield line[2], UserError(f"{line[2]}: is a Hugging Face folder; `convert from-hf` reads it",
+                                 Fix(command="convert from-hf"))
+    for path in line[2:3] if line[:2] in (["ssp", "fuse"], ["convert", "average"]) else ():
+        if models := read_merge(Path(path)):
+            output = find_value(line, "--output") or next(iter(line[3:]), choose_free_path("merged"))
+            fuse = shlex.join(["megatron-sov", "ssp", "fuse", *models, "--output", output])
+            yield path, UserError(f"{path}: is a mergekit file; its models are arguments here, and their "
+                                  "weighted mean is written", Fix(fuse))
+    model, data = Path(find_value(line, "--from")), Path(find_value(line, "--data"))
+    if classify_folder(model) == "tokens" and classify_folder(data) in ("hf", "run", "checkpoint", "peft"):
+        yield str(model), UserError(f"--from {model}, --data {data}: are swapped; --from takes a model",
+                                    Fix(options=("--from", str(data), "--data", str(model))))
+        return
     words: list[str] = []
     for word in line:  # --option=value -> --option value
         words += word.split("=", 1) if word.startswith("--") else [word]
@@ -73,11 +88,15 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
             return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
                              Fix(words={path: os.path.dirname(path) or "."}))
         fix = fix_missing(path, is_data=option in DATA_OPTIONS)
+        if classify_folder(source.parent) == "tokens":
+            fix = Fix(words={path: str(source.parent)})
         if fix is None:
             return None
         # a fix with commands downloads the data set; any other fix names a similar path that exists
         hint = "download it first" if fix.before else "take the one of a similar name"
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
+    if source.is_file() and (table := fix_table(source)):
+        return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read", table)
     what = load_table()["kinds"].get(classify_folder(source), "")
     if what and option in ("--prompts", "--input", "--validation"):
         return UserError(f"{option} {path}: is {what}; pass a file of records or text",
@@ -138,6 +157,22 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
     commands.append(["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", path, *options, "--output",
                      shards])
     return Fix(words={path: shards}, before=tuple(map(shlex.join, commands)))
+
+
+def fix_table(file: Path) -> Fix | None:
+    """Return the commands that convert a spreadsheet or text table to Parquet; None for other files."""
+    suffix, table, target = file.suffix.lower(), file, str(file.with_suffix(".parquet"))
+    commands = []
+    if suffix in (".xlsx", ".xls", ".ods"):
+        table = Path(f"{file.stem}.csv")
+        commands.append(f"soffice --headless --convert-to csv {shlex.quote(str(file))}")
+    elif suffix not in (".csv", ".tsv"):
+        return None
+    options = ", parse_options=c.ParseOptions('\\t')" if suffix == ".tsv" else ""
+    code = ("import pyarrow.csv as c, pyarrow.parquet as p; "
+            f"p.write_table(c.read_csv({str(table)!r}{options}), {target!r})")
+    commands.append(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
+    return Fix(words={str(file): target}, before=tuple(commands))
 
 
 def _choose_tokenizer(line: Sequence[str]) -> str:

@@ -42,6 +42,8 @@ def check_command(program: str, words: Sequence[str]) -> None:
         command = " ".join([program, *words[:count]])
         if successor := COMMANDS.get(command):
             begin = f"{command}: was removed in this version"
+            if "{first}" in successor:
+                raise fill_template(begin, successor, words[count:])
             raise UserError(f"{begin}; {successor}", fill_template(begin, successor, words[count:]).fix)
         for word in words[count:]:
             option = word.partition("=")[0]

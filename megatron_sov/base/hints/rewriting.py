@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import find_nearest_name, fix_missing
-from megatron_sov.base.hints.foreign import parse_blend
+from megatron_sov.base.hints.foreign import multiply_context, parse_blend
 from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
     find_by_parts, find_note, get_last_part, index_words, load_table, normalize_word)
@@ -56,6 +56,8 @@ class Rewrite:
     """Another command of ours, with options, that takes the typed words."""
     resumed_run: str = ""
     """Folder in both --save and --load."""
+    target: str = ""
+    """Adapter that replaces the typed model."""
     weights: Sequence[str] = ()
     """Weights of the folders, typed as a list."""
     weak_settings: set[str] = field(default_factory=set)
@@ -96,8 +98,7 @@ class Rewrite:
         name = setting.partition("=")[0]
         if setting in index_words("settings").get(normalize_word(word), ()):
             self.weak_settings.add(setting)
-        share = " (its share of the run's steps)" if setting.endswith("=STEPS") else ""
-        message = f"{word} is {name} here{share}" if word != name else f"{name} is a list"
+        message = f"{word} is {name} here" if word != name else f"{name} is a list"
         self.add_words(message, "--set", setting)
 
     def apply_row(self, option: str, values: list[str], *, is_existing: bool = False) -> bool:
@@ -110,15 +111,18 @@ class Rewrite:
                     if _matches_row(row, self.command, option, value, is_existing)
                     and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
                     and ("if" not in row or row["if"] in self.typed)
+                    and ("target" not in row or Path(value.rpartition("=")[2] or "-").is_dir())
                     and ("outside" not in row or self._is_outside(value, row["outside"]))
                     and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
         if row is None:
             return False
         holes = self._list_holes(value)
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
-        rewards = find_value(self.typed, "--reward", "--reward_funcs").split(",")
-        for name, item in zip(rewards, value.split(","), strict=False) if "each" in row else ():
+        self.target = value.rpartition("=")[2] if "target" in row else self.target
+        rewards = re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))
+        for name, item in zip(rewards, re.split(r"[,+]", value), strict=False) if "each" in row else ():
             written += [word.format(name=name, item=item) for word in row["each"].split()]
+            written += row.get("more", {}).get(name, "").split()
         if value and value == find_value(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
         self.weak_settings |= set(written) if row.get("weak") else set()
@@ -138,7 +142,7 @@ class Rewrite:
 
     def _list_holes(self, value: str) -> dict[str, str]:
         """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
-        {output}, {folder}."""
+        {output}, {folder}, {tokens}."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -154,6 +158,7 @@ class Rewrite:
         nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
         return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
+                "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),
                 "output": find_value(self.typed, "--output") or "DIR"}
 
     def replace_option(self, option: str, values: list[str]) -> None:
@@ -161,7 +166,8 @@ class Rewrite:
         word = normalize_word(option)
         if self.apply_row(option, values):
             return
-        if "." in word and not find_note(word) and word not in index_words("settings"):
+        if "." in word and not find_note(word) and not any(
+                word in index_words(section) for section in ("settings", "options")):
             word = get_last_part(word)  # torchtitan: --training.steps
         same_name = f"--{word.replace('_', '-')}"
         if word == "load" and values and values[0] == find_value(self.typed, "--save", "--run"):
@@ -192,6 +198,9 @@ class Rewrite:
         word, num = normalize_word(option), len(words)
         if not num:
             return 0
+        if any("target" in row and word in row["words"].split() and self.command in row["at"].split(", ")
+               for row in load_table()["in_command"]):
+            return 1
         ours = self._choose_option(word, list(words))
         if ours in self.options and ours not in (*self.many, *self.repeated):
             return 1
@@ -214,7 +223,8 @@ class Rewrite:
         is_recipe = is_name and (self.command == "plan" or classify_word(values[0]) == "recipe")
         if name == "--from" and "RECIPE" in self.positionals and is_recipe:
             return "RECIPE"
-        same_name = [name for name in self.positionals if re.split(r"\W", name)[0].lower() == word]
+        same_name = [name for name in self.positionals
+                     if re.split(r"\W", name)[0].lower() in (word, word.removesuffix("s"))]
         if not name and same_name:
             return same_name[0]
         if name == "--nodes" and "gpu" in word and "--nproc" in self.options and not (
@@ -273,7 +283,7 @@ class Rewrite:
             return
         if key == "lora.targets" and value[:1] not in ("[", ""):
             setting = f"{key}={json.dumps([name.strip() for name in value.split(',')])}"
-        if equals and ("." in key or not find(key)) and (note := find_note(key)):
+        if equals and ("." in key or not setting) and (note := find_note(key)):
             self.add_words(f"{key}: {note}")
         elif setting:
             self.add_setting(key, setting)

@@ -29,19 +29,22 @@ def translate_setting(word: str, values: list[str], find: FindSetting, typed: Se
     name = find(word)
     if not name:
         return ""
+    if last == "batch_size" and any(get_last_part(text.partition("=")[0]) in load_table()["computed"]
+                                    for text in typed):
+        name = "train.micro_batch_size"
     switch = next((setting for setting in translate_to_settings(last) if setting.startswith(f"{name}=")), "")
     # finetuning_type: lora is a switch; a number is a value of the setting itself
     is_switch = value == "1" or bool(re.fullmatch(r"[A-Za-z]*", value))
     if switch and is_switch and SWITCHES.get(value.lower(), True):
         return switch
     if last in load_table()["computed"]:
-        return f"{name}={_compute_value(last, value, typed)}"
+        computed = _compute_value(last, value, typed)
+        return computed and f"{name}={computed}"
     if name == "lora.targets" and "," in value and value[0] != "[":
         values = [part.strip() for part in value.split(",")]
     if len(values) > 1:
         return f"{name}={json.dumps(values)}"
-    if not translated:
-        translated = load_table()["values"].get(name, {}).get(value.lower(), value or "VALUE")
+    translated = load_table()["values"].get(name, {}).get(value.lower()) or translated or value or "VALUE"
     return str(translated) if "=" in str(translated) else f"{name}={translated}"
 
 
@@ -61,7 +64,7 @@ def translate_value(word: str, option: str, value: str) -> str:
 
 
 def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
-    """Compute a setting from several foreign options; return a placeholder if a number is missing."""
+    """Compute a setting from several foreign options; "", or a placeholder, if a number is missing."""
     def find_number(*names: str) -> float | None:
         words = [word for text in typed for word in text.split("=") if word and word != "--set"]
         for name, number in pairwise(words):
@@ -71,9 +74,9 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
 
     if word in ("warmup_ratio", "lr_warmup_fraction"):
         steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
-        return str(round(float(value) * steps)) if steps and re.fullmatch(r"[\d.]+", value) else "STEPS"
+        return str(round(float(value) * steps)) if steps and re.fullmatch(r"[\d.]+", value) else ""
     rows = load_table()["settings"]
-    micro_batch = find_number("micro_batch_size", *rows["train.micro_batch_size"].split()) or 1
+    micro_batch = find_number("micro_batch_size", "batch_size", *rows["train.micro_batch_size"].split()) or 1
     processes = find_number("nproc", "nproc_per_node", "num_processes") or 1
     return str(round(int(value) * micro_batch * processes)) if value.isdigit() else "SAMPLES"
 

@@ -7,11 +7,13 @@ import argparse
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, warn
+from megatron_sov.base.hints.commands import propose_pipeline
 from megatron_sov.base.hints.foreign import (
     has_translation, parse_blend, read_foreign_config, read_recipe_name)
 from megatron_sov.base.hints.kinds import KIND_OPTIONS, classify_word, find_recipe_option
@@ -23,7 +25,7 @@ from megatron_sov.base.hints.values import find_value
 RECIPE_COMMANDS = ("pretrain", "extend", "plan")
 """Commands that require a recipe although argparse does not."""
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
-_CONFIG_WORDS = ("config", "config_file", "config_path")
+_CONFIG_WORDS = ("config", "config_file", "config_path", "deepspeed", "deepspeed_config")
 
 
 def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
@@ -32,7 +34,12 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     options = list(parser._option_string_actions)
     if any(action.nargs == argparse.REMAINDER for action in parser._actions):
         _check_first_argument(parser, typed)
+        _check_passed_words(parser, typed)
         return list(typed)
+    _check_verb(parser, typed)
+    if parser.prog == "sov-data run" and typed and typed[0].startswith("-") and (
+            error := propose_pipeline("run", typed)):
+        raise error
     typed = [_rename_option(word, parser.prog, options) for word in typed]
     # lm-eval: --model names a kind, --model_args the model
     kind = ""
@@ -56,6 +63,11 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
         command=parser.prog.removeprefix("megatron-sov "), exists=getattr(cls, "is_setting", None))
     if kind:
         rewrite.add_words(f"{kind}: lm-eval's kind of model; leave it out")
+    short = load_table()["short"].get(rewrite.command, {})
+    for word in typed:
+        if word in short and short[word] in options:
+            rewrite.add_words(f"{word} is {short[word]} here")
+    rewrite.typed = [short.get(word, word) for word in typed]
     _read_words(parser, rewrite)
     _move_model(parser, rewrite)
     _place_free_words(parser, rewrite)
@@ -90,6 +102,31 @@ def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str])
                         Fix(f"{parser.prog} {shlex.join([value, *rest])}"))
 
 
+def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """Refuse sbatch's short options, and foreign options before the stage, for `submit`, which passes the
+    stage's words on."""
+    short = load_table()["short"].get(parser.prog.rpartition(" ")[2], {})
+    words = [short.get(word, word) for word in typed]
+    messages = [f"{word} is {short[word]}" for word in typed if word in short]
+    stages = parser.get_default("stages") or ()
+    at = next((n for n, word in enumerate(words) if word in stages), 0)
+    unknown = [word for word in words[:at] if word.startswith("-")
+               and word.partition("=")[0] not in parser._option_string_actions]
+    if unknown:
+        words = [words[at], *words[:at], *words[at + 1:]]
+        messages.append(f"{words[0]} comes before {unknown[0]}")
+    if messages:
+        raise UserError(f"{parser.prog}: {'; '.join(messages)}", Fix(f"{parser.prog} {shlex.join(words)}"))
+
+
+def _check_verb(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """Refuse a verb before the first argument: `recipes show NAME`, `chat start MODEL`."""
+    has_argument = any(not action.option_strings for action in parser._actions)
+    if has_argument and typed and typed[0] in load_table()["verbs"].split() and not Path(typed[0]).exists():
+        raise UserError(f"{parser.prog} {typed[0]}: does not exist; leave {typed[0]} out",
+                        Fix(f"{parser.prog} {shlex.join(typed[1:])}".rstrip()))
+
+
 def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
     """Read the typed words in order and write their counterparts."""
     typed, options = rewrite.typed, list(parser._option_string_actions)
@@ -109,6 +146,8 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
             rewrite.add_changes([text.lstrip("+")])
         elif "RECIPE" in rewrite.positionals and (option := find_recipe_option(Path(text))) in options and (
                 split_positionals(parser, [*rewrite.words, text])[0] == [text]):
+            if "--from" in rewrite.words and "--teacher" in options:
+                option = "--teacher"
             if option == "--config" and (values := _read_foreign(rewrite, text)):
                 _add_foreign_config(rewrite, "RECIPE", text, values)
             else:
@@ -117,7 +156,14 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
             rewrite.words += typed[i - 1:]
             return
         elif not _OPTION.match(word):
-            parts = _split_files("", [text]) if takes_several else []
+            parts = _split_files("", [text])
+            if len(parts) > 1 and not takes_several:
+                rest = [*typed[:i - 1], *typed[i:]]
+                output = find_value(rest, "--output")
+                lines = [shlex.join([part, *(f"{Path(part).name}-{word}" if word == output else word
+                                             for word in rest)]) for part in parts]
+                raise UserError(f"{parser.prog}: {text}: takes one path at a time",
+                                Fix("\n  ".join(f"{parser.prog} {line}" for line in lines)))
             if len(parts) > 1:
                 rewrite.add_words(f"{text}: several paths are words of their own", *parts)
             else:
@@ -147,6 +193,10 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Seque
     option = text.partition("=")[0]
     if rewrite.apply_row(option, values, is_existing=True):
         return len(values[:1])
+    translated = load_table()["values"].get(option, {}).get("".join(values[:1]).lower())
+    if translated:
+        rewrite.add_words(f"{option} {values[0]} is {translated} here", option, str(translated))
+        return 1
     if len(files := _split_files(option, values)) > 1:
         rewrite.add_words(f"{option} is given once for each",
                           *(word for path in files for word in (option, path)))
@@ -154,7 +204,9 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Seque
     if option == "--data" and (blend := parse_blend(rest)):
         rewrite.add_words("--data is given once for each, with its weight behind a colon", *blend)
         return _count_values(rest)
-    rewrite.words.append(text)
+    full = option if option in rewrite.options or not option.startswith("--") else next(
+        (name for name in rewrite.options if name.startswith(option)), option)
+    rewrite.words.append(full + text[len(option):])
     return 0
 
 
@@ -187,14 +239,20 @@ def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mappin
     rewrite.typed = [*rewrite.typed, *(word for key, values in config.items()
                                        for word in (f"--{get_last_part(key)}", *values[:1]))]
     renamed = []
+    counts = Counter(name.partition(".")[2] for name in rewrite.list_settings())
+    own_names = [name for name, count in counts.items() if count == 1]
     # a file with our sections only is the user's own, with keys in wrong sections
     is_own = rewrite.exists is not None and all(rewrite.exists(key.partition(".")[0]) for key in config)
     for key, values in config.items():
         num_words = len(rewrite.words) + len(rewrite.first)
+        is_switch = any("=" in name for name in index_words("settings").get(get_last_part(key), ()))
+        values = [value for value in values if is_switch or value.lower() not in load_table()["defaults"]]
         if values and "." in key and rewrite.is_setting(key):
             rewrite.words += ["--set", f"{key}={values[0] if len(values) == 1 else json.dumps(values)}"]
-        elif values and has_translation(key):
-            rewrite.replace_option(f"--{get_last_part(key)}", values)
+        elif values and (has_translation(key) or get_last_part(key) in own_names):
+            name = ".".join(key.split(".")[-2:])  # torchtune: checkpointer.checkpoint_dir
+            name = name if name in index_words("options") else get_last_part(key)
+            rewrite.replace_option(f"--{name}", values)
             added = rewrite.words[num_words - len(rewrite.first):]
             if has_data and added[:1] == ["--data"]:
                 del rewrite.words[num_words - len(rewrite.first):]
@@ -238,7 +296,13 @@ def _split_files(option: str, values: Sequence[str]) -> list[str]:
 
 
 def _move_model(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
-    """Move the value of `--model` to TARGET, in a command whose `--model` has another meaning."""
+    """Move the value of `--model` to TARGET, in a command whose `--model` has another meaning, and put a
+    typed adapter in place of the model."""
+    if rewrite.target:
+        free, others = split_positionals(parser, rewrite.words)
+        at = others.index("--model") if "--model" in others else len(others)
+        rewrite.first, rewrite.words = [rewrite.target], [*free[1:], *others[:at], *others[at + 2:]]
+        return
     if "TARGET" not in rewrite.positionals or "--model" not in rewrite.words or (
             split_positionals(parser, rewrite.words)[0]):
         return
@@ -295,7 +359,7 @@ def _is_unknown(word: str, rewrite: Rewrite) -> bool:
     """Return whether a word is a foreign option; an unambiguous prefix of our option is not."""
     name = normalize_word(word)
     if not word.startswith("--"):
-        return name in index_words("options")
+        return True
     completions = [option for option in rewrite.options if option.startswith(word)]
     ours = rewrite.find_option(name)
     is_foreign = (rewrite.find is not None and name in index_words("settings")) or bool(
@@ -346,6 +410,7 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     written = {word.partition("=")[0] for word in words}
     missing = {action.option_strings[0]: choose_placeholder(action, parser.prog) for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & written}
+    missing = {} if rewrite.other_command else missing
     if missing:
         rewrite.messages.append(_list_missing(missing))
     first, words = _order_positionals(parser, rewrite, words)

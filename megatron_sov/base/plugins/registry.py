@@ -44,8 +44,7 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
     if not inspect.isclass(value):
         raise UserError(f"{reference}: is a {type(value).__name__}; "
                         f"{what} is a class with {', '.join(shapes.values())}")
-    wrong = [name for name, arguments in methods.items()
-             if not callable(getattr(value, name, None))
+    wrong = [name for name, arguments in methods.items() if not callable(getattr(value, name, None))
              or not accepts_arguments(getattr(value, name), ("self", *arguments))]
     if wrong:
         signatures = [f"{name}{inspect.signature(getattr(value, name))}"
@@ -132,7 +131,8 @@ class Registry(Generic[T]):
         """
         if name in self._known:
             return self._known[name].value
-        nearest = find_nearest_name(name, [*self._built_in, *self._known])
+        names = [*self._built_in, *self._known]
+        nearest = find_nearest_name(name, names) or _find_same_size(name, names)
         if meant := load_table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
             raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
         raise UserError(self._explain_unknown(name, recorded), Fix(words={name: nearest}) if nearest else
@@ -184,6 +184,14 @@ def suggest_same_family(name: str, known: Iterable[str]) -> str:
     """
     matches = _find_by_prefix(_split_name(name)[:2], known)
     return f"; its family has {' and '.join(matches)}" if matches else ""
+
+
+def _find_same_size(name: str, known: Iterable[str]) -> str:
+    """Return the only name with the same first two and last two parts, e.g. llama-3.1-8b for llama-3-8b."""
+    parts = _split_name(name)
+    matches = [other for other in known if len(parts) > 3 and _split_name(other)[:2] == parts[:2]
+               and _split_name(other)[-2:] == parts[-2:]]
+    return matches[0] if len(matches) == 1 else ""
 
 
 def _find_by_prefix(parts: Sequence[str], known: Iterable[str]) -> list[str]:

@@ -14,6 +14,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.errors import Fix, UserError, format_problems, suggest_name
 
+LEFT_OUT = "leave it out for the default"
+"""Fix for a word that stands for a default in other programs, such as -1 or auto."""
 TOKENS_KEY = "train.tokens="
 """Begin of a value to write that stands in place of its setting too."""
 UNSET: Any = object()
@@ -156,6 +158,10 @@ class SettingsError(UserError):
 
 def _fix_value(problem: SettingsProblem) -> str | Fix:
     key, value = problem.key, problem.value_to_write
+    if problem.way_out == LEFT_OUT or problem.code == ProblemCode.INERT:
+        option = f"--set {key}" if not key.startswith("--") else key
+        typed = (str(problem.value), json.dumps(problem.value, default=str))
+        return Fix(left_out=tuple(f"{option}{sign}{value}" for sign in "= " for value in typed))
     if value.startswith(TOKENS_KEY):  # the setting that was typed goes
         return Fix(words={f"{key}={problem.value}": value})
     if not key.startswith("--"):

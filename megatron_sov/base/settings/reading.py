@@ -17,7 +17,7 @@ from megatron_sov.base.errors import find_nearest_name, suggest_name
 from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.hints.table import find_note, load_table
 from megatron_sov.base.settings.problem import (
-    TOKENS_KEY, UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
+    LEFT_OUT, TOKENS_KEY, UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
 
 S = TypeVar("S")
 KeyHint = Callable[[str], str]
@@ -214,7 +214,7 @@ def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -
         if item["type"] == "too_short" and any(
                 other["loc"] != path and other["loc"][:len(path)] == path for other in errors):
             continue
-        problem = _convert_error(cls, item, instead)
+        problem = _replace_default_word(_convert_error(cls, item, instead))
         earlier = problems.get(problem.key)
         if earlier is None:
             problems[problem.key] = problem
@@ -278,6 +278,17 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
     return SettingsProblem(code, key, rule, value)
+
+
+def _replace_default_word(problem: SettingsProblem) -> SettingsProblem:
+    """Replace the fix for -1, all, none, auto and the like by our value of this meaning, or leave the setting
+    out."""
+    word = str(problem.value).lower()
+    is_word = problem.value is not None and word in load_table()["defaults"]
+    if problem.code not in (ProblemCode.TYPE, ProblemCode.BOUND) or not is_word:
+        return problem
+    ours = _find_equivalent(problem.key, word)
+    return dataclasses.replace(problem, way_out=f"write {ours}" if ours else LEFT_OUT, value_to_write=ours)
 
 
 def _find_nearest_value(value: Any, lt: float = math.inf, le: float = math.inf, ge: float | None = None,

@@ -10,10 +10,8 @@ import json
 import os
 import random
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -35,12 +33,10 @@ from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
 from megatron_sov.runs.obs.events import (
     EVAL_LM_EVENT, EVENTS, build_score_events, is_score_recorded, read_events)
 from megatron_sov.work.processes.stop_signals import StopFlag, catch_stop_signals
-from megatron_sov.work.progress.locks import try_lock_folder
+from megatron_sov.work.progress.locks import critical_section
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """Seeds for few-shot examples, as in lm-eval."""
-LOCK_ATTEMPTS = 60
-"""Attempts, a second apart, to lock a run's scores."""
 
 
 def evaluate(target: str, tasks: Sequence[str], settings: LmEvalSettings) -> Results | None:
@@ -188,23 +184,9 @@ def _record_events(events: RunEvents, settings: LmEvalSettings, results: Results
     if settings.run is None:
         return
     step = results.model.step if results.model.step is not None else events.last_step()
-    with _lock_scores(settings.run):
+    with critical_section(settings.run):  # between reading and adding, another job would add the same scores
         recorded = [event for event in read_events(settings.run / EVENTS) if event["event"] == EVAL_LM_EVENT]
         for event in build_score_events(asdict(results), step, settings.output):
             # array jobs and repeated commands arrive with equal scores
             if not is_score_recorded(event, recorded):
                 events.add(EVAL_LM_EVENT, **event)
-
-
-@contextlib.contextmanager
-def _lock_scores(run: Path) -> Iterator[None]:
-    """Lock the scores among a run's events: between reading and adding, another job would add the same."""
-    folder = run / ".eval-lm-scores"
-    for _ in range(LOCK_ATTEMPTS):
-        with try_lock_folder(folder) as is_locked:
-            if is_locked:
-                yield
-                return
-        time.sleep(1)
-    raise UserError(f"--run {run}: another process adds scores to its events (lock {folder}); repeat the "
-                    "command after that process has ended")

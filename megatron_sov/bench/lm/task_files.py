@@ -11,13 +11,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import Fix, UserError, find_nearest_name
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name, find_spelling
 from megatron_sov.bench.lm.settings import TaskSources
 
 DATA = "${DATA}"
@@ -98,15 +99,22 @@ class TaskCatalog:
         same_name = [problem for file, problem in self.problems.items() if Path(file).stem == name]
         problem = next(iter([*same_name, *self.problems.values()]), None)
         unreadable = f"; {len(self.problems)} files cannot be read, such as {problem}" if problem else ""
-        # a folder of lm-eval has the name of its main task or group
-        package = importlib.util.find_spec("lm_eval")
-        places = (package.submodule_search_locations if package else None) or ()
-        folders = [file.parent.name for place in places for file in Path(place).glob("tasks/[a-z]*/*.yaml")]
-        nearest = "" if name in folders else find_nearest_name(name, [*self.definitions, *folders])
+        published = list_published_tasks()
+        nearest = "" if name in published else find_nearest_name(name, [*self.definitions, *published])
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         fix = Fix(words={name: nearest}) if nearest else Fix(options=("--allow-download",))
         return UserError(f"task {name!r}: does not exist in --task-dir and in our suites{hint}; lm-eval's "
                          f"own tasks fetch their data and need --allow-download{unreadable}", fix)
+
+
+@cache
+def list_published_tasks() -> set[str]:
+    """Return names of lm-eval's tasks: a folder has the name of its main task or group, and most files the
+    name of their task."""
+    package = importlib.util.find_spec("lm_eval")
+    places = (package.submodule_search_locations if package else None) or ()
+    files = [file for place in places for file in Path(place).glob("tasks/[a-z]*/*.yaml")]
+    return {name for file in files for name in (file.parent.name, file.stem) if len(name) > 2}
 
 
 class FunctionReference(str):
@@ -134,6 +142,11 @@ def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
     `allow_download` lm-eval may have further tasks."""
     catalog = find_source_tasks(sources)
     if sources.allow_download:
+        published = {*list_published_tasks(), *catalog.definitions, *catalog.tags}
+        for name in names:
+            if name not in published and (nearest := find_spelling(name, published)):
+                raise UserError(f"task {name!r}: does not exist; did you mean {nearest!r}?",
+                                Fix(words={name: nearest}))
         return
     for name in catalog.list_required(catalog.expand_tags(names), {}):
         config = catalog.definitions[name].config

@@ -53,7 +53,7 @@ class JudgedSamplingOptions(JudgeOptions):
     def problems(self) -> list[SettingsProblem]:
         return [] if self.samples == 1 or self.sampling.temperature else [
             SettingsProblem(ProblemCode.RULE, "samples", "are equal responses at --temperature 0",
-                            self.samples, "raise the temperature, or take one sample")]
+                            self.samples, "add --temperature 1, or take one sample")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,8 @@ from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.endpoints.local_server import serve_model
 from megatron_sov.work.endpoints.transport import find_address_problems, find_missing_libraries, is_url
 
-HELP = """/think  show the thoughts of the last answer
-/clear  begin a new conversation
-/quit   end, as Ctrl-D does
-Ctrl-C stops an answer. A line that ends with \\ continues on the next line."""
+HELP = """/think  show the thoughts of the last answer /clear  begin a new conversation /quit   end, as Ctrl-D
+does Ctrl-C stops an answer. A line that ends with \\ continues on the next line."""
 
 
 @dataclass(frozen=True)

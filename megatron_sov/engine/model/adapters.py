@@ -103,8 +103,7 @@ class LinearAdapter(torch.nn.Module):
     """The adapters of a fused linear layer, for example QKV, or an expert's gate and up."""
 
     def __init__(self, modules: Sequence[AdaptedModule], lora: LoraConfig, config: Any,
-                 expert: int | None = None,
-                 rows: int | None = None) -> None:
+                 expert: int | None = None, rows: int | None = None) -> None:
         """Create the factors; `initial_weights.initialize_weights` sets their values.
 
         Args:

@@ -205,8 +205,7 @@ def _process_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labe
     group = parallel_state.get_tensor_model_parallel_group()
     logits = project_logits(states, weight, chunking.token_rows, temperature, chunking.softcap)
     slope = (compute_softcap_slope(logits, chunking.softcap, temperature, chunking.token_rows)
-             if gradients.any_needed
-             else None)
+             if gradients.any_needed else None)
     # maximum over the whole vocabulary: exp must not overflow, and all processes subtract the same number
     largest = logits.max(dim=-1).values
     if group.size() > 1:

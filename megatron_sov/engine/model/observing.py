@@ -101,8 +101,7 @@ def locate_difference(expected: ModuleSums, seen: Sequence[ModuleSums], step: in
         first_modules[kind] = _find_first_difference(
             _select_step(getattr(expected, kind), step), _merge_ranks(parts, seen), tolerance)
     first = next(((AFTER_FORWARD if kind == "forward" else AFTER_BACKWARD) + module for kind,
-                  module in first_modules.items()
-                  if module is not None), "")
+                  module in first_modules.items() if module is not None), "")
     sites = {str(site) for process in seen for site in _iter_messages_before(process, step, first)}
     wrong = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
     return wrong, sorted(sites)

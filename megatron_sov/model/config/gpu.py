@@ -305,8 +305,7 @@ class GpuConfig:
     def _exchange_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
         """Check token exchange kernels, and the overlap of layers with token exchange."""
         problems = find_broken_rules(
-            self, "gpu",
-            (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
+            self, "gpu", (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
         if parallel.expert_dispatcher in ("deepep", "hybridep"):
             problems += find_broken_rules(
                 parallel, "parallel",
@@ -380,15 +379,13 @@ class GpuConfig:
         needs = ("needs train.precision = bf16 and parallel.zero1 = true, which are "
                  f"{train.precision} and {str(parallel.zero1).lower()}", "set both, or leave it out")
         return find_broken_rules(
-            self, "gpu",
-            (self.moment_dtype == "fp32" or is_sharded, "moment_dtype", *needs),
+            self, "gpu", (self.moment_dtype == "fp32" or is_sharded, "moment_dtype", *needs),
             (not share or is_sharded, "optimizer_offload", *needs),
             (not share or self.moment_dtype == "fp32", "optimizer_offload",
              "keeps moments in float32, and gpu.moment_dtype = bf16", "leave one of them out"),
             (not share or "muon" not in (optim.name, *(group.optimizer for group in optim.groups)),
              "optimizer_offload", "supports AdamW, and optim selects muon, whose matrix products are too "
-             "slow on the CPU", "leave it out, or set adamw")
-        ) + find_broken_rules(parallel, "parallel", (
+             "slow on the CPU", "leave it out, or set adamw")) + find_broken_rules(parallel, "parallel", (
             not delays_frozen, "delay_weight_grads", "cannot be used if optim.groups freeze weights",
             "leave it out"))
 

@@ -176,8 +176,7 @@ class RunConfig:
              "their length", "leave it out"),
             (distillation.top_k < vocab_size, "distillation.top_k",
              f"must be below model.vocab_size = {vocab_size}", "use 0 for the whole vocabulary"),
-            *(self._round_preference_rules() if name == "policy" and self.policy.learns_preferences
-              else ()),
+            *(self._round_preference_rules() if name == "policy" and self.policy.learns_preferences else ()),
             (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",
              "has no effect with orpo, which always learns chosen responses with weight 1", "leave it out"),
             (not preference.chosen_coeff or method != "grouper", "preference.chosen_coeff",

@@ -105,7 +105,8 @@ class OptimConfig:
     def problems(self) -> list[SettingsProblem]:
         """Return every violated rule between optimizer settings."""
         return find_broken_rules(
-            self, "optim", (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
+            self, "optim", (self.lr <= 1, "lr", "must be at most 1", f"a usual rate is {self.lr:g}e-5"),
+            (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
             (self.schedule_by == "steps" or self.warmup_tokens > 0 or not self.warmup_steps, "schedule_by",
              f"= tokens ignores optim.warmup_steps = {self.warmup_steps}",
              "set optim.warmup_tokens, or optim.warmup_steps=0"))

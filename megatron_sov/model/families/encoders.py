@@ -21,8 +21,7 @@ ENCODER, ADAPTER, COMPRESSOR = "encoder.", "adapter.", "compressor."
 HF_PREFIXES = {
     VISION + ENCODER: "model.vision_model.", VISION + ADAPTER: "model.mm_projector.",
     AUDIO + ENCODER: "model.audio_model.", AUDIO + ADAPTER: "model.audio_projector.",
-    AUDIO + COMPRESSOR: "model.video_audio_compressor.",
-}
+    AUDIO + COMPRESSOR: "model.video_audio_compressor."}
 """Prefix in checkpoints -> prefix in Hugging Face folders."""
 _POSITIONS = "encoder.embed_positions.weight"
 _POSITION_TABLES = (_POSITIONS, "encoder.embeddings.position_embedding.weight")
@@ -62,8 +61,7 @@ def is_frozen(key: str, media: MediaConfig) -> bool:
 def encoder_links(model: ModelConfig) -> list[Link]:
     """Return links from all encoder tensors to Hugging Face names."""
     return [Link(key, shape, (0,) * len(shape), (encoder_hf_name(key, model),),
-                 Layout(shape, 0, (shape[0],), 1),
-                 fp32=False)
+                 Layout(shape, 0, (shape[0],), 1), fp32=False)
             for key, shape in encoder_shapes(model).items()]
 
 

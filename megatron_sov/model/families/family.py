@@ -131,10 +131,8 @@ FOLDER_FIELDS = Unused((
 COMMON_CONFIG: tuple[ConfigItem, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
-    MAX_POSITIONS, Renamed("initializer_range", "init_std", 0.02),
-    Fixed("attention_dropout", 0.0),
-    Encoders(), FOLDER_FIELDS,
-)
+    MAX_POSITIONS, Renamed("initializer_range", "init_std", 0.02), Fixed("attention_dropout", 0.0),
+    Encoders(), FOLDER_FIELDS)
 """Config items for all families."""
 DECODER_CONFIG: tuple[ConfigItem, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
 """Config items for most families."""
@@ -142,14 +140,12 @@ KV_HEADS = Renamed("num_key_value_heads", "num_kv_heads")
 """A required field, because transformers has a different default in each family."""
 EXPERTS_CONFIG: tuple[ConfigItem, ...] = (
     Renamed("num_experts_per_tok", "num_experts_per_token", 8),
-    Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False),
-)
+    Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False))
 """Config items for families with experts."""
 DEEPSEEK_ROUTER_CONFIG: tuple[ConfigItem, ...] = (
     Fixed("norm_topk_prob", True),
     Renamed("n_group", "num_expert_groups", 1), Renamed("topk_group", "num_groups_per_token", 1),
-    Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False),
-)
+    Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False))
 DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_prob": True}
 """`ModelConfig` fields fixed by DeepSeek-V3's routing; `DEEPSEEK_ROUTER_CONFIG` has its config items."""
 EXPERT_GROUPS = ("num_expert_groups", "num_groups_per_token")

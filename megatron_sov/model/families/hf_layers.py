@@ -206,10 +206,8 @@ class LeadingDenseLayers:
 
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
-            "is_moe_layer": lambda flags: [not flag for flag in flags],
-            "first_k_dense_replace": leading,
-            "first_last_k_dense_replace": leading,
-        }
+            "is_moe_layer": lambda flags: [not flag for flag in flags], "first_k_dense_replace": leading,
+            "first_last_k_dense_replace": leading}
         by_spelling = {name: read(config[name]) for name, read in spellings.items() if name in config}
         if "mlp_layer_types" in by_spelling and config.get("first_k_dense_replace") == self.default:
             # transformers' classes use the list, and write the default of an absent count.

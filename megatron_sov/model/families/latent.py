@@ -99,14 +99,12 @@ LATENT_ATTENTION: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "C H"),
     Same("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attn.kv_a_layernorm.weight", "K"),
     Same("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", "B K"),
-    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H O"),
-)
+    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H O"))
 """Latent attention without queries."""
 LATENT_QUERIES: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", "Q H"),
     Same("self_attention.linear_q_up_proj.layer_norm_weight", "self_attn.q_a_layernorm.weight", "Q"),
-    Same("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "A Q"),
-)
+    Same("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "A Q"))
 DIRECT_QUERIES: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", "A H"),
 )
@@ -134,29 +132,22 @@ STRUCTURE: dict[str, Any] = {
 # output head. transformers' model drops the layer on loading; its `MtpModel` and vLLM read it.
 
 DEEPSEEK_V3 = Family(
-    name="deepseek_v3",
-    hf_classes=("DeepseekV3ForCausalLM",),
+    name="deepseek_v3", hf_classes=("DeepseekV3ForCausalLM",),
     weights=(
-        *EMBEDDINGS_AND_HEAD,
-        trunk_section("every layer", LATENT_ATTENTION),
+        *EMBEDDINGS_AND_HEAD, trunk_section("every layer", LATENT_ATTENTION),
         trunk_section("every layer", LATENT_QUERIES, when="has_query_latent"),
         trunk_section("every layer", DIRECT_QUERIES, when="has_whole_queries"),
-        trunk_section("dense layers", DENSE_FFN),
-        trunk_section("moe layers", DEEPSEEK_EXPERTS),
+        trunk_section("dense layers", DENSE_FFN), trunk_section("moe layers", DEEPSEEK_EXPERTS),
         PREDICTION_AFTER_TRUNK, prediction_layer_section(LATENT_ATTENTION, DEEPSEEK_EXPERTS),
         prediction_layer_section(LATENT_QUERIES, when="has_query_latent"),
-        prediction_layer_section(DIRECT_QUERIES, when="has_whole_queries"),
-    ),
+        prediction_layer_section(DIRECT_QUERIES, when="has_whole_queries")),
     config=(
         *_CONFIG, LatentHeads(), Renamed("n_routed_experts", "num_experts", 256),
         Fixed("topk_method", "noaux_tc", written=False), LeadingDenseLayers(default=3),
-        PredictionAfterTrunk(),
-    ),
+        PredictionAfterTrunk()),
     structure={**STRUCTURE, "attention_pattern": "G", "rope_on_global": True},
     varies=("latent_attention", "mtp_experts", *EXPERT_GROUPS),
-    training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
-    needs_shared_expert=True,
-    copies=PREDICTION_COPIES,
-)
+    training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1}, needs_shared_expert=True,
+    copies=PREDICTION_COPIES)
 
 

@@ -155,13 +155,11 @@ QWEN2 = Family(
 )
 
 QWEN3 = Family(
-    name="qwen3",
-    hf_classes=("Qwen3ForCausalLM",),
+    name="qwen3", hf_classes=("Qwen3ForCausalLM",),
     weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, QK_NORM, DENSE_FFN)),
     config=(*_CONFIG, SlidingSwitch(by_layer=True), Renamed("head_dim", "head_dim", 128),
             Fixed("attention_bias", False)),
-    structure={**_DENSE, "qkv_bias": False, "qk_norm": True},
-)
+    structure={**_DENSE, "qkv_bias": False, "qk_norm": True})
 
 QWEN3_MOE = Family(
     name="qwen3_moe",

@@ -18,18 +18,12 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {
-    "V": lambda m: m.vocab_size,
-    "H": lambda m: m.hidden_size,
-    "D": lambda m: m.head_dim,
-    "N": lambda m: m.num_heads,
-    "A": lambda m: m.num_heads * m.head_dim,
-    "F": lambda m: m.dense_ffn_dim,
-    "E": lambda m: m.num_experts,
-    "I": lambda m: m.expert_ffn_dim,
+    "V": lambda m: m.vocab_size, "H": lambda m: m.hidden_size, "D": lambda m: m.head_dim,
+    "N": lambda m: m.num_heads, "A": lambda m: m.num_heads * m.head_dim, "F": lambda m: m.dense_ffn_dim,
+    "E": lambda m: m.num_experts, "I": lambda m: m.expert_ffn_dim,
     "S": lambda m: m.expert_ffn_dim * m.num_shared_experts,
     "Q": lambda m: get_latent_attention(m).q_lora_rank or 0,
-    "K": lambda m: get_latent_attention(m).kv_lora_rank,
-    "C": lambda m: get_latent_attention(m).cached_dim,
+    "K": lambda m: get_latent_attention(m).kv_lora_rank, "C": lambda m: get_latent_attention(m).cached_dim,
     "B": lambda m: m.num_heads * (get_latent_attention(m).qk_nope_head_dim
                                   + get_latent_attention(m).v_head_dim),
     "O": lambda m: m.num_heads * get_latent_attention(m).v_head_dim,
@@ -37,9 +31,7 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "U": lambda m: get_linear_attention(m).value_head_dim,
     "W": lambda m: get_linear_attention(m).num_value_heads * get_linear_attention(m).value_head_dim,
     "X": lambda m: get_linear_attention(m).num_key_heads * get_linear_attention(m).key_head_dim,
-    "R": lambda m: get_linear_attention(m).gate_rank,
-    "G": lambda m: 1,
-}
+    "R": lambda m: get_linear_attention(m).gate_rank, "G": lambda m: 1}
 """Letter in a shape -> size. V: vocabulary; H: hidden; D: head; N: query heads; A: all query channels; F:
 dense feed-forward; E: experts; I: expert feed-forward; S: shared experts' feed-forward; G: 1 (gate of shared
 experts). Latent attention: Q: query latent; K: key/value latent; C: cached; B: keys without position plus
@@ -431,21 +423,17 @@ def _iter_section_links(section: WeightSection, model: ModelConfig,
 EMBEDDINGS_AND_HEAD = (
     WeightSection("once", "", "", (
         Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H"),
-        Same("decoder.final_layernorm.weight", "model.norm.weight", "H"),
-    )),
-    WeightSection("untied", "", "", (Same("output_layer.weight", "lm_head.weight", "V H"),)),
-)
+        Same("decoder.final_layernorm.weight", "model.norm.weight", "H"))),
+    WeightSection("untied", "", "", (Same("output_layer.weight", "lm_head.weight", "V H"),)))
 
 PROJECTIONS: tuple[WeightEntry, ...] = (
     QKV("self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
         "self_attn.v_proj.weight"),
-    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"),
-)
+    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
 """Attention without its input norm."""
 
 ATTENTION: tuple[WeightEntry, ...] = (
-    Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"), *PROJECTIONS,
-)
+    Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"), *PROJECTIONS)
 
 QKV_BIAS: tuple[WeightEntry, ...] = (
     QKV("self_attention.linear_qkv.bias", "self_attn.q_proj.bias", "self_attn.k_proj.bias",
@@ -454,33 +442,28 @@ QKV_BIAS: tuple[WeightEntry, ...] = (
 
 QK_NORM: tuple[WeightEntry, ...] = (
     Same("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D"),
-    Same("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D"),
-)
+    Same("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D"))
 
 SWIGLU: tuple[WeightEntry, ...] = (
     GateUp("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "F H"),
-    Same("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H F"),
-)
+    Same("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H F"))
 """Dense feed-forward network without its input norm."""
 
 DENSE_FFN: tuple[WeightEntry, ...] = (
-    Same("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"), *SWIGLU,
-)
+    Same("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"), *SWIGLU)
 
 ROUTED_EXPERTS: tuple[WeightEntry, ...] = (
     Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
     Same("mlp.router.weight", "mlp.gate.weight", "E H"),
     Experts(GateUp("mlp.experts.experts.linear_fc1.weight",
                    "mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", "I H")),
-    Experts(Same("mlp.experts.experts.linear_fc2.weight", "mlp.experts.{e}.down_proj.weight", "H I")),
-)
+    Experts(Same("mlp.experts.experts.linear_fc2.weight", "mlp.experts.{e}.down_proj.weight", "H I")))
 """Mixture-of-experts block without shared experts and selection bias."""
 
 SHARED_EXPERTS: tuple[WeightEntry, ...] = (
     GateUp("mlp.shared_experts.linear_fc1.weight",
            "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight", "S H"),
-    Same("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight", "H S"),
-)
+    Same("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight", "H S"))
 
 
 def output_norms(attention: str, feed_forward: str) -> tuple[WeightEntry, ...]:
@@ -514,9 +497,7 @@ def prediction_sections(*parts: tuple[WeightEntry, ...]) -> tuple[WeightSection,
         WeightSection("mtp", "mtp.layers.0.", "mtp.", (
             Same("enorm.weight", "pre_fc_norm_embedding.weight", "H"),
             Same("hnorm.weight", "pre_fc_norm_hidden.weight", "H"),
-            Same("eh_proj.weight", "fc.weight", "H 2H"),
-            Same("final_layernorm.weight", "norm.weight", "H"),
-        )),
+            Same("eh_proj.weight", "fc.weight", "H 2H"), Same("final_layernorm.weight", "norm.weight", "H"))),
         WeightSection("mtp", "mtp.layers.0.transformer_layer.", "mtp.layers.0.",
                       tuple(entry for part in parts for entry in part)))
 
@@ -524,8 +505,7 @@ def prediction_sections(*parts: tuple[WeightEntry, ...]) -> tuple[WeightSection,
 PREDICTION_AFTER_TRUNK = WeightSection("mtp layer behind", "mtp.layers.0.", "model.layers.{l}.", (
     Same("enorm.weight", "enorm.weight", "H"), Same("hnorm.weight", "hnorm.weight", "H"),
     Same("eh_proj.weight", "eh_proj.weight", "H 2H"),
-    Same("final_layernorm.weight", "shared_head.norm.weight", "H"),
-))
+    Same("final_layernorm.weight", "shared_head.norm.weight", "H")))
 """Tensors around the transformer layer of multi-token prediction, under DeepSeek-V3's names."""
 PREDICTION_COPIES = {"model.layers.{l}.embed_tokens.weight": "model.embed_tokens.weight",
                  "model.layers.{l}.shared_head.head.weight": "lm_head.weight"}

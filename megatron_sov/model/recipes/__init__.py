@@ -79,51 +79,29 @@ RECIPES: dict[str, Recipe] = {
     "exaone-4.0-1.2b": Recipe(open_models.exaone_4_1_2b, open_models.dense_sources(
         "LGAI-EXAONE/EXAONE-4.0-1.2B, compared with Megatron-Bridge's test_exaone4_provider.py")),
     "hyperclovax-14b": Recipe(open_models.hyperclovax_14b, open_models.dense_sources(
-        f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}")),
-}
+        f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}"))}
 TINY = {
-    "tiny-solar-open": "solar-open-102b",
-    "tiny-solar-open-mid": "solar-open-102b-mid",
-    "tiny-solar-open-extend": "solar-open-102b-extend",
-    "tiny-solar-open-sft": "solar-open-102b-sft",
-    "tiny-solar-open-dpo": "solar-open-102b-dpo",
-    "tiny-solar-open-dpo-rounds": "solar-open-102b-dpo-rounds",
-    "tiny-solar-open-rl": "solar-open-102b-rl",
-    "tiny-solar-open2": "solar-open2-250b",
-    "tiny-solar-open2-extend": "solar-open2-250b-extend",
-    "tiny-k-exaone": "k-exaone-236b",
-    "tiny-k-exaone-extend": "k-exaone-236b-extend",
-    "tiny-k-exaone-sft": "k-exaone-236b-sft",
-    "tiny-k-exaone-grouper": "k-exaone-236b-grouper",
-    "tiny-k-exaone-rl": "k-exaone-236b-rl",
-    "tiny-k-exaone2": "k-exaone2-750b",
-    "tiny-k-exaone2-extend": "k-exaone2-750b-extend",
+    "tiny-solar-open": "solar-open-102b", "tiny-solar-open-mid": "solar-open-102b-mid",
+    "tiny-solar-open-extend": "solar-open-102b-extend", "tiny-solar-open-sft": "solar-open-102b-sft",
+    "tiny-solar-open-dpo": "solar-open-102b-dpo", "tiny-solar-open-dpo-rounds": "solar-open-102b-dpo-rounds",
+    "tiny-solar-open-rl": "solar-open-102b-rl", "tiny-solar-open2": "solar-open2-250b",
+    "tiny-solar-open2-extend": "solar-open2-250b-extend", "tiny-k-exaone": "k-exaone-236b",
+    "tiny-k-exaone-extend": "k-exaone-236b-extend", "tiny-k-exaone-sft": "k-exaone-236b-sft",
+    "tiny-k-exaone-grouper": "k-exaone-236b-grouper", "tiny-k-exaone-rl": "k-exaone-236b-rl",
+    "tiny-k-exaone2": "k-exaone2-750b", "tiny-k-exaone2-extend": "k-exaone2-750b-extend",
     "tiny-hyperclova-omni": "hyperclova-omni-8b",
     "tiny-hyperclova-omni-continuous": "hyperclova-omni-8b-continuous",
-    "tiny-hyperclova-omni-sft": "hyperclova-omni-8b-sft",
-    "tiny-typhoon-s": "typhoon-s-8b",
-    "tiny-typhoon-s-opd": "typhoon-s-8b-opd",
-    "tiny-typhoon-s-legal": "typhoon-s-4b-legal",
-    "tiny-typhoon-s-legal-agent": "typhoon-s-4b-legal-agent",
-    "tiny-vibethinker": "vibethinker-1.5b",
+    "tiny-hyperclova-omni-sft": "hyperclova-omni-8b-sft", "tiny-typhoon-s": "typhoon-s-8b",
+    "tiny-typhoon-s-opd": "typhoon-s-8b-opd", "tiny-typhoon-s-legal": "typhoon-s-4b-legal",
+    "tiny-typhoon-s-legal-agent": "typhoon-s-4b-legal-agent", "tiny-vibethinker": "vibethinker-1.5b",
     "tiny-vibethinker-math-16k": "vibethinker-1.5b-math-16k",
     "tiny-vibethinker-math-32k": "vibethinker-1.5b-math-32k",
-    "tiny-vibethinker-code": "vibethinker-1.5b-code",
-    "tiny-qwen2": "qwen2-1.5b",
-    "tiny-qwen3-4b": "qwen3-4b",
-    "tiny-qwen3-4b-2507": "qwen3-4b-2507",
-    "tiny-qwen3": "qwen3-8b",
-    "tiny-qwen3-moe": "qwen3-moe-30b",
-    "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
-    "tiny-llama": "llama-3.1-8b",
-    "tiny-deepseek-v3": "deepseek-v3",
-    "tiny-kimi-k2": "kimi-k2",
-    "tiny-gemma3": "gemma-3-1b",
-    "tiny-gemma3-27b": "gemma3-27b",
-    "tiny-exaone4": "exaone-4.0-32b",
-    "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
-    "tiny-hyperclovax": "hyperclovax-14b",
-}
+    "tiny-vibethinker-code": "vibethinker-1.5b-code", "tiny-qwen2": "qwen2-1.5b", "tiny-qwen3-4b": "qwen3-4b",
+    "tiny-qwen3-4b-2507": "qwen3-4b-2507", "tiny-qwen3": "qwen3-8b", "tiny-qwen3-moe": "qwen3-moe-30b",
+    "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507", "tiny-llama": "llama-3.1-8b",
+    "tiny-deepseek-v3": "deepseek-v3", "tiny-kimi-k2": "kimi-k2", "tiny-gemma3": "gemma-3-1b",
+    "tiny-gemma3-27b": "gemma3-27b", "tiny-exaone4": "exaone-4.0-32b", "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
+    "tiny-hyperclovax": "hyperclovax-14b"}
 """Tiny recipe -> full-size recipe with the same structure."""
 
 
@@ -176,20 +154,15 @@ def shrink_recipe(name: str, run: RunConfig) -> RunConfig:
     lengths = {stage.name: stage.seq_len for stage in extend.stages}
     lr = 4e-4 if run.objective.name == "preference" else 4e-3
     tiny = replace(
-        run,
-        recipe=name,
-        model=small,
-        parallel=ParallelConfig(),
+        run, recipe=name, model=small, parallel=ParallelConfig(),
         data=replace(run.data, heldout_tokens=16384,
                      phases=tuple(_shrink_phase(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
         optim=replace(run.optim, name="adamw", lr=lr, min_lr=lr / 20, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8,
                       precision="fp32", fp8="none", recompute=False, checkpoint_every_steps=50,
                       eval_every_steps=100),
-        gpu=GpuConfig(),
-        needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
-        extend=extend,
-    )
+        gpu=GpuConfig(), needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
+        extend=extend)
     return _shrink_rounds(tiny) if run.objective.name == "policy" else tiny
 
 
@@ -231,8 +204,7 @@ def _shrink_rounds(run: RunConfig) -> RunConfig:
     policy, rollout = run.policy, run.rollout
     lr = 4e-4 if policy.learns_preferences else 2e-3
     return replace(
-        run,
-        optim=replace(run.optim, lr=lr, min_lr=lr, warmup_steps=0),
+        run, optim=replace(run.optim, lr=lr, min_lr=lr, warmup_steps=0),
         train=replace(run.train, steps=2 * rollout.steps_per_round),
         rollout=replace(rollout, rounds=2, prompts_per_round=8, max_prompt_tokens=64, max_new_tokens=64,
                         samples_per_prompt=min(4, rollout.samples_per_prompt)),

@@ -95,12 +95,10 @@ def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int,
     """
     limit_tokens = recipe.train.micro_batch_size * recipe.data.max_seq_len()
     return (
-        f"model.max_position_tokens={longer.max_position_tokens}",
-        f"model.yarn={format_json(longer.yarn)}",
+        f"model.max_position_tokens={longer.max_position_tokens}", f"model.yarn={format_json(longer.yarn)}",
         f"model.rope_theta={longer.rope_theta}",
         f"train.micro_batch_size={find_micro_batch_size(limit_tokens, new_tokens, per_rank)}",
-        f"needle.lengths_tokens={sorted({trained_tokens, new_tokens})}",
-    )
+        f"needle.lengths_tokens={sorted({trained_tokens, new_tokens})}")
 
 
 def find_micro_batch_size(limit_tokens: int, seq_len: int, per_rank: int) -> int:

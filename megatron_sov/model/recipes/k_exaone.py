@@ -32,8 +32,7 @@ PHASES = (
     PhaseConfig("expert-knowledge", tokens=round(0.2 * TOKENS), seq_len=8192,
                 blend={"web-high": 45.0, "korean": 10.0, **_others(5.0), "code": 15.0, "stem": 25.0}),
     PhaseConfig("reasoning", tokens=round(0.1 * TOKENS), seq_len=8192, blend={
-        "web-high": 30.0, "korean": 10.0, "code": 15.0, "stem": 15.0, "reasoning-trajectories": 30.0}),
-)
+        "web-high": 30.0, "korean": 10.0, "code": 15.0, "stem": 15.0, "reasoning-trajectories": 30.0}))
 
 
 def _stage(name: str, seq_len: int, batch_size: int, long_share: float,
@@ -58,22 +57,19 @@ def model() -> ModelConfig:
         num_shared_experts=1, expert_ffn_dim=2048, routed_scaling_factor=2.5, router_bias_update_rate=1e-4,
         seq_aux_loss_coeff=1e-4, attention_pattern="LLLG", sliding_window_tokens=128, rope_on_global=False,
         rope_theta=1e6, qk_norm=True, norm_eps=1e-5, num_mtp_layers=1, mtp_attention="G", mtp_loss_coeff=0.05,
-        max_position_tokens=262144,
-    )
+        max_position_tokens=262144)
 
 
 def k_exaone_236b() -> RunConfig:
     """Return pretraining: 11 T tokens in three stages at 8K, Muon, WSD schedule with peak 3e-4."""
     return RunConfig(
-        recipe="k-exaone-236b",
-        model=model(),
+        recipe="k-exaone-236b", model=model(),
         parallel=ParallelConfig(ep=16, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
         data=DataConfig(phases=PHASES),
         optim=OptimConfig(name="muon", lr=3e-4, min_lr=3e-5, schedule="wsd", warmup_steps=2000,
                           decay_share=0.1, weight_decay=0.1),
         train=TrainConfig(global_batch_size=4096, micro_batch_size=1, recompute=True, fp8="blockwise"),
-        gpu=GpuConfig(gc_every_steps=100),
-    )
+        gpu=GpuConfig(gc_every_steps=100))
 
 
 def k_exaone_236b_extend() -> RunConfig:
@@ -97,8 +93,7 @@ def k_exaone_236b_sft() -> RunConfig:
         data=DataConfig(phases=(PhaseConfig("sft", tokens=20_000_000_000, seq_len=32768, blend={
             "conversations": 70.0, "tools": 30.0}),)),
         optim=OptimConfig(name="muon", lr=1e-5, min_lr=1e-6, warmup_steps=50, weight_decay=0.1),
-        train=replace(run.train, global_batch_size=512, fp8="none"),
-        objective=ObjectiveConfig(name="sft"))
+        train=replace(run.train, global_batch_size=512, fp8="none"), objective=ObjectiveConfig(name="sft"))
 
 
 def k_exaone_236b_grouper() -> RunConfig:
@@ -134,17 +129,12 @@ SOURCES: Sources = {
     "train.micro_batch_size": ours("memory"),
     "train.fp8": published(f"{REPORT}, pre-training setup: FP8; blocks, which Hopper and Blackwell have, are "
                            "ours; not yet run on a GPU"),
-    "train.recompute": ours("memory"),
-    "gpu.gc_every_steps": ours("processes collect garbage together"),
-}
+    "train.recompute": ours("memory"), "gpu.gc_every_steps": ours("processes collect garbage together")}
 EXTEND_SOURCES = derive_sources(SOURCES, {
-    "train.fp8": ours("bf16: 8 bits are published for pretraining"),
-    **PHASE_SOURCES,
+    "train.fp8": ours("bf16: 8 bits are published for pretraining"), **PHASE_SOURCES,
     "optim.lr": ours("where pretraining ends; not published"),
-    "optim.min_lr": ours("a tenth of the peak; not published"),
-    "optim.schedule": ours("not published"),
-    "optim.warmup_steps": ours("not published"),
-    "optim.decay_share": DEFAULT,
+    "optim.min_lr": ours("a tenth of the peak; not published"), "optim.schedule": ours("not published"),
+    "optim.warmup_steps": ours("not published"), "optim.decay_share": DEFAULT,
     "train.global_batch_size": ours("33.6 M tokens a step, as in pretraining; not published"),
     "needle.lengths_tokens": ours("pretraining's length and both stages'"),
     **dict.fromkeys(STAGE_CHOICES, ours("not published")),
@@ -156,27 +146,20 @@ EXTEND_SOURCES = derive_sources(SOURCES, {
     "extend.stages.*.parts.*.blend.*": ours("published: good samples of the pretraining distribution"),
     "extend.gate.every_steps": ours("published: until passed, without a rhythm"),
     "extend.gate.min_accuracy": ours("published: near-perfect"),
-    "extend.gate.loss_tolerance_nats": ours("published: short contexts are evaluated, without a bound"),
-})
+    "extend.gate.loss_tolerance_nats": ours("published: short contexts are evaluated, without a bound")})
 _SFT = published(f"{REPORT}, post-training: supervised fine-tuning")
 SFT_SOURCES = derive_sources(SOURCES, {
-    "train.fp8": ours("bf16: 8 bits are published for pretraining"),
-    "data.phases.*": ours("not published"),
+    "train.fp8": ours("bf16: 8 bits are published for pretraining"), "data.phases.*": ours("not published"),
     "data.phases.*.blend.conversations": ours("the share is not published"),
     "data.phases.*.blend.tools": ours("tasks with simulated tools and a success check are published, not "
                                       "their share"),
     "optim.name": ours("as in pretraining; not published"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
                      "train.global_batch_size"), ours("not published")),
-    "optim.decay_share": DEFAULT,
-    "objective.name": _SFT,
-})
+    "optim.decay_share": DEFAULT, "objective.name": _SFT})
 _GROUPER = published(f"{REPORT}, post-training: preference learning by GrouPER")
 GROUPER_SOURCES = derive_sources(SFT_SOURCES, {
-    "optim.name": ours("not published"),
-    "objective.name": _GROUPER,
-    "preference.method": _GROUPER,
-})
+    "optim.name": ours("not published"), "objective.name": _GROUPER, "preference.method": _GROUPER})
 
 
 # K-EXAONE 2.0 750B-A37B (arXiv 2608.04505), grown from K-EXAONE 236B in depth and experts.
@@ -246,26 +229,19 @@ SOURCES_2: Sources = derive_sources(SOURCES, {
     "data.phases.*.seq_len": ours(f"as K-EXAONE; {_NOT_READ}"),
     "data.phases.*.blend.*": ours(f"as K-EXAONE's; {_NOT_READ}"),
     "optim.name": ours(f"as K-EXAONE; {_NOT_READ}"),
-    "optim.lr": ours(f"a third of K-EXAONE's peak; {_NOT_READ}"),
-    "optim.min_lr": ours("a tenth of the peak"),
+    "optim.lr": ours(f"a third of K-EXAONE's peak; {_NOT_READ}"), "optim.min_lr": ours("a tenth of the peak"),
     "optim.schedule": ours(f"as K-EXAONE; {_NOT_READ}"),
     "optim.warmup_steps": ours("a quarter of K-EXAONE's: the model is trained already"),
-    "train.fp8": published(f"{BRIDGE}: bf16"),
-    "train.recompute": published(BRIDGE),
-    "train.micro_batch_size": published(BRIDGE),
-})
+    "train.fp8": published(f"{BRIDGE}: bf16"), "train.recompute": published(BRIDGE),
+    "train.micro_batch_size": published(BRIDGE)})
 EXTEND_SOURCES_2 = derive_sources(derive_sources(EXTEND_SOURCES, SOURCES_2), {
     "parallel.*": ours("a layout that fits; none is published"),
     **{f"parallel.{name}": ours("a layout that fits; none is published")
        for name in ("tp", "sp", "pp", "ep", "zero1", "pipeline_layout", "overlap_grad_reduce",
                     "overlap_param_gather")},
-    **PHASE_SOURCES,
-    "optim.lr": ours("where pretraining ends"),
-    "optim.schedule": ours("as K-EXAONE's"),
-    "optim.warmup_steps": ours("as K-EXAONE's"),
-    "optim.decay_share": DEFAULT,
+    **PHASE_SOURCES, "optim.lr": ours("where pretraining ends"), "optim.schedule": ours("as K-EXAONE's"),
+    "optim.warmup_steps": ours("as K-EXAONE's"), "optim.decay_share": DEFAULT,
     **{key: ours(f"as K-EXAONE's; {_NOT_READ}") for key in (
         *STAGE_CHOICES, "extend.stages.*.seq_len", "extend.stages.*.kind", "extend.stages.*.blend.*",
         "extend.stages.*.parts.*.name", "extend.stages.*.parts.*.share", "extend.stages.*.parts.*.blend.*",
-        "extend.gate.every_steps", "extend.gate.min_accuracy", "extend.gate.loss_tolerance_nats")},
-})
+        "extend.gate.every_steps", "extend.gate.min_accuracy", "extend.gate.loss_tolerance_nats")}})

@@ -44,14 +44,12 @@ def _hyperclova() -> ModelConfig:
 _HYPERCLOVA_DISCRETE = (
     PhaseConfig("text", tokens=2_000_000_000_000, seq_len=4096, blend={"text": 1.0}),
     PhaseConfig("discrete", tokens=500_000_000_000, seq_len=8192,
-                blend={"text": 50.0, "image-tokens": 30.0, "audio-tokens": 20.0}),
-)
+                blend={"text": 50.0, "image-tokens": 30.0, "audio-tokens": 20.0}))
 _HYPERCLOVA_CONTINUOUS = (
     PhaseConfig("continuous", tokens=200_000_000_000, seq_len=8192,
                 blend={"text": 30.0, "discrete": 20.0, "pictures": 30.0, "sounds": 20.0}),
     PhaseConfig("long", tokens=40_000_000_000, seq_len=32768,
-                blend={"text": 40.0, "pictures": 20.0, "sounds": 20.0, "videos": 20.0}),
-)
+                blend={"text": 40.0, "pictures": 20.0, "sounds": 20.0, "videos": 20.0}))
 _HYPERCLOVA_SFT = (
     PhaseConfig("conversation", tokens=5_000_000_000, seq_len=8192, lr=2e-5, min_lr=2e-6, rewarm_steps=50,
                 blend={"conversations": 90.0, "text": 10.0}),
@@ -61,8 +59,7 @@ _HYPERCLOVA_SFT = (
                 blend={"conversations": 20.0, "pictures": 20.0, "speech": 20.0, "videos": 30.0,
                        "text": 10.0}),
     PhaseConfig("intent-think", tokens=5_000_000_000, seq_len=32768, lr=1e-5, min_lr=1e-6, rewarm_steps=50,
-                blend={"intent": 45.0, "reasoning": 45.0, "text": 10.0}),
-)
+                blend={"intent": 45.0, "reasoning": 45.0, "text": 10.0}))
 
 
 def hyperclova_omni_8b() -> RunConfig:
@@ -110,8 +107,7 @@ HYPERCLOVA_SOURCES: Sources = {
     **dict.fromkeys((f"model.{setting}" for setting in (
         "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "dense_ffn_dim",
         "num_experts", "rope_theta", "num_mtp_layers", "max_position_tokens")), _SIZES),
-    "model.mtp_loss_coeff": ours("a scale is published, its value is not"),
-    "model.norm_eps": _UNPUBLISHED,
+    "model.mtp_loss_coeff": ours("a scale is published, its value is not"), "model.norm_eps": _UNPUBLISHED,
     "model.audio_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: 6,561 FSQ tokens after the text"),
     "model.image_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: 65,536 from 135,168"),
     "model.vision.*": _VIT,
@@ -121,28 +117,22 @@ HYPERCLOVA_SOURCES: Sources = {
     "model.audio.placeholder_ids": ours("as `sov-tokenizer media --audio-first 128606` numbers the marks"),
     "model.audio.compression": ours("25 is published for long sound; set it where there is much"),
     "model.audio.compressor_*": published(f"{SERVING}, mambamia_videoaudio_compressor.py"),
-    "parallel.*": _UNPUBLISHED,
-    "data.phases.*.name": _STAGES,
-    "data.phases.*.tokens": _UNPUBLISHED,
+    "parallel.*": _UNPUBLISHED, "data.phases.*.name": _STAGES, "data.phases.*.tokens": _UNPUBLISHED,
     "data.phases.*.seq_len": ours("32K at the end is published, not the lengths before"),
     "data.phases.*.blend.*": ours("the kinds are published, their shares are not"),
     **dict.fromkeys((f"optim.{setting}" for setting in (
         "lr", "min_lr", "schedule", "warmup_steps", "decay_share", "weight_decay")), _UNPUBLISHED),
-    "train.global_batch_size": _UNPUBLISHED,
-    "train.micro_batch_size": ours("memory"),
+    "train.global_batch_size": _UNPUBLISHED, "train.micro_batch_size": ours("memory"),
     "train.recompute": ours("memory"),
-    "media.*": published(f"{HYPERCLOVA_REPORT}, pretraining: discrete tokens first, encoders second"),
-}
+    "media.*": published(f"{HYPERCLOVA_REPORT}, pretraining: discrete tokens first, encoders second")}
 HYPERCLOVA_CONTINUOUS_SOURCES = derive_sources(HYPERCLOVA_SOURCES, {
-    "media.train_encoders": ours("frozen or trained is not published"),
-})
+    "media.train_encoders": ours("frozen or trained is not published")})
 HYPERCLOVA_SFT_SOURCES = derive_sources(HYPERCLOVA_CONTINUOUS_SOURCES, {
     "data.phases.*.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning: four stages"),
     **dict.fromkeys((f"data.phases.*.{setting}" for setting in ("lr", "min_lr", "rewarm_steps")),
                     _UNPUBLISHED),
     "objective.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning"),
-    "objective.text_coeff": ours("without plain text, its bits per byte grow while media are learned"),
-})
+    "objective.text_coeff": ours("without plain text, its bits per byte grow while media are learned")})
 
 
 # Qwen: start runs with `--from` converted weights; sizes come from the released config.json files.
@@ -207,29 +197,23 @@ def qwen3_30b_a3b_2507() -> RunConfig:
 
 
 TRAINING_SOURCES: Sources = {
-    "parallel.*": ours("a layout that fits"),
-    "data.phases.*.name": ours("one phase"),
+    "parallel.*": ours("a layout that fits"), "data.phases.*.name": ours("one phase"),
     "data.phases.*.tokens": ours("a billion tokens, to be set"),
     "data.phases.*.seq_len": ours("short enough for all these models"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
                      "optim.weight_decay"),
                     ours("a low rate, so that a trained model forgets little")),
-    "train.global_batch_size": ours("half a million tokens a step"),
-    "train.micro_batch_size": ours("memory"),
-    "train.recompute": ours("memory"),
-}
+    "train.global_batch_size": ours("half a million tokens a step"), "train.micro_batch_size": ours("memory"),
+    "train.recompute": ours("memory")}
 """Sources for training settings, which differ from the published models' own training."""
 
 
 def moe_sources(released: str) -> Sources:
     """Return the sources for a model with experts."""
     return {
-        "model.*": config_json(released),
-        "model.router_bias_update_rate": DEFAULT,
+        "model.*": config_json(released), "model.router_bias_update_rate": DEFAULT,
         "model.seq_aux_loss_coeff": ours("router_aux_loss_coef in config.json, for our form of the loss"),
-        "model.mtp_*": DEFAULT,
-        **TRAINING_SOURCES,
-    }
+        "model.mtp_*": DEFAULT, **TRAINING_SOURCES}
 
 
 def dense_sources(released: str) -> Sources:
@@ -249,8 +233,7 @@ DEEPSEEK_RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's te
 REPORT = "arXiv 2412.19437, section 4.2"
 DEEPSEEK_SOURCES = derive_sources(moe_sources(DEEPSEEK_RELEASED), {
     "model.mtp_experts": config_json(DEEPSEEK_RELEASED),
-    "model.mtp_loss_coeff": published(f"{REPORT}: 0.3 for the first 10 T tokens, then 0.1"),
-})
+    "model.mtp_loss_coeff": published(f"{REPORT}: 0.3 for the first 10 T tokens, then 0.1")})
 KIMI_SOURCES = derive_sources(
     moe_sources("moonshotai/Kimi-K2-Instruct, compared with MindSpeed-LLM's script"),
     {"model.mtp_loss_coeff": ours("DeepSeek-V3's; it has no prediction layer")})
@@ -357,15 +340,13 @@ TYPHOON_TOKENS = 680_000_000
 def typhoon_s_8b() -> RunConfig:
     """Return the run for `sft`: two epochs packed to 16K, 32 samples per step, cosine from 2e-5 to 0."""
     return RunConfig(
-        recipe="typhoon-s-8b",
-        model=replace(qwen3_8b().model, max_position_tokens=32768),
+        recipe="typhoon-s-8b", model=replace(qwen3_8b().model, max_position_tokens=32768),
         parallel=ParallelConfig(zero1=True),
         data=DataConfig(phases=(PhaseConfig("sft", tokens=TYPHOON_TOKENS, seq_len=16384),)),
         optim=OptimConfig(lr=2e-5, min_lr=0.0, schedule="cosine", warmup_steps=65, weight_decay=0.0,
                           beta2=0.999),
         train=TrainConfig(global_batch_size=32, micro_batch_size=1, seed=42, recompute=True),
-        objective=ObjectiveConfig(name="sft"),
-    )
+        objective=ObjectiveConfig(name="sft"))
 
 
 _TYPHOON_TRAINER = published(f"{TYPHOON_SCRIPT} leaves it to transformers' trainer")
@@ -378,11 +359,9 @@ TYPHOON_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen3-8B-Base"), {
     **dict.fromkeys(("optim.min_lr", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
                      "optim.clip_grad"), _TYPHOON_TRAINER),
     "train.global_batch_size": published(f"{TYPHOON_SCRIPT}: 8 processes x 1 sample x 4"),
-    "train.micro_batch_size": published(TYPHOON_SCRIPT),
-    "train.seed": published(TYPHOON_SCRIPT),
+    "train.micro_batch_size": published(TYPHOON_SCRIPT), "train.seed": published(TYPHOON_SCRIPT),
     "train.recompute": ours("memory; it changes no result"),
-    "objective.name": published("arXiv 2601.18129, SFT"),
-})
+    "objective.name": published("arXiv 2601.18129, SFT")})
 
 
 # VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B, extended to 40,960 tokens in three stages by
@@ -412,23 +391,19 @@ def vibethinker_1_5b() -> RunConfig:
         optim=OptimConfig(lr=5e-5, min_lr=8e-8, schedule="cosine", warmup_steps=120, weight_decay=0.1),
         train=TrainConfig(global_batch_size=128, micro_batch_size=1, recompute=True,
                           checkpoint_every_steps=100, keep_every_steps=100),
-        objective=ObjectiveConfig(name="sft"),
-        needle=NeedleConfig(lengths_tokens=(4096, *LENGTHS.values())),
-        extend=ExtendConfig(stages=VIBETHINKER_STAGES, gate=GateConfig(every_steps=100, min_accuracy=0.98)),
-    )
+        objective=ObjectiveConfig(name="sft"), needle=NeedleConfig(lengths_tokens=(4096, *LENGTHS.values())),
+        extend=ExtendConfig(stages=VIBETHINKER_STAGES, gate=GateConfig(every_steps=100, min_accuracy=0.98)))
 
 
 _VIBETHINKER_SUCCESSOR = ours("not published for the 1.5B; published for the 3B")
 VIBETHINKER_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
     "model.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
     "model.max_position_tokens": published(f"{VIBETHINKER_REPORT}, evaluation: 40,960 tokens are generated"),
-    "data.phases.*.name": ours("the stage"),
-    "data.phases.*.tokens": ours("not published"),
+    "data.phases.*.name": ours("the stage"), "data.phases.*.tokens": ours("not published"),
     "data.phases.*.seq_len": published(f"{VIBETHINKER_REPORT}, training: 16K before 32K"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule"), _VIBETHINKER_SUCCESSOR),
     "optim.warmup_steps": ours("5 % of the steps, as published for the 3B"),
-    "optim.weight_decay": ours("not published"),
-    "train.global_batch_size": _VIBETHINKER_SUCCESSOR,
+    "optim.weight_decay": ours("not published"), "train.global_batch_size": _VIBETHINKER_SUCCESSOR,
     "train.micro_batch_size": ours("memory"),
     "train.checkpoint_every_steps": ours("checkpoints to choose from are published, their distance is not"),
     "train.keep_every_steps": ours("checkpoints to choose from are published, their distance is not"),
@@ -439,7 +414,5 @@ VIBETHINKER_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen2.5-Math-1
         f"{VIBETHINKER_REPORT}: 16K and 32K in training, 40,960 in evaluation; that text of these lengths "
         "comes first is ours"),
     "extend.stages.*.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
-    "extend.stages.*.parts.*": ours("not published"),
-    "extend.gate.every_steps": ours("not published"),
-    "extend.gate.min_accuracy": ours("near-perfect, as K-EXAONE asks"),
-})
+    "extend.stages.*.parts.*": ours("not published"), "extend.gate.every_steps": ours("not published"),
+    "extend.gate.min_accuracy": ours("near-perfect, as K-EXAONE asks")})

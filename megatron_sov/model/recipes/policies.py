@@ -40,8 +40,7 @@ def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
 def _sources(base: Sources, values: Values) -> Sources:
     """Return the sources for such a recipe."""
     return derive_sources(base, {
-        **{key: source for key, (_, source) in values.items()},
-        "data.phases.*": DEFAULT,
+        **{key: source for key, (_, source) in values.items()}, "data.phases.*": DEFAULT,
         "data.phases.*.name": ours("rounds are the phases"),
         "data.phases.*.seq_len": ours("a row holds one or two of the longest prompts and responses"),
         "train.steps": ours("rounds x steps per round"),
@@ -61,27 +60,17 @@ def _ink(run: str, response_tokens: int, batch: int, steps: int, epochs: int) ->
     """Return the values of InK-GRPO's single-turn or agentic run."""
     source = published(f"{TYPHOON}, InK-GRPO, {run} run and its released script")
     return {
-        "objective.name": ("policy", source),
-        "policy.method": ("ink_grpo", source),
-        "policy.aggregation": ("token", source),
-        "policy.clip_low": (0.2, source),
-        "policy.clip_high": (0.24, source),
-        "policy.kl": ("none", source),
-        "policy.knowledge_coeff": (0.1, source),
-        "policy.knowledge_share": (0.6, source),
-        "policy.knowledge_batch_size": (batch, source),
-        "policy.overlong_buffer_tokens": (1024, source),
-        "policy.overlong_penalty": (1.0, source),
-        "rollout.prompts_per_round": (32, source),
-        "rollout.samples_per_prompt": (8, source),
-        "rollout.steps_per_round": (steps, source),
-        "rollout.temperature": (0.7, source),
-        "rollout.max_prompt_tokens": (2048, source),
+        "objective.name": ("policy", source), "policy.method": ("ink_grpo", source),
+        "policy.aggregation": ("token", source), "policy.clip_low": (0.2, source),
+        "policy.clip_high": (0.24, source), "policy.kl": ("none", source),
+        "policy.knowledge_coeff": (0.1, source), "policy.knowledge_share": (0.6, source),
+        "policy.knowledge_batch_size": (batch, source), "policy.overlong_buffer_tokens": (1024, source),
+        "policy.overlong_penalty": (1.0, source), "rollout.prompts_per_round": (32, source),
+        "rollout.samples_per_prompt": (8, source), "rollout.steps_per_round": (steps, source),
+        "rollout.temperature": (0.7, source), "rollout.max_prompt_tokens": (2048, source),
         "rollout.max_new_tokens": (response_tokens, source),
         "rollout.rounds": (100, ours(f"{epochs} epochs are published; their rounds follow from the prompts")),
-        "optim.lr": (1e-6, source),
-        **_steady(1e-6),
-    }
+        "optim.lr": (1e-6, source), **_steady(1e-6)}
 
 
 LEGAL = _ink("single-turn", 4096, batch=64, steps=1, epochs=2)
@@ -106,23 +95,17 @@ def typhoon_s_4b_legal_agent() -> RunConfig:
 
 _OPD = published("scb-10x/typhoon-s, on-policy distillation")
 OPD: Values = {
-    "objective.name": ("policy", _OPD),
-    "policy.method": ("gkd", _OPD),
-    "policy.on_policy_share": (0.25, _OPD),
-    "distillation.beta": (0.0, _OPD),
-    "distillation.temperature": (1.0, _OPD),
-    "rollout.prompts_per_round": (64, _OPD),
-    "rollout.samples_per_prompt": (1, _OPD),
-    "rollout.temperature": (1.0, _OPD),
+    "objective.name": ("policy", _OPD), "policy.method": ("gkd", _OPD),
+    "policy.on_policy_share": (0.25, _OPD), "distillation.beta": (0.0, _OPD),
+    "distillation.temperature": (1.0, _OPD), "rollout.prompts_per_round": (64, _OPD),
+    "rollout.samples_per_prompt": (1, _OPD), "rollout.temperature": (1.0, _OPD),
     "rollout.top_p": (0.95, _OPD),
     "rollout.max_prompt_tokens": (2048, published("scb-10x/typhoon-s: 4,096 in all, 2,048 per response")),
     "rollout.max_new_tokens": (2048, _OPD),
     "rollout.rounds": (2500, published("scb-10x/typhoon-s: 1 epoch over about 160,000 prompts")),
-    "optim.lr": (1e-6, _OPD),
-    "optim.schedule": ("cosine", _OPD),
+    "optim.lr": (1e-6, _OPD), "optim.schedule": ("cosine", _OPD),
     "optim.warmup_steps": (125, published("scb-10x/typhoon-s: 5 % of the steps")),
-    "train.global_batch_size": (64, published("scb-10x/typhoon-s: 64 data samples per step")),
-}
+    "train.global_batch_size": (64, published("scb-10x/typhoon-s: 64 data samples per step"))}
 OPD_SOURCES = derive_sources(_sources(TYPHOON_SOURCES, OPD), {
     "train.global_batch_size": OPD["train.global_batch_size"][1]})
 
@@ -138,16 +121,12 @@ def _mgpo(stage: str, response_tokens: int, length: ValueSource) -> Values:
     size were not published."""
     source = published(f"{VIBETHINKER}, signal phase: {stage}")
     return {
-        "objective.name": ("policy", source),
-        "policy.method": ("mgpo", source),
-        "policy.kl": ("none", source),
-        "policy.aggregation": ("sequence", source),
+        "objective.name": ("policy", source), "policy.method": ("mgpo", source),
+        "policy.kl": ("none", source), "policy.aggregation": ("sequence", source),
         "rollout.max_new_tokens": (response_tokens, length),
         "rollout.samples_per_prompt": (16, ours("not published: enough to estimate shares of right answers")),
-        "rollout.rounds": (100, ours("not published")),
-        "optim.lr": (1e-6, ours("not published")),
-        **_steady(1e-6),
-    }
+        "rollout.rounds": (100, ours("not published")), "optim.lr": (1e-6, ours("not published")),
+        **_steady(1e-6)}
 
 
 MATH_16K = _mgpo("mathematics at 16K", 16384, published(f"{VIBETHINKER}, training: 16K"))
@@ -188,14 +167,10 @@ def _large(source: ValueSource) -> Values:
 _PHASE_A = published(f"{SOLAR}, SnapPO, phase A")
 _GSPO = published("arXiv 2507.18071; Solar's own clip was not seen")
 SNAPPO: Values = {
-    **_large(_PHASE_A),
-    "policy.method": ("gspo", _PHASE_A),
-    "policy.clip_low": (3e-4, _GSPO),
-    "policy.clip_high": (4e-4, _GSPO),
-    "rollout.steps_per_round": (4, _PHASE_A),
+    **_large(_PHASE_A), "policy.method": ("gspo", _PHASE_A), "policy.clip_low": (3e-4, _GSPO),
+    "policy.clip_high": (4e-4, _GSPO), "rollout.steps_per_round": (4, _PHASE_A),
     "rollout.samples_per_prompt": (16, published(f"{SOLAR}, SnapPO: 8 to 16")),
-    "rollout.rounds": (400, ours("about 200,000 prompts are published")),
-}
+    "rollout.rounds": (400, ours("about 200,000 prompts are published"))}
 SNAPPO_SOURCES = _sources(DPO_SOURCES, SNAPPO)
 
 
@@ -207,18 +182,13 @@ def solar_open_102b_rl() -> RunConfig:
 _PHASE_B = published(f"{SOLAR}, SnapPO, phase B: iterative DPO")
 _PAIR = ours("not published: a row of 32K holds both responses of a pair")
 DPO_ROUNDS: Values = {
-    "objective.name": ("policy", _PHASE_B),
-    "policy.method": ("preference", _PHASE_B),
+    "objective.name": ("policy", _PHASE_B), "policy.method": ("preference", _PHASE_B),
     "policy.reference": ("round", ours("not published: each round may go as far again")),
     "rollout.steps_per_round": (4, ours("as in phase A")),
     "rollout.samples_per_prompt": (16, published(f"{SOLAR}, SnapPO: 8 to 16")),
-    "rollout.prompts_per_round": (512, ours("not published")),
-    "rollout.max_prompt_tokens": (2048, _PAIR),
-    "rollout.max_new_tokens": (14336, _PAIR),
-    "rollout.rounds": (20, ours("not published")),
-    "optim.lr": (5e-7, ours("not published")),
-    **_steady(5e-7),
-}
+    "rollout.prompts_per_round": (512, ours("not published")), "rollout.max_prompt_tokens": (2048, _PAIR),
+    "rollout.max_new_tokens": (14336, _PAIR), "rollout.rounds": (20, ours("not published")),
+    "optim.lr": (5e-7, ours("not published")), **_steady(5e-7)}
 DPO_ROUNDS_SOURCES = derive_sources(_sources(DPO_SOURCES, DPO_ROUNDS), {
     key: DPO_SOURCES[key] for key in ("preference.method", "preference.beta")})
 
@@ -231,16 +201,14 @@ def solar_open_102b_dpo_rounds() -> RunConfig:
 
 _AGAPO = published(f"{K_EXAONE}, reinforcement learning: AGAPO")
 AGAPO: Values = {
-    **_large(_AGAPO),
-    "policy.method": ("agapo", _AGAPO),
+    **_large(_AGAPO), "policy.method": ("agapo", _AGAPO),
     "optim.groups": ((GroupConfig("*router.weight", frozen=True),),
                      published(f"{K_EXAONE}, reinforcement learning: the router stays as it is")),
     "model.router_bias_update_rate": (
         0.0, published(f"{K_EXAONE}, reinforcement learning: the router stays as it is")),
     "optim.name": ("adamw", ours("not published")),
     "train.fp8": ("none", ours("bf16: 8 bits are published for pretraining")),
-    "rollout.rounds": (100, ours("not published")),
-}
+    "rollout.rounds": (100, ours("not published"))}
 AGAPO_SOURCES = derive_sources(_sources(K_EXAONE_SOURCES,
                                         {k: v for k, v in AGAPO.items() if k != "optim.groups"}), {
     "optim.groups.*": AGAPO["optim.groups"][1], "optim.decay_share": DEFAULT})

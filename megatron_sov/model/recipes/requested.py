@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import Fix, UserError, find_nearest_name, suggest_download
+from megatron_sov.base.errors import Fix, UserError, suggest_download
 from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry, suggest_same_family
 from megatron_sov.base.settings import (
@@ -283,18 +284,22 @@ def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
                                resumed=resumed)
 
 
+_VARIANT = re.compile("-(base|instruct|it)$")
+"""End of a name on the hub that leaves the architecture unchanged."""
+
+
 def _load_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
                         "and name a recipe (`megatron-sov recipes` lists them)")
     if suggest_download(recipe) and ":" not in recipe:
-        name = recipe.rpartition("/")[2].lower()
-        nearest = find_nearest_name(name, recipes.names())
-        family = suggest_same_family(name, recipes.names())  # other models: no fix
-        close = f"; did you mean {nearest!r}?" if nearest else family
+        released = _find_released(recipe)
+        # other sizes of the family are no fix
+        close = (f"; {released!r} has its architecture" if released else
+                 suggest_same_family(recipe.rpartition("/")[2], recipes.names()))
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
                         "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR",
-                        Fix(words={recipe: nearest}) if nearest else None)
+                        Fix(words={recipe: released}) if released else None)
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:
@@ -310,6 +315,16 @@ def _load_recipe(recipe: str) -> RunConfig:
                                            if is_file else value)
     config = apply_settings(config, [f"{setting}={name}" for setting, name in names.items()])
     return dataclasses.replace(config, code=(code,))
+
+
+def _find_released(model: str) -> str:
+    """Return the first recipe with the config.json of a model on the Hugging Face hub, or ""."""
+    wanted = _VARIANT.sub("", model.lower())
+    for name in recipes.names():
+        source = None if name.startswith("tiny-") else recipes.sources(name).get("model.*")
+        if source and _VARIANT.sub("", source.where.partition(",")[0].lower()) == wanted:
+            return name
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,11 +34,8 @@ def _phase(name: str, tokens_t: float, filter_level: str, korean_pct: float,
 
 
 PHASES = (
-    _phase("1", 10.8, "basic", 3.3, 10.2),
-    _phase("2.A", 5.3, "l1", 3.2, 32.0),
-    _phase("2.B", 2.7, "l2", 16.4, 36.1),
-    _phase("2.C", 1.2, "l3", 13.6, 64.5),
-)
+    _phase("1", 10.8, "basic", 3.3, 10.2), _phase("2.A", 5.3, "l1", 3.2, 32.0),
+    _phase("2.B", 2.7, "l2", 16.4, 36.1), _phase("2.C", 1.2, "l3", 13.6, 64.5))
 """Quality levels: basic filter, L1, L2 (about the top half by educational score), L3 (about the top 35 %)."""
 MID_TRAINING = (
     PhaseConfig("mid-training", tokens=round(1.155 * TRILLION), seq_len=32768, global_batch_size=1440,
@@ -70,8 +67,7 @@ def model() -> ModelConfig:
         family="solar_open", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64, num_kv_heads=8,
         head_dim=128, num_experts=128, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=1280,
         routed_scaling_factor=1.0, router_bias_update_rate=1e-3, seq_aux_loss_coeff=1e-4, rope_theta=1e6,
-        norm_eps=1e-5, max_position_tokens=131072,
-    )
+        norm_eps=1e-5, max_position_tokens=131072)
 
 
 def released_model() -> ModelConfig:
@@ -82,15 +78,13 @@ def released_model() -> ModelConfig:
 def solar_open_102b() -> RunConfig:
     """Return pretraining: 20 T tokens in four phases at 4K, AdamW, cosine from 2.5e-4 to 3e-6."""
     return RunConfig(
-        recipe="solar-open-102b",
-        model=model(),
+        recipe="solar-open-102b", model=model(),
         parallel=ParallelConfig(ep=8, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
         data=DataConfig(phases=PHASES),
         optim=OptimConfig(lr=2.5e-4, min_lr=3e-6, schedule="cosine", warmup_steps=2000, weight_decay=0.1,
                           beta2=0.95),
         train=TrainConfig(global_batch_size=13440, micro_batch_size=1, recompute=True, fp8="blockwise"),
-        gpu=GpuConfig(gc_every_steps=100),
-    )
+        gpu=GpuConfig(gc_every_steps=100))
 
 
 def solar_open_102b_mid() -> RunConfig:
@@ -125,8 +119,7 @@ def solar_open_102b_sft() -> RunConfig:
         data=DataConfig(phases=(PhaseConfig("sft", tokens=20_000_000_000, seq_len=32768, blend={
             "reasoning": 50.0, "agents": 30.0, "korean": 15.0, "safety": 5.0}),)),
         optim=replace(run.optim, lr=1e-5, min_lr=1e-6, warmup_steps=50),
-        train=replace(run.train, global_batch_size=480, fp8="none"),
-        objective=ObjectiveConfig(name="sft"))
+        train=replace(run.train, global_batch_size=480, fp8="none"), objective=ObjectiveConfig(name="sft"))
 
 
 def solar_open_102b_dpo() -> RunConfig:
@@ -134,8 +127,7 @@ def solar_open_102b_dpo() -> RunConfig:
     degeneration pairs, mixed with reasoning."""
     run = solar_open_102b()
     return replace(
-        run, recipe="solar-open-102b-dpo", model=released_model(),
-        parallel=replace(run.parallel, pp=4, cp=4),
+        run, recipe="solar-open-102b-dpo", model=released_model(), parallel=replace(run.parallel, pp=4, cp=4),
         data=DataConfig(phases=(PhaseConfig("pairs", tokens=128 * 32768 * 500, seq_len=32768, blend={
             "preference": 30.0, "safety": 20.0, "degeneration": 20.0, "reasoning": 30.0}),)),
         optim=replace(run.optim, lr=5e-7, min_lr=0.0, warmup_steps=25),
@@ -149,13 +141,10 @@ SOURCES: Sources = {
     "model.*": config_json(RELEASED),
     "model.yarn": ours("no source has YaRN before the last stage; the released config has it"),
     "model.router_bias_update_rate": published(f"{REPORT}, router"),
-    "model.seq_aux_loss_coeff": published(f"{REPORT}, router"),
-    "model.mtp_*": DEFAULT,
+    "model.seq_aux_loss_coeff": published(f"{REPORT}, router"), "model.mtp_*": DEFAULT,
     "parallel.*": ours("a layout that fits; published is HSDP, 6 x 10 nodes of 8 B200"),
-    "data.phases.*.name": _CURRICULUM,
-    "data.phases.*.tokens": _CURRICULUM,
-    "data.phases.*.seq_len": _OPTIMIZER,
-    "data.phases.*.blend.korean": _CURRICULUM,
+    "data.phases.*.name": _CURRICULUM, "data.phases.*.tokens": _CURRICULUM,
+    "data.phases.*.seq_len": _OPTIMIZER, "data.phases.*.blend.korean": _CURRICULUM,
     "data.phases.*.blend.synthetic": _CURRICULUM,
     "data.phases.*.blend.web-*": ours("the rest, if Korean and synthetic text do not overlap"),
     **dict.fromkeys(("optim.name", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay",
@@ -166,31 +155,20 @@ SOURCES: Sources = {
     "train.fp8": published(f"{REPORT}, infrastructure: FP8 and bf16; our choice: blocks, for Hopper and "
                            "Blackwell; not yet run on a GPU"),
     "train.recompute": published(f"{REPORT}, infrastructure"),
-    "gpu.gc_every_steps": ours("processes collect garbage together"),
-}
+    "gpu.gc_every_steps": ours("processes collect garbage together")}
 _IN_BF16 = {"train.fp8": ours("bf16: 8 bits are published for pretraining")}
 _MID_TRAINING = published(f"{REPORT}, mid-training")
 MID_SOURCES = derive_sources(SOURCES, {
-    **_IN_BF16,
-    "data.phases.*.name": _MID_TRAINING,
-    "data.phases.*.tokens": _MID_TRAINING,
-    "data.phases.*.global_batch_size": _OPTIMIZER,
-    "data.phases.*.blend.*": _MID_TRAINING,
+    **_IN_BF16, "data.phases.*.name": _MID_TRAINING, "data.phases.*.tokens": _MID_TRAINING,
+    "data.phases.*.global_batch_size": _OPTIMIZER, "data.phases.*.blend.*": _MID_TRAINING,
     "data.phases.*.blend.long@8192": published(f"{REPORT}, mid-training; that long means 8,192 is ours"),
-    "optim.lr": ours("not published"),
-    "optim.min_lr": ours("where pretraining ends; not published"),
-    "optim.warmup_steps": ours("not published"),
-    "optim.schedule": ours("not published"),
-    "train.global_batch_size": ours("the phase has its own"),
-})
+    "optim.lr": ours("not published"), "optim.min_lr": ours("where pretraining ends; not published"),
+    "optim.warmup_steps": ours("not published"), "optim.schedule": ours("not published"),
+    "train.global_batch_size": ours("the phase has its own")})
 EXTEND_SOURCES = derive_sources(SOURCES, {
-    **_IN_BF16,
-    "model.yarn.*": config_json(RELEASED),
-    **PHASE_SOURCES,
-    "optim.lr": ours("not published"),
+    **_IN_BF16, "model.yarn.*": config_json(RELEASED), **PHASE_SOURCES, "optim.lr": ours("not published"),
     "optim.min_lr": ours("where pretraining ends; not published"),
-    "optim.warmup_steps": ours("not published"),
-    "optim.schedule": ours("not published"),
+    "optim.warmup_steps": ours("not published"), "optim.schedule": ours("not published"),
     "train.global_batch_size": _OPTIMIZER,
     "needle.lengths_tokens": ours("pretraining's length and both stages'"),
     **dict.fromkeys(STAGE_CHOICES, ours("not published")),
@@ -200,31 +178,23 @@ EXTEND_SOURCES = derive_sources(SOURCES, {
                     ours("the released config's, at the last stage: nothing says when YaRN began")),
     "extend.stages.*.blend.*": ours("the published mid-training's sources"),
     "extend.stages.*.parts.*": ours("not published; rehearsal is phase 2.C again, as in mid-training"),
-    "extend.gate.every_steps": ours("not published"),
-    "extend.gate.min_accuracy": ours("not published"),
-})
+    "extend.gate.every_steps": ours("not published"), "extend.gate.min_accuracy": ours("not published")})
 _OF_CONVERSATIONS: Sources = {
-    **_IN_BF16,
-    "model.yarn.*": config_json(RELEASED),
-    "data.phases.*": ours("not published"),
+    **_IN_BF16, "model.yarn.*": config_json(RELEASED), "data.phases.*": ours("not published"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
-                     "train.global_batch_size"), ours("not published")),
-}
+                     "train.global_batch_size"), ours("not published"))}
 SFT_SOURCES = derive_sources(SOURCES, {
     **_OF_CONVERSATIONS,
     "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 agent "
                                   "conversations; their shares are not"),
-    "objective.name": published(f"{REPORT}, post-training: SFT"),
-})
+    "objective.name": published(f"{REPORT}, post-training: SFT")})
 _PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
 DPO_SOURCES = derive_sources(SOURCES, {
     **_OF_CONVERSATIONS,
     "data.phases.*.blend.*": ours("the kinds of pairs are published, with reasoning kept among them; their "
                                   "shares are not"),
-    "objective.name": _PHASE_B,
-    "preference.method": _PHASE_B,
-    "preference.beta": ours("not published; the value in the DPO paper (arXiv 2305.18290)"),
-})
+    "objective.name": _PHASE_B, "preference.method": _PHASE_B,
+    "preference.beta": ours("not published; the value in the DPO paper (arXiv 2305.18290)")})
 
 
 # Solar Open 2 250B-A15B (arXiv 2607.20062): the released architecture, published tokens and languages.
@@ -241,8 +211,7 @@ PHASES_2 = (
         "web": 40.0, "korean": 10.0, "japanese": 5.0, "code": 15.0, "stem": 10.0, "synthetic": 20.0}),
     PhaseConfig("agents", tokens=2 * TRILLION, seq_len=8192, blend={
         "web": 20.0, "korean": 10.0, "japanese": 5.0, "code": 20.0, "stem": 15.0,
-        "agent-trajectories": 30.0}),
-)
+        "agent-trajectories": 30.0}))
 
 
 def _stage_2(name: str, seq_len: int, batch_size: int, long_share: float,
@@ -274,15 +243,13 @@ def model_2() -> ModelConfig:
 def solar_open2_250b() -> RunConfig:
     """Return pretraining: 12 T tokens in two phases at 8K, AdamW, cosine from 2.5e-4 to 3e-6."""
     return RunConfig(
-        recipe="solar-open2-250b",
-        model=model_2(),
+        recipe="solar-open2-250b", model=model_2(),
         parallel=ParallelConfig(pp=4, ep=8, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
         data=DataConfig(phases=PHASES_2),
         optim=OptimConfig(lr=2.5e-4, min_lr=3e-6, schedule="cosine", warmup_steps=2000, weight_decay=0.1,
                           beta2=0.95),
         train=TrainConfig(global_batch_size=4096, micro_batch_size=1, recompute=True),
-        gpu=GpuConfig(gc_every_steps=100),
-    )
+        gpu=GpuConfig(gc_every_steps=100))
 
 
 def solar_open2_250b_extend() -> RunConfig:
@@ -303,34 +270,24 @@ _AS_SOLAR = f"as Solar Open; {_NOT_READ}"
 SOURCES_2: Sources = {
     "model.*": config_json("upstage/Solar-Open2-250B, as transformers' class and vLLM's test have it; as "
                            "many parameters as the card, to the last one"),
-    "model.mtp_*": DEFAULT,
-    "model.router_bias_update_rate": ours(_AS_SOLAR),
-    "model.seq_aux_loss_coeff": ours(_AS_SOLAR),
-    "parallel.*": ours("a layout that fits; none is published"),
-    "data.phases.*.name": ours(_NOT_READ),
-    "data.phases.*.seq_len": ours(_NOT_READ),
+    "model.mtp_*": DEFAULT, "model.router_bias_update_rate": ours(_AS_SOLAR),
+    "model.seq_aux_loss_coeff": ours(_AS_SOLAR), "parallel.*": ours("a layout that fits; none is published"),
+    "data.phases.*.name": ours(_NOT_READ), "data.phases.*.seq_len": ours(_NOT_READ),
     "data.phases.0.tokens": published(f"{ABSTRACT}: a 10 T token mixture"),
     "data.phases.1.tokens": ours(f"{CARD}: about 12 T in all, less the mixture"),
     "data.phases.*.blend.*": ours(f"languages from {CARD}, agents from the abstract; no shares are known"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
                      "optim.weight_decay", "optim.beta2"), ours(_AS_SOLAR)),
     "train.global_batch_size": ours(f"33.6 M tokens a step; {_NOT_READ}"),
-    "train.micro_batch_size": ours("memory"),
-    "train.recompute": ours("memory"),
-    "gpu.gc_every_steps": ours("processes collect garbage together"),
-}
+    "train.micro_batch_size": ours("memory"), "train.recompute": ours("memory"),
+    "gpu.gc_every_steps": ours("processes collect garbage together")}
 EXTEND_SOURCES_2 = derive_sources(SOURCES_2, {
-    **PHASE_SOURCES,
-    "optim.lr": ours(f"about a tenth of pretraining's peak; {_NOT_READ}"),
+    **PHASE_SOURCES, "optim.lr": ours(f"about a tenth of pretraining's peak; {_NOT_READ}"),
     "optim.warmup_steps": ours(_NOT_READ),
     "train.global_batch_size": ours(f"33.6 M tokens a step, as in pretraining; {_NOT_READ}"),
     "needle.lengths_tokens": ours("pretraining's length and the stages'"),
-    **dict.fromkeys(STAGE_CHOICES, ours(_NOT_READ)),
-    "extend.stages.0.seq_len": ours(_NOT_READ),
-    "extend.stages.1.seq_len": ours(_NOT_READ),
-    "extend.stages.2.seq_len": published(f"{CARD}: 1M"),
+    **dict.fromkeys(STAGE_CHOICES, ours(_NOT_READ)), "extend.stages.0.seq_len": ours(_NOT_READ),
+    "extend.stages.1.seq_len": ours(_NOT_READ), "extend.stages.2.seq_len": published(f"{CARD}: 1M"),
     "extend.stages.*.blend.*": ours(f"agents' trajectories fill one context, by the abstract; {_NOT_READ}"),
-    "extend.stages.*.parts.*": ours(_NOT_READ),
-    "extend.gate.every_steps": ours(_NOT_READ),
-    "extend.gate.min_accuracy": ours(_NOT_READ),
-})
+    "extend.stages.*.parts.*": ours(_NOT_READ), "extend.gate.every_steps": ours(_NOT_READ),
+    "extend.gate.min_accuracy": ours(_NOT_READ)})

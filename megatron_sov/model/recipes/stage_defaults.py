@@ -80,8 +80,7 @@ DEFAULTS: dict[str, StageDefaults] = {
                              "cosine", 0.03, 128, f"{OURS}, as sft"),
     "policy": StageDefaults((Rate(1e-6, f"{TRL} of GRPO; DeepSeekMath, arXiv 2402.03300, section 4.2"),),
                             (Rate(1e-5, REGRET),), 3.0, "constant", 0.0, 0,
-                            f"three passes over the prompts: {TRL} of GRPO; a constant rate: {OURS}"),
-}
+                            f"three passes over the prompts: {TRL} of GRPO; a constant rate: {OURS}")}
 """Stage, or stage and `preference.method` -> defaults."""
 
 

@@ -3,10 +3,9 @@
 A `MediaEncoder` is a transformers network, built from the sizes in our config, an adapter and, for long
 recordings, a compressor. Records are independent: the features of a record do not depend on its batch.
 
-The compressor is MambaMia2 with the authors' parameter names (OmniServe,
-mambamia_videoaudio_compressor.py). It appends a learned query to each chunk of features, runs a Mamba-2 block
-over the chunks, and keeps the states at the queries. The authors' dropout is omitted, because its random
-numbers would depend on the layout.
+The compressor is MambaMia2 with the authors' parameter names (OmniServe, mambamia_videoaudio_compressor.py).
+It appends a learned query to each chunk of features, runs a Mamba-2 block over the chunks, and keeps the
+states at the queries. The authors' dropout is omitted, because its random numbers would depend on the layout.
 """
 
 from __future__ import annotations

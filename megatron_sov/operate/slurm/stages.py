@@ -101,14 +101,12 @@ STAGES = {
         "Data: text to token shards, on all cores of one node.  A killed job continues where it was.",
         ("data_prep.cli",), ranks=False, gpus=False),
     "pretrain": StageKind(
-        "Pretraining: token shards to checkpoints.",
-        ("megatron_sov", "pretrain"), ranks=True, gpus=True),
+        "Pretraining: token shards to checkpoints.", ("megatron_sov", "pretrain"), ranks=True, gpus=True),
     "extend": StageKind(
         "Context extension: trains on at longer and longer contexts, each behind its gate (exit code 3 where "
         "it does not pass).", ("megatron_sov", "extend"), ranks=True, gpus=True),
     "sft": StageKind(
-        "Supervised fine-tuning on chats.",
-        ("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
+        "Supervised fine-tuning on chats.", ("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
     "prefer": StageKind(
         "Learning from preferences: pairs or groups of responses.",
         ("megatron_sov", "prefer"), ranks=True, gpus=True, objective="preference"),
@@ -136,8 +134,7 @@ STAGES = {
         ("megatron_sov", "rl", "generate"), ranks=False, gpus=True, shares=True),
     "rl-reward": StageKind(
         "Reinforcement learning: judges the responses of a rollout store, on the cores of one node.",
-        ("megatron_sov", "rl", "reward"), ranks=False, gpus=False, shares=True),
-}
+        ("megatron_sov", "rl", "reward"), ranks=False, gpus=False, shares=True)}
 ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus", "pairs", "groups")}
 """Commands in `sov-tokenizer` and `sov-data` that write a folder with a manifest."""
 

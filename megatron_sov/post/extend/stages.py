@@ -47,8 +47,7 @@ class PlannedStage:
 
 
 def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int | None,
-                formats: Callable[[RunConfig], tuple[str, ...]] = lambda config: TEXTS,
-                ) -> list[PlannedStage]:
+                formats: Callable[[RunConfig], tuple[str, ...]] = lambda config: TEXTS) -> list[PlannedStage]:
     """Resolve the settings for all stages in `extend.stages`, so that mistakes show before training.
 
     Args:

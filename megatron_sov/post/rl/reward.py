@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.documents.layouts import propose_field
+from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.settings import parse_nested
 from megatron_sov.judge.rewards.registry import build_versioned_reward, find_missing_field, request_reward
 from megatron_sov.judge.rewards.reward import Result
@@ -197,14 +198,16 @@ def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[Ro
     if name in (ENVIRONMENT, NO_REWARD):
         return
     reward_order = request_reward(name, parse_nested(settings, "--reward-set"))
-    reward, first = build_versioned_reward(reward_order), ""
+    reward, first, fix = build_versioned_reward(reward_order), "", None
     for prompt in prompts:
         field = find_missing_field(reward_order, reward, prompt.record)
         if not field:
             return
         first = first or f"{prompt.place} has no {field!r}, which --reward {name} needs"
+        if other := propose_field(prompt.record, field):
+            fix = Fix(options=("--columns", f"{field}={other}"))
     raise UserError(f"{option}: {first}, and no prompt of round 1 has all fields of the reward; add the "
-                    "field, or rename another one by --columns TARGET=FIELD")
+                    "field, or rename another one by --columns TARGET=FIELD", fix)
 
 
 @contextlib.contextmanager

@@ -44,9 +44,10 @@ from tests.base.hints.test_words import answer
     ("megatron-sov pretrain x --data d --run r --gpus 0,1", ["--nproc 2"]),
     ("megatron-sov sft --from hf --data t.pdf --run r", ["is a document", "sov-data run"]),
     ("megatron-sov rl --from hf --reward math", ["rl run --from hf --reward math"]),
-    ("megatron-sov eval hf --tasks t", ["write\n  megatron-sov eval lm hf --output scores.json --tasks t"]),
+    ("megatron-sov eval hf --tasks t",
+     ["write\n  megatron-sov eval lm hf --output scores.json --tasks t --allow-download"]),
     ("megatron-sov eval hf --tasks t --num_fewshot 5",
-     ["write\n  megatron-sov eval lm hf --output scores.json --tasks t --num-fewshot 5"]),
+     ["write\n  megatron-sov eval lm hf --output scores.json --tasks t --num-fewshot 5 --allow-download"]),
     ("megatron-sov generate hf Hello --max_tokens 20", ["generate hf --max-new-tokens 20 --prompt Hello"]),
     ("megatron-sov prefer --from hf --data d --run r --method DPO", ["write dpo"]),
     ("megatron-sov plan --model llama-3.1-8b --cluster h100", ["plan llama-3.1-8b --cluster h100"]),
@@ -82,7 +83,8 @@ from tests.base.hints.test_words import answer
      ["--input chat.jsonl --format chat --output chat-tokens", "hf --data chat-tokens --output o --top-k 4"]),
     ("megatron-sov recipes --list qwen", ["write\n  megatron-sov recipes | grep -i qwen"]),
     ("megatron-sov recipes Qwen/Qwen3-0.6B", ["its family has 'qwen3-", "pass weights by --from HF_DIR\n"]),
-    ("megatron-sov recipes Qwen/Qwen3-8B", ["write\n  megatron-sov recipes qwen3-8b"]),
+    ("megatron-sov recipes upstage/Solar-Open-100B", ["write\n  megatron-sov recipes solar-open-102b"]),
+    ("megatron-sov recipes Qwen/Qwen3-30B-A3B-Base", ["write\n  megatron-sov recipes qwen3-moe-30b"]),
     ("megatron-sov codec encode d --output o",
      ["sov-data encode-media --output o", "--image-tokenizer CODEC"]),
     ("megatron-sov pretrain tiny-qwen3 --data t.txt --tokenizer tok --run r",
@@ -135,7 +137,7 @@ from tests.base.hints.test_words import answer
     ("megatron-sov rl run --from hf --prompts d2 --reward math --store s --run r", ["--prompts FILE.jsonl"]),
     ("megatron-sov pretrain tiny-qwen3 --data d --run r --hours 2", ["timeout --signal TERM 2h"]),
     ("megatron-sov rl run --from hf --prompts t.jsonl --reward math,format --reward_weights 1,0.2 --run r",
-     ["--reward composed --reward-set parts.math.reward=math --reward-set parts.format.reward=format "
+     ["--reward composed --reward-set parts.math.reward=math --reward-set parts.format.reward=format ",
       "--reward-set parts.math.weight=1 --reward-set parts.format.weight=0.2"]),
     ("megatron-sov rl run --from hf --prompts t.jsonl --reward math --store s --run r --engine vllm --tp 2",
      ["--engine vllm --engine-set tp=2"]),
@@ -159,6 +161,36 @@ from tests.base.hints.test_words import answer
      ["write\n  sov-data pairs --input judged.jsonl --output judged-pairs\n  megatron-sov prefer --from hf "
       "--data judged-pairs/pairs.jsonl --run r"]),
     ("megatron-sov prefer --from hf --data d --run r --method kto", ["TRL's KTOTrainer"]),
+    ("megatron-sov report --runs run d", ["write\n  megatron-sov report run d"]),
+    ("megatron-sov submit -N 4 -t 24:00:00 -J big pretrain tiny-qwen3 --data d --run r",
+     ["-N is --nodes", "pretrain --nodes 4 --time 24:00:00 tiny-qwen3"]),
+    ("megatron-sov generate -m hf -p Hi -n 32 -ngl 99 --temp 0.7",
+     ["write\n  megatron-sov generate hf --prompt Hi --max-new-tokens 32 --temperature 0.7"]),
+    ("megatron-sov serve hf --lora-modules sql=peft", ["--base hf-checkpoint\n  megatron-sov serve peft-"]),
+    ("megatron-sov convert merge --base hf --adapter peft --output o",
+     ["write\n  megatron-sov convert to-hf "]),
+    ("megatron-sov sft --from hf --data d --run r --max_steps -1",
+     ["write\n  megatron-sov sft --from hf --data d --run r"]),
+    ("megatron-sov sft --from hf --data d --run r --save_total_limit all", ["train.keep_checkpoints=0"]),
+    ("megatron-sov eval lm hf --tasks hellaswag,arc_chalenge --output o", ["hellaswag,arc_challenge"]),
+    ("megatron-sov ssp fuse merge.yml --output o",
+     ["write\n  megatron-sov ssp fuse hf:0.5 run:2 --output o"]),
+    ("megatron-sov sft --from hf --data t.xlsx --run r",
+     ["convert-to csv t.xlsx", "--data t.parquet --run r"]),
+    ("megatron-sov sft --from d2 --data hf --run r", ["are swapped", "--from hf --data d2"]),
+    ("megatron-sov convert --hf-path hf --output o", ["write\n  megatron-sov convert from-hf hf o"]),
+    ("megatron-sov convert to-gguf run o.gguf",
+     ["convert to-hf run run-hf\n  python convert_hf_to_gguf.py run-hf --outfile o.gguf"]),
+    ("megatron-sov recipes show qwen3-8b", ["write\n  megatron-sov recipes qwen3-8b"]),
+    ("megatron-sov plan llama-3-8b --cluster h100",
+     ["write\n  megatron-sov plan llama-3.1-8b --cluster h100"]),
+    ("sov-tokenizer train --preset superbpe --input t.txt --vocab-size 320 --output o",
+     ["--preset k-exaone"]),
+    ("sov-data run --input t.jsonl --output o --filters gopher --dedup minhash",
+     ["'  - rules: {}'", "sov-data run rules.yaml --output o"]),
+    ("sov-data download Org/Set", ["--local-dir Set\n  sov-data pack --tokenizer tok --input Set"]),
+    ("megatron-sov sft --config theirs.yml --run r --from hf",
+     ["optim.weight_decay=0.1", "optim.warmup_steps=5"]),
 ])
 def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch,
@@ -185,14 +217,18 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
                        "ds.json": '{"bf16": {"enabled": true}, "train_micro_batch_size_per_gpu": 2, '
                                   '"gradient_accumulation_steps": 4}',
                        "run/events.jsonl": "", "run/config.json": '{"recipe": "tiny-solar-open"}',
-                       "theirs.yml": "base_model: M\nmicro_batch_size: 2\ngradient_accumulation_steps: 4",
+                       "theirs.yml": "base_model: M\nmicro_batch_size: 2\ngradient_accumulation_steps: 4\n"
+                                     "weight_decay: 0.1\nwarmup_steps: 5\nbf16: auto",
+                       "merge.yml": "models:\n- {model: hf, parameters: {weight: 0.5}}\n"
+                                    "- {model: run, parameters: {weight: 2}}\nmerge_method: linear",
+                       "t.xlsx": "PK",
                        "t-tokenizer/a": "", "t-tokens/a": "",
                        "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     said = answer(typed, capsys)
-    assert [part for part in parts if part not in said] == []
+    assert [part for part in parts if part not in said] == [], said
 
 
 @pytest.mark.parametrize(("name", "known", "meant"), [

@@ -191,7 +191,7 @@ def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
     ("megatron-sov recipes qwen3-8b --set optim.warmup_steps=0.1", "0.1 of 1000 steps are 100"),
     ("megatron-sov recipes qwen3-8b --set optim.weight_decay=5%", "write 0.05"),
     ("megatron-sov recipes qwen3-8b --set train.precision=fp16", "it is bf16 here"),
-    ("megatron-sov recipes Qwen/Qwen3-8B", "did you mean 'qwen3-8b'?"),
+    ("megatron-sov recipes Qwen/Qwen3-8B", "'qwen3-8b' has its architecture"),
     ("sov-tokenizer train --preset k-exaone --vocab-size 32k --input x --output o", "write 32000 or 32768")])
 def test_values_of_other_programs_are_answered_with_ours(typed: str, rule: str,
                                                          capsys: pytest.CaptureFixture[str]) -> None:

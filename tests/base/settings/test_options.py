@@ -109,7 +109,8 @@ def test_help_is_the_field_docstring() -> None:
 @pytest.mark.each(("typed", "code", "key", "sentence"), [
     ("--heldout 1", "bound", "--heldout", "--heldout 1: must be below 1"),
     ("--heldout x", "type", "--heldout", '--heldout "x": must be a number'),
-    ("--limit null", "type", "--limit", '--limit "null": must be a whole number'),
+    ("--limit null", "type", "--limit",
+     '--limit "null": must be a whole number; leave it out for the default'),
     ("--limit 1.5", "type", "--limit", "--limit 1.5: must be a whole number"),
     ("--limit=", "type", "--limit", '--limit "": must be a whole number'),
     ("--mode fasd", "choice", "--mode", "--mode \"fasd\": must be 'plain' or 'fast'; did you mean 'fast'?"),

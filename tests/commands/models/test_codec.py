@@ -16,7 +16,7 @@ from megatron_sov.omni.codecs.folder import open_codec, save_codec
 from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
 from megatron_sov.omni.generation.replies import MarkIds, split_reply
 from tests.omni import hf_folders
-from tests.pages_typed import commands_of, page_text
+from tests.pages_typed import list_commands, page_text
 
 PAGE = page_text("omni.md").partition("\n### Picture and sound codecs\n")[2].partition("\n## ")[0]
 
@@ -39,7 +39,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     """All but imports of files, which tests/omni/codecs has."""
     for kind, folder in (("vqmodel", "ldm-vq"), ("dac", "dac_16khz"), ("mimi", "mimi")):
         hf_folders.save(kind, Path(folder))
-    typed = [line for line in commands_of(PAGE) if not re.search(r"import (ta-tok|cosy)", line)]
+    typed = [line for line in list_commands(PAGE) if not re.search(r"import (ta-tok|cosy)", line)]
     assert len(typed) == 6
     for line in typed:
         assert cli.main(shlex.split(line)[1:]) == 0, line

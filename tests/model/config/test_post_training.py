@@ -15,7 +15,7 @@ UNPUBLISHED: dict[str, dict[str, Any]] = {
     "cispo": {"clip_high": 4.0}, "agapo": {"clip_high": 4.0}, "pkpo": {"pkpo_k": 4},
     "agapo_exaone4": {"kl_coeff": 0.01, "all_wrong_reward": -0.1},
     "mgpo": {"clip_low": 0.2, "clip_high": 0.2, "mgpo_lambda": 1.0}}
-"""Method -> what its authors left open, and a run has to say."""
+"""Method -> settings that its authors did not publish and a run must set."""
 
 
 @pytest.mark.each("method", METHODS)
@@ -41,8 +41,8 @@ def test_a_method_requires_exactly_its_unpublished_settings(method: Any) -> None
     ({"knowledge_coeff": 0.1, "knowledge_batch_size": 8}, "knowledge_share"),
     ({"method": "ink_grpo", "knowledge_batch_size": 0}, "knowledge_batch_size"),
 ])
-def test_a_rule_that_is_broken_is_named(settings: dict[str, Any], key: str) -> None:
-    """A number of one part is not taken for another's."""
+def test_a_broken_rule_is_named(settings: dict[str, Any], key: str) -> None:
+    """Values of one part are never used for another part."""
     assert [problem.key for problem in PolicyConfig(**settings).problems(ROUNDS)] == [f"policy.{key}"]
 
 
@@ -58,16 +58,18 @@ def test_a_set_part_overrides_the_method() -> None:
     assert (parts.all_right, parts.all_wrong) == ("keep", "drop")
 
 
-def test_the_page_of_methods_has_every_part_of_each() -> None:
+def test_the_page_lists_every_part_of_each_method() -> None:
     text = (Path(__file__).parents[3] / "docs/policy_methods.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \| [^|]* \|$", text, re.MULTILINE))
     for method in METHODS:
         policy: Any = PolicyConfig(method)
         parts = policy.parts
         missing = {p.key.removeprefix("policy.") for p in policy.problems(ROUNDS)}
-        bounds = ["?" if name in missing else "-" if name not in used else f"{getattr(parts, name):.4g}"
-                  for used in [{"two_sided": ("clip_low", "clip_high"), "cispo": ("clip_high",),
-                                "none": ()}[parts.clip]] for name in ("clip_low", "clip_high")]
+        used = {"two_sided": ("clip_low", "clip_high"), "cispo": ("clip_high",), "none": ()}[parts.clip]
+        bounds = []
+        for name in ("clip_low", "clip_high"):
+            bound = f"{getattr(parts, name):.4g}" if name in used else "-"
+            bounds.append("?" if name in missing else bound)
         coeff = "?" if "kl_coeff" in missing else f"{parts.kl_coeff:g}"
         assert rows[method].split(" | ") == [
             parts.ratio, parts.clip, ", ".join(bounds), parts.advantage,

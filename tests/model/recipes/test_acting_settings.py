@@ -16,7 +16,7 @@ from megatron_sov.model.config import RunConfig, apply_settings, setting_names
 from megatron_sov.model.config.data import phase_steps, phase_tokens
 from megatron_sov.model.recipes.requested import (
     RecipeRequest, TrainingOptions, request_recipe, request_training)
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 STAGES = {"pretrain": ("tiny-qwen3", "lm", "pretrain"), "experts": ("tiny-solar-open", "lm", "pretrain"),
           "extend": ("tiny-solar-open-extend", "lm", "extend"), "sft": ("tiny-qwen3", "sft", "sft"),
@@ -122,7 +122,7 @@ ACTS = [
     ("sft", 'lora.rank=4 lora.targets=["q_proj"] train.max_hours=3 train.epochs=2 data.over_long=drop'),
     ("distill", "distillation.top_k=4 distillation.keep_remainder=false distillation.beta=0.5"),
     ("rl", "policy.correction_high=3 policy.correction_low=0.1 policy.geo_reject_high=2 "
-           "policy.geo_reject_low=0.1 policy.overlong_buffer_tokens=2 policy.overlong_penalty=0.5"),
+     "policy.geo_reject_low=0.1 policy.overlong_buffer_tokens=2 policy.overlong_penalty=0.5"),
     ("rl", "policy.knowledge_coeff=0.1 policy.knowledge_share=0.5 policy.knowledge_batch_size=2"),
     ("rl", "rollout.validation_samples=2 rollout.validation_every_rounds=2 obs.sample_rows=2"),
     ("rl", "policy.method=gkd policy.on_policy_share=0.5 distillation.beta=0.5"),
@@ -132,14 +132,14 @@ ACTS = [
     ("experts", "model.router_bias_update_rate=0.1 model.num_shared_experts=2 guards.max_bias_spread=2"),
     ("experts", "model.num_mtp_layers=1 model.mtp_loss_coeff=0.1 model.mtp_depths=2"),
     ("experts", "parallel.expert_dispatcher=deepep gpu.exchange_sms=8 train.fp8=mxfp8 train.fp8_format=e4m3 "
-                "train.fp8_pad_routed_tokens=true train.precision=bf16 gpu.grad_dtype=bf16"),
+     "train.fp8_pad_routed_tokens=true train.precision=bf16 gpu.grad_dtype=bf16"),
     ("pretrain", "optim.schedule=constant data.phases.0.lr=1e-3 data.phases.0.schedule=cosine "
-                 "data.phases.0.min_lr=1e-4 optim.min_lr=1e-4"),
+     "data.phases.0.min_lr=1e-4 optim.min_lr=1e-4"),
     ("pretrain", 'optim.groups=[{"pattern":"*","optimizer":"muon"}] optim.muon_scale=original'),
     ("pretrain", "optim.schedule_by=tokens optim.warmup_steps=0 optim.warmup_tokens=5 data.packing=concat"),
     ("pretrain", "train.average_last=2 train.average_weights=ema train.average_decay=0.9"),
     ("pretrain", 'evaluate.background.tasks=["lm","needle"] evaluate.background.timeout_s=9 needle.samples=3 '
-                 'evaluate.lm.tasks=["x"] evaluate.lm.options=["--limit=3"]'),
+     'evaluate.lm.tasks=["x"] evaluate.lm.options=["--limit=3"]'),
     ("pretrain", 'model.audio_tokens={"first":0,"size":8} objective.audio_weight=0.5'),
     ("pretrain", "train.steps=3 train.tokens=0 train.epochs=0"),
 ]
@@ -159,7 +159,7 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
     given = (f"objective.name={tmp_path}/own.py:Own", "objective.options.gamma=2", "preference.beta=0.5",
              "rollout.temperature=0.5", "policy.kl=k3", "distillation.beta=1", "objective.text_coeff=0.1")
     settings = [word for one in given for word in ("--set", one)]
-    asked = request_training(typed(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
+    asked = request_training(parse_settings(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
     assert asked.config().preference.beta == 0.5
 
 
@@ -179,7 +179,8 @@ def test_config_files_are_checked_for_inert_changes(written: dict[str, Any], ref
         full[group] |= values
     whole.write_text(json.dumps(full))
     for file in (part, whole):
-        asked = request_training(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
+        asked = request_training(parse_settings(TrainingOptions, ["--config", str(file), "--data", "d"]),
+                                 "lm")
         found = [problem.key for problem in find_refused(asked)]
         # the command may have derived the phases in a run's own file
         assert found == ([] if file == whole and "data" in written else refused.split())
@@ -188,9 +189,9 @@ def test_config_files_are_checked_for_inert_changes(written: dict[str, Any], ref
 def test_configs_of_other_runs_and_resumed_runs_are_accepted(tmp_path: Path) -> None:
     rounds = apply_settings(recipes.get("tiny-solar-open-rl"), ["rollout.rounds=3"])
     (tmp_path / "config.json").write_text(format_json(rounds.to_dict()))
-    args = typed(TrainingOptions, ["--config", str(tmp_path / "config.json")])
+    args = parse_settings(TrainingOptions, ["--config", str(tmp_path / "config.json")])
     assert find_refused(request_training(args, "policy", needs_data=False)) == []
-    args = typed(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])
+    args = parse_settings(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])
     old = apply_settings(recipes.get("tiny-qwen3"), ["lora.alpha=32"])
     assert find_refused(request_training(args, "lm", resumed=old)) == []
     args = dataclasses.replace(args, settings=("lora.alpha=8",))
@@ -198,7 +199,7 @@ def test_configs_of_other_runs_and_resumed_runs_are_accepted(tmp_path: Path) -> 
 
 
 @pytest.mark.each("recipe", [name for name in recipes.names()
-                                    if recipes.get(name).objective.name != "policy"])
+                             if recipes.get(name).objective.name != "policy"])
 def test_train_tokens_scales_the_phases_of_every_recipe(recipe: str) -> None:
     before = recipes.get(recipe)
     after = apply_settings(before, ["train.tokens=200e9"])
@@ -236,5 +237,6 @@ def test_two_lengths_of_a_run_are_refused_with_the_winner(settings: str, message
 
 
 def test_a_budget_of_tokens_needs_no_other_setting() -> None:
-    asked = request_recipe(typed(TrainingOptions, ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
+    asked = request_recipe(parse_settings(TrainingOptions,
+                                          ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
     assert asked.config().num_steps() == round(200e9 / (128 * 4096)) and len(setting_names()) > 300

@@ -15,7 +15,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.recipes import requested
 from megatron_sov.model.recipes.requested import load_plugins
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 FAMILY = """
 from pathlib import Path
@@ -74,7 +74,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config_of(*argv: str) -> RunConfig:
-    return requested.request_recipe(typed(requested.RecipeOptions, argv)).config()
+    return requested.request_recipe(parse_settings(requested.RecipeOptions, argv)).config()
 
 
 def written(path: Path, **fields: Any) -> str:

@@ -36,7 +36,8 @@ SCRIPTS = ROOT / "slurm/scripts"
 ALL = sorted(SCRIPTS.glob("*/*.sbatch"))
 BIG = ("k-exaone-236b", "solar-open-102b")
 TINY = ("tiny-k-exaone", "tiny-solar-open")
-DOORS = {"data": DATA_COMMANDS, "tokenizer": TOKENIZER_COMMANDS}
+DATA_PROGRAMS = {"data": DATA_COMMANDS, "tokenizer": TOKENIZER_COMMANDS}
+"""Stage -> commands of its program."""
 
 
 def test_published_and_tiny_recipes_have_scripts() -> None:
@@ -49,19 +50,21 @@ def test_published_and_tiny_recipes_have_scripts() -> None:
 
 
 @pytest.mark.parametrize(("big", "tiny"), [*zip(BIG, TINY, strict=True)])
-def test_a_tiny_twin_learns_by_the_recipes_of_the_big_one(big: str, tiny: str) -> None:
-    of_big, of_tiny = ([shlex.split(stage.arguments)[0] for stage in read_chain(name).stages
-                        if STAGES[stage.stage].ranks] for name in (big, tiny))
-    assert [recipes.TINY[recipe] for recipe in of_tiny] == of_big
+def test_tiny_scripts_use_the_tiny_recipes_of_the_large_ones(big: str, tiny: str) -> None:
+    def list_recipes(name: str) -> list[str]:
+        stages = [stage for stage in read_chain(name).stages if STAGES[stage.stage].ranks]
+        return [shlex.split(stage.arguments)[0] for stage in stages]
+
+    assert [recipes.TINY[recipe] for recipe in list_recipes(tiny)] == list_recipes(big)
 
 
 @pytest.mark.parametrize("name", [*BIG, *TINY])
 def test_script_parts_that_submit_does_not_check_are_valid(name: str) -> None:
-    """Options of `sov-data` and `sov-tokenizer`, the rewards of rounds, the names of benchmarks."""
+    """Checks options of `sov-data` and `sov-tokenizer`, rewards of rounds, and names of benchmarks."""
     for stage in read_chain(name).stages:
         argv, parser = list(stage.argv("WORK")), Parser(prog=stage.label)
-        if stage.stage in DOORS:
-            DOORS[stage.stage][argv.pop(0)].load().add_arguments(parser)
+        if stage.stage in DATA_PROGRAMS:
+            DATA_PROGRAMS[stage.stage][argv.pop(0)].load().add_arguments(parser)
         elif stage.stage in ("rl-run", "eval-lm"):
             STAGE_PARSERS[stage.stage](parser)
         else:
@@ -79,8 +82,8 @@ def test_recipe_sources_equal_the_packed_sources_of_the_chain(name: str) -> None
     for stage in read_chain(name).stages:
         argv = stage.argv("WORK")
         if argv[0] == "pack":
-            named = [Path(argv[i + 1]).stem for i, word in enumerate(argv) if word == "--input"]
-            packed[argv[argv.index("--output") + 1]] = set(named)
+            sources = [Path(argv[i + 1]).stem for i, word in enumerate(argv) if word == "--input"]
+            packed[argv[argv.index("--output") + 1]] = set(sources)
         elif STAGES[stage.stage].ranks:
             work = build_stage_work(stage.stage, list(argv), STAGE_PARSERS)
             assert work.config is not None
@@ -88,8 +91,9 @@ def test_recipe_sources_equal_the_packed_sources_of_the_chain(name: str) -> None
             blends = [*(phase.blend for phase in config.data.phases),
                       *(stage.blend for stage in config.extend.stages),
                       *(part.blend for stage in config.extend.stages for part in stage.parts)]
-            asked = {re.split("[@/]", source)[0] for blend in blends for source in blend} - {"needle"}
-            assert asked <= set().union(*(packed[folder] for folder in work.data)), (stage.label, asked)
+            used_sources = {re.split("[@/]", source)[0] for blend in blends for source in blend} - {"needle"}
+            available = set().union(*(packed[folder] for folder in work.data))
+            assert used_sources <= available, (stage.label, used_sources)
 
 
 @pytest.mark.deep
@@ -100,14 +104,14 @@ def test_scripts_are_generated_by_their_chain(name: str, tmp_path: Path,
     folder = f"slurm/scripts/{name}"
     assert cli.main(["submit", "chain", name, "--scripts", folder]) == 0
     fresh = {p.name: p.read_text() for p in (tmp_path / folder).iterdir()}
-    kept = {p.name: p.read_text() for p in (SCRIPTS / name).iterdir()}
-    assert sorted(fresh) == sorted(kept), "slurm/scripts is stale: run `make scripts`"
-    assert [file for file in fresh if fresh[file] != kept[file]] == [], (
+    committed = {p.name: p.read_text() for p in (SCRIPTS / name).iterdir()}
+    assert sorted(fresh) == sorted(committed), "slurm/scripts is stale: run `make scripts`"
+    assert [file for file in fresh if fresh[file] != committed[file]] == [], (
         "slurm/scripts is stale: run `make scripts`")
 
 
 @pytest.mark.parametrize("name", BIG)
-def test_notes_tell_the_memory_of_the_account(name: str) -> None:
+def test_notes_state_the_estimated_memory(name: str) -> None:
     chain = read_chain(name)
     profile = cluster_profiles.load_profile(chain.cluster, needs_account=False)
     for stage in chain.stages:
@@ -129,7 +133,7 @@ def test_scripts_contain_no_machine_specific_paths() -> None:
 
 
 def test_slurm_accepts_every_script_unchanged(cluster: Any, site: Path) -> None:
-    """On as many nodes as it asks for: 64, which a partition of the virtual cluster has in name."""
+    """With each script's number of nodes: a partition of the virtual cluster has 64 nodes in name only."""
     for script in ALL:
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
         cluster.run("sbatch", "--test-only", "--partition=wide", str(script))
@@ -139,36 +143,37 @@ def test_slurm_accepts_every_script_unchanged(cluster: Any, site: Path) -> None:
     assert refused.returncode != 0 and "node configuration is not available" in refused.stderr
 
 
-def exported(**variables: object) -> str:
-    """Return sbatch's option for variables of the shell that submits."""
+def export_variables(**variables: object) -> str:
+    """Return the sbatch option that exports variables to the job."""
     return "--export=ALL," + ",".join(f"{name}={value}" for name, value in variables.items())
 
 
-def log_of(job: str, work: Path) -> str:
+def read_logs(job: str, work: Path) -> str:
     """Return the output of a job's script: next to the place of sbatch, and in its records."""
     ends = (f"{job}.log", f"{job}_*.log")
-    # os.walk passes over a folder that is gone when it gets there: other jobs rename theirs meanwhile.
-    named = [Path(file) for file in os.listdir()] + [
-        Path(folder, file) for folder, _, inside in os.walk(work) for file in inside]
-    files = sorted(file for file in named if any(fnmatch(file.name, f"*{end}") for end in ends))
+    paths = [Path(file) for file in os.listdir()]
+    # os.walk skips folders that vanish meanwhile: other jobs rename theirs
+    for folder, _, names in os.walk(work):
+        paths += [Path(folder, name) for name in names]
+    files = sorted(path for path in paths if any(fnmatch(path.name, f"*{end}") for end in ends))
     return "".join(file.read_text() for file in files)
 
 
-@pytest.mark.parametrize(("name", "all_of_it"), [
+@pytest.mark.parametrize(("name", "all_scripts"), [
     *(pytest.param(name, True, marks=pytest.mark.deep) for name in (BIG[0], TINY[1])), (TINY[1], False)])
-def test_scripts_start_and_name_missing_inputs(name: str, all_of_it: bool, cluster: Any, site: Path,
+def test_scripts_start_and_name_missing_inputs(name: str, all_scripts: bool, cluster: Any, site: Path,
                                                warm_python: str) -> None:
-    """All of a recipe, or the first of each stage, in a $WORK that has no more than a tiny one's corpus."""
+    """All scripts of a recipe, or the first of each stage, in a $WORK with only a tiny recipe's corpus."""
     work, jobs = site / "work", {}
     stages = [stage.stage for stage in read_chain(name).stages]
     if name in TINY:
         (work / name / "corpus").mkdir(parents=True)
         (work / name / "corpus/manifest.json").touch()
     for number, script in enumerate(sorted((SCRIPTS / name).glob("*.sbatch"))):
-        if not all_of_it and stages[number] in stages[:number]:
+        if not all_scripts and stages[number] in stages[:number]:
             continue
         nodes = ("--nodes=1",) if script.parent.name in BIG and "_NUM_NODES in" in script.read_text() else ()
-        variables = exported(WORK=work / script.parent.name, PYTHON=warm_python)
+        variables = export_variables(WORK=work / script.parent.name, PYTHON=warm_python)
         jobs[script] = cluster.sbatch(variables, *nodes, str(script), cwd=site)
     for script, job in jobs.items():
         code, sentence = "2:0", "so an earlier stage is not complete; this one does not start"
@@ -178,17 +183,18 @@ def test_scripts_start_and_name_missing_inputs(name: str, all_of_it: bool, clust
             sentence = "does not exist; pass a text file"
         elif script.name in ("04-groups.sbatch", "05-pairs.sbatch"):
             sentence = "judged.jsonl"
-        assert cluster.wait(job)["ExitCode"] == code, (script, log_of(job, work))
-        assert sentence in log_of(job, work), script
+        assert cluster.wait(job)["ExitCode"] == code, (script, read_logs(job, work))
+        assert sentence in read_logs(job, work), script
 
 
 def test_a_python_without_the_package_is_reported(cluster: Any, site: Path) -> None:
     script = SCRIPTS / "tiny-solar-open/02-tokenizer.sbatch"
     (site / "work/corpus").mkdir(parents=True)
     (site / "work/corpus/manifest.json").touch()
-    job = cluster.sbatch(exported(PYTHON="/usr/bin/false"), str(script), cwd=site)
+    job = cluster.sbatch(export_variables(PYTHON="/usr/bin/false"), str(script), cwd=site)
     assert cluster.wait(job)["ExitCode"] == "1:0"
-    assert "job: no answer from megatron_sov.operate.slurm.attempts, see above" in log_of(job, site / "work")
+    assert "job: no answer from megatron_sov.operate.slurm.attempts, see above" in read_logs(job,
+                                                                                             site / "work")
 
 
 TRAINING = ("train.steps=2", "train.num_threads=1", "train.eval_every_steps=0", "data.heldout_tokens=512",
@@ -199,24 +205,25 @@ NEEDLES = ("needle.lengths_tokens=[512]", "needle.depths=[0.5]", "needle.samples
            'needle.kinds=["single"]')
 
 
-def settings(*given: str) -> tuple[str, ...]:
-    return tuple(word for setting in given for word in ("--set", setting))
+def format_settings(*changes: str) -> tuple[str, ...]:
+    return tuple(word for setting in changes for word in ("--set", setting))
 
 
-SMALLER = {
+EXTRA_ARGUMENTS = {
     "tokenizer": ("--vocab-size", "1024"), "tokens": ("--heldout", "0.2"), "chats": ("--heldout", "0.2"),
-    "pretrain": settings(*TRAINING, *MODEL), "mid": settings(*TRAINING),
-    "extend": settings(*TRAINING[1:], *NEEDLES, *(f"extend.stages.{stage}.{steps}=2" for stage in (0, 1)
-                                                  for steps in ("steps", "max_steps"))),
-    "group-tokens": ("--heldout", "0.2"), "sft": settings(*TRAINING),
-    "rl-run": ("--workers", "1", "--reward", "sum.py:Sum", *settings(
+    "pretrain": format_settings(*TRAINING, *MODEL), "mid": format_settings(*TRAINING),
+    "extend": format_settings(*TRAINING[1:], *NEEDLES,
+                              *(f"extend.stages.{stage}.{steps}=2" for stage in (0, 1)
+                                for steps in ("steps", "max_steps"))),
+    "group-tokens": ("--heldout", "0.2"), "sft": format_settings(*TRAINING),
+    "rl-run": ("--workers", "1", "--reward", "sum.py:Sum", *format_settings(
         *TRAINING[1:], "rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
         "rollout.steps_per_round=2", "rollout.max_new_tokens=4")),
-    "prefer": settings(*TRAINING), "verify": ("--lengths", "7"), "eval": ("--max-tokens", "1024"),
+    "prefer": format_settings(*TRAINING), "verify": ("--lengths", "7"), "eval": ("--max-tokens", "1024"),
     "benchmarks": ("--limit", "1")}
-SMALLER |= {"pair-tokens": SMALLER["group-tokens"], "prefer-rounds": (
-    *SMALLER["rl-run"], *settings("policy.keep_unfinished=true"))}
-"""Stage -> what is added to the command of its script, so that it takes seconds."""
+EXTRA_ARGUMENTS |= {"pair-tokens": EXTRA_ARGUMENTS["group-tokens"], "prefer-rounds": (
+    *EXTRA_ARGUMENTS["rl-run"], *format_settings("policy.keep_unfinished=true"))}
+"""Stage -> arguments added to its script's command, which make it take seconds."""
 
 
 @pytest.fixture
@@ -233,7 +240,7 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
     benchmark.parent.mkdir(parents=True)
     benchmark.write_text(json.dumps({"prompt": "What is 2?", "language": "en"}) + "\n")
     (folder / "manifest.json").touch()
-    # four tokens are all as long, and repeat nothing: another reward, which differs within a group
+    # built-in rewards are equal for responses of four tokens, so use one that differs within a group
     (site / "sum.py").write_text("class Sum:\n    def score(self, row):\n"
                                  "        return float(sum(row['response'].encode()))\n")
     return folder.parent
@@ -242,8 +249,8 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "last"), [
     *(pytest.param(name, "benchmarks", marks=pytest.mark.deep) for name in TINY), (TINY[1], "mid")])
-def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, last: str, cluster: Any, site: Path,
-                                                       work: Path, warm_python: str) -> None:
+def test_scripts_of_a_tiny_recipe_complete(name: str, last: str, cluster: Any, site: Path,
+                                           work: Path, warm_python: str) -> None:
     """In the order of the chain: `pretrain` unchanged, with the node check and two ranks; the others adapted
     to this cluster, with one rank. `make test` starts each later stage, and test_jobs.py runs a chain to a
     converted model."""
@@ -251,22 +258,22 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, last: str, clu
     shipped = shutil.copy(SCRIPTS / name / "07-pretrain.sbatch", "scripts")
     jobs: dict[str, str] = {}
 
-    def send(script: Path, *options: str) -> str:
+    def submit(script: Path, *options: str) -> str:
         stage = script.stem.partition("-")[2]
-        return cluster.sbatch(exported(PYTHON=warm_python), *options, str(script),
-                              *SMALLER.get(stage, ()), cwd=site)
+        return cluster.sbatch(export_variables(PYTHON=warm_python), *options, str(script),
+                              *EXTRA_ARGUMENTS.get(stage, ()), cwd=site)
 
     stages = read_chain(name).stages
     is_whole, labels = last == stages[-1].label, [stage.label for stage in stages]
     stages = stages[:labels.index(last) + 1]
     for script, stage in zip(sorted(Path("scripts").iterdir()), stages, strict=is_whole):
-        before = tuple(jobs)[-1:] if stage.after is None else stage.after
-        after = (f"--dependency=afterok:{':'.join(jobs[label] for label in before)}",
-                 "--kill-on-invalid-dep=yes") if before else ()
-        jobs[script.stem.partition("-")[2]] = send(script, *after)
+        predecessors = tuple(jobs)[-1:] if stage.after is None else stage.after
+        after = (f"--dependency=afterok:{':'.join(jobs[label] for label in predecessors)}",
+                 "--kill-on-invalid-dep=yes") if predecessors else ()
+        jobs[script.stem.partition("-")[2]] = submit(script, *after)
     for label, job in jobs.items():
         result = cluster.wait(job, timeout_s=600)
-        assert (result["JobState"], result["ExitCode"]) == ("COMPLETED", "0:0"), (label, log_of(job, work))
+        assert (result["JobState"], result["ExitCode"]) == ("COMPLETED", "0:0"), (label, read_logs(job, work))
     trained = [stage.label for stage in stages if STAGES[stage.stage].ranks]
     assert set(trained) <= set(jobs)
     for run in trained:
@@ -282,6 +289,6 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, last: str, clu
         assert read_manifest(work / "hf").kind == "hf_model"
         assert set(json.loads((work / "ppl.json").read_text())) == {"english", "code"}
         assert set(json.loads((work / "scores.json").read_text())["tasks"]) == {"code-switching"}
-    again = send(Path(shipped))
-    assert cluster.wait(again)["ExitCode"] == "0:0"
-    assert "complete.json exists: there is nothing left to do" in log_of(again, work)
+    repeated = submit(Path(shipped))
+    assert cluster.wait(repeated)["ExitCode"] == "0:0"
+    assert "complete.json exists: there is nothing left to do" in read_logs(repeated, work)

@@ -21,7 +21,7 @@ from megatron_sov.post.extend.stages import (
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.sources import Source
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 # The search of the training text finds planted needles only, and a gate that would test memorization is
 # refused.
@@ -239,8 +239,8 @@ def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path
     """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
     shorter = words({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
                      "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
-    args = typed(ExtendOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
-                                     str(token_shards), "--run", str(tmp_path / "long"), *shorter])
+    args = parse_settings(ExtendOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
+                                          str(token_shards), "--run", str(tmp_path / "long"), *shorter])
     request = stage_request(args, "lm", lengthens=True)
     planned = plan_stages(request, find_checkpoint(short_run), args.run, 1)
     near, far = (stage.config for stage in planned)

@@ -27,7 +27,7 @@ ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
 STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
 
 
-class Told:
+class FakeDocuments:
     """Documents of 4 tokens with a fake model whose log-probabilities encode its step."""
 
     columns = ("behaviour_logprobs", "advantage")
@@ -65,7 +65,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(round_loader, "read_manifest", lambda path: manifest)
     events: list[tuple[str, dict[str, Any]]] = []
     return SimpleNamespace(
-        step=0, world=SimpleNamespace(is_main=True), told=events,
+        step=0, world=SimpleNamespace(is_main=True), events_written=events,
         events=SimpleNamespace(write=lambda name, **fields: events.append((name, fields))),
         batches=SimpleNamespace(ledger=Ledger([ENTRY])),
         checkpointer=SimpleNamespace(finish=lambda: events.append(("saved", {}))),
@@ -75,14 +75,14 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
                                train=SimpleNamespace(micro_batch_size=1)))
 
 
-def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
-            wait_s: float = 0.0, reference: str = "") -> Any:
+def build_cycle(folder: Path, monkeypatch: pytest.MonkeyPatch, find_missing: Any, names: tuple[str, ...] = (),
+                wait_s: float = 0.0, reference: str = "") -> Any:
     rounds = RoundDocuments(folder, 10, names)
 
     def read(number: int, seq_len: int, num_steps: int) -> PublishedRound:
-        documents: Any = Told(number)
+        documents: Any = FakeDocuments(number)
         return PublishedRound(folder / f"{number:04d}", documents, STEPS[number], {},
-                     np.arange(len(documents.lengths) + 1) * 4)
+                              np.arange(len(documents.lengths) + 1) * 4)
 
     monkeypatch.setattr(rounds, "read", read)
     monkeypatch.setattr(rounds, "verify", lambda number, rank, size: None)
@@ -91,54 +91,54 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
     rollout = RolloutConfig(steps_per_round=2, prompts_per_round=2)
     policies = RunPolicies(folder, Policy(folder / "start", 0, "start"), rollout, {})
     policies.restore({"trained": "earlier rounds", "recent": []})
-    publisher: Any = SimpleNamespace(publish=lacking)
+    publisher: Any = SimpleNamespace(publish=find_missing)
     return RolloutCycle(
         rollout=rollout, policies=policies, rollouts=None, publisher=publisher, wait_s=wait_s,
         loader=RoundLoader(documents=rounds, rollout=rollout, columns=columns))
 
 
-def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    lacks = iter(["one piece"] * 3 + [""])
-    feed = feed_of(tmp_path, monkeypatch, lambda number: next(lacks), wait_s=60)
+def test_waiting_for_a_round_saves_a_checkpoint_first(view: Any, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    missing = iter(["one piece"] * 3 + [""])
+    feed = build_cycle(tmp_path, monkeypatch, lambda number: next(missing), wait_s=60)
     assert feed.prepare_data(view, lambda: False) is None
-    assert [name for name, _ in view.told] == ["saved", "waiting", "warning", "round"]
+    assert [name for name, _ in view.events_written] == ["saved", "waiting", "warning", "round"]
     assert capsys.readouterr().err.startswith("waits up to 60 s for round 1: one piece\n")
-    assert feed.prepare_data(view, lambda: False) is None  # it is open: nothing is asked
+    assert feed.prepare_data(view, lambda: False) is None  # the round is open already
 
     view.step = 2
-    late = feed_of(tmp_path, monkeypatch, lambda number: "one piece")
-    assert late.prepare_data(view, lambda: False) == "round 2 is not there yet: one piece"
+    impatient = build_cycle(tmp_path, monkeypatch, lambda number: "one piece")
+    assert impatient.prepare_data(view, lambda: False) == "round 2 is not there yet: one piece"
     assert "warning: round 2 is not there yet: one piece" in capsys.readouterr().err
-    waited = feed_of(tmp_path, monkeypatch, lambda number: "one part is not judged", wait_s=0.02)
+    waited = build_cycle(tmp_path, monkeypatch, lambda number: "one part is not judged", wait_s=0.02)
     assert waited.prepare_data(view, lambda: False) == (
         "round 2 is not there yet: one part is not judged; the run waited 0.02 s: check that "
         "`rl generate` and `rl reward` are running, and give the same command with --resume")
-    asked = feed_of(tmp_path, monkeypatch, lambda number: "one piece", wait_s=60)
-    assert asked.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
+    stopped = build_cycle(tmp_path, monkeypatch, lambda number: "one piece", wait_s=60)
+    assert stopped.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
 
 
 def test_requested_further_prompts_are_generated(view: Any, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    lacks = iter(["2 pieces", "3 further prompts", "1 further prompt", ""])
+    missing = iter(["2 pieces", "3 further prompts", "1 further prompt", ""])
     produced: list[int] = []
 
-    def write(view: Any, number: int, policy: Policy, asked_to_stop: Any) -> dict[str, float]:
+    def write(view: Any, number: int, policy: Policy, is_stopping: Any) -> dict[str, float]:
         assert policy == feed.policies.at(view.step)
         produced.append(number)
         return {"write_s": 2.0}
 
-    def judge(view: Any, number: int, asked_to_stop: Any) -> dict[str, float]:
+    def judge(view: Any, number: int, is_stopping: Any) -> dict[str, float]:
         return {"judge_s": 0.5}
 
-    feed = feed_of(tmp_path, monkeypatch, lambda number: next(lacks))
+    feed = build_cycle(tmp_path, monkeypatch, lambda number: next(missing))
     feed.rollouts = SimpleNamespace(write=write, judge=judge)
     assert feed.prepare_data(view, lambda: False) is None and produced == [1, 1, 1]
-    ((_, told),) = [event for event in view.told if event[0] == "round"]
-    assert "saved" not in dict(view.told), "no checkpoint is waited for"
-    assert (told["write_s"], told["judge_s"]) == (6.0, 1.5)
+    ((_, round_event),) = [event for event in view.events_written if event[0] == "round"]
+    assert "saved" not in dict(view.events_written), "a checkpoint was awaited"
+    assert (round_event["write_s"], round_event["judge_s"]) == (6.0, 1.5)
     view.step = 2
-    feed.publisher.publish = lambda number: "2 pieces"  # it was asked to stop, and wrote nothing
+    feed.publisher.publish = lambda number: "2 pieces"  # a stopped job has written nothing
     assert feed.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
     assert produced == [1, 1, 1, 2]
 
@@ -153,7 +153,7 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
     (PolicyConfig("grpo", kl="k3", kl_coeff=0.1), {}, [1, 2]),
     (PolicyConfig("opd"), {}, [1, 2]), (PolicyConfig("grpo", opd_coeff=0.5), {}, [1, 2]),
     (PolicyConfig("gkd"), {}, [1, 2]), (PolicyConfig("preference"), {}, [1, 2]),
-    # text is drawn for all steps, so that the third one is computed without a document
+    # text is drawn for all steps, so the third step is computed although it has no document
     (PolicyConfig("ink_grpo", knowledge_share=1.0), {}, [1, 2, 3]),
     (PolicyConfig("ink_grpo", knowledge_share=1e-9), {}, [2]),
     (PolicyConfig("grpo"), {"recipe": MOE}, [1, 2]),
@@ -165,22 +165,22 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
 def test_a_step_without_gradients_is_skipped(policy: PolicyConfig, model: dict[str, Any], computed: list[int],
                                              view: Any, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step has advantages of 0, the second one that is not, the third no document."""
+    """All advantages of step 1 are 0, one of step 2 is not, and step 3 has no document."""
     monkeypatch.setitem(STEPS, 1, (range(2), range(2, 4), range(4, 4)))
-    monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.full(
+    monkeypatch.setattr(FakeDocuments, "column", lambda self, name, document, start, count: np.full(
         count, 0.5 * (document == 3), np.float32))
     view.config.policy, changes = policy, dict(model)
     view.config.objective.name = changes.pop("objective", "policy")
     view.config.model = replace(recipes.get(changes.pop("recipe", DENSE)).model, **changes)
-    feed = feed_of(tmp_path, monkeypatch, lambda number: "")
+    feed = build_cycle(tmp_path, monkeypatch, lambda number: "")
     feed.rollout = replace(feed.rollout, steps_per_round=3)
     assert feed.prepare_data(view, lambda: False) is None
     assert [step + 1 for step in range(3) if not view.batches.ledger.get_entry(step).skip] == computed
 
 
 RATES = [
-    # groups that learn, all groups, pass rate, first round -> words of the warning
-    (8, 8, 0.4, True, ""), (8, 8, 0.4, False, ""), (8, 8, 0.0, True, ""),  # rewards without right ones
+    # learning groups, all groups, pass rate, is the first round, pattern of the warning
+    (8, 8, 0.4, True, ""), (8, 8, 0.4, False, ""), (8, 8, 0.0, True, ""),  # rewards below right_from
     (1, 8, 1 / 64, True, "1 of 8 groups learn .* only 1.6% .* easier prompts .*difficulty.* sft"),
     (1, 8, 1 / 64, False, ""), (0, 8, 0.0, False, "0 of 8 groups learn .* only 0.0% "),
     (0, 8, 1.0, True, "0 of 8 groups learn .* 100.0% .* right already: take harder prompts"),
@@ -204,7 +204,7 @@ def test_the_initial_pass_rate_is_printed_once(view: Any, tmp_path: Path, monkey
     content = {"groups": {"learns": 1, "no_advantage": 7},
                "means": {"responses": 64, "reward": 0.1, "pass_rate": 1 / 64}}
     monkeypatch.setattr(round_loader, "read_manifest", lambda path: SimpleNamespace(content=content))
-    feed = feed_of(tmp_path, monkeypatch, lambda number: "")
+    feed = build_cycle(tmp_path, monkeypatch, lambda number: "")
     assert feed.prepare_data(view, lambda: False) is None
     errors = capsys.readouterr().err
     assert ("before the first step: 1.6% of 64 responses have a reward of at least policy.right_from = 1\n"
@@ -215,46 +215,46 @@ def test_the_initial_pass_rate_is_printed_once(view: Any, tmp_path: Path, monkey
     for view.step in (2, 4):
         assert feed.prepare_data(view, lambda: False) is None
     errors = capsys.readouterr().err
-    assert "before the first step" not in errors and "round 3" not in errors, "it is warned of a stretch once"
+    assert "before the first step" not in errors and "round 3" not in errors, "a warning is repeated"
 
 
 def test_old_logprobs_belong_to_the_start_of_the_round(view: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def opened(step: int) -> RoundDocuments:
+    def open_rounds(step: int) -> RoundDocuments:
         view.step = step
-        feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
+        feed = build_cycle(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
         assert feed.prepare_data(view, lambda: False) is None
         return feed.loader.documents
 
     document = (3 << 32) + 1
-    for step, old in ((4, -4.0), (5, -4.0)):  # in the round's middle its file is read
-        rounds = opened(step)
-        assert rounds.column("old_logprobs", document, 1, 3).tolist() == [old] * 3
+    for step, expected in ((4, -4.0), (5, -4.0)):  # step 5 is inside the round and reads the file
+        rounds = open_rounds(step)
+        assert rounds.column("old_logprobs", document, 1, 3).tolist() == [expected] * 3
         assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-104.0] * 3
     old_file, reference_file = (tmp_path / f"0003.{name}_logprobs.f32" for name in ("old", "reference"))
-    whole = reference_file.read_bytes()
-    reference_file.write_bytes(bytes([whole[0] ^ 1, *whole[1:]]))
-    rounds = opened(5)  # whose model is the start again for as long as it takes
+    content = reference_file.read_bytes()
+    reference_file.write_bytes(bytes([content[0] ^ 1, *content[1:]]))
+    rounds = open_rounds(5)  # recomputed with the initial weights, loaded temporarily
     assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-105.0] * 3
     errors = capsys.readouterr().err
     assert "0003.reference_logprobs.f32: is damaged or belongs elsewhere (it" in errors
     write_sealed(old_file, bytes(48), "0003 old_logprobs of an earlier run")
     with pytest.raises(UserError, match=r"0003.old_logprobs.f32: is damaged"):
-        opened(5)
+        open_rounds(5)
     old_file.write_bytes(bytes([1, *old_file.read_bytes()[1:]]))
     with pytest.raises(UserError, match=r"0003.old_logprobs.f32: is damaged"):
-        opened(5)
+        open_rounds(5)
     old_file.unlink()
     with pytest.raises(UserError, match=r"0003.old_logprobs.f32: cannot be read"):
-        opened(5)
+        open_rounds(5)
 
 
 def test_labels_of_the_first_step_have_no_old_logprobs(view: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
+    feed = build_cycle(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
     for view.step in (0, 2, 4, 5):
         assert feed.prepare_data(view, lambda: False) is None
-    # of the second round the first step learns nothing, and moves nothing
+    # the first step of round 2 has no gradient, so the policy is unchanged
     assert not any((tmp_path / f"000{n}.old_logprobs.f32").exists() for n in (1, 2)), "nothing needs a pass"
     column = feed.loader.documents.column
     first, second = (column("old_logprobs", (3 << 32) + d, 1, 2).tolist() for d in (0, 1))
@@ -263,14 +263,15 @@ def test_labels_of_the_first_step_have_no_old_logprobs(view: Any, tmp_path: Path
 
 def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(reference: str) -> None:
-        feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("reference_logprobs",), reference=reference)
+    def open_with_reference(reference: str) -> None:
+        feed = build_cycle(tmp_path, monkeypatch, lambda number: "", ("reference_logprobs",),
+                           reference=reference)
         assert feed.prepare_data(view, lambda: False) is None
 
     for _ in range(2):
-        opened("a" * 64)
+        open_with_reference("a" * 64)
     with pytest.raises(UserError, match=r"reference.json: .* sha256 a{12}"):
-        opened("b" * 64)
+        open_with_reference("b" * 64)
 
 
 def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,14 +283,15 @@ def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch
                         lambda opened, column: {"reverse_kl": -float(column.mean())})
 
     def opened(*teachers: ScoringTeacher) -> None:
-        made = feed_of(tmp_path, monkeypatch, lambda number: "", ("teacher_logprobs",))
-        made.loader.columns = replace(made.loader.columns, teachers=teachers)
-        assert made.prepare_data(view, lambda: False) is None
-        assert made.loader.documents.column("teacher_logprobs", 1 << 32, 1, 3).tolist() == [-2.0] * 3
+        cycle = build_cycle(tmp_path, monkeypatch, lambda number: "", ("teacher_logprobs",))
+        cycle.loader.columns = replace(cycle.loader.columns, teachers=teachers)
+        assert cycle.prepare_data(view, lambda: False) is None
+        assert cycle.loader.documents.column("teacher_logprobs", 1 << 32, 1, 3).tolist() == [-2.0] * 3
 
     math, served = ScoringTeacher("math", tmp_path, "a" * 64), ScoringTeacher("", urls=("http://a",))
     opened(math, served)
-    assert [told["reverse_kl"] for name, told in view.told if name == "round"] == [2]
+    assert [events_written["reverse_kl"]
+            for name, events_written in view.events_written if name == "round"] == [2]
     opened(math, replace(served, urls=("http://b",)))  # servers may move
     with pytest.raises(UserError, match=r"teachers.json: earlier rounds"):
         opened(replace(math, sha256="b" * 64), served)

@@ -153,8 +153,7 @@ def iter_torch_checks() -> Iterator[MachineCheck]:
         return
     dist = torch.distributed
     yield MachineCheck("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}"
-                                                                  if torch.version.cuda
-                                                                  else "CPU build"))
+                                                                  if torch.version.cuda else "CPU build"))
     if dist.is_available() and dist.is_gloo_available():
         yield MachineCheck("gloo", "ok", "CPU processes can communicate")
     else:

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
                         help="arguments for the stage's command, or the chain file")
     add_options(parser, SubmitOptions)
+    parser.set_defaults(stages=(*STAGES, "chain"))
 
 
 def run(typed: argparse.Namespace) -> int:

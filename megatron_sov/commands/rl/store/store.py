@@ -17,6 +17,7 @@ class StoreOptions:
     """Rollout store that a command reads."""
 
     store: Annotated[Path, Flag("STORE")]
+    """Folder passed as --store to `rl run`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from megatron_sov.base.documents.reading import format_location
 from megatron_sov.base.documents.rows import fix_records
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
 from megatron_sov.base.hints.foreign import find_shards
-from megatron_sov.base.hints.paths import fix_by_packing
+from megatron_sov.base.hints.paths import fix_by_packing, fix_table
 from megatron_sov.model.config import split_weight
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.objectives import COMMAND_FORMATS
@@ -214,14 +214,15 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
         suffix = data_file.file.suffix.lower()
         if refusal := next((text for names, text in REFUSED_FILES.items() if suffix in names.split()), ""):
             shards = find_shards(str(data_file.file.with_suffix(""))) if suffix in (".bin", ".idx") else ""
-            fix = _fix_table(data_file.file)
+            fix = fix_table(data_file.file)
             if shards and Path(shards).is_dir():
                 fix = Fix(words={typed: shards})
             raise UserError(f"--data {argument}: {refusal}", fix)
         if data_file.name in files:
+            other = f"{data_file.name}2={typed}"
             raise UserError(f"--data {argument}: has the same name {data_file.name!r} as --data "
-                            f"{files[data_file.name].argument}; rename one, e.g. --data "
-                            f"{shlex.quote(f'{data_file.name}2={typed}')}")
+                            f"{files[data_file.name].argument}; rename one, e.g. --data {shlex.quote(other)}",
+                            Fix(words={path: other}))
         if data_file.file.exists():
             kind = _detect_format(data_file.file, formats, tokenizer)
             data_file = dataclasses.replace(data_file, format=kind)
@@ -281,18 +282,6 @@ def _read_record(folder: Path) -> dict[str, str]:
     is_ours = isinstance(record, dict) and "tokenizer" in record and all(
         isinstance(value, str) for value in record.values())
     return record if is_ours else {}
-
-
-def _fix_table(file: Path) -> Fix | None:
-    """Return a command that converts a text table to Parquet; None for other files."""
-    separator = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
-    if separator is None:
-        return None
-    target = str(file.with_suffix(".parquet"))
-    options = "" if separator == "," else f", parse_options=c.ParseOptions({separator!r})"
-    code = ("import pyarrow.csv as c, pyarrow.parquet as p; "
-            f"p.write_table(c.read_csv({str(file)!r}{options}), {target!r})")
-    return Fix(words={str(file): target}, before=(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}",))
 
 
 def _read_first_record(file: Path, reading: RecordReading) -> Any:

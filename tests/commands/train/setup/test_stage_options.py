@@ -17,11 +17,11 @@ from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import request_training
 from tests.packing import Packed
-from tests.typed_words import typed
+from tests.typed_words import parse_settings
 
 
 def parsed(*argv: str) -> PretrainOptions:
-    return typed(PretrainOptions, [*argv, "--run", "r"])
+    return parse_settings(PretrainOptions, [*argv, "--run", "r"])
 
 
 def config_of(*argv: str) -> RunConfig:
@@ -70,7 +70,8 @@ def test_pretraining_configs_serve_fine_tuning_but_not_vice_versa(data: Path, pa
     for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
         (data / f"{name}.json").write_text(format_json(config.to_dict()))
     arguments = ("--data", str(packed_data.chats))
-    options = typed(SftOptions, ["--config", str(data / "lm.json"), *arguments, "--run", "r", "--from", "s"])
+    options = parse_settings(SftOptions,
+                             ["--config", str(data / "lm.json"), *arguments, "--run", "r", "--from", "s"])
     assert check_stage(dataclasses.replace(options, start_from=None)).config.objective.name == "sft"
     with pytest.raises(UserError, match=r"objective.name = sft:"):
         config_of("--config", str(data / "sft.json"), *arguments)
