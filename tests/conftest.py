@@ -665,7 +665,7 @@ def write_round() -> Callable[..., None]:
     model do."""
     import numpy as np
 
-    from megatron_sov.rollouts.prompts import select_round_prompts, split_into_pieces
+    from megatron_sov.rollouts.round_order import select_round_prompts, split_into_pieces
     from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, format_part_name
 
     def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool,

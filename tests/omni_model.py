@@ -33,9 +33,10 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     """
     from tokenizers import Tokenizer
 
-    from megatron_sov.checkpoint import initial_weights, save
+    from megatron_sov.checkpoint import initial_weights
     from megatron_sov.engine.model.language_model import build_run_model
     from megatron_sov.engine.parallel import world
+    from tests.checkpoints import save_checkpoint
 
     tokenizer = path.with_name(f"{path.name}-tokenizer")
     add_media(plain_tokenizer, tokenizer, MediaTokens(NUM_SOUND_TOKENS, NUM_PICTURE_TOKENS))
@@ -60,6 +61,6 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
                 model.chunks[0].embedding.word_embeddings.weight.add_(1.0)
                 for name in likes:
                     model.chunks[0].output_layer.weight[words.token_to_id(name)] = 0.2
-        save.save_checkpoint(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
+        save_checkpoint(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
     finally:
         world.leave_world()

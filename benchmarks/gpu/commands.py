@@ -33,7 +33,7 @@ def install_double() -> None:
 
     specs.on_gpu = lambda: True  # what configurations are made for
     specs.needs_transformer_engine = lambda dtype: True
-    from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
+    from megatron_sov.engine.parallel.gpu_libraries import FP8_FUNCTIONS
     from tests.te_double.quantized_run import quantize_products
 
     quantize_products()

@@ -66,7 +66,7 @@ def prepare() -> None:
     from transformer_engine.pytorch import recording
 
     fake_gpu.CAPTURE["is under way"] = recording.is_recording
-    from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
+    from megatron_sov.engine.parallel.gpu_libraries import FP8_FUNCTIONS
 
     for name in FP8_FUNCTIONS.values():
         setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
@@ -186,7 +186,7 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
 def configured(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -> Any:
     """Return a recipe in its recommended layout, where it has one, with settings on top; where DeepEP is to
     carry tokens, which has no double, the exchange of all with all does."""
-    from megatron_sov.engine.parallel.device import DEEP_EP_NAMES
+    from megatron_sov.engine.parallel.gpu_libraries import DEEP_EP_NAMES
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.plan.search.recommended_layouts import get_recommended_settings

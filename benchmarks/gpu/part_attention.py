@@ -155,7 +155,7 @@ BROKEN = "broken: "
 
 def linear_cases(setting: Setting, num_tokens: int) -> Figures:
     """Yield the errors of linear attention, or why its kernel does not serve."""
-    from megatron_sov.engine.parallel.device import find_fla_problem
+    from megatron_sov.engine.parallel.gpu_libraries import find_fla_problem
 
     for kind in DOCUMENTS:
         case = f"linear attention, documents: {kind}"

@@ -22,7 +22,7 @@ DRY_LIMIT = 0.1
 
 def available(setting: Setting) -> dict[str, str]:
     """Return recipe -> reason that this chip lacks it; empty if the chip has it."""
-    from megatron_sov.engine.parallel.device import find_fp8_problems
+    from megatron_sov.engine.parallel.gpu_libraries import find_fp8_problems
 
     return dict.fromkeys(RECIPES, "") if setting.dry else find_fp8_problems()
 

@@ -248,7 +248,5 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return object_
 
 
-
-
 _DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_constant=reject_constant,
                             parse_float=parse_finite)

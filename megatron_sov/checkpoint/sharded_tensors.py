@@ -25,31 +25,15 @@ from megatron_sov.checkpoint.safetensors_files import TensorFile, TensorSpec, wr
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors, count_owners
 
 MAX_FILE_BYTES = 4 << 30
+"""Maximum size of a file, except for a file with a single larger block."""
 RANKS_PER_FOLDER = 256
+"""Ranks whose files share a folder."""
 REMEDY = "use an earlier checkpoint"
+"""Advice that ends every error message about damage."""
 _DTYPES = {str(d).removeprefix("torch."): d
            for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
                      torch.uint8, torch.bool)}
 Index = dict[str, dict[str, Any]]
-
-
-def format_file_name(part: str, rank: int, number: int) -> str:
-    """Return the path in the checkpoint folder for file `number` that `rank` writes for `part`."""
-    return f"{part}/{rank // RANKS_PER_FOLDER:05d}/rank-{rank:05d}-{number:05d}.safetensors"
-
-
-def format_block_name(key: str, offset: Sequence[int]) -> str:
-    """Return the name, inside a safetensors file, for the block of tensor `key` at `offset`."""
-    return f"{key}@{','.join(map(str, offset))}"
-
-
-def add_index_entry(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int],
-                    piece: StoredBlock) -> None:
-    """Append block `piece` to the `index` entry for tensor `key` (`shape`: global)."""
-    entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape),
-                                   "pieces": []})
-    entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset),
-                            "shape": list(piece.shape)})
 
 
 class TensorWriter:
@@ -106,6 +90,60 @@ class TensorWriter:
         return self._index
 
 
+class TensorReader(StoredTensors):
+    """Reads tensor blocks from a checkpoint part."""
+
+    def __init__(self, folder: str | Path, part: str = "model") -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, TensorFile] = {}
+        file = self.folder / f"{part}.index.json"
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            shapes = {k: _parse_sizes(e["shape"]) for k, e in raw.items()}
+            dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
+            pieces = {k: [_parse_piece(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
+            _check_paths(file, pieces)
+        except FileNotFoundError:
+            raise UserError(f"{self.folder}: has no {part}.index.json, "
+                            f"so it holds no '{part}' tensors") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
+        super().__init__(self.folder, shapes, dtypes, pieces, REMEDY)
+
+    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+        if piece.file not in self._files:
+            self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
+        file = self._files[piece.file]
+        stored = file.entries.get(piece.name)
+        if (stored is None or math.prod(stored.shape) != math.prod(piece.shape)
+                or file.get_dtype(piece.name) != self.get_dtype(key)):
+            problem = f"stores {stored.dtype} {list(stored.shape)}" if stored else "lacks it"
+            raise UserError(f"{file.path}: {key} at {piece.offset} is {self.get_dtype(key)} "
+                            f"{list(piece.shape)} in the index, but the file {problem}; {REMEDY}")
+        # the file stores the block without leading axes of extent 1
+        missing_axes = len(piece.shape) - len(stored.shape)
+        return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
+
+
+def format_file_name(part: str, rank: int, number: int) -> str:
+    """Return the path in the checkpoint folder for file `number` that `rank` writes for `part`."""
+    return f"{part}/{rank // RANKS_PER_FOLDER:05d}/rank-{rank:05d}-{number:05d}.safetensors"
+
+
+def format_block_name(key: str, offset: Sequence[int]) -> str:
+    """Return the name, inside a safetensors file, for the block of tensor `key` at `offset`."""
+    return f"{key}@{','.join(map(str, offset))}"
+
+
+def add_index_entry(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int],
+                    piece: StoredBlock) -> None:
+    """Append block `piece` to the `index` entry for tensor `key` (`shape`: global)."""
+    entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape),
+                                   "pieces": []})
+    entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset),
+                            "shape": list(piece.shape)})
+
+
 def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
     """Merge the processes' indices and write `PART.index.json`. Raises `ValueError`: two processes disagree
     on a tensor's dtype or shape, or the blocks of a tensor do not cover every element exactly once."""
@@ -140,41 +178,6 @@ def _parse_piece(raw: Any, axes: int) -> StoredBlock:
             and len(block.offset) == len(block.shape) == axes):
         raise ValueError(f"{str(raw)[:200]} is not a piece of a tensor with {axes} axes")
     return block
-
-
-class TensorReader(StoredTensors):
-    """Reads tensor blocks from a checkpoint part."""
-
-    def __init__(self, folder: str | Path, part: str = "model") -> None:
-        self.folder = Path(folder)
-        self._files: dict[str, TensorFile] = {}
-        file = self.folder / f"{part}.index.json"
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-            shapes = {k: _parse_sizes(e["shape"]) for k, e in raw.items()}
-            dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            pieces = {k: [_parse_piece(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
-            _check_paths(file, pieces)
-        except FileNotFoundError:
-            raise UserError(f"{self.folder}: has no {part}.index.json, "
-                            f"so it holds no '{part}' tensors") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
-        super().__init__(self.folder, shapes, dtypes, pieces, REMEDY)
-
-    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
-        if piece.file not in self._files:
-            self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
-        file = self._files[piece.file]
-        stored = file.entries.get(piece.name)
-        if (stored is None or math.prod(stored.shape) != math.prod(piece.shape)
-                or file.get_dtype(piece.name) != self.get_dtype(key)):
-            problem = f"stores {stored.dtype} {list(stored.shape)}" if stored else "lacks it"
-            raise UserError(f"{file.path}: {key} at {piece.offset} is {self.get_dtype(key)} "
-                            f"{list(piece.shape)} in the index, but the file {problem}; {REMEDY}")
-        # the file stores the block without leading axes of extent 1
-        missing_axes = len(piece.shape) - len(stored.shape)
-        return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
 
 
 def _check_paths(index: Path, pieces: Mapping[str, Sequence[StoredBlock]]) -> None:

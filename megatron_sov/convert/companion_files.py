@@ -29,7 +29,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 """Files to copy; further files, for example code, are not copied."""
 
 
-
 def copy_carried_fields(checkpoint: Path) -> dict[str, Any]:
     """Return manifest content with the `CARRIED_FIELDS` of `checkpoint`, for derived checkpoints."""
     fields = read_manifest(checkpoint).content.get(CARRIED_FIELDS)

@@ -37,8 +37,6 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Accepted weight dtypes."""
 
 
-
-
 class StoredTensor(Protocol):
     """A tensor in a Hugging Face folder, stored plain or packed in several tensors."""
 
@@ -388,7 +386,6 @@ def check_export(folder: Path) -> None:
     weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
     if problems := find_damaged_files(folder, weights, HASHED_AT_A_TIME):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
-
 
 
 IMPORTED_WEIGHTS = "the weights to take in"

@@ -40,7 +40,7 @@ class EnginePolicy:
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
         generated = self._engine.generate(prompts, replace(self._sampling, max_new_tokens=max_new_tokens),
-                                      stop=self._stop, streams=streams)
+                                          stop=self._stop, streams=streams)
         routes = [None] * len(prompts) if generated.routes is None else generated.routes
         return [GeneratedTurn(ids, logprobs, routes=route)
                 for ids, logprobs, route in zip(generated.continuations, generated.logprobs, routes,
@@ -123,24 +123,24 @@ class EpisodePlayer:
 
     Args:
         path: the model.
-        runs: engine and its settings.
+        choice: engine and its settings.
         limits: limits of an episode.
-        way_out: advice if the context of the model is too short.
+        remedy: advice if the context of the model is too short.
         template: variables of the chat template.
 
     Raises:
         UserError: the engine cannot run the model, its context is too short, or it has no chat template.
     """
 
-    def __init__(self, path: Path, runs: EngineChoice, limits: EpisodeLimits, way_out: str,
+    def __init__(self, path: Path, choice: EngineChoice, limits: EpisodeLimits, remedy: str,
                  template: dict[str, Any] | None = None) -> None:
         self.target: Target = find_target(path)
-        self.engine = runs.engine or choose_engine(self.target)
-        self._runs = runs
+        self.engine = choice.engine or choose_engine(self.target)
+        self._choice = choice
         self._longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
-        check_engine(self.engine, self.target, runs.settings, runs.nproc, runs.option)
+        check_engine(self.engine, self.target, choice.settings, choice.nproc, choice.option)
         check_length(self.target, self._longest, "max_prompt_tokens, max_response_tokens and max_turn_tokens "
-                     "of an episode", way_out)
+                     "of an episode", remedy)
         folder = self.target.tokenizer_folder
         chat = read_chat_encoder(folder)
         if chat is None:
@@ -151,11 +151,11 @@ class EpisodePlayer:
         self.chat = hash_chat_files(folder)
         """Chat file -> digest."""
 
-    def run(self, sampling: Sampling, num_parallel: int, played: Callable[[ToolPolicy], Any]) -> Any:
-        """Run `played` with the model as policy; returns None except on the first process."""
+    def run(self, sampling: Sampling, num_parallel: int, play: Callable[[ToolPolicy], Any]) -> Any:
+        """Run `play` with the model as policy; returns None except on the first process."""
         def run_policy(engine: Engine) -> Any:
-            return run_with_policy(EnginePolicy(engine, sampling, StopRule(self._ends)), played)
+            return run_with_policy(EnginePolicy(engine, sampling, StopRule(self._ends)), play)
 
         return run_with_engine(self.engine, self.target, run_policy, longest=self._longest,
-                          batching=Batching(num_parallel), settings=self._runs.settings,
-                          nproc=self._runs.nproc, option=self._runs.option)
+                               batching=Batching(num_parallel), settings=self._choice.settings,
+                               nproc=self._choice.nproc, option=self._choice.option)

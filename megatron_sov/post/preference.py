@@ -23,7 +23,7 @@ from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceConfig
 from megatron_sov.post import policy, reference
-from megatron_sov.post.reference import score_documents
+from megatron_sov.post.document_logprobs import score_documents
 from megatron_sov.post.sft import ResponseSpans, find_learned_labels, find_responses
 from megatron_sov.post.shared_prompts import share_prompts
 from megatron_sov.runs.obs.meters import Meter

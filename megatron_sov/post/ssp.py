@@ -147,13 +147,10 @@ def find_candidates(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
             checkpoints = [path if is_hf_folder(path) else find_checkpoint(path)]
         for checkpoint in checkpoints:
             resolved = checkpoint.resolve()
-            candidates.setdefault(resolved, _read_candidate(resolved))
+            is_merged = (not is_hf_folder(resolved)
+                         and MERGED in read_manifest(resolved, CHECKPOINT_KIND).content)
+            candidates.setdefault(resolved, ProbedCheckpoint(resolved, is_merged))
     return list(candidates.values())
-
-
-def _read_candidate(path: Path) -> ProbedCheckpoint:
-    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, CHECKPOINT_KIND).content
-    return ProbedCheckpoint(path, is_merged)
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:

@@ -11,12 +11,15 @@ import numpy as np
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
-from megatron_sov.rollouts.rows import UNFINISHED, Key, Rollout, RolloutPart
+from megatron_sov.rollouts.rows import UNFINISHED, Rollout, RolloutPart
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.inspection import ArtifactKind
 from megatron_sov.work.progress.locks import list_holders
 from megatron_sov.work.progress.progress_bar import create_bar
 
+KIND = ArtifactKind(lambda path: format_store(RolloutStore.open(path)),
+                    lambda path: check_with_progress(RolloutStore.open(path)).problems)
+"""Entry for rollout stores in `megatron-sov inspect`."""
 _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
                  ("part", np.int32), ("row", np.int32)])
 """Head of a row (29 bytes), kept in memory while `check_store` reads further parts."""
@@ -24,6 +27,8 @@ _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", boo
 
 @dataclass
 class StoreCheck:
+    """Counts and problems in a store."""
+
     parts: int = 0
     rows: int = 0
     rewards: int = 0
@@ -32,6 +37,7 @@ class StoreCheck:
 
 
 def check_store(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
+    """Check the files, rows, keys and rewards of a store; `done` receives 1 after each part."""
     result = StoreCheck()
     parts = store.parts(refused=result.problems.append)
     heads: list[np.ndarray] = []
@@ -58,15 +64,12 @@ def check_store(store: RolloutStore, done: Callable[[int], object] = lambda part
 def _build_heads(rows: list[Rollout], number: int) -> np.ndarray:
     heads = np.zeros(len(rows), _ROW)
     # 128-bit digests suffice, since keys are only compared for equality.
-    heads["key"] = np.frombuffer(b"".join(_hash_key(row.key) for row in rows), "<u8").reshape(-1, 2)
+    digests = (hashlib.blake2b(repr(tuple(row.key)).encode(), digest_size=16).digest() for row in rows)
+    heads["key"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
     heads["attempt"] = [row.attempt for row in rows]
     heads["is_unfinished"] = [row.finish_reason == UNFINISHED for row in rows]
     heads["part"], heads["row"] = number, np.arange(len(rows))
     return heads
-
-
-def _hash_key(key: Key) -> bytes:
-    return hashlib.blake2b(repr(tuple(key)).encode(), digest_size=16).digest()
 
 
 def _find_key_problems(heads: np.ndarray, parts: list[RolloutPart]) -> list[str]:
@@ -153,8 +156,3 @@ def format_time(time_s: float) -> str:
 def check_with_progress(store: RolloutStore) -> StoreCheck:
     with create_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
         return check_store(store, bar.update)
-
-
-KIND = ArtifactKind(lambda path: format_store(RolloutStore.open(path)),
-                    lambda path: check_with_progress(RolloutStore.open(path)).problems)
-"""Entry for rollout stores in `megatron-sov inspect`."""

@@ -1,5 +1,4 @@
-"""Prompts for rollouts: read from a file, ordered by seed and round, split into pieces. Order, pieces and
-random streams depend on `RolloutConfig` alone, so a repeated piece has the same responses."""
+"""Prompts for rollouts, read from a file and kept on disk; ids and random streams of their responses."""
 
 from __future__ import annotations
 
@@ -26,16 +25,12 @@ from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import Fix, RowProblems, UserError, warn
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
-from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.runs.launch_environment import is_first_rank
 
 OPTION = "--prompts"
 HASH_DIGITS, STREAM_DIGITS = 16, 15
 """Hexadecimal digits in the ids of prompts and settings, and in random streams: 60 bits fit an engine's int64
 and differ between a run's responses."""
-_FURTHER = 1
-"""Entropy for the order of further prompts, in addition to seed and round."""
 UNUSED_ROWS_FILE = "set_aside.json"
 """File in a store with the prompts that no round uses."""
 
@@ -168,20 +163,6 @@ class PromptList(Sequence[RolloutPrompt]):
         return RolloutPrompt(f"{int(self._numbers[row]):0{HASH_DIGITS}x}", record, place, self.option)
 
 
-@dataclass(frozen=True)
-class PromptPiece:
-    """Prompts that a job claims together and publishes in a single part."""
-
-    round: int
-    """From 1."""
-    number: int
-    """Index within the round, from 0."""
-    prompts: PromptList
-
-    def part(self, attempt: int = 0) -> str:
-        return format_part_name(self.round, self.number, attempt)
-
-
 def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_asked: bool = False
                  ) -> PromptList:
     """Read the distinct prompts of a file, or of the folder of a dataset, in order.
@@ -300,16 +281,16 @@ def find_unused_rows(prompts: PromptList, too_long: Mapping[str, int], limit: in
     return UnusedRows(too_long, rows, account)
 
 
-def write_unused_rows(store: Path, aside: UnusedRows) -> None:
+def write_unused_rows(store: Path, unused: UnusedRows) -> None:
     """Write `unused` into a store, so that the trainer orders the same prompts."""
     file = store / UNUSED_ROWS_FILE
     if file.is_file():
-        if read_too_long(store) != set(aside.too_long):
+        if read_too_long(store) != set(unused.too_long):
             raise UserError(f"{file}: other prompts were set aside when the store was begun; give the "
                             f"{OPTION} and rollout.max_prompt_tokens of its first command, or choose "
                             "another --store")
-    elif aside.rows:
-        write_sealed_json(file, {"prompts": list(aside.rows)}, UNUSED_ROWS_FILE)
+    elif unused.rows:
+        write_sealed_json(file, {"prompts": list(unused.rows)}, UNUSED_ROWS_FILE)
 
 
 def read_too_long(store: Path) -> set[str]:
@@ -340,78 +321,6 @@ def _question_digest(prompt: RolloutPrompt) -> str:
         # A plain text equals a user message with this text.
         question = [{"role": "user", "content": question.strip()}]
     return _hash_json(question, STREAM_DIGITS)
-
-
-def select_round_prompts(prompts: PromptList, rollout: RolloutConfig, number: int) -> PromptList:
-    """Return the prompts for a round, in an order that depends on `rollout.seed` and the round's number
-    alone.
-
-    Each epoch is a permutation. A round may continue in the next epoch; its prompts come later there, so that
-    no round contains a prompt twice.
-    """
-    count, per_round = len(prompts), rollout.prompts_per_round
-    if per_round > count:
-        raise UserError(f"rollout.prompts_per_round = {per_round}: there are {count} prompts, and a round "
-                        "has each prompt at most once; lower it, or add prompts")
-    # Position of the round's first prompt in the concatenated epochs.
-    epoch, place = divmod((number - 1) * per_round, count)
-    order = _epoch_order(rollout.seed, epoch, count, per_round)[place:place + per_round]
-    # The round ends in the next epoch, which avoids the prompts already in the round.
-    if len(order) < per_round:
-        following = _epoch_order(rollout.seed, epoch + 1, count, per_round)
-        order = np.append(order, following[:per_round - len(order)])
-    return prompts.select(order)
-
-
-def split_into_pieces(prompts: PromptList, number: int, piece_prompts: int, begin: int = 0
-                      ) -> list[PromptPiece]:
-    """Split a round's prompts into pieces, numbered from `begin`."""
-    return [PromptPiece(number, i, prompts[first:first + piece_prompts])
-            for i, first in enumerate(range(0, len(prompts), piece_prompts), begin)]
-
-
-def plan_round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int,
-                      more: int = 0) -> list[PromptPiece]:
-    """Return the pieces for round `number` (from 1): its prompts, and `more` pieces of further prompts.
-
-    Further prompts replace groups that do not learn; fewer pieces are returned at the end of the file. Their
-    order depends on seed and round alone, so that the runs of a store agree.
-    """
-    round_list = select_round_prompts(prompts, rollout, number)
-    planned = split_into_pieces(round_list, number, rollout.piece_prompts)
-    if more:
-        order = _shuffle_indices(len(prompts), rollout.seed, number, _FURTHER)
-        further = order[~np.isin(order, prompts.find_indices(round_list.ids))][:more * rollout.piece_prompts]
-        planned += split_into_pieces(prompts.select(further), number, rollout.piece_prompts, len(planned))
-    return planned
-
-
-def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarray:
-    """Return [count] int64: the order of prompts in an epoch.
-
-    If a round began in the previous epoch, its prompts from there come after the end of that round. The end
-    of that epoch depends on its own predecessor only if an epoch has fewer than two rounds.
-    """
-    # Go back to an epoch that begins with a round, or whose end does not depend on earlier epochs.
-    first = epoch
-    while first * count % per_round and (count < 2 * per_round or first == epoch):
-        first -= 1
-    order = _shuffle_indices(count, seed, first)
-    for number in range(first + 1, epoch + 1):
-        # Prompts from the previous epoch in the round that continues in this epoch.
-        carried, previous = number * count % per_round, order
-        order = _shuffle_indices(count, seed, number)
-        if carried:
-            ahead = ~np.isin(order, previous[-carried:])
-            # The round takes further prompts up to `per_round`; the rest keeps the shuffled order.
-            ahead &= np.cumsum(ahead) <= per_round - carried
-            order = np.concatenate([order[ahead], order[~ahead]])
-    return order
-
-
-def _shuffle_indices(count: int, *entropy: int) -> np.ndarray:
-    # Seed and epoch form an entropy sequence, so that nearby seeds have unrelated orders.
-    return np.random.default_rng(entropy).permutation(count)
 
 
 def sampling_digest(settings: Mapping[str, Any]) -> str:

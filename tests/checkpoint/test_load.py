@@ -11,12 +11,13 @@ import torch.distributed as dist
 
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import load, save, sharded_tensors
+from megatron_sov.checkpoint import load, sharded_tensors
 from megatron_sov.checkpoint.initial_weights import generate_normals
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import world
+from tests.checkpoints import save_checkpoint
 from tests.tiny import tiny_model
 
 SP = {"tp": 2, "sp": True}
@@ -47,7 +48,7 @@ def written(layout: dict[str, Any], path: str) -> None:
     """Write a checkpoint with known values."""
     model, optimizer = parts(layout)
     fill(model, optimizer)
-    save.save_checkpoint(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
+    save_checkpoint(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
 
 
 def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     load.check_weights(Path(source))
     load.load_model(Path(source), model)
     load.load_optimizer(Path(source), optimizer, 7)
-    save.save_checkpoint(Path(target), model, optimizer, load.read_state(Path(source)), {}, None)
+    save_checkpoint(Path(target), model, optimizer, load.read_state(Path(source)), {}, None)
     return {"updates": optimizer.num_updates, "state": load.read_state(Path(target))}
 
 
@@ -79,7 +80,7 @@ def continued(path: str) -> dict[str, Any]:
         if name.endswith("expert_bias"):
             buffer.fill_(0.123456789)
     update(model, optimizer, 1)
-    save.save_checkpoint(Path(path), model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    save_checkpoint(Path(path), model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     update(model, optimizer, 2)
     expected = everything(model, optimizer)
     model, optimizer = parts({}, "bf16")
@@ -141,7 +142,7 @@ def failures(folder: str) -> dict[str, str]:
             said[name] = str(e)
 
     def save(path: Path) -> None:
-        save.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+        save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
 
     path, original = Path(folder) / "step-1", sharded_tensors.write_tensors
 

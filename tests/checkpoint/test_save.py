@@ -24,6 +24,7 @@ from megatron_sov.engine.parallel import world
 from megatron_sov.engine.parallel.collectives import all_reduce_world
 from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import ParallelConfig
+from tests.checkpoints import save_checkpoint
 from tests.tiny import tiny_model
 
 
@@ -37,7 +38,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
     """Save synchronously, then in the background while the model changes."""
     model, optimizer = parts({"tp": 2, "sp": True})
     at, saved, released = Path(folder), list[SavedCheckpoint](), threading.Event()
-    save.save_checkpoint(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    save_checkpoint(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
 
     def write_later(*arguments: Any, now: Any = sharded_tensors.write_tensors) -> Any:
         assert released.wait(600)

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 from megatron_sov import convert, recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import initial_weights, save
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.convert import export_weights, import_weights
 from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import LoraConfig, ParallelConfig, apply_settings
+from tests.checkpoints import save_checkpoint
 from tests.tiny import tiny_model
 
 LAYOUTS = {
@@ -50,7 +51,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     for block in list_local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
-    save.save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
+    save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
     result = {"main": {name: bits(t) for name, t in export_weights(model)},
               "bf16": {name: str(t.dtype) for name, t in export_weights(model, "bfloat16")}}
     early = export_weights(model)

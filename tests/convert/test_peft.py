@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_sov import convert, recipes
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import initial_weights, load, save
+from megatron_sov.checkpoint import initial_weights, load
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import export_weights
 from megatron_sov.convert.peft import (
@@ -31,6 +31,7 @@ from megatron_sov.model.pretrained import find_hub_name
 from megatron_sov.model.recipes import get
 from megatron_sov.runs.checkpoints import AdapterBase
 from megatron_sov.train.objectives.microbatch import MicroBatch
+from tests.checkpoints import save_checkpoint
 
 SIZES = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
          "model.init_std=0.2", "train.precision=fp32", "lora.rank=3", "lora.alpha=7"]
@@ -45,7 +46,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     world.join_world(config.parallel)
     model = build_model(config.model, config.parallel, config.train)
     initial_weights.initialize_weights(model, config.model, 1)
-    save.save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
+    save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
     model = build_model(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
     for block in list_local_shards(model):
@@ -54,7 +55,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{block.key} {block.offset}".encode()))
             noise = torch.randn(block.data.shape, generator=generator) * 0.2
             block.data.copy_(block.data * (1 + noise) if block.key.endswith("magnitude") else noise)
-    save.save_checkpoint(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
+    save_checkpoint(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
     zeros = torch.zeros(n, dtype=torch.int64)
     inputs = ModelInputs(tokens=torch.tensor(TOKENS), positions=torch.arange(n), max_document_tokens=n,
                          cu_seqlens=torch.tensor([0, n], dtype=torch.int32),

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov import recipes
-from megatron_sov.checkpoint import save
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
@@ -23,6 +22,7 @@ from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
+from tests.checkpoints import save_checkpoint
 
 PATCHES = ("/parallel/cpu_shims.py", "/parallel/library_patches.py")
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
@@ -105,7 +105,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     trainer = _trainer(config)
     # before the step, which updates router biases
     state = {"step": 0, "tokens": 0}
-    save.save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
+    save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
     sums = trainer.forward_backward.compute_gradients(batch, trainer.objective, 1)
@@ -113,7 +113,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)
-    save.save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
+    save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     world.leave_world()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov import recipes
-from megatron_sov.checkpoint import save
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
@@ -23,6 +22,7 @@ from megatron_sov.train.data.sources import Source
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
+from tests.checkpoints import save_checkpoint
 
 IMAGE_PAD, AUDIO_PAD = 5, 6
 VISION = {"kind": "siglip", "placeholder_ids": [IMAGE_PAD], "image_size": 8, "patch_size": 4,
@@ -108,7 +108,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
     """Return the losses of the first global batch; write checkpoints `out`/weights and `out`/gradients."""
     result = trainer(recipe, settings)
     config, state = result.config, {"step": 0, "tokens": 0}
-    save.save_checkpoint(Path(out) / "weights", result.model, None, state, config.to_dict(), None)
+    save_checkpoint(Path(out) / "weights", result.model, None, state, config.to_dict(), None)
     batch = result.objective.prepare(result.objective.collect(result.policy, 0))
     sums = result.forward_backward.compute_gradients(batch, result.objective, 1)
     trained_ids = {id(p) for chunk in result.optimizer.wrapped for p in chunk.param_to_bucket_group}
@@ -119,7 +119,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
         for parameter in result.model.parameters():
             gradient = getattr(parameter, "main_grad", None)
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
-    save.save_checkpoint(Path(out) / "gradients", result.model, None, state, config.to_dict(), None)
+    save_checkpoint(Path(out) / "gradients", result.model, None, state, config.to_dict(), None)
     world.leave_world()
     return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
             "meters": sums.meters, "frozen": frozen, "moments": moments,
@@ -169,7 +169,7 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
     PLAIN is the checkpoint, which is written first.
     """
     first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
-    save.save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(),
+    save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(),
                          None)
     world.leave_world()
     outcome = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.model import logprobs
-from megatron_sov.engine.parallel import device, world
+from megatron_sov.engine.parallel import gpu_setup, world
 from megatron_sov.engine.router import BalancedRouter
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
@@ -89,7 +89,7 @@ def bits(built: Trainer) -> str:
 
 def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
     """Return losses and bits of two deterministic steps, with sizes that keep several threads busy."""
-    device.enable_determinism()
+    gpu_setup.enable_determinism()
     torch.set_num_threads(threads)
     built = trainer("tiny-solar-open", [
         "model.hidden_size=128", "model.head_dim=32", "model.expert_ffn_dim=128", "model.num_layers=1",

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.checkpoint import load, save
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, apply_settings, from_dict
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.recipes.requested import load_plugins
+from tests.checkpoints import save_checkpoint
 from tests.layouts.k_exaone2_reference import as_released
 
 LENGTH, BEFORE = 160, 37
@@ -204,7 +205,7 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str,
             out.mkdir()
             save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
         torch.distributed.barrier()
-        save.save_checkpoint(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
+        save_checkpoint(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
     world.leave_world()
 
 

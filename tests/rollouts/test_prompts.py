@@ -14,8 +14,8 @@ from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
-    PromptList, RolloutPrompt, find_unused_rows, read_prompts, read_too_long, select_round_prompts,
-    write_unused_rows)
+    PromptList, RolloutPrompt, find_unused_rows, read_prompts, read_too_long, write_unused_rows)
+from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.rows import read_domain
 
 

@@ -16,7 +16,7 @@ from megatron_sov.convert import export_weights
 from megatron_sov.engine.model import language_model, replica_checks
 from megatron_sov.engine.model.quantized_weights import get_raw_data, is_quantized
 from megatron_sov.engine.optimizer.adamw import HostAdamW
-from megatron_sov.engine.parallel import cpu_shims, device, world
+from megatron_sov.engine.parallel import cpu_shims, device, gpu_setup, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives import microbatch
@@ -138,7 +138,7 @@ def take_product_counts() -> dict[str, int]:
 def train_losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
     """Train; return the losses and the products of the first step."""
     if "train.deterministic=true" in settings:
-        device.enable_determinism()
+        gpu_setup.enable_determinism()
     trainer = _trainer(recipe, settings, path)
     take_product_counts()
     first = train_step(trainer).loss

@@ -23,8 +23,8 @@ from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleConfig, parse_data_paths
+from megatron_sov.post.document_logprobs import score_documents, score_documents_by_hf
 from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
-from megatron_sov.post.reference import score_documents, score_documents_by_hf
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.sources import open_sources, tokenizer_folder

@@ -29,7 +29,8 @@ from megatron_sov.model.config.post_training import PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.post.rl.reward import NO_REWARD, check_reward_fields, resolve_reward_version
 from megatron_sov.rollouts.prompts import (
-    UNUSED_ROWS_FILE, PromptList, UnusedRows, find_shared_prompts, read_prompts, select_round_prompts)
+    UNUSED_ROWS_FILE, PromptList, UnusedRows, find_shared_prompts, read_prompts)
+from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.rows import parse_round_range, read_domain
 from megatron_sov.runs.checkpoints import check_model_path, find_tokenizer_folder
 from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, RunFolder

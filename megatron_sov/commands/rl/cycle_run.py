@@ -23,7 +23,7 @@ from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
 from megatron_sov.post.rl.generate.writers import GenerationSettings, RolloutWriter, RowWriter
 from megatron_sov.post.rl.reward import RewardJudge
 from megatron_sov.post.rl.validation import SampledRounds, Validation, digest_conditions
-from megatron_sov.rollouts.prompts import select_round_prompts
+from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.store import StoreSettings
 from megatron_sov.runs.folder import VALIDATION
 

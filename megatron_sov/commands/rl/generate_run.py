@@ -28,7 +28,8 @@ from megatron_sov.post.rl.generate.responses import compute_sampling_digest
 from megatron_sov.post.rl.generate.writers import (
     EngineSettings, LoadPolicy, RolloutSource, run_policies, write_batches)
 from megatron_sov.post.rl.publish.publisher import is_published, read_further_pieces
-from megatron_sov.rollouts.prompts import PromptList, select_round_prompts, write_unused_rows
+from megatron_sov.rollouts.prompts import PromptList, write_unused_rows
+from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.store import RolloutStore, StoreSettings
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.rounds import build_start_policy, find_round_policy

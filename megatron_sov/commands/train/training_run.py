@@ -15,7 +15,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.commands.train.kinds import STAGE_KINDS, TrainingKind
 from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import get_gpu, on_gpu
+from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.gpu_setup import get_gpu
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.objectives import Factory, get_factory
 from megatron_sov.model.pretrained import find_hub_name, is_hf_folder

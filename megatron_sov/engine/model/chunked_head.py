@@ -233,9 +233,6 @@ def _process_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labe
     return chosen - sums.log()
 
 
-
-
-
 def cap_logits_(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     """Apply ``cap * tanh(x / cap)`` in place (arXiv 2408.00118, section 2). None: no cap."""
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

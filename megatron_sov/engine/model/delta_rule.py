@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from megatron_sov.engine.parallel.device import FLA_KERNEL, to_device
+from megatron_sov.engine.parallel.device import to_device
+from megatron_sov.engine.parallel.gpu_libraries import FLA_KERNEL
 
 CHUNK_TOKENS = 64
 """Tokens per chunk."""

@@ -18,9 +18,9 @@ from megatron_sov.base.settings import SettingsError, find_broken_rules
 from megatron_sov.engine import fused_routing
 from megatron_sov.engine.model.attention_kernels import (
     TE_ATTENTION_VARIABLES, find_kernel_problem, get_head_sizes)
-from megatron_sov.engine.parallel.device import (
-    BLACKWELL, DEEP_EP_NAMES, HOPPER, MIN_CUDNN_DETERMINISTIC, find_deep_ep_problem, find_fla_problem,
-    find_fp8_problems, on_gpu)
+from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.gpu_libraries import (
+    DEEP_EP_NAMES, find_deep_ep_problem, find_fla_problem, find_fp8_problems)
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
@@ -32,6 +32,12 @@ DISPATCH_OVERLAP_FIELD = "overlap_dispatch_backward_with_experts_wgrad"
 """Field for `parallel.expert_overlap` = weight_gradients."""
 TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 """Modules whose recomputation needs Transformer Engine -> modules to name without it."""
+HOPPER, BLACKWELL = 9, 10
+"""Major compute capabilities."""
+MIN_CUDNN_DETERMINISTIC = 91801
+"""First cuDNN version (as torch counts) with deterministic packed attention on Blackwell. On Hopper,
+Transformer Engine disables the deterministic kernel from documents x heads x longest document squared =
+2**30, and the number of documents per row is unbounded."""
 MIN_CUDNN_HEAD_256 = 92500
 """First cuDNN version that trains packed rows with head size 256 on Blackwell."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"

@@ -146,7 +146,6 @@ def check_device(module: torch.nn.Module, device: torch.device) -> None:
 # backward pass concatenates the two halves again.
 
 
-
 def patch_swiglu_kernels() -> None:
     """Replace Megatron-Core's fused SwiGLU kernels by `_apply_swiglu` and `_apply_weighted_swiglu`."""
     mlp.bias_swiglu_impl, mlp.weighted_bias_swiglu_impl = _apply_swiglu, _apply_weighted_swiglu

@@ -81,13 +81,13 @@ def observe_modules(model: LanguageModel) -> ModuleSums:
     return sums
 
 
-def locate_difference(expected: ModuleSums, seen: Sequence[ModuleSums], step: int,
+def locate_difference(expected: ModuleSums, observed: Sequence[ModuleSums], step: int,
                       tolerance: float) -> tuple[list[str], list[str]]:
     """Find the modules where a difference starts, and the messages sent just before.
 
     Args:
         expected: record of one process of the reference layout.
-        seen: records of all processes of the tested layout, by rank.
+        observed: records of all processes of the tested layout, by rank.
         step: number of the step.
         tolerance: relative tolerance.
 
@@ -97,12 +97,12 @@ def locate_difference(expected: ModuleSums, seen: Sequence[ModuleSums], step: in
     """
     first_modules = {}
     for kind in ("forward", "backward"):
-        parts = [_select_step(getattr(process, kind), step) for process in seen]
+        parts = [_select_step(getattr(process, kind), step) for process in observed]
         first_modules[kind] = _find_first_difference(
-            _select_step(getattr(expected, kind), step), _merge_ranks(parts, seen), tolerance)
+            _select_step(getattr(expected, kind), step), _merge_ranks(parts, observed), tolerance)
     first = next(((AFTER_FORWARD if kind == "forward" else AFTER_BACKWARD) + module for kind,
                   module in first_modules.items() if module is not None), "")
-    sites = {str(site) for process in seen for site in _iter_messages_before(process, step, first)}
+    sites = {str(site) for process in observed for site in _iter_messages_before(process, step, first)}
     wrong = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
     return wrong, sorted(sites)
 
@@ -144,12 +144,12 @@ def _select_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
     return {name: value for (number, name), value in sums.items() if number == step}
 
 
-def _merge_ranks(parts: Sequence[Mapping[str, Sums]], seen: Sequence[ModuleSums]) -> dict[str, Sums]:
+def _merge_ranks(parts: Sequence[Mapping[str, Sums]], observed: Sequence[ModuleSums]) -> dict[str, Sums]:
     """Add up the processes' sums, counting replicas once."""
     joined: dict[str, Sums] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         groups: dict[tuple[int, ...], list[Sums]] = defaultdict(list)
-        for process, part in zip(seen, parts, strict=True):
+        for process, part in zip(observed, parts, strict=True):
             if name in part:
                 groups[process.expert_group if ".experts" in name else process.group].append(part[name])
         totals = [_merge_group(parts) for parts in groups.values()]
@@ -182,19 +182,23 @@ def _merge_group(parts: list[Sums]) -> Sums:
 
 
 class _Enter:
+    """Forward pre-hook: starts the part of a module."""
+
     def __init__(self, sums: ModuleSums, name: str) -> None:
-        self._found, self._name = sums, name
+        self._sums, self._name = sums, name
 
     def __call__(self, module: Any, args: Any) -> None:
-        self._found.enter(f"forward of {self._name}")
+        self._sums.enter(f"forward of {self._name}")
 
 
 class _Leave:
+    """Forward hook: adds up a module's output and, on its arrival, the gradient."""
+
     def __init__(self, sums: ModuleSums, name: str) -> None:
-        self._found, self._name = sums, name
+        self._sums, self._name = sums, name
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self._found.enter(AFTER_FORWARD + self._name)
+        self._sums.enter(AFTER_FORWARD + self._name)
         if not torch.is_grad_enabled():
             return  # recomputation will call the module again with gradients
         # the second output is a bias added later, complete on each process
@@ -202,13 +206,13 @@ class _Leave:
         if isinstance(tensor, torch.nn.Parameter):  # a module that returns its weight
             return
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            _add_sums(self._found.forward, (self._found.step, self._name), tensor.detach())
+            _add_sums(self._sums.forward, (self._sums.step, self._name), tensor.detach())
             if tensor.requires_grad:
                 tensor.register_hook(self._record_gradient)
 
     def _record_gradient(self, gradient: torch.Tensor) -> None:
-        self._found.enter(AFTER_BACKWARD + self._name)
-        sums, place = self._found.backward, (self._found.step, self._name)
+        self._sums.enter(AFTER_BACKWARD + self._name)
+        sums, place = self._sums.backward, (self._sums.step, self._name)
         sums[place] = sums.pop(place, (0.0, 0.0))  # move to the end
         _add_sums(sums, place, gradient)
 

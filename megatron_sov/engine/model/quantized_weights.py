@@ -78,8 +78,6 @@ def get_raw_data(parameter: torch.Tensor) -> torch.Tensor:
     return data
 
 
-
-
 def shares_gradient_memory(config: Any) -> bool:
     """Return whether parameter gathers use bf16 values in gradient memory: with MXFP8, Transformer Engine
     quantizes both layouts of a weight from the values, not from the library's buffer."""

@@ -29,7 +29,7 @@ from megatron_sov.engine.model.gpu_settings import (
     OVERLAP_FIELDS, KernelContext, exchanges_heads, expert_settings, fp8_settings, keep_ends_in_bf16,
     transformer_settings, uses_delta_kernels, uses_document_attention)
 from megatron_sov.engine.model.graphs import build_graphed_layer
-from megatron_sov.engine.model.kv_cache import (
+from megatron_sov.engine.model.latent_attention import (
     LatentDocumentAttention, get_latent_settings, set_latent_attention)
 from megatron_sov.engine.model.linear_attention import set_linear_attention
 from megatron_sov.engine.model.rotary import compute_frequency_ratios, compute_softmax_scale

@@ -285,15 +285,12 @@ class MatrixExchange:
             results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
             returned = [_concatenate((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
                         for peer_places in exchange_round.computed]
-            counts = [self._count_elements(numbers) for numbers in exchange_round.sent]
+            counts = [sum(self._places[n].size for n in numbers) for numbers in exchange_round.sent]
             for numbers, flat in zip(exchange_round.sent, self._exchange_tensors(returned, counts),
                                      strict=True):
                 places = [self._places[n] for n in numbers]
                 for n, place, part in zip(numbers, places, flat.split([p.size for p in places]), strict=True):
                     write(n, part.view(place.shape))
-
-    def _count_elements(self, numbers: Iterable[int]) -> int:
-        return sum(self._places[n].size for n in numbers)
 
     def _exchange_tensors(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
         """Send a flat tensor to each process; return the tensors received, `counts` elements from each."""

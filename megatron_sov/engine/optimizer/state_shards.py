@@ -24,50 +24,9 @@ from megatron_sov.engine.optimizer.adamw import HostAdamW, wait_for_copies
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """(index of the first element, extent per axis)."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's state tensors in torch."""
 MASTER = "master"
-
-
-
-
-
-def iter_rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
-    """Cut the elements [start, stop) of a row-major tensor into at most 2 * axes - 1 rectangles.
-
-    Rectangles come in element order: end of a row, whole rows, beginning of a row, and so on for inner axes.
-    """
-    if stop <= start:
-        return
-    row = math.prod(shape[1:])
-    # row `first` has `head` elements before the range; row `last` has `tail` elements inside it
-    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
-    # range inside one row: recurse with one axis less
-    if head and first == last:
-        yield from _iter_row_rectangles(shape, first, head, tail)
-        return
-    if head:
-        yield from _iter_row_rectangles(shape, first, head, row)
-        first += 1
-    if first < last:
-        yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
-    if tail:
-        yield from _iter_row_rectangles(shape, last, 0, tail)
-
-
-def _iter_row_rectangles(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Rectangle]:
-    for place, extent in iter_rectangles(shape[1:], start, stop):
-        yield (index, *place), (1, *extent)
-
-
-class ShardOptimizer(Protocol):
-    """Interface for optimizers that update a `StateShard`: AdamW or Muon."""
-
-    param_groups: list[dict[str, Any]]
-    """Groups of shards with their settings."""
-    state: Any
-    """Shard -> name -> state tensor."""
-
-    def step(self) -> Any:
-        """Update all shards from their gradients."""
+"""Name of float32 master weights."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +64,18 @@ class StateShard:
         if self.main.dtype != self.parameter.dtype:
             tensors[MASTER] = self.main
         return {name: tensor.detach().view(-1) for name, tensor in tensors.items()}
+
+
+class ShardOptimizer(Protocol):
+    """Interface for optimizers that update a `StateShard`: AdamW or Muon."""
+
+    param_groups: list[dict[str, Any]]
+    """Groups of shards with their settings."""
+    state: Any
+    """Shard -> name -> state tensor."""
+
+    def step(self) -> Any:
+        """Update all shards from their gradients."""
 
 
 def list_shards(optimizer: Any) -> list[StateShard]:
@@ -159,6 +130,75 @@ def assign_gradients(shards: Iterable[StateShard]) -> None:
         wait_for_copies()
 
 
+def iter_state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
+    """Yield the local optimizer state, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and
+    `master/KEY`.
+    """
+    for block, shard in iter_shard_blocks(model, shards):
+        for name, flat in shard.state().items():
+            for piece in iter_pieces(block, shard, flat):
+                yield dataclasses.replace(piece, key=f"{name}/{block.key}")
+
+
+def iter_shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
+                                                                                            StateShard]]:
+    """Yield (`LocalShard`, `StateShard`) for every block that this process updates, completely or in part."""
+    of_parameter = {id(shard.parameter): shard for shard in shards}
+    lookup = ParameterLookup(model)
+    for block in list_declared_blocks(model):
+        shard = of_parameter.get(id(lookup.find_parameter(block)))
+        if shard is not None:
+            yield block, shard
+
+
+def iter_pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
+    """Yield the parts of `flat` [shard elements] that belong to `block`, as `LocalShard` objects."""
+    if not block.data.is_contiguous():
+        raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, "
+                         "so its state cannot be cut alike")
+    # several blocks may share a parameter (experts, query and key): convert to offsets in the parameter
+    first = int(block.data.storage_offset()) - int(shard.parameter.storage_offset())
+    start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
+    leading = len(block.global_shape) - block.data.dim()
+    # under ZeRO-1 the updating process writes the elements; otherwise replica 0 writes
+    replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
+    for place, extent in iter_rectangles(block.data.shape, start - first, stop - first):
+        count = math.prod(extent)
+        inner = (o + p for o, p in zip(block.offset[leading:], place, strict=True))
+        begin = start - shard.start
+        yield LocalShard(block.key, flat[begin:begin + count].view(extent), block.global_shape,
+                         (*block.offset[:leading], *inner), replica)
+        start += count
+
+
+def iter_rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
+    """Cut the elements [start, stop) of a row-major tensor into at most 2 * axes - 1 rectangles.
+
+    Rectangles come in element order: end of a row, whole rows, beginning of a row, and so on for inner axes.
+    """
+    if stop <= start:
+        return
+    row = math.prod(shape[1:])
+    # row `first` has `head` elements before the range; row `last` has `tail` elements inside it
+    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
+    # range inside one row: recurse with one axis less
+    if head and first == last:
+        yield from _iter_row_rectangles(shape, first, head, tail)
+        return
+    if head:
+        yield from _iter_row_rectangles(shape, first, head, row)
+        first += 1
+    if first < last:
+        yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
+    if tail:
+        yield from _iter_row_rectangles(shape, last, 0, tail)
+
+
+def _iter_row_rectangles(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Rectangle]:
+    for place, extent in iter_rectangles(shape[1:], start, stop):
+        yield (index, *place), (1, *extent)
+
+
 class _AllowFloat64:
     """Context manager, see `allow_float64`."""
 
@@ -187,49 +227,8 @@ class _AllowFloat64:
 
 
 allow_float64 = _AllowFloat64()
-"""`with any_float:` Megatron-Core also creates the distributed optimizer for float64; the library knows three
-dtypes by type name."""
-
-
-def iter_shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
-                                                                                            StateShard]]:
-    """Yield (`LocalShard`, `StateShard`) for every block that this process updates, completely or in part."""
-    of_parameter = {id(shard.parameter): shard for shard in shards}
-    lookup = ParameterLookup(model)
-    for block in list_declared_blocks(model):
-        shard = of_parameter.get(id(lookup.find_parameter(block)))
-        if shard is not None:
-            yield block, shard
-
-
-def iter_state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
-    """Yield the local optimizer state, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and
-    `master/KEY`.
-    """
-    for block, shard in iter_shard_blocks(model, shards):
-        for name, flat in shard.state().items():
-            for piece in iter_pieces(block, shard, flat):
-                yield dataclasses.replace(piece, key=f"{name}/{block.key}")
-
-
-def iter_pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
-    """Yield the parts of `flat` [shard elements] that belong to `block`, as `LocalShard` objects."""
-    if not block.data.is_contiguous():
-        raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, "
-                         "so its state cannot be cut alike")
-    # several blocks may share a parameter (experts, query and key): convert to offsets in the parameter
-    first = int(block.data.storage_offset()) - int(shard.parameter.storage_offset())
-    start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
-    leading = len(block.global_shape) - block.data.dim()
-    # under ZeRO-1 the updating process writes the elements; otherwise replica 0 writes
-    replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
-    for place, extent in iter_rectangles(block.data.shape, start - first, stop - first):
-        count = math.prod(extent)
-        inner = (o + p for o, p in zip(block.offset[leading:], place, strict=True))
-        begin = start - shard.start
-        yield LocalShard(block.key, flat[begin:begin + count].view(extent), block.global_shape,
-                         (*block.offset[:leading], *inner), replica)
-        start += count
+"""`with allow_float64:` Megatron-Core also creates the distributed optimizer for float64; the library knows
+three dtypes by type name."""
 
 
 def set_update_count(shards: Iterable[StateShard], num_updates: int) -> None:

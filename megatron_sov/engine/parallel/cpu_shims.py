@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_sov.engine.parallel.device import CPU, hide_broken_deep_ep, is_cpu_only, mark_cpu_only, on_gpu
+from megatron_sov.engine.parallel.device import CPU, is_cpu_only, mark_cpu_only, on_gpu
+from megatron_sov.engine.parallel.gpu_libraries import hide_broken_deep_ep
 
 
 def prepare_megatron() -> None:

@@ -63,14 +63,14 @@ def detach_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def copy_message(mine: torch.Tensor, sent: torch.Tensor) -> None:
-    """Copy a received message into the output tensor `mine`. Raises `Standstill`: number of elements or dtype
+    """Copy a received message into the output tensor `mine`. Raises `Deadlock`: number of elements or dtype
     differ."""
     check_same_kind([mine, sent])
     mine.copy_(sent.reshape(mine.shape))
 
 
 def check_same_kind(tensors: Sequence[torch.Tensor]) -> None:
-    """Check that all members pass the same number of elements and the same dtype. Raises `Standstill`: they
+    """Check that all members pass the same number of elements and the same dtype. Raises `Deadlock`: they
     differ; on a cluster the call would hang or mix up values."""
     kinds = {(tensor.numel(), tensor.dtype): None for tensor in tensors}
     if len(kinds) > 1:

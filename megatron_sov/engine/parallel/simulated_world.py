@@ -2,7 +2,7 @@
 
 Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
 are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
-all threads wait, the layout would deadlock, and `Standstill` names the waiting ranks.
+all threads wait, the layout would deadlock, and `Deadlock` names the waiting ranks.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class SimulatedRanks:
             body: called with each rank's place.
 
         Raises:
-            Standstill: ranks deadlock, or a message has no receiver.
+            Deadlock: ranks deadlock, or a message has no receiver.
         """
         suppress_library_warnings()
         results: list[Any] = [None] * self.size
@@ -215,7 +215,7 @@ def _use_single_heap() -> None:
 
 @contextlib.contextmanager
 def _add_call_site(site: CallSite) -> Iterator[None]:
-    """Prefix `Standstill` errors with the call site."""
+    """Prefix `Deadlock` errors with the call site."""
     try:
         yield
     except Deadlock as e:

@@ -17,7 +17,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import library_patches
-from megatron_sov.engine.parallel.device import on_gpu, select_gpu
+from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.gpu_setup import select_gpu
 from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
 from megatron_sov.model.config import ParallelConfig
 

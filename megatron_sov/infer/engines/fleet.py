@@ -113,7 +113,7 @@ class Fleet:
         with self._changed:
             self._check_running()
             self._waiting.append(task)
-            self._dispatch()
+            self._dispatch_tasks()
         return task.future
 
     def abort(self, names: Sequence[str]) -> None:
@@ -156,7 +156,7 @@ class Fleet:
         finally:
             with self._changed:
                 self._is_paused = False
-                self._dispatch()
+                self._dispatch_tasks()
         self._wait_for(lambda: any(m.server is not None and m.version == version for m in self._members))
 
     def score(self, ids: Sequence[int]) -> list[list[float]]:
@@ -242,7 +242,7 @@ class Fleet:
             with self._changed:
                 member.server = server
                 self._changed.notify_all()
-                self._dispatch()
+                self._dispatch_tasks()
 
     def _drop_server(self, member: _Member, why: str) -> None:
         """Mark a server as dead; its requests return to the queue."""
@@ -275,7 +275,7 @@ class Fleet:
                             "docs/rl.md, or leave --engine-url out") from None
         member.version = weights.version
 
-    def _dispatch(self) -> None:
+    def _dispatch_tasks(self) -> None:
         """Assign waiting tasks to servers with free capacity; the caller holds the lock."""
         while self._waiting and not (self._is_paused or self._is_over or self._failure):
             task = self._waiting[0]
@@ -308,7 +308,7 @@ class Fleet:
         except RequestRefused as e:
             self._finish_task(member, task, UserError(f"the engine refuses a request: {e}"))
         except (BadAnswer, TimeoutError) as e:
-            self._requeue(member, task, e)
+            self._requeue_task(member, task, e)
         else:
             member.num_starts = 0
             self._finish_task(member, task, answers)
@@ -317,10 +317,10 @@ class Fleet:
         with self._changed:
             member.under_way.pop(task.request.name, None)
             self._num_idle += 1
-            self._dispatch()
+            self._dispatch_tasks()
         _set_result(task, answers)
 
-    def _requeue(self, member: _Member, task: _Task, why: Exception) -> None:
+    def _requeue_task(self, member: _Member, task: _Task, why: Exception) -> None:
         task.attempts += 1
         with self._changed:
             member.under_way.pop(task.request.name, None)
@@ -330,7 +330,7 @@ class Fleet:
             if should_retry:
                 # at the head of the queue: the task has waited longest
                 self._waiting.appendleft(task)
-                self._dispatch()
+                self._dispatch_tasks()
         if not should_retry:
             _set_result(task, _empty_answers(task) if task.is_aborted else self._build_error(why))
         # delay, because a server that refuses at once would drain the queue
@@ -338,7 +338,7 @@ class Fleet:
         with self._changed:
             member.num_resting -= 1
             self._num_idle += 1
-            self._dispatch()
+            self._dispatch_tasks()
 
     def _build_error(self, why: Exception) -> BaseException:
         """Return the error for a task whose attempts are used up."""

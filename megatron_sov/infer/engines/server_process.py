@@ -193,7 +193,8 @@ class ServerProcess:
                 return None
             if not self.is_alive() or time.monotonic() >= ends_s:
                 why = "ended" if not self.is_alive() else f"was not ready in {self._settings.start_s:g} s"
-                last_lines = self._last_lines()
+                log_lines = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+                last_lines = "\n".join(log_lines[-LAST_LINES:])
                 raise UserError(f"--engine vllm: server {self.number} {why}"
                                 + (f"; the end of {self.log}:\n{last_lines}" if last_lines
                                    else f"; {self.log} is empty"))
@@ -247,10 +248,6 @@ class ServerProcess:
         # weight updates need the development routes; only this machine may reach the port
         return environment | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
                               "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def _last_lines(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
-        return "\n".join(lines[-LAST_LINES:])
 
 
 def _free_port() -> int:

@@ -275,7 +275,6 @@ def hidden_over_heads(config: dict[str, Any]) -> int:
     return int(config["hidden_size"] // config["num_attention_heads"])
 
 
-
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 DEFAULT_THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}
 """Kind of layer -> transformers' default for `rope_theta`."""

@@ -45,31 +45,6 @@ class StatesPart:
         return f"states/{self.source:04d}-{self.split}-{self.first_document:010d}.bin"
 
 
-def read_lengths(source: Source, split: str) -> np.ndarray:
-    """Return the document lengths in a split, [documents] int64; may be empty."""
-    if not source.num_tokens.get(split):
-        return np.zeros(0, np.int64)
-    stored = source.open_split(split).lengths
-    return np.asarray(stored[np.arange(len(stored))], np.int64)
-
-
-def plan_parts(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[StatesPart]:
-    """Return the parts for all documents, in shard order. No document is split: a part contains the documents
-    that start in a range of `part_tokens`."""
-    parts = []
-    for index, source in enumerate(sources):
-        for split in splits:
-            lengths = read_lengths(source, split)
-            starts = lengths.cumsum() - lengths
-            # First document per range of `part_tokens`; a long document covers several ranges.
-            firsts = np.unique(starts // part_tokens, return_index=True)[1]
-            counts = np.diff(firsts, append=len(lengths))
-            parts += [StatesPart(index, split, int(first), int(count),
-                                 int(lengths[first:first + count].sum()))
-                      for first, count in zip(firsts, counts, strict=True)]
-    return [part for part in parts if part.num_tokens]
-
-
 @dataclass(frozen=True)
 class StateFormat:
     """Outputs per token: a final hidden state, or the `top_k` most probable tokens."""
@@ -80,25 +55,6 @@ class StateFormat:
     """Number of most probable tokens; 0: states."""
     temperature: float = 1.0
     """Divisor of logits before the softmax."""
-
-
-def build_content(parts: list[StatesPart], hidden_size: int, vocab_size: int, state_format: StateFormat,
-                  logits_softcap: float | None = None) -> dict[str, Any]:
-    """Return the manifest content."""
-    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
-            **asdict(state_format),
-            "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
-
-
-def pack_rows(ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Join token ids [n, K] and log-probabilities [n, K] to rows [n, 2 K] int32."""
-    return torch.cat([ids.int(), logprobs.float().view(torch.int32)], dim=1)
-
-
-def unpack_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split rows from `pack_rows` into token ids [n, K] int64 and log-probabilities [n, K] float32."""
-    ids, bits = rows.chunk(2, dim=1)
-    return ids.long(), bits.contiguous().view(torch.float32)
 
 
 class StateFiles:
@@ -141,7 +97,8 @@ class StateFiles:
                                  for key, parts in self._parts.items()}
         # Caches on the object: a cache on the class would keep the files of closed objects open.
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._map_part)
-        self._lengths = lru_cache(maxsize=None)(self._read_lengths)
+        self._lengths = lru_cache(maxsize=None)(
+            lambda source, split: self._sources[source].open_split(split).lengths)
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
         return StateFiles, self._opened_by
@@ -183,9 +140,6 @@ class StateFiles:
         rows = torch.from_file(str(file), size=part.num_tokens * self.width, dtype=self.dtype)
         return np.concatenate([[0], lengths.cumsum()]), rows.view(-1, self.width)
 
-    def _read_lengths(self, source: int, split: str) -> Any:
-        return self._sources[source].open_split(split).lengths
-
     def _find_sources(self, sources: list[Source], inputs: list[dict[str, str]]) -> list[int]:
         artifacts = {manifest_sha256(s.artifact): s.artifact for s in sources if s.artifact is not None}
         for record in inputs:
@@ -195,3 +149,47 @@ class StateFiles:
                                 "from this data")
         folders = [artifacts[record["manifest_sha256"]] for record in inputs]
         return [i for folder in folders for i, s in enumerate(sources) if s.artifact == folder]
+
+
+def read_lengths(source: Source, split: str) -> np.ndarray:
+    """Return the document lengths in a split, [documents] int64; may be empty."""
+    if not source.num_tokens.get(split):
+        return np.zeros(0, np.int64)
+    stored = source.open_split(split).lengths
+    return np.asarray(stored[np.arange(len(stored))], np.int64)
+
+
+def plan_parts(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[StatesPart]:
+    """Return the parts for all documents, in shard order. No document is split: a part contains the documents
+    that start in a range of `part_tokens`."""
+    parts = []
+    for index, source in enumerate(sources):
+        for split in splits:
+            lengths = read_lengths(source, split)
+            starts = lengths.cumsum() - lengths
+            # First document per range of `part_tokens`; a long document covers several ranges.
+            firsts = np.unique(starts // part_tokens, return_index=True)[1]
+            counts = np.diff(firsts, append=len(lengths))
+            parts += [StatesPart(index, split, int(first), int(count),
+                                 int(lengths[first:first + count].sum()))
+                      for first, count in zip(firsts, counts, strict=True)]
+    return [part for part in parts if part.num_tokens]
+
+
+def build_content(parts: list[StatesPart], hidden_size: int, vocab_size: int, state_format: StateFormat,
+                  logits_softcap: float | None = None) -> dict[str, Any]:
+    """Return the manifest content."""
+    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
+            **asdict(state_format),
+            "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
+
+
+def pack_rows(ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """Join token ids [n, K] and log-probabilities [n, K] to rows [n, 2 K] int32."""
+    return torch.cat([ids.int(), logprobs.float().view(torch.int32)], dim=1)
+
+
+def unpack_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split rows from `pack_rows` into token ids [n, K] int64 and log-probabilities [n, K] float32."""
+    ids, bits = rows.chunk(2, dim=1)
+    return ids.long(), bits.contiguous().view(torch.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from megatron_sov.engine.model.language_model import prepare_head_input
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import get_local_device, release_gpu_memory
-from megatron_sov.engine.parallel.world import ParallelWorld, run_on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -90,49 +90,27 @@ def write_outputs(reading: TeacherReading, out: Path, settings: Sequence[str], n
     # Recorded for a bit-exact repetition.
     layout = {"settings": list(settings), "processes": num_ranks(nproc)}
 
-    def work(loaded: LoadedModel) -> int:
-        opened = partial(_open_artifact, reading, sources, plan, layout, out=out, overwrite=overwrite,
-                         redo=redo)
-        with build_artifact_on_ranks(loaded.world, opened) as artifact:
-            missing = [p for p in parts if p.file not in artifact.finished]
+    def write_missing(loaded: LoadedModel) -> int:
+        with contextlib.ExitStack() as stack:
+            artifacts: list[ResumableArtifact] = []  # opened by rank 0 alone
+
+            def open_artifact() -> tuple[str, list[str]]:
+                artifacts.append(stack.enter_context(_open_artifact(
+                    reading, sources, plan, layout, out=out, overwrite=overwrite, redo=redo)))
+                return str(artifacts[0].path), list(artifacts[0].finished)
+
+            folder, finished = run_on_main(loaded.world, open_artifact)
+            missing = [p for p in parts if p.file not in finished]
             for first in range(0, len(missing), loaded.world.dp_size):
                 batch = missing[first:first + loaded.world.dp_size]
-                _read_parts(loaded, reading, sources, batch, artifact.folder)
+                _read_parts(loaded, reading, sources, batch, Path(folder))
                 # A barrier: every rank has written its part before the parts are recorded as finished.
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))
-                artifact.on_main(partial(_record_finished, batch))
+                run_on_main(loaded.world, partial(_record_finished, artifacts, batch))
             return len(missing)
 
-    run_forward_model(reading.target, settings, nproc, work)
+    run_forward_model(reading.target, settings, nproc, write_missing)
     release_gpu_memory()  # the rank may continue as a student
-
-
-@dataclass(frozen=True)
-class ArtifactOnRanks:
-    """An artifact into which all ranks write."""
-
-    folder: Path
-    finished: frozenset[str]
-    """Finished file names."""
-    on_main: Callable[[Callable[[ResumableArtifact], None]], None]
-    """Calls a function with the artifact on rank 0; called by all ranks together."""
-
-
-@contextlib.contextmanager
-def build_artifact_on_ranks(world: ParallelWorld,
-                            opened: Callable[[], contextlib.AbstractContextManager[ResumableArtifact]]
-                            ) -> Iterator[ArtifactOnRanks]:
-    """Yield an artifact that rank 0 opens; called by all ranks together."""
-    with contextlib.ExitStack() as stack:
-        artifacts: list[ResumableArtifact] = []
-
-        def begin() -> tuple[str, list[str]]:
-            artifacts.append(stack.enter_context(opened()))
-            return str(artifacts[0].path), list(artifacts[0].finished)
-
-        folder, finished = run_on_main(world, begin)
-        yield ArtifactOnRanks(Path(folder), frozenset(finished),
-                              lambda do: run_on_main(world, lambda: do(artifacts[0])))
 
 
 def hash_weights(target: Target) -> str:
@@ -173,7 +151,8 @@ def _open_artifact(reading: TeacherReading, sources: list[Source], plan: dict[st
         yield artifact
 
 
-def _record_finished(parts: list[StatesPart], artifact: ResumableArtifact) -> None:
+def _record_finished(artifacts: list[ResumableArtifact], parts: list[StatesPart]) -> None:
+    [artifact] = artifacts
     for part in parts:
         artifact.finish(part.file, FileRecord.of(artifact.path / part.file))
 

@@ -23,8 +23,8 @@ from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.model.process_memory import MemoryEstimate
-from megatron_sov.post.extend.stages import (
-    Decontamination, PlannedStage, check_contamination, search_contamination)
+from megatron_sov.post.extend.contamination import Decontamination, check_contamination, search_contamination
+from megatron_sov.post.extend.stages import PlannedStage
 from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
 from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
 from megatron_sov.train.data.sources import TEXTS, Source, open_sources, tokenizer_folder

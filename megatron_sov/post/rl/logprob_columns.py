@@ -23,8 +23,8 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import find_seal_damage
 from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.config import RunConfig
+from megatron_sov.post.document_logprobs import run_with_weights, write_logprobs
 from megatron_sov.post.policy import OLD, REFERENCE, TEACHER
-from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.post.rl.teachers import ScoringTeacher, describe_teachers, write_teachers
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import hash_checkpoint_files

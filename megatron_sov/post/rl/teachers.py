@@ -24,8 +24,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import find_seal_damage, write_sealed
 from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.modality import get_banks
+from megatron_sov.post.document_logprobs import run_with_weights, write_logprobs
 from megatron_sov.post.policy import REVERSE_KL
-from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.train.data.rounds import BEHAVIOUR, DOCUMENT_DOMAINS, PublishedRound
 from megatron_sov.train.data.token_shards import Documents, DocumentView
 from megatron_sov.train.feed import FeedView

@@ -14,8 +14,9 @@ from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.model.gpu_settings import check_fp8_support
-from megatron_sov.engine.parallel import device, world
+from megatron_sov.engine.parallel import world
 from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.gpu_setup import enable_determinism, set_run_variables
 from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.lock import RunLock
@@ -33,9 +34,9 @@ def run_rank(stage: Stage, data: StageData, launch: LaunchState) -> int:
     """Train on one rank, and return its exit code."""
     stop = StopFlag()
     if stage.config.train.deterministic:
-        device.enable_determinism()
+        enable_determinism()
     if on_gpu():
-        device.set_run_variables(stage.config)
+        set_run_variables(stage.config)
     latest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     faults = FaultInjector(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.checkpoint_step(latest) if latest else 0)

@@ -15,7 +15,7 @@ import torch
 
 from megatron_sov.engine.model import delta_rule
 from megatron_sov.engine.model.delta_rule import apply_delta_rule, chunk_documents
-from megatron_sov.engine.parallel.device import FLA_KERNEL
+from megatron_sov.engine.parallel.gpu_libraries import FLA_KERNEL
 from tests import releases
 from tests.engine.model.test_delta_rule import HEADS, VALUES, R, drawn
 

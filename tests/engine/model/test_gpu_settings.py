@@ -18,7 +18,7 @@ from megatron_sov.engine.model import attention_kernels, gpu_settings
 from megatron_sov.engine.model.gpu_settings import (
     FUSIONS, KernelContext, check_fp8_support, disable_quantization, expert_settings, fp8_settings,
     gradient_settings, keep_ends_in_bf16, moment_settings, transformer_settings)
-from megatron_sov.engine.parallel import device
+from megatron_sov.engine.parallel import gpu_libraries
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_settings
 
 
@@ -230,11 +230,12 @@ def test_older_kernels_do_not_serve(version: str, told: str, tmp_path: Path,
     (tmp_path / "fla/ops/__init__.py").write_text("")
     (tmp_path / "fla/__init__.py").write_text(f"__version__ = {version!r}\n" if version else "")
     monkeypatch.syspath_prepend(str(tmp_path))
-    device.find_fla_problem.cache_clear()
+    gpu_libraries.find_fla_problem.cache_clear()
     try:
-        assert device.find_fla_problem().startswith(told) and bool(device.find_fla_problem()) == bool(told)
+        problem = gpu_libraries.find_fla_problem()
+        assert problem.startswith(told) and bool(problem) == bool(told)
     finally:
-        device.find_fla_problem.cache_clear()
+        gpu_libraries.find_fla_problem.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
             del sys.modules[name]
 
@@ -312,16 +313,16 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, told: str, t
     (package / "utils.py").write_text("class EventHandle: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    device.find_deep_ep_problem.cache_clear()
+    gpu_libraries.find_deep_ep_problem.cache_clear()
     try:
         with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({told}.*; "
                                             r"install the commit that containers/install\.sh names"):
             gpu_settings.check_gpu_settings(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
-        device.hide_broken_deep_ep()  # otherwise importing the library fails
+        gpu_libraries.hide_broken_deep_ep()  # otherwise importing the library fails
         with pytest.raises(ImportError):
             from deep_ep.utils import EventOverlap  # noqa: F401
     finally:
-        device.find_deep_ep_problem.cache_clear()
+        gpu_libraries.find_deep_ep_problem.cache_clear()
         for name in ("deep_ep", "deep_ep.utils"):
             sys.modules.pop(name, None)
 

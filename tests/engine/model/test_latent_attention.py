@@ -9,7 +9,7 @@ import torch
 from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
 from megatron_sov.engine.model.adapters import LinearAdapter
 from megatron_sov.engine.model.attention import pack_documents
-from megatron_sov.engine.model.kv_cache import LatentDocumentAttention
+from megatron_sov.engine.model.latent_attention import LatentDocumentAttention
 from megatron_sov.engine.parallel import context, world
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching, Sampling

@@ -16,8 +16,8 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.model.local_shards import list_local_shards
-from megatron_sov.engine.parallel import device as own_gpu, rng, world
-from megatron_sov.engine.parallel.device import DETERMINISM_VARIABLES, enable_determinism
+from megatron_sov.engine.parallel import gpu_setup, rng, world
+from megatron_sov.engine.parallel.gpu_setup import DETERMINISM_VARIABLES, enable_determinism
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.sources import open_sources
@@ -164,7 +164,8 @@ def told(uuids: list[str], problems: dict[int, str]) -> list[str]:
 
     def rank(number: int) -> str:
         try:
-            own_gpu.check_all_gpus(store, number, len(uuids), uuids[number], problems.get(number, ""), SOON)
+            problem = problems.get(number, "")
+            gpu_setup.check_all_gpus(store, number, len(uuids), uuids[number], problem, SOON)
         except UserError as e:
             return str(e)
         return ""
@@ -192,17 +193,17 @@ def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 79 * GIB))
-    device = own_gpu.select_gpu(dist.HashStore(), 0, 1, 60 * GIB, SOON)
+    device = gpu_setup.select_gpu(dist.HashStore(), 0, 1, 60 * GIB, SOON)
     assert taken == [device] == [torch.device("cuda", index)]
     with pytest.raises(UserError, match=r"70\.0 of 79\.0 GiB"):
-        own_gpu.select_gpu(dist.HashStore(), 0, 1, 75 * GIB, SOON)
+        gpu_setup.select_gpu(dist.HashStore(), 0, 1, 75 * GIB, SOON)
 
     def busy(device: torch.device) -> None:
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
 
     monkeypatch.setattr(torch.cuda, "set_device", busy)
     with pytest.raises(UserError, match="0: its GPU cannot"):
-        own_gpu.select_gpu(dist.HashStore(), 0, 1, 0, SOON)
+        gpu_setup.select_gpu(dist.HashStore(), 0, 1, 0, SOON)
 
 
 # Environment variables before the start of a run, and CPU affinity.
@@ -210,15 +211,15 @@ def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int
 
 def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(gpu: str, *settings: str) -> dict[str, str]:
-        return own_gpu.build_run_variables(apply_settings(recipes.get("tiny-solar-open"), list(settings)),
+        return gpu_setup.build_run_variables(apply_settings(recipes.get("tiny-solar-open"), list(settings)),
                                            gpu)
 
     halves, passes = ("parallel.tp=2", "parallel.sp=true"), ("parallel.ep=2",
                                                              "parallel.expert_overlap=micro_batches")
     hopper, blackwell = "NVIDIA H100 80GB HBM3", "NVIDIA B200"
-    assert of(hopper) == {"TORCH_NCCL_HIGH_PRIORITY": "1", own_gpu.MAX_CONNECTIONS_VARIABLE: "32",
+    assert of(hopper) == {"TORCH_NCCL_HIGH_PRIORITY": "1", gpu_setup.MAX_CONNECTIONS_VARIABLE: "32",
                           "NCCL_NVLS_ENABLE": "0"}
-    connections = own_gpu.MAX_CONNECTIONS_VARIABLE
+    connections = gpu_setup.MAX_CONNECTIONS_VARIABLE
     assert of(hopper, *halves)[connections] == "1" == of(hopper, "parallel.cp=2")[connections]
     assert of(blackwell, *halves)[connections] == "32" == of(hopper, *halves, *passes)[connections]
     assert of(hopper, *passes)["NVTE_BWD_LAYERNORM_SM_MARGIN"] == "16"
@@ -226,22 +227,22 @@ def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: py
     assert of(hopper, "gpu.nccl_user_buffers=on")["NCCL_NVLS_ENABLE"] == "1"
     assert of(hopper, 'gpu.cuda_graphs=["moe_router"]')["NCCL_GRAPH_REGISTER"] == "0"
 
-    monkeypatch.setattr(own_gpu, "list_visible_gpus", lambda: [SimpleNamespace(name=hopper)])
+    monkeypatch.setattr(gpu_setup, "list_visible_gpus", lambda: [SimpleNamespace(name=hopper)])
     for name in of(hopper, *passes):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     config = apply_settings(recipes.get("tiny-solar-open"), [*passes])
-    own_gpu.set_run_variables(config)
+    gpu_setup.set_run_variables(config)
     assert (os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_NCCL_HIGH_PRIORITY"]) == ("1", "1")
     # a second run of the process replaces its own values and keeps the user's
-    own_gpu.set_run_variables(apply_settings(recipes.get("tiny-solar-open"), [*halves]))
+    gpu_setup.set_run_variables(apply_settings(recipes.get("tiny-solar-open"), [*halves]))
     assert os.environ[connections] == "1" and "NVTE_FWD_LAYERNORM_SM_MARGIN" not in os.environ
     assert os.environ["NCCL_NVLS_ENABLE"] == "1"
-    own_gpu.set_run_variables(config)
-    assert os.environ[own_gpu.MAX_CONNECTIONS_VARIABLE] == "32"
-    monkeypatch.setenv(own_gpu.MAX_CONNECTIONS_VARIABLE, "1")
+    gpu_setup.set_run_variables(config)
+    assert os.environ[gpu_setup.MAX_CONNECTIONS_VARIABLE] == "32"
+    monkeypatch.setenv(gpu_setup.MAX_CONNECTIONS_VARIABLE, "1")
     with pytest.raises(UserError, match="CUDA_DEVICE_MAX_CONNECTIONS=1, with which messages"):
-        own_gpu.set_run_variables(config)
+        gpu_setup.set_run_variables(config)
 
 
 def test_a_process_is_bound_to_cores_near_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,13 +250,13 @@ def test_a_process_is_bound_to_cores_near_its_gpu(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: taken.append(sorted(cpus)), raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1b, pci_device_id=0)
-    own_gpu.bind_near_gpu(gpu, tmp_path)
+    gpu_setup.bind_near_gpu(gpu, tmp_path)
     folder = tmp_path / "0000:1b:00.0"
     folder.mkdir()
     (tmp_path / "0000:00:00.0").mkdir()  # the bridge
     (tmp_path / "0000:00:00.0" / "local_cpulist").write_text("0-1\n")
-    own_gpu.bind_near_gpu(SimpleNamespace(), tmp_path)
+    gpu_setup.bind_near_gpu(SimpleNamespace(), tmp_path)
     for text in ("2-5,8\n", "6-7\n", "nothing\n"):
         (folder / "local_cpulist").write_text(text)
-        own_gpu.bind_near_gpu(gpu, tmp_path)
+        gpu_setup.bind_near_gpu(gpu, tmp_path)
     assert taken == [[2, 3]], "of a GPU that the kernel does not know, or with none of ours, nothing changes"

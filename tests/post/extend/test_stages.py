@@ -16,8 +16,8 @@ from megatron_sov.cli import main
 from megatron_sov.commands.train.setup.stage_options import ExtendOptions
 from megatron_sov.commands.train.setup.training import stage_request
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
-from megatron_sov.post.extend.stages import (
-    WINDOW_TOKENS, build_stage_blend, check_contamination, plan_stages, search_contamination)
+from megatron_sov.post.extend.contamination import WINDOW_TOKENS, check_contamination, search_contamination
+from megatron_sov.post.extend.stages import build_stage_blend, plan_stages
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.sources import Source

@@ -14,7 +14,8 @@ from megatron_sov.judge.tools.registry import build_versioned_environment, reque
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.episodes import Episodes
 from megatron_sov.post.rl.generate.pieces import SampleAttempt
-from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
+from megatron_sov.rollouts.prompts import PromptList, RolloutPrompt
+from megatron_sov.rollouts.round_order import PromptPiece
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, select_last_attempts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy

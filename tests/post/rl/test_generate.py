@@ -16,8 +16,8 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.responses import ResponseSource, compute_sampling_digest
 from megatron_sov.post.rl.generate.writers import write_batches
-from megatron_sov.rollouts.prompts import (
-    PromptList, PromptPiece, plan_round_pieces, read_prompts, select_round_prompts)
+from megatron_sov.rollouts.prompts import PromptList, read_prompts
+from megatron_sov.rollouts.round_order import PromptPiece, plan_round_pieces, select_round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, select_last_attempts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy

@@ -12,7 +12,8 @@ from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
-from megatron_sov.rollouts.prompts import read_prompts, select_round_prompts, split_into_pieces
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.round_order import select_round_prompts, split_into_pieces
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.order import OrderedSample

@@ -17,8 +17,8 @@ from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher, read_further_pieces
-from megatron_sov.rollouts.prompts import (
-    find_unused_rows, plan_round_pieces, read_prompts, select_round_prompts, write_unused_rows)
+from megatron_sov.rollouts.prompts import find_unused_rows, read_prompts, write_unused_rows
+from megatron_sov.rollouts.round_order import plan_round_pieces, select_round_prompts
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.rounds import RoundDocuments

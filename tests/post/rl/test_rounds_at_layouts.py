@@ -17,7 +17,8 @@ from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.post_training import PolicyMethod
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
-from megatron_sov.rollouts.prompts import read_prompts, select_round_prompts
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.rows import RewardRow
 from megatron_sov.rollouts.store import RolloutStore
 

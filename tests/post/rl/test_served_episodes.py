@@ -29,7 +29,8 @@ from megatron_sov.post.rl.generate.episodes import Episodes
 from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.requests import RolloutRequestQueue, build_requests, write_by_requests
 from megatron_sov.post.rl.generate.responses import compute_sampling_digest
-from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
+from megatron_sov.rollouts.prompts import PromptList, RolloutPrompt
+from megatron_sov.rollouts.round_order import PromptPiece
 from megatron_sov.rollouts.rows import UNFINISHED, Rollout, select_last_attempts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from data_prep.cli import main as sov_data
-from megatron_sov.checkpoint import save
 from megatron_sov.convert import to_hf
 from megatron_sov.engine.parallel import world
 from megatron_sov.eval.heldout_loss import evaluate_rows, open_heldout
@@ -22,6 +21,7 @@ from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutEvaluator, _count_accepted_drafts
 from megatron_sov.train.objectives.microbatch import MicroBatch
+from tests.checkpoints import save_checkpoint
 from tests.tiny import tiny_trainer
 
 
@@ -33,7 +33,7 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
         f"parallel.cp={cp}", recipe=recipe)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
-        save.save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
+        save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
                              trainer.config.to_dict(), tokenizer_folder(trainer.sources))
     world.leave_world()
     return results

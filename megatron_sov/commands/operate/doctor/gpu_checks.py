@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from megatron_sov.commands.operate.doctor.checks import MachineCheck, has_gpu
-from megatron_sov.engine.parallel.device import (
+from megatron_sov.engine.parallel.gpu_libraries import (
     DEEP_EP_NAMES, find_deep_ep_problem, find_fla_problem, find_fp8_problems)
 from megatron_sov.engine.parallel.storage_extension import TOOLS_COMMAND, find_missing_tools
 

@@ -27,12 +27,13 @@ def play_tasks(request: EpisodesRequest) -> None:
     choice = EngineChoice(options.engine, options.engine_set, options.nproc, ENGINE_SET)
     player = EpisodePlayer(options.target, choice, limits, "lower them with --limit")
     identity = _build_identity(request, player)
-    table = EpisodeSettings(request.environment, player.encoder, limits, options.parallel)
+    episode_settings = EpisodeSettings(request.environment, player.encoder, limits, options.parallel)
 
     def play_with_policy(policy: ToolPolicy) -> dict[str, Any]:
         with (open_journal(options.output, "megatron-sov tools run", identity, redo=options.redo) as journal,
               create_bar("play", len(request.tasks), "episode") as bar):
-            episodes = play_episodes(request.tasks, policy, table, open_episode_lines(journal), bar.update)
+            episodes = play_episodes(request.tasks, policy, episode_settings, open_episode_lines(journal),
+                                     bar.update)
             return _write_episodes(request, episodes, player.encoder, identity)
 
     summary = player.run(options.sampling, options.parallel, play_with_policy)

@@ -18,16 +18,17 @@ from megatron_sov.train.data.ledger import count_unit_tokens
 from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.data.streams import Cursor, DocumentStream
 
-LEAST_SEQ_LEN, MOST_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
+MIN_SEQ_LEN, MAX_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
 """Limits for the default sample length in tokens, and the default length for text."""
 MIN_EPOCH_STEPS = 16
 """Minimum steps per epoch; default batch sizes shrink to reach it."""
-MOST_WINDOWS = 8
+MAX_WINDOWS = 8
 """Document windows packed to count samples; larger sources are extrapolated."""
-LEAST_ACTIVATION_BYTES = 2 << 30
+MIN_ACTIVATION_BYTES = 2 << 30
 """Allowed activation memory for a micro-batch of responses, unless weights, gradients and optimizer on one
 process take more."""
 PROMPTS_PER_ROUND = 64
+"""Maximum of the default `rollout.prompts_per_round`."""
 CHECKPOINT_ROUNDS = 10
 """Rounds between checkpoints, at most."""
 
@@ -124,18 +125,18 @@ def open_all_sources(config: RunConfig) -> list[Source]:
 
 def _choose_seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
     """Return the sample length that holds the longest document, and the reason."""
-    most = min(MOST_SEQ_LEN, config.model.max_position_tokens)
+    most = min(MAX_SEQ_LEN, config.model.max_position_tokens)
     most -= most % config.parallel.row_multiple
     chats = [s for s in sources if s.is_chat and s.num_tokens["train"]]
     if not chats:
         return min(TEXT_SEQ_LEN, most), "text"
     longest = max(int(count_unit_tokens(s.open_split("train").lengths, s.group).max()) for s in chats)
     unit = "pair" if any(s.group > 1 for s in chats) else "conversation"
-    length = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
+    length = max(MIN_SEQ_LEN, 1 << (longest - 1).bit_length())
     if length <= most:
         return length, f"the longest {unit} has {longest:,}"
     return most, (f"the longest {unit} has {longest:,}, and the model holds {most:,}"
-                  if most < MOST_SEQ_LEN else f"at most; the longest {unit} has {longest:,}")
+                  if most < MAX_SEQ_LEN else f"at most; the longest {unit} has {longest:,}")
 
 
 def _choose_batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -> int:
@@ -158,7 +159,7 @@ def _count_samples(config: RunConfig, source: Source) -> int:
         "drop" if config.data.over_long == "drop" else "truncate")
     stream = DocumentStream(source.name, source.open_split("train"), config.train.seed, packing, Cursor(),
                             source.group)
-    windows = max(1, min(MOST_WINDOWS, stream.num_windows))
+    windows = max(1, min(MAX_WINDOWS, stream.num_windows))
     counted = stream.count_samples(config.data.phases[0].seq_len, windows)
     return math.ceil(counted * stream.num_windows / windows)
 
@@ -214,9 +215,9 @@ def _with_row_length(request: RecipeRequest, config: RunConfig, requested: Colle
     longest = config.documents_per_unit * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
     if "data.phases" in requested or (not request.is_model_only and config.data.phases[0].seq_len >= longest):
         return config
-    seq_len = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
-    if seq_len > MOST_SEQ_LEN:
-        seq_len = -(-longest // LEAST_SEQ_LEN) * LEAST_SEQ_LEN
+    seq_len = max(MIN_SEQ_LEN, 1 << (longest - 1).bit_length())
+    if seq_len > MAX_SEQ_LEN:
+        seq_len = -(-longest // MIN_SEQ_LEN) * MIN_SEQ_LEN
     most = config.model.max_position_tokens
     return apply_settings(config, [
         f"data.phases.0.seq_len={min(seq_len, most - most % config.parallel.row_multiple)}"])
@@ -237,7 +238,7 @@ def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | 
     rollout, seq_len = config.rollout, config.data.phases[0].seq_len
     responses = config.documents_per_unit if config.documents_per_unit > 1 else rollout.samples_per_prompt
     rows = -(-responses * (rollout.max_prompt_tokens + rollout.max_new_tokens) // seq_len)
-    for size in range(min(rows, MOST_SEQ_LEN // seq_len), config.train.micro_batch_size, -1):
+    for size in range(min(rows, MAX_SEQ_LEN // seq_len), config.train.micro_batch_size, -1):
         larger = _with_train(config, micro_batch_size=size)
         at_once = _choose_batch_size(larger, nproc, 0, 0)
         if is_open:
@@ -248,9 +249,9 @@ def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | 
 
 
 def _fits_activations(config: RunConfig, seq_len: int) -> bool:
-    """Return whether a micro-batch's activations stay within `LEAST_ACTIVATION_BYTES`."""
+    """Return whether a micro-batch's activations stay within `MIN_ACTIVATION_BYTES`."""
     alone = dataclasses.replace(config, parallel=ParallelConfig(), train=dataclasses.replace(
         config.train, global_batch_size=config.train.micro_batch_size))
     memory = build_account(alone, 1, 0, seq_len)
     activation_bytes = memory.layer_inputs + max(memory.one_layer, memory.head)
-    return activation_bytes <= max(LEAST_ACTIVATION_BYTES, memory.states)
+    return activation_bytes <= max(MIN_ACTIVATION_BYTES, memory.states)

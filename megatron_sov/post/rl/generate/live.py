@@ -39,7 +39,8 @@ class LiveRollouts:
         """
         begin_s = time.monotonic()
         # Rank 0 creates the store before other ranks open it.
-        run_on_main(view.world, self._create_store)
+        run_on_main(view.world, lambda: write_unused_rows(self.settings.store.open().path,
+                                                          self.settings.set_aside))
         figures = self.writer.write(view, self._find_rounds(number), policy, asked_to_stop)
         return {"write_s": time.monotonic() - begin_s, **figures}
 
@@ -68,9 +69,6 @@ class LiveRollouts:
     def _find_rounds(self, number: int) -> range:
         rollout = self.settings.rollout
         return range(number, min(number + rollout.max_staleness, rollout.rounds) + 1)
-
-    def _create_store(self) -> None:
-        write_unused_rows(self.settings.store.open().path, self.settings.set_aside)
 
     def _build_judging_job(self, rounds: range) -> JudgingJob:
         store, lease_s = self.settings.store.open(), self.settings.rollout.lease_s

@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.prompts import PromptList, PromptPiece, plan_round_pieces
+from megatron_sov.rollouts.prompts import PromptList
+from megatron_sov.rollouts.round_order import PromptPiece, plan_round_pieces
 from megatron_sov.rollouts.rows import UNFINISHED, Rollout, StorePlan
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy

@@ -30,7 +30,7 @@ from megatron_sov.post.rl.generate.pieces import PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.responses import GeneratedTokens, ResponseSource
 from megatron_sov.post.rl.generate.servers import LiveServers
 from megatron_sov.post.rl.generate.writers import GenerationSettings, LoadPolicy, RolloutSource
-from megatron_sov.rollouts.prompts import select_round_prompts
+from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout
 from megatron_sov.runs.rounds import Policy, can_generate_round
 from megatron_sov.train.feed import FeedView

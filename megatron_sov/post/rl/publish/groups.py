@@ -11,7 +11,7 @@ from itertools import pairwise, starmap
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.rollouts.prompts import PromptPiece
+from megatron_sov.rollouts.round_order import PromptPiece
 from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, select_last_attempts
 from megatron_sov.rollouts.store import RewardsByRow, RolloutStore
 from megatron_sov.rollouts.tables import read_keys, read_problems

@@ -38,7 +38,8 @@ from megatron_sov.post.rl.publish.metrics import compute_means
 from megatron_sov.post.rl.publish.shards import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, split_into_shards)
 from megatron_sov.post.rl.reward import NO_REWARD
-from megatron_sov.rollouts.prompts import PromptList, plan_round_pieces, read_too_long, sampling_digest
+from megatron_sov.rollouts.prompts import PromptList, read_too_long, sampling_digest
+from megatron_sov.rollouts.round_order import plan_round_pieces
 from megatron_sov.rollouts.rows import LENGTH, RolloutPart, read_domain
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints

@@ -195,4 +195,4 @@ def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: in
     most, bound = activations(rows)
     assert rows == 1 or most <= bound
     more, bound = activations(rows + 1)
-    assert rows == stage_defaults.MOST_SEQ_LEN // 256 or more > bound
+    assert rows == stage_defaults.MAX_SEQ_LEN // 256 or more > bound
