@@ -104,7 +104,8 @@ published |
 
 ```sh
 megatron-sov rl run typhoon-s-4b-legal --from work/qwen3-4b-2507 --data work/laws --prompts questions.jsonl \\
-  --reward judge --store work/store --run runs/legal
+  --reward judge --reward-set endpoint=http://localhost:8000/v1 --reward-set model=my-judge \\
+  --store work/store --run runs/legal
 ```
 
 ## Where values come from

@@ -67,7 +67,7 @@ def test_the_reference_has_every_module_with_something_public_once() -> None:
     base = "megatron_sov.base"
     assert f"\n::: {base}.artifacts\n" in reference.build_page(base, pages[base])
     assert "megatron_sov.engine.parallel" in pages
-    assert [module.name for module in pages["megatron_sov.engine"]] == ["router.py"], "no wings"
+    assert all(module.parent.name == "engine" for module in pages["megatron_sov.engine"]), "no wings"
     assert "megatron_sov.runs" in pages and "megatron_sov.runs.obs" not in pages
 
 

@@ -20,8 +20,7 @@ PAGES = {name: page_text(f"tutorials/{name}.md") for name in ("cluster", "langua
 ONE_FOLDER = ("tutorials/pretrain.md", "distill.md", "tutorials/preferences.md", "tutorials/rl.md",
               "tutorials/context.md", "tutorials/publish.md")
 """Pages that continue the folder `work` of the first."""
-FEWER = {r"--vocab-size 1024": "--vocab-size 400", r"vocab_size(=|: )1024": r"vocab_size\g<1>400",
-         r"train\.(steps=\d+|epochs=2)": "train.steps=2", r"rollout\.rounds=\d+": "rollout.rounds=1",
+FEWER = {r"train\.(steps=\d+|epochs=2)": "train.steps=2", r"rollout\.rounds=\d+": "rollout.rounds=1",
          r"rollout\.(prompts_per_round|samples_per_prompt)=\d+": r"rollout.\g<1>=2",
          r"steps: 80, max_steps: 400": "steps: 2, max_steps: 2", r"every_steps: 80": "every_steps: 2",
          r"train_share: 0,": "train_share: 0, samples: 1,", r"max_overlap: 0.3": "max_overlap: 1",

@@ -34,7 +34,7 @@ class DecontaminateOptions(BenchmarkSearchSettings):
     hits.json lists excluded records with the matching text."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file; takes several paths, and may be repeated."""
+    """A file of JSON lines; takes several paths, and may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the remaining records, and hits.json."""
     format: Literal["text", "chat", "preference", "prompt"] = "text"

@@ -51,7 +51,7 @@ class GroupOptions:
     --column advantage --column group_share`."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file with groups, {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}, in
+    """JSON lines with groups, {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}, in
     which prompts and responses may be message lists; or with a response per line, from `megatron-sov score`
     or as TRL's completion with a label: successive rows with the same prompt are a group. Takes several
     files, and may be repeated."""

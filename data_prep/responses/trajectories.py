@@ -67,7 +67,7 @@ class TrajectoriesOptions:
     synth solutions`, give the solutions."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file with a query and solutions per line; takes several paths, and may be repeated."""
+    """JSON lines, each with a query and solutions; takes several paths, and may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for trajectories.jsonl."""
     settings: TrajectorySettings = field(default_factory=TrajectorySettings)

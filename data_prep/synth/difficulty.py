@@ -63,7 +63,7 @@ class DifficultyGradeOptions(DifficultyOutputOptions):
     problems, prompts or chats, and leave out rows outside a band."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file; several may follow, and the option may be repeated."""
+    """A file of JSON lines; several may follow, and the option may be repeated."""
     model: Annotated[Path | None, Flag(value="DIR")] = None
     """Regressor that `sov-data scorer train` fitted to labels from `difficulty label`."""
     labels: Annotated[Path | None, Flag(value="DIR")] = None

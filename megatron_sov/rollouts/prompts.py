@@ -24,6 +24,7 @@ from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import Fix, RowProblems, UserError, warn
+from megatron_sov.base.hints.paths import fix_chats
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.runs.launch_environment import is_first_rank
 
@@ -182,8 +183,9 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
     if problems:
         is_renamed = bool(columns) and not len(prompts)  # else other rows have the fields
         remedy = f"pass --columns {columns[0]}" if is_renamed else "correct or remove these rows"
-        raise UserError(problems.format(f"{option} {path}", remedy),
-                        Fix(options=("--columns", columns[0])) if is_renamed else None)
+        is_chat = any(problem.startswith("ends with an answer") for problem in problems)
+        fix = Fix(options=("--columns", columns[0])) if is_renamed else fix_chats(path) if is_chat else None
+        raise UserError(problems.format(f"{option} {path}", remedy), fix)
     if not prompts:
         raise UserError(f"{option} {path}: has no rows")
     return prompts

@@ -35,6 +35,8 @@ class DocumentCounts:
     """Reason -> documents and bytes."""
     broken: dict[str, int] = field(default_factory=dict)
     """Error code -> number of unreadable or excluded records."""
+    output_bytes: dict[str, int] = field(default_factory=dict)
+    """Output name -> UTF-8 bytes in its texts, for a shard of the output."""
     seals: dict[str, str] = field(default_factory=dict)
     """File name -> checksum, for files by the shard's task."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"dropped": []})
@@ -68,7 +70,7 @@ class DocumentCounts:
 
     @staticmethod
     def merge_dicts(parts: Iterable[dict[str, Any]]) -> DocumentCounts:
-        """Sum the results of `to_dict`, except `seals`."""
+        """Sum the results of `to_dict`, except `output_bytes` and `seals`."""
         total = DocumentCounts()
         for part in parts:
             for name in _SUMMED_FIELDS:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
-from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
 from data_prep.damaged_files import explain_deletion
 from data_prep.tags import CORPUS
@@ -18,9 +17,10 @@ from megatron_sov.base.artifacts import (
     write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import check_seal, open_sealed_parquet, read_sealed_json, read_sealed_lines
+from megatron_sov.base.sealed import open_sealed_parquet, read_sealed_json, read_sealed_lines
 
 MAX_PRINTED_NAMES = 6
+_OUTPUT_COUNTS = ("num_shards", "num_documents", "num_bytes")
 """Output names listed on the terminal."""
 TEXT, QUARANTINE = "text", "quarantine"
 SUMMARY, PIPELINE = "summary.json", "pipeline.json"
@@ -35,15 +35,14 @@ def finish_run(plan: PipelinePlan, output: Path) -> str:
     were dropped, or writing fails."""
     with translate_disk_errors(output):
         # The order matters for a killed run: the manifest comes last, and alone marks the corpus as complete.
-        num_shards = _publish_text(plan, output)
+        published = _publish_text(plan, output)
         _write_quarantine(plan, output)
         summary = build_summary(plan, output)
-        summary["output"] = [{"name": name, "num_shards": num_shards[name], **facts}
-                             for name, facts in read_output_facts(output / TEXT).items()]
+        summary["output"] = [{"name": name, **published[name]} for name in sorted(published)]
         account = account_documents(summary)
         summary["account"] = account.to_dict()
         write_atomically(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
-        if not num_shards:
+        if not published:
             raise UserError(f"{output}: no document is kept, so there is no output ({account.describe()}); "
                             f"change the steps that dropped most, or the files listed in "
                             f"{output / QUARANTINE}, and run the command again")
@@ -107,38 +106,36 @@ def account_documents(summary: dict[str, Any]) -> RecordAccount:
 # The parts of a corpus.
 
 
-def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
-    """Link the output shards to `text/NAME/`; returns name -> number of shards."""
-    num_shards: dict[str, int] = {}
+def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, dict[str, int]]:
+    """Link the output shards to `text/NAME/`; returns name -> numbers of shards, documents and bytes."""
+    published: dict[str, dict[str, int]] = {}
     with create_folder(output / TEXT) as temporary:
         for source in plan.sources:
             for shard in source.shards:
-                for file in _list_output_files(source.layers[-1], output, shard):
-                    number = num_shards.setdefault(file.stem, 0)
-                    num_shards[file.stem] += 1
+                for file, num_documents, num_bytes in _list_output_files(source.layers[-1], output, shard):
                     (temporary / file.stem).mkdir(exist_ok=True)
-                    shard_file = temporary / file.stem / f"{number:05d}{file.suffix}"
+                    sums = published.setdefault(file.stem, dict.fromkeys(_OUTPUT_COUNTS, 0))
                     # Hard links take no space, and work files may be deleted.
-                    link_or_copy(file, shard_file)
-                    link_or_copy(get_facts_path(file), get_facts_path(shard_file))
-    return num_shards
+                    link_or_copy(file, temporary / file.stem / f"{sums['num_shards']:05d}{file.suffix}")
+                    for name, number in zip(_OUTPUT_COUNTS, (1, num_documents, num_bytes), strict=True):
+                        sums[name] += number
+    return published
 
 
-def _list_output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
-    """List a shard's tables after checking their seals: no changed file is published."""
-    folder = layer.get_result_path(output, shard)
-    files = sorted(folder.glob("*.parquet"))
-    num_rows = 0
-    for file in files:
-        num_rows += open_sealed_parquet(file, explain_deletion(file), is_required=True,
-                                        seal=read_recorded_seal(file)).metadata.num_rows
-    for facts in map(get_facts_path, files):
-        check_seal(facts, explain_deletion(facts), seal=read_recorded_seal(facts))
-    counts = layer.get_counts_file(output, shard)
-    num_documents = read_sealed_json(counts, explain_deletion(counts))["documents_in"]
-    if num_rows != num_documents:
-        raise UserError(f"{folder}: has {num_rows} documents where {counts} says {num_documents}; "
-                        f"{explain_deletion(folder / TEXT)}")
+def _list_output_files(layer: Layer, output: Path, shard: int) -> list[tuple[Path, int, int]]:
+    """List a shard's tables with documents and bytes after checking their seals: no changed file is
+    published."""
+    folder, counts_file = layer.get_result_path(output, shard), layer.get_counts_file(output, shard)
+    counts = read_sealed_json(counts_file, explain_deletion(counts_file))
+    files = []
+    for file in sorted(folder.glob("*.parquet")):
+        table = open_sealed_parquet(file, explain_deletion(file), is_required=True,
+                                    seal=read_recorded_seal(file))
+        files.append((file, table.metadata.num_rows, counts["output_bytes"][file.stem]))
+    num_rows = sum(num_documents for _, num_documents, _ in files)
+    if num_rows != counts["documents_in"]:
+        raise UserError(f"{folder}: has {num_rows} documents where {counts_file} says "
+                        f"{counts['documents_in']}; {explain_deletion(folder / TEXT)}")
     return files
 
 

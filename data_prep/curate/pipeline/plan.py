@@ -180,7 +180,7 @@ def _selects_source(entry: StepEntry, source: SourceSettings, previous: Sequence
 def _add_output_layer(source: SourcePlan, pipeline: Pipeline) -> SourcePlan:
     number = len(pipeline.steps) + 1
     # The names of the steps determine the columns of the files.
-    reasons = {"step": OUTPUT, "name": pipeline.output.name, "reads": source.layers[-1].folder,
+    reasons = {"step": OUTPUT, "version": 2, "name": pipeline.output.name, "reads": source.layers[-1].folder,
                "columns": [step.kind for step in pipeline.steps]}
     folder = f"shards/{source.settings.name}/{number:02d}-{OUTPUT}-{compute_address(reasons)}"
     return dataclasses.replace(source, layers=(*source.layers, Layer(number, OUTPUT, folder, reasons)))

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ import pyarrow as pa
 from data_prep.curate.line_ends import unify_line_ends
 from data_prep.curate.pipeline.addresses import check_unchanged
 from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
-from data_prep.curate.pipeline.facts import write_shard_facts
 from data_prep.curate.pipeline.pipeline_file import Pipeline, format_output_name
 from data_prep.curate.pipeline.plan import (
     OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, hash_step_files, read_shard_pieces)
@@ -467,9 +467,8 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
                     sorter.add(source.settings.name, row)
                     counts.add_document(row.id, "", row.text, None)
             sorter.write_waiting()
+        counts.output_bytes = dict(sorter.output_bytes)
         # Read after the stack has closed the files.
-        for file in sorted(temporary.glob("*.parquet")):
-            write_shard_facts(file)
         counts.seals = {file.name: read_seal(file) for file in temporary.iterdir()}
         yield counts
 
@@ -483,6 +482,7 @@ class _OutputSorter:
         self.files: dict[str, TableFile] = {}
         self.waiting: dict[str, list[LayerRow]] = {}
         self.waiting_chars = 0
+        self.output_bytes: Counter[str] = Counter()
 
     def add(self, source: str, row: LayerRow) -> None:
         name = format_output_name(self.pattern, source, row.columns)
@@ -494,6 +494,7 @@ class _OutputSorter:
                 TableFile(self.folder / f"{name}.parquet", self.schema))
         rows = self.waiting.setdefault(name, [])
         rows.append(row)
+        self.output_bytes[name] += count_text_bytes(row.text)
         self.waiting_chars += len(row.text)
         # The limit is over all names: with many names no single name would reach it.
         if len(rows) >= GROUP_ROWS or self.waiting_chars >= GROUP_BYTES:

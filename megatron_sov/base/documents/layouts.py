@@ -161,14 +161,12 @@ def _is_transcript_pair(record: Mapping[str, Any], kind: str | None) -> bool:
 
 
 def _from_transcript_pair(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
-    return {**record, **{side: _split_transcript(record[side]) for side in SIDES}}
-
-
-def _split_transcript(text: str) -> list[dict[str, str]]:
-    """Split "Human: ...\\n\\nAssistant: ..." into messages."""
-    _, *parts = _TURN.split(text.lstrip())
-    return [{"role": "user" if speaker == "Human" else "assistant", "content": content.strip()}
-            for speaker, content in zip(parts[::2], parts[1::2], strict=True)]
+    roles, sides = {"Human": "user", "Assistant": "assistant"}, dict[str, Any]()
+    for side in SIDES:
+        _, *parts = _TURN.split(record[side].lstrip())
+        sides[side] = [{"role": roles[speaker], "content": content.strip()}
+                       for speaker, content in zip(parts[::2], parts[1::2], strict=True)]
+    return record | sides
 
 
 @dataclass(frozen=True)
@@ -268,7 +266,10 @@ def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
     renamed_fields = {name for _, sources in renames for name in sources}
     renamed = {name: value for name, value in record.items() if name not in renamed_fields}
     for target, sources in renames:
-        record = {**record, **{name: value for name in sources if (value := _get_inner(record, name))}}
+        for name in sources:  # a.b: field b of the object in field a
+            outer, _, inner = name.partition(".")
+            if name not in record and isinstance(record.get(outer), dict) and inner in record[outer]:
+                record = {**record, name: record[outer][inner]}
         if missing := [name for name in sources if name not in record]:
             raise BadRecord("fields", f"has no field {missing[0]!r}, which --columns names "
                                       f"(fields: {', '.join(record) or 'none'})")
@@ -281,13 +282,6 @@ def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
                                       "string to be joined by --columns")
         renamed[target] = "\n".join(filter(None, (record[name] for name in sources)))
     return renamed
-
-
-def _get_inner(record: Mapping[str, Any], name: str) -> Any:
-    """Return field `b` of the object in field `a` for the name `a.b`; None: no such field."""
-    outer, dot, inner = name.partition(".")
-    value = record.get(outer)
-    return value.get(inner) if dot and name not in record and isinstance(value, dict) else None
 
 
 def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Collection[str]) -> list[str]:

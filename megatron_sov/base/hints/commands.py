@@ -56,8 +56,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
 
 
 def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
-    """Build the error for `sov-data STEP`, or for `sov-data run` with steps as options, with the commands
-    that write a pipeline file and run it; None: no step, or no input."""
+    """Build the error for `sov-data STEP`, or `sov-data run` with step options; None: no step or input."""
     index, words = index_words("steps"), [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
     source = next((values[name] for name in ("input", "i", "data", "input_dir", "input_folder")

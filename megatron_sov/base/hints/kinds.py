@@ -20,8 +20,6 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", "
 _FOLDER_KINDS = {"run": "model", "checkpoint": "model", "hf": "model", "peft": "model", "tokens": "tokens",
                  "tokenizer": "tokenizer"}
 """Result of `classify_folder` -> kind of a word."""
-MAX_LISTED = 8
-"""Models that a message lists."""
 _HUB_NAME = re.compile(r"[A-Za-z][\w.-]*/[\w.-]*\d[\w.-]*")
 _WEIGHT = re.compile(r"(?<=.):[\d.]+$")
 
@@ -64,7 +62,7 @@ def find_only_folder(kind: str) -> str:
 def list_models() -> list[str]:
     """Return model folders and runs in the current folder and its folder runs."""
     return [str(path) for path in sorted([*Path().iterdir(), *Path("runs").glob("*")])
-            if classify_folder(path) in ("hf", "run", "checkpoint")][:MAX_LISTED]
+            if classify_folder(path) in ("hf", "run", "checkpoint")]
 
 
 def list_run_tokenizers(run: Path) -> list[Path]:

@@ -68,11 +68,9 @@ class _Proposal:
         placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
         names = [*placeholders, *(word.partition("=")[0] for word in placeholders), *self.new_paths]
         for _ in range(MAX_FAULTS):
-            if error is None:
-                break
-            if not any(_names_word(error.sentence, word) for word in names):
+            if error is not None and not any(_names_word(error.sentence, word) for word in names):
                 return error
-            error = self.find_independent_fault(error)
+            error = error and self.find_independent_fault(error)
         return self.find_path_fault(self.messages, is_named=False)
 
     def find_path_fault(self, message: str, *, is_named: bool) -> UserError | None:

@@ -77,6 +77,9 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
             fault = _find_input_fault(program, [*line, *typed], option, path)
         elif option == "--run" and program == "megatron-sov":
             fault = _find_output_fault(path)
+        elif option == "--store" and (kind := load_table()["kinds"].get(classify_folder(Path(path)))):
+            fault = UserError(f"--store {path}: is {kind}; name a new folder",
+                              Fix(options=("--store", choose_free_path("new-store"))))
         if fault is not None:
             yield path, fault
 
@@ -159,15 +162,22 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
     return Fix(words={path: shards}, before=tuple(map(shlex.join, commands)))
 
 
+def fix_chats(file: Path) -> Fix:
+    """Return the command that writes chats as prompts, with the last message of each as its answer."""
+    target = choose_free_path(f"{file.stem}-prompts.jsonl")
+    program = ".messages as $m | {prompt: $m[:-1], answer: $m[-1].content}"
+    return Fix(words={str(file): target},
+               before=(f"jq -c {shlex.quote(program)} {shlex.quote(str(file))} > {target}",))
+
+
 def fix_table(file: Path) -> Fix | None:
     """Return the commands that convert a spreadsheet or text table to Parquet; None for other files."""
-    suffix, table, target = file.suffix.lower(), file, str(file.with_suffix(".parquet"))
-    commands = []
-    if suffix in (".xlsx", ".xls", ".ods"):
-        table = Path(f"{file.stem}.csv")
-        commands.append(f"soffice --headless --convert-to csv {shlex.quote(str(file))}")
-    elif suffix not in (".csv", ".tsv"):
+    suffix, target = file.suffix.lower(), str(file.with_suffix(".parquet"))
+    if suffix not in (".csv", ".tsv", ".xlsx", ".xls", ".ods"):
         return None
+    is_text = suffix in (".csv", ".tsv")
+    table = file if is_text else Path(f"{file.stem}.csv")
+    commands = [] if is_text else [f"soffice --headless --convert-to csv {shlex.quote(str(file))}"]
     options = ", parse_options=c.ParseOptions('\\t')" if suffix == ".tsv" else ""
     code = ("import pyarrow.csv as c, pyarrow.parquet as p; "
             f"p.write_table(c.read_csv({str(table)!r}{options}), {target!r})")

@@ -213,7 +213,9 @@ class Rewrite:
         return num - 1 if has_room and not ours and is_other else num
 
     def _translate(self, word: str, values: list[str]) -> str:
-        return translate_setting(word, values, self.find, self.typed) if self.find is not None else ""
+        setting = translate_setting(word, values, self.find, self.typed) if self.find is not None else ""
+        is_other = setting.partition(".")[0] in load_table()["not_in"].get(self.command, "").split()
+        return "" if is_other else setting
 
     def _choose_option(self, word: str, values: list[str]) -> str:
         """Return the command's option or positional argument for a foreign word; "": none."""

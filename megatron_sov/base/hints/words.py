@@ -94,8 +94,7 @@ def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str])
     if not typed or not typed[0].startswith("-") or typed[0] in parser._option_string_actions:
         return
     name, equals, value = typed[0].partition("=")
-    rest = typed[1:] if equals else typed[2:]
-    value = value if equals else "".join(typed[1:2])
+    value, rest = (value, typed[1:]) if equals else ("".join(typed[1:2]), typed[2:])
     word = normalize_word(name)
     if value and (word == first.lower() or first in index_words("options").get(word, ())):
         raise UserError(f"{parser.prog}: {name} is {first} here, without an option",
@@ -103,15 +102,13 @@ def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str])
 
 
 def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
-    """Refuse sbatch's short options, and foreign options before the stage, for `submit`, which passes the
-    stage's words on."""
+    """Refuse sbatch's short options, and options of a stage before its name, for `submit`."""
     short = load_table()["short"].get(parser.prog.rpartition(" ")[2], {})
     words = [short.get(word, word) for word in typed]
     messages = [f"{word} is {short[word]}" for word in typed if word in short]
-    stages = parser.get_default("stages") or ()
-    at = next((n for n, word in enumerate(words) if word in stages), 0)
-    unknown = [word for word in words[:at] if word.startswith("-")
-               and word.partition("=")[0] not in parser._option_string_actions]
+    at = next((n for n, word in enumerate(words) if word in (parser.get_default("stages") or ())), 0)
+    unknown = [word for word in words[:at]
+               if word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions]
     if unknown:
         words = [words[at], *words[:at], *words[at + 1:]]
         messages.append(f"{words[0]} comes before {unknown[0]}")
@@ -122,7 +119,7 @@ def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
 def _check_verb(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
     """Refuse a verb before the first argument: `recipes show NAME`, `chat start MODEL`."""
     has_argument = any(not action.option_strings for action in parser._actions)
-    if has_argument and typed and typed[0] in load_table()["verbs"].split() and not Path(typed[0]).exists():
+    if has_argument and {*typed[:1]} & {*load_table()["verbs"].split()} and not Path(typed[0]).exists():
         raise UserError(f"{parser.prog} {typed[0]}: does not exist; leave {typed[0]} out",
                         Fix(f"{parser.prog} {shlex.join(typed[1:])}".rstrip()))
 
@@ -291,13 +288,12 @@ def _split_files(option: str, values: Sequence[str]) -> list[str]:
     """Return the files in a comma-separated list, if every file exists."""
     parts = values[0].split(",") if values and option in ("", "--data", "--input", "--prompts") else []
     all_exist = bool(parts) and not Path(values[0]).exists() and all(
-        Path(re.sub(r":[\d.]+$", "", part)).exists() for part in parts)
+        part and Path(re.sub(r":[\d.]+$", "", part)).exists() for part in parts)
     return parts if all_exist else []
 
 
 def _move_model(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
-    """Move the value of `--model` to TARGET, in a command whose `--model` has another meaning, and put a
-    typed adapter in place of the model."""
+    """Move the value of `--model`, if the option has another meaning, or of an adapter's option to TARGET."""
     if rewrite.target:
         free, others = split_positionals(parser, rewrite.words)
         at = others.index("--model") if "--model" in others else len(others)
@@ -364,7 +360,7 @@ def _is_unknown(word: str, rewrite: Rewrite) -> bool:
     ours = rewrite.find_option(name)
     is_foreign = (rewrite.find is not None and name in index_words("settings")) or bool(
         ours and ours not in completions)
-    return is_foreign or not completions
+    return is_foreign or len(completions) != 1
 
 
 def _rename_option(word: str, program: str, options: Sequence[str]) -> str:

@@ -191,6 +191,7 @@ def _find_same_size(name: str, known: Iterable[str]) -> str:
     parts = _split_name(name)
     matches = [other for other in known if len(parts) > 3 and _split_name(other)[:2] == parts[:2]
                and _split_name(other)[-2:] == parts[-2:]]
+    matches = matches or [other.strip("'") for other in _find_by_prefix(parts, known)]  # 1b: gemma-3-1b
     return matches[0] if len(matches) == 1 else ""
 
 

@@ -158,11 +158,11 @@ class SettingsError(UserError):
 
 def _fix_value(problem: SettingsProblem) -> str | Fix:
     key, value = problem.key, problem.value_to_write
-    if problem.way_out == LEFT_OUT or problem.code == ProblemCode.INERT:
+    if problem.way_out.endswith(LEFT_OUT) or problem.code == ProblemCode.INERT:
         option = f"--set {key}" if not key.startswith("--") else key
         typed = (str(problem.value), json.dumps(problem.value, default=str))
         return Fix(left_out=tuple(f"{option}{sign}{value}" for sign in "= " for value in typed))
-    if value.startswith(TOKENS_KEY):  # the setting that was typed goes
+    if "=" in value:  # another setting; the typed one goes
         return Fix(words={f"{key}={problem.value}": value})
     if not key.startswith("--"):
         return f"{key}={value}" if value and "." in key else ""

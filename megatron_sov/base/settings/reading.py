@@ -214,7 +214,7 @@ def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -
         if item["type"] == "too_short" and any(
                 other["loc"] != path and other["loc"][:len(path)] == path for other in errors):
             continue
-        problem = _replace_default_word(_convert_error(cls, item, instead))
+        problem = _translate_value(_convert_error(cls, item, instead))
         earlier = problems.get(problem.key)
         if earlier is None:
             problems[problem.key] = problem
@@ -266,7 +266,8 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
         bounds = {name: _format_number(number) for name, number in ctx.items()}
         nearest = _find_nearest_value(value, **ctx)
         return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**bounds), value,
-                               f"write {nearest}" if "." in nearest else "", value_to_write=nearest)
+                               LEFT_OUT if kind == "greater_than" and value == 0
+                               else f"write {nearest}" if "." in nearest else "", value_to_write=nearest)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
             numbers = _suggest_numbers(begin, value.strip(), key) if isinstance(value, str) else []
@@ -280,14 +281,15 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     return SettingsProblem(code, key, rule, value)
 
 
-def _replace_default_word(problem: SettingsProblem) -> SettingsProblem:
-    """Replace the fix for -1, all, none, auto and the like by our value of this meaning, or leave the setting
-    out."""
+def _translate_value(problem: SettingsProblem) -> SettingsProblem:
+    """Add our value for another program's value, and leave a setting out for -1, all, none or auto."""
     word = str(problem.value).lower()
-    is_word = problem.value is not None and word in load_table()["defaults"]
-    if problem.code not in (ProblemCode.TYPE, ProblemCode.BOUND) or not is_word:
-        return problem
     ours = _find_equivalent(problem.key, word)
+    if "=" in ours:
+        return dataclasses.replace(problem, value_to_write=ours)
+    is_default = problem.value is not None and word in load_table()["defaults"]
+    if problem.code not in (ProblemCode.TYPE, ProblemCode.BOUND) or not (ours or is_default):
+        return problem
     return dataclasses.replace(problem, way_out=f"write {ours}" if ours else LEFT_OUT, value_to_write=ours)
 
 
@@ -339,7 +341,7 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     share = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
     number = float(share[1]) / 100 if share else value
     if expected == "int" and isinstance(number, float) and 0 < number < 1 and "steps" in key:
-        return f"{number:g} of 1000 steps are {number * 1000:.0f}"
+        return f"{number:g} of 1000 steps are {number * 1000:.0f}; {LEFT_OUT}"
     if expected == "string" and isinstance(value, bool):
         return "YAML reads no, off, yes and on as false and true; put it in quotes"
     if expected == "string" and isinstance(value, (int, float)):

@@ -109,8 +109,7 @@ class TaskCatalog:
 
 @cache
 def list_published_tasks() -> set[str]:
-    """Return names of lm-eval's tasks: a folder has the name of its main task or group, and most files the
-    name of their task."""
+    """Return names of lm-eval's tasks: a folder names its main task or group, and most files their task."""
     package = importlib.util.find_spec("lm_eval")
     places = (package.submodule_search_locations if package else None) or ()
     files = [file for place in places for file in Path(place).glob("tasks/[a-z]*/*.yaml")]

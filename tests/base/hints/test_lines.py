@@ -62,7 +62,8 @@ def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
     ("megatron-sov pretrain tiny-qwen3 tokens new",
      ["megatron-sov pretrain tiny-qwen3 --data tokens --run new"]),
     ("megatron-sov rl run hf t.jsonl --reward math --run r --store s",
-     ["megatron-sov rl run --from hf --reward math --run r --store s --prompts t.jsonl"]),
+     ["jq -c '.messages as $m | {prompt: $m[:-1], answer: $m[-1].content}' t.jsonl > t-prompts.jsonl",
+      "megatron-sov rl run --from hf --reward math --run r --store s --prompts t-prompts.jsonl"]),
     ("sov-tokenizer train t.txt --vocab_size 900 --preset k-exaone --output o",
      ["sov-tokenizer train --preset k-exaone --output o --input t.txt --vocab-size 320"]),
     # commands of other programs, with the typed options

@@ -66,7 +66,10 @@ def test_documents_go_through_the_steps_to_their_names(raw: Path) -> None:
     assert account["num_written"] == 8 == account["num_read"] - sum(account["set_aside"].values())
     assert web["steps"][2]["dropped"] == {"seen before": {"documents": 2, "bytes": 800}}
     assert (output / web["steps"][2]["folder"]).is_dir()
-    assert summary["output"][0]["num_documents"] == 4
+    assert summary["output"][0] == {"name": "books-long", "num_shards": 2, "num_documents": 4,
+                                    "num_bytes": 4 * 300}
+    assert sorted(file.name for file in (output / "text/books-long").iterdir()) == [
+        "00000.parquet", "00001.parquet"]
     assert "seen before 2" in "\n".join(iter_step_lines(output))
 
 
