@@ -1,11 +1,15 @@
-"""The same corpus through `sov-data run` and through a pipeline of datatrove's own steps.
+"""Curate one synthetic corpus with `sov-data run` and with datatrove: time, memory, results and resumption.
 
     python benchmarks/curate_datatrove.py --folder FOLDER --peer PYTHON [--size-mb 60] [--documents 100000]
 
 PYTHON is an interpreter with `pip install "datatrove[io,processing]" spacy "kiwipiepy<0.22" pythainlp
-lxml_html_clean`.  datatrove's steps are used as documented, but for two that do not run offline: the language
-filter downloads fastText's model, so datatrove reads a folder for each language, and the indexer of
-decontamination imports lighteval, so this script writes the index in the format that the filter reads.
+lxml_html_clean`. The script generates documents with planted defects, runs both pipelines, and prints per
+step how many documents each keeps and how often they agree. Then it kills workers and commands of both, and
+compares the resumed output with that of an undisturbed run.
+
+datatrove's steps are used as documented, except for two that do not run offline. Its language filter
+downloads fastText's model, so datatrove gets one folder per language. Its indexer for decontamination imports
+lighteval, so this script writes the index in the format that the filter reads.
 """
 
 from __future__ import annotations
@@ -30,9 +34,14 @@ REPOSITORY = Path(__file__).parents[1]
 FOLDERS = {"en": 0.55, "ko": 0.2, "th": 0.15, "html": 0.08, "pdf": 0.02}
 """Folder of raw documents -> its share of the documents."""
 TEXT_FOLDERS = ("en", "html", "ko", "th")
-SMALL_FILES, SKEW = 20, 100
-KILL_AFTER_S, WAIT_S = 3, 60
+SMALL_FILES = 20
+SKEW = 100
+"""Expected size of a folder's one large file in sizes of a small one."""
+KILL_AFTER_S = 3
+"""Processor seconds of the busiest worker at which a process is killed."""
+WAIT_S = 60
 STEPS = ("rules", "exact_dedup", "minhash_dedup", "decontaminate")
+"""Steps of both pipelines that drop documents, in their order."""
 PIPELINE = """name: trial
 shard_bytes: 8000000
 sources: [{sources}]
@@ -52,7 +61,7 @@ for _name, *_words in map(str.split, _WORDS.strip().splitlines()):
     WORDS.setdefault(_name, []).extend(_words)
 
 
-def sentence(draw: random.Random, language: str) -> str:
+def draw_sentence(draw: random.Random, language: str) -> str:
     count = draw.randint(7, 15)
     if language == "th":
         return "".join(draw.choice(WORDS["th"]) for _ in range(count))
@@ -62,34 +71,49 @@ def sentence(draw: random.Random, language: str) -> str:
     return " ".join(draw.choice(WORDS["en"]) for _ in range(count)).capitalize() + "."
 
 
-def break_a_rule(draw: random.Random, text: str) -> str:
+def damage_text(draw: random.Random, text: str) -> str:
+    """Return a text that a quality rule of C4, Gopher or FineWeb should drop."""
     lines = text.split("\n")
-    return draw.choice([text[:60], "\n".join([lines[0]] * 6 + lines), "\n".join(text.split()),
-                        "\n".join(f"- {line}..." for line in lines), text.replace(" ", " # "),
-                        f"{text}\nlorem ipsum {{ a b }}."])
+    too_short = text[:60]
+    repeated_line = "\n".join([lines[0]] * 6 + lines)
+    one_word_per_line = "\n".join(text.split())
+    bullets_with_ellipses = "\n".join(f"- {line}..." for line in lines)
+    many_symbols = text.replace(" ", " # ")
+    filler_text = f"{text}\nlorem ipsum {{ a b }}."
+    return draw.choice([too_short, repeated_line, one_word_per_line, bullets_with_ellipses, many_symbols,
+                        filler_text])
 
 
-def documents(count: int, chars: int, questions: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (folder, document); `planted` names the defect planted in a document, or the original of a
-    copy."""
+def generate_documents(count: int, chars: int, questions: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (folder, document) pairs.
+
+    Args:
+        count: number of documents.
+        chars: minimal length of an English text.
+        questions: benchmark questions, with one of which a document may be contaminated.
+
+    A document's `planted` is "spoiled:", "contaminated:", "exact:ORIGINAL_ID", "near:ORIGINAL_ID" or "".
+    """
     draw = random.Random(0)
     known: dict[str, list[tuple[str, str]]] = {folder: [] for folder in FOLDERS}
     for number in range(count):
         folder = draw.choices(list(FOLDERS), list(FOLDERS.values()))[0]
         language = folder if folder in ("ko", "th") else "en"
         lines: list[str] = []
-        # A character of Korean or Thai is three bytes.
+        # a character of Korean or Thai has three bytes
         while sum(map(len, lines)) < (chars if language == "en" else chars * 2 // 3):
-            lines.append(" ".join(sentence(draw, language) for _ in range(draw.randint(2, 4))))
+            lines.append(" ".join(draw_sentence(draw, language) for _ in range(draw.randint(2, 4))))
         text, planted, chance = "\n".join(lines), "", draw.random()
         if chance < 0.1:
-            text, planted = break_a_rule(draw, text), "spoiled:"
+            text, planted = damage_text(draw, text), "spoiled:"
         elif chance < 0.18 and known[folder]:
             original, text = draw.choice(known[folder])
-            planted = f"{'exact' if chance < 0.14 else 'near'}:{original}"
-            for _ in range(0 if chance < 0.14 else max(1, len(text) // 900)):
-                place = draw.randrange(len(text))
-                text = text[:place] + draw.choice("xyz") + text[place:]
+            planted = f"exact:{original}"
+            if chance >= 0.14:
+                planted = f"near:{original}"
+                for _ in range(max(1, len(text) // 900)):
+                    place = draw.randrange(len(text))
+                    text = text[:place] + draw.choice("xyz") + text[place:]
         elif chance < 0.185 and language == "en":
             text, planted = f"{text}\n{draw.choice(questions)}", "contaminated:"
         else:
@@ -98,29 +122,30 @@ def documents(count: int, chars: int, questions: list[str]) -> Iterator[tuple[st
 
 
 def write_corpus(folder: Path, count: int, size_mb: float) -> float:
+    """Write the raw documents, the benchmark's questions and our pipeline; return the raw files' MB."""
     draw = random.Random(1)
-    questions = [" ".join(sentence(draw, "en") for _ in range(3)) for _ in range(200)]
+    questions = [" ".join(draw_sentence(draw, "en") for _ in range(3)) for _ in range(200)]
     chars = int(0.72 * size_mb * 1e6 / count)
     for name in FOLDERS:
         (folder / "raw" / name).mkdir(parents=True)
     (folder / "bench.jsonl").write_text("".join(f'{{"question": "{question}"}}\n' for question in questions))
     (folder / "corpus.json").write_text(json.dumps([chars, questions]))
     (folder / "trial.yaml").write_text(PIPELINE)
-    for kind, document in documents(count, chars, questions):
-        # The last file of each folder is as large as `SKEW` of the others.
+    for kind, document in generate_documents(count, chars, questions):
         number = draw.choices(range(SMALL_FILES + 1), [1] * SMALL_FILES + [SKEW])[0]
         raw = json.dumps(document, ensure_ascii=False).encode() + b"\n"
         path = folder / "raw" / kind / f"{number:02}.jsonl"
         if kind == "html":
-            raw, path = warc_record(document), path.with_suffix(".warc.gz")
+            raw, path = build_warc_record(document), path.with_suffix(".warc.gz")
         elif kind == "pdf":
-            raw, path = pdf(document["text"]), path.with_name(f"{document['id']}.pdf")
+            raw, path = build_pdf(document["text"]), path.with_name(f"{document['id']}.pdf")
         with open(path, "ab") as file:
             file.write(raw)
     return sum(file.stat().st_size for file in (folder / "raw").rglob("*.*")) / 1e6
 
 
-def warc_record(document: dict[str, str]) -> bytes:
+def build_warc_record(document: dict[str, str]) -> bytes:
+    """Return a compressed WARC record of an HTML page with a document's text."""
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
 
@@ -134,7 +159,8 @@ def warc_record(document: dict[str, str]) -> bytes:
     return sink.getvalue()
 
 
-def pdf(text: str) -> bytes:
+def build_pdf(text: str) -> bytes:
+    """Return a PDF file of one page with the first 52 lines of 80 characters of a text."""
     shown = " ".join(f"1 0 0 1 50 {780 - 14 * i} Tm ({text[80 * i:80 * i + 80]}) Tj" for i in range(52))
     content = f"BT /F 10 Tf {shown} ET".replace("\n", " ")
     bodies = ["<</Type/Catalog/Pages 2 0 R>>", "<</Type/Pages/Count 1/Kids[4 0 R]>>",
@@ -149,7 +175,7 @@ def pdf(text: str) -> bytes:
     return (f"{out}xref\n0 6\n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(out)}\n%%EOF").encode()
 
 
-def peer_filters(language: str) -> list[Any]:
+def build_datatrove_filters(language: str) -> list[Any]:
     """Return datatrove's filters with the thresholds that FineWeb-2 publishes for a language."""
     import yaml
     from datatrove.pipeline.filters import (
@@ -173,7 +199,8 @@ def peer_filters(language: str) -> list[Any]:
             max_non_alpha_words_ratio=t["min_alpha_word_share"], language=language)]
 
 
-def peer_stage(folder: Path, stage: str, workers: int) -> int:
+def run_datatrove_stage(folder: Path, stage: str, workers: int) -> int:
+    """Run one of STEPS of datatrove's pipeline on every text folder (in the interpreter with datatrove)."""
     import numpy as np
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
@@ -197,9 +224,10 @@ def peer_stage(folder: Path, stage: str, workers: int) -> int:
         read, write = JsonlReader(str(out / before / kind)), JsonlWriter(str(out / stage / kind))
         if stage == "rules":
             raw = f"{folder}/raw/{kind}"
-            # The default of one second on the clock drops pages on a busy machine.
-            first = [WarcReader(raw), Trafilatura(timeout=60)] if kind == "html" else [JsonlReader(raw)]
-            run(kind, *first, *peer_filters(language), write)
+            readers = [JsonlReader(raw)]
+            if kind == "html":  # the default timeout of one second drops pages on a loaded machine
+                readers = [WarcReader(raw), Trafilatura(timeout=60)]
+            run(kind, *readers, *build_datatrove_filters(language), write)
         elif stage == "exact_dedup":
             config = ExactDedupConfig(content_getter=lambda document: document.text)
             run(f"1-{kind}", read, ExactDedupSignature(f"{work}/sig", config))
@@ -214,16 +242,18 @@ def peer_stage(folder: Path, stage: str, workers: int) -> int:
             config = NGramsDecontConfig(n_grams=12)
             step = NGramsDecontFilter(f"{work}/index", config, language=language)
             questions = json.loads((folder / "corpus.json").read_text())[1]
-            hashes = {step.hash_func(" ".join(words)) for question in questions
-                      for words in ngrams(step.tokenizer.word_tokenize(simplify_text(
-                          question, config.norm_config)), config.n_grams)}
+            hashes = set()
+            for question in questions:
+                words = step.tokenizer.word_tokenize(simplify_text(question, config.norm_config))
+                hashes |= {step.hash_func(" ".join(ngram)) for ngram in ngrams(words, config.n_grams)}
             Path(work, "index").mkdir(parents=True)
             np.array(sorted(hashes), config.hash_config.np_descr).tofile(f"{work}/index/b.index.hashes")
             run(kind, read, step, write)
     return 0
 
 
-def start(folder: Path, peer: str, stage: str, workers: int) -> subprocess.Popen[bytes]:
+def start_stage(folder: Path, peer: str, stage: str, workers: int) -> subprocess.Popen[bytes]:
+    """Start our whole pipeline ("ours") or one of STEPS of datatrove's."""
     words = [peer, __file__, "--folder", str(folder), "--peer-stage", stage]
     if stage == "ours":
         words = [sys.executable, "-m", "data_prep.cli", "run", f"{folder}/trial.yaml", "--output",
@@ -233,8 +263,8 @@ def start(folder: Path, peer: str, stage: str, workers: int) -> subprocess.Popen
                                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
 
 
-def measured(process: subprocess.Popen[bytes]) -> str:
-    """Wait for a command; returns processor time of its process tree and memory of its largest process."""
+def wait_and_measure(process: subprocess.Popen[bytes]) -> str:
+    """Wait for a command; return the time of its process tree and the memory of its largest process."""
     began = time.monotonic()
     _, status, used = os.wait4(process.pid, 0)
     if status:
@@ -243,56 +273,74 @@ def measured(process: subprocess.Popen[bytes]) -> str:
             f"largest process {used.ru_maxrss / 1000:.0f} MB")
 
 
-def fates_of_ours(folder: Path) -> dict[str, str]:
+def read_fates(folder: Path) -> dict[str, str]:
     """Return document id -> the step that dropped the document, or "kept"."""
     import pyarrow.parquet as pq
 
-    found: dict[str, str] = {}
+    fates: dict[str, str] = {}
     for source in json.loads((folder / "ours/summary.json").read_text())["sources"]:
         layers = [(step["kind"], folder / "ours" / step["folder"]) for step in source["steps"]]
         for file in sorted(layers[0][1].glob("*.parquet")):
             base = pq.read_table(file, columns=["own_id", "where"]).to_pylist()
             ids = [row["own_id"] or Path(row["where"]).stem for row in base]
-            found |= dict.fromkeys(ids, "kept")
+            fates |= dict.fromkeys(ids, "kept")
             for kind, layer in layers[1:]:
                 reasons = pq.read_table(layer / file.name, columns=["reason"]).column(0).to_pylist()
-                found |= {id_: kind for id_, reason in zip(ids, reasons, strict=True) if reason}
-    return found
+                fates |= {id_: kind for id_, reason in zip(ids, reasons, strict=True) if reason}
+    return fates
+
+
+def read_datatrove_fates(folder: Path, texts: set[str]) -> dict[str, str]:
+    """Return document id -> the step of datatrove that dropped the document, or "kept"."""
+    fates, left = dict.fromkeys(texts, "kept"), texts
+    for step in STEPS:
+        kept = {json.loads(line)["id"] for file in (folder / "peer" / step).rglob("*.jsonl.gz")
+                for line in gzip.decompress(file.read_bytes()).splitlines()}
+        fates |= dict.fromkeys(left - kept, step)
+        left = kept
+    return fates
 
 
 def compare(folder: Path, count: int) -> None:
-    """Print documents kept, and how often both keep as many of a text and its planted copies."""
-    planted = {document["id"]: (kind, document["planted"]) for kind, document in
-               documents(count, *json.loads((folder / "corpus.json").read_text()))}
-    ours = fates_of_ours(folder)
+    """Print per step how many documents both keep and how often they agree, and the fates by defect.
+
+    The rules agree on a document if both keep it or both drop it. Later steps may keep different copies of a
+    text, so they agree on a text if both keep as many of its copies. Only documents or texts of which both
+    still have as many before the step are compared.
+    """
+    corpus = generate_documents(count, *json.loads((folder / "corpus.json").read_text()))
+    planted = {document["id"]: (kind, document["planted"]) for kind, document in corpus}
+    ours = read_fates(folder)
     texts = {id_ for id_, (kind, _) in planted.items() if kind != "pdf" and ours.get(id_) != "language"}
-    peer, left = dict.fromkeys(texts, "kept"), texts
-    for step in STEPS:
-        kept_ids = {json.loads(line)["id"] for file in (folder / "peer" / step).rglob("*.jsonl.gz")
-                    for line in gzip.decompress(file.read_bytes()).splitlines()}
-        peer |= dict.fromkeys(left - kept_ids, step)
-        left = kept_ids
-    fates = {"ours": ours, "datatrove": peer}
+    datatrove = read_datatrove_fates(folder, texts)
+
+    def count_left(fates: dict[str, str], passed: tuple[str, ...], by_copies: bool) -> Counter[str]:
+        """Count the documents that no passed step dropped, by their own id or by their original's."""
+        left = [id_ for id_ in texts if fates.get(id_) not in passed]
+        return Counter((planted[id_][1].rpartition(":")[2] or id_) if by_copies else id_ for id_ in left)
+
     for place, step in enumerate(STEPS):
-        had, kept, others_had, others_kept = (
-            Counter(id_ if step == "rules" else planted[id_][1].rpartition(":")[2] or id_
-                    for id_ in texts if fate.get(id_) not in gone)
-            for fate in fates.values() for gone in (STEPS[:place], STEPS[:place + 1]))
-        compared = [key for key in had if had[key] == others_had[key]]
+        by_copies = step != "rules"
+        ours_before = count_left(ours, STEPS[:place], by_copies)
+        ours_after = count_left(ours, STEPS[:place + 1], by_copies)
+        datatrove_before = count_left(datatrove, STEPS[:place], by_copies)
+        datatrove_after = count_left(datatrove, STEPS[:place + 1], by_copies)
+        compared = [key for key in ours_before if ours_before[key] == datatrove_before[key]]
         shares = []
         for kinds in (TEXT_FOLDERS, *((kind,) for kind in TEXT_FOLDERS)):
-            same = [kept[key] == others_kept[key] for key in compared if planted[key][0] in kinds]
-            shares.append(f"{'/'.join(kinds)} {100 * sum(same) / max(len(same), 1):.2f}")
-        print(f"{step:<14} ours keeps {kept.total():,}, datatrove {others_kept.total():,}; agreement in % of "
-              f"{len(compared):,}: {', '.join(shares)}")
-    for name in ("exact", "near", "contaminated", "spoiled", ""):
-        of = [id_ for id_, (_, what) in planted.items() if what.partition(":")[0] == name]
-        told = [f"{side} {dict(Counter(fate.get(id_, 'not read') for id_ in of).most_common(5))}"
-                for side, fate in fates.items()]
-        print(f"planted {name or 'nothing'}, {len(of):,}: {'; '.join(told)}")
+            agreed = [ours_after[key] == datatrove_after[key] for key in compared if planted[key][0] in kinds]
+            shares.append(f"{'/'.join(kinds)} {100 * sum(agreed) / max(len(agreed), 1):.2f}")
+        print(f"{step:<14} ours keeps {ours_after.total():,}, datatrove {datatrove_after.total():,}; "
+              f"agreement in % of {len(compared):,}: {', '.join(shares)}")
+    for defect in ("exact", "near", "contaminated", "spoiled", ""):
+        ids = [id_ for id_, (_, name) in planted.items() if name.partition(":")[0] == defect]
+        counts = [f"{side} {dict(Counter(fates.get(id_, 'not read') for id_ in ids).most_common(5))}"
+                  for side, fates in (("ours", ours), ("datatrove", datatrove))]
+        print(f"planted {defect or 'nothing'}, {len(ids):,}: {'; '.join(counts)}")
 
 
-def digest(folder: Path) -> str:
+def compute_digest(folder: Path) -> str:
+    """Return the first 12 digits of the SHA-256 of all output files, decompressed, with their names."""
     result = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".gz", ".parquet")):
         raw = file.read_bytes()
@@ -301,29 +349,34 @@ def digest(folder: Path) -> str:
     return result.hexdigest()[:12]
 
 
-def kill(folder: Path, peer: str, stage: str) -> None:
+def run_kills(folder: Path, peer: str, stage: str) -> None:
+    """Kill a worker, then a whole command; resume, and compare with an undisturbed run of one worker."""
     import psutil
 
     output = folder / ("ours/text" if stage == "ours" else f"peer/{stage}")
     for victim in ("a worker", "the command"):
-        process, below = start(folder, peer, stage, 2), list[psutil.Process]()
-        while len(below) < 2 or max(one.cpu_times().user for one in below) < KILL_AFTER_S:
+        process, children = start_stage(folder, peer, stage, 2), list[psutil.Process]()
+        while len(children) < 2 or max(child.cpu_times().user for child in children) < KILL_AFTER_S:
             time.sleep(0.2)
-            below = psutil.Process(process.pid).children(recursive=True)
-        (max(below, key=lambda one: one.cpu_times().user) if victim == "a worker" else process).kill()
+            children = psutil.Process(process.pid).children(recursive=True)
+        if victim == "a worker":
+            max(children, key=lambda child: child.cpu_times().user).kill()
+        else:
+            process.kill()
         try:
-            told = f"ends with {process.wait(WAIT_S)}"
+            outcome = f"ends with {process.wait(WAIT_S)}"
         except subprocess.TimeoutExpired:
             process.kill()
-            told = f"still waits {WAIT_S} s later"
-        for one in (left := psutil.wait_procs(below, timeout=5)[1]):
-            one.kill()
-        print(f"{stage}: {victim} killed: the command {told}, {len(left)} processes stay", flush=True)
-    measured(start(folder, peer, stage, 2))
-    resumed = digest(output)
+            outcome = f"still waits {WAIT_S} s later"
+        left = psutil.wait_procs(children, timeout=5)[1]
+        for child in left:
+            child.kill()
+        print(f"{stage}: {victim} killed: the command {outcome}, {len(left)} processes stay", flush=True)
+    wait_and_measure(start_stage(folder, peer, stage, 2))
+    resumed = compute_digest(output)
     shutil.rmtree(folder / ("ours" if stage == "ours" else "peer"))
-    measured(start(folder, peer, stage, 1))
-    print(f"{stage}: resumed {resumed}, anew with one worker {digest(output)}", flush=True)
+    wait_and_measure(start_stage(folder, peer, stage, 1))
+    print(f"{stage}: resumed {resumed}, anew with one worker {compute_digest(output)}", flush=True)
 
 
 def main() -> int:
@@ -335,15 +388,16 @@ def main() -> int:
     parser.add_argument("--peer-stage", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer_stage:
-        return peer_stage(args.folder, args.peer_stage, args.workers)
+        return run_datatrove_stage(args.folder, args.peer_stage, args.workers)
     size_mb = write_corpus(args.folder, args.documents, args.size_mb)
     print(f"{args.documents:,} documents, {size_mb:.1f} MB, {args.workers} workers", flush=True)
     for stage in ("ours", *STEPS):
-        print(f"{stage:<14}{measured(start(args.folder, args.peer, stage, args.workers))}", flush=True)
+        process = start_stage(args.folder, args.peer, stage, args.workers)
+        print(f"{stage:<14}{wait_and_measure(process)}", flush=True)
     compare(args.folder, args.documents)
     write_corpus(small := args.folder / "kills", args.documents // 10, args.size_mb / 10)
     for stage in ("ours", "rules"):
-        kill(small, args.peer, stage)
+        run_kills(small, args.peer, stage)
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Fit the parameters of the speed model to measured runs, with few parameters near their physical values.
+"""Fit the parameters of `plan`'s speed model to measured runs.
 
-Least squares of the logarithm of predicted over measured throughput, with a soft loss (a row that lies far
-off counts little) and a prior for each number: how far it may go from where vendors and papers have it.
+The fit is nonlinear least squares of log(predicted / measured throughput). Cauchy's loss limits the influence
+of runs that the model cannot explain, and each parameter has a prior from vendors' and papers' figures
+(`PRIORS`), which keeps it near a physically plausible value. benchmarks/plan_calibration.py runs the fit.
 """
 
 from __future__ import annotations
@@ -19,40 +20,37 @@ from megatron_sov.plan.speed.workload import Workload
 
 @dataclass(frozen=True)
 class Prior:
-    """Where a number is expected before any run is seen."""
+    """Prior of a parameter: expected value and bounds.
+
+    A parameter with `low` > 0 is fitted by its logarithm; otherwise it may be zero, and is fitted directly.
+    """
 
     value: float
-    """The middle."""
     spread: float
-    """Half width of what is likely: as a share of the value."""
+    """Standard deviation as a share of `value`."""
     low: float
-    """Least that is possible."""
     high: float
-    """Most that is possible."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A measured run."""
+    """A measured run with its throughput; `weight` is its weight in the sum of squares."""
 
     workload: Workload
-    """What ran."""
     tokens_per_s_per_gpu: float
-    """How fast."""
     weight: float = 1.0
-    """How much it counts."""
 
 
 SOFT = 0.1
-"""Error (a share) from which on a row's weight fades: it has a cause that the model does not know."""
+"""Scale of Cauchy's loss: log error above which a run's influence decreases."""
 STEP = 1e-2
-"""Step of the slopes, in units of a prior's spread."""
+"""Step of finite differences in units of a prior's spread."""
 PRIOR_WEIGHT = 0.25
-"""Weight of a number's distance from its prior, in units of a row that is off by `SOFT`."""
+"""Residual of a parameter one spread from its prior, where a run that is off by `SOFT` has about 0.8."""
 
 
 def error(sample: Sample, parameters: Parameters) -> float:
-    """Return the logarithm of predicted over measured throughput."""
+    """Return log(predicted / measured throughput)."""
     return math.log(estimate_step(sample.workload, parameters).tokens_per_s_per_gpu
                     / sample.tokens_per_s_per_gpu)
 
@@ -73,72 +71,76 @@ def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, 
 
     paths = list(priors)
     table = deepcopy(vars(start))
-    low, high = (np.array([_to_line(getattr(priors[path], end), priors[path]) for path in paths])
-                 for end in ("low", "high"))
-    first = np.clip(np.array([_to_line(_get(table, path), priors[path]) for path in paths]),
-                    low + 1e-9, high - 1e-9)
-    middle = np.array([_to_line(priors[path].value, priors[path]) for path in paths])
-    spread = np.array([_spread(priors[path]) for path in paths])
+    low = np.array([_transform(priors[path].low, priors[path]) for path in paths])
+    high = np.array([_transform(priors[path].high, priors[path]) for path in paths])
+    initial = np.array([_transform(_get(table, path), priors[path]) for path in paths])
+    initial = np.clip(initial, low + 1e-9, high - 1e-9)
+    expected = np.array([_transform(priors[path].value, priors[path]) for path in paths])
+    spread = np.array([_compute_spread(priors[path]) for path in paths])
 
-    def parameters(x: Any) -> Parameters:
+    def build_parameters(x: Any) -> Parameters:
         result = deepcopy(table)
         for path, value in zip(paths, x, strict=True):
-            _set(result, path, _from_line(float(value), priors[path]))
+            _set(result, path, _invert_transform(float(value), priors[path]))
         return Parameters(**result)
 
-    def one(row: int, p: Parameters) -> float:
-        return _soft(error(samples[row], p)) * math.sqrt(samples[row].weight)
+    def compute_residual(row: int, parameters: Parameters) -> float:
+        return _apply_cauchy(error(samples[row], parameters)) * math.sqrt(samples[row].weight)
 
-    def residuals(x: Any) -> Any:
-        p = parameters(x)
-        rows = [one(row, p) for row in range(len(samples))]
-        return np.array([*rows, *(PRIOR_WEIGHT * (x - middle) / spread)])
+    def compute_residuals(x: Any) -> Any:
+        """Return an array (samples + parameters): residuals of the runs, then of the priors."""
+        parameters = build_parameters(x)
+        rows = [compute_residual(row, parameters) for row in range(len(samples))]
+        return np.array([*rows, *(PRIOR_WEIGHT * (x - expected) / spread)])
 
-    touched: list[list[int]] = []
+    affected_rows: list[list[int]] = []
+    """Per parameter, the runs whose prediction depends on it; for most parameters these are few."""
 
-    def slopes(x: Any) -> Any:
-        base = residuals(x)
-        table = np.zeros((len(base), len(paths)))
+    def compute_jacobian(x: Any) -> Any:
+        """Return finite differences (samples + parameters, parameters)."""
+        base = compute_residuals(x)
+        jacobian = np.zeros((len(base), len(paths)))
         for column in range(len(paths)):
-            step = STEP * spread[column] * (1 if x[column] + STEP * spread[column] < high[column] else -1)
+            step = STEP * spread[column]
+            if x[column] + step >= high[column]:
+                step = -step
             moved = x.copy()
             moved[column] += step
-            p = parameters(moved)
-            if len(touched) <= column:  # most numbers matter to few rows, always the same
-                rows = range(len(samples))
-                touched.append([row for row in rows if one(row, p) != base[row]])
-            for row in touched[column]:
-                table[row, column] = (one(row, p) - base[row]) / step
-            table[len(samples) + column, column] = PRIOR_WEIGHT / spread[column]
-        return table
+            parameters = build_parameters(moved)
+            if len(affected_rows) <= column:
+                affected_rows.append([row for row in range(len(samples))
+                                      if compute_residual(row, parameters) != base[row]])
+            for row in affected_rows[column]:
+                jacobian[row, column] = (compute_residual(row, parameters) - base[row]) / step
+            jacobian[len(samples) + column, column] = PRIOR_WEIGHT / spread[column]
+        return jacobian
 
-    result = least_squares(residuals, first, slopes, bounds=(low, high), max_nfev=max_rounds, xtol=1e-4,
-                           ftol=1e-4, x_scale=spread)
+    result = least_squares(compute_residuals, initial, compute_jacobian, bounds=(low, high),
+                           max_nfev=max_rounds, xtol=1e-4, ftol=1e-4, x_scale=spread)
     progress(f"{result.nfev} rounds, cost {result.cost:.2f}")
-    return parameters(result.x)
+    return build_parameters(result.x)
 
 
-def _soft(deviation: float) -> float:
-    """Return a deviation in units of `SOFT` whose square grows as a logarithm from there (Cauchy's loss)."""
+def _apply_cauchy(deviation: float) -> float:
+    """Return the signed root of Cauchy's loss, log(1 + (deviation / SOFT)^2)."""
     ratio = deviation / SOFT
     return math.copysign(math.sqrt(math.log1p(ratio * ratio)), ratio)
 
 
-def _is_share(prior: Prior) -> bool:
-    """Return whether a number may be zero, and is fitted as it stands, not by its logarithm."""
-    return prior.low <= 0
+def _transform(value: float, prior: Prior) -> float:
+    """Return the coordinate in which a parameter is fitted: itself if it may be zero, else its logarithm."""
+    return value if prior.low <= 0 else math.log(value)
 
 
-def _to_line(value: float, prior: Prior) -> float:
-    return value if _is_share(prior) else math.log(value)
+def _invert_transform(value: float, prior: Prior) -> float:
+    return value if prior.low <= 0 else math.exp(value)
 
 
-def _from_line(value: float, prior: Prior) -> float:
-    return value if _is_share(prior) else math.exp(value)
-
-
-def _spread(prior: Prior) -> float:
-    return prior.spread * (max(prior.value, 0.1 * prior.high) if _is_share(prior) else 1)
+def _compute_spread(prior: Prior) -> float:
+    """Return the prior's spread in the fitted coordinate."""
+    if prior.low > 0:
+        return prior.spread  # of a logarithm, a relative spread is an absolute one
+    return prior.spread * max(prior.value, 0.1 * prior.high)
 
 
 def _get(table: dict[str, Any], path: str) -> float:
@@ -153,8 +155,6 @@ def _set(table: dict[str, Any], path: str, value: float) -> None:
         table = table[folder]
     table[name] = value
 
-
-# What vendors, papers and kernels' own timings say of the parameters before any run is seen.
 
 PRIORS = {
     # cuBLAS on large shapes: 250 to 280 of an A100's 312 TFLOP/s, 600 to 750 of an H100's 989, 1,500 to 1,800
@@ -214,4 +214,4 @@ PRIORS = {
     "host_bytes_per_s": Prior(15e9, 0.5, 3e9, 6e10),
     "step_overhead_s": Prior(0.02, 0.8, 1e-3, 0.1),
 }
-"""Path of a number in `Parameters` -> what is expected of it; the others stay as they are."""
+"""Path of a parameter in `Parameters` -> prior, from vendors, papers and timings of single kernels."""

@@ -1,5 +1,8 @@
-"""Settings and fixtures of all tests: drawn examples are the same in every run,
-ranks are real processes, models are tiny."""
+"""Settings and fixtures of all tests.
+
+Examples of Hypothesis are the same in every run. Ranks are real processes, forked from a worker that has
+imported Megatron-Core once (`Worker`). Models are tiny.
+"""
 
 from __future__ import annotations
 
@@ -45,15 +48,17 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Memory that a test has freed goes back to the system, see `give_memory_back`: glibc keeps a heap for each
-# thread, and pyarrow's own allocator gigabytes.
+# so that `return_freed_memory` works: glibc would keep a heap per thread, and pyarrow's allocator gigabytes
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 
 class EagerLibrary:
-    """Import hook that disables compilation in megatron-core's `jit` module. A test file imports the library
-    before `cpu_shims` is installed; compilation would then cost seconds per function in all later tests."""
+    """Import hook that disables compilation in megatron-core's `jit` module.
+
+    A test file may import the library before `cpu_shims` is installed; compilation would then cost seconds
+    per function in all later tests.
+    """
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -72,24 +77,27 @@ class EagerLibrary:
 
 sys.meta_path.insert(0, EagerLibrary)  # type: ignore[arg-type]
 GROWTH_BYTES = 32 << 20
-"""After which a process of pytest gives back what it does not use."""
+"""Growth of a pytest process after which it returns freed memory to the system."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
-    """Let the collector of garbage pass over the million objects that tests are, which stay to the end, and
-    begin less often: an eighth of all processor time went into it.  Have Hypothesis build its table of
-    characters and read the constants of our modules: that takes seconds, and the first test that draws text
-    would be charged for them."""
+    """Speed up garbage collection and warm up Hypothesis.
+
+    The million objects of collected tests stay until the end, so the garbage collector skips them and runs
+    less often; it used an eighth of all processor time. Hypothesis builds its table of characters and reads
+    the constants of our modules now: this takes seconds, which would count as time of the first test that
+    draws text.
+    """
     gc.disable()
-    found = yield
+    result = yield
     if any(is_hypothesis_test(getattr(item, "obj", None)) for item in session.items):
         _draw_text()
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
-    return found
+    return result
 
 
 @settings(max_examples=1, database=None, deadline=None)
@@ -103,7 +111,7 @@ _kept_bytes = [0]
 
 @pytest.fixture
 def logged() -> Iterator[list[logging.LogRecord]]:
-    """Return the records of loggers, warnings and above, as they come."""
+    """Return a list that receives the records of loggers at level warning and above."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append  # type: ignore[method-assign, assignment]
@@ -124,9 +132,11 @@ def solar_open2() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def give_memory_back() -> Iterator[None]:
-    """Return freed memory to the system after files in which this process has grown: otherwise the largest
-    test would set the size for the rest."""
+def return_freed_memory() -> Iterator[None]:
+    """Return freed memory to the system after each file that has increased it.
+
+    Otherwise the process would keep the size of its largest test.
+    """
     yield
     if sys.platform == "linux" and psutil.Process().memory_info().rss > _kept_bytes[0] + GROWTH_BYTES:
         ctypes.CDLL(None).malloc_trim(0)
@@ -138,15 +148,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.
 
 
 @contextmanager
-def left_as_it_was(folder: Path) -> Iterator[None]:
-    """Undo side effects that other runs in this process would see: signal handlers, variables of Transformer
-    Engine, and modules imported from below `folder`, whose names other tests reuse."""
+def restore_process_state(folder: Path) -> Iterator[None]:
+    """Undo side effects that later tests in this process would see.
+
+    These are signal handlers, environment variables of Transformer Engine, and modules imported from below
+    `folder`, whose names other tests reuse.
+    """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     variables = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
     num_modules = len(sys.modules)
     yield
     for number, handler in handlers.items():
-        if handler is not None and signal.getsignal(number) != handler:  # None: not of Python
+        if handler is not None and signal.getsignal(number) != handler:  # None: not set by Python
             signal.signal(number, handler)
     for name in [name for name in os.environ if name.startswith("NVTE_")]:
         del os.environ[name]
@@ -154,25 +167,26 @@ def left_as_it_was(folder: Path) -> Iterator[None]:
     below = f"{folder}{os.sep}"
     for name in [*islice(reversed(sys.modules), max(0, len(sys.modules) - num_modules))]:
         spec = getattr(sys.modules[name], "__spec__", None)
-        # a file that was run as a plugin has none: its name is of its path
-        if spec and (spec.origin or str(next(iter(spec.submodule_search_locations or ()), ""))).startswith(
-                below):
+        if not spec:  # a plugin file, whose module name has its path
+            continue
+        origin = spec.origin or str(next(iter(spec.submodule_search_locations or ()), ""))
+        if origin.startswith(below):
             del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)
-def leave_the_process_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """See `left_as_it_was`, of each test."""
-    with left_as_it_was(tmp_path_factory.getbasetemp()):
+def restore_process_after_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Apply `restore_process_state` to each test."""
+    with restore_process_state(tmp_path_factory.getbasetemp()):
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
-def leave_the_process_as_the_file_found_it(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Apply `left_as_it_was` to the fixtures of a file: Ray replaces the handler of SIGTERM."""
+def restore_process_after_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Apply `restore_process_state` to the fixtures of a file; Ray replaces the handler of SIGTERM."""
     if sys.modules.get("transformer_engine", "") is None:  # a process that prepares for a CPU hides it
         del sys.modules["transformer_engine"]
-    with left_as_it_was(tmp_path_factory.getbasetemp()):
+    with restore_process_state(tmp_path_factory.getbasetemp()):
         yield
 
 
@@ -182,9 +196,11 @@ _kept_threads = [0]
 
 @pytest.hookimpl(trylast=True, specname="pytest_runtest_teardown")
 def pytest_drop_garbage() -> None:
-    """Collect discarded models: their process groups keep threads that wake a hundred times a second and took
-    half of a worker's processor time. Threads of libraries, which remain, do not trigger another
-    collection."""
+    """Collect garbage when a test leaves many threads.
+
+    Process groups of discarded models keep threads that wake a hundred times a second, which took half of a
+    worker's processor time. Threads that remain afterwards are of libraries, and do not count the next time.
+    """
     if sys.platform != "linux":
         return
     now = len(os.listdir("/proc/self/task"))
@@ -196,30 +212,29 @@ def pytest_drop_garbage() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """One function of a test file, run on `nproc` ranks."""
+    """A function of a test file that runs on `nproc` ranks.
+
+    The function is at module level, joins the world itself, and returns JSON values; its keyword arguments
+    are JSON values too.
+    """
 
     file: str
-    """The test file (`__file__`)."""
     function: str
-    """Name of a module-level function in it; it joins the world itself and returns JSON values."""
     nproc: int = 1
-    """Ranks."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments, plain JSON values."""
 
 
 def refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Turn skips into failures if SOV_NEEDS_ALL is set, as in `.ci/run`: missing programs must be installed
-    there."""
-    # else it is an xfail
-    if report.skipped and isinstance(report.longrepr, tuple) and os.environ.get("SOV_NEEDS_ALL"):
-        report.outcome, report.longrepr = ("failed",
-                                           f"SOV_NEEDS_ALL is set, and this would be {report.longrepr[-1]}")
+    """Turn skips into failures if SOV_NEEDS_ALL is set, as in `.ci/run`, where all programs are installed."""
+    is_skip = report.skipped and isinstance(report.longrepr, tuple)  # otherwise an expected failure
+    if is_skip and os.environ.get("SOV_NEEDS_ALL"):
+        report.outcome = "failed"
+        report.longrepr = f"SOV_NEEDS_ALL is set, and this would be {report.longrepr[-1]}"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """See `refuse_to_skip`; whether a test for a GPU can run is not a matter of installing."""
+    """Judge the test's processor time and its skip; tests for a GPU may be skipped."""
     report = yield
     tiers.judge_processor_time(item, report)
     if not item.get_closest_marker("gpu"):
@@ -229,38 +244,37 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """See `refuse_to_skip`: a file can be skipped as a whole."""
+    """Apply `refuse_to_skip` to files that are skipped as a whole."""
     report = yield
     refuse_to_skip(report)
     return report
 
 
 Ranks = Callable[..., list[list[Any]]]
-
-
 NO_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
+"""Environment variables that a process which is not a rank must not have."""
 TE_DOUBLE = Path(__file__).with_name("te_double")
 
 
 class Server:
-    """A process that will import megatron once, when first called, and answers every caller in a fork."""
+    """A process (rank_main.py) that imports Megatron-Core at the first request, and runs each in a fork.
+
+    It listens on the Unix socket `address`. `doubles` are folders of modules that replace libraries.
+    """
 
     def __init__(self, *doubles: Path) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.address = str(Path(self._folder.name) / "socket")
-        """Where it is called."""
-        with socket.socket(socket.AF_UNIX) as door:
-            door.bind(self.address)
-            door.listen()
-            # -P: the folder of tests mirrors our packages, and must not stand for them
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.address)
+            listener.listen()
+            # -P: the folder of tests has subfolders with the names of our packages
             command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("rank_main.py")),
-                       str(door.fileno()), *map(str, doubles)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[door.fileno()])
+                       str(listener.fileno()), *map(str, doubles)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -268,19 +282,19 @@ class Server:
 
 
 SHARED = "SOV_TESTS_SERVERS"
-"""Variable that tells, as JSON, where to call the workers that several processes of tests share."""
+"""Environment variable with the addresses (JSON) of workers that several pytest processes share."""
 
 
 @contextmanager
 def shared_workers() -> Iterator[dict[str, str]]:
-    """Yield where to call workers that several processes of tests share."""
+    """Yield the addresses of workers that several pytest processes share."""
     with closing(Server()) as server, closing(Server(TE_DOUBLE)) as te_server:
         yield {"worker": server.address, "te_worker": te_server.address}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
-    """Start the workers before the forks that call them, if nobody has (made_once.py)."""
+    """Start the shared workers before pytest forks, unless made_once.py has started them."""
     if SHARED in os.environ or getattr(session.config.option, "forks", 0) < 2:
         return (yield)
     with shared_workers() as addresses:
@@ -292,85 +306,85 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
 
 class Worker:
-    """A process that has imported Megatron-Core once and runs each request in a fork."""
+    """Client of a `Server`."""
 
     def __init__(self, folder: Path, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(address)
         self._lines = self._socket.makefile("rw")
         self._folder = folder
-        self._asked = 0
+        self._num_requests = 0
 
     def run(self, timeout_s: float, file_limit_bytes: int | None = None, without: Collection[str] = (),
-            **asked: Any) -> subprocess.CompletedProcess[str]:
-        """Do what is asked, with this process's environment and folder, as `subprocess.run` would.
+            **task: Any) -> subprocess.CompletedProcess[str]:
+        """Run a task in the environment and folder of this process, and return it as `subprocess.run` would.
 
         Args:
-            timeout_s: when it is killed.
-            file_limit_bytes: how large its files may be; None: as large as they will.
-            without: variables that it does not have.
-            asked: `jobs`, a file with jobs, or `program` and `argv`, a command and its arguments, or `stays`
-                and `arguments`: file and name of a function, which nobody waits for.
+            timeout_s: the task is killed after this time.
+            file_limit_bytes: maximum size of a file that it writes, or None.
+            without: environment variables that it does not get.
+            task: `jobs`, a file with jobs; or `program` and `argv`, a command; or `stays` and `arguments`, a
+                function (file, name) whose end is not awaited.
         """
-        self._asked += 1
-        out, err = (self._folder / f"{self._asked}.{name}" for name in ("out", "err"))
+        self._num_requests += 1
+        out, err = (self._folder / f"{self._num_requests}.{name}" for name in ("out", "err"))
         out.touch()
         err.touch()
-        order = asked | {"timeout_s": timeout_s, "file_limit_bytes": file_limit_bytes, "out": str(out),
-                         "err": str(err), "folder": os.getcwd()}
-        order["environment"] = {name: value for name, value in os.environ.items() if name not in without}
-        self._lines.write(json.dumps(order) + "\n")
+        request = task | {"timeout_s": timeout_s, "file_limit_bytes": file_limit_bytes, "out": str(out),
+                          "err": str(err), "folder": os.getcwd()}
+        request["environment"] = {name: value for name, value in os.environ.items() if name not in without}
+        self._lines.write(json.dumps(request) + "\n")
         self._lines.flush()
         answer = self._lines.readline()
         if not answer:
             pytest.exit("the worker has ended; see its error above")
         code, used_s = answer.split()
         tiers.charge(float(used_s))
-        return subprocess.CompletedProcess(asked, int(code),
-                                           *(f.read_text(errors="replace") for f in (out, err)))
+        return subprocess.CompletedProcess(task, int(code), out.read_text(errors="replace"),
+                                           err.read_text(errors="replace"))
 
     def close(self) -> None:
-        """Let go of it; what it still does ends."""
+        """Disconnect; a running task ends."""
         self._lines.close()
         self._socket.close()
 
 
-def _worker(folder: Path, name: str, *doubles: Path) -> Iterator[Worker]:
-    """Return the worker shared by all pytest processes, or this process's own if there is only one."""
-    known = json.loads(os.environ.get(SHARED, "{}"))
-    own = None if name in known else Server(*doubles)
-    found = Worker(folder, own.address if own else known[name])
-    yield found
-    found.close()
-    if own:
-        own.close()
+def _open_worker(folder: Path, name: str, *doubles: Path) -> Iterator[Worker]:
+    """Yield a client of the server that pytest processes share, or else of an own server."""
+    addresses = json.loads(os.environ.get(SHARED, "{}"))
+    own_server = None if name in addresses else Server(*doubles)
+    worker = Worker(folder, own_server.address if own_server else addresses[name])
+    yield worker
+    worker.close()
+    if own_server:
+        own_server.close()
 
 
 @pytest.fixture(scope="session")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """One worker for all tests."""
-    yield from _worker(tmp_path_factory.mktemp("worker"), "worker")
+    """Return the worker of all tests."""
+    yield from _open_worker(tmp_path_factory.mktemp("worker"), "worker")
 
 
 @pytest.fixture(scope="session")
 def te_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """One worker for all tests whose models are made of Transformer Engine's modules, by its double."""
-    yield from _worker(tmp_path_factory.mktemp("te_worker"), "te_worker", TE_DOUBLE)
+    """Return the worker of all tests whose models use the double of Transformer Engine."""
+    yield from _open_worker(tmp_path_factory.mktemp("te_worker"), "te_worker", TE_DOUBLE)
 
 
 @pytest.fixture
 def ranks(tmp_path: Path, worker: Worker) -> Ranks:
-    """Return `run(Job, ...)`, which gives each job's results, one per rank."""
-    return _ranks_of(worker, tmp_path / "jobs")
+    """Return `run(Job, ...)`, which returns the results of each job, one per rank."""
+    return _build_ranks(worker, tmp_path / "jobs")
 
 
 @pytest.fixture
 def te_ranks(tmp_path: Path, te_worker: Worker) -> Ranks:
     """Return the fixture `ranks` with the Transformer Engine double."""
-    return _ranks_of(te_worker, tmp_path / "te_jobs")
+    return _build_ranks(te_worker, tmp_path / "te_jobs")
 
 
-def _ranks_of(worker: Worker, folder: Path) -> Ranks:
+def _build_ranks(worker: Worker, folder: Path) -> Ranks:
 
     def run(*jobs: Job, timeout_s: float = 600) -> list[list[Any]]:
         folder.mkdir(exist_ok=True)
@@ -385,9 +399,11 @@ def _ranks_of(worker: Worker, folder: Path) -> Ranks:
 
 @pytest.fixture(scope="session")
 def run_command(worker: Worker) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return `run_command(*argv, program="megatron-sov", file_limit_bytes=None, timeout_s=600)`: run a
-    command in a fork of a process that has imported Megatron-Core, which is not a rank. It saves the start-up
-    time that a user would wait for."""
+    """Return `run_command(*argv, program="megatron-sov", file_limit_bytes=None, timeout_s=600)`.
+
+    It runs a command in a fork of a process that has imported Megatron-Core and is not a rank, which saves
+    the start-up time of a command.
+    """
 
     def run(*argv: str, program: str = "megatron-sov", file_limit_bytes: int | None = None,
             timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
@@ -398,12 +414,15 @@ def run_command(worker: Worker) -> Callable[..., subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="session")
 def warm_python(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a `python` that has already imported Megatron-Core, if this process is root; otherwise Python
-    itself. Commands of `run_command` start child processes with it if SOV_TESTS_PYTHON names it."""
+    """Return the path of a `python` that has already imported Megatron-Core.
+
+    Commands of `run_command` start child processes with it if SOV_TESTS_PYTHON names it. Without the rights
+    of root, the path is that of Python itself.
+    """
     if os.geteuid():
         return sys.executable
     folder = tmp_path_factory.mktemp("warm")
-    program = folder / "python3"  # the tests of jobs find ranks by a name that begins with python
+    program = folder / "python3"  # tests of jobs identify ranks by a process name that begins with python
     program.write_text(f"#!{sys.executable} -IS\n"
                        + Path(__file__).with_name("warm_client.py").read_text(encoding="utf-8"))
     program.chmod(0o755)
@@ -430,7 +449,10 @@ def has_ended(pid: int) -> bool:
 
 @pytest.fixture
 def ends() -> Callable[[int], bool]:
-    """Return `ends(pid)`: wait until that process ends, whatever its parent; return whether it did."""
+    """Return `ends(pid)`, which waits up to 600 s until a process has ended, and returns whether it has.
+
+    The process may be a child of any process.
+    """
 
     def wait(pid: int) -> bool:
         deadline_s = time.monotonic() + 600
@@ -450,14 +472,14 @@ OpenPage = Callable[[Path], tuple[str, list[str]]]
 LAYOUT_JS = Path(__file__).parent / "base/pages/layout.js"
 Screen = tuple[str, int, int]
 SCREENS: tuple[Screen, ...] = (("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900))
-"""Scheme of colours, and width and height in CSS pixels, of a phone, a tablet and a notebook; the dark scheme
-is colours alone and moves nothing, so that one screen shows it."""
+"""(color scheme, width, height in CSS pixels) of a phone, a tablet and a notebook. The dark scheme changes
+colors only, so one screen is enough for it."""
 MeasurePage = Callable[..., dict[tuple[str, int], dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
 def browser() -> str:
-    """Path of a Chromium that starts; `make browser` installs one."""
+    """Return the path of a Chromium that starts; `make browser` installs one."""
     for name in BROWSERS:
         if (shutil.which(name)
                 and subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0):
@@ -467,23 +489,24 @@ def browser() -> str:
 
 @pytest.fixture
 def open_page(browser: str, tmp_path: Path) -> OpenPage:
-    """Return `open_page(file)`: the document after its scripts ran, and their console output."""
+    """Return `open_page(file)`, which returns the document after its scripts have run, and console lines."""
 
-    def opened(file: Path) -> tuple[str, list[str]]:
+    def open_file(file: Path) -> tuple[str, list[str]]:
         completed = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
                                     file.as_uri()], capture_output=True, text=True, timeout=600, check=True)
         return completed.stdout, re.findall(r"CONSOLE.*", completed.stderr)
 
-    return opened
+    return open_file
 
 
 @pytest.fixture
 def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
-    """Return `measure_page(file, screens=SCREENS)`: the findings of layout.js by (light or dark, screen
-    width). One browser holds all screens as frames; the page's content policy allows the measuring script by
-    its hash."""
+    """Return `measure_page(file, screens=SCREENS)`, which returns (scheme, width) -> findings of layout.js.
 
-    def measured(file: Path, screens: tuple[Screen, ...] = SCREENS) -> dict[tuple[str, int], dict[str, Any]]:
+    One browser shows all screens as frames. The page's content security policy allows layout.js by its hash.
+    """
+
+    def measure(file: Path, screens: tuple[Screen, ...] = SCREENS) -> dict[tuple[str, int], dict[str, Any]]:
         script = LAYOUT_JS.read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         page = file.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
@@ -498,28 +521,29 @@ def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
             'document.body.append(found); });</script>',
             encoding="utf-8")
         dom, _ = open_page(tmp_path / "frames.html")
-        found = [json.loads(html.unescape(text))
-                 for text in re.findall(r"<pre>(.*?)</pre>", dom, flags=re.DOTALL)]
-        return {(one["scheme"], one["width"]): one for one in found}
+        frame_texts = re.findall(r"<pre>(.*?)</pre>", dom, flags=re.DOTALL)
+        findings = [json.loads(html.unescape(text)) for text in frame_texts]
+        return {(frame["scheme"], frame["width"]): frame for frame in findings}
 
-    return measured
+    return measure
 
 
 SIZES = {"vocab_size": 1024, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 16, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
          "max_position_embeddings": 512, "initializer_range": 0.25}
-"""A large spread of initial weights: logits of several units, so that a wrong detail of the model shows."""
+"""Sizes of tiny Hugging Face models. With initial weights of a large spread, logits are several units, so a
+wrong detail of a model changes them visibly."""
 
 
-def _made_folder(name: str, factory: pytest.TempPathFactory,
-                 run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
-    """Return the folder of a fixture: created now, or a copy of the folder of that name in SOV_TESTS_DATA."""
+def _prepare_folder(name: str, factory: pytest.TempPathFactory,
+                    run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
+    """Return a new folder of data: a copy from SOV_TESTS_DATA if made_once.py fills it, or generated here."""
     folder = factory.mktemp(name)
-    if kept := os.environ.get("SOV_TESTS_DATA"):
+    if shared_data := os.environ.get("SOV_TESTS_DATA"):
         deadline_s = time.monotonic() + 600
-        while not (Path(kept) / name).is_dir() and time.monotonic() < deadline_s:
-            time.sleep(0.1)  # made_once.py is still making the folder
-        shutil.copytree(Path(kept) / name, folder, dirs_exist_ok=True)
+        while not (Path(shared_data) / name).is_dir() and time.monotonic() < deadline_s:
+            time.sleep(0.1)  # made_once.py is still generating it
+        shutil.copytree(Path(shared_data) / name, folder, dirs_exist_ok=True)
         return folder
     from tests.packing import MAKERS
 
@@ -530,16 +554,15 @@ def _made_folder(name: str, factory: pytest.TempPathFactory,
 @pytest.fixture(scope="session")
 def token_shards(tmp_path_factory: pytest.TempPathFactory,
                  run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
-    """A token artifact with two sources, "first" and "second", a fifth of each held out;
-    the tokenizer lies inside."""
-    return _made_folder("token_shards", tmp_path_factory, run_command) / "shards"
+    """Return token shards with a tokenizer: sources "first" and "second", a fifth of each held out."""
+    return _prepare_folder("token_shards", tmp_path_factory, run_command) / "shards"
 
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory,
                run_command: Callable[..., subprocess.CompletedProcess[str]]) -> dict[str, Path]:
-    """Tokenizer artifacts with 384 ids: "solar-open" and "k-exaone"."""
-    folder = _made_folder("tokenizers", tmp_path_factory, run_command)
+    """Return the folders of two tokenizers with 384 ids, "solar-open" and "k-exaone"."""
+    folder = _prepare_folder("tokenizers", tmp_path_factory, run_command)
     return {preset: folder / preset for preset in ("solar-open", "k-exaone")}
 
 
@@ -563,7 +586,7 @@ def _random_exaone() -> Any:
 
 @pytest.fixture(scope="session")
 def hf_models(tmp_path_factory: pytest.TempPathFactory, token_shards: Path) -> dict[str, Path]:
-    """Hugging Face folders of tiny random models, written by transformers: family -> folder."""
+    """Return family -> Hugging Face folder of a tiny random model, written by transformers."""
     import torch
 
     folders = {}
@@ -582,7 +605,7 @@ def hf_models(tmp_path_factory: pytest.TempPathFactory, token_shards: Path) -> d
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, hf_models: dict[str, Path]) -> dict[str, Path]:
-    """The same models as checkpoints: family -> folder."""
+    """Return family -> checkpoint of the same models."""
     from megatron_sov import convert
 
     folder = tmp_path_factory.mktemp("imported")
@@ -593,15 +616,19 @@ def imported(tmp_path_factory: pytest.TempPathFactory, hf_models: dict[str, Path
 
 @pytest.fixture(scope="session")
 def as_one_rank() -> dict[str, str]:
-    """Return the environment of the one rank of a torchrun; of port 0 the system makes a free one, which
-    nobody else can take in between."""
+    """Return the environment of a torchrun with one rank.
+
+    With port 0 the system chooses a free port, which no other process can take in the meantime.
+    """
     return {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @pytest.fixture
 def one_rank(as_one_rank: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run as the one rank of a torchrun: pytest's process has threads,
-    which a fork would not survive."""
+    """Let commands run in pytest's process as the only rank of a torchrun.
+
+    Otherwise they would fork ranks, which fails in a process with threads.
+    """
     for name, value in as_one_rank.items():
         monkeypatch.setenv(name, value)
 
@@ -609,17 +636,19 @@ def one_rank(as_one_rank: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture(scope="session")
 def packed_data(tmp_path_factory: pytest.TempPathFactory,
                 run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Packed:
-    """Documents and chats, packed by the project's own commands in another process, because their imports are
-    large and most tests do not need them."""
+    """Return documents and chats, packed by the project's own commands in another process.
+
+    Most tests do not need the large imports of these commands.
+    """
     from tests.packing import Packed
 
-    return Packed.of(_made_folder("packed_data", tmp_path_factory, run_command))
+    return Packed.of(_prepare_folder("packed_data", tmp_path_factory, run_command))
 
 
 def _pip(*arguments: str, cwd: Path, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--no-input", *arguments]
-    completed = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ,
-                                                                                      **environment})
+    completed = subprocess.run(command, cwd=cwd, capture_output=True, text=True,
+                               env={**os.environ, **environment})
     assert completed.returncode == 0, completed.stderr
 
 
@@ -634,7 +663,7 @@ def packaged_files() -> set[str]:
 
 @pytest.fixture(scope="session")
 def wheel(packaged_files: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the sources, so that nothing is written next to them."""
+    """Return the wheel, built from a copy of the sources, so that nothing is written next to them."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
     for name in packaged_files | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
@@ -649,7 +678,7 @@ def wheel(packaged_files: set[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install only the wheel; its dependencies are those of the test environment."""
+    """Return a folder with the installed wheel, without its dependencies."""
     target = tmp_path_factory.mktemp("elsewhere") / "site"
     _pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target.parent)
     return target
@@ -657,47 +686,52 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_round() -> Callable[..., None]:
-    """Return `write(store, prompts, rollout, number, version, attempt=0, unfinished=(), judge=True,
-    one_prompt=False)`: write a round of scripted responses in the form of `rl generate` and `rl reward`, as a
-    pure function of its arguments. Responses have 4 to 12 tokens; sample s of prompt i has reward 1 if s
-    divides i + 1, else 0. Responses in `unfinished` (prompt index, sample) are not finished, and attempt 1
-    contains only them. With `one_prompt` all responses of a group start with the same tokens, as those of a
-    model do."""
+    """Return a function that writes a round of random responses and rewards to a rollout store.
+
+    The round has the form of `rl generate` and `rl reward`, and depends only on the arguments. Responses have
+    4 to 12 tokens. Sample s (from 0) of prompt i has reward 1 if s + 1 divides i + 1, else 0. Responses in
+    `unfinished` (prompt index, sample) are unfinished, and attempt 1 has only them. With `one_prompt`, all
+    samples of a prompt have the same prompt tokens, as those of a model do. With `judge=False`, rewards are
+    not written.
+    """
     import numpy as np
 
     from megatron_sov.rollouts.round_order import select_round_prompts, split_into_pieces
     from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, format_part_name
 
-    def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool,
-            one_prompt: bool) -> Any:
+    def draw_row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool,
+                 one_prompt: bool) -> Any:
         random = np.random.default_rng([int(prompt.id, 16), number, sample])
         count = int(random.integers(4, 13))
         tokens, logprobs = random.integers(0, store.vocab_size, 24), -random.random(24).astype(np.float32)
-        count = 2 if cut else count
-        asked = tokens[12:12 + 3 + sample % 3]
+        reason = LENGTH if count == 12 else STOP
+        if cut:
+            count, reason = 2, UNFINISHED
+        prompt_tokens = tokens[12:12 + 3 + sample % 3]
         if one_prompt:
-            asked = np.random.default_rng(int(prompt.id, 16)).integers(0, store.vocab_size, 5)
+            prompt_tokens = np.random.default_rng(int(prompt.id, 16)).integers(0, store.vocab_size, 5)
+        policy_step = (number - 1) * rollout.steps_per_round
         return Rollout(
             Key(prompt.id, sample, f"{number:064d}", "sampling"), number, attempt, prompt.record,
-            asked.astype(np.int32), tokens[:count].astype(np.int32),
-            logprobs[:count], np.full(count, (number - 1) * rollout.steps_per_round, np.int32),
-            UNFINISHED if cut else LENGTH if count == 12 else STOP, "text", rollout.temperature, "scripted",
-            0.0, 1.0)
+            prompt_tokens.astype(np.int32), tokens[:count].astype(np.int32), logprobs[:count],
+            np.full(count, policy_step, np.int32), reason, "text", rollout.temperature, "scripted", 0.0, 1.0)
 
     def write(store: Any, prompts: Any, rollout: Any, number: int, version: str, attempt: int = 0,
               unfinished: Collection[tuple[int, int]] = (), *, judge: bool = True, one_prompt: bool = False
               ) -> None:
-        asked = select_round_prompts(prompts, rollout, number)
-        place = {prompt.id: i for i, prompt in enumerate(asked)}
-        for piece in split_into_pieces(asked, number, rollout.piece_prompts):
-            wanted = [(prompt, sample) for prompt in piece.prompts
-                      for sample in range(rollout.samples_per_prompt)
-                      if not attempt or (place[prompt.id], sample) in unfinished]
-            if not wanted:
+        round_prompts = select_round_prompts(prompts, rollout, number)
+        place = {prompt.id: i for i, prompt in enumerate(round_prompts)}
+        for piece in split_into_pieces(round_prompts, number, rollout.piece_prompts):
+            rows = []
+            for prompt in piece.prompts:
+                for sample in range(rollout.samples_per_prompt):
+                    is_cut = (place[prompt.id], sample) in unfinished
+                    if attempt == 0 or is_cut:
+                        rows.append(draw_row(store, rollout, prompt, number, sample, attempt,
+                                             attempt == 0 and is_cut, one_prompt))
+            if not rows:
                 continue
             name = format_part_name(number, piece.number, attempt)
-            rows = [row(store, rollout, p, number, s, attempt,
-                        not attempt and (place[p.id], s) in unfinished, one_prompt) for p, s in wanted]
             store.add_rollouts(name, rows, {})
             if judge:
                 store.add_rewards(version, name, [RewardRow(
@@ -709,23 +743,24 @@ def write_round() -> Callable[..., None]:
 
 def _written_scores(path: Path, scores: list[float | None], *, clusters: list[str] | None = None,
                     metric: str = "acc", value: float | None = None, model: str = "a", **fields: Any) -> Path:
-    """Write results of one task, as `eval lm` would."""
+    """Write the results file of one task with item scores, as `eval lm` would; a None is a failed item."""
     from megatron_sov.bench.lm.results import (
         EvaluatedModel, Metric, ResultItem, Results, TaskScores, write_results)
 
     known = [s for s in scores if s is not None]
     first = Metric(metric, sum(known) / len(known) if value is None and known else value,
                    higher_is_better=metric != "loss")
-    told = {"task_hash": "t" * 64, "output_type": "multiple_choice", "prompt_hash": "p"} | fields
+    task_fields = {"task_hash": "t" * 64, "output_type": "multiple_choice", "prompt_hash": "p"} | fields
     items = [ResultItem("quiz", str(i), f"d{i}", clusters[i] if clusters else None, scores={metric: s},
                         question=f"What is question number {i} of this little quiz about?",
                         failed="no answer" if s is None else None) for i, s in enumerate(scores)]
-    write_results(path, Results(EvaluatedModel(model, f"hash of {model}", "checkpoint", 10), {
-        "quiz": TaskScores(items=len(scores), metrics=(first,), **told)}, {"lm_eval": "0.4.13"}), items)
+    scores_of_task = TaskScores(items=len(scores), metrics=(first,), **task_fields)
+    evaluated = EvaluatedModel(model, f"hash of {model}", "checkpoint", 10)
+    write_results(path, Results(evaluated, {"quiz": scores_of_task}, {"lm_eval": "0.4.13"}), items)
     return path
 
 
 @pytest.fixture(scope="session")
 def written_scores() -> Callable[..., Path]:
-    """Return a function that writes the results of one task, with item scores, to a file."""
+    """Return `_written_scores`."""
     return _written_scores

@@ -1,6 +1,7 @@
-"""`@pytest.mark.each(names, rows)`: `parametrize` inside a single test, which lists every row that fails.
+"""Plugin for `@pytest.mark.each(names, rows)`: like `parametrize`, but one test runs all rows.
 
-pytest spends 13 ms of processor time on every case of `parametrize`, more than most rows take.
+The test lists every row that fails. With `parametrize`, pytest spends 13 ms of processor time on each case,
+more than most rows take.
 """
 
 import functools
@@ -16,52 +17,62 @@ Test = Callable[..., None]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: Any) -> list[Any] | None:
-    """Collect a test with marks `each` as one test."""
+    """Collect a function with marks `each` as one test that runs all rows."""
     marks = [mark for mark in getattr(obj, "pytestmark", ()) if mark.name == "each"]
     if not marks or not collector.istestfunction(obj, name):
         return None
     joined = join_rows(obj, [mark.args for mark in marks])
-    setattr(collector.obj, name, joined)  # from where an item takes its function
+    setattr(collector.obj, name, joined)  # pytest looks the function up there
     return list(collector._genfunctions(name, joined))
 
 
 def join_rows(test: Test, tables: Sequence[tuple[str | Sequence[str], Any]]) -> Test:
-    """Return a test that goes over all combinations of rows of tables.
+    """Return a test that runs all combinations of the tables' rows.
 
-    Each row has its own folder `tmp_path`, its own patches of `monkeypatch`, and an empty `capsys`.
+    Each combination has its own folder `tmp_path`, its own patches of `monkeypatch`, and an empty `capsys`.
+
+    Args:
+        test: the test function.
+        tables: (names, rows) of each mark, as for `parametrize`.
 
     Raises:
-        ValueError: a table has no rows, or a row has marks, which one test for all rows cannot have.
+        ValueError: a table has no rows, or a row has marks, which cannot apply to one test for all rows.
     """
-    names = [names.replace(",", " ").split() if isinstance(names, str) else names for names, _ in tables]
-    rows = [[_get_arguments(of, row) for row in table] for of, (_, table) in zip(names, tables, strict=True)]
-    combinations = [{name: value for part in parts for name, value in part.items()}
-                    for parts in itertools.product(*reversed(rows))]
-
+    all_names: set[str] = set()
+    tables_of_arguments = []
+    for names, table in tables:
+        if isinstance(names, str):
+            names = names.replace(",", " ").split()
+        all_names.update(names)
+        tables_of_arguments.append([_get_arguments(names, row) for row in table])
+    combinations = [{name: value for arguments in rows for name, value in arguments.items()}
+                    for rows in itertools.product(*reversed(tables_of_arguments))]
     if not combinations:
         raise ValueError(f"{test.__qualname__}: a table of `each` has no rows")
 
     @functools.wraps(test)
-    def go_over_rows(**fixtures: Any) -> None:
-        failed: list[BaseException] = []
+    def run_rows(**fixtures: Any) -> None:
+        failures: list[BaseException] = []
         for number, arguments in enumerate(combinations):
             try:
                 _run_row(test, number, fixtures, arguments)
             except (Exception, SystemExit, pytest.fail.Exception, pytest.skip.Exception) as error:
                 error.add_note(f"in the row {arguments}")
-                failed.append(error)
-        if len(failed) == len(combinations) and all(isinstance(e, pytest.skip.Exception) for e in failed):
-            raise failed[0]
-        if failed:  # a row that skips fails: the other rows would hide it
-            raise BaseExceptionGroup(f"{len(failed)} of {len(combinations)} rows fail", failed)
+                failures.append(error)
+        num_skips = sum(isinstance(error, pytest.skip.Exception) for error in failures)
+        if num_skips == len(combinations):
+            raise failures[0]
+        if failures:  # a single skipped row counts as a failure, since the other rows would hide the skip
+            raise BaseExceptionGroup(f"{len(failures)} of {len(combinations)} rows fail", failures)
 
-    kept = [parameter for name, parameter in inspect.signature(test).parameters.items()
-            if not any(name in of for of in names)]
-    go_over_rows.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
-    return go_over_rows
+    fixture_parameters = [parameter for name, parameter in inspect.signature(test).parameters.items()
+                          if name not in all_names]
+    run_rows.__signature__ = inspect.Signature(fixture_parameters)  # type: ignore[attr-defined]
+    return run_rows
 
 
 def _get_arguments(names: Sequence[str], row: Any) -> dict[str, Any]:
+    """Return the arguments of a row, which may be a `pytest.param`."""
     values = row if len(names) > 1 else (row,)
     if isinstance(row, type(pytest.param())):
         values = row.values
@@ -71,14 +82,15 @@ def _get_arguments(names: Sequence[str], row: Any) -> dict[str, Any]:
 
 
 def _run_row(test: Test, number: int, fixtures: dict[str, Any], arguments: dict[str, Any]) -> None:
-    own = dict(fixtures)
-    if "tmp_path" in own:
-        own["tmp_path"] = fixtures["tmp_path"] / str(number)
-        own["tmp_path"].mkdir()
-    if "capsys" in own:
-        own["capsys"].readouterr()
-    if "monkeypatch" not in own:
-        test(**own, **arguments)
+    """Run the test for one row, with its own versions of the fixtures that a test changes."""
+    row_fixtures = dict(fixtures)
+    if "tmp_path" in fixtures:
+        row_fixtures["tmp_path"] = fixtures["tmp_path"] / str(number)
+        row_fixtures["tmp_path"].mkdir()
+    if "capsys" in fixtures:
+        fixtures["capsys"].readouterr()
+    if "monkeypatch" not in fixtures:
+        test(**row_fixtures, **arguments)
         return
-    with fixtures["monkeypatch"].context() as own["monkeypatch"]:
-        test(**own, **arguments)
+    with fixtures["monkeypatch"].context() as row_fixtures["monkeypatch"]:
+        test(**row_fixtures, **arguments)

@@ -1,7 +1,8 @@
-"""Run a command whose test processes share warm workers (`ranks`, `run_command`) and generated data
-(packing.py).
+"""Run a command, such as several pytest processes, with shared warm workers and shared generated data.
 
     python tests/made_once.py COMMAND ARGUMENT ...          its exit code is the command's
+
+The fixtures `ranks` and `run_command` use the workers (conftest.py), other fixtures the data (packing.py).
 """
 
 import json
@@ -16,17 +17,17 @@ from typing import Any
 
 
 def main(command: list[str]) -> int:
-    """Return the exit code of a command that finds workers and data in its environment.  The data are made
-    while the command starts."""
+    """Run the command, generate data while it starts, and return its exit code."""
     from tests.conftest import NO_RANK, SHARED, Worker, shared_workers
     from tests.packing import MAKERS
 
-    with (tempfile.TemporaryDirectory() as made, shared_workers() as shared,
-          tempfile.TemporaryDirectory() as said, closing(Worker(Path(said), shared["worker"])) as worker):
-        environment = {**os.environ, SHARED: json.dumps(shared), "SOV_TESTS_DATA": made}
+    with (tempfile.TemporaryDirectory() as data, shared_workers() as addresses,
+          tempfile.TemporaryDirectory() as outputs,
+          closing(Worker(Path(outputs), addresses["worker"])) as worker):
+        environment = {**os.environ, SHARED: json.dumps(addresses), "SOV_TESTS_DATA": data}
         with subprocess.Popen(command, env=environment) as process:
             try:
-                _make_data(Path(made), MAKERS, lambda *argv, program: worker.run(
+                _make_data(Path(data), MAKERS, lambda *argv, program: worker.run(
                     600, None, NO_RANK, program=program, argv=argv))
             except BaseException:
                 process.kill()
@@ -34,16 +35,16 @@ def main(command: list[str]) -> int:
         return process.returncode
 
 
-def _make_data(made: Path, makers: dict[str, Callable[..., None]], run: Callable[..., Any]) -> None:
-    """Create each data folder under a temporary name, and rename it when complete, because tests wait for the
-    name."""
+def _make_data(target: Path, makers: dict[str, Callable[..., None]], run: Callable[..., Any]) -> None:
+    """Generate each folder under a temporary name, and rename it when complete; tests wait for its name."""
     for name, make in makers.items():
-        (folder := made / f"unfinished-{name}").mkdir()
+        folder = target / f"unfinished-{name}"
+        folder.mkdir()
         make(folder, run)
-        folder.rename(made / name)
+        folder.rename(target / name)
 
 
 if __name__ == "__main__":
-    # not this folder: its sub-folders have the names of packages
+    # import `tests` from the repository; this folder has subfolders with the names of our packages
     sys.path[0] = str(Path(__file__).parents[1])
     sys.exit(main(sys.argv[1:]))

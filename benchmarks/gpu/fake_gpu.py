@@ -1,11 +1,10 @@
-"""A GPU without memory: its tensors have shape, dtype and device, but no values.
+"""Run GPU code of any size on a CPU: GPU tensors are torch's fake tensors, with shape, dtype and device only.
 
-They are torch's fake tensors; what is on the host is real, and any torch will do, with CUDA or without.  So
-a process does all that it does beside a GPU, at any size.  A tensor of the host among those of the GPU
-raises as it would there, so do shapes that do not fit, and what ends the capture of a CUDA graph; `WAITS`
-counts who waited for the device.
+Host tensors are real, so a process does all its work beside the GPU's; torch may be built without CUDA. As on
+a GPU, an operation fails if it mixes host and GPU tensors, if shapes do not fit, or if it ends the capture of
+a CUDA graph. `WAITS` counts where the host waited for the device.
 
-`install` comes before megatron-core is imported: it binds some of the functions while it is imported.
+Call `install` before importing megatron-core, which binds some of the patched functions at import.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from torch.utils._pytree import tree_leaves
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 WAITS: Counter[str] = Counter()
-"""File and function -> how often it had the host wait for the GPU, or for a copy to it."""
+"""FILE:FUNCTION -> how often the host waited there for the GPU, or for a copy to it."""
 CAPABILITY = {"capability": (9, 0)}
-"""What the chip answers."""
+"""CUDA compute capability that the device reports."""
 CAPTURE: dict[str, Callable[[], bool]] = {"is under way": lambda: False}
-"""Whether a CUDA graph is being captured, as who captures it knows."""
+"""Function that returns whether a CUDA graph is being captured; the capturing code sets it."""
 aten = torch.ops.aten
 TYPES = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.float16: "Half", torch.float64: "Double",
          torch.int64: "Long", torch.int32: "Int", torch.uint8: "Byte", torch.bool: "Bool"}

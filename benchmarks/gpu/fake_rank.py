@@ -1,13 +1,16 @@
-"""One rank of a large run does a training step at full size, on a GPU without memory.
+"""Run training steps of one rank of a large run at full size on a CPU, with GPU tensors that have no memory.
 
-Usage: python benchmarks/gpu/fake_rank.py [RECIPE GPU RANKS [SETTING ...]]
+    python benchmarks/gpu/fake_rank.py [RECIPE GPU RANKS [SETTING ...]]
 
-Model, gradient buffers and optimizer are those of training, made of the double of Transformer Engine, in a
-group that sends nothing; then come the micro-batches of a step, the sums over processes, clipping and the
-update.  It fails where a tensor of the host is among those of the GPU, where shapes do not fit, and where the
-host waits for the device in a place that is not in `ALLOWED`.  Without arguments these are the recommended
-layouts of `CASES`; settings come on top of a recommended layout.  The first, a middle and the last pipeline
-stage are tried.
+The GPU's tensors are torch's fake tensors (`fake_gpu.py`), which have shapes but no values. Model, gradient
+buffers and optimizer are those of training, with the double of Transformer Engine and a process group that
+sends nothing. Two steps run: forward and backward of all micro-batches, sums over processes, clipping and
+update.
+
+A case fails if a tensor of the host is used with tensors of the GPU, if shapes do not fit, or if the host
+waits for the device in a function that is not in `ALLOWED`. Its peak of allocated bytes is printed beside the
+estimate of `plan`. Settings are applied on top of the recommended layout; without arguments, `CASES` run. Of
+each case, the first, the middle and the last pipeline stage run.
 """
 
 from __future__ import annotations
@@ -29,30 +32,33 @@ from setting import DOUBLE, ROOT
 CASES: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
     ("solar-open-102b", "h100", 512, ()), ("solar-open-102b", "b200", 480, ("train.fp8=mxfp8",)),
     ("k-exaone-236b", "b200", 512, ()))
-"""Recipe, GPU, number of processes, settings beside the recommended layout."""
+"""(recipe, GPU, number of processes, settings on top of the recommended layout)."""
 CAPABILITY = {"h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
-"""GPU -> what it says of itself."""
+"""GPU -> CUDA compute capability."""
 ALLOWED = {
-    "forward_backward.py:compute_gradients": "a stage's losses, once a step",
-    "collectives.py:all_reduce_dp": "their sum over processes",
-    "collectives.py:broadcast_from_last_stage": "their sum for the other stages",
-    "collectives.py:to_comm_device": "the way there of both",
-    "optimizer.py:_compute_grad_norm": "the norm of gradients, which the guard is asked about",
-    "cuda_graphs.py:_start_capturing": "all kernels, before graphs are captured",
-    "cuda_graphs.py:_finish_capturing": "all kernels, behind that",
-    "token_dispatcher.py:_maybe_dtoh_and_synchronize": "how many tokens go where, in each layer with experts",
+    "forward_backward.py:compute_gradients": "the losses of a stage, once per step",
+    "collectives.py:all_reduce_dp": "the sum of losses over processes",
+    "collectives.py:broadcast_from_last_stage": "the sum of losses for the other stages",
+    "collectives.py:to_comm_device": "the copy of losses to the device of both",
+    "optimizer.py:_compute_grad_norm": "the gradient norm, which the guard checks",
+    "cuda_graphs.py:_start_capturing": "all kernels, before CUDA graphs are captured",
+    "cuda_graphs.py:_finish_capturing": "all kernels, after CUDA graphs are captured",
+    "token_dispatcher.py:_maybe_dtoh_and_synchronize": "tokens per expert, in each layer with experts",
 }
-"""File and function that may have the host wait -> what for."""
+"""FILE:FUNCTION in which the host may wait for the device -> what it waits for."""
 
 
 def prepare() -> None:
-    """Permanently import what training needs, for a GPU without memory and with the double."""
+    """Patch torch and libraries for fake GPU tensors, and import training with the double.
+
+    The patches are not undone, so cases run in forks of this process (`run_case`).
+    """
     fake_gpu.install()
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
     _give_kernels_shapes()
-    import megatron_sov.engine  # noqa: F401  before the library, for which it replaces kernels of triton
+    import megatron_sov.engine  # noqa: F401  it replaces triton kernels of megatron-core, so it goes first
 
-    compile_, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
+    compile_, torch.compile = torch.compile, _skip_compilation  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel
@@ -72,17 +78,21 @@ def prepare() -> None:
         setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
     import one_rank
 
-    one_rank.wait = lambda: None  # for its clock
-    one_rank._made_there = lambda parts, seed, num_threads: (
+    one_rank.wait = lambda: None  # it would count as a wait of training
+    one_rank._draw_on_device = lambda parts, seed, num_threads: (
         (part, torch.empty(part.target.shape, device=part.target.device)) for part in parts)
 
 
-def _as_it_is(function: Any = None, **settings: Any) -> Any:
+def _skip_compilation(function: Any = None, **settings: Any) -> Any:
+    """Stand for torch.compile, as a call and as a decorator."""
     return (lambda f: f) if function is None else function
 
 
 def _give_kernels_shapes() -> None:
-    """Make the double's kernels that read GPU values return results of the correct shape instead."""
+    """Replace kernels of the double that read GPU values by ones that return results of the right shape.
+
+    Results depend on all inputs, so autograd saves and frees the same tensors.
+    """
     from transformer_engine.pytorch import permutation
     from transformer_engine.pytorch.attention import dot_product_attention as attention
     from transformer_engine.pytorch.module import layernorm_linear, norm
@@ -97,7 +107,7 @@ def _give_kernels_shapes() -> None:
         return (torch.zeros(count, dtype=torch.long, device=like.device),) * times
 
     class Norm(torch.autograd.Function):
-        """A norm that saves the same tensors as the real one."""
+        """A norm that saves the same tensors for backward as Transformer Engine's."""
 
         @staticmethod
         def forward(ctx: Any, inp: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -121,13 +131,13 @@ def _give_kernels_shapes() -> None:
 
 
 def _send_unevenly(imbalance: float) -> None:
-    """Have experts of this process get so many times their even share of tokens, in every layer."""
+    """Multiply the number of tokens that experts of this process get in every layer by `imbalance`."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
 
-    asked = Dispatcher._maybe_dtoh_and_synchronize
+    original = Dispatcher._maybe_dtoh_and_synchronize
 
-    def ask(dispatcher: Any, point: str, counts: Any = None) -> Any:
-        counts = asked(dispatcher, point, counts)
+    def count_tokens(dispatcher: Any, point: str, counts: Any = None) -> Any:
+        counts = original(dispatcher, point, counts)
         if point == dispatcher.cuda_dtoh_point:
             dispatcher.output_splits = (dispatcher.output_splits * imbalance).astype(int)
             counts = (counts * imbalance).long()
@@ -136,17 +146,23 @@ def _send_unevenly(imbalance: float) -> None:
                     dispatcher.num_global_tokens_per_local_expert * imbalance).long()
         return counts
 
-    Dispatcher._maybe_dtoh_and_synchronize = ask
+    Dispatcher._maybe_dtoh_and_synchronize = count_tokens
 
 
 def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: int,
          imbalance: float = 1.0) -> dict[str, Any]:
-    """Do two steps of the first process of a pipeline stage in this process, which is none afterwards: the
-    first one makes the optimizer's moments.
+    """Run two steps as the first process of a pipeline stage; the first step allocates the optimizer's state.
+
+    The process group of this process cannot be used afterwards.
+
+    Args:
+        recipe, gpu, num_ranks, settings: as in CASES.
+        stage: pipeline stage, from 0.
+        imbalance: tokens of the local experts in every layer, in even shares.
 
     Returns:
-        The parameters that it holds, processor seconds, who waited how often in the first step, and the most
-        bytes that were allocated in the second one, beside those of plan's account.
+        Parameters of the process, processor seconds, waits of the host in the first step by FILE:FUNCTION,
+        and the peak of allocated bytes in the second step beside the estimate of `plan`.
     """
     import torch.distributed as dist
     from one_rank import OneRank
@@ -156,12 +172,13 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     from megatron_sov.engine.optimizer import parameter_groups
     from megatron_sov.plan.footprint.memory import build_account
 
-    config = configured(recipe, gpu, num_ranks, settings)
-    p, rank = config.parallel, stage * num_ranks // config.parallel.pp
+    config = build_config(recipe, gpu, num_ranks, settings)
+    p = config.parallel
+    rank = stage * num_ranks // p.pp
     fake_gpu.CAPABILITY["capability"] = CAPABILITY[gpu]
     placement.CHIP = placement.Chip(CAPABILITY[gpu])
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
-    # patterns of names match on some stage
+    # a pattern of parameter names need not match on this stage, and other stages are not there to ask
     patterns = {group.pattern for group in config.optim.groups}
     parameter_groups.gather_objects = lambda value, group=None: [(patterns, True)]
     tokens = config.data.phases[0].seq_len * config.train.micro_batch_size // p.cp // (p.tp if p.sp else 1)
@@ -183,9 +200,11 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
             "account bytes": account.allocated}
 
 
-def configured(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -> Any:
-    """Return a recipe in its recommended layout, where it has one, with settings on top; where DeepEP is to
-    carry tokens, which has no double, the exchange of all with all does."""
+def build_config(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -> Any:
+    """Return a recipe in its recommended layout, if it has one, with settings on top.
+
+    DeepEP has no double: expert_dispatcher=alltoall replaces it.
+    """
     from megatron_sov.engine.parallel.gpu_libraries import DEEP_EP_NAMES
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
@@ -193,37 +212,38 @@ def configured(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -
 
     config = recipes.get(recipe)
     config = apply_settings(config, [*get_recommended_settings(config, num_ranks, gpu), *settings])
-    doubled = config.parallel.expert_dispatcher not in DEEP_EP_NAMES
-    return config if doubled else apply_settings(config, ["parallel.expert_dispatcher=alltoall"])
+    if config.parallel.expert_dispatcher in DEEP_EP_NAMES:
+        return apply_settings(config, ["parallel.expert_dispatcher=alltoall"])
+    return config
 
 
-def tried(*case: Any) -> dict[str, Any]:
+def run_case(*case: Any) -> dict[str, Any]:
     """Run `step` in a fork of this process; return its result, or its `problem`."""
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
 
-    def child() -> None:
+    def run_in_child() -> None:
         try:
-            found = step(*case)
+            result = step(*case)
         except Exception as e:  # after any error the other cases still run
-            found = {"problem": f"{type(e).__name__}: {e}".splitlines()[0], "trace": traceback.format_exc()}
-        there.send(json.dumps(found))
+            result = {"problem": f"{type(e).__name__}: {e}".splitlines()[0], "trace": traceback.format_exc()}
+        sender.send(json.dumps(result))
 
-    process = context.Process(target=child)
+    process = context.Process(target=run_in_child)
     process.start()
-    there.close()
+    sender.close()
     try:
-        found: dict[str, Any] = json.loads(here.recv())
+        result: dict[str, Any] = json.loads(receiver.recv())
     except EOFError:
-        found = {"problem": "the process has ended"}
+        result = {"problem": "the process has ended"}
     process.join()
-    if others := sorted(found.get("waits", {}).keys() - ALLOWED.keys()):
-        found["problem"] = f"waits for the device in {', '.join(others)}"
-    return found
+    if others := sorted(result.get("waits", {}).keys() - ALLOWED.keys()):
+        result["problem"] = f"waits for the device in {', '.join(others)}"
+    return result
 
 
 def main() -> int:
-    """Print a line for each stage; returns 1 if one has failed."""
+    """Print the result of each stage; return 1 if one failed."""
     recipe, gpu, num_ranks, *settings = sys.argv[1:] or ("", "", 0)
     cases = [(recipe, gpu, int(num_ranks), tuple(settings))] if recipe else CASES
     print(f"one rank's step at its own sizes on a GPU without memory: {platform.machine()}, "
@@ -231,17 +251,19 @@ def main() -> int:
     prepare()
     failed = False
     for case in cases:
-        config = configured(*case)
+        config = build_config(*case)
         p = config.parallel
         print(f"{case[0]} on {case[2]} {case[1]}: tp {p.tp}, pp {p.pp}, vpp {p.vpp}, cp {p.cp}, ep {p.ep}, "
               f"{p.expert_dispatcher}, expert_overlap {p.expert_overlap}", *case[3], flush=True)
         for stage in sorted({0, p.pp // 2, p.pp - 1}):
-            result = tried(*case, stage)
+            result = run_case(*case, stage)
             failed |= "problem" in result
-            told = (f"{result['parameters'] / 1e9:6.2f} B parameters  {result['seconds']:5.0f} s  "
-                    f"at most {result['peak bytes'] / 1e9:6.2f} GB allocated, the account says "
-                    f"{result['account bytes'] / 1e9:6.2f}" if "parameters" in result else "")
-            print(f"  stage {stage + 1:>2} of {p.pp:<2} {told}  "
+            figures = ""
+            if "parameters" in result:
+                figures = (f"{result['parameters'] / 1e9:6.2f} B parameters  {result['seconds']:5.0f} s  "
+                           f"at most {result['peak bytes'] / 1e9:6.2f} GB allocated, the account says "
+                           f"{result['account bytes'] / 1e9:6.2f}")
+            print(f"  stage {stage + 1:>2} of {p.pp:<2} {figures}  "
                   f"{result.get('problem', 'sound')}", flush=True)
             for name, count in sorted(result.get("waits", {}).items()):
                 print(f"      {count:>5} waits  {name}: {ALLOWED.get(name, 'NOT ALLOWED')}", flush=True)

@@ -1,4 +1,7 @@
-"""One rank of a run, as training builds it: model, optimizer and steps on random documents, without files."""
+"""One rank of a run, as training builds it: model, optimizer and steps on random documents, without files.
+
+`fake_rank.py` runs it on fake tensors, `part_big_rank.py` on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_sov.checkpoint import initial_weights, load
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.engine.model.expert_load import ExpertLoad
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -32,7 +35,7 @@ DOCUMENT_TOKENS = 1200
 
 
 class OneRank:
-    """Model and optimizer of one rank; make the process group first, or none for a single rank."""
+    """Model and optimizer of one rank. With several ranks, create the process group first."""
 
     def __init__(self, config: RunConfig, rank: int = 0, num_ranks: int = 1) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0",
@@ -40,7 +43,7 @@ class OneRank:
         self.config = config
         self.world = world.join_world(config.parallel)
         self.model = build_model(config.model, config.parallel, config.train, config.gpu)
-        with patch.object(load, "_generate_values", _made_there):
+        with patch.object(initial_weights, "_generate_values", _draw_on_device):
             initial_weights.initialize_weights(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
@@ -48,20 +51,20 @@ class OneRank:
         context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=1))
         self.objective = LanguageModelling(context)
         self.computation = ForwardBackward(config, self.model, self.optimizer, self.expert_load, 1,
-                                       FaultInjector((), Path(), rank), None)
+                                           FaultInjector((), Path(), rank), None)
 
     def batch(self, step: int, num_micro_batches: int) -> GlobalBatch:
-        """Return this rank's part of a step's batch; the same tokens for the same step."""
+        """Return this rank's part of a step's batch, drawn with the step number as seed."""
         c, random = self.config, np.random.default_rng(step)
         seq_len = c.data.phases[0].seq_len
-        rows = [random_row(random, seq_len * c.train.micro_batch_size, c.model.vocab_size)
+        rows = [draw_row(random, seq_len * c.train.micro_batch_size, c.model.vocab_size)
                 for _ in range(num_micro_batches)]
         count = num_micro_batches * c.train.micro_batch_size * self.world.dp_size
         return self.objective.prepare(GlobalBatch(tuple(map(build_micro_batch, rows)), seq_len, count,
                                                   "random"))
 
     def step(self, number: int, num_micro_batches: int = 1) -> tuple[float, float]:
-        """Do optimizer step `number` (from 1); returns its loss and seconds."""
+        """Run optimizer step `number` (from 1) and return its loss and seconds."""
         batch = self.batch(number, num_micro_batches)
         wait()
         start = time.monotonic()
@@ -72,10 +75,14 @@ class OneRank:
         return loss, time.monotonic() - start
 
 
-def _made_there(parts: Iterable[Any], seed: int, num_threads: int) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Yield parameters with normal values drawn on their device. The layout-independent initial values of one
-    rank of `solar-open-102b` would take a CPU core minutes."""
-    generators: dict[torch.device, torch.Generator] = {}  # 8-bit weights are made of bf16 ones on the host
+def _draw_on_device(parts: Iterable[Any], seed: int, num_threads: int) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield parameters with normal values drawn on their device.
+
+    The layout-independent initial values of training are drawn on the CPU, which takes minutes for one rank
+    of solar-open-102b.
+    """
+    # on both devices: 8-bit weights are quantized from bf16 weights on the host
+    generators: dict[torch.device, torch.Generator] = {}
     for part in parts:
         device = part.target.device
         generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
@@ -88,21 +95,22 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def random_row(random: np.random.Generator, num_tokens: int, vocab_size: int) -> PackedRow:
-    """Return a row of documents in which each token follows from the one before, with some noise: so that
-    there is something to learn."""
+def draw_row(random: np.random.Generator, num_tokens: int, vocab_size: int) -> PackedRow:
+    """Return a packed row of documents in which most tokens are a function of the token before.
+
+    So there is something to learn, and the loss of a correct step decreases.
+    """
     num_cuts = max(1, num_tokens // DOCUMENT_TOKENS)
     cuts = np.sort(random.choice(np.arange(1, num_tokens), num_cuts, replace=False))
     bounds = np.array([0, *cuts, num_tokens], np.int32)
     tokens = random.integers(0, vocab_size, num_tokens)
-    for _ in range(3):  # most tokens are a function of the token before
+    for _ in range(3):
         follows = random.random(num_tokens) < 0.8
         tokens[1:] = np.where(follows[1:], (tokens[:-1] * 31 + 17) % vocab_size, tokens[1:])
     positions = np.concatenate([np.arange(b - a) for a, b in pairwise(bounds)])
     weights = np.ones(num_tokens, np.float32)
     weights[bounds[1:] - 1] = 0
-    return PackedRow(tokens=tokens.astype(np.int64), labels=np.roll(tokens, -1).astype(np.int64),
-                     weights=weights,
-                     positions=positions.astype(np.int64), types=np.zeros(num_tokens, np.uint8),
-                     sources=np.zeros(num_tokens, np.int64), padding=np.zeros(num_tokens, bool),
-                     bounds=bounds)
+    return PackedRow(
+        tokens=tokens.astype(np.int64), labels=np.roll(tokens, -1).astype(np.int64), weights=weights,
+        positions=positions.astype(np.int64), types=np.zeros(num_tokens, np.uint8),
+        sources=np.zeros(num_tokens, np.int64), padding=np.zeros(num_tokens, bool), bounds=bounds)

@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import numpy as np  # noqa: E402  (behind the places of benchmarks)
 from judges import WORDS, pictures, sounds  # noqa: E402
-from media_sets import conversations, questions, write_media, write_rows  # noqa: E402
+from media_sets import build_conversations, build_questions, write_media, write_rows  # noqa: E402
 from seed_runs import run, words  # noqa: E402
 from seeds import over_seeds  # noqa: E402
 from train_codec import train as train_codec  # noqa: E402
@@ -78,7 +78,7 @@ class Shared:
             pages = [p for file in sorted((HERE.parents[1] / "docs").glob("*.md"))
                      for p in file.read_text().split("\n\n") if len(p) > 200]
             write_rows(texts, ({"text": page} for page in pages))
-            chats = conversations(self.index, 0)
+            chats = build_conversations(self.index, 0)
             said = [part["text"] for rows in chats.values() for row in rows for m in row["messages"]
                     for part in m["content"] if part["type"] == "text"]
             # text around media in a prompt
@@ -110,7 +110,7 @@ class Shared:
             return out
         print_progress(f"seed {seed}: encode-media and pack")
         file, corpus = self.work / f"seed-{seed}/records.jsonl", self.work / f"seed-{seed}/corpus"
-        write_rows(file, (row for rows in conversations(self.index, seed).values() for row in rows))
+        write_rows(file, (row for rows in build_conversations(self.index, seed).values() for row in rows))
         if not (corpus / "manifest.json").exists():
             run(self.work / f"seed-{seed}/encode.log", "data_prep.cli", "encode-media", "--input", file,
                 "--media-root", self.media, "--image-tokenizer", self.work / "image-tokenizer",
@@ -166,7 +166,7 @@ class Seed:
 
     def _ask(self, model: Path, num_drawn: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for name, rows in questions(self.shared.index, num_drawn).items():
+        for name, rows in build_questions(self.shared.index, num_drawn).items():
             pair, stem = name.partition("/")[0], name.replace("/", "-")
             output = self.folder / f"answers/{stem}.json"
             if not output.exists():
@@ -201,7 +201,7 @@ def compute_ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
     from megatron_sov.omni.generation.reconstruction import reconstruct_media
 
     accuracies: dict[str, tuple[float, float]] = {}
-    for name, rows in questions(shared.index, 0).items():
+    for name, rows in build_questions(shared.index, 0).items():
         media_parts = [next((p for p in row["content"] if p["type"] != "text"), None) for row in rows]
         if name not in ("image-text", "audio-text"):
             continue

@@ -1,4 +1,8 @@
-"""Image and speech files, and conversations and questions about them."""
+"""Data of `any_to_any.py`: image and speech files, training conversations, and questions for the evaluation.
+
+Pairs are INPUT-OUTPUT: image-text names a digit, text-image draws one, audio-text writes a spoken word,
+text-audio says one, and audio-audio translates one between English and Korean.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +21,33 @@ from speech import ENGLISH, KOREAN, SAMPLE_RATE_HZ, say
 
 PITCHES = {"train": (30, 35, 40, 45, 50, 55, 60), "heldout": (38, 52)}
 SPEEDS_WPM = {"train": (120, 140, 160, 180), "heldout": (130, 170)}
-ASKED = {ENGLISH: {"name": "Which digit is it?", "draw": "Draw {}.", "write": "Write what you hear.",
-                   "say": "Say {}.", "translate": "Say it in English."},
-         KOREAN: {"name": "이 숫자는?", "draw": "{} 그려.", "write": "들은 말을 써.", "say": "{} 말해.",
-                  "translate": "한국어로 말해."}}
+PROMPTS = {ENGLISH: {"name": "Which digit is it?", "draw": "Draw {}.", "write": "Write what you hear.",
+                     "say": "Say {}.", "translate": "Say it in English."},
+           KOREAN: {"name": "이 숫자는?", "draw": "{} 그려.", "write": "들은 말을 써.", "say": "{} 말해.",
+                    "translate": "한국어로 말해."}}
 LANGUAGES = (ENGLISH, KOREAN)
 Row = dict[str, Any]
 
 
 def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
-    """Write images and sounds below a folder, and return their labels; file names reveal nothing."""
+    """Write images and sounds below a folder, and return their labels.
+
+    Files are shuffled, so their names do not reveal the labels.
+
+    Returns:
+        "pictures-train", "sounds-train" and the same for "heldout" -> rows with `path` and `digit`,
+        or `path`, `word` and `voice`.
+    """
     draw, index = random.Random(seed), dict[str, list[Row]]()
     for name in ("train", "heldout"):
-        seen, labels = part(name)
-        order = draw.sample(range(len(seen)), len(seen))
-        rows: list[dict[str, Any]] = [{"path": f"pictures-{name}/{number:05d}.png", "digit": int(labels[i])}
-                for number, i in enumerate(order)]
+        images, labels = part(name)
         (root / f"pictures-{name}").mkdir(parents=True, exist_ok=True)
-        for row, i in zip(rows, order, strict=True):
-            pixels = (seen[i].transpose(1, 2, 0) * 255).round().astype(np.uint8)
-            Image.fromarray(pixels).save(root / row["path"])
-        index[f"pictures-{name}"] = rows
+        index[f"pictures-{name}"] = []
+        for number, i in enumerate(draw.sample(range(len(images)), len(images))):
+            path = f"pictures-{name}/{number:05d}.png"
+            pixels = (images[i].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+            Image.fromarray(pixels).save(root / path)
+            index[f"pictures-{name}"].append({"path": path, "digit": int(labels[i])})
         spoken = [(word, voice, pitch, speed) for english, korean in WORDS.items()
                   for word, voice in ((english, ENGLISH), (korean, KOREAN))
                   for pitch in PITCHES[name] for speed in SPEEDS_WPM[name]]
@@ -51,72 +61,81 @@ def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
     return index
 
 
-def _text(text: str) -> Row:
+def text_part(text: str) -> Row:
     return {"type": "text", "text": text}
 
 
-def _chat(content: list[Row], answer: list[Row]) -> Row:
+def build_conversation(content: list[Row], answer: list[Row]) -> Row:
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 
 
-def other_language(word: str) -> str:
-    """Return the word of the same meaning."""
+def translate(word: str) -> str:
+    """Return the word of the same meaning in the other language."""
     return WORDS.get(word) or next(english for english, korean in WORDS.items() if korean == word)
 
 
-def conversations(index: dict[str, list[Row]], seed: int) -> dict[str, list[Row]]:
-    """Return pair -> conversations to learn from."""
-    draw, found = random.Random(seed), dict[str, list[Row]]()
+def build_conversations(index: dict[str, list[Row]], seed: int) -> dict[str, list[Row]]:
+    """Return pair -> training conversations; `seed` chooses the recordings that answer a translation."""
+    draw = random.Random(seed)
+    result: dict[str, list[Row]] = {
+        pair: [] for pair in ("image-text", "text-image", "audio-text", "text-audio", "audio-audio")}
     pictures, sounds = index["pictures-train"], index["sounds-train"]
     by_word: dict[str, list[str]] = {}
     for row in sounds:
         by_word.setdefault(row["word"], []).append(row["path"])
     for language in LANGUAGES:
-        asked = ASKED[language]
+        prompts = PROMPTS[language]
         for row in pictures:
-            shown, name = {"type": "image", "path": row["path"]}, DIGITS[language][row["digit"]]
-            found.setdefault("image-text", []).append(_chat([shown, _text(asked["name"])], [_text(name)]))
-            found.setdefault("text-image", []).append(_chat([_text(asked["draw"].format(name))], [shown]))
+            image, name = {"type": "image", "path": row["path"]}, DIGITS[language][row["digit"]]
+            result["image-text"].append(
+                build_conversation([image, text_part(prompts["name"])], [text_part(name)]))
+            result["text-image"].append(
+                build_conversation([text_part(prompts["draw"].format(name))], [image]))
     for row in sounds:
-        heard, other = {"type": "audio", "path": row["path"]}, other_language(row["word"])
-        own, to = (KOREAN, ENGLISH) if row["voice"] == KOREAN else (ENGLISH, KOREAN)
-        answer = {"type": "audio", "path": draw.choice(by_word[other])}
-        found.setdefault("audio-text", []).append(
-            _chat([heard, _text(ASKED[own]["write"])], [_text(row["word"])]))
-        found.setdefault("text-audio", []).append(
-            _chat([_text(ASKED[own]["say"].format(row["word"]))], [heard]))
-        found.setdefault("audio-audio", []).append(_chat([heard, _text(ASKED[to]["translate"])], [answer]))
-    return found
+        audio, word = {"type": "audio", "path": row["path"]}, row["word"]
+        own, other = (KOREAN, ENGLISH) if row["voice"] == KOREAN else (ENGLISH, KOREAN)
+        translation = {"type": "audio", "path": draw.choice(by_word[translate(word)])}
+        result["audio-text"].append(
+            build_conversation([audio, text_part(PROMPTS[own]["write"])], [text_part(word)]))
+        result["text-audio"].append(
+            build_conversation([text_part(PROMPTS[own]["say"].format(word))], [audio]))
+        result["audio-audio"].append(
+            build_conversation([audio, text_part(PROMPTS[other]["translate"])], [translation]))
+    return result
 
 
-def questions(index: dict[str, list[Row]], num_drawn: int) -> dict[str, list[Row]]:
-    """Return pair (and language, where it matters) -> rows of `eval media`, on held-out media."""
-    found: dict[str, list[Row]] = {}
-    english, korean = list(WORDS), list(WORDS.values())
+def build_questions(index: dict[str, list[Row]], num_drawn: int) -> dict[str, list[Row]]:
+    """Return pair, or PAIR/LANGUAGE of a spoken answer -> rows of `eval media` on held-out media.
+
+    Args:
+        index: labels of `write_media`.
+        num_drawn: number of pictures to draw.
+    """
+    result: dict[str, list[Row]] = {}
+    words = {ENGLISH: list(WORDS), KOREAN: list(WORDS.values())}
     for n, row in enumerate(index["pictures-heldout"]):
         language = LANGUAGES[n % 2]
-        found.setdefault("image-text", []).append(_row(
-            [{"type": "image", "path": row["path"]}, _text(ASKED[language]["name"])],
-            DIGITS[language][row["digit"]], DIGITS[language]))
+        image = {"type": "image", "path": row["path"]}
+        result.setdefault("image-text", []).append(build_question(
+            [image, text_part(PROMPTS[language]["name"])], DIGITS[language][row["digit"]], DIGITS[language]))
     for n in range(num_drawn):
         language = LANGUAGES[n // 10 % 2]
         name = DIGITS[language][n % 10]
-        found.setdefault("text-image", []).append(
-            _row([_text(ASKED[language]["draw"].format(name))], name, DIGITS[language]))
+        result.setdefault("text-image", []).append(
+            build_question([text_part(PROMPTS[language]["draw"].format(name))], name, DIGITS[language]))
     for row in index["sounds-heldout"]:
-        own, to = (KOREAN, ENGLISH) if row["voice"] == KOREAN else (ENGLISH, KOREAN)
-        heard = {"type": "audio", "path": row["path"]}
-        spoken, wanted = (korean, english) if own == KOREAN else (english, korean)
-        found.setdefault("audio-text", []).append(
-            _row([heard, _text(ASKED[own]["write"])], row["word"], spoken))
-        found.setdefault(f"text-audio/{own}", []).append(
-            _row([_text(ASKED[own]["say"].format(row["word"]))], row["word"], spoken))
-        found.setdefault(f"audio-audio/{to}", []).append(
-            _row([heard, _text(ASKED[to]["translate"])], other_language(row["word"]), wanted))
-    return found
+        audio, word = {"type": "audio", "path": row["path"]}, row["word"]
+        own, other = (KOREAN, ENGLISH) if row["voice"] == KOREAN else (ENGLISH, KOREAN)
+        result.setdefault("audio-text", []).append(
+            build_question([audio, text_part(PROMPTS[own]["write"])], word, words[own]))
+        result.setdefault(f"text-audio/{own}", []).append(
+            build_question([text_part(PROMPTS[own]["say"].format(word))], word, words[own]))
+        result.setdefault(f"audio-audio/{other}", []).append(
+            build_question([audio, text_part(PROMPTS[other]["translate"])], translate(word), words[other]))
+    return result
 
 
-def _row(content: list[Row], answer: str, labels: Iterable[str]) -> Row:
+def build_question(content: list[Row], answer: str, labels: Iterable[str]) -> Row:
     return {"content": content, "answer": answer, "labels": list(labels)}
 
 

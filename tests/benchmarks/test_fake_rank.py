@@ -36,17 +36,17 @@ def cases() -> None:
     from megatron_sov.engine.model import graphs
     from megatron_sov.train.objectives import microbatch
 
-    found: dict[str, Any] = {name: fake_rank.tried(*case) for name, case in CASES.items()}
-    found["counted"] = fake_rank.tried(*COUNTED)
+    found: dict[str, Any] = {name: fake_rank.run_case(*case) for name, case in CASES.items()}
+    found["counted"] = fake_rank.run_case(*COUNTED)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "get_local_device", lambda: torch.device("cpu"))
-        found["rows on the host"] = fake_rank.tried(*ONE_LAYER)
+        found["rows on the host"] = fake_rank.run_case(*ONE_LAYER)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "to_device", lambda values, device: values.to(device))
-        found["rows waited for"] = fake_rank.tried(*ONE_LAYER)
+        found["rows waited for"] = fake_rank.run_case(*ONE_LAYER)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(graphs, "use_side_stream", lambda config: contextlib.nullcontext())
-        found["the default stream"] = fake_rank.tried(*GRAPHS)
+        found["the default stream"] = fake_rank.run_case(*GRAPHS)
     print(json.dumps(found))
 
 

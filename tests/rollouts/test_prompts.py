@@ -84,6 +84,14 @@ def test_tables_and_dataset_folders_use_their_column_names(form: str, tmp_path: 
         read_prompts(path, parse_renames(["prompt=ask"], ()))
 
 
+def test_columns_name_a_field_of_an_inner_object(tmp_path: Path) -> None:
+    """verl keeps the answer in reward_model.ground_truth."""
+    file = tmp_path / "verl.jsonl"
+    file.write_text(json.dumps({"prompt": "1 + 1?", "reward_model": {"ground_truth": "2"}}))
+    prompts = read_prompts(file, parse_renames(["answer=reward_model.ground_truth"], ()))
+    assert [prompt.record["answer"] for prompt in prompts] == ["2"]
+
+
 def test_values_outside_json_are_named_by_row(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -210,8 +210,9 @@ def check_stage(stage: str) -> None:
         raise UserError(f"submit {stage}: `submit` writes the job's script itself; name the stage and its "
                         f"arguments (`megatron-sov submit STAGE --help`); Slurm takes a script of your own",
                         Fix(f"sbatch {stage}"))
+    near = next((name for name in STAGES if name.startswith(f"{stage}-")), "")  # rl: rl-run
     raise UserError(f"stage {stage!r}: does not exist{suggest_name(stage, STAGES)} (stages: "
-                    f"{', '.join(STAGES)}, chain)")
+                    f"{', '.join(STAGES)}, chain)", Fix(command=near) if near else None)
 
 
 def build_stage_work(stage: str, arguments: list[str], commands: Commands,

@@ -169,6 +169,8 @@ def test_bad_line_is_named(tmp_path: Path, line: str | bytes, rule: str) -> None
 PREFERENCES = [
     ({"prompt": "p", "chosen": "c", "rejected": "r"}, (Message("user", "p"),), (Message("assistant", "c"),),
      (Message("assistant", "r"),)),
+    ({"chosen": "\n\nHuman: p\n\nAssistant: c", "rejected": "\n\nHuman: p\n\nAssistant: r"},
+     (Message("user", "p"),), (Message("assistant", "c"),), (Message("assistant", "r"),)),
     ({"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
       "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
      (Message("user", "p"),), (Message("assistant", "c"),), (Message("assistant", "r"),)),
@@ -176,7 +178,7 @@ PREFERENCES = [
 
 
 @pytest.mark.parametrize(("record", "prompt", "chosen", "rejected"), PREFERENCES,
-                         ids=["strings", "shared beginning"])
+                         ids=["strings", "transcripts", "shared beginning"])
 def test_preference_record_forms(tmp_path: Path, record: dict[str, object],
                                                          prompt: Messages, chosen: Messages,
                                                          rejected: Messages) -> None:

@@ -181,6 +181,8 @@ from tests.base.hints.test_words import answer
     ("megatron-sov convert --hf-path hf --output o", ["write\n  megatron-sov convert from-hf hf o"]),
     ("megatron-sov convert to-gguf run o.gguf",
      ["convert to-hf run run-hf\n  python convert_hf_to_gguf.py run-hf --outfile o.gguf"]),
+    ("megatron-sov submit rl -N 2 --cluster h100 -A a --from hf", ["submit rl-run --cluster h100 --nodes 2"]),
+    ("megatron-sov recipes tiny-llama --set optim.schedule=poly", ["optim.schedule=linear"]),
     ("megatron-sov recipes show qwen3-8b", ["write\n  megatron-sov recipes qwen3-8b"]),
     ("megatron-sov plan llama-3-8b --cluster h100",
      ["write\n  megatron-sov plan llama-3.1-8b --cluster h100"]),

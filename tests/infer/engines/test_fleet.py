@@ -22,7 +22,7 @@ from megatron_sov.infer.engines.server_process import (
 from megatron_sov.infer.request import GenerationBounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest
 from megatron_sov.work.endpoints.vllm_server import VllmServer
-from tests.token_servers import VOCAB, VllmDouble, token_at
+from tests.token_servers import VOCAB, VllmDouble, compute_token
 
 
 class DoubleKeeper:
@@ -60,43 +60,48 @@ def fleets() -> Iterator[Callable[..., Fleet]]:
         fleet.close()
 
 
-def asked(count: int, tokens: int = 5) -> list[TokenRequest]:
+def make_requests(count: int, tokens: int = 5) -> list[TokenRequest]:
     return [TokenRequest(f"r{i}", [3 + i], tokens) for i in range(count)]
 
 
-def expected(request: TokenRequest, version: int = 0) -> list[int]:
-    return [token_at(list(request.ids), place, version) for place in range(request.max_new_tokens)]
+def compute_answer(request: TokenRequest, version: int = 0) -> list[int]:
+    return [compute_token(list(request.ids), place, version) for place in range(request.max_new_tokens)]
 
 
 def test_servers_share_one_queue(fleets: Callable[..., Fleet]) -> None:
     keepers = [DoubleKeeper(0.002), DoubleKeeper(0.002)]
     fleet = fleets(keepers, 2)
     slow = fleet.submit(TokenRequest("slow", [3], 2000))
-    quick = [(request, fleet.submit(request)) for request in asked(20)]
-    assert all(future.result(10)[0].tokens == expected(request) for request, future in quick)
-    assert not slow.done() and all(keeper.doubles[0].asked for keeper in keepers)
+    quick = [(request, fleet.submit(request)) for request in make_requests(20)]
+    assert all(future.result(10)[0].tokens == compute_answer(request) for request, future in quick)
+    # both servers generate for the quick requests while one of them generates for the slow one
+    assert not slow.done() and all(keeper.doubles[0].generate_bodies for keeper in keepers)
     fleet.abort(["slow"])
     assert slow.result(10)[0].reason == "abort"
 
 
 def test_answers_count_against_server_capacity(fleets: Callable[..., Fleet],
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper, inside, most = DoubleKeeper(0.02), [0], [0]
+    """Two requests of two answers run at once on a server with room for five answers."""
+    keeper = DoubleKeeper(0.02)
     fleet, lock = fleets([keeper], 5), threading.Lock()
     generate = keeper.doubles[0]._generate
+    num_running = max_running = 0
 
-    def counted(body: dict[str, Any]) -> tuple[int, Any]:
+    def count_and_generate(body: dict[str, Any]) -> tuple[int, Any]:
+        nonlocal num_running, max_running
         with lock:
-            inside[0] += 1
-            most[0] = max(most[0], inside[0])
+            num_running += 1
+            max_running = max(max_running, num_running)
         result = generate(body)
         with lock:
-            inside[0] -= 1
+            num_running -= 1
         return result
 
-    monkeypatch.setattr(keeper.doubles[0], "_generate", counted)
+    monkeypatch.setattr(keeper.doubles[0], "_generate", count_and_generate)
     futures = [fleet.submit(TokenRequest(f"g{k}", [3], 4, count=2)) for k in range(6)]
-    assert [len(future.result(10)) for future in futures] == [2] * 6 and most == [2]
+    assert [len(future.result(10)) for future in futures] == [2] * 6
+    assert max_running == 2
 
 
 def test_oversized_request_runs_alone(fleets: Callable[..., Fleet]) -> None:
@@ -108,7 +113,7 @@ def test_an_abort_ends_all_answers_of_a_request(fleets: Callable[..., Fleet]) ->
     keeper = DoubleKeeper(0.01)
     fleet = fleets([keeper], 2)
     futures = [fleet.submit(TokenRequest(name, [3], 4000, count=2)) for name in ("written", "waiting")]
-    while keeper.doubles[0].num_written < 4:
+    while keeper.doubles[0].num_generated < 4:
         time.sleep(0.002)
     fleet.abort(["written", "waiting"])
     written, waiting = (future.result(10) for future in futures)
@@ -116,7 +121,7 @@ def test_an_abort_ends_all_answers_of_a_request(fleets: Callable[..., Fleet]) ->
     assert all(answer.tokens for answer in written) and not any(answer.tokens for answer in waiting)
 
 
-def num_there(fleet: Fleet) -> int:
+def count_running(fleet: Fleet) -> int:
     return sum(member.server is not None for member in fleet._members)
 
 
@@ -124,11 +129,12 @@ def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fl
     keepers = [DoubleKeeper(0.01), DoubleKeeper(0.01)]
     fleet = fleets(keepers)
     fleet.update(["/first"], 4)
-    futures = [(request, fleet.submit(request)) for request in asked(16, 12)]
+    futures = [(request, fleet.submit(request)) for request in make_requests(16, 12)]
     time.sleep(0.05)
     keepers[0].doubles[0].is_dead = True
-    assert [future.result(20)[0].tokens for _, future in futures] == [expected(r, 4) for r, _ in futures]
-    while len(keepers[0].doubles) < 2 or num_there(fleet) < 2:
+    for request, future in futures:
+        assert future.result(20)[0].tokens == compute_answer(request, version=4)
+    while len(keepers[0].doubles) < 2 or count_running(fleet) < 2:
         time.sleep(0.01)
     # a restarted server gets the newest weights before requests
     assert (keepers[0].doubles[1].weights, keepers[0].doubles[1].version) == ("/first", "4")
@@ -137,16 +143,16 @@ def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fl
 def test_group_transfer_reaches_restarted_servers(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keepers = [DoubleKeeper(settings=EngineServers(answer_s=20, transfer="collective")) for _ in range(2)]
     fleet = fleets(keepers)
-    while num_there(fleet) < 2:
+    while count_running(fleet) < 2:
         time.sleep(0.01)
     engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 4)
     engine.update(iter({"w": torch.arange(3.0), "b": torch.ones(1, dtype=torch.bfloat16)}.items()), 5)
     assert engine.generate([[3, 1]], Sampling(6)).version == 5
     keepers[0].doubles[0].is_dead = True
-    while len(keepers[0].doubles) < 2 or num_there(fleet) < 2:
+    while len(keepers[0].doubles) < 2 or count_running(fleet) < 2:
         time.sleep(0.01)
     for double in (keepers[0].doubles[0], keepers[0].doubles[1], keepers[1].doubles[0]):
-        assert double.version == "5" and not double.weights, "it was to read files"
+        assert double.version == "5" and not double.weights, "weights were read from files"
         assert torch.equal(double.received["w"], torch.arange(3.0))
         assert torch.equal(double.received["b"], torch.ones(1, dtype=torch.bfloat16))
     engine.close()
@@ -160,7 +166,7 @@ def test_server_that_dies_during_transfer_gets_weights_again(fleets: Callable[..
     engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
     assert [double.version for double in keeper.doubles] == ["default", "5"]
     assert torch.equal(keeper.doubles[1].received["w"], torch.arange(3.0))
-    # its process is looked at meanwhile too: either is the first to know
+    # the transfer or the watch of the process reports the death, whichever is first
     errors = capsys.readouterr().err
     assert f"{keeper.doubles[0].url}: " in errors and "it is restarted" in errors
     engine.close()
@@ -169,7 +175,7 @@ def test_server_that_dies_during_transfer_gets_weights_again(fleets: Callable[..
 def test_update_during_requests_reaches_all_servers(fleets: Callable[..., Fleet]) -> None:
     keepers = [DoubleKeeper(0.01), DoubleKeeper(0.01)]
     fleet = fleets(keepers)
-    futures = [fleet.submit(request) for request in asked(4, 30)]
+    futures = [fleet.submit(request) for request in make_requests(4, 30)]
     time.sleep(0.08)
     fleet.update(["/later"], 7)
     for future in futures:
@@ -182,7 +188,7 @@ def test_server_that_cannot_score_is_skipped(fleets: Callable[..., Fleet], monke
                                              capsys: pytest.CaptureFixture[str]) -> None:
     keepers = [DoubleKeeper(), DoubleKeeper()]
     fleet = fleets(keepers)
-    while num_there(fleet) < 2:
+    while count_running(fleet) < 2:
         time.sleep(0.01)
     assert len(fleet.score([5, 6])) == 2
     monkeypatch.setattr(keepers[0].doubles[0], "_generate", lambda body: (500, {}))
@@ -196,7 +202,7 @@ def test_ids_outside_the_vocabulary_are_rejected(fleets: Callable[..., Fleet]) -
     for ids in ([VOCAB], [-1], []):
         with pytest.raises(UserError, match=f"vocab_size = {VOCAB}"):
             fleet.submit(TokenRequest("bad", ids, 3))
-    assert not keeper.doubles[0].asked
+    assert not keeper.doubles[0].generate_bodies
 
 
 def test_repeated_server_deaths_raise_user_error(fleets: Callable[..., Fleet]) -> None:
@@ -211,7 +217,7 @@ def test_repeated_server_deaths_raise_user_error(fleets: Callable[..., Fleet]) -
 def test_fleet_implements_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keeper = DoubleKeeper()
     engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path / "w", 4)
-    first = [token_at([3, 1], place, 0) for place in range(6)]
+    first = [compute_token([3, 1], place, 0) for place in range(6)]
     result = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((first[3],)))
     assert result.continuations[0] == first[:4] and result.finish_reasons[0] == "stop"
     assert result.logprobs[0] == [-token / 100 for token in first[:4]] and result.version == 0
@@ -219,7 +225,8 @@ def test_fleet_implements_engine(fleets: Callable[..., Fleet], tmp_path: Path) -
     file = load_file(keeper.doubles[0].weights)
     assert torch.equal(file["w"], torch.arange(3.0))
     again = engine.generate([[3, 1]], Sampling(6))
-    assert again.version == 5 and again.continuations[0] == [token_at([3, 1], place, 5) for place in range(6)]
+    assert again.version == 5
+    assert again.continuations[0] == [compute_token([3, 1], place, 5) for place in range(6)]
     engine.close()
     assert not list(tmp_path.iterdir())
 
@@ -228,40 +235,42 @@ def test_short_samples_are_grouped_into_requests(fleets: Callable[..., Fleet], t
     fleet = fleets([DoubleKeeper()], 6)
     engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 6)
 
-    def counts(prompts: list[list[int]], *samplings: Sampling) -> list[int]:
-        result = engine.requests(prompts, samplings, (2,))
-        assert len({request.name for request in result}) == len(result)
-        return [request.count for request in result]
+    def count_answers(prompts: list[list[int]], *samplings: Sampling) -> list[int]:
+        """Return the number of answers that each request asks for."""
+        requests = engine.requests(prompts, samplings, (2,))
+        assert len({request.name for request in requests}) == len(requests)
+        return [request.count for request in requests]
 
-    drawn = Sampling(GROUPED_TOKENS, temperature=1.0)
-    assert counts([[3]] * 8 + [[4]], *[drawn] * 9) == [6, 2, 1]
+    short = Sampling(GROUPED_TOKENS, temperature=1.0)
+    assert count_answers([[3]] * 8 + [[4]], *[short] * 9) == [6, 2, 1]
     fleet.requests = 99
-    assert counts([[3]] * (GROUP + 1), *[drawn] * (GROUP + 1)) == [GROUP, 1]
+    assert count_answers([[3]] * (GROUP + 1), *[short] * (GROUP + 1)) == [GROUP, 1]
     # a truncated response continues after its own ids, with fewer tokens left
-    assert counts([[3], [3, 5], [3]], *[drawn] * 3) == [1, 1, 1]
-    assert counts([[3]] * 2, drawn, replace(drawn, max_new_tokens=5)) == [1, 1]
-    # places of long ones are taken by others as soon as they have ended
-    assert counts([[3]] * 2, *[replace(drawn, max_new_tokens=GROUPED_TOKENS + 1)] * 2) == [1, 1]
-    assert counts([[3]] * 2, *[Sampling(5)] * 2) == [1, 1]
+    assert count_answers([[3], [3, 5], [3]], *[short] * 3) == [1, 1, 1]
+    assert count_answers([[3]] * 2, short, replace(short, max_new_tokens=5)) == [1, 1]
+    # long samples are not grouped: another request starts as soon as one of them has ended
+    assert count_answers([[3]] * 2, *[replace(short, max_new_tokens=GROUPED_TOKENS + 1)] * 2) == [1, 1]
+    assert count_answers([[3]] * 2, *[Sampling(5)] * 2) == [1, 1], "greedy samples of a prompt are equal"
 
 
 def test_joined_prompts_use_one_request_per_server(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keepers = [DoubleKeeper(), DoubleKeeper()]
     fleet = fleets(keepers, 12)
     engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 24)
-    prompts, drawn = [[3 + k // 4] for k in range(24)], Sampling(5, temperature=1.0)
-    result = engine.requests(prompts, [drawn] * 24, (2,), are_joined=True)
-    assert [(request.prompts, request.count) for request in result] == [
+    prompts, short = [[3 + k // 4] for k in range(24)], Sampling(5, temperature=1.0)
+    requests = engine.requests(prompts, [short] * 24, (2,), are_joined=True)
+    assert [(request.prompts, request.count) for request in requests] == [
         ([[3], [4], [5]], 4), ([[6], [7], [8]], 4)]
-    answers = [answer for future in [fleet.submit(request) for request in result]
-               for answer in future.result(10)]
-    assert [a.tokens for a in answers] == [[token_at(ids, n, 0) for n in range(5)] for ids in prompts]
-    # never more than a server writes at a time, nor others than are asked for alike, nor long ones
+    futures = [fleet.submit(request) for request in requests]
+    answers = [answer for future in futures for answer in future.result(10)]
+    assert [a.tokens for a in answers] == [[compute_token(ids, n, 0) for n in range(5)] for ids in prompts]
+    # a joined request has at most as many answers as a server has room for
     fleet.requests = 8
-    sizes = [request.num_answers for request in engine.requests(prompts, [drawn] * 24, (2,), are_joined=True)]
-    assert sizes == [8, 8, 8]
-    long = [replace(drawn, max_new_tokens=GROUPED_TOKENS + 1)] * 3
-    for samplings in (long, [drawn, replace(drawn, temperature=0.5), drawn]):
+    requests = engine.requests(prompts, [short] * 24, (2,), are_joined=True)
+    assert [request.num_answers for request in requests] == [8, 8, 8]
+    # long samples and samples of different settings are not joined
+    long = [replace(short, max_new_tokens=GROUPED_TOKENS + 1)] * 3
+    for samplings in (long, [short, replace(short, temperature=0.5), short]):
         assert len(engine.requests([[3], [4], [5]], samplings, (2,), are_joined=True)) == 3
     with pytest.raises(UserError, match="bad: has no token ids, or ids outside the model's vocab_size"):
         fleet.submit(TokenRequest("bad", [3], 3, others=([VOCAB],)))
@@ -292,24 +301,24 @@ def test_weight_files_are_sharded_and_replaced(tmp_path: Path, monkeypatch: pyte
 
 def test_closed_fleet_fails_pending_requests() -> None:
     with Fleet([DoubleKeeper(0.01)], VOCAB, 1, look_s=0.02) as fleet:
-        futures = [fleet.submit(request) for request in asked(3, 1000)]
+        futures = [fleet.submit(request) for request in make_requests(3, 1000)]
     assert all("have been ended" in str(future.exception(10)) for future in futures)
 
 
-@pytest.mark.parametrize("script, said", [
+@pytest.mark.parametrize("script, message", [
     (None, "is not an executable program; set the interpreter with vLLM by SOV_ENGINE_PYTHON"),
     (f'exec {sys.executable} "$@"', "python has no vLLM; install it into its own environment")])
 def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                              script: str | None, said: str) -> None:
+                                              script: str | None, message: str) -> None:
     python = tmp_path / "python"
     if script is not None:
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
     monkeypatch.setenv(ENGINE_PYTHON, str(python))
-    with pytest.raises(UserError, match=said), open_fleet(tmp_path, VOCAB, 8, EngineServers(),
+    with pytest.raises(UserError, match=message), open_fleet(tmp_path, VOCAB, 8, EngineServers(),
                                                           ServerLocations(tmp_path)):
         pass
-    # one that has it; and others' servers need none
+    # an interpreter with the module passes, and servers of other users need no interpreter
     monkeypatch.setattr(server_process, "VLLM", "json")
     check_vllm_program((), Path(sys.executable))
     check_vllm_program(("http://127.0.0.1:9",), python)
@@ -327,7 +336,7 @@ def test_waiting_for_an_address_is_reported(capsys: pytest.CaptureFixture[str]) 
     keeper = AddressKeeper(VllmServer(double.url, answer_s=1), 0)
     assert keeper.is_alive()
     double.close()
-    assert not keeper.is_alive(), "who starts it again does not say so"
+    assert not keeper.is_alive()
     with pytest.raises(UserError, match="answered for 0 s"):
         AddressKeeper(VllmServer(double.url, answer_s=1), 0).start(lambda: False)
     assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err
@@ -337,7 +346,7 @@ def test_server_without_weight_updates_is_reported(fleets: Callable[..., Fleet])
     double = VllmDouble()
     double.refuses = lambda path: path.startswith("/pause")
     with Fleet([AddressKeeper(VllmServer(double.url), 0)], VOCAB, 1, look_s=0.02) as fleet:
-        fleet.submit(asked(1)[0]).result(20)
+        fleet.submit(make_requests(1)[0]).result(20)
         with pytest.raises(UserError, match="answered HTTP 404:"):
             fleet.update(["w"], 1)
     double.close()

@@ -20,7 +20,7 @@ LENGTHS = (3, 1, 4, 2, 5)
 DOMAINS = [["math", 2], ["", 1], ["code", 2]]
 
 
-class Told:
+class CountedDocuments:
     """Documents that count up from 5; every token but the first is learned."""
 
     is_plain, columns = False, ("behaviour_logprobs",)
@@ -50,14 +50,14 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedRound:
     monkeypatch.setattr(teachers, "read_manifest", lambda path: manifest)
     monkeypatch.setattr(teachers, "BACKOFF_S", (0.001, 0.001))
     monkeypatch.setattr(teachers, "run_on_main", lambda world, action: action())
-    documents: Any = Told()
+    documents: Any = CountedDocuments()
     return PublishedRound(tmp_path / "0001", documents, (range(5),), {}, np.array([0, *np.cumsum(LENGTHS)]))
 
 
 VIEW: Any = SimpleNamespace(world=None, checkpointer=SimpleNamespace(advance=lambda: None))
 
 
-def told(opened: PublishedRound, *teachers: Any) -> list[float]:
+def score_round(opened: PublishedRound, *teachers: Any) -> list[float]:
     """Return the teachers' scores of a round, in hundredths."""
     file = opened.path.with_name("0001.teacher_logprobs.f32")
     write_teachers(VIEW, teachers, opened, file, "these")
@@ -68,34 +68,38 @@ def told(opened: PublishedRound, *teachers: Any) -> list[float]:
 def test_each_teacher_scores_its_documents_on_several_servers(opened: PublishedRound,
                                                               servers: list[Any]) -> None:
     one, other = servers
-    expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]
+    expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]  # hundredths; the first token has none
     teachers = ScoringTeacher("", urls=(one.url,)), ScoringTeacher("code", urls=(other.url,))
-    assert told(opened, *teachers) == expected
-    assert [len(asked["token_ids"]) for asked in other.asked] in ([2, 5], [5, 2])
-    assert sorted(len(asked["token_ids"]) for asked in one.asked) == [3, 4], "one token has no label"
+    assert score_round(opened, *teachers) == expected
+    assert [len(body["token_ids"]) for body in other.generate_bodies] in ([2, 5], [5, 2])
+    # the document of one token has nothing to score
+    assert sorted(len(body["token_ids"]) for body in one.generate_bodies) == [3, 4]
     result = compute_reverse_kl(opened, np.array(expected) / -100)
-    apart = np.array(expected)[np.array(expected) > 0] / 100 - 0.25
-    assert result["reverse_kl"] == pytest.approx(apart.mean())
+    differences = np.array(expected)[np.array(expected) > 0] / 100 - 0.25
+    assert result["reverse_kl"] == pytest.approx(differences.mean())
     domains: Any = result["reverse_kl_domains"]
-    assert domains == {"code": pytest.approx(apart[5:].mean()), "math": pytest.approx(apart[:2].mean())}
+    assert domains == {"code": pytest.approx(differences[5:].mean()),
+                       "math": pytest.approx(differences[:2].mean())}
     with pytest.raises(UserError, match=r"responses of domain '(math|)'"):
-        told(opened, ScoringTeacher("code", urls=(other.url,)))
+        score_round(opened, ScoringTeacher("code", urls=(other.url,)))
 
 
 def test_scoring_retries_absent_servers_and_reports_refusals(opened: PublishedRound,
                                                              servers: list[Any]) -> None:
     one, other = servers
-    expected = told(opened, ScoringTeacher("", urls=(one.url,)))
+    expected = score_round(opened, ScoringTeacher("", urls=(one.url,)))
     other.is_dead = True
-    assert told(opened, ScoringTeacher("", urls=(other.url, one.url))) == expected, "the other server answers"
+    both_servers = ScoringTeacher("", urls=(other.url, one.url))
+    assert score_round(opened, both_servers) == expected, "the living server answers"
     one.refuses = lambda path: path.startswith("/inference")
-    assert told(opened, ScoringTeacher("", urls=(one.url,))) == expected, "as of every server of completions"
+    # the OpenAI path scores as well
+    assert score_round(opened, ScoringTeacher("", urls=(one.url,))) == expected
     one.refuses = lambda path: path.startswith(("/inference", "/v1/completions"))
     with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses \d"):
-        told(opened, ScoringTeacher("", urls=(one.url,)))
+        score_round(opened, ScoringTeacher("", urls=(one.url,)))
     one.is_dead = True
     with pytest.raises(UserError, match="HTTP 500: EngineCore"):
-        told(opened, ScoringTeacher("", urls=(one.url,)))
+        score_round(opened, ScoringTeacher("", urls=(one.url,)))
 
 
 def test_scoring_rejects_invalid_logprobs() -> None:

@@ -16,7 +16,7 @@ from megatron_sov.work.endpoints.token_server import (
     ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers)
 from megatron_sov.work.endpoints.transport import HttpResponse
 from megatron_sov.work.endpoints.vllm_server import VllmServer, _parse_choices
-from tests.token_servers import VllmDouble, token_at
+from tests.token_servers import VllmDouble, compute_token
 
 PROMPT = [5, 6, 7]
 
@@ -28,39 +28,42 @@ def double() -> Iterator[VllmDouble]:
     vllm_double.close()
 
 
-def words(count: int, version: int = 0) -> list[int]:
-    return [token_at(PROMPT, place, version) for place in range(count)]
+def compute_answer(count: int, version: int = 0) -> list[int]:
+    """Return the first tokens that the double generates for PROMPT."""
+    return [compute_token(PROMPT, place, version) for place in range(count)]
 
 
 def test_answers_contain_sampled_tokens_logprobs_and_versions(double: VllmDouble) -> None:
     server = VllmServer(double.url)
     [answer] = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
-    assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length", (VersionSpan(0, 0, 4),))
-    sent = double.asked[0]["sampling_params"]
+    tokens = compute_answer(4)
+    assert answer == TokenAnswer(tokens, [-t / 100 for t in tokens], "length", (VersionSpan(0, 0, 4),))
+    sent = double.generate_bodies[0]["sampling_params"]
     # vLLM crashes with a seed on a CPU, and stops at the config's eos unless disabled
     assert "seed" not in sent and sent["ignore_eos"] and sent["top_k"] == -1 and sent["temperature"] == 0.7
-    [stopped] = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(words(3)[2],)))
-    assert (stopped.tokens, stopped.reason) == (words(3), "stop")
+    [stopped] = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(compute_answer(3)[2],)))
+    assert (stopped.tokens, stopped.reason) == (compute_answer(3), "stop")
     assert server.score([4, 9, 8]) == [-0.09, -0.08]
 
 
 def test_tokens_report_version_across_weight_update(double: VllmDouble) -> None:
-    double.held_at, server, found = 4, VllmServer(double.url), []
-    thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 20))))
+    double.stall_at, server = 4, VllmServer(double.url)
+    answers: list[TokenAnswer] = []
+    thread = threading.Thread(target=lambda: answers.extend(server.write(TokenRequest("a", PROMPT, 20))))
     thread.start()
-    while double.num_written < 4:
+    while double.num_generated < 4:
         time.sleep(0.001)
     server.pause()
-    double.held_at = None
+    double.stall_at = None
     server.update(["/weights"], 3)
     server.resume()
     thread.join()
-    [before, after] = found[0].versions
+    [before, after] = answers[0].versions
     assert (before.version, after.version, before.end, after.end) == (0, 3, after.start, 20)
-    assert found[0].tokens == words(before.end) + words(20, 3)[before.end:]
-    # without a reset of the cache it would continue with keys and values of the old weights
-    assert double.orders[-2:] == ["/reset_prefix_cache?reset_running_requests=true", "/resume"]
-    assert double.orders[0] == "/pause?mode=keep&clear_cache=false"
+    assert answers[0].tokens == compute_answer(before.end) + compute_answer(20, 3)[before.end:]
+    # without a cache reset, vLLM would continue with keys and values of the old weights
+    assert double.control_paths[-2:] == ["/reset_prefix_cache?reset_running_requests=true", "/resume"]
+    assert double.control_paths[0] == "/pause?mode=keep&clear_cache=false"
 
 
 def test_open_update_of_killed_trainer_is_finished_first(double: VllmDouble) -> None:
@@ -71,22 +74,23 @@ def test_open_update_of_killed_trainer_is_finished_first(double: VllmDouble) -> 
     server.pause()
     server.update(["/weights/3"], 3)
     server.resume()
-    assert double.orders.count("/start_weight_update") == 3  # the second one is refused
+    assert double.control_paths.count("/start_weight_update") == 3  # the second one is refused
     [answer] = server.write(TokenRequest("a", PROMPT, 2))
-    assert answer.tokens == words(2, 3)
+    assert answer.tokens == compute_answer(2, 3)
 
 
 @pytest.mark.parametrize("route", ["/inference/v1/generate", "/v1/completions"])
 def test_aborted_request_returns_partial_answer(double: VllmDouble, route: str) -> None:
     double.refuses = lambda path: path == "/inference/v1/generate" != route
-    double.token_s, server, found = 0.01, VllmServer(double.url), []
-    thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 500))))
+    double.token_s, server = 0.01, VllmServer(double.url)
+    answers: list[TokenAnswer] = []
+    thread = threading.Thread(target=lambda: answers.extend(server.write(TokenRequest("a", PROMPT, 500))))
     thread.start()
-    while not double.num_written:
+    while not double.num_generated:
         time.sleep(0.01)
     server.abort([TokenRequest("a", PROMPT, 500)])
     thread.join()
-    assert found[0].reason == "abort" and 0 < len(found[0].tokens) < 500
+    assert answers[0].reason == "abort" and 0 < len(answers[0].tokens) < 500
 
 
 @pytest.mark.parametrize("route", ["/inference/v1/generate", "/v1/completions"])
@@ -94,28 +98,31 @@ def test_several_answers_per_request(double: VllmDouble, route: str) -> None:
     double.refuses = lambda path: path == "/inference/v1/generate" != route
     server = VllmServer(double.url)
     answers = server.write(TokenRequest("a", PROMPT, 4, count=3))
-    assert [answer.tokens for answer in answers] == [words(4)] * 3 and len(double.asked) == 1
-    double.places = 2
+    assert [answer.tokens for answer in answers] == [compute_answer(4)] * 3
+    assert len(double.generate_bodies) == 1
+    double.max_answers = 2
     with pytest.raises(RequestRefused, match="at most 2, got 3"):
         server.write(TokenRequest("b", PROMPT, 4, count=3))
 
 
 def test_prompts_of_request_are_answered_in_order(double: VllmDouble) -> None:
-    token_request = TokenRequest("a", PROMPT, 4, count=2, others=([8, 9], [4]))
-    answers = VllmServer(double.url).write(token_request)
+    request = TokenRequest("a", PROMPT, 4, count=2, others=([8, 9], [4]))
+    assert request.num_answers == 6
+    answers = VllmServer(double.url).write(request)
     assert [answer.tokens for answer in answers] == [
-        [token_at(prompt, place, 0) for place in range(4)] for prompt in (PROMPT, [8, 9], [4]) for _ in "12"]
-    # vLLM reports no versions; our server has no tokenizer, and refuses to return texts
-    assert not answers[0].versions and all(body["return_tokens_as_token_ids"] for body in double.asked)
-    assert (token_request.num_answers, VllmServer(double.url).write(TokenRequest("b", PROMPT,
-                                                                                 4))[0].versions) == (
-        6, (VersionSpan(0, 0, 4),))
+        [compute_token(prompt, place, 0) for place in range(4)]
+        for prompt in (PROMPT, [8, 9], [4]) for _ in range(2)]
+    # the completions path reports no versions, and servers without a tokenizer return token ids only
+    assert not answers[0].versions
+    assert all(body["return_tokens_as_token_ids"] for body in double.generate_bodies)
+    [single] = VllmServer(double.url).write(TokenRequest("b", PROMPT, 4))
+    assert single.versions == (VersionSpan(0, 0, 4),)
 
 
 def test_server_without_token_route_uses_completions(double: VllmDouble) -> None:
     double.refuses = lambda path: path == "/inference/v1/generate"
     [answer] = VllmServer(double.url + "/v1").write(TokenRequest("a", PROMPT, 4))
-    assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length")
+    assert answer == TokenAnswer(compute_answer(4), [-t / 100 for t in compute_answer(4)], "length")
     assert VllmServer(double.url).score([4, 9, 8]) == [-0.09, -0.08]
 
 
@@ -125,16 +132,16 @@ def test_temporary_and_permanent_failures_differ(double: VllmDouble) -> None:
         VllmServer(double.url).pause()
     double.is_dead = True
     server = VllmServer(double.url)
-    with pytest.raises(BadAnswer, match="HTTP 500: EngineCore") as told:
+    with pytest.raises(BadAnswer, match="HTTP 500: EngineCore") as error:
         server.write(TokenRequest("a", PROMPT, 4))
-    assert told.value.is_unavailable and not server.is_healthy()
+    assert error.value.is_unavailable and not server.is_healthy()
 
 
-@pytest.mark.each(("choice", "told"), [
+@pytest.mark.each(("choice", "message"), [
     ({}, "KeyError: 'token_ids'"), ({"token_ids": ["x"]}, "ValueError"),
     ({"token_ids": [1], "finish_reason": "stop", "logprobs": {"content": [{}]}}, "KeyError: 'logprob'")])
-def test_incomplete_answer_is_rejected(choice: dict[str, Any], told: str) -> None:
-    with pytest.raises(BadAnswer, match=told):
+def test_incomplete_answer_is_rejected(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadAnswer, match=message):
         _parse_choices({"choices": [choice]}, "http://here")
 
 
