@@ -93,7 +93,7 @@ def test_pages_that_continue_one_folder_work_as_they_are_typed(
 
 CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES.items()
            for line in iter_command_lines(shell_blocks(text)) if line not in under("On a laptop", text)
-           and re.match(r"megatron-sov (submit (?!chain .*--continue)|plan (?!.*--sweep))", line)]
+           and re.match(r"megatron-sov (submit (?!chain .*--continue)|plan (?!.*--(?:sweep|days)))", line)]
 
 
 @pytest.mark.deep

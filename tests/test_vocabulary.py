@@ -1,4 +1,4 @@
-"""A concept has the same option in all programs: the table of CONTRIBUTING.md against the parsers."""
+"""A concept has the same option in all programs: parsers agree with the table of CONTRIBUTING.md."""
 
 import argparse
 import re
@@ -17,33 +17,34 @@ TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8
 ROWS = re.findall(r"^\| ([^|]+) \| `(--[\w-]+)` \| ((?:`--[\w-]+` ?)+) \|$", TEXT, re.MULTILINE)
 
 APART = ({"--chat", "--apply-chat-template"}, {"--model", "--judge-model"})
-"""Options with one help text: `eval lm` has lm-eval's word, and a judge's model is not the writer's."""
+"""Pairs of options that may share a help text: `eval lm` has lm-eval's option, and a judge's model is not the
+model that writes."""
 
 
-def _below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def iter_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for child in action.choices.values():
-                yield from _below(child)
+                yield from iter_parsers(child)
 
 
 @cache
-def _options() -> dict[str, set[str]]:
+def list_options() -> dict[str, set[str]]:
     """Return option -> commands with that option."""
-    found: dict[str, set[str]] = {}
+    commands: dict[str, set[str]] = {}
     for program in PROGRAMS:
-        for parser in _below(build_full_parser(program)):
+        for parser in iter_parsers(build_full_parser(program)):
             for option in parser._option_string_actions:
-                found.setdefault(option, set()).add(parser.prog.replace(" [RECIPE]", ""))
-    return found
+                commands.setdefault(option, set()).add(parser.prog.replace(" [RECIPE]", ""))
+    return commands
 
 
 @pytest.mark.each(("concept", "option", "others"), [pytest.param(*row, id=row[1]) for row in ROWS])
 def test_a_concept_has_one_option(concept: str, option: str, others: str) -> None:
-    assert option in _options(), concept
+    assert option in list_options(), concept
     assert {other: commands for other in re.findall(r"--[\w-]+", others)
-            if (commands := _options().get(other))} == {}
+            if (commands := list_options().get(other))} == {}
 
 
 def test_all_rows_of_the_table_are_read() -> None:
@@ -55,13 +56,14 @@ def test_all_rows_of_the_table_are_read() -> None:
 
 def test_a_help_text_belongs_to_one_option() -> None:
     """The same sentence under two names would be two names of one thing."""
-    found: dict[str, set[str]] = {}
+    options_of_text: dict[str, set[str]] = {}
     for program in PROGRAMS:
-        for parser in _below(build_full_parser(program)):
+        for parser in iter_parsers(build_full_parser(program)):
             for action in parser._actions:
                 if len((action.help or "").split()) > 4 and action.option_strings:
-                    found.setdefault(str(action.help), set()).add(action.option_strings[-1])
-    assert {text: names for text, names in found.items() if len(names) > 1 and names not in APART} == {}
+                    options_of_text.setdefault(str(action.help), set()).add(action.option_strings[-1])
+    assert {text: names for text, names in options_of_text.items()
+            if len(names) > 1 and names not in APART} == {}
 
 
 @pytest.mark.each(("command", "old", "new"), [
@@ -69,7 +71,7 @@ def test_a_help_text_belongs_to_one_option() -> None:
     for old, new in rows.items()])
 def test_an_option_of_the_release_before_is_taken_with_a_note(command: str, old: str, new: str,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
-    options = _options()
+    options = list_options()
     commands = options[new] - options.get(old, set()) if command == "*" else {command}
     assert commands and all(one in options[new] and one not in options.get(old, set()) for one in commands)
     parser = argparse.ArgumentParser(prog=sorted(commands)[0])

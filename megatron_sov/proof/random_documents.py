@@ -32,8 +32,12 @@ TOKEN_COLUMNS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
 """Columns with a log-probability per token, around `-log(vocab_size)` as for an untrained model."""
 SPREAD = 1.5
 """Standard deviation in nats; large enough to clip importance ratios on both sides."""
-RESPONSE_COLUMNS = (policy.ADVANTAGE, preference.GROUP_SHARE)
-"""Columns with one number per document, from 0 to 1 (advantages: from -1)."""
+OLD_SHIFT = 1.0
+"""Distance in nats of a document's `old` log-probabilities from those of the model, up or down, so that even
+the ratio of a whole response is below or above 1."""
+LEARNED_SHARE = 0.75
+"""Share of documents whose advantage has the sign that is not clipped. A step has few documents: without any
+of these its policy gradient would be 0 in every layout."""
 TEACHER_WIDTH = 8
 _LONGEST = 41
 
@@ -57,7 +61,7 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
     method = config.preference.method if config.objective.name == "preference" else ""
     are_pairs, is_judged = method not in ("", "grouper"), config.objective.name in ("preference", "policy")
     longest = 15 if are_pairs else _LONGEST
-    columns = dict.fromkeys((*TOKEN_COLUMNS, *RESPONSE_COLUMNS), "float32")
+    columns = dict.fromkeys((*TOKEN_COLUMNS, policy.ADVANTAGE, preference.GROUP_SHARE), "float32")
     counts = {"num_documents": NUM_DOCUMENTS, "num_tokens": 0, "num_bytes": 0}
     with create_artifact(folder, "tokens") as artifact:
         with IndexedWriter(artifact.path / SOURCE, "uint16",
@@ -89,12 +93,17 @@ def _draw_document(random: np.random.Generator, num_tokens: int, vocab_size: int
     types = np.where(learned, np.where(is_text, TYPE_TEXT, TYPE_RESPONSE), TYPE_PROMPT)
     numbers = {name: random.normal(-np.log(vocab_size), SPREAD, num_tokens).astype(np.float32)
                for name in TOKEN_COLUMNS}
+    shift = random.choice((-OLD_SHIFT, OLD_SHIFT))
+    numbers[policy.OLD] += np.float32(shift)
+    # The surrogate is clipped where the ratio is below 1 and the advantage negative, or both the other way.
+    is_unclipped = random.random() < LEARNED_SHARE
+    advantage = random.random() * np.sign(shift) * (1 if is_unclipped else -1)
+    shares = {policy.ADVANTAGE: advantage, preference.GROUP_SHARE: random.random()}
     # close to the trainer, or corrections would mask all tokens
     numbers[policy.BEHAVIOUR] = numbers[policy.OLD] + random.normal(0, 0.02, num_tokens).astype(np.float32)
     return {"bin": random.integers(0, vocab_size, num_tokens), "loss": learned.astype(np.float32),
             "type": types, **numbers,
-            **{name: np.full(num_tokens, random.uniform(-1 if name == policy.ADVANTAGE else 0, 1), np.float32)
-               for name in RESPONSE_COLUMNS}}
+            **{name: np.full(num_tokens, share, np.float32) for name, share in shares.items()}}
 
 
 def _get_head_path(folder: Path) -> Path:

@@ -27,8 +27,11 @@ GRAPHS = (*ONE_LAYER[:3], (*ONE_LAYER[3], *SELECTIVE, 'gpu.cuda_graphs=["moe_rou
 CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1), "graphs": GRAPHS}
 
 
-def cases() -> None:
-    """Runs in a process of its own, which finds such a GPU from then on."""
+def run_cases() -> None:
+    """Run valid steps and steps with planted errors, and print name -> result as JSON.
+
+    It runs in its own process, since `fake_rank.prepare` patches torch for good.
+    """
     sys.path.append(GPU)
     import fake_rank
 
@@ -36,36 +39,39 @@ def cases() -> None:
     from megatron_sov.engine.model import graphs
     from megatron_sov.train.objectives import microbatch
 
-    found: dict[str, Any] = {name: fake_rank.run_case(*case) for name, case in CASES.items()}
-    found["counted"] = fake_rank.run_case(*COUNTED)
+    results: dict[str, Any] = {name: fake_rank.run_case(*case) for name, case in CASES.items()}
+    results["counted"] = fake_rank.run_case(*COUNTED)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "get_local_device", lambda: torch.device("cpu"))
-        found["rows on the host"] = fake_rank.run_case(*ONE_LAYER)
+        results["rows on the host"] = fake_rank.run_case(*ONE_LAYER)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "to_device", lambda values, device: values.to(device))
-        found["rows waited for"] = fake_rank.run_case(*ONE_LAYER)
+        results["rows waited for"] = fake_rank.run_case(*ONE_LAYER)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(graphs, "use_side_stream", lambda config: contextlib.nullcontext())
-        found["the default stream"] = fake_rank.run_case(*GRAPHS)
-    print(json.dumps(found))
+        results["the default stream"] = fake_rank.run_case(*GRAPHS)
+    print(json.dumps(results))
 
 
-def told_by(function: str, names: Collection[str]) -> dict[str, Any]:
-    """Return the output of a function of this file in its own process; its steps are valid."""
+def run_in_own_process(function: str, names: Collection[str]) -> dict[str, Any]:
+    """Run a function of this file in its own process, and return the JSON of its last line.
+
+    Asserts that the results in `names` have no problem.
+    """
     completed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c",
          f"from tests.benchmarks import test_fake_rank as t; t.{function}()"],
         cwd=ROOT, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr[-3000:]
-    found: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
-    problems = {name: found[name].get("trace", found[name].get("problem")) for name in names}
+    results: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
+    problems = {name: results[name].get("trace", results[name].get("problem")) for name in names}
     assert problems == dict.fromkeys(names)
-    return found
+    return results
 
 
 @pytest.mark.deep
 def test_a_valid_step_passes_and_gpu_only_errors_are_detected() -> None:
-    result = told_by("cases", [*CASES, "counted"])
+    result = run_in_own_process("run_cases", [*CASES, "counted"])
     # logits, gradients of the head and matrix products, without small tensors next to them
     counted, said = (result["counted"][name] for name in ("peak bytes", "account bytes"))
     assert said == pytest.approx(counted, rel=0.005)

@@ -110,18 +110,18 @@ def fails():
     return 0
 
 if case != "ends":
-    sys.exit(launcher.launch(rank, 2))
+    sys.exit(launcher.launch_ranks(rank, 2))
 codes = {}
 threads = []  # of the launcher, at each fork
 os.register_at_fork(before=lambda: threads.append(len(os.listdir("/proc/self/task"))))
 for case in ("mistake", "code", "dies"):
-    codes[case] = launcher.launch(rank, 2)
+    codes[case] = launcher.launch_ranks(rank, 2)
 for case in ("3", "9"):
     noted = []
-    restarts = launcher.Restarts(2, (folder / f"{case}-1").exists,
-                              lambda code, cause: noted.append([code, cause]),
-                              lambda code, cause: noted.append([code, f"{cause}, for good"]))
-    codes[case] = [launcher.launch(fails, 2, restarts=restarts), noted]
+    restarts = launcher.RestartPolicy(2, (folder / f"{case}-1").exists,
+                                     lambda code, cause: noted.append([code, cause]),
+                                     lambda code, cause: noted.append([code, f"{cause}, for good"]))
+    codes[case] = [launcher.launch_ranks(fails, 2, restarts=restarts), noted]
 (folder / "codes.json").write_text(json.dumps(codes))
 (folder / "threads.json").write_text(json.dumps(threads))
 """

@@ -127,7 +127,7 @@ def test_map_on_nodes_writes_the_same_files_as_local_processes(cluster: Any, sit
     assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"
     assert (site / "there/rows.jsonl").read_bytes() == (site / "here/rows.jsonl").read_bytes()
     assert main([*words, "there", "--cluster", "site.yaml"]) == 0
-    assert "complete from before" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     assert cluster.wait(bad["finish"])["JobState"] == "CANCELLED"
     assert main(["map", "bad.jsonl", *words[2:], "bad", "--skip-failures", "--redo"]) == 0
     assert len((site / "bad/rows.jsonl").read_text().split("\n")) == 301

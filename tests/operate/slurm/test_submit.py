@@ -46,7 +46,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
      "/nowhere does not exist; make it before"),
     (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
     (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),
-     "evaluate.background.cluster = h100: the jobs beside"),
+     "evaluate.background.cluster = h100: the run could not submit"),
 ])
 def test_a_mistake_gives_one_sentence_and_no_files(site: Path, capsys: pytest.CaptureFixture[str],
                                                    words: tuple[str, ...], sentence: str) -> None:
@@ -81,7 +81,8 @@ def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: py
         asked.append((num_ranks, config.parallel.ep))
         return num_ranks, SimpleNamespace(outcome="differs" if num_ranks == refuted_ranks else "equal")
 
-    # tests/proof covers the proofs, whose imports are heavy
+    # tests/proof covers the proofs, whose imports are heavy; another test may have run the command
+    monkeypatch.delitem(sys.modules, "megatron_sov.commands.operate.submit.prove_run", raising=False)
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", SimpleNamespace(
         EQUAL="equal", prove_run=prove_run,
         format_proof=lambda small, verdict: f"{small}: {verdict.outcome}"))
@@ -96,6 +97,7 @@ def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: py
 
 def test_missing_inputs_are_reported_before_proofs(site: Path, capsys: pytest.CaptureFixture[str],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "megatron_sov.commands.operate.submit.prove_run", raising=False)
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # importing it fails
 
     assert cli.main(["submit", "pretrain", *HERE, "--prove", *RUN]) == 2
@@ -123,7 +125,7 @@ UNUSED = TRAIN.replace("{", "{nodes_set: ['4:parallel.ep=2'], ")
     (f"cluster: site.yaml\nstages: [{PACK}, {PACK.replace('{', '{name: two, ')}]", "two stages write to"),
     (f"cluster: site.yaml\nstages: [{TRAIN}]", "pretrain: {site}/tokens does not exist; make it before"),
     (f"cluster: site.yaml\nstages: [{PACK}, {TRAIN.replace('{', '{after: [dat], ')}]",
-     "comes after 'dat', which is no stage"),
+     "comes after 'dat', which is not an earlier stage"),
     (f"cluster: site.yaml\nstages: [{PACK}, {TRAIN.replace('{', '{nodes: 3, ')}]",
      "--nodes 3 x 1 processes do not fit"),
     (f"cluster: nowhere\nstages: [{PACK}]", "--cluster nowhere: there is no such profile"),

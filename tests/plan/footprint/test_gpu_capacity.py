@@ -140,10 +140,13 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
     return chosen
 
 
-def kind_of(run: RunConfig, stage: int) -> tuple[int, bool, bool]:
-    """Return the properties that determine a stage's size: number of layers, first or last."""
+def kind_of(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
+    """Return the properties that determine a stage's size: number of layers and of layers with linear
+    attention, first or last."""
     layers = run.parallel.stage_layers(stage, run.model.num_layers)
-    return len(layers), stage == 0, stage == run.parallel.pp - 1
+    types = run.model.layer_types()
+    num_linear = sum(types[layer] == "linear_attention" for layer in layers)
+    return len(layers), num_linear, stage == 0, stage == run.parallel.pp - 1
 
 
 def built(big: bool, every: bool) -> list[list[Any]]:

@@ -232,7 +232,8 @@ def iter_contract_checks() -> Iterator[MachineCheck]:
 
 def _describe_cudnn_mismatch() -> str:
     """Describe a version mismatch between the cuDNN in Transformer Engine and in torch; "": none."""
-    te = importlib.import_module("transformer_engine.pytorch")
+    import transformer_engine.pytorch as te
+
     te_version = ".".join(map(str, te.get_cudnn_version()))
     torch_version = importlib.import_module("torch").backends.cudnn.version()
     if torch_version is None or _format_cudnn_version(torch_version) == te_version:
