@@ -88,7 +88,7 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
-MAX_SOURCE_LINES = 129_922
+MAX_SOURCE_LINES = 128_810
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
@@ -97,7 +97,6 @@ ALONE = {
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
     "megatron_sov/commands/rl/teacher_models.py": "finds teachers; imports torch",
-    "megatron_sov/commands/train/forgetting_gate.py": "imports `bench`, an optional part",
     "megatron_sov/post/extend/contamination.py": "searches data; training stages is another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
@@ -106,6 +105,7 @@ ALONE = {
     "data_prep/synth/functions/registry.py": "names of functions; compiling a file is another subject",
     "megatron_sov/convert/encoder_weights.py": "encoders of other models; whole models are another subject",
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
+    "megatron_sov/train/recovery.py": "rejects steps and restores weights; the loop is another subject",
     "megatron_sov/proof/random_documents.py": "data of objectives; proving a layout is another subject",
     "megatron_sov/operate/slurm/preflight_run.py": "imports torch; preflight reports a failing import",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",

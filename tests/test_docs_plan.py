@@ -42,7 +42,7 @@ def test_a_command_on_the_page_runs(line: str, narrow_grid: None, capsys: pytest
     elif "--json" in words:
         assert json.loads(output)["totals"]["cost_usd"] > 1e6
     else:
-        for table in ("What it takes", "Memory of the fullest GPU", "A step", "Checkpoints"):
+        for table in ("What it takes", "Memory of the fullest GPU", "A step"):
             assert f"\n{table}" in output
     if "--sweep" in words:
         (submit,) = re.findall(r"^submit: +(.*)$", output, re.MULTILINE)

@@ -9,7 +9,6 @@ COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 SIZE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 MEMORY_UNITS = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
 SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
-ENERGY_UNITS = ((1e6, "GWh"), (1e3, "MWh"), (1.0, "kWh"))
 TIME_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 """(seconds, name) for a unit, then for the next smaller unit."""
 NO_VALUE = "–"
@@ -61,11 +60,6 @@ def format_money(dollars: float) -> str:
     if dollars >= 999_999.5:
         return f"${_format_scaled(dollars, COUNT_UNITS)}"
     return f"${dollars:,.0f}" if dollars >= 9.995 else f"${dollars:.2f}"
-
-
-def format_energy(kwh: float) -> str:
-    """Format energy in kilowatt-hours: 830 kWh, 2.31 GWh."""
-    return _format_scaled(kwh, ENERGY_UNITS) if kwh else "0 kWh"
 
 
 def format_share(share: float) -> str:

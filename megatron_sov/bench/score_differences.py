@@ -1,9 +1,7 @@
-"""Compare two results of `eval lm` task by task, and decide whether training forgot a task.
+"""Compare two results of `eval lm` task by task.
 
 Two scores are comparable if task definition, data, examples, prompts, mode and sampling agree; model, chat
-template and seed may differ. The forgetting gate looks at the first metric of each task: a task is forgotten
-if the whole 90 % interval of the paired difference lies below -tolerance (a one-sided test at 5 %). An
-interval around -tolerance passes, with the verdict "not proven".
+template and seed may differ.
 """
 
 from __future__ import annotations
@@ -25,9 +23,6 @@ COMPARED_FIELDS = ("task_hash", "output_type", "num_fewshot", "mode", "judge", "
 """Fields of `TaskScores` that must be equal."""
 CLOSE = 1e-6
 """Relative error between a metric and the mean over its items."""
-GATE_CONFIDENCE = 0.90
-"""Two-sided, with 5 % on either side."""
-KEPT, NOT_PROVEN, FORGOTTEN, NOT_KNOWN = "kept", "not proven", "forgotten", "not known"
 
 
 @dataclass(frozen=True)
@@ -217,66 +212,3 @@ def format_differences(differences: Sequence[Difference]) -> str:
         rows.append((d.task, d.metric, *values, difference, interval, f"{d.items:,}", f"{d.left_out:,}",
                      d.verdict))
     return align_columns(rows, left=(0, 1, 8))
-
-
-@dataclass(frozen=True)
-class TaskVerdict:
-    difference: Difference
-    """Difference in the task's first metric."""
-    tolerance: float
-    """Largest accepted loss, in the metric's unit."""
-
-    @property
-    def verdict(self) -> str:
-        """`kept`: the loss stays below the tolerance; `forgotten`: it exceeds the tolerance; `not proven`:
-        too few items; `not known`: no value, which does not pass."""
-        if self.difference.interval is None:
-            return NOT_KNOWN
-        low, high = self.difference.oriented_interval
-        if high < -self.tolerance:
-            return FORGOTTEN
-        return KEPT if low >= -self.tolerance else NOT_PROVEN
-
-    def format_line(self) -> str:
-        d = self.difference
-        values = "a value is missing"
-        if d.before is not None and d.after is not None:
-            values = f"{d.before:.4f} to {d.after:.4f}"
-        interval = f"no interval: {d.note}"
-        if d.interval is not None and d.value is not None:
-            left_out = f" ({d.left_out:,} left out)" if d.left_out else ""
-            interval = (f"difference {d.value:+.4f}, 90 % interval {d.interval[0]:+.4f} to "
-                        f"{d.interval[1]:+.4f} over {d.items:,} items{left_out}")
-        return f"{d.task}, {d.metric}: {self.verdict}; {values}, {interval}; tolerance {self.tolerance:g}"
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    tasks: tuple[TaskVerdict, ...]
-    """In the order of `--tasks`."""
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether every task has a value and no task is forgotten."""
-        return all(task.verdict in (KEPT, NOT_PROVEN) for task in self.tasks)
-
-    def format_lines(self, *verdicts: str) -> list[str]:
-        """Format the tasks with these verdicts; without arguments, every task."""
-        return [task.format_line() for task in self.tasks if not verdicts or task.verdict in verdicts]
-
-    def to_dict(self) -> dict[str, Any]:
-        tasks = [{**task.difference.to_dict(), "verdict": task.verdict} for task in self.tasks]
-        return {"passed": self.passed, "tolerance": self.tolerance, "confidence": GATE_CONFIDENCE,
-                "tasks": tasks}
-
-
-def judge_forgetting(start: ScoredResults, last: ScoredResults, tolerance: float) -> Forgetting:
-    """Compare the last checkpoint with the model before training; `UserError` for incomparable results."""
-    # a group has no items; its tasks are judged
-    names = [name for name, task in start.results.tasks.items()
-             if not task.items or start.items[name] or last.items.get(name)]
-    first_metrics: dict[str, Difference] = {}
-    for difference in compute_differences(start, last, names, GATE_CONFIDENCE):
-        first_metrics.setdefault(difference.task, difference)
-    return Forgetting(tuple(TaskVerdict(d, tolerance) for d in first_metrics.values()), tolerance)

@@ -141,7 +141,7 @@ def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *,
 
 
 def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: int | None,
-                 option: str = "--set", num_drafts: int = 0) -> None:
+                 option: str = "--set") -> None:
     """Raise `UserError` if an engine cannot run a model with the given options.
 
     Args:
@@ -150,7 +150,6 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
         settings: `key=value` changes of layout and precision, or of servers.
         nproc: local processes.
         option: option that gives the settings.
-        num_drafts: tokens that the multi-token prediction layer drafts.
     """
     if engine != MEGATRON and not target.is_hf:
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
@@ -159,12 +158,8 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     if engine == TRANSFORMERS:
         refused = [setting for setting in refused if setting.partition("=")[0] != PRECISION_KEY]
     refused_options = [*(f"{option} {setting}" for setting in refused),
-                       *([] if nproc is None else [f"--nproc {nproc}"]),
-                       *([f"--speculative {num_drafts}"] if num_drafts else [])]
+                       *([] if nproc is None else [f"--nproc {nproc}"])]
     if engine != MEGATRON and refused_options:
         verb = "is" if len(refused_options) == 1 else "are"
         raise UserError(f"{', '.join(refused_options)}: {verb} for --engine {MEGATRON}; "
                         "add it or leave this out")
-    if num_drafts and not target.model.num_mtp_layers:
-        raise UserError(f"--speculative {num_drafts}: {target.path} has no multi-token prediction "
-                        "layer to draft with; leave it out")

@@ -62,9 +62,6 @@ class Sampling:
     """Sample from the `top_k` most probable tokens; 0: from the whole vocabulary."""
     top_p: TopP = 1.0
     seed: SampleSeed = 0
-    num_drafts: Annotated[NotNegativeInt, Flag("--speculative", "K")] = 0
-    """Tokens that the multi-token prediction layer drafts per model pass (engine megatron); 0: no drafts.
-    Greedy continuations stay equal; samples follow the same distribution with different random numbers."""
     for_training: Annotated[bool, NO_FLAG] = False
     """Samples are training data. `top_k` and `top_p` are then refused: both truncate the distribution, while
     the trainer computes log-probabilities under the whole distribution."""
@@ -73,8 +70,8 @@ class Sampling:
     with_routes: Annotated[bool, NO_FLAG] = False
     """Return the experts per token (`GenerationResult.routes`; engines megatron and vllm)."""
     rules: Annotated[TokenRules | None, NO_FLAG] = None
-    """Tokens that `rules` forbids get probability 0 (engine megatron, without drafts); log-probabilities use
-    the masked distribution."""
+    """Tokens that `rules` forbids get probability 0 (engine megatron); log-probabilities use the masked
+    distribution."""
 
     def problems(self) -> list[SettingsProblem]:
         problems = []
@@ -84,10 +81,10 @@ class Sampling:
                 f"top_k = {self.top_k} and top_p = {self.top_p} truncate the distribution: samples for "
                 "training must come from the whole distribution, whose log-probabilities the trainer "
                 "computes", way_out="leave both out, or set allow_truncation"))
-        if self.rules is not None and (self.num_drafts or self.for_training):
-            problems.append(SettingsProblem(ProblemCode.RULE, "num_drafts",
-                                            "drafts do not follow the token rules",
-                                            self.num_drafts, "leave it out"))
+        if self.rules is not None and self.for_training:
+            problems.append(SettingsProblem(ProblemCode.RULE, "rules",
+                                            "change the distribution: samples for training must come from "
+                                            "the whole distribution", way_out="leave them out"))
         return problems
 
     @property
@@ -103,23 +100,10 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class ResponseSampling(Sampling):
-    """Sampling settings without drafts."""
-
-    num_drafts: Annotated[NotNegativeInt, NO_FLAG] = 0
-
-
-@dataclass(frozen=True)
-class WholeSampling(ResponseSampling):
-    """Sampling settings without drafts and `top_k`."""
+class WholeSampling(Sampling):
+    """Sampling settings without `top_k`."""
 
     top_k: Annotated[NotNegativeInt, NO_FLAG] = 0
-
-
-def check_no_drafts(engine: str, sampling: Sampling) -> None:
-    """Raise `ValueError` if `sampling` requests drafts from an engine without drafting."""
-    if sampling.num_drafts:
-        raise ValueError(f"num_drafts = {sampling.num_drafts}: the engine {engine} does not draft")
 
 
 def check_no_rules(engine: str, sampling: Sampling) -> None:
@@ -293,17 +277,13 @@ class GenerationResult:
     """Temperature for log-probabilities; a trainer divides logits by `temperature`."""
     version: int
     """Weight version, see `Engine.update`; 0: the loaded weights."""
-    drafted: int = 0
-    """Draft tokens that the model judged."""
-    accepted: int = 0
-    """Accepted draft tokens."""
     routes: list[np.ndarray] | None = field(default=None, compare=False)
     """Experts per token, [tokens - 1, layers, top_k] (`documents.shard_files`); the model did not read the
     last token. None if not requested."""
 
     @classmethod
     def of(cls, written: Sequence[ScoredTokens], sampling: Sampling, stop: StopRule, version: int,
-           drafted: int = 0, accepted: int = 0, routes: list[np.ndarray] | None = None) -> GenerationResult:
+           routes: list[np.ndarray] | None = None) -> GenerationResult:
         """Build the result and determine each `reason`."""
         for number, (tokens, logprobs) in enumerate(written):
             if len(tokens) != len(logprobs):
@@ -311,4 +291,4 @@ class GenerationResult:
                                  f"{len(logprobs)} log-probabilities; the counts must be equal")
         return cls([tokens for tokens, _ in written], [logprobs for _, logprobs in written],
                    [stop.find_reason(tokens) for tokens, _ in written], sampling.temperature, version,
-                   drafted, accepted, routes)
+                   routes)

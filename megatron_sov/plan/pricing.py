@@ -12,8 +12,7 @@ from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
 from megatron_sov.model.config.post_training import REFERENCE_METHODS
 from megatron_sov.model.recipes.extension import find_micro_batch_size
 from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, get_usable_bytes
-from megatron_sov.plan.operation import Cost, Operation, estimate_cost, plan_operation
-from megatron_sov.plan.pages.quotes import Checkpoint, Quote, QuotedMemory
+from megatron_sov.plan.pages.quotes import Quote, QuotedMemory
 from megatron_sov.plan.search.space import choice_to_dict, get_current_choice
 from megatron_sov.plan.speed.parameters import UNITS, load_default_parameters
 from megatron_sov.plan.speed.step import (
@@ -231,16 +230,15 @@ def refuse_precision(config: RunConfig, chip: Chip) -> None:
 
 
 def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
-    """Predict a stage's memory, time, failures and cost. Raises `UserError`: the chip has no tensor cores for
+    """Predict a stage's memory, time and cost. Raises `UserError`: the chip has no tensor cores for
     the run's precision."""
     refuse_precision(stage.config, pricing.chip)
     pipeline_stage, account = find_fullest_stage(stage.config, pricing.num_ranks)
     work, step = pricing.build_workload(stage), pricing.time_step(stage)
     # the smaller steps of a batch-size ramp are assumed to be as fast per token
     train_s = stage.tokens / (step.tokens_per_s_per_gpu * pricing.num_ranks)
-    profile = pricing.machines.profile
-    operation = plan_operation(stage.config, profile, pricing.num_ranks, step.total_s, stage.steps)
-    cost = estimate_cost(train_s, pricing.num_ranks, profile, operation.effective_share)
+    gpu_hours = train_s / SECONDS_PER_HOUR * pricing.num_ranks
+    price = find_price(pricing.machines.profile)
     return Quote(
         name=stage.name, kind=stage.kind, gpu=pricing.chip.name, num_gpus=pricing.num_ranks,
         tokens=stage.tokens, steps=stage.steps, seq_len=stage.phase.seq_len,
@@ -248,22 +246,40 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         memory=QuotedMemory(account.components(), pricing.limit_bytes, pipeline_stage, account.on_host),
         seconds=step.components, bubble_share=step.bubble_s / step.total_s, imbalance=work.imbalance,
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
-        hours=train_s / SECONDS_PER_HOUR, effective_share=operation.effective_share,
-        energy_kwh=cost.energy_kwh, cost_usd=cost.usd, cost_range_usd=(cost.usd_low, cost.usd_high),
-        checkpoint=Checkpoint(operation.checkpoint_bytes, operation.stall_s + operation.write_s,
-                              operation.stall_s, operation.interval_s, operation.interval_steps),
-        notes=(*_list_notes(cost, operation, work.imbalance),
+        hours=train_s / SECONDS_PER_HOUR, cost_usd=gpu_hours * price.typical,
+        cost_range_usd=(gpu_hours * price.low, gpu_hours * price.high),
+        notes=(*_list_notes(price, work.imbalance),
                *_list_router_notes(work, step), *_list_packing_notes(stage.config, work)))
 
 
-def _list_notes(cost: Cost, operation: Operation, imbalance: float) -> list[str]:
-    notes = [f"Cost: {cost.price_note}."]
+@dataclass(frozen=True)
+class GpuPrice:
+    """Price of a GPU hour in USD."""
+
+    low: float
+    """Lowest published price; equal to `typical` for a price from the profile."""
+    typical: float
+    high: float
+    source: str
+    """The price and its source, as a clause."""
+
+
+def find_price(profile: ClusterProfile) -> GpuPrice:
+    """Return the profile's price of a GPU hour, or the published prices. Raises `UserError`: the profile does
+    not name its GPUs."""
+    if own := profile.price_per_gpu_hour:
+        return GpuPrice(own, own, own, f"{own:.2f} USD for a GPU and hour, price_per_gpu_hour of the profile")
+    price = profile.chip.price
+    source = (f"{price.typical:.2f} USD for a GPU and hour, typical price of {price.date}, "
+              f"{profile.chip.sources['price']}")
+    return GpuPrice(price.low, price.typical, price.high, f"a guess: {source}" if price.guess else source)
+
+
+def _list_notes(price: GpuPrice, imbalance: float) -> list[str]:
+    notes = [f"Cost: {price.source}."]
     if imbalance > 1:
         notes.append(f"The busiest experts are taken to meet {imbalance:.2f} times as many tokens as the "
                      "mean.")
-    if not operation.has_storage_rate:
-        notes.append("Nobody has said what the storage takes (storage_write_gbytes_per_s in the profile): "
-                     "checkpoints are as fast as the processes can write at best.")
     return notes
 
 

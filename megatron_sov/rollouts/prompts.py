@@ -26,12 +26,9 @@ from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import Fix, RowProblems, UserError, warn
 from megatron_sov.base.hints.paths import fix_chats
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
-from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.runs.launch_environment import is_first_rank
 
 OPTION = "--prompts"
-TARGET = "target_tokens"
-"""Field in a prompt's record with the requested response length in tokens."""
 HASH_DIGITS, STREAM_DIGITS = 16, 15
 """Hexadecimal digits in the ids of prompts and settings, and in random streams: 60 bits fit an engine's int64
 and differ between a run's responses."""
@@ -326,27 +323,6 @@ def _question_digest(prompt: RolloutPrompt) -> str:
         # A plain text equals a user message with this text.
         question = [{"role": "user", "content": question.strip()}]
     return _hash_json(question, STREAM_DIGITS)
-
-
-def find_budget(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sample: int) -> int | None:
-    """Return the requested response length in tokens, or None.
-
-    Args:
-        rollout: `budgets_tokens` divide a group into equal parts, in order of samples.
-        prompt: id, for messages.
-        record: record of the prompt; its field `target_tokens` holds if there are no budgets.
-        sample: index of the response in its group.
-    """
-    budgets = rollout.budgets_tokens
-    if budgets:
-        return budgets[sample * len(budgets) // rollout.samples_per_prompt]
-    target = record.get(TARGET)
-    if target is None:
-        return None
-    if not isinstance(target, int) or isinstance(target, bool) or target < 1:
-        raise UserError(f"--prompts: prompt {prompt} has {TARGET} = {target!r}; write a whole number from 1, "
-                        "or leave it out")
-    return target
 
 
 def sampling_digest(settings: Mapping[str, Any]) -> str:

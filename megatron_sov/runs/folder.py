@@ -34,10 +34,6 @@ MONITORING_GROUPS = ("obs", "evaluate")
 """Settings groups for monitoring; they do not affect training."""
 ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
 """Files in a folder of Slurm jobs: attempts with their exit states, and submissions."""
-AWAITING_GATE = "awaiting_gate.json"
-"""Completion manifest for a stage with an unfinished final gate."""
-GATE = "gate"
-"""Forgetting gate results; written before the run's config.json."""
 DATA, TOKENIZER = "data", "tokenizer"
 """Token shards packed from the text files of --data, and their tokenizer."""
 ROUNDS = "rounds"
@@ -92,18 +88,6 @@ class RunFolder:
     def complete(self, content: dict[str, Any]) -> None:
         write_atomically(self.path / COMPLETION, format_json(content))
 
-    def mark_awaiting_gate(self, content: dict[str, Any]) -> None:
-        """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint passes its
-        gate."""
-        write_atomically(self.path / AWAITING_GATE, format_json(content))
-
-    def held(self) -> dict[str, Any] | None:
-        file = self.path / AWAITING_GATE
-        return _read_completion(file) if file.is_file() else None
-
-    def release(self) -> None:
-        (self.path / AWAITING_GATE).unlink(missing_ok=True)
-
     def mark_gate_failed(self, failure: str) -> None:
         write_atomically(self.path / FAILURE, format_json({"failure": failure}))
 
@@ -113,11 +97,10 @@ class RunFolder:
         return str(json.loads(file.read_text(encoding="utf-8"))["failure"]) if file.is_file() else None
 
     def clear_gate_failure(self) -> None:
-        """Delete `gate_failed.json` and `awaiting_gate.json` before training continues."""
+        """Delete `gate_failed.json` before training continues."""
         if is_first_rank():
             # Only rank 0: a later rank might delete new files of rank 0.
             (self.path / FAILURE).unlink(missing_ok=True)
-            self.release()
 
     def config(self) -> RunConfig | None:
         """Read the run's `config.json`, or return None for a new folder. Raises `UserError`: the file is
@@ -198,7 +181,7 @@ class RunFolder:
             # Other commands or a killed first start may have created these files before config.json.
             packed_files = (COMMAND, f"{TOKENIZER}/{MANIFEST}")
             has_packed_data = any((self.path / name).is_file() for name in packed_files)
-            expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE, COMMAND,
+            expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, COMMAND,
                         *((DATA, TOKENIZER) if has_packed_data else ()))
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):

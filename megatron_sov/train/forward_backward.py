@@ -45,9 +45,6 @@ class ForwardBackward:
         self._step = 0
         self.is_finite = True
         """Whether this rank's loss sums were finite in the last step."""
-        self.local_result: LocalResult | None = None
-        """This rank's result in the last step, if `guards.attribute` is on."""
-        self._local_checksum: int | None = None
         expert_load.before_sync = self._end_local_passes
 
     def compute_gradients(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
@@ -60,8 +57,6 @@ class ForwardBackward:
             self._clock.start()
         packed_sums = self._run_passes(batch, batch.micro_batches, objective,
                                        self._faults.get_loss_factor(step))
-        if self._config.guards.attribute:
-            self.local_result = self._build_local_result(packed_sums, objective, self._local_checksum)
         names = get_meters(objective)
         if packed_sums:
             local_sums = torch.stack(packed_sums).sum(0).cpu()
@@ -91,24 +86,12 @@ class ForwardBackward:
         # an interleaved schedule takes multiples of pp micro-batches
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
         seed_step(self._config.train.seed, step - 1)
-        self._run_unsynced(batch, batch.micro_batches[:count], objective)
+        with replica_checks.disable_gradient_sync(self._model, self._optimizer.wrapped):
+            self._run_passes(batch, batch.micro_batches[:count], objective, 1.0)
         if turn:
             self._inject_miscompute(step)
         self._expert_load.reset_counts()
         seed_step(self._config.train.seed, step - 1)  # for the step itself, which follows
-
-    def recompute_step(self, batch: GlobalBatch, objective: Objective, step: int) -> LocalResult:
-        """Repeat this rank's part in `step` (from 1) with equal random numbers."""
-        seed_step(self._config.train.seed, step - 1)
-        packed_sums = self._run_unsynced(batch, batch.micro_batches, objective)
-        result = self._build_local_result(packed_sums, objective, self._compute_checksum())
-        self._expert_load.reset_counts()
-        return result
-
-    def _run_unsynced(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch],
-                      objective: Objective) -> list[Any]:
-        with replica_checks.disable_gradient_sync(self._model, self._optimizer.wrapped):
-            return self._run_passes(batch, micro_batches, objective, 1.0)
 
     def _run_passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective,
                     loss_factor: float) -> list[Any]:
@@ -138,34 +121,18 @@ class ForwardBackward:
         return run_pipeline(self._optimizer.wrapped, micro_batches, compute_loss, row_tokens,
                             forward_only=False)
 
-    def _build_local_result(self, packed_sums: list[Any], objective: Objective,
-                            checksum: int | None) -> LocalResult:
-        if not packed_sums:
-            return LocalResult(torch.zeros(0, dtype=torch.float64), checksum)
-        sums = torch.stack(packed_sums).cpu()
-        shapes = self._list_shapes(objective)
-        by_source = torch.stack([unflatten_tensors(row, shapes)[BY_SOURCE] for row in sums])
-        total, count = by_source.sum(1).unbind(1)
-        return LocalResult(sums, checksum, tuple((total / count.clamp(min=1)).tolist()))
-
     def _end_local_passes(self) -> None:
-        """Stop the clock and compute the gradient checksum, before gradients are summed over ranks."""
+        """Stop the clock before gradients are summed over ranks."""
         # before the clock stops: an injected delay has to count as computing time
         time.sleep(self._faults.delay_s(self._step))
         self._inject_miscompute(self._step)
         if self._clock is not None:
             self._clock.stop()
-        # with overlap, gradients are already summed over ranks and would name no process
-        if self._config.guards.attribute and not self._config.parallel.overlap_grad_reduce:
-            self._local_checksum = self._compute_checksum()
 
     def _inject_miscompute(self, step: int) -> None:
         fault = self._faults.take_due("miscompute", "step", step)
         if fault is not None:
             replica_checks.flip_bit(replica_checks.list_gradients(self._model)[0], fault.options.get("bit"))
-
-    def _compute_checksum(self) -> int:
-        return int(replica_checks.compute_checksum(replica_checks.list_gradients(self._model)))
 
     def _list_shapes(self, objective: Objective) -> Shapes:
         return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2),
@@ -188,30 +155,6 @@ class StepSums:
         losses = {term: total / batch.targets[term]
                   for term, total in self.terms.items() if batch.targets[term] > 0}
         return sum(objective.coefficients[term] * loss for term, loss in losses.items()), losses
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """A rank's result for a step, before sums over ranks."""
-
-    sums: torch.Tensor
-    """[micro-batches, values] float64 on the host: loss sums; empty on all but the last pipeline stage."""
-    gradients: int | None
-    """Local gradient checksum; `None` if `overlap_grad_reduce` sums gradients over ranks before."""
-    losses: tuple[float, ...] = ()
-    """Mean loss per target, for each micro-batch."""
-
-    def __eq__(self, other: object) -> bool:
-        """Compare bits, so that NaN equals NaN; a missing gradient checksum equals every checksum."""
-        if not isinstance(other, LocalResult):
-            return False
-        if self.sums.shape != other.sums.shape:
-            return False
-        if not torch.equal(self.sums.view(torch.int64), other.sums.view(torch.int64)):
-            return False
-        return None in (self.gradients, other.gradients) or self.gradients == other.gradients
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _stack_meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:

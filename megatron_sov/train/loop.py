@@ -7,7 +7,7 @@ import time
 from megatron_sov.engine.parallel.rng import seed_step
 from megatron_sov.train.objectives.objective import check_has_targets, get_doubt
 from megatron_sov.train.recorder import StepResult
-from megatron_sov.train.recovery import attribute_rejected_step, reject_step, rollback_weights
+from megatron_sov.train.recovery import reject_step, rollback_weights
 from megatron_sov.train.trainer import Trainer
 from megatron_sov.work.processes.stop_signals import StopFlag
 
@@ -72,10 +72,8 @@ def train_step(trainer: Trainer) -> StepResult | None:
     grad_norm = trainer.optimizer.step(lr, lambda norm: guard.accept_step(loss, norm))
     state.step += 1
     if guard.rejection is not None:
-        reject_step(trainer, guard.rejection, batch)
+        reject_step(trainer, guard.rejection)
         return None
-    if config.guards.attribute:
-        trainer.learned_batch = batch
 
     state.tokens += batch.num_tokens
     state.trained_tokens = max(state.trained_tokens, batch.seq_len)
@@ -94,8 +92,6 @@ def train_step(trainer: Trainer) -> StepResult | None:
 def record_step(trainer: Trainer, result: StepResult | None) -> None:
     """Record the result of `train_step`, run the guards that are due, and stop watchdog and profiler.
     Collective."""
-    # before anything changes batch, weights or random state of a rejected step
-    attribute_rejected_step(trainer)
     load = trainer.observe_step() if result is not None else None
     if trainer.side_jobs is not None:
         trainer.side_jobs.poll()

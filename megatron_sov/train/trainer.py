@@ -111,10 +111,6 @@ class Trainer:
         self.garbage = GarbageCollector(config.gpu.gc_every_steps)
         self.profiling = StepProfiler(config.gpu, folder.path, world.is_main)
         self.work = CurrentWork()
-        self.learned_batch: GlobalBatch | None = None
-        """Last learned batch; stored if `guards.attribute` is on."""
-        self.rejected_batch: GlobalBatch | None = None
-        """The last step's batch if `StepGuard` rejected it and `guards.attribute` is on."""
         self._evaluator: HeldoutEvaluator | None = None
         self._resumed_from: str | None = None
         self._started_from: Path | None = None

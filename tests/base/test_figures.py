@@ -7,8 +7,8 @@ import re
 import pytest
 
 from megatron_sov.base.figures import (
-    format_count, format_days, format_duration, format_energy, format_memory, format_money, format_seconds,
-    format_share, format_size, format_value)
+    format_count, format_days, format_duration, format_memory, format_money, format_seconds, format_share,
+    format_size, format_value)
 
 
 @pytest.mark.each(("count", "text"), [
@@ -56,11 +56,6 @@ def test_format_money(amount: float, text: str) -> None:
     (1.358, "136 %"), (12.5, "1,250 %"), (-0.034, "-3.4 %"), (math.nan, "–")])
 def test_format_share(share: float, text: str) -> None:
     assert format_share(share) == text
-
-
-def test_format_energy() -> None:
-    assert [format_energy(kwh) for kwh in (0, 830, 999.7, 2_310_000)] == ["0 kWh", "830 kWh", "1 MWh",
-                                                                          "2.31 GWh"]
 
 
 def test_formats_never_print_exponents_or_thousands() -> None:

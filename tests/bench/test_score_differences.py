@@ -9,14 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import TaskSampling
-from megatron_sov.bench.score_differences import (
-    FORGOTTEN, KEPT, NOT_PROVEN, Forgetting, compute_differences, format_differences, judge_forgetting,
-    read_scored_results)
+from megatron_sov.bench.score_differences import compute_differences, format_differences, read_scored_results
 from megatron_sov.cli import main
 from megatron_sov.eval.statistics import estimate_difference
 
@@ -123,50 +120,3 @@ def test_foreign_items_with_other_value_types_are_refused(written_scores: Writte
     path.write_text(json.dumps(raw))
     with pytest.raises(UserError, match=f"is damaged.*{said}"):
         read_scored_results(path)
-
-
-def verdict(written_scores: Written, tmp_path: Path, before: list[float], after: list[float],
-            tolerance: float, metric: str = "acc") -> Forgetting:
-    paths = [written_scores(tmp_path / f"{name}.json", scores, metric=metric)
-             for name, scores in (("start", before), ("last", after))]
-    return judge_forgetting(*(read_scored_results(path) for path in paths), tolerance)
-
-
-@pytest.mark.parametrize(("lost", "items", "tolerance", "word"), [
-    (0, 400, 0.03, KEPT), (4, 400, 0.03, KEPT), (40, 400, 0.03, FORGOTTEN),
-    (0, 20, 0.03, NOT_PROVEN), (2, 20, 0.03, NOT_PROVEN), (12, 20, 0.03, FORGOTTEN),
-    (40, 400, 0.2, KEPT), (12, 400, 0.03, NOT_PROVEN),
-])
-def test_few_items_prove_little_and_many_prove_much(written_scores: Written, tmp_path: Path, lost: int,
-                                                    items: int, tolerance: float, word: str) -> None:
-    result = verdict(written_scores, tmp_path, [1.0] * items, [0.0] * lost + [1.0] * (items - lost),
-                     tolerance)
-    assert [task.verdict for task in result.tasks] == [word]
-    assert result.passed == (word != FORGOTTEN)
-    assert word in result.format_lines()[0] and f"tolerance {tolerance:g}" in result.format_lines()[0]
-
-
-def test_a_loss_is_forgotten_upwards(written_scores: Written, tmp_path: Path) -> None:
-    before = np.random.default_rng(0).normal(3, 1, 50)
-    for change, word in ((0.5, FORGOTTEN), (-0.5, KEPT)):
-        after = (before + change).tolist()
-        assert verdict(written_scores, tmp_path, before.tolist(), after, 0.1, "loss").tasks[0].verdict == word
-
-
-def test_a_figure_that_is_missing_does_not_pass(written_scores: Written, tmp_path: Path) -> None:
-    paths = written_scores(tmp_path / "a.json", [1.0, 0.0]), written_scores(tmp_path / "b.json", [None, None])
-    result = judge_forgetting(*map(read_scored_results, paths), 0.03)
-    assert not result.passed and "not known" in result.format_lines()[0]
-
-
-def test_a_group_is_judged_by_its_tasks(written_scores: Written, tmp_path: Path) -> None:
-    """Its figure is a mean of theirs, without items of its own."""
-    scored = read_scored_results(written_scores(tmp_path / "a.json", [1.0] * 40))
-    quiz = scored.results.tasks["quiz"]
-    group = dataclasses.replace(scored.results, tasks={"all": quiz, "quiz": quiz})
-    both = dataclasses.replace(scored, results=group, items={"all": {}, **scored.items})
-    assert [task.difference.task for task in judge_forgetting(both, both, 0.1).tasks] == ["quiz"]
-    nothing = dataclasses.replace(quiz, items=0, metrics=(dataclasses.replace(quiz.metrics[0], value=None),))
-    empty = dataclasses.replace(scored, results=dataclasses.replace(group, tasks={"quiz": nothing}),
-                                items={"quiz": {}})
-    assert not judge_forgetting(empty, empty, 0.1).passed

@@ -120,7 +120,7 @@ def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: 
 
 @pytest.mark.each("options", [
     GenerateOptions(target=Path("m"), prompt=("-1 plus 1?", "a  b"), chat=True, logprobs=True, json=True,
-                    sampling=Sampling(5, 0.1, top_p=1e-9, num_drafts=2), nproc=3, settings=("a=1", "b=-x")),
+                    sampling=Sampling(5, 0.1, top_p=1e-9), nproc=3, settings=("a=1", "b=-x")),
     EvalPasskOptions(target=Path("m"), input=Path("p"), k=(1, 8), output=Path("o"), reward="math",
                      right_from=-0.5, reward_set=("unit=km",)),
     ServeOptions(target=Path("m"))])

@@ -51,11 +51,12 @@ def test_cache_limit_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batching.slots(20, 10, state_tokens=15) == 4
 
 
-@pytest.mark.parametrize("wrong", [{"seed": -1}, {"rules": OddAlone(), "num_drafts": 1}])
-def test_invalid_sampling_settings_are_rejected(wrong: dict[str, Any]) -> None:
+@pytest.mark.each(("wrong", "key"), [({"seed": -1}, "seed"),
+                                     ({"for_training": True, "rules": OddAlone()}, "rules")])
+def test_invalid_sampling_settings_are_rejected(wrong: dict[str, Any], key: str) -> None:
     with pytest.raises(SettingsError) as e:
         Sampling(**wrong).check()
-    assert [key for _, key in e.value.codes] == [list(wrong)[-1]]
+    assert [found for _, found in e.value.codes] == [key]
     Sampling(rules=OddAlone()).check()
 
 

@@ -14,7 +14,7 @@ from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
-    PromptList, RolloutPrompt, find_budget, find_unused_rows, read_prompts, read_too_long, write_unused_rows)
+    PromptList, RolloutPrompt, find_unused_rows, read_prompts, read_too_long, write_unused_rows)
 from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.rows import read_domain
 
@@ -187,23 +187,6 @@ def test_ids_are_the_records_own_hash(tmp_path: Path) -> None:
     (found,) = read_prompts(file_with(tmp_path / "p.jsonl", json.dumps(record)))
     canonical = '{"n":1.5,"prompt":"물"}'
     assert found.id == hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-# How long a response is asked to be.
-
-
-def test_budgets_divide_a_group_and_go_before_a_prompts_own() -> None:
-    rollout = RolloutConfig(samples_per_prompt=6, budgets_tokens=(512, 1024, 2048))
-    assert [find_budget(rollout, "p", {"target_tokens": 5}, s) for s in range(6)] == [
-        512, 512, 1024, 1024, 2048, 2048]
-    assert find_budget(RolloutConfig(), "p", {"target_tokens": 5}, 3) == 5
-    assert find_budget(RolloutConfig(), "p", {}, 3) is None
-
-
-@pytest.mark.each("target", [0, -1, True, "5", 2.5])
-def test_a_target_that_is_no_number_of_tokens_is_named(target: Any) -> None:
-    with pytest.raises(UserError, match=r"target_tokens = .*; write"):
-        find_budget(RolloutConfig(), "p", {"target_tokens": target}, 0)
 
 
 @pytest.mark.each("name", ["prompt", "messages", "dialog"])

@@ -23,7 +23,6 @@ class Recorded:
                                                                "checkpoint_every_steps": 100, **settings}))
         self.actions, self.saved_step = list[str](), step
         self.gate: Any = None
-        self.rejected_batch: Any = None
         self.stop_after = 10 ** 9
         self.watched: int | None = None
         self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False),

@@ -14,7 +14,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import FigureOptions, OverwriteOptions, RedoOptions
 from megatron_sov.infer.engine import ChosenEngine
-from megatron_sov.infer.request import Batching, BatchSize, RankOptions, ResponseSampling, Temperature
+from megatron_sov.infer.request import Batching, BatchSize, RankOptions, Sampling, Temperature
 from megatron_sov.judge.rewards.registry import VersionedReward, build_versioned_reward, request_reward
 from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.folder import RunEvents
@@ -24,7 +24,7 @@ PROMPT = "prompt"
 
 
 @dataclass(frozen=True)
-class JudgedSampling(ResponseSampling):
+class JudgedSampling(Sampling):
     """Sampling settings for judged responses."""
 
     max_new_tokens: AtLeastOne = 1024

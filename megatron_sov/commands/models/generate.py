@@ -108,8 +108,8 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
                 for is_broken, key, value, rule, fix in rules if is_broken]
 
     def _media_problems(self) -> list[SettingsProblem]:
-        text_options = {"prompts": self.prompts, "sampling.num_drafts": self.sampling.num_drafts,
-                        "output": self.output, "samples": self.samples if self.samples > 1 else None,
+        text_options = {"prompts": self.prompts, "output": self.output,
+                        "samples": self.samples if self.samples > 1 else None,
                         "stop": self.stop, "logprobs": self.logprobs, "run": self.run}
         problems = [SettingsProblem(ProblemCode.RULE, key, "is not supported with media", UNSET,
                                     "leave it out (`eval media` reads many prompts)")

@@ -40,7 +40,7 @@ def _generate(options: GenerateOptions, target: Target, encoded: EncodedPrompts,
     longest = encoded.longest + sampling.max_new_tokens
     engine_name = options.engine or choose_engine(target)
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
-    check_engine(engine_name, target, options.settings, options.nproc, num_drafts=sampling.num_drafts)
+    check_engine(engine_name, target, options.settings, options.nproc)
 
     def work(engine: Engine) -> dict[str, object]:
         return vars(engine.generate(encoded.ids, sampling, stop=stop))
@@ -49,11 +49,7 @@ def _generate(options: GenerateOptions, target: Target, encoded: EncodedPrompts,
                              settings=options.settings, nproc=options.nproc)
     if fields is None:
         return None
-    result = GenerationResult(**fields)
-    if sampling.num_drafts:
-        share = result.accepted / result.drafted if result.drafted else 0.0
-        print(f"drafts: {result.drafted}, accepted {share:.1%}", file=sys.stderr)
-    return result
+    return GenerationResult(**fields)
 
 
 def _print_texts(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str],

@@ -255,9 +255,6 @@ def resolve_environment(options: SamplingOptions, config: RunConfig) -> Environm
     if options.environment is None:
         return None
     rollout = config.rollout
-    if rollout.budget_text:
-        raise UserError(f"--environment {options.environment}: turns of episodes have no length budget, and "
-                        f"rollout.budget_text = {rollout.budget_text!r} sets one; leave one out")
     for limit in options.limit:
         name = limit.partition("=")[0]
         if name in ROLLOUT_SETTINGS:

@@ -13,7 +13,7 @@ from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AboveZero, DeclaredCommand, Flag, NotNegativeInt
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, check_token_shards
 from megatron_sov.commands.train.kinds import CHECK_TRAINING, RUN_TRAINING
-from megatron_sov.commands.train.setup.stage_options import GateOptions
+from megatron_sov.commands.train.setup.stage_options import StageOptions
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.data import split_source_name
@@ -55,7 +55,7 @@ STATES = DeclaredCommand(DistillStatesOptions, check_states,
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(GateOptions):
+class DistillOptions(StageOptions):
     """Learn a teacher's distributions."""
 
     stage: ClassVar[str] = "distill"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 
 from megatron_sov.commands.train.kinds import STAGE_KINDS
+from megatron_sov.commands.train.setup.export_benchmarks import check_benchmarks
 from megatron_sov.commands.train.setup.feasibility import refuse_unfit
 from megatron_sov.commands.train.setup.starts import find_start, refuse_many_converters
-from megatron_sov.commands.train.setup.training import ExtensionRequest, build_gate, check_benchmarks
+from megatron_sov.commands.train.setup.training import ExtensionRequest
 from megatron_sov.commands.train.training_run import check_rank_memory, convert_start, load_objective
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
@@ -35,13 +36,11 @@ def run_extension(request: ExtensionRequest) -> None:
         stage.folder.enter(stage.config, options.resume)
     start = find_start(options.start_from)
     refuse_many_converters(start, options.run)
-    gate = build_gate(options, last, start)
     if not options.dry_run:
         start = convert_start(start, options.run)
-        gate = build_gate(options, last, start)
     try:
         objective = get_factory(last, load_objective(kind, last))
-        run_stages(stages, start, objective, options.nproc, options.resume, request.faults, gate,
+        run_stages(stages, start, objective, options.nproc, options.resume, request.faults,
                    dry_run=options.dry_run,
                    memory=[estimate_memory(stage.config, num_ranks(options.nproc)) for stage in stages])
     finally:

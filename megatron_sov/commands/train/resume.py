@@ -141,7 +141,6 @@ def _refuse_untyped_code(folder: Path, first: TypedCommand, words: list[str], ar
     for code in () if config is None else config.code:
         if code.kind != "recipe" and ["--plugin", code.reference] not in needed:
             needed.append(["--plugin", code.reference])
-    needed += [["--gate-with", word] for word in words if "--allow-task-code" in word]
     untyped = [code for _, code in needed if code not in typed]
     if not untyped:
         return

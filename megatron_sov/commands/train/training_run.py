@@ -13,7 +13,6 @@ from megatron_sov.base.artifacts import MANIFEST, translate_disk_errors, write_a
 from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.train.kinds import STAGE_KINDS, TrainingKind
-from megatron_sov.commands.train.setup.stage_options import FORGETTING_GATE, GateOptions
 from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.device import on_gpu
@@ -47,16 +46,14 @@ def run_training(request: TrainingRequest, fill_stage: FillStage | None = None) 
     """
     options, folder = request.options, RunFolder(request.options.run)
     if request.completion is not None:
-        has_gate = isinstance(options, GateOptions) and options.gate is not None
-        report_completion(folder, request.config, request.completion,
-                          FORGETTING_GATE if has_gate else None, dry_run=options.dry_run)
+        report_completion(folder, request.config, request.completion, dry_run=options.dry_run)
         return
     check_rank_memory(request.config)
     request = convert_request_start(request)
     kind, config = STAGE_KINDS[options.stage], request.config
     stage = Stage(
         config=config, folder=folder, objective=get_factory(config, load_objective(kind, config)),
-        start_from=request.start, resume=options.resume, end_gate=request.gate, faults=request.faults,
+        start_from=request.start, resume=options.resume, faults=request.faults,
         until=options.until, dry_run=options.dry_run, notes=request.notes, memory=request.memory)
     if fill_stage is None and kind.fill_stage:
         fill_stage = import_reference(kind.fill_stage)
@@ -86,9 +83,7 @@ def convert_request_start(request: TrainingRequest) -> TrainingRequest:
     options = request.options
     if request.start is None or options.dry_run:
         return request
-    start = convert_start(request.start, options.run)
-    gate = None if request.gate is None else dataclasses.replace(request.gate, start=start)
-    return dataclasses.replace(request, start=start, gate=gate)
+    return dataclasses.replace(request, start=convert_start(request.start, options.run))
 
 
 def convert_start(start: Path, run: Path) -> Path:

@@ -8,7 +8,7 @@ sequences, as data-parallel processes do: a single new token cannot be split.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, SpanRow, pack_spans
 from megatron_sov.engine.model.gpu_settings import disable_quantization
 from megatron_sov.engine.model.kv_cache import CachedAttention, use_kv_cache
-from megatron_sov.engine.model.language_model import gather_hidden_states, prepare_head_input
+from megatron_sov.engine.model.language_model import prepare_head_input
 from megatron_sov.engine.model.linear_attention import RecurrentCache
 from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
@@ -47,9 +47,6 @@ class CachedDecoder:
         self._exit = contextlib.ExitStack()
         self.last_stage = parallel_state.is_pipeline_last_stage()
         """Whether this process computes outputs."""
-        self.mtp_is_collective = policy.model.architecture.mtp_experts
-        """Whether `predict` and `pick` are collective over the last stage, like `read`: MTP experts may be on
-        any process."""
 
     def __enter__(self) -> CachedDecoder:
         """Switch the model to evaluation mode, with empty caches."""
@@ -65,10 +62,6 @@ class CachedDecoder:
         self._layers = []
         self._model.config.routing_step.record = None
         self._exit.close()
-
-    def any_replica_has(self, count: int) -> bool:
-        """Return whether `count` > 0 on any replica. Collective over a stage."""
-        return bool(all_reduce_replicas(torch.tensor([count]), dist.ReduceOp.MAX)[0])
 
     def agree_row_tokens(self, num_tokens: int) -> int:
         """Return the local length of the next row, agreed over all replicas; 0 if every replica has finished.
@@ -108,36 +101,9 @@ class CachedDecoder:
         return DecodeOutput(row, hidden if self.last_stage else None,
                             self._combine_routes(record, row_tokens) if self._with_routes else None)
 
-    def predict(self, read: DecodeOutput, ahead: torch.Tensor) -> DecodeOutput:
-        """Run the MTP layer over a row. Collective over the last stage.
-
-        Args:
-            read: output of the previous depth.
-            ahead: [row tokens] int64, the successor of each token; outputs after an unknown successor are
-                recomputed later.
-        """
-        ahead = ahead.to(get_local_device())
-        return DecodeOutput(read.row, self._model.chunks[-1].predict_cached(read.row, read.hidden, ahead))
-
-    def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[CacheSpan]) -> DecodeOutput:
-        """Return the hidden states at row indices as a row with one token per span, on the last stage."""
-        multiple = context.get_row_multiple()
-        row_tokens = (self.agree_row_tokens(len(places)) if self.mtp_is_collective
-                      else -(-len(places) // multiple) * multiple)
-        row = pack_spans(spans, row_tokens, get_local_device())
-        padded = [*places, *[0] * (len(row.tokens) - len(places))]
-        states = self._gather_states(read, padded, gather_hidden_states)[:, None]
-        if self._model.config.sequence_parallel:
-            states = states.chunk(parallel_state.get_tensor_model_parallel_world_size())[
-                parallel_state.get_tensor_model_parallel_rank()]
-        return DecodeOutput(row, states)
-
-    def top_tokens(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
-        """Return the most probable next token [places] int64 at row indices, on the last stage."""
-        return self._build_head().top_tokens(self._gather_states(read, places)).cpu()
-
     def best_tokens(self, read: DecodeOutput, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `top_tokens` and a log-probability [places] per token, on the last stage."""
+        """Return the most probable next token [places] int64 and its log-probability at row indices, on the
+        last stage."""
         tokens, logprobs = self._build_head().best_tokens(self._gather_states(read, places))
         return tokens.cpu(), logprobs.cpu()
 
@@ -182,11 +148,9 @@ class CachedDecoder:
     def _build_head(self) -> Head:
         return build_head(self._model, self._policy.head_chunk_tokens)
 
-    def _gather_states(self, read: DecodeOutput, places: Sequence[int],
-                       gather: Callable[[torch.Tensor, Any], torch.Tensor] = prepare_head_input,
-                       ) -> torch.Tensor:
+    def _gather_states(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
         assert read.hidden is not None
-        gathered = gather(read.hidden, self._model.config)
+        gathered = prepare_head_input(read.hidden, self._model.config)
         return gathered[torch.tensor(list(places), device=gathered.device)]
 
 

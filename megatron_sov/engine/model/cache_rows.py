@@ -1,6 +1,6 @@
 """Rows of spans: new tokens for several cached sequences, packed side by side.
 
-A cache has one slot per active sequence. To roll back tokens, read the next ones at their positions.
+A cache has one slot per active sequence.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ class CacheSize:
     slots: int
     """Cached sequences."""
     max_tokens: int
-    """Longest sequence in tokens, drafts included."""
-    step_tokens: int = 1
-    """Longest span that may be rolled back; longer spans stay."""
+    """Longest sequence in tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class CacheSpan:
     slot: int
     """The sequence's slot."""
     past: int
-    """Cached tokens to keep; later tokens are rolled back."""
+    """Cached tokens of the sequence."""
     tokens: Sequence[int]
     """New tokens, at least one."""
     encoder_inputs: EncoderInputs | None = None

@@ -171,21 +171,6 @@ class Chunk(LanguageModule):
             rotary_pos_emb=self._compute_angles(row.packed)[row.positions],
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
-    def predict_cached(self, row: SpanRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
-        """Run the `PredictionLayer` on new tokens for cached sequences.
-
-        Args:
-            row: the new tokens.
-            hidden: hidden states of the previous depth, as returned by `forward_cached`.
-            ahead: [tokens] int64, the successor of each token.
-
-        Returns:
-            Hidden states in the shape of `forward_cached`; the head predicts one token further from them.
-        """
-        embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
-        return self.mtp.layers[0].run_depth(hidden, embedded, self._compute_angles(row.packed)[row.positions],
-                                            row.packed)
-
     def _embed_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """Embed tokens [1, tokens]. None: this stage reads the previous stage's hidden states."""
         if not self.pre_process:

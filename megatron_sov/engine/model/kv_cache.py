@@ -1,9 +1,7 @@
 """Attention with a key/value cache, for reading sequences span by span and generating token by token.
 
 A cache has slots, one per active sequence; each process caches its own layers and key/value heads. Global
-layers cache every token. Sliding layers use a ring buffer: a token's index is its position modulo the ring
-size, which covers the window and the longest step that may be rolled back. To roll back, write the next
-tokens at their positions: later entries are masked.
+layers cache every token. Sliding layers use a ring buffer: a token's index is its position modulo the window.
 """
 
 from __future__ import annotations
@@ -35,9 +33,7 @@ class CachedAttention(torch.nn.Module):
         """
         super().__init__()
         self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
-        all_tokens = size.max_tokens + size.step_tokens
-        # a step of drafts may be rolled back: it must not overwrite tokens inside any window
-        self.capacity = min(all_tokens, window_tokens - 1 + size.step_tokens) if window_tokens else all_tokens
+        self.capacity = min(size.max_tokens, window_tokens) if window_tokens else size.max_tokens
         self.stored: tuple[torch.Tensor, ...] | None = None
         """Keys and values [slots, kv_heads, capacity, head_dim], one tensor if both are equal. None before
         the first token."""
@@ -67,7 +63,7 @@ class CachedAttention(torch.nn.Module):
         for group in packed_seq_params.groups:
             rows = slice(group.start, group.start + len(group.past) * group.length)
             q, k, v = (t[rows].unflatten(0, (len(group.past), group.length)) for t in (query, key, value))
-            if group.length <= self.size.step_tokens:
+            if group.length == 1:
                 out[rows] = self._attend_step(group, q, k, v).flatten(0, 1)
             elif not any(group.past) and not 0 < self.window_tokens < group.length:
                 out[rows] = self._attend_first(group, q, k, v).flatten(0, 1)
@@ -78,7 +74,7 @@ class CachedAttention(torch.nn.Module):
 
     def _attend_step(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
                      value: torch.Tensor) -> torch.Tensor:
-        """Attend from a few new tokens in many sequences: [sequences, new, heads, head_dim]."""
+        """Attend from a new token in many sequences: [sequences, 1, heads, head_dim]."""
         assert self.stored is not None
         device, count = query.device, len(group.past)
         past = torch.tensor(group.past, device=device)[:, None]
@@ -117,7 +113,7 @@ class CachedAttention(torch.nn.Module):
 
     def _attend_long_span(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
                           value: torch.Tensor) -> torch.Tensor:
-        """Attend from a sequence's span that is longer than a step: [new, heads, head_dim]."""
+        """Attend from a sequence's span of several tokens: [new, heads, head_dim]."""
         assert self.stored is not None
         slot_caches = [stored[slot] for stored in self.stored]
         # read before writing: in a ring, new tokens overwrite tokens that the first query still sees

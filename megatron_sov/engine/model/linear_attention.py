@@ -195,19 +195,13 @@ class LinearAttention(MegatronModule):
 
 
 class RecurrentCache:
-    """A layer's cache for generation: recurrent state and the last convolution inputs per slot.
-
-    Of a step that may be rolled back (`CacheSize.step_tokens`) only the first token enters the state at once;
-    the inputs of the others are stored separately and enter with the next step if accepted.
-    """
+    """A layer's cache for generation: recurrent state and the last convolution inputs per slot."""
 
     def __init__(self, size: CacheSize, layer: LinearAttention) -> None:
         self._size, self._layer = size, layer
-        self._open = size.step_tokens - 1  # tokens that may be rolled back
         self._past = [0] * size.slots  # tokens that have entered the state
         self._state: torch.Tensor | None = None
         self._inputs: torch.Tensor | None = None
-        self._gates: torch.Tensor | None = None
 
     def read(self, convolved: torch.Tensor, gates: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
         """Process new tokens: two tensors [tokens, heads, channels] -> [tokens, heads, 1, value channels],
@@ -216,8 +210,7 @@ class RecurrentCache:
         if self._state is None:
             heads, slots = self._layer.heads, self._size.slots
             self._state = wide.new_zeros(slots, heads, 1, sizes.key_head_dim, sizes.value_head_dim)
-            self._inputs = wide.new_zeros(slots, wide.shape[1] - 1 + self._open, len(wide))
-            self._gates = gates.new_zeros(slots, self._open, *gates.shape[1:])
+            self._inputs = wide.new_zeros(slots, wide.shape[1] - 1, len(wide))
         outputs = wide.new_zeros(len(convolved), self._layer.heads, 1, sizes.value_head_dim)
         for group in spans.groups:
             rows = slice(group.start, group.start + len(group.past) * group.length)
@@ -230,41 +223,29 @@ class RecurrentCache:
     def _read_spans(self, group: CacheGroup, convolved: torch.Tensor, gates: torch.Tensor,
                     wide: torch.Tensor) -> torch.Tensor:
         """Process a span per sequence: [sequences, tokens, ...]."""
-        assert self._state is not None and self._inputs is not None and self._gates is not None
+        assert self._state is not None and self._inputs is not None
         slots, length = slice(group.slot, group.slot + len(group.past)), group.length
         self._reset_slots(group)
-        num_accepted = torch.tensor([past - self._past[group.slot + i] for i, past in enumerate(group.past)],
-                                    device=wide.device)
-        if ((num_accepted < 0) | (num_accepted > self._open)).any():
+        if self._past[slots] != group.past:
             raise RuntimeError(f"slots from {group.slot} on have read {self._past[slots]} tokens and resume "
-                               f"at {group.past}: the state can roll back at most {self._open} tokens")
-        # accepted open tokens move next to the new tokens; rejected ones come first, with rate and decay 0
-        inputs = torch.cat([_shift_right(self._inputs[slots], self._open - num_accepted), convolved], 1)
-        gates = torch.cat([_shift_right(self._gates[slots], self._open - num_accepted), gates], 1)
+                               f"at {group.past}: the state has no earlier tokens")
+        inputs = torch.cat([self._inputs[slots], convolved], 1)
         mixed = convolve_windows(inputs, wide).unflatten(-1, (self._layer.heads, -1))
         query, key, value, decay, rate = self._layer.prepare_delta_inputs(mixed, gates)
-        num_rejected = self._open - num_accepted
-        is_rejected = torch.arange(mixed.shape[1], device=wide.device) < num_rejected[:, None]
-        rate = rate.masked_fill(is_rejected[..., None, None], 0)
-        decay = decay.masked_fill(is_rejected[..., None, None, None], 0)
         row = (query, key, value, decay, rate)
-        if length <= self._size.step_tokens:
+        if length == 1:
             outputs, states = apply_delta_rule_by_token(*row, self._state[slots])
-            num_entered = 1
-            self._state[slots] = states[self._open]
+            self._state[slots] = states[0]
         else:
-            count, tokens = mixed.shape[:2]
-            chunks = chunk_documents([(i * tokens, i * tokens, (i + 1) * tokens) for i in range(count)],
+            count = len(group.past)
+            chunks = chunk_documents([(i * length, i * length, (i + 1) * length) for i in range(count)],
                                      wide.device)
             outputs, self._state[slots] = apply_delta_rule(*(t.flatten(0, 1) for t in row), chunks=chunks,
                                                            state=self._state[slots])
-            outputs, num_entered = outputs.unflatten(0, (count, tokens)), length
-        for cache, new in ((self._inputs, inputs), (self._gates, gates)):
-            tail = new[:, self._open + num_entered:]
-            cache[slots, :tail.shape[1]] = tail
-        for i, past in enumerate(group.past):
-            self._past[group.slot + i] = past + num_entered
-        return outputs[:, self._open:]
+            outputs = outputs.unflatten(0, (count, length))
+        self._inputs[slots] = inputs[:, length:]
+        self._past[slots] = [past + length for past in group.past]
+        return outputs
 
     def _reset_slots(self, group: CacheGroup) -> None:
         """Reset the slots whose sequences start."""
@@ -274,7 +255,7 @@ class RecurrentCache:
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
         """Copy slot `source` to the slots `targets`."""
-        for cache in (self._state, self._inputs, self._gates):
+        for cache in (self._state, self._inputs):
             if cache is not None:
                 cache[list(targets)] = cache[source].clone()  # source and targets share memory
         for target in targets:
@@ -306,14 +287,6 @@ class ReplicatedLinear(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Return the product, and None for the bias."""
         return linear(hidden, self.weight), None
-
-
-def _shift_right(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """Shift values [sequences, places, ...] right by `by` [sequences] places, with zeros before them."""
-    source = torch.arange(values.shape[1], device=values.device) - by[:, None]
-    index = source.clamp(min=0).reshape(*source.shape, *[1] * (values.dim() - 2)).expand_as(values)
-    is_valid = (source >= 0).reshape(*source.shape, *[1] * (values.dim() - 2))
-    return values.gather(1, index) * is_valid
 
 
 def set_linear_attention(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:

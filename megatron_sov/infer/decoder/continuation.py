@@ -39,13 +39,9 @@ class Continuation:
     """Log-probability of each new token."""
     read: int = 0
     """Tokens in the KV cache."""
-    drafts: list[int] = field(default_factory=list)
-    """Drafted next tokens, not yet judged."""
     routes: list[tuple[int, np.ndarray]] = field(default_factory=list)
     """First token and routes [tokens, layers, top_k] of each span; for tokens read twice, the later routes
     count."""
-    guesses: torch.Tensor | None = None
-    """Draft distributions [drafts, vocab_size], on the last pipeline stage when sampling."""
 
     @cached_property
     def random(self) -> np.random.Generator:
@@ -54,8 +50,7 @@ class Continuation:
     @cached_property
     def prompt(self) -> bytes:
         """Cache key that equal prompts share; empty if the cache cannot be shared."""
-        # the prediction layer's cache is not copied, and a single token leaves nothing to copy
-        if self.sampling.num_drafts or self.prompt_tokens == 1:
+        if self.prompt_tokens == 1:  # nothing to copy
             return b""
         tokens = np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
         # Placeholders of different images are the same tokens, so the encoder inputs are part of the key.
@@ -82,7 +77,6 @@ class Continuation:
         routes."""
         rows = shape.absent(len(self.tokens) - 1)
         for first, span_routes in self.routes:
-            # later spans replace the routes of rejected drafts
             rows[first:first + len(span_routes)] = span_routes[:len(rows) - first]
         return rows
 
@@ -97,14 +91,16 @@ class RowItem:
     """Row index at which the span begins."""
 
     @property
-    def places(self) -> list[int]:
-        """Row indices that predict a token: every index in a decoding step, the last index in a prompt's
-        final span."""
-        end = self.start + len(self.span.tokens)
-        # in a decoding step, the newest token and each draft predict
-        if not self.sequence.in_prompt:
-            return list(range(self.start, end))
-        return [end - 1] if self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens else []
+    def predicts(self) -> bool:
+        """Whether the last token of the span predicts a new token: in a decoding step, and at the end of a
+        prompt."""
+        return (not self.sequence.in_prompt
+                or self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens)
+
+    @property
+    def last_place(self) -> int:
+        """Row index of the last token of the span."""
+        return self.start + len(self.span.tokens) - 1
 
 
 def record_routes(items: Sequence[RowItem], routes: torch.Tensor) -> None:

@@ -1,5 +1,4 @@
-"""Generate continuations with a model at any layout: continuous batching with a KV cache, and speculative
-decoding.
+"""Generate continuations with a model at any layout: continuous batching with a KV cache.
 
 Sequences join and leave the batch individually: a waiting prompt takes the slot of a finished sequence. Each
 sequence has its own sampling settings, stop rule and random stream, so its continuation is independent of
@@ -7,10 +6,6 @@ other sequences, up to rounding. Prompts are read in rows of a limited number of
 several spans. A prompt shared by several sequences (samples of a group) is read once and its cache copied. If
 several processes have sequences of their own, each iteration runs one row on all of them, because they may
 share experts.
-
-Speculative decoding: the multi-token prediction layer drafts k tokens for each sequence (applied to its own
-states after the first), and the model judges all drafts in one pass over k + 1 tokens. Greedy continuations
-equal those of plain decoding; samples follow the same distribution, with other random numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -31,10 +25,8 @@ from megatron_sov.engine.decode.cached_decoder import (
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.values import flatten_tensors, unflatten_tensors
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem, record_routes
-from megatron_sov.infer.decoder.sampling import (
-    accept_sampled_drafts, compute_probabilities, count_greedy_matches, draw_tokens)
+from megatron_sov.infer.decoder.sampling import compute_probabilities, draw_tokens
 from megatron_sov.infer.request import (
     Batching, GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens,
     WeightVersion)
@@ -49,18 +41,15 @@ class DecodingBatch:
         decoder: runs rows.
         cache: size of the cache.
         prefill_tokens: limit of prompt tokens per row.
-        sequences: initial sequences; with drafts, all need the same sampling settings.
-        num_drafts: tokens drafted per sequence and row.
+        sequences: initial sequences.
     """
 
     def __init__(self, decoder: CachedDecoder, cache: CacheSize, prefill_tokens: int,
-                 sequences: Iterable[Continuation] = (), num_drafts: int = 0) -> None:
+                 sequences: Iterable[Continuation] = ()) -> None:
         self._decoder, self._num_slots = decoder, cache.slots
-        self._prefill_tokens, self._num_drafts = prefill_tokens, num_drafts
+        self._prefill_tokens = prefill_tokens
         self._waiting = deque[Continuation]()
         self._slots: list[Continuation] = []
-        self.drafted = self.accepted = 0
-        """Judged and accepted draft tokens."""
         for sequence in sequences:
             self.join(sequence)
 
@@ -92,11 +81,13 @@ class DecodingBatch:
         # before `_move_on` counts prompts as read: `in_prompt` must be true for prompts that end in this row
         self._copy_prompts(items)
         # spans that end inside a prompt choose no token
-        chosen = [i for i in items if i.places]
-        written = self._choose_tokens(output, chosen)
-        self._move_on(items, written)
-        if self._num_drafts and (items or self._decoder.mtp_is_collective):
-            self._draft_tokens(output, items)
+        chosen = [i for i in items if i.predicts]
+        tokens, logprobs = self._choose_tokens(output, chosen)
+        for item in items:
+            item.sequence.read += len(item.span.tokens)
+        for item, token, logprob in zip(chosen, tokens, logprobs, strict=True):
+            item.sequence.tokens.append(token)
+            item.sequence.logprobs.append(logprob)
         # From the last slot down: `_free_slot` moves the last sequence, which must be unfinished.
         for slot in [i.span.slot for i in reversed(chosen) if i.sequence.has_ended]:
             self._free_slot(slot)
@@ -121,7 +112,7 @@ class DecodingBatch:
         if items:
             return items
         for slot, sequence in enumerate(self._slots):
-            span = CacheSpan(slot, sequence.read, [sequence.tokens[-1], *sequence.drafts])
+            span = CacheSpan(slot, sequence.read, [sequence.tokens[-1]])
             items.append(RowItem(sequence, span, filled))
             filled += len(span.tokens)
         return items
@@ -138,7 +129,7 @@ class DecodingBatch:
                 waiting.setdefault(sequence.prompt, []).append(slot)
         for item in items:
             source = item.sequence
-            if not (source.in_prompt and item.places and source.prompt):
+            if not (source.in_prompt and item.predicts and source.prompt):
                 continue
             if slots := waiting.pop(source.prompt, []):
                 self._decoder.copy(item.span.slot, slots)
@@ -146,11 +137,12 @@ class DecodingBatch:
                 self._slots[slot].read = source.prompt_tokens - 1
                 self._slots[slot].routes = list(source.routes)
 
-    def _choose_tokens(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
-        """Return each item's accepted drafts and next token, equal on all processes of the row."""
+    def _choose_tokens(self, output: DecodeOutput, items: list[RowItem]) -> ScoredTokens:
+        """Return a token and its log-probability per item, equal on all processes of the row."""
         if not items:
-            return []
-        written: list[ScoredTokens] = [([], []) for _ in items]
+            return [], []
+        tokens = torch.zeros(len(items), dtype=torch.int64)
+        logprobs = torch.zeros(len(items), dtype=torch.float64)
         if self._decoder.last_stage:
             with_rules = [n for n, item in enumerate(items) if item.sequence.sampling.rules]
             # Rules mask whole rows of logits; greedy choice needs the best token of each vocabulary shard
@@ -160,26 +152,22 @@ class DecodingBatch:
             sampled = [n for n in free if items[n].sequence.sampling.temperature]
             for places, choose in ((greedy, self._choose_greedy), (sampled, self._choose_sampled),
                                    (with_rules, self._choose_with_rules)):
-                chosen = choose(output, [items[n] for n in places]) if places else []
-                for place, piece in zip(places, chosen, strict=True):
-                    written[place] = piece
+                if places:
+                    tokens[places], logprobs[places] = choose(output, [items[n] for n in places])
         # only the last stage has logits; an int64 table sends tokens and log-probabilities to all stages
-        return unpack_tokens(self._decoder.agree(pack_tokens(written, 1 + self._num_drafts)))
+        table = self._decoder.agree(torch.stack([tokens, logprobs.view(torch.int64)]))
+        return table[0].tolist(), table[1].contiguous().view(torch.float64).tolist()
 
-    def _choose_greedy(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
-        best, logprobs = self._decoder.best_tokens(output, [p for i in items for p in i.places])
-        sizes = [len(i.places) for i in items]
-        written = []
-        for item, row_tokens, row_logprobs in zip(items, best.split(sizes), logprobs.split(sizes),
-                                                  strict=True):
-            count = 1 + count_greedy_matches(item.sequence.drafts, row_tokens.tolist())
-            written.append((row_tokens[:count].tolist(), row_logprobs[:count].tolist()))
-        return written
+    def _choose_greedy(self, output: DecodeOutput, items: list[RowItem]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, logprobs = self._decoder.best_tokens(output, [i.last_place for i in items])
+        return tokens, logprobs.double()
 
-    def _choose_with_rules(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
-        """Choose tokens that each sequence's rules allow, without drafts."""
-        logits = self._decoder.logits(output, [p for i in items for p in i.places]).double()
-        written: list[ScoredTokens] = []
+    def _choose_with_rules(self, output: DecodeOutput, items: list[RowItem]
+                           ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose tokens that each sequence's rules allow."""
+        logits = self._decoder.logits(output, [i.last_place for i in items]).double()
+        tokens: list[int] = []
+        logprobs: list[float] = []
         for item, row in zip(items, logits, strict=True):
             sequence, sampling = item.sequence, item.sequence.sampling
             assert sampling.rules is not None, "only sequences with rules"
@@ -192,106 +180,17 @@ class DecodingBatch:
             else:
                 shares = torch.softmax(masked, dim=-1)
                 token = int(masked.argmax())
-            written.append(([token], [float(shares[0, token].log())]))
-        return written
+            tokens.append(token)
+            logprobs.append(float(shares[0, token].log()))
+        return torch.tensor(tokens), torch.tensor(logprobs, dtype=torch.float64)
 
-    def _choose_sampled(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
-        logits = self._decoder.logits(output, [p for i in items for p in i.places])
-        shares = compute_distributions(logits, [i.sequence.sampling for i in items for _ in i.places])
-        targets = shares.split([len(i.places) for i in items])
-        num_accepted, finals = [], []
-        for item, target in zip(items, targets, strict=True):
-            sequence = item.sequence
-            if sequence.guesses is None:
-                num_accepted.append(0)
-                finals.append(target[0])
-                continue
-            # a sequence's random stream judges the drafts first, then draws the next token
-            count, final = accept_sampled_drafts(sequence.drafts, sequence.guesses, target,
-                                                 sequence.random.random(len(sequence.drafts)).tolist())
-            num_accepted.append(count)
-            finals.append(final)
-        # the drawn token replaces the first rejected draft, or follows the last draft
-        next_tokens = draw_tokens(torch.stack(finals), [i.sequence.random.random() for i in items])
-        tokens = [[*i.sequence.drafts[:count], token]
-                  for i, count, token in zip(items, num_accepted, next_tokens, strict=True)]
-        # log-probabilities under the model's distribution, which accepted drafts follow
-        starts = accumulate((len(i.places) for i in items[:-1]), initial=0)
-        places = [start + k for start, t in zip(starts, tokens, strict=True) for k in range(len(t))]
-        logprobs = iter(shares[places, list(chain.from_iterable(tokens))].log().tolist())
-        return [(t, [next(logprobs) for _ in t]) for t in tokens]
-
-    def _move_on(self, items: list[RowItem], written: list[ScoredTokens]) -> None:
-        """Record the tokens read in this row, and append the new tokens up to each continuation's end."""
-        new = iter(written)
-        for item in items:
-            sequence = item.sequence
-            if not item.places:
-                sequence.read += len(item.span.tokens)
-                continue
-            tokens, logprobs = next(new)
-            # The cache is valid up to the newest token; the next row overwrites rejected drafts.
-            sequence.read = len(sequence.tokens) + len(tokens) - 1
-            # the tokens before the last are accepted drafts
-            self.drafted += len(sequence.drafts)
-            self.accepted += len(tokens) - 1
-            sequence.drafts, sequence.guesses = [], None
-            for token, logprob in zip(tokens, logprobs, strict=True):
-                # An accepted draft may end the continuation; later tokens are dropped.
-                if not sequence.has_ended:
-                    sequence.tokens.append(token)
-                    sequence.logprobs.append(logprob)
-
-    def _draft_tokens(self, output: DecodeOutput, items: list[RowItem]) -> None:
-        """Run the prediction layer on the row to fill its cache, and draft tokens for unfinished sequences.
-
-        The layer takes the hidden state at position t and token t + 1, and predicts token t + 2. For a
-        sequence of n tokens, the first draft comes from position n - 2, whose next token n - 1 was just
-        chosen.
-        """
-        # Only unfinished sequences draft, but the layer's cache needs the whole row.
-        active = [i for i in items if not i.sequence.in_prompt and not i.sequence.has_ended]
-        drafts = torch.zeros(len(active), self._num_drafts, dtype=torch.int64)
-        if self._decoder.last_stage:
-            # Next token per row position. Positions after a rejected draft have no next token; a later row
-            # reads them again.
-            ahead = torch.zeros(len(output.row.tokens), dtype=torch.int64)
-            for item in items:
-                follow = item.sequence.tokens[item.span.past + 1:][:len(item.span.tokens)]
-                ahead[item.start:item.start + len(follow)] = torch.tensor(follow, dtype=torch.int64)
-            output = self._decoder.predict(output, ahead)
-            # Row index of token n - 2, the last token with a known next token; the span starts at token
-            # `past`.
-            places = [i.start + len(i.sequence.tokens) - 2 - i.span.past for i in active]
-            guesses: list[torch.Tensor] = []
-            drafts_jointly = self._decoder.mtp_is_collective and self._decoder.any_replica_has(len(active))
-            for depth in range(self._num_drafts if active or drafts_jointly else 0):
-                if depth:
-                    # For further drafts the layer reads its own states: a token per sequence, a position
-                    # later, with the previous draft as the next token.
-                    spans = [CacheSpan(i.span.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in active]
-                    output = self._decoder.pick(output, places, spans)
-                    places = list(range(len(active)))
-                    ahead = torch.zeros(len(output.row.tokens), dtype=torch.int64)
-                    ahead[:len(active)] = drafts[:, depth - 1]
-                    output = self._decoder.predict(output, ahead)
-                if active:
-                    drafts[:, depth] = self._choose_drafts(output, places, active, guesses)
-            # `accept_sampled_drafts` needs the drafting distributions; greedy drafts need no distributions.
-            for number, item in enumerate(active if guesses else []):
-                item.sequence.guesses = torch.stack([g[number] for g in guesses])
-        if active:  # the drafts are inputs of the next row on every stage
-            for item, row in zip(active, self._decoder.agree(drafts).tolist(), strict=True):
-                item.sequence.drafts = row
-
-    def _choose_drafts(self, output: DecodeOutput, places: list[int], active: list[RowItem],
-                       guesses: list[torch.Tensor]) -> torch.Tensor:
-        """Return a draft per active sequence [sequences]; append the sampled distributions to `guesses`."""
-        if active[0].sequence.sampling.temperature == 0:
-            return self._decoder.top_tokens(output, places)
-        guesses.append(compute_distributions(self._decoder.logits(output, places),
-                                             [i.sequence.sampling for i in active]))
-        return torch.tensor(draw_tokens(guesses[-1], [i.sequence.random.random() for i in active]))
+    def _choose_sampled(self, output: DecodeOutput, items: list[RowItem]
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self._decoder.logits(output, [i.last_place for i in items])
+        shares = compute_distributions(logits, [i.sequence.sampling for i in items])
+        tokens = torch.tensor(draw_tokens(shares, [i.sequence.random.random() for i in items]))
+        logprobs = shares.gather(1, tokens[:, None].to(shares.device))[:, 0].log()
+        return tokens, logprobs.cpu()
 
     def _free_slot(self, slot: int) -> None:
         """Give the slot to a waiting sequence or to the sequence in the last slot: used slots stay
@@ -365,9 +264,6 @@ class MegatronEngine:
         if 0 in map(len, prompts):
             raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no token; "
                              "every prompt needs at least one")
-        if sampling.num_drafts and not self._model.model.architecture.num_mtp_layers:
-            raise ValueError(f"num_drafts = {sampling.num_drafts} needs a multi-token prediction layer, "
-                             "the model has none")
         shape = build_route_shape(self._model.model.architecture) if sampling.with_routes else None
         numbers = range(len(prompts)) if streams is None else streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
@@ -381,9 +277,9 @@ class MegatronEngine:
         longest = max((s.prompt_tokens + s.limit for s in sequences), default=sampling.max_new_tokens)
         state_tokens = self._model.model.architecture.count_state_tokens()
         slots = self._batching.slots(len(sequences), longest, state_tokens)
-        cache = CacheSize(slots, longest, 1 + sampling.num_drafts)
+        cache = CacheSize(slots, longest)
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
-            run = DecodingBatch(decoder, cache, self._batching.prefill_tokens, sequences, sampling.num_drafts)
+            run = DecodingBatch(decoder, cache, self._batching.prefill_tokens, sequences)
             # The first process decides when to stop: independent decisions would leave other processes in a
             # row.
             while run.decode_row() and not (bounds and collectives.broadcast_flag(bounds.should_stop())):
@@ -395,15 +291,10 @@ class MegatronEngine:
         num_local_tokens = max(len(tokens) for tokens, _ in local_written) if local_written else 0
         width = int(all_reduce_replicas(torch.tensor([num_local_tokens]), dist.ReduceOp.MAX)[0])
         # the other processes add zeros to a sequence's row, so the sum is the row of its own process
-        local = {"written": pack_tokens(local_written, width), "drafted": torch.tensor(run.drafted),
-                 "accepted": torch.tensor(run.accepted)}
-        shapes = {name: tuple(value.shape) for name, value in local.items()}
-        totals = unflatten_tensors(all_reduce_replicas(flatten_tensors(local)), shapes)
-        written = unpack_tokens(totals["written"])
+        written = unpack_tokens(all_reduce_replicas(pack_tokens(local_written, width)))
         lengths = [len(prompt) + len(tokens) for prompt, (tokens, _) in zip(prompts, written, strict=True)]
         routes = None if shape is None else _gather_routes(sequences, lengths, shape)
-        return GenerationResult.of(written, sampling, stop, version, int(totals["drafted"]),
-                                   int(totals["accepted"]), routes)
+        return GenerationResult.of(written, sampling, stop, version, routes)
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Import weights, or count the live weights as a new version, see `Engine.update`."""

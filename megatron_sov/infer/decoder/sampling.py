@@ -1,6 +1,6 @@
-"""Sample tokens from logits, with truncation and speculative drafts.
+"""Sample tokens from logits, with truncation.
 
-Shapes: n positions, V vocabulary, k drafts. Probabilities are float64, in the order of token ids.
+Shapes: n positions, V vocabulary. Probabilities are float64, in the order of token ids.
 """
 
 from __future__ import annotations
@@ -52,37 +52,3 @@ def draw_tokens(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[
     thresholds = torch.minimum(thresholds, torch.nextafter(total, torch.zeros_like(total)))
     tokens: list[int] = torch.searchsorted(cumulative, thresholds, right=True)[:, 0].tolist()
     return tokens
-
-
-def count_greedy_matches(drafts: Sequence[int], best: Sequence[int]) -> int:
-    """Count drafts equal to the model's greedy choices; `best` [k + 1]: choice after the sequence and after
-    each draft."""
-    count = 0
-    while count < len(drafts) and drafts[count] == best[count]:
-        count += 1
-    return count
-
-
-def accept_sampled_drafts(drafts: Sequence[int], guesses: torch.Tensor, targets: torch.Tensor,
-                          uniforms: Sequence[float]) -> tuple[int, torch.Tensor]:
-    """Judge sampled drafts; accepted drafts and the next token follow the target distributions.
-
-    Algorithm 1 of Leviathan et al., arXiv 2211.17192: a draft x with draft probability q and model
-    probability p is accepted with probability min(1, p(x) / q(x)); the first rejected draft is replaced by a
-    sample from max(0, p - q).
-
-    Args:
-        drafts: k tokens, each drawn from its guess.
-        guesses: q, [k, V].
-        targets: p after the sequence and after each draft, [k + 1, V].
-        uniforms: k numbers in [0, 1).
-
-    Returns:
-        Number of accepted drafts, and the distribution [V] (not normalized) of the next token.
-    """
-    for place, (token, uniform) in enumerate(zip(drafts, uniforms, strict=True)):
-        p, q = targets[place], guesses[place]
-        # u >= p / q, without the division.
-        if uniform * float(q[token]) >= float(p[token]):
-            return place, (p - q).clamp(min=0)
-    return len(drafts), targets[len(drafts)]

@@ -50,7 +50,7 @@ class NewSequence:
     prompt: Sequence[int]
     """Token ids, at least one."""
     sampling: Sampling
-    """Sampling settings, without drafts and routes."""
+    """Sampling settings, without routes."""
     stream: int
     """Random stream, see `Engine.generate`."""
     end_ids: tuple[int, ...]
@@ -168,7 +168,7 @@ class _LiveBatch:
         # add zeros to a sequence's row, so the sum over processes is the row of its own process.
         table = torch.zeros(len(self._sequences), 3, dtype=torch.int64)
         for row, (number, sequence) in zip(table, self._sequences.items(), strict=True):
-            # without drafts, a row yields at most one token per sequence
+            # a row yields at most one token per sequence
             local = sequence.continuation
             if local is not None and len(local.logprobs) > self._written[number]:
                 bits = torch.tensor([local.logprobs[-1]], dtype=torch.float64).view(torch.int64)

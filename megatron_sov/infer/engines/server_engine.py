@@ -27,7 +27,7 @@ from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
 from megatron_sov.infer.engines.server_process import EngineServers, ServerProcess, check_vllm_program
 from megatron_sov.infer.request import (
     VLLM, GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, ServerLocations, StopRule,
-    Tokens, WeightVersion, check_no_drafts, check_no_rules)
+    Tokens, WeightVersion, check_no_rules)
 from megatron_sov.train.data.requirements import build_route_shape
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 
@@ -81,7 +81,6 @@ class ServerEngine:
         Raises:
             UserError: a server refuses a request, or servers died too often.
         """
-        check_no_drafts(VLLM, sampling)
         check_no_rules(VLLM, sampling)
         if sampling.with_routes and self._route_shape is None:
             raise ValueError("the vLLM servers were started without routes, but they are requested")

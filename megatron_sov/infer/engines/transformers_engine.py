@@ -24,8 +24,8 @@ from megatron_sov.engine.parallel.device import PRECISION, choose_inference_prec
 from megatron_sov.infer.decoder.sampling import derive_seed
 from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
-    Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens, WeightVersion, check_no_drafts,
-    check_no_routes, check_no_rules)
+    Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens, WeightVersion, check_no_routes,
+    check_no_rules)
 from megatron_sov.model.pretrained import find_low_bit_options, load_pretrained
 
 PAGE_TOKENS = 16
@@ -50,7 +50,6 @@ class HfEngine:
         """Continue prompts, see `Engine.generate`; samples depend on the whole batch, which shares a seed.
         Raises `UserError`: transformers failed for a prompt, e.g. for lack of memory, or routes are
         requested."""
-        check_no_drafts("transformers", sampling)
         check_no_rules("transformers", sampling)
         check_no_routes("transformers", sampling)
         check_cache_support(self._model.config)

@@ -175,45 +175,16 @@ class ExtendConfig:
 
 @dataclass(frozen=True)
 class LmEvalConfig:
-    """Benchmarks for `lm` in `evaluate.background.tasks`; every setting corresponds to an option of
-    `megatron-sov eval lm` (docs/eval_lm.md)."""
+    """Benchmarks for `lm` in `evaluate.background.tasks` (docs/eval_lm.md)."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": When("evaluate.background.tasks", lambda tasks: "lm" in tasks, "names lm"),
-        "mode": is_set(".apply_chat_template")}
+        "": When("evaluate.background.tasks", lambda tasks: "lm" in tasks, "names lm")}
 
     tasks: tuple[str, ...] = ()
-    """Task and group names (`--tasks`)."""
-    task_dirs: tuple[str, ...] = ()
-    """Folders with your own tasks; earlier folders take precedence (`--task-dir`)."""
-    data_dir: str = ""
-    """Value for ${DATA} in a task's data files (`--data-dir`). Empty: not defined."""
-    allow_task_code: bool = False
-    """Let tasks in `task_dirs` run code (`--allow-task-code`)."""
-    allow_download: bool = False
-    """Download task data (`--allow-download`); lm-eval's built-in tasks need it."""
-    limit: AtLeastOne | None = None
-    """Maximum items per task, from the first item (`--limit`). null: all items."""
-    num_fewshot: NotNegativeInt | None = None
-    """Examples before each item (`--num-fewshot`). null: the task's number."""
-    apply_chat_template: bool = False
-    """Format prompts by the chat template (`--apply-chat-template`)."""
-    mode: Literal["thinking", "no-thinking"] | None = None
-    """Mode for a reasoning model (`--mode`). null: the task's mode."""
-    samples: AtLeastOne | None = None
-    """Answers per item, for tasks that sample several (`--samples`). null: the task's number."""
-    judge: tuple[str, ...] = ()
-    """`key=value` settings for the reward that scores answers (`--judge`)."""
-    batch_size: AtLeastOne | None = None
-    """Answers generated at the same time (`--batch-size`). null: `eval lm` decides."""
-    max_length_tokens: Annotated[int, Ge(2)] | None = None
-    """Maximum sequence length in tokens (`--max-length`). null: the model's limit."""
-    max_gen_tokens: AtLeastOne | None = None
-    """Maximum answer length in tokens, if shorter than the task's (`--max-new-tokens`)."""
-    seed: NotNegativeInt = 0
-    """Random seed for sampling (`--seed`)."""
-    workers: NotNegativeInt = 1
-    """Processes that score answers (`--workers`). 0: one per CPU core."""
+    """Task and group names."""
+    options: tuple[str, ...] = ()
+    """Further options of `megatron-sov eval lm`, e.g. ["--task-dir=tasks", "--limit=500"]; the run sets
+    --output and --cache."""
 
 
 @dataclass(frozen=True)

@@ -124,12 +124,6 @@ class RolloutConfig:
     keep_rounds: AtLeastOne = 2
     """Rounds before the newest round whose files stay in RUN/rounds. Of older rounds only manifests stay,
     once the oldest kept checkpoint is past them and while the store has their responses."""
-    budgets_tokens: tuple[AtLeastOne, ...] = ()
-    """Requested response lengths in tokens, assigned in order to equal parts in a group. Empty: the prompt's
-    field `target_tokens`, if present."""
-    budget_text: str = ""
-    """Text at the response's start that states the requested length, with {tokens} for the number; counts
-    towards the prompt. Empty: the length is not stated."""
     seed: NotNegativeInt = 0
     """Random seed for prompt order and sampling."""
     validation_every_rounds: NotNegativeInt = 10
@@ -142,19 +136,12 @@ class RolloutConfig:
 
     def problems(self) -> list[SettingsProblem]:
         """Return every violated rule between rollout settings."""
-        budgets = self.budgets_tokens
         num_prompts = nearest_multiple(self.prompts_per_round, self.steps_per_round)
         return find_broken_rules(
             self, "rollout",
             (self.prompts_per_round % self.steps_per_round == 0, "prompts_per_round",
              f"must be a multiple of rollout.steps_per_round = {self.steps_per_round}",
              f"set rollout.prompts_per_round={num_prompts}"),
-            (max(budgets, default=0) <= self.max_new_tokens, "budgets_tokens",
-             f"must be at most rollout.max_new_tokens = {self.max_new_tokens}"),
-            (self.samples_per_prompt % max(1, len(budgets)) == 0, "samples_per_prompt",
-             f"must be a multiple of the {len(budgets)} rollout.budgets_tokens"),
-            (not self.budget_text or "{tokens}" in self.budget_text, "budget_text",
-             "must have {tokens} in the number's place"),
             (self.validation_temperature != 0 or self.validation_samples == 1, "validation_samples",
              "must be 1: rollout.validation_temperature = 0 gives each prompt the same response again"))
 
@@ -169,17 +156,16 @@ class RolloutConfig:
             temperature=self.temperature if temperature is None else temperature, max_staleness=0,
             # The number of responses per work item is the same as in training.
             piece_prompts=max(1, self.piece_prompts * self.samples_per_prompt // samples),
-            deadline_s=0.0, budgets_tokens=(), budget_text="" if self.budgets_tokens else self.budget_text)
+            deadline_s=0.0)
 
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
-                       "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo", "opd", "gkd", "preference"]
+                       "ink_grpo", "pkpo", "opd", "gkd", "preference"]
 Ratio = Literal["token", "sequence"]
 Clip = Literal["two_sided", "cispo", "none"]
 Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k", "range", "none"]
 Aggregation = Literal["token", "sequence", "constant"]
 Kl = Literal["none", "k1", "k3", "sequence"]
-LengthReward = Literal["none", "around_right", "target", "budget"]
 Kept = Literal["drop", "keep"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -200,9 +186,6 @@ class PolicyParts:
     kl_weighted: bool = True
     mgpo_lambda: float = 0.0
     pkpo_k: int = 0
-    length_reward: LengthReward = "none"
-    length_reward_coeff: float = 0.0
-    length_width_tokens: float = 0.0
     all_wrong: Kept = "keep"
     all_wrong_reward: float = 0.0
     all_right: Kept = "keep"
@@ -216,9 +199,6 @@ class PolicyParts:
 _PPO = {"clip_low": 0.2, "clip_high": 0.2}
 """PPO's clip bounds (arXiv 1707.06347, section 6.1), also used in GRPO implementations."""
 _DROP_EQUAL_GROUPS: dict[str, Any] = {"all_wrong": "drop", "all_right": "drop"}
-_LAPO: dict[str, Any] = {
-    "aggregation": "sequence", "kl": "k3", "kl_coeff": 1e-4, "kl_weighted": False, **_PPO}
-"""Loss settings in the authors' code."""
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"aggregation": "sequence", "kl": "k3", "kl_coeff": 0.0, **_PPO},
     "dr_grpo": {"advantage": "group_no_std", "aggregation": "constant", **_PPO},
@@ -234,10 +214,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "ink_grpo": {"clip_low": 0.2, "clip_high": 0.24, "knowledge_coeff": 0.1, "knowledge_share": 0.6,
                  "knowledge_batch_size": 64},
     "pkpo": {"advantage": "pass_at_k", "aggregation": "constant", **_PPO},
-    "lapo_d": {**_LAPO, "length_reward": "around_right", "length_reward_coeff": 0.7,
-               "length_width_tokens": 100.0},
-    "lapo_i": {**_LAPO, "length_reward": "target", "length_reward_coeff": 0.8, "length_width_tokens": 120.0},
-    "hbpo": {"clip_low": 0.2, "clip_high": 0.28, "length_reward": "budget", "length_reward_coeff": 4.0},
     "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
     "gkd": {"clip": "none", "advantage": "none"},
     "preference": {"clip": "none", "advantage": "range", **_DROP_EQUAL_GROUPS}}
@@ -245,12 +221,9 @@ METHODS: dict[str, dict[str, Any]] = {
 which the run must set."""
 REQUIRED_NUMBERS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),
                     ("kl", ("k1", "k3", "sequence"), "kl_coeff"), ("advantage", ("pass_at_k",), "pkpo_k"),
-                    ("all_wrong", ("keep",), "all_wrong_reward"), ("method", ("mgpo",), "mgpo_lambda"),
-                    ("length_reward", ("around_right", "target", "budget"), "length_reward_coeff"),
-                    ("length_reward", ("around_right", "target"), "length_width_tokens"))
+                    ("all_wrong", ("keep",), "all_wrong_reward"), ("method", ("mgpo",), "mgpo_lambda"))
 """(part, values, number): if the part has one of the values, the number is required."""
-NUMBERS_WITHOUT_DEFAULT = ("clip_low", "clip_high", "kl_coeff", "pkpo_k", "length_reward_coeff",
-                           "length_width_tokens")
+NUMBERS_WITHOUT_DEFAULT = ("clip_low", "clip_high", "kl_coeff", "pkpo_k")
 """Numbers without a default in `PolicyParts`; method or run must set them."""
 OVERLONG_SHARES = {"dapo": 0.2}
 """Method -> `overlong_buffer_tokens` as a share of `rollout.max_new_tokens`: 4,096 of 20,480 tokens (arXiv
@@ -259,8 +232,7 @@ TOKEN_TRUNCATE_HIGH = 2.0
 """`correction_high` for token_truncate if not set, from "Your efficient RL framework secretly brings you
 off-policy RL training" (Yao et al. 2025). token_truncate is the default correction because on-policy steps
 need no extra forward pass and no response is dropped."""
-NUMBER_PARTS = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)),
-                ("length_reward_coeff", ("length_reward",)), ("length_width_tokens", ("length_reward",)))
+NUMBER_PARTS = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)))
 """Number -> parts it belongs to. If the run changes such a part, the method's number no longer applies."""
 _PARTS = dataclasses.asdict(PolicyParts())
 _ADVANTAGE_SETTINGS = " ".join((
@@ -286,8 +258,6 @@ class PolicyConfig:
         "kl_coeff": is_none_of(".parts.kl", "none"),
         "kl_weighted": is_one_of(".parts.kl", "k3"),
         "pkpo_k": is_one_of(".parts.advantage", "pass_at_k"),
-        "length_reward_coeff": is_none_of(".parts.length_reward", "none"),
-        "length_width_tokens": is_one_of(".parts.length_reward", "around_right", "target"),
         "all_wrong_reward": is_one_of(".parts.all_wrong", "keep"),
         "knowledge_share knowledge_batch_size": is_set(".parts.knowledge_coeff"),
         "correction_low correction_high": is_none_of(".correction", "none"),
@@ -300,10 +270,9 @@ class PolicyConfig:
     method: PolicyMethod = "grpo"
     """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
     (2506.13585), agapo (K-EXAONE), agapo_exaone4 (EXAONE 4.0, 2507.11407), mgpo (2511.06221), ink_grpo
-    (2601.18129), pkpo (2505.15201), lapo_d and lapo_i (the two stages in 2507.15758), hbpo (2507.15844), opd
-    (on-policy distillation, Tinker cookbook), gkd (2306.13649: a teacher's `distillation` divergence instead
-    of rewards), preference (`preference` loss on each group's best and worst response, or on all responses
-    with preference.method = grouper)."""
+    (2601.18129), pkpo (2505.15201), opd (on-policy distillation, Tinker cookbook), gkd (2306.13649: a
+    teacher's `distillation` divergence instead of rewards), preference (`preference` loss on each group's
+    best and worst response, or on all responses with preference.method = grouper)."""
     ratio: Ratio | None = None
     """Importance ratio between the current policy and the policy at the round's start, both computed by the
     trainer. token: one ratio per token; sequence: one per response, the geometric mean over its tokens."""
@@ -337,15 +306,6 @@ class PolicyConfig:
     is the divergence between the right share and 1/2 (arXiv 2511.06221). 0: off."""
     pkpo_k: NotNegativeInt | None = None
     """pass_at_k: k; the best among k responses counts."""
-    length_reward: LengthReward | None = None
-    """Length reward for right responses. around_right: bonus near the group's right response lengths; target:
-    bonus near the prompt's `target_tokens`; budget: replaces the reward by the reward for the response's
-    budget (`rollout.budgets_tokens`), reduced beyond the budget."""
-    length_reward_coeff: NotNegative | None = None
-    """around_right, target: maximum bonus; budget: reward for a budget with 0 tokens."""
-    length_width_tokens: AboveZero | None = None
-    """around_right: tokens outside the right lengths' range over which the bonus falls to 0; target: the
-    bonus's standard deviation, in tokens."""
     all_wrong: Kept | None = None
     """Action for groups with equal rewards below `right_from`. drop: leave them out; keep: train on them with
     `all_wrong_reward`."""
@@ -540,11 +500,6 @@ class PolicyConfig:
                 f"{resolved['opd_coeff']:g} compares with the teacher's unscaled probabilities",
                 rollout.temperature))
         problems += self._sampling_problems(rollout)
-        if resolved["length_reward"] == "budget" and rollout.rounds and not rollout.budgets_tokens:
-            problems.append(SettingsProblem(
-                ProblemCode.RULE, "rollout.budgets_tokens", "is missing: policy.length_reward = budget "
-                "rewards requested lengths", way_out="set it, e.g. [512,1024,2048,2560], and "
-                "rollout.budget_text"))
         bound, corrects = self.correction_bound, self.correction != "none"
         has_bound = self.correction_high is not None or self.correction in ("none", "token_truncate")
         return problems + find_broken_rules(

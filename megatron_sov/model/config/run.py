@@ -198,9 +198,6 @@ class RunConfig:
                  "the second time")
         return find_broken_rules(
             self, "", (not guards.probe_every_steps or deterministic, "guards.probe_every_steps", needs),
-            (not guards.attribute or deterministic, "guards.attribute", needs),
-            (not guards.attribute or guards.skip, "guards.attribute",
-             "needs guards.skip = true: it examines rejected steps"),
             (not jobs.tasks or self.train.export_every_checkpoints > 0, "evaluate.background.tasks",
              "evaluate exports, and train.export_every_checkpoints = 0 writes none"),
             (len(set(jobs.tasks)) == len(jobs.tasks), "evaluate.background.tasks", "names a task twice"),
@@ -210,9 +207,7 @@ class RunConfig:
              "is empty, and evaluate.background.tasks names lm"),
             (all(name.strip() and "," not in name for name in lm.tasks), "evaluate.lm.tasks",
              "must be a list with one task name per entry, without commas"),
-            (len(set(lm.tasks)) == len(lm.tasks), "evaluate.lm.tasks", "names a task twice"),
-            (all("=" in setting for setting in lm.judge), "evaluate.lm.judge",
-             "must have the form key=value"))
+            (len(set(lm.tasks)) == len(lm.tasks), "evaluate.lm.tasks", "names a task twice"))
 
     def _phase_problems(self) -> list[SettingsProblem]:
         """Check the token budget, and each phase's row length against layout and positions."""

@@ -118,7 +118,7 @@ class GuardConfig:
     experts."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "window_steps sigma rollback_after_skips attribute": is_set(".skip"),
+        "window_steps sigma rollback_after_skips": is_set(".skip"),
         "window_steps": is_set(".sigma"), "straggler_ratio": is_set(".straggler_every_steps"),
         "routing_every_steps": is_set("model.num_experts"),
         "min_load_entropy dead_after_records max_bias_spread": AllOf(
@@ -134,9 +134,6 @@ class GuardConfig:
     sigma: NotNegative = 6.0
     """Standard deviations above the window's mean at which a value counts as a spike. 0: reject only values
     that are not finite."""
-    attribute: bool = False
-    """After a rejected step, recompute it and report the cause: a process (by rank), the data (by document)
-    or the optimisation. Costs a pass over the gradients in every step."""
     rollback_after_skips: NotNegativeInt = 4
     """Consecutive rejected steps (for loss or values that are not finite) after which weights and optimizer
     return to the last good checkpoint; samples since that checkpoint are skipped. 0: never."""

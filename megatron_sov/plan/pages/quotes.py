@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_sov.base.figures import (
-    format_count, format_days, format_duration, format_energy, format_money, format_seconds, format_share,
-    format_size)
+from megatron_sov.base.figures import format_count, format_days, format_money, format_seconds, format_share
 from megatron_sov.work.clusters.units import GIB, HOURS_PER_DAY, SECONDS_PER_DAY
 
 COMPONENTS = {"memory": "memory-bound", "launch": "kernel launches", "bubble": "pipeline bubble"} | {
@@ -39,21 +37,6 @@ class QuotedMemory:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A run's checkpoint size and timing."""
-
-    size_bytes: int
-    """Bytes over all processes."""
-    write_s: float
-    """Seconds from the start of a save until the checkpoint is on disk."""
-    stall_s: float
-    """Seconds within `write_s` in which training waits."""
-    interval_s: float
-    """Best time between two checkpoints (Young 1974, Daly 2006)."""
-    interval_steps: int
-
-
-@dataclass(frozen=True)
 class Quote:
     """A stage's price: a phase in `data.phases`, or an entry in `extend.stages`."""
 
@@ -80,11 +63,7 @@ class Quote:
     """Model FLOPs per second as a share of the chip's dense bf16 peak."""
     hours: float
     """Training hours without interruptions."""
-    effective_share: float
-    """Share of wall-clock time in steps that survive failures (`Operation.effective_share`)."""
-    energy_kwh: float
     cost_usd: float
-    checkpoint: Checkpoint
     cost_range_usd: tuple[float, float] = (0.0, 0.0)
     """Lowest and highest cost for an estimated GPU price; zeros: the profile sets the price."""
     bubble_share: float = 0.0
@@ -100,12 +79,11 @@ class Quote:
 
     @property
     def days(self) -> float:
-        """Calendar days, failures included."""
-        return self.hours / HOURS_PER_DAY / self.effective_share
+        return self.hours / HOURS_PER_DAY
 
     @property
     def gpu_hours(self) -> float:
-        return self.days * HOURS_PER_DAY * self.num_gpus
+        return self.hours * self.num_gpus
 
 
 @dataclass(frozen=True)
@@ -115,11 +93,9 @@ class QuoteTotals:
     tokens: int
     days: float
     gpu_hours: float
-    energy_kwh: float
     cost_usd: float
     cost_range_usd: tuple[float, float]
     """Lowest and highest cost; equal if the profile sets the price."""
-    effective_share: float
     peak_memory_bytes: int
 
     def scale_to_tokens(self, tokens: float) -> QuoteTotals:
@@ -128,19 +104,16 @@ class QuoteTotals:
         low, high = self.cost_range_usd
         return dataclasses.replace(
             self, tokens=round(tokens), days=self.days * share, gpu_hours=self.gpu_hours * share,
-            energy_kwh=self.energy_kwh * share, cost_usd=self.cost_usd * share,
-            cost_range_usd=(low * share, high * share))
+            cost_usd=self.cost_usd * share, cost_range_usd=(low * share, high * share))
 
 
 def sum_quotes(quotes: Sequence[Quote]) -> QuoteTotals:
     """Sum stages; `quotes` is not empty."""
-    days = sum(q.days for q in quotes)
     ranges = [q.cost_range_usd if any(q.cost_range_usd) else (q.cost_usd, q.cost_usd) for q in quotes]
     return QuoteTotals(
-        tokens=sum(q.tokens for q in quotes), days=days, gpu_hours=sum(q.gpu_hours for q in quotes),
-        energy_kwh=sum(q.energy_kwh for q in quotes), cost_usd=sum(q.cost_usd for q in quotes),
+        tokens=sum(q.tokens for q in quotes), days=sum(q.days for q in quotes),
+        gpu_hours=sum(q.gpu_hours for q in quotes), cost_usd=sum(q.cost_usd for q in quotes),
         cost_range_usd=(sum(low for low, _ in ranges), sum(high for _, high in ranges)),
-        effective_share=(sum(q.hours for q in quotes) / HOURS_PER_DAY / days if days else 1.0),
         peak_memory_bytes=max(q.memory.total_bytes for q in quotes))
 
 
@@ -167,23 +140,22 @@ class QuoteTable:
 
 def build_tables(quotes: Sequence[Quote]) -> list[QuoteTable]:
     """Build all tables; `quotes` is not empty."""
-    return [build_stage_table(quotes), build_memory_table(quotes), build_step_table(quotes),
-            build_checkpoint_table(quotes)]
+    return [build_stage_table(quotes), build_memory_table(quotes), build_step_table(quotes)]
 
 
 def build_stage_table(quotes: Sequence[Quote]) -> QuoteTable:
     """Build the table with time and cost per stage; several stages have a total row."""
     head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "time", "GPU-hours",
-            "energy", "cost"]
+            "cost"]
     rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", format_count(q.tokens),
              format_seconds(q.step_s), f"{q.tokens_per_s_per_gpu:,.0f}", format_share(q.mfu),
-             format_days(q.days * SECONDS_PER_DAY), format_count(q.gpu_hours), format_energy(q.energy_kwh),
+             format_days(q.days * SECONDS_PER_DAY), format_count(q.gpu_hours),
              format_money(q.cost_usd)] for q in quotes]
     if len(quotes) > 1:
         total = sum_quotes(quotes)
         rows.append(["total", "", "", format_count(total.tokens), "", "", "",
                      format_days(total.days * SECONDS_PER_DAY), format_count(total.gpu_hours),
-                     format_energy(total.energy_kwh), format_money(total.cost_usd)])
+                     format_money(total.cost_usd)])
     return QuoteTable("What it takes", head, rows)
 
 
@@ -232,20 +204,6 @@ def build_step_table(quotes: Sequence[Quote]) -> QuoteTable:
 
 def name_component(name: str) -> str:
     return COMPONENTS.get(name, _format_name(name))
-
-
-def build_checkpoint_table(quotes: Sequence[Quote]) -> QuoteTable:
-    """Build the table with checkpoint size, timing and interval, and `effective_share`."""
-    groups = group_quotes(quotes, lambda q: (q.checkpoint, q.effective_share))
-    rows = []
-    for name, group in zip(label_groups(groups), groups, strict=True):
-        checkpoint = group[0].checkpoint
-        rows.append([name, format_size(checkpoint.size_bytes), format_seconds(checkpoint.write_s),
-                     format_seconds(checkpoint.stall_s),
-                     f"{checkpoint.interval_steps:,} steps, {format_duration(checkpoint.interval_s)}",
-                     format_share(group[0].effective_share)])
-    return QuoteTable("Checkpoints", ["stage", "size", "on disk after", "training waits", "best interval",
-                                      "effective training time"], rows)
 
 
 def group_quotes(quotes: Sequence[Quote], key: Callable[[Quote], object]) -> list[list[Quote]]:

@@ -30,7 +30,7 @@ from megatron_sov.runs.launch_environment import get_command_start, is_first_ran
 from megatron_sov.train.data.sources import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import PIECES_MARK
 from megatron_sov.train.guards.fault_injection import Fault
-from megatron_sov.train.guards.gate import EndGate, GateView
+from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.train.objectives.objective import get_formats
 from megatron_sov.train.stages.launch import run_stage
@@ -39,8 +39,7 @@ from megatron_sov.train.trainer import ObjectiveFactory
 
 
 def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
-               resume: bool, faults: tuple[Fault, ...] = (),
-               end_gate: EndGate | None = None, *, dry_run: bool = False,
+               resume: bool, faults: tuple[Fault, ...] = (), *, dry_run: bool = False,
                memory: Sequence[MemoryEstimate] = ()) -> None:
     """Run the stages in order. If a stage is incomplete, return under a launcher and raise otherwise.
 
@@ -51,7 +50,6 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         nproc: local processes.
         resume: whether folders may contain the runs already.
         faults: injected faults, once per stage.
-        end_gate: gate of the last checkpoint.
         dry_run: check and describe the stages without training or searching data.
         memory: predicted memory per stage; (): unknown.
 
@@ -64,17 +62,11 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     stage_start_s = get_command_start()
     prepared = [build_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
-    # A single stage begins `end_gate` itself.
-    begins = len(stages) > 1 and stages[0].folder.completion() is None and not dry_run
-    if end_gate is not None and begins:
-        end_gate.begin()  # mistakes in its settings show before the first stage
     estimates: Sequence[MemoryEstimate | None] = memory or [None] * len(stages)
     for planned, needles, estimate in zip(stages, prepared, estimates, strict=True):
-        judge = end_gate if planned is stages[-1] else None
         stage = Stage(add_needles_to_blends(planned.config), planned.folder, objective, start, resume,
                       sources=needles.data, extra_sources=needles.sources, before=needles.before,
-                      after=needles.after, end_gate=judge, faults=faults, dry_run=dry_run,
-                      memory=estimate)
+                      after=needles.after, faults=faults, dry_run=dry_run, memory=estimate)
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest_checkpoint(planned.folder.checkpoints) is None
             if fresh and start_loss is None:

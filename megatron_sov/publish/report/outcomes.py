@@ -135,7 +135,7 @@ def verdict_tables(runs: list[Run]) -> list[PageTable]:
     """Return a `PageTable` with the verdicts on a model's stages; [] without checks."""
     rows = [*_stage_verdicts(runs)]
     for run in runs:
-        rows += [*_gate_verdicts(run), *_forgetting_verdicts(run), *_needle_verdicts(run)]
+        rows += [*_gate_verdicts(run), *_needle_verdicts(run)]
     rows += [row for run in runs for row in _export_verdicts(run)]
     return [PageTable(["check", "verdict", "measured"], rows)] if rows else []
 
@@ -186,21 +186,6 @@ def _gate_verdicts(run: Run) -> Iterator[list[str]]:
         if check.get("judged") and not check.get("passed"):
             verdict = Markup("good, before step {}").format(check.get("min_steps"))
         yield ["Gate", verdict, f"{run.name}: {text}"]
-
-
-def _forgetting_verdicts(run: Run) -> Iterator[list[str]]:
-    for event in run.get_events("forgetting_gate")[-1:]:
-        tasks = event.get("tasks") or []
-        forgotten = [str(task.get("task")) for task in tasks
-                     if task.get("verdict") in ("forgotten", "not known")]
-        num_unproven = sum(task.get("verdict") == "not proven" for task in tasks)
-        text = f"{len(tasks) - num_unproven} of {len(tasks)} tasks kept"
-        if forgotten:
-            text = f"worse on {', '.join(forgotten)}"
-        if num_unproven:
-            text += f", {num_unproven} not proven"
-        yield ["Forgetting", VERDICTS[bool(event.get("passed"))],
-               f"{run.name}: {text}; tolerance {parse_number(event.get('tolerance')):g}"]
 
 
 def _needle_verdicts(run: Run) -> Iterator[list[str]]:

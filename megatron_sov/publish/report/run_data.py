@@ -24,7 +24,7 @@ CONFIG = "config.json"
 LEARNING_GROUPS = "learning_groups"
 """Curve name: share of a round's groups that the round trained on."""
 REPORTED_EVENTS = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
-                   "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate",
+                   "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm",
                    "score", *INCIDENT_NAMES)
 """Small and rare events that the report needs in full."""
 

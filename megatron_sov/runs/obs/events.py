@@ -231,7 +231,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "gate": {"loss": _N, "start_loss": _N, "loss_limit": _N, "threshold": _N,
              "rows": _List(_Shape({"accuracy": _N}, ("accuracy",))), "failing_rows": _List(_Any()),
              "failing_cells": _List(_Any())},
-    "forgetting_gate": {"tolerance": _N, "tasks": _List(_Mapping(_Any()))},
     "passk": {"pass_at_k": _ESTIMATES, "maj_at_k": _ESTIMATES, "sampling": _SAMPLING, "num_prompts": _N,
               "num_samples": _N, "num_unscored": _N, "mean_reward": _N},
     "round": {"means": _Mapping(_Any()), "groups": _NUMBERS, "round": _Whole()},

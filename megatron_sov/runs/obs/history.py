@@ -12,7 +12,7 @@ from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 
 UNFINISHED = "ended without a word (killed, or still running)"
 COMPLETE = "complete"
-INCIDENT_NAMES = {"skip": "step rejected", "attribution": "cause of a rejection",
+INCIDENT_NAMES = {"skip": "step rejected",
                   "rollback": "rollback", "restart": "restart",
                   "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "injected fault",
                   "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}

@@ -1,9 +1,7 @@
-"""Protocols for gates: checks that a stage must pass, during training or on its last checkpoint."""
+"""Protocols for gates: checks that a stage must pass during training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_sov.model.config import RunConfig
@@ -65,30 +63,3 @@ class Gate(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a result that `state` returned."""
-
-
-@dataclass(frozen=True)
-class EndVerdict:
-    """Verdict on a stage's last checkpoint."""
-
-    failure: str | None
-    """Sentence about the failure with detail lines below, or None if the checkpoint passed."""
-    completion: dict[str, Any]
-    """Fields for the completion manifest."""
-
-
-class EndGate(Protocol):
-    """Judges a stage's last checkpoint after the training processes have ended."""
-
-    @property
-    def name(self) -> str:
-        """Key under which the completion manifest stores the verdict."""
-
-    def begin(self) -> None:
-        """Prepare before the first step, so that mistakes show early.
-
-        Called by the launcher, or by every process under torchrun or Slurm.
-        """
-
-    def judge(self, checkpoint: Path) -> EndVerdict | None:
-        """Return the verdict on the first process, and None on the others."""

@@ -73,8 +73,6 @@ class StepGuard:
             self._add_to_windows(main_loss, main_grad_norm)
             self.reset_rejections()
             return True
-        # for `would_have_rejected`, which `attribute_rejected_step` calls after this step
-        self._windows_at_rejection = list(self._losses), list(self._grad_norms)
         self.rejection = self._find_rejection(main_loss, main_grad_norm)
         if self.rejection is None:
             # rank 0 has usual values, so NaN was computed on another rank
@@ -87,15 +85,6 @@ class StepGuard:
         if self.rejection.finite:
             self._add_to_windows(main_loss, main_grad_norm)
         return False
-
-    def would_have_rejected(self, loss: float, grad_norm: float) -> bool:
-        """Return whether `loss` or `grad_norm` would have been rejected at the last rejected step."""
-        current = self._losses, self._grad_norms
-        self._losses, self._grad_norms = self._windows_at_rejection
-        try:
-            return self._find_rejection(loss, grad_norm) is not None
-        finally:
-            self._losses, self._grad_norms = current
 
     def _add_to_windows(self, loss: float, grad_norm: float) -> None:
         for window, value in ((self._losses, loss), (self._grad_norms, grad_norm)):

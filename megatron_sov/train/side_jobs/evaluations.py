@@ -21,7 +21,7 @@ from typing import Any
 from megatron_sov.base.artifacts import MANIFEST, write_atomically
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.evaluate import EvalTask, LmEvalConfig
+from megatron_sov.model.config.evaluate import EvalTask
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
 from megatron_sov.runs.obs.events import EVAL_LM_EVENT, build_score_events
 from megatron_sov.train.data.sources import TEXTS, Source
@@ -241,7 +241,9 @@ def build_eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path)
     """Build the command that evaluates an export, or submits an evaluation job, from the run's settings."""
     argv = [job.task, str(export)]
     if job.task == "lm":
-        argv += _list_lm_arguments(config.evaluate.lm, out)
+        lm = config.evaluate.lm
+        argv += [f"--tasks={','.join(lm.tasks)}", *lm.options, f"--output={out}",
+                 f"--cache={_get_cache(out)}"]
     else:
         argv += ["--output", str(out)]
         for path in config.data.paths:
@@ -264,19 +266,3 @@ def build_eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path)
     if config.evaluate.background.where == "slurm":
         return [*program, "submit", "--cluster", config.evaluate.background.cluster, "eval", *argv]
     return [*program, "eval", *argv]
-
-
-def _list_lm_arguments(lm: LmEvalConfig, out: Path) -> list[str]:
-    """Return the arguments of `eval lm` after the model."""
-    single: dict[str, Any] = {
-        "--tasks": ",".join(lm.tasks), "--output": out, "--cache": _get_cache(out),
-        "--data-dir": lm.data_dir or None, "--limit": lm.limit, "--num-fewshot": lm.num_fewshot,
-        "--mode": lm.mode, "--samples": lm.samples, "--batch-size": lm.batch_size,
-        "--max-length": lm.max_length_tokens, "--max-new-tokens": lm.max_gen_tokens, "--seed": lm.seed,
-        "--workers": lm.workers}
-    flags = {"--allow-task-code": lm.allow_task_code, "--allow-download": lm.allow_download,
-             "--apply-chat-template": lm.apply_chat_template}
-    several = {"--task-dir": lm.task_dirs, "--judge": lm.judge}
-    return [*(f"{option}={value}" for option, value in single.items() if value is not None),
-            *(f"{option}={value}" for option, values in several.items() for value in values),
-            *(option for option, is_on in flags.items() if is_on)]

@@ -1,4 +1,4 @@
-"""Running a training stage: checks of folder, data and start, then the ranks, then the end gate."""
+"""Running a training stage: checks of folder, data and start, then the ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from megatron_sov.train.data.requirements import check_columns, check_routes_and
 from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.guards.fault_injection import list_pending_faults
-from megatron_sov.train.guards.gate import EndGate
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.side_jobs.evaluations import check_eval_tasks
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
@@ -52,8 +51,7 @@ def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> 
     stage.folder.enter(stage.config, launch.may_resume)
     completion = stage.folder.completion()
     if completion is not None:
-        gate = None if stage.end_gate is None else stage.end_gate.name
-        report_completion(stage.folder, stage.config, completion, gate, dry_run=stage.dry_run)
+        report_completion(stage.folder, stage.config, completion, dry_run=stage.dry_run)
         return True
     data = _open_data(stage)
     _check_start(stage, data)
@@ -63,8 +61,6 @@ def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> 
     if stage.notes and is_first_rank():
         print(_format_defaults(stage), file=sys.stderr, flush=True)
     stage.folder.clear_gate_failure()
-    if stage.end_gate is not None:
-        stage.end_gate.begin()
     restarts = launcher.RestartPolicy(
         stage.config.train.max_restarts, lambda: checkpoints.latest_checkpoint(stage.folder.checkpoints),
         partial(_record_restart, stage.folder, launch), partial(_record_failure, stage))
@@ -86,7 +82,6 @@ def _conclude_stage(stage: Stage, launch: LaunchState, code: int) -> bool:
         if code == ExitCode.USER_ERROR and launch.declared[0] and not launch.may_resume:
             stage.folder.remove_unstarted()
         raise SystemExit(code)  # the failed rank has printed the reason
-    _conclude_end_gate(stage.folder, stage.end_gate)
     if stage.folder.completion() is not None:
         for fault in list_pending_faults(stage.faults, stage.folder.path):
             warn(f"--inject {fault.name}: never happened")
@@ -102,23 +97,6 @@ def _conclude_stage(stage: Stage, launch: LaunchState, code: int) -> bool:
     raise StopRequested(f"everything is saved; {_format_resume_hint(stage.folder)}")
 
 
-def _conclude_end_gate(folder: RunFolder, gate: EndGate | None) -> None:
-    """Let the gate judge the last checkpoint if its verdict is outstanding; complete or fail the stage."""
-    completion = folder.held()
-    if gate is None or completion is None:
-        return
-    verdict = gate.judge(folder.path / completion["checkpoint"])
-    if verdict is None or not is_first_rank():
-        return
-    if verdict.failure is None:
-        folder.complete({**completion, **verdict.completion})
-    else:
-        RunEvents(folder.path).add("gate_failed", step=completion["step"], text=verdict.failure)
-        folder.mark_gate_failed(verdict.failure)
-    # last: after a crash before this line, the checkpoint is judged again or the verdict is on the disk
-    folder.release()
-
-
 def _format_resume_hint(folder: RunFolder) -> str:
     """Return the last checkpoint's step and the command that continues the run."""
     newest = checkpoints.latest_checkpoint(folder.checkpoints)
@@ -130,13 +108,11 @@ def _format_resume_hint(folder: RunFolder) -> str:
     return f"{step}; continue with: megatron-sov resume {shlex.quote(str(run))}"
 
 
-def report_completion(folder: RunFolder, config: RunConfig, completion: dict[str, Any], gate: str | None, *,
+def report_completion(folder: RunFolder, config: RunConfig, completion: dict[str, Any], *,
                       dry_run: bool) -> None:
     """Print that a run is complete, and finish its side jobs unless in a dry run."""
     if is_first_rank():
         print(f"{folder.path}: is complete at step {completion['step']}")
-        if gate is not None and gate not in completion:
-            warn(f"{folder.path}: was complete before --gate was added, so the gate does not run")
     if not dry_run:
         _finish_side_jobs(folder, config)
 

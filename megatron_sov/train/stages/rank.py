@@ -157,9 +157,7 @@ def _complete_stage(stage: Stage, trainer: Trainer) -> None:
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.step)
-    # with an end gate, the completion manifest waits for the verdict: later stages look only for this file
-    complete = stage.folder.complete if stage.end_gate is None else stage.folder.mark_awaiting_gate
-    run_on_main(trainer.world, lambda: complete({
+    run_on_main(trainer.world, lambda: stage.folder.complete({
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
         "checkpoint_sha256": manifest_sha256(last), **extra}))

@@ -16,7 +16,7 @@ from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.sources import Source
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.guards.fault_injection import Fault
-from megatron_sov.train.guards.gate import EndGate, Gate, GateView
+from megatron_sov.train.guards.gate import Gate, GateView
 from megatron_sov.train.trainer import ObjectiveFactory
 
 
@@ -44,8 +44,6 @@ class Stage:
     """Called on every rank after the last step; returns fields for the completion manifest."""
     gate: Gate | None = None
     """Judges the model during training; must pass before the stage is complete."""
-    end_gate: EndGate | None = None
-    """Judges the last checkpoint; must pass before the stage is complete."""
     feed: Feed | None = None
     """Supplies data that appear during the run."""
     faults: tuple[Fault, ...] = ()

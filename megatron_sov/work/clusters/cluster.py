@@ -167,23 +167,8 @@ class ClusterProfile:
     network_latency_us: Amount = INFINIBAND_LATENCY_S * 1e6
     """Latency of a small message between nodes, microseconds: InfiniBand across leaves 3.7, RoCE 5.6
     (DeepSeek-V3, arXiv 2505.09343, table 5)."""
-    storage_write_gbytes_per_s: Amount = 0.0
-    """Write bandwidth of the shared file system for all nodes together, GB/s; 0: unknown, and `plan` does not
-    estimate checkpoint times. NVIDIA's SuperPOD reference for H100: 20 per 32 nodes, enhanced 62."""
     price_per_gpu_hour: Amount = 0.0
     """Price of a GPU hour in USD, all included; 0: the chip's typical price, as a range."""
-    pue: Annotated[float, Ge(1), Le(MAX_AMOUNT)] = 1.3
-    """Power usage effectiveness: energy of the site divided by energy of its computers. Meta 1.08, average
-    1.56 (Uptime Institute survey 2024); good new sites lie between."""
-    node_power_w: Amount = 0.0
-    """Maximum power of a node including GPUs, CPUs and fans; 0: as the vendor's own server."""
-    failures_per_gpu_year: Amount = 0.17
-    """Failures that end a whole run, per GPU and year. Published: 0.173 (Llama 3 405B, 419 in 54 days on
-    16,384 H100, arXiv 2407.21783, section 3.3.4), 0.30 and 0.11 (6.5 and 2.34 per 1,000 node-days with 8 A100
-    in Meta's two research clusters, arXiv 2410.21680)."""
-    restart_s: Amount = 600.0
-    """Seconds from such a failure to the first new step: detection, node checks, start, checkpoint loading.
-    Below 10 minutes in MegaScale (arXiv 2402.15627, section 4)."""
     max_strikes: AtLeastOne = 2
     """Failures of a node before the job excludes the node."""
     max_failures: AtLeastOne = 3
@@ -202,11 +187,6 @@ class ClusterProfile:
             raise UserError(f"{problem} in the profile, so the nodes' GPUs are unknown; "
                             f"use a profile with gpu set to one of {', '.join(sorted(CHIPS))}")
         return CHIPS[self.gpu]
-
-    @property
-    def power_per_gpu_w(self) -> float:
-        """Maximum power of a GPU with its share of the node."""
-        return self.node_power_w / self.gpus_per_node if self.node_power_w else self.chip.server_power_w
 
     @property
     def memory_bytes(self) -> int:

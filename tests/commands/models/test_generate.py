@@ -108,7 +108,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, P
 @pytest.mark.parametrize(("line", "said"), [
     ("generate run --image none.png", "none.png: is not a file"),
     ("generate run --prompt a --out-image drawn", "needs --image-decoder CODEC"),
-    ("generate run --image a.png --speculative 1", "--speculative: is not supported with media"),
     ("generate run --image a.png --engine vllm", "cannot enforce whole media blocks"),
     ("generate run --image a.png --max-audio-tokens -1", "--max-audio-tokens -1"),
     ("generate run --image a.png", "run: does not exist"),

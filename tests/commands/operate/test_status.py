@@ -83,8 +83,6 @@ def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_p
     ([begin(100), *steps(1, 9, 90), (5, "hang", {"step": 10})], {}, "ended", "stood still in step 10"),
     ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})],
      {"gate_failed.json": {"failure": "row x\nmore"}}, "gate failed", "row x"),
-    ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})], {"awaiting_gate.json": {"step": 40}},
-     "waiting", "its last checkpoint is not judged yet"),
     ([], {}, "not started", ""),
 ])
 def test_a_run_that_does_not_live_says_why(tmp_path: Path, events: Any, files: dict[str, Any], state: str,

@@ -1,4 +1,4 @@
-"""Cached generation equals full forward passes at every layout, with and without drafts."""
+"""Cached generation equals full forward passes at every layout."""
 
 import dataclasses
 import os
@@ -50,17 +50,13 @@ def generate_in_all_ways(layout: dict[str, Any], *, full: bool = False, pieces: 
         family: family of the model.
         settings: further settings of the model.
     """
-    config, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
+    _, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
     policy = ForwardModel(model, 50)
     attention = [type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
-    drafts = 2 if config.model.num_mtp_layers else 0
     warm = Sampling(NEW, temperature=1.0, top_k=40, top_p=0.9, seed=3)
 
     def generate(prompts: Any, sampling: Any, batching: Any = None, **options: Any) -> Any:
         return MegatronEngine(policy, batching).generate(prompts, sampling, **options).continuations
-
-    def add_drafts(sampling: Any, num_drafts: int) -> Any:
-        return dataclasses.replace(sampling, num_drafts=num_drafts)
 
     routed = Sampling(NEW, with_routes=True)
     plain = MegatronEngine(policy).generate(PROMPTS, routed)
@@ -70,17 +66,13 @@ def generate_in_all_ways(layout: dict[str, Any], *, full: bool = False, pieces: 
     stop_row = 2 if int(os.environ["RANK"]) == 0 else 0
     stopping = GenerationBounds(LIMITS, lambda: next(rows) == stop_row)
     limited = GenerationBounds(LIMITS, lambda: False)
-    drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, add_drafts(routed, drafts)))
     result = {"greedy": greedy, "routes": [r.tolist() for r in plain.routes],
-              "drafted routes": [r.tolist() for r in drafted["routes"]], "sampled": generate(PROMPTS, warm),
+              "sampled": generate(PROMPTS, warm),
               "stopped early": generate(PROMPTS, Sampling(NEW), bounds=stopping),
-              "limited": generate(PROMPTS, Sampling(NEW), bounds=limited),
-              "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
-              "drafted samples": generate(PROMPTS, add_drafts(warm, drafts))}
+              "limited": generate(PROMPTS, Sampling(NEW), bounds=limited)}
     if full:
         result["end"] = greedy[2][5]
-        result["stopped"] = generate(PROMPTS, add_drafts(Sampling(NEW), min(1, drafts)),
-                                     stop=StopRule((result["end"],)))
+        result["stopped"] = generate(PROMPTS, Sampling(NEW), stop=StopRule((result["end"],)))
         result["alone"] = {i: generate([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
         result |= generate_repeated_prompts(policy, warm, routed)
         model.config.routing_step.record = record = {}
@@ -141,8 +133,7 @@ def check_equal_ways(result: dict[str, Any]) -> None:
     """Compare all continuations of a rank with its greedy continuations."""
     greedy = result["greedy"]
     assert greedy == result["full"], "cached decoding differs from a full forward pass"
-    assert result["routes"] == result["drafted routes"] == result["full routes"]
-    assert result["drafted"]["continuations"] == greedy != result["sampled"]
+    assert result["routes"] == result["full routes"] and greedy != result["sampled"]
     assert result["alone"] == {str(i): result["sampled"][i] for i in ALONE}, (
         "a prompt's samples depend on the other prompts of its batch")
     assert result["repeated"] == [result["one by one"]] * 4, "a shared prompt has other continuations"
@@ -170,12 +161,9 @@ def test_generation_is_equal_at_every_layout(ranks, job, names: list[str]) -> No
         *(job(__file__, "generate_in_all_ways", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
     check_equal_ways(alone[0])
     assert alone[0]["pieces"] == alone[0]["one slot"] == alone[0]["greedy"]
-    drafted = alone[0]["drafted"]
-    assert 0 < drafted["accepted"] < drafted["drafted"], "all or none of the drafted tokens were accepted"
     for name, per_rank in zip(names, others, strict=True):
         for rank, result in enumerate(per_rank):
-            for way in ("greedy", "routes", "sampled", "drafted", "drafted routes", "drafted samples",
-                        "limited", "as before"):
+            for way in ("greedy", "routes", "sampled", "limited", "as before"):
                 assert result[way] == alone[0][way], (name, rank, way)
             assert result["stopped early"] == per_rank[0]["stopped early"]
             assert all(0 < len(c) <= 3 for c in result["stopped early"]), "another rank than 0 stopped it"
@@ -228,12 +216,9 @@ def compare_logprobs(layout: dict[str, Any], family: str, chosen: list[str]) -> 
             trainer_routes = torch.stack([record[layer][i] for layer in sorted(record)], 1)[:-1]
             assert torch.equal(trainer_routes, torch.from_numpy(routes).long()), "the trainer's routes differ"
         return {"gap": float(max(gaps)), "tokens": result.continuations, "reasons": result.finish_reasons,
-                "lowest": min(map(min, result.logprobs)), "accepted": result.accepted}
+                "lowest": min(map(min, result.logprobs))}
 
-    drafts = 2 if config.model.num_mtp_layers else 0
-    ways = {"greedy": Sampling(NEW), "T 1": Sampling(NEW, 1.0, seed=3), "T 0.7": Sampling(NEW, 0.7, seed=3),
-            "drafted": Sampling(NEW, num_drafts=drafts),
-            "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
+    ways = {"greedy": Sampling(NEW), "T 1": Sampling(NEW, 1.0, seed=3), "T 0.7": Sampling(NEW, 0.7, seed=3)}
     results: dict[str, Any] = {name: generate_and_compare(ways[name]) for name in chosen}
     other = build_model(config.model, parallel, config.train)
     initial_weights.initialize_weights(other, config.model, 2)
@@ -250,9 +235,9 @@ def compare_logprobs(layout: dict[str, Any], family: str, chosen: list[str]) -> 
 
 FEW_PROMPTS = PROMPTS[1:5]
 """One more than the engine's batch of three."""
-LOGPROB_CASES = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"]),
+LOGPROB_CASES = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7"]),
                  ("qwen3", 2, {"tp": 2, "sp": True}, ["T 1", "T 0.7"]),
-                 ("k-exaone", 2, {"pp": 2}, ["T 1", "T 0.7", "drafted T 1"]),
+                 ("k-exaone", 2, {"pp": 2}, ["T 1", "T 0.7"]),
                  ("solar-open", 2, {"ep": 2}, ["T 1", "T 0.7"])]
 """(family, processes, layout, ways of sampling)."""
 
@@ -298,8 +283,6 @@ def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path]
                 == expected)
         with pytest.raises(ValueError, match="prompt 1 has no token"):
             engine.generate([[1], []], Sampling(4))
-        with pytest.raises(ValueError, match="num_drafts = 1 needs"):
-            engine.generate(PROMPTS, Sampling(4, num_drafts=1))
         assert engine.generate([], Sampling(4)).continuations == []
     finally:
         world.leave_world()

@@ -1,4 +1,4 @@
-"""Samples follow the truncated distribution; speculative sampling does not change it."""
+"""Samples follow the truncated distribution."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.decoder.sampling import (
-    accept_sampled_drafts, compute_probabilities, count_greedy_matches, draw_tokens)
+from megatron_sov.infer.decoder.sampling import compute_probabilities, draw_tokens
 from megatron_sov.infer.request import Sampling, WeightVersion
 
 LOGITS = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.9], [0.0, 0.0, 0.0, 0.0, 5.0]])
@@ -46,41 +45,6 @@ def test_draw_returns_the_token_at_a_quantile() -> None:
         last = float(np.nextafter(1.0, 0.0))
         ends = shares[number].nonzero()[[0, -1], 0].tolist()
         assert draw_tokens(7 * shares[[number, number]], [0.0, last]) == ends
-
-
-def test_greedy_drafts_are_accepted_up_to_a_mismatch() -> None:
-    assert [count_greedy_matches(d, [5, 6, 7]) for d in ([5, 6], [5, 9], [9, 6], [])] == [2, 1, 0, 0]
-
-
-@pytest.mark.deep
-def test_speculative_samples_follow_the_models_distribution() -> None:
-    """All pairs of tokens from two drafts, against the product of the model's conditional distributions."""
-    generator = torch.Generator().manual_seed(1)
-    vocab, count = 4, 12000
-    first = torch.rand(vocab, generator=generator).double().pow(3)
-    # row: the token before
-    second, guess = (torch.rand(vocab, vocab, generator=generator).double().pow(3) for _ in range(2))
-    start_guess = torch.tensor([0.0, 0.2, 0.5, 0.3], dtype=torch.float64)  # never drafts token 0
-    first, second, guess = (first / first.sum(), second / second.sum(1, keepdim=True),
-                            guess / guess.sum(1, keepdim=True))
-    numbers = np.random.Generator(np.random.Philox(0))
-    pairs = np.zeros((vocab, vocab))
-    taken = 0
-    for _ in range(count):
-        (a,) = draw_tokens(start_guess[None], [numbers.random()])
-        (b,) = draw_tokens(guess[[a]], [numbers.random()])
-        accepted, final = accept_sampled_drafts([a, b], torch.stack([start_guess, guess[a]]),
-                                             torch.stack([first, second[a], first]),
-                                             numbers.random(2).tolist())
-        taken += accepted
-        written = [*[a, b][:accepted], *draw_tokens(final[None], [numbers.random()])]
-        if len(written) == 1:  # the next pass writes the second one
-            written += draw_tokens(second[written], [numbers.random()])
-        pairs[written[0], written[1]] += 1
-    expected = (first[:, None] * second).numpy() * count
-    chi_squared = float(((pairs - expected) ** 2 / expected).sum())
-    assert chi_squared < 37.7, "15 degrees of freedom: above this by chance once in a thousand"
-    assert 0.2 * count < taken < 1.8 * count
 
 
 def test_version_changes_after_the_update() -> None:

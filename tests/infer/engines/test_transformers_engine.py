@@ -45,13 +45,11 @@ def test_ignored_config_fields_are_rejected(hf_models: dict[str, Path], tmp_path
             load_hf(folder)
 
 
-def test_streams_are_part_of_the_seed_and_drafts_are_refused(hf_models: dict[str, Path]) -> None:
+def test_streams_are_part_of_the_seed_and_routes_are_refused(hf_models: dict[str, Path]) -> None:
     engine = HfEngine(load_hf(hf_models["solar_open"]))
     first, again, other = (engine.generate(PROMPTS, Sampling(4, temperature=1.0), streams=range(s, s + 4))
                            for s in (0, 0, 4))
     assert first == again != other
-    with pytest.raises(ValueError, match="num_drafts = 2:"):
-        engine.generate(PROMPTS, Sampling(8, num_drafts=2))
     with pytest.raises(UserError, match="--engine transformers:"):
         engine.generate(PROMPTS, Sampling(8, with_routes=True))
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_sov.model.config import PolicyConfig, RolloutConfig
 from megatron_sov.model.config.post_training import METHODS
 
-ROUNDS = RolloutConfig(rounds=2, samples_per_prompt=8, max_new_tokens=1024, budgets_tokens=(256, 1024))
+ROUNDS = RolloutConfig(rounds=2, samples_per_prompt=8, max_new_tokens=1024)
 UNPUBLISHED: dict[str, dict[str, Any]] = {
     "cispo": {"clip_high": 4.0}, "agapo": {"clip_high": 4.0}, "pkpo": {"pkpo_k": 4},
     "agapo_exaone4": {"kl_coeff": 0.01, "all_wrong_reward": -0.1},
@@ -40,8 +40,6 @@ def test_a_method_requires_exactly_its_unpublished_settings(method: Any) -> None
     ({"correction": "token_mask", "correction_low": 3.0, "correction_high": 2.0}, "correction_low"),
     ({"knowledge_coeff": 0.1, "knowledge_batch_size": 8}, "knowledge_share"),
     ({"method": "ink_grpo", "knowledge_batch_size": 0}, "knowledge_batch_size"),
-    ({"length_reward": "target", "length_reward_coeff": 1.0}, "length_width_tokens"),
-    ({"method": "lapo_d", "length_reward": "target", "length_width_tokens": 9.0}, "length_reward_coeff"),
 ])
 def test_a_broken_rule_is_named(settings: dict[str, Any], key: str) -> None:
     """Values of one part are never used for another part."""
@@ -50,8 +48,8 @@ def test_a_broken_rule_is_named(settings: dict[str, Any], key: str) -> None:
 
 def test_problems_of_rounds_name_their_settings() -> None:
     few = RolloutConfig(rounds=2, samples_per_prompt=1, max_new_tokens=1024)
-    assert [problem.key for problem in PolicyConfig("hbpo").problems(few)] == [
-        "rollout.samples_per_prompt", "rollout.budgets_tokens"]
+    assert [problem.key for problem in PolicyConfig("grpo").problems(few)] == [
+        "rollout.samples_per_prompt"]
 
 
 def test_a_set_part_overrides_the_method() -> None:

@@ -157,9 +157,6 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("preference.chosen_coeff=0.1 preference.method=orpo", 1, "preference.chosen_coeff"),
     ("preference.chosen_coeff=0.5 preference.method=grouper", 1, "preference.chosen_coeff"),
     ("rollout.steps_per_round=3", 1, "rollout.prompts_per_round"),
-    ("rollout.budgets_tokens=[512,2048]", 1, "rollout.budgets_tokens"),
-    ("rollout.budgets_tokens=[1,2,3]", 1, "rollout.samples_per_prompt"),
-    ("rollout.budget_text=long", 1, "rollout.budget_text"),
     # the use of GPUs
     (f'{DENSE} gpu.recompute_modules=["mlp"]', 1, "gpu.recompute_modules"),
     (f"{SELECTIVE}[]", 1, "gpu.recompute_modules"),
@@ -227,8 +224,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("gpu.pad_buckets=on", 1, "gpu.pad_buckets"),
     ("gpu.profile_first_step=3 gpu.profile_last_step=2", 1, "gpu.profile_first_step"),
     # guards and measurements
-    ("guards.probe_every_steps=5 guards.attribute=true", 1, "guards.probe_every_steps guards.attribute"),
-    ("guards.attribute=true guards.skip=false train.deterministic=true", 1, "guards.attribute"),
+    ("guards.probe_every_steps=5", 1, "guards.probe_every_steps"),
     ('evaluate.background.tasks=["ppl"]', 1, "evaluate.background.tasks"),
     (LM, 1, "evaluate.lm.tasks"),
     ('evaluate.background.tasks=["ppl","ppl"] train.export_every_checkpoints=1', 1,
@@ -236,7 +232,6 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f'{LM} evaluate.lm.tasks=["x,y"]', 1, "evaluate.lm.tasks"),
     (f'{LM} evaluate.lm.tasks=["x","x"]', 1, "evaluate.lm.tasks"),
     ("evaluate.background.where=slurm", 1, "evaluate.background.where"),
-    ('evaluate.lm.judge=["x"]', 1, "evaluate.lm.judge"),
 ])
 def test_a_broken_rule_names_its_key(settings: str, num_ranks: int, keys: str, small: Small ) -> None:
     problems = apply_settings(small(), settings.split()).problems(num_ranks)

@@ -125,7 +125,6 @@ ACTS = [
      "policy.geo_reject_low=0.1 policy.overlong_buffer_tokens=2 policy.overlong_penalty=0.5"),
     ("rl", "policy.knowledge_coeff=0.1 policy.knowledge_share=0.5 policy.knowledge_batch_size=2"),
     ("rl", "rollout.validation_samples=2 rollout.validation_every_rounds=2 obs.sample_rows=2"),
-    ("rl", "policy.method=lapo_d policy.length_reward_coeff=0.5 policy.length_width_tokens=9"),
     ("rl", "policy.method=gkd policy.on_policy_share=0.5 distillation.beta=0.5"),
     ("rl", "policy.method=preference policy.reference=run policy.keep_unfinished=true preference.beta=0.2"),
     ("extend", "extend.gate.min_accuracy=0.5 extend.gate.max_overlap=0.1 extend.gate.scan_tokens=9"),
@@ -140,7 +139,7 @@ ACTS = [
     ("pretrain", "optim.schedule_by=tokens optim.warmup_steps=0 optim.warmup_tokens=5 data.packing=concat"),
     ("pretrain", "train.average_last=2 train.average_weights=ema train.average_decay=0.9"),
     ("pretrain", 'evaluate.background.tasks=["lm","needle"] evaluate.background.timeout_s=9 needle.samples=3 '
-     'evaluate.lm.tasks=["x"] evaluate.lm.apply_chat_template=true evaluate.lm.mode=thinking'),
+     'evaluate.lm.tasks=["x"] evaluate.lm.options=["--limit=3"]'),
     ("pretrain", 'model.audio_tokens={"first":0,"size":8} objective.audio_weight=0.5'),
     ("pretrain", "train.steps=3 train.tokens=0 train.epochs=0"),
 ]

@@ -148,7 +148,7 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
 
 @pytest.mark.parametrize(("policy", "model", "computed"), [
     (PolicyConfig("grpo"), {}, [2]), (PolicyConfig("dr_grpo"), {}, [2]),
-    (PolicyConfig("mgpo", mgpo_lambda=1.0), {}, [2]), (PolicyConfig("lapo_d", kl="none"), {}, [2]),
+    (PolicyConfig("mgpo", mgpo_lambda=1.0), {}, [2]), (PolicyConfig("dapo"), {}, [2]),
     (PolicyConfig("grpo", kl="k3", kl_coeff=0.0), {}, [2]),
     (PolicyConfig("grpo", kl="k3", kl_coeff=0.1), {}, [1, 2]),
     (PolicyConfig("opd"), {}, [1, 2]), (PolicyConfig("grpo", opd_coeff=0.5), {}, [1, 2]),

@@ -222,44 +222,6 @@ def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> Non
     assert routed_steps == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
 
-def test_budget_texts_end_the_prompts_of_responses(prompts: PromptList) -> None:
-    class Telling(NumberEncoder):
-        def encode_text(self, text: str) -> list[int]:
-            begin, tokens, end = text.split()
-            assert (begin, end) == ("in", "tokens")
-            return [700, int(tokens)]
-
-    rollout = replace(ROLLOUT, samples_per_prompt=4, budgets_tokens=(2, 6), budget_text="in {tokens} tokens",
-                      max_prompt_tokens=3, deadline_s=0.0)
-    writer = ResponseSource(Telling(), rollout, "counting", False, {})  # type: ignore[arg-type]
-    assert writer.measure_long_prompts(prompts) == {}
-    [rows] = writer.write(CountingEngine(), [SampleAttempt(PromptPiece(1, 0, prompts[5:6]), 0, policy(0))])
-    assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 2]] * 2 + [[60, 700, 6]] * 2
-    assert all(not set(row.tokens.tolist()) & {60, 700} for row in rows)
-    assert {row.key.sampling for row in rows} == {compute_sampling_digest(rollout, 1, {})}
-    digest = compute_sampling_digest(rollout, 1, {})
-    assert digest != compute_sampling_digest(replace(rollout, budgets_tokens=(3, 6)), 1, {})
-    without_text = replace(rollout, budget_text="")
-    digest = compute_sampling_digest(without_text, 1, {})
-    assert digest == compute_sampling_digest(replace(without_text, budgets_tokens=()), 1, {})
-    narrow = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2), "",  # type: ignore[arg-type]
-                            False,
-                            {})
-    with pytest.raises(UserError, match="2, the shortest"):
-        narrow.measure_long_prompts(prompts)
-    with_target = replace(prompts[5], record={"prompt": "60", "target_tokens": 4}, id="target")
-    narrow_rollout = replace(rollout, max_prompt_tokens=2, budgets_tokens=())
-    short = ResponseSource(Telling(), narrow_rollout, "", False, {})  # type: ignore[arg-type]
-    assert short.measure_long_prompts([*prompts,
-                                       with_target]) == {"target": 3}, "with the longest budget text"
-    with_target = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
-    piece = PromptPiece(1, 0, PromptList.from_prompts([with_target]))
-    writer = ResponseSource(Telling(), replace(rollout, budgets_tokens=()),  # type: ignore[arg-type]
-                            "counting", False, {})
-    [rows] = writer.write(CountingEngine(), [SampleAttempt(piece, 0, policy(0))])
-    assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 4]] * 4
-
-
 def test_further_prompts_are_generated_until_the_round_is_trained(tmp_path: Path,
                                                                   prompts: PromptList) -> None:
     rollout = replace(ROLLOUT, deadline_s=0.0)

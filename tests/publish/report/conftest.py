@@ -69,9 +69,6 @@ def _score(log: EventLog) -> None:
                       k=None, filter="none", mode="default", value=value, items=300, failed=0, at_limit=0,
                       interval=[value - 0.05, value + 0.05], sampling={"temperature": 0.0},
                       contamination=None)
-    lost = {"task": "kmmlu", "metric": "acc", "before": 0.5, "after": 0.4, "value": -0.1,
-            "interval": [-0.15, -0.05], "items": 300, "verdict": "forgotten"}
-    log.write("forgetting_gate", step=NUM_STEPS, passed=False, tolerance=0.03, tasks=[lost])
 
 
 def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:

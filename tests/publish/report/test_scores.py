@@ -49,14 +49,6 @@ def test_a_perplexity_is_no_share() -> None:
     assert result.tables[0].rows[0][3] == "14.2"
 
 
-def test_the_forgetting_gate_is_a_verdict() -> None:
-    tasks = [{"task": "quiz", "verdict": "forgotten"}, {"task": "other", "verdict": "not proven"}]
-    gate = {"event": "forgetting_gate", "step": 40, "passed": False, "tolerance": 0.03, "tasks": tasks}
-    (row,) = verdict_tables([Run("tuned", {}, events={"forgetting_gate": [gate]})])[0].rows
-    assert "FAILED" in row[1] and row[2] == "tuned: worse on quiz, 1 not proven; tolerance 0.03"
-    assert verdict_tables([Run("tuned", {})]) == []
-
-
 def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
     events = [event(step=1 << 40, task_hash=["a"], model_hash={}), event(step=5, task_hash=["a"])]
     assert len(section("Scores", eval_lm=events).charts) == 1
@@ -164,7 +156,6 @@ def test_every_judgement_has_a_row(runs: list[Path], toy: Path) -> None:
                               "2.000, limit 2.100; step 10"]
     assert rows(runs) == [
         ["Stages", "2 of 2", "pretrain, extend: complete"],
-        ["Forgetting", "FAILED", "pretrain: worse on kmmlu; tolerance 0.03"],
         ["Needles", "no gate set", "extend: 97 % found, up to 2,048 tokens"],
         ["Export", "passed", "pretrain: 2 of 2 checks"]]
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli, recipes
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import read_command_options
 from megatron_sov.bench.lm.results import read_results
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.commands.evaluate.eval import EVAL
 from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions
+from megatron_sov.commands.train.setup.export_benchmarks import check_benchmarks
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import EVALUATIONS
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -172,26 +174,26 @@ def test_jobs_bring_their_figures_when_they_do(run: Run, monkeypatch: pytest.Mon
                            "its job gave no result within evaluate.background.timeout_s = 100; see its log")]
 
 
-def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> None:
-    config = settings("evaluate.lm=" + json.dumps({
-        "tasks": ["capitals", "-odd"], "task_dirs": ["a b", "c"], "data_dir": "d", "limit": 3,
-        "num_fewshot": 0, "apply_chat_template": True, "mode": "no-thinking", "samples": 4,
-        "judge": ["model=m"], "batch_size": 5, "max_length_tokens": 60, "max_gen_tokens": 7, "seed": 8,
-        "allow_task_code": True, "allow_download": True}))
-    argv = build_eval_command(config, EvalJob(10, "lm"), tmp_path / "export", tmp_path / "step-10.lm.json")
+def test_benchmarks_take_the_options_of_eval_lm(tmp_path: Path) -> None:
+    config = settings('evaluate.lm={"tasks": ["capitals", "-odd"], "options": '
+                      '["--task-dir=a b", "--limit=3", "--output=elsewhere"]}')
+    output, cache = tmp_path / "step-10.lm.json", tmp_path / ".step-10.lm.cache"
+    argv = build_eval_command(config, EvalJob(10, "lm"), tmp_path / "export", output)
     parser = argparse.ArgumentParser()
     EVAL.add_arguments(parser)
-    output, cache = tmp_path / "step-10.lm.json", tmp_path / ".step-10.lm.cache"
     assert read_command_options(parser.parse_args(argv[4:])) == EvalLmOptions(
         target=str(tmp_path / "export"), tasks="capitals,-odd", settings=LmEvalSettings(
-            output=output, cache=cache, num_items=3, num_fewshot=0, chat_template=True, mode="no-thinking",
-            samples=4, judge=("model=m",), batch_size=5, max_length_tokens=60, max_gen_tokens=7, seed=8,
-            workers=1, sources=TaskSources((Path("a b"), Path("c")), Path("d"), True, True)))
-    plain = build_eval_command(settings('evaluate.lm.tasks=["x"]', "evaluate.lm.workers=0"),
-                               EvalJob(10, "lm"),
-                         tmp_path / "export", tmp_path / "step-10.lm.json")
-    assert read_command_options(parser.parse_args(plain[4:])) == EvalLmOptions(
-        target=str(tmp_path / "export"), tasks="x", settings=LmEvalSettings(output=output, cache=cache))
+            output=output, cache=cache, num_items=3, sources=TaskSources((Path("a b"),))))
+
+
+@pytest.mark.each(("options", "reason"), [
+    (["--task-dir=nowhere"], "nowhere: is no folder"), (["--limitt=3"], "--limitt"),
+    (["--run=x"], "leave it out"), ([], "'quiz'")])
+def test_wrong_benchmarks_are_refused_before_the_run(options: list[str], reason: str) -> None:
+    config = settings('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]',
+                      f"evaluate.lm.options={json.dumps(options)}")
+    with pytest.raises(UserError, match=reason):
+        check_benchmarks(config)
 
 
 def test_evaluation_jobs_are_valid_submit_commands(tmp_path: Path,
@@ -226,13 +228,14 @@ def capitals(folder: Path) -> Path:
 def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, run_command: Any,
                                             warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
+    tasks = capitals(tmp_path / "tasks")
     changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
                "model.num_experts=4",
                "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",
                "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1",
                "data.heldout_tokens=256", "train.precision=fp32",
                'evaluate.background.tasks=["ppl", "lm"]', 'evaluate.lm.tasks=["capitals"]',
-               f"evaluate.lm.task_dirs={json.dumps([str(capitals(tmp_path / 'tasks'))])}"]
+               f'evaluate.lm.options=["--task-dir={tasks}"]']
     result = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
                          str(tmp_path / "run"), *(f"--set={change}" for change in changes))
     assert result.returncode == 0, result.stderr

@@ -21,7 +21,6 @@ from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.ledger import plan_ledger
 from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.views import add_source_views
-from megatron_sov.train.guards.gate import EndVerdict
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.stages import launch as launch_module
 from megatron_sov.train.stages.launch import run_stage
@@ -259,50 +258,3 @@ def test_a_refused_run_removes_only_its_own_files(stage: Callable[..., Stage], l
         shutil.rmtree(made.folder.path)
         refused(declares=True)
     assert not made.folder.path.exists()
-
-
-@dataclasses.dataclass
-class EndGateDouble:
-    """Stands for a gate that judges the last checkpoint."""
-
-    verdicts: list[EndVerdict]
-    """What it says, one after the other."""
-    asked: list[str] = dataclasses.field(default_factory=list)
-    """What it was asked, in order."""
-    name: str = "my_gate"
-
-    def begin(self) -> None:
-        self.asked.append("begin")
-
-    def judge(self, checkpoint: Path) -> EndVerdict:
-        self.asked.append(checkpoint.name)
-        return self.verdicts.pop(0)
-
-
-def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(stage: Callable[..., Stage],
-                                                                 launcher: Launcher,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    gate = EndGateDouble([EndVerdict("worse on quiz", {}), EndVerdict(None, {"my_gate": {"passed": True}})])
-    made = stage(end_gate=gate)
-
-    def trains(main: Callable[[], int], restarts: RestartPolicy) -> int:
-        open_run(made)
-        made.folder.mark_awaiting_gate({"step": 4, "checkpoint": "checkpoints/step-4"})
-        return 0
-
-    launcher.does = lambda main, restarts: 0  # it was asked to stop
-    with pytest.raises(StopRequested):
-        run_stage(made, 1)
-    assert gate.asked == ["begin"]
-    launcher.does = trains
-    with pytest.raises(GateFailed, match="worse on quiz"):
-        run_stage(made, 1)
-    assert made.folder.completion() is None and made.folder.failure() == "worse on quiz"
-    assert [e["text"] for e in events(made.folder, "gate_failed")] == ["worse on quiz"]
-    assert run_stage(made, 1)
-    assert gate.asked == ["begin", "begin", "step-4", "begin", "step-4"]
-    assert made.folder.completion() == {"step": 4, "checkpoint": "checkpoints/step-4",
-                                        "my_gate": {"passed": True}}
-    assert made.folder.failure() is None and made.folder.held() is None
-    assert run_stage(dataclasses.replace(made, end_gate=dataclasses.replace(gate, name="other")), 1)
-    assert "was complete before --gate was added" in capsys.readouterr().err

@@ -116,12 +116,6 @@ def test_missing_network_bandwidth_is_rejected_beyond_domain() -> None:
             cluster.compute_links(cluster.load_profile(name, needs_account=False), 1)
 
 
-def test_gpu_power_is_share_of_node() -> None:
-    h100 = cluster.load_profile("h100", needs_account=False)
-    assert h100.power_per_gpu_w == 10_200 / 8
-    assert replace(h100, node_power_w=8000).power_per_gpu_w == 1000
-
-
 # GPUs as data: each figure has a source and agrees with its neighbours; names are found as people write
 # them.
 

@@ -279,8 +279,6 @@ def _set_state(state: RunState, attempts: list[Attempt], recent: deque[tuple[int
         state.state, state.why = "complete", f"at step {(folder.completion() or {}).get('step')}"
     elif (failure := folder.failure()) is not None:
         state.state, state.why = "gate failed", failure.partition("\n")[0]
-    elif folder.held() is not None:
-        state.state, state.why = "waiting", "its last checkpoint is not judged yet"
     # query Slurm only if the folder gives no answer
     elif job := describe_active_job(folder.path):
         state.state, state.why = "waiting", job

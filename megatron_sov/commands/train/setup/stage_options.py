@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from megatron_sov.base.errors import Fix, UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative
+from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.commands.train.setup.starts import read_start_settings
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceMethod
@@ -19,8 +19,6 @@ from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, RUN, check_folder_kind, check_model_path, find_checkpoint)
 from megatron_sov.train.guards.fault_injection import FAULT_STATES
 
-FORGETTING_GATE = "forgetting_gate"
-"""Event of the gate, and its key in RUN/complete.json."""
 INJECT = f"Inject this fault once, to test the run's reaction ({', '.join(FAULT_STATES)})."
 
 
@@ -73,21 +71,7 @@ class StageOptions(TrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateOptions(StageOptions):
-    """Options for stages whose model may be compared with its start."""
-
-    gate: Annotated[str | None, Flag(value="TASKS")] = None
-    """Forgetting gate: evaluate the start and the trained model on these `megatron-sov eval lm` tasks; exit
-    code 3 if a task got significantly worse."""
-    tolerance: Annotated[NotNegative | None, Flag(value="T")] = None
-    """--gate: largest accepted loss in a task's first metric, in the metric's unit (default 0.03: three
-    percentage points for an accuracy)."""
-    gate_with: Annotated[str | None, Flag(value="ARGUMENTS")] = None
-    """--gate: further `eval lm` arguments in one word, e.g. --gate-with='--task-dir tasks --limit 500'."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunedOptions(GateOptions):
+class TunedOptions(StageOptions):
     """Options for stages that start from a model."""
 
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = dataclasses.field()

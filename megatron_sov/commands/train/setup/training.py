@@ -7,23 +7,22 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path
 from megatron_sov.base.hints.paths import fix_by_packing
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.commands.shared_options import parse_task_names
 from megatron_sov.commands.train.kinds import STAGE_KINDS
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
+from megatron_sov.commands.train.setup.export_benchmarks import check_benchmarks
 from megatron_sov.commands.train.setup.feasibility import refuse_unfit
 from megatron_sov.commands.train.setup.packed_files import (
     DataFile, FilePacking, find_files, list_packable_formats, warn_of_changed_files)
-from megatron_sov.commands.train.setup.stage_options import ExtendOptions, GateOptions, StageOptions
+from megatron_sov.commands.train.setup.stage_options import ExtendOptions, StageOptions
 from megatron_sov.commands.train.setup.starts import (
     find_start, find_start_tokenizer, propose_recipe, read_matching_model, refuse_many_converters)
 from megatron_sov.model import recipes
-from megatron_sov.model.config import (
-    RunConfig, apply_settings, layout_settings, parse_data_paths, split_weight)
+from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths, split_weight
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
@@ -36,12 +35,7 @@ from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.data.views import apply_data_phases
 from megatron_sov.train.guards.fault_injection import Fault, parse_faults
 
-if TYPE_CHECKING:
-    from megatron_sov.commands.train.forgetting_gate import ForgettingGate
-
 Complete = Callable[[RunConfig], RunConfig]
-DEFAULT_TOLERANCE = 0.03
-"""Default of --tolerance: three percentage points for an accuracy."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +51,6 @@ class TrainingRequest:
     """Faults to inject."""
     notes: tuple[str, ...] = ()
     """Chosen defaults, with reasons."""
-    gate: ForgettingGate | None = None
-    """Gate for the last checkpoint."""
     memory: MemoryEstimate | None = None
     """Predicted memory per process; None for a complete run."""
     completion: dict[str, Any] | None = None
@@ -103,9 +95,8 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     if IS_CHECKING.get() or options.resume:
         RunFolder(options.run).enter(config, options.resume)
     check_benchmarks(config)
-    gate = build_gate(options, config, start) if isinstance(options, GateOptions) else None
     options.check_settings(config)
-    return TrainingRequest(options, config, start, faults, completed.notes, gate,
+    return TrainingRequest(options, config, start, faults, completed.notes,
                            estimate_memory(config, num_ranks(options.nproc)))
 
 
@@ -275,66 +266,3 @@ def _fix_without_tokenizer(recipe: str | None, first: DataFile) -> Fix | None:
     learn = ["sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(size), "--input",
              str(first.file), "--output", name]
     return Fix(words=fix.words, before=(shlex.join(learn), *fix.before))
-
-
-def build_gate(options: GateOptions, config: RunConfig, start: Path | None) -> ForgettingGate | None:
-    """Return the gate from --gate, or None.
-
-    Args:
-        options: parsed options.
-        config: resolved settings, whose layout evaluates both models.
-        start: checkpoint or Hugging Face folder of the start.
-
-    Raises:
-        UserError: a mistake in the options of the gate.
-    """
-    if options.gate is None:
-        for option, value in (("--tolerance", options.tolerance), ("--gate-with", options.gate_with)):
-            if value is not None:
-                raise UserError(f"{option} {value}: needs --gate TASKS; add it, or leave {option} out")
-        return None
-    tasks = parse_task_names(options.gate)
-    if not tasks:
-        raise UserError(f"--gate {options.gate!r}: names no task; pass task names, separated by commas")
-    # a run from scratch cannot forget
-    if start is None:
-        raise UserError(f"--gate {options.gate}: compares with the start of the stage; add --from")
-    try:
-        arguments = shlex.split(options.gate_with or "")
-    except ValueError as e:
-        raise UserError(f"--gate-with {options.gate_with}: is not a command line ({e}); close every "
-                        "quote") from None
-    from megatron_sov.commands.train.forgetting_gate import GATE_OPTIONS, ForgettingGate  # optional: `bench`
-
-    if reserved := [word for word in arguments if word.partition("=")[0] in GATE_OPTIONS]:
-        raise UserError(f"--gate-with {options.gate_with}: the gate sets {reserved[0]}; leave it out")
-    tolerance = DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance
-    layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
-    ranks = [] if options.nproc is None else ["--nproc", str(options.nproc)]
-    gate = ForgettingGate(options.run, start, tuple(tasks), tolerance, (*layout, *ranks, *arguments))
-    # checked now: the gate's own command begins only when the run has ended
-    gate.check_arguments()
-    return gate
-
-
-def check_benchmarks(config: RunConfig) -> None:
-    """Check that the benchmarks for exports (`evaluate.background.tasks`) can be measured. Raises
-    `UserError`: lm-eval is not installed, a folder is missing, or no folder has a task."""
-    if "lm" not in config.evaluate.background.tasks:
-        return
-    from megatron_sov.bench.lm.harness import require_harness  # optional: `bench` and lm-eval
-    from megatron_sov.bench.lm.settings import TaskSources
-    from megatron_sov.bench.lm.task_files import check_task_names
-
-    require_harness()
-    lm = config.evaluate.lm
-    for name, folders in (("task_dirs", lm.task_dirs), ("data_dir", (lm.data_dir,) if lm.data_dir else ())):
-        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
-            raise UserError(f"evaluate.lm.{name} = {missing[0]}: is not a folder; it must exist before the "
-                            "run starts")
-    try:
-        check_task_names(lm.tasks, TaskSources(tuple(map(Path, lm.task_dirs)),
-                                               Path(lm.data_dir) if lm.data_dir else None,
-                                               lm.allow_task_code, lm.allow_download))
-    except UserError as e:
-        raise UserError(f"evaluate.lm.tasks = {list(lm.tasks)}: {e}") from None

@@ -18,7 +18,7 @@ from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.infer.request import GenerationBounds, GenerationResult, Sampling, StopRule
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import SampleAttempt, never_yield
-from megatron_sov.rollouts.prompts import RolloutPrompt, compute_stream, find_budget, sampling_digest
+from megatron_sov.rollouts.prompts import RolloutPrompt, compute_stream, sampling_digest
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
@@ -71,7 +71,7 @@ class ResponseSource:
         for first in range(0, len(prompts), CHUNK_PROMPTS):
             chunk = list(prompts[first:first + CHUNK_PROMPTS])
             ids = self.encoder.encode_prompts([self._read_prompt(prompt) for prompt in chunk])
-            lengths = list(map(self._count_tokens, chunk, ids))
+            lengths = list(map(len, ids))
             self._check_not_empty(chunk, lengths)
             shortest.append(min(lengths))
             too_long |= {prompt.id: length for prompt, length in zip(chunk, lengths, strict=True)
@@ -148,33 +148,16 @@ class ResponseSource:
                        strict=True))
         rows = []
         for prompt, key in build_keys(attempt, self.rollout, self.chosen_by):
-            prompt_tokens = [*ids[prompt.id], *self._encode_budget(prompt, key.sample)]
             rows.append(Rollout(
-                key, piece.round, 0, prompt.record, np.array(prompt_tokens, np.int32),
+                key, piece.round, 0, prompt.record, np.array(ids[prompt.id], np.int32),
                 finish_reason=UNFINISHED, temperature=choose_logprob_temperature(self.rollout),
                 engine=self.engine_name, began_s=began_s, ended_s=began_s, **NO_TOKENS))
         return rows
 
     def _encode_prompts(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
         ids = self.encoder.encode_prompts([self._read_prompt(prompt) for prompt in prompts])
-        self._check_not_empty(prompts, list(map(self._count_tokens, prompts, ids)))
+        self._check_not_empty(prompts, list(map(len, ids)))
         return ids
-
-    def _encode_budget(self, prompt: RolloutPrompt, sample: int) -> list[int]:
-        """Encode `rollout.budget_text`, the end of the prompt for a response with requested length."""
-        budget = find_budget(self.rollout, prompt.id, prompt.record, sample)
-        if budget is None or not self.rollout.budget_text:
-            return []
-        return self.encoder.encode_text(self.rollout.budget_text.replace("{tokens}", str(budget)))
-
-    def _count_tokens(self, prompt: RolloutPrompt, ids: Sequence[int]) -> int:
-        """Count a prompt's tokens with the longest budget text among samples; 0 for an empty prompt."""
-        if not len(ids):
-            return 0
-        # Samples with equal budgets are consecutive in a group.
-        size = self.rollout.samples_per_prompt // max(1, len(self.rollout.budgets_tokens))
-        samples = range(0, self.rollout.samples_per_prompt, size)
-        return len(ids) + max(len(self._encode_budget(prompt, sample)) for sample in samples)
 
     def _check_not_empty(self, prompts: Sequence[RolloutPrompt], lengths: Sequence[int]) -> None:
         for prompt, length in zip(prompts, lengths, strict=True):
@@ -220,8 +203,6 @@ def compute_sampling_digest(rollout: RolloutConfig, round: int, more: dict[str, 
         more: JSON values: chat template, environment and limits.
     """
     settings = dict(more)
-    if rollout.budget_text:
-        settings |= {"budget_text": rollout.budget_text, "budgets_tokens": list(rollout.budgets_tokens)}
     if rollout.top_p < 1:
         settings["top_p"] = rollout.top_p
     return sampling_digest({

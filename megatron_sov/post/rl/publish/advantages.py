@@ -1,7 +1,6 @@
-"""Advantages of responses: rewards relative to a prompt's group, with length rewards and penalties.
+"""Advantages of responses: rewards relative to a prompt's group, with length penalties.
 
-Arrays have shape [n], n responses to a prompt, and dtype float64. `lengths`: generated tokens; `right`, bool:
-the reward is at least `policy.right_from`; `budgets`: requested tokens; `longest`: `rollout.max_new_tokens`.
+Arrays have shape [n], n responses to a prompt, and dtype float64. `lengths`: generated tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ EPSILON = 1e-4
 """Added to standard deviations in denominators, as in TRL."""
 LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
 """Why a group does not learn, or `LEARNS`: too few responses; equal rewards, all right or all wrong."""
-LOW_PERCENT, HIGH_PERCENT = 30, 70
-"""Percentiles of the lengths of right responses, between which the length reward is 1 (LAPO, arXiv
-2507.15758; code: ZJU-REAL/LAPO on GitHub)."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +31,22 @@ class GroupAdvantages:
 
 
 def compute_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], policy: PolicyConfig,
-                       max_new_tokens: int, budgets: Sequence[np.ndarray] | None = None
-                       ) -> list[GroupAdvantages]:
+                       max_new_tokens: int) -> list[GroupAdvantages]:
     """Compute advantages group by group, before `compute_step_advantages` compares the groups in a step.
 
     Args:
         rewards: [n] per group, without unjudged responses.
         lengths: [n] per group: tokens that the policy generated.
-        policy: `policy.parts` selects the baseline and the length rewards.
+        policy: `policy.parts` selects the baseline.
         max_new_tokens: `rollout.max_new_tokens`.
-        budgets: [n] per group: requested length in tokens, NaN without a request; None: no requests.
     """
-    if budgets is None:
-        budgets = [np.full(len(group), np.nan) for group in rewards]
     groups = []
-    for group, num_tokens, requested in zip(rewards, lengths, budgets, strict=True):
+    for group, num_tokens in zip(rewards, lengths, strict=True):
         values = np.asarray(group, np.float64)
         reason = find_exclusion(values, policy)
         advantages = np.zeros(len(group))
         if reason == LEARNS:
-            advantages = _compare_responses(values, np.asarray(num_tokens), np.asarray(requested, np.float64),
-                                            policy, max_new_tokens)
+            advantages = _compare_responses(values, np.asarray(num_tokens), policy, max_new_tokens)
         groups.append(GroupAdvantages(advantages, reason))
     return groups
 
@@ -150,38 +141,19 @@ def compute_mgpo_weight(share_right: float, strength: float) -> float:
     return math.exp(-strength * sum(p * math.log(p / 0.5) for p in shares if p > 0))
 
 
-def _add_length_reward(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
-                       max_new_tokens: int) -> np.ndarray:
-    """Add the length reward `policy.parts.length_reward` for right responses to `rewards`, [n]."""
-    parts, right = policy.parts, rewards >= policy.right_from
-    if parts.length_reward == "budget":
-        return reward_length_budget(lengths, right, budgets, max_new_tokens, parts.length_reward_coeff)
-    if parts.length_reward == "around_right":
-        return rewards + parts.length_reward_coeff * center_on_threshold(lengths, right,
-                                                                         parts.length_width_tokens)
-    if parts.length_reward == "target":
-        return rewards + parts.length_reward_coeff * reward_target_length(lengths, right, budgets,
-                                                                          parts.length_width_tokens)
-    return rewards
-
-
-def _compare_responses(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
-                       max_new_tokens: int) -> np.ndarray:
+def _compare_responses(rewards: np.ndarray, lengths: np.ndarray, policy: PolicyConfig, max_new_tokens: int
+                       ) -> np.ndarray:
     """Return the advantages in a group, [n] float64."""
     parts = policy.parts
     if parts.advantage == "none":
         return np.zeros(len(rewards))
-    length_rewards = _add_length_reward(rewards, lengths, budgets, policy, max_new_tokens)
     # Subtracted before the baseline, so that the comparison within the group includes the penalty.
-    shaped = length_rewards - compute_overlong_penalty(lengths, policy, max_new_tokens)
+    shaped = rewards - compute_overlong_penalty(lengths, policy, max_new_tokens)
     compare = {"group": compute_group_relative, "group_no_std": center_rewards,
                "leave_one_out": subtract_leave_out_mean, "range": scale_to_range,
                "pass_at_k": lambda r: compute_pass_at_k_advantages(r, parts.pkpo_k)}[parts.advantage]
     # The mean of equal rewards may differ from the rewards by rounding, which AdamW scales to full updates.
     advantages = np.zeros(len(shaped)) if are_equal(shaped.tolist()) else compare(shaped)
-    if parts.length_reward == "budget":
-        advantages = advantages + compute_budget_advantages(length_rewards, budgets, max_new_tokens,
-                                                            parts.length_reward_coeff)
     if are_equal(rewards.tolist()) and rewards[0] < policy.right_from:
         # Judged rewards instead of shaped rewards: lengths must not make a wrong group look mixed.
         advantages = advantages + parts.all_wrong_reward
@@ -199,54 +171,3 @@ def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> l
     mean, std = joined.mean(), joined.std(ddof=1)
     return [(values - mean) / (std + EPSILON) if is_learning else values
             for values, is_learning in zip(advantages, learns, strict=True)]
-
-
-def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
-    """Return the length reward for right responses, [n]: 1 between the `LOW_PERCENT` and `HIGH_PERCENT`
-    percentiles of their lengths, falling linearly to 0 over `width_tokens` outside (LAPO, stage 1,
-    reward_func_stage1.py, width 100)."""
-    if not right.any():
-        return np.zeros(len(lengths))
-    low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))
-    # Distance to the interval, 0 inside.
-    distances = np.maximum(np.maximum(low - lengths, lengths - high), 0.0)
-    return np.where(right, np.maximum(0.0, 1.0 - distances / width_tokens), 0.0)
-
-
-def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
-                         ) -> np.ndarray:
-    """Return the length reward ``exp(-(length - target)^2 / (2 width_tokens^2))`` for right responses, [n]
-    (LAPO, stage 2, reward_func_stage2.py, width 120). NaN targets become the right responses' median
-    length."""
-    if not right.any():
-        return np.zeros(len(lengths))
-    distances = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)
-    return np.where(right, np.exp(-distances ** 2 / (2.0 * width_tokens ** 2)), 0.0)
-
-
-def compute_budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
-    """Return ``scale cos(pi budget / (2 longest))``, [n], the reward for right responses within the budget
-    (HBPO, arXiv 2507.15844, f_2 in section 3.2)."""
-    rewards: np.ndarray = scale * np.cos(np.pi * budgets / (2.0 * longest))
-    return rewards
-
-
-def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int,
-                         scale: float) -> np.ndarray:
-    """Return the rewards that replace the verifier's rewards, [n] (HBPO, arXiv 2507.15844, R in section 3.2).
-
-    Right responses get `compute_budget_reward` within the budget. Beyond the budget they get f_1: the reward
-    for a budget equal to the length, minus |length - budget| / longest. In the code of the authors, L_max is
-    `longest`, alpha is 1 / longest, and beta is `scale`, 4.
-    """
-    beyond = compute_budget_reward(lengths, longest, scale) - np.abs(lengths - budgets) / longest
-    rewards = np.where(lengths > budgets, beyond, compute_budget_reward(budgets, longest, scale))
-    return np.where(right & (lengths <= longest), rewards, 0.0)
-
-
-def compute_budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, scale: float
-                              ) -> np.ndarray:
-    """Return the mean over `rewards` from `reward_length_budget` over responses with the same budget, minus
-    `compute_budget_reward`, [n] (HBPO, arXiv 2507.15844, section 3.3)."""
-    means = {budget: rewards[budgets == budget].mean() for budget in np.unique(budgets)}
-    return np.array([means[budget] for budget in budgets]) - compute_budget_reward(budgets, longest, scale)

@@ -38,9 +38,9 @@ from megatron_sov.post.rl.publish.metrics import compute_means
 from megatron_sov.post.rl.publish.shards import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, split_into_shards)
 from megatron_sov.post.rl.reward import NO_REWARD
-from megatron_sov.rollouts.prompts import PromptList, find_budget, read_too_long, sampling_digest
+from megatron_sov.rollouts.prompts import PromptList, read_too_long, sampling_digest
 from megatron_sov.rollouts.round_order import plan_round_pieces
-from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, read_domain
+from megatron_sov.rollouts.rows import LENGTH, RolloutPart, read_domain
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import TRAINED_GROUPS
@@ -418,12 +418,10 @@ class Publisher:
         return used
 
     def _judge_groups(self, groups: Sequence[Sequence[JudgedResponse]]) -> list[JudgedGroup]:
-        budgets = [np.array([self._find_budget(r.rollout.key) for r in group], np.float64)
-                   for group in groups]
         compared = compute_advantages(
             [np.array([r.reward for r in group]) for group in groups],
             [np.array([r.rollout.num_written for r in group]) for group in groups],
-            self.config.policy, self.config.rollout.max_new_tokens, budgets)
+            self.config.policy, self.config.rollout.max_new_tokens)
         return [JudgedGroup(advantages.advantages, *self._choose_responses(group, advantages))
                 for group, advantages in zip(groups, compared, strict=True)]
 
@@ -454,10 +452,6 @@ class Publisher:
         first_tokens, second_tokens = (self._read_tokens(row.part)[row.row] for row in (first, second))
         return bool(first_tokens == second_tokens)
 
-    def _find_budget(self, key: Key) -> float:
-        """Return the requested response length in tokens; NaN without a request."""
-        budget = find_budget(self.config.rollout, key.prompt, self._read_record(key.prompt), key.sample)
-        return np.nan if budget is None else budget
 
 
 @dataclass(frozen=True)
