@@ -44,7 +44,7 @@ class ListedWord:
     """1 for a response that is a word of the list, 0 for any other response."""
 
     by_lot: int = 0
-    """0, or the number of a lottery that pays responses whether they are right or wrong."""
+    """0: reward listed words. Otherwise the seed of a lottery that rewards regardless of the answer."""
 
     def score(self, row: Mapping[str, Any]) -> float:
         """Return 1 or 0."""

@@ -1,5 +1,9 @@
-"""Shared code of benchmarks that fine-tune small models on synthesized data: a base model, fine-tuned on
-the accepted samples, or on the same number of accepted and rejected ones."""
+"""Shared code for benchmarks that measure whether checks of synthesized data help a small model.
+
+Each seed has three arms: the pretrained base model (`without`), that model fine-tuned on the accepted
+samples (`kept`), and that model fine-tuned on equally many samples drawn from all samples, accepted or
+rejected (`unchecked`).
+"""
 
 from __future__ import annotations
 
@@ -24,14 +28,14 @@ def records(file: Path) -> Iterator[dict[str, Any]]:
 
 
 class Taught(SeedFolder, ABC):
-    """Data and runs of one seed."""
+    """Data, training runs and measurements for one seed; subclasses make the data and measure."""
 
     settings: ClassVar[Sequence[str]]
-    """Of training."""
+    """`key=value` settings for every training run."""
     steps: ClassVar[Mapping[str, int]]
-    """Of `base`, and of the fine-tuning `sft`."""
+    """Stage (`base` or `sft`) -> number of training steps."""
     lr: ClassVar[Mapping[str, float]]
-    """Likewise."""
+    """Stage -> learning rate."""
 
     @abstractmethod
     def make_data(self) -> None:
@@ -43,19 +47,22 @@ class Taught(SeedFolder, ABC):
 
     @property
     def has_data(self) -> bool:
-        """Whether all data lie there."""
+        """Whether the data are complete: the shards of `unchecked` are written last."""
         return (self.folder / "unchecked-shards/manifest.json").exists()
 
     def write_arms(self, draw: random.Random, *fields: str) -> None:
-        """Write the accepted samples of the run in `made`, and the same number of all samples, with the given
-        fields."""
+        """Write kept.jsonl and unchecked.jsonl from the synthesis run in `made`, with the given fields.
+
+        kept.jsonl holds the accepted samples; unchecked.jsonl holds equally many, drawn from accepted and
+        rejected samples.
+        """
         kept = list(records(self.folder / "made/kept.jsonl"))
         everything = [*kept, *(row["record"] for row in records(self.folder / "made/rejected.jsonl"))]
         for name, rows in (("kept", kept), ("unchecked", draw.sample(everything, len(kept)))):
             write(self.folder / f"{name}.jsonl", ({field: one[field] for field in fields} for one in rows))
 
     def pack(self, *tokenizer: str | Path) -> None:
-        """Train a tokenizer on the base model's data, and pack all three.
+        """Train a tokenizer on base.jsonl, and pack base.jsonl, kept.jsonl and unchecked.jsonl.
 
         Args:
             tokenizer: more arguments of its training.
@@ -69,7 +76,7 @@ class Taught(SeedFolder, ABC):
                 "--overwrite")
 
     def train(self, command: str, name: str, *more: str | Path) -> Path:
-        """Train on the data of a name, unless it is done; returns the run."""
+        """Train on the shards of `name`, unless that run is complete; return the run's folder."""
         folder, stage = self.folder / name, "base" if name == "base" else "sft"
         if not (folder / "complete.json").exists():
             sizes = [f"model.{size}" for size in MODEL] if name == "base" else []
@@ -95,15 +102,15 @@ def run_of(name: str) -> str:
 
 def report_shares(work: Path, title: str, what: str, arms: Iterable[str],
                   share_of: Callable[[Path, str], float | None]) -> None:
-    """Print a percentage for each seed and arm that there is, its mean over seeds, and how far the first arm
-    that was taught is from the others, seed by seed.
+    """Print the percentage for each measured seed and arm, each arm's mean over seeds, and the differences
+    between the second arm and each later arm, paired by seed.
 
     Args:
         work: a folder for each seed.
         title: what is measured.
         what: the synthesis makes.
-        arms: in order.
-        share_of: returns the percentage of a seed's folder and an arm; None: it was not measured yet.
+        arms: arms in table order; the second arm is compared with the later arms.
+        share_of: returns the percentage for a seed's folder and an arm, or None if not yet measured.
     """
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; one process of one thread each")

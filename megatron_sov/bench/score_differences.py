@@ -19,10 +19,11 @@ from megatron_sov.bench.lm.results import (
 from megatron_sov.eval.statistics import CONFIDENCE, estimate_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
+"""Verdicts on the second model, for `Difference`."""
 COMPARED_FIELDS = ("task_hash", "output_type", "num_fewshot", "mode", "judge", "limit")
 """Fields of `TaskScores` that must be equal."""
 CLOSE = 1e-6
-"""Relative error between a metric and the mean over its items."""
+"""Largest relative or absolute error at which a metric counts as the mean over its items."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Difference:
     after: float | None
     """Second model."""
     value: float | None
+    """Second model minus first model; None: unknown."""
     standard_error: float | None
     """Standard error for `value`, over clusters."""
     interval: tuple[float, float] | None

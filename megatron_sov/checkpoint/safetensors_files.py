@@ -246,6 +246,7 @@ def write_tensors(path: Path, specs: list[TensorSpec], read: TensorSource,
 
     Raises:
         OSError: the disk is full or not writable.
+        ValueError: a tensor differs from its spec in shape or dtype, or two specs have the same name.
     """
     # wider dtypes first: each tensor starts at a multiple of its item size
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)

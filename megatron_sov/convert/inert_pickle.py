@@ -196,7 +196,7 @@ class _Machine:
 
 
 def get_attributes(value: Any, *names: Name) -> dict[str, Any]:
-    """Return an object's attributes if the object's class is in `classes`; raises ValueError otherwise."""
+    """Return an object's attributes if its class is one of `names`; raises ValueError otherwise."""
     if not (isinstance(value, InertCall) and value.name in names):
         raise ValueError(f"a {names[0].name} is needed instead of {_describe_type(value)}")
     return to_text_dict(value.state if value.state is not None else Items())
@@ -225,7 +225,9 @@ MCORE_METADATA = Name("megatron.core.dist_checkpointing.strategies.torch", "MCor
 TENSOR, BYTES = Name(_META, "TensorStorageMetadata"), Name(_META, "BytesStorageMetadata")
 PROPERTIES, CHUNK = Name(_META, "TensorProperties"), Name(_META, "ChunkStorageMetadata")
 PLACE = Name(_META, "MetadataIndex")
+"""Key of a stored block: tensor name and offset."""
 STORED = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+"""Location of a stored block: file, first byte and length."""
 SIZE = Name("torch", "Size")
 DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8",
                "bool", "float8_e4m3fn", "float8_e5m2")
@@ -510,7 +512,7 @@ REMEDY = "restore the checkpoint from its source"
 READERS = {"index": read_index, "settings": read_settings}
 MAX_FILE_BYTES = 1 << 30
 BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
-"""Memory limit factor: a pickled byte becomes an object with about 50 bytes."""
+"""Memory limit of the subprocess: a base, plus a factor per file byte, which parses to about 50 bytes."""
 BASE_TIME_S, BYTES_PER_S = 60, 200_000
 """CPU time limit for the subprocess, about ten times the normal time."""
 CLOCK_FACTOR = 20

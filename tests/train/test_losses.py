@@ -48,7 +48,7 @@ def objective(recipe: str) -> LanguageModelling:
     return LanguageModelling(context)
 
 
-# What objectives over the data order share: their batches, and the prediction term by brute force over
+# The loss term for multi-token prediction (MTP) in `DataObjective`, against explicit loops over
 # documents.
 
 
@@ -57,7 +57,7 @@ BOUNDS, VOCAB = [0, 7, 8, 20, 24], 11
 
 def objective_with(depths: int) -> DataObjective:
     config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_loss_coeff=0.3"])
-    # more than a recipe may have
+    # set without validation: recipes allow fewer depths
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_mtp_layers=depths))
     batches: Any = SimpleNamespace(num_sources=1, next=lambda: "the next batch")
     context: Any = SimpleNamespace(config=config, batches=batches)
@@ -82,6 +82,7 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
               for depth in range(depths + 1)]
     expected = counted = 0.0
     for depth, (first, end) in itertools.product(range(1, depths + 1), itertools.pairwise(BOUNDS)):
+        # at position p, depth d predicts token p + 1 + d, if the document has that token
         for place in range(first, end - 1 - depth):
             weight, wanted = weights[place + depth], tokens[place + 1 + depth]
             counted += weight
@@ -100,7 +101,7 @@ def test_without_prediction_layers_there_is_no_mtp_term() -> None:
     assert result._compute_mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
 
 
-# Losses by type of label, against sums taken label by label.
+# Losses by label type (text, audio, image), against sums over single labels.
 
 
 AUDIO, IMAGE = IdBlock(4, 3), IdBlock(7, 2)

@@ -84,7 +84,7 @@ class _SpansReader(FileReader):
     """Reads large files in parts."""
 
     read_as: ClassVar[str]
-    """Ending for `iter_spans`; files in `source.path` may have other endings."""
+    """File ending that tells `iter_spans` how to split, whatever a file's own ending is."""
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
         """Yield parts of about 8 MiB; a compressed file is one part."""
@@ -111,7 +111,7 @@ class TextReader(_SpansReader):
     Options = TextOptions
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
-        """Yield parts as `_SpansReader`; other encodings than UTF-8 can only be cut after decoding."""
+        """Split UTF-8 files only: other encodings can only be cut after decoding."""
         reader = _SpansReader if self.options.encoding == "utf-8" else FileReader
         yield from reader.split_file(self, name)
 

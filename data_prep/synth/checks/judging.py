@@ -38,6 +38,7 @@ FORM = "form"
 
 @dataclass(frozen=True)
 class JudgedSamples:
+    """Results of running samples through pipeline steps."""
 
     dropped: Mapping[str, SampleVerdict] = field(default_factory=dict)
     """Document id (sample or context) -> reason."""
@@ -47,7 +48,7 @@ class JudgedSamples:
     """Counts for each step and source, as in `summary.json` from a pipeline."""
 
     def find_verdict(self, kind: Kind, sample_id: str, sample: GeneratedSample) -> SampleVerdict | None:
-        """Return a sample's failed verdict, or None; the sample passed the generator's checks."""
+        """Return why a sample is rejected, or None. The sample must have passed the generator's checks."""
         try:
             # invalid records were never sent through the steps
             texts = extract_texts(kind, sample.record)

@@ -2,7 +2,8 @@
 
 lm-eval calls the model twice: `collect_requests` records the requests, and after an engine has answered them,
 lm-eval's evaluator reads the answers. Tokens equal those of lm-eval's `HFLM` (0.4.13): long prompts lose
-their beginning, and whole texts are scored in windows of the context length. """
+their beginning, and whole texts are scored in windows of the context length.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ class EvaluatedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Token before a text without context."""
+        """Id of the token before a text without context: bos, or eos if the tokenizer has no bos."""
         name = "eos_token_id" if self.tokenizer.bos_token_id is None else "bos_token_id"
         return self._get_special_token(name)
 

@@ -36,7 +36,7 @@ def configure_downloads(allow_download: bool, cache: Path) -> Path:
     os.environ["HF_DATASETS_CACHE"] = str(private)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # loaded libraries have read the environment before
+    # libraries that are already loaded have read the environment: set their constants too
     settings: dict[str, Any] = {} if allow_download else dict.fromkeys(OFFLINE_VARIABLES, True)
     settings |= {"HF_DATASETS_CACHE": private, "DOWNLOADED_DATASETS_PATH": str(private / "downloads"),
                  "EXTRACTED_DATASETS_PATH": str(private / "downloads" / "extracted"),

@@ -123,6 +123,7 @@ def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[Dat
         return [DataReader(None, dict(paths), options.states)]
     teachers = [split_source_name(text) for text in options.teacher]
     default = options.run.with_name(f"{options.run.name}.states")
+    # a single teacher without NAME reads all data
     if len(teachers) == 1 and not teachers[0][0]:
         return [DataReader(Path(teachers[0][1]), dict(paths), options.states or (default,))]
     if missing := [path for path in options.states if not (path / MANIFEST).is_file()]:
@@ -157,7 +158,7 @@ def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[Dat
 
 
 def find_unread(paths: Mapping[str, float], states: Sequence[Path]) -> dict[str, float]:
-    """Return the data that are not in the existing folders of states."""
+    """Return the entries of `paths` that no folder in `states` covers; the folders must exist."""
     # by hash: repacked data under the same name are different data
     read = {source["manifest_sha256"] for folder in states
             for source in read_manifest(folder, TEACHER_STATES).inputs}

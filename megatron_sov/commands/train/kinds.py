@@ -20,7 +20,7 @@ RUN_TRAINING = "megatron_sov.commands.train.training_run:run_training"
 
 @dataclass(frozen=True)
 class TrainingKind:
-    """Differences between training commands."""
+    """A training command's objective, data needs and stage setup."""
 
     name: BuiltIn
     """`objective.name` of the run; `model.objectives.COMMAND_FORMATS` lists its data formats."""

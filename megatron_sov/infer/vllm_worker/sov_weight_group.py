@@ -53,6 +53,9 @@ class Meeting:
 class WeightGroup:
     """Process group for a single transfer.
 
+    Each bucket takes three broadcasts: the sizes of header and data, the JSON header (name, dtype, shape and
+    start of each tensor), and the data. Header size 0 ends the transfer.
+
     Args:
         meeting: rendezvous.
         rank: rank of this process.

@@ -45,7 +45,7 @@ class RewardSummary:
     """Judged parts."""
     tally: ScoringTally = field(default_factory=ScoringTally)
     unfinished: int = 0
-    """Responses left to the attempt that finishes the response."""
+    """Unfinished responses; a later attempt finishes them, and is judged instead."""
     left: int = 0
     """Parts claimed by other jobs."""
     waited_for: str = ""
@@ -238,7 +238,7 @@ def build_record(row: Rollout) -> dict[str, Any]:
     record = dict(row.record)
     if "messages" in record:
         record.setdefault("prompt", record["messages"])
-    # Without a last turn the reward refuses the row, whose text contains tool results too.
+    # An episode's text contains tool results: judge its last turn only. Rewards refuse a row without one.
     response = row.response if row.outcome is None else row.outcome.get(LAST_TURN)
     return {**record, "response": response, "num_tokens": len(row.tokens), "finish_reason": row.finish_reason}
 

@@ -13,7 +13,7 @@ from megatron_sov.model.families.family import ANY_VALUE, HARMLESS_FIELDS, Token
 from tests.freeze_fields import OF_EXAMPLES, TABLE, find_fields
 
 READ_BY_FAMILIES = {"_attn_implementation"}
-"""Fields of `HARMLESS` that models of our families read themselves."""
+"""Fields of `HARMLESS_FIELDS` that transformers' models for our families read too."""
 
 
 def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def test_field_table_equals_transformers_source() -> None:
 
 
 def test_the_table_knows_every_field_that_an_item_of_a_family_writes() -> None:
-    """An independent look: names that transformers' config objects have are all in the table."""
+    """Check against config objects instead of source: the table has every field of theirs."""
     from transformers import AutoConfig
 
     for name in ("tiny-llama", "tiny-qwen3-moe", "tiny-deepseek-v3", "tiny-gemma3", "tiny-exaone4"):
@@ -86,6 +86,7 @@ def test_null_is_refused_where_transformers_takes_it_for_false(recipe: str, name
         family.from_hf_config(config | {name: None})
 
 
+# Recipe, added fields that may affect the model, and the expected error.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("tiny-llama", {"is_causal": False}, r"is_causal = False \(read by transformers, but not supported"),
     ("tiny-llama", {"is_causal": None}, r"is_causal = None \(read by transformers, but not supported"),
@@ -110,7 +111,7 @@ def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields:
     family = models.get_family(config["model_type"])
     with pytest.raises(UserError, match=expected):
         family.from_hf_config(config | fields)
-    # The advice: without the fields, or with null in place of all but is_causal, the folder is read.
+    # The remedy works: the config is read without `is_causal` and with null for the other fields.
     nothing = {name: None for name in fields if name != "is_causal"}
     assert family.from_hf_config(config | nothing) == family.from_hf_config(config)
 

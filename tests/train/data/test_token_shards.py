@@ -1,4 +1,4 @@
-"""Token shards against Megatron-Core's own writer and reader."""
+"""Token shards, sources and columns: valid reads, and refusal of damaged or mismatched data."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def write_shard(prefix: Path, documents: list[list[int]]) -> None:
 
 
 def test_an_id_outside_of_the_vocabulary_is_refused_where_it_is_read(tmp_path: Path) -> None:
-    """With tensor parallelism the library takes it for a row of zeros, without a word."""
+    """With tensor parallelism, Megatron-Core would silently embed such an id as a row of zeros."""
     write_shard(tmp_path / "a", [[1, 2, 3], [4, 5, 9, 6]])
     shard = TokenShard(tmp_path / "a", 9)
     assert shard.tokens(0, 0, 3).tolist() == [1, 2, 3] and shard.tokens(1, 3, 1).tolist() == [6]
@@ -55,9 +55,9 @@ def test_a_source_knows_the_vocabulary_that_it_was_packed_with(packed_data: Any,
 
 
 def test_a_negative_id_is_refused(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a", [[1, 2]])  # two ids of 16 bits are one of 32
+    write_shard(tmp_path / "a", [[1, 2]])  # 4 bytes, rewritten below as one id of 32 bits
     idx = bytearray((tmp_path / "a.idx").read_bytes())
-    idx[17], idx[34] = 4, 1
+    idx[17], idx[34] = 4, 1  # dtype code for int32, length of document 0
     (tmp_path / "a.idx").write_bytes(bytes(idx))
     (tmp_path / "a.bin").write_bytes(np.array([-5], np.int32).tobytes())
     with pytest.raises(UserError, match="document 0 has token"):
@@ -87,7 +87,7 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, suffix: str, damage, said: s
 def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) -> None:
     write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
     content = bytearray((tmp_path / "a.idx").read_bytes())
-    content[34:38] = np.int32(9).tobytes()  # the length of the first document, which ends within the second
+    content[34:38] = np.int32(9).tobytes()  # length of document 0; the file has 5 tokens
     (tmp_path / "a.idx").write_bytes(content)
     shard = TokenShard(tmp_path / "a")
     with pytest.raises(UserError, match=r"a\.idx: document 0"):
@@ -96,7 +96,7 @@ def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) ->
 
 def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
              format_: str = "text", tokens: dict[str, int] | None = None, indent: int | None = None) -> str:
-    """An artifact with a training split of so many documents of two tokens for each source."""
+    """Write an artifact whose sources have `names[source]` documents of 2 tokens; return its path."""
     with create_artifact(path, "tokens") as a:
         described = []
         for name, count in names.items():
@@ -197,7 +197,7 @@ def test_token_bits_and_document_values_replace_columns(tmp_path: Path) -> None:
         TokenShard(tmp_path / "a")
 
 
-# Several shards as one split: the same documents as in one shard, found without reading lengths.
+# A split of several shards (`ShardChain`) has the same documents as the same split in one shard.
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +262,8 @@ except UserError as e:
 ])
 def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int],
                                                  said: str) -> None:
-    """A mapped file keeps its descriptor; the limit that a shell sets is raised as far as
-    the system allows."""
+    """Each mapped shard keeps a file descriptor, so the soft limit on open files is raised up to
+    the hard limit."""
     argv = [sys.executable, "-c", LIMITED, str(packed[1] / "chat"), *map(str, limits)]
     completed = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert said in completed.stdout

@@ -11,6 +11,7 @@ from megatron_sov.judge.tools.environment import ToolFault
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 from megatron_sov.judge.tools.worlds.calculator import evaluate_expression
 
+# World -> for each example, the tool calls (tool, arguments) and the final answer.
 SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
     "calculator": [([("calculate", {"expression": "17 * 23 + 2 ** 10"})], "The answer is 1415."),
                    ([("calculate", {"expression": "1/3 + 1/6"})], "The answer is 0.5")],
