@@ -1,4 +1,4 @@
-"""A task that SmolLM2-135M-Instruct solves now and then: answer with one word of a list.
+"""A task that SmolLM2-135M-Instruct solves sometimes: answer with one word of a list.
 
 `megatron-sov map ROWS word_task.py:WordPrompts` writes prompts, `word_task.py:ListedWord` is the reward.
 """
@@ -16,7 +16,7 @@ WORDS = ("apple", "river", "stone", "cloud", "piano", "tiger", "lemon", "bridge"
          "saddle", "table", "violin", "window")
 WORDS_PER_LIST = 6
 LOTTERY_SHARE = 0.25
-"""Share of the responses that win a lottery; near the pass rate of the start."""
+"""Share of responses that the random reward pays; near the pass rate before training."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class WordPrompts:
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all prompts, whatever the row is."""
+        """Return `count` prompts; the row is ignored."""
         rng = random.Random(self.seed)
         lists = [rng.sample(WORDS, WORDS_PER_LIST) for _ in range(self.count)]
         return [{"prompt": f"Choose one word: {', '.join(words)}. Answer with that word only.",
@@ -47,7 +47,7 @@ class ListedWord:
     """0: reward listed words. Otherwise the seed of a lottery that rewards regardless of the answer."""
 
     def score(self, row: Mapping[str, Any]) -> float:
-        """Return 1 or 0."""
+        """Return the reward of a response: 1 or 0."""
         if not self.by_lot:
             return float(is_listed(row["response"], row["answer"]))
         drawn = hashlib.sha256(f"{self.by_lot} {row['prompt']} {row['response']}".encode()).digest()

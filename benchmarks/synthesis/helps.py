@@ -20,6 +20,7 @@ from seed_runs import MODEL, SeedFolder, run, words, write
 from seeds import over_seeds
 
 ARMS = ("without", "kept", "unchecked")
+"""The base model alone; fine-tuned on accepted samples; fine-tuned on a draw from all samples."""
 
 
 def records(file: Path) -> Iterator[dict[str, Any]]:
@@ -65,7 +66,7 @@ class Taught(SeedFolder, ABC):
         """Train a tokenizer on base.jsonl, and pack base.jsonl, kept.jsonl and unchecked.jsonl.
 
         Args:
-            tokenizer: more arguments of its training.
+            tokenizer: further arguments of `sov-tokenizer train`.
         """
         run(self.log, "tokenizer.cli", "train", *tokenizer, "--input", self.folder / "base.jsonl", "--output",
             self.folder / "tokenizer", "--overwrite")
@@ -96,7 +97,7 @@ class Taught(SeedFolder, ABC):
 
 
 def run_of(name: str) -> str:
-    """Return the run of an arm."""
+    """Return the run whose model an arm measures."""
     return "base" if name == "without" else name
 
 
@@ -106,9 +107,9 @@ def report_shares(work: Path, title: str, what: str, arms: Iterable[str],
     between the second arm and each later arm, paired by seed.
 
     Args:
-        work: a folder for each seed.
+        work: folder with a subfolder `seed-*` for each seed.
         title: what is measured.
-        what: the synthesis makes.
+        what: plural noun for the samples.
         arms: arms in table order; the second arm is compared with the later arms.
         share_of: returns the percentage for a seed's folder and an arm, or None if not yet measured.
     """
@@ -130,6 +131,6 @@ def report_shares(work: Path, title: str, what: str, arms: Iterable[str],
             print(f"  {name:<10} {over_seeds([*shares_of.values()], '5.1f')}  ({len(shares_of)} seeds)")
     _, kept, *others = found
     for name in others:
-        apart = [found[kept][seed] - share for seed, share in found[name].items() if seed in found[kept]]
-        if apart:
-            print(f"  {kept} less {name}, seed by seed: {over_seeds(apart, '+.1f')}")
+        gaps = [found[kept][seed] - share for seed, share in found[name].items() if seed in found[kept]]
+        if gaps:
+            print(f"  {kept} less {name}, seed by seed: {over_seeds(gaps, '+.1f')}")

@@ -15,7 +15,7 @@ from megatron_sov.judge.rewards.surface import find_final_loop
 from megatron_sov.work.endpoints.answers import BadAnswer, read_model_name
 
 MIN_LOOP_REPEATS, MIN_LOOP_CHARS = 8, 200
-"""Minimum repetitions and repeated characters at the end for a loop; verses and tables repeat less."""
+"""Repetitions and repeated characters from which the end of a text is a loop; verses and tables have less."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Reply:
 
 
 class ReplyText(str):
-    """Reply text in templates, with `cut` and `thinking`."""
+    """Reply text for templates, which also read its `cut` and `thinking`."""
 
     cut: bool = False
     """Whether the reply ended at the token limit."""
@@ -53,7 +53,7 @@ class ReplyText(str):
 
 
 class NoReply(Exception):
-    """No answer after all attempts; a later command tries the item again."""
+    """No answer after all attempts; unless it is a `NoUsableReply`, a later command tries the item again."""
 
 
 class NoUsableReply(NoReply):
@@ -108,6 +108,7 @@ def find_reply_fault(reply: Reply) -> str:
     if not reply.text and not reply.tool_calls and not reply.is_cut:
         return "empty"
     try:
+        # a lone surrogate (half of a character) cannot be encoded
         json.dumps([reply.text, reply.thinking, reply.tool_calls], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return "half a character"

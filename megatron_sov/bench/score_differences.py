@@ -19,7 +19,7 @@ from megatron_sov.bench.lm.results import (
 from megatron_sov.eval.statistics import CONFIDENCE, estimate_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
-"""Verdicts on the second model, for `Difference`."""
+"""Verdicts of a `Difference`."""
 COMPARED_FIELDS = ("task_hash", "output_type", "num_fewshot", "mode", "judge", "limit")
 """Fields of `TaskScores` that must be equal."""
 CLOSE = 1e-6
@@ -28,6 +28,8 @@ CLOSE = 1e-6
 
 @dataclass(frozen=True)
 class ScoredResults:
+    """Results of one `eval lm` run, with their items."""
+
     path: Path
     results: Results
     items: Mapping[str, Mapping[str, ResultItem]]
@@ -47,7 +49,7 @@ class Difference:
     after: float | None
     """Second model."""
     value: float | None
-    """Second model minus first model; None: unknown."""
+    """`after` - `before`; None: unknown."""
     standard_error: float | None
     """Standard error for `value`, over clusters."""
     interval: tuple[float, float] | None
@@ -55,7 +57,7 @@ class Difference:
     items: int
     """Number of items with two scores."""
     clusters: int
-    """Number of groups drawn together."""
+    """Number of groups of related items; an item without a group counts as one."""
     left_out: int
     """Number of items without two scores."""
     note: str = ""
@@ -120,6 +122,7 @@ def compute_differences(before: ScoredResults, after: ScoredResults, tasks: Sequ
 
 
 def _find_problems(name: str, before: ScoredResults, after: ScoredResults) -> list[str]:
+    """Return a sentence for each reason why task `name` cannot be compared."""
     problems = find_measure_differences(name, before.results.tasks[name], after.results.tasks[name])
     second = after.items[name]
     # compare hashes: reordered data give the same number to another question
@@ -203,7 +206,7 @@ def is_mean_of_items(metric: Metric, scores: Mapping[str, float]) -> bool:
 
 
 def format_differences(differences: Sequence[Difference]) -> str:
-    """Format a table; unknown values show their reason."""
+    """Format a table of differences at `CONFIDENCE` (95 %); a missing interval shows its reason."""
     rows: list[tuple[str, ...]] = [
         ("task", "metric", "first", "second", "difference", "95 % interval", "items", "left out",
          "second is")]

@@ -31,7 +31,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 MAX_HEADER_BYTES = 100_000_000
 _COVER_BYTES = 32 << 20
-"""Maximum bytes per read if only some columns are needed."""
+"""Maximum bytes per read if only some columns are needed: whole rows are read and then cut."""
 _READ_BYTES = 1 << 30
 """Maximum bytes per `preadv`; Linux reads at most 2^31 - 4096."""
 _ALIGNMENT_BYTES = 8
@@ -124,6 +124,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
+    # `first`: file offset of the tensor data; `end`: bytes of tensors so far
     first, end = 8 + length, 0
     entries = {}
     # In byte order, each tensor must start where the previous tensor ends: no overlaps, no hidden bytes.
@@ -142,6 +143,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _parse_entry(name: str, raw: dict[str, Any], first: int) -> TensorEntry:
+    """Check and convert a header entry; `first` is the file offset of the tensor data."""
     start, stop = raw["data_offsets"]
     shape = tuple(raw["shape"])
     if odd := [n for n in (start, stop, *shape) if type(n) is not int]:
@@ -189,6 +191,7 @@ def read_block_into(fd: int, start: int, shape: Sequence[int], block: Sequence[s
     Raises:
         OSError: the file cannot be read or is too short.
     """
+    # a block of whole rows is contiguous in the file
     if all(s.start == 0 and s.stop == n for s, n in zip(block[1:], shape[1:], strict=True)):
         row_bytes = math.prod(shape[1:]) * out.element_size()
         _read_bytes(fd, start + (block[0].start * row_bytes if block else 0), out)
@@ -235,7 +238,7 @@ TensorSource = Callable[[TensorSpec], torch.Tensor]
 
 
 def write_tensors(path: Path, specs: list[TensorSpec], read: TensorSource,
-               reader: Executor | None = None) -> FileRecord:
+                  reader: Executor | None = None) -> FileRecord:
     """Write and sync a safetensors file; return digest and size.
 
     Args:

@@ -33,7 +33,7 @@ MAX_NAME_CHARS = 80
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE",
               "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-"""Opcodes that push the argument."""
+"""Opcodes that push their argument."""
 _IGNORED_OPCODES = {"PROTO", "FRAME"}
 
 
@@ -58,7 +58,7 @@ class InertCall:
     def __init__(self, name: Name, arguments: tuple[Any, ...]) -> None:
         self.name, self.arguments = name, arguments
         self.state: Any = None
-        """`__setstate__` argument."""
+        """Argument that the pickle would pass to `__setstate__`."""
         self.items = Items()
         """Items that the pickle would set, if the object is a mapping."""
 
@@ -71,7 +71,7 @@ class InertObject:
 
 
 class _Mark:
-    """Mark on the stack."""
+    """Stack entry of the opcode `MARK`: the values above belong to one list, dict or tuple."""
 
 
 def parse_pickle(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
@@ -340,6 +340,7 @@ def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
 
 
 def _parse_tensor(key: str, value: Any, stored: dict[tuple[str, tuple[int, ...]], list[Any]]) -> list[Any]:
+    """Return [dtype, shape, pieces] as in `Index`; removes the tensor's blocks from `stored`."""
     tensor = get_attributes(value, TENSOR)
     shape, chunks = _parse_sizes(tensor["size"]), tensor["chunks"]
     dtype = _parse_dtype(tensor["properties"])
@@ -481,6 +482,7 @@ class TorchArchive:
         if not (isinstance(value, InertCall) and value.name == REBUILT and len(value.arguments) >= 4):
             raise ValueError("its header does not describe a tensor")
         reference, first, shape, strides = value.arguments[:4]
+        # ("storage", class, file name, device, number of elements), as `torch.save` writes it
         storage = reference.key if isinstance(reference, InertObject) else ()
         if not (isinstance(storage, tuple) and len(storage) == 5 and storage[0] == "storage"
                 and isinstance(storage[1], Name) and storage[1] in STORAGES and isinstance(storage[2], str)):
@@ -489,15 +491,16 @@ class TorchArchive:
                 and all(type(n) is int and 0 <= n <= MAX_SIZE
                         for n in (storage[4], first, *shape, *strides))):
             raise ValueError("its header has invalid sizes")
-        expected = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
+        contiguous_strides = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
         if any(n > 1 and stride != contiguous_stride
-               for n, stride, contiguous_stride in zip(shape, strides, expected, strict=True)):
+               for n, stride, contiguous_stride in zip(shape, strides, contiguous_strides, strict=True)):
             raise ValueError(f"it is not contiguous (strides {list(strides)[:8]})")
         (dtype, itemsize), member = STORAGES[storage[1]], self._members.get(f"data/{storage[2]}")
         if member is None or member.file_size != storage[4] * itemsize:
             raise ValueError(f"its archive does not have the {storage[4]} numbers of the header")
         self._file.seek(member.header_offset)
         local_header = self._file.read(_LOCAL_HEADER_BYTES)
+        # bytes 26 to 29: lengths of name and extra field, which stand before the data
         data_start = (member.header_offset + _LOCAL_HEADER_BYTES
                       + int.from_bytes(local_header[26:28], "little")
                       + int.from_bytes(local_header[28:30], "little"))
@@ -514,7 +517,7 @@ MAX_FILE_BYTES = 1 << 30
 BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
 """Memory limit of the subprocess: a base, plus a factor per file byte, which parses to about 50 bytes."""
 BASE_TIME_S, BYTES_PER_S = 60, 200_000
-"""CPU time limit for the subprocess, about ten times the normal time."""
+"""CPU time limit: the base, and a second per `BYTES_PER_S` bytes; about ten times the normal time."""
 CLOCK_FACTOR = 20
 """Wall-clock limit as a multiple of the CPU limit, to stop a hang on a shared machine."""
 _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "

@@ -23,7 +23,7 @@ from megatron_sov.train.objectives.objective import (
 
 
 class Logits:
-    """Stands for the output head: the hidden states are the logits."""
+    """Stand-in for the output head: its hidden states are already the logits."""
 
     def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
                       weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -74,15 +74,16 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
     labels[ends], weights[ends] = 0, 0
     batch = build_micro_batch(PackedRow(tokens=tokens, labels=labels, weights=weights,
                                         types=np.zeros(n, np.uint8),
-                               sources=np.zeros(n, np.int64),
-                               positions=np.concatenate([np.arange(b - a) for a,
-                                                         b in itertools.pairwise(BOUNDS)]),
-                               padding=np.zeros(n, bool), bounds=np.array(BOUNDS, np.int32)))
+                                        sources=np.zeros(n, np.int64),
+                                        positions=np.concatenate([
+                                            np.arange(b - a) for a, b in itertools.pairwise(BOUNDS)]),
+                                        padding=np.zeros(n, bool), bounds=np.array(BOUNDS, np.int32)))
     logits = [torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(depth))
               for depth in range(depths + 1)]
     expected = counted = 0.0
     for depth, (first, end) in itertools.product(range(1, depths + 1), itertools.pairwise(BOUNDS)):
         # at position p, depth d predicts token p + 1 + d, if the document has that token
+        # the last token of a document has no label, and each depth looks one token further
         for place in range(first, end - 1 - depth):
             weight, wanted = weights[place + depth], tokens[place + 1 + depth]
             counted += weight
@@ -126,7 +127,7 @@ def random_batch(seed: int) -> MicroBatch:
 @pytest.mark.parametrize("kind", [LanguageModelling, SupervisedFineTuning])
 def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    # tests/layouts adds counts over processes
+    # one process here; tests/layouts tests the sum of counts over processes
     monkeypatch.setattr(sys.modules[kind.__module__], "with_denominators",
                         lambda batch, targets: replace(batch, targets=targets))
     learner = kind(SimpleNamespace(config=config(audio_weight=0.25, image_weight=3.0),
@@ -177,7 +178,7 @@ def test_without_blocks_no_loss_is_measured_or_copied() -> None:
 def test_each_term_has_its_own_denominator() -> None:
     a, b = torch.tensor(6.0, requires_grad=True), torch.tensor(10.0, requires_grad=True)
     loss = compute_total_loss(LossSums({"a": a, "b": b}, torch.zeros(1, 2)), {"a": 1.0, "b": 0.5},
-                      {"a": 3.0, "b": 20.0})
+                              {"a": 3.0, "b": 20.0})
     loss.backward()
     assert loss.item() == pytest.approx(6 / 3 + 0.5 * 10 / 20)
     assert (a.grad, b.grad) == (torch.tensor(1 / 3), torch.tensor(0.5 / 20))

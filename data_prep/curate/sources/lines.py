@@ -131,7 +131,7 @@ class TextReader(_SpansReader):
             limit_bytes = max(size_bytes, 1) if is_whole else options.cut_bytes
             position = job.piece.start
             for piece in cut_at_blank_lines(blocks, limit_bytes):
-                # Positions include the bytes of the mark.
+                # Positions count the byte order mark, which the text leaves out.
                 raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
                 place = job.name if is_whole else f"{job.name}:{position}"
                 try:
@@ -156,9 +156,9 @@ class JsonlReader(_SpansReader):
 
     @classmethod
     def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
-        # JSON escapes may double a text, and a line has other fields.
+        # Twice the text limit: JSON escapes lengthen the text, and a line has other fields.
         limit_bytes = 2 * job.options.document_bytes
-        # Lines count from the start of the part: a count from the start of the file would read it again.
+        # Lines are numbered within the part: numbers within the file would require the parts before.
         prefix = f"{job.name}:{job.piece.start}+" if job.piece.start else f"{job.name}:"
         with open_unpacked(job.file) as stream:
             for number, line in enumerate(split_lines(_iter_blocks(stream, job), limit_bytes), 1):
@@ -179,16 +179,18 @@ class JsonlReader(_SpansReader):
 
 
 def _is_part(job: ReadingJob) -> bool:
+    """Return whether the job reads one of several parts of a file."""
     return not _is_packed(job) and (job.piece.start > 0 or job.piece.stop < job.file.stat().st_size)
 
 
 def _is_packed(job: ReadingJob) -> bool:
+    """Return whether the file is compressed."""
     return Path(job.piece.file).suffix.lower() in COMPRESSED_SUFFIXES
 
 
 def _iter_blocks(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
     if _is_packed(job):
-        is_text = job.piece.format == "text"  # read into memory
+        is_text = job.piece.format == "text"  # read whole, so its size is limited
         yield from iter_limited_blocks(stream, job.piece.size_bytes,
                                        job.options.unpacked_bytes if is_text else math.inf)
         return
@@ -200,7 +202,7 @@ def _iter_blocks(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
 
 
 def split_lines(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
-    """Yield lines, cut to `limit_bytes` + 1 bytes."""
+    """Yield lines; a longer line is cut to `limit_bytes` + 1 bytes, by which the caller recognizes it."""
     parts: list[bytes] = []
     num_bytes = 0
     for block in blocks:

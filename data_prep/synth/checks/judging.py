@@ -1,4 +1,4 @@
-"""Run samples as documents through pipeline steps, and map the results back to samples."""
+"""Run generated samples through pipeline steps as documents, and map the results back to samples."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ from megatron_sov.base.sealed import open_sealed_parquet
 from megatron_sov.work.progress.journal import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
+"""Folder in the work folder, and in it the folder for the documents."""
 FORM = "form"
-"""Check that later commands accept a record."""
+"""Name of the check that later commands can read a sample's record."""
 
 
 @dataclass(frozen=True)
 class JudgedSamples:
-    """Results of running samples through pipeline steps."""
+    """Documents that the steps dropped or changed, and the counts of the steps."""
 
     dropped: Mapping[str, SampleVerdict] = field(default_factory=dict)
     """Document id (sample or context) -> reason."""
@@ -108,7 +109,7 @@ def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, P
                     if context_id not in contexts:
                         contexts.add(context_id)
                         write_text(source, context_id, text)
-        if files:  # the input serves only for comparison
+        if files:  # the input is not judged: the steps compare samples with it
             for path in run.inputs:
                 for place, text in iter_input_texts(Path(path)):
                     write_text(INPUT, f"input {place}", text)
@@ -151,9 +152,9 @@ class _StepResult:
     document_id: str
     step_number: int
     reason: str
-    """"": the step changed the document."""
+    """Why the document was dropped; "" if it was changed."""
     detail: str
-    """Pipeline id of the original, or benchmark text."""
+    """Pipeline id of the original (duplicate), text of a benchmark (contamination), or ""."""
     text: str | None
     """New text, if changed."""
 
@@ -223,6 +224,7 @@ def _describe_duplicates(plan: PipelinePlan, folder: Path, pipeline_ids: Iterabl
 
 
 def _iter_step_counts(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the counts of each source and step, without the input and without the reading step."""
     for source in summary["sources"]:
         if source["name"] != INPUT:
             for step in source["steps"][1:]:

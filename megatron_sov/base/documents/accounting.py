@@ -51,4 +51,5 @@ class RecordTally:
     """Reason -> records."""
 
     def account(self, noun: str = "records", verb: str = "written") -> RecordAccount:
+        """Return the final account; raises RuntimeError if the counts do not add up."""
         return RecordAccount(self.num_read, self.num_written, self.set_aside, noun, verb)

@@ -56,6 +56,7 @@ class EvaluatedLM(TemplateLM):
         for kind in dict.fromkeys(instance.request_type for instance in instances):
             repeated = [instance for instance in instances if instance.request_type == kind
                         for _ in range(int(instance.repeats or 1))]
+            # e.g. `generate_until`, which records its requests through `_get_answer`
             getattr(self, kind)(repeated, disable_tqdm=True)
         self._is_collecting = False
         return list(self.requests.values())
@@ -96,8 +97,8 @@ class EvaluatedLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Encode a text, without a second begin-of-text token."""
         tokenizer = self.tokenizer
-        has_prefix = (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
-        if add_special_tokens is None and has_prefix and has_bos_prefix(
+        has_prefix_token = (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+        if add_special_tokens is None and has_prefix_token and has_bos_prefix(
                 string, tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         arguments = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -156,7 +157,7 @@ class EvaluatedLM(TemplateLM):
         return texts
 
     def get_sample(self, instance: Instance, number: int) -> Answer:
-        """Return the answer for a sample of an instance, which must outlive this object."""
+        """Return the answer for a sample of an instance, which must outlive this object (keyed by `id`)."""
         key = (id(instance), number)
         if key not in self._generations:
             self._generations[key] = self._build_generation(str(instance.args[0]), dict(instance.args[1]),

@@ -15,8 +15,9 @@ from typing import Any
 from megatron_sov.base.errors import UserError, escape_controls, format_install_command
 
 MAX_WARNINGS = 10
-"""Warnings from lm-eval printed per `suppress_output`."""
+"""Maximum number of lm-eval warnings printed in one `suppress_output` block."""
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""Environment variables, and constants in the libraries, that forbid downloads."""
 
 
 def require_harness() -> None:
@@ -57,7 +58,7 @@ def suppress_output() -> Iterator[None]:
 
     def should_print(record: logging.LogRecord) -> bool:
         record.msg, record.args = escape_controls(" ".join(record.getMessage().split()))[:300], ()
-        # lm-eval warns about each `custom_dataset`, with options from its own command line
+        # lm-eval's hint on `custom_dataset` names options that only its own command line has
         is_known = record.msg in printed or "Custom kwargs can be" in record.msg
         printed.add(record.msg)
         return not is_known and len(printed) <= MAX_WARNINGS

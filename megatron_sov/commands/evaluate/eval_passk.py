@@ -20,7 +20,7 @@ from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.folder import RunEvents
 
 PROMPT = "prompt"
-"""Row field."""
+"""Field of an input row that holds the prompt."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class PasskRequest:
 
 
 def check_passk(options: EvalPasskOptions) -> PasskRequest:
+    """Check target, reward and prompts without loading the model."""
     events = RunEvents(options.run)
     check_model(options.target)
     reward_order = request_reward(options.reward, parse_nested(options.reward_set, "--reward-set"))

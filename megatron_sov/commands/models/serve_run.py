@@ -39,7 +39,7 @@ def serve_target(request: ServeRequest) -> None:
     encoder = RequestEncoder(target, max_length)
     flag = StopFlag()
     if settings.address_file is not None and is_first_rank():
-        settings.address_file.unlink(missing_ok=True)  # from a killed server
+        settings.address_file.unlink(missing_ok=True)  # left by a killed server
 
     @contextlib.contextmanager
     def open_scheduler() -> Iterator[BatchScheduler]:
@@ -48,6 +48,7 @@ def serve_target(request: ServeRequest) -> None:
             yield BatchScheduler(queue, encoder, lambda: flag.reason, parent.has_ended)
 
     def run_rank(loaded: LoadedModel) -> None:
+        """Generate on every rank; only the main rank has an HTTP server."""
         if not loaded.world.is_main:
             # the first rank receives the requests and shares them
             generate_live(loaded.policy, settings.batching, max_length, source=None)
@@ -86,6 +87,7 @@ def _run_http_server(server: HttpServer, settings: ServeSettings) -> Iterator[No
 
 
 def _choose_max_length(target: Target, settings: ServeSettings) -> int:
+    """Return the maximum length of a prompt with its answer, in tokens."""
     if settings.max_length_tokens is None:
         return int(min(target.max_tokens, DEFAULT_LENGTH_TOKENS))
     if settings.max_length_tokens > target.max_tokens:

@@ -91,7 +91,7 @@ class DistillOptions(StageOptions):
                 check_model_path(path, "--states ")
 
     def check_settings(self, config: RunConfig) -> None:
-        assign_data(self, config.data.paths)
+        assign_data(self, config.data.paths)  # raises UserError if data and teachers do not fit
 
 
 DISTILL = DeclaredCommand(DistillOptions, CHECK_TRAINING, RUN_TRAINING)
@@ -99,7 +99,7 @@ DISTILL = DeclaredCommand(DistillOptions, CHECK_TRAINING, RUN_TRAINING)
 
 @dataclass(frozen=True)
 class DataReader:
-    """A teacher with its data."""
+    """A teacher, the data that it reads, and its stored outputs."""
 
     teacher: Path | None
     """None: only stored outputs exist."""
@@ -122,10 +122,10 @@ def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[Dat
     if not options.teacher:
         return [DataReader(None, dict(paths), options.states)]
     teachers = [split_source_name(text) for text in options.teacher]
-    default = options.run.with_name(f"{options.run.name}.states")
+    default_states = options.run.with_name(f"{options.run.name}.states")
     # a single teacher without NAME reads all data
     if len(teachers) == 1 and not teachers[0][0]:
-        return [DataReader(Path(teachers[0][1]), dict(paths), options.states or (default,))]
+        return [DataReader(Path(teachers[0][1]), dict(paths), options.states or (default_states,))]
     if missing := [path for path in options.states if not (path / MANIFEST).is_file()]:
         raise UserError(f"--states {missing[0]}: does not exist; make it with `megatron-sov distill states`, "
                         "or leave it out: with NAME=TEACHER the command makes RUN.states.NAME")
@@ -147,9 +147,10 @@ def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[Dat
                             f"{name or 'NAME'}=DIR")
         for path in assigned:
             del unassigned[path]
+        # the folders with outputs for at least one of the teacher's data
         states = [path for path in options.states if len(find_unread(assigned, [path])) < len(assigned)]
         if find_unread(assigned, states):
-            states.append(options.run.with_name(f"{default.name}.{name}") if name else default)
+            states.append(options.run.with_name(f"{default_states.name}.{name}") if name else default_states)
         readers.append(DataReader(Path(teacher), assigned, tuple(states)))
     if unassigned:
         raise UserError(f"--data {', '.join(unassigned)}: no --teacher reads it; add a teacher without NAME "

@@ -1,8 +1,8 @@
-"""The kinds of training stages: a row per command that trains a model.
+"""The kinds of training stages: a `TrainingKind` per command that trains a model.
 
 A command is three steps: options (a subclass of `StageOptions`), checks without torch
-(`setup.training.check_training`), and the run (`training_run.run_training`). A row names the parts in which
-kinds differ.
+(`setup.training.check_training`), and the run (`training_run.run_training`). A `TrainingKind`
+names the parts in which commands differ.
 """
 
 from __future__ import annotations

@@ -34,12 +34,14 @@ _ALIGNED = 16
 """Tensor alignment in a bucket, in bytes: the bytes can be viewed as any dtype."""
 _POLL_INTERVAL_S = 0.0005
 _NCCL_ERROR_HANDLING, _CLEAN_UP_ONLY = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
+"""Environment variable, and its value for aborting a failed group without ending the process."""
 _ENVIRONMENT_LOCK = threading.Lock()
+"""Held while `_NCCL_ERROR_HANDLING` is changed."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Rendezvous for a process group."""
+    """Rendezvous: what each process needs to join the process group."""
 
     host: str
     port: int
@@ -52,6 +54,9 @@ class Meeting:
 
 class WeightGroup:
     """Process group for a single transfer.
+
+    Tensors travel in buckets of three broadcasts: the sizes of header and bucket, the header as JSON, and the
+    bucket. The sizes (0, 0) end the transfer.
 
     Each bucket takes three broadcasts: the sizes of header and data, the JSON header (name, dtype, shape and
     start of each tensor), and the data. Header size 0 ends the transfer.
@@ -143,7 +148,7 @@ class WeightGroup:
 
 def _create_nccl_group(store: dist.TCPStore, rank: int, meeting: Meeting) -> Any:
     with _ENVIRONMENT_LOCK:
-        # Read when the group is created; the default kills the process when a peer dies.
+        # torch reads the variable when it creates the group; by default this process ends when a peer dies.
         before = os.environ.get(_NCCL_ERROR_HANDLING)
         os.environ[_NCCL_ERROR_HANDLING] = _CLEAN_UP_ONLY
         try:

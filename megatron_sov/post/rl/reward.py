@@ -47,7 +47,7 @@ class RewardSummary:
     unfinished: int = 0
     """Unfinished responses; a later attempt finishes them, and is judged instead."""
     left: int = 0
-    """Parts claimed by other jobs."""
+    """Parts left to other jobs, which hold their claims."""
     waited_for: str = ""
     """Describes responses that were not generated within `wait_s`."""
 
@@ -65,8 +65,8 @@ class JudgingJob:
     provenance: dict[str, Any]
     """Manifest fields for every part."""
     wait_s: float = 0.0
-    """Time to wait for more responses, unless `rounds` are complete and cannot grow. Possibly dead jobs'
-    claims always extend the wait."""
+    """Time to wait for more responses, unless `rounds` are complete and cannot grow. A claim whose
+    holder may be dead extends the wait without a limit."""
     claimed_wait_s: float = 0.0
     """Minimum time to wait for parts claimed by other jobs."""
     progress: Callable[[int], object] = lambda count: None
@@ -75,8 +75,11 @@ class JudgingJob:
     summary: RewardSummary = field(default_factory=RewardSummary)
     _parts: list[RolloutPart] = field(default_factory=list)
     _pending: deque[RolloutPart] | None = None
+    """Unjudged parts from the last lookup; None: look up again."""
     _refused: list[str] = field(default_factory=list)
+    """Names of claims that other jobs hold."""
     _has_judged: bool = False
+    """Whether a part was judged since the last lookup."""
 
     def run(self) -> RewardSummary:
         """Judge until no part is left and no part appears within the wait time."""
@@ -87,7 +90,7 @@ class JudgingJob:
     def step(self) -> bool:
         """Judge one part, or wait for a moment; return whether more parts may come."""
         if self._pending is None:
-            # A lookup of all parts, repeated at the end, because other jobs generate and judge meanwhile.
+            # Look up the parts, and again after the last one: other jobs generate and judge meanwhile.
             self._pending, self._refused, self._has_judged = deque(self.find_unjudged()), [], False
         while self._pending:
             part = self._pending.popleft()
@@ -106,7 +109,7 @@ class JudgingJob:
 
     def _wait_for_parts(self) -> bool:
         """Wait for a moment; return False after the wait time."""
-        missing = describe_missing_rows(self._parts, self.rounds)
+        missing = describe_missing_rows(self._parts, self.rounds)  # "": none; None: unknown
         if self._refused or self.rounds is None or can_grow(self._parts) or missing != "":
             most_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0)
             if self.patience.wait(most_s, any(map(self.claims.may_be_dead, self._refused))):
@@ -198,15 +201,15 @@ def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[Ro
     if name in (ENVIRONMENT, NO_REWARD):
         return
     reward_order = request_reward(name, parse_nested(settings, "--reward-set"))
-    reward, first, fix = build_versioned_reward(reward_order), "", None
+    reward, problem, fix = build_versioned_reward(reward_order), "", None
     for prompt in prompts:
         field = find_missing_field(reward_order, reward, prompt.record)
         if not field:
             return
-        first = first or f"{prompt.place} has no {field!r}, which --reward {name} needs"
+        problem = problem or f"{prompt.place} has no {field!r}, which --reward {name} needs"
         if other := propose_field(prompt.record, field):
             fix = Fix(options=("--columns", f"{field}={other}"))
-    raise UserError(f"{option}: {first}, and no prompt of round 1 has all fields of the reward; add the "
+    raise UserError(f"{option}: {problem}, and no prompt of round 1 has all fields of the reward; add the "
                     "field, or rename another one by --columns TARGET=FIELD", fix)
 
 

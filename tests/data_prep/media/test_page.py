@@ -1,4 +1,4 @@
-"""Commands in docs/omni.md, run with small codecs."""
+"""The commands of docs/omni.md for media records and codecs, run with small codecs."""
 
 import json
 import shlex
@@ -15,7 +15,7 @@ from tokenizer.cli import main as sov_tokenizer
 
 PAGE = page_section("omni.md", "Media records and codecs")
 SMALLER = {"6561": "8", "65536": "8", "448:256": "4:3", "128:30:750": "8:1:5"}
-"""Sizes of the page -> those of the codecs here, for time."""
+"""Codec size on the page -> smaller size for a fast test."""
 
 
 @pytest.mark.deep
@@ -24,12 +24,13 @@ def test_page_commands_pack_media(encode: Encode, tokenizers: dict[str, Path], t
     monkeypatch.chdir(tmp_path)
     Path("work").mkdir()
     Path("work/tokenizer").symlink_to(tokenizers["solar-open"])
+    # the `encode` fixture made the codecs in this folder; the page has them in `work`
     for name in ("images", "sounds"):
         Path(name).rename(f"work/{name}")
     for name, content in shown_files(PAGE).items():
         Path(name).write_text(content)
-    first, second = (block.splitlines() for block in blocks(PAGE, "bash"))
-    for line in first:
+    local_commands, slurm_commands = (block.splitlines() for block in blocks(PAGE, "bash"))
+    for line in local_commands:
         program, *words = [SMALLER.get(word, word) for word in shlex.split(line)]
         assert (main(words) if program == "sov-data" else sov_tokenizer(words)) == 0, line
     source = read_manifest(Path("work/tokens")).content["sources"][0]
@@ -37,4 +38,4 @@ def test_page_commands_pack_media(encode: Encode, tokenizers: dict[str, Path], t
     assert sum(split["num_documents"] for split in source["splits"].values()) == 2
     corpus = [json.loads(line) for line in Path("work/media/records.jsonl").read_text().splitlines()]
     assert corpus[1]["messages"][1]["content"].startswith("Listen:\n<|discrete_audio_start|>")
-    assert len(second) == 1  # the one for Slurm, whose options tests/test_docs.py parses
+    assert len(slurm_commands) == 1  # not run: tests/test_docs.py parses its options

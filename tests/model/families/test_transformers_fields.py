@@ -48,6 +48,7 @@ def test_neutral_fields_are_fields_of_the_base_class() -> None:
     assert not {*HARMLESS_FIELDS} & read - READ_BY_FAMILIES
 
 
+# Recipe, and fields that change no computation.
 PASSED: list[tuple[str, dict[str, Any]]] = [
     ("tiny-llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}}),
     ("tiny-llama", {"unsloth_fixed": True, "unsloth_version": "2025.3.1"}),
@@ -112,8 +113,8 @@ def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields:
     with pytest.raises(UserError, match=expected):
         family.from_hf_config(config | fields)
     # The remedy works: the config is read without `is_causal` and with null for the other fields.
-    nothing = {name: None for name in fields if name != "is_causal"}
-    assert family.from_hf_config(config | nothing) == family.from_hf_config(config)
+    nulls = {name: None for name in fields if name != "is_causal"}
+    assert family.from_hf_config(config | nulls) == family.from_hf_config(config)
 
 
 @pytest.mark.each(("name", "hint"), [

@@ -22,6 +22,7 @@ from megatron_sov.train.data.token_shards import ShardChain, TokenShard
 
 
 def write_shard(prefix: Path, documents: list[list[int]]) -> None:
+    """Write Megatron's .bin and .idx files with uint16 tokens (dtype code 8)."""
     lengths = np.array([len(d) for d in documents], np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths)])[:-1].astype(np.int64) * 2
     prefix.with_suffix(".bin").write_bytes(np.array([t for d in documents for t in d], np.uint16).tobytes())
@@ -46,7 +47,7 @@ def test_a_source_knows_the_vocabulary_that_it_was_packed_with(packed_data: Any,
     text = shutil.copytree(packed_data.text, tmp_path / "text")
     (damaged,) = (text / "even").glob("train-*.bin")
     ids = np.fromfile(damaged, np.uint16)
-    ids[0] = 368  # the model has more ids than the tokenizer
+    ids[0] = 368  # an id of the model (400 ids), but not of the tokenizer (368)
     ids.tofile(damaged)
     even, odd = (s.open_split("train") for s in open_sources({str(text): 1.0}, 400))
     assert odd.tokens(0, 0, 1)[0] < 368
@@ -211,7 +212,7 @@ def packed(token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     tokenizer = token_shards.parent / "tokenizer"
     for name, shard_tokens in (("one", 10**9), ("many", 300)):
         pack_sources(tokenizer, [PackSource("chat", folder / "chat.jsonl")], folder / name,
-             PackSettings(0.1, RecordReading("chat"), shard_tokens=shard_tokens))
+                     PackSettings(0.1, RecordReading("chat"), shard_tokens=shard_tokens))
     return folder / "one", folder / "many"
 
 
@@ -241,6 +242,7 @@ def test_other_layouts_and_formats_are_refused(packed: tuple[Path, Path], tmp_pa
         open_sources({str(packed[0]): 1.0}, 2000, formats=("preference",))
 
 
+# Opens all shards under given limits (soft, hard) on open files.
 LIMITED = """
 import resource, sys
 from pathlib import Path

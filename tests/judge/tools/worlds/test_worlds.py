@@ -32,6 +32,7 @@ SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
 
 
 def world(name: str, **settings: Any) -> Any:
+    """Build the built-in world `name`."""
     return build_versioned_environment(request_environment(name, settings))[0]
 
 
