@@ -156,7 +156,8 @@ def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], No
     wrapped = DistributedDataParallel(library, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     library.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=config.optim.lr, clip_grad=1.0,
-                                                       params_dtype=torch.float32), [wrapped])
+                                                       params_dtype=torch.float32), [wrapped],
+                                       use_gloo_process_groups=False)
     size = config.train.micro_batch_size
     count = config.train.global_batch_size // size // place.dp_size
     tokens = torch.randint(1, VOCAB_SIZE, (size, SEQ_LEN + 1), generator=generator)
