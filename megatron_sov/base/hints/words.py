@@ -118,9 +118,14 @@ def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
 
 
 def _check_verb(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
-    """Refuse a verb before the first argument: `recipes show NAME`, `chat start MODEL`."""
-    has_argument = any(not action.option_strings for action in parser._actions)
-    if has_argument and {*typed[:1]} & {*load_table()["verbs"].split()} and not os.path.exists(typed[0]):
+    """Refuse a verb before the first argument: `recipes show NAME`, `chat start MODEL`.
+
+    A path may have a verb's name (`convert to-hf run OUT`), so the verb must be one word too many.
+    """
+    arguments = [action for action in parser._actions if not action.option_strings]
+    is_full = bool(arguments) and not any(action.nargs in ("*", "+") for action in arguments) and (
+        len(split_positionals(parser, typed)[0]) > len(arguments))
+    if is_full and {*typed[:1]} & {*load_table()["verbs"].split()} and not os.path.exists(typed[0]):
         raise UserError(f"{parser.prog} {typed[0]}: does not exist; leave {typed[0]} out",
                         Fix(f"{parser.prog} {shlex.join(typed[1:])}".rstrip()))
 

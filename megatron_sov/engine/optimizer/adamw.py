@@ -35,11 +35,11 @@ class CpuAdamW(torch.optim.AdamW):
             if not steps:
                 continue
             torch._foreach_add_(steps, 1)
-            parts = [[_split_vectors(t) for t in tensors] for tensors in values]
-            _call_kernel(group, [[vectors for vectors, _ in tensors] for tensors in parts], steps)
-            rests = [[rest for _, rest in tensors] for tensors in parts]
-            if not any(map(len, rests[0])):
+            whole = [[t.view(-1)[:_count_vector_elements(t)] for t in tensors] for tensors in values]
+            _call_kernel(group, whole, steps)
+            if all(p.numel() == _count_vector_elements(p) for p in values[0]):
                 continue
+            rests = [[t.view(-1)[_count_vector_elements(t):] for t in tensors] for tensors in values]
             filled = [[torch.nn.functional.pad(r, (0, -len(r) % (VECTOR_BYTES // r.element_size())))
                        for r in tensors] for tensors in rests]
             _call_kernel(group, filled, steps)
@@ -76,10 +76,9 @@ class HostAdamW(CpuAdamW):
         main.grad = self._gradients[main].copy_(gradient.to(main.dtype), non_blocking=True)
 
 
-def _split_vectors(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views of the elements in whole vectors, and of the remaining elements."""
-    num_elements = tensor.numel() - tensor.numel() % (VECTOR_BYTES // tensor.element_size())
-    return tensor.view(-1)[:num_elements], tensor.view(-1)[num_elements:]
+def _count_vector_elements(tensor: torch.Tensor) -> int:
+    """Count the elements in whole vectors; the remaining elements follow them."""
+    return tensor.numel() - tensor.numel() % (VECTOR_BYTES // tensor.element_size())
 
 
 def _call_kernel(group: dict[str, Any], values: Sequence[list[torch.Tensor]],

@@ -318,7 +318,7 @@ BAD = {
     "a value": (["--set", "min_score=11"], "min_score = 11 must be at most 10"),
     "a judge's key": (["--judge-api-key-env", "OPENAI_API_KEY"], "there is no judge of its own"),
     "a patience with a unit": (["--patience", "10m"], '--patience "10m": must be'),
-    "prompts": (["--prompts", "."], "was removed in this version; copy the generator's YAML file"),
+    "prompts": (["--prompts", "."], "was removed in this version; pass --input FILE; the generator's YAML"),
     "no steps": (["--checks", "nowhere.yaml"], '--checks "nowhere.yaml": does not exist'),
 }
 

@@ -1,4 +1,4 @@
-"""Cached attention against a dense softmax over whole sequences, with spans of any length and rollbacks."""
+"""Cached attention against a dense softmax over whole sequences, with spans of any length."""
 
 import random
 
@@ -29,30 +29,23 @@ class Whole:
                             values).flatten(1)
 
 
-@pytest.mark.each("step", [1, 3])
 @pytest.mark.each("window", [0, 1, 5, 16, 100])
-def test_cached_spans_equal_whole_sequences(window: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_spans_equal_whole_sequences(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 7)
     generator, choose = torch.Generator().manual_seed(window), random.Random(window)
-    layer = CachedAttention(CacheSize(SLOTS, LONGEST, step), DIM ** -0.5, window)
-    assert layer.capacity == (min(LONGEST + step, window - 1 + step) if window else LONGEST + step)
+    layer = CachedAttention(CacheSize(SLOTS, LONGEST), DIM ** -0.5, window)
+    assert layer.capacity == (min(LONGEST, window) if window else LONGEST)
     sequences = [Whole(generator) for _ in range(SLOTS)]
-    done, lasts = [0] * SLOTS, [1] * SLOTS
+    done = [0] * SLOTS
     for turn in range(40):
-        for slot in range(SLOTS):
-            if lasts[slot] <= step and done[slot] and choose.random() < 0.4:
-                # all tokens of a step but one may be rolled back
-                done[slot] -= choose.randrange(lasts[slot])
-                lasts[slot] = 1
         together = turn % 2 == 1
-        lengths = [step] * SLOTS if together else [choose.choice((1, 2, step, 6, 11)) for _ in range(SLOTS)]
+        lengths = [1] * SLOTS if together else [choose.choice((1, 2, 3, 6, 11)) for _ in range(SLOTS)]
         if any(d + n > LONGEST for d, n in zip(done, lengths, strict=True)):
             full = done.index(max(done))
             layer.copy((full + 1) % SLOTS, [full])  # another sequence takes the slot, and both continue
             sequences[full], done[full] = sequences[(full + 1) % SLOTS], done[(full + 1) % SLOTS]
-            lasts[full] = lasts[(full + 1) % SLOTS]
             continue
-        groups = [CacheGroup(0, 0, step, list(done))] if together else [
+        groups = [CacheGroup(0, 0, 1, list(done))] if together else [
             CacheGroup(sum(lengths[:i]), i, lengths[i], [done[i]]) for i in range(SLOTS)]
         row = [torch.cat([getattr(s, name)[d:d + n] for s, d, n in zip(sequences, done, lengths, strict=True)]
                          + [torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()])
@@ -63,5 +56,4 @@ def test_cached_spans_equal_whole_sequences(window: int, step: int, monkeypatch:
         assert torch.allclose(result[:-2], expected, atol=1e-12), turn
         assert not result[-2:].any(), "padding"
         done = [d + n for d, n in zip(done, lengths, strict=True)]
-        lasts = lengths
     assert max(done) > 20
