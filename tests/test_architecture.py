@@ -103,6 +103,7 @@ ALONE = {
     "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,
     "data_prep/synth/readers/queries.py": "queries with constraints; other readers are another subject",
     "data_prep/synth/functions/registry.py": "names of functions; compiling a file is another subject",
+    "megatron_sov/convert/encoder_weights.py": "encoders of other models; whole models are another subject",
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/train/recovery.py": "rejects steps and restores weights; the loop is another subject",
     "megatron_sov/proof/random_documents.py": "data of objectives; proving a layout is another subject",

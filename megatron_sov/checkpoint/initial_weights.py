@@ -52,7 +52,9 @@ ENCODER_RULES = (
 """Key pattern -> distribution for image and audio encoders; the first match counts. Sources: positions from
 Whisper, time steps from Mamba-2 (arXiv 2405.21060), decays from S4D."""
 TIME_STEPS = (0.001, 0.1)
-_CHUNK = 1 << 18
+"""Least and greatest initial time step; steps between are even in their logarithms (Mamba-2)."""
+_PART_VALUES = 1 << 18
+"""Values of a part that a thread fills at a time; they fit a core's cache."""
 _PER_COUNTER = 8
 """Normals per Philox counter step: four 64-bit words with two 32-bit halves."""
 
@@ -150,13 +152,13 @@ class _InitPart:
 
 
 def _split_rows(block: LocalShard, std: float) -> Iterator[_InitPart]:
-    """Split a shard into parts with about `_CHUNK` values, which fit a core's cache."""
+    """Split a shard into parts with about `_PART_VALUES` values."""
     leading = block.offset[: len(block.global_shape) - 2]
     rows, columns = (1, *block.global_shape)[-2:]
     matrix = int(np.ravel_multi_index(leading, block.global_shape[:-2])) if leading else 0
     row0, column0 = (0, *block.offset)[-2:]
     target = block.data.reshape(-1, block.data.shape[-1]) if block.data.is_contiguous() else block.data
-    step = max(1, _CHUNK // columns)
+    step = max(1, _PART_VALUES // columns)
     for row in range(0, target.shape[0], step):
         # The stream index of a row's first value is independent of the layout. If the shard has only some
         # columns, whole rows are generated and cut.

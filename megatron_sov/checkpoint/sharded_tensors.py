@@ -27,7 +27,6 @@ from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors, c
 MAX_FILE_BYTES = 4 << 30
 """Maximum size of a file, except for a file with a single larger block."""
 RANKS_PER_FOLDER = 256
-"""Ranks whose files share a folder."""
 REMEDY = "use an earlier checkpoint"
 """Advice that ends every error message about damage."""
 _DTYPES = {str(d).removeprefix("torch."): d

@@ -130,7 +130,9 @@ class PolicyLoss:
                     estimate = k3(logprobs, reference) * (ratio if self._parts.kl_weighted else 1)
                 terms[KL] = (estimate * weights).sum()
         with torch.no_grad():
-            return terms, _sum_meters(is_learned, self._token_meters(ratio, logprobs, numbers, factors))
+            meters = self._token_meters(ratio, logprobs, numbers, factors)
+            return terms, {name: (torch.where(is_learned, value.double(), 0.0).sum(), is_learned.sum())
+                           for name, value in meters.items()}
 
     def _token_meters(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns,
                       factors: torch.Tensor) -> Columns:
@@ -146,11 +148,6 @@ class PolicyLoss:
         if self._parts.opd_coeff:
             meters[REVERSE_KL] = old - numbers[TEACHER]
         return meters
-
-
-def _sum_meters(is_counted: torch.Tensor, meters: Columns) -> Measured:
-    return {name: (torch.where(is_counted, value.double(), 0.0).sum(), is_counted.sum())
-            for name, value in meters.items()}
 
 
 def exp_clamped(log_ratios: torch.Tensor) -> torch.Tensor:

@@ -204,7 +204,10 @@ def measure_pairs(sources: Sequence[Source], compute_logprobs: LogprobScorer, se
         both = is_complete.repeat_interleave(2)
         sums, lengths = _learned_sums(compute_logprobs(documents, chosen), learned)[both], lengths[both]
         means = sums / lengths
-        figures = {CHOSEN_LIKELIER: _share_above(means[0::2] - means[1::2])}
+        differences = means[0::2] - means[1::2]
+        # Equal means count half.
+        chosen_likelier = (differences > 0).double() + (differences == 0).double() / 2
+        figures = {CHOSEN_LIKELIER: float(chosen_likelier.mean())}
         numbers = None if read_reference is None else read_reference(source)
         if preference is not None and (read_reference is None or numbers is not None):
             reference_sums = None if numbers is None else _learned_sums(numbers, learned)[both]
@@ -213,11 +216,6 @@ def measure_pairs(sources: Sequence[Source], compute_logprobs: LogprobScorer, se
             figures |= {name: float(column.mean()) for name, column in meters.items()}
         source_figures[source.name] = {"pairs": int(is_complete.sum()), **figures}
     return source_figures
-
-
-def _share_above(differences: torch.Tensor) -> float:
-    """Return the share of positive numbers; 0 counts half."""
-    return float(((differences > 0).double() + (differences == 0).double() / 2).mean())
 
 
 def _learned_tokens(documents: Documents, document: int, seq_len: int) -> np.ndarray:

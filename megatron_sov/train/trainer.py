@@ -20,6 +20,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_duration
 from megatron_sov.checkpoint import initial_weights
 from megatron_sov.checkpoint.save import SavedCheckpoint
+from megatron_sov.convert.encoder_weights import load_encoder_weights
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.expert_load import ExpertLoad
@@ -37,7 +38,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.runs.rounds import FEED_STATE
 from megatron_sov.schedules import Schedule
-from megatron_sov.train.checkpointer import Checkpointer, Stateful, TrainState, load_encoder_weights
+from megatron_sov.train.checkpointer import Checkpointer, Stateful, TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.sources import Source
 from megatron_sov.train.feed import Feed

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.convert.encoder_weights import open_encoder
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import AUDIO, VISION
-from megatron_sov.train.checkpointer import _read_companions, open_encoder
+from megatron_sov.train.checkpointer import _read_companions
 
 SIGLIP = VisionEncoderConfig(kind="siglip", placeholder_ids=(5,), image_size=8, patch_size=4, hidden_size=16,
                              num_layers=1, num_heads=2, ffn_dim=24)

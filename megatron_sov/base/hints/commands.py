@@ -29,22 +29,22 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         return error
     texts = _index_command_texts(program, word, typed)
     # `convert hf RUN OUT`: a direction, although a folder hf exists
-    is_word = classify_folder(Path(word)) == "other" or bool(typed and Path(typed[0]).exists())
+    is_word = classify_folder(Path(word)) == "other" or bool(typed and os.path.exists(typed[0]))
     if (text := texts.get(word.lower())) and is_word:
         return fill_template(f"{program} {word}: does not exist", text, typed)
     action = find_action(program, (word, *typed))
     if word.startswith("-") and action:
         return UserError(f"{program}: a command comes before its options",
                          Fix(f"{program} {action} {shlex.join([word, *typed])}"))
-    is_argument = word not in texts or Path(word).exists()
+    is_argument = word not in texts or os.path.exists(word)
     # the action may follow its arguments: convert RUN to-hf
     at = next((i for i, (before, other) in enumerate(pairwise([word, *typed]))
                if other in choices and not before.startswith("-")), 0)
-    if typed and typed[at] in choices and is_argument and (not at or Path(word).exists()):
+    if typed and typed[at] in choices and is_argument and (not at or os.path.exists(word)):
         return UserError(f"{program}: {typed[at]} comes before {word}",
                          Fix(f"{program} {shlex.join([typed[at], word, *typed[:at], *typed[at + 1:]])}"))
     paths = load_table()["paths"].get(program.replace("submit ", "megatron-sov ", 1))
-    if paths and (os.sep in word or Path(word).exists()):
+    if paths and (os.sep in word or os.path.exists(word)):
         ways = paths.get(classify_folder(Path(word)), paths["other"])
         return UserError(f"{program}: {word} is a path, and an action must come before it",
                          Fix("\n  ".join(_fill_path_lines(program, ways, word, typed, action))))
@@ -148,7 +148,7 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
     """Build the error for a foreign command: the typed words replace the placeholders in the text's template,
     `program command --option VALUE`."""
     if code := re.search("`(python -c .*)`", text):
-        folders = [word for word in typed if Path(word).is_dir()] or ["DIR"]
+        folders = [word for word in typed if os.path.isdir(word)] or ["DIR"]
         rest = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
         line = code[1].replace("DIR", folders[0]).replace("TEXT", " ".join(rest).replace("'", "\\'"))
         return UserError(f"{begin}; {text.partition(': `')[0]}", Fix(line))
@@ -214,7 +214,7 @@ def _names_model(typed: Sequence[str]) -> bool:
     pairs = [word.split("=", 1) if "=" in word else [word, following]
              for word, following in zip(typed, [*typed[1:], ""], strict=False)]
     words = [normalize_word(name) for name, value in pairs if name.startswith("-") and not (
-        classify_word(value) == "recipe" and not Path(value).exists())]
+        classify_word(value) == "recipe" and not os.path.exists(value))]
     words += [key.lower() for key in _read_configurations(typed)]
     return any(word == "from" or "--from" in index_words("options").get(word, ()) for word in words)
 
@@ -229,7 +229,7 @@ def _find_stage(typed: Sequence[str]) -> str:
 def _read_configurations(typed: Sequence[str]) -> dict[str, list[str]]:
     """Return key -> values from foreign configuration files among the typed words."""
     return {key: values for path in map(Path, typed)
-            if path.suffix in (".yaml", ".yml", ".json") and path.is_file()
+            if path.suffix in (".yaml", ".yml", ".json") and os.path.isfile(path)
             for key, values in read_foreign_config(path, lambda key: "." in key).items()}
 
 

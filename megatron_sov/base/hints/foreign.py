@@ -3,6 +3,7 @@ recognised by their keys, and data blends (Megatron-LM)."""
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ def read_foreign_config(file: Path, exists: Callable[[str], Any]) -> dict[str, l
 
 def read_recipe_name(run: Path) -> str:
     """Return the recipe in a run folder's `config.json`; "": none."""
-    config = _parse_file(run / "config.json") if (run / "events.jsonl").is_file() else None
+    config = _parse_file(run / "config.json") if os.path.isfile(run / "events.jsonl") else None
     return str(config.get("recipe") or "") if isinstance(config, dict) else ""
 
 
@@ -74,9 +75,10 @@ def parse_blend(words: Sequence[str]) -> list[str]:
 
 def find_shards(path: str) -> str:
     """Return the folder of token shards for the prefix of a .bin/.idx pair in it; other paths unchanged."""
-    if not Path(f"{path}.idx").is_file():
+    if not os.path.isfile(f"{path}.idx"):
         return path
-    return next((str(folder) for folder in Path(path).parents if (folder / "manifest.json").is_file()), path)
+    artifacts = (folder for folder in Path(path).parents if os.path.isfile(folder / "manifest.json"))
+    return str(next(artifacts, path))
 
 
 def has_translation(key: str) -> bool:
@@ -89,7 +91,7 @@ def _parse_file(file: Path) -> Any:
 
     try:
         # only regular files: the command itself reads a pipe
-        if not file.is_file() or file.stat().st_size > MAX_BYTES:
+        if not os.path.isfile(file) or file.stat().st_size > MAX_BYTES:
             return None
         text = file.read_text(encoding="utf-8")
         # a bracket opens a list or mapping: YAML takes seconds to parse deep nesting

@@ -27,9 +27,9 @@ _WEIGHT = re.compile(r"(?<=.):[\d.]+$")
 def classify_word(word: str) -> str:
     """Return the kind of a word without an option, a key of `KIND_OPTIONS`."""
     path = Path(_WEIGHT.sub("", word))
-    if path.is_dir():
+    if os.path.isdir(path):
         return _FOLDER_KINDS.get(classify_folder(path), "folder")
-    if path.is_file():
+    if os.path.isfile(path):
         return "config" if find_recipe_option(path) == "--config" else "data"
     if ".py:" in word:
         return "code"
@@ -37,7 +37,7 @@ def classify_word(word: str) -> str:
         return "text"
     if path.suffix in DATA_SUFFIXES:
         return "data"
-    if _HUB_NAME.fullmatch(word) and not path.parent.exists():
+    if _HUB_NAME.fullmatch(word) and not os.path.exists(path.parent):
         return "hub"
     return "absent" if "/" in word or not re.search(r"\d|-", word) else "recipe"
 
@@ -45,17 +45,17 @@ def classify_word(word: str) -> str:
 def find_recipe_option(path: Path) -> str:
     """Return the option that takes a configuration file or a model folder in place of a recipe; ""
     for other paths."""
-    if path.suffix in (".yaml", ".yml", ".json", ".toml") and path.is_file():
+    if path.suffix in (".yaml", ".yml", ".json", ".toml") and os.path.isfile(path):
         with path.open("rb") as file:
             has_records = path.suffix == ".json" and file.read(64).lstrip()[:1] == b"["
         return "" if has_records else "--config"
-    is_model = path.is_dir() and any((path / name).exists() for name in ("config.json", "checkpoints"))
+    is_model = any(os.path.exists(path / name) for name in ("config.json", "checkpoints"))
     return "--from" if is_model or classify_folder(path) == "checkpoint" else ""
 
 
 def find_only_folder(kind: str) -> str:
     """Return the only folder of a kind in the current folder; "": none or several."""
-    names = [path.name for path in Path().iterdir() if path.is_dir() and classify_folder(path) == kind]
+    names = [path.name for path in Path().iterdir() if os.path.isdir(path) and classify_folder(path) == kind]
     return names[0] if len(names) == 1 else ""
 
 
@@ -74,7 +74,7 @@ def list_run_tokenizers(run: Path) -> list[Path]:
 def classify_folder(path: Path) -> str:
     """Return a folder's kind by its file names: run, checkpoint, hf, peft, tokens, tokenizer, megatron or
     other."""
-    names = set(os.listdir(path)) if path.is_dir() else set()
+    names = set(os.listdir(path)) if os.path.isdir(path) else set()
     if "events.jsonl" in names:
         return "run"
     if "adapter_config.json" in names:

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, fix_missing
 from megatron_sov.base.hints.paths import find_path_faults, use_typed_tokenizer
@@ -81,7 +80,7 @@ class _Proposal:
             return fault
         # a misspelt path without an option
         fixes = [fix_missing(word, is_data=True) for word in self.line[1:]
-                 if _names_word(message, word) and not Path(word).exists()]
+                 if _names_word(message, word) and not os.path.exists(word)]
         return next((UserError(message, fix) for fix in fixes if fix and not fix.before), None)
 
     def find_independent_fault(self, fault: UserError) -> UserError | None:
@@ -142,7 +141,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             continue
         fix = use_typed_tokenizer(typed, _select_part(proposal.line, fix))
         recipe, model = proposal.line[1:2], find_value(proposal.line, "--from")
-        if {*recipe} & {*fix.stand_ins} and model and Path(model).is_dir():
+        if {*recipe} & {*fix.stand_ins} and model and os.path.isdir(model):
             fix = Fix(left_out=tuple(recipe))  # the command proposes a recipe for the model's family
         line = apply_fix(proposal.program, proposal.line, fix)
         if line is None:  # several lines, or a line for another program

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_sov.base.errors import choose_free_path
 from megatron_sov.base.hints.kinds import find_only_folder
@@ -36,7 +36,7 @@ def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
             option := find_text_option(parser, positionals[0], typed)):
         options, positionals = [*options, option, *positionals], []
         last = [word for word in last if not word.startswith(f"{option} ")]
-    elif has_no_positional and len(positionals) == len(last) == 1 and Path(positionals[0]).is_dir():
+    elif has_no_positional and len(positionals) == len(last) == 1 and os.path.isdir(positionals[0]):
         last, positionals = [f"{last[0].split()[0]} {shlex.quote(positionals[0])}"], []
     parts = [parser.prog, shlex.join(positionals), *first, shlex.join(options), *last]
     return "".join(choices), " ".join(filter(None, parts))
@@ -53,9 +53,9 @@ def find_text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence
     """Return the option that takes a free word as a prompt or a text file; "": none."""
     if word.startswith("-"):
         return ""
-    order = _TEXT_OPTIONS if Path(word).is_file() else ("--prompt", *_TEXT_OPTIONS)
+    order = _TEXT_OPTIONS if os.path.isfile(word) else ("--prompt", *_TEXT_OPTIONS)
     return next((option for option in order if option in parser._option_string_actions and option not in typed
-                 and (option == "--prompt" or Path(word).exists())), "")
+                 and (option == "--prompt" or os.path.exists(word))), "")
 
 
 def choose_placeholder(action: argparse.Action, program: str = "") -> str:

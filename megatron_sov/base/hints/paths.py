@@ -38,10 +38,10 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
     line does not take."""
     if program == "sov-data" and line and line[0] in _SHARD_COMMANDS:
         for path in line[1:]:
-            if Path(path).is_file() and path.endswith(DATA_SUFFIXES):
+            if os.path.isfile(path) and path.endswith(DATA_SUFFIXES):
                 yield path, _ask_for_packing(path, [*typed, *line], "is a file of records", [])
     if program == "sov-data" and line[:1] == ["run"] and len(line) > 1 and (
-            Path(line[1]).is_file() and line[1].endswith(DATA_SUFFIXES)):
+            os.path.isfile(line[1]) and line[1].endswith(DATA_SUFFIXES)):
         pipeline = choose_free_path("pipeline.yaml")
         text = ["name: web", "sources:", f"  - {{name: web, path: {line[1]}, kind: en}}", "steps:",
                 "  - exact_dedup: {}"]
@@ -67,7 +67,7 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         words += word.split("=", 1) if word.startswith("--") else [word]
     for option, value in pairwise(words):
         path = re.sub(r"(?<=.):[\d.]+\Z", "", value)  # FOLDER:WEIGHT -> FOLDER; ":1" alone stays
-        if "=" in path and not Path(path).exists():
+        if "=" in path and not os.path.exists(path):
             path = path.partition("=")[2]  # NAME=FOLDER -> FOLDER
         # another option, or a placeholder copied from the documentation: RUN, DATA_DIR, FILE.jsonl
         if value.startswith("-") or _PLACEHOLDER.fullmatch(path):
@@ -86,7 +86,7 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
 
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
     source = Path(path)
-    if not source.exists():
+    if not os.path.exists(source):
         if glob.glob(path):
             return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
                              Fix(words={path: os.path.dirname(path) or "."}))
@@ -98,7 +98,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         # a fix with commands downloads the data set; any other fix names a similar path that exists
         hint = "download it first" if fix.before else "take the one of a similar name"
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
-    if source.is_file() and (table := fix_table(source)):
+    if os.path.isfile(source) and (table := fix_table(source)):
         return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read", table)
     what = load_table()["kinds"].get(classify_folder(source), "")
     if what and option in ("--prompts", "--input", "--validation"):
@@ -115,11 +115,11 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     if kind in descriptions:
         return UserError(f"--data {path}: is {descriptions[kind]}; pass token shards or a file of records",
                          Fix(options=("--data", find_only_folder("tokens") or "DIR")))
-    is_text_folder = source.is_dir() and any(
+    is_text_folder = os.path.isdir(source) and any(
         name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json")
     # training commands pack a file themselves; `eval` and `plan` need token shards, `eval media` reads rows
     needs_shards = (line[0] in ("eval", "plan") and "media" not in line[:2]) or line[1] == "states"
-    is_unpacked_file = needs_shards and source.is_file() and source.name.endswith(DATA_SUFFIXES)
+    is_unpacked_file = needs_shards and os.path.isfile(source) and source.name.endswith(DATA_SUFFIXES)
     if not is_text_folder and not is_unpacked_file:
         return None
     options = _PACK_OPTIONS.get(line[0], [])
@@ -129,7 +129,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
 
 def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequence[str], option: str = ""
                      ) -> UserError:
-    form = _choose_format(Path(path)) if Path(path).is_file() else []
+    form = _choose_format(Path(path)) if os.path.isfile(path) else []
     return UserError(f"{option}{path}: {what}; pack it first",
                      fix_by_packing(path, Path(_choose_tokenizer(line)), [*options, *form]))
 
@@ -151,8 +151,8 @@ def _choose_format(file: Path) -> list[str]:
 def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
     """Return the commands that pack a file, after the import of a tokenizer that exists and is not ours."""
     commands = []
-    is_ours = classify_folder(tokenizer) == "tokenizer" and (tokenizer / "manifest.json").is_file()
-    if tokenizer.exists() and not is_ours:
+    is_ours = classify_folder(tokenizer) == "tokenizer" and os.path.isfile(tokenizer / "manifest.json")
+    if os.path.exists(tokenizer) and not is_ours:
         imported = Path(choose_free_path(f"{tokenizer.name}-tokenizer"))
         commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
         tokenizer = imported
@@ -194,7 +194,7 @@ def _choose_tokenizer(line: Sequence[str]) -> str:
     words = [word for word in (find_value(line, "--from"), *line[:3]) if word]
     if run_tokenizers := [folder for word in words for folder in list_run_tokenizers(Path(word))]:
         return str(run_tokenizers[-1])
-    model = next((word for word in words if (Path(word) / "tokenizer.json").is_file()), "")
+    model = next((word for word in words if os.path.isfile(Path(word) / "tokenizer.json")), "")
     return model or find_only_folder("tokenizer") or "DIR"
 
 
@@ -203,7 +203,7 @@ def _find_typed_tokenizer(typed: Sequence[str]) -> str:
     names = {"tokenizer", *load_table()["options"]["--tokenizer"].split()}
     parts = [part for word in typed for part in word.split("=", 1)]
     return next((value for option, value in pairwise(parts) if option.startswith("--")
-                 and normalize_word(option) in names and Path(value).exists()), "")
+                 and normalize_word(option) in names and os.path.exists(value)), "")
 
 
 def use_typed_tokenizer(typed: Sequence[str], fix: Fix) -> Fix:
@@ -221,7 +221,7 @@ def use_typed_tokenizer(typed: Sequence[str], fix: Fix) -> Fix:
 def _find_output_fault(path: str) -> UserError | None:
     """Return the fault of a `--run` folder with other contents than a run."""
     folder, kinds = Path(path), load_table()["kinds"]
-    content = "a file" if folder.is_file() else kinds.get(classify_folder(folder), "")
+    content = "a file" if os.path.isfile(folder) else kinds.get(classify_folder(folder), "")
     if content in ("", kinds["run"]):
         return None
     return UserError(f"--run {path}: is {content}; name a new folder",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,7 @@ def drop_removed_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 def check_folder(path: Path) -> None:
     """Refuse a folder that a removed command wrote. Raises `UserError`: names the successor."""
     for name, (command, successor) in FOLDERS.items():
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             raise UserError(f"{path}: holds {name} of {command}, which was removed in this version; "
                             f"{successor}")
 

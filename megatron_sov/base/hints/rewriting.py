@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -111,7 +112,7 @@ class Rewrite:
                     if _matches_row(row, self.command, option, value, is_existing)
                     and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
                     and ("if" not in row or row["if"] in self.typed)
-                    and ("target" not in row or Path(value.rpartition("=")[2] or "-").is_dir())
+                    and ("target" not in row or os.path.isdir(value.rpartition("=")[2] or "-"))
                     and ("outside" not in row or self._is_outside(value, row["outside"]))
                     and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
         if row is None:
@@ -151,7 +152,7 @@ class Rewrite:
         option_values = {word for option, word in pairwise(self.typed) if option.startswith("-")}
         folder = next((word for word in self.typed
                        if word not in option_values and not word.startswith("-")), "DIR")
-        fix = None if Path(folder).exists() else fix_missing(folder)
+        fix = None if os.path.exists(folder) else fix_missing(folder)
         if fix is not None and folder in fix.words:
             self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
             folder = fix.words[folder]
@@ -208,7 +209,7 @@ class Rewrite:
         is_switch = any("=" in name for name in names)
         is_known = bool(ours or names or find_note(option)) or any(
             word in row["words"].split() for row in load_table()["in_command"])
-        is_path = Path(words[-1]).exists() and words[-1].lower() not in ("lora", "qlora", *SWITCHES)
+        is_path = os.path.exists(words[-1]) and words[-1].lower() not in ("lora", "qlora", *SWITCHES)
         is_other = self.is_recipe(words[-1]) or (is_path and (is_switch or not is_known))
         return num - 1 if has_room and not ours and is_other else num
 
@@ -221,7 +222,7 @@ class Rewrite:
         """Return the command's option or positional argument for a foreign word; "": none."""
         name = next((name for name in index_words("options").get(word, ())
                      if name in self.options or name in self.positionals), "")
-        is_name = bool(values) and re.fullmatch(r"[\w.-]+", values[0]) and not Path(values[0]).exists()
+        is_name = bool(values) and re.fullmatch(r"[\w.-]+", values[0]) and not os.path.exists(values[0])
         is_recipe = is_name and (self.command == "plan" or classify_word(values[0]) == "recipe")
         if name == "--from" and "RECIPE" in self.positionals and is_recipe:
             return "RECIPE"

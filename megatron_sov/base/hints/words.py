@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 from collections import Counter
@@ -119,7 +120,7 @@ def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
 def _check_verb(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
     """Refuse a verb before the first argument: `recipes show NAME`, `chat start MODEL`."""
     has_argument = any(not action.option_strings for action in parser._actions)
-    if has_argument and {*typed[:1]} & {*load_table()["verbs"].split()} and not Path(typed[0]).exists():
+    if has_argument and {*typed[:1]} & {*load_table()["verbs"].split()} and not os.path.exists(typed[0]):
         raise UserError(f"{parser.prog} {typed[0]}: does not exist; leave {typed[0]} out",
                         Fix(f"{parser.prog} {shlex.join(typed[1:])}".rstrip()))
 
@@ -287,8 +288,8 @@ def _count_values(words: Sequence[str]) -> int:
 def _split_files(option: str, values: Sequence[str]) -> list[str]:
     """Return the files in a comma-separated list, if every file exists."""
     parts = values[0].split(",") if values and option in ("", "--data", "--input", "--prompts") else []
-    all_exist = bool(parts) and not Path(values[0]).exists() and all(
-        part and Path(re.sub(r":[\d.]+$", "", part)).exists() for part in parts)
+    all_exist = bool(parts) and not os.path.exists(values[0]) and all(
+        part and os.path.exists(re.sub(r":[\d.]+$", "", part)) for part in parts)
     return parts if all_exist else []
 
 

@@ -122,7 +122,9 @@ class LatentAttention(MLASelfAttention):
             down_projected = tensor_parallel.gather_from_sequence_parallel_region(down_projected)
         latent, key = down_projected.squeeze(1).split(
             [config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
-        latent = rms_norm(latent, latent.shape[-1:], self._get_norm_weight(), NORM_EPS)
+        fused = getattr(self.linear_kv_up_proj, "layer_norm_weight", None)
+        norm_weight = self.kv_layernorm.weight if fused is None else fused
+        latent = rms_norm(latent, latent.shape[-1:], norm_weight, NORM_EPS)
         plain, rotated = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
         # q (W c) = (W^T q) c: absorb W into the query, so that the cache holds kv_lora_rank + rotated
         # channels per token, not a key and a value per head
@@ -140,12 +142,6 @@ class LatentAttention(MLASelfAttention):
         output: tuple[torch.Tensor, None] = self.linear_proj(
             torch.einsum("thk,hvk->thv", values, to_values).flatten(1)[:, None])
         return output
-
-    def _get_norm_weight(self) -> torch.Tensor:
-        """Return the norm weight for compressed keys and values."""
-        fused = getattr(self.linear_kv_up_proj, "layer_norm_weight", None)
-        weight: torch.Tensor = self.kv_layernorm.weight if fused is None else fused
-        return weight
 
     def _rotate_channels(self, channels: torch.Tensor, angles: torch.Tensor,
                          spans: PackedSpans) -> torch.Tensor:

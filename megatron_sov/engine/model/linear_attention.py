@@ -32,33 +32,6 @@ SPLIT_AXES = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
 """Name -> axis for parameters split by heads, without projections."""
 
 
-class WeightModule(torch.nn.Module):
-    """Module with a single parameter `weight`, for example `conv1d.weight` and `out_norm.weight`."""
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype))
-
-    def forward(self) -> torch.Tensor:
-        """Return the weight. Overlapped parameter gathers finish in a forward pre-hook, so callers must call
-        the module for each use."""
-        return self.weight
-
-
-class ReplicatedLinear(torch.nn.Module):
-    """Linear layer with a replicated weight, applied to the local tokens."""
-
-    def __init__(self, inputs: int, outputs: int, config: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        # the gradient covers local tokens; the library sums over processes as for a norm
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the product, and None for the bias."""
-        return linear(hidden, self.weight), None
-
-
 class LinearAttention(MegatronModule):
     """Kimi Delta Attention: each key channel of the state decays at its own rate.
 
@@ -156,7 +129,9 @@ class LinearAttention(MegatronModule):
         """Map gate inputs [..., heads, channels], in the dtype of the state, to decays [..., heads, 1, key
         channels] and learning rates [..., heads, 1]."""
         rate, step = gates.split([1, self.sizes.key_head_dim], -1)
-        log_decay, bias = (self._select_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
+        # [heads, values per head] each
+        log_decay, bias = (parameter.to(gates.dtype).unflatten(0, (self.heads, -1))[heads]
+                           for parameter in (self.A_log, self.dt_bias))
         return (-log_decay.exp() * softplus(step + bias))[..., None, :], rate.sigmoid()
 
     def _attend_documents(self, inputs: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
@@ -202,10 +177,6 @@ class LinearAttention(MegatronModule):
         if self.sizes.negative_eigenvalues:
             rate = 2 * rate
         return [normalize_l2(query) * width ** -0.5, normalize_l2(key), value[..., None, :], decay, rate]
-
-    def _select_heads(self, parameter: torch.Tensor, heads: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Return a parameter's values for `heads`, [heads, values per head]."""
-        return parameter.to(dtype).unflatten(0, (self.heads, -1))[heads]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -289,6 +260,33 @@ class RecurrentCache:
                 cache[list(targets)] = cache[source].clone()  # source and targets share memory
         for target in targets:
             self._past[target] = self._past[source]
+
+
+class WeightModule(torch.nn.Module):
+    """Module with a single parameter `weight`, for example `conv1d.weight` and `out_norm.weight`."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        """Return the weight. Overlapped parameter gathers finish in a forward pre-hook, so callers must call
+        the module for each use."""
+        return self.weight
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """Linear layer with a replicated weight, applied to the local tokens."""
+
+    def __init__(self, inputs: int, outputs: int, config: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        # the gradient covers local tokens; the library sums over processes as for a norm
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the product, and None for the bias."""
+        return linear(hidden, self.weight), None
 
 
 def set_linear_attention(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:

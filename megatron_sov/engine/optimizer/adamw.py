@@ -9,16 +9,17 @@ import torch
 
 from megatron_sov.engine.parallel.device import PinnedArena, count_bytes
 
-# Torch's fused CPU kernel processes whole vectors, and rounds the elements after the last whole vector
-# differently. Where ZeRO-1 splits a tensor decides about these elements; `CpuAdamW` pads them to a whole
-# vector, and results no longer depend on the split.
-
 VECTOR_BYTES = 64
 """Vector size of AVX-512, a multiple of the sizes on other machines."""
 
 
 class CpuAdamW(torch.optim.AdamW):
-    """AdamW over contiguous tensors in host memory."""
+    """AdamW over contiguous tensors in host memory.
+
+    Torch's fused CPU kernel processes whole vectors, and rounds the elements after the last whole vector
+    differently. Where ZeRO-1 splits a tensor decides about these elements; `CpuAdamW` pads them to a whole
+    vector, and results no longer depend on the split.
+    """
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings, fused=True)
@@ -34,10 +35,11 @@ class CpuAdamW(torch.optim.AdamW):
             if not steps:
                 continue
             torch._foreach_add_(steps, 1)
-            _call_kernel(group, [[_get_vector_part(t) for t in tensors] for tensors in values], steps)
-            if not any(len(_get_remainder(p)) for p in values[0]):
+            parts = [[_split_vectors(t) for t in tensors] for tensors in values]
+            _call_kernel(group, [[vectors for vectors, _ in tensors] for tensors in parts], steps)
+            rests = [[rest for _, rest in tensors] for tensors in parts]
+            if not any(map(len, rests[0])):
                 continue
-            rests = [[_get_remainder(t) for t in tensors] for tensors in values]
             filled = [[torch.nn.functional.pad(r, (0, -len(r) % (VECTOR_BYTES // r.element_size())))
                        for r in tensors] for tensors in rests]
             _call_kernel(group, filled, steps)
@@ -46,37 +48,14 @@ class CpuAdamW(torch.optim.AdamW):
                     rest.copy_(updated[:len(rest)])
 
 
-def _count_vector_elements(tensor: torch.Tensor) -> int:
-    return tensor.numel() - tensor.numel() % (VECTOR_BYTES // tensor.element_size())
-
-
-def _get_vector_part(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1)[:_count_vector_elements(tensor)]
-
-
-def _get_remainder(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1)[_count_vector_elements(tensor):]
-
-
-def _call_kernel(group: dict[str, Any], values: Sequence[list[torch.Tensor]],
-                 steps: list[torch.Tensor]) -> None:
-    """Call the kernel with parameters, gradients and both moments."""
-    beta1, beta2 = group["betas"]
-    parameters, gradients, first, second = values
-    torch._fused_adamw_(parameters, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1,
-                        beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
-                        maximize=False)
-
-
-# AdamW with master weights, moments and update in host memory, for a share of the parameters.
-#
-# Megatron-Core's `HybridDeviceOptimizer` also keeps every master weight on the GPU unless Transformer
-# Engine's optimizer holds it, recreates its optimizers after a checkpoint load, and runs only with a GPU.
-# This class moves the master weights themselves, so the library's copies to and from model weights, its
-# gradient norm and our checkpoints find them in place.
-
 class HostAdamW(CpuAdamW):
-    """`CpuAdamW` over master weights that it moves to host memory."""
+    """`CpuAdamW` over master weights that it moves to host memory, for a share of the parameters.
+
+    Megatron-Core's `HybridDeviceOptimizer` also keeps every master weight on the GPU unless Transformer
+    Engine's optimizer holds it, recreates its optimizers after a checkpoint load, and runs only with a GPU.
+    This class moves the master weights themselves, so the library's copies to and from model weights, its
+    gradient norm and our checkpoints find them in place.
+    """
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
         """Move the master weights.
@@ -95,6 +74,22 @@ class HostAdamW(CpuAdamW):
     def copy_gradient(self, main: torch.Tensor, gradient: torch.Tensor) -> None:
         """Start copying a master weight's gradient from the GPU; call `wait_for_copies` before reading it."""
         main.grad = self._gradients[main].copy_(gradient.to(main.dtype), non_blocking=True)
+
+
+def _split_vectors(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views of the elements in whole vectors, and of the remaining elements."""
+    num_elements = tensor.numel() - tensor.numel() % (VECTOR_BYTES // tensor.element_size())
+    return tensor.view(-1)[:num_elements], tensor.view(-1)[num_elements:]
+
+
+def _call_kernel(group: dict[str, Any], values: Sequence[list[torch.Tensor]],
+                 steps: list[torch.Tensor]) -> None:
+    """Call the kernel with parameters, gradients and both moments."""
+    beta1, beta2 = group["betas"]
+    parameters, gradients, first, second = values
+    torch._fused_adamw_(parameters, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1,
+                        beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+                        maximize=False)
 
 
 def wait_for_copies() -> None:

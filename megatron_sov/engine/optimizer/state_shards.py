@@ -26,7 +26,6 @@ Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's state tensors in torch."""
 MASTER = "master"
-"""Name of float32 master weights."""
 
 
 @dataclass(frozen=True)

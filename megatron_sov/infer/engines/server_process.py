@@ -29,7 +29,7 @@ from megatron_sov.work.processes.supervisor import SupervisedCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
 """Environment variable with vLLM's Python interpreter; vLLM needs other library versions."""
-BY = f"{ENGINE_PYTHON} (`rl run`, `rl generate`: or --engine-python)"
+WAYS_TO_SET_PYTHON = f"{ENGINE_PYTHON} (`rl run`, `rl generate`: or --engine-python)"
 WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
 """Worker extension in `WORKER_FOLDER`, and the name of its weight transfer backend."""
@@ -37,7 +37,7 @@ STOP_S = 20.0
 """Seconds for a server to stop before its processes are killed."""
 LAST_LINES = 8
 """Log lines quoted in the error if a server does not start."""
-_LOOK_S = 0.5
+_POLL_INTERVAL_S = 0.5
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
                    "MASTER_PORT")
 """Variables from a trainer's environment that a server would misread."""
@@ -138,14 +138,14 @@ def check_vllm_program(urls: Sequence[str], python: Path | None) -> None:
     word = _find_interpreter(python)
     if shutil.which(word) is None:
         raise UserError(f"--engine vllm: {word} is not an executable program; set the interpreter with vLLM "
-                        f"by {BY}")
+                        f"by {WAYS_TO_SET_PYTHON}")
     import_check = f"import importlib.util as i, sys; sys.exit(i.find_spec({VLLM!r}) is None)"
     with open(os.devnull, "w") as out:
         code = start_command([word, "-c", import_check], stdout=out, stderr=out.fileno(),
                              ends_with_this=True).wait()
     if code:
         raise UserError(f"--engine vllm: {word} has no vLLM; install it into its own environment and set its "
-                        f"interpreter by {BY}, or leave --engine out")
+                        f"interpreter by {WAYS_TO_SET_PYTHON}, or leave --engine out")
 
 
 class ServerProcess:
@@ -198,7 +198,7 @@ class ServerProcess:
                 raise UserError(f"--engine vllm: server {self.number} {why}"
                                 + (f"; the end of {self.log}:\n{last_lines}" if last_lines
                                    else f"; {self.log} is empty"))
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_INTERVAL_S)
         return server
 
     def is_alive(self) -> bool:

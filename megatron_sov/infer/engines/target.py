@@ -1,7 +1,5 @@
 """Find the model that a command's TARGET names: a checkpoint, the newest checkpoint of a run, or a Hugging
-Face folder.
-
-Reads headers only.
+Face folder. Reads headers only.
 """
 
 from __future__ import annotations
@@ -127,7 +125,7 @@ def open_as_checkpoint(target: Target) -> Iterator[Path]:
 
 
 def build_inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
-                     ) -> RunConfig:
+                           ) -> RunConfig:
     """Return the config for running a checkpoint: one process, the precision of `choose_inference_precision`,
     then `settings`.
 

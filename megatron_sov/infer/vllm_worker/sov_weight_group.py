@@ -32,7 +32,7 @@ PATIENCE_S = 120.0
 """Timeout for forming the group and for each broadcast, after which a silent process counts as dead."""
 _ALIGNED = 16
 """Tensor alignment in a bucket, in bytes: the bytes can be viewed as any dtype."""
-_LOOK_S = 0.0005
+_POLL_INTERVAL_S = 0.0005
 _NCCL_ERROR_HANDLING, _CLEAN_UP_ONLY = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
 _ENVIRONMENT_LOCK = threading.Lock()
 
@@ -132,7 +132,7 @@ class WeightGroup:
                 raise RuntimeError("the transfer was cancelled")
             if time.monotonic() >= ends_s:
                 raise TimeoutError(f"a part of the weights was not transferred within {self._patience_s:g} s")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_INTERVAL_S)
         # raises the transfer's error, if any
         work.wait()
         return tensor

@@ -196,3 +196,13 @@ def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
 def test_values_of_other_programs_are_answered_with_ours(typed: str, rule: str,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert rule in answer(typed, capsys)
+
+
+@pytest.mark.each("line", [
+    "megatron-sov {}", "megatron-sov inspect {}", "megatron-sov generate {} --prompt {}",
+    "megatron-sov sft {} --from {} --data {},{} --run {}", "megatron-sov convert to-hf {} {}",
+    "megatron-sov submit {}", "sov-data {}", "sov-data pack --tokenizer {} --input {} --output {}",
+    "sov-data run {} --output {}", "sov-tokenizer {}", "sov-tokenizer train --input en={} --output {}"])
+def test_words_longer_than_a_file_name_give_one_sentence(
+        line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "error: " in answer(line.replace("{}", "x" * 5000), capsys)

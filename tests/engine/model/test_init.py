@@ -75,7 +75,7 @@ def with_threads(num_threads: int) -> dict[str, Any]:
             meeting.wait(600)  # otherwise one fast thread might generate all
         return normals(*args)
 
-    initial_weights.generate_normals, initial_weights._CHUNK = noted, 1000
+    initial_weights.generate_normals, initial_weights._PART_VALUES = noted, 1000
     model = build_model(config.model, ParallelConfig(), config.train)
     initial_weights.initialize_weights(model, config.model, 11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()

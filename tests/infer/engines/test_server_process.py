@@ -47,7 +47,7 @@ def never() -> bool:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_process, "STOP_S", 0.2)
-    monkeypatch.setattr(server_process, "_LOOK_S", 0.05)
+    monkeypatch.setattr(server_process, "_POLL_INTERVAL_S", 0.05)
 
 
 def test_server_starts_and_stops_with_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

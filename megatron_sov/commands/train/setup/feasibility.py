@@ -24,7 +24,7 @@ from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
 CONSENTS = ("train.steps", "train.epochs")
 """Settings that consent to many epochs; a token budget does not, since it ignores the data's size."""
-LEAST_VOCABULARY_SHARE = 0.5
+MIN_VOCABULARY_SHARE = 0.5
 """Minimum share of `model.vocab_size` that the data's tokenizer fills. Padding and reserved ids in the
 recipes take some percent; a smaller vocabulary belongs to another tokenizer."""
 CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
@@ -82,7 +82,7 @@ def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequen
 def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> None:
     size = max(source.vocab_size for source in sources)
     rows = config.model.vocab_size
-    if size < LEAST_VOCABULARY_SHARE * rows:
+    if size < MIN_VOCABULARY_SHARE * rows:
         folder = next(source.artifact for source in sources if source.vocab_size == size)
         raise UserError(f"{folder}: its tokenizer has {size:,} ids, model.vocab_size = {rows:,}: recipe "
                         f"{config.recipe} is for a different tokenizer; pack the data with the recipe's "
