@@ -16,7 +16,8 @@ from megatron_sov.base.documents.compiled import jit_compile
 
 END, DEAD = -1, -2
 COUNT, KEY, START, LENGTH = range(4)
-SIZE_BYTES, SPACES, INNER_SPACES, ENDS_IN_WORD, BEGINS_NEXT_WORD, SUPERWORD, NUM_TRAITS = range(7)
+(SIZE_BYTES, WORDS, FIRST_IS_SPACE, LAST_IS_SPACE, ENDS_IN_WORD, BEGINS_NEXT_WORD, SUPERWORD,
+ NUM_TRAITS) = range(8)
 HEAP_SIZE, PLACES_SIZE, NUM_TOKENS, NUM_SIZES = range(4)
 EXHAUSTED, ENOUGH, HEAP_FULL, PLACES_FULL, BYTES_FULL = range(5)
 BLOCK_BITS = 8
@@ -31,7 +32,7 @@ class JoinRule(NamedTuple):
     max_bytes: int
     """Maximum bytes in a token."""
     max_words: int
-    """Maximum words in a token. 0: no limit."""
+    """Maximum runs of bytes without a space in a token, as in SuperBPE's trainer. 0: no limit."""
     keeps_words_apart: bool
     """Reject pairs whose left token ends a word and whose right token begins the next word."""
     only_superwords: bool
@@ -81,18 +82,18 @@ def _is_word_byte(byte: int) -> bool:
 def set_token_traits(store: MergeStore, token: int) -> None:
     start = store.token_ends[token - 1] if token else 0
     raw = store.token_bytes[start : store.token_ends[token]]
-    spaces, superword = 0, 0
+    words, superword = 0, 0
     for i in range(len(raw)):
-        if raw[i] == _SPACE:
-            spaces += 1
-            if 0 < i < len(raw) - 1 and _is_word_byte(raw[i - 1]) and _is_word_byte(raw[i + 1]):
-                superword = 1
+        if raw[i] != _SPACE:
+            words += 1 if i == 0 or raw[i - 1] == _SPACE else 0
+        elif 0 < i < len(raw) - 1 and _is_word_byte(raw[i - 1]) and _is_word_byte(raw[i + 1]):
+            superword = 1
     first = 1 if raw[0] == _SPACE else 0
     traits = store.traits[token]
     traits[SIZE_BYTES] = len(raw)
-    traits[SPACES] = spaces
-    # a leading space belongs to the following word and separates nothing
-    traits[INNER_SPACES] = spaces - first
+    traits[WORDS] = words
+    traits[FIRST_IS_SPACE] = first
+    traits[LAST_IS_SPACE] = 1 if raw[-1] == _SPACE else 0
     traits[ENDS_IN_WORD] = 1 if _is_word_byte(raw[-1]) else 0
     traits[BEGINS_NEXT_WORD] = 1 if first and (len(raw) == 1 or _is_word_byte(raw[1])) else 0
     traits[SUPERWORD] = superword
@@ -108,8 +109,9 @@ def set_all_traits(store: MergeStore) -> None:
 def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule) -> bool:
     if left[SIZE_BYTES] + right[SIZE_BYTES] > rule.max_bytes:
         return False
-    # each space inside the merged token begins a word
-    if rule.max_words and left[INNER_SPACES] + right[SPACES] >= rule.max_words:
+    # without a space in between, the last word of left and the first word of right are one word
+    num_shared = 0 if left[LAST_IS_SPACE] or right[FIRST_IS_SPACE] else 1
+    if rule.max_words and left[WORDS] + right[WORDS] - num_shared > rule.max_words:
         return False
     next_word = left[ENDS_IN_WORD] and right[BEGINS_NEXT_WORD]
     if rule.keeps_words_apart and next_word:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from tokenizer.bpe import trainer
@@ -157,6 +157,7 @@ def test_both_stages_equal_brute_force(learn: Callable[..., Vocabulary], brute_f
 
 
 @given(st.lists(st.text(alphabet="ab  ", max_size=60), min_size=1, max_size=6), st.booleans())
+@example(texts=["aaa       ab"] * 2, only=False)  # a run of six spaces has no word
 def test_random_letters_and_spaces_equal_brute_force(learn: Callable[..., Vocabulary],
                                                      brute_force: Callable[..., list], texts: list[str],
                                                      only: bool) -> None:
