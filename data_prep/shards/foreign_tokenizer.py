@@ -31,7 +31,7 @@ def explain_foreign_tokenizer(path: Path) -> str:
     foreign = _find_foreign(path)
     if foreign is None:
         return ""
-    output = shlex.quote(f"{_get_name(path)}-tokenizer")
+    output = shlex.quote(f"{_get_name(foreign)}-tokenizer")
     return ("holds a tokenizer that is not imported yet; run `sov-tokenizer "
             f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
 
@@ -41,14 +41,17 @@ def fix_foreign_tokenizer(path: Path) -> Fix | None:
     fix = None if path.exists() else fix_missing(path, is_bare=True)
     if not path.exists() and (fix is None or not fix.before):
         return fix
-    output = f"{_get_name(path)}-tokenizer"
-    source = (_find_foreign(path) or path) if path.exists() else path.name
+    source = (_find_foreign(path) or path) if path.exists() else Path(path.name)
+    output = f"{_get_name(source)}-tokenizer"
     words = ["sov-tokenizer", "import", str(source), "--output", output]
     return Fix(words={str(path): output}, before=(*(fix.before if fix else ()), shlex.join(words)))
 
 
 def _find_foreign(path: Path) -> Path | None:
     """Return the file or folder with a tokenizer at a path, in a run its newest checkpoint's; None: none."""
+    is_other_json = path.suffix == ".json" and path.name != TOKENIZER_JSON
+    if path.is_file() and is_other_json and (path.parent / TOKENIZER_JSON).is_file():
+        return path.parent  # config.json, tokenizer_config.json and the like
     if path.is_file():
         return path if path.suffix in SUFFIXES else None
     return next((folder for folder in (path, path / "tokenizer", *list_run_tokenizers(path)[-1:])

@@ -76,6 +76,10 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
         steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
         return str(round(float(value) * steps)) if steps and re.fullmatch(r"[\d.]+", value) else ""
     rows = load_table()["settings"]
+    # DeepSpeed's train_batch_size and ours include the accumulation
+    whole = find_number("global_batch_size", *load_table()["whole_batches"])
+    if whole:
+        return str(round(whole))
     micro_batch = find_number("micro_batch_size", "batch_size", *rows["train.micro_batch_size"].split()) or 1
     processes = find_number("nproc", "nproc_per_node", "num_processes") or 1
     return str(round(int(value) * micro_batch * processes)) if value.isdigit() else "SAMPLES"

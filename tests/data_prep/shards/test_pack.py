@@ -22,6 +22,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
+from data_prep.shards.foreign_tokenizer import explain_foreign_tokenizer
 from data_prep.shards.pack import PackSettings, PackSource, parse_sources
 from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import open_split
@@ -401,3 +402,12 @@ def test_lines_become_documents_and_single_document_warns( tokenizers: dict[str,
     assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--format", "chat", "--output",
                  str(tmp_path / "x")]) == 2
     assert "--lines: is for text, and the format is chat" in capsys.readouterr().err
+
+
+def test_a_file_beside_tokenizer_json_proposes_the_import_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / "hf" / name).write_text("{}")
+    for file, source in (("config.json", "hf"), ("tokenizer.json", "hf/tokenizer.json")):
+        said = explain_foreign_tokenizer(tmp_path / "hf" / file)
+        assert f"`sov-tokenizer import {tmp_path / source} --output" in said
