@@ -31,7 +31,7 @@ def explain_foreign_tokenizer(path: Path) -> str:
     foreign = _find_foreign(path)
     if foreign is None:
         return ""
-    output = shlex.quote(f"{_get_name(foreign)}-tokenizer")
+    output = shlex.quote(f"{_get_name(foreign if path.is_file() else path)}-tokenizer")
     return ("holds a tokenizer that is not imported yet; run `sov-tokenizer "
             f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
 
@@ -42,7 +42,7 @@ def fix_foreign_tokenizer(path: Path) -> Fix | None:
     if not path.exists() and (fix is None or not fix.before):
         return fix
     source = (_find_foreign(path) or path) if path.exists() else Path(path.name)
-    output = f"{_get_name(source)}-tokenizer"
+    output = f"{_get_name(source if path.is_file() else path)}-tokenizer"
     words = ["sov-tokenizer", "import", str(source), "--output", output]
     return Fix(words={str(path): output}, before=(*(fix.before if fix else ()), shlex.join(words)))
 
