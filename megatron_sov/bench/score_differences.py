@@ -206,7 +206,7 @@ def is_mean_of_items(metric: Metric, scores: Mapping[str, float]) -> bool:
 
 
 def format_differences(differences: Sequence[Difference]) -> str:
-    """Format a table of differences at `eval.statistics.CONFIDENCE` (95 %); a missing interval shows its reason."""
+    """Format a table of differences with 95 % intervals; a missing interval shows its reason."""
     rows: list[tuple[str, ...]] = [
         ("task", "metric", "first", "second", "difference", "95 % interval", "items", "left out",
          "second is")]

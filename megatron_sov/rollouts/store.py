@@ -1,8 +1,9 @@
 """The rollout store: the table that generation, reward and training share.
 
-STORE/store.json                      tokenizer and vocabulary of all parts STORE/rollouts/NAME/
-a part: responses to the prompts of one piece STORE/rewards/VERSION/NAME/           rewards of these responses
-by one version STORE/claims/                         pieces and parts that jobs work on
+    STORE/store.json                      tokenizer and vocabulary of all parts
+    STORE/rollouts/NAME/                  a part: responses to the prompts of one piece
+    STORE/rewards/VERSION/NAME/           rewards of these responses by one version
+    STORE/claims/                         pieces and parts that jobs work on
 
 Equal rows may be published twice; a second publication with other rows is dropped.
 """
