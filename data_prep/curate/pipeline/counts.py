@@ -42,7 +42,7 @@ class DocumentCounts:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"dropped": []})
     """The `MAX_SAMPLES` dropped documents with the lowest hashes from `hash_sample_id`."""
 
-    def add_document(self, identifier: str, reason: str, before: str, after: str | None, *,
+    def add_document(self, identifier: str, reason: str, before: str, after: str | None,
                      output_name: str = "") -> None:
         """Count a document.
 

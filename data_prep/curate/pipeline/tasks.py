@@ -464,7 +464,7 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
                                          [read_recorded_seal(file) for file in files]):
                 for row in filter(None, rows):
                     name = sorter.add(source.settings.name, row)
-                    counts.add_document(row.id, "", row.text, None, output_name=name)
+                    counts.add_document(row.id, "", row.text, None, name)
             sorter.write_waiting()
         # Read after the stack has closed the files.
         counts.seals = {file.name: read_seal(file) for file in temporary.iterdir()}

@@ -66,7 +66,7 @@ ACCEPTED_SAMPLES, REJECTED_SAMPLES = "kept.jsonl", "rejected.jsonl"
 
 
 def is_synthesis_folder(names: Iterable[str]) -> bool:
-    """Return whether the folder is an output of `sov-data synth`, whose only data file is `ACCEPTED_SAMPLES`."""
+    """Return whether the folder is from `sov-data synth`, whose only data file is `ACCEPTED_SAMPLES`."""
     return {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(names)
 
 
