@@ -346,7 +346,7 @@ def check_dtypes(weights: Weights) -> None:
 
 
 def open_shards(path: Path) -> dict[str, TensorFile]:
-    """Return tensor name -> open file; raises `UserError` (see `tensor_files`)."""
+    """Return tensor name -> open file; raises `UserError` (see `find_tensor_files`)."""
     files: dict[str, TensorFile] = {}
 
     def read_names(file: Path, remedy: str) -> Iterable[str]:
