@@ -263,7 +263,7 @@ STACK = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 
 
 def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
-                    ) -> dict[str, StoredTensor]:
+                  ) -> dict[str, StoredTensor]:
     """Replace stacked expert tensors by a tensor per expert, if the model's `shapes` list experts
     separately."""
     tensors: dict[str, StoredTensor] = {}

@@ -77,7 +77,9 @@ class CachedAttention(torch.nn.Module):
         """Attend from a new token in many sequences: [sequences, 1, heads, head_dim]."""
         assert self.stored is not None
         device, count = query.device, len(group.past)
-        past = torch.tensor(group.past, device=device)[:, None]
+        if group.past_on_device is None:
+            group.past_on_device = torch.tensor(group.past, device=device)[:, None]
+        past = group.past_on_device
         rows = torch.arange(group.slot, group.slot + count, device=device)[:, None]
         for cache, new in zip(self.stored, (key, value), strict=False):
             cache[rows, :, past % self.capacity] = new
