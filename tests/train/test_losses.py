@@ -20,16 +20,7 @@ from megatron_sov.train.objectives.data_objective import MTP, DataObjective, Lan
 from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
 from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, check_has_targets, compute_total_loss, get_checkpoint_parts, per_source)
-
-
-class Logits:
-    """Stand-in for the output head: its hidden states are already the logits."""
-
-    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
-                      weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        losses = torch.nn.functional.cross_entropy(hidden, labels, reduction="none")
-        return {term: (losses * w).sum() for term, w in weights.items()}, losses
-
+from tests.head_config import Logits
 
 # The loss term for multi-token prediction (MTP) in `DataObjective`, against explicit loops over
 # documents.
