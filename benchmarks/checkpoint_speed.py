@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,6 +23,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from machine import describe_machine
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
@@ -132,14 +133,6 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     return 0
 
 
-def machine() -> str:
-    """Return processor, cores and Python."""
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
-                     platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
-
-
 def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -159,7 +152,8 @@ def main() -> int:
                 for name, values in parsed["seconds"].items()}
     median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in values)
                     for name, values in parsed["seconds"].items()}
-    print(f"{machine()}\n{parsed['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} "
+    print(describe_machine())
+    print(f"{parsed['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} "
           f"rounds, load {os.getloadavg()[0]:.1f}")
     print(f"{'':<42} {'s':>7} {'CPU s':>7} {'GB/s':>6}   rate / cp, + fsync, + blake3, + openssl")
     for name in MEASURES:

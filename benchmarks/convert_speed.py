@@ -24,6 +24,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import read_processor_name
+
 from megatron_sov.base.digests import BLAKE3, SHA256, Digest
 
 HASH_BLOCKS = 128
@@ -98,14 +100,6 @@ def measured(command: list[str]) -> Cost:
     return Cost(time.monotonic() - start_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def machine() -> str:
-    """Return processor, cores and Python."""
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
-                     platform.machine())
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
-
-
 def hash_rate(algorithm: str) -> float:
     """Return the GB that a core hashes per second of processor time."""
     block, digest = bytes(1 << 20), Digest(algorithm)
@@ -170,7 +164,8 @@ def main() -> None:
         if shutil.disk_usage(work).free < 4e9 * args.gigabytes:
             raise SystemExit(f"{work}: needs {4 * args.gigabytes:.0f} GB of free space")
         measured([sys.executable, "-c", MAKE, str(hf), str(args.gigabytes * 1e9)])
-        print(f"{machine()}; load {os.getloadavg()[0]:.1f} when it began, {args.workers} workers, "
+        print(f"{read_processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}; load "
+              f"{os.getloadavg()[0]:.1f} when it began, {args.workers} workers, "
               f"best of {args.rounds} rounds; per core BLAKE3 takes {hash_rate(BLAKE3):.1f} GB/s, "
               f"SHA-256 {hash_rate(SHA256):.2f}")
         idle = min((measured([sys.executable, "-c", IDLE]) for _ in range(args.rounds)),

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -26,6 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from machine import describe_machine
 
 from megatron_sov.base.artifacts import read_manifest, sha256_file
 from megatron_sov.base.documents import Document, RecordReading, list_files, plan_units, read_span
@@ -221,14 +222,6 @@ def killed(corpus: Path, work: Path) -> None:
           f"it came to its end {len(equal)} times, all files as undisturbed: {all(equal)}")
 
 
-def machine() -> str:
-    """Return processor, cores and Python."""
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
-                     platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
-
-
 def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -245,7 +238,8 @@ def main() -> int:
         corpus = work / "corpus/all.jsonl"
         size_bytes = write_corpus(corpus, inputs, round(args.megabytes * 1e6))
         write_corpus(work / "sample.jsonl", inputs, TRAIN_TOKENIZER_BYTES)
-        print(f"{machine()}\n{size_bytes / 1e6:.1f} MB of text, load {os.getloadavg()[0]:.1f}", flush=True)
+        print(describe_machine())
+        print(f"{size_bytes / 1e6:.1f} MB of text, load {os.getloadavg()[0]:.1f}", flush=True)
         for preset in PRESETS:
             measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
                       str(VOCAB_SIZE), "--input", str(work / "sample.jsonl"), "--output", str(work / preset)])

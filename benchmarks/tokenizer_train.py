@@ -30,6 +30,7 @@ from pathlib import Path
 from string import ascii_lowercase
 
 import psutil
+from machine import read_processor_name
 
 from megatron_sov.base.artifacts import read_manifest
 from tokenizer.presets import PRESETS
@@ -254,12 +255,9 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
 
 def machine() -> str:
     """Return processor, cores, load and versions."""
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
-                     platform.machine())
     versions = ", ".join(f"{name} {version(name)}"
                          for name in ("tokenizers", "tiktoken", "transformers", "numpy"))
-    return (f"{model}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, "
+    return (f"{read_processor_name()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, "
             f"Python {platform.python_version()}, {versions}")
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from model_folder import PACKAGE
 from road import QUESTIONS, Road, sets
 from text_doors import write_capitals
-from training_doors import CHATS, PAIRS, STEP_SETTINGS, pack
+from training_doors import CHATS, PAIRS, PLAIN_SETTINGS, pack
 from word_task import WordPrompts
 
 HERE = Path(__file__).parent
@@ -91,8 +91,7 @@ class Bench:
 
 def train_settings(*more: str) -> list[str]:
     """Return `--set` words for a short run without evaluations."""
-    return sets(*[setting for setting in STEP_SETTINGS if not setting.startswith("train.steps")],
-                "train.eval_every_steps=0", "train.num_threads=1", *more)
+    return sets(*PLAIN_SETTINGS, "train.eval_every_steps=0", "train.num_threads=1", *more)
 
 
 def compare_training(bench: Bench, kind: str, goal: str, data: str, command: str, lr: str,

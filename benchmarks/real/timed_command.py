@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import resource
-import socket
 import sys
 import time
 from pathlib import Path
@@ -48,12 +47,9 @@ def record_generation(*args: Any, **kwargs: Any) -> Any:
 
 
 def main() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # as torchrun starts a single rank: the command computes in this process
+    # as torchrun starts a single rank: the command computes in this process; the system chooses the port
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+                      MASTER_PORT="0", OMP_NUM_THREADS="1")
     Trainer.fetch_data = record_start  # type: ignore[method-assign]
     MegatronEngine.generate = record_generation  # type: ignore[method-assign]
     code = cli.main(sys.argv[2:])

@@ -15,8 +15,10 @@ class Listed:
     def score(self, row):
         return float(any(word in row["response"].lower() for word in row["answer"].split()))
 '''
-STEP_SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.weight_decay=0",
-                 "optim.beta2=0.999", "train.steps=2", "train.precision=fp32")
+PLAIN_SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.weight_decay=0",
+                  "optim.beta2=0.999", "train.precision=fp32")
+"""Settings of AdamW as torch and TRL have it by default, without weight decay."""
+STEP_SETTINGS = (*PLAIN_SETTINGS, "train.steps=2")
 """Two steps whose losses a plain loop of torch repeats."""
 BY_HAND = "transformers and torch's AdamW"
 CHATS = [{"messages": [{"role": "user", "content": f"Order: {n} {item} for {name}."},
@@ -59,8 +61,12 @@ def train_two_steps(model: Any, loss: Callable[[], torch.Tensor], lr: float) -> 
         return [result.item(), loss().item()]
 
 
+def read_events(road: Road, run: str, kind: str) -> list[dict[str, Any]]:
+    return [event for event in road.read_rows(f"{run}/events.jsonl") if event["event"] == kind]
+
+
 def read_losses(road: Road, run: str) -> list[float]:
-    return [event["loss"] for event in road.read_rows(f"{run}/events.jsonl") if event["event"] == "step"]
+    return [event["loss"] for event in read_events(road, run, "step")]
 
 
 def compare_losses(road: Road, run: str, expected: list[float], who: str, limit: float) -> Outcome:
@@ -148,8 +154,7 @@ def reinforce(road: Road) -> Outcome:
                   "rollout.samples_per_prompt=8", "rollout.max_prompt_tokens=96", "rollout.max_new_tokens=12",
                   "train.global_batch_size=32", "optim.lr=1e-5", "optim.warmup_steps=0",
                   "train.precision=fp32"))
-    events = [event for event in road.read_rows("runs/rl/events.jsonl") if event["event"] == "round"]
-    rewards = ", ".join(f"{event['means']['reward']:.3f}" for event in events)
+    rewards = ", ".join(f"{event['means']['reward']:.3f}" for event in read_events(road, "runs/rl", "round"))
     model, _ = road.reference()
     gaps = []
     for row in read_rollouts(road.work / "store", "round-0001"):
@@ -176,7 +181,6 @@ def distill_on_policy(road: Road) -> Outcome:
                   "policy.method=opd", "rollout.rounds=1", "rollout.prompts_per_round=4",
                   "rollout.samples_per_prompt=2", "rollout.max_prompt_tokens=96", "rollout.max_new_tokens=12",
                   "train.global_batch_size=8", "optim.lr=1e-5", "optim.warmup_steps=0"))
-    events = [event for event in road.read_rows("runs/opd/events.jsonl") if event["event"] == "round"]
-    kl = find_number(events, "reverse_kl")
+    kl = find_number(read_events(road, "runs/opd", "round"), "reverse_kl")
     is_known = kl is not None and kl > 0
     return f"one round, reverse KL {kl} nats a token", "the command ends with 0", is_known

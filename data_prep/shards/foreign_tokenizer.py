@@ -28,10 +28,10 @@ def explain_foreign_tokenizer(path: Path) -> str:
         return (f"does not exist; check the path. If it is a model's name on the Hugging Face hub: "
                 f"`hf download {path} --local-dir {name}`, then `sov-tokenizer import {name} --output "
                 f"{name}-tokenizer`, and pass --tokenizer {name}-tokenizer")
-    foreign = _find_foreign(path)
+    foreign, output = _plan_import(path)
     if foreign is None:
         return ""
-    output = shlex.quote(f"{_get_name(foreign if path.is_file() else path)}-tokenizer")
+    output = shlex.quote(output)
     return ("holds a tokenizer that is not imported yet; run `sov-tokenizer "
             f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
 
@@ -41,22 +41,23 @@ def fix_foreign_tokenizer(path: Path) -> Fix | None:
     fix = None if path.exists() else fix_missing(path, is_bare=True)
     if not path.exists() and (fix is None or not fix.before):
         return fix
-    source = (_find_foreign(path) or path) if path.exists() else Path(path.name)
-    output = f"{_get_name(source if path.is_file() else path)}-tokenizer"
+    foreign, output = _plan_import(path)
+    source = foreign or (path if path.exists() else path.name)
     words = ["sov-tokenizer", "import", str(source), "--output", output]
     return Fix(words={str(path): output}, before=(*(fix.before if fix else ()), shlex.join(words)))
 
 
-def _find_foreign(path: Path) -> Path | None:
-    """Return the file or folder with a tokenizer at a path, in a run its newest checkpoint's; None: none."""
-    is_other_json = path.suffix == ".json" and path.name != TOKENIZER_JSON
-    if path.is_file() and is_other_json and (path.parent / TOKENIZER_JSON).is_file():
-        return path.parent  # config.json, tokenizer_config.json and the like
+def _plan_import(path: Path) -> tuple[Path | None, str]:
+    """Return the file or folder with a tokenizer at a path, or None, and a folder for the imported tokenizer.
+
+    A run has the tokenizer of its newest checkpoint. config.json and other files beside tokenizer.json stand
+    for their folder.
+    """
+    if path.suffix == ".json" and path.is_file() and (path.parent / TOKENIZER_JSON).is_file():
+        path = path if path.name == TOKENIZER_JSON else path.parent
     if path.is_file():
-        return path if path.suffix in SUFFIXES else None
-    return next((folder for folder in (path, path / "tokenizer", *list_run_tokenizers(path)[-1:])
-                 if any(any(folder.glob(pattern)) for pattern in PATTERNS)), None)
-
-
-def _get_name(path: Path) -> str:
-    return path.stem if path.is_file() else path.resolve().name
+        return (path if path.suffix in SUFFIXES else None), f"{path.stem}-tokenizer"
+    folders = (path, path / "tokenizer", *list_run_tokenizers(path)[-1:])
+    foreign = next((folder for folder in folders
+                    if any(any(folder.glob(pattern)) for pattern in PATTERNS)), None)
+    return foreign, f"{path.resolve().name}-tokenizer"

@@ -260,7 +260,8 @@ def _create_record_error(job: _PackJob, source: EncodedSource) -> UserError:
     reading = job.settings.reading
     row = next(r for r in iter_bad_records(source, job.work, job.dtype) if r["code"] != "empty")
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
-    items = (item for unit, _ in source.units for span in unit for item in read_span(span, reading))
+    items = (item for unit, _ in source.units for span in unit if str(span.file) == row["file"]
+             for item in read_span(span, reading))
     # the record again, for its `options`; reading finds neither repeated ids nor faults of encoding
     bad = next((item for item in items if isinstance(item, BadRecord) and item.reason == row["reason"]),
                BadRecord(row["code"], row["reason"]))

@@ -16,7 +16,7 @@ from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.figures import align_columns
 from megatron_sov.bench.lm.results import (
     Metric, ResultItem, Results, TaskScores, format_score_name, read_items, read_results)
-from megatron_sov.eval.statistics import CONFIDENCE, estimate_difference
+from megatron_sov.eval.statistics import estimate_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
 """Verdicts of a `Difference`."""
@@ -98,8 +98,8 @@ def read_scored_results(path: Path) -> ScoredResults:
     return ScoredResults(path, results, items)
 
 
-def compute_differences(before: ScoredResults, after: ScoredResults, tasks: Sequence[str] = (),
-                        confidence: float = CONFIDENCE) -> list[Difference]:
+def compute_differences(before: ScoredResults, after: ScoredResults, tasks: Sequence[str] = ()
+                        ) -> list[Difference]:
     """Compute the difference in each metric of `tasks`, or of every common task. Raises `UserError`: a
     missing task, no common task, or different measurements."""
     sides = (before, after)
@@ -117,7 +117,7 @@ def compute_differences(before: ScoredResults, after: ScoredResults, tasks: Sequ
     if problems:
         raise UserError(format_problems(f"{before.path} and {after.path}", problems,
                                         "evaluate both models with the same settings, or name other --tasks"))
-    return [_compute_difference(name, metric, before, after, confidence)
+    return [_compute_difference(name, metric, before, after)
             for name in compared for metric in before.results.tasks[name].metrics]
 
 
@@ -154,8 +154,8 @@ def format_metric_name(metric: Metric) -> str:
     return format_score_name(metric.label, metric.filter)
 
 
-def _compute_difference(task: str, metric: Metric, before: ScoredResults, after: ScoredResults,
-                        confidence: float) -> Difference:
+def _compute_difference(task: str, metric: Metric, before: ScoredResults, after: ScoredResults
+                        ) -> Difference:
     name = format_metric_name(metric)
     other = next((m for m in after.results.tasks[task].metrics if format_metric_name(m) == name), None)
     first, second = get_item_scores(before, task, metric), get_item_scores(after, task, metric)
@@ -181,7 +181,7 @@ def _compute_difference(task: str, metric: Metric, before: ScoredResults, after:
     keys = [item if cluster is None else ("cluster", cluster)
             for item, cluster in zip(paired, clusters, strict=True)]
     scores, other_scores = [first[item] for item in paired], [second[item] for item in paired]
-    estimate = estimate_difference(scores, other_scores, keys, confidence)
+    estimate = estimate_difference(scores, other_scores, keys)
     return Difference(task, name, metric.higher_is_better, math.fsum(scores) / len(paired),
                       math.fsum(other_scores) / len(paired), estimate.value, estimate.standard_error,
                       estimate.interval, estimate.num_items, estimate.num_clusters, left_out,
@@ -206,7 +206,7 @@ def is_mean_of_items(metric: Metric, scores: Mapping[str, float]) -> bool:
 
 
 def format_differences(differences: Sequence[Difference]) -> str:
-    """Format a table of differences at `CONFIDENCE` (95 %); a missing interval shows its reason."""
+    """Format a table of differences with 95 % intervals; a missing interval shows its reason."""
     rows: list[tuple[str, ...]] = [
         ("task", "metric", "first", "second", "difference", "95 % interval", "items", "left out",
          "second is")]

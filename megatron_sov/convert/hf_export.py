@@ -160,7 +160,7 @@ def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord], los
 
 
 def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], workers: int
-             ) -> dict[str, TensorRecord]:
+                 ) -> dict[str, TensorRecord]:
     """Return a record for each tensor in both models; `workers` tensors are in memory at a time."""
     a, b = sides
     b_names = set(b.list_names())

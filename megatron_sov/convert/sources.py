@@ -263,7 +263,7 @@ STACK = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 
 
 def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
-                    ) -> dict[str, StoredTensor]:
+                  ) -> dict[str, StoredTensor]:
     """Replace stacked expert tensors by a tensor per expert, if the model's `shapes` list experts
     separately."""
     tensors: dict[str, StoredTensor] = {}
@@ -346,7 +346,7 @@ def check_dtypes(weights: Weights) -> None:
 
 
 def open_shards(path: Path) -> dict[str, TensorFile]:
-    """Return tensor name -> open file; raises `UserError` (see `tensor_files`)."""
+    """Return tensor name -> open file; raises `UserError` (see `find_tensor_files`)."""
     files: dict[str, TensorFile] = {}
 
     def read_names(file: Path, remedy: str) -> Iterable[str]:

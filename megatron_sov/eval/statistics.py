@@ -26,7 +26,7 @@ class Mean:
     standard_error: float | None
     """Standard error over clusters; None for a single cluster."""
     interval: tuple[float, float] | None
-    """Confidence interval (95 % by default); None if undefined."""
+    """Confidence interval (`CONFIDENCE`); None if undefined."""
     num_items: int
     num_clusters: int
     """Cluster count; equal to `num_items` without clusters."""
@@ -50,12 +50,12 @@ def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable] | None =
     if all(0 <= value <= 1 for value in values):
         interval: tuple[float, float] | None = compute_mean_interval(values, clusters)
     else:
-        interval = _build_t_interval(fmean(values), error, count - 1, CONFIDENCE)
+        interval = _build_t_interval(fmean(values), error, count - 1)
     return Mean(fmean(values), error, interval, len(values), count)
 
 
 def estimate_difference(before: Sequence[float], after: Sequence[float],
-                        clusters: Sequence[Hashable] | None = None, confidence: float = CONFIDENCE) -> Mean:
+                        clusters: Sequence[Hashable] | None = None) -> Mean:
     """Return the mean of `after` - `before` over the same items.
 
     For scores between 0 and 1, the interval is that of Bonett and Price (J. Educ. Behav. Stat. 37, 2012),
@@ -67,7 +67,6 @@ def estimate_difference(before: Sequence[float], after: Sequence[float],
         before: one finite score per item.
         after: scores of the other model, in the same order.
         clusters: cluster of each item; None: each item is a cluster.
-        confidence: confidence level of the interval.
 
     Raises:
         ValueError: there is no item, a score is not finite, or the lengths differ.
@@ -78,7 +77,7 @@ def estimate_difference(before: Sequence[float], after: Sequence[float],
     value = fmean(differences)
     error, count = _compute_standard_error(differences, clusters)
     if not all(0 <= score <= 1 for score in (*before, *after)):
-        interval = _build_t_interval(value, error, count - 1, confidence)
+        interval = _build_t_interval(value, error, count - 1)
         return Mean(value, error, interval, len(differences), count)
     mean_size = len(differences) / count  # items in each of the two added clusters
     adjusted_mean = value * count / (count + 2)
@@ -91,7 +90,7 @@ def estimate_difference(before: Sequence[float], after: Sequence[float],
                         for deviation, size in zip(deviations, sizes, strict=True))
     squares += (mean_size * (1 - adjusted_mean))**2 + (mean_size * (-1 - adjusted_mean))**2
     adjusted_error = math.sqrt(squares) / (len(differences) + 2 * mean_size)
-    low, high = _build_interval(adjusted_mean, adjusted_error, count + 1, confidence)
+    low, high = _build_interval(adjusted_mean, adjusted_error, count + 1)
     return Mean(value, error, (max(-1.0, low), min(1.0, high)), len(differences), count)
 
 
@@ -121,15 +120,14 @@ def _count_cluster_sizes(clusters: Sequence[Hashable]) -> list[int]:
     return list(sizes.values())
 
 
-def _build_t_interval(mean: float, error: float | None, degrees: int,
-                      confidence: float) -> tuple[float, float] | None:
+def _build_t_interval(mean: float, error: float | None, degrees: int) -> tuple[float, float] | None:
     """Return `_build_interval`; None if a single cluster gives no standard error."""
-    return None if error is None else _build_interval(mean, error, degrees, confidence)
+    return None if error is None else _build_interval(mean, error, degrees)
 
 
-def _build_interval(mean: float, error: float, degrees: int, confidence: float) -> tuple[float, float]:
-    """Return Student's interval with `degrees` degrees of freedom around a mean."""
-    half = error * compute_student_quantile((1 + confidence) / 2, degrees)
+def _build_interval(mean: float, error: float, degrees: int) -> tuple[float, float]:
+    """Return Student's interval at `CONFIDENCE` with `degrees` degrees of freedom around a mean."""
+    half = error * compute_student_quantile((1 + CONFIDENCE) / 2, degrees)
     return mean - half, mean + half
 
 

@@ -95,7 +95,7 @@ class EncodedPrompts:
     end_ids: tuple[int, ...]
     """Stop tokens."""
     decode: Callable[[list[int]], str]
-    """Token ids -> text (`chat.marks.text_decoder`)."""
+    """Token ids -> text (`chat.marks.build_text_decoder`)."""
     opened: list[str]
     """Per prompt, the thinking mark that the chat template opened at the end; "" without a mark."""
 

@@ -258,7 +258,7 @@ def find_clipped_tokens(ratios: torch.Tensor, advantages: torch.Tensor, parts: P
 
 
 def compute_engine_correction(old: torch.Tensor, behaviour: torch.Tensor, responses: ResponseSpans,
-                      policy: PolicyConfig) -> torch.Tensor:
+                              policy: PolicyConfig) -> torch.Tensor:
     """Return the factor ``exp(old - behaviour)``, bounded or masked, [T] float64; 0 for masked labels.
 
     `old` and `behaviour`, [T], are log p(label) by the trainer and by the engine that sampled the tokens.

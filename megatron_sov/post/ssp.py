@@ -1,9 +1,10 @@
 """VibeThinker's spectrum phase (arXiv 2511.06221): the best checkpoint per domain, with a confidence
 interval, and a merged checkpoint's gain over the best. A probe's folder:
 
-asked.json       problems, reward and samples, equal for all checkpoints problems.jsonl   problems of all
-domains, the input of `eval passk` checkpoints/     NAME-DIGEST: output of `eval passk` for a checkpoint,
-reused by later commands table/           an artifact: pass@k per checkpoint and domain, and the choices
+    asked.json       problems, reward and samples, equal for all checkpoints
+    problems.jsonl   problems of all domains, the input of `eval passk`
+    checkpoints/     NAME-DIGEST: output of `eval passk` for a checkpoint, reused by later commands
+    table/           an artifact: pass@k per checkpoint and domain, and the choices
 """
 
 from __future__ import annotations

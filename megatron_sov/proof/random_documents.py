@@ -82,7 +82,7 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
 
 
 def _draw_document(random: np.random.Generator, num_tokens: int, vocab_size: int, is_judged: bool
-              ) -> dict[str, np.ndarray]:
+                   ) -> dict[str, np.ndarray]:
     """Return column -> array [num_tokens]; judged documents are a prompt and a response, others are mixed."""
     if is_judged:
         learned = np.arange(num_tokens) >= max(1, num_tokens // 3)

@@ -1,8 +1,9 @@
 """The rollout store: the table that generation, reward and training share.
 
-STORE/store.json                      tokenizer and vocabulary of all parts STORE/rollouts/NAME/
-a part: responses to the prompts of one piece STORE/rewards/VERSION/NAME/           rewards of these responses
-by one version STORE/claims/                         pieces and parts that jobs work on
+    STORE/store.json                      tokenizer and vocabulary of all parts
+    STORE/rollouts/NAME/                  a part: responses to the prompts of one piece
+    STORE/rewards/VERSION/NAME/           rewards of these responses by one version
+    STORE/claims/                         pieces and parts that jobs work on
 
 Equal rows may be published twice; a second publication with other rows is dropped.
 """
@@ -153,7 +154,7 @@ class RolloutStore(Table[RolloutPart]):
                 for reward in self.read_rewards(version, part.name, part)}
 
     def iter_pieces(self, parts: Sequence[RolloutPart], fields: Sequence[str] | None = None
-               ) -> Iterator[tuple[list[RolloutPart], list[Rollout], int]]:
+                    ) -> Iterator[tuple[list[RolloutPart], list[Rollout], int]]:
         """Yield, piece by piece: parts, last attempts (see `select_last_attempts`), and the number of
         replaced rows; `fields` as in `read_rollouts`."""
         for piece in sorted({part.piece for part in parts}):
@@ -188,7 +189,7 @@ def _convert_rows(where: Path, convert: Callable[[], Any]) -> Any:
 
 
 def _check_same_rows(path: Path, published: Sequence[_Row], rows: Sequence[_Row],
-                   identify: Callable[[_Row], Any]) -> None:
+                     identify: Callable[[_Row], Any]) -> None:
     """Raise `AlreadyPublished` if the published rows differ from `rows`."""
     if len(published) == len(rows) and all(
             identify(a) == identify(b) for a, b in zip(published, rows, strict=True)):

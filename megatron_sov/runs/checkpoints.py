@@ -247,14 +247,13 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
                         f"{advice.format(path=path, name=path.name)}{listed}", fix)
     if not kind:
         check_folder(path)
-    if not kind and RUN in kinds and (runs := find_runs(path)):
-        raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
-                        "of them")
-    saved = [folder for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]
-    if not kind and saved:
-        newest = max(saved, key=lambda folder: int(folder.name[11:]))
-        raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
-                        Fix(words={str(path): str(newest)}))
+        if RUN in kinds and (runs := find_runs(path)):
+            raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass "
+                            "one of them")
+        if saved := [folder for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]:
+            newest = max(saved, key=lambda folder: int(folder.name[11:]))
+            raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
+                            Fix(words={str(path): str(newest)}))
     has_config = CHECKPOINT_KIND not in kinds and (path / CONFIG).exists()
     is_run = (path / CHECKPOINTS_FOLDER).exists() or has_config
     if not kind and path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):

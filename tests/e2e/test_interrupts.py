@@ -13,13 +13,9 @@ from megatron_sov.cli import main
 from megatron_sov.commands.operate.runs.run_state import read_run_state
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.lock import read_lock
-from megatron_sov.runs.obs.events import EVENTS, read_events
+from tests.run_files import read_run_events
 
 SETTINGS = ("train.steps=8", "train.checkpoint_every_steps=2", "train.async_save=false")
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(run / "events.jsonl") if event["event"] == kind]
 
 
 def is_slow(run: Path) -> bool:
@@ -43,13 +39,13 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
                              settings=SETTINGS))
     until(lambda: is_slow(run), process)
     interrupt(run)
-    until(lambda: events(run, "stopping"), process)
+    until(lambda: read_run_events(run, "stopping"), process)
     state = read_run_state(run)
     assert state.state == "stopping" and state.why.startswith("stopping after step 4 (about "), state
-    assert len(events(run, "step")) == 3
+    assert len(read_run_events(run, "step")) == 3
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 75, errors
-    (stopping,), (stop,) = events(run, "stopping"), events(run, "stop")
+    (stopping,), (stop,) = read_run_events(run, "stopping"), read_run_events(run, "stop")
     assert stopping["text"].endswith(
         "s), then saving; Ctrl-C again: leave now, last checkpoint is step 2"), stopping
     assert stopping["text"] in errors and stop["reason"] == "SIGINT"
@@ -57,7 +53,7 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
         "stopped: everything is saved; last checkpoint: step 4; continue with: "
         f"megatron-sov resume '{run}'")
     assert read_run_state(run).state == "stopped"
-    assert [event["step"] for event in events(run, "eval")] == [0]
+    assert [event["step"] for event in read_run_events(run, "eval")] == [0]
 
 
 @pytest.mark.distributed
@@ -70,7 +66,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_comma
                              settings=SETTINGS))
     until(lambda: is_slow(run), process)
     interrupt(run)
-    until(lambda: events(run, "stopping"), process)
+    until(lambda: read_run_events(run, "stopping"), process)
     assert process.poll() is None
     time.sleep(0.7)  # two signals within half a second are one Ctrl-C
     interrupt(run)
@@ -82,7 +78,8 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_comma
     # The fault occurred in the run; without it the command resumes from the checkpoint.
     result = run_command("resume", str(run))
     assert result.returncode == 0, result.stderr
-    assert [event["step"] for event in events(run, "eval")] == [0, 8]  # a resumed run is not evaluated again
+    # a resumed run is not evaluated again
+    assert [event["step"] for event in read_run_events(run, "eval")] == [0, 8]
 
 
 ENDED = ("train.steps=6", "train.eval_every_steps=0")
@@ -149,5 +146,5 @@ def test_a_checkpoint_in_progress_is_completed_after_an_error(pretrain: Any, run
     result = run_command(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings))
     assert result.returncode == 1 and "ValueError: a defect of one process" in result.stderr, result.stderr
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
-    saved = [e for e in read_events(tmp_path / "run" / EVENTS) if e["event"] == "checkpoint"]
+    saved = read_run_events(tmp_path / "run", "checkpoint")
     assert [(e["step"], e["save_s"] > 1) for e in saved] == [(2, True)]

@@ -19,7 +19,7 @@ from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.rows import PackedRow, join_rows
 from megatron_sov.train.objectives.microbatch import build_micro_batch
 from megatron_sov.train.objectives.objective import GlobalBatch, compute_total_loss
-from tests.head_config import head_config
+from tests.head_config import Logits, head_config
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
 VOCAB, ROW = 13, 24
@@ -111,15 +111,6 @@ def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[s
     sources: Any = [SimpleNamespace(name=n, is_chat=n in chats) for n in [*chats, *texts]]
     with pytest.raises(UserError, match=message):
         check_chats(config_of(f"objective.text_coeff={coeff}"), sources)
-
-
-class Logits:
-    """Stands for the output head: the hidden states are the logits."""
-
-    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
-                      weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        losses = torch.nn.functional.cross_entropy(hidden, labels, reduction="none")
-        return {term: (losses * w).sum() for term, w in weights.items()}, losses
 
 
 def a_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> PackedRow:

@@ -68,12 +68,6 @@ def nfc() -> Any:
     return normalizers.NFC()
 
 
-@pytest.fixture
-def lossy_normalizer() -> Any:
-    """Return a normalizer that loses a character."""
-    return normalizers.Replace("ß", "")
-
-
 Pair = tuple[bytes, bytes]
 
 

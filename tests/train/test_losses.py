@@ -20,33 +20,7 @@ from megatron_sov.train.objectives.data_objective import MTP, DataObjective, Lan
 from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
 from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, check_has_targets, compute_total_loss, get_checkpoint_parts, per_source)
-
-
-class Logits:
-    """Stand-in for the output head: its hidden states are already the logits."""
-
-    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
-                      weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        losses = torch.nn.functional.cross_entropy(hidden, labels, reduction="none")
-        return {term: (losses * w).sum() for term, w in weights.items()}, losses
-
-
-@pytest.fixture
-def batch() -> MicroBatch:
-    """Documents of 3 and 4 tokens and one of padding; the last token of a document has no label."""
-    return build_micro_batch(PackedRow(
-        tokens=np.array([1, 2, 3, 4, 5, 6, 7, 0]), labels=np.array([2, 3, 0, 5, 6, 7, 0, 0]),
-        weights=np.array([1, 1, 0, 1, 1, 0.5, 0, 0], np.float32),
-        positions=np.array([0, 1, 2, 0, 1, 2, 3, 0]), types=np.zeros(8, np.uint8),
-        sources=np.array([0] * 3 + [1] * 5), padding=np.array([False] * 7 + [True]),
-        bounds=np.array([0, 3, 7, 8], np.int32)))
-
-
-def objective(recipe: str) -> LanguageModelling:
-    batches: Any = SimpleNamespace(num_sources=2, next=lambda: "the next batch")
-    context: Any = SimpleNamespace(config=recipes.get(recipe), batches=batches)
-    return LanguageModelling(context)
-
+from tests.head_config import Logits
 
 # The loss term for multi-token prediction (MTP) in `DataObjective`, against explicit loops over
 # documents.

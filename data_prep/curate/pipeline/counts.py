@@ -42,7 +42,8 @@ class DocumentCounts:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"dropped": []})
     """The `MAX_SAMPLES` dropped documents with the lowest hashes from `hash_sample_id`."""
 
-    def add_document(self, identifier: str, reason: str, before: str, after: str | None) -> None:
+    def add_document(self, identifier: str, reason: str, before: str, after: str | None,
+                     output_name: str = "") -> None:
         """Count a document.
 
         Args:
@@ -50,10 +51,13 @@ class DocumentCounts:
             reason: why the step drops the document; "": kept.
             before: text passed to the step.
             after: text returned by the step; None: unchanged.
+            output_name: name of the output that gets the document; "": the step is not the output.
         """
         size_bytes = count_text_bytes(before)
         self.documents_in += 1
         self.bytes_in += size_bytes
+        if output_name:
+            self.output_bytes[output_name] = self.output_bytes.get(output_name, 0) + size_bytes
         if not reason:
             self.documents_kept += 1
             self.bytes_kept += size_bytes if after is None else count_text_bytes(after)

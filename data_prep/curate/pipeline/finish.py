@@ -20,7 +20,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import open_sealed_parquet, read_sealed_json, read_sealed_lines
 
 MAX_PRINTED_NAMES = 6
-_OUTPUT_COUNTS = ("num_shards", "num_documents", "num_bytes")
 """Output names listed on the terminal."""
 TEXT, QUARANTINE = "text", "quarantine"
 SUMMARY, PIPELINE = "summary.json", "pipeline.json"
@@ -106,19 +105,18 @@ def account_documents(summary: dict[str, Any]) -> RecordAccount:
 # The parts of a corpus.
 
 
-def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, dict[str, int]]:
+def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, Counter[str]]:
     """Link the output shards to `text/NAME/`; returns name -> numbers of shards, documents and bytes."""
-    published: dict[str, dict[str, int]] = {}
+    published: dict[str, Counter[str]] = {}
     with create_folder(output / TEXT) as temporary:
         for source in plan.sources:
             for shard in source.shards:
                 for file, num_documents, num_bytes in _list_output_files(source.layers[-1], output, shard):
                     (temporary / file.stem).mkdir(exist_ok=True)
-                    sums = published.setdefault(file.stem, dict.fromkeys(_OUTPUT_COUNTS, 0))
+                    sums = published.setdefault(file.stem, Counter())
                     # Hard links take no space, and work files may be deleted.
                     link_or_copy(file, temporary / file.stem / f"{sums['num_shards']:05d}{file.suffix}")
-                    for name, number in zip(_OUTPUT_COUNTS, (1, num_documents, num_bytes), strict=True):
-                        sums[name] += number
+                    sums.update(num_shards=1, num_documents=num_documents, num_bytes=num_bytes)
     return published
 
 

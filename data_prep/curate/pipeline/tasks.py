@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -464,10 +463,9 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
             for rows in iter_row_batches(source.settings.name, files,
                                          [read_recorded_seal(file) for file in files]):
                 for row in filter(None, rows):
-                    sorter.add(source.settings.name, row)
-                    counts.add_document(row.id, "", row.text, None)
+                    name = sorter.add(source.settings.name, row)
+                    counts.add_document(row.id, "", row.text, None, name)
             sorter.write_waiting()
-        counts.output_bytes = dict(sorter.output_bytes)
         # Read after the stack has closed the files.
         counts.seals = {file.name: read_seal(file) for file in temporary.iterdir()}
         yield counts
@@ -482,9 +480,9 @@ class _OutputSorter:
         self.files: dict[str, TableFile] = {}
         self.waiting: dict[str, list[LayerRow]] = {}
         self.waiting_chars = 0
-        self.output_bytes: Counter[str] = Counter()
 
-    def add(self, source: str, row: LayerRow) -> None:
+    def add(self, source: str, row: LayerRow) -> str:
+        """Add a row to the table for its output name, and return the name."""
         name = format_output_name(self.pattern, source, row.columns)
         if name not in self.files:
             if len(self.files) >= MAX_NAMES:
@@ -494,11 +492,11 @@ class _OutputSorter:
                 TableFile(self.folder / f"{name}.parquet", self.schema))
         rows = self.waiting.setdefault(name, [])
         rows.append(row)
-        self.output_bytes[name] += count_text_bytes(row.text)
         self.waiting_chars += len(row.text)
         # The limit is over all names: with many names no single name would reach it.
         if len(rows) >= GROUP_ROWS or self.waiting_chars >= GROUP_BYTES:
             self.write_waiting()
+        return name
 
     def write_waiting(self) -> None:
         for name, rows in self.waiting.items():

@@ -160,6 +160,7 @@ class JsonlReader(_SpansReader):
         limit_bytes = 2 * job.options.document_bytes
         # Lines are numbered within the part: numbers within the file would require the parts before.
         prefix = f"{job.name}:{job.piece.start}+" if job.piece.start else f"{job.name}:"
+        reading = RecordReading()
         with open_unpacked(job.file) as stream:
             for number, line in enumerate(split_lines(_iter_blocks(stream, job), limit_bytes), 1):
                 place = f"{prefix}{number}"
@@ -171,7 +172,7 @@ class JsonlReader(_SpansReader):
                     if len(line) > limit_bytes:
                         raise BadRecord("too_long", f"is a line of more than {limit_bytes:,} bytes; cut it, "
                                                     "or raise document_bytes")
-                    record = parse_line(line, place, number, RecordReading(), lambda record, *_: record)
+                    record = parse_line(line, place, number, reading, lambda record, *_: record)
                     yield build_document(record, place, job)
                 except BadRecord as e:
                     yield job.build_broken(BadRecord(e.code, str(e), content=line[:1000]), place,

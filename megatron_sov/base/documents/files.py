@@ -66,7 +66,7 @@ ACCEPTED_SAMPLES, REJECTED_SAMPLES = "kept.jsonl", "rejected.jsonl"
 
 
 def is_synthesis_folder(names: Iterable[str]) -> bool:
-    """Return whether the folder is an output of `sov-data synth`, whose only data file is `KEPT`."""
+    """Return whether the folder is from `sov-data synth`, whose only data file is `ACCEPTED_SAMPLES`."""
     return {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(names)
 
 
@@ -169,7 +169,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
 
     A folder's data files are text files and files of records. Hidden files and other endings are skipped. If
     the folder contains records, files that describe the dataset (README.md, LICENSE) and JSON that is not a
-    list of records are skipped too. In an output of `sov-data synth`, only `KEPT` is data.
+    list of records are skipped too. In an output of `sov-data synth`, only `ACCEPTED_SAMPLES` is data.
 
     Args:
         tell: called with sentences about skipped files.
@@ -238,7 +238,7 @@ def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
     """Yield the regular files below a folder, including files reached through links.
 
     Hidden files, hidden folders and version control are skipped, and in an output of `sov-data synth` all
-    files except `KEPT`. Each folder is walked once, links to folders last, so circular links end.
+    files except `ACCEPTED_SAMPLES`. Each folder is walked once, links to folders last, so circular links end.
 
     Args:
         skipped: receives hidden entries (`is_hidden`) and unreadable entries.

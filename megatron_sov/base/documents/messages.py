@@ -199,7 +199,7 @@ def parse_tools_and_kwargs(tools: Any, template_kwargs: Any) -> dict[str, Any]:
         template_kwargs: variables of the chat template; None: no variables.
 
     Raises:
-        BadRecord: a value is malformed, or a variable's name is one of `GIVEN`.
+        BadRecord: a value is malformed, or a variable's name is one of `TEMPLATE_VARIABLES`.
     """
     kwargs = template_kwargs or {}
     if not isinstance(kwargs, dict):

@@ -143,7 +143,7 @@ def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
     if sources.allow_download:
         published = {*list_published_tasks(), *catalog.definitions, *catalog.tags}
         for name in names:
-            if name not in published and (nearest := find_spelling(name, published)):
+            if name not in published and (nearest := find_spelling(name, sorted(published))):
                 raise UserError(f"task {name!r}: does not exist; did you mean {nearest!r}?",
                                 Fix(words={name: nearest}))
         return

@@ -64,7 +64,7 @@ class Adapters(torch.nn.Module):
                                       rows=len(chunk.output_layer.weight))
 
     def _attach_adapters(self, layer: Any, path: str, modules: list[AdaptedModule], lora: LoraConfig,
-              config: Any) -> None:
+                         config: Any) -> None:
         """Attach adapters to a linear layer, or to the same linear layer in each local expert."""
         def create_adapter(expert: int | None = None) -> LinearAdapter:
             adapter = LinearAdapter(modules, lora, config, expert)

@@ -5,7 +5,7 @@ Megatron-Core's local attention refuses packed sequences and context parallelism
 replaces the document mask by the window mask, so that documents would attend to each other. Transformer
 Engine's context parallelism requires documents padded to a multiple of twice the group size and has no
 sliding window over split documents. `DocumentAttention` therefore also serves `parallel.cp` > 1, unless
-`gpu.attention` selects another kernel (`specs.exchanged`).
+`gpu.attention` selects another kernel (`specs.build_exchanged_attention`).
 
 Documents are attended separately: on GPUs in 16 bits one kernel call covers all documents of a piece
 (`attend_documents`); otherwise documents of equal length share a call. Queries stay on their process. Keys

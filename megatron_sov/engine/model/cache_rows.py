@@ -52,6 +52,8 @@ class CacheGroup:
     """Tokens per span."""
     past: list[int]
     """Cached tokens per sequence."""
+    past_on_device: torch.Tensor | None = field(default=None, compare=False)
+    """[sequences, 1] int64 `past`, copied to the device by the first layer that needs it."""
 
 
 @dataclass

@@ -32,7 +32,7 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_sov.engine.model.adapters import Adapters
 from megatron_sov.engine.model.attention import PackedDocuments, SharedPrompts, pack_documents
-from megatron_sov.engine.model.cache_rows import PackedSpans, SpanRow
+from megatron_sov.engine.model.cache_rows import SpanRow
 from megatron_sov.engine.model.media_encoders import MediaEncoders
 from megatron_sov.engine.model.specs import (
     build_layer_specs, build_mtp_layer_spec, get_norm_class, uses_transformer_engine)
@@ -312,14 +312,6 @@ class PredictionLayer(MultiTokenPredictionLayer):
                 hidden_states=hidden_states, decoder_input=embedded, **kwargs)
             outputs.append(hidden_states)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def run_depth(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
-                  packed: PackedSpans) -> torch.Tensor:
-        """Run one depth on hidden states and embeddings of the next tokens, both
-        [tokens / sequence-parallel size, 1, hidden]."""
-        states: torch.Tensor = self._proj_and_transformer_layer(
-            hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
-        return states
 
 
 class OverlappedPasses(TransformerModelChunkSchedulePlan):

@@ -205,20 +205,19 @@ def _join_blocks(blocks: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
 def apply_delta_rule_by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                               decay: torch.Tensor,
                               rate: torch.Tensor,
-                              state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+                              state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the delta rule token by token to many sequences.
 
     Arguments as in `apply_delta_rule`, with leading axes [sequences, tokens]. Returns outputs [sequences,
-    tokens, key heads, r, value channels], and the state after each token."""
-    outputs, states = [], []
+    tokens, key heads, r, value channels], and the state after the last token."""
+    outputs = []
     for t in range(query.shape[1]):
         q, k = query[:, t, :, None, :, None], key[:, t, :, None, :, None]
         state = state * decay[:, t, ..., None].exp()
         error = rate[:, t, ..., None] * (value[:, t] - (state * k).sum(-2))
         state = state + k * error[..., None, :]
         outputs.append((state * q).sum(-2))
-        states.append(state)
-    return torch.stack(outputs, 1), states
+    return torch.stack(outputs, 1), state
 
 
 def _arrange_chunks(values: torch.Tensor, chunks: DocumentChunks) -> torch.Tensor:

@@ -243,7 +243,7 @@ def find_most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token
 
 
 def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_group: bool = False
-             ) -> tuple[torch.Tensor, torch.Tensor]:
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return values [3, C] as `Teacher.compare` does, and the derivative by the student's logits.
 
     Args:

@@ -77,31 +77,26 @@ class CachedAttention(torch.nn.Module):
         """Attend from a new token in many sequences: [sequences, 1, heads, head_dim]."""
         assert self.stored is not None
         device, count = query.device, len(group.past)
-        past = torch.tensor(group.past, device=device)[:, None]
-        positions = past + torch.arange(group.length, device=device)
+        if group.past_on_device is None:
+            group.past_on_device = torch.tensor(group.past, device=device)[:, None]
+        past = group.past_on_device
         rows = torch.arange(group.slot, group.slot + count, device=device)[:, None]
         for cache, new in zip(self.stored, (key, value), strict=False):
-            cache[rows, :, positions % self.capacity] = new
-        # write before reading: new tokens attend to new tokens. Entries after the longest sequence are never
+            cache[rows, :, past % self.capacity] = new
+        # write before reading: a new token attends to itself. Entries after the longest sequence are never
         # read
-        filled = min(self.capacity, max(group.past) + group.length)
+        filled = min(self.capacity, max(group.past) + 1)
         keys, values = (cache[group.slot:group.slot + count, :, :filled]
                         for cache in (self.stored[0], self.stored[-1]))
-        last = past + group.length - 1
-        # position at each ring index, negative if empty: index p of the ring holds the newest position equal
-        # to p modulo the ring size
-        cached_positions = last - (last - torch.arange(filled, device=device)) % self.capacity
-        distance = positions[:, :, None] - cached_positions[:, None]
-        visible = (cached_positions[:, None] >= 0) & (distance >= 0)
-        if self.window_tokens:
-            visible &= distance < self.window_tokens
-        # query heads that share a key head become more queries: [sequences, kv_heads, heads / kv_heads * new,
+        # index p of the ring holds the newest position equal to p modulo the ring size, always within the
+        # window; an entry is empty if its distance exceeds the tokens before the new one
+        distance = (past - torch.arange(filled, device=device)) % self.capacity
+        visible = (distance <= past)[:, None, None]
+        # query heads that share a key head become more queries: [sequences, kv_heads, heads / kv_heads,
         # head_dim]
-        heads = query.shape[2] // keys.shape[1]
-        grouped = query.unflatten(2, (keys.shape[1], heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mask = visible[:, None, None].expand(-1, -1, heads, -1, -1).flatten(2, 3)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
-        return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        grouped = query.squeeze(1).unflatten(1, (keys.shape[1], -1))
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=self.softmax_scale)
+        return out.flatten(1, 2)[:, None]
 
     def _attend_first(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
                       value: torch.Tensor) -> torch.Tensor:

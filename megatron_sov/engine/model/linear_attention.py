@@ -234,8 +234,7 @@ class RecurrentCache:
         query, key, value, decay, rate = self._layer.prepare_delta_inputs(mixed, gates)
         row = (query, key, value, decay, rate)
         if length == 1:
-            outputs, states = apply_delta_rule_by_token(*row, self._state[slots])
-            self._state[slots] = states[0]
+            outputs, self._state[slots] = apply_delta_rule_by_token(*row, self._state[slots])
         else:
             count = len(group.past)
             chunks = chunk_documents([(i * length, i * length, (i + 1) * length) for i in range(count)],

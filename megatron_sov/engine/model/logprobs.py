@@ -138,7 +138,7 @@ class Head:
 
     @torch.no_grad()
     def find_most_probable(self, hidden: torch.Tensor, k: int, temperature: float = 1.0
-                      ) -> tuple[torch.Tensor, torch.Tensor]:
+                           ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the K most probable tokens [T, K] int64 after each position of a row and their
         log-probabilities [T, K] float32 (float64 under fp64), on every process, from [local tokens, 1, H]."""
         best = [find_most_probable(s, self.weight, k, self._chunking.token_rows, temperature,

@@ -488,7 +488,7 @@ def clamp_gates(chunk: Any, model: ModelConfig) -> None:
 def _build_clamp_hook(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """Return the forward hook that clamps a linear layer's output [gate, up] to `limit`."""
     def clamp_output(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
-             ) -> tuple[torch.Tensor, torch.Tensor | None]:
+                     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         gate, up = outputs[0].chunk(2, dim=-1)
         return torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1), outputs[1]
 

@@ -78,7 +78,7 @@ class DecodingBatch:
         output = self._decoder.read([i.span for i in items], row_tokens)
         if output.routes is not None:
             record_routes(items, output.routes)
-        # before `_move_on` counts prompts as read: `in_prompt` must be true for prompts that end in this row
+        # before `read` grows: `in_prompt` must be true for prompts that end in this row
         self._copy_prompts(items)
         # spans that end inside a prompt choose no token
         chosen = [i for i in items if i.predicts]

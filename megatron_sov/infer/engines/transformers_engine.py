@@ -221,7 +221,7 @@ def copy_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
 
 
 def _get_shapes(model: Any, views: Mapping[str, torch.Tensor]
-               ) -> tuple[dict[str, tuple[int, ...]], Sequence[str]]:
+                ) -> tuple[dict[str, tuple[int, ...]], Sequence[str]]:
     """Return a model's tensor shapes, and name patterns for ignored tensors."""
     return ({name: tuple(view.shape) for name, view in views.items()},
             model._keys_to_ignore_on_load_unexpected or ())

@@ -419,7 +419,7 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
         option: the option that provides the changes, named in error messages.
 
     Raises:
-        SettingsError: see `megatron_sov.base.settings.change`.
+        SettingsError: see `megatron_sov.base.settings.assign_values`.
     """
     changes = parse_changes(settings, option)
     previous = config.to_dict()

@@ -35,7 +35,7 @@ without this setting, a tenth and more are common (GMLake, arXiv 2401.08156, fig
 def count_communicators(config: RunConfig, num_ranks: int) -> int:
     """Count the NCCL communicators with several processes that a step with AdamW uses on a process
     (`megatron.core.parallel_state`, 0.19.2). Groups with equal members and purpose share a communicator
-    (`engine.parallel.world.make_groups`)."""
+    (`engine.parallel.world.create_groups`)."""
     p, m, stage = config.parallel, config.model, num_ranks // config.parallel.pp
     # per axis: distance between neighbours, and size
     tp, cp, pp = (1, p.tp), (p.tp, p.cp), (stage, p.pp)

@@ -76,7 +76,7 @@ LayerParameters = tuple[int | None, tuple[LocalParameter, ...]]
 def list_stage_parameters(config: RunConfig, stage: int) -> list[list[LayerParameters]]:
     """Return the parameters on a process on pipeline stage `stage` (0-based), by chunk."""
     m, p = config.model, config.parallel
-    # bf16 models use Transformer Engine's modules (`engine.model.specs.transformer_engine_serves`)
+    # bf16 models use Transformer Engine's modules (`engine.model.specs.uses_transformer_engine`)
     fused = config.train.precision == "bf16"
     sizes = m, p.tp, p.ep, p.etp, fused
     # Layers with experts are last; a kind's first layer represents its kind.
@@ -220,7 +220,7 @@ def _group_adapted_modules(m: ModelConfig, lora: LoraConfig) -> dict[str, list[A
 def _list_factors(module: AdaptedModule, lora: LoraConfig, p: ParallelConfig, rows: int = 0
                   ) -> tuple[LocalParameter, ...]:
     """Return `lora_A`, `lora_B` and, under `lora.dora`, the row norms for an adapted module or expert
-    (`engine.model.lora.Factors`)."""
+    (`engine.model.adapters.AdapterFactors`)."""
     # A split by rows splits B, a split by columns splits A.
     size = p.etp if module.num_experts else p.tp
     is_split_by_rows = module.linear.endswith(SPLIT_BY_ROWS)

@@ -399,7 +399,7 @@ def find_update_rule(config: RunConfig, layer: int | None, part: LocalParameter)
 
 def _count_offloaded(pieces: list[StatePiece], rules: list[_UpdateRule], share: float) -> int:
     """Return the elements with optimizer states in host memory: the first pieces that reach `share`, matrices
-    before vectors, which have no weight decay (`engine.optimizer.host_adamw.split`)."""
+    before vectors, which have no weight decay (`engine.optimizer.adamw.split_groups`)."""
     if not share:
         return 0
     limit, offloaded = share * sum(piece.numel * piece.number for piece in pieces), 0

@@ -396,8 +396,8 @@ def build_workload(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: C
         recompute = "selective" if t.recompute == "selective" else "full"
     stages = tuple(len(p.stage_layers(stage, config.model.num_layers)) for stage in range(p.pp))
     uses_muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
-    # As `engine.model.gpu_settings.own_attention_serves` if Transformer Engine supports all heads; our kernel
-    # is FlashAttention 2.
+    # As `engine.model.gpu_settings.uses_document_attention` if Transformer Engine supports all heads; our
+    # kernel is FlashAttention 2.
     uses_local = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
     return Workload(
         build_shape(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,

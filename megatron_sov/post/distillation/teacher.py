@@ -186,16 +186,15 @@ def _read_parts(loaded: LoadedModel, reading: TeacherReading, sources: list[Sour
     rows of padding are added up to the largest part.
     """
     device, dp_rank, state_format = get_local_device(), loaded.world.dp_rank, reading.state_format
-    documents = [_read_documents(sources, part) for part in parts]
-    lengths = [[len(ids) for ids in part_documents] for part_documents in documents]
+    lengths = [_read_part_lengths(sources, part) for part in parts]
     rows = [group_into_rows(part_lengths, ROW_TOKENS) for part_lengths in lengths]
     longest = 0
     for part_lengths, part_rows in zip(lengths, rows, strict=True):
         longest = max(longest, *(sum(part_lengths[i] for i in row) for row in part_rows))
     part = parts[dp_rank] if dp_rank < len(parts) else None
     local_rows = rows[dp_rank] if part else []
-    micro_batches = [] if part is None else [
-        DocumentBatch([documents[dp_rank][i] for i in row], device, longest) for row in local_rows]
+    documents = _read_documents(sources, part) if part else []
+    micro_batches = [DocumentBatch([documents[i] for i in row], device, longest) for row in local_rows]
     micro_batches += [DocumentBatch([[0]], device, longest)] * (max(map(len, rows)) - len(local_rows))
 
     def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: DocumentBatch) -> torch.Tensor:
@@ -213,11 +212,17 @@ def _read_parts(loaded: LoadedModel, reading: TeacherReading, sources: list[Sour
         _write_states(folder / part.file, outputs)
 
 
+def _read_part_lengths(sources: list[Source], part: StatesPart) -> list[int]:
+    """Return the token count of each document in a part."""
+    lengths = sources[part.source].open_split(part.split).lengths
+    return [int(lengths[part.first_document + number]) for number in range(part.num_documents)]
+
+
 def _read_documents(sources: list[Source], part: StatesPart) -> list[list[int]]:
     """Return the token ids of each document in a part."""
     shard = sources[part.source].open_split(part.split)
-    numbers = range(part.first_document, part.first_document + part.num_documents)
-    return [shard.tokens(number, 0, int(shard.lengths[number])).tolist() for number in numbers]
+    return [shard.tokens(part.first_document + number, 0, length).tolist()
+            for number, length in enumerate(_read_part_lengths(sources, part))]
 
 
 def gather_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:

@@ -69,13 +69,11 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
                       after=needles.after, faults=faults, dry_run=dry_run, memory=estimate)
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest_checkpoint(planned.folder.checkpoints) is None
+            short = open_short_context(planned.config, Target(first, False).trained_tokens, formats)
             if fresh and start_loss is None:
                 # A resumed stage has the loss in the state of the gate.
-                start_loss = measure_checkpoint_loss(
-                    first, open_short_context(planned.config, Target(first, False).trained_tokens, formats),
-                    planned.config, nproc)
-            gate = _build_gate(planned, needles, open_short_context(
-                planned.config, Target(first, False).trained_tokens, formats), start_loss)
+                start_loss = measure_checkpoint_loss(first, short, planned.config, nproc)
+            gate = _build_gate(planned, needles, short, start_loss)
             stage = dataclasses.replace(stage, before=None, after=gate.completion, gate=gate)
         was_complete = stage.folder.completion() is not None
         if not run_stage(stage, nproc, stage_start_s):

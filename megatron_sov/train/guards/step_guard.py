@@ -34,7 +34,6 @@ class StepGuard:
         """Whether to reject a loss above the limit; a non-finite loss is always rejected."""
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
-        self._windows_at_rejection: tuple[list[float], list[float]] = [], []
         self.consecutive_rejections = 0
         """Steps rejected since the last learned step."""
         self._consecutive_suspects = 0

@@ -75,8 +75,8 @@ def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> 
 
 
 def _conclude_stage(stage: Stage, launch: LaunchState, code: int) -> bool:
-    """Judge the last checkpoint by the end gate, and finish the side jobs of a complete stage; return and
-    raise as `run_stage`. `code` is the exit code of the ranks."""
+    """Finish the side jobs of a complete stage; return and raise as `run_stage`. `code` is the exit code of
+    the ranks."""
     if code != 0:
         # a folder that these ranks did not declare belongs to an earlier run
         if code == ExitCode.USER_ERROR and launch.declared[0] and not launch.may_resume:

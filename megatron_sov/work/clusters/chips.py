@@ -73,12 +73,10 @@ class Chip(Gpu):
     """Bandwidth of the network adapter in the vendor's own server, one direction."""
     power_w: float
     """Maximum power of the GPU."""
-    server_power_w: float
-    """Maximum power of the GPU's share in the vendor's server, including CPUs, memory, fans and network."""
     price: Price
     """Rental price."""
     sources: dict[str, str] = field(hash=False)
-    """tflops, hbm, nvlink, memory, network, power, server_power, price -> source."""
+    """tflops, hbm, nvlink, memory, network, power, price -> source."""
 
     def flops_per_s(self, precision: str) -> float:
         """Return the dense peak for "bf16", "fp8" or "fp4". Raises `UserError`: the chip does not support the
@@ -125,7 +123,7 @@ def _read_chips() -> dict[str, Chip]:
             nvlink_bytes_per_s=row["nvlink_gbytes_per_s"] * 1e9, nvlink_domain=row["nvlink_domain"],
             # networks are specified in decimal bits, links inside a server in bytes
             network_bytes_per_s=row["network_gbits_per_s"] * 1e9 / 8,
-            power_w=row["power_w"], server_power_w=row["server_power_w"], price=Price(**row["price"]),
+            power_w=row["power_w"], price=Price(**row["price"]),
             # a source for several fields has the key "tflops, hbm"
             sources={name: source for names, source in row["sources"].items() for name in names.split(", ")})
     return chips

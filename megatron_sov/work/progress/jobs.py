@@ -97,7 +97,7 @@ def local_executor(do: Callable[[Work], bytes]) -> Executor[Work]:
 
 
 def worker_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int
-               ) -> Executor[Work]:
+                    ) -> Executor[Work]:
     """Return an executor with local worker processes, see `pool.WorkerPool`."""
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
         numbers: deque[int] = deque()

@@ -203,7 +203,7 @@ class TableFile:
 
 
 def iter_row_groups(files: Sequence[Path], seals: Sequence[str | None], hint: Callable[[Path], str]
-                ) -> Iterator[list[pa.Table]]:
+                    ) -> Iterator[list[pa.Table]]:
     """Yield row groups of a file, each with the corresponding row groups of files with added columns.
 
     Args:

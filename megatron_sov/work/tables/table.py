@@ -1,8 +1,9 @@
 """A table: a folder that jobs on many machines write and read concurrently.
 
-TABLE/HEAD                            values shared by all parts TABLE/ROWS/NAME/                      a part:
-rows published by a job TABLE/ADDED/VERSION/NAME/             columns that a later job added to a part
-TABLE/claims/                         claims of running jobs, see `progress.locks`
+    TABLE/HEAD                            values shared by all parts
+    TABLE/ROWS/NAME/                      a part: rows published by a job
+    TABLE/ADDED/VERSION/NAME/             columns that a later job added to a part
+    TABLE/claims/                         claims of running jobs, see `progress.locks`
 
 A part is a Parquet file with a manifest. It appears by a rename and never changes; if two jobs publish the
 same part, the first stays. Readers need no lock.

@@ -14,8 +14,8 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.model.config import PolicyConfig
-from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.sources import open_sources
+from tests.run_files import list_losses, read_run_events, read_steps
 
 BETA, TEMPERATURE = 0.3, 1.5
 DIVERGENCE = (f"distillation.beta={BETA}", f"distillation.temperature={TEMPERATURE}")
@@ -63,15 +63,6 @@ def whole(folder: Path, command: Command, run_command: Any) -> Path:
     return folder / "whole"
 
 
-def steps(run: Path) -> list[dict[str, Any]]:
-    """Return the events of steps; a killed run may have done one twice."""
-    return list({e["step"]: e for e in read_events(run / "events.jsonl") if e["event"] == "step"}.values())
-
-
-def losses(run: Path) -> list[tuple[float, float]]:
-    return [(e["loss"], e["grad_norm"]) for e in steps(run)]
-
-
 def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Path) -> tuple[float, float]:
     """Return mean generalized JSD and forward KL over the student's text of a round, with torch's KL of the
     two models' logits, as in TRL's GKD trainer."""
@@ -103,14 +94,14 @@ def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Pa
 
 
 def test_answers_are_learned_by_the_papers_divergence(whole: Path, folder: Path, teacher: Path) -> None:
-    step = steps(whole)[1]
+    step = read_steps(whole)[1]
     loss, kl = divergence_of_transformers(whole, 2, folder, teacher)
     assert step["loss"] == pytest.approx(loss, rel=2e-4) and loss > 1e-4
     assert step["meters"]["kl"] == pytest.approx(kl, rel=2e-4)
-    assert [list(e["losses_by_source"]) for e in steps(whole)] == [["chat"], ["rollouts"]] * 2
+    assert [list(e["losses_by_source"]) for e in read_steps(whole)] == [["chat"], ["rollouts"]] * 2
     assert sorted(p.name for p in (whole / "rounds").glob("????")) == ["0002", "0004"]
     # one schedule over the whole run
-    rates = [e["lr"] for e in steps(whole)]
+    rates = [e["lr"] for e in read_steps(whole)]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) > 2
 
 
@@ -122,9 +113,8 @@ def test_data_are_learned_as_distill_learns_them(whole: Path, folder: Path, stud
                          "--data", str(packed_data.chats), "--run", str(folder / "kept"), "--states-dtype",
                          "float32", *(w for s in (*DIVERGENCE, "train.steps=1") for w in ("--set", s)))
     assert result.returncode == 0, result.stderr
-    assert losses(whole)[0] == pytest.approx(losses(folder / "kept")[0], rel=1e-5)
-    before, kept = (next(e for e in read_events(run / "events.jsonl") if e["event"] == "heldout_divergence")
-                    for run in (whole, folder / "kept"))
+    assert list_losses(whole)[0] == pytest.approx(list_losses(folder / "kept")[0], rel=1e-5)
+    before, kept = (read_run_events(run, "heldout_divergence")[0] for run in (whole, folder / "kept"))
     assert before["kl"] == pytest.approx(kept["kl"], rel=1e-5)
     assert read_manifest(folder / "kept.states", "teacher_states").settings["teacher"]
 

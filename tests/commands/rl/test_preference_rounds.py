@@ -13,8 +13,8 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.sources import open_sources
+from tests.run_files import list_losses, read_steps
 
 BETA = 0.7
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
@@ -63,15 +63,6 @@ def whole(folder: Path, command: Command, run_command: Any) -> Path:
     result = run_command(*command("whole", f"preference.beta={BETA}"))
     assert result.returncode == 0, result.stderr
     return folder / "whole"
-
-
-def steps(run: Path) -> list[dict[str, Any]]:
-    """Return the events of steps; a killed run may have done one twice."""
-    return list({e["step"]: e for e in read_events(run / "events.jsonl") if e["event"] == "step"}.values())
-
-
-def losses(run: Path) -> list[tuple[float, float]]:
-    return [(e["loss"], e["grad_norm"]) for e in steps(run)]
 
 
 def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], dict[str, float]]]]:
@@ -154,11 +145,11 @@ def test_pairs_are_learned_against_the_weights_that_begin_the_round(whole: Path,
         # the second step of each round, after the first
         now, then = (means_of_transformers(whole, at, taken[step], teacher, folder)[0]
                      for at in (step, step - 1))
-        assert steps(whole)[step]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)
-        assert steps(whole)[step]["meters"]["margin"] != 0
-    assert [steps(whole)[i]["loss"] for i in (0, 2)] == pytest.approx([math.log(2)] * 2, rel=1e-6)
+        assert read_steps(whole)[step]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)
+        assert read_steps(whole)[step]["meters"]["margin"] != 0
+    assert [read_steps(whole)[i]["loss"] for i in (0, 2)] == pytest.approx([math.log(2)] * 2, rel=1e-6)
     # one schedule over the whole run
-    rates = [e["lr"] for e in steps(whole)]
+    rates = [e["lr"] for e in read_steps(whole)]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) > 2
 
 
@@ -171,8 +162,9 @@ def test_pairs_are_learned_against_the_start_of_the_run(whole: Path, folder: Pat
     run = folder / "fixed"
     taken = documents(run, 2)[1]
     now, then = (means_of_transformers(run, at, taken, teacher, folder)[0] for at in (3, 0))
-    assert steps(run)[3]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)
-    assert losses(run)[1] == pytest.approx(losses(whole)[1], rel=1e-5)  # of round 1 both are the start
+    assert read_steps(run)[3]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)
+    # of round 1 both are the start
+    assert list_losses(run)[1] == pytest.approx(list_losses(whole)[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["simper", "grouper"])
@@ -192,7 +184,7 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
                                   for name in ("advantage", "group_share"))
             assert (shares == 0.25).all() and {-1.0, 1.0} < set(advantages) | {0.5}
             expected = float(-(advantages * inverse * shares).sum() / shares.sum())
-        assert steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
+        assert read_steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.each(("settings", "said"), [

@@ -20,8 +20,8 @@ from megatron_sov.cli import main
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import Policy, find_round_policy
+from tests.run_files import list_losses, read_run_events, read_weight_digests
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks/learning"))
 from tasks import Exact
@@ -76,22 +76,6 @@ def undisturbed_run(folder: Path, command: Command, run_command: Any) -> Path:
     return folder / "whole"
 
 
-def read_run_events(run: Path, name: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(run / "events.jsonl") if event["event"] == name]
-
-
-def list_losses(run: Path) -> list[tuple[float, float]]:
-    """Return loss and gradient norm of each step; a killed run may have run a step twice."""
-    by_step = {e["step"]: (e["loss"], e["grad_norm"]) for e in read_run_events(run, "step")}
-    return list(by_step.values())
-
-
-def read_weight_digests(run: Path) -> dict[str, str]:
-    """Return file -> digest of the last step's weights."""
-    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-6").files.items()
-            if name.endswith(".safetensors")}
-
-
 def read_rows(store: Path) -> list[Rollout]:
     opened = RolloutStore.open(store)
     return [row for part in opened.parts() for row in opened.read_rollouts(part.name)]
@@ -142,8 +126,8 @@ def killed_run(folder: Path, command: Command, run_command: Any) -> Path:
 def check_same_bits(ours: Path, undisturbed_run: Path) -> None:
     """Assert that a run generated, trained and published the same bits as the undisturbed run."""
     assert list_losses(ours) == list_losses(undisturbed_run) and len(list_losses(undisturbed_run)) == 6
-    digests = read_weight_digests(undisturbed_run)
-    assert digests and read_weight_digests(ours) == digests
+    digests = read_weight_digests(undisturbed_run, 6)
+    assert digests and read_weight_digests(ours, 6) == digests
     stores = [run.with_name(f"{run.name}-store") for run in (ours, undisturbed_run)]
     for our_row, their_row in zip(*map(read_rows, stores), strict=True):
         assert our_row.key == their_row.key and our_row.versions.tolist() == their_row.versions.tolist()
@@ -213,7 +197,7 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
     result = run_command(*command("trained", store="whole-store", word="train"))
     assert result.returncode == 0, result.stderr
     assert list_losses(folder / "trained") == list_losses(undisturbed_run)
-    assert read_weight_digests(folder / "trained") == read_weight_digests(undisturbed_run)
+    assert read_weight_digests(folder / "trained", 6) == read_weight_digests(undisturbed_run, 6)
     # its policies are those of the store, and each has a checkpoint
     assert "began responses" not in result.stderr
     assert [e["step"] for e in read_run_events(folder / "trained", "checkpoint")] == [2, 4, 6]

@@ -18,9 +18,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.rl.teacher_models import check_teacher_model
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.obs.meters import format_step, read_headline
 from megatron_sov.train.data.sources import open_sources
+from tests.run_files import read_run_events
 from tests.token_servers import VllmDouble
 
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=1",
@@ -64,10 +64,6 @@ def whole(folder: Path, command: Command, run_command: Any) -> Path:
     result = run_command(*command("whole"))
     assert result.returncode == 0, result.stderr
     return folder / "whole"
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(run / "events.jsonl") if event["event"] == name]
 
 
 def column(run: Path, number: int = 1) -> np.ndarray:
@@ -115,10 +111,10 @@ def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, t
 
     advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
         teachers, student, there, strict=True)]
-    told, step = events(whole, "round")[0], events(whole, "step")[0]
+    told, step = read_run_events(whole, "round")[0], read_run_events(whole, "step")[0]
     # --reward none: no reward of 0 is printed, but the figure that the run optimizes
     assert "reward" not in told["means"] and "reward" not in step["meters"]
-    headline, _ = read_headline(events(whole, "run_start")[0])
+    headline, _ = read_headline(read_run_events(whole, "run_start")[0])
     assert format_step(step, headline, comparable=False).startswith("KL to the teacher ")
     assert told["reverse_kl"] == pytest.approx(-np.concatenate(advantages).mean(), abs=2e-5)
     for domain, apart in told["reverse_kl_domains"].items():

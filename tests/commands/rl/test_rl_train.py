@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.cli import main
 from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
@@ -17,6 +16,7 @@ from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import find_round_policy
+from tests.run_files import read_weight_digests
 
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
                         piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6, temperature=0.8)
@@ -84,12 +84,6 @@ def undisturbed(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
     return rounds.folder / "undisturbed"
 
 
-def last_weights(run: Path) -> dict[str, str]:
-    """Return the digests of the last step's weights."""
-    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-6").files.items()
-            if name.endswith(".safetensors")}
-
-
 @pytest.mark.essential
 @pytest.mark.distributed
 def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, rounds: Rounds, run_command: Any,
@@ -109,7 +103,7 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
 
     disturbed = rounds.folder / "disturbed"
     assert losses(disturbed) == losses(undisturbed) and list(losses(disturbed)) == [1, 2, 3, 4, 5, 6]
-    assert last_weights(disturbed) == last_weights(undisturbed) != {}
+    assert read_weight_digests(disturbed, 6) == read_weight_digests(undisturbed, 6) != {}
     by_source = [step[4] for step in losses(undisturbed).values()]
     assert all("rollouts" in step for step in by_source)
     assert 0 < sum("even" in step or "odd" in step for step in by_source) < 6  # InK-GRPO's draw

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.runs.obs.events import EVENTS, read_events
+from tests.run_files import read_run_events
 
 SMALL = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
          "model.num_experts": 4,
@@ -40,10 +40,6 @@ def extend(recipe: str, short_run: Path, token_shards: Path, run: Path, **more: 
                  *words(settings)])
 
 
-def events_of(run: Path, kind: str) -> list[dict]:
-    return [e for e in read_events(run / EVENTS) if e["event"] == kind]
-
-
 @pytest.mark.parametrize("short_run", ["tiny-solar-open"], indirect=True)
 def test_a_run_becomes_a_longer_one_with_needles(short_run: Path, token_shards: Path, tmp_path: Path,
                                                  capsys) -> None:
@@ -54,13 +50,13 @@ def test_a_run_becomes_a_longer_one_with_needles(short_run: Path, token_shards: 
     assert config["model"]["yarn"]["factor"] == 2.0
     assert config["model"]["yarn"]["original_max_position_tokens"] == 64
     assert (config["model"]["hidden_size"], config["needle"]["lengths_tokens"]) == (32, [64, 128])
-    before, after = events_of(run, "needle")
+    before, after = read_run_events(run, "needle")
     cells = [[(c["length_tokens"], c["depth"], c["samples"]) for c in e["cells"]] for e in (before, after)]
     assert [(e["when"], e["step"]) for e in (before, after)] == [("before", 0), ("after", 3)]
     assert cells == [[(length, depth, 2) for length in (64, 128) for depth in (0.0, 0.9)]] * 2
     completion = json.loads((run / "complete.json").read_text())
     assert (completion["needle"]["score"], completion["needle"]["cells"]) == (after["score"], after["cells"])
-    consumed = events_of(run, "data_consumed")[-1]["tokens"]
+    consumed = read_run_events(run, "data_consumed")[-1]["tokens"]
     assert consumed["needle"] == 6 * 128
     assert sum(consumed.values()) == 12 * 128
     assert "needle retrieval before the extension" in capsys.readouterr().out
@@ -76,7 +72,7 @@ def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: P
                   data__phases=blend) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["data"]["phases"][0]["blend"] == {"first": 2.0, "second": 1.0, "needle": 1.0}
-    assert events_of(run, "data_consumed")[-1]["tokens"]["needle"] == 3 * 96
+    assert read_run_events(run, "data_consumed")[-1]["tokens"]["needle"] == 3 * 96
     for settings, sentence in (
         ({"needle__train_share": 1.0}, "needle.train_share = 1 must be below 1"),
         ({"needle__lengths_tokens": "[16]"}, "needle length 16"),

@@ -93,9 +93,9 @@ def test_single_tokens_and_carried_states_equal_chunks(fastest: float) -> None:
     row = [t.detach() for t in drawn(2 * CHUNK_TOKENS + 9, fastest=fastest)]
     found, last = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
     zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)
-    singly, states = apply_delta_rule_by_token(*(t[None] for t in row), zeros)
+    singly, state = apply_delta_rule_by_token(*(t[None] for t in row), zeros)
     torch.testing.assert_close(singly[0], found, atol=1e-13, rtol=1e-12)
-    torch.testing.assert_close(states[-1], last, atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(state, last, atol=1e-13, rtol=1e-12)
     cut = 37  # not a chunk boundary
     _, middle = apply_delta_rule(*(t[:cut] for t in row), chunks=chunk_documents([(0, 0, cut)], CPU))
     rest = chunk_documents([(0, 0, len(row[0]) - cut)], CPU)

@@ -19,8 +19,8 @@ from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
 from megatron_sov.post.extend.contamination import WINDOW_TOKENS, check_contamination, search_contamination
 from megatron_sov.post.extend.stages import build_stage_blend, plan_stages
 from megatron_sov.runs.checkpoints import find_checkpoint
-from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.sources import Source
+from tests.run_files import read_run_events
 from tests.typed_words import parse_settings
 
 # The search of the training text finds planted needles only, and a gate that would test memorization is
@@ -200,10 +200,6 @@ def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[st
             str(run), *words(chosen), *more]
 
 
-def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read_events(run / EVENTS) if e["event"] == kind]
-
-
 @pytest.mark.essential
 def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shards: Path,
                                                     tmp_path: Path) -> None:
@@ -220,16 +216,16 @@ def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shard
     assert ((first["model"]["yarn"]["factor"], second["model"]["yarn"], second["model"]["rope_theta"])
             == (1.5, None, 5e6))
     assert second["optim"]["lr"] == 1e-3
-    assert ([(e["step"], e["judged"], e["passed"]) for e in events_of(near, "gate")]
+    assert ([(e["step"], e["judged"], e["passed"]) for e in read_run_events(near, "gate")]
             == [(0, True, False), (1, True, False), (2, True, True)]), (
         "neither before its steps nor long behind them")
     completion = json.loads((near / "complete.json").read_text())
     assert (completion["step"], completion["gate"]["passed"]) == (2, True)
-    starts = {e["start_loss"] for folder in (near, far) for e in events_of(folder, "gate")}
+    starts = {e["start_loss"] for folder in (near, far) for e in read_run_events(folder, "gate")}
     assert len(starts) == 1, "both stages are held to the loss before the first one"
     blend = first["data"]["phases"][0]["blend"]
     assert blend["first/64"] / sum(blend.values()) == pytest.approx(0.5 * 0.9), "half of what is not needles"
-    (found,) = events_of(near, "decontamination")
+    (found,) = read_run_events(near, "decontamination")
     assert ((found["questions_found"], found["questions"] > 100, found["scanned_tokens"]["needle"] > 0)
             == (0, True, True))
     assert main(command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0)) == 0

@@ -17,7 +17,7 @@ from megatron_sov.base.errors import GateFailed, StopRequested, UserError
 from megatron_sov.engine.parallel.launcher import RestartPolicy
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.train.data.ledger import plan_ledger
 from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.views import add_source_views
@@ -26,6 +26,7 @@ from megatron_sov.train.stages import launch as launch_module
 from megatron_sov.train.stages.launch import run_stage
 from megatron_sov.train.stages.rank import _lock_folder
 from megatron_sov.train.stages.stage import LaunchState, Stage
+from tests.run_files import read_run_events
 
 SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
          "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")
@@ -62,10 +63,6 @@ def stage(packed_data: Any, tmp_path: Path) -> Callable[..., Stage]:
         return Stage(config, RunFolder(tmp_path / "run"), SimpleNamespace(), resume=True, **fields)
 
     return made
-
-
-def events(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read_events(folder.path / EVENTS) if e["event"] == kind]
 
 
 def open_run(stage: Stage) -> None:
@@ -135,7 +132,7 @@ def test_processes_receive_the_start_time_of_each_attempt(stage: Callable[..., S
     with pytest.raises(StopRequested):
         run_stage(ready, 2, start_s=1000.0)
     assert begun_s[0] == 1000.0 and before_s <= begun_s[1] <= begun_s[2] <= time.time()
-    told = events(ready.folder, "restart")
+    told = read_run_events(ready.folder.path, "restart")
     assert [(e["step"], e["exit_code"]) for e in told] == [(0, 137), (3, 1)]
     assert [e["text"] for e in told] == [
         "rank 1 was ended by SIGKILL; all processes are started again, from the beginning",
@@ -166,7 +163,7 @@ def test_giving_up_is_recorded_with_its_exit_code(max_restarts: int, says: str, 
     with pytest.raises(SystemExit) as raised:
         run_stage(ready, 2)
     assert raised.value.code == 137
-    (failure,) = events(ready.folder, "failure")
+    (failure,) = read_run_events(ready.folder.path, "failure")
     assert (failure["step"], failure["exit_code"]) == (2, 137)
     assert says in failure["text"]
     assert capsys.readouterr().err == f"error: {failure['text']}\n" * 2

@@ -183,7 +183,7 @@ class Publisher:
             samples_per_prompt=rollout.samples_per_prompt, reward_version=self.reward_version)
 
     def _judge_round(self, source: StoredRound, inputs: _RoundInputs, rank: int, size: int
-                ) -> list[JudgedPiece]:
+                     ) -> list[JudgedPiece]:
         """Judge pieces rank, rank + size, ... in a round."""
         # All attempts at a response are in parts with the same piece number.
         parts = defaultdict[int, dict[int, RolloutPart]](dict)
@@ -333,7 +333,7 @@ class Publisher:
         return content
 
     def _complete_round(self, plan: RoundPlan, written: Sequence[WrittenShard],
-                  building: contextlib.ExitStack) -> None:
+                        building: contextlib.ExitStack) -> None:
         """Write the manifest after the shards, and rename the folder."""
         artifact = self._artifact
         assert artifact is not None, "no round is under construction"

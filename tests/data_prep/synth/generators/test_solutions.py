@@ -12,7 +12,7 @@ from data_prep.responses.trajectories import read_queries
 from data_prep.synth.replies import NoUsableReply
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents.accounting import RecordTally
-from tests.data_prep.synth.scripted import generator, samples_of
+from tests.data_prep.synth.scripted import generator, replies_of, samples_of
 
 WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then four, then five: two steps on.",
         "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
@@ -23,20 +23,14 @@ def item(answer: str = "5", **fields: Any) -> GeneratorItem:
                                  **fields})
 
 
-def says(*texts: Any) -> Any:
-    """Return a model that says one text after the other."""
-    left = list(texts)
-    return lambda request: left.pop(0)
-
-
 def reasons(replies: Any, asked: GeneratorItem | None = None, **settings: Any) -> list[str]:
     made = generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
     return [sample.reason for sample in samples_of(made, asked or item(), replies)]
 
 
 def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tmp_path: Path) -> None:
-    replies = says({"content": f"{WAYS[0]}\n\\boxed{{5}}", "reasoning_content": "Hm."},
-                   f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}")
+    replies = replies_of({"content": f"{WAYS[0]}\n\\boxed{{5}}", "reasoning_content": "Hm."},
+                         f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}")
     samples = samples_of(generator("solutions", num_draws=3, most=3), item(), replies)
     assert [sample.reason for sample in samples] == ["", "", "answer"]
     assert samples[0].record == {"answer": "5", "messages": [
@@ -56,7 +50,7 @@ def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tm
     ({"content": "\\boxed{5}", "finish_reason": "length"}, "answer"),
 ])
 def test_a_solution_ends_with_its_one_answer(reply: Any, reason: str) -> None:
-    assert reasons(says(reply), num_draws=1, most=1) == [reason]
+    assert reasons(replies_of(reply), num_draws=1, most=1) == [reason]
 
 
 def test_a_draw_of_no_use_is_a_wrong_one_and_takes_no_other_with_it() -> None:
@@ -73,15 +67,15 @@ def test_solutions_that_are_the_same_count_once() -> None:
     same = f"{WAYS[0]}\n\\boxed{{5}}"
     other = f"Look:\n{same}"
     third = f"{WAYS[1]}\n\\boxed{{5}}"
-    assert reasons(says(same, other, third), least=2, max_similarity=0.7) == ["", "different", ""]
-    assert reasons(says(same, other, other), least=2,
+    assert reasons(replies_of(same, other, third), least=2, max_similarity=0.7) == ["", "different", ""]
+    assert reasons(replies_of(same, other, other), least=2,
                    max_similarity=0.7) == ["enough", "different", "different"]
 
 
 def test_a_choice_is_asked_for_with_its_letters_and_judged_by_them() -> None:
     asked = item("B", choices=["four", "five"])
     requests: list[Any] = []
-    answers = says("\\boxed{B}", "\\boxed{A}")
+    answers = replies_of("\\boxed{B}", "\\boxed{A}")
     samples = samples_of(generator("solutions", num_draws=2, least=1, most=2), asked,
                          lambda request: requests.append(request) or answers(request))
     assert "What is 2 + 3?\n\nA. four\nB. five\n\nGive the letter" in requests[0]["messages"][-1]["content"]
