@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +86,9 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
     source = Path(path)
     if not os.path.exists(source):
+        if program == "megatron-sov" and os.path.isfile(f"{path}.idx"):
+            return UserError(f"{option} {path}: is the prefix of an indexed dataset; `sov-data adopt` takes it "
+                             "over", fix_by_packing(path, Path(_choose_tokenizer(line)), []))
         if glob.glob(path):
             return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
                              Fix(words={path: os.path.dirname(path) or "."}))
@@ -148,7 +151,8 @@ def _choose_format(file: Path) -> list[str]:
 
 
 def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
-    """Return the commands that pack a file, after the import of a tokenizer that exists and is not ours."""
+    """Return the commands that pack a file, or adopt the prefix of an indexed dataset, after the import of a
+    tokenizer that exists and is not ours."""
     commands = []
     is_ours = classify_folder(tokenizer) == "tokenizer" and os.path.isfile(tokenizer / "manifest.json")
     if os.path.exists(tokenizer) and not is_ours:
@@ -156,17 +160,20 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
         commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
         tokenizer = imported
     shards = choose_free_path(f"{Path(path).name.partition('.')[0]}-tokens")
-    commands.append(["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", path, *options, "--output",
-                     shards])
+    command = ["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", path, *options]
+    if os.path.isfile(f"{path}.idx"):
+        command = ["sov-data", "adopt", path, "--tokenizer", str(tokenizer)]
+    commands.append([*command, "--output", shards])
     return Fix(words={path: shards}, before=tuple(map(shlex.join, commands)))
 
 
-def fix_chats(file: Path) -> Fix:
-    """Return the command that writes chats as prompts, with the last message of each as its answer."""
+def fix_prompts(file: Path, faults: Iterable[str]) -> Fix | None:
+    """Return the command that writes chats or pairs as prompts with answers; None for other faults."""
+    programs = load_table()["prompts_by_jq"]
+    program = next((programs[kind] for kind in programs for fault in faults if fault.startswith(kind)), "")
     target = choose_free_path(f"{file.stem}-prompts.jsonl")
-    program = ".messages as $m | {prompt: $m[:-1], answer: $m[-1].content}"
-    return Fix(words={str(file): target},
-               before=(f"jq -c {shlex.quote(program)} {shlex.quote(str(file))} > {target}",))
+    command = f"jq -c {shlex.quote(program)} {shlex.quote(str(file))} > {target}"
+    return Fix(words={str(file): target}, before=(command,)) if program else None
 
 
 def fix_table(file: Path) -> Fix | None:

@@ -81,6 +81,9 @@ class DistillOptions(StageOptions):
         return dataclasses.replace(self, settings=(*self.settings, f"distillation.top_k={self.top_k}"))
 
     def check_paths(self) -> None:
+        if self.start_from is None and self.recipe is None and not self.configs:
+            raise UserError("--from: is missing; pass the student, which learns from --teacher, or a RECIPE "
+                            "for a new one", Fix(options=("--from", "CHECKPOINT|RUN|HF_DIR")))
         if not self.teacher and not self.states:
             raise UserError("--teacher: is missing; pass the teacher model, or --states with its outputs for "
                             "the data", Fix(options=("--teacher", "TEACHER")))
