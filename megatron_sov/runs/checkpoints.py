@@ -396,7 +396,7 @@ def check_adapter_settings(path: Path, lora: LoraConfig, model: ModelConfig) -> 
     for name, theirs in adapter_identity(read_checkpoint_settings(path).lora, model).items():
         if theirs != ours.get(name):
             raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours.get(name)}; use "
-                            "the setting that it was made with, or merge it with `megatron-sov convert to-hf`",
+                            "its own settings, or merge it with `megatron-sov convert to-hf`",
                             Fix(options=("--set", f"lora.{name}={json.dumps(theirs)}")))
 
 

@@ -20,6 +20,7 @@ from megatron_sov.base.hints.values import find_value, pair_words
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 """Program -> module with `build_parser` and `main`."""
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
+_PIPELINE_OPTIONS = ("input", "i", "data", "input_dir", "input_folder")
 _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
 _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
 
@@ -66,8 +67,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     """Build the error for `sov-data STEP`, or `sov-data run` with step options; None: no step or input."""
     index, words = index_words("steps"), [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
-    source = next((values[name] for name in ("input", "i", "data", "input_dir", "input_folder")
-                   if name in values), "")
+    source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "")
     named = [command] if command != "run" else [part for word in words for part in word.split(",")]
     steps = dict[str, str]()
     for word in named:
@@ -82,8 +82,11 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
             *(f"  - {step}: {{{settings}}}" for step, settings in steps.items())]
     output = values.get("output", values.get("o", choose_free_path("corpus")))
-    return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} "
-                     "(docs/data_pipeline.md); `sov-data run` runs it",
+    unread = [name for name in values if name not in (*_PIPELINE_OPTIONS, "output", "o")
+              and not any(f"{step}.{name}" in index for step in steps)]
+    without = f", without {', '.join(unread)}" if unread else ""
+    return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} and their "
+                     f"settings (docs/data_pipeline.md); `sov-data run` runs it{without}",
                      Fix(f"sov-data run {file} --output {shlex.quote(output)}",
                          before=(f"printf '%s\\n' {shlex.join(text)} > {file}",)))
 

@@ -69,7 +69,7 @@ class _Proposal:
         """Return the next fault; None: the check passes or stops at a placeholder."""
         error = self.run_check()
         placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
-        names = [*placeholders, *(word.partition("=")[0] for word in placeholders), *self.new_paths]
+        names = [*placeholders, *(part for word in placeholders for part in word.split("=")), *self.new_paths]
         for _ in range(MAX_FAULTS):
             if error is not None and not any(_names_word(error.sentence, word) for word in names):
                 return error
@@ -132,26 +132,31 @@ class _Proposal:
                          join_sentences(unfixed) if unfixed else "")
 
     def correct_commands(self, find_check: FindCheck) -> None:
-        """Check the commands of `before`, and replace each by its corrected commands."""
+        """Check the commands of `before`, and replace each by its corrected commands; a new model has the
+        vocabulary size of its new tokenizer."""
         commands = list[str]()
         for command in self.before:
-            program, *words = shlex.split(command)
-            outputs = {word for word in words if word in self.new_paths}
-            reads_earlier = any(outputs & {*shlex.split(earlier)} for earlier in commands)
-            check = None if reads_earlier or _SEVERAL.search(command) else find_check(program)
-            fault = check and _Proposal(program, (), check, words, new_paths=self.new_paths).find_fault()
-            error = propose_line(program, words, fault, check, find_check) if check and fault else UserError()
-            corrected = error.fix.line if error.fix else ""
-            # later commands read the outputs
-            is_usable = bool(corrected) and outputs <= {*shlex.split(corrected)}
-            commands += corrected.split("\n  ") if is_usable else [command]
-            self.unfixed += [error.sentence] * bool(error.sentence and not corrected)
+            commands += self._correct_command(command, commands, find_check)
         self.before = commands
         trained = [command for command in commands if command.startswith("sov-tokenizer train ")]
         if trained and self.line[0] == "pretrain":
             size = find_value(shlex.split(trained[0]), "--vocab-size")
             fix = Fix(options=("--set", f"model.vocab_size={size}"))
             self.line = apply_fix(self.program, self.line, fix) or self.line
+
+    def _correct_command(self, command: str, earlier: Sequence[str], find_check: FindCheck) -> list[str]:
+        program, *words = shlex.split(command)
+        new_paths = {word for word in words if word in self.new_paths}
+        reads_earlier = any(new_paths & {*shlex.split(other)} for other in earlier)
+        check = None if reads_earlier or _SEVERAL.search(command) else find_check(program)
+        fault = check and _Proposal(program, (), check, words, new_paths=self.new_paths).find_fault()
+        if check is None or fault is None:
+            return [command]
+        error = propose_line(program, words, fault, check, find_check)
+        line = error.fix.line if error.fix else ""
+        self.unfixed += [error.sentence] * (not line)
+        # later commands read the new paths
+        return line.split("\n  ") if line and new_paths <= {*shlex.split(line)} else [command]
 
 
 def propose_line(program: str, typed: Sequence[str], error: UserError, check: Check,

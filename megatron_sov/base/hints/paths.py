@@ -22,6 +22,8 @@ from megatron_sov.base.hints.kinds import (
 from megatron_sov.base.hints.table import load_table, normalize_word
 from megatron_sov.base.hints.values import find_value, pair_words
 
+MAX_FILES = 8
+"""Largest number of files for which a pattern is written out."""
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
 _PACK_OPTIONS = {"sft": ["--format", "chat"], "prefer": ["--format", "preference"],
@@ -87,11 +89,16 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     source = Path(path)
     if not os.path.exists(source):
         if program == "megatron-sov" and os.path.isfile(f"{path}.idx"):
-            return UserError(f"{option} {path}: is the prefix of an indexed dataset; `sov-data adopt` takes it "
-                             "over", fix_by_packing(path, Path(_choose_tokenizer(line)), []))
-        if glob.glob(path):
+            return UserError(f"{option} {path}: is a prefix of Megatron-LM's; `sov-data adopt` takes it over",
+                             fix_by_packing(path, Path(_choose_tokenizer(line)), []))
+        if files := sorted(glob.glob(path)):
+            is_short = option == "--input" and len(files) <= MAX_FILES
             return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
+                             Fix(options=(option, *files)) if is_short else
                              Fix(words={path: os.path.dirname(path) or "."}))
+        if "\\" in path and (local := _find_windows_path(path)):
+            return UserError(f"{option} {path}: is a path of Windows; name it as this system does", Fix(
+                words={path: local}))
         fix = fix_missing(path, is_data=option in DATA_OPTIONS)
         if classify_folder(source.parent) == "tokens":
             fix = Fix(words={path: str(source.parent)})
@@ -127,6 +134,14 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     options = _PACK_OPTIONS.get(line[0], [])
     return _ask_for_packing(path, line, "is a file" if is_unpacked_file else "is a folder of text", options,
                             "--data ")
+
+
+def _find_windows_path(path: str) -> str:
+    """Return the longest end of a Windows path that exists here, else its place in WSL."""
+    drive, _, rest = path.rpartition(":")
+    parts = rest.strip("\\").split("\\")
+    ends = [os.path.join(*parts[at:]) for at in range(len(parts))]
+    return next(filter(os.path.exists, ends), f"/mnt/{drive.lower()}/{ends[0]}" if drive else "")
 
 
 def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequence[str], option: str = ""

@@ -27,7 +27,7 @@ MIN_SIMILARITY = 0.8
 """Lowest `SequenceMatcher.ratio` between an unknown option and a suggested option."""
 FOLDER = "DIR[:WEIGHT]"
 """Name of the positional argument that takes folders of token shards with weights."""
-_WEIGHT_WORDS = ("weights", "ratios", "proportions")
+_WEIGHT_WORDS = ("weights", "weight", "ratios", "ratio", "proportions")
 _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
 
 
@@ -159,7 +159,8 @@ class Rewrite:
         if fix is not None and folder in fix.words:
             self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
             folder = fix.words[folder]
-        nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
+        gpus = re.search(r"(?:\A|:)(\d+)(?:x|\Z)", value)  # 16, 8xH100, h100:8
+        nodes = str(-(-int(gpus[1]) // GPUS_PER_NODE)) if gpus else "N"
         return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
                 "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),

@@ -46,6 +46,9 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     # lm-eval: --model names a kind, --model_args the model
     kind = ""
     if any(normalize_word(word.partition("=")[0]) == "model_args" for word in typed) and "--model" in typed:
+        if any("base_url=" in word for word in typed):
+            raise UserError(f"{parser.prog}: weights are read here; lm-eval's own command asks an address",
+                            Fix(f"lm_eval {shlex.join(typed)}"))
         at = typed.index("--model")
         kind, typed = " ".join(typed[at:at + 2]), [*typed[:at], *typed[at + 2:]]
     optional = {name for action in parser._actions if not action.required for name in action.option_strings}

@@ -113,15 +113,8 @@ class DataReader:
 
 
 def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[DataReader]:
-    """Assign data to teachers by NAME; a teacher without NAME reads the remaining data.
-
-    Args:
-        options: parsed options.
-        paths: [NAME=]folder -> weight.
-
-    Raises:
-        UserError: data have no teacher or two, or a teacher has no data.
-    """
+    """Assign data to teachers by NAME; a teacher without NAME reads the remaining data. `paths`:
+    [NAME=]folder -> weight. Raises `UserError`: data have no teacher or two, or a teacher has no data."""
     if not options.teacher:
         return [DataReader(None, dict(paths), options.states)]
     teachers = [split_source_name(text) for text in options.teacher]

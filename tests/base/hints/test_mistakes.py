@@ -9,6 +9,8 @@ import pytest
 from megatron_sov.base.errors import suggest_name
 from tests.base.hints.test_words import answer
 
+PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
+
 
 @pytest.mark.parametrize(("typed", "parts"), [
     ("megatron-sov sft --from hf/model.safetensors --data d --run r", ["pass its folder, hf"]),
@@ -197,6 +199,40 @@ from tests.base.hints.test_words import answer
     ("sov-data run --input t.jsonl --output o --filters gopher --dedup minhash",
      ["'  - rules: {}'", "sov-data run rules.yaml --output o"]),
     ("sov-data download Org/Set", ["--local-dir Set\n  sov-data pack --tokenizer tok --input Set"]),
+    (f"{PRETRAIN} --set optim.warmup_steps=0.03", ["is a share; 0.03 of train.steps = 200 is 6",
+                                                   "--set optim.warmup_steps=6"]),
+    (f"{PRETRAIN} --set optim.min_lr=10%", ["0.1 of optim.lr = 0.004 is 0.0004", "optim.min_lr=0.0004"]),
+    (f"{PRETRAIN} --set train.checkpoint_every_steps=1h", ["no time; leave it out", "--data d2 --run r"]),
+    ("megatron-sov synth rewrite --output o",
+     ["is a command of sov-data", "write\n  sov-data synth rewrite --output o --engine MODEL"]),
+    ("sov-data synth --input t.jsonl --output o",
+     ["write\n  sov-data synth rewrite --input t.jsonl --output o --engine MODEL"]),
+    ("megatron-sov pretrain --config tiny-qwen3 --data d2 --run r",
+     ["is a recipe", "write\n  megatron-sov pretrain tiny-qwen3 --data d2"]),
+    ("megatron-sov sft --from hf --data d2 --set run=r",
+     ["run is --run here", "write\n  megatron-sov sft --from hf --data d2 --run r"]),
+    ("sov-data pack --tokenizer tok --input t.jsonl --output o --split 969,30,1",
+     ["--output o --heldout 0.03"]),
+    ("sov-data pack --tokenizer tok --input 't*.jsonl' --output o", ["--output o --input t.jsonl"]),
+    ("sov-data pack -t tok -i t.jsonl -o o", ["pack --tokenizer tok --input t.jsonl --output o"]),
+    (r"megatron-sov sft --from hf --data 'C:\x\d2' --run r", ["is a path of Windows", "--data d2 --run r"]),
+    ("sov-data mix d d2 --ratio 1 2 --output o", ["write\n  sov-data mix d:1 d2:2 --output o"]),
+    ("sov-data filter --input t.jsonl --min_size 9 --output o", ["runs it, without min_size"]),
+    ("sov-tokenizer compare tok", ["--text en=FILE"]),
+    ("megatron-sov plan x --gpus 16xH100", ["plan x --cluster h100 --nodes 2"]),
+    ("megatron-sov eval lm --model local-completions --tasks t --model_args base_url=http://h/v1",
+     ["write\n  lm_eval --model local-completions --tasks t --model_args base_url=http://h/v1"]),
+    ("megatron-sov convert to-gguf run o.gguf --outtype q4_k_m",
+     ["--outfile run.gguf\n  llama-quantize run.gguf o.gguf Q4_K_M"]),
+    ("sov-tokenizer import spm.vocab --output o", ["write\n  sov-tokenizer import spm.model --output o"]),
+    ("megatron-sov pretrain tiny-qwen3 --data mega --run r",
+     ["sov-data adopt mega --tokenizer tok --output mega-tokens\n", "tiny-qwen3 --data mega-tokens --run r"]),
+    ("megatron-sov rl run --from hf --prompts pairs.jsonl --reward math --store s --run r",
+     ["> pairs-prompts.jsonl\n  megatron-sov rl run --from hf --prompts pairs-prompts.jsonl"]),
+    ("megatron-sov distill --teacher hf --data d2 --run r", ["pass the student", "--from 'CHECKPOINT|RUN"]),
+    ("megatron-sov convert run --to hf --out o", ["write\n  megatron-sov convert to-hf run o"]),
+    ("megatron-sov accelerate launch --config_file ds.json sft.py --from hf --data d2 --run r",
+     ["--config_file ds.json: is another program's", "--set train.micro_batch_size=2"]),
     ("megatron-sov sft --config theirs.yml --run r --from hf",
      ["optim.weight_decay=0.1", "optim.warmup_steps=5"]),
 ])
@@ -232,6 +268,8 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
                                     "- {model: run, parameters: {weight: 2}}\nmerge_method: linear",
                        "t.xlsx": "PK",
                        "t-tokenizer/a": "", "t-tokens/a": "",
+                       "spm.vocab": "<unk>\t0", "spm.model": "x", "mega.idx": "x", "mega.bin": "x",
+                       "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}',
                        "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
