@@ -1,7 +1,5 @@
 """The streaming writer: files have the right size and hash, and the safetensors library reads them."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 from pathlib import Path
