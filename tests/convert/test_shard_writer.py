@@ -1,6 +1,7 @@
 """The streaming writer: files have the right size and hash, and the safetensors library reads them."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def test_safetensors_library_reads_our_shards(tmp_path_factory, shapes, max_shar
     tensors = {spec.name: torch.randn(spec.shape).to(spec.dtype) for spec in specs}
     shards = plan_shards(specs, max_shard_bytes)
     assert [spec for shard in shards for spec in shard] == specs
-    assert all(len(shard) == 1 or sum(s.size_bytes for s in shard) <= max_shard_bytes for shard in shards)
+    sizes = [[spec.size_bytes for spec in shard] for shard in shards]
+    assert all(len(shard) == 1 or sum(shard) <= max_shard_bytes for shard in sizes)
+    assert all(sum(shard) + following[0] > max_shard_bytes for shard, following in pairwise(sizes))
     records: dict[str, FileRecord] = {}
     files = {f"{i}.safetensors": shard for i, shard in enumerate(shards)}
     write_files(folder, files, lambda spec: tensors[spec.name], 3, records.__setitem__)
