@@ -1,7 +1,5 @@
 """Command lines in the words of other programs, and the complete command that the message proposes."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
