@@ -132,8 +132,8 @@ def prepare_run(options: SynthOptions) -> SynthRun:
                         "--list describes them", replace(fix, arguments=(name,)))
     if missing or output is None:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
-                        f"{'is' if len(missing) == 1 else 'are'} needed; name a model (address or folder) and "
-                        "a folder to write", fix)
+                        f"{'is' if len(missing) == 1 else 'are'} needed; name a model (address or folder), "
+                        "and a folder to write", fix)
     writer, judge = build_models(options)
     if problems := [*map(to_problem, find_missing_libraries()),
                     *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
