@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from safetensors.torch import load_file
 
 from megatron_sov.base.artifacts import FileRecord
@@ -21,6 +21,7 @@ SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),
 
 @settings(max_examples=30, deadline=None)
 @given(SPECS, st.integers(1, 600))
+@example([([1], torch.float32)] * 4, 8)  # files filled to the last byte
 def test_safetensors_library_reads_our_shards(tmp_path_factory, shapes, max_shard_bytes: int) -> None:
     folder: Path = tmp_path_factory.mktemp("shards")
     specs = [TensorSpec(f"t{i}", tuple(shape), dtype) for i, (shape, dtype) in enumerate(shapes)]
