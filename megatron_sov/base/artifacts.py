@@ -438,10 +438,13 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     try:
         written = file.read_bytes()
         raw = json.loads(written.decode())
-        # check the version before the fields: a newer format is not damage
+        # check the version before the fields: another format is not damage
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
+        if raw["format_version"] < FORMAT_VERSION:
+            raise UserError(f"{file}: format_version {raw['format_version']} is older than {FORMAT_VERSION}, "
+                            "the oldest that this version reads; make the folder again")
         files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
         # readers join these names to paths, and the manifest may come from a stranger
         if outside := [name for name in files if not _is_inside(name)]:
