@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from model_folder import HUB_FIELDS
-from road import CITIES, QUESTIONS, Outcome, Road, encode_question, find_number
+from road import CITIES, QUESTIONS, Outcome, Road, find_number
 
 
 def import_folder(road: Road) -> Outcome:
@@ -90,10 +90,11 @@ def serve_openai(road: Road) -> Outcome:
     expected = road.answer_greedily(QUESTIONS[:4], 24)
     with serving(road, "my-model") as name:
         client = OpenAI(base_url="http://127.0.0.1:8317/v1", api_key="none")
-        answers = [client.chat.completions.create(
-            model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24,
-        ).choices[0].message.content for question in QUESTIONS[:4]]
-    equal = sum((answer or "").strip() == text.strip() for answer, text in zip(answers, expected, strict=True))
+        replies = [client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24)
+            for question in QUESTIONS[:4]]
+    answers = [(reply.choices[0].message.content or "").strip() for reply in replies]
+    equal = sum(answer == text.strip() for answer, text in zip(answers, expected, strict=True))
     return f"{equal} of {len(expected)} greedy answers equal", "transformers, float32", equal == len(expected)
 
 

@@ -439,10 +439,9 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         written = file.read_bytes()
         raw = json.loads(written.decode())
         # check the version before the fields: another format is not damage
-        if raw["format_version"] != FORMAT_VERSION:
-            fix = "update megatron-sov" if raw["format_version"] > FORMAT_VERSION else "make the folder again"
-            raise UserError(f"{file}: has format_version {raw['format_version']}, and this version reads only "
-                            f"{FORMAT_VERSION}; {fix}")
+        if (version := raw["format_version"]) != FORMAT_VERSION:
+            fix = "update megatron-sov" if version > FORMAT_VERSION else "make the folder again"
+            raise UserError(f"{file}: has format_version {version}, not {FORMAT_VERSION}; {fix}")
         files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
         # readers join these names to paths, and the manifest may come from a stranger
         if outside := [name for name in files if not _is_inside(name)]:

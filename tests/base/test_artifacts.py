@@ -269,7 +269,7 @@ def test_unknown_digest_algorithm_is_damage(tmp_path: Path, record: Any) -> None
 @pytest.mark.each("version, fix", [(3, "update megatron-sov"), (1, "make the folder again")])
 def test_another_manifest_format_is_refused(tmp_path: Path, version: int, fix: str) -> None:
     path = rewritten(build(tmp_path / "a"), format_version=version, shards=[])
-    with pytest.raises(UserError, match=f"has format_version {version}, and this version reads only 2; {fix}"):
+    with pytest.raises(UserError, match=f"has format_version {version}, not 2; {fix}"):
         read_manifest(path)
 
 
