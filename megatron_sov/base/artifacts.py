@@ -431,10 +431,10 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     try:
         written = file.read_bytes()
         raw = json.loads(written.decode())
-        # check the version before the fields: a newer format is not damage
-        if raw["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
-                            "the newest that this version reads; update megatron-sov")
+        # check the version before the fields: another format is not damage
+        if (version := raw["format_version"]) != FORMAT_VERSION:
+            fix = "update megatron-sov" if version > FORMAT_VERSION else "make the folder again"
+            raise UserError(f"{file}: has format_version {version}, not {FORMAT_VERSION}; {fix}")
         files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
         # readers join these names to paths, and the manifest may come from a stranger
         if outside := [name for name in files if not _is_inside(name)]:
