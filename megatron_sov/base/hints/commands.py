@@ -36,10 +36,10 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     is_word = classify_folder(Path(word)) == "other" or bool(typed and os.path.exists(typed[0]))
     if (text := texts.get(word.lower())) and is_word:
         return fill_template(f"{program} {word}: does not exist", text, typed)
-    for other, module in PROGRAMS.items() if program in PROGRAMS else ():
-        if word in {name.partition(" ")[0] for name in importlib.import_module(module).COMMANDS}:
-            return UserError(f"{program} {word}: is a command of {other}",
-                             Fix(f"{other} {shlex.join([word, *typed])}"))
+    for name, module in PROGRAMS.items() if program in PROGRAMS else ():
+        if word in {command.partition(" ")[0] for command in importlib.import_module(module).COMMANDS}:
+            return UserError(f"{program} {word}: is a command of {name}",
+                             Fix(f"{name} {shlex.join([word, *typed])}"))
     action = find_action(program, (word, *typed))
     if word.startswith("-") and action:
         return UserError(f"{program}: a command comes before its options",
@@ -146,13 +146,13 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
     options, typed = index_words("options"), list(pair_words([*rest[:at], ""]))
     processes = next((value for name, value in typed if value.isdigit() and (
         "--nproc" in options.get(normalize_word(name), ()) or name in ("-n", "-np"))), "")
-    others = [word for name, value in typed if name.startswith("--") and value != processes
+    switches = [word for name, value in typed if name.startswith("--") and value != processes
               for word in (name, value) if word and (word == name or not word.startswith("-"))]
     script, *rest = rest[at + (rest[at:at + 1] in (["-m"], ["--module"])):] or ["train.py"]
     name = script.removesuffix(".py").replace("/", ".").rpartition(".")[2].removeprefix("run_")
     rest = rest if name == "megatron_sov" else [name, *rest]
     rest = unwrap_launcher(rest) or rest if rest else ["--help"]
-    return [*rest, *others, *(["--nproc", processes] if processes and "--nproc" not in rest else [])]
+    return [*rest, *switches, *(["--nproc", processes] if processes and "--nproc" not in rest else [])]
 
 
 def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:

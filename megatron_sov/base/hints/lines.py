@@ -147,7 +147,7 @@ class _Proposal:
     def _correct_command(self, command: str, earlier: Sequence[str], find_check: FindCheck) -> list[str]:
         program, *words = shlex.split(command)
         new_paths = {word for word in words if word in self.new_paths}
-        reads_earlier = any(new_paths & {*shlex.split(other)} for other in earlier)
+        reads_earlier = any(new_paths & {*shlex.split(line)} for line in earlier)
         check = None if reads_earlier or _SEVERAL.search(command) else find_check(program)
         fault = check and _Proposal(program, (), check, words, new_paths=self.new_paths).find_fault()
         if check is None or fault is None:
@@ -255,9 +255,9 @@ def _fill_placeholder(option: str, word: str) -> str:
         return choose_free_path("new-output")
     if not word.isupper() or not is_placeholder(word):
         return word
-    found = {"--tokenizer": [find_only_folder("tokenizer")], "--data": [find_only_folder("tokens")]}
+    folders = {"--tokenizer": [find_only_folder("tokenizer")], "--data": [find_only_folder("tokens")]}
     models = list_models() if {*word.split("|")} <= {"MODEL", "CHECKPOINT", "RUN", "HF_DIR"} else []
-    names = found.get(option, models)
+    names = folders.get(option, models)
     return names[0] if len(names) == 1 and names[0] else word
 
 
