@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from megatron_sov.base.hints.foreign import find_shards
@@ -87,8 +87,20 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
 
 def find_value(words: Sequence[str], *options: str) -> str:
     """Return the value of the first option in `words` that is in `options`; "": none."""
-    parts = [part for word in words for part in word.split("=", 1)]
-    return next((value for word, value in pairwise(parts) if word in options), "")
+    return next((value for word, value in pair_words(words) if word in options), "")
+
+
+def pair_words(words: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Return each word with the next word; `--option=value` counts as two words."""
+    return pairwise(part for word in words for part in word.split("=", 1))
+
+
+def compute_share(parts: str) -> str:
+    """Return the second of Megatron-LM's shares: 969,30,1 -> 0.03; other texts unchanged."""
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)+", parts):
+        return parts
+    numbers = list(map(float, parts.split(",")))
+    return f"{numbers[1] / (sum(numbers) or 1):g}"
 
 
 def parse_cluster(name: str) -> str:

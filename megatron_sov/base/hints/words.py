@@ -17,7 +17,7 @@ from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.hints.commands import propose_pipeline
 from megatron_sov.base.hints.foreign import (
     has_translation, parse_blend, read_foreign_config, read_recipe_name)
-from megatron_sov.base.hints.kinds import KIND_OPTIONS, classify_word, find_recipe_option
+from megatron_sov.base.hints.kinds import classify_word, find_recipe_option
 from megatron_sov.base.hints.missing import choose_placeholder, split_positionals
 from megatron_sov.base.hints.rewriting import FOLDER, Rewrite
 from megatron_sov.base.hints.table import find_note, get_last_part, index_words, load_table, normalize_word
@@ -26,6 +26,7 @@ from megatron_sov.base.hints.values import find_value
 RECIPE_COMMANDS = ("pretrain", "extend", "plan")
 """Commands that require a recipe although argparse does not."""
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
+_SHORT_OPTION = re.compile("-[A-Za-z]+$")
 _CONFIG_WORDS = ("config", "config_file", "config_path", "deepspeed", "deepspeed_config")
 
 
@@ -45,6 +46,9 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     # lm-eval: --model names a kind, --model_args the model
     kind = ""
     if any(normalize_word(word.partition("=")[0]) == "model_args" for word in typed) and "--model" in typed:
+        if any("base_url=" in word for word in typed):
+            raise UserError(f"{parser.prog}: weights are read here; lm-eval's own command asks an address",
+                            Fix(f"lm_eval {shlex.join(typed)}"))
         at = typed.index("--model")
         kind, typed = " ".join(typed[at:at + 2]), [*typed[:at], *typed[at + 2:]]
     optional = {name for action in parser._actions if not action.required for name in action.option_strings}
@@ -64,10 +68,10 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
         command=parser.prog.removeprefix("megatron-sov "), exists=getattr(cls, "is_setting", None))
     if kind:
         rewrite.add_words(f"{kind}: lm-eval's kind of model; leave it out")
-    short = load_table()["short"].get(rewrite.command, {})
-    for word in typed:
-        if word in short and short[word] in options:
-            rewrite.add_words(f"{word} is {short[word]} here")
+    short = _find_short_options(rewrite.command, typed)
+    for word, name in short.items():
+        if name in options:
+            rewrite.add_words(f"{word} is {name} here")
     rewrite.typed = [short.get(word, word) for word in typed]
     _read_words(parser, rewrite)
     _move_model(parser, rewrite)
@@ -104,9 +108,9 @@ def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str])
 
 def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
     """Refuse sbatch's short options, and options of a stage before its name, for `submit`."""
-    short = load_table()["short"].get(parser.prog.rpartition(" ")[2], {})
+    short = _find_short_options(parser.prog.rpartition(" ")[2], typed)
     words = [short.get(word, word) for word in typed]
-    messages = [f"{word} is {short[word]}" for word in typed if word in short]
+    messages = [f"{word} is {name}" for word, name in short.items()]
     at = next((n for n, word in enumerate(words) if word in (parser.get_default("stages") or ())), 0)
     unknown = [word for word in words[:at]
                if word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions]
@@ -115,6 +119,14 @@ def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
         messages.append(f"{words[0]} comes before {unknown[0]}")
     if messages:
         raise UserError(f"{parser.prog}: {'; '.join(messages)}", Fix(f"{parser.prog} {shlex.join(words)}"))
+
+
+def _find_short_options(command: str, typed: Sequence[str]) -> dict[str, str]:
+    """Return short option of sbatch or llama.cpp -> its long name; a line without any reads no table."""
+    if not any(_SHORT_OPTION.match(word) for word in typed):
+        return {}
+    rows = load_table()["short"].get(command, {})
+    return {word: rows[word] for word in typed if word in rows}
 
 
 def _check_verb(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
@@ -194,6 +206,10 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Seque
     """Write an existing option of the command, or its counterpart if the value is foreign; return how many
     words of `rest` are read."""
     option = text.partition("=")[0]
+    if option == "--config" and values and not os.path.exists(values[0]) and rewrite.is_recipe(values[0]):
+        rewrite.add_words(f"{option} {values[0]}: is a recipe, which takes no option")
+        rewrite.first = list(values)
+        return 1
     if rewrite.apply_row(option, values, is_existing=True):
         return len(values[:1])
     translated = load_table()["values"].get(option, {}).get("".join(values[:1]).lower())
@@ -304,6 +320,7 @@ def _move_model(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
         free, others = split_positionals(parser, rewrite.words)
         at = others.index("--model") if "--model" in others else len(others)
         rewrite.first, rewrite.words = [rewrite.target], [*free[1:], *others[:at], *others[at + 2:]]
+        rewrite.first_by_name[rewrite.positionals[0]] = rewrite.first
         return
     if "TARGET" not in rewrite.positionals or "--model" not in rewrite.words or (
             split_positionals(parser, rewrite.words)[0]):
@@ -345,7 +362,7 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
             kind = "name"
         # TARGET, RUN and the like come first and take any kind
         is_taken = number < room and not (takes_recipe and kind not in ("recipe", "code"))
-        options = [option for option in KIND_OPTIONS[kind] if option in rewrite.options
+        options = [option for option in load_table()["kind_options"][kind] if option in rewrite.options
                    and (option not in written or option == "--data")]
         if is_taken or not options:
             unplaced.append(word)

@@ -119,16 +119,9 @@ class Registry(Generic[T]):
         return name
 
     def get(self, name: str, recorded: Sequence[PluginCode] = ()) -> T:
-        """Return a registered object by name.
-
-        Args:
-            name: name in the settings.
-            recorded: records of code in a config or checkpoint, for the error message only.
-
-        Raises:
-            UserError: the name is unknown; the message suggests similar names, or how to name the recorded
-                file.
-        """
+        """Return a registered object by name. `recorded`: records of code in a
+        config or checkpoint, for the error message only. Raises `UserError`: the name is unknown; the message
+        suggests similar names, or how to name the recorded file."""
         if name in self._known:
             return self._known[name].value
         names = [*self._built_in, *self._known]
@@ -174,7 +167,7 @@ class Registry(Generic[T]):
 def suggest_longer_names(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x' or 'y'?"`` for names that extend `name`, ignoring case and separators."""
     matches = _find_by_prefix(_split_name(name), known)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 
 def suggest_same_family(name: str, known: Iterable[str]) -> str:
@@ -183,7 +176,7 @@ def suggest_same_family(name: str, known: Iterable[str]) -> str:
     Another number is another model, so these names are not suggestions.
     """
     matches = _find_by_prefix(_split_name(name)[:2], known)
-    return f"; its family has {' and '.join(matches)}" if matches else ""
+    return f"; its family has {' and '.join(map(repr, matches))}" if matches else ""
 
 
 def _find_same_size(name: str, known: Iterable[str]) -> str:
@@ -191,7 +184,7 @@ def _find_same_size(name: str, known: Iterable[str]) -> str:
     parts = _split_name(name)
     matches = [other for other in known if len(parts) > 3 and _split_name(other)[:2] == parts[:2]
                and _split_name(other)[-2:] == parts[-2:]]
-    matches = matches or [other.strip("'") for other in _find_by_prefix(parts, known)]  # 1b: gemma-3-1b
+    matches = matches or _find_by_prefix(parts, known)  # 1b: gemma-3-1b
     return matches[0] if len(matches) == 1 else ""
 
 
@@ -200,7 +193,7 @@ def _find_by_prefix(parts: Sequence[str], known: Iterable[str]) -> list[str]:
     matches = [name for name, words in split.items() if words[:len(parts)] == parts]
     if not matches and parts[0].isdigit():  # 8b: the size at the end
         matches = [name for name, words in split.items() if words[-len(parts):] == parts]
-    return list(map(repr, matches[:MAX_PROPOSED]))
+    return matches[:MAX_PROPOSED]
 
 
 def _split_name(name: str) -> list[str]:
@@ -208,16 +201,9 @@ def _split_name(name: str) -> list[str]:
 
 
 def load_built_in(what: str, place: str, extra: str) -> Any:
-    """Import a built-in plug-in's MODULE:CLASS.
-
-    Args:
-        what: kind and name, for messages.
-        place: MODULE:CLASS.
-        extra: extra of our package with the required libraries.
-
-    Raises:
-        UserError: a library is not installed.
-    """
+    """Import a built-in plug-in's MODULE:CLASS. `what`: kind and name, for messages; `place`: MODULE:CLASS;
+    `extra`: extra of our package with the required libraries. Raises `UserError`: a library is not
+    installed."""
     module, _, attribute = place.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

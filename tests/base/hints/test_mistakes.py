@@ -1,13 +1,13 @@
 """Typical first mistakes: the message names everything that the next command line needs to work."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 from megatron_sov.base.errors import suggest_name
 from tests.base.hints.test_words import answer
+
+PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
 
 
 @pytest.mark.parametrize(("typed", "parts"), [
@@ -64,7 +64,8 @@ from tests.base.hints.test_words import answer
     ("sov-data pack --input t.jsonl --vocab-file v --merge-file m --output o",
      ["--vocab-file, --merge-file: vocab.json", "--tokenizer DIR --output o"]),
     ("megatron-sov pretrain tiny-qwen3 --data t.jsonl --run r",
-     ["--output t-tokenizer-2\n", "--tokenizer t-tokenizer-2 --input t.jsonl", "--data t-tokens-2 --run r"]),
+     ["--output t-tokenizer-2 --vocab-size 320\n", "--tokenizer t-tokenizer-2 --input t.jsonl",
+      "--data t-tokens-2 --run r --set model.vocab_size=320"]),
     ("megatron-sov submit sft --gres=gpu:8 --mem 5G --nodes 2 --from hf --data d --run r",
      ["--cluster: is missing", "--account NAME", "--gres: GPUs", "--mem: is part"]),
     ("megatron-sov convert run merged to-hf", ["write\n  megatron-sov convert to-hf run merged"]),
@@ -156,25 +157,30 @@ from tests.base.hints.test_words import answer
     ("sov-tokenizer import run3 --output o", ["import run3/checkpoints/step-10/tokenizer --output o"]),
     ("sov-tokenizer report tok", ["write\n  sov-tokenizer report tok --output report.html"]),
     ("sov-tokenizer encode tok Hello", ["T.from_file('tok/tokenizer.json').encode('Hello')"]),
-    ("megatron-sov prefer --from hf --data judged1.jsonl --run r", ["sov-data pairs --input judged1.jsonl"]),
+    ("megatron-sov prefer --from hf --data judged1.jsonl --method kto --run r",
+     ["no prompt has two responses",
+      "> judged1-good.jsonl\n  megatron-sov sft --from hf --data judged1-good.jsonl"]),
     ("megatron-sov prefer --from hf --data judged.jsonl --run r",
      ["write\n  sov-data pairs --input judged.jsonl --output judged-pairs\n  megatron-sov prefer --from hf "
       "--data judged-pairs/pairs.jsonl --run r"]),
     ("megatron-sov prefer --from hf --data d --run r --method kto", ["TRL's KTOTrainer"]),
     ("megatron-sov report --runs run d", ["write\n  megatron-sov report run d"]),
+    ("megatron-sov prefer --from hf --data d2 --run r --method kto",
+     ["write\n  megatron-sov prefer --from hf --data d2 --run r"]),
     ("megatron-sov submit -N 4 -t 24:00:00 -J big pretrain tiny-qwen3 --data d --run r",
      ["-N is --nodes", "pretrain --nodes 4 --time 24:00:00 tiny-qwen3"]),
     ("megatron-sov generate -m hf -p Hi -n 32 -ngl 99 --temp 0.7",
      ["write\n  megatron-sov generate hf --prompt Hi --max-new-tokens 32 --temperature 0.7"]),
     ("megatron-sov serve hf --lora-modules sql=peft", ["--base hf-checkpoint\n  megatron-sov serve peft-"]),
     ("megatron-sov convert merge --base hf --adapter peft --output o",
-     ["write\n  megatron-sov convert to-hf "]),
+     ["from-peft peft peft-checkpoint --base hf-checkpoint\n  megatron-sov convert to-hf peft-checkpoint o"]),
     ("megatron-sov sft --from hf --data d --run r --max_steps -1",
      ["write\n  megatron-sov sft --from hf --data d --run r"]),
     ("megatron-sov sft --from hf --data d --run r --save_total_limit all", ["train.keep_checkpoints=0"]),
     ("megatron-sov eval lm hf --tasks hellaswag,arc_chalenge --output o", ["hellaswag,arc_challenge"]),
     ("megatron-sov ssp fuse merge.yml --output o",
-     ["write\n  megatron-sov ssp fuse hf:0.5 run:2 --output o"]),
+     ["write\n  megatron-sov convert from-hf hf hf-checkpoint\n"
+      "  megatron-sov ssp fuse hf-checkpoint:0.5 run:2 --output o"]),
     ("megatron-sov sft --from hf --data t.xlsx --run r",
      ["convert-to csv t.xlsx", "--data t.parquet --run r"]),
     ("megatron-sov sft --from d2 --data hf --run r", ["are swapped", "--from hf --data d2"]),
@@ -191,6 +197,40 @@ from tests.base.hints.test_words import answer
     ("sov-data run --input t.jsonl --output o --filters gopher --dedup minhash",
      ["'  - rules: {}'", "sov-data run rules.yaml --output o"]),
     ("sov-data download Org/Set", ["--local-dir Set\n  sov-data pack --tokenizer tok --input Set"]),
+    (f"{PRETRAIN} --set optim.warmup_steps=0.03", ["is a share; 0.03 of train.steps = 200 is 6",
+                                                   "--set optim.warmup_steps=6"]),
+    (f"{PRETRAIN} --set optim.min_lr=10%", ["0.1 of optim.lr = 0.004 is 0.0004", "optim.min_lr=0.0004"]),
+    (f"{PRETRAIN} --set train.checkpoint_every_steps=1h", ["no time; leave it out", "--data d2 --run r"]),
+    ("megatron-sov synth rewrite --output o",
+     ["is a command of sov-data", "write\n  sov-data synth rewrite --output o --engine MODEL"]),
+    ("sov-data synth --input t.jsonl --output o",
+     ["write\n  sov-data synth rewrite --input t.jsonl --output o --engine MODEL"]),
+    ("megatron-sov pretrain --config tiny-qwen3 --data d2 --run r",
+     ["is a recipe", "write\n  megatron-sov pretrain tiny-qwen3 --data d2"]),
+    ("megatron-sov sft --from hf --data d2 --set run=r",
+     ["run is --run here", "write\n  megatron-sov sft --from hf --data d2 --run r"]),
+    ("sov-data pack --tokenizer tok --input t.jsonl --output o --split 969,30,1",
+     ["--output o --heldout 0.03"]),
+    ("sov-data pack --tokenizer tok --input 't*.jsonl' --output o", ["--output o --input t.jsonl"]),
+    ("sov-data pack -t tok -i t.jsonl -o o", ["pack --tokenizer tok --input t.jsonl --output o"]),
+    (r"megatron-sov sft --from hf --data 'C:\x\d2' --run r", ["is a path of Windows", "--data d2 --run r"]),
+    ("sov-data mix d d2 --ratio 1 2 --output o", ["write\n  sov-data mix d:1 d2:2 --output o"]),
+    ("sov-data filter --input t.jsonl --min_size 9 --output o", ["runs it, without min_size"]),
+    ("sov-tokenizer compare tok", ["--text en=FILE"]),
+    ("megatron-sov plan x --gpus 16xH100", ["plan x --cluster h100 --nodes 2"]),
+    ("megatron-sov eval lm --model local-completions --tasks t --model_args base_url=http://h/v1",
+     ["write\n  lm_eval --model local-completions --tasks t --model_args base_url=http://h/v1"]),
+    ("megatron-sov convert to-gguf run o.gguf --outtype q4_k_m",
+     ["--outfile run.gguf\n  llama-quantize run.gguf o.gguf Q4_K_M"]),
+    ("sov-tokenizer import spm.vocab --output o", ["write\n  sov-tokenizer import spm.model --output o"]),
+    ("megatron-sov pretrain tiny-qwen3 --data mega --run r",
+     ["sov-data adopt mega --tokenizer tok --output mega-tokens\n", "tiny-qwen3 --data mega-tokens --run r"]),
+    ("megatron-sov rl run --from hf --prompts pairs.jsonl --reward math --store s --run r",
+     ["> pairs-prompts.jsonl\n  megatron-sov rl run --from hf --prompts pairs-prompts.jsonl"]),
+    ("megatron-sov distill --teacher hf --data d2 --run r", ["pass the student", "--from 'CHECKPOINT|RUN"]),
+    ("megatron-sov convert run --to hf --out o", ["write\n  megatron-sov convert to-hf run o"]),
+    ("megatron-sov accelerate launch --config_file ds.json sft.py --from hf --data d2 --run r",
+     ["--config_file ds.json: is another program's", "--set train.micro_batch_size=2"]),
     ("megatron-sov sft --config theirs.yml --run r --from hf",
      ["optim.weight_decay=0.1", "optim.warmup_steps=5"]),
 ])
@@ -215,7 +255,8 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
                        "old/vocab.json": "{}", "old/merges.txt": "", "run2/tokenizer/tokenizer.json": "{}",
                        **{f"run3/checkpoints/step-{step}/tokenizer/tokenizer.json": "{}" for step in (9, 10)},
                        "tok/manifest.json": '{"kind": "tokenizer"}',
-                       "judged.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
+                       "judged.jsonl": '{"prompt": "a", "completion": "b", "label": true}\n'
+                                       '{"prompt": "a", "completion": "c", "label": false}',
                        "ds.json": '{"bf16": {"enabled": true}, "train_micro_batch_size_per_gpu": 2, '
                                   '"gradient_accumulation_steps": 4}',
                        "run/events.jsonl": "", "run/config.json": '{"recipe": "tiny-solar-open"}',
@@ -225,6 +266,8 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
                                     "- {model: run, parameters: {weight: 2}}\nmerge_method: linear",
                        "t.xlsx": "PK",
                        "t-tokenizer/a": "", "t-tokens/a": "",
+                       "spm.vocab": "<unk>\t0", "spm.model": "x", "mega.idx": "x", "mega.bin": "x",
+                       "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}',
                        "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """Command lines with several faults: the message names all of them, and the proposed line has none."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +103,7 @@ def test_paths_are_judged_without_running_anything(line: str, fixes: list[Fix], 
     ("lm_eval --model hf --tasks t", "eval lm --model hf --tasks t"), ("llamafactory-cli train", "train"),
     ("torchrun --nproc_per_node=8 -m megatron_sov sft --data d", "sft --data d --nproc 8"),
     ("accelerate launch --num_processes 4 sft.py --a b", "sft --a b --nproc 4"),
+    ("torchrun --nnodes 2 --nproc_per_node 8 sft.py --a b", "sft --a b --nnodes 2 --nproc 8"),
     ("accelerate launch -m lm_eval --tasks t", "eval lm --tasks t"),
     ("deepspeed --num_gpus 2 run_clm.py --a b", "clm --a b --nproc 2"),
     ("accelerate launch -m axolotl.cli.train a.yml", "train a.yml"),

@@ -1,7 +1,6 @@
 """Command lines in the words of other programs, and the complete command that the message proposes."""
 
-from __future__ import annotations
-
+import argparse
 import json
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ import data_prep.cli
 import tokenizer.cli
 from megatron_sov import cli
 from megatron_sov.base.errors import suggest_name
+from megatron_sov.base.hints import words
 
 PROGRAMS = {"megatron-sov": cli.main, "sov-data": data_prep.cli.main, "sov-tokenizer": tokenizer.cli.main}
 SFT = "megatron-sov sft --from M --data D --run R"
@@ -52,7 +52,7 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     (f"{SFT} --lora_alpha 32 --lora_r 8", f"{SFT} --set lora.alpha=32 --set lora.rank=8"),
     ("megatron-sov pretrain qwen3-8b --data D --run R --training.steps 10 --optimizer.lr 3e-4",
      "megatron-sov pretrain qwen3-8b --data D --run R --set train.steps=10 --set optim.lr=3e-4"),
-    ("megatron-sov convert from-hf M", "megatron-sov convert from-hf M OUT"),
+    ("megatron-sov convert from-hf M", "megatron-sov convert from-hf M new-output"),
     ("megatron-sov submit qwen3-8b --cluster h100",
      "megatron-sov submit pretrain --cluster h100 --account ACCOUNT qwen3-8b --run new-run --data DIR"),
     ("sov-data pack --input X --tokenizer-model t --output-prefix o --append-eod",
@@ -194,7 +194,7 @@ def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
 @pytest.mark.parametrize(("typed", "rule"), [
     ("megatron-sov recipes qwen3-8b --set train.tokens=2B", "write 2000000000"),
     ("megatron-sov recipes qwen3-8b --set data.phases.0.seq_len=8k", "write 8192 or 8000"),
-    ("megatron-sov recipes qwen3-8b --set optim.warmup_steps=0.1", "0.1 of 1000 steps are 100"),
+    ("megatron-sov recipes qwen3-8b --set optim.warmup_steps=0.1", "steps are counted"),
     ("megatron-sov recipes qwen3-8b --set optim.weight_decay=5%", "write 0.05"),
     ("megatron-sov recipes qwen3-8b --set train.precision=fp16", "it is bf16 here"),
     ("megatron-sov recipes Qwen/Qwen3-8B", "'qwen3-8b' has its architecture"),
@@ -212,3 +212,15 @@ def test_values_of_other_programs_are_answered_with_ours(typed: str, rule: str,
 def test_words_longer_than_a_file_name_give_one_sentence(
         line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: " in answer(line.replace("{}", "x" * 5000), capsys)
+
+
+def test_a_long_word_after_an_unknown_option_is_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+    message = answer(f"megatron-sov convert --foo {'x' * 5000}", capsys)
+    assert "an action comes before the options" in message
+
+
+def test_a_line_without_options_reads_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "load_table", lambda: pytest.fail("words.yaml was read"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    assert words.translate_options(parser, ["RUN"]) == ["RUN"]
