@@ -218,7 +218,6 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("sov-data filter --input t.jsonl --min_size 9 --output o", ["runs it, without min_size"]),
     ("sov-tokenizer compare tok", ["--text en=FILE"]),
     (f"{PRETRAIN} --set optim.name=lion", ["'adamw' or 'muon'; leave it out", "--data d2 --run r"]),
-    (f"{PRETRAIN} --set model.num_heads=3", ["--set model.num_heads=4"]),
     ("megatron-sov eval lm hf --tasks t --output o --num-fewshot 5-shot", ["write 5", "--num-fewshot 5"]),
     ("megatron-sov convert average d run --output o", ["write\n  megatron-sov ssp fuse d run --output o"]),
     ("megatron-sov sft --from hf --data d2 --run r --set 'lora.target_modules=[q_proj, v_proj]'",
