@@ -22,7 +22,6 @@ from megatron_sov.base.artifacts import FileRecord, format_json, read_manifest
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 
-
 ANSWERS = [f"{i} and {'more ' * (i % 7)}" for i in range(40)]
 
 
