@@ -314,16 +314,9 @@ def _hash_around(head: bytes, tail: bytes) -> str:
 
 @contextlib.contextmanager
 def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Iterator[ArtifactWriter]:
-    """Build an artifact in a temporary folder next to `path`; `path` appears only when complete.
-
-    Args:
-        path: the artifact's folder.
-        kind: the manifest's `kind`.
-        overwrite: replace an existing artifact of the same kind.
-
-    Raises:
-        UserError: `path` exists and must not be replaced, or the disk is full or not writable.
-    """
+    """Build an artifact in a temporary folder next to `path`; `path` appears only when complete. `kind`: the
+    manifest's `kind`; `overwrite`: replace an existing artifact of the same kind. Raises `UserError`: `path`
+    exists and must not be replaced, or the disk is full or not writable."""
     # the temporary folder must be on the final folder's disk: renames do not cross disks
     path = resolve_link(Path(path))
     check_creatable(path)
