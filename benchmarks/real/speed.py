@@ -5,9 +5,9 @@ Usage: python benchmarks/real/speed.py --work DIR --outside ENVIRONMENT [--only 
 DIR is the folder of `doors.py`, ENVIRONMENT that of `model_folder.py`, the output
 benchmarks/results/real_speed.txt. Both sides run the same rows in float32 on one thread, one process after
 the other. A step is the fastest but the first, because other programs on the machine only slow a step; a
-generation counts the tokens of the responses, and `products` are the seconds of our decoder's matrix products
-alone, which no decoder in this number format can avoid; an evaluation is its whole command. Memory is the peak of the
-process; in training that before the last step, because only our command writes a checkpoint afterwards.
+generation counts the tokens of the responses; an evaluation is its whole command. The seconds of our
+decoder's matrix products alone are a floor for its rows of tokens. Memory is the peak of the process; in
+training that before the last step, because only our command writes a checkpoint afterwards.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.modality import EncoderInputs, join_inputs
 
-
 StepEntries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Slots and ring indices [sequences, 1] int64 to write; filled entries [sequences, 1, 1, entries] bool."""
 
