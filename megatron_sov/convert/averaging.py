@@ -11,23 +11,21 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, check_output_folder, manifest_sha256, read_manifest)
+    MANIFEST, check_output_folder, manifest_sha256, read_manifest)
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokenizer
 from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.checkpoint.sharded_tensors import format_block_name, write_index
 from megatron_sov.convert.companion_files import copy_carried_fields
-from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
-from megatron_sov.convert.hf_import import build_index, hash_file_plan, plan_files, verify_source, write_files
+from megatron_sov.convert.dtypes import KEEP, convert_tensor
+from megatron_sov.convert.hf_import import build_index, hash_file_plan, plan_files, write_verified
 from megatron_sov.convert.peft import AdaptedWeights, open_checkpoint_weights, record_inputs
 from megatron_sov.convert.sources import PART, CheckpointWeights
 from megatron_sov.model.config import LoraConfig, ModelConfig, RunConfig
@@ -81,27 +79,9 @@ def write_derived(out: Path, command: str, derived: DerivedCheckpoint, plan: Map
     files, links = dict(derived.files), dict(derived.links)
     full_plan = {**plan, "files": hash_file_plan(files)}
     with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {command}", full_plan,
-                            overwrite=overwrite, redo=redo) as artifact, ExitStack() as stack, tqdm(
-                total=len(links), desc=command, unit="block", disable=None) as bar:
-        missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
-        check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
-        bar.update(len(links) - sum(map(len, missing.values())))
-
-        def read(spec: TensorSpec) -> torch.Tensor:
-            block = derived.block(spec)
-            bar.update()
-            return block
-
-        checks = [stack.enter_context(verify_source(source, workers)) for source in derived.sources]
-
-        def finish(name: str, record: FileRecord) -> None:
-            for check in checks:
-                # verify the sources before the file counts as finished: a resumed command trusts finished
-                # files
-                check.wait_for(hf_name for spec in files[name] for hf_name in derived.source_names(spec))
-            artifact.finish(name, record)
-
-        write_files(artifact.path, missing, read, workers, finish)
+                            overwrite=overwrite, redo=redo) as artifact:
+        write_verified(artifact, files, derived.block, dict.fromkeys(derived.sources, derived.source_names),
+                       command, workers)
         write_index(artifact.path, PART, [build_index(files, links)])
         tokenizer = derived.sources[0].path / "tokenizer"
         if tokenizer.is_dir():

@@ -27,10 +27,9 @@ from megatron_sov.convert.companion_files import (
     CARRIED_FIELDS, add_turn_ends, copy_carried_fields, copy_companions, describe_split_conflict,
     move_chat_template, read_generation_ids, read_token_ids, to_id_list)
 from megatron_sov.convert.dtypes import (
-    KEEP, check_dtype_name, check_space, choose_export_dtype, convert_tensor)
+    KEEP, check_dtype_name, choose_export_dtype, convert_tensor)
 from megatron_sov.convert.hf_import import (
-    check_copies, find_differing_copies, get_duplicates, hash_file_plan, plan_shards, verify_source,
-    write_files)
+    check_copies, find_differing_copies, get_duplicates, hash_file_plan, plan_shards, write_verified)
 from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, open_weights, record_inputs
 from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, list_ignored_prefixes, resolve_run)
@@ -283,27 +282,16 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
 def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str, list[TensorSpec]],
                    source_names: dict[str, str], workers: int) -> None:
     """Write the unfinished files; `source_names`: exported name -> name in the source."""
-    num_tensors = sum(map(len, files.values()))
-    missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
-    check_space(artifact.path, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
     rounding = UpdateRounding(source)
-    with tqdm(total=num_tensors, desc="to-hf", unit="tensor", disable=None) as bar:
-        bar.update(num_tensors - sum(map(len, missing.values())))
 
-        def read(spec: TensorSpec) -> torch.Tensor:
-            name = source_names[spec.name]
-            source_tensor = source.read(name)
-            tensor = convert_tensor(source_tensor, spec.dtype, source.path, spec.name)
-            rounding.measure_weight(name, source_tensor, spec.dtype)
-            bar.update()
-            return tensor
+    def read(spec: TensorSpec) -> torch.Tensor:
+        name = source_names[spec.name]
+        source_tensor = source.read(name)
+        tensor = convert_tensor(source_tensor, spec.dtype, source.path, spec.name)
+        rounding.measure_weight(name, source_tensor, spec.dtype)
+        return tensor
 
-        with verify_source(source, workers) as check:
-            def finish(name: str, record: FileRecord) -> None:
-                check.wait_for(source_names[spec.name] for spec in files[name])
-                artifact.finish(name, record)
-
-            write_files(artifact.path, missing, read, workers, finish)
+    write_verified(artifact, files, read, {source: lambda spec: [source_names[spec.name]]}, "to-hf", workers)
     if loss := rounding.format_loss():
         warn(f"{source.path}: {loss}; pass --dtype float32 to keep the trained values")
 

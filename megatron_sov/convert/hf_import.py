@@ -7,10 +7,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -38,7 +38,7 @@ from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, for
 from megatron_sov.runs.checkpoints import (
     ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, SOURCE, check_folder_kind, check_model_path,
     suggest_replacement)
-from megatron_sov.work.progress.resumable import resumable_artifact
+from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
@@ -83,25 +83,58 @@ def hash_file_plan(files: Mapping[str, list[TensorSpec]]) -> str:
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
-def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSource, workers: int,
-                finish: Callable[[str, FileRecord], None]) -> None:
-    """Write the planned files, `workers` at a time; the order of writing changes no byte.
+FileWriter = Callable[[Path, list[TensorSpec], TensorSource, Executor], FileRecord]
+"""Writes and syncs a file with the given tensors; reads the next tensor ahead in the executor."""
+
+
+def write_verified(artifact: ResumableArtifact, files: Mapping[str, list[TensorSpec]], read: TensorSource,
+                   sources: Mapping[SourceFiles, Callable[[TensorSpec], Iterable[str]]], command: str,
+                   workers: int, write: FileWriter | None = None) -> None:
+    """Write the unfinished files of an artifact while the source files are verified, with a progress bar.
 
     Args:
-        folder: target folder.
-        files: file name -> tensors, see `plan_shards`.
+        artifact: the artifact; files count as finished after their sources are verified.
+        files: file name -> tensors.
         read: returns one tensor.
-        workers: files at a time, each with one thread that reads and one that hashes and writes.
-        finish: called with the name and record of each completed file.
+        sources: source -> the names of its tensors that a tensor is made from.
+        command: label of the progress bar.
+        workers: files written at a time.
+        write: writes a file; None: a safetensors file.
 
     Raises:
-        UserError: the first error of `read`; further files are not started.
+        UserError: a source is damaged, the first error of `read`, or the disk is full.
     """
+    missing = {name: specs for name, specs in files.items() if name not in artifact.finished}
+    check_space(artifact.path, sum(spec.size_bytes for specs in missing.values() for spec in specs))
+    with tqdm(total=sum(map(len, files.values())), desc=command, unit="tensor", disable=None) as bar, \
+            contextlib.ExitStack() as stack:
+        bar.update(bar.total - sum(map(len, missing.values())))
+        checks = [(stack.enter_context(verify_source(source, workers)), list_names)
+                  for source, list_names in sources.items()]
+
+        def read_one(spec: TensorSpec) -> torch.Tensor:
+            tensor = read(spec)
+            bar.update()
+            return tensor
+
+        def finish(name: str, record: FileRecord) -> None:
+            # verify the sources before the file counts as finished: a resumed command trusts finished files
+            for check, list_names in checks:
+                check.wait_for(source_name for spec in files[name] for source_name in list_names(spec))
+            artifact.finish(name, record)
+
+        write_files(artifact.path, missing, read_one, workers, finish, write)
+
+
+def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSource, workers: int,
+                finish: Callable[[str, FileRecord], None], write: FileWriter | None = None) -> None:
+    """Write the planned files, `workers` at a time, each with one thread that reads and one that hashes and
+    writes; the order of writing changes no byte. Raises the first error; further files are not started."""
     def write_one(name: str) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(1) as reader:
-            record = write_tensors(path, files[name], read, reader)
+            record = (write or write_tensors)(path, files[name], read, reader)
         finish(name, record)
 
     threads = torch.get_num_threads()
@@ -117,10 +150,24 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
 
 # Source files are hashed during the conversion. A written file counts as finished only after the file's
 # sources are verified, and the artifact is published only after every source file is verified.
+class SourceFiles(Protocol):
+    """A folder of tensors that is verified against its manifest.
+
+    `parts`, if it exists, names the checkpoint parts to verify; by default the weights.
+    """
+
+    path: Path
+
+    def list_keys_in(self, file: str) -> list[str]:
+        """Return the tensors stored in `file`."""
+    def list_files(self, name: str) -> set[str]:
+        """Return the files that store tensor `name`."""
+
+
 class SourceCheck:
     """Running verification of source files; see `verify_source`."""
 
-    def __init__(self, weights: Weights, damage: dict[str, Future[str | None]], remedy: str,
+    def __init__(self, weights: SourceFiles, damage: dict[str, Future[str | None]], remedy: str,
                  base: SourceCheck | None) -> None:
         self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
 
@@ -146,8 +193,8 @@ class SourceCheck:
 
 
 @contextlib.contextmanager
-def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
-    """Verify source files (model part only) against the manifest during the `with` block.
+def verify_source(weights: SourceFiles, workers: int) -> Iterator[SourceCheck]:
+    """Verify source files (see `SourceFiles.parts`) against the manifest during the `with` block.
 
     Args:
         weights: source of the conversion.
@@ -166,7 +213,7 @@ def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
 
 
 @contextlib.contextmanager
-def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
+def _check_folder(weights: SourceFiles, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
     """Verify a folder's files; `base` verifies an adapter's base model."""
     path, pool = weights.path, ThreadPoolExecutor(workers)
     damage: dict[str, Future[str | None]] = {}
@@ -174,7 +221,7 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         other_parts = tuple(f"{part}/" for part in manifest.content.get("parts", [])
-                            if part not in (PART, ADAPTER))
+                            if part not in getattr(weights, "parts", (PART, ADAPTER)))
         damage = {name: pool.submit(find_file_damage, path / name, record)
                   for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
@@ -266,27 +313,16 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
     files = plan_files(links, weights.get_dtype, dtype)
     plan = {"from": fingerprint_folder(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": hash_file_plan(files)}
+    def read(spec: TensorSpec) -> torch.Tensor:
+        link = links[spec.name]
+        block: torch.Tensor = link.join({name: convert_tensor(weights.read(name), spec.dtype, folder, name)
+                                         for name in link.hf_names})
+        return block
+
     with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.command}", plan,
-                            overwrite=overwrite, redo=redo) as artifact, \
-            tqdm(total=len(links), desc=source.command, unit="block", disable=None) as bar:
-        missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
-        check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
-        bar.update(len(links) - sum(map(len, missing.values())))
-
-        def read(spec: TensorSpec) -> torch.Tensor:
-            link = links[spec.name]
-            parts = {name: convert_tensor(weights.read(name), spec.dtype, folder, name) for name
-                     in link.hf_names}
-            block: torch.Tensor = link.join(parts)
-            bar.update()
-            return block
-
-        with verify_source(weights, workers) as check:
-            def finish(name: str, record: FileRecord) -> None:
-                check.wait_for(hf_name for spec in files[name] for hf_name in links[spec.name].hf_names)
-                artifact.finish(name, record)
-
-            write_files(artifact.path, missing, read, workers, finish)
+                            overwrite=overwrite, redo=redo) as artifact:
+        write_verified(artifact, files, read, {weights: lambda spec: links[spec.name].hf_names},
+                       source.command, workers)
         if (folder / MANIFEST).is_file():
             artifact.writer.add_input(folder)
         write_index(artifact.path, PART, [build_index(files, links)])
