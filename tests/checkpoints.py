@@ -1,7 +1,5 @@
 """Saves a checkpoint outside a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

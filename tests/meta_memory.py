@@ -4,8 +4,6 @@ rank and world size.
 On a machine with a GPU, call `cpu_shims.prepare_without_gpu()` before importing this module.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator

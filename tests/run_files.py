@@ -1,7 +1,5 @@
 """Read events and weights of run folders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

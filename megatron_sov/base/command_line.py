@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             typed = list(self._typed)
             if typed[0].startswith("-") and not find_action(self.prog, typed):
-                path = next((word for word in typed if Path(word).exists()), "")
+                path = next(filter(os.path.exists, typed), "")
                 at = typed.index(path) if path else 0
                 if at:
                     rest = [*typed[:at - 1], *typed[at + 1:]]
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
                             Fix(f"{self.prog} {line}"))
         before = [word for word in self._typed if word not in rest]
-        if all(Path(word).exists() for word in rest) and (first := [w for w in before if Path(w).exists()]):
+        if all(map(os.path.exists, rest)) and (first := list(filter(os.path.exists, before))):
             lines = [shlex.join([path if word == first[0] else word for word in before])
                      for path in (first[0], *rest)]
             raise UserError(f"{self.prog}: takes {first[0]} or {rest[0]}, one at a time",

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,49 +87,21 @@ FileWriter = Callable[[Path, list[TensorSpec], TensorSource, Executor], FileReco
 """Writes and syncs a file with the given tensors; reads the next tensor ahead in the executor."""
 
 
-def write_verified(artifact: ResumableArtifact, files: Mapping[str, list[TensorSpec]], read: TensorSource,
-                   sources: Mapping[SourceFiles, Callable[[TensorSpec], Iterable[str]]], command: str,
-                   workers: int, write: FileWriter | None = None) -> None:
-    """Write the unfinished files of an artifact while the source files are verified, with a progress bar.
+def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSource, workers: int,
+                finish: Callable[[str, FileRecord], None], write: FileWriter | None = None) -> None:
+    """Write the planned files, `workers` at a time; the order of writing changes no byte.
 
     Args:
-        artifact: the artifact; files count as finished after their sources are verified.
-        files: file name -> tensors.
+        folder: target folder.
+        files: file name -> tensors, see `plan_shards`.
         read: returns one tensor.
-        sources: source -> the names of its tensors that a tensor is made from.
-        command: label of the progress bar.
-        workers: files written at a time.
+        workers: files at a time, each with one thread that reads and one that hashes and writes.
+        finish: called with the name and record of each completed file.
         write: writes a file; None: a safetensors file.
 
     Raises:
-        UserError: a source is damaged, the first error of `read`, or the disk is full.
+        UserError: the first error of `read`; further files are not started.
     """
-    missing = {name: specs for name, specs in files.items() if name not in artifact.finished}
-    check_space(artifact.path, sum(spec.size_bytes for specs in missing.values() for spec in specs))
-    with tqdm(total=sum(map(len, files.values())), desc=command, unit="tensor", disable=None) as bar, \
-            contextlib.ExitStack() as stack:
-        bar.update(bar.total - sum(map(len, missing.values())))
-        checks = [(stack.enter_context(verify_source(source, workers)), list_names)
-                  for source, list_names in sources.items()]
-
-        def read_one(spec: TensorSpec) -> torch.Tensor:
-            tensor = read(spec)
-            bar.update()
-            return tensor
-
-        def finish(name: str, record: FileRecord) -> None:
-            # verify the sources before the file counts as finished: a resumed command trusts finished files
-            for check, list_names in checks:
-                check.wait_for(source_name for spec in files[name] for source_name in list_names(spec))
-            artifact.finish(name, record)
-
-        write_files(artifact.path, missing, read_one, workers, finish, write)
-
-
-def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSource, workers: int,
-                finish: Callable[[str, FileRecord], None], write: FileWriter | None = None) -> None:
-    """Write the planned files, `workers` at a time, each with one thread that reads and one that hashes and
-    writes; the order of writing changes no byte. Raises the first error; further files are not started."""
     def write_one(name: str) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +166,7 @@ class SourceCheck:
 
 @contextlib.contextmanager
 def verify_source(weights: SourceFiles, workers: int) -> Iterator[SourceCheck]:
-    """Verify source files (see `SourceFiles.parts`) against the manifest during the `with` block.
+    """Verify source files (see `SourceFiles`) against the manifest during the `with` block.
 
     Args:
         weights: source of the conversion.
@@ -235,6 +207,47 @@ def _check_folder(weights: SourceFiles, workers: int, base: SourceCheck | None) 
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSpec]], read: TensorSource,
+                     sources: Sequence[SourceFiles], list_source_names: Callable[[TensorSpec], Iterable[str]],
+                     label: str, workers: int, write: FileWriter | None = None) -> None:
+    """Write an artifact's unfinished files with a progress bar, and verify the source files meanwhile.
+
+    Args:
+        artifact: its `finished` files are left as they are.
+        files: file name -> tensors, see `plan_shards`.
+        read: returns one tensor.
+        sources: weights from which `read` computes tensors.
+        list_source_names: returns the Hugging Face names in `sources` of a tensor to write.
+        label: of the progress bar.
+        workers: files written at a time.
+        write: see `write_files`.
+
+    Raises:
+        UserError: a source file is damaged, `read` fails, or the disk is full.
+    """
+    missing = {name: specs for name, specs in files.items() if name not in artifact.finished}
+    check_space(artifact.path, sum(spec.size_bytes for specs in missing.values() for spec in specs))
+    num_tensors = sum(map(len, files.values()))
+    num_written = num_tensors - sum(map(len, missing.values()))
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=num_tensors, initial=num_written, desc=label, unit="tensor",
+                                       disable=None))
+        checks = [stack.enter_context(verify_source(source, workers)) for source in sources]
+
+        def read_and_count(spec: TensorSpec) -> torch.Tensor:
+            tensor = read(spec)
+            bar.update()
+            return tensor
+
+        def finish(name: str, record: FileRecord) -> None:
+            # verify the sources before the file counts as finished: a resumed command trusts finished files
+            for check in checks:
+                check.wait_for(source_name for spec in files[name] for source_name in list_source_names(spec))
+            artifact.finish(name, record)
+
+        write_files(artifact.path, missing, read_and_count, workers, finish, write)
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -313,7 +326,8 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
     files = plan_files(links, weights.get_dtype, dtype)
     plan = {"from": fingerprint_folder(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": hash_file_plan(files)}
-    def read(spec: TensorSpec) -> torch.Tensor:
+
+    def read_block(spec: TensorSpec) -> torch.Tensor:
         link = links[spec.name]
         block: torch.Tensor = link.join({name: convert_tensor(weights.read(name), spec.dtype, folder, name)
                                          for name in link.hf_names})
@@ -321,8 +335,8 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
 
     with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.command}", plan,
                             overwrite=overwrite, redo=redo) as artifact:
-        write_verified(artifact, files, read, {weights: lambda spec: links[spec.name].hf_names},
-                       source.command, workers)
+        write_unfinished(artifact, files, read_block, [weights], lambda spec: links[spec.name].hf_names,
+                         source.command, workers)
         if (folder / MANIFEST).is_file():
             artifact.writer.add_input(folder)
         write_index(artifact.path, PART, [build_index(files, links)])

@@ -30,7 +30,7 @@ from megatron_sov.checkpoint.load import read_state
 from megatron_sov.checkpoint.safetensors_files import HashedFile, TensorSource, TensorSpec
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, format_block_name
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.hf_import import hash_file_plan, write_verified
+from megatron_sov.convert.hf_import import hash_file_plan, write_unfinished
 from megatron_sov.convert.inert_pickle import COMMON_STATE
 from megatron_sov.convert.megatron_import import BACKEND, EXPERTS, FORMAT, METADATA, TRACKER, VERSIONS
 from megatron_sov.convert.sources import resolve_run
@@ -111,8 +111,8 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
             "files": hash_file_plan(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-megatron", plan, overwrite=overwrite,
                             redo=redo) as artifact:
-        write_verified(artifact, files, lambda spec: source.read(by_name[spec.name]),
-                       {source: lambda spec: [by_name[spec.name].key]}, "to-megatron", workers, write_archive)
+        write_unfinished(artifact, files, lambda spec: source.read(by_name[spec.name]), [source],
+                         lambda spec: [by_name[spec.name].key], "to-megatron", workers, write_archive)
         _write_index(artifact.path / folder, common, source, blocks, artifact.finished)
         write_atomically(artifact.path / TRACKER, str(step))
         artifact.writer.add_input(checkpoint, for_export=True)

@@ -367,7 +367,7 @@ def read_checkpoint_settings(path: Path) -> RunConfig:
         problems = [" ".join(str(e).split())]
     if problems:
         raise UserError(f"{path / MANIFEST}: its settings cannot be used ({'; '.join(problems)}); "
-                        f"{suggest_replacement(path)}")
+                        "if another version of megatron-sov wrote it, export it with that version")
     return settings
 
 

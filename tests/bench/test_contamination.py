@@ -1,7 +1,5 @@
 """Evaluation items in training text: the search of `sov-data` finds them in text files and token shards."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Compare two results item by item, and refuse results that were measured differently."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Routing with a double of Transformer Engine's kernels against the router's own formula."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

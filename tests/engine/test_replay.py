@@ -1,7 +1,5 @@
 """Replayed routes: table look-ups, routing with recorded experts, and a whole step at every layout."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Sizes of published models, against which tests check the figures of their pages."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The first line of a plan (parameters, tokens, GPUs, time, cost), and tokens within a budget."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_sov import recipes

@@ -1,8 +1,6 @@
 """The default layout: as fast as the result of a full sweep, with spare memory, and with the user's
 settings unchanged."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Fine-tuning, preferences and distillation by their optimizer steps."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The price of a run is the sum of its stages, and every figure follows from others on the page."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Searches for a layout, and the number of nodes that is proposed if none fits."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

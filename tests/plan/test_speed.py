@@ -1,7 +1,5 @@
 """Step times: by hand where one resource is the bound, and their change with each setting."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

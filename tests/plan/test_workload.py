@@ -1,7 +1,5 @@
 """Sizes and FLOPs of models against recipes, vendors' tables and torch's counter."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from typing import Any

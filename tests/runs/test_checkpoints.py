@@ -76,6 +76,7 @@ def test_invalid_model_settings_raise_user_error(name: str, value: object, said:
     with pytest.raises(UserError) as e:
         read_checkpoint_settings(tmp_path / "step-1")
     assert "manifest.json: its settings cannot be used" in str(e.value) and said in str(e.value)
+    assert "export it with that version" in str(e.value)  # earlier checkpoints have the same settings
 
 
 @pytest.mark.each("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}])

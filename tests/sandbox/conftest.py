@@ -1,7 +1,5 @@
 """One sandbox per enclosure that this machine has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

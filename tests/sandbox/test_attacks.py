@@ -1,7 +1,5 @@
 """Programs that try to leave the sandbox or exceed its limits, in each enclosure of this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """Outputs of a sandbox, and recovery from failures of its own processes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

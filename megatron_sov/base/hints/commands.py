@@ -14,7 +14,7 @@ from megatron_sov.base.hints.foreign import read_foreign_config
 from megatron_sov.base.hints.kinds import classify_folder, classify_word, find_only_folder
 from megatron_sov.base.hints.lines import is_placeholder
 from megatron_sov.base.hints.table import index_words, load_table, normalize_word
-from megatron_sov.base.hints.values import find_value
+from megatron_sov.base.hints.values import find_value, pair_words
 
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
 _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
@@ -134,8 +134,7 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
     at = next((i for i, word in enumerate(rest) if word.endswith(".py") or word in ("-m", "--module")),
               len(rest))
     options = index_words("options")
-    words = [part for word in rest[:at] for part in word.split("=", 1)]
-    processes = next((value for name, value in pairwise(words) if value.isdigit() and (
+    processes = next((value for name, value in pair_words(rest[:at]) if value.isdigit() and (
         "--nproc" in options.get(normalize_word(name), ()) or name in ("-n", "-np"))), "")
     script, *rest = rest[at + (rest[at:at + 1] in (["-m"], ["--module"])):] or ["train.py"]
     name = script.removesuffix(".py").replace("/", ".").rpartition(".")[2].removeprefix("run_")

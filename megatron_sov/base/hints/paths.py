@@ -20,7 +20,7 @@ from megatron_sov.base.hints.foreign import MAX_BYTES, read_merge
 from megatron_sov.base.hints.kinds import (
     DATA_SUFFIXES, classify_folder, find_only_folder, list_run_tokenizers)
 from megatron_sov.base.hints.table import load_table, normalize_word
-from megatron_sov.base.hints.values import find_value
+from megatron_sov.base.hints.values import find_value, pair_words
 
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
@@ -62,9 +62,8 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         yield str(model), UserError(f"--from {model}, --data {data}: are swapped; --from takes a model",
                                     Fix(options=("--from", str(data), "--data", str(model))))
         return
-    words: list[str] = []
-    for word in line:  # --option=value -> --option value
-        words += word.split("=", 1) if word.startswith("--") else [word]
+    words = [part for word in line  # --option=value -> --option value
+             for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for option, value in pairwise(words):
         path = re.sub(r"(?<=.):[\d.]+\Z", "", value)  # FOLDER:WEIGHT -> FOLDER; ":1" alone stays
         if "=" in path and not os.path.exists(path):
@@ -100,7 +99,8 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
     if os.path.isfile(source) and (table := fix_table(source)):
         return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read", table)
-    what = load_table()["kinds"].get(classify_folder(source), "")
+    kind = classify_folder(source)
+    what = load_table()["kinds"].get(kind, "")
     if what and option in ("--prompts", "--input", "--validation"):
         return UserError(f"{option} {path}: is {what}; pass a file of records or text",
                          Fix(options=(option, "FILE.jsonl")))
@@ -109,11 +109,10 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     if source.name == "manifest.json" and classify_folder(source.parent) == "tokens":
         return UserError(f"--data {path}: is the manifest of token shards; pass their folder",
                          Fix(words={path: str(source.parent)}))
-    kind, descriptions = classify_folder(source), load_table()["kinds"]
     if kind == "tokens":
         return None
-    if kind in descriptions:
-        return UserError(f"--data {path}: is {descriptions[kind]}; pass token shards or a file of records",
+    if what:
+        return UserError(f"--data {path}: is {what}; pass token shards or a file of records",
                          Fix(options=("--data", find_only_folder("tokens") or "DIR")))
     is_text_folder = os.path.isdir(source) and any(
         name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json")
@@ -201,8 +200,7 @@ def _choose_tokenizer(line: Sequence[str]) -> str:
 def _find_typed_tokenizer(typed: Sequence[str]) -> str:
     """Return the existing path after `--tokenizer`, or after another program's word for it; "": none."""
     names = {"tokenizer", *load_table()["options"]["--tokenizer"].split()}
-    parts = [part for word in typed for part in word.split("=", 1)]
-    return next((value for option, value in pairwise(parts) if option.startswith("--")
+    return next((value for option, value in pair_words(typed) if option.startswith("--")
                  and normalize_word(option) in names and os.path.exists(value)), "")
 
 

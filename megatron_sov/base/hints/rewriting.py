@@ -127,11 +127,11 @@ class Rewrite:
         if value and value == find_value(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
         self.weak_settings |= set(written) if row.get("weak") else set()
+        quoted = {name: shlex.quote(text) for name, text in holes.items()}
         if "before" in row:
-            quoted = {name: shlex.quote(text) for name, text in holes.items()}
             self.before.append(row["before"].format(**quoted))
         if "line" in row:
-            self.line = row["line"].format(**{name: shlex.quote(text) for name, text in holes.items()})
+            self.line = row["line"].format(**quoted)
         self.other_command = row.get("command", self.other_command)
         self.add_words(f"{option}: {row['say']}", *written)
         return True

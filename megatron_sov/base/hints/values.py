@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from megatron_sov.base.hints.foreign import find_shards
@@ -87,8 +87,12 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
 
 def find_value(words: Sequence[str], *options: str) -> str:
     """Return the value of the first option in `words` that is in `options`; "": none."""
-    parts = [part for word in words for part in word.split("=", 1)]
-    return next((value for word, value in pairwise(parts) if word in options), "")
+    return next((value for word, value in pair_words(words) if word in options), "")
+
+
+def pair_words(words: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Return each word with the next word; `--option=value` counts as two words."""
+    return pairwise(part for word in words for part in word.split("=", 1))
 
 
 def parse_cluster(name: str) -> str:

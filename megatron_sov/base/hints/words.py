@@ -26,6 +26,7 @@ from megatron_sov.base.hints.values import find_value
 RECIPE_COMMANDS = ("pretrain", "extend", "plan")
 """Commands that require a recipe although argparse does not."""
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
+_SHORT_OPTION = re.compile("-[A-Za-z]+$")
 _CONFIG_WORDS = ("config", "config_file", "config_path", "deepspeed", "deepspeed_config")
 
 
@@ -64,10 +65,10 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
         command=parser.prog.removeprefix("megatron-sov "), exists=getattr(cls, "is_setting", None))
     if kind:
         rewrite.add_words(f"{kind}: lm-eval's kind of model; leave it out")
-    short = load_table()["short"].get(rewrite.command, {})
-    for word in typed:
-        if word in short and short[word] in options:
-            rewrite.add_words(f"{word} is {short[word]} here")
+    short = _find_short_options(rewrite.command, typed)
+    for word, name in short.items():
+        if name in options:
+            rewrite.add_words(f"{word} is {name} here")
     rewrite.typed = [short.get(word, word) for word in typed]
     _read_words(parser, rewrite)
     _move_model(parser, rewrite)
@@ -104,9 +105,9 @@ def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str])
 
 def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
     """Refuse sbatch's short options, and options of a stage before its name, for `submit`."""
-    short = load_table()["short"].get(parser.prog.rpartition(" ")[2], {})
+    short = _find_short_options(parser.prog.rpartition(" ")[2], typed)
     words = [short.get(word, word) for word in typed]
-    messages = [f"{word} is {short[word]}" for word in typed if word in short]
+    messages = [f"{word} is {name}" for word, name in short.items()]
     at = next((n for n, word in enumerate(words) if word in (parser.get_default("stages") or ())), 0)
     unknown = [word for word in words[:at]
                if word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions]
@@ -115,6 +116,14 @@ def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
         messages.append(f"{words[0]} comes before {unknown[0]}")
     if messages:
         raise UserError(f"{parser.prog}: {'; '.join(messages)}", Fix(f"{parser.prog} {shlex.join(words)}"))
+
+
+def _find_short_options(command: str, typed: Sequence[str]) -> dict[str, str]:
+    """Return short option of sbatch or llama.cpp -> its long name; a line without any reads no table."""
+    if not any(_SHORT_OPTION.match(word) for word in typed):
+        return {}
+    rows = load_table()["short"].get(command, {})
+    return {word: rows[word] for word in typed if word in rows}
 
 
 def _check_verb(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:

@@ -174,7 +174,7 @@ class Registry(Generic[T]):
 def suggest_longer_names(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x' or 'y'?"`` for names that extend `name`, ignoring case and separators."""
     matches = _find_by_prefix(_split_name(name), known)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 
 def suggest_same_family(name: str, known: Iterable[str]) -> str:
@@ -183,7 +183,7 @@ def suggest_same_family(name: str, known: Iterable[str]) -> str:
     Another number is another model, so these names are not suggestions.
     """
     matches = _find_by_prefix(_split_name(name)[:2], known)
-    return f"; its family has {' and '.join(matches)}" if matches else ""
+    return f"; its family has {' and '.join(map(repr, matches))}" if matches else ""
 
 
 def _find_same_size(name: str, known: Iterable[str]) -> str:
@@ -191,7 +191,7 @@ def _find_same_size(name: str, known: Iterable[str]) -> str:
     parts = _split_name(name)
     matches = [other for other in known if len(parts) > 3 and _split_name(other)[:2] == parts[:2]
                and _split_name(other)[-2:] == parts[-2:]]
-    matches = matches or [other.strip("'") for other in _find_by_prefix(parts, known)]  # 1b: gemma-3-1b
+    matches = matches or _find_by_prefix(parts, known)  # 1b: gemma-3-1b
     return matches[0] if len(matches) == 1 else ""
 
 
@@ -200,7 +200,7 @@ def _find_by_prefix(parts: Sequence[str], known: Iterable[str]) -> list[str]:
     matches = [name for name, words in split.items() if words[:len(parts)] == parts]
     if not matches and parts[0].isdigit():  # 8b: the size at the end
         matches = [name for name, words in split.items() if words[-len(parts):] == parts]
-    return list(map(repr, matches[:MAX_PROPOSED]))
+    return matches[:MAX_PROPOSED]
 
 
 def _split_name(name: str) -> list[str]:

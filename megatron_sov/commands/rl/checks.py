@@ -209,12 +209,7 @@ def find_other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
 
 
 def read_training_prompts(options: PromptOptions, *, is_asked: bool) -> PromptList:
-    """Read the distinct prompts in --prompts.
-
-    Args:
-        options: options that name the prompts.
-        is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
-    """
+    """Read the distinct prompts in --prompts; `is_asked`: see `read_prompts`."""
     return read_prompts(options.prompts, parse_renames(options.renames, ()), is_asked=is_asked)
 
 
@@ -228,14 +223,8 @@ def drop_unused_prompts(source: str, prompts: PromptList, unused: UnusedRows, st
 
 def read_validation_prompts(file: Path, renames: Sequence[str], training: PromptList, *, is_asked: bool
                             ) -> PromptList:
-    """Read the prompts that only --validation contains; warn about prompts in both files.
-
-    Args:
-        file: file of --validation.
-        renames: values of --columns.
-        training: prompts of --prompts.
-        is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
-    """
+    """Read the prompts of --validation (`file`) that `training` lacks; warn about prompts in both files.
+    `renames`: values of --columns; `is_asked`: see `read_prompts`."""
     prompts = read_prompts(file, parse_renames(renames, ()), VALIDATION_OPTION, is_asked=is_asked)
     shared = find_shared_prompts(prompts, training)
     if shared:

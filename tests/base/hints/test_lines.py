@@ -1,7 +1,5 @@
 """Proposed command lines: one message names all faults, and the proposed line passes the command's checks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

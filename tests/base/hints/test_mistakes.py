@@ -1,7 +1,5 @@
 """Typical first mistakes: the message names everything that the next command line needs to work."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

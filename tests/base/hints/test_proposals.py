@@ -1,7 +1,5 @@
 """Command lines with several faults: the message names all of them, and the proposed line has none."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Removed commands, options, settings and files are refused by name, with their replacement."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from pathlib import Path

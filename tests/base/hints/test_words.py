@@ -1,7 +1,6 @@
 """Command lines in the words of other programs, and the complete command that the message proposes."""
 
-from __future__ import annotations
-
+import argparse
 import json
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ import data_prep.cli
 import tokenizer.cli
 from megatron_sov import cli
 from megatron_sov.base.errors import suggest_name
+from megatron_sov.base.hints import words
 
 PROGRAMS = {"megatron-sov": cli.main, "sov-data": data_prep.cli.main, "sov-tokenizer": tokenizer.cli.main}
 SFT = "megatron-sov sft --from M --data D --run R"
@@ -212,3 +212,15 @@ def test_values_of_other_programs_are_answered_with_ours(typed: str, rule: str,
 def test_words_longer_than_a_file_name_give_one_sentence(
         line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: " in answer(line.replace("{}", "x" * 5000), capsys)
+
+
+def test_a_long_word_after_an_unknown_option_is_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+    message = answer(f"megatron-sov convert --foo {'x' * 5000}", capsys)
+    assert "an action comes before the options" in message
+
+
+def test_a_line_without_options_reads_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "load_table", lambda: pytest.fail("words.yaml was read"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    assert words.translate_options(parser, ["RUN"]) == ["RUN"]

@@ -1,7 +1,5 @@
 """Settings classes with a field of every type that the settings reader supports."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Options from settings classes: parsing, help, problems and dry runs."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from dataclasses import dataclass, field

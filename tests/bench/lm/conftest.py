@@ -1,7 +1,5 @@
 """A task folder with small lm-eval tasks of every output type, built from source text."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import textwrap

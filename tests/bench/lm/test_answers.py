@@ -1,8 +1,6 @@
 """The answer cache of `eval lm`: complete records count for every later run, and concurrent runs share
 chunks."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 

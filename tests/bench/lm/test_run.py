@@ -1,7 +1,5 @@
 """`eval lm` end to end: scores equal those of lm-eval's own model, item by item."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

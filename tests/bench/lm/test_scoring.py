@@ -1,7 +1,5 @@
 """Scores from answers: a metric that fails or divides by zero is reported by name, never as 0."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Data files of tasks: every value keeps its type."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

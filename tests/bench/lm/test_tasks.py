@@ -1,7 +1,5 @@
 """Task folders from elsewhere: code, downloads and files outside the folder are refused by name."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

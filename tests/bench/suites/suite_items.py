@@ -4,8 +4,6 @@ first item.
 Those that are written out stand in suite_items.yaml; those that are computed stand here.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import zlib

@@ -1,8 +1,6 @@
 """avg@k, pass@k and cons@k of scored samples against an enumeration of all draws; items without a reward
 are named."""
 
-from __future__ import annotations
-
 import base64
 import itertools
 import json

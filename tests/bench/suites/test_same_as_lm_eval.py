@@ -1,7 +1,5 @@
 """Suites that lm-eval also has: prompts and scores equal lm-eval's, item by item."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Every suite loads its data, builds its prompt, and scores a correct, a wrong and an unreadable answer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

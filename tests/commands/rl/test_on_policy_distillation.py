@@ -1,8 +1,6 @@
 """`megatron-sov rl run --set policy.method=gkd`: distillation on student text and on data, compared with
 transformers and `distill`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

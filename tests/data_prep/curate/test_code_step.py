@@ -1,7 +1,5 @@
 """The step `code` of a pipeline: a function of one's own changes documents or drops them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`sov-data decontaminate`: what is refused; what it does is typed from the page in test_docs_data."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`sov-data inspect`: what each step of a pipeline kept and dropped, and what token shards hold."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

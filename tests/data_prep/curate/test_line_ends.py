@@ -1,7 +1,5 @@
 """Twins of a text that differ in their line ends alone become the same document, whatever their format."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

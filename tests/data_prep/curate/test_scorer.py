@@ -1,7 +1,5 @@
 """`sov-data scorer`: what it prints, and ten wrong ways to call it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Units and shards, compared with a plain reading of the same input."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """Folders as a run of `sov-data synth` leaves them, made of samples of one's own."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

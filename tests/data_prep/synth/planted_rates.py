@@ -1,7 +1,5 @@
 """Problems whose pass rates follow from their form, in English and Korean, and the files of measurements."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """Models for tests: an `Requester` whose model is a function of the request."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Mapping

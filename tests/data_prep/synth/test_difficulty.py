@@ -1,7 +1,5 @@
 """`sov-data difficulty`: labels of several configurations, a scorer of them, and graded rows."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -1,8 +1,6 @@
 """What becomes of samples: each is kept or rejected with its reason, and every later command takes those that
 are kept."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Generators of your own: how the steps of a file run, and what is refused before anything is asked."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

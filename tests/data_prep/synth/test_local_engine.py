@@ -1,7 +1,5 @@
 """A folder as the engine: its server is a child with a key of its own, and ends with the run."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Problems and final answers are read and compared."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

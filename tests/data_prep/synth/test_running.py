@@ -1,7 +1,5 @@
 """Runs of `sov-data synth` against a scripted endpoint: what ends them, and that they go on behind it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A whole optimizer step: expert counts and biases, recomputation, and the dtype of gradient reduction."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import pairwise
 from typing import Any

@@ -1,8 +1,6 @@
 """Encoder features in place of placeholders: documents stay separate, and cached spans give the same
 results."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Ranges of parameters that a process updates, and the number of updates."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

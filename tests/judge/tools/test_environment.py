@@ -1,7 +1,5 @@
 """Tool schemas from signatures and docstrings, and argument validation."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import pytest

@@ -1,8 +1,6 @@
 """Saved activations of a layer, with recomputation and offloading, against sums by hand in bf16;
 `benchmarks/plan_activations.py` measures them in float32."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace

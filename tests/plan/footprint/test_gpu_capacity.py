@@ -1,7 +1,5 @@
 """Layouts that exceed a GPU are refused with one that fits, and large recipes fit at their usual sizes."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from typing import Any

@@ -1,8 +1,6 @@
 """The memory account of a process: items against their settings, the output head against autograd, and the
 printed page."""
 
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Parameters of a pipeline stage, one by one, against Megatron-Core's modules in their order."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Any

@@ -2,8 +2,6 @@
 a fake world. `benchmarks/plan_bytes.py` compares hundreds of layouts; this file has a few, and two of large
 models."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """A run folder with every kind of event that training writes."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """The report in a real browser: all charts are drawn, no script fails, and hostile text is not executed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

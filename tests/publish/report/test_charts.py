@@ -1,7 +1,5 @@
 """Charts of the report, and the note about series that were not drawn."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

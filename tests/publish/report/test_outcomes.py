@@ -1,7 +1,5 @@
 """Headline figures of a run: the token loss, or the measure of its objective."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report file: self-contained, escaped text, and every section that has data."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scores in the report: the latest per checkpoint, names of missing ones, and verdicts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Key figures and sections of a run."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

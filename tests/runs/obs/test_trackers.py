@@ -1,7 +1,5 @@
 """Trackers write readable files and never stop a run."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Ways in which a text of a benchmark stands in other texts."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Decontamination: items are found in every disguise, by their plain text."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Equal documents and equal paragraphs are removed once each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Near duplicates: those that a comparison of all with all finds."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A small run to try things on: two sources, a step that looks at each document and one that looks at all."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

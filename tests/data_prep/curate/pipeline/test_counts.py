@@ -1,7 +1,5 @@
 """Counts of documents, and their sums over parts."""
 
-from __future__ import annotations
-
 from data_prep.curate.pipeline.counts import MAX_SAMPLES, DocumentCounts, hash_sample_id
 
 

@@ -1,7 +1,5 @@
 """A bit that flips anywhere in what a run leaves for itself is never believed."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

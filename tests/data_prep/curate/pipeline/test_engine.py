@@ -1,7 +1,5 @@
 """A run that is killed goes on, a worker that is killed is told, and a defect has its trace."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """A pipeline file's mistakes are told at once, each with its line and the way out."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

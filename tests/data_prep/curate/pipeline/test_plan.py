@@ -1,7 +1,5 @@
 """Shards, names and addresses of a run's files."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A run is done once: what changes is done anew with all that follows from it, and nothing else is."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

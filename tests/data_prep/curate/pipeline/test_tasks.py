@@ -1,7 +1,5 @@
 """Layers over a base are the documents as if each step had written them whole."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

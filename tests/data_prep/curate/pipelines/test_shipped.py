@@ -1,7 +1,5 @@
 """The ready pipelines load, once the files are there that they name; the smallest one runs."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

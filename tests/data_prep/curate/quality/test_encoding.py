@@ -1,7 +1,5 @@
 """Text that was read in a wrong encoding is restored; other text stays as it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Languages, code and markup are identified, and documents kept by language."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

@@ -1,8 +1,6 @@
 """docs/data_quality.md: its steps are built as they stand there, its example runs; its tables and those of
 docs/filter_rules.md are true."""
 
-from __future__ import annotations
-
 import doctest
 import re
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """Trained scorers, and files of planted labels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

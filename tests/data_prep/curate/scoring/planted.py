@@ -1,7 +1,5 @@
 """Planted labels: what makes a text good is known, so a scorer can be seen to find it."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Sequence

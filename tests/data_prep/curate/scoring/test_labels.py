@@ -1,7 +1,5 @@
 """Labels: what is read, what is refused, and how they are cut."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Levels: exact shares, ties cut in one way, small languages named, floats in their order."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

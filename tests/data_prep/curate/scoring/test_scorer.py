@@ -1,7 +1,5 @@
 """A scorer on disk: the same scores again, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Steps that grade documents and choose their kind."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

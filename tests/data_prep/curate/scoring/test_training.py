@@ -1,7 +1,5 @@
 """Scorers are trained as the libraries do, and judged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading sources in tests: a folder with files, and what a reader finds in them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Repositories of code: languages, licences, and what is left out."""
 
-from __future__ import annotations
-
 import pytest
 
 from data_prep.curate.sources.code import find_header_licence, find_language

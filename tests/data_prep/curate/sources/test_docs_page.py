@@ -1,7 +1,5 @@
 """docs/data_pipeline.md: its snippets print what it shows, and it names every format, option and code."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses

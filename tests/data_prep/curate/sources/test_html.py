@@ -1,7 +1,5 @@
 """Web pages: what is their text, and how it is written."""
 
-from __future__ import annotations
-
 import pytest
 
 from data_prep.curate.sources.encodings import decode_page

@@ -1,7 +1,5 @@
 """Plain text and JSON lines: documents, their places, and what is bad in them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

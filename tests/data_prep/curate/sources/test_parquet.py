@@ -1,7 +1,5 @@
 """Parquet: rows as documents."""
 
-from __future__ import annotations
-
 import datetime
 import io
 from types import SimpleNamespace

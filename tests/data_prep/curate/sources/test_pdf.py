@@ -1,7 +1,5 @@
 """PDF files: their lines become paragraphs; files that cannot be read are told."""
 
-from __future__ import annotations
-
 import pytest
 
 from data_prep.curate.sources.pdf import join_lines

@@ -1,7 +1,5 @@
 """Reading apart: a file that hangs, crashes, eats memory or lies costs itself and nothing else."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Sources: their settings, their files, mixed folders."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Web archives: which records are documents, and archives that break off."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import zlib

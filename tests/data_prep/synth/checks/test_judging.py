@@ -1,7 +1,5 @@
 """A step that changes texts changes records of texts, and rejects what it cannot change."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

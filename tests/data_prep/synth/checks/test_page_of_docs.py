@@ -1,8 +1,6 @@
 """docs/synth.md: its steps are sound, its program runs, its table of sources is
 whole."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """Steps of a file become a pipeline over the sources that a run has; what of a record is judged."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

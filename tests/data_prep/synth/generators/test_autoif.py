@@ -1,7 +1,5 @@
 """The generator `autoif`: prompts in all their forms, planted faults, and turns as the paper says."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

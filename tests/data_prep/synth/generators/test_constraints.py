@@ -1,7 +1,5 @@
 """Constraints with tested functions: planted faults, and cross-validation beside the authors' rule."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -1,7 +1,5 @@
 """The packaged generators that are files: what each keeps, and for which reason it refuses the rest."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

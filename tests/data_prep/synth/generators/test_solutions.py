@@ -1,7 +1,5 @@
 """Generator `solutions`: what is right, ends with its answer and differs is kept, with its thoughts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Texts of models and documents are measured; items are made of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Worlds, tasks and conversations with tools, against scripted models: planted faults, and what is kept."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

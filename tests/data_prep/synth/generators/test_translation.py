@@ -1,7 +1,5 @@
 """Translations: what is kept, and why others are not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """A scripted model for the generator `autoif`: it translates, answers by the rule that it is given, and
 judges by whether an answer is about the query's topic; what is planted in a query it does wrong."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Planted cases: items with models that answer well or badly, and what a scripted judge sees of a request."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

@@ -1,8 +1,6 @@
 """A scripted model for the generator `constraints`: it invents rules, writes functions with cases, and says
 what functions ask for; where a fault is planted in a constraint it commits that fault."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """A scripted model for the generator `goals`, and planted tasks."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Mapping

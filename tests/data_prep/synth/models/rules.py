@@ -4,8 +4,6 @@ A text is written about a topic; keeping and breaking a rule take the topic and 
 its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

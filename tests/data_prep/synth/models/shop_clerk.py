@@ -1,8 +1,6 @@
 """A scripted model that works in the worlds of `shops`: it finds, acts and answers as its rules say, and can
 play the user and the judge too.  Each answer follows from the request alone."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

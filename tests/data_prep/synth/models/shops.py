@@ -3,8 +3,6 @@
 Everything follows from the trade and a number, so that a script which is shown a world knows its way.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A scripted model for the generator `tool-trajectories`, and planted conversations."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A scripted model for the generator `worlds`, and planted worlds."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """The step `pii`: what is masked in each language, and what only looks like someone's data."""
 
-from __future__ import annotations
-
 import random
 import time
 from itertools import pairwise

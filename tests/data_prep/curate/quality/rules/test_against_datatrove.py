@@ -3,8 +3,6 @@
 Its dictionaries and tokenizers are kept out: both sides get the same words, signs and sentences.
 """
 
-from __future__ import annotations
-
 import random
 
 import pytest

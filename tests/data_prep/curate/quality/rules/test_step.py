@@ -1,7 +1,5 @@
 """The step `rules`: presets, languages, thresholds by setting, and what is told of a document."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Words of a text, and the rules of each language."""
 
-from __future__ import annotations
-
 import time
 
 import pytest
