@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_sov.base.artifacts import FileRecord
-from megatron_sov.base.digests import BLAKE3, Digest
+from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -255,7 +255,7 @@ def write_tensors(path: Path, specs: list[TensorSpec], read: TensorSource,
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
     next_tensor: Future[torch.Tensor] | None = None
     with open(path, "wb", buffering=0) as f:
-        file = HashedFile(f.fileno())
+        file = _HashedFile(f.fileno())
         file.append_bytes(memoryview(_format_header(ordered)))
         for number, spec in enumerate(ordered, 1):
             tensor = read(spec) if next_tensor is None else next_tensor.result()
@@ -271,11 +271,11 @@ def write_tensors(path: Path, specs: list[TensorSpec], read: TensorSource,
     return FileRecord(file.digest.text(), file.size_bytes)
 
 
-class HashedFile:
+class _HashedFile:
     """An open file whose written bytes are hashed and passed to the disk."""
 
-    def __init__(self, fd: int, algorithm: str = BLAKE3) -> None:
-        self.digest, self.size_bytes = Digest(algorithm), 0
+    def __init__(self, fd: int) -> None:
+        self.digest, self.size_bytes = Digest(), 0
         self._fd, self._write_back_bytes = fd, 0
 
     def append_bytes(self, raw: memoryview) -> None:

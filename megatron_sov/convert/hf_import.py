@@ -7,10 +7,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -83,12 +83,8 @@ def hash_file_plan(files: Mapping[str, list[TensorSpec]]) -> str:
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
-FileWriter = Callable[[Path, list[TensorSpec], TensorSource, Executor], FileRecord]
-"""Writes and syncs a file with the given tensors; reads the next tensor ahead in the executor."""
-
-
 def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSource, workers: int,
-                finish: Callable[[str, FileRecord], None], write: FileWriter | None = None) -> None:
+                finish: Callable[[str, FileRecord], None]) -> None:
     """Write the planned files, `workers` at a time; the order of writing changes no byte.
 
     Args:
@@ -97,7 +93,6 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         read: returns one tensor.
         workers: files at a time, each with one thread that reads and one that hashes and writes.
         finish: called with the name and record of each completed file.
-        write: writes a file; None: a safetensors file.
 
     Raises:
         UserError: the first error of `read`; further files are not started.
@@ -106,7 +101,7 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(1) as reader:
-            record = (write or write_tensors)(path, files[name], read, reader)
+            record = write_tensors(path, files[name], read, reader)
         finish(name, record)
 
     threads = torch.get_num_threads()
@@ -122,24 +117,10 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
 
 # Source files are hashed during the conversion. A written file counts as finished only after the file's
 # sources are verified, and the artifact is published only after every source file is verified.
-class SourceFiles(Protocol):
-    """A folder of tensors that is verified against its manifest.
-
-    `parts`, if it exists, names the checkpoint parts to verify; by default the weights.
-    """
-
-    path: Path
-
-    def list_keys_in(self, file: str) -> list[str]:
-        """Return the tensors stored in `file`."""
-    def list_files(self, name: str) -> set[str]:
-        """Return the files that store tensor `name`."""
-
-
 class SourceCheck:
     """Running verification of source files; see `verify_source`."""
 
-    def __init__(self, weights: SourceFiles, damage: dict[str, Future[str | None]], remedy: str,
+    def __init__(self, weights: Weights, damage: dict[str, Future[str | None]], remedy: str,
                  base: SourceCheck | None) -> None:
         self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
 
@@ -165,8 +146,8 @@ class SourceCheck:
 
 
 @contextlib.contextmanager
-def verify_source(weights: SourceFiles, workers: int) -> Iterator[SourceCheck]:
-    """Verify source files (see `SourceFiles`) against the manifest during the `with` block.
+def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
+    """Verify source files (model part only) against the manifest during the `with` block.
 
     Args:
         weights: source of the conversion.
@@ -185,7 +166,7 @@ def verify_source(weights: SourceFiles, workers: int) -> Iterator[SourceCheck]:
 
 
 @contextlib.contextmanager
-def _check_folder(weights: SourceFiles, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
+def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
     """Verify a folder's files; `base` verifies an adapter's base model."""
     path, pool = weights.path, ThreadPoolExecutor(workers)
     damage: dict[str, Future[str | None]] = {}
@@ -193,7 +174,7 @@ def _check_folder(weights: SourceFiles, workers: int, base: SourceCheck | None) 
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         other_parts = tuple(f"{part}/" for part in manifest.content.get("parts", [])
-                            if part not in getattr(weights, "parts", (PART, ADAPTER)))
+                            if part not in (PART, ADAPTER))
         damage = {name: pool.submit(find_file_damage, path / name, record)
                   for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
@@ -210,8 +191,8 @@ def _check_folder(weights: SourceFiles, workers: int, base: SourceCheck | None) 
 
 
 def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSpec]], read: TensorSource,
-                     sources: Sequence[SourceFiles], list_source_names: Callable[[TensorSpec], Iterable[str]],
-                     label: str, workers: int, write: FileWriter | None = None) -> None:
+                     sources: Sequence[Weights], list_source_names: Callable[[TensorSpec], Iterable[str]],
+                     label: str, workers: int) -> None:
     """Write an artifact's unfinished files with a progress bar, and verify the source files meanwhile.
 
     Args:
@@ -222,7 +203,6 @@ def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSp
         list_source_names: returns the Hugging Face names in `sources` of a tensor to write.
         label: of the progress bar.
         workers: files written at a time.
-        write: see `write_files`.
 
     Raises:
         UserError: a source file is damaged, `read` fails, or the disk is full.
@@ -247,7 +227,7 @@ def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSp
                 check.wait_for(source_name for spec in files[name] for source_name in list_source_names(spec))
             artifact.finish(name, record)
 
-        write_files(artifact.path, missing, read_and_count, workers, finish, write)
+        write_files(artifact.path, missing, read_and_count, workers, finish)
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,

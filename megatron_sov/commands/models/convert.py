@@ -88,7 +88,7 @@ class FromMegatronOptions(ConversionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMegatronOptions(WrittenOptions, WorkersOptions, RedoOptions):
+class ToMegatronOptions(WrittenOptions, WorkersOptions):
     """Convert a checkpoint, with its optimizer, to a torch_dist checkpoint of Megatron-Core."""
 
     checkpoint: CheckpointPath
@@ -96,9 +96,9 @@ class ToMegatronOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """Folder to write, for Megatron-LM's --load."""
     weights_only: bool = False
     """Leave out moments, master weights and learning rate schedule."""
-    ep: AtLeastOne | None = None
-    """Expert-parallel size of the run that loads the optimizer (default: that of the checkpoint's run).
-    Megatron-Core has a second optimizer for experts if the size is above 1."""
+    one_optimizer: bool = False
+    """The run that loads the optimizer has expert-parallel size 1, and expert-tensor-parallel size equal to
+    tensor-parallel size: Megatron-Core then has no second optimizer for experts."""
 
 
 @dataclass(frozen=True, kw_only=True)

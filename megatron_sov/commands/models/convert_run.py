@@ -45,8 +45,8 @@ def import_megatron(request: MegatronImport) -> None:
 
 
 def export_megatron(options: ToMegatronOptions) -> None:
-    report = to_megatron(options.checkpoint, options.out, weights_only=options.weights_only, ep=options.ep,
-                         workers=options.workers, overwrite=options.overwrite, redo=options.redo)
+    report = to_megatron(options.checkpoint, options.out, weights_only=options.weights_only,
+                         one_optimizer=options.one_optimizer, workers=options.workers, overwrite=options.overwrite)
     print(f"wrote torch_dist checkpoint {options.out}, iteration {report.step}")
     if report.num_updates is None:
         print("left out the optimizer: start with --finetune or --no-load-optim")
