@@ -79,15 +79,15 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
         overwrite: replace an existing `megatron_checkpoint` artifact.
 
     Raises:
-        UserError: Megatron-Core cannot build the model or its optimizer, the checkpoint is damaged, or the disk
-            is full.
+        UserError: Megatron-Core cannot build the model or its optimizer, the checkpoint is damaged, or the
+            disk is full.
     """
     checkpoint, out = resolve_run(Path(checkpoint)), Path(out)
     settings, content = read_checkpoint_settings(checkpoint), read_manifest(checkpoint).content
     parts, step = content.get("parts", []), content["step"]
     if ADAPTER in parts:
-        raise UserError(f"{checkpoint}: is an adapter, which Megatron-Core's GPTModel does not have; merge it "
-                        "with `megatron-sov convert to-hf`, then `from-hf`")
+        raise UserError(f"{checkpoint}: is an adapter, which Megatron-Core's GPTModel does not have; merge "
+                        "it with `megatron-sov convert to-hf`, then `from-hf`")
     has_optimizer = OPTIMIZER in parts and not weights_only
     num_updates = read_state(checkpoint)["num_updates"] if has_optimizer else None
     common, problem = build_common_state(settings, step, num_updates, one_optimizer=one_optimizer)
@@ -123,7 +123,8 @@ class CheckpointPlanner(DefaultSavePlanner):
         for part in (MODEL, OPTIMIZER) if has_optimizer else (MODEL,):
             reader = TensorReader(path, part)
             reader.check_complete()
-            self._sources |= {_find_key(path, part, key): (reader, key) for key in reader.keys()}  # noqa: SIM118
+            keys = reader.keys()
+            self._sources |= {_find_key(path, part, key): (reader, key) for key in keys}
         self.size_bytes = sum(math.prod(reader.get_shape(key)) * reader.get_dtype(key).itemsize
                               for reader, key in self._sources.values())
 
@@ -166,8 +167,8 @@ class CheckpointPlanner(DefaultSavePlanner):
         return reader.read(key, item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes)
 
     def _list_module_states(self) -> list[str]:
-        """Return the names under which modules ask for `_extra_state`, which is empty without FP8 history: with
-        Transformer Engine every module with weights, and attention."""
+        """Return the names under which modules ask for `_extra_state`, which is empty without FP8 history:
+        with Transformer Engine every module with weights, and attention."""
         names = {}
         for key in (key for key, (_, ours) in self._sources.items() if key == ours):
             module = key.rpartition(".")[0]
@@ -178,8 +179,8 @@ class CheckpointPlanner(DefaultSavePlanner):
         return list(names)
 
     def _list_aliases(self) -> dict[str, str]:
-        """Return the distributed optimizer's name of the weights that it updates -> key with these values: the
-        masters, or in float32 the weights themselves."""
+        """Return the distributed optimizer's name of the weights that it updates -> key with these values:
+        the masters, or in float32 the weights themselves."""
         prefix, masters = "optimizer.state.exp_avg.", f"optimizer.state.{STATES['master']}."
         keys = [key.removeprefix(prefix) for key in self._sources if key.startswith(prefix)]
         return {f"optimizer.state.param.{key}": masters + key if masters + key in self._sources else key
@@ -221,8 +222,8 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
     if num_updates is None:
         return common | {"args": Namespace(**args)}, ""
     if optim.groups:
-        raise UserError(f"optim.groups: has {len(optim.groups)} groups of parameters, which a torch_dist checkpoint "
-                        "cannot describe; pass --weights-only")
+        raise UserError(f"optim.groups: has {len(optim.groups)} groups of parameters, which a torch_dist "
+                        "checkpoint cannot describe; pass --weights-only")
     scheduler, style, problem = _describe_schedule(settings, step)
     args |= style | {"lr": optim.lr, "min_lr": optim.min_lr, "weight_decay": optim.weight_decay,
                      "adam_beta1": optim.beta1, "adam_beta2": optim.beta2, "adam_eps": optim.eps,
@@ -230,8 +231,9 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
     optimizers = [_describe_optimizer(settings, num_updates, is_expert=False)]
     if settings.model.num_experts and not one_optimizer:
         optimizers.append(_describe_optimizer(settings, num_updates, is_expert=True))
-    return common | {"args": Namespace(**args), "opt_param_scheduler": scheduler,
-                     OPTIMIZER: optimizers[0] if len(optimizers) == 1 else dict(enumerate(optimizers))}, problem
+    common |= {"args": Namespace(**args), "opt_param_scheduler": scheduler,
+               OPTIMIZER: optimizers[0] if len(optimizers) == 1 else dict(enumerate(optimizers))}
+    return common, problem
 
 
 def _describe_optimizer(settings: RunConfig, num_updates: int, *, is_expert: bool) -> dict[str, Any]:
@@ -256,8 +258,8 @@ def _describe_optimizer(settings: RunConfig, num_updates: int, *, is_expert: boo
 
 
 def _describe_schedule(settings: RunConfig, step: int) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return the state of the library's scheduler, Megatron-LM's arguments for it, and why the learning rate is
-    written as constant ("": it is not). The library counts in samples."""
+    """Return the state of the library's scheduler, Megatron-LM's arguments for it, and why the learning rate
+    is written as constant ("": it is not). The library counts in samples."""
     optim, schedule = settings.optim, Schedule(settings)
     samples, end = settings.train.global_batch_size, schedule.num_steps
     warmup = min(optim.warmup_steps, end // 2)
@@ -270,10 +272,11 @@ def _describe_schedule(settings: RunConfig, step: int) -> tuple[dict[str, Any], 
         # our first step has the rate after one step of warm-up, the library's has the rate before it
         "num_steps": (step + 1) * samples, "start_wd": optim.weight_decay, "end_wd": optim.weight_decay,
         "wd_incr_style": "constant", "wd_incr_steps": end * samples}
-    arguments = {"lr_decay_style": style, "lr_warmup_samples": warmup * samples, "lr_decay_samples": end * samples,
-                 "train_samples": end * samples, "lr_warmup_init": 0.0, "train_iters": end}
+    arguments = {"lr_decay_style": style, "lr_warmup_samples": warmup * samples, "lr_warmup_init": 0.0,
+                 "lr_decay_samples": end * samples, "train_samples": end * samples, "train_iters": end}
     if style == "WSD":
-        arguments |= {"lr_wsd_decay_samples": decay * samples, "lr_wsd_decay_style": WSD_STYLES[optim.decay_form]}
+        arguments |= {"lr_wsd_decay_samples": decay * samples,
+                      "lr_wsd_decay_style": WSD_STYLES[optim.decay_form]}
     return scheduler, arguments, problem
 
 

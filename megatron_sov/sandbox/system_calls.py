@@ -1,6 +1,7 @@
 """Linux system calls for enclosing a process, beyond the functions of Python 3.11.
 
-Numbers in system_calls.json come from `unistd.h`: x86-64, and `asm-generic` for aarch64. None: the machine has no such call.
+Numbers in system_calls.json come from `unistd.h`: x86-64, and `asm-generic` for aarch64. null: the machine
+has no such call.
 """
 
 from __future__ import annotations

@@ -46,13 +46,13 @@ def import_megatron(request: MegatronImport) -> None:
 
 def export_megatron(options: ToMegatronOptions) -> None:
     report = to_megatron(options.checkpoint, options.out, weights_only=options.weights_only,
-                         one_optimizer=options.one_optimizer, workers=options.workers, overwrite=options.overwrite)
+                         one_optimizer=options.one_optimizer, workers=options.workers,
+                         overwrite=options.overwrite)
     print(f"wrote torch_dist checkpoint {options.out}, iteration {report.step}")
     if report.num_updates is None:
         print("left out the optimizer: start with --finetune or --no-load-optim")
         return
-    print(f"with the moments of {report.num_updates} updates; not the order of the data, and no random state: "
-          "seeds follow from the step")
+    print(f"with the moments of {report.num_updates} updates; without data order and random state")
     if report.schedule_problem:
         print(f"the learning rate is constant, because {report.schedule_problem}: pass "
               "--override-opt_param-scheduler with your schedule")

@@ -174,20 +174,19 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
 
 def _check_inverse(model: ModelConfig, args: Stated) -> None:
     """Raise `UserError` if Megatron-LM arguments do not say everything about a model."""
-    where = f"Megatron-Core's GPTModel cannot be this model of family {model.family}"
-    uncommon = [name for name, plain in COMMON_VALUES.items()
-                if getattr(model, name) != plain and name not in (*EXPERT_GROUPS, "mtp_experts")]
-    # without dense layers the width is not read
-    idle = {} if model.num_dense_layers or not model.num_experts else {"dense_ffn_dim": model.dense_ffn_dim}
-    family = models.get_family(model.family)
-    try:
+    lost = [name for name, plain in COMMON_VALUES.items()
+            if getattr(model, name) != plain and name not in (*EXPERT_GROUPS, "mtp_experts")]
+    if not lost:
+        # without dense layers their width is not read
+        idle = {} if model.num_dense_layers or not model.num_experts else {
+            "dense_ffn_dim": model.dense_ffn_dim}
+        family = models.get_family(model.family)
         inferred = infer_architecture(normalize_arguments(args), model.family, idle)
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
-    described, again = (family.to_hf_config(one, "any", TokenIds()) for one in (model, inferred))
-    lost = uncommon or [name for name in described if described[name] != again.get(name)]
+        described, again = (family.to_hf_config(one, "any", TokenIds()) for one in (model, inferred))
+        lost = [name for name in described if described[name] != again.get(name)]
     if lost:
-        raise UserError(f"{where}: it has no setting for {', '.join(lost)}; use `megatron-sov convert to-hf`")
+        raise UserError(f"Megatron-Core's GPTModel cannot be this model of family {model.family}: it has no "
+                        f"setting for {', '.join(lost)}; use `megatron-sov convert to-hf`")
 
 
 def _describe_experts(model: ModelConfig) -> dict[str, Any]:
