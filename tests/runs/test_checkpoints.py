@@ -1,5 +1,7 @@
 """Finding, checking and pruning checkpoints."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,21 @@ def test_find_damage_names_changed_file(run: Path) -> None:
     assert (suggest_replacement(run / "checkpoints/step-5")
             == "there is no checkpoint before it; restore it from a copy")
     assert find_damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
+
+
+def test_only_lost_bytes_are_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: Path, record: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = run / "checkpoints/step-7"
+    with create_artifact(path, "checkpoint") as artifact:
+        (artifact.path / "a").touch()
+    monkeypatch.setattr(checkpoints, "find_file_damage", fail)
+    number = errno.EIO
+    assert find_damage(path) == f"{path}/a: cannot be read (Input/output error)"
+    number = errno.EACCES
+    with pytest.raises(UserError, match=r"step-7/a: cannot be read \(Permission denied\); make the file"):
+        find_damage(path)
 
 
 @pytest.mark.each(("name", "value", "said"), [

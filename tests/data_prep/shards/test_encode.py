@@ -1,6 +1,7 @@
 """Tokens and masks, compared with transformers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from data_prep.cli import main as sov_data
 from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast_encoder
+from data_prep.shards.foreign_tokenizer import fix_foreign_tokenizer
 from megatron_sov.base.documents import (
     BadRecord, Conversation, Document, Message, RecordReading, read_documents)
 from megatron_sov.base.errors import UserError
@@ -167,6 +170,7 @@ def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
     ("packed", "packed/tokenizer", "packed-tokenizer"),  # token shards, a checkpoint: it lies inside
     ("run", "run/checkpoints/step-10/tokenizer", "run-tokenizer"),  # newest step, not last by name
     ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
+    ("hf/config.json", "hf", "hf-tokenizer"),  # next to a tokenizer.json: it stands for the folder
     ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
     ("old", "old", "old-tokenizer"),
 ])
@@ -179,11 +183,14 @@ def test_foreign_tokenizer_is_rejected_with_import_command( given: str, imported
         (tmp_path / name).mkdir(parents=True)
         shutil.copyfile(folder / "tokenizer.json", tmp_path / name / "tokenizer.json")
     (tmp_path / "old").mkdir()
-    (tmp_path / "old/my.tiktoken").touch()
-    with pytest.raises(UserError) as e:
+    for name in ("old/my.tiktoken", "hf/config.json"):
+        (tmp_path / name).touch()
+    command = f"sov-tokenizer import {imported} --output {output}"
+    with pytest.raises(UserError, match=f"run `{re.escape(command)}`, and pass"):
         Encoder(Path(given))
-    assert f"run `sov-tokenizer import {imported} --output {output}`, and pass" in str(e.value)
-    with pytest.raises(UserError, match=r"no-1b: does not exist; .* `hf download no-1b --local-dir no-1b`"):
+    fix = fix_foreign_tokenizer(Path(given))
+    assert fix is not None and fix.before == (command,)
+    with pytest.raises(UserError, match=r"no-1b: does not exist; .* `hf download no-1b`"):
         Encoder(Path("no-1b"))
     assert sov_data(["pack", "--tokenizer", given, "--input", ".", "--output", "o", "--dry-run"]) == 2
 
@@ -296,5 +303,8 @@ def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path
 
 
 def test_supported_tokenizer_is_fast(file: Path) -> None:
-    fast, sentence = load_fast_encoder(file, opened(file), ["some text", "한국어"])
+    tokenizer = opened(file)
+    # as in Llama's tokenizer; documents are encoded without it
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast, sentence = load_fast_encoder(file, tokenizer, ["some text", "한국어"])
     assert fast is not None and sentence.startswith("encoding with tiktoken: the same ids")

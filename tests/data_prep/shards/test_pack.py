@@ -22,7 +22,6 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.foreign_tokenizer import explain_foreign_tokenizer, fix_foreign_tokenizer
 from data_prep.shards.pack import PackSettings, PackSource, parse_sources
 from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import open_split
@@ -373,14 +372,16 @@ def test_single_text_is_cut_into_documents( tokenizers: dict[str, Path], tmp_pat
                                            capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
     (tmp_path / "Korean.txt").write_text(text)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}))
     shards = {}
-    for name, share in (("cut", 0.02), ("whole", 0.0)):
-        pack_sources(tokenizers["solar-open"], [PackSource("ko", tmp_path / "Korean.txt")], tmp_path / name,
+    for name, file, share in (("cut", "Korean.txt", 0.02), ("whole", "Korean.txt", 0.0),
+                              ("record", "one.jsonl", 0.02)):
+        pack_sources(tokenizers["solar-open"], [PackSource("ko", tmp_path / file)], tmp_path / name,
              PackSettings(heldout_share=share))
         [source] = read_manifest(tmp_path / name).content["sources"]
         shards[name] = [source["splits"][split]["num_documents"] for split in ("train", "heldout")]
     captured = capsys.readouterr()
-    assert shards == {"cut": [5, 1], "whole": [1, 0]} and "warning" not in captured.err
+    assert shards == {"cut": [5, 1], "whole": [1, 0], "record": [1, 0]}
     assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
 
 
@@ -402,18 +403,3 @@ def test_lines_become_documents_and_single_document_warns( tokenizers: dict[str,
     assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--format", "chat", "--output",
                  str(tmp_path / "x")]) == 2
     assert "--lines: is for text, and the format is chat" in capsys.readouterr().err
-
-
-@pytest.mark.each(("typed", "source", "output"), [
-    ("hf/config.json", "hf", "hf-tokenizer"),
-    ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
-    ("model", "model/tokenizer", "model-tokenizer")])
-def test_the_import_of_a_tokenizer_is_proposed(tmp_path: Path, typed: str, source: str, output: str) -> None:
-    """A file beside tokenizer.json stands for its folder; the output is named after the typed folder."""
-    for file in ("hf/tokenizer.json", "hf/config.json", "model/tokenizer/tokenizer.json"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("{}")
-    command = f"sov-tokenizer import {tmp_path / source} --output {output}"
-    assert f"`{command}`" in explain_foreign_tokenizer(tmp_path / typed)
-    fix = fix_foreign_tokenizer(tmp_path / typed)
-    assert fix is not None and fix.before == (command,)
