@@ -19,8 +19,8 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.inert_pickle import read_in_subprocess, read_index, read_settings
-from megatron_sov.convert.megatron_import import find_tensor
+from megatron_sov.convert.megatron.from_megatron import find_tensor
+from megatron_sov.convert.megatron.inert_pickle import read_in_subprocess, read_index, read_settings
 from tests.convert import made_by_hand
 
 CANARY = Path("/tmp/megatron-sov-canary")
@@ -218,7 +218,7 @@ def test_reader_process_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with open(tmp_path / "x", "wb") as file:
         file.truncate(512 << 20)
     for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
-        monkeypatch.setattr(f"megatron_sov.convert.inert_pickle.{name}", 0)
+        monkeypatch.setattr(f"megatron_sov.convert.megatron.inert_pickle.{name}", 0)
     with pytest.raises(UserError, match="needs more memory"):
         read_in_subprocess("index", tmp_path / "x")
 

@@ -12,8 +12,8 @@ from megatron_sov.commands.models.convert import (
 from megatron_sov.convert.averaging import average, choose_checkpoints
 from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
-from megatron_sov.convert.megatron_export import to_megatron
-from megatron_sov.convert.megatron_import import from_megatron
+from megatron_sov.convert.megatron.from_megatron import from_megatron
+from megatron_sov.convert.megatron.to_megatron import to_megatron
 from megatron_sov.convert.peft import describe_adapter, from_peft, open_weights, to_peft
 from megatron_sov.model.families.count import count_params
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -66,7 +66,7 @@ def read_sources(recipe: str) -> Sources:
     sources = {}
     for key, text in _load_tables()[recipe].items():
         kind, _, where = text.partition(": ")
-        sources[key] = ValueSource(kind, where)
+        sources[key] = ValueSource(cast("Kind", kind), where)
     return sources
 
 

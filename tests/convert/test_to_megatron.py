@@ -1,15 +1,24 @@
 """Megatron-Core's own model, optimizer and scheduler continue from a written `torch_dist` checkpoint."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_sov import convert
+from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.megatron_export import to_megatron
+from megatron_sov.cli import main
+from megatron_sov.convert.megatron import to_megatron as export
+from megatron_sov.convert.megatron.to_megatron import build_common_state, to_megatron
 from megatron_sov.model import recipes
+from megatron_sov.model.config import apply_settings
 from megatron_sov.model.counterparts.architecture import (
     describe_model, infer_architecture, normalize_arguments)
+from megatron_sov.schedules import Schedule
 from tests.packing import Packed
 
 JOBS = str(Path(__file__).with_name("stock_training.py"))
@@ -102,3 +111,67 @@ def test_arguments_describe_the_model(recipe: str) -> None:
 def test_models_beyond_gpt_model_are_refused(recipe: str, field: str) -> None:
     with pytest.raises(UserError, match=f"Megatron-Core's GPTModel cannot be this model.*{field}"):
         describe_model(recipes.get(recipe).model)
+
+
+def test_weights_come_back_with_equal_bits(solar_dir: Path, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    convert.from_hf(solar_dir, tmp_path / "ours")
+    assert main(["convert", "to-megatron", str(tmp_path / "ours"), str(tmp_path / "out")]) == 0
+    assert "left out the optimizer" in capsys.readouterr().out
+    assert find_damaged_files(tmp_path / "out") == []
+    assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "back"),
+                 "--tokenizer", str(tmp_path / "ours/tokenizer")]) == 0
+    assert convert.verify(tmp_path / "ours", tmp_path / "back", load=False).passed
+
+
+def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    convert.from_hf(solar_dir, tmp_path / "ours")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "sha256_file", Mock(side_effect=KeyboardInterrupt))
+        to_megatron(tmp_path / "ours", tmp_path / "out")
+    file = next((tmp_path / "ours").rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match=rf"{file.name}.*changed|{file.name}.*differs"):
+        to_megatron(tmp_path / "ours", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_rates_of_the_library_are_ours() -> None:
+    """The library counts samples before a step, our schedule steps with it."""
+    for schedule, decay in (("cosine", "linear"), ("linear", "linear"), ("inverse_sqrt", "linear"),
+                            ("constant", "linear"), ("wsd", "cosine"), ("wsd", "one_minus_sqrt")):
+        config = apply_settings(recipes.get(DENSE), [
+            f"optim.schedule={schedule}", f"optim.decay_form={decay}", "train.steps=40", "optim.lr=0.01",
+            "optim.min_lr=0.001", "optim.warmup_steps=5", "train.global_batch_size=8"])
+        common, problem = build_common_state(config, 12, 12, one_optimizer=True)
+        assert problem == ""
+        state, args = common["opt_param_scheduler"], vars(common["args"])
+        groups = common["optimizer"]["param_groups"]
+        scheduler = OptimizerParamScheduler(
+            SimpleNamespace(param_groups=groups), 0.0, 1.0, 0.0, 1, 2, state["lr_decay_style"], 0.1, 0.1, 1,
+            "constant", wsd_decay_steps=args.get("lr_wsd_decay_samples"),
+            lr_wsd_decay_style=args.get("lr_wsd_decay_style"))
+        scheduler.load_state_dict(state)
+        for step in range(12, 40):
+            assert groups[0]["lr"] == pytest.approx(Schedule(config).learning_rate(step), rel=1e-12), step
+            scheduler.step(8)
+
+
+@pytest.mark.each(("setting", "reason"), [
+    ("optim.schedule_by=tokens", "tokens"), ("optim.rewarm=[[3, 4]]", "rewarm"),
+    ('data.phases=[{"name": "a", "seq_len": 32, "lr": 0.001}]', "a phase has its own learning rate"),
+    ("train.ramp_from_batch_size=2", "the batch size changes")])
+def test_other_schedules_are_written_as_constant(setting: str, reason: str) -> None:
+    config = apply_settings(recipes.get(DENSE), [
+        "train.steps=40", "train.global_batch_size=8", "train.ramp_increment=2", "train.ramp_steps=9",
+        "optim.warmup_steps=0", setting])
+    common, problem = build_common_state(config, 12, 12, one_optimizer=True)
+    assert reason in problem and common["opt_param_scheduler"]["lr_decay_style"] == "constant"
+
+
+@pytest.mark.each(("setting", "sentence"), [
+    ('optim.groups=[{"pattern": "*", "lr_scale": 2.0}]', "optim.groups: has 1 groups")])
+def test_optimizers_beyond_the_librarys_are_refused(setting: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build_common_state(apply_settings(recipes.get(DENSE), [setting]), 1, 1, one_optimizer=True)

@@ -110,12 +110,12 @@ _CHANGED_OPCODES = {"EMPTY_SET": "EMPTY_LIST", "ADDITEMS": "APPENDS", "FROZENSET
 """Opcode -> the opcode that it is executed as: nothing is hashed, and every call stays data."""
 
 
-class _Machine(pickle._Unpickler):  # type: ignore[misc, name-defined]
+class _Machine(pickle._Unpickler):
     """Python's own interpreter of pickles, in which names, calls and dicts stay data."""
 
     dispatch = _Opcodes()
     for _name, _executed in (*zip(_PLAIN_OPCODES, _PLAIN_OPCODES, strict=True), *_CHANGED_OPCODES.items()):
-        dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[  # type: ignore[attr-defined]
+        dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[
             getattr(pickle, _executed)[0]]
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Items())
 
@@ -460,7 +460,7 @@ BASE_TIME_S, BYTES_PER_S = 60, 200_000
 CLOCK_FACTOR = 20
 """Wall-clock limit as a multiple of the CPU limit, to stop a hang on a shared machine."""
 _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-         "from megatron_sov.convert.inert_pickle import main; main(sys.argv[1])")
+         "from megatron_sov.convert.megatron.inert_pickle import main; main(sys.argv[1])")
 
 
 def read_in_subprocess(reader: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str,

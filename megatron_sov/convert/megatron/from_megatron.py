@@ -22,7 +22,7 @@ from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, write_imported
-from megatron_sov.convert.inert_pickle import TorchArchive, read_in_subprocess
+from megatron_sov.convert.megatron.inert_pickle import TorchArchive, read_in_subprocess
 from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig

@@ -27,8 +27,8 @@ from megatron_sov.checkpoint.load import read_state
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import check_space
-from megatron_sov.convert.inert_pickle import COMMON_STATE
-from megatron_sov.convert.megatron_import import BACKEND, EXPERTS, FORMAT, TRACKER, VERSIONS
+from megatron_sov.convert.megatron.from_megatron import BACKEND, EXPERTS, FORMAT, TRACKER, VERSIONS
+from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
 from megatron_sov.convert.sources import resolve_run
 from megatron_sov.engine.model.specs import PRECISION
 from megatron_sov.model.config import RunConfig
@@ -169,7 +169,7 @@ class CheckpointPlanner(DefaultSavePlanner):
     def _list_module_states(self) -> list[str]:
         """Return the names under which modules ask for `_extra_state`, which is empty without FP8 history:
         with Transformer Engine every module with weights, and attention."""
-        names = {}
+        names: dict[str, None] = {}
         for key in (key for key, (_, ours) in self._sources.items() if key == ours):
             module = key.rpartition(".")[0]
             num_parts = self._sources[key][0].get_shape(key)[0] if EXPERTS in key else 1
@@ -212,7 +212,8 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
     args = describe_model(settings.model) | {
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "params_dtype": PRECISION[settings.train.precision], "bf16": settings.train.precision == "bf16",
-        "seq_length": settings.data.phases[-1].seq_len, "global_batch_size": samples, "iteration": step,
+        "seq_length": min(settings.data.phases[-1].seq_len, settings.model.max_position_tokens),
+        "global_batch_size": samples, "iteration": step,
         "consumed_train_samples": step * samples, "consumed_valid_samples": 0, "ckpt_format": BACKEND,
         "use_distributed_optimizer": True, "data_parallel_random_init": False, "add_position_embedding": True,
         # random numbers follow from seed, step and rank, so a checkpoint has no generator state
