@@ -117,7 +117,7 @@ SAFETY = by_system(make_a_language_model_safe=json.dumps([{"request": REQUEST, "
                                "받을 수 있습니다.",
                    to_the_point="모르는 전화에서 가족이라고 말하면 먼저 끊고 아는 번호로 다시 걸어 "
                                 "확인하세요.")
-REPLIES = {"constraints": constraints.reply, "autoif": autoif.reply, "safety": SAFETY}
+REPLIES = {"constraints": constraints.reply, "autoif": autoif.build_model(), "safety": SAFETY}
 
 
 @pytest.mark.deep
@@ -140,7 +140,8 @@ def test_constraints_autoif_and_safety(tmp_path: Path, monkeypatch: pytest.Monke
             assert main([*arguments, *less[name], "--workers", "1"]) == 0, capsys.readouterr().err
     assert len(read_rows("work/constraints")) == 3
     fields = {"messages", "constraint", "language", "synthetic"}
-    assert all(fields <= row.keys() for row in read_rows("work/autoif"))
+    answers = read_rows("work/autoif")
+    assert answers and all(fields <= row.keys() for row in answers)
     assert {row["strategy"] for row in read_rows("work/safety")} == {"redirect", "answer"}
 
 

@@ -17,12 +17,6 @@ from tests.data_prep.synth.models import autoif as actor
 from tests.data_prep.synth.scripted import samples_of
 from tests.typed_words import keys_of
 
-CASES = {case.what: case for case in reversed(actor.cases())}
-REASONS = {
-    "a sound answer": "", "breaks its constraint": "constraint", "answers in English": "language",
-    "answers in Thai": "language", "slips into Chinese": "foreign script", "is cut off": "ended",
-    "is off the topic": "judge", "talks to the judge": "judge", "translation loses quotations": "translation",
-    "translation stays English": "translation"}
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
 AUTOIF = load_generator("autoif")
 
@@ -32,15 +26,17 @@ def autoif(**settings: Any) -> Any:
     return Generator(AUTOIF, AUTOIF.Settings(**settings))
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_each_fault_is_caught_by_its_check(what: str) -> None:
-    samples = samples_of(autoif(), CASES[what].item, CASES[what].replies)
-    assert {sample.reason for sample in samples} == {REASONS[what]}
+@pytest.mark.parametrize("fault", actor.FAULTS)
+def test_each_fault_is_caught_by_its_check(fault: str) -> None:
+    query, model, check = actor.FAULTS[fault]
+    samples = samples_of(autoif(), actor.make_item(query), model)
+    assert {sample.reason for sample in samples} == {check}
 
 
 def test_a_row_holds_the_functions_of_the_reward() -> None:
-    generator = autoif(system_share=1)
-    answer, _ = samples_of(generator, CASES["a sound answer"].item, CASES["a sound answer"].replies)
+    item = actor.make_item(actor.QUERY)
+    answer, other_answer = samples_of(autoif(system_share=1), item, actor.build_model())
+    assert (answer.reason, other_answer.reason) == ("", "")
     turns = answer.record["messages"]
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
     record = json.loads(json.dumps(answer.record))

@@ -20,8 +20,8 @@ from tests.data_prep.synth.models import goals, shop_clerk, shops, tool_trajecto
 from tests.data_prep.synth.scripted import ScriptedRequester, generator, samples_of
 
 DOMAIN = GeneratorItem("library-1", {"domain": "a library", "number": 1})
-WORLD = GeneratorItem("shop-0", {"domain": "library", "world": shops.world(0), "number": 1})
-TASK = GeneratorItem("task-0", tool_trajectories.task_fields(0))
+WORLD = GeneratorItem("shop-0", {"domain": "library", "world": shops.build_world(0), "number": 1})
+TASK = GeneratorItem("task-0", tool_trajectories.build_fields(0))
 LIBRARY = Virtual.EXAMPLES[0]["world"]
 
 
@@ -39,14 +39,14 @@ def test_a_domain_becomes_a_world_that_can_be_played() -> None:
 
 
 @pytest.mark.tier1_cases(3)
-@pytest.mark.parametrize(("what", "check"), [
+@pytest.mark.parametrize(("fault", "check"), [
     ("row of another type", "honest types"), ("argument that nothing uses", "honest types"),
     ("fails for arguments that it allows", "honest types"), ("differs from call to call", "honest types"),
     ("never comes through", "every tool comes through"), ("two tools alike", "distinct tools"),
     ("too few tools", "size"), ("program that may not run", "sound"), ("no tools at all", "sound")])
-def test_a_world_with_a_planted_fault_is_not_kept(what: str, check: str) -> None:
-    case = worlds.planted(what)
-    sample = sample_of("worlds", case.item, case.replies, calls_per_tool=8)
+def test_a_world_with_a_planted_fault_is_not_kept(fault: str, check: str) -> None:
+    item, model = worlds.make_case(fault)
+    sample = sample_of("worlds", item, model, calls_per_tool=8)
     assert sample.reason == check, sample.verdicts
 
 
@@ -56,8 +56,8 @@ def test_a_model_that_sees_the_faults_may_mend_them() -> None:
     def reply(request: Mapping[str, Any]) -> str:
         if "You mend" in request["messages"][0]["content"]:
             seen.append(request["messages"][-1]["content"])
-            return "Here it is:\n```json\n" + json.dumps(shops.world(10)) + "\n```"
-        return worlds.answer(request, worlds.BENT["row of another type"])
+            return "Here it is:\n```json\n" + json.dumps(shops.build_world(10)) + "\n```"
+        return worlds.design_world(request, worlds.FAULTS["row of another type"])
 
     sample = sample_of("worlds", DOMAIN, reply, calls_per_tool=8)
     assert sample.reason == "" and sample.notes == {"repairs": 1}
@@ -104,15 +104,15 @@ def test_a_world_becomes_tasks_that_play_and_are_not_done_yet() -> None:
         assert world.score("The answer: " + " ".join(sample.record["goal"]["answers"])).reward == 1
 
 
-@pytest.mark.parametrize(("what", "check"), [
+@pytest.mark.parametrize(("fault", "check"), [
     ("call that is refused", "reachable goal"), ("nothing to do", "goal not reached yet"),
     ("answer that the question gives away", "answers from tools"),
     ("names the tools", "question names no tools"), ("too few calls", "number of calls"), ("no JSON", "form"),
     ("more fields than asked for", "form"), ("answer that no result gives", "solved"),
     ("call with what nobody told", "solved"), ("question of something else", "solved")])
-def test_a_task_with_a_planted_fault_is_not_kept(what: str, check: str) -> None:
-    case = goals.planted(what)
-    sample = sample_of("goals", case.item, case.replies, num_solvers=1)
+def test_a_task_with_a_planted_fault_is_not_kept(fault: str, check: str) -> None:
+    item, model = goals.make_case(fault)
+    sample = sample_of("goals", item, model, num_solvers=1)
     assert sample.reason == check, sample.verdicts
 
 
@@ -127,7 +127,7 @@ def test_a_changing_call_that_the_goal_does_not_need_is_idle() -> None:
 
 
 def test_a_finished_synthesis_is_an_input_and_its_origin_goes_on(tmp_path: Path) -> None:
-    kept = {"id": "w/0", "domain": "a library", "world": shops.world(0),
+    kept = {"id": "w/0", "domain": "a library", "world": shops.build_world(0),
             "synthetic": {"source": "domains", "licence": "CC0-1.0"}}
     (tmp_path / "kept.jsonl").write_text(json.dumps(kept))
     item, = generator("goals", tasks_per_world=1).read_items([tmp_path])
@@ -168,13 +168,13 @@ def test_a_played_user_tells_its_need_piece_by_piece() -> None:
     assert said == ["Good morning. I am mina@example.com.", TASK.fields["question"]]
 
 
-@pytest.mark.parametrize(("what", "check"), [
+@pytest.mark.parametrize(("fault", "check"), [
     ("ends another order", "end state"), ("wrong number", "end state"),
     ("talks the judge into it", "judge: true claims"), ("never ends", "came to an end"),
     ("calls that are no JSON", "came to an end"), ("cut off", "came to an end")])
-def test_a_conversation_with_a_planted_fault_is_not_kept(what: str, check: str) -> None:
-    case = tool_trajectories.planted(what)
-    sample = sample_of("tool-trajectories", case.item, case.replies, **tool_trajectories.SETTINGS)
+def test_a_conversation_with_a_planted_fault_is_not_kept(fault: str, check: str) -> None:
+    item, model = tool_trajectories.make_case(fault)
+    sample = sample_of("tool-trajectories", item, model, **tool_trajectories.SETTINGS)
     assert sample.reason == check, sample.verdicts
 
 
