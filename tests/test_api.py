@@ -118,20 +118,20 @@ def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None
         api.pretrain(config, [tmp_path / "none"], tmp_path / "run")
 
 
-@pytest.mark.parametrize(("code", "said", "error"), [
+@pytest.mark.parametrize(("code", "message", "error"), [
     (2, "warning: x\nerror: a: 2 problems\n  one\n  two\n", UserError("a: 2 problems\n  one\n  two")),
     (3, "gate: too low\n", GateFailed("too low")), (75, "step 3\nstopped: saved\n", StopRequested("saved")),
     (1, "Traceback ...\n",
      RuntimeError("megatron-sov eval ended with exit code 1; see stderr")),
 ])
-def test_how_a_command_ended_is_how_the_function_ends(code: int, said: str, error: Exception,
+def test_how_a_command_ended_is_how_the_function_ends(code: int, message: str, error: Exception,
                                                       monkeypatch: pytest.MonkeyPatch,
                                                       capfd: pytest.CaptureFixture[str]) -> None:
-    program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
+    program = f"import sys; sys.stderr.write({message!r}); sys.exit({code})"
     real = subprocess.Popen
     monkeypatch.setattr(children.subprocess, "Popen",
                         lambda argv, **more: real([sys.executable, "-c", program], **more))
     with pytest.raises(type(error)) as e:
         api._run_command(["eval"])
     assert str(e.value) == str(error)
-    assert capfd.readouterr().err == said
+    assert capfd.readouterr().err == message

@@ -91,15 +91,15 @@ def test_help_lists_every_command(asked: str, capsys: pytest.CaptureFixture[str]
         assert command.help in printed
 
 
-@pytest.mark.parametrize(("words", "said", "lines"), [
+@pytest.mark.parametrize(("words", "message", "lines"), [
     (["pretrian", "x"], "pretrian: does not exist; did you mean 'pretrain'?",
      ["  megatron-sov pretrain RECIPE --run x"]),
     (["convert", "to-hff"], "convert to-hff: does not exist; did you mean 'to-hf'?", [])])
-def test_an_unknown_command_names_the_nearest(words: list[str], said: str, lines: list[str],
+def test_an_unknown_command_names_the_nearest(words: list[str], message: str, lines: list[str],
                                               capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(f"error: megatron-sov {said}")
+    assert printed.out == "" and printed.err.startswith(f"error: megatron-sov {message}")
     assert printed.err.splitlines()[1:] == lines
 
 

@@ -14,7 +14,8 @@ WITH_EXAMPLES = sorted(
 
 
 @pytest.mark.each("module", WITH_EXAMPLES)
-def test_examples_print_what_they_show(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_print_their_shown_output(module: str, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron_sov
 
     _ = megatron_sov.Objective  # prepares the process for megatron, which some of these modules import

@@ -113,10 +113,10 @@ def test_cluster_commands_of_tutorials_pass_a_dry_run(line: str, tmp_path: Path,
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_lora_on_a_hugging_face_model_works_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                           run_command: Callable[..., Any],
-                                                           hf_models: dict[str, Path],
-                                                           warm_python: str) -> None:
+def test_typed_commands_for_lora_on_a_hugging_face_model_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             run_command: Callable[..., Any],
+                                                             hf_models: dict[str, Path],
+                                                             warm_python: str) -> None:
     """With a tiny model, and few steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `sft` packs, and `chat` serves

@@ -176,12 +176,12 @@ def test_full_disk_is_one_sentence_and_removes_temporary_folder(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.each(("code", "sentence"), [
+@pytest.mark.each(("code", "message"), [
     (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"),
     (errno.EACCES, "cannot be written"),
 ])
 def test_atomic_write_keeps_old_content_on_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      code: int, sentence: str) -> None:
+                                                      code: int, message: str) -> None:
     path = tmp_path / "report.html"
     write_atomically(path, "old")
 
@@ -189,22 +189,22 @@ def test_atomic_write_keeps_old_content_on_disk_error(tmp_path: Path, monkeypatc
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(UserError, match=rf"report\.html: {sentence}"):
+    with pytest.raises(UserError, match=rf"report\.html: {message}"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-@pytest.mark.each(("path", "sentence"), [
+@pytest.mark.each(("path", "message"), [
     (".", "has no name of its own"), ("..", "has no name of its own"),
     ("file/x", "file is a file, so nothing can lie in it")])
 def test_impossible_artifact_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str,
-                                               sentence: str) -> None:
+                                               message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         check_output_folder(Path(path), "text", overwrite=True)
-    with pytest.raises(UserError, match=sentence), create_artifact(path, "text"):
+    with pytest.raises(UserError, match=message), create_artifact(path, "text"):
         pytest.fail("it begins to be made")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -59,7 +59,7 @@ def read_models(port: str, server: subprocess.Popen[bytes]) -> str:
 
 
 @pytest.mark.deep
-def test_the_page_runs_as_it_is_typed(outside: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_page_run(outside: Path, tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text(shown_files(page_text("tutorials/lora.md"))["chats.jsonl"])
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     typed = {line: run_command(line, outside / "bin/python", tmp_path)

@@ -81,7 +81,7 @@ def test_malformed_calls_of_each_form_are_reported(form: CallForm, text: str, co
 
 
 @pytest.mark.each("text", ['{"city": "Seoul"}', '{"name": "Kim", "age": 7}', "a {b}", '["name"]'])
-def test_json_answer_of_llama_is_no_call(text: str) -> None:
+def test_a_json_answer_of_llama_is_not_parsed_as_a_call(text: str) -> None:
     assert parse_turn(text, form="llama-3") == WrittenTurn(text, ())
     assert parse_served_turn(text, False, TOOLS, "llama-3").content == text
 

@@ -102,15 +102,15 @@ def test_a_killed_command_resumes_after_its_batches_with_the_same_bytes() -> Non
 
 
 @pytest.mark.tier1_cases(1)
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.parametrize(("more", "message"), [
     (["--set", "factor=9"], "line 10: "), (["--set", "factor=9"], "is not JSON serializable"),
     (["--set", "factor=10"], "step returned a int, must be a row"), (["--set", "factr=1"], "factr"),
     (["--set", "factor=x"], "factor")])
-def test_a_step_that_fails_is_named_with_its_line(more: list[str], said: str,
+def test_a_step_that_fails_is_named_with_its_line(more: list[str], message: str,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert mapped(*more) == 2
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error and not Path("out").exists()
+    assert message in error and "Traceback" not in error and not Path("out").exists()
 
 
 @pytest.mark.parametrize("raised", ["sys.exit(0)", "raise SystemExit('x')", "raise GeneratorExit"])
@@ -143,14 +143,15 @@ def test_unfinished_work_of_other_settings_is_refused(capsys: pytest.CaptureFixt
     assert [row["n"] for row in read()] == [3 * n for n in range(20, 90)]
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "message"), [
     (["none.jsonl", "mine.py:Step"], "none.jsonl: cannot be read"),
     (["rows.jsonl", "mine.py:Other"], "a step needs do(self, row)"),
     (["rows.jsonl", "mine.py:Stp"], "did you mean 'Step'?"),
     ([".", "mine.py:Step"], "has no manifest.json"), (["rows.jsonl", "mine"], "does not exist")])
-def test_mistakes_are_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(words: list[str], message: str,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["map", *words, "--output", "out"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_threads_do_rows_of_a_batch_at_a_time() -> None:

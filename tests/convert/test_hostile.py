@@ -186,7 +186,7 @@ def _saved(value: Any) -> bytes:
     return raw.getvalue()
 
 
-@pytest.mark.each(("raw", "sentence"), [
+@pytest.mark.each(("raw", "message"), [
     (_archive(pickle.dumps(Calls(os.system, touch()), 2)), "system"),
     (_saved(torch.zeros(4).numpy().tolist()), "does not describe a tensor"),
     (_saved(torch.zeros(4, 6).T), "is not contiguous"),
@@ -198,11 +198,11 @@ def _saved(value: Any) -> bytes:
      "a member list of more"),
     (b"PK\5\6" + b"\xff" * 40, "not a torch.save archive"), (b"", "not a torch.save archive"),
 ])
-def test_malformed_stored_tensor_is_rejected(raw: bytes, sentence: str, tmp_path: Path) -> None:
+def test_malformed_stored_tensor_is_rejected(raw: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"before" + raw + b"behind")
     with pytest.raises(ValueError, match=r".") as refused:
         find_tensor(tmp_path / "x", 6, len(raw))
-    assert sentence in str(refused.value) and not CANARY.exists()
+    assert message in str(refused.value) and not CANARY.exists()
 
 
 def test_settings_reject_callable_names() -> None:
@@ -251,7 +251,7 @@ def _of_backend(said: str) -> Callable[[Path], None]:
     return made
 
 
-@pytest.mark.parametrize(("made", "sentence"), [
+@pytest.mark.parametrize(("made", "message"), [
     (_index(lambda index: setattr(index, "planner_data", Calls(os.system, touch()))), "it names "
                                                                                       "'posix.system'"),
     (_index(_stored(offset=1 << 40)), "the file ends before it does"),
@@ -267,13 +267,13 @@ def _of_backend(said: str) -> Callable[[Path], None]:
     (lambda folder: (folder / "mp_rank_00").mkdir(parents=True), "files of single ranks"),
     (lambda folder: folder.mkdir(), "it is not a torch_dist checkpoint"),
 ])
-def test_hostile_checkpoint_writes_no_output(made: Callable[[Path], None], sentence: str, tmp_path: Path,
+def test_hostile_checkpoint_writes_no_output(made: Callable[[Path], None], message: str, tmp_path: Path,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     made(tmp_path / "from")
     before = sorted(p.name for p in tmp_path.iterdir())
     assert main(["convert", "from-megatron", str(tmp_path / "from"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert sentence in error and len(error.splitlines()) == 1
+    assert message in error and len(error.splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == before and not CANARY.exists()
 
 

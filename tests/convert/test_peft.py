@@ -153,7 +153,7 @@ NAMES = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight"
 GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
 
 
-@pytest.mark.each(("config", "names", "said"), [
+@pytest.mark.each(("config", "names", "message"), [
     ({"peft_type": "IA3"}, NAMES, "peft_type = 'IA3'"),
     ({"lora_bias": True}, NAMES, "lora_bias = True in adapter_config.json is not supported"),
     ({"rank_pattern": {"q_proj": 8}}, NAMES, "rank_pattern = {'q_proj': 8}"),
@@ -168,12 +168,12 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
      "score.lora_A.weight (1 such tensors) is not an adapter"),
     ({}, [], "has no adapter tensors"),
 ])
-def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[str], said: str) -> None:
+def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[str], message: str) -> None:
     model = get("tiny-qwen3").model
     names = [name for name in names if ".layers." not in name or int(name.split(".")[4]) < model.num_layers]
     with pytest.raises(UserError) as refused:
         parse_lora_config({**GOOD, **config}, names, model, "here")
-    assert said in str(refused.value) and str(refused.value).startswith("here: ")
+    assert message in str(refused.value) and str(refused.value).startswith("here: ")
 
 
 def test_adapter_of_a_tied_weight_is_rejected() -> None:

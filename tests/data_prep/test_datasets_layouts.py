@@ -201,7 +201,8 @@ def without_nulls(value: Any) -> Any:
 
 
 @pytest.mark.each("name", CHATS)
-def test_chats_are_what_the_template_shows(tmp_path: Path, folder: Path, encoder: Encoder, name: str) -> None:
+def test_chats_equal_the_output_of_the_template(tmp_path: Path, folder: Path, encoder: Encoder,
+                                                name: str) -> None:
     rows, conversations = CHATS[name]
     store(rows, tmp_path)
     found = {stored: given(tmp_path / stored) for stored in STORED}
@@ -251,7 +252,7 @@ def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, fold
                 for d in found] == [[[(m.role, m.content) for m in side] for side in row] for row in expected]
 
 
-def test_columns_join_fields_and_refuse_what_is_not_there(tmp_path: Path) -> None:
+def test_columns_join_fields_and_refuse_missing_ones(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"ask": "Add.", "more": "1 2", "say": "3", "n": 4}))
 
     def read(*columns: str) -> Any:
@@ -298,7 +299,7 @@ def test_judged_responses_become_the_same_groups(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.each("name", REFUSED)
-def test_other_rows_are_refused_with_what_takes_them(tmp_path: Path, name: str) -> None:
+def test_other_rows_are_refused_with_the_command_that_reads_them(tmp_path: Path, name: str) -> None:
     row, wanted = REFUSED[name]
     stored = ["a.parquet"]
     if b"PNG" in repr(row).encode():  # bytes are no JSON
@@ -340,7 +341,7 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
         assert given(tmp_path / stored) == [(chat, [one]) for chat, one in zip(chats, tools, strict=True)]
 
 
-def test_fields_of_messages_that_are_not_read_are_said_and_counted(
+def test_ignored_fields_of_messages_are_reported_and_counted(
         tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They may first come behind a thousand records."""
     rows: Rows = [{"messages": qa(f"q{i}", f"a{i}")} for i in range(1, 9)]

@@ -84,8 +84,8 @@ FIRST = "experts, YaRN"
 @pytest.mark.parametrize(("model", "all_pairs"), [
     *(pytest.param(model, False, marks=() if model == FIRST else pytest.mark.deep) for model in MODELS),
     *(pytest.param(model, True, marks=pytest.mark.deep) for model in MODELS if MODELS[model][2])])
-def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
-                                                 model: str, all_pairs: bool) -> None:
+def test_every_layout_trains_like_one_process(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                              model: str, all_pairs: bool) -> None:
     recipe, settings, _ = MODELS[model]
     layouts = _tried(model, all_pairs=all_pairs)
     num_steps = 4 if WHOLE_TABLE else 2

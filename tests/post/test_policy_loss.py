@@ -244,7 +244,7 @@ def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> An
 @pytest.mark.each("masked", ["some", "one whole response", "the whole batch"])
 @pytest.mark.each("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.each("method", ["grpo", "gspo"])
-def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: Any, masked: str) -> None:
+def test_two_steps_of_a_round_equal_trl(method: Any, correction: Any, masked: str) -> None:
     """A linear model learns a round of two batches; in the first `old` is the step's own."""
     asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
                              "correction_low": 0.8, "correction_high": 1.25}

@@ -108,8 +108,8 @@ ROWS = st.lists(st.builds(
 
 @settings(max_examples=12)
 @given(rows=ROWS)
-def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
-                                                    tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_row_is_read_back_bit_for_bit(rows: list[Rollout],
+                                          tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "any.parquet"
     write_table(file, rollouts_to_table(rows, VOCAB_SIZE), REPEATED, SPLIT)
     table = read_table(file, ROLLOUTS)
@@ -130,15 +130,15 @@ def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:
     assert [p.name for p in (store.path / "rollouts").iterdir()] == [name]
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"reward": math.nan}, "row 1 has a reward of nan"), ({"reward": -math.inf}, "has a reward of -inf"),
     ({"reward_version": "v2" * 8}, "row 1 is of reward version 'v2v2")])
-def test_invalid_rewards_are_refused(changes: dict[str, Any], sentence: str, store: RolloutStore) -> None:
+def test_invalid_rewards_are_refused(changes: dict[str, Any], message: str, store: RolloutStore) -> None:
     rows = [rollout(0), rollout(1)]
     store.add_rollouts(NAME, rows, {})
     table = rewards_to_table([judged(rows[0]), judged(rows[1], **changes)])
     assert store.publish(NAME, "v1" * 8, table, {})
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         store.read_judgements("v1" * 8, store.parts())
 
 
@@ -356,9 +356,9 @@ MANIFESTS = [
 ]
 
 
-@pytest.mark.parametrize("content, files, sentence", MANIFESTS, ids=[m[2] for m in MANIFESTS])
+@pytest.mark.parametrize("content, files, message", MANIFESTS, ids=[m[2] for m in MANIFESTS])
 def test_a_part_with_an_invalid_manifest_is_excluded(content: dict[str, Any], files: dict[str, bytes],
-                                                     sentence: str, store: RolloutStore,
+                                                     message: str, store: RolloutStore,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     with create_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
         artifact.content = {**content, **({"store": store.identity} if "store" in content else {})}
@@ -367,7 +367,7 @@ def test_a_part_with_an_invalid_manifest_is_excluded(content: dict[str, Any], fi
     for _ in range(2):
         assert store.parts() == []
     assert capsys.readouterr().err.count(f"skipped: {store.path}/rollouts/{NAME}: ") == 1
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         store.has_part(NAME)
 
 

@@ -63,19 +63,20 @@ def test_find_damage_names_changed_file(run: Path) -> None:
     assert find_damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
 
 
-@pytest.mark.each(("name", "value", "said"), [
+@pytest.mark.each(("name", "value", "message"), [
     ("num_kv_heads", 0, "model.num_kv_heads = 0 must be at least 1"),
     ("num_layers", None, "model.num_layers = null"),
     ("no_such_field", 1, "model.no_such_field: no such setting"),
 ])
-def test_invalid_model_settings_raise_user_error(name: str, value: object, said: str, tmp_path: Path) -> None:
+def test_invalid_model_settings_raise_user_error(name: str, value: object, message: str,
+                                                 tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
     with create_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError) as e:
         read_checkpoint_settings(tmp_path / "step-1")
-    assert "manifest.json: its settings cannot be used" in str(e.value) and said in str(e.value)
+    assert "manifest.json: its settings cannot be used" in str(e.value) and message in str(e.value)
 
 
 @pytest.mark.each("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}])

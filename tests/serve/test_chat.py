@@ -154,15 +154,15 @@ def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_
     assert capsys.readouterr().out == f"user: 1 + 2?\nassistant: {written}\n"
 
 
-@pytest.mark.each(("words", "said"), [
+@pytest.mark.each(("words", "message"), [
     (["nowhere"], "nowhere: does not exist"), ([""], "TARGET: is empty; must name a model"),
     (["http://h:0/v1"], "must be an address"),
     (["http://127.0.0.1:9/v1"], "the models cannot be listed (the connection failed"),
     (["a", "--tools", "no"], "--tools: was removed in this version")])
-def test_a_mistake_is_one_sentence(words: list[str], said: str, capsys: Any) -> None:
+def test_a_mistake_is_one_sentence(words: list[str], message: str, capsys: Any) -> None:
     assert main(["chat", *words]) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith("error: ") and said in errors and "Traceback" not in errors
+    assert errors.startswith("error: ") and message in errors and "Traceback" not in errors
 
 
 def test_a_model_without_a_template_is_refused(endpoint: ScriptedEndpoint, capsys: Any) -> None:

@@ -65,14 +65,14 @@ def test_greedy_answers_are_those_of_generate(folder: Path, serving: Any) -> Non
         assert without_marks(ask(PROMPTS[0])) == expected[0]
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "message"), [
     (["--nproc", "2"], "--nproc 2: "),
     (["--set", "parallel.tp=2", "--set", "train.precision=bf16"], "--set parallel.tp=2: "),
     (["--set", "train.precision=fp12"], "--set train.precision=fp12: must be one of")])
-def test_a_layout_is_for_checkpoints(words: list[str], said: str, folder: Path, capsys: Any) -> None:
+def test_a_layout_is_for_checkpoints(words: list[str], message: str, folder: Path, capsys: Any) -> None:
     assert main(["serve", str(folder), *words]) == 2
     errors = capsys.readouterr().err
-    assert said in errors and ("convert from-hf" in errors or "precision=fp12" in errors)
+    assert message in errors and ("convert from-hf" in errors or "precision=fp12" in errors)
 
 
 def test_latent_attention_is_served_from_a_checkpoint(folder: Path, capsys: Any, one_rank: None) -> None:

@@ -199,7 +199,7 @@ def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) 
     assert string_io.getvalue() == expected["text"] + "\n"
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "message"), [
     (["--host", "0.0.0.0"], '--host "0.0.0.0": is reachable from other machines'),
     (["--host", "example.org"], '--host "example.org": is reachable from other machines'),
     (["--host", "0.0.0.0", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: the variable is unset"),
@@ -209,8 +209,8 @@ def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) 
     (["--set", "parallel.tp=3"], "parallel.tp"), (["--address-file", "/"], "--address-file /: is a folder"),
     (["--name", " "], '--name " ": must be 1 to 200 printable'),
     (["--max-batch", "0", "--port", "70000"], "command line: 2 problems")])
-def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None, imported: dict[str, Path],
-                                   capsys: Any) -> None:
+def test_a_mistake_is_one_sentence(options: list[str], message: str, one_rank: None,
+                                   imported: dict[str, Path], capsys: Any) -> None:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         code = main(["serve", str(imported["solar_open"]), *options])
@@ -223,7 +223,7 @@ def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None
     printed = capsys.readouterr().err
     # the address is opened by the running model, whose precision is printed first
     told = printed.partition("runs in megatron with fp32 on the CPU\n")[2] or printed
-    assert told.startswith("error: ") and said in told and "Traceback" not in told
+    assert told.startswith("error: ") and message in told and "Traceback" not in told
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Any) -> None:

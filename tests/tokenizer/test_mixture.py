@@ -44,7 +44,7 @@ def test_inputs_with_equal_names_form_one_group_in_any_order() -> None:
     assert [g.name for g in gather_groups(["ko=c", "ko=b:3", "en=a:1"], None)] == ["en", "ko"]
 
 
-@pytest.mark.each(("inputs", "mixture", "sentence"), [
+@pytest.mark.each(("inputs", "mixture", "message"), [
     (["en=a:1", "en=b:2"], None, "the group en has weight 1 already"),
     (["a", "a"], None, "is given twice"),
     (["en=a"], "solar", "--mixture 'solar': does not exist; did you mean 'solar-open'"),
@@ -52,8 +52,8 @@ def test_inputs_with_equal_names_form_one_group_in_any_order() -> None:
     (["en=a:2", "ko=b", "multi=c"], "k-exaone", "but --mixture k-exaone gives the weights"),
     (["en=a", "ko=b"], "k-exaone", "has a group 'multi' that no input belongs to"),
 ])
-def test_weights_that_contradict_are_refused(inputs: list[str], mixture: str | None, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_weights_that_contradict_are_refused(inputs: list[str], mixture: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         gather_groups(inputs, mixture)
 
 

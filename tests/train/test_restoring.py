@@ -217,14 +217,14 @@ def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
     assert run.guard.rollbacks[-1] == {"at": 47, "to": 40}
 
 
-@pytest.mark.parametrize(("checkpoints", "rollbacks", "said"), [
+@pytest.mark.parametrize(("checkpoints", "rollbacks", "message"), [
     ([], [], "no earlier checkpoint exists"),
     ([20, 33], [{"at": 33, "to": 20}], "no checkpoint exists before step 20, which was tried")])
 def test_the_run_ends_if_no_rollback_is_possible(monkeypatch: pytest.MonkeyPatch, checkpoints: list[int],
-                                                 rollbacks: list[dict[str, int]], said: str) -> None:
+                                                 rollbacks: list[dict[str, int]], message: str) -> None:
     run = Run(monkeypatch, checkpoints, now=37, refused=4, rollbacks=rollbacks)
     with pytest.raises(UserError) as e:
         recovery.rollback_weights(run)  # type: ignore[arg-type]
     assert str(e.value).startswith("steps 34 to 37 were rejected in a row (the last: the loss is nan)")
-    assert said in str(e.value)
+    assert message in str(e.value)
     assert run.checkpoints == checkpoints and run.told == [], "nothing was changed"

@@ -119,11 +119,11 @@ def read(text: str) -> object:
     return json.loads(text, parse_constant=reject_constant, parse_float=parse_finite)
 
 
-@pytest.mark.each(("text", "why"), [
+@pytest.mark.each(("text", "message"), [
     ("NaN", "NaN is not JSON"), ("[-Infinity]", "-Infinity is not JSON"),
     ('{"a": 1e999}', "1e999 is more than")])
-def test_nan_and_infinity_are_refused(text: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
+def test_nan_and_infinity_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read(text)
 
 

@@ -36,13 +36,13 @@ def test_a_line_with_the_same_fault_is_not_proposed() -> None:
     assert propose("pack", check, fault) == fault.sentence
 
 
-@pytest.mark.parametrize(("sentence", "write"), [
+@pytest.mark.parametrize(("message", "write"), [
     ("--samples 4: needs --temperature above 0; add --temperature 1",
      "sov-data pack --temperature 1"),
     ("x: set train.steps=5", "sov-data pack --set train.steps=5"),
     ("x: pass --data DIR", ""), ("x: pass --data NAME=FILE", ""), ("x: is damaged", "")])
-def test_a_recommended_value_is_in_the_line(sentence: str, write: str) -> None:
-    error = propose_line("sov-data", ["pack"], UserError(sentence), lambda line: None)
+def test_a_recommended_value_is_in_the_line(message: str, write: str) -> None:
+    error = propose_line("sov-data", ["pack"], UserError(message), lambda line: None)
     assert lines(str(error)) == [write] * bool(write)
 
 
@@ -111,7 +111,7 @@ def test_launchers_are_unwrapped(typed: str, meant: str) -> None:
     assert unwrap_launcher(typed.split()) == meant.split()
 
 
-def test_a_command_of_ours_is_no_launcher() -> None:
+def test_own_commands_are_not_read_as_launchers() -> None:
     assert unwrap_launcher(["serve", "hf"]) is None
 
 

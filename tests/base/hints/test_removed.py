@@ -48,7 +48,8 @@ def test_the_model_of_an_endpoint_is_refused_with_the_endpoint(capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("words", [["rl", "store", "audit"], ["inspect", "audit"], ["report", "card"]])
-def test_a_removed_word_elsewhere_is_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_removed_command_name_is_a_plain_word_elsewhere(words: list[str],
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert "was removed" not in capsys.readouterr().err
 

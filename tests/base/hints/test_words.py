@@ -104,7 +104,7 @@ def test_a_word_without_similar_names_gets_no_suggestion(line: str,
 @pytest.mark.parametrize(("word", "known"), [
     ("--model", ["--help"]), ("--gpus", ["--no-cache"]), ("--days", ["--data"]), ("prepare", ["report"]),
     ("data", ["tag"])])
-def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
+def test_a_distant_word_is_not_proposed(word: str, known: list[str]) -> None:
     assert suggest_name(word, known) == ""
 
 
@@ -214,7 +214,8 @@ def test_words_longer_than_a_file_name_give_one_sentence(
     assert "error: " in answer(line.replace("{}", "x" * 5000), capsys)
 
 
-def test_a_long_word_after_an_unknown_option_is_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_word_after_an_unknown_option_is_not_read_as_a_path(
+        capsys: pytest.CaptureFixture[str]) -> None:
     message = answer(f"megatron-sov convert --foo {'x' * 5000}", capsys)
     assert "an action comes before the options" in message
 

@@ -92,7 +92,7 @@ def test_a_missing_reward_is_not_counted_as_zero() -> None:
     assert failed == "1 of 1 have no reward: the data have no 'solution'"
 
 
-@pytest.mark.parametrize(("text", "mode", "said"), [
+@pytest.mark.parametrize(("text", "mode", "answer"), [
     ("<think>4?</think> 5", "default", "5"),
     ("4? </think> 5", "thinking", "5"),
     ("4", "thinking", ""),
@@ -102,10 +102,10 @@ def test_a_missing_reward_is_not_counted_as_zero() -> None:
     ("a</think>b</think> 5", "thinking", "5"),
     (" <think>it is 4", "no-thinking", ""),
 ])
-def test_thoughts_are_no_answers(text: str, mode: Any, said: str) -> None:
-    assert strip_thoughts(text, mode) == said
-    [found], _ = scored(replace(STEM, mode=mode), [[text]], gold=said or "4")
-    assert found["avg@1"] == float(bool(said))
+def test_answers_inside_thoughts_do_not_count(text: str, mode: Any, answer: str) -> None:
+    assert strip_thoughts(text, mode) == answer
+    [found], _ = scored(replace(STEM, mode=mode), [[text]], gold=answer or "4")
+    assert found["avg@1"] == float(bool(answer))
 
 
 def test_an_extractor_takes_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         unpack_tests(as_published("0" * (8 << 20), 4), "f")
 
 
-@pytest.mark.parametrize(("doc", "said"), [
+@pytest.mark.parametrize(("doc", "message"), [
     ({}, "no tests"),
     ({"public_test_cases": "[1]"}, "must have the texts"),
     ({"public_test_cases": 3}, "must be text"),
@@ -196,8 +196,8 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ({"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
       "metadata": '{"func_name": "f"}'}, "no value"),
 ])
-def test_a_problem_without_tests_that_can_be_run_is_refused(doc: dict[str, Any], said: str) -> None:
-    with pytest.raises(Refused, match=said):
+def test_a_problem_without_tests_that_can_be_run_is_refused(doc: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refused, match=message):
         build_code_tests(doc)
 
 
@@ -231,7 +231,7 @@ def test_all_problems_are_reported_at_once() -> None:
         parse_judging({"task": "t", "metadata": {"sov": {"reward": "math"}}}, allow_code=False)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
+@pytest.mark.parametrize(("settings", "message"), [
     ({"reward": "evil.py:Reward"}, "names code to run"),
     ({"reward": "composed"}, "loads rewards named by its settings"),
     ({"reward": "code", "reward_settings": {"command": ["sh", "-c", "id"]}}, "reward_settings.command"),
@@ -239,8 +239,8 @@ def test_all_problems_are_reported_at_once() -> None:
     ({"reward": "judge", "reward_settings": {"api_key_env": "AWS_SECRET"}}, "reward_settings.api_key_env"),
     ({"reward": "judge", "variants": {"a": {"cache": "/etc/x"}}}, "reward_settings.cache"),
 ])
-def test_a_foreign_file_executes_and_sends_nothing(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_foreign_file_executes_and_sends_nothing(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         made(**settings)
     assert made(allow_code=True, **settings)  # a user's own may
 

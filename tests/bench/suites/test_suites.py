@@ -95,7 +95,7 @@ def test_gpqa_has_its_options_in_an_order_of_the_question(tmp_path: Path, loaded
     ("list", [[1]], [[], {}]),
     ("text or null", [None, "a"], ["", 3]),
 ])
-def test_a_rule_takes_what_it_says(rule: str, good: list[Any], bad: list[Any]) -> None:
+def test_each_extraction_rule_finds_its_answer(rule: str, good: list[Any], bad: list[Any]) -> None:
     assert [value for value in good if find_field_problem("f", rule, {"f": value})] == []
     assert [value for value in bad if not find_field_problem("f", rule, {"f": value})] == []
 

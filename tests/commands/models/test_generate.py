@@ -105,7 +105,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, P
     return tmp_path
 
 
-@pytest.mark.parametrize(("line", "said"), [
+@pytest.mark.parametrize(("line", "message"), [
     ("generate run --image none.png", "none.png: is not a file"),
     ("generate run --prompt a --out-image drawn", "needs --image-decoder CODEC"),
     ("generate run --image a.png --engine vllm", "cannot enforce whole media blocks"),
@@ -118,8 +118,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, P
      "must have the form FILE.py:NAME"),
 ])
 def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], line: str,
-                                            said: str) -> None:
+                                            message: str) -> None:
     assert cli.main(shlex.split(line)) == 2
     errors = capsys.readouterr().err
-    assert said in errors and "Traceback" not in errors
+    assert message in errors and "Traceback" not in errors
     assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "model", "rows.jsonl"]

@@ -19,7 +19,7 @@ def submitted(capsys: Any, *words: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.tier1_cases(2)
-@pytest.mark.parametrize(("settings", "sentence", "added"), [
+@pytest.mark.parametrize(("settings", "message", "added"), [
     ((), "its tokenizer has 368 ids, model.vocab_size = 151,936: recipe qwen3-8b is for a different",
      ("model.vocab_size=368", "train.epochs=1")),
     (("model.vocab_size=300",), "its tokenizer has 368 ids, the model only model.vocab_size = 300", ()),
@@ -29,13 +29,13 @@ def submitted(capsys: Any, *words: str) -> tuple[int, str, str]:
     (("train.steps=7",), "model.vocab_size = 151,936", ("model.vocab_size=368",)),
     (("train.epochs=2",), "model.vocab_size = 151,936", ("model.vocab_size=368",))])
 def test_data_that_do_not_fit_are_refused_before_submission(
-        packed_data: Any, tmp_path: Path, capsys: Any, settings: tuple[str, ...], sentence: str,
+        packed_data: Any, tmp_path: Path, capsys: Any, settings: tuple[str, ...], message: str,
         added: tuple[str, ...]) -> None:
     more = [word for setting in settings for word in ("--set", setting)]
     code, out, err = submitted(capsys, "pretrain", *H100, "--nodes", "8", "qwen3-8b", "--data",
                                str(packed_data.text), "--run", str(tmp_path / "run"), *more)
     first, *lines = err.splitlines()
-    assert code == 2 and sentence in first and out == ""
+    assert code == 2 and message in first and out == ""
     # the proposed line, which has all that is missing
     assert len(lines) == bool(added)
     assert all(line.endswith("".join(f" --set {setting}" for setting in (*settings, *added)))

@@ -74,7 +74,7 @@ def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_p
             and "from step 0 to step 5, 2 processes: rank 1 was ended by SIGKILL" in text)
 
 
-@pytest.mark.each(("events", "files", "state", "why"), [
+@pytest.mark.each(("events", "files", "state", "reason"), [
     ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})], {"complete.json": {"step": 40}},
      "complete", "at step 40"),
     ([begin(100), *steps(1, 9, 90), (5, "stop", {"step": 9, "reason": "SIGUSR1"})], {},
@@ -86,12 +86,12 @@ def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_p
     ([], {}, "not started", ""),
 ])
 def test_a_run_that_does_not_live_says_why(tmp_path: Path, events: Any, files: dict[str, Any], state: str,
-                                           why: str) -> None:
+                                           reason: str) -> None:
     run = write_run(tmp_path / "run", *events)
     for name, content in files.items():
         (run / name).write_text(json.dumps(content))
     result = read_run_state(run, NOW_S)
-    assert (result.state, result.why) == (state, why)
+    assert (result.state, result.why) == (state, reason)
     assert format_run_state(result).startswith(f"{run}: pretrain, tiny-solar-open\n")
 
 
@@ -287,9 +287,9 @@ def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.Mo
     {"event": "warning", "text": "\x1b[2J"}, {"event": "stop", "time_s": "x"},
     {"event": "stop", "time_s": 1e300},
     {"event": "unheard"}])
-def test_odd_events_do_not_end_it_and_ctrl_c_does(later: dict[str, Any], tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_events_are_ignored_and_ctrl_c_ends_the_command(later: dict[str, Any], tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", begin(100), *steps(1, 3, 98))
     hold(run)
     at_once(monkeypatch, run, [later])

@@ -126,14 +126,14 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     assert all(PolicyConfig("gkd").is_on_policy(0, number) for number in range(1, 100))
 
 
-@pytest.mark.each(("more", "said"), [
+@pytest.mark.each(("more", "message"), [
     (["--set", "rollout.max_staleness=1"], "max_staleness = 1 must be 0: with policy.on_policy_share = 0.5"),
     (["--set", "policy.method=opd"], 'on_policy_share = 0.5 has no effect with policy.method = "opd"'),
     (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),
 ])
-def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
+def test_impossible_runs_are_refused_before_work_starts(more: list[str], message: str, folder: Path,
                                                         command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *more)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()

@@ -187,15 +187,15 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
         assert read_steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.each(("settings", "said"), [
+@pytest.mark.each(("settings", "message"), [
     (("data.phases.0.seq_len=16",), "a row must hold a whole pair of responses, up to 2 x ("),
     (("policy.kl=k3", "policy.kl_coeff=0.1"),
      'policy.kl = "k3" has no effect with policy.method = "preference"'),
     (("policy.method=gspo",), 'keep_unfinished = true has no effect with policy.method = "gspo"'),
 ])
-def test_impossible_runs_are_refused_before_work_starts(settings: tuple[str, ...], said: str, folder: Path,
+def test_impossible_runs_are_refused_before_work_starts(settings: tuple[str, ...], message: str, folder: Path,
                                                         command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *settings)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()

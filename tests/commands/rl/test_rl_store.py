@@ -190,15 +190,15 @@ def test_gc_removes_only_unused_files(store: RolloutStore) -> None:
     assert [path.name for path in (store.path / "rollouts").iterdir()] == [new.name]
 
 
-@pytest.mark.each("words, sentence", [
+@pytest.mark.each("words, message", [
     (["gc", "nowhere"], "nowhere: is no rollout store"),
     (["show", "STORE", "piece", "0"], "PART 'piece': .* has no such part"),
     (["show", "STORE", format_part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),
     (["show", "STORE", format_part_name(1, 0), "2"], "ROW 2: round-0001-piece-0000 has 2 rows"),
     (["gc", "STORE", "--rounds", "4-2"], "--rounds 4-2: must be a round, or the first and the last one")])
-def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path) -> None:
+def test_mistakes_are_one_sentence(words: list[str], message: str, sound: Path) -> None:
     code, out, err = told(*[str(sound) if word == "STORE" else word for word in words])
-    assert code == 2 and out == "" and re.search(sentence, err) and len(err.splitlines()) == 1
+    assert code == 2 and out == "" and re.search(message, err) and len(err.splitlines()) == 1
 
 
 def test_a_foreign_part_is_not_listed(store: RolloutStore, tmp_path: Path,

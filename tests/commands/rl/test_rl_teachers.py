@@ -127,17 +127,17 @@ def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, t
     assert abs(told["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
 
 
-@pytest.mark.each(("more", "said"), [
+@pytest.mark.each(("more", "message"), [
     (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
      "learns from no teacher; set policy.method=opd or gkd, or policy.opd_coeff in addition to a reward"),
     (["--teacher", "a=elsewhere"], "scores the same prompts; prefix each with its domain"),
     (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])
-def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
+def test_impossible_runs_are_refused_before_work_starts(more: list[str], message: str, folder: Path,
                                                         command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *more)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()
 
 

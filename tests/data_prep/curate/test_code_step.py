@@ -52,14 +52,14 @@ def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
     assert [(o.reason, o.text) for o in found.values()] == [("", "fine!"), ("bad word", None)]
 
 
-@pytest.mark.parametrize(("name", "sentence"), [
+@pytest.mark.parametrize(("name", "message"), [
     ("own.py", "must have the form"), ("own.py:nothing", "has no 'nothing'"),
     ("own.py:number", "is 3; a data step"),
     ("gone.py:judge", "cannot be read"),
 ])
-def test_what_is_no_function_is_told(file: Path, tmp_path: Path, name: str, sentence: str) -> None:
+def test_a_missing_function_is_reported(file: Path, tmp_path: Path, name: str, message: str) -> None:
     (problem,) = find_all_problems(StepCodeSettings(tmp_path / name))
-    assert problem.key == "function" and sentence in problem.rule
+    assert problem.key == "function" and message in problem.rule
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -67,7 +67,7 @@ def test_what_is_no_function_is_told(file: Path, tmp_path: Path, name: str, sent
     ("chat", "returned Document"), ("essay", "with a reason of at most 80 characters"),
     ("fails", r"a/page.html: data step .*own.py:\d+: AttributeError: 'Document' object has no attribute"),
 ])
-def test_what_fails_is_told_by_its_document(file: Path, tmp_path: Path, name: str, message: str) -> None:
+def test_a_failing_step_names_the_document(file: Path, tmp_path: Path, name: str, message: str) -> None:
     step = CodeStep(StepCodeSettings(tmp_path / f"own.py:{name}"))
     step.load_inputs(MemoryView({}, tmp_path))
     with pytest.raises(UserError, match=message):

@@ -40,7 +40,7 @@ def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixt
     assert "already exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("argv", "said"), [
+@pytest.mark.parametrize(("argv", "message"), [
     (train(labels="none.jsonl"), "none.jsonl: does not exist"),
     (train(labels="few.jsonl"), "has 20 labelled texts that differ; at least 50 are needed"),
     (train(labels="ones.jsonl"), "0 of 100 texts have label 0"),
@@ -52,10 +52,10 @@ def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixt
     (["scorer"], "required: ACTION"),
 ])
 def test_a_mistake_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str],
-                                   said: str) -> None:
+                                   message: str) -> None:
     before = sorted(folder.iterdir())
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.startswith("error: ")
     assert sorted(folder.iterdir()) == before

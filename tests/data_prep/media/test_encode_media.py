@@ -112,8 +112,8 @@ def test_bad_records_stop_or_are_listed(encode: Encode, tmp_path: Path,
                         shown(("image", "../records.jsonl")), shown(("text", "<|IMAGE_PAD|>")), {"text": "a"},
                         shown(("text", "a"), answer=[{"type": "video", "path": "moving.gif"}])]
     assert encode(chats) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "records.jsonl:4: spells '<|IMAGE_PAD|>'" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and "records.jsonl:4: spells '<|IMAGE_PAD|>'" in stderr
     assert encode(chats[:2]) == 2
     assert "records.jsonl:2: broken.png is not a picture" in capsys.readouterr().err
     assert encode(chats, "--bad-media", "skip") == 0

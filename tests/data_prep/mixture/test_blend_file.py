@@ -83,7 +83,7 @@ phases:
     assert phase.entries[0].describe() == "level=L2|L3 kind=ko synthetic=true (10 %)"
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "lines"), [
     ("""name: x
 phase: 3
 phases:
@@ -120,10 +120,10 @@ phases:
       "12: phases.4: must have either shares or product",
       "13: phases.5.shares.0.share = 120 must be a number, between 0 and 100",
       "13: phases.5.shares.1.share = \"lots\" must be a number, between 0 and 100"])])
-def test_blend_mistakes_are_listed_with_lines(tmp_path: Path, text: str, said: list[str]) -> None:
+def test_blend_mistakes_are_listed_with_lines(tmp_path: Path, text: str, lines: list[str]) -> None:
     with pytest.raises(UserError) as e:
         read_blend(written(tmp_path, text))
-    for line in said:
+    for line in lines:
         assert line in str(e.value), line
 
 

@@ -102,18 +102,18 @@ def changed(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
     return folder / "bad"
 
 
-@pytest.mark.each(("at", "raw", "sentence"), [
+@pytest.mark.each(("at", "raw", "message"), [
     (0, b"nothing", "is no index of Megatron's indexed datasets"),
     (18, struct.pack("<Q", 7), "which does not fit its 7 sequences"),
     (HEADER.size, struct.pack("<i", -5), "sequence 0 has -5 tokens"),
     (HEADER.size, struct.pack("<i", 1), "sequence 1 begins at byte"),
     (HEADER.size + 12 * 200 + 8, struct.pack("<q", 300), "document bounds do not go from 0"),
 ])
-def test_adopt_rejects_damaged_index(at: int, raw: bytes, sentence: str, pair: Path, tokenizer: Path,
+def test_adopt_rejects_damaged_index(at: int, raw: bytes, message: str, pair: Path, tokenizer: Path,
                                      tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad, out = changed(pair, tmp_path, at, raw), tmp_path / "out"
     assert cli.main(["adopt", str(bad), "--tokenizer", str(tokenizer), "--output", str(out)]) == 2
-    assert sentence in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.bin", "bad.idx"]
 
 

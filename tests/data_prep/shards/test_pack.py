@@ -235,8 +235,8 @@ def test_tiny_source_keeps_a_training_document(tokenizers: dict[str, Path], tmp_
                "--input", str(tmp_path / "one.jsonl"), str(tmp_path / "parts.jsonl"), "--bucket-by", "part",
                "--workers", "1"]
     assert main([*command, "--heldout", "0.999999"]) == 0
-    said = capsys.readouterr().err
-    assert said.count("one of them is kept for training") == 3 and "parts-b: every document" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("one of them is kept for training") == 3 and "parts-b: every document" in stderr
     content = read_manifest(tmp_path / "new", "tokens").content
     assert {s["name"]: [s["splits"][split]["num_documents"] for split in ("train", "heldout")]
             for s in content["sources"]} == {"one-c": [1, 0], "parts-a": [1, 2], "parts-b": [1, 0]}
@@ -329,7 +329,7 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones( tokenizers: dict[str,
     assert main(base) == 2
     assert f"error: {folder}/a.jsonl:2: is not valid JSON" in capsys.readouterr().err
     assert main([*base, "--on-bad", "quarantine"]) == 0
-    told = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     found = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
     assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
@@ -340,8 +340,8 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones( tokenizers: dict[str,
             and rows[0]["content"].startswith('{"id": 1'))
     [source] = read_manifest(tmp_path / "out").content["sources"]
     assert sum(source["num_bad"].values()) == len(rows) and source["num_read"] == len(rows) + 4
-    assert f"all: {len(rows) + 4} records read: 4 written, {len(rows)} set aside (" in told
-    assert f"bad records: {tmp_path / 'out/quarantine.jsonl'}\n" in told
+    assert f"all: {len(rows) + 4} records read: 4 written, {len(rows)} set aside (" in stdout
+    assert f"bad records: {tmp_path / 'out/quarantine.jsonl'}\n" in stdout
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     texts = [tokenizer.decode(d[:-1]) for d in open_split(tmp_path / "out/all/train-00000").documents()]
     assert texts == ["one", "two", "four", "seven"]

@@ -78,7 +78,7 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
         "train: 2 of 4 documents repeat an earlier one, token by token"]
 
 
-@pytest.mark.each(("damage", "sentence"), [
+@pytest.mark.each(("damage", "message"), [
     (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
     (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),
     (leak, "1 documents are in both splits"),
@@ -90,12 +90,12 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
     (lambda d: (d / "chat/train-00000.bin").write_bytes(b""), "train-00000.bin: has 0 bytes, the index says"),
 ])
 def test_damage_with_right_hashes_is_found(sound: Path, tmp_path: Path, damage: Callable[[Path], Any],
-                                           sentence: str) -> None:
+                                           message: str) -> None:
     data = tmp_path / "copy"
     shutil.copytree(sound, data)
     damage(data)
     rehash(data)
-    assert any(sentence in problem for problem in verify_shards(data)[0])
+    assert any(message in problem for problem in verify_shards(data)[0])
 
 
 def test_wrong_counts_and_hashes_are_found(sound: Path, tmp_path: Path,

@@ -83,7 +83,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_each_sample_is_kept_or_rejected_with_its_reason(texts: Path) -> None:
+def test_each_sample_is_accepted_or_rejected_with_a_reason(texts: Path) -> None:
     kept, = rows(texts / "kept.jsonl")
     assert (kept["id"], kept["text"]) == ("i0/0", GOOD)
     assert kept["synthetic"] == {
@@ -100,7 +100,7 @@ def test_each_sample_is_kept_or_rejected_with_its_reason(texts: Path) -> None:
     assert "half of a surrogate pair" in rejected[6]["detail"]
 
 
-def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
+def test_summary_and_manifest_describe_the_output(texts: Path) -> None:
     summary = json.loads((texts / "summary.json").read_text())
     assert (summary["num_items"], summary["num_samples"], summary["num_kept"], summary["num_rejected"]) == (
         7, 9, 1, 8)
@@ -114,7 +114,7 @@ def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
     assert manifest.content["licences"] == {"": 1} and find_damaged_files(texts) == []
 
 
-def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Path, tmp_path: Path) -> None:
+def test_output_does_not_depend_on_the_order_of_finished_items(texts: Path, tmp_path: Path) -> None:
     again = copied_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
     work = work_folder(again)
@@ -135,7 +135,8 @@ def test_a_run_without_its_records_is_not_emptied(texts: Path, tmp_path: Path) -
     assert (moved / "kept.jsonl").read_bytes() == (texts / "kept.jsonl").read_bytes()
 
 
-def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_finish_leaves_the_previous_files(texts: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     again = copied_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
 
@@ -149,13 +150,13 @@ def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: p
     assert not (again / "manifest.json").exists() and not list(again.glob(".*.tmp-*"))
 
 
-def test_chats_lose_loops_leaks_and_malformed_ones_and_keep_short_answers(chats: Path) -> None:
+def test_chats_with_loops_leaks_or_malformed_turns_are_rejected(chats: Path) -> None:
     assert [row["id"] for row in rows(chats / "kept.jsonl")] == ["i0/0", "i1/0", "i2/0"]
     assert [(row["synthetic"]["item"], row["reason"]) for row in rows(chats / "rejected.jsonl")] == [
         ("i3", "text of a benchmark"), ("i4", "repetition: 10-grams"), ("i5", "form")]
 
 
-def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_accepted_text_can_be_packed(texts: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     """The folder itself is a source: nothing that was rejected is read."""
     tokens = tmp_path / "tokens"
     assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"made={texts}",
@@ -166,7 +167,7 @@ def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path]
     assert manifest_sha256(texts) in [one["manifest_sha256"] for one in manifest.inputs]
 
 
-def test_kept_prompts_are_asked(tmp_path: Path) -> None:
+def test_accepted_prompts_are_readable_by_rl(tmp_path: Path) -> None:
     output = made_run(tmp_path / "prompts", [[sample({"prompt": "How much is 3 and 4?", "answer": "7"})],
                                              [sample({"prompt": GOOD, "answer": "8"})]], kind="prompt")
     finish(output)
@@ -174,7 +175,7 @@ def test_kept_prompts_are_asked(tmp_path: Path) -> None:
     assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
 
 
-def test_nothing_kept_is_a_result(tmp_path: Path) -> None:
+def test_a_run_without_accepted_samples_writes_a_summary(tmp_path: Path) -> None:
     output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")], []])
     finish(output, is_complete=False)
     assert rows(output / "kept.jsonl") == [] and not (output / "manifest.json").exists()
@@ -182,17 +183,17 @@ def test_nothing_kept_is_a_result(tmp_path: Path) -> None:
     assert summary["num_kept"] == 0 and summary["is_complete"] is False
 
 
-@pytest.mark.parametrize(("name", "text", "said"), [
+@pytest.mark.parametrize(("name", "text", "message"), [
     ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "run.json: is damaged"),
     ("answers.sqlite", "no database at all" * 100, "answers.sqlite: cannot be read")])
-def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_a_damaged_folder_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")]])
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text(text)
-    with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
+    with pytest.raises(UserError, match="(?s)" + message.replace("(", r"\(")):
         finish(output)
 
 
-def test_a_tag_of_records_knows_the_provenance_for_what_it_is(texts: Path) -> None:
+def test_provenance_can_be_a_tag_of_documents(texts: Path) -> None:
     kept, = read_documents([texts / "kept.jsonl"], RecordReading("text", tags=("synthetic",)))
     assert kept.tags == ("true",)

@@ -183,13 +183,13 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
     assert "error: rank 1 was ended by SIGKILL" in said
 
 
-@pytest.mark.each(("said", "count", "threads"), [
+@pytest.mark.each(("num_threads", "count", "threads"), [
     (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("9" * 5000, 2, 4),
     ("3", 2, 3), (" 5 ,2", 2, 5)])
 def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
-        monkeypatch: pytest.MonkeyPatch, said: str | None, count: int, threads: int) -> None:
+        monkeypatch: pytest.MonkeyPatch, num_threads: str | None, count: int, threads: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if said is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    if num_threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", num_threads)
     assert launcher._count_threads(count) == threads

@@ -60,14 +60,14 @@ def test_file_changed_after_the_request_is_refused(file: Path) -> None:
     assert build_versioned_reward(request_reward(f"{file}:Contains", {})).version != before
 
 
-@pytest.mark.parametrize(("settings", "said"), [
+@pytest.mark.parametrize(("settings", "message"), [
     ({"wrod": "x"}, "wrod: no such setting; did you mean 'word'?"),
     ({"times": "many"}, 'times = "many" must be a whole number'),
 ])
-def test_wrong_settings_are_named(file: Path, settings: dict, said: str) -> None:
+def test_wrong_settings_are_named(file: Path, settings: dict, message: str) -> None:
     with pytest.raises(UserError) as e:
         build_versioned_reward(request_reward(f"{file}:Contains", settings))
-    assert said in str(e.value)
+    assert message in str(e.value)
 
 
 def test_trl_reward_function_is_a_reward(tmp_path: Path) -> None:
@@ -278,8 +278,8 @@ def test_sources_of_all_rewards_are_hashed() -> None:
      {"domain": "math"}, "answer"),
     ("composed", {"parts": {"m": {"reward": "math", "domains": ["math"]}, "r": {"reward": "repetition"}}},
      {"domain": "chat"}, "")])
-def test_missing_fields_are_found_before_generation(name: str, settings: dict[str, Any],
-                                                        row: dict[str, Any], field: str) -> None:
+def test_missing_fields_are_found_before_generation(name: str, settings: dict[str, Any], row: dict[str, Any],
+                                                    field: str) -> None:
     versioned_reward = build_versioned_reward(asked := request_reward(name, settings))
     assert find_missing_field(asked, versioned_reward, row) == field
     if field and name != "composed":

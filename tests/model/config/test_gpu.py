@@ -52,10 +52,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.each(("changes", "sentence"), BROKEN.values())
-def test_every_broken_rule_is_reported(changes: list[str], sentence: str) -> None:
+@pytest.mark.each(("changes", "message"), BROKEN.values())
+def test_every_broken_rule_is_reported(changes: list[str], message: str) -> None:
     result = tiny(*changes).problems(8)
-    assert [p for p in result if sentence in p.sentence], result
+    assert [p for p in result if message in p.sentence], result
 
 
 def test_a_wide_dense_layer_that_stays_in_bf16_may_have_any_width() -> None:

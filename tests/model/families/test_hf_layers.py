@@ -91,7 +91,7 @@ def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
     assert (one.sliding_window_tokens, one.layer_windows) == (8, ())
 
 
-@pytest.mark.each(("recipe", "fields", "sentence"), [
+@pytest.mark.each(("recipe", "fields", "message"), [
     ("tiny-qwen2", {"use_sliding_window": True, "sliding_window": None},
      "use_sliding_window = True needs sliding_window"),
     ("tiny-qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* names sliding layers, but"),
@@ -108,8 +108,8 @@ def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
     ("tiny-k-exaone", {"mtp_num_speculative_steps": 0},
      "mtp_num_speculative_steps = 0 with num_nextn_predict_layers = 1"),
 ])
-def test_unsupported_structures_are_refused(recipe: str, fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_unsupported_structures_are_refused(recipe: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         read(config_of(recipe, **fields))
 
 
@@ -163,7 +163,7 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     assert read_latent(models.get_family("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
 
 
-@pytest.mark.each(("fields", "said"), [
+@pytest.mark.each(("fields", "message"), [
     ({"kv_lora_rank": None}, "lacks kv_lora_rank; add them"),
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2, but only 4 is supported"),
     ({"head_dim": 32}, "head_dim = 32, but only 16 is supported"),
@@ -178,8 +178,8 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor: with mscale"),
     ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "rope parameters long_factor are unknown"),
 ])
-def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         read_latent(latent_config_of(**fields))
 
 

@@ -129,5 +129,5 @@ def test_only_a_misspelt_family_gets_a_hint(name: str, hint: str | None) -> None
     assert (f"did you mean '{hint}'?" in str(e.value)) if hint else "did you mean" not in str(e.value)
 
 
-def test_any_is_no_value_of_a_config() -> None:
+def test_any_is_not_a_value_of_a_config() -> None:
     assert ANY_VALUE not in (None, 0, False, "", [])

@@ -248,7 +248,7 @@ def test_a_checkpoint_executes_no_code(site: Path, capsys: pytest.CaptureFixture
     ('{"model_type": "llama"}', "names no recipe"),
     ("recipe: tiny-qwen3\nmodel_type: llama", "model_type: no such setting"),
 ])
-def test_files_that_are_no_settings(site: Path, text: str, message: str) -> None:
+def test_files_without_settings_are_refused(site: Path, text: str, message: str) -> None:
     (site / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"--config config.json(, line \d+)?: ") as e:
         config_of("--config", "config.json")
@@ -279,7 +279,7 @@ def test_config_files_override_the_recipe_in_order(site: Path) -> None:
         config_of("tiny-qwen3", "--config", "b.json")
 
 
-def test_a_config_with_a_code_recipe_executes_nothing(site: Path) -> None:
+def test_a_config_with_a_code_recipe_executes_no_code(site: Path) -> None:
     (site / "a.yaml").write_text("recipe: recipe.py:plain\n")
     with pytest.raises(UserError, match=r"recipe = 'recipe.py:plain'"):
         config_of("--config", "a.yaml")

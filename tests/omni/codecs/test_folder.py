@@ -43,7 +43,7 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     assert not any(p.requires_grad for p in read.parameters())
 
 
-@pytest.mark.each(("content", "said"), [
+@pytest.mark.each(("content", "message"), [
     ([], "names no kind of codec"), ({"codec": 3}, "names no kind of codec"),
     ({"codec": "os:system", "config": {}}, "'os:system' is not a kind of codec; there are vqmodel"),
     ({"codec": "ta-tok"}, "null must be an object of settings"),
@@ -52,9 +52,9 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     ({"codec": "ta-tok", "config": {"code_width": 10**30}}, "code_width"),
     ({"codec": "ta-tok", "config": {"codebook_size": 10**12}},
      "codebook_size = 1000000000000 must be at most 1,048,576")])
-def test_hostile_manifests_are_refused(tmp_path: Path, content: Any, said: str) -> None:
+def test_hostile_manifests_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     folder = written(tmp_path / "bad", content, {"a": torch.zeros(1)})
-    with pytest.raises(UserError, match=re.escape(said)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         open_codec(folder)
     assert str(folder) in str(caught.value)
 

@@ -295,7 +295,7 @@ srun: error: n1: task 0: Exited with exit code 1
 """
 
 
-@pytest.mark.each(("log", "sentence", "code"), [
+@pytest.mark.each(("log", "message", "code"), [
     (KILLED, "rank 2 on n3 was ended by a signal (Killed)", None),
     ("srun: error: n2: tasks 8-15: Exited with exit code 2\n", "rank 8 on n2 ended with exit code 2", 2),
     ("srun: error: gpu-a[01]: task 1: Exited with exit code 9\nsrun: error: n1: tasks 0,3: Terminated\n",
@@ -305,13 +305,13 @@ srun: error: n1: task 0: Exited with exit code 1
     ("srun: error: n2: task 4: Segmentation fault (core dumped)\n", "rank 4 on n2 was ended by a signal "
      "(Segmentation fault (core dumped))", None),
 ])
-def test_the_first_to_fail_is_named(log: str, sentence: str, code: int | None) -> None:
+def test_the_first_to_fail_is_named(log: str, message: str, code: int | None) -> None:
     failure = find_first_failure(log)
     assert failure is not None
-    assert (str(failure), failure.exit_code) == (sentence, code)
+    assert (str(failure), failure.exit_code) == (message, code)
 
 
-def test_other_words_of_srun_are_no_failure() -> None:
+def test_other_output_of_srun_is_not_a_failure() -> None:
     assert find_first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\n"
                          "srun: got SIGCONT\n") is None
 

@@ -181,7 +181,7 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
 # What Slurm's programs say, in one line, and the jobs that are still in its hands.
 
 
-@pytest.mark.each(("text", "said"), [
+@pytest.mark.each(("text", "message"), [
     ("sbatch: error: invalid partition specified: x\n"
      "sbatch: error: Batch job submission failed: Invalid partition\n",
      "invalid partition specified: x; Batch job submission failed: Invalid partition"),
@@ -190,8 +190,8 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
     ("sbatch: error: a\nsbatch: error: a\n", "a"),
     ("", "it gives no reason"),
 ])
-def test_the_reason_is_one_line(text: str, said: str) -> None:
-    assert client.format_error(text) == said
+def test_the_reason_is_one_line(text: str, message: str) -> None:
+    assert client.format_error(text) == message
 
 
 def test_neither_the_shell_nor_its_allocation_overrules_a_script(monkeypatch: pytest.MonkeyPatch) -> None:

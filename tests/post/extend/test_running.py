@@ -108,7 +108,7 @@ def test_it_looks_and_may_pass_from_the_stages_fewest_steps_on(judged: Any, caps
     assert capsys.readouterr().out == "gate at step 7 passes\n"
 
 
-def test_a_short_context_that_got_worse_is_no_pass(judged: Any) -> None:
+def test_a_short_context_that_got_worse_fails_the_gate(judged: Any) -> None:
     run = Run()
     gate = judged(run)
     for run.loss, passes in ((2.11, False), (math.nan, False), (1.9, True), (2.09, True)):
@@ -284,11 +284,11 @@ def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch
     assert ran == [(f"stage-{i}", starts[i], begins_s[i]) for i in range(3)]
 
 
-@pytest.mark.each(("lengths", "said"), [
+@pytest.mark.each(("lengths", "message"), [
     ("[64, 512]", None), ("[64]", "the gate asks at most 64 tokens, and the stage has 512"),
     ("[1024]", None)])
-def test_a_gate_with_short_needles_warns(lengths: str, said: str | None) -> None:
+def test_a_gate_with_short_needles_warns(lengths: str, message: str | None) -> None:
     phases = 'data.phases=[{"name": "a", "seq_len": 128}, {"name": "b", "seq_len": 512}]'
     config = apply_settings(get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
     result = describe_small_suite(config)
-    assert result is None if said is None else said in str(result)
+    assert result is None if message is None else message in str(result)

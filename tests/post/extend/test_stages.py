@@ -155,13 +155,13 @@ def test_remaining_tokens_go_to_sources_by_share(sources: list[Source]) -> None:
     assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
 
 
-@pytest.mark.parametrize(("part", "trained", "said"), [
+@pytest.mark.parametrize(("part", "trained", "message"), [
     (PartConfig("long", 0.5), 90, "the data has no text source with documents of 91 tokens or more"),
     (PartConfig("long", 0.5, {"web": 0.0}), 32, "has no weight above 0"),
 ])
-def test_stages_without_matching_data_are_refused(part: PartConfig, trained: int, said: str,
+def test_stages_without_matching_data_are_refused(part: PartConfig, trained: int, message: str,
                                                   sources: list[Source]) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         build_stage_blend(stage(part), sources, trained, 0.0)
 
 
@@ -249,7 +249,7 @@ def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path
     assert near.extend.gate.every_steps == 20
 
 
-@pytest.mark.each(("stage", "said"), [
+@pytest.mark.each(("stage", "message"), [
     ({"seq_len": 96, "kind": "midtraining"}, "needs a part named trajectories"),
     ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]},
      "a stage of kind extension can have long, rehearsal"),
@@ -258,9 +258,9 @@ def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path
      "data has no source of chats"),
     ({"seq_len": 96, "yarn_factor": 0.5}, "yarn_factor = 0.5 must be 0 or at least 1"),
 ])
-def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], said: str, short_run: Path,
+def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], message: str, short_run: Path,
                                                        token_shards: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "long"
     assert main(command(short_run, token_shards, run, [{"name": "a", "steps": 1} | stage])) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not run.exists()

@@ -341,16 +341,16 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
         forgets.publish(1)
 
 
-@pytest.mark.parametrize(("status", "reason", "told"), [
+@pytest.mark.parametrize(("status", "reason", "message"), [
     ("failed", "no server answers", r"reward \(24 failed"),
     ("refused", "has no 'answer'", r"another --run and --store$")])
-def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str, told: str,
+def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str, message: str,
                                                        publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
         store.add_rewards(VERSION, name, [RewardRow(row.key, 0, VERSION, None, status, {}, reason)
                                           for row in store.read_rollouts(name)])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         publisher.publish(1)
     assert not publisher.rounds.exists()
 

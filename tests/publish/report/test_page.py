@@ -215,7 +215,7 @@ def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool
     return build_verdict_sentence([read_run(write(folder, *evals, *gates, *found, *samples))])
 
 
-@pytest.mark.each(("texts", "facts", "sentence"), [
+@pytest.mark.each(("texts", "facts", "message"), [
     (("It reads a file.", "Sy sppppp", "한국의 수도는 서울이다.", "Two words."), {},
      "2 of 4 answers are whole sentences."),
     ((), {"bits": (2.68, 2.45)}, "Held-out text 2.68 → 2.45 bits per byte."),
@@ -227,5 +227,5 @@ def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool
     (("",), {}, "0 of 1 answers are whole sentences."),
     ((), {"bits": (float("nan"), 2.0)}, ""), ((), {}, "")])
 def test_the_first_sentence_sums_up(tmp_path: Path, texts: tuple[str, ...], facts: dict,
-                                    sentence: str) -> None:
-    assert judged(tmp_path, *texts, **facts) == sentence
+                                    message: str) -> None:
+    assert judged(tmp_path, *texts, **facts) == message

@@ -42,7 +42,7 @@ def test_the_section_has_a_line_for_each_task() -> None:
     assert ours.rows[1][3:5] == ["not known", "–"]
 
 
-def test_a_perplexity_is_no_share() -> None:
+def test_a_perplexity_is_not_shown_as_a_share() -> None:
     result = section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
     assert result.tables[0].rows[0][3] == "14.2"
 

@@ -186,7 +186,7 @@ def test_long_words_are_written_out_by_their_bytes(tmp_path: Path) -> None:
     assert pyarrow.ipc.open_file(str(counts.file)).num_record_batches > NUM_PARTS
 
 
-def test_repeated_text_counts_as_often_as_it_is_seen(corpus: Path, tmp_path: Path) -> None:
+def test_repeated_text_counts_once_per_occurrence(corpus: Path, tmp_path: Path) -> None:
     counts = count(corpus, tmp_path / "work", GroupShare(3, 0))
     assert as_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus, 3)
     some = count(corpus, tmp_path / "work", GroupShare(2, 30_000))

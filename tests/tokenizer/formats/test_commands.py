@@ -210,7 +210,7 @@ def broken_model(root: Path, **changes: Any) -> Path:
     return root / "bad.model"
 
 
-@pytest.mark.each(("changes", "sentence"), [
+@pytest.mark.each(("changes", "message"), [
     ({"trainer_spec__model_type": 4}, "its model type is char, and only bpe and unigram"),
     ({"trainer_spec__treat_whitespace_as_suffix": True}, "it writes white space behind words"),
     ({"normalizer_spec__escape_whitespaces": False}, "it does not mark spaces"),
@@ -220,10 +220,10 @@ def broken_model(root: Path, **changes: Any) -> Path:
      "it has no piece for '<', so text that reads '<unk>' would become that piece"),
 ])
 def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                              changes: dict[str, Any], sentence: str) -> None:
+                                              changes: dict[str, Any], message: str) -> None:
     assert main(["import", str(broken_model(tmp_path, **changes)), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["bad.model"]
 
 

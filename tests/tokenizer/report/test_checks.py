@@ -125,7 +125,7 @@ def test_merged_digits_are_detected(build: Build, pairs: list[tuple[str, str]], 
                 and check.numbers["shapes"]["3"]["3"] == "123")
 
 
-def test_regular_groups_of_digits_are_no_defect(build: Build) -> None:
+def test_regular_groups_of_digits_are_accepted(build: Build) -> None:
     digits = "0123456789"
     pairs = [(a, b) for a in digits for b in digits]
     check = check_digits(open_tokenizer(build(pairs=pairs, split=r"\p{L}+|\p{N}{1,2}|\s+|.")))

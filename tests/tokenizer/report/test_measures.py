@@ -114,18 +114,18 @@ def test_names_of_texts(tmp_path: Path) -> None:
     assert parse_text(f"{tmp_path}/x=y.txt") == ("x=y", tmp_path / "x=y.txt")
 
 
-@pytest.mark.each(("arguments", "sentence"), [
+@pytest.mark.each(("arguments", "message"), [
     (["=x"], "must be a path or NAME=PATH"), (["none.txt"], "does not exist"),
     (["a.txt", "b/a.txt"], "the name 'a' is taken"), (["empty.txt"], "holds no text"),
     (["latin.txt"], "is not UTF-8"), (["bad.jsonl"], "bad.jsonl: ")])
 def test_bad_text_costs_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
-                                     sentence: str) -> None:
+                                     message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b").mkdir()
     for name, raw in {"a.txt": b"x", "b/a.txt": b"y", "empty.txt": b" \n", "latin.txt": b"caf\xe9 ",
                       "bad.jsonl": b"{"}.items():
         (tmp_path / name).write_bytes(raw)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         read_texts(arguments, 1)
 
 

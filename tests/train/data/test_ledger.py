@@ -57,13 +57,13 @@ def test_a_phase_too_short_for_a_step_leaves_no_trace(sources: list[Source]) -> 
     assert steps_of(result) == [(0, "a", 8, False), (2, "c", 8, False)]
 
 
-@pytest.mark.parametrize(("blend", "said"), [
+@pytest.mark.parametrize(("blend", "message"), [
     ({"wbe": 1.0}, "names source 'wbe', which the data does not have; did you mean 'web'"),
     ({"web": 1.0, "empty": 0.5}, "gives source 'empty' the weight 0.5, but it has no training tokens"),
 ])
-def test_a_blend_that_the_data_cannot_give_is_refused(blend: dict[str, float], said: str,
+def test_a_blend_that_the_data_cannot_give_is_refused(blend: dict[str, float], message: str,
                                                       sources: list[Source]) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         plan_ledger(config(PhaseConfig("main", blend=blend)), sources)
 
 

@@ -79,14 +79,14 @@ def test_long_documents_are_selected_in_every_shard(numbered: Any, parts: list[l
     assert long.lengths.tolist() == [n for n in flat if n >= minimum]
 
 
-@pytest.mark.parametrize(("blend", "said"), [
+@pytest.mark.parametrize(("blend", "message"), [
     ({"web@many": 1.0}, "'web@many': must have a token count after @, e.g. web@8192"),
     ({"web@²": 1.0}, "must have a token count after @"),
     ({"web@41": 1.0}, "source web has no document with 41 or more tokens"),
     ({"wbe@12": 1.0}, "names source 'wbe@12', which the data does not have"),
 ])
-def test_missing_views_are_named(blend: dict[str, float], said: str, web: Source) -> None:
-    with pytest.raises(UserError, match=said):
+def test_missing_views_are_named(blend: dict[str, float], message: str, web: Source) -> None:
+    with pytest.raises(UserError, match=message):
         plan_ledger(config(blend), add_source_views(config(blend), [web]))
 
 
@@ -148,10 +148,10 @@ def test_rows_contain_whole_pieces(make_source: Callable[..., Source]) -> None:
     assert {s.count for sample in samples for s in sample.segments} == {1, 3, 4}
 
 
-@pytest.mark.parametrize(("name", "said"), [("web/0", "must have a token count after /, e.g. web/8192"),
+@pytest.mark.parametrize(("name", "message"), [("web/0", "must have a token count after /, e.g. web/8192"),
                                             ("web/many", "must have a token count after /")])
-def test_a_non_numeric_length_is_refused(name: str, said: str, make_source: Callable[..., Source]) -> None:
+def test_a_non_numeric_length_is_refused(name: str, message: str, make_source: Callable[..., Source]) -> None:
     data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={name: 1.0}),))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         add_source_views(dataclasses.replace(recipes.get("tiny-solar-open"), data=data),
                          [make_source("web", [5])])

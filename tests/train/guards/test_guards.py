@@ -20,7 +20,7 @@ from megatron_sov.train.guards.guards import Guards, SdcChecks
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Three processes on two machines, with this one as rank 0; returns the events."""
     monkeypatch.setattr(guards.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(guards, "gather_objects", lambda mine: ["n1", "n1", "n2"])
@@ -39,24 +39,24 @@ class Events:
 
 
 def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pytest.MonkeyPatch,
-                                                                told: list[Any]) -> None:
+                                                                events: list[Any]) -> None:
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [2])
     with pytest.raises(SilentCorruption, match=r"2 on n2\); nothing"):
-        SdcChecks(GuardConfig()).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
-    assert told[0]["event"] == "sdc" and told[0]["ranks"] == [2] and told[0]["hosts"] == ["n2"]
-    SdcChecks(GuardConfig(compare_replicas=False)).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
-    assert len(told) == 1, "switched off nothing is looked at"
+        SdcChecks(GuardConfig()).compare_replicas(7, None, Events(events))  # type: ignore[arg-type]
+    assert events[0]["event"] == "sdc" and events[0]["ranks"] == [2] and events[0]["hosts"] == ["n2"]
+    SdcChecks(GuardConfig(compare_replicas=False)).compare_replicas(7, None, Events(events))  # type: ignore[arg-type]
+    assert len(events) == 1, "switched off nothing is looked at"
 
 
-def test_guards_can_be_set_to_continue(monkeypatch: pytest.MonkeyPatch, told: list[Any],
+def test_guards_can_be_set_to_continue(monkeypatch: pytest.MonkeyPatch, events: list[Any],
                                        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [0, 1])
-    SdcChecks(GuardConfig(on_sdc="record")).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
-    assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
+    SdcChecks(GuardConfig(on_sdc="record")).compare_replicas(7, None, Events(events))  # type: ignore[arg-type]
+    assert events[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("again", [0.0, 1e-7])
-def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, told: list[Any],
+def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, events: list[Any],
                                               again: float) -> None:
     gradients = [torch.ones(3), torch.ones(2)]
     monkeypatch.setattr(guards.replica_checks, "list_gradients", lambda model: gradients)
@@ -71,10 +71,10 @@ def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, t
 
     if again:
         with pytest.raises(SilentCorruption, match="rank 0 on n1"):
-            checks.compare_repetition(5, None, compute, Events(told))  # type: ignore[arg-type]
+            checks.compare_repetition(5, None, compute, Events(events))  # type: ignore[arg-type]
     else:
-        checks.compare_repetition(5, None, compute, Events(told))  # type: ignore[arg-type]
-    assert turns == [0, 1] and bool(told) == bool(again)
+        checks.compare_repetition(5, None, compute, Events(events))  # type: ignore[arg-type]
+    assert turns == [0, 1] and bool(events) == bool(again)
 
 
 # A step that stands still ends the process with its own exit code and leaves its stacks; a slow evaluation

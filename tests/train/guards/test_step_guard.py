@@ -51,12 +51,12 @@ def test_spikes_are_those_of_the_rule() -> None:
     assert len(refused) > 10 and min(refused) >= 20
 
 
-@pytest.mark.parametrize(("loss", "norm", "said"), [
+@pytest.mark.parametrize(("loss", "norm", "reason"), [
     (math.nan, 1.0, "the loss is nan"), (2.0, math.inf, "the gradient norm is inf")])
-def test_non_finite_values_are_rejected_from_the_first_step(loss: float, norm: float, said: str) -> None:
+def test_non_finite_values_are_rejected_from_the_first_step(loss: float, norm: float, reason: str) -> None:
     guard = StepGuard(GuardConfig(), is_main=True)
     assert not guard.accept_step(loss, norm)
-    assert guard.rejection is not None and guard.rejection.reason == said and not guard.rejection.finite
+    assert guard.rejection is not None and guard.rejection.reason == reason and not guard.rejection.finite
     assert guard.accept_step(2.0, 1.0) and guard.rejection is None and guard.consecutive_rejections == 0
 
 
@@ -67,7 +67,7 @@ def steady(settings: GuardConfig, steps: int) -> StepGuard:
     return guard
 
 
-def test_losses_that_do_not_compare_are_no_spikes_and_gradients_are() -> None:
+def test_incomparable_losses_are_not_spikes_but_gradients_are() -> None:
     guard = StepGuard(GuardConfig(), is_main=True)
     guard.compares_losses = False
     assert all(guard.accept_step((-1) ** i * 0.01 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(100))

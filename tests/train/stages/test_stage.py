@@ -186,9 +186,9 @@ def test_a_failed_gate_is_an_error_until_the_next_start(stage: Callable[..., Sta
     assert seen == [None, None]
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "gate: {run}: too few\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "message"), [("0", "gate: {run}: too few\n"), ("1", "")])
 def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
-        rank: str, said: str, stage: Callable[..., Stage], launcher: Launcher,
+        rank: str, message: str, stage: Callable[..., Stage], launcher: Launcher,
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -198,7 +198,7 @@ def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
     open_run(ready)
     launcher.does = lambda main, restarts: ready.folder.mark_gate_failed("too few") or 0
     assert not run_stage(ready, None)
-    assert capsys.readouterr().err == said.format(run=ready.folder.path)
+    assert capsys.readouterr().err == message.format(run=ready.folder.path)
 
 
 def with_views_and_skips(data: Path) -> RunConfig:

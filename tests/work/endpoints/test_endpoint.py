@@ -64,18 +64,18 @@ def hostile() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-@pytest.mark.parametrize(("way", "sentence"), [
+@pytest.mark.parametrize(("way", "message"), [
     ("packed", "packed answer, which was not asked for"), ("endless", "sent more than 1 MiB"),
     ("endless 500", "sent more than 1 MiB"), ("dripping", "longer than 0.3 s"),
     ("dripping 500", "longer than 0.3 s")])
-def test_answers_are_limited_in_time_and_size(way: str, sentence: str, hostile: ThreadingHTTPServer,
+def test_answers_are_limited_in_time_and_size(way: str, message: str, hostile: ThreadingHTTPServer,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MAX_BODY_BYTES", 1 << 20)
     hostile.way = way  # type: ignore[attr-defined]
     importlib.import_module("openai")  # seconds on a busy machine
     asked = Transport(f"http://127.0.0.1:{hostile.server_port}/v1/chat/completions", "",
                       0.3 if "dripping" in way else 600.0)
-    with pytest.raises((BadAnswer, TimeoutError), match=sentence):
+    with pytest.raises((BadAnswer, TimeoutError), match=message):
         asked.post({})
 
 

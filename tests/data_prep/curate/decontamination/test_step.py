@@ -60,7 +60,7 @@ def test_items_that_say_too_little_are_not_looked_for(tmp_path: Path) -> None:
     assert found[documents[1].id].values == {"contamination": "short:line 2"}
 
 
-def test_settings_that_cannot_be_are_all_told(tmp_path: Path, bench: Path) -> None:
+def test_all_invalid_settings_are_reported(tmp_path: Path, bench: Path) -> None:
     assert keys_of(DecontaminateSettings(benchmarks=(bench,))) == []
     assert keys_of(DecontaminateSettings(benchmarks=(), fields=(), ngram=0, min_words=0)) == [
         "benchmarks", "fields", "ngram", "min_words"]
@@ -101,7 +101,7 @@ def test_ordinary_text_has_a_plain_form_with_places(text: str) -> None:
 
 
 @given(st.text(alphabet=st.sampled_from("aB1,. \n\u200bé\u0301한\u1112\u1161\u11abภำ字ﬁİßｶﾞ½"), max_size=30))
-def test_a_unit_stands_in_its_place(text: str) -> None:
+def test_a_unit_has_its_offsets_in_the_text(text: str) -> None:
     found = find_units(text)
     stretches = [(i, i + 1) for i in range(len(found.hashes))]
     for (i, _), (start, stop) in zip(stretches, locate_stretches(text, found, stretches), strict=True):
@@ -122,7 +122,7 @@ def test_fields_may_hold_strings_lists_objects_and_messages(tmp_path: Path) -> N
     assert item == SearchItem("quiz", "3", "question.stem", "Why?")
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file, and no folder with files of records"):
         list_benchmark_files([tmp_path])
     (tmp_path / "quiz.jsonl").write_text('{"title": "x"}')

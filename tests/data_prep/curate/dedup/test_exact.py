@@ -27,8 +27,7 @@ def test_the_first_of_the_highest_priority_stays(tmp_path: Path) -> None:
                              "more:0:0000000000000002": book[1].id}
 
 
-def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [str(number * number % 61) for number in range(200)]
     first: dict[str, int] = {}
     expected = {place: first[text] for place, text in enumerate(texts)
@@ -59,7 +58,7 @@ def cut(view: MemoryView, **settings: Any) -> dict[str, Any]:
     return outcomes(ParagraphDedup, ParagraphSettings(**settings), view)
 
 
-def test_what_many_have_is_cut_and_the_first_one_keeps_it(tmp_path: Path) -> None:
+def test_repeated_paragraphs_are_cut_except_in_their_first_document(tmp_path: Path) -> None:
     web, book = docs(*texts(3)), docs(*texts(5)[3:], source="book", shard=1)
     found = cut(MemoryView.of([web, book], tmp_path / "first", book=1))
     assert found[book[0].id].text is None

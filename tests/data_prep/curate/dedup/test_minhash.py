@@ -63,7 +63,7 @@ def dropped(view: MemoryView, **settings: Any) -> dict[str, str]:
     return {id_: o.values["duplicate_of"] for id_, o in found.items() if o.reason}
 
 
-def test_it_finds_what_all_pairs_have(tmp_path: Path) -> None:
+def test_pairs_equal_a_comparison_of_all_pairs(tmp_path: Path) -> None:
     documents = docs(*planted(90))
     expected = by_brute_force(documents, 0.7, 3)
     assert len(expected) > 15
@@ -81,7 +81,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_each_text_that_goes_is_similar_to_a_kept_one(tmp_path: Path, chain: str) -> None:
+def test_each_dropped_text_is_similar_to_a_remaining_text(tmp_path: Path, chain: str) -> None:
     documents = docs(*CHAINS[chain])
     shards = [documents[:15], docs(*CHAINS[chain][15:], shard=1)] if len(documents) > 15 else [documents]
     documents = [document for shard in shards for document in shard]
@@ -107,8 +107,7 @@ def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: 
     assert len(found) == 59 and set(found.values()) == {shards[longest_at // 15][longest_at % 15].id}
 
 
-def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = planted(60, seed=1)
     results = []
     for size, records in ((60, 1 << 18), (25, 50), (7, 1 << 18)):
@@ -138,7 +137,7 @@ def test_thai_and_korean_are_compared_by_characters(tmp_path: Path) -> None:
     assert set(dropped(MemoryView.of([documents], tmp_path))) == {documents[0].id, documents[3].id}
 
 
-def test_settings_that_cannot_be_are_all_told() -> None:
+def test_all_invalid_settings_are_reported() -> None:
     assert keys_of(MinhashSettings()) == []
     assert keys_of(MinhashSettings(0, 0, 0, 0, -1, 0)) == [
         "threshold", "num_bands", "rows_per_band", "ngram", "seed", "partitions"]

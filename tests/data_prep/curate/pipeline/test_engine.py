@@ -57,7 +57,7 @@ def command(raw: Path, *words: str) -> list[str]:
 
 
 @pytest.mark.deep
-def test_killed_in_a_task_it_goes_on_to_the_same_bytes(own: Path) -> None:
+def test_a_run_killed_in_a_task_resumes_to_the_same_bytes(own: Path) -> None:
     assert cli.main(command(own, "--workers", "1")) == 0
     undisturbed = contents(own / "out")
     shutil.rmtree(own / "out")
@@ -117,15 +117,15 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_mistake_of_the_users_code_is_a_sentence(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_user_code_is_one_message(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "own.py").write_text("def judge(document):\n    return 1 / 0\n")
     assert cli.main(command(own, "--workers", "1")) == 2
-    said = capsys.readouterr().err
-    assert "source web, shard " in said and ", code: " in said
-    assert "division by zero" in said and "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert "source web, shard " in stderr and ", code: " in stderr
+    assert "division by zero" in stderr and "Traceback" not in stderr
 
 
-def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_in_a_step_keeps_its_traceback(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep.curate.pipeline import pipeline_file
     from megatron_sov.work.submit.arrays import TaskFailed
 
@@ -135,8 +135,8 @@ def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyP
         cli.main(command(raw, "--workers", "1"))
 
 
-def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_message(raw: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     from data_prep.curate.pipeline import pipeline_file
     from megatron_sov.work.submit import arrays
 
@@ -147,8 +147,8 @@ def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest
         raise UserError("a sentence")
     monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document", full)
     assert cli.main(command(raw, "--workers", "1")) == 2
-    said = capsys.readouterr().err
-    assert "no space left on the device; free some space" in said and "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert "no space left on the device; free some space" in stderr and "Traceback" not in stderr
 
 
 def test_two_commands_do_not_share_a_folder(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,8 +230,8 @@ def test_folders_that_scripts_cannot_name_are_refused(raw: Path, noted: Path, na
 
 
 @pytest.mark.parametrize("is_last", [False, True])
-def test_a_job_that_is_requeued_for_ever_is_stopped_and_told(tmp_path: Path, is_last: bool,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_requeued_too_often_is_stopped_and_reported(tmp_path: Path, is_last: bool,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(MAX_RESTARTS + 1))
     plan = tmp_path / "plan.json"
     work = (partial(run_finish_task, plan, tmp_path) if is_last else

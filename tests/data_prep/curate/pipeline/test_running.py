@@ -71,8 +71,7 @@ def test_documents_go_through_the_steps_to_their_names(raw: Path) -> None:
     assert "seen before 2" in "\n".join(iter_step_lines(output))
 
 
-def test_what_is_complete_is_not_done_again(raw: Path, done: Done, capsys: pytest.CaptureFixture[str]
-                                            ) -> None:
+def test_complete_stages_are_not_repeated(raw: Path, done: Done, capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)
     before, number = contents(output), len(done)
     assert run(raw) and len(done) == number and "complete from before" in capsys.readouterr().out
@@ -85,7 +84,7 @@ def test_what_is_complete_is_not_done_again(raw: Path, done: Done, capsys: pytes
     assert contents(output) == before, "what was deleted is there again"
 
 
-def test_a_changed_setting_redoes_what_follows_from_it(raw: Path, done: Done) -> None:
+def test_a_changed_setting_repeats_its_step_and_later_ones(raw: Path, done: Done) -> None:
     output = run(raw)
     everything, first = sorted(done), contents(output)
     done.clear()
@@ -101,7 +100,7 @@ def test_a_changed_setting_redoes_what_follows_from_it(raw: Path, done: Done) ->
     assert contents(output) == first
 
 
-def test_a_changed_source_redoes_itself_and_what_looks_at_all(raw: Path, done: Done) -> None:
+def test_a_changed_source_repeats_its_stages_and_global_steps(raw: Path, done: Done) -> None:
     run(raw)
     everything = sorted(done)
     done.clear()
@@ -123,7 +122,7 @@ def test_a_source_that_a_step_passes_is_left_alone(raw: Path, done: Done) -> Non
     assert {source for _, source, _ in done} == {"books", ""}
 
 
-def test_kinds_are_told_row_by_row(raw: Path) -> None:
+def test_kinds_are_filtered_row_by_row(raw: Path) -> None:
     change(raw, "  - shorten: {longest: 300}\n", "  - shorten: {longest: 20}\n    only: {kinds: [en]}\n")
     output = run(raw)
     assert set(texts(output)) == {"books-long", "web-long"}
@@ -143,15 +142,15 @@ def test_broken_records_are_listed_or_stop_the_run(raw: Path, capsys: pytest.Cap
     assert "bad.jsonl" in capsys.readouterr().err
 
 
-def test_nothing_kept_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_keeps_no_document_is_refused(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(raw, "shorten: {longest: 400}", "shorten: {not_below: 1000000}")
     output = run(raw, code=2)
-    said = capsys.readouterr().err
-    assert "no document is kept" in said and "shorten: too short" in said
+    stderr = capsys.readouterr().err
+    assert "no document is kept" in stderr and "shorten: too short" in stderr
     assert not (output / "manifest.json").exists() and (output / "summary.json").is_file()
 
 
-def test_names_and_fields_that_are_no_text_stop_no_run(raw: Path) -> None:
+def test_invalid_unicode_in_names_and_fields_is_replaced(raw: Path) -> None:
     """Bytes of a name that are no UTF-8, and halves of surrogate pairs inside a field."""
     (raw / "web" / os.fsdecode(b"na\xefve.txt")).write_text("text 0 " * 20)
     (raw / "web" / "half.jsonl").write_text(json.dumps({"text": "text 1 " * 20, "own": {"a": "x\ud800"},
@@ -173,7 +172,7 @@ def test_a_source_of_a_wrong_format_does_not_fill_the_disk(raw: Path, monkeypatc
     assert json.loads((output / "summary.json").read_text())["sources"][0]["quarantine"] == {"json": 50}
 
 
-def test_what_an_earlier_file_or_a_kill_has_left_is_no_part_of_the_corpus(raw: Path) -> None:
+def test_leftovers_of_earlier_runs_and_kills_are_not_in_the_corpus(raw: Path) -> None:
     output = run(raw)
     (output / ".text.old-1/name").mkdir(parents=True)
     (output / ".text.old-1/name/00000.parquet").write_text("left behind between two renames")
@@ -190,7 +189,7 @@ def told(raw: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_what_is_left_to_do_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_lists_the_remaining_shards(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(raw)
     assert "complete from before, nothing is done" in told(raw, capsys)
     change(raw, "longest: 300", "longest: 200")

@@ -48,7 +48,7 @@ def test_it_loads_where_its_files_are(shipped: Path, scorers: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("blend", sorted(BLENDS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_its_output_is_sorted_by_what_its_blend_chooses_by(blend: Path) -> None:
+def test_its_output_is_sorted_by_the_columns_of_its_blend(blend: Path) -> None:
     output = parse_located_yaml((READY / blend.name).read_text()).value["output"]
     keys = {key for phase in read_blend(blend).phases for entry in phase.entries for key in entry.where}
     assert keys - {SOURCE} <= set(re.findall(r"{(\w+)}", output["name"])), (

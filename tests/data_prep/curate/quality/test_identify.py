@@ -74,7 +74,7 @@ def test_markup_and_data_are_markup(text: str) -> None:
     PROSE, "", "제1조 모든 인간은 자유롭다.\n제2조 모든 사람은 평등하다.\n", "今日は良い天気です;\nまた明日;",
     "Dear all,\n\nif you come, bring bread.\nReturn by five.\n\nYours, A.",
     inspect.getdoc(ast.NodeVisitor) * 3])
-def test_what_people_write_is_prose(text: str) -> None:
+def test_ordinary_text_is_prose(text: str) -> None:
     assert detect_form(text) == "prose"
 
 
@@ -140,7 +140,7 @@ def test_a_mixed_text_has_the_score_of_its_share() -> None:
 
 
 @pytest.mark.parametrize("text", ["", " \n", "1234 5678", "--- *** ---", "\x00\ud800\U000e0001", "😀😀"])
-def test_what_has_no_letters_is_in_no_language(text: str) -> None:
+def test_text_without_letters_has_no_language(text: str) -> None:
     assert identify_language(text) == ("und", 0.0)
 
 
@@ -193,7 +193,7 @@ def test_the_tables_and_the_model_are_the_files_that_outcomes_depend_on() -> Non
     assert get_model_file().stat().st_size > 1_000_000
 
 
-def test_every_broken_rule_is_told() -> None:
+def test_every_broken_rule_is_reported() -> None:
     wrong: Any = "proes"
     assert keys_of(LanguageSettings(keep=("ko", "jp"), min_score=1.5, forms=(wrong,))) == [
         "keep.1", "min_score", "forms.0"]

@@ -39,12 +39,12 @@ def language_row(code: str) -> str:
 
 
 @pytest.mark.parametrize("code", [*list_languages(), "other"])
-def test_the_table_of_languages_is_what_the_files_say(code: str) -> None:
+def test_the_table_of_languages_equals_the_data_files(code: str) -> None:
     assert language_row(code) in THRESHOLDS.splitlines()
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Thresholds)])
-def test_every_threshold_stands_with_its_default(name: str) -> None:
+def test_every_threshold_is_listed_with_its_default(name: str) -> None:
     default = getattr(Thresholds(), name)
     shown = yaml.safe_dump(default, default_flow_style=True, width=200).splitlines()[0]
     assert re.search(rf"^\| `{name}` \| `{re.escape(shown)}` \|", THRESHOLDS, re.MULTILINE), shown

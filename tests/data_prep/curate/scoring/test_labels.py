@@ -17,7 +17,7 @@ from tests.typed_words import keys_of
 TEXT = '{"text": "a text", "label": %s}\n'
 
 
-@pytest.mark.parametrize(("kind", "line", "said"), [
+@pytest.mark.parametrize(("kind", "line", "message"), [
     ("classifier", TEXT % "2", "label = 2 must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"),
     ("classifier", TEXT % "true", "label = True must be a number"),
     ("regressor", TEXT % "NaN", "label = nan must be a number"),
@@ -29,12 +29,13 @@ TEXT = '{"text": "a text", "label": %s}\n'
      "language = '\\x1b[31m' must be a code"),
     ("regressor", '{"text": "a", "label"\n', "is not valid JSON"),
 ])
-def test_a_wrong_line_is_told_with_its_place(tmp_path: Path, kind: Kind, line: str, said: str) -> None:
+def test_a_malformed_line_is_reported_with_its_number(tmp_path: Path, kind: Kind, line: str,
+                                                      message: str) -> None:
     file = tmp_path / "labels.jsonl"
     file.write_text(TEXT % "1" + line)
     with pytest.raises(UserError) as found:
         read_labels(file, kind, 100)
-    assert f"{file}:2: {said}" in str(found.value)
+    assert f"{file}:2: {message}" in str(found.value)
 
 
 def test_all_wrong_lines_are_counted(tmp_path: Path) -> None:
@@ -55,17 +56,17 @@ def test_a_text_is_read_once_and_cut(tmp_path: Path) -> None:
     assert read_labels(file, "classifier", 3) == ([Label("abc", 1.0, ""), Label("x", 0.0, "")], 1)
 
 
-@pytest.mark.parametrize(("kind", "given", "said"), [
+@pytest.mark.parametrize(("kind", "given", "message"), [
     ("classifier", [1] * 60, "0 of 60 texts have label 0; a classifier needs at least 10 of each"),
     ("classifier", [1] * 9 + [0] * 60, "9 of 69 texts have label 1"),
     ("regressor", [3] * 60, "all 60 labels are 3; a regressor needs texts with different ones"),
 ])
 def test_labels_that_teach_nothing_are_refused(
-        tmp_path: Path, kind: Kind, given: list[int], said: str) -> None:
+        tmp_path: Path, kind: Kind, given: list[int], message: str) -> None:
     labels = [Label(f"text {i}", float(label), "") for i, label in enumerate(given)]
     with pytest.raises(UserError) as found:
         check_label_variety(tmp_path / "labels.jsonl", labels, kind)
-    assert said in str(found.value)
+    assert message in str(found.value)
 
 
 def test_labels_are_cut_by_their_texts_within_each_class() -> None:
@@ -153,6 +154,6 @@ def test_half_a_surrogate_pair_is_a_sign_and_not_an_error() -> None:
 
 @pytest.mark.parametrize("settings", [
     {"num_buckets": 1000}, {"num_buckets": 1 << 40}, {"max_ngram": 0}, {"max_chars": 0}])
-def test_settings_that_cannot_be_are_told(settings: dict[str, int]) -> None:
+def test_invalid_settings_are_reported(settings: dict[str, int]) -> None:
     assert keys_of(NgramSettings(**settings)) == [*settings]
     assert keys_of(NgramSettings()) == []

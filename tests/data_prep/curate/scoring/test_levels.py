@@ -46,7 +46,7 @@ def test_each_language_has_its_own_shares_and_better_ones_come_first(tmp_path: P
         assert [level for _, level in own] == expected
 
 
-def test_ties_are_cut_to_the_share_whatever_the_order(tmp_path: Path) -> None:
+def test_ties_are_split_independent_of_document_order(tmp_path: Path) -> None:
     documents = shards([3.0] * 200, ["en"] * 200)
     found = levels(documents, tmp_path / "a")
     assert Counter(found.values()) == {"L3": 70, "L2": 30, "L1": 100}
@@ -86,7 +86,7 @@ def test_all_documents_together_and_another_column(tmp_path: Path) -> None:
     assert Level(LevelSettings()).needed_columns == ("education", "language")
 
 
-def test_a_column_that_holds_no_numbers_is_told(tmp_path: Path) -> None:
+def test_a_column_without_numbers_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"level: by = name: document web:0:0{16} has 'web' there"):
         levels([[doc("", 0, language="en", name="web")]], tmp_path, by="name")
 
@@ -101,6 +101,6 @@ def test_floats_keep_their_order(a: float, b: float) -> None:
 
 @pytest.mark.parametrize("settings", [
     {"l3": 0.6}, {"l2": 1.0, "l1": 0.5}, {"l1": 1.5}, {"l3": 0}, {"by": ""}, {"min_documents": 0}])
-def test_settings_that_cannot_be_are_told(settings: dict[str, Any]) -> None:
+def test_invalid_settings_are_reported(settings: dict[str, Any]) -> None:
     assert keys_of(LevelSettings(**settings)) == [next(iter(settings))]
     assert keys_of(LevelSettings()) == []

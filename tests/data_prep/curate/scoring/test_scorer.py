@@ -55,7 +55,7 @@ def with_weights(array: np.ndarray) -> Callable[[Path], object]:
     return lambda folder: save_file({"weights": array}, folder / WEIGHTS_FILE)
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     (with_settings(bias=float("nan")), "bias = nan must be a finite number"),
     (with_settings(kind="pickle"), 'kind = "pickle" must be'),
     (with_settings(num_buckets=1 << 60), "num_buckets = 1152921504606846976 must be at most"),
@@ -65,11 +65,11 @@ def with_weights(array: np.ndarray) -> Callable[[Path], object]:
     (lambda folder: (folder / WEIGHTS_FILE).unlink(), "its manifest lists no weights.safetensors"),
 ])
 def test_files_that_cannot_be_are_refused(scorers: dict[str, Path], tmp_path: Path,
-                                          change: Callable[[Path], object], said: str) -> None:
+                                          change: Callable[[Path], object], message: str) -> None:
     folder = changed(scorers["classifier"], tmp_path / "bad", change)
     with pytest.raises(UserError) as found:
         load_scorer(folder)
-    assert said in str(found.value)
+    assert message in str(found.value)
     assert "train the scorer again" in str(found.value)
 
 
@@ -80,7 +80,7 @@ def test_a_file_that_the_manifest_does_not_list_is_noticed(scorers: dict[str, Pa
         load_scorer(tmp_path / "copy")
 
 
-def test_what_is_no_scorer_of_the_kind_is_told(scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_folders_of_another_kind_are_refused(scorers: dict[str, Path], tmp_path: Path) -> None:
     assert find_scorer_problems("model", scorers["classifier"], "classifier") == []
     assert find_scorer_problems("model", scorers["classifier"]) == []
     (said,) = find_scorer_problems("model", scorers["classifier"], "regressor")
@@ -91,5 +91,5 @@ def test_what_is_no_scorer_of_the_kind_is_told(scorers: dict[str, Path], tmp_pat
     assert "pass the folder that `sov-data scorer train` wrote" in said.rule
 
 
-def test_what_decides_the_scores_has_no_date(scorers: dict[str, Path]) -> None:
+def test_files_that_determine_scores_contain_no_date(scorers: dict[str, Path]) -> None:
     assert [p.name for p in list_scorer_files(scorers["regressor"])] == [SETTINGS_FILE, WEIGHTS_FILE]

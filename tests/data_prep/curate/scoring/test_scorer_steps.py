@@ -34,15 +34,15 @@ def test_documents_below_the_bar_are_dropped_for_one_reason(scorers: dict[str, P
     assert next(iter(found.values())).values["quality"] > 0.5
 
 
-@pytest.mark.parametrize(("name", "min_score", "said"), [
+@pytest.mark.parametrize(("name", "min_score", "message"), [
     ("regressor", None, "is a regressor; train one with `sov-data scorer train --kind classifier`"),
     ("classifier", 3.0, "min_score = 3.0 must be at most 1, the highest score of a classifier"),
     ("nothing", None, "does not exist"),
 ])
-def test_settings_that_cannot_be_are_told(scorers: dict[str, Path], name: str, min_score: float | None,
-                                          said: str) -> None:
+def test_invalid_settings_are_reported(scorers: dict[str, Path], name: str, min_score: float | None,
+                                       message: str) -> None:
     (problem,) = find_all_problems(QualitySettings(scorers["classifier"].parent / name, min_score))
-    assert said in problem.sentence
+    assert message in problem.sentence
     assert keys_of(EducationSettings(scorers["regressor"], 3)) == []
 
 
@@ -90,6 +90,6 @@ def test_a_classifier_decides_about_its_domain(scorers: dict[str, Path], tmp_pat
     ({"domains": {"law": Path("nothing")}}, "domains.law"),
     ({"min_score": 2}, "min_score"), ({"max_chars": -1}, "max_chars"),
 ])
-def test_kinds_that_cannot_be_are_told(settings: dict[str, Any], key: str) -> None:
+def test_invalid_kinds_are_reported(settings: dict[str, Any], key: str) -> None:
     assert keys_of(KindSettings(**settings)) == [key]
     assert keys_of(KindSettings()) == []

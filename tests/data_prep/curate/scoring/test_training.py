@@ -64,7 +64,7 @@ def test_a_regressor_is_ridge_regression_that_its_calibration_stretches() -> Non
     assert np.polyfit(z, wanted, 1) == pytest.approx([found.slope, found.offset], abs=1e-4)
 
 
-def test_scores_that_say_nothing_are_left_as_they_are() -> None:
+def test_uninformative_scores_are_not_calibrated() -> None:
     rows, labels = sample(200, "regressor")
     found = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
     assert (found.slope, found.offset) == (1.0, 0.0)
@@ -117,7 +117,7 @@ def test_figures_of_a_regressor() -> None:
         "mean_absolute_error": pytest.approx(0.3)}
 
 
-def test_what_cannot_be_said_is_a_dash() -> None:
+def test_undefined_figures_are_printed_as_a_dash() -> None:
     figures = compute_metrics("regressor", [Label("", 1.0, "")] * 3, np.array([1.0, 2.0, 0.0]))
     assert (figures["auc"], figures["spearman"]) == (None, None)
     assert format_metrics("regressor", figures)[0] == (

@@ -31,7 +31,7 @@ def test_compressed_lines_are_the_same(read, name, pack) -> None:
     assert [(one.text, one.columns) for one in found] == [(one.text, one.columns) for one in EXPECTED]
 
 
-def test_bad_lines_are_told_with_their_place_and_the_others_are_read(read) -> None:
+def test_malformed_lines_are_reported_and_other_lines_are_read(read) -> None:
     lines = ['{"text": "good"}', "no json", "[1]", '{"other": 1}', '{"text": "half \\ud800"}',
              '{"text": " "}', '{"text": 5}', '{"text": "last"}']
     found = read({"a.jsonl": "\n".join(lines)})
@@ -41,7 +41,7 @@ def test_bad_lines_are_told_with_their_place_and_the_others_are_read(read) -> No
     assert [isinstance(one, BrokenRecord) and one.is_left_out for one in found].index(True) == 5
 
 
-def test_half_a_compressed_file_gives_what_came_before(read) -> None:
+def test_a_truncated_compressed_file_is_read_up_to_the_cut(read) -> None:
     text = "".join(json.dumps({"text": f"{n} " * 50 + str(n * n)}) + "\n" for n in range(2000))
     packed = gzip.compress(text.encode())
     found = read({"a.jsonl.gz": packed[:len(packed) // 2]})
@@ -94,19 +94,19 @@ def test_other_encodings_by_name(read, encoding: str) -> None:
     assert codes(read({"a.txt": text.encode(encoding)}, "text", encoding=encoding)) == [text]
 
 
-def test_a_wrong_encoding_is_told_and_can_be_found_out(read) -> None:
+def test_a_wrong_encoding_is_reported_and_can_be_detected(read) -> None:
     text = "이 문장은 옛날 부호로 쓰였습니다. 요즘은 유니코드를 씁니다. 그래도 읽을 수 있어야 합니다.\n" * 5
     assert codes(read({"a.txt": text.encode("cp949")})) == ["utf8"]
     assert codes(read({"a.txt": text.encode("cp949")}, "text", encoding="detect")) == [text]
 
 
-def test_a_field_without_a_bottom_costs_neither_its_record_nor_the_next(read) -> None:
+def test_a_deeply_nested_field_is_dropped_without_its_record(read) -> None:
     deep = '{"text": "deep", "a": ' + "[" * 1200 + "]" * 1200 + ', "b": 1}'
     found = read({"a.jsonl": f'{{"text": "first"}}\n{deep}\n{{"text": "last"}}\n'})
     assert codes(found) == ["first", "deep", "last"] and found[1].columns == {"b": 1}
 
 
-def test_lines_are_lines_whatever_their_file_is_called(read) -> None:
+def test_json_lines_are_read_from_a_file_of_any_name(read) -> None:
     lines = "".join(json.dumps({"text": f"{n} " + "y" * 900_000}) + "\n" for n in range(12))
     found = read({"dump.txt": lines}, "jsonl", path="dump.txt")
     assert [one.text.split()[0] for one in found] == [str(n) for n in range(12)]
@@ -117,5 +117,5 @@ def test_lines_are_lines_whatever_their_file_is_called(read) -> None:
     pytest.param("a.txt.gz", gzip.compress(b"", mtime=0), id="packed"),
     pytest.param("a.txt", b"\xef\xbb\xbf", id="only a byte order mark"),
     pytest.param("a.txt", b" \n", id="only white space")])
-def test_a_text_file_that_holds_nothing_is_counted(read, name: str, content: bytes) -> None:
+def test_an_empty_text_file_is_counted(read, name: str, content: bytes) -> None:
     assert [(one.code, one.is_left_out) for one in read({name: content})] == [("empty", True)]

@@ -38,7 +38,7 @@ def test_each_row_group_is_in_one_part(read, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("name", "content"), [
     ("a.parquet", parquet_bytes()[:150]), ("a.parquet", b"PAR1" * 40)])
-def test_half_a_file_is_told(read, name: str, content: bytes) -> None:
+def test_a_truncated_file_is_reported(read, name: str, content: bytes) -> None:
     assert [one.code for one in read({name: content, "b.txt": "read"})
             if not isinstance(one, RawDocument)] == [
         name.partition(".")[2]]
@@ -51,7 +51,7 @@ def test_another_column_can_hold_the_text(read) -> None:
     assert "body" in told.reason and "text_field" in told.reason
 
 
-def test_a_value_that_python_cannot_hold_costs_no_row(read) -> None:
+def test_a_value_that_python_cannot_represent_does_not_drop_its_row(read) -> None:
     table = pa.table({"text": ["a", "b", "c"],
                       "timestamp": pa.array([1, 10**18 + 1, None], pa.timestamp("ns")),
                       "late": pa.array([10**18, 0, 1], pa.timestamp("us")),

@@ -42,7 +42,7 @@ def test_a_file_is_a_document_with_its_title_and_date(read) -> None:
 @pytest.mark.parametrize(("content", "code"), [
     (pdf([""]), "no_text"), (b"%PDF-1.7\nnothing", "pdf"), (b"", "pdf"),
     (pdf([shown((1, 1, "x"))])[:300], None)])
-def test_files_that_cannot_be_read_are_told(read, content: bytes, code: str | None) -> None:
+def test_unreadable_files_are_reported(read, content: bytes, code: str | None) -> None:
     told = read({"a.pdf": content, "b.txt": "next"}, "pdf", path="a.pdf")[0]
     assert isinstance(told, BrokenRecord) if code else isinstance(told, (BrokenRecord, RawDocument))
     assert code is None or told.code == code
@@ -61,7 +61,7 @@ def test_running_heads_and_page_numbers_go(read) -> None:
         f"{what} are on this page." for what in ("Apples", "Pears", "Plums"))
 
 
-def test_running_heads_alone_are_no_pictures(read) -> None:
+def test_pages_with_running_heads_only_have_no_text(read) -> None:
     slides = [shown((50, 700, f"Slide {n}")) for n in range(4)]
     [told] = read({"a.pdf": pdf(slides)})
     assert isinstance(told, BrokenRecord) and told.code == "no_text" and "running heads" in told.reason
@@ -74,5 +74,5 @@ def test_running_heads_alone_are_no_pictures(read) -> None:
     (["日本語の文", "章です。"], "日本語の文章です。"),
     (["ประเทศไทยเป็น", "ประเทศหนึ่ง"], "ประเทศไทยเป็นประเทศหนึ่ง"),
     (["이 책은 좋은", "책이다"], "이 책은 좋은 책이다"), ([], "")])
-def test_lines_are_joined_as_the_language_does(lines: list[str], expected: str) -> None:
+def test_lines_are_joined_by_the_rules_of_their_script(lines: list[str], expected: str) -> None:
     assert join_lines(lines) == expected

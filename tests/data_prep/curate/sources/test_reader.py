@@ -81,20 +81,20 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("harm", "code"), [
     ("hang", "time"), ("crash", "crash"), ("eat", "memory"), ("nest", "nested"), ("leave", "crash")])
-def test_what_does_harm_is_told_and_what_follows_is_read(read_words, harm: str, code: str) -> None:
+def test_a_harmful_record_is_reported_and_the_next_one_is_read(read_words, harm: str, code: str) -> None:
     first, told, last = read_words(f"one {harm} two", time_s=0.3)
     assert (first, last) == (RawDocument("one", "a.txt:0"), RawDocument("two", "a.txt:2"))
     assert isinstance(told, BrokenRecord) and (told.code, told.place) == (code, "a.txt:1")
 
 
 @pytest.mark.parametrize("harm", ["write", "steal", "call"])
-def test_nothing_is_written_nor_other_files_read_nor_the_network_reached(read_words, harm: str) -> None:
+def test_the_reading_process_cannot_write_read_other_files_or_connect(read_words, harm: str) -> None:
     told, last = read_words(f"{harm} two")
     assert isinstance(told, BrokenRecord) and "Error" in told.reason and last.text == "two"
     assert not os.path.exists("/tmp/left-by-a-reader")
 
 
-def test_the_process_is_kept_for_the_next_file(read_words) -> None:
+def test_the_reading_process_is_reused_for_the_next_file(read_words) -> None:
     read_words("one")
     kept = next(iter(reader._processes.values()))
     read_words("two")
@@ -103,7 +103,7 @@ def test_the_process_is_kept_for_the_next_file(read_words) -> None:
     assert kept not in reader._processes.values()
 
 
-def test_a_process_that_finds_other_modules_than_this_one_is_replaced(
+def test_the_reading_process_is_replaced_if_the_module_path_changes(
         read_words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_words("one")
     kept = next(iter(reader._processes.values()))
@@ -112,7 +112,7 @@ def test_a_process_that_finds_other_modules_than_this_one_is_replaced(
     assert next(iter(reader._processes.values())) is not kept
 
 
-def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path) -> None:
+def test_the_reading_process_ends_when_its_iterator_is_closed(read_words, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
     found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
     documents = iter(found.read_piece(found.list_pieces()[0]))
@@ -134,7 +134,8 @@ class Liar:
 @pytest.mark.parametrize("data", [
     b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x05" + bytes(7) + b'{"a":',
     b"\x0c" + bytes(7) + b'{"text": 12}'])
-def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def test_a_malformed_reply_of_the_reading_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             data: bytes) -> None:
     monkeypatch.setattr(reader_process, "END_LIMIT_S", 0.05)
     (tmp_path / "a.txt").write_text("x")
     found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))

@@ -64,7 +64,7 @@ def test_text_made_of_an_archive_is_read(read) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_an_archive_that_breaks_off_is_told_wherever_it_does(read, packed: bool) -> None:
+def test_a_truncated_archive_is_reported_at_every_offset(read, packed: bool) -> None:
     content = archive(packed=packed)
     name = "a.warc.gz" if packed else "a.warc"
     for length in range(len(content) - 5, 400, -407):
@@ -83,7 +83,7 @@ def test_a_record_above_the_limit_is_passed_over(read) -> None:
     assert told(read({"a.warc.gz": sink.getvalue()}, "warc", record_bytes=1000)) == ["too_long", "x" * 20]
 
 
-def test_no_archive_is_told(read) -> None:
+def test_a_file_that_is_not_an_archive_is_reported(read) -> None:
     assert "warc" in told(read({"a.warc": b"hello\r\n" * 100}))[-1]
 
 
@@ -103,7 +103,7 @@ PACKED = gzip.compress(BODY)
     ("deflate", raw_deflate(BODY), BODY), ("deflate", zlib.compress(BODY)[:-9], "truncated"),
     ("deflate", BODY, BODY), ("gzip, br", PACKED, "encoding"),
     ("br", b"\x8b\x1c\xff\0" + bytes(range(200)), "encoding")])
-def test_bodies_are_unpacked_or_told(packing: str, body: bytes, expected: bytes | str) -> None:
+def test_bodies_are_decompressed_or_reported(packing: str, body: bytes, expected: bytes | str) -> None:
     try:
         found: bytes | str = decode_http_body(body, packing, 10_000)
     except BadRecord as e:
@@ -115,7 +115,7 @@ def test_a_bomb_in_a_body_is_not_unpacked() -> None:
     assert len(decode_http_body(gzip.compress(bytes(10_000_000)), "gzip", 1000)) == 1001
 
 
-def test_half_a_packed_page_is_no_document(read) -> None:
+def test_a_truncated_compressed_page_is_not_a_document(read) -> None:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=True)
     for body in (PACKED[:-20], PACKED):

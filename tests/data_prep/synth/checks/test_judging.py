@@ -11,7 +11,7 @@ from data_prep.synth.finishing import finish
 ADDRESS = "Write to jane.doe@mail.org about it."
 
 
-def test_a_masked_text_is_kept_and_a_masked_conversation_is_not(tmp_path: Path) -> None:
+def test_masked_texts_pass_and_masked_conversations_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "steps.yaml").write_text("steps:\n  - pii: {mask: [email]}\n")
     told = {"role": "system", "content": f"You know this. {ADDRESS}"}
     text = made_run(tmp_path / "text", [[sample({"text": f"{GOOD} {ADDRESS}"})], [sample({"text": GOOD})]])

@@ -44,7 +44,7 @@ def test_a_row_holds_the_functions_of_the_reward() -> None:
     assert run_reward(Constraint(), {**record, "response": "다른 말입니다."}).reward == 0
 
 
-def test_half_of_the_constraints_stand_in_the_system_turn_and_half_are_plain() -> None:
+def test_half_of_the_constraints_are_in_the_system_turn_and_half_are_plain() -> None:
     query, constraint = "한글이란\n{constraint} 무엇인가요?", "쉼표를 {query} 쓰지 마세요."
 
     def reply(request: dict[str, object]) -> str:
@@ -81,19 +81,18 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     assert again == {item.id: item.fields for item in items}
 
 
-@pytest.mark.parametrize(("record", "sentence"), [
+@pytest.mark.parametrize(("record", "message"), [
     ({"functions": ["import os"]}, "constraints.jsonl:1: functions[0] has no function evaluate"),
     ({"functions": None}, "constraints.jsonl:1: functions = None"),
     ({"prompt": "a\nb"}, "prompt must be the constraint")])
-def test_constraints_that_are_none_are_refused(record: dict[str, object], sentence: str,
-                                               tmp_path: Path) -> None:
+def test_malformed_constraints_are_refused(record: dict[str, object], message: str, tmp_path: Path) -> None:
     generator = autoif(constraints=str(written(tmp_path, **record)))
     with pytest.raises(UserError) as e:
         list(generator.read_items([]))
-    assert sentence in str(e.value)
+    assert message in str(e.value)
 
 
-def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
+def test_all_problems_of_settings_are_reported(tmp_path: Path) -> None:
     assert 'constraints = "" is not set' in str(find_all_problems(AUTOIF.Settings())[0])
     assert "has no file" in str(find_all_problems(AUTOIF.Settings(constraints=str(tmp_path)))[0])
     (tmp_path / "kept.jsonl").touch()

@@ -113,7 +113,7 @@ def test_the_same_functions_stay_as_with_the_authors_code(letters: list[str]) ->
     assert compared > 50
 
 
-def test_functions_that_tell_nothing_are_refused_where_autoif_keeps_them(letters: list[str]) -> None:
+def test_functions_that_accept_or_reject_everything_are_refused(letters: list[str]) -> None:
     cases = (Case("a", True), Case("b", False), Case("c", False))
     assert crossed([FunctionDraft(EVERYTHING, cases)]).verdict.check == "tells apart"
     assert crossed([FunctionDraft(EVERYTHING, cases)], min_kept_share=0.5).verdict.check == "agreement"

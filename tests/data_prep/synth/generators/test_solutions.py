@@ -26,7 +26,7 @@ def reasons(replies: Any, asked: GeneratorItem | None = None, **settings: Any) -
     return [sample.reason for sample in samples_of(made, asked or item(), replies)]
 
 
-def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tmp_path: Path) -> None:
+def test_a_correct_solution_becomes_a_chat_that_trajectories_read(tmp_path: Path) -> None:
     replies = replies_of({"content": f"{WAYS[0]}\n\\boxed{{5}}", "reasoning_content": "Hm."},
                          f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}")
     samples = samples_of(generator("solutions", num_draws=3, most=3), item(), replies)
@@ -51,7 +51,7 @@ def test_a_solution_ends_with_its_one_answer(reply: Any, reason: str) -> None:
     assert reasons(replies_of(reply), num_draws=1, most=1) == [reason]
 
 
-def test_a_draw_of_no_use_is_a_wrong_one_and_takes_no_other_with_it() -> None:
+def test_an_unusable_draw_counts_as_wrong() -> None:
     good = f"{WAYS[0]}\n\\boxed{{5}}"
     samples = samples_of(generator("solutions", num_draws=8, least=1, most=1), item(),
                          lambda request: good if request["seed"] % 4 == 0 else "")
@@ -70,7 +70,7 @@ def test_solutions_that_are_the_same_count_once() -> None:
                    max_similarity=0.7) == ["enough", "different", "different"]
 
 
-def test_a_choice_is_asked_for_with_its_letters_and_judged_by_them() -> None:
+def test_multiple_choice_is_prompted_and_judged_by_letters() -> None:
     asked = item("B", choices=["four", "five"])
     requests: list[Any] = []
     answers = replies_of("\\boxed{B}", "\\boxed{A}")

@@ -44,7 +44,7 @@ def test_a_domain_becomes_a_world_that_can_be_played() -> None:
     ("fails for arguments that it allows", "honest types"), ("differs from call to call", "honest types"),
     ("never comes through", "every tool comes through"), ("two tools alike", "distinct tools"),
     ("too few tools", "size"), ("program that may not run", "sound"), ("no tools at all", "sound")])
-def test_a_world_with_a_planted_fault_is_not_kept(fault: str, check: str) -> None:
+def test_a_world_with_a_planted_fault_is_rejected(fault: str, check: str) -> None:
     item, model = worlds.make_case(fault)
     sample = sample_of("worlds", item, model, calls_per_tool=8)
     assert sample.reason == check, sample.verdicts
@@ -72,7 +72,7 @@ def test_a_reply_without_an_object_is_a_rejected_sample(reply: str) -> None:
     assert sample_of("goals", WORLD, lambda request: reply).reason == "form"
 
 
-def test_arguments_that_fit_stand_where_those_of_the_examples_do() -> None:
+def test_fitting_arguments_come_from_the_columns_of_the_examples() -> None:
     spec = read_world(LIBRARY)
     tables = spec.copy_first_tables()
     assert list_fitting_values(spec, "borrow_book", "member_id", tables) == ["M1", "M2"]
@@ -80,7 +80,7 @@ def test_arguments_that_fit_stand_where_those_of_the_examples_do() -> None:
     assert list_fitting_values(spec, "borrow_book", "note", tables) == []
 
 
-def test_a_sandbox_that_fails_says_nothing_about_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sandbox_failure_is_not_a_verdict_on_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise InfrastructureFault("the sandbox failed (no processor)")
 
@@ -110,7 +110,7 @@ def test_a_world_becomes_tasks_that_play_and_are_not_done_yet() -> None:
     ("names the tools", "question names no tools"), ("too few calls", "number of calls"), ("no JSON", "form"),
     ("more fields than asked for", "form"), ("answer that no result gives", "solved"),
     ("call with what nobody told", "solved"), ("question of something else", "solved")])
-def test_a_task_with_a_planted_fault_is_not_kept(fault: str, check: str) -> None:
+def test_a_task_with_a_planted_fault_is_rejected(fault: str, check: str) -> None:
     item, model = goals.make_case(fault)
     sample = sample_of("goals", item, model, num_solvers=1)
     assert sample.reason == check, sample.verdicts
@@ -126,7 +126,7 @@ def test_a_changing_call_that_the_goal_does_not_need_is_idle() -> None:
         assert (verdict.passed, verdict.detail) == (not idle, idle)
 
 
-def test_a_finished_synthesis_is_an_input_and_its_origin_goes_on(tmp_path: Path) -> None:
+def test_output_of_synthesis_is_an_input_with_its_provenance(tmp_path: Path) -> None:
     kept = {"id": "w/0", "domain": "a library", "world": shops.build_world(0),
             "synthetic": {"source": "domains", "licence": "CC0-1.0"}}
     (tmp_path / "kept.jsonl").write_text(json.dumps(kept))
@@ -138,7 +138,7 @@ def test_a_finished_synthesis_is_an_input_and_its_origin_goes_on(tmp_path: Path)
         list(generator("goals").read_items([tmp_path]))
 
 
-def test_a_world_or_task_that_is_none_is_a_rejected_sample() -> None:
+def test_a_malformed_world_or_task_is_rejected() -> None:
     item = GeneratorItem("x", {"question": "?", "domain": "x", "number": 1, "world": {}, "goal": {}})
     assert sample_of("goals", item, goals.reply).reason == "world"
     sample = sample_of("tool-trajectories", item, tool_trajectories.reply)
@@ -161,7 +161,7 @@ def test_a_task_becomes_conversations_that_fine_tuning_takes() -> None:
     assert parse_tools(one.record["tools"]) and one.notes["reward"] == 1
 
 
-def test_a_played_user_tells_its_need_piece_by_piece() -> None:
+def test_a_simulated_user_states_its_need_over_several_turns() -> None:
     sample = conversation(user_share=1.0)
     said = [m["content"] for m in sample.record["messages"] if m["role"] == "user"]
     assert sample.reason == "" and sample.record["orientation"] == "user"
@@ -172,13 +172,13 @@ def test_a_played_user_tells_its_need_piece_by_piece() -> None:
     ("ends another order", "end state"), ("wrong number", "end state"),
     ("talks the judge into it", "judge: true claims"), ("never ends", "came to an end"),
     ("calls that are no JSON", "came to an end"), ("cut off", "came to an end")])
-def test_a_conversation_with_a_planted_fault_is_not_kept(fault: str, check: str) -> None:
+def test_a_conversation_with_a_planted_fault_is_rejected(fault: str, check: str) -> None:
     item, model = tool_trajectories.make_case(fault)
     sample = sample_of("tool-trajectories", item, model, **tool_trajectories.SETTINGS)
     assert sample.reason == check, sample.verdicts
 
 
-def test_no_word_of_a_user_makes_an_end_state() -> None:
+def test_claims_of_the_user_do_not_reach_the_end_state() -> None:
     """The user says that all is done and orders the judge about; the tables say that nothing is."""
     def reply(request: Mapping[str, Any]) -> Any:
         if "tools" in request:
@@ -191,7 +191,7 @@ def test_no_word_of_a_user_makes_an_end_state() -> None:
     assert conversation(reply, user_share=1.0, min_score=1.0).reason == "end state"
 
 
-def test_a_turn_with_a_wrong_call_is_shown_and_not_learned() -> None:
+def test_a_turn_with_a_wrong_call_is_excluded_from_the_loss() -> None:
     def reply(request: Mapping[str, Any]) -> Any:
         if len(request["messages"]) == 2:
             return shop_clerk.call("find_member", {"mail": "mina@example.com"})
@@ -205,7 +205,7 @@ def test_a_turn_with_a_wrong_call_is_shown_and_not_learned() -> None:
     assert conversation(reply, max_wrong_calls=0).reason == "calls of known tools"
 
 
-def test_thoughts_are_kept_and_arguments_go_out_as_json() -> None:
+def test_thoughts_are_recorded_and_arguments_are_sent_as_json() -> None:
     def reply(request: Mapping[str, Any]) -> Any:
         turn = tool_trajectories.reply(request)
         message = {"role": "assistant", "content": turn} if isinstance(turn, str) else turn
@@ -220,6 +220,6 @@ def test_thoughts_are_kept_and_arguments_go_out_as_json() -> None:
     assert not any({"train", "reasoning_content"} & set(message) for message in sent)
 
 
-def test_an_answer_of_no_use_ends_one_conversation_and_not_the_item() -> None:
+def test_an_unusable_answer_ends_one_conversation_only() -> None:
     sample = conversation(lambda request: "")
     assert sample.reason == "came to an end" and sample.notes["end"] == "unusable"

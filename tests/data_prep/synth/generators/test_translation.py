@@ -23,7 +23,7 @@ KOREAN = ("옛 항구의 조위계는 1911년에 세워졌다. 두 명의 지기
 BACK = SOURCE.replace("keepers note", "wardens write down").replace("leaves", "departs")
 
 
-@pytest.mark.parametrize(("said", "back", "grade", "reason"), [
+@pytest.mark.parametrize(("reply", "back", "grade", "reason"), [
     (KOREAN, BACK, 9, ""), (KOREAN.replace("1911", "1912"), BACK, 9, "numbers"),
     (KOREAN.replace("{visitor}", "방문자"), BACK, 9, "code and placeholders"),
     (KOREAN.replace("--show", "--보기"), BACK, 9, "code and placeholders"), (SOURCE, BACK, 9, "language"),
@@ -31,8 +31,9 @@ BACK = SOURCE.replace("keepers note", "wardens write down").replace("leaves", "d
     (KOREAN, BACK, 2, "judge: translated"), (KOREAN * 9, BACK, 9, "code and placeholders"),
     ({"content": f"<translation>{KOREAN}", "finish_reason": "length"}, BACK, 9, "complete"),
     ({"content": KOREAN}, BACK, 9, "form")])
-def test_each_planted_fault_is_seen_for_what_it_is(said: Any, back: str, grade: float, reason: str) -> None:
-    text = said if isinstance(said, dict) else f"<translation>{said}</translation>"
+def test_each_planted_fault_is_rejected_by_its_check(reply: Any, back: str, grade: float,
+                                                     reason: str) -> None:
+    text = reply if isinstance(reply, dict) else f"<translation>{reply}</translation>"
     model = by_system(You_translate_exactly=f"<translation>{back}</translation>", You_translate=text,
                       grade=grade)
     sample, = samples_of(build("translation", language="ko"), GeneratorItem("x", {"text": SOURCE}), model)
@@ -70,7 +71,7 @@ def test_chats_keep_their_roles(tmp_path: Path) -> None:
     assert parse_record(dict(sample.record), "x", 1, RecordReading(kind="chat")).kind == "chat"
 
 
-def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:
+def test_prompts_keep_the_fields_of_their_reward(tmp_path: Path) -> None:
     generator = build("translation", language="ko", keep_quotes=True, form="prompt", source_language="en")
     item, = generator.read_items([write(tmp_path, {"prompt": "What is a token?", "answer": "12"})])
     sample, = samples_of(generator, item, dictionary)
@@ -87,7 +88,7 @@ def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
     assert (sample.reason, ask.calls) == ("plain messages", 0)
 
 
-def test_what_is_in_the_language_already_costs_nothing() -> None:
+def test_text_in_the_target_language_is_rejected_without_a_request() -> None:
     ask = ScriptedRequester(dictionary)
     sample, = build("translation", language="en").make_samples(GeneratorItem("x", {"text": SOURCE}), ask)
     assert (sample.reason, ask.calls) == ("source language", 0)
@@ -108,7 +109,8 @@ def test_problems_of_settings(tmp_path: Path) -> None:
     ("The house is old. Nobody lives in it, and the roof has long since fallen down.",
      "집이 낡았고 오래전부터 아무도 그곳에 살지 않으며 지붕도 무너졌다. "
      "and the roof has long since fallen down", False, "untranslated")])
-def test_what_is_lost_is_seen(source: str, made: str, quotes: bool, reason: str) -> None:
+def test_lost_quotations_and_untranslated_parts_are_rejected(source: str, made: str, quotes: bool,
+                                                             reason: str) -> None:
     model = by_system(You_translate_exactly=f"<translation>{source}</translation>",
                       You_translate=f"<translation>{made}</translation>", grade=9)
     sample, = samples_of(build("translation", language="ko", source_language="en", keep_quotes=quotes),

@@ -30,7 +30,7 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
-@pytest.mark.each("name, arguments, code, told", [
+@pytest.mark.each("name, arguments, code, message", [
     ("borrow_book", {**BORROW, "member_id": "M2"}, "refused", "card is not active"),
     ("borrow_book", {**BORROW, "book_id": "B2"}, "refused", "no copy is on the shelf"),
     ("borrow_book", {**BORROW, "book_id": "B9"}, "refused", "there is no 'B9' in books"),
@@ -39,20 +39,20 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     ("borrow_book", {"member_id": "M1"}, "arguments", "book_id: is missing"),
     ("find_member", {"email": "nobody"}, "refused", "no member has this address"),
     ("fly", {}, "unknown_tool", "there is no tool 'fly'")])
-def test_a_refused_call_does_not_change_state(name: str, arguments: Any, code: str, told: str) -> None:
+def test_a_refused_call_does_not_change_state(name: str, arguments: Any, code: str, message: str) -> None:
     world = begun()
     first = world.snapshot()
-    with pytest.raises(ToolFault, match=told) as fault:
+    with pytest.raises(ToolFault, match=message) as fault:
         world.call(name, arguments)
     assert fault.value.code == code and world.snapshot() == first
 
 
-@pytest.mark.parametrize("last, code, told", [
+@pytest.mark.parametrize("last, code, message", [
     ("1 / 0", "failed", "ZeroDivisionError"), ("raise SystemExit", "failed", "SystemExit"),
     ("print('x'); loan['status'] = 3", "state", "row L1 of loans: status"),
     ("tables['loans'] = {}; return {1}", "failed", "not JSON serializable"),
     ("tables.pop('books')", "state", "the tables must be"), ("while True: pass", "failed", "processor")])
-def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code: str, told: str,
+def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code: str, message: str,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtual, "CALL_LIMITS", replace(virtual.CALL_LIMITS, cpu_s=0.5))
     ending = 'return f"{book[\'title\']} is back"'
@@ -61,7 +61,7 @@ def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code:
     world = Virtual()
     world.reset({"question": "?", "world": bent, "goal": {}})
     first = world.snapshot()
-    with pytest.raises(ToolFault, match=f"(?i){told}") as fault:
+    with pytest.raises(ToolFault, match=f"(?i){message}") as fault:
         world.call("return_book", {"loan_id": "L1"})
     assert fault.value.code == code and world.snapshot() == first
 
@@ -92,15 +92,15 @@ def test_a_task_may_define_its_own_tables() -> None:
     assert world.call("find_member", {"email": "mina@example.com"})["loans"] == ["L1"]
 
 
-@pytest.mark.each("task, told", [
+@pytest.mark.each("task, message", [
     ({}, "the task's world: 1 problem"), ({"world": {"name": "x"}}, "the task's world: "),
     ({"world": LIBRARY}, "has no goal"),
     ({"world": LIBRARY, "goal": {}, "tables": {"books": {"B1": {}}}}, "title: Field required"),
     ({"world": LIBRARY, "goal": {}, "tables": {"flights": {}}}, "tables must be an object of members"),
     ({"world": LIBRARY, "goal": {"answers": [1]}}, "must be a list of texts"),
     ({"world": LIBRARY, "goal": {"calls": [call("borrow_book")]}}, r"calls\[0\] gives no result")])
-def test_invalid_tasks_are_refused(task: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_tasks_are_refused(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Virtual().reset({"question": "?", **task})
 
 
@@ -116,10 +116,10 @@ def test_world_resumes_in_a_process_from_its_state() -> None:
         assert host.score("Done.").reward == 1
 
 
-@pytest.mark.each("said, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
+@pytest.mark.each("answer, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
                                           ("220.5", False), ("2200", False), ("A220", False)])
-def test_answers_match_complete_words(said: str, counts: bool) -> None:
-    assert begun({"answers": ["220"]}).score(said).reward == counts
+def test_answers_match_complete_words(answer: str, counts: bool) -> None:
+    assert begun({"answers": ["220"]}).score(answer).reward == counts
 
 
 def edited(edit: Callable[[Any], object]) -> Any:
@@ -141,7 +141,7 @@ def test_example_world_is_valid() -> None:
         "type": "string", "description": "as find_books gives it."}
 
 
-@pytest.mark.each("told, edit", [
+@pytest.mark.each("message, edit", [
     ("rules is 'None', must be text", lambda w: w.pop("rules")),
     ("has 'state'; it may have code, examples", lambda w: w.update(state={})),
     ("'text' is no type; a type is made of", lambda w: w["tables"]["books"]["columns"].update(x="text")),
@@ -162,9 +162,9 @@ def test_example_world_is_valid() -> None:
     ("examples[0]: find_member was given wrong arguments: email",
      lambda w: w["examples"][0].update(arguments={})),
     ("examples[0]: there is no tool 'fly'", lambda w: w["examples"][0].update(name="fly"))])
-def test_broken_rules_are_reported(told: str, edit: Callable[[Any], object]) -> None:
+def test_broken_rules_are_reported(message: str, edit: Callable[[Any], object]) -> None:
     problems = find_world_problems(edited(edit))
-    assert any(told in problem for problem in problems), problems
+    assert any(message in problem for problem in problems), problems
 
 
 @pytest.mark.each("kind", [

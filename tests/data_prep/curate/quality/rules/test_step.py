@@ -41,7 +41,8 @@ def test_good_text_stays_and_its_words_are_counted(text: str, language: str) -> 
     ("ก" * 400, "th", "repetition: top 2-gram"),
     (KOREAN.replace(" ", "\n"), "ko", "fineweb: lines without end"),
     ("", "en", "empty"), ("\n \n", "ko", "empty")])
-def test_what_breaks_a_rule_is_dropped_by_its_name(text: str, language: str, reason: str) -> None:
+def test_a_document_that_breaks_a_rule_is_dropped_with_the_rule_as_reason(text: str, language: str,
+                                                                          reason: str) -> None:
     assert outcome(text, language).reason == reason
 
 
@@ -70,7 +71,7 @@ def test_thresholds_change_for_all_languages_and_for_one() -> None:
     assert outcome(KOREAN, "ko", languages={"en": {"min_words": 10_000}}).reason == ""
 
 
-def test_every_broken_rule_of_the_settings_is_told() -> None:
+def test_every_invalid_setting_is_reported() -> None:
     wrong: Any = "prosa"
     settings = RulesSettings(preset=wrong, languages={"xx": {}}, without_rules=wrong, forms=(wrong,))
     assert keys_of(settings) == ["preset", "languages.xx", "without_rules", "forms.0"]
