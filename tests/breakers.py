@@ -122,7 +122,7 @@ def add_a_stranger(root: Path, rng: random.Random) -> str:
     return f"{at.relative_to(root.parent)}: a stranger"
 
 
-def sign(folder: Path, file: Path) -> None:
+def update_manifest_hash(folder: Path, file: Path) -> None:
     """Rewrite the hash of a file in the nearest manifest above it."""
     for above in file.parents:
         manifest = above / "manifest.json"
@@ -139,7 +139,7 @@ def sign(folder: Path, file: Path) -> None:
             return
 
 
-def files_in(root: Path) -> list[Path]:
+def list_files(root: Path) -> list[Path]:
     """The files of an input, itself or in it."""
     return sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
 
@@ -150,7 +150,7 @@ def break_a_file(places: dict[str, Path], rng: random.Random) -> str:
     root = places[name]
     if root.is_dir() and rng.random() < 0.12:
         return add_a_stranger(root, rng)
-    files = files_in(root)
+    files = list_files(root)
     texts, weights = ([f for f in files if f.suffix == end] for end in (".json", ".safetensors"))
     file = rng.choice(weights if weights and rng.random() < 0.2 else
                       texts if texts and rng.random() < 0.6 else files)
@@ -162,7 +162,7 @@ def break_a_file(places: dict[str, Path], rng: random.Random) -> str:
         how = change_quietly if rng.random() < 0.1 else break_bytes
     told = how(file, rng)
     if rng.random() < 0.8:
-        sign(root.parent, file)
+        update_manifest_hash(root.parent, file)
     return f"{file.relative_to(root.parent)}: {told}"
 
 

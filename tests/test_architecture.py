@@ -46,8 +46,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}),
     "megatron_sov/train": ({"data"}, {"objectives"}, {"guards", "side_jobs"}, {""}, {"stages"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
-    "data_prep/curate": ({"sources"}, {"pipeline"},
-                         {"quality", "dedup", "scoring"}, {"decontamination"}),
+    "data_prep/curate": ({"sources"}, {"pipeline"}, {"quality", "dedup", "scoring"}, {"decontamination"}),
     "tokenizer": ({"bpe"}, {"formats"}, {"report"}, {"compare"}),
 }
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
@@ -145,8 +144,8 @@ class Source:
         return self._parsed.calls
 
     @property
-    def _parsed(self) -> _Parsed:
-        return _parsed(self.path.read_text(encoding="utf-8"))
+    def _parse(self) -> _Parsed:
+        return _parse(self.path.read_text(encoding="utf-8"))
 
     def imports(self, top_level_only: bool = False) -> list[tuple[int, str]]:
         """Return (line, dotted name) of every import; `from a import b` gives a.b,
@@ -194,7 +193,7 @@ class _Parsed:
 
 
 @lru_cache(maxsize=1)
-def _parsed(text: str) -> _Parsed:
+def _parse(text: str) -> _Parsed:
     """Parse one file, dropping the file before: all trees together take 240 MB."""
     return _Parsed(ast.parse(text))
 
@@ -394,16 +393,16 @@ def data_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
-def by_module(found: list[Source]) -> dict[str, Source]:
+def map_modules(found: list[Source]) -> dict[str, Source]:
     """Return dotted name -> source."""
     return {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
             for source in found}
 
 
-def users_of(found: list[Source], packages_too: bool = False) -> dict[str, set[str]]:
+def find_users(found: list[Source], packages_too: bool = False) -> dict[str, set[str]]:
     """Return module -> modules that import it; with `packages_too` also package -> modules that import one of
     its modules from it."""
-    modules, users = by_module(found), dict[str, set[str]]()
+    modules, users = map_modules(found), dict[str, set[str]]()
     for name, source in modules.items():
         for _, imported in source.imports():
             package = imported.rpartition(".")[0]
@@ -415,7 +414,7 @@ def users_of(found: list[Source], packages_too: bool = False) -> dict[str, set[s
 
 def named_in_tables(found: list[Source]) -> set[str]:
     """Return the modules that a text of another file names, as tables of commands, steps and codecs do."""
-    modules = by_module(found)
+    modules = map_modules(found)
     return {module for name, source in modules.items() for module in source.constants & modules.keys()
             if module != name}
 
@@ -423,7 +422,7 @@ def named_in_tables(found: list[Source]) -> set[str]:
 def lonely(found: list[Source]) -> list[str]:
     """Return short files with a single importer and no entry in a table of commands or steps: they belong in
     their user."""
-    modules, users = by_module(found), users_of(found)
+    modules, users = map_modules(found), find_users(found)
     short = {name for name, source in modules.items() if source.path.name != "__init__.py"
              and len(source.path.read_text(encoding="utf-8").splitlines()) < MIN_LINES_OF_ONE_USER}
     return sorted(modules[name].name for name in short & users.keys() - named_in_tables(found)

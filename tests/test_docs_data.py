@@ -19,7 +19,7 @@ from data_prep.curate.pipeline.step import STEPS, load_step_class
 from data_prep.curate.scoring.labels import HIGHEST_LABELS
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.curate.scoring.planted import planted, write_lines
+from tests.data_prep.curate.scoring.planted import plant_labels, write_lines
 from tests.pages_typed import blocks, page_section, page_text, shell_lines
 
 MAINS = {"sov-tokenizer": tokenizer.cli.main, "sov-data": data_prep.cli.main}
@@ -125,9 +125,9 @@ def test_commands_of_the_scoring_page_run(tmp_path: Path, monkeypatch: pytest.Mo
     page = page_section("data_quality.md", "Scores")
     parsed = json.loads(*blocks(page, "json"))
     assert 0 <= parsed["label"] <= HIGHEST_LABELS["regressor"]
-    write_lines(tmp_path / "quality.jsonl", planted("classifier", 120))
-    write_lines(tmp_path / "education.jsonl", [parsed, *planted("regressor", 120)])
-    write_lines(tmp_path / "others.jsonl", planted("regressor", 50, seed=3))
+    write_lines(tmp_path / "quality.jsonl", plant_labels("classifier", 120))
+    write_lines(tmp_path / "education.jsonl", [parsed, *plant_labels("regressor", 120)])
+    write_lines(tmp_path / "others.jsonl", plant_labels("regressor", 50, seed=3))
     for line in shell_lines(page, "sh"):
         program, *argv = shlex.split(line)
         assert program == "sov-data"

@@ -216,7 +216,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
         **{kind: folder / name for kind, name in here.items()}})
 
 
-def one_sentence(stderr: str) -> bool:
+def is_one_sentence(stderr: str) -> bool:
     """Return whether a refusal is one sentence and no traceback."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     return "Traceback" not in stderr and any("error: " in line or line.startswith("gate: ") for line in lines)
@@ -274,7 +274,7 @@ def test_a_broken_command_ends_with_a_sentence(name: str, number: int, world: Wo
     assert result.returncode in (0, 2, 3, 75), told
     assert "Traceback" not in result.stderr, told
     if result.returncode == 2:
-        assert one_sentence(result.stderr), told
+        assert is_one_sentence(result.stderr), told
     if result.returncode == 2 and "run" not in case.places:
         assert not case.out.exists(), f"something was left behind\n{told}"
     if said.startswith("hf/") and TENSORS in said and name in WEIGHTS_READ:

@@ -60,7 +60,7 @@ def test_laptop_commands_of_tutorials_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(typed) == 6  # and the collected files
 
 
-def shortened(text: str) -> str:
+def shorten_commands(text: str) -> str:
     for pattern, few in FEWER.items():
         text = re.sub(pattern, few, text)
     return text
@@ -77,12 +77,12 @@ def test_pages_that_continue_one_folder_work_as_they_are_typed(
     for page in ONE_FOLDER:
         text = page_text(page)
         for file, content in shown_files(text).items():
-            Path(file).write_text(shortened(content))
+            Path(file).write_text(shorten_commands(content))
         shown = blocks(text, "bash")[:1] if page == "distill.md" else blocks(text, "sh")
         for line in iter_command_lines(shown):
             if line == "sov-data demo-corpus --output work/corpus" or " plan " in line:
                 continue  # gathered; CLUSTER
-            program, *argv = shlex.split(shortened(line))
+            program, *argv = shlex.split(shorten_commands(line))
             done = run_command(*argv, program=program)
             codes = (0, GATE_FAILED) if "gate.yaml" in line else (0,)
             assert done.returncode in codes, f"{page}: {line}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}"

@@ -251,7 +251,7 @@ def test_overwrite_refuses_foreign_folders(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "a file"
 
 
-def rewritten(path: Path, **changes: Any) -> Path:
+def edit_manifest(path: Path, **changes: Any) -> Path:
     """Change fields of an artifact's manifest by hand, which has no hash of itself then."""
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": ""} | changes))
@@ -261,13 +261,13 @@ def rewritten(path: Path, **changes: Any) -> Path:
 @pytest.mark.each("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
                                     {"size_bytes": 5}, {"digest": "", "size_bytes": 5}, []])
 def test_unknown_digest_algorithm_is_damage(tmp_path: Path, record: Any) -> None:
-    path = rewritten(build(tmp_path / "a"), files={"sub/data.bin": record})
+    path = edit_manifest(build(tmp_path / "a"), files={"sub/data.bin": record})
     with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make it again or restore"):
         read_manifest(path)
 
 
 def test_newer_manifest_format_is_refused(tmp_path: Path) -> None:
-    path = rewritten(build(tmp_path / "a"), format_version=artifacts.FORMAT_VERSION + 1, shards=[])
+    path = edit_manifest(build(tmp_path / "a"), format_version=artifacts.FORMAT_VERSION + 1, shards=[])
     with pytest.raises(UserError,
                        match="format_version 3 is newer than 2, the newest that this version reads; update"):
         read_manifest(path)
@@ -297,7 +297,7 @@ def test_manifest_detects_changed_bytes(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
             read_manifest(tmp_path / "a")
     file.write_bytes(sound)
-    assert read_manifest(rewritten(tmp_path / "a", kind="tokens")).sha256 == ""
+    assert read_manifest(edit_manifest(tmp_path / "a", kind="tokens")).sha256 == ""
 
 
 def test_wrong_artifact_kind_is_refused(tmp_path: Path) -> None:

@@ -44,14 +44,14 @@ def fill(model: Any, optimizer: Any) -> None:
             block.data.copy_(torch.from_numpy(whole[own]).reshape(block.data.shape))
 
 
-def written(layout: dict[str, Any], path: str) -> None:
+def write_checkpoint(layout: dict[str, Any], path: str) -> None:
     """Write a checkpoint with known values."""
     model, optimizer = parts(layout)
     fill(model, optimizer)
     save_checkpoint(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
 
 
-def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
+def copy_checkpoint(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     """Load a checkpoint at a layout and write it again."""
     model, optimizer = parts(layout)
     load.check_weights(Path(source))
@@ -61,7 +61,7 @@ def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     return {"updates": optimizer.num_updates, "state": load.read_state(Path(target))}
 
 
-def continued(path: str) -> dict[str, Any]:
+def continue_training(path: str) -> dict[str, Any]:
     """Update, save and update in bf16; then load into a new model and repeat the second update."""
 
     def update(model: Any, optimizer: Any, seed: int) -> None:
@@ -104,9 +104,10 @@ def continued(path: str) -> dict[str, Any]:
 def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path: Path) -> None:
     names = [tmp_path / n for n in ("written", "split", "alone")]
     layouts = [(4, ALL), (1, {})]
-    (goes_on,), _, *results = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}),
-                                    job(__file__, "written", 2, {"layout": {"ep": 2}, "path": str(names[0])}),
-                                    *(job(__file__, "copied", n,
+    (goes_on,), _, *results = ranks(job(__file__, "continue_training", 1, {"path": str(tmp_path / "step-1")}),
+                                    job(__file__, "write_checkpoint", 2,
+                                        {"layout": {"ep": 2}, "path": str(names[0])}),
+                                    *(job(__file__, "copy_checkpoint", n,
                                           {"layout": layout, "source": str(a), "target": str(b)})
                                       for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
     assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
@@ -190,7 +191,7 @@ def test_error_of_one_process_is_raised_on_all(ranks, job, tmp_path: Path) -> No
     for name in ("failures", "sound"):
         (tmp_path / name).mkdir()
     failed, _, other = ranks(job(__file__, "failures", 2, {"folder": str(tmp_path / "failures")}),
-                             job(__file__, "written", 2,
+                             job(__file__, "write_checkpoint", 2,
                                  {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
                              job(__file__, "other_model", 2, {"path": str(tmp_path / "sound/step-1")}))
     for said in failed:

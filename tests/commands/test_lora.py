@@ -16,7 +16,7 @@ LORA = ("train.steps=4", "train.checkpoint_every_steps=2", "train.keep_checkpoin
         "optim.warmup_steps=1")
 
 
-def files_of(checkpoint: Path, part: str) -> dict[str, bytes]:
+def read_files(checkpoint: Path, part: str) -> dict[str, bytes]:
     """Return the files of a part of a checkpoint."""
     return {p.relative_to(checkpoint).as_posix(): p.read_bytes()
             for p in sorted((checkpoint / part).rglob("*")) if p.is_file()}
@@ -57,7 +57,7 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     respelled = 'lora.targets=["all-linear", "q_proj"]'
     assert command(again, "--resume", settings=(*LORA, respelled)).returncode == 0
     for part in ("adapter", "optimizer"):
-        assert files_of(again / "checkpoints" / "step-4", part) == files_of(last, part)
+        assert read_files(again / "checkpoints" / "step-4", part) == read_files(last, part)
 
     outcome = run_command("convert", "inspect", str(run))
     assert "LoRA, rank 4, alpha 16, of down_proj, experts" in outcome.stdout, outcome.stderr

@@ -39,7 +39,8 @@ def arguments(settings: dict[str, Any]) -> argparse.Namespace:
         params_dtype=torch.float32, pipeline_dtype=None)
 
 
-def written(out: str, name: str, layout: dict[str, int], metadata: dict[str, bool]) -> list[float]:
+def save_megatron_checkpoint(out: str, name: str, layout: dict[str, int],
+                             metadata: dict[str, bool]) -> list[float]:
     """Save a random model as Megatron-LM does; return the flat logits of rank 0."""
     from megatron_sov.engine.parallel.world import join_world, leave_world
     from megatron_sov.model.config import ParallelConfig

@@ -46,8 +46,7 @@ def test_companion_files_are_copied(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
-@pytest.mark.each("content", ["", "hello", "[1]", '{"a": 1',
-                                     "version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.each("content", ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
 @pytest.mark.each("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_damaged_companion_file_is_named(name: str, content: str, solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
@@ -327,7 +326,8 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def respelled(folder: Path, names: str, out: Path, change: Callable[[dict[str, Any]], Any] = bool) -> Path:
+def write_renamed_folder(folder: Path, names: str, out: Path,
+                         change: Callable[[dict[str, Any]], Any] = bool) -> Path:
     """Write the folder with renamed tensors and a changed config.json."""
     out.mkdir()
     tensors = {}
@@ -348,7 +348,7 @@ def test_text_model_of_a_multimodal_folder_is_equal(seeing: Path, names: str, tm
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
-    source = respelled(seeing, names, tmp_path / "hf")
+    source = write_renamed_folder(seeing, names, tmp_path / "hf")
     convert.from_hf(source, tmp_path / "ckpt")
     errors = capsys.readouterr().err
     assert (Target(source, True).vocab_size, Target(source, True).max_tokens) == (96, 131072)
@@ -388,14 +388,14 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 def test_unsupported_multimodal_folders_raise_user_error(seeing: Path,
                                                          change: Callable[[dict[str, Any]], Any],
                                                          expected: str, tmp_path: Path) -> None:
-    source = respelled(seeing, "as released", tmp_path / "hf", change)
+    source = write_renamed_folder(seeing, "as released", tmp_path / "hf", change)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_duplicate_and_unknown_tensors_are_rejected(seeing: Path, tmp_path: Path) -> None:
-    source = respelled(seeing, "as released", tmp_path / "hf")
+    source = write_renamed_folder(seeing, "as released", tmp_path / "hf")
     tensors = load_file(source / "model.safetensors")
     norm = tensors["language_model.model.norm.weight"]
     for name, expected in (("model.language_model.norm.weight", "are both model.norm.weight of the text"),

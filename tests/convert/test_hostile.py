@@ -49,7 +49,7 @@ def laughs(levels: int) -> Any:
     return found
 
 
-def nested(levels: int) -> bytes:
+def pickle_nested_tuples(levels: int) -> bytes:
     """Return a pickle of deeply nested tuples."""
     return b"\x80\x04)" + b"\x85" * levels + b"."
 
@@ -76,13 +76,13 @@ RAW: dict[str, tuple[bytes, str]] = {
     "a memo that is not there": (b"\x80\x04h\x07.", "does not fit"),
     "a stack that is empty": (b"\x80\x04R.", "does not fit"),
     "a call of a number": (b"\x80\x04K\x01)R.", "does not fit"),
-    "tuples without end": (nested(200_000), "a Metadata is needed instead of a tuple"),
+    "tuples without end": (pickle_nested_tuples(200_000), "a Metadata is needed instead of a tuple"),
     "marks alone": (b"\x80\x04((((.", "instead of one"),
     "a list that holds itself": (b"\x80\x04]\x94h\x00a.", "a Metadata is needed instead of a list"),
 }
 
 
-def in_index(change: Callable[[Any], None]) -> Callable[[Path], bytes]:
+def change_index(change: Callable[[Any], None]) -> Callable[[Path], bytes]:
     def made(folder: Path) -> bytes:
         index = made_by_hand.checkpoint(folder)
         change(index)
@@ -161,7 +161,7 @@ def test_malformed_pickle_is_rejected(name: str) -> None:
 def test_index_with_an_invalid_part_is_rejected(name: str, tmp_path: Path) -> None:
     change, sentence = CHANGED[name]
     with pytest.raises(ValueError, match=r".") as refused:
-        read_index(in_index(change)(tmp_path / "from"))
+        read_index(change_index(change)(tmp_path / "from"))
     assert sentence in str(refused.value)
 
 
@@ -240,7 +240,7 @@ def _link_outside(folder: Path) -> None:
 
 
 def _index(change: Callable[[Any], None]) -> Callable[[Path], None]:
-    return lambda folder: (folder / ".metadata").write_bytes(in_index(change)(folder)) and None
+    return lambda folder: (folder / ".metadata").write_bytes(change_index(change)(folder)) and None
 
 
 def _of_backend(said: str) -> Callable[[Path], None]:

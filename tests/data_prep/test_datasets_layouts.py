@@ -166,7 +166,7 @@ def encoder(folder: Path) -> Encoder:
     return Encoder(folder)
 
 
-def ids_of(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
+def pack_ids(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
     """Return the ids of each sequence that packing a path writes."""
     found: list[list[int]] = []
     for document in read_documents(list_files(path), RecordReading(kind)):
@@ -178,7 +178,7 @@ def ids_of(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
     return found
 
 
-def shown(folder: Path, conversations: list[Shown], **more: Any) -> list[list[int]]:
+def render_with_transformers(folder: Path, conversations: list[Shown], **more: Any) -> list[list[int]]:
     """Return what transformers makes of conversations, with the eos of a document."""
     loaded = AutoTokenizer.from_pretrained(folder)
     found = []
@@ -188,16 +188,16 @@ def shown(folder: Path, conversations: list[Shown], **more: Any) -> list[list[in
     return found
 
 
-def given(path: Path) -> list[Shown]:
+def read_chats(path: Path) -> list[Shown]:
     """Return what a chat template is given of the chats at a path."""
     return [([m.to_dict() for m in d.messages], list(d.tools) or None)
             for d in read_documents(list_files(path), RecordReading("chat"))]
 
 
-def without_nulls(value: Any) -> Any:
+def remove_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {name: remove_nulls(part) for name, part in value.items() if part is not None}
+    return [remove_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 @pytest.mark.each("name", CHATS)
@@ -205,13 +205,13 @@ def test_chats_equal_the_output_of_the_template(tmp_path: Path, folder: Path, en
                                                 name: str) -> None:
     rows, conversations = CHATS[name]
     store(rows, tmp_path)
-    found = {stored: given(tmp_path / stored) for stored in STORED}
+    found = {stored: read_chats(tmp_path / stored) for stored in STORED}
     for stored in ("lines.jsonl", "list.json"):  # `to_json` writes the table's nulls, which JSON keeps
-        found[stored] = [(without_nulls(messages), without_nulls(tools)) for messages, tools in found[stored]]
+        found[stored] = [(remove_nulls(messages), remove_nulls(tools)) for messages, tools in found[stored]]
     assert found == dict.fromkeys(STORED, conversations)
     if not any(tools for _, tools in conversations):  # which this template does not know
-        expected = shown(folder, conversations)
-        assert {stored: ids_of(encoder, tmp_path / stored, "chat") for stored in STORED} == dict.fromkeys(
+        expected = render_with_transformers(folder, conversations)
+        assert {stored: pack_ids(encoder, tmp_path / stored, "chat") for stored in STORED} == dict.fromkeys(
             STORED, expected)
 
 
@@ -219,8 +219,8 @@ def test_chats_equal_the_output_of_the_template(tmp_path: Path, folder: Path, en
 def test_pairs_are_two_chats_with_one_prompt(tmp_path: Path, folder: Path, encoder: Encoder,
                                              name: str) -> None:
     store(PREFERENCES[name], tmp_path)
-    expected = shown(folder, [(chat, None) for chat in PAIRS])
-    assert {stored: ids_of(encoder, tmp_path / stored, "preference") for stored in STORED} == dict.fromkeys(
+    expected = render_with_transformers(folder, [(chat, None) for chat in PAIRS])
+    assert {stored: pack_ids(encoder, tmp_path / stored, "preference") for stored in STORED} == dict.fromkeys(
         STORED, expected)
 
 
@@ -283,8 +283,8 @@ def test_the_page_has_a_row_for_each_known_layout() -> None:
 def test_prompts_end_where_the_answer_begins(tmp_path: Path, folder: Path, encoder: Encoder,
                                              prompt: Any) -> None:
     store([{"prompt": prompt, "answer": "blue"}], tmp_path)
-    expected = shown(folder, [([say("user", "Sky?")], None)], add_generation_prompt=True)
-    assert {stored: ids_of(encoder, tmp_path / stored, "prompt") for stored in STORED} == dict.fromkeys(
+    expected = render_with_transformers(folder, [([say("user", "Sky?")], None)], add_generation_prompt=True)
+    assert {stored: pack_ids(encoder, tmp_path / stored, "prompt") for stored in STORED} == dict.fromkeys(
         STORED, expected)
 
 
@@ -338,7 +338,8 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
     data.to_parquet(tmp_path / "a.parquet")
     data.save_to_disk(tmp_path / "disk")
     for stored in ("a.parquet", "disk"):
-        assert given(tmp_path / stored) == [(chat, [one]) for chat, one in zip(chats, tools, strict=True)]
+        assert read_chats(tmp_path / stored) == [(chat, [one]) for chat,
+                                                 one in zip(chats, tools, strict=True)]
 
 
 def test_ignored_fields_of_messages_are_reported_and_counted(

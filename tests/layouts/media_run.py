@@ -169,8 +169,7 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
     PLAIN is the checkpoint, which is written first.
     """
     first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
-    save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(),
-                         None)
+    save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(), None)
     world.leave_world()
     outcome = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
     outcome.load_start_weights(Path(plain))

@@ -310,8 +310,7 @@ def test_recomputing_everything_sends_a_forward_pass_more() -> None:
     assert twice == pytest.approx(once * 3 / 2)
 
 
-@pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
-                                                     ("fsdp", 4 + 2 * 2)])
+@pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2), ("fsdp", 4 + 2 * 2)])
 def test_data_parallel_bytes_equal_the_zero_paper(sharding: str, bytes_per_weight: int) -> None:
     """arXiv 1910.02054, section 7: an all-reduce is two ring halves; stage 1 replaces one of them by
     gathering weights, stage 3 gathers them in both passes."""

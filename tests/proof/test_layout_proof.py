@@ -243,8 +243,7 @@ FAST_CASES = [
     ("tiny-qwen3-moe", ("parallel.tp=2", "parallel.sp=true", EXPERTS, "optim.name=muon"), 2, {"lm"}),
     ("tiny-qwen3", ("parallel.pp=2", *OVERLAP, "train.recompute=true", "optim.name=muon", FROZEN), 4, {"lm"})]
 SLOW_CASES = [
-    ("tiny-solar-open-dpo", (*STAGES, "preference.chosen_coeff=0.5"), 4,
-     {"preference", "chosen"}),
+    ("tiny-solar-open-dpo", (*STAGES, "preference.chosen_coeff=0.5"), 4, {"preference", "chosen"}),
     ("tiny-solar-open-rl", CONTEXT, 4, {"policy"}),
     ("tiny-k-exaone", ("parallel.pp=2", "parallel.vpp=2", *OVERLAP, "objective.name=sft"), 4, {"response"}),
     ("tiny-k-exaone2", (*SHARDED_EXPERTS, "train.recompute=true"), 2, {"lm"}),

@@ -11,7 +11,7 @@ from megatron_sov.base.errors import Fix, RowProblems, UserError
 from megatron_sov.base.hints.commands import unwrap_launcher
 from megatron_sov.base.hints.lines import apply_fix, propose_line
 from megatron_sov.base.hints.paths import find_path_faults
-from tests.base.hints.test_lines import CHAT, lines
+from tests.base.hints.test_lines import CHAT, list_proposed_commands
 from tests.base.hints.test_words import answer
 
 
@@ -37,13 +37,12 @@ def test_a_line_with_the_same_fault_is_not_proposed() -> None:
 
 
 @pytest.mark.parametrize(("message", "write"), [
-    ("--samples 4: needs --temperature above 0; add --temperature 1",
-     "sov-data pack --temperature 1"),
+    ("--samples 4: needs --temperature above 0; add --temperature 1", "sov-data pack --temperature 1"),
     ("x: set train.steps=5", "sov-data pack --set train.steps=5"),
     ("x: pass --data DIR", ""), ("x: pass --data NAME=FILE", ""), ("x: is damaged", "")])
 def test_a_recommended_value_is_in_the_line(message: str, write: str) -> None:
     error = propose_line("sov-data", ["pack"], UserError(message), lambda line: None)
-    assert lines(str(error)) == [write] * bool(write)
+    assert list_proposed_commands(str(error)) == [write] * bool(write)
 
 
 def test_later_faults_are_found_with_a_placeholder_value() -> None:

@@ -18,7 +18,7 @@ SETTINGS = ("model.hidden_size=48", "rollout.rounds=1", "rollout.prompts_per_rou
             "train.eval_every_steps=0", 'data.phases=[{"name": "main", "seq_len": 32}]')
 
 
-def words(*settings: str) -> list[str]:
+def list_set_arguments(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
@@ -48,7 +48,8 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
     """Return a run that fine-tuned the folder `base`."""
-    result = run_command("sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"),
+    result = run_command("sft", "tiny-solar-open", *tiny,
+                         *list_set_arguments("train.steps=1", "model.hidden_size=48"),
                          "--from", str(folder / "base"), "--data", str(folder / "chats"), "--run",
                          str(folder / "sft"))
     assert result.returncode == 0, result.stderr
@@ -63,7 +64,8 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
             (folder / "base", "opd", ("policy.method=opd", "none", "--teacher", str(sft))),
             (sft, "grpo", ("policy.method=grpo", "repetition"))):
         method, reward, *teacher = more
-        result = run_command("rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS, method), "--prompts",
+        result = run_command("rl", "run", "tiny-solar-open", *tiny, *list_set_arguments(*SETTINGS, method),
+                             "--prompts",
                              str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from",
                              str(start), *teacher, "--run", str(folder / run), "--store", str(store))
         assert result.returncode == 0, result.stderr

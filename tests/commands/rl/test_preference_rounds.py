@@ -78,7 +78,8 @@ def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], 
     return [found[first:first + count] for first, count in read_manifest(path).content["steps"]]
 
 
-def judged(store: Path, version: str, number: int) -> list[list[tuple[list[int], float, bool]]]:
+def read_judged_responses(store: Path, version: str,
+                          number: int) -> list[list[tuple[list[int], float, bool]]]:
     """Return the responses to each prompt of a round, by their samples: tokens with the prompt's, reward, and
     whether it ended."""
     opened = RolloutStore.open(store)
@@ -97,7 +98,7 @@ def test_a_round_has_the_best_and_the_worst_of_each_group(whole: Path, folder: P
     for number in (1, 2):
         content = read_manifest(whole / f"rounds/{number:04d}").content
         expected = []
-        for group in judged(folder / "whole-store", content["reward_version"], number):
+        for group in read_judged_responses(folder / "whole-store", content["reward_version"], number):
             rewards = [reward for _, reward, _ in group]
             if max(rewards) > min(rewards):
                 # of equal ones the first that ended is the best, and the first is the worst

@@ -66,7 +66,7 @@ def whole(folder: Path, command: Command, run_command: Any) -> Path:
     return folder / "whole"
 
 
-def column(run: Path, number: int = 1) -> np.ndarray:
+def read_teacher_logprobs(run: Path, number: int = 1) -> np.ndarray:
     count = sum(len(ids) for ids, _ in documents(run, number))
     return np.fromfile(run / f"rounds/{number:04d}.teacher_logprobs.f32", np.float32, count)
 
@@ -107,7 +107,7 @@ def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, t
     teachers = [found if domain == "a" else -np.array(ids[1:]) / 100 for domain, found, ids in zip(
         domains, hf_logprobs(teacher / "checkpoints/step-1", folder / "hf-1", texts), texts, strict=True)]
     expected = np.concatenate([[0.0, *found] for found in teachers])
-    assert np.allclose(column(whole), expected, atol=2e-5)
+    assert np.allclose(read_teacher_logprobs(whole), expected, atol=2e-5)
 
     advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
         teachers, student, there, strict=True)]

@@ -11,7 +11,7 @@ from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import read_events
 
 
-def steps_of(run: Path) -> dict[int, Any]:
+def read_last_steps(run: Path) -> dict[int, Any]:
     """Return the last record of each step, without times."""
     return {e["step"]: (e["loss"], e["meters"], e["grad_norm"])
             for e in read_events(run / "events.jsonl") if e["event"] == "step"}
@@ -32,7 +32,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
                                   "kill@step=2"))
     assert result.returncode == 0, result.stderr
     assert "all processes are started again, from step-1" in result.stderr
-    assert list(steps_of(whole)) == [1, 2]
+    assert list(read_last_steps(whole)) == [1, 2]
     made = read_manifest(tmp_path / "whole.states", "teacher_states")
     assert made.content["hidden_size"] == 48 and made.content["dtype"] == "bfloat16"
     parsed = json.loads((whole / "complete.json").read_text())
@@ -53,7 +53,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     assert result.returncode == 0, result.stderr
     content = read_manifest(tmp_path / "top.states", "teacher_states").content
     assert (content["top_k"], content["temperature"]) == (8, 2.0)
-    assert steps_of(top)[1][1]["kl"] > 0
+    assert read_last_steps(top)[1][1]["kl"] > 0
 
     beside = (*states, "--data", str(packed_data.text), "--states", str(tmp_path / "never"))
     for more, text in (

@@ -18,7 +18,7 @@ LONG = {name: value for name, value in SMALL.items() if not name.startswith("mod
     "train.steps": 3, "needle.depths": "[0.0,0.9]", "needle.samples": 2}
 
 
-def words(settings: dict[str, Any]) -> list[str]:
+def list_set_arguments(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
@@ -30,14 +30,14 @@ def short_run(request, one_rank: None, token_shards: Path, tmp_path: Path) -> Pa
         more |= {"model.dense_ffn_dim": 32, "model.sliding_window_tokens": 8}
     run = tmp_path / "short"
     assert main(["pretrain", request.param, "--data", str(token_shards), "--run", str(run),
-                 *words(SMALL | more)]) == 0
+                 *list_set_arguments(SMALL | more)]) == 0
     return run
 
 
 def extend(recipe: str, short_run: Path, token_shards: Path, run: Path, **more: Any) -> int:
     settings = LONG | {name.replace("__", "."): value for name, value in more.items()}
     return main(["extend", recipe, "--from", str(short_run), "--data", str(token_shards), "--run", str(run),
-                 *words(settings)])
+                 *list_set_arguments(settings)])
 
 
 @pytest.mark.parametrize("short_run", ["tiny-solar-open"], indirect=True)

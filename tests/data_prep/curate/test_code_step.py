@@ -8,7 +8,7 @@ from data_prep.curate.code_step import CodeStep, StepCodeSettings
 from data_prep.curate.pipeline.plan import hash_step_files
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, run_step
 from tests.typed_words import keys_of
 
 OWN = """import dataclasses
@@ -48,7 +48,7 @@ def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
     assert find_all_problems(settings) == []
     assert CodeStep(settings).list_files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
     (tmp_path / "work").mkdir()
-    found = outcomes(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
+    found = run_step(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
     assert [(o.reason, o.text) for o in found.values()] == [("", "fine!"), ("bad word", None)]
 
 

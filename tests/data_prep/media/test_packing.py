@@ -19,11 +19,12 @@ from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.model.modality import MediaEncoding
 from megatron_sov.omni.media.banks import open_bank, read_bank_shapes
 from megatron_sov.omni.media.items import MediaVocabulary
-from tests.data_prep.media.chats import Encode, shown
+from tests.data_prep.media.chats import Encode, build_media_chat
 
-CHATS = [shown(("image", "light.png")),
-         shown(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
-         shown(("video", "moving.gif"), ("text", "Say."), answer=[{"type": "audio", "path": "short.wav"}])]
+CHATS = [build_media_chat(("image", "light.png")),
+         build_media_chat(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
+         build_media_chat(("video", "moving.gif"), ("text", "Say."),
+                          answer=[{"type": "audio", "path": "short.wav"}])]
 
 CALLS = ("{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
          "<tool_call>{{ call.function.name }}\n{% for k, v in call.function.arguments.items() %}"
@@ -91,7 +92,7 @@ def test_drawn_picture_is_learned_as_call(encode: Encode, omni: Path, tmp_path: 
         config = json.loads((omni / "tokenizer_config.json").read_text()) | {"chat_template": CALLS}
         (artifact.path / "tokenizer_config.json").write_text(json.dumps(config))
         artifact.content = read_manifest(omni).content
-    assert encode([shown(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
+    assert encode([build_media_chat(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
     assert pack(tmp_path / "calls", tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
     _, (shard,) = columns(tmp_path / "shards")
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))

@@ -21,7 +21,7 @@ from megatron_sov.base.errors import UserError
 from tests.pages_typed import blocks, page_section, shell_lines
 
 
-def written(folder: Path, text: str) -> Path:
+def write_blend(folder: Path, text: str) -> Path:
     (folder / "blend.yaml").write_text(text)
     return folder / "blend.yaml"
 
@@ -66,7 +66,7 @@ def test_shipped_blends_match_recipe_phases(blend: str, recipe: str) -> None:
 
 
 def test_product_gives_every_combination(tmp_path: Path) -> None:
-    blend = read_blend(written(tmp_path, """
+    blend = read_blend(write_blend(tmp_path, """
 phases:
   - name: main
     where: {level: [L2, L3]}
@@ -122,7 +122,7 @@ phases:
       "13: phases.5.shares.1.share = \"lots\" must be a number, between 0 and 100"])])
 def test_blend_mistakes_are_listed_with_lines(tmp_path: Path, text: str, lines: list[str]) -> None:
     with pytest.raises(UserError) as e:
-        read_blend(written(tmp_path, text))
+        read_blend(write_blend(tmp_path, text))
     for line in lines:
         assert line in str(e.value), line
 
@@ -133,7 +133,7 @@ def test_unknown_blend_is_rejected(tmp_path: Path) -> None:
         find_blend("solar-opn")
     for text in ("", "- 1", "phases: {}", "phases: [3]"):
         with pytest.raises(UserError, match=r"blend\.yaml"):
-            read_blend(written(tmp_path, text))
+            read_blend(write_blend(tmp_path, text))
 
 
 def source(name: str, tokens: int, **tags: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def test_tokens_scale_all_phases_alike() -> None:
     assert combine_phases([alone]) == {"ko-basic": 0.25, "ko-L3": 0.75}
 
 
-def said(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> str:
+def get_refusal(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> str:
     with pytest.raises(UserError) as e:
         allot_shares(refused, sources)
     return str(e.value)
@@ -185,7 +185,7 @@ def test_entries_without_source_are_listed() -> None:
     wanted = blend(phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
                          ({"kind": "en"}, 0.7)),
                    phase("2", 1, ({"kind": "math_code"}, 1.0)))
-    lines = said(wanted).splitlines()
+    lines = get_refusal(wanted).splitlines()
     assert lines[1:] == ["  phase 1: no source is kind=ja (10 %)", "  phase 1: no source is kind=ko level=L1 "
                                                                    "(20 %)",
                          "  phase 2: no source is kind=math_code (100 %)"]
@@ -193,15 +193,16 @@ def test_entries_without_source_are_listed() -> None:
         "blend test: 3 problems; the sources are ko-basic, ko-L3, en-L3, code, their tags kind: en, ko; "
         "level: L3, basic; pack what is missing, change the blend, or give missing shares to the others of "
         "their phase with --missing spread")
-    assert "their tags none (pack them with --tag)" in said(wanted, [source("web", 5)])
-    assert "no source is kind=ko" in said(TWO, [source("ko", 0, kind="ko"), source("code", 1), *SOURCES[2:3]])
+    assert "their tags none (pack them with --tag)" in get_refusal(wanted, [source("web", 5)])
+    assert "no source is kind=ko" in get_refusal(TWO, [source("ko", 0, kind="ko"), source("code", 1),
+                                                       *SOURCES[2:3]])
 
 
 def test_source_in_two_entries_is_rejected() -> None:
     twice = blend(phase("1", 1, ({"kind": "ko"}, 0.5), ({"level": "L3"}, 0.5)))
     assert ("phase 1: source ko-L3 is meant by two entries, kind=ko (50 %) and level=L3 (50 %); tell them "
             "apart"
-            in said(twice))
+            in get_refusal(twice))
 
 
 def test_missing_shares_may_be_spread() -> None:

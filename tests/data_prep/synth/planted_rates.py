@@ -9,7 +9,7 @@ CONFIGURATIONS = {"small": -1.5, "middle": 0.0, "large": 1.5}
 """Name -> ability, added to a logit."""
 
 
-def problem(rng: random.Random) -> tuple[str, float]:
+def draw_problem(rng: random.Random) -> tuple[str, float]:
     """Return a sum or a product of two to four numbers, and the logit of its pass rate."""
     count, digits, product = rng.randint(2, 4), rng.randint(1, 4), rng.random() < 0.4
     numbers = [str(rng.randrange(10 ** (digits - 1), 10 ** digits)) for _ in range(count)]
@@ -25,7 +25,7 @@ def write_measurements(folder: Path, num_problems: int, *, num_answers: int = 8,
     """Write what `synth answers` and `synth comparisons` would; return the arguments of `difficulty label`,
     and text -> mean true pass rate."""
     rng = random.Random(seed)
-    problems = [problem(rng) for _ in range(num_problems)]
+    problems = [draw_problem(rng) for _ in range(num_problems)]
     words = ["--answers"]
     for name, ability in CONFIGURATIONS.items():
         (folder / name).mkdir(parents=True)

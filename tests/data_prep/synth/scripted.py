@@ -62,19 +62,19 @@ class ScriptedRequester(Requester):
         return len(self._client.requests)
 
 
-def generator(name: str, **settings: Any) -> Generator:
+def build_generator(name: str, **settings: Any) -> Generator:
     """Return a generator with settings that are sound."""
     definition = load_generator(name)
     return Generator(definition, parse_settings(definition.Settings, settings, name))
 
 
-def replies_of(*texts: Any) -> Replies:
+def build_queue_model(*texts: Any) -> Replies:
     """Return a model that says one text after the other, whatever it is asked."""
     left = list(texts)
     return lambda request: left.pop(0)
 
 
-def by_system(**answers: Any) -> Replies:
+def build_model(**answers: Any) -> Replies:
     """Return a model whose answer depends on a word of the system message (`_` stands for a blank); a number
     is the grade of the judge."""
     def reply(request: Mapping[str, Any]) -> Any:
@@ -86,7 +86,7 @@ def by_system(**answers: Any) -> Replies:
     return reply
 
 
-def samples_of(generator: Generator, item: GeneratorItem, reply: Replies) -> list[GeneratedSample]:
+def collect_samples(generator: Generator, item: GeneratorItem, reply: Replies) -> list[GeneratedSample]:
     """Return what a generator makes of one item with a scripted model; its templates are checked first."""
     requester = ScriptedRequester(reply, item.id, generator.definition)
     return list(generator.make_samples(item, requester))

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 sys.path.append(str(Path(__file__).parent))
-from planted_rates import problem, write, write_measurements
+from planted_rates import draw_problem, write, write_measurements
 
 from data_prep.cli import main
 from data_prep.curate.scoring.scorer import load_scorer
@@ -44,7 +44,7 @@ def test_predicted_pass_rates_of_new_problems_are_accurate_in_both_languages(mad
     """Beside the truth by which the measurements were drawn, on problems of another seed."""
     scorer = load_scorer(made / "model")
     rng = random.Random(99)
-    drawn = [problem(rng) for _ in range(300)]
+    drawn = [draw_problem(rng) for _ in range(300)]
     for texts in ([d for d in drawn if "What" in d[0]], [d for d in drawn if "What" not in d[0]]):
         expected = np.array([1 - scorer.score(append_form_words(text)) / MAX_LABEL for text, _ in texts])
         truth = np.array([np.mean([1 / (1 + np.exp(-logit - a)) for a in (-1.5, 0, 1.5)])

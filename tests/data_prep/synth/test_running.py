@@ -96,8 +96,7 @@ def test_items_become_samples_with_their_requests_and_verdicts(run: Run, endpoin
     run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "bad line"}])
     assert run(endpoint) == 0
     first, second = run.candidates()
-    assert first["item"] | {"digest": ""} == {"id": "a", "source": "lines", "licence": "CC0",
-                                              "digest": ""}
+    assert first["item"] | {"digest": ""} == {"id": "a", "source": "lines", "licence": "CC0", "digest": ""}
     assert [sample["verdicts"][1]["passed"] for sample in first["samples"] + second["samples"]] == [
         True, True, False, False]
     assert len(set(run.kept())) == 2, "each draw has a seed of its own"
@@ -403,7 +402,7 @@ def test_a_stopped_run_waits_for_its_open_requests(tmp_path: Path, endpoint: Scr
     assert len(run.kept()) == 24
 
 
-def nested(levels: int) -> list[Any]:
+def nest_lists(levels: int) -> list[Any]:
     found: list[Any] = []
     for _ in range(levels):
         found = [found]
@@ -414,7 +413,8 @@ def nested(levels: int) -> list[Any]:
     GeneratedSample({"text": "\ud800"}), GeneratedSample({"\udfff": 1}),
     GeneratedSample({"text": "a"}, (SampleVerdict("a", True, "\ud83d"),)),
     GeneratedSample({"score": float("inf")}), GeneratedSample({"text": "a"}, notes={"score": float("nan")}),
-    GeneratedSample({"deep": nested(5000)})], ids=["value", "name", "verdict", "infinite", "notes", "deep"])
+    GeneratedSample({"deep": nest_lists(5000)})],
+                         ids=["value", "name", "verdict", "infinite", "notes", "deep"])
 def test_samples_that_json_cannot_hold_are_rejected(sample: GeneratedSample) -> None:
     found = replace_unwritable_sample(sample)
     assert (found.reason, found.record) == ("form", {})

@@ -156,8 +156,7 @@ def test_a_row_is_rotated_without_a_look_at_its_documents(ranks: Any, job: Any) 
     assert ours - theirs == {"paired"}
 
 
-@pytest.mark.each(("head_dim", "dtype"), [(16, torch.float32), (24, torch.float32),
-                                                 (16, torch.bfloat16)])
+@pytest.mark.each(("head_dim", "dtype"), [(16, torch.float32), (24, torch.float32), (16, torch.bfloat16)])
 def test_a_rotation_has_the_librarys_bits(head_dim: int, dtype: torch.dtype) -> None:
     prepare_without_gpu()
     from megatron.core.models.common.embeddings import rope_utils

@@ -145,7 +145,7 @@ def test_questions_cover_all_test_sentences(haystacks: dict[str, Haystack]) -> N
 Pair = tuple[int, int]
 
 
-def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]:
+def find_needles(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]:
     """Return (position, key, value) of all needles in a text."""
     found = []
     for slots in form.sentences[True]:
@@ -165,7 +165,7 @@ def test_question_refers_to_one_of_the_needles(distractors: int, depth: float,
                                                haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
     example = build_example(haystack, np.random.default_rng(1), 300, depth, distractors)
-    needles = needles_in(haystack.form, example.prompt)
+    needles = find_needles(haystack.form, example.prompt)
     keys = [key for _, key, _ in needles]
     assert len(set(keys)) == len(keys) == 1 + distractors
     asked = example.prompt[-2:]

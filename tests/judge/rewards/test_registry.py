@@ -131,7 +131,7 @@ def infinite(completions): return [float("inf")] * len(completions)
 RESPONSES = ["a", "ab", "abc", "abcd"]
 
 
-def by_trl(function: Any, rows: list[dict[str, Any]]) -> list[float | None]:
+def compute_trl_rewards(function: Any, rows: list[dict[str, Any]]) -> list[float | None]:
     """Return rewards as TRL's `GRPOTrainer._calculate_rewards`: one call for a group, by keywords."""
     import torch
 
@@ -158,13 +158,13 @@ def test_trl_function_gets_the_arguments_of_trl(name: str, tmp_path: Path) -> No
             for response in RESPONSES]
     scope: dict[str, Any] = {}
     exec(FUNCTIONS, scope)
-    wanted = by_trl(scope[name], rows)
+    wanted = compute_trl_rewards(scope[name], rows)
     request = request_reward(f"{file}:{name}", {})
     reward = build_versioned_reward(request).reward
     result = run_reward(reward, rows)
     assert result.status == "scored" and result.components[REWARDS] == wanted
     single = [run_reward(reward, row) for row in rows]
-    assert [one.reward for one in single] == [by_trl(scope[name], [row])[0] for row in rows]
+    assert [one.reward for one in single] == [compute_trl_rewards(scope[name], [row])[0] for row in rows]
 
 
 @pytest.mark.each("name", ["many", "matrix", "number", "text", "infinite"])

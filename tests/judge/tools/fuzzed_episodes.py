@@ -99,7 +99,7 @@ class FuzzedPolicy:
         return "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
 
 
-def problems_of(episode: Episode, policy: FuzzedPolicy) -> list[str]:
+def find_token_problems(episode: Episode, policy: FuzzedPolicy) -> list[str]:
     """Return the defects in the tokens of an episode."""
     found, ids, encoder = [], episode.ids, policy.encoder
     turns = []

@@ -31,8 +31,7 @@ def test_the_big_recipes_take_every_recipe(recipe: str, fp8: str) -> None:
 
 BROKEN = {
     "delayed": (["train.fp8=delayed"], "checkpoints do not store"),
-    "precision": (["train.fp8=tensorwise", "train.precision=fp32"],
-                  "needs train.precision = bf16, not fp32"),
+    "precision": (["train.fp8=tensorwise", "train.precision=fp32"], "needs train.precision = bf16, not fp32"),
     "weights without fp8": (["train.fp8_weights=true", "parallel.zero1=true"], "train.fp8 = none"),
     "no layer left": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3",
                        "train.fp8_bf16_layers_at_end=1"], "cover all 4 layers"),

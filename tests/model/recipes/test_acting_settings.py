@@ -49,8 +49,7 @@ def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
         inner, key = get_inner_hint(cls, field.name), f"{prefix}{field.name}"
         if get_origin(inner) is tuple:
             inner, key = (item,
-                f"{key}.0") if dataclasses.is_dataclass(item := get_inner_hint(inner, "0")) else (
-                inner, key)
+                f"{key}.0") if dataclasses.is_dataclass(item := get_inner_hint(inner, "0")) else (inner, key)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from keys_below(inner, f"{key}.")
         else:

@@ -26,7 +26,7 @@ def codec(tmp_path: Path) -> Path:
     return tmp_path / "codec"
 
 
-def written(folder: Path, content: Any, state: dict[str, torch.Tensor]) -> Path:
+def write_codec(folder: Path, content: Any, state: dict[str, torch.Tensor]) -> Path:
     """Write a codec artifact with arbitrary content."""
     with create_artifact(folder, ARTIFACT_KIND) as writer:
         save_file(state, writer.path / WEIGHTS)
@@ -53,7 +53,7 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     ({"codec": "ta-tok", "config": {"codebook_size": 10**12}},
      "codebook_size = 1000000000000 must be at most 1,048,576")])
 def test_hostile_manifests_are_refused(tmp_path: Path, content: Any, message: str) -> None:
-    folder = written(tmp_path / "bad", content, {"a": torch.zeros(1)})
+    folder = write_codec(tmp_path / "bad", content, {"a": torch.zeros(1)})
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         open_codec(folder)
     assert str(folder) in str(caught.value)
@@ -69,7 +69,8 @@ def test_weights_must_fit_the_settings(codec: Path, tmp_path: Path) -> None:
         (SETTINGS, {**state, "to_code.bias": torch.zeros(4, dtype=torch.int64)}, "numbers of kind I64"),
         (SETTINGS, {**state, "to_code.bias": torch.tensor([0.0, 1, float("nan"), 2])}, "are not finite")]
     for i, (settings, tensors, said) in enumerate(cases):
-        folder = written(tmp_path / str(i), {"codec": "ta-tok", "config": to_plain_values(settings)}, tensors)
+        folder = write_codec(tmp_path / str(i), {"codec": "ta-tok", "config": to_plain_values(settings)},
+                             tensors)
         with pytest.raises(UserError, match=said):
             open_codec(folder)
 

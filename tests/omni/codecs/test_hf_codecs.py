@@ -79,7 +79,7 @@ def test_long_sounds_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(codec.encode(SOUND), torch.cat(pieces))
 
 
-def changed(folder: Path, **fields: Any) -> None:
+def change_config(folder: Path, **fields: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
@@ -90,7 +90,7 @@ def changed(folder: Path, **fields: Any) -> None:
     ("mimi", {"rope_parameters": {"rope_type": "none"}}, "cannot load it")])
 def test_invalid_configs_are_refused(tmp_path: Path, kind: str, fields: dict[str, Any], message: str) -> None:
     save(kind, tmp_path / "hf")
-    changed(tmp_path / "hf", **fields)
+    change_config(tmp_path / "hf", **fields)
     with pytest.raises(UserError, match=message):
         import_codec(kind, tmp_path / "hf", tmp_path / "codec")
     assert not (tmp_path / "codec").exists()

@@ -207,8 +207,7 @@ def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 128, padding: int = 0
     return audio.view(-1, 160)[:, :n_mels].T * 20
 
 
-def test_cosyvoice2_uses_the_network_of_s3tokenizer(tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cosyvoice2_uses_the_network_of_s3tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = S3TokenizerV2("speech_tokenizer_v2_25hz", ModelConfig(80, 1500, 64, 1, 2))
     save_file(network.state_dict(), tmp_path / "weights.safetensors")

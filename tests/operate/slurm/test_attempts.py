@@ -43,7 +43,7 @@ def question(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return ask
 
 
-def ended(run: Path) -> dict[str, Any]:
+def get_last_record(run: Path) -> dict[str, Any]:
     """Return the last record."""
     return dict(json.loads((run / "slurm/attempts.jsonl").read_text().splitlines()[-1]))
 
@@ -60,8 +60,8 @@ def srun_says(run: Path, text: str, rank_log: str = "") -> tuple[str, ...]:
 
 def test_a_first_attempt_runs(question: Question, run: Path) -> None:
     assert question("begin") == "run"
-    assert ended(run) | {"time_s": 0} == {"event": "begin", "time_s": 0, "job": "7", "restart": 0,
-                                          "nodes": ["n1", "n2"], "progress": 0}
+    assert get_last_record(run) | {"time_s": 0} == {"event": "begin", "time_s": 0, "job": "7", "restart": 0,
+                                                    "nodes": ["n1", "n2"], "progress": 0}
 
 
 def test_a_complete_stage_ends_the_job(question: Question, run: Path) -> None:
@@ -75,17 +75,17 @@ def test_an_exit_code_alone_does_not_make_a_stage_complete(question: Question, r
     question("begin")
     checkpoint(run, 10)
     assert question("end", "--code", "0") == "requeue"
-    assert ended(run)["outcome"] == "stopped"
+    assert get_last_record(run)["outcome"] == "stopped"
 
 
 def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: Question, run: Path) -> None:
     question("begin")
     checkpoint(run, 10)
     assert question("end", "--code", "0", "--asked", "limit") == "requeue"
-    assert ended(run)["reason"] == "its time limit came near; saved so far: step 10"
+    assert get_last_record(run)["reason"] == "its time limit came near; saved so far: step 10"
     question("begin", restart=1)
     assert question("end", "--code", "0", "--asked", "cancel", restart=1) == "exit 75"
-    assert ended(run)["reason"] == "it was cancelled, or put back by hand; saved so far: step 10"
+    assert get_last_record(run)["reason"] == "it was cancelled, or put back by hand; saved so far: step 10"
 
 
 def test_waiting_for_other_jobs_requeues_without_blame(question: Question, run: Path) -> None:
@@ -94,8 +94,8 @@ def test_waiting_for_other_jobs_requeues_without_blame(question: Question, run: 
     for restart in range(2):
         question("begin", restart=restart)
         assert question("end", "--code", "75", *logs, restart=restart) == "requeue"
-    assert ended(run)["outcome"] == "stopped" and ended(run)["blamed"] == []
-    assert ended(run)["reason"] == "round 2 waits for a policy that round 1 has trained"
+    assert get_last_record(run)["outcome"] == "stopped" and get_last_record(run)["blamed"] == []
+    assert get_last_record(run)["reason"] == "round 2 waits for a policy that round 1 has trained"
 
 
 def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -> None:
@@ -103,15 +103,15 @@ def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -
     (run / "stages/1-long").mkdir(parents=True)
     (run / "stages/1-long/gate_failed.json").write_text('{"failure": "needle 40 % at 4096"}')
     assert question("end", "--code", "0") == "exit 3"
-    assert ended(run)["reason"] == "needle 40 % at 4096"
+    assert get_last_record(run)["reason"] == "needle 40 % at 4096"
 
 
 def test_a_failed_gate_ends_the_job_without_blame(question: Question, run: Path) -> None:
     question("begin")
     words = srun_says(run, "srun: error: n2: task 1: Exited with exit code 3\n", "NOT verified: see above\n")
     assert question("end", "--code", "3", *words) == "exit 3"
-    assert (ended(run)["outcome"], ended(run)["reason"], ended(run)["blamed"]) == (
-        "gate", "NOT verified: see above", [])
+    assert (get_last_record(run)["outcome"], get_last_record(run)["reason"],
+            get_last_record(run)["blamed"]) == ("gate", "NOT verified: see above", [])
 
 
 def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(question: Question, run: Path,
@@ -153,7 +153,7 @@ def test_ranks_that_stood_still_bring_no_strike(question: Question, run: Path) -
     logs = srun_says(run, "srun: error: n1: task 0: Exited with exit code 76\n")
     question("begin")
     assert question("end", "--code", "76", *logs) == "requeue"
-    assert (ended(run)["outcome"], ended(run)["blamed"]) == ("hang", [])
+    assert (get_last_record(run)["outcome"], get_last_record(run)["blamed"]) == ("hang", [])
 
 
 def test_failures_without_progress_stop_the_job(question: Question, run: Path) -> None:

@@ -130,7 +130,8 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
             sizes[key] = sorted({num_ranks, *sizes.get(key, [])})
     found = []
     for key, run in runs.items():
-        stages = sorted({kind_of(run, stage): stage for stage in reversed(range(run.parallel.pp))}.values())
+        stages = sorted({get_stage_kind(run, stage): stage
+                         for stage in reversed(range(run.parallel.pp))}.values())
         found.append((run, [(n, stage) for i, n in enumerate(sizes[key])
                             for stage in stages[i::len(sizes[key])] or stages]))
     chosen = found if every else found[1::4]
@@ -138,7 +139,7 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
     return chosen
 
 
-def kind_of(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
+def get_stage_kind(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
     """Return the properties that determine a stage's size: number of layers and of layers with linear
     attention, first or last."""
     layers = run.parallel.stage_layers(stage, run.model.num_layers)
@@ -173,10 +174,10 @@ def test_full_size_modules_match_the_account(ranks: Any, job: Any, every: bool) 
     for (run, places), held in zip([*runs_of_big_recipes(every), *SMALL_RUNS], [*big, *small], strict=True):
         said, p, count = count_stage_params(run), run.parallel, count_params(run.model)
         assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p
-        whole = {kind_of(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
+        whole = {get_stage_kind(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
         # later stages that embed or predict hold copies of the first stage's table
         tables = sum(part.key in TABLES for stage in range(p.pp) for runs in held_by(run, stage)
                      for _, parts in runs for part in parts) - 2 + run.model.tied_embeddings
         copies = tables * run.model.vocab_size * run.model.hidden_size
-        assert sum(whole[kind_of(run, stage)] for stage in range(p.pp)) == (
+        assert sum(whole[get_stage_kind(run, stage)] for stage in range(p.pp)) == (
             count.total + count.mtp + copies), p

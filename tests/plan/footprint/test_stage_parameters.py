@@ -30,7 +30,7 @@ RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "p
 """Recipe, settings, processes, rank."""
 
 
-def config_of(recipe: str, settings: list[str], precision: str) -> RunConfig:
+def build_config(recipe: str, settings: list[str], precision: str) -> RunConfig:
     return apply_settings(recipes.get(recipe), [f"train.precision={precision}", *settings])
 
 
@@ -38,7 +38,7 @@ def shapes_of_modules(precision: str) -> list[Any]:
     """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
     found = []
     for recipe, settings, num_ranks, rank in RUNS:
-        made = count_process_memory(config_of(recipe, settings, precision), num_ranks, rank)
+        made = count_process_memory(build_config(recipe, settings, precision), num_ranks, rank)
         found.append([made.stage, made.shapes])
     return found
 
@@ -50,7 +50,7 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
         ((found,),) = run(job(__file__, "shapes_of_modules", 1, {"precision": precision}))
         for (recipe, settings, _, _), (stage, shapes) in zip(RUNS, found, strict=True):
             said = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
-                    for runs in list_stage_parameters(config_of(recipe, settings, precision), stage)]
+                    for runs in list_stage_parameters(build_config(recipe, settings, precision), stage)]
             assert said == shapes, (recipe, precision)
 
 
@@ -60,8 +60,8 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
 SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()), min_size=1, max_size=8)
 
 
-def one_by_one(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
-               end_multiple: int) -> tuple[int, list[Counter[int]]]:
+def count_by_parameter(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
+                       end_multiple: int) -> tuple[int, list[Counter[int]]]:
     """Return [elements of the buffer, updated elements per rank and mark], computed parameter by
     parameter."""
     multiple = math.lcm(num_ranks, end_multiple)
@@ -104,7 +104,7 @@ def test_buffer_of_parameter_runs_equals_one_by_one_layout(drawn: list[tuple[int
     sizes = [ParameterRun(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
     buffer = lay_out_buffer(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
                       end_multiple=end_multiple)
-    numel, updated = one_by_one(sizes, num_ranks, bucket_numel, end_multiple)
+    numel, updated = count_by_parameter(sizes, num_ranks, bucket_numel, end_multiple)
     assert buffer.numel == numel
     for rank in range(num_ranks):
         found: Counter[int] = Counter()

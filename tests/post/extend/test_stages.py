@@ -71,8 +71,7 @@ def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], wind
 
 def test_clean_text_is_clean() -> None:
     result = search_contamination([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
-    assert (result.questions_found, result.windows, result.windows_found,
-            result.overlap) == (0, 20, 0, 0)
+    assert (result.questions_found, result.windows, result.windows_found, result.overlap) == (0, 20, 0, 0)
     assert result.scanned_tokens == result.train_tokens == {"web": 5000}
     check_contamination(result, 0.0)
 
@@ -174,7 +173,7 @@ LONG = {"train.global_batch_size": 4, "train.eval_every_steps": 0, "data.heldout
         "needle.depths": "[0.0,0.9]", "needle.samples": 2, "train.num_threads": 1}
 
 
-def words(settings: dict[str, Any]) -> list[str]:
+def list_set_arguments(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
@@ -186,7 +185,7 @@ def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.Tem
     """A run of one step at 64 tokens, which no test changes."""
     run = tmp_path_factory.mktemp("stages") / "short"
     result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                         *words(SHORT | {"train.num_threads": 1}))
+                         *list_set_arguments(SHORT | {"train.num_threads": 1}))
     assert result.returncode == 0, result.stderr
     return run
 
@@ -197,7 +196,7 @@ def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[st
     chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
                                                              for name, v in gate.items()}
     return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",
-            str(run), *words(chosen), *more]
+            str(run), *list_set_arguments(chosen), *more]
 
 
 @pytest.mark.essential
@@ -233,8 +232,8 @@ def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shard
 
 def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
     """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
-    shorter = words({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
-                     "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
+    shorter = list_set_arguments({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
+                                  "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
     args = parse_settings(ExtendOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
                                           str(token_shards), "--run", str(tmp_path / "long"), *shorter])
     request = stage_request(args, "lm", lengthens=True)

@@ -42,8 +42,7 @@ class CountingEngine:
         self.streams += streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         written: list[list[int]] = [[] for _ in prompts]
-        while going := [i for i, w in enumerate(written)
-                        if len(w) < limits[i] and not (w and w[-1] == END)]:
+        while going := [i for i, w in enumerate(written) if len(w) < limits[i] and not (w and w[-1] == END)]:
             for i in going:
                 text = [*prompts[i], *written[i]]
                 written[i].append(END if text[-1] % 10 == get_answer_length(text[0]) else text[-1] + 1)
@@ -280,8 +279,7 @@ def test_stuck_pieces_come_last_once_per_policy(tmp_path: Path, prompts: PromptL
     job = Job(tmp_path / "store", prompts, lambda: newest, rollout, clock_s=lambda: job.engine.now_s)
     (first, *_) = select_round_prompts(prompts, rollout, 1)
     job.engine = engine = HangingEngine(int(first.record["prompt"]))
-    assert job.run()["waits_for"] == (
-        "round 1 waits for responses that got no token in a whole attempt")
+    assert job.run()["waits_for"] == ("round 1 waits for responses that got no token in a whole attempt")
     assert [(engine.silent_prompt in texts, length_s) for texts, length_s in engine.passes] == [
         (True, 20.0), (False, engine.passes[1][1]), (True, 20.0)], "first with others, then alone, then never"
     engine.passes.clear()

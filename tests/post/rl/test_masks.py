@@ -72,8 +72,7 @@ def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path)
     tasks = [json.dumps({"question": str(i)}) + "\n" for i in range(9)]
     (tmp_path / "prompts.jsonl").write_text("".join(tasks))
     prompts, base = read_prompts(tmp_path / "prompts.jsonl"), recipes.get("tiny-solar-open")
-    store = RolloutStore.create(tmp_path / "store",
-                                tokenizer_digest(packed_data.tokenizer), 368)
+    store = RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer), 368)
     expected = learned(fill(store, prompts, np.random.default_rng(5)))
     policy = PolicyConfig(method="dapo", max_gen_batches=1, overlong_buffer_tokens=BUFFER,
                           mask_truncated=True)

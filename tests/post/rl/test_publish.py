@@ -29,7 +29,7 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, ste
                         piece_prompts=4, max_new_tokens=12, max_prompt_tokens=6)
 
 
-def config_of(**asked: Any) -> RunConfig:
+def build_config(**asked: Any) -> RunConfig:
     policy = PolicyConfig(**{"method": "dapo", "max_gen_batches": 1, "overlong_buffer_tokens": 0, **asked})
     base = recipes.get("tiny-solar-open")
     return add_rounds(dataclasses.replace(
@@ -43,10 +43,10 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?", "domain": "even" if i % 2 else "odd"}) + "\n"
                             for i in range(9)))
-    RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer),
-                        368)
+    RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer), 368)
     return Publisher(
-        config=config_of(), rounds=tmp_path / "rounds", store=tmp_path / "store", prompts=read_prompts(file),
+        config=build_config(), rounds=tmp_path / "rounds", store=tmp_path / "store",
+        prompts=read_prompts(file),
         reward_version=VERSION, tokenizer=packed_data.tokenizer)
 
 
@@ -231,7 +231,7 @@ LEARNING = [
 def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[str, int],
                                            publisher: Publisher, write_round: Any) -> None:
     """The report said "groups that learn 100 %" of 64 right responses of 64."""
-    publisher.config = config_of(**{"overlong_buffer_tokens": 0, **asked})
+    publisher.config = build_config(**{"overlong_buffer_tokens": 0, **asked})
     store = write(publisher, write_round, judge=False)
     ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = [[1, 1, 1, 1], [0.1] * 4, [0, 0, 0, 0], [1, 0, 0, 0], [0.2, 0.1, 0, 0], [1, 1, 1, 0.9]]
@@ -270,7 +270,7 @@ def filling(publisher: Publisher, tmp_path: Path) -> Publisher:
     """A publisher of 40 prompts that replaces groups which do not learn."""
     file = tmp_path / "many.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(40)))
-    return dataclasses.replace(publisher, prompts=read_prompts(file), config=config_of(max_gen_batches=4))
+    return dataclasses.replace(publisher, prompts=read_prompts(file), config=build_config(max_gen_batches=4))
 
 
 def learned_places(publisher: Publisher, number: int = 1) -> list[list[int]]:
@@ -299,7 +299,7 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: 
     assert content["groups"] == {"all_right": 4, "all_wrong": 3, "surplus": 1, "learns": 6}
     assert learned_places(filling) == [[0, 2, 4], [6, 8, 10]] and content["means"]["responses"] == 56
     # without replacements a run learns only from its own rows, and a smaller allowance requests less
-    alone = dataclasses.replace(filling, rounds=tmp_path / "alone", config=config_of())
+    alone = dataclasses.replace(filling, rounds=tmp_path / "alone", config=build_config())
     assert alone.publish(1) == "" and learned_places(alone) == [[0, 2], [4]]
 
 

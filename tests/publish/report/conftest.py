@@ -92,8 +92,7 @@ def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:
     log.write("resume", step=CHECKPOINT, reason="continued from step-200")
     log.write("run_start", **start, resumed_from=CHECKPOINT)
     _announce(log)
-    log.write("warning", step=350,
-              text="source korean: 4.1 epochs, more than data.max_epochs = 4; add data")
+    log.write("warning", step=350, text="source korean: 4.1 epochs, more than data.max_epochs = 4; add data")
     for step in range(CHECKPOINT + 1, NUM_STEPS + 1):
         _step(log, step, noise)
     for step in range(0, NUM_STEPS + 1, 50):

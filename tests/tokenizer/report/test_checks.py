@@ -73,7 +73,7 @@ def test_added_tokens_count_where_they_look_like_control(toy: Toy, added: str, t
 HEAD, TAIL = "안".encode()[:2], "안".encode()[1:]
 
 
-def measured(opened: Any, name: str, *chunks: str) -> TokenizerMeasures:
+def build_measures(opened: Any, name: str, *chunks: str) -> TokenizerMeasures:
     text = NamedText(name, name, list(chunks), True)
     ids = [i for chunk in chunks for i in opened.encode(chunk)]
     return TokenizerMeasures(text, np.bincount(ids, minlength=opened.vocab_size), 0)
@@ -81,7 +81,8 @@ def measured(opened: Any, name: str, *chunks: str) -> TokenizerMeasures:
 
 def test_used_tokens_are_counted_over_all_texts(toy: Toy) -> None:
     opened = toy("the", "한", special=("<|end|>",))
-    check = check_used(opened, [measured(opened, "en", "the the", "a" * 100), measured(opened, "ko", "한a")])
+    check = check_used(opened, [build_measures(opened, "en", "the the", "a" * 100),
+                                build_measures(opened, "ko", "한a")])
     assert check.numbers["num_never_used"] == 258 - len({"the", " ", "a", "한"})
     assert check.numbers["used_at_least"] == {1: 4, 10: 1, 100: 1}
     assert check.numbers["used_by_text"] == {"en": 3, "ko": 2} and check.numbers["num_bytes"] == 111

@@ -19,12 +19,12 @@ from tokenizer.report.measures import (
 
 # Held-out texts: their figures, read limits, and pieces.
 
-def named(*chunks: str) -> NamedText:
+def build_text(*chunks: str) -> NamedText:
     return NamedText("t", "t", list(chunks), True)
 
 
 def test_bytes_characters_and_words() -> None:
-    text = named("한국 사람\n", "two  words ", "")
+    text = build_text("한국 사람\n", "two  words ", "")
     assert (text.num_bytes, text.num_chars, text.num_words) == (14 + 11, 6 + 11, 4)
 
 
@@ -32,7 +32,7 @@ def test_bytes_characters_and_words() -> None:
     ("two words", True), ("한국어 문장", True), ("กำลังที่นี้", False), ("日本語と中文", False),
     ("日本 abcd", True), ("ខ្មែរ", False), ("12 34", True)])
 def test_words_split_at_spaces_in_scripts_with_spaces(text: str, words: bool) -> None:
-    assert named(text).has_words == words
+    assert build_text(text).has_words == words
 
 
 def test_long_documents_are_split_without_loss(tmp_path: Path) -> None:

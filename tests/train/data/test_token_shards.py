@@ -259,8 +259,7 @@ except UserError as e:
 
 @pytest.mark.parametrize(("limits", "message"), [
     ((16, 4096), "93 documents"),
-    ((16, 16),
-     "this process may not open more than 16 files; raise `ulimit -n`, or pack into larger shards"),
+    ((16, 16), "this process may not open more than 16 files; raise `ulimit -n`, or pack into larger shards"),
 ])
 def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int],
                                                  message: str) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 
 
-def _broken(text: str) -> str:
+def _break_lines(text: str) -> str:
     """Put a line's end for every second blank, and part a long word."""
     count = iter(range(10_000))
     lines = re.sub(r" ", lambda _: "\r\n  " if next(count) % 2 else " ", text)
     return re.sub(r"([a-z]{4})([a-z]{4})", r"\1-\n\2", lines, count=1)
 
 
-def _marked(text: str) -> str:
+def _add_markup(text: str) -> str:
     """Put tags, Markdown and TeX around words."""
     words = text.split(" ")
     marks = ("<b class='x'>{}</b>", "**{}**", "{}&nbsp;", "<br/>{}", "\\textbf{{{}}}")
@@ -28,9 +28,9 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "punctuation": lambda t: "“" + t.replace(" ", ", ").replace("?", "!") + "” ...",
     "full width": lambda t: t.translate(WIDE),
     "unicode forms": lambda t: unicodedata.normalize("NFD", t).replace("fi", "ﬁ").replace("fl", "ﬂ"),
-    "line breaks": _broken,
+    "line breaks": _break_lines,
     "inside a sentence": lambda t: f"As he asked me, {t} and went home; 그는 물었다",
-    "markup": _marked,
+    "markup": _add_markup,
     "zero width": lambda t: "\u200b".join(t).replace("e", "e\u00ad"),
     "thousands": lambda t: re.sub(r"\d(?=(\d{3})+\b)", lambda m: m[0] + ",", WHOLE.sub("", t)),
     "spacing": lambda t: re.sub(r"(?<=[가-힣ก-๛])\s+(?=[가-힣ก-๛])", "", t).replace(" ", " \t "),
@@ -60,7 +60,7 @@ def _inside(left: str, right: str = "") -> Callable[[str], str]:
     return _each_word(lambda w: w[:2] + left + w[2:3] + right + w[3:])
 
 
-def _around(left: str, right: str) -> Callable[[str], str]:
+def _surround_words(left: str, right: str) -> Callable[[str], str]:
     return _each_word(lambda w: left + w + right)
 
 
@@ -84,7 +84,7 @@ MARKUP_DISGUISES: dict[str, Callable[[str], str]] = {
         "byte order": "\ufeff", "TeX hyphen": r"\-", "TeX group": "{}", "TeX relax": r"\relax ",
         "quoted line end": "=\n",
         "script": "<script>x()</script>", "hangul filler": "\u3164"}.items()},
-    **{f"{name} around words": _around(left, right) for name, (left, right) in {
+    **{f"{name} around words": _surround_words(left, right) for name, (left, right) in {
         "{\\tt": (r"{\tt ", "}"), "{\\bf": (r"{\bf ", "}"), "{\\it": (r"{\it ", "}"),
         "{\\large": (r"{\large ", "}"),
         "textbf": (r"\textbf{", "}"), "emph": (r"\emph{", "}"), "mbox": (r"\mbox{", "}"),
@@ -120,8 +120,7 @@ MARKUP_DISGUISES: dict[str, Callable[[str], str]] = {
     "Greek": _likes("oο vν aα iι uυ"),
     "small capitals": _likes("aᴀ eᴇ oᴏ tᴛ rʀ nɴ"),
     "Armenian": _likes("oօ uս hհ nո"),
-    "mathematical bold": lambda t: "".join(
-        chr(0x1D41A + ord(c) - 97) if "a" <= c <= "z" else c for c in t),
+    "mathematical bold": lambda t: "".join(chr(0x1D41A + ord(c) - 97) if "a" <= c <= "z" else c for c in t),
     "circled": lambda t: "".join(chr(0x24D0 + ord(c) - 97) if "a" <= c <= "z" else c for c in t),
     "superscript": _likes("aᵃ eᵉ oᵒ nⁿ iⁱ"),
     "table cells": lambda t: "<tr><td>" + t.replace(" ", "</td><td>") + "</td></tr>",

@@ -14,7 +14,7 @@ from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.decontamination.disguises import DISGUISES, ITEMS, MARKUP_DISGUISES
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_step
 from tests.typed_words import keys_of
 
 CLEAN = ("The refinery was closed in 1998, and nobody in the office knew how many barrels it had filled.",
@@ -33,7 +33,7 @@ def bench(tmp_path: Path) -> Path:
 def test_every_item_is_found_in_each_disguise(tmp_path: Path, bench: Path, disguise: str) -> None:
     planted = docs(*(f"Some text.\n\n{DISGUISES[disguise](text)}\n\nMore of it." for text in ITEMS.values()))
     clean = docs(*CLEAN, shard=1)
-    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
+    found = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
                      MemoryView.of([planted, clean], tmp_path / "work"))
     assert {ITEM: found[d.id].reason for ITEM, d in zip(ITEMS, planted, strict=True)} == dict.fromkeys(
         ITEMS, "text of a benchmark")
@@ -45,7 +45,7 @@ def test_a_run_of_ten_words_is_enough_and_nine_are_not(tmp_path: Path, bench: Pa
     shared = [" ".join(words[start:start + count]) for start, count in ((2, 11), (3, 10), (3, 9), (4, 8))]
     documents = docs(*(f"Yes, {text} no." for text in shared))
     view = MemoryView.of([documents], tmp_path / "w")
-    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
+    found = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
     # "Müller's" is two words
     assert [bool(found[d.id].reason) for d in documents] == [True, True, True, False]
 
@@ -55,7 +55,7 @@ def test_items_that_say_too_little_are_not_looked_for(tmp_path: Path) -> None:
     bench.write_text('{"text": "What is it?"}\n{"text": "What is it, my dear?"}\n')
     documents = docs("What is it? Tell me.", "So what is it my dear friend?")
     view = MemoryView.of([documents], tmp_path / "w")
-    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
+    found = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
     assert [bool(found[d.id].reason) for d in documents] == [False, True]
     assert found[documents[1].id].values == {"contamination": "short:line 2"}
 

@@ -8,11 +8,11 @@ import pytest
 from data_prep.curate.dedup import exact
 from data_prep.curate.dedup.exact import (
     ExactDedup, ExactSettings, ParagraphDedup, ParagraphSettings, iter_paragraphs)
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_step
 
 
-def dropped(view: MemoryView, **settings: object) -> dict[str, str]:
-    found = outcomes(ExactDedup, ExactSettings(**{"partitions": 3, **settings}), view)
+def find_duplicates(view: MemoryView, **settings: object) -> dict[str, str]:
+    found = run_step(ExactDedup, ExactSettings(**{"partitions": 3, **settings}), view)
     assert {o.reason for o in found.values()} <= {"", "exact duplicate"}
     return {id_: o.values["duplicate_of"] for id_, o in found.items() if o.reason}
 
@@ -22,9 +22,11 @@ def test_the_first_of_the_highest_priority_stays(tmp_path: Path) -> None:
     more = docs("three", "four", "two", source="more", shard=0)
     book = docs("four", "two", "five", source="book", shard=7)
     view = MemoryView.of([web, more, book], tmp_path, book=1)
-    assert dropped(view) == {"web:0:0000000000000003": web[0].id, "web:0:0000000000000001": book[1].id,
-                             "more:0:0000000000000000": web[2].id, "more:0:0000000000000001": book[0].id,
-                             "more:0:0000000000000002": book[1].id}
+    assert find_duplicates(view) == {"web:0:0000000000000003": web[0].id,
+                                     "web:0:0000000000000001": book[1].id,
+                                     "more:0:0000000000000000": web[2].id,
+                                     "more:0:0000000000000001": book[0].id,
+                                     "more:0:0000000000000002": book[1].id}
 
 
 def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,30 +38,30 @@ def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(exact, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 200, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
-        found = dropped(MemoryView.of(shards, tmp_path / str(size)), partitions=5)
+        found = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), partitions=5)
         assert {place[one]: place[other] for one, other in found.items()} == expected
 
 
 def test_widths_and_blanks_make_no_difference(tmp_path: Path) -> None:
     texts = ["A word.", "A word.", "A  ｗord.\n", "a *word*"]
-    assert len(dropped(MemoryView.of([docs(*texts)], tmp_path))) == 2
+    assert len(find_duplicates(MemoryView.of([docs(*texts)], tmp_path))) == 2
 
 
 MENU = "Home | News | About us | Contact the editors"
 OWN = "A sentence of document number {} that nobody else has, and that is long."
 
 
-def texts(count: int) -> list[str]:
+def build_texts(count: int) -> list[str]:
     return [f"{MENU}\n{OWN.format(number)}\nshort\n" for number in range(count)]
 
 
 def cut(view: MemoryView, **settings: Any) -> dict[str, Any]:
     settings = {"partitions": 2, "max_documents": 2, **settings}
-    return outcomes(ParagraphDedup, ParagraphSettings(**settings), view)
+    return run_step(ParagraphDedup, ParagraphSettings(**settings), view)
 
 
 def test_repeated_paragraphs_are_cut_except_in_their_first_document(tmp_path: Path) -> None:
-    web, book = docs(*texts(3)), docs(*texts(5)[3:], source="book", shard=1)
+    web, book = docs(*build_texts(3)), docs(*build_texts(5)[3:], source="book", shard=1)
     found = cut(MemoryView.of([web, book], tmp_path / "first", book=1))
     assert found[book[0].id].text is None
     assert [found[d.id].text for d in [*web, book[1]]] == [f"{OWN.format(n)}\nshort\n" for n in (0, 1, 2, 4)]
@@ -69,7 +71,7 @@ def test_repeated_paragraphs_are_cut_except_in_their_first_document(tmp_path: Pa
 
 
 def test_case_and_blanks_make_no_difference(tmp_path: Path) -> None:
-    documents = docs(*texts(2), f"  {MENU.upper()} \r\n{OWN.format(9)}")
+    documents = docs(*build_texts(2), f"  {MENU.upper()} \r\n{OWN.format(9)}")
     assert cut(MemoryView.of([documents], tmp_path))[documents[2].id].text == OWN.format(9)
 
 

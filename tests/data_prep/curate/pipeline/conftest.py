@@ -128,7 +128,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+def finished_tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Return the list that tasks enter themselves into as they are done in this process: stage, source,
     number."""
     found: list[tuple[str, str, int]] = []
@@ -143,7 +143,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
+def small_run(tmp_path: Path) -> Path:
     """Write the sources and the file of the small run; returns its folder."""
     for name, numbers in (("web", range(6)), ("books", range(4, 8))):
         (tmp_path / name).mkdir()

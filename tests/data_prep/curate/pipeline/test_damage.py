@@ -18,7 +18,7 @@ from data_prep.curate.pipeline.tasks import LayerFile, iter_row_batches
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base import sealed
 from megatron_sov.base.errors import UserError
-from tests.data_prep.curate.pipeline.test_running import run, texts
+from tests.data_prep.curate.pipeline.test_running import read_first_words, run_pipeline
 from tests.data_prep.curate.pipeline.test_tasks import write_base
 
 RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
@@ -108,21 +108,23 @@ def _flip(file: Path, at: int = -1) -> None:
     file.write_bytes(content)
 
 
-def test_damaged_output_of_a_complete_run_is_detected(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(raw)
+def test_damaged_output_of_a_complete_run_is_detected(small_run: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_pipeline(small_run)
     _flip(output / "text/web-long/00000.parquet")
-    run(raw, code=2)
+    run_pipeline(small_run, code=2)
     assert "is damaged" in capsys.readouterr().err
     for folder in output.glob("shards/web/*-output-*/*"):
         shutil.rmtree(folder) if folder.is_dir() else None
-    assert texts(run(raw))
+    assert read_first_words(run_pipeline(small_run))
 
 
-def test_a_missing_file_of_an_output_shard_is_detected(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(raw)
+def test_a_missing_file_of_an_output_shard_is_detected(small_run: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_pipeline(small_run)
     (output / "manifest.json").unlink()
     next(output.glob("shards/web/*-output-*/*/web-long.parquet")).unlink()
-    run(raw, code=2)
+    run_pipeline(small_run, code=2)
     assert "documents where" in capsys.readouterr().err
 
 

@@ -60,8 +60,8 @@ EXPECTED = [
 ]
 
 
-def test_all_mistakes_are_reported_at_once(raw: Path) -> None:
-    file = raw / "pipeline.yaml"
+def test_all_mistakes_are_reported_at_once(small_run: Path) -> None:
+    file = small_run / "pipeline.yaml"
     file.write_text(WRONG)
     with pytest.raises(UserError) as error:
         load_pipeline(file)
@@ -74,16 +74,16 @@ def test_all_mistakes_are_reported_at_once(raw: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(PIPELINE))
-def test_removed_keys_are_refused_with_their_replacement(raw: Path, name: str) -> None:
+def test_removed_keys_are_refused_with_their_replacement(small_run: Path, name: str) -> None:
     owner, _, key = name.partition(".")
     entry, steps = "{name: web, path: web}", "unique"
     if owner in FORMATS or owner in FORMERLY:
         entry = f"{{name: web, path: web, format: {owner}, options: {{{f'{key}: 1' if key else ''}}}}}"
     else:
         steps = f"{owner}: {{{f'{key}: 1' if key else ''}}}"
-    (raw / "pipeline.yaml").write_text(f"name: x\nsources:\n  - {entry}\nsteps:\n  - {steps}\n")
+    (small_run / "pipeline.yaml").write_text(f"name: x\nsources:\n  - {entry}\nsteps:\n  - {steps}\n")
     with pytest.raises(UserError) as refused:
-        load_pipeline(raw / "pipeline.yaml")
+        load_pipeline(small_run / "pipeline.yaml")
     assert PIPELINE[name] in str(refused.value)
 
 
@@ -98,9 +98,9 @@ def test_a_missing_file_is_reported_with_an_example_to_copy(tmp_path: Path) -> N
         load_pipeline(tmp_path)
 
 
-def test_a_file_becomes_settings(raw: Path) -> None:
-    (raw / "words.txt").write_text("a b")
-    file = raw / "pipeline.yaml"
+def test_a_file_becomes_settings(small_run: Path) -> None:
+    (small_run / "words.txt").write_text("a b")
+    file = small_run / "pipeline.yaml"
     file.write_text(file.read_text().replace("  - unique: {}", "  - shorten\n  - shorten: 50\n  - shorten: "
                                              "{lists: [words.txt]}\n    only: {kinds: [en]}"))
     found = load_pipeline(file)
@@ -109,8 +109,8 @@ def test_a_file_becomes_settings(raw: Path) -> None:
     step = found.steps[3]
     assert step.only == StepFilter(kinds=("en",))
     assert step.to_settings()["lists"] == ["words.txt"], "as it is written"
-    assert step.build_step(found.folder).list_files() == (raw / "words.txt",), "where it lies"
-    assert found.sources[0].path == ("web",) and found.sources[0].folder == raw
+    assert step.build_step(found.folder).list_files() == (small_run / "words.txt",), "where it lies"
+    assert found.sources[0].path == ("web",) and found.sources[0].folder == small_run
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -129,18 +129,19 @@ def test_a_file_becomes_settings(raw: Path) -> None:
     ("name: x\nsources: [{name: web, path: web}]\noutput: {name: '{size}'}",
      "{size} is no column that names can be made of here; add the step shorten (there are: source, kind,"),
 ])
-def test_a_malformed_pipeline_is_one_message(raw: Path, text: str, message: str) -> None:
-    (raw / "pipeline.yaml").write_text(text)
+def test_a_malformed_pipeline_is_one_message(small_run: Path, text: str, message: str) -> None:
+    (small_run / "pipeline.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        load_pipeline(raw / "pipeline.yaml")
+        load_pipeline(small_run / "pipeline.yaml")
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize(("kind", "first", "message"), [
     ("ko", "", "no source here is of such a kind"), ("auto", "", "the kind of source 'web' is auto"),
     ("auto", "  - language\n  - kind\n", ""), ("en", "", "")])
-def test_a_filter_that_matches_no_source_is_refused(raw: Path, kind: str, first: str, message: str) -> None:
-    file = raw / "pipeline.yaml"
+def test_a_filter_that_matches_no_source_is_refused(small_run: Path, kind: str, first: str,
+                                                    message: str) -> None:
+    file = small_run / "pipeline.yaml"
     before, _, _ = file.read_text().replace("kind: en", f"kind: {kind}").partition("steps:")
     file.write_text(f"{before}steps:\n{first}  - shorten: {{}}\n    only: {{kinds: [en]}}\n")
     if message:
@@ -203,28 +204,30 @@ def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 STEPS_WITH_LIBRARIES = "name: x\nsources: [{name: web, path: web}]\nsteps: [encoding, language, pii]\n"
 
 
-def test_columns_are_listed_without_the_libraries_of_steps(raw: Path, no_libraries: None) -> None:
-    (raw / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\noutput: {name: '{form}'}")
+def test_columns_are_listed_without_the_libraries_of_steps(small_run: Path, no_libraries: None) -> None:
+    (small_run / "pipeline.yaml").write_text(
+        "name: x\nsources: [{name: web, path: web}]\noutput: {name: '{form}'}")
     with pytest.raises(UserError, match=r"{form} is no column .* here; add the step language "):
-        load_pipeline(raw / "pipeline.yaml")
+        load_pipeline(small_run / "pipeline.yaml")
 
 
 def test_a_run_and_not_a_dry_run_needs_the_libraries_of_its_steps(
-        raw: Path, no_libraries: None, capsys: pytest.CaptureFixture[str]) -> None:
-    (raw / "pipeline.yaml").write_text(STEPS_WITH_LIBRARIES)
-    words = ["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out")]
+        small_run: Path, no_libraries: None, capsys: pytest.CaptureFixture[str]) -> None:
+    (small_run / "pipeline.yaml").write_text(STEPS_WITH_LIBRARIES)
+    words = ["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out")]
     assert cli.main([*words, "--dry-run"]) == 0
     stdout = capsys.readouterr().out
     assert "step encoding needs ftfy, which is not installed" in stdout and "03-pii: 0 of 1 shards" in stdout
-    assert cli.main(words) == 2 and not (raw / "out").exists()
+    assert cli.main(words) == 2 and not (small_run / "out").exists()
     stderr = capsys.readouterr().err
     for library in ("encoding needs ftfy", "language needs py3langid", "pii needs phonenumbers"):
         assert f"step {library}, which is not installed" in stderr
 
 
-def test_pii_needs_a_library_for_phone_numbers_alone(raw: Path, no_libraries: None) -> None:
-    (raw / "web/mail.txt").write_text("Write to ann@sea.kr, who answers within a day.")
-    (raw / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\n"
-                                       "steps: [{pii: {mask: [email]}}]\n")
-    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), "--workers", "1"]) == 0
-    assert read_manifest(raw / "out", "corpus").content["num_documents"] == 7
+def test_pii_needs_a_library_for_phone_numbers_alone(small_run: Path, no_libraries: None) -> None:
+    (small_run / "web/mail.txt").write_text("Write to ann@sea.kr, who answers within a day.")
+    (small_run / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\n"
+                                             "steps: [{pii: {mask: [email]}}]\n")
+    assert cli.main(["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"), "--workers",
+                     "1"]) == 0
+    assert read_manifest(small_run / "out", "corpus").content["num_documents"] == 7

@@ -14,7 +14,7 @@ BAD_KO = ("클릭", "구독", "할인", "배너", "로그인")
 FILLER_KO = ("그리고", "이것은", "저것은", "많은", "물이")
 
 
-def text_of(rng: random.Random, share: float, *, korean: bool = False) -> str:
+def draw_text(rng: random.Random, share: float, *, korean: bool = False) -> str:
     """Return a text of 40 words: a third of them mean something, of which `share` are good ones."""
     good, bad, filler = (GOOD_KO, BAD_KO, FILLER_KO) if korean else (GOOD, BAD, FILLER)
     words = [rng.choice(filler) if rng.random() < 0.66 else rng.choice(good if rng.random() < share else bad)
@@ -22,7 +22,7 @@ def text_of(rng: random.Random, share: float, *, korean: bool = False) -> str:
     return " ".join(words) + "."
 
 
-def planted(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+def plant_labels(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Return labels that follow the share of good words, every third one Korean."""
     rng = random.Random(seed)
     found = []
@@ -30,7 +30,7 @@ def planted(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
         label = i % 2 if kind == "classifier" else rng.randrange(6)
         share = label if kind == "classifier" else label / 5
         korean = i % 3 == 0
-        text = text_of(rng, 0.15 + 0.7 * share, korean=korean)
+        text = draw_text(rng, 0.15 + 0.7 * share, korean=korean)
         found.append({"text": text, "label": label, "language": "ko" if korean else "en"})
     return found
 

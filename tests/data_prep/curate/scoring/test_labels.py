@@ -103,7 +103,7 @@ def test_a_text_is_cut_into_units(text: str, units: list[str]) -> None:
     assert NGRAMS[1].split_units(text) == units
 
 
-def rows_of_scikit_learn(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
+def compute_scikit_learn_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     """Return rows (dense) by the library's own cutting, hashing, counting and scaling."""
     joined = [" ".join(ngrams.split_units(text)) for text in texts]
     hashing = HashingVectorizer(analyzer="word", token_pattern=r"[^ ]+", lowercase=False, norm=None,
@@ -124,14 +124,16 @@ def rows_of_ours(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
 @pytest.mark.parametrize("max_ngram", NGRAMS)
 def test_rows_are_those_of_scikit_learn(max_ngram: int) -> None:
     ngrams = NGRAMS[max_ngram]
-    np.testing.assert_allclose(rows_of_ours(ngrams, TEXTS), rows_of_scikit_learn(ngrams, TEXTS), atol=1e-6)
+    np.testing.assert_allclose(rows_of_ours(ngrams, TEXTS), compute_scikit_learn_rows(ngrams, TEXTS),
+                               atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_rows_of_any_text_are_those_of_scikit_learn(text: str) -> None:
     ngrams = NGRAMS[2]
-    np.testing.assert_allclose(rows_of_ours(ngrams, [text]), rows_of_scikit_learn(ngrams, [text]), atol=1e-6)
+    np.testing.assert_allclose(rows_of_ours(ngrams, [text]), compute_scikit_learn_rows(ngrams, [text]),
+                               atol=1e-6)
 
 
 def test_the_product_with_weights_is_that_of_the_row_and_leaves_no_trace() -> None:

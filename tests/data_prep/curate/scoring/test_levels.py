@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from data_prep.curate.pipeline.step import Doc
 from data_prep.curate.scoring.levels import SMALL, Level, LevelSettings, _to_sortable
 from megatron_sov.base.errors import UserError
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, run_step
 from tests.typed_words import keys_of
 
 
@@ -26,7 +26,7 @@ def shards(scores: list[Any], languages: list[str | None], per_shard: int = 70) 
 
 
 def levels(found: list[list[Doc]], work: Path, **settings: Any) -> dict[str, str]:
-    made = outcomes(Level, LevelSettings(**settings), MemoryView.of(found, work))
+    made = run_step(Level, LevelSettings(**settings), MemoryView.of(found, work))
     return {id_: outcome.values["level"] for id_, outcome in made.items()}
 
 
@@ -55,7 +55,7 @@ def test_ties_are_split_independent_of_document_order(tmp_path: Path) -> None:
     again = {0: [d for d in mixed if d.row % 2], 1: [d for d in mixed if not d.row % 2]}
     view = MemoryView({ref: again[i] for i, ref in enumerate(list(MemoryView.of(
         documents, tmp_path).documents_of)[:2])}, tmp_path / "b")
-    assert {k: o.values["level"] for k, o in outcomes(Level, LevelSettings(), view).items()} == found
+    assert {k: o.values["level"] for k, o in run_step(Level, LevelSettings(), view).items()} == found
 
 
 def test_documents_without_a_score_are_basic_and_do_not_count(tmp_path: Path) -> None:

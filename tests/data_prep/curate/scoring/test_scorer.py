@@ -31,7 +31,7 @@ def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kin
         assert scorer.score(text) == float(np.float32(scorer.score(text)))
 
 
-def changed(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
+def change_scorer(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
     """Return a scorer with other files, whose manifest knows them."""
     with create_artifact(target, "scorer") as artifact:
         for file in list_scorer_files(scorer):
@@ -41,7 +41,7 @@ def changed(scorer: Path, target: Path, change: Callable[[Path], object]) -> Pat
     return target
 
 
-def with_settings(**values: object) -> Callable[[Path], object]:
+def change_settings(**values: object) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         raw = json.loads((folder / SETTINGS_FILE).read_text())
         features = {**raw["features"], **{k: v for k, v in values.items() if k in raw["features"]}}
@@ -51,22 +51,22 @@ def with_settings(**values: object) -> Callable[[Path], object]:
     return change
 
 
-def with_weights(array: np.ndarray) -> Callable[[Path], object]:
+def change_weights(array: np.ndarray) -> Callable[[Path], object]:
     return lambda folder: save_file({"weights": array}, folder / WEIGHTS_FILE)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (with_settings(bias=float("nan")), "bias = nan must be a finite number"),
-    (with_settings(kind="pickle"), 'kind = "pickle" must be'),
-    (with_settings(num_buckets=1 << 60), "num_buckets = 1152921504606846976 must be at most"),
-    (with_settings(unknown=1), "unknown: no such setting"),
-    (with_weights(np.zeros(7, np.float32)), "must be 4096 finite float32, and are float32 of shape [7]"),
+    (change_settings(bias=float("nan")), "bias = nan must be a finite number"),
+    (change_settings(kind="pickle"), 'kind = "pickle" must be'),
+    (change_settings(num_buckets=1 << 60), "num_buckets = 1152921504606846976 must be at most"),
+    (change_settings(unknown=1), "unknown: no such setting"),
+    (change_weights(np.zeros(7, np.float32)), "must be 4096 finite float32, and are float32 of shape [7]"),
     (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"\x80\x04junk"), "is damaged"),
     (lambda folder: (folder / WEIGHTS_FILE).unlink(), "its manifest lists no weights.safetensors"),
 ])
 def test_files_that_cannot_be_are_refused(scorers: dict[str, Path], tmp_path: Path,
                                           change: Callable[[Path], object], message: str) -> None:
-    folder = changed(scorers["classifier"], tmp_path / "bad", change)
+    folder = change_scorer(scorers["classifier"], tmp_path / "bad", change)
     with pytest.raises(UserError) as found:
         load_scorer(folder)
     assert message in str(found.value)

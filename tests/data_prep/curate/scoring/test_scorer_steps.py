@@ -10,7 +10,7 @@ from data_prep.curate.scoring.scorer import load_scorer
 from data_prep.curate.scoring.scorer_steps import (
     DocumentKind, Education, EducationSettings, KindSettings, Quality, QualitySettings)
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, run_step
 from tests.typed_words import keys_of
 
 TEXTS = ("the theorem explains the energy of cells", "click banner sale login casino", "역사 설명 증명", "")
@@ -22,14 +22,14 @@ def test_documents_get_the_models_scores(scorers: dict[str, Path], tmp_path: Pat
                                    (Education, EducationSettings(scorers["regressor"]), "education")):
         assert load_step_class(column) is step
         scorer = load_scorer(settings.model)
-        found = outcomes(step, settings, view)
+        found = run_step(step, settings, view)
         assert [o.values for o in found.values()] == [{column: scorer.score(text)} for text in TEXTS]
         assert {o.reason for o in found.values()} == {""}
 
 
 def test_documents_below_the_bar_are_dropped_for_one_reason(scorers: dict[str, Path], tmp_path: Path) -> None:
     view = MemoryView.of([docs(*TEXTS)], tmp_path)
-    found = outcomes(Quality, QualitySettings(scorers["classifier"], min_score=0.5), view)
+    found = run_step(Quality, QualitySettings(scorers["classifier"], min_score=0.5), view)
     assert [o.reason for o in found.values()][:3] == ["", "quality below 0.5", ""]
     assert next(iter(found.values())).values["quality"] > 0.5
 
@@ -52,8 +52,8 @@ PROSE = "The house by the river had been empty for years when they came. " * 5
 FORMULAS = r"Let $$x$$ be such that \frac{a}{b} \leq \sum_{i} x_i and \int f = 0, so \alpha \cdot \beta = 1."
 
 
-def kind_of(work: Path, text: str, settings: KindSettings, **columns: Any) -> str:
-    (found,) = outcomes(DocumentKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
+def find_kind(work: Path, text: str, settings: KindSettings, **columns: Any) -> str:
+    (found,) = run_step(DocumentKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
     kind = found.values["kind"]
     assert isinstance(kind, str)
     return kind
@@ -73,15 +73,15 @@ def kind_of(work: Path, text: str, settings: KindSettings, **columns: Any) -> st
 ])
 def test_the_first_rule_that_speaks_decides(tmp_path: Path, text: str, columns: dict[str, Any],
                                             kind: str) -> None:
-    assert kind_of(tmp_path, text, KindSettings(), **columns) == kind
+    assert find_kind(tmp_path, text, KindSettings(), **columns) == kind
 
 
 def test_a_classifier_decides_about_its_domain(scorers: dict[str, Path], tmp_path: Path) -> None:
     settings = KindSettings(domains={"law": scorers["classifier"], "teaching": scorers["classifier"]})
     taught = "the theorem explains the energy of cells " * 3
-    assert kind_of(tmp_path, taught, settings, language="en") == "domain:law"
+    assert find_kind(tmp_path, taught, settings, language="en") == "domain:law"
     strict = KindSettings(domains={"law": scorers["classifier"]}, min_score=1.0)
-    assert kind_of(tmp_path, COURT, strict, language="en") == "en"
+    assert find_kind(tmp_path, COURT, strict, language="en") == "en"
     assert len(DocumentKind(settings).list_files()) == 4
 
 

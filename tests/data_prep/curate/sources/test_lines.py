@@ -16,7 +16,7 @@ EXPECTED = [RawDocument("one", "a.jsonl:1", {"url": "http://a.example/1", "langu
             RawDocument("둘", "a.jsonl:2", {"own_id": "7", "score": 0.5})]
 
 
-def codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
+def list_codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
     return [one.code if isinstance(one, BrokenRecord) else one.text for one in found]
 
 
@@ -35,7 +35,7 @@ def test_malformed_lines_are_reported_and_other_lines_are_read(read) -> None:
     lines = ['{"text": "good"}', "no json", "[1]", '{"other": 1}', '{"text": "half \\ud800"}',
              '{"text": " "}', '{"text": 5}', '{"text": "last"}']
     found = read({"a.jsonl": "\n".join(lines)})
-    assert codes(found) == ["good", "json", "json", "fields", "utf8", "empty", "fields", "last"]
+    assert list_codes(found) == ["good", "json", "json", "fields", "utf8", "empty", "fields", "last"]
     assert [one.place for one in found] == [f"a.jsonl:{n}" for n in range(1, 9)]
     assert [one.content for one in found[1:3]] == ["no json", "[1]"]
     assert [isinstance(one, BrokenRecord) and one.is_left_out for one in found].index(True) == 5
@@ -53,12 +53,13 @@ def test_a_truncated_compressed_file_is_read_up_to_the_cut(read) -> None:
 def test_a_bomb_is_not_unpacked(read, pack) -> None:
     ending = "gz" if pack is gzip.compress else "zst"
     found = read({f"a.txt.{ending}": pack(bytes(50_000_000))})
-    assert codes(found) == ["bomb"]
+    assert list_codes(found) == ["bomb"]
 
 
 def test_a_line_above_the_limit_is_passed_over(read) -> None:
     lines = ['{"text": "good"}', '{"text": "' + "x" * 100_000 + '"}', '{"text": "next"}']
-    assert codes(read({"a.jsonl": "\n".join(lines)}, document_bytes=10_000)) == ["good", "too_long", "next"]
+    assert list_codes(read({"a.jsonl": "\n".join(lines)}, document_bytes=10_000)) == ["good", "too_long",
+                                                                                      "next"]
 
 
 def test_text_keeps_its_bytes_and_loses_its_mark(read) -> None:
@@ -91,19 +92,19 @@ def test_parts_of_a_large_file_are_the_file(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("encoding", ["cp949", "euc_jp", "cp1251", "utf-16"])
 def test_other_encodings_by_name(read, encoding: str) -> None:
     text = {"cp949": "안녕하세요", "euc_jp": "こんにちは", "cp1251": "Привет"}.get(encoding, "é한")
-    assert codes(read({"a.txt": text.encode(encoding)}, "text", encoding=encoding)) == [text]
+    assert list_codes(read({"a.txt": text.encode(encoding)}, "text", encoding=encoding)) == [text]
 
 
 def test_a_wrong_encoding_is_reported_and_can_be_detected(read) -> None:
     text = "이 문장은 옛날 부호로 쓰였습니다. 요즘은 유니코드를 씁니다. 그래도 읽을 수 있어야 합니다.\n" * 5
-    assert codes(read({"a.txt": text.encode("cp949")})) == ["utf8"]
-    assert codes(read({"a.txt": text.encode("cp949")}, "text", encoding="detect")) == [text]
+    assert list_codes(read({"a.txt": text.encode("cp949")})) == ["utf8"]
+    assert list_codes(read({"a.txt": text.encode("cp949")}, "text", encoding="detect")) == [text]
 
 
 def test_a_deeply_nested_field_is_dropped_without_its_record(read) -> None:
     deep = '{"text": "deep", "a": ' + "[" * 1200 + "]" * 1200 + ', "b": 1}'
     found = read({"a.jsonl": f'{{"text": "first"}}\n{deep}\n{{"text": "last"}}\n'})
-    assert codes(found) == ["first", "deep", "last"] and found[1].columns == {"b": 1}
+    assert list_codes(found) == ["first", "deep", "last"] and found[1].columns == {"b": 1}
 
 
 def test_json_lines_are_read_from_a_file_of_any_name(read) -> None:

@@ -40,8 +40,7 @@ def test_each_row_group_is_in_one_part(read, monkeypatch) -> None:
     ("a.parquet", parquet_bytes()[:150]), ("a.parquet", b"PAR1" * 40)])
 def test_a_truncated_file_is_reported(read, name: str, content: bytes) -> None:
     assert [one.code for one in read({name: content, "b.txt": "read"})
-            if not isinstance(one, RawDocument)] == [
-        name.partition(".")[2]]
+            if not isinstance(one, RawDocument)] == [name.partition(".")[2]]
 
 
 def test_another_column_can_hold_the_text(read) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from made_runs import made_run, sample
+from made_runs import build_sample, write_run
 
 from data_prep.synth.checks.settings import DEFAULTS, SOURCES, find_check_problems
 from tests.pages_typed import page_section
@@ -31,7 +31,7 @@ def test_the_steps_of_the_page_are_sound(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made_run(tmp_path / "work/rewritten", [[sample({"text": "half"}, "numbers")]])
+    write_run(tmp_path / "work/rewritten", [[build_sample({"text": "half"}, "numbers")]])
     exec(block("python"), {})
     assert json.loads((tmp_path / "work/rewritten/summary.json").read_text())["num_rejected"] == 1
 

@@ -14,14 +14,14 @@ from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import run_reward
 from tests.data_prep.synth.models import autoif as actor
-from tests.data_prep.synth.scripted import samples_of
+from tests.data_prep.synth.scripted import collect_samples
 from tests.typed_words import keys_of
 
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
 AUTOIF = load_generator("autoif")
 
 
-def autoif(**settings: Any) -> Any:
+def build_generator(**settings: Any) -> Any:
     """Return the generator, whose constraints need not be there."""
     return Generator(AUTOIF, AUTOIF.Settings(**settings))
 
@@ -29,13 +29,13 @@ def autoif(**settings: Any) -> Any:
 @pytest.mark.parametrize("fault", actor.FAULTS)
 def test_each_fault_is_caught_by_its_check(fault: str) -> None:
     query, model, check = actor.FAULTS[fault]
-    samples = samples_of(autoif(), actor.make_item(query), model)
+    samples = collect_samples(build_generator(), actor.make_item(query), model)
     assert {sample.reason for sample in samples} == {check}
 
 
 def test_a_row_holds_the_functions_of_the_reward() -> None:
     item = actor.make_item(actor.QUERY)
-    answer, other_answer = samples_of(autoif(system_share=1), item, actor.build_model())
+    answer, other_answer = collect_samples(build_generator(system_share=1), item, actor.build_model())
     assert (answer.reason, other_answer.reason) == ("", "")
     turns = answer.record["messages"]
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
@@ -54,7 +54,7 @@ def test_half_of_the_constraints_are_in_the_system_turn_and_half_are_plain() -> 
     num_in_system, num_plain = 0, 0
     for number in range(80):
         item = GeneratorItem(f"{number}", {"query": query, "constraint": constraint, "functions": []})
-        sample, = samples_of(autoif(num_responses=1), item, reply)
+        sample, = collect_samples(build_generator(num_responses=1), item, reply)
         first, *_ = [turn["content"] for turn in sample.record["messages"]]
         assert constraint in first  # a place inside of a query or constraint is nothing to fill in
         num_in_system += sample.notes["in_system"]
@@ -62,14 +62,14 @@ def test_half_of_the_constraints_are_in_the_system_turn_and_half_are_plain() -> 
     assert 24 <= num_in_system <= 56 and 24 <= num_plain <= 56
 
 
-def written(folder: Path, **record: object) -> Path:
+def write_constraint(folder: Path, **record: object) -> Path:
     file = folder / "constraints.jsonl"
     file.write_text(json.dumps({"prompt": "No commas.", "functions": [NO_COMMA], **record}) + "\n")
     return file
 
 
 def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path: Path) -> None:
-    generator = autoif(constraints=str(written(tmp_path, back=["Leave out commas.", 3])))
+    generator = build_generator(constraints=str(write_constraint(tmp_path, back=["Leave out commas.", 3])))
     rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i == 0} for i in range(20)]
     file = tmp_path / "queries.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3], {"prompt": "짧"}]))
@@ -86,7 +86,7 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     ({"functions": None}, "constraints.jsonl:1: functions = None"),
     ({"prompt": "a\nb"}, "prompt must be the constraint")])
 def test_malformed_constraints_are_refused(record: dict[str, object], message: str, tmp_path: Path) -> None:
-    generator = autoif(constraints=str(written(tmp_path, **record)))
+    generator = build_generator(constraints=str(write_constraint(tmp_path, **record)))
     with pytest.raises(UserError) as e:
         list(generator.read_items([]))
     assert message in str(e.value)

@@ -59,8 +59,9 @@ def reply(request: Mapping[str, Any]) -> str:
     if is_request_to_judge(request):
         return judge(request, _grade_description)
     prompt = request["messages"][-1]["content"]
-    if "different instructions" in prompt:
-        return "\n".join(["Sure:", *(f"- {text}" for text in RULES)])
+    if request_for_ideas := re.search(r"Write (\d+) different instructions", prompt):
+        num_ideas = int(request_for_ideas[1]) - 1  # the seed of the item is an instruction too
+        return "\n".join(["Sure:", *(f"- {text}" for text in list(RULES)[:num_ideas])])
     if constraint := _CONSTRAINT.search(prompt):
         return _write_function(RULES[constraint[1]], constraint[2] or "", request["seed"])
     rule = _RULE_OF_FUNCTION.search(prompt)

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.synth.samples import GeneratorItem
 from tests.data_prep.synth.models import shop_clerk, shops
-from tests.data_prep.synth.models.judge import Replies
+from tests.data_prep.synth.models.judge import Replies, is_request_to_judge
 
 World = dict[str, Any]
 
@@ -22,7 +22,7 @@ def design_world(request: Mapping[str, Any], plant_fault: Callable[[World], Worl
     """Return tables or tools of a world with a fault; a request to repair the world changes nothing."""
     messages = request["messages"]
     prompt = messages[-1]["content"]
-    if messages[0]["content"].startswith(shop_clerk.JUDGED):
+    if is_request_to_judge(request):
         return json.dumps({"reason": "by rule", "score": 2 if "Shows" in prompt else 9})
     if "You mend" in messages[0]["content"]:
         return prompt.partition("This is a world, as JSON:\n")[2].partition("\n\nIt was tried out")[0]

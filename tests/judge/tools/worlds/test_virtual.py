@@ -20,13 +20,13 @@ LIBRARY = Virtual.EXAMPLES[0]["world"]
 BORROW = {"member_id": "M1", "book_id": "B3", "due": "2026-06-30"}
 
 
-def begun(goal: Any = None, **more: Any) -> Virtual:
+def begin_task(goal: Any = None, **more: Any) -> Virtual:
     world = Virtual()
     world.reset({"question": "?", "world": LIBRARY, "goal": goal or {}, **more})
     return world
 
 
-def call(name: str, **arguments: Any) -> dict[str, Any]:
+def build_call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
@@ -40,7 +40,7 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     ("find_member", {"email": "nobody"}, "refused", "no member has this address"),
     ("fly", {}, "unknown_tool", "there is no tool 'fly'")])
 def test_a_refused_call_does_not_change_state(name: str, arguments: Any, code: str, message: str) -> None:
-    world = begun()
+    world = begin_task()
     first = world.snapshot()
     with pytest.raises(ToolFault, match=message) as fault:
         world.call(name, arguments)
@@ -56,7 +56,7 @@ def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code:
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtual, "CALL_LIMITS", replace(virtual.CALL_LIMITS, cpu_s=0.5))
     ending = 'return f"{book[\'title\']} is back"'
-    bent = edited(lambda world: world.update(code=world["code"].replace(ending, last)))
+    bent = edit_world(lambda world: world.update(code=world["code"].replace(ending, last)))
     assert bent != LIBRARY
     world = Virtual()
     world.reset({"question": "?", "world": bent, "goal": {}})
@@ -68,8 +68,8 @@ def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code:
 
 def test_new_rows_are_compared_without_their_keys_and_free_columns() -> None:
     """Two books may be lent in either order, and the desk's note is nobody's goal."""
-    both = [call("borrow_book", **BORROW), call("borrow_book", **BORROW | {"book_id": "B1"})]
-    world = begun({"calls": both})
+    both = [build_call("borrow_book", **BORROW), build_call("borrow_book", **BORROW | {"book_id": "B1"})]
+    world = begin_task({"calls": both})
     for made in reversed(both):
         world.call(made["name"], made["arguments"] | {"note": "as asked"})
     assert world.score("").reward == 1
@@ -78,7 +78,7 @@ def test_new_rows_are_compared_without_their_keys_and_free_columns() -> None:
 
 
 def test_the_same_row_twice_is_not_once() -> None:
-    world = begun({"calls": [call("borrow_book", **BORROW)]})
+    world = begin_task({"calls": [build_call("borrow_book", **BORROW)]})
     for _ in range(2):
         world.call("borrow_book", BORROW)
     assert world.score("").reward == 0
@@ -87,7 +87,7 @@ def test_the_same_row_twice_is_not_once() -> None:
 def test_a_task_may_define_its_own_tables() -> None:
     rows = {"B7": {"title": "The Old Man and the Sea", "copies": 3},
             "B2": {"title": "Four Reigns", "copies": 0}}
-    world = begun(tables={"books": rows})
+    world = begin_task(tables={"books": rows})
     assert world.call("find_books", {"title": "sea"}) == [{"id": "B7", **rows["B7"]}]
     assert world.call("find_member", {"email": "mina@example.com"})["loans"] == ["L1"]
 
@@ -98,7 +98,7 @@ def test_a_task_may_define_its_own_tables() -> None:
     ({"world": LIBRARY, "goal": {}, "tables": {"books": {"B1": {}}}}, "title: Field required"),
     ({"world": LIBRARY, "goal": {}, "tables": {"flights": {}}}, "tables must be an object of members"),
     ({"world": LIBRARY, "goal": {"answers": [1]}}, "must be a list of texts"),
-    ({"world": LIBRARY, "goal": {"calls": [call("borrow_book")]}}, r"calls\[0\] gives no result")])
+    ({"world": LIBRARY, "goal": {"calls": [build_call("borrow_book")]}}, r"calls\[0\] gives no result")])
 def test_invalid_tasks_are_refused(task: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Virtual().reset({"question": "?", **task})
@@ -119,10 +119,10 @@ def test_world_resumes_in_a_process_from_its_state() -> None:
 @pytest.mark.each("answer, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
                                           ("220.5", False), ("2200", False), ("A220", False)])
 def test_answers_match_complete_words(answer: str, counts: bool) -> None:
-    assert begun({"answers": ["220"]}).score(answer).reward == counts
+    assert begin_task({"answers": ["220"]}).score(answer).reward == counts
 
 
-def edited(edit: Callable[[Any], object]) -> Any:
+def edit_world(edit: Callable[[Any], object]) -> Any:
     world = copy.deepcopy(LIBRARY)
     edit(world)
     return world
@@ -134,7 +134,7 @@ def code(old: str, new: str) -> Callable[[Any], object]:
 
 def test_example_world_is_valid() -> None:
     assert find_world_problems(LIBRARY) == []
-    borrow = begun().tools()[2]["function"]
+    borrow = begin_task().tools()[2]["function"]
     assert borrow["description"] == "Lend a book to a member."
     assert borrow["parameters"]["required"] == ["member_id", "book_id", "due"]
     assert borrow["parameters"]["properties"]["book_id"] == {
@@ -163,7 +163,7 @@ def test_example_world_is_valid() -> None:
      lambda w: w["examples"][0].update(arguments={})),
     ("examples[0]: there is no tool 'fly'", lambda w: w["examples"][0].update(name="fly"))])
 def test_broken_rules_are_reported(message: str, edit: Callable[[Any], object]) -> None:
-    problems = find_world_problems(edited(edit))
+    problems = find_world_problems(edit_world(edit))
     assert any(message in problem for problem in problems), problems
 
 
@@ -172,15 +172,15 @@ def test_broken_rules_are_reported(message: str, edit: Callable[[Any], object]) 
 def test_no_type_of_a_world_is_evaluated_in_this_process(kind: str, tmp_path: Path) -> None:
     """Pydantic evaluates the text of a forward reference as Python."""
     kind = kind.format(f"open({str(tmp_path / 'made')!r}, chr(119)).close()".replace("'", '"'))
-    column = edited(lambda w: w["tables"]["books"]["columns"].update(x=kind))
-    for world in (column, edited(code("title: str", f"title: {kind}"))):
+    column = edit_world(lambda w: w["tables"]["books"]["columns"].update(x=kind))
+    for world in (column, edit_world(code("title: str", f"title: {kind}"))):
         assert any("is no type" in problem for problem in find_world_problems(world))
     assert not (tmp_path / "made").exists()
 
 
 def test_tool_without_a_schema_is_a_world_problem() -> None:
-    assert find_world_problems(edited(code("title: str", "title: Literal[('a',)]")))
-    assert find_world_problems(edited(lambda w: w["tables"]["books"].update(free=[["x"]])))
+    assert find_world_problems(edit_world(code("title: str", "title: Literal[('a',)]")))
+    assert find_world_problems(edit_world(lambda w: w["tables"]["books"].update(free=[["x"]])))
 
 
 @pytest.mark.each("world", [
@@ -194,5 +194,5 @@ def test_malformed_worlds_are_reported(world: Any) -> None:
 
 
 def test_all_problems_are_reported() -> None:
-    world = edited(lambda w: (w.pop("rules"), w["tables"]["books"].update(rows=[]), w["examples"].pop()))
+    world = edit_world(lambda w: (w.pop("rules"), w["tables"]["books"].update(rows=[]), w["examples"].pop()))
     assert len(find_world_problems(world)) == 3

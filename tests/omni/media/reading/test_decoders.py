@@ -121,8 +121,7 @@ def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
 @pytest.mark.each("file_format", ["WAV", "WAVEX", "RF64"])
 @pytest.mark.each("subtype", ["PCM_16", "PCM_24", "FLOAT"])
 @pytest.mark.each("share", [0.3, 0.9, 0.9999])
-def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str,
-                                                          share: float) -> None:
+def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str, share: float) -> None:
     soundfile.write(tmp_path / "a.wav", SECOND, 48_000, format=file_format, subtype=subtype)
     whole = (tmp_path / "a.wav").read_bytes()
     assert read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)[1]["duration_s"] == pytest.approx(1)
