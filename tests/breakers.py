@@ -31,7 +31,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def break_json(file: Path, rng: random.Random) -> str:
-    """Give one value of a JSON file another kind or size, or take it away."""
+    """Change type or size of one value of a JSON file, or delete it."""
     value = json.loads(file.read_text())
     places = list(leaves(value))
     if not places:
@@ -145,7 +145,7 @@ def list_files(root: Path) -> list[Path]:
 
 
 def break_a_file(places: dict[str, Path], rng: random.Random) -> str:
-    """Break one file of the inputs; returns which, and how."""
+    """Damage one file of the inputs; return the file and a description of the damage."""
     name = rng.choice(sorted(places))
     root = places[name]
     if root.is_dir() and rng.random() < 0.12:

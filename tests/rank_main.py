@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # files of jobs import modules that tests share
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-"""Program -> its module, which a part may have that is not installed."""
+"""Program -> its module; the part with the module may not be installed."""
 
 
 def import_everything() -> None:

@@ -25,15 +25,15 @@ DATA_ONLY = {"slurm"}
 HALLS = ("version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
          "plan", "engine", "checkpoint", "convert", "train", "infer", "eval", "post", "omni", "bench",
          "proof", "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
-"""What stands in `megatron_sov`, in the order of the flow: each imports only what stands before it."""
+"""Modules and packages of `megatron_sov` in the order of the flow: each imports only earlier ones."""
 LEAVES = {"omni", "bench", "proof", "serve", "operate", "publish"}
-"""Halls that only commands import: they stand on the core, and not on each other."""
+"""Halls that only commands import: they build on the core, and not on each other."""
 PROGRAMS = {"tokenizer": "judge", "data_prep": "judge"}
-"""Packages beside `megatron_sov` -> the last hall that they may import."""
+"""Top-level packages -> the last hall that they may import."""
 CODECS_IN = ("data_prep", "omni")
-"""Package, and the hall behind its last one that it imports too: media become tokens where data are made."""
+"""Packages that may also import the hall `omni`: media are encoded as tokens when data are packed."""
 LIGHT = {"publish": "plan", "operate": "engine", "api": "runs", "cli": "base"}
-"""Hall -> the last hall that it may import, where that is less than its place allows, commands left out."""
+"""Hall -> the last hall that it may import (commands excepted), where this is stricter than its position."""
 WITHOUT_PLAN = {"engine", "checkpoint", "convert", "train", "infer", "eval", "post"}
 """Halls that run models: a run does not price itself, its command does."""
 MOST_AT_THE_TOP = 12
@@ -49,8 +49,8 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "data_prep/curate": ({"sources"}, {"pipeline"}, {"quality", "dedup", "scoring"}, {"decontamination"}),
     "tokenizer": ({"bpe"}, {"formats"}, {"report"}, {"compare"}),
 }
-"""Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
-itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
+"""Folder -> its wings, from the lowest floor up: a wing imports only wings on lower floors. "" stands for the
+files in the folder itself; without "" these files are unrestricted."""
 
 TORCH_FREE = {"version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
               "omni", "plan", "operate", "publish", "commands", "cli", "api", "__init__", "tokenizer",
@@ -85,7 +85,7 @@ CUT_ANYWHERE = {
     "megatron_sov/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/recorder.py": _SYSTEM,
     "megatron_sov/sandbox/system_calls.py": _SYSTEM,
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
-"""File whose lines may be cut at any sign that ends one -> what they are."""
+"""File whose text may be split at any line separator -> kind of text."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 MAX_SOURCE_LINES = 128_580
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
@@ -109,7 +109,7 @@ ALONE = {
     "megatron_sov/operate/slurm/preflight_run.py": "imports torch; preflight reports a failing import",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
-"""File that is short, has one user, and is not merged into it -> why."""
+"""Short file with a single user that is not merged into it -> reason."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def may_import(hall: str) -> set[str]:
 
 
 def import_problems(source: Source) -> Iterator[str]:
-    """Upwards in the list only; the one door to megatron; nothing heavy where `--help` passes."""
+    """Imports lead to earlier halls only; one hall imports megatron; light halls import nothing heavy."""
     here = source.hall
     known = here in HALLS or here in PROGRAMS
     forbidden = set(HALLS) - {here} - may_import(here) if known else set()
@@ -282,8 +282,8 @@ def wing_problems(source: Source) -> Iterator[str]:
 
 
 def _wing(path: Path, folder: Path, wings: Collection[str]) -> str | None:
-    """Return the sub-folder of `folder` that contains a module, "" for a file directly in it, None
-    outside."""
+    """Return the sub-folder of `folder` that contains a module, ""
+    for a file directly in it, None outside."""
     if not path.is_relative_to(folder) or path == folder:
         return None
     first = path.relative_to(folder).parts[0]
@@ -328,8 +328,8 @@ def loading_problems(source: Source) -> Iterator[str]:
 
 
 def model_problems(source: Source) -> Iterator[str]:
-    """Only one module may load models with a library: it rejects weights that the library would initialize at
-    random."""
+    """Only one module may load models with a library: it rejects weights
+    that the library would initialize at random."""
     for node in source.nodes:
         if (source.name != "megatron_sov/model/pretrained.py" and isinstance(node, ast.Attribute)
                 and node.attr == "from_pretrained" and "Tokenizer" not in ast.unparse(node.value)):
@@ -338,8 +338,8 @@ def model_problems(source: Source) -> Iterator[str]:
 
 
 def line_problems(source: Source) -> Iterator[str]:
-    """Lines of data end with a newline and nothing else: `str.splitlines` also cuts at U+2028, at form feeds
-    and at what separates files, which texts and records hold.  What programs and errors say may be cut so."""
+    """Lines of data end with a newline only: `str.splitlines` also splits at U+2028, form feeds and record
+    separators, which texts contain. Messages and program output may be split that way."""
     for node in source.nodes:
         if (isinstance(node, ast.Attribute) and node.attr == "splitlines" and source.name not in CUT_ANYWHERE
                 and not SAID.search(ast.unparse(node.value))):
@@ -347,7 +347,7 @@ def line_problems(source: Source) -> Iterator[str]:
 
 
 def size_problems(source: Source) -> Iterator[str]:
-    """One idea per file, a function on a screen, names that say something."""
+    """One idea per file, functions of one screen, and names that describe their content."""
     num_lines = len(source.path.read_text(encoding="utf-8").splitlines())
     if num_lines > MAX_FILE_LINES:
         yield f"{source.name}: has {num_lines} lines, at most {MAX_FILE_LINES}"
@@ -420,8 +420,8 @@ def named_in_tables(found: list[Source]) -> set[str]:
 
 
 def lonely(found: list[Source]) -> list[str]:
-    """Return short files with a single importer and no entry in a table of commands or steps: they belong in
-    their user."""
+    """Return short files with a single importer and no entry in a table of
+    commands or steps: they belong in their user."""
     modules, users = map_modules(found), find_users(found)
     short = {name for name, source in modules.items() if source.path.name != "__init__.py"
              and len(source.path.read_text(encoding="utf-8").splitlines()) < MIN_LINES_OF_ONE_USER}

@@ -51,7 +51,8 @@ def test_a_program_without_a_command_imports_no_library(module: str, words: list
 @pytest.mark.essential
 @pytest.mark.parametrize("program", ENTRIES)
 def test_every_command_explains_itself_without_a_heavy_library(program: str) -> None:
-    """One interpreter for all commands: an import of one would be visible to the following ones."""
+    """One interpreter imports the options of all commands, since an
+    import stays for the following commands."""
     module = importlib.import_module(ENTRIES[program])
     heavy: tuple[str, ...] = (*HEAVY, "pydantic", "pyarrow", "scipy", "pandas", "sklearn")
     if program == "megatron-sov":  # others have constants of numpy

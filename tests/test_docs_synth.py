@@ -219,7 +219,7 @@ def test_settings_and_checks_of_the_pages_exist(section: str) -> None:
 
 FEWER = {"worlds": ["--limit", "1"], "goals": ["--set", "tasks_per_world=1", "--set", "num_solvers=1"],
          "tool-trajectories": ["--set", "conversations_per_task=1"]}
-"""What is typed behind the lines of the page, for time."""
+"""Arguments added to the page's commands, for time."""
 
 
 def reply_to_tools(request: Mapping[str, Any]) -> Any:

@@ -111,7 +111,7 @@ def test_bits_and_logits_are_those_of_transformers(family: str, ranks: Any, job:
 
 
 def recipe_model(family: str) -> ModelConfig:
-    """Return the model of the file's recipe, whose family goes by its name."""
+    """Return the model of the file's recipe, which has the name of the family."""
     name = recipes.RECIPE_PLUGINS.load(f"{load_reference(family).partition(':')[0]}:{RECIPES[family][0]}")
     model = recipes.get(name).model
     assert model.family == Path(FILES[family]).name + ":" + family.upper()

@@ -105,9 +105,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "run": (D, "run", "@raw/pipeline.yaml", "--output", "@out", "--workers", "1"),
 }
 REFUSED = {"extend": "the tokenizer has too few whole words for needles", "eval needle": "the same"}
-"""Commands that end with 2 although nothing is broken: what is broken comes first."""
+"""Commands that exit with code 2 on valid inputs; damaged inputs must be reported first."""
 WEIGHTS_READ = ("pretrain from hf", "from-hf", "verify", "generate --chat", "distill states")
-"""Commands that take nothing else from @hf than a whole model: one tensor less, and they refuse it."""
+"""Commands that read only the weights from @hf: they must refuse a missing tensor."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def cases() -> list[tuple[str, int]]:
 
 @dataclass
 class Case:
-    """One command over copies of its inputs."""
+    """A command with its own copies of the inputs."""
 
     name: str
     folder: Path
@@ -246,7 +246,7 @@ class Case:
         self.out = self.folder / "out"
 
     def run(self) -> Any:
-        """Run it, with the places of its inputs in its words."""
+        """Run the command on its copies of the inputs."""
         targets = {**{n: str(p) for n, p in self.places.items()}, "out": str(self.out)}
         for at, argument in enumerate(self.argv):
             result = re.match("@([a-z]+)(.*)", argument, re.DOTALL)

@@ -39,7 +39,7 @@ def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFac
 
 
 SECTIONS = ("A recipe", "An objective", "A policy or pair loss", "A model family", "A step over rows")
-"""Those whose commands a test here types."""
+"""Sections whose commands a test of this file runs."""
 
 
 def test_every_command_of_the_page_is_typed() -> None:
@@ -69,8 +69,8 @@ def from_wheel(site: Path, installed: Path) -> Run:
 
 @pytest.fixture
 def typed(site: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs a command of the page in a fork of a process that has imported
-    Megatron-Core."""
+    """Return a function that runs a command of the page in a fork of
+    a process that has imported Megatron-Core."""
     monkeypatch.chdir(site)
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
@@ -94,8 +94,8 @@ def done(site: Path, run: Run, section: str) -> dict[str, Any]:
 @pytest.mark.deep
 def test_a_recipe_and_a_run_whose_code_has_changed_is_not_continued(site: Path, from_wheel: Run,
                                                                     typed: Run) -> None:
-    """The refusal comes before the run is found complete, so the run of the page serves. That the installed
-    wheel trains by a file of one's own, the test of a model family shows."""
+    """The refusal comes before the check for a complete run, so the page's run suffices. The test of a model
+    family shows that the installed wheel trains with a user's file."""
     config = done(site, lambda command: (from_wheel if " plan " in command else typed)(command), "A recipe")
     assert (config["recipe"], config["train"]["steps"]) == ("my-tiny", 3)
     assert [code["reference"] for code in config["code"]] == [f"{site}/my_recipe.py:tiny"]

@@ -26,7 +26,7 @@ FEWER = {r"train\.(steps=\d+|epochs=2)": "train.steps=2", r"rollout\.rounds=\d+"
          r"train_share: 0,": "train_share: 0, samples: 1,", r"max_overlap: 0.3": "max_overlap: 1",
          r"--reward format --set 'regex=.*?'": "--reward language --set language=en",
          r"(sov-data pairs .*)": r"\g<1> --keep-unfinished"}
-"""What is written on the pages -> what is typed here, for time and a corpus of few documents."""
+"""Text of the pages -> replacement that this test runs, for time and for a small corpus."""
 GATE_FAILED = 3
 QUICK = 6
 """How many commands of a page are typed, from text to the plan: training takes long, and the way from a run

@@ -44,13 +44,14 @@ class Phase:
     """Times of setup, call or teardown of a test."""
 
     processor_s: float
-    """Of this process, its children and the shared workers that the test asked; without imports."""
+    """Processor seconds of this process, its children and the
+    shared workers that it used; without imports."""
     imports_s: float
     wall_s: float
 
 
 USED = pytest.StashKey[dict[str, Phase]]()
-"""Phase -> what it took, of a test."""
+"""Phase -> times of a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -207,8 +208,8 @@ def judge_processor_time(item: pytest.Item, report: pytest.TestReport) -> None:
 
 
 def measure_slowness() -> float:
-    """Return how much longer this core takes for a loop now than the core for which `LIMIT_S` holds; at
-    least 1."""
+    """Return how much longer this core takes for a loop now than the
+    core for which `LIMIT_S` holds; at least 1."""
     begin_s = time.process_time()
     total = 0
     for number in range(LOOP_ROUNDS):

@@ -133,7 +133,7 @@ def test_leftover_with_own_pid_is_cleared(tmp_path: Path, begun: bool) -> None:
 
 @pytest.mark.parametrize("number", ["that of a process that has ended", "this process's own"])
 def test_folder_locked_from_another_container_is_not_removed(tmp_path: Path, number: str) -> None:
-    """Here the container's process id belongs to no process, or to this one."""
+    """In this container, the process id of the lock belongs to no process, or to the test's own."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         child.wait()
     pid = os.getpid() if number == "this process's own" else child.pid
@@ -284,7 +284,7 @@ def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_manifest_detects_changed_bytes(tmp_path: Path) -> None:
-    """Any byte that is changed anywhere is noticed, also where the manifest still reads as one."""
+    """Every changed byte is detected, even if the manifest still parses."""
     file = build(tmp_path / "a") / MANIFEST
     sound = file.read_bytes()
     assert read_manifest(tmp_path / "a").sha256.encode() in sound

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks/gpu"
 SYMBOLS = json.loads(CONTRACT.read_text())[TE]["symbols"]
 QUICK = ("installation", "attention", "fp8")
-"""Parts that need no process of their own: the others start commands, or train."""
+"""Parts that start no process; the other parts run commands or train."""
 
 
 def run_first_contact(out: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -30,7 +30,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_command(line: str, python: Path, folder: Path) -> str:
-    """Run a line of the page and return its output; `serve` until it answers."""
+    """Run a command of the page and return its output; for `serve`, until the server answers."""
     words = shlex.split(line)
     program = {"pip": ["-m", "pip"], "python": [], "megatron-sov": ["-m", "megatron_sov"]}[words[0]]
     command = [str(python), *program, *words[1:]]

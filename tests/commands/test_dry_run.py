@@ -28,7 +28,7 @@ class Start:
 
     folder: Path
     data: dict[str, Path]
-    """Command -> what it learns from."""
+    """Command -> its training data."""
     starts: dict[str, Path]
     """A run, and a Hugging Face folder as strangers have it, without a manifest of ours."""
     settings: list[str]

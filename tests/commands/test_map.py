@@ -1,4 +1,4 @@
-"""`megatron-sov map`: rows keep their order, and each batch is computed once, whichever worker takes it."""
+"""`megatron-sov map`: rows keep their order, and one worker computes each batch once."""
 
 import json
 import os

@@ -225,7 +225,7 @@ PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 
 def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
-    """Return the logits of a row whose placeholders of one kind stand for records in order."""
+    """Return logits of a row in which placeholders of one kind represent records in order."""
     config = read_checkpoint_settings(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
@@ -303,7 +303,7 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
 
 NAMES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
          "as in memory": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")}
-"""Beginnings of the names of the text model, the encoder and what stands between."""
+"""Prefixes of the tensor names of the text model, the encoder and the projector."""
 
 
 @pytest.fixture(scope="module")

@@ -302,7 +302,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 FURTHER = ("a name per layer, PP2", "experts, layers stacked, EP2")
-"""Of the others one has layers stacked, and one all by name."""
+"""Two layouts of layer tensors: stacked, and one tensor per layer."""
 
 
 @pytest.mark.distributed

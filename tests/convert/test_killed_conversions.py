@@ -41,8 +41,8 @@ KILLED = f"""
         print(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         sys.stdin.readline()
 """
-"""Runs each conversion in a child of its own that dies when `kill_after` files have begun,
-and waits to be told to go on."""
+"""Run each conversion in a child process that dies after it has started `kill_after` files; the child waits
+for a signal to continue."""
 
 
 def read_content(folder: Path) -> dict[str, object]:

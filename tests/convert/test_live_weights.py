@@ -32,8 +32,8 @@ LAYOUTS = {
 }
 RECIPES = {"tiny-k-exaone": ("bf16", tuple(LAYOUTS)), "tiny-solar-open": ("fp32", ("TP2+SP",)),
            "tiny-qwen2": ("bf16", ("TP2+SP", "PP2"))}
-"""Recipe -> precision and layouts; tiny-qwen2's head is its embedding, of which each end of a
-pipeline has a copy."""
+"""Recipe -> precision and layouts. tiny-qwen2 ties its head to its
+embedding: first and last pipeline stage have a copy."""
 
 
 def bits(tensor: Any) -> str:
@@ -43,8 +43,8 @@ def bits(tensor: Any) -> str:
 
 
 def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
-    """Write a checkpoint, and return live exports: to rank 0, to all ranks, in another dtype, and stopped
-    early."""
+    """Write a checkpoint, and return live exports: to rank 0, to all
+    ranks, in another dtype, and stopped early."""
     experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
     config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
                                layout=layout)
@@ -105,7 +105,7 @@ def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
 
 TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-open", 2, {"ep": 2}, "bf16"),
             ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
-"""tiny-qwen2's head is its embedding, of which each end of a pipeline has a copy."""
+"""tiny-qwen2 ties its head to its embedding: first and last pipeline stage have a copy."""
 
 
 def import_live_weights(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:

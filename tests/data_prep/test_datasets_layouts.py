@@ -1,5 +1,5 @@
-"""Rows of every layout that TRL's and LLaMA-Factory's pages describe, as `datasets` stores them: read as the
-chat template shows them, or refused by a sentence that says what takes them."""
+"""Rows in every layout of TRL's and LLaMA-Factory's documentation, stored by `datasets`: rendered as by the
+chat template, or refused with the command that reads them."""
 
 import json
 import re
@@ -344,7 +344,7 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
 
 def test_ignored_fields_of_messages_are_reported_and_counted(
         tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They may first come behind a thousand records."""
+    """The field first occurs after a thousand records."""
     rows: Rows = [{"messages": qa(f"q{i}", f"a{i}")} for i in range(1, 9)]
     rows[4]["messages"][1] |= {"refusal": None, "annotations": [{"x": 1}]}
     for i in (5, 6):

@@ -49,7 +49,7 @@ def hashes(run: Path, step: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: Any) -> Path:
-    """A run on two processes that kept a checkpoint of every step."""
+    """Return a run on two processes that has a checkpoint of every step."""
     run = tmp_path_factory.mktemp("kept") / "run"
     result = run_command(*pretrain(run, *EP2, settings=SETTINGS))
     assert result.returncode == 0, result.stderr

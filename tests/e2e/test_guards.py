@@ -1,4 +1,4 @@
-"""Injected faults: the run's reaction, and an end equal to that of a run without the same samples."""
+"""Injected faults: the reaction of the run, and the same final bits as a run that skips the same samples."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Functions that run inside ranks: training steps on rows with images and audio, as numbers and
-checkpoints."""
+"""Functions that run inside ranks: training steps on rows with
+images and audio, as numbers and checkpoints."""
 
 import hashlib
 import json
@@ -163,8 +163,8 @@ def continued(settings: list[str], run: str) -> dict[str, Any]:
 
 
 def started(plain: str, encoder: str) -> dict[str, list[str]]:
-    """Start from a checkpoint without encoders, with a picture encoder of a folder; return which tensors are
-    the checkpoint's, which the folder's, and which neither's.
+    """Start from a checkpoint without encoders, with a picture encoder from a folder; return the tensors of
+    the checkpoint, of the folder, and of neither.
 
     PLAIN is the checkpoint, which is written first.
     """

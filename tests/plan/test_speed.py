@@ -1,4 +1,5 @@
-"""Step times: by hand where one resource is the bound, and their change with each setting."""
+"""Step times: equal to hand calculations where one resource is the
+limit, and their change with each setting."""
 
 from dataclasses import replace
 
@@ -365,8 +366,8 @@ def test_context_parallelism_sends_keys_and_values_around_a_ring() -> None:
 
 
 def test_sliding_window_layers_send_only_the_ends_of_chunks() -> None:
-    """Each of 4 processes has two chunks of 256 tokens and sends the last 127 of each; three of four layers
-    slide."""
+    """Each of 4 processes has two chunks of 256 tokens and sends the
+    last 127 of each; three of four layers slide."""
     windowed = replace(DENSE, window=128, global_every=4)
     token = 2 * 1024 * 2
     assert count_sent_bytes(build_step(windowed, cp=4, global_batch_size=2))["cp"] == pytest.approx(

@@ -36,7 +36,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
 STEPS = 2
 ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.knowledge_coeff=0",
               "policy.kl=none", "model.mtp_loss_coeff=0", "model.seq_aux_loss_coeff=0"]
-"""Nothing is left to learn, which must not end the run."""
+"""A step without anything to learn must not end the run."""
 
 
 class Rollouts:
@@ -98,8 +98,8 @@ def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
 
 
 def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
-    """Train; return losses, meters and gradient norm of each step, preceded by the first step computed with
-    `_written_out`."""
+    """Train; return losses, meters and gradient norm of each step, preceded
+    by the first step computed with `_written_out`."""
     trainer, results = _trainer(settings, run), []
     if write_out:
         collect = trainer.objective.collect

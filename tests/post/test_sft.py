@@ -24,7 +24,7 @@ from tests.head_config import Logits, head_config
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
 VOCAB, ROW = 13, 24
 CHATS = ("PPRRRPPRRRRRRPR", "PRPRR", "PPP", "RRR", "PPPRRRRRRRRRRRR", "PRRPPRPRRR")
-"""Types of the labels of conversations: prompt, response; one of which nothing is learned."""
+"""Label types of conversations: prompt and response; one conversation has nothing to learn."""
 ROWS = ((0, 1), (2, 3), (4,), (5, 1))
 
 

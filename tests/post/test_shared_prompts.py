@@ -30,7 +30,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             "train.micro_batch_size=4"]
 STEPS, GROUP, KEPT = 2, 20, "kept"
 SPANS = [(0, 0, 9), (9, 14, 20), (20, 25, 27), (27, 27, 31), (31, 36, 42)]
-"""Documents of a row of 42 tokens, of which the second, third and last begin as the first does."""
+"""Documents of a row of 42 tokens; the second, third and last have the prompt of the first."""
 CASES = [(window, block) for window in (0, 3, 7, 64) for block in (1024, 2)]
 
 
@@ -67,8 +67,8 @@ class Groups:
 
 
 def curve(shares: bool, run: str) -> list[dict[str, Any]]:
-    """Train; return each step's losses, meters, gradient norm, loads of experts, and the share of tokens that
-    were computed."""
+    """Train; return each step's losses, meters, gradient norm, loads of
+    experts, and the share of tokens that were computed."""
     config = small_config("tiny-solar-open", [*SETTINGS, f"policy.share_prompts={str(shares).lower()}"], [],
                           "policy")
     made: Any = Groups(60)

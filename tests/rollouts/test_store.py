@@ -250,7 +250,7 @@ def _at_once(work: Callable[..., None], started: Any, *arguments: Any) -> None:
 
 
 def publish(number: int, path: Path) -> None:
-    """Make the store, and publish each of some parts as a row of one's own."""
+    """Create the store, and publish each of several parts with a row of this process."""
     store = RolloutStore.create(path, "sha256:ab", 100)
     for piece in range(6):
         try:

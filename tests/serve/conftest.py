@@ -30,13 +30,14 @@ class Served:
     thread: threading.Thread
     """In which the command runs."""
     ended: list[Any] = field(default_factory=list)
-    """How it ended, once it has."""
+    """Exit code of the server, after it has ended."""
 
 
 @pytest.fixture(scope="session")
 def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
             ) -> Callable[..., AbstractContextManager[Served]]:
-    """Return `serving(target, *options)`, within which a server answers; it must end well."""
+    """Return `serving(target, *options)`, a context with a running
+    server; the server must end without error."""
 
     @contextlib.contextmanager
     def served(target: Path, *options: str) -> Iterator[Served]:

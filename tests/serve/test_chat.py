@@ -30,7 +30,7 @@ TYPED = list_commands(PAGE)
 
 
 def reply(request: Any) -> dict[str, Any]:
-    """Return an answer that says how many questions there are, with thoughts; or a cut one."""
+    """Return an answer with the number of questions so far, with thoughts; or a truncated answer."""
     questions = [m["content"] for m in request["messages"] if m["role"] == "user"]
     return {"content": f"{len(questions)} asked, last {questions[-1]}", "reasoning_content": "I count them.",
             "finish_reason": "length" if questions[-1] == "long" else "stop"}

@@ -26,7 +26,7 @@ WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 50}}
 PAGE = (ROOT / "docs/serve.md").read_text()
 TYPED = [shlex.split(line)[3:] for line in list_commands(PAGE) if " serve my-checkpoint " in line]
-"""Options behind the target, of each command that starts a server; test_processes.py types the second."""
+"""Options after the target, for each command that starts a server; test_processes.py runs the second."""
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 
 

@@ -110,7 +110,7 @@ EVERY_STEP = ("observe", "poll", "record", "expert load", "sync")
 
 
 def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = None) -> tuple[bool, list[str]]:
-    """Return the actions of `train`, without those of every step."""
+    """Return the actions of `train`, without the actions of every step."""
     trainer.stop_after = stop_after
     complete = train(trainer, SimpleNamespace(reason="SIGTERM"), until)  # type: ignore[arg-type]
     return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]

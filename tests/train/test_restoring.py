@@ -89,8 +89,8 @@ def test_no_checkpoint_is_loaded_if_all_are_damaged(run: RunFolder, alone: Any) 
 
 
 def synced(run: str) -> dict[str, Any]:
-    """Runs inside ranks: take a checkpoint, and go on with steps that do nothing;
-    only rank 1 is asked to stop."""
+    """Inside ranks: save a checkpoint, and continue with empty
+    steps; only rank 1 receives the stop request."""
     config, model = tiny_model("tiny-solar-open", "model.num_layers=1")
     folder, optimizer = RunFolder(Path(run)), Optimizer(model, config.optim)
     parts = {name: Memory(name) for name in ("order", "guard")}

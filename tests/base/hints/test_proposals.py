@@ -1,4 +1,4 @@
-"""Command lines with several faults: the message names all of them, and the proposed line has none."""
+"""Command lines with several faults: the message names every fault, and the proposed line has no fault."""
 
 import json
 from collections.abc import Callable

@@ -22,7 +22,7 @@ class DrivenPage:
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._loop, self._socket, self._number = loop, socket, 0
         self.console: list[str] = []
-        """What went wrong in it: exceptions, and what its policy refused."""
+        """Exceptions in the page, and violations of its content security policy."""
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._loop.run_until_complete(self._sent(method, parameters))

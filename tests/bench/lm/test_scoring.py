@@ -37,7 +37,8 @@ class Scripted(EvaluatedLM):
 
 def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any],
           cluster_field: str = "") -> tuple[TaskScores, list[ResultItem], list[str]]:
-    """Score items whose answers are their questions; `aggregate` makes the figure of their values."""
+    """Score items whose answers equal their questions; `aggregate`
+    computes the figure from the item values."""
     rows = [{"q": str(v), "page": i // 2} for i, v in enumerate(values)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "t.yaml").write_text(

@@ -29,7 +29,7 @@ class Case:
     wrong: str = ""
     """Another one."""
     unreadable: str = "I would rather not say."
-    """One without any answer in the form that is asked for."""
+    """A response without an answer in the requested form."""
     asked: str = ""
     """What the prompt has to hold."""
 
@@ -91,7 +91,7 @@ LCB = {
 
 
 def written_out() -> Iterator[tuple[str, Case]]:
-    """Yield (name, case) for each name of a case; NAME in the file stands for it."""
+    """Yield (name, case) for each name of a case, with NAME in the file replaced by the name."""
     result = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for case in result:
         for name in case["names"]:

@@ -25,7 +25,7 @@ STARTED = {"recipe": "tiny-solar-open", "num_ranks": 2, "num_steps": 40}
 
 
 def write_run(path: Path, *events: tuple[float, str, dict[str, Any]], settings: tuple[str, ...] = ()) -> Path:
-    """Write a run folder whose events happened so many seconds before NOW_S."""
+    """Write a run folder with events, given as (seconds before NOW_S, name, fields)."""
     path.mkdir(parents=True)
     config = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=40", *settings])
     (path / "config.json").write_text(json.dumps(config.to_dict()))

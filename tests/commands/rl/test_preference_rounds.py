@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --set policy.method=preference`: rounds of generated pairs and groups, compared with
-transformers."""
+"""`megatron-sov rl run --set policy.method=preference`: rounds of
+generated pairs and groups, compared with transformers."""
 
 import math
 from collections.abc import Callable
@@ -80,8 +80,8 @@ def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], 
 
 def read_judged_responses(store: Path, version: str,
                           number: int) -> list[list[tuple[list[int], float, bool]]]:
-    """Return the responses to each prompt of a round, by their samples: tokens with the prompt's, reward, and
-    whether it ended."""
+    """Return, for each prompt of a round, its samples as (prompt and
+    response tokens, reward, whether it ended)."""
     opened = RolloutStore.open(store)
     groups: dict[str, list[tuple[int, tuple[list[int], float, bool]]]] = {}
     for part in opened.parts(number):

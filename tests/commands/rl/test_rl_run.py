@@ -89,7 +89,8 @@ def validation_options(folder: Path) -> list[str]:
 
 @contextmanager
 def kill_claim_holder(claim: Path) -> Iterator[list[int]]:
-    """Send SIGKILL to the process that a claim file names, as soon as it exists; yield a list of its id."""
+    """Send SIGKILL to the process named in a claim file as soon as
+    the file exists; yield a list with its id."""
     killed_pids: list[int] = []
 
     def watch() -> None:

@@ -49,7 +49,8 @@ def server() -> Iterator[VllmDouble]:
 
 @pytest.fixture(scope="module")
 def command(folder: Path, teacher: Path, tiny: list[str], server: VllmDouble) -> Command:
-    """Return `command(run, *more)`: the start is a checkpoint, the one before it the teacher of domain a."""
+    """Return `command(run, *more)`: the run starts from a checkpoint;
+    the checkpoint before it teaches domain a."""
     def command(run: str, *more: str) -> list[str]:
         return ["rl", "run", "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from",

@@ -45,7 +45,7 @@ class Rounds:
         return RolloutStore.create(self.folder / name, tokenizer_digest(self.text / "tokenizer"), 368)
 
     def store(self, name: str, numbers: range) -> Path:
-        """Write rounds into a store, which is made where it is not there."""
+        """Write rounds into a store; create the store if it does not exist."""
         store = self.new_store(name)
         for number in numbers:
             self.write(store, read_prompts(self.folder / "prompts.jsonl"), ROLLOUT, number,

@@ -45,8 +45,8 @@ def models(tmp_path: Path, hf_models: dict[str, Path], monkeypatch: pytest.Monke
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[str]:
-    """Checkpoints that were asked, one by one; each command runs in this process, and only the engine is
-    a double, which writes the planted answers."""
+    """List of probed checkpoints. Commands run in this process with a
+    double of the engine, which writes planted answers."""
     names: list[str] = []
     encode = Tokenizer.from_file(str(hf_models["solar_open"] / "tokenizer.json")).encode
 

@@ -1,4 +1,4 @@
-"""`megatron-sov pretrain`: every mistake is one message and exit code 2, and leaves nothing behind."""
+"""`megatron-sov pretrain`: every mistake is one message and exit code 2, and writes no file."""
 
 import json
 from pathlib import Path

@@ -54,7 +54,7 @@ READ_WITHOUT_EFFECT = {
     "data.over_long": "passed on to the order, which cuts conversations by it",
     "train.epochs": "the warning of many epochs allows as many as are asked for",
 }
-"""Setting that a stage reads where it is declared not to act -> why that changes nothing."""
+"""Setting that a stage reads although its `ACTS_WHEN` is false -> reason why the value has no effect."""
 NEVER_READ = {
     "guards.*": "alarms need 20 steps, verdicts a fault",
     "needle.*_weight": "read once a needle document is drawn",
@@ -90,7 +90,7 @@ def iter_setting_groups(cls: type = RunConfig, prefix: str = "") -> Iterator[tup
 
 @contextmanager
 def recorded_reads() -> Iterator[dict[str, set[str]]]:
-    """Record which functions read which settings, those that check, copy or write settings left out."""
+    """Record which functions read which settings, except functions that check, copy or write settings."""
     reads: dict[str, set[str]] = defaultdict(set)
 
     def recorder(prefix: str, names: frozenset[str]) -> Any:

@@ -1,4 +1,4 @@
-"""The step `code` of a pipeline: a function of one's own changes documents or drops them."""
+"""Step `code` of a pipeline: a user's function changes or drops documents."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`sov-data decontaminate`: what is refused; what it does is typed from the page in test_docs_data."""
+"""`sov-data decontaminate`: refused command lines. test_docs_data.py runs the commands of the page."""
 
 import gzip
 import json

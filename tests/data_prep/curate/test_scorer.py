@@ -1,4 +1,4 @@
-"""`sov-data scorer`: what it prints, and ten wrong ways to call it."""
+"""`sov-data scorer`: printed results, and refused command lines."""
 
 import json
 from pathlib import Path

@@ -188,7 +188,7 @@ memory: 16G
 
 @pytest.fixture
 def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What is submitted: the work and its number of tasks, what it waits for, and the folder of its logs."""
+    """Return the submitted work: function, number of tasks, dependency, and folder of logs."""
     found: list[tuple[Any, ...]] = []
 
     def submit(script: Path, *, after: list[str]) -> str:

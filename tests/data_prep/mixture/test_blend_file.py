@@ -36,7 +36,7 @@ def by(blend: Blend, tag: str) -> dict[str, float]:
 
 
 def test_solar_blend_equals_published_table() -> None:
-    """Published: tokens of each kind, and of each phase its tokens, its part of Korean and of synthetic."""
+    """Published figures: tokens of each kind; tokens of each phase with its Korean and synthetic parts."""
     blend = read_blend(find_blend("solar-open"))
     kinds = by(blend, "kind")
     assert {kind: round(t, 0 if kind == "en" else 1) for kind, t in kinds.items()} == {

@@ -116,7 +116,7 @@ def test_scored_lines_become_groups_and_pairs(tmp_path: Path, capsys) -> None:
 
 
 def test_equal_texts_with_two_rewards_give_no_pair(tmp_path: Path) -> None:
-    """As two rows of tokens may stand for one text, and be judged by their number."""
+    """Two different token sequences may decode to the same text, and have different rewards."""
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, [
         line("a", "x", 1), line("a", "x", 0), line("b", "x", 1), line("b", "y", 0)])))
     assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 0

@@ -94,7 +94,7 @@ def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str]
 
 
 def change_index(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
-    """Return a copy of a pair with other bytes in its index."""
+    """Return a copy of a pair with changed bytes in its index file."""
     whole = bytearray(Path(f"{pair}.idx").read_bytes())
     whole[at:at + len(raw)] = raw
     Path(f"{folder}/bad.idx").write_bytes(whole)

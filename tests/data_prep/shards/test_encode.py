@@ -189,8 +189,8 @@ def test_foreign_tokenizer_is_rejected_with_import_command( given: str, imported
 
 
 def test_prompt_and_completion_equal_trl(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
-    """As TRL prepares such rows: the ids of both rendered, of which those behind the prompt's, rendered with
-    the beginning of an answer, are learned; here a turn's end is the last that is."""
+    """Reference as in TRL: render prompt and full chat, and learn the ids after the rendered prompt with its
+    generation prefix; here the last learned token is the end of the turn."""
     loaded = AutoTokenizer.from_pretrained(folder)
     first = [{"role": "user", "content": "2+2?"}]
     turns = [*first, {"role": "assistant", "content": "4"}, {"role": "user", "content": "안녕"}]

@@ -115,8 +115,7 @@ def test_mix_rejects_contradicting_parts(parts: tuple[Path, Path], tokenizers: d
 
 def test_mix_rejects_heldout_documents_in_training(tokenizers: dict[str, Path], tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
-    """The shared document is the one of smallest hash in one source, which gives it up,
-    and not in the other."""
+    """The shared document has the smallest hash in one source, which loses it, but not in the other."""
     texts = sorted((f"document {i} of many" for i in range(60)),
                    key=lambda text: hash_document(Document("", text)))
     shared, contents = texts[20], {"one": texts[20:40], "other": [texts[20], *texts[:10]]}

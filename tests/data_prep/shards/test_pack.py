@@ -227,7 +227,7 @@ def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: 
 
 def test_tiny_source_keeps_a_training_document(tokenizers: dict[str, Path], tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
-    """Behind hours of work on others a source of one document is no reason to end with nothing."""
+    """A source with a single document must not fail a run that has packed other sources for hours."""
     (tmp_path / "one.jsonl").write_text('{"text": "almost surely held out", "part": "c"}')
     rows = [{"text": f"number {i}", "part": "a" if i < 3 else "b"} for i in range(4)]
     (tmp_path / "parts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -259,7 +259,7 @@ def stops_after_one(*arguments):
 pack_run.encode_units = stops_after_one
 main(sys.argv[1:])
 """
-"""`sov-data ARGUMENTS`, which waits for ever behind its first unit; its workers finish what they have."""
+"""Start `sov-data ARGUMENTS`, which blocks after its first unit; its workers finish their units."""
 
 
 def start_packing(tokenizer: Path, text: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
@@ -409,7 +409,8 @@ def test_lines_become_documents_and_single_document_warns( tokenizers: dict[str,
     ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
     ("model", "model/tokenizer", "model-tokenizer")])
 def test_the_import_of_a_tokenizer_is_proposed(tmp_path: Path, typed: str, source: str, output: str) -> None:
-    """A file beside tokenizer.json stands for its folder; the output is named after the typed folder."""
+    """tokenizer.json and a file next to it identify the same folder; the
+    output is named after the folder on the command line."""
     for file in ("hf/tokenizer.json", "hf/config.json", "model/tokenizer/tokenizer.json"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")

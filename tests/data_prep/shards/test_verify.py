@@ -35,8 +35,8 @@ def sound(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def rehash(data: Path) -> None:
-    """Make the manifest's hashes fit the files, so that only the checks behind the
-    hashes can see a change."""
+    """Update the manifest's hashes to the changed files, so that only the
+    checks after the hashes can find the change."""
     raw = json.loads((data / "manifest.json").read_text())
     raw["files"] = {name: FileRecord.of(data / name) for name in raw["files"]}
     (data / "manifest.json").write_text(format_json(raw | {"sha256": ""}))

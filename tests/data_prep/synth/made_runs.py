@@ -1,4 +1,4 @@
-"""Folders as a run of `sov-data synth` leaves them, made of samples of one's own."""
+"""Write the output folder of a `sov-data synth` run with given samples."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ OTHER = ("In winter the potter fires her kiln with birch, since oak burns too sl
 
 
 def build_sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str, Any]:
-    """Return a sample as candidates hold it; `failed`: the check of its generator that it does not pass."""
+    """Return a sample as a run stores it. `failed` names the generator's check that it fails, if any."""
     verdicts = [{"check": failed or "grounded", "passed": not failed, "detail": "as the generator saw it"}]
     return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "", **more}
 

@@ -1,4 +1,4 @@
-"""Problems whose pass rates follow from their form, in English and Korean, and the files of measurements."""
+"""Problems whose pass rates follow from their form (English and Korean), and files of measured pass rates."""
 
 import json
 import math

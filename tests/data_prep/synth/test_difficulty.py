@@ -1,4 +1,4 @@
-"""`sov-data difficulty`: labels of several configurations, a scorer of them, and graded rows."""
+"""`sov-data difficulty`: labels from several models, a scorer trained on the labels, and graded rows."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import read_manifest
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with labels of 400 problems and a scorer of them."""
+    """Return a folder with labels of 400 problems, and a scorer trained on the labels."""
     folder = tmp_path_factory.mktemp("difficulty")
     words, _ = write_measurements(folder, 400, num_pairs=300)
     assert main(["difficulty", "label", *words, "--output", str(folder / "labels")]) == 0
@@ -41,7 +41,7 @@ def test_labels_are_mean_pass_rates_and_record_agreement(made: Path) -> None:
 
 
 def test_predicted_pass_rates_of_new_problems_are_accurate_in_both_languages(made: Path) -> None:
-    """Beside the truth by which the measurements were drawn, on problems of another seed."""
+    """Compare with the pass rates from which the measurements were drawn, on problems of another seed."""
     scorer = load_scorer(made / "model")
     rng = random.Random(99)
     drawn = [draw_problem(rng) for _ in range(300)]

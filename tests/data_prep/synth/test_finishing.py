@@ -1,5 +1,5 @@
-"""What becomes of samples: each is kept or rejected with its reason, and every later command takes those that
-are kept."""
+"""End of a `sov-data synth` run: accepted and rejected samples with reasons,
+the manifest, and commands that read the output."""
 
 import json
 import shutil
@@ -41,7 +41,8 @@ def write_steps(folder: Path, kind: str, *languages: str) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of texts, of which each is rejected for a reason of its own but the first."""
+    """Return a finished run of texts: the first is accepted, each
+    other one is rejected for a different reason."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "notes.jsonl").write_text(json.dumps({"text": OTHER}) + "\n")
     (folder / "benchmark.jsonl").write_text(json.dumps({"id": "q7", "question": LEAKED}) + "\n")

@@ -1,4 +1,5 @@
-"""Generators of your own: how the steps of a file run, and what is refused before anything is asked."""
+"""User-defined generators in YAML: execution of their steps, and
+mistakes that are refused before any request."""
 
 import json
 import re

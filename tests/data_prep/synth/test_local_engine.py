@@ -1,4 +1,4 @@
-"""A folder as the engine: its server is a child with a key of its own, and ends with the run."""
+"""A model folder as `--engine`: a child process serves it with its own key, and ends with the run."""
 
 import os
 import sys

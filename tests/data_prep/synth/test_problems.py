@@ -1,4 +1,4 @@
-"""Problems and final answers are read and compared."""
+"""Problem records and their reference answers: parsing, and comparison of answers."""
 
 import json
 from pathlib import Path

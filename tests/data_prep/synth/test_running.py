@@ -1,4 +1,4 @@
-"""Runs of `sov-data synth` against a scripted endpoint: what ends them, and that they go on behind it."""
+"""Runs of `sov-data synth` against a scripted endpoint: failures, exit codes, and resuming."""
 
 import contextlib
 import json

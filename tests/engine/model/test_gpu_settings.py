@@ -133,7 +133,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.pad_buckets": (["gpu.pad_buckets=on"], {"pad_buckets_for_high_nccl_busbw": True}),
     "gpu.nccl_user_buffers": (["gpu.nccl_user_buffers=on"], {"nccl_ub": True}),
 }
-"""Setting -> a change of it, and the resulting library fields."""
+"""Setting -> a changed value, and the resulting fields of the library's config."""
 
 
 def config_with(changes: list[str]) -> RunConfig:

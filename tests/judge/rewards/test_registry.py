@@ -258,7 +258,7 @@ def test_imported_modules_change_the_version(monkeypatch: pytest.MonkeyPatch) ->
 def test_settings_from_a_constructor() -> None:
     class Plain:
         def __init__(self, *, low: float = 0.5, high: float = 1.0) -> None:
-            """Nothing is kept."""
+            """Set no attributes."""
 
     assert collect_settings(Plain(), {"low": 0.25}) == {"low": 0.25, "high": 1.0}
 

@@ -50,7 +50,7 @@ def test_solar_open_2_has_exactly_the_parameters_of_its_card() -> None:
 
 
 ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
-"""Architecture -> a recipe that has it: stages of one model share theirs."""
+"""Architecture -> one recipe of it; the stages of a model share their architecture."""
 
 
 @pytest.mark.tier1_cases(6)

@@ -14,7 +14,7 @@ RUNS = [name for name in names() if get(name).objective.name == "policy"]
 LACKING = {"k-exaone-236b-rl": ("policy.clip_high=1.7",),
            **dict.fromkeys((f"vibethinker-1.5b-{stage}" for stage in ("math-16k", "math-32k", "code")),
                            ("policy.clip_low=0.2", "policy.clip_high=0.2", "policy.mgpo_lambda=1"))}
-"""Recipe -> what was not published of it, so that a run has to set it; the values mean nothing."""
+"""Recipe -> unpublished settings, which a run must set; the test's values are arbitrary."""
 
 
 @pytest.mark.each("name", RUNS)

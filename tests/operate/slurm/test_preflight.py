@@ -1,4 +1,4 @@
-"""The check of every node before a job: what makes a node sick, and one real check by two ranks."""
+"""The node check before a job: criteria of a sick node, and one real check by two ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The scripts in slurm/scripts: the chains they submit, their acceptance by a real Slurm, and a real
-`sbatch` run."""
+"""The scripts in slurm/scripts: the chains they submit, their
+acceptance by a real Slurm, and a real `sbatch` run."""
 
 import json
 import os
@@ -223,7 +223,7 @@ EXTRA_ARGUMENTS = {
     "benchmarks": ("--limit", "1")}
 EXTRA_ARGUMENTS |= {"pair-tokens": EXTRA_ARGUMENTS["group-tokens"], "prefer-rounds": (
     *EXTRA_ARGUMENTS["rl-run"], *format_settings("policy.keep_unfinished=true"))}
-"""Stage -> arguments added to its script's command, which make it take seconds."""
+"""Stage -> arguments added to its script's command, which reduce its time to seconds."""
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""Job scripts: arguments reach the program unchanged, and a real Slurm accepts every template with every
-profile."""
+"""Job scripts: arguments reach the program unchanged, and a real
+Slurm accepts every template with every profile."""
 
 import dataclasses
 import itertools
@@ -70,7 +70,7 @@ def test_every_stage_has_a_template_and_is_on_the_page() -> None:
 EACH: tuple[tuple[str, dict[str, Any]], ...] = (
     *((stage, {}) for stage in STAGES), ("data", {"array": 2}), ("rl-generate", {"array": 2}),
     ("pretrain", {"nodes": 4, "min_nodes": 1}))
-"""Stage and what is asked for."""
+"""Stage and its command line."""
 WHOLE = ("h100", "local")
 """Profiles with which every template is tried: with and without GPUs and an account."""
 

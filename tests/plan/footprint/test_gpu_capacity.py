@@ -69,7 +69,7 @@ def test_nearest_layout_keeps_or_replaces_an_uneven_pipeline() -> None:
 
 @pytest.mark.parametrize("recipe", list(RECOMMENDED))
 def test_every_recommended_layout_is_valid_and_fits(recipe: str) -> None:
-    """At both sizes for large recipes, on one and on eight nodes for the others."""
+    """Large recipes are tested at both sizes; other recipes on one and on eight nodes."""
     config = recipes.get(recipe)
     for gpu in RECOMMENDED[recipe]:
         for num_ranks in SIZES if recipe in BIG else (8, 64):
@@ -149,8 +149,8 @@ def get_stage_kind(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
 
 
 def built(big: bool, every: bool) -> list[list[Any]]:
-    """Build stages of these runs, or of small ones, on meta tensors as one rank after another, and return
-    their sizes."""
+    """Build stages of these runs, or of small ones, on meta tensors as
+    one rank after another, and return their sizes."""
     from tests.meta_memory import count_stage_parameters
 
     return [[dataclasses.asdict(count_stage_parameters(run, num_ranks, stage)) for num_ranks, stage in places]

@@ -28,7 +28,8 @@ KINDS = {
                     "distillation.keep_remainder=false"],
 }
 FOLDERS = {"whole": ("whole",), "two": ("first", "second")}
-"""Of kinds -> what is kept of the teachers, where it is not the most probable tokens of one in `top`."""
+"""Objective kind -> stored teacher outputs, if these are other than the
+most probable tokens of one teacher in `top`."""
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
             "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
 FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
@@ -36,7 +37,7 @@ FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
 
 
 def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tuple[Any, Any, list[Any]]:
-    """Return a trainer, its teacher, and its sources."""
+    """Return a trainer, its teacher, and its data sources."""
     config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind], *settings], data, "distill")
     place = world.join_world(config.parallel)
     config.check(place.size)

@@ -1,5 +1,5 @@
-"""The generating job with a counting engine: no response is lost or written twice, and every token has its
-policy."""
+"""The generating job with a counting engine: no response is lost or
+written twice, and every token has its policy."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, pie
 
 
 class CountingEngine:
-    """An engine that counts up from a prompt's last token, one token per second, to an end that the prompt
-    decides; its log-probabilities encode its weights."""
+    """An engine that counts up from the prompt's last token, one token per second, until an end that depends
+    on the prompt; log-probabilities encode its weights."""
 
     def __init__(self) -> None:
         self.now_s, self.step, self.streams = 0.0, 0, [0]
@@ -247,7 +247,7 @@ def test_further_prompts_are_generated_until_the_round_is_trained(tmp_path: Path
 
 
 class HangingEngine(CountingEngine):
-    """Produces no token for one prompt, and counts its passes by their content."""
+    """Produces no token for one prompt, and counts forward passes by their content."""
 
     def __init__(self, silent_prompt: int) -> None:
         super().__init__()

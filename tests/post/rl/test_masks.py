@@ -1,4 +1,4 @@
-"""Tool results are no labels: a round of episodes from the store to packed rows."""
+"""Tool results are not labels: a round of episodes from the store to packed rows."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ Judged = tuple[Rollout, float]
 
 
 def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list[list[Judged]]:
-    """Write a round of episodes with some tokens of others (tool results); return its groups."""
+    """Write a round of episodes with some tokens from tools; return its groups."""
     groups = []
     for piece in split_into_pieces(select_round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
         rows = []
@@ -54,7 +54,7 @@ def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list
 
 
 def learned(groups: list[list[Judged]]) -> list[Judged]:
-    """Return rows and advantages by the formulas of DAPO, as its paper has them."""
+    """Return rows and advantages by the formulas of the DAPO paper."""
     found = []
     for group in groups:
         rewards = np.array([reward for _, reward in group])

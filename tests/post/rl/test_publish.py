@@ -230,7 +230,7 @@ LEARNING = [
 @pytest.mark.parametrize(("asked", "groups"), LEARNING)
 def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[str, int],
                                            publisher: Publisher, write_round: Any) -> None:
-    """The report said "groups that learn 100 %" of 64 right responses of 64."""
+    """Regression: the report said "groups that learn 100 %" for 64 correct responses of 64."""
     publisher.config = build_config(**{"overlong_buffer_tokens": 0, **asked})
     store = write(publisher, write_round, judge=False)
     ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]

@@ -80,7 +80,7 @@ def log_stage(folder: Path, objective: str, *events: dict[str, Any], **start: An
 
 
 def build_evaluation(step: int, **bits: float) -> dict[str, Any]:
-    """Return an evaluation whose sources have as many bytes as their tokens; one named "chat" has turns."""
+    """Return an evaluation whose sources have as many bytes as tokens; the source "chat" has turns."""
     return {"event": "eval", "step": step, "heldout": {
         name: {"loss": value * math.log(2), "bits_per_byte": value, "tokens": 100,
                **({"turns": {"first": {"loss": value, "tokens": 9}}} if name == "chat" else {})}

@@ -109,7 +109,7 @@ def test_unscored_and_damaged_rounds_are_shown(tmp_path: Path) -> None:
 
 
 def names(*paths: Path) -> tuple[list[str], list[str]]:
-    """Return the runs of one model, and those of others."""
+    """Return the runs of one model, and the runs of other models."""
     own, others = split_by_model([read_run(path) for path in paths])
     return [run.name for run in own], [run.name for run in others]
 

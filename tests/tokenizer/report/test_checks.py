@@ -97,8 +97,8 @@ HANGUL = [("ì", "ķ"), ("ìķ", "Ī")]  # EC 95 88: 안
 @pytest.mark.deep
 def test_a_sound_tokenizer_passes(build: Build, heldout: dict[str, Path],
                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every twelfth block stands for all of Unicode, in all planes and with Hangul among them; that the
-    blocks leave out nothing is proven by another test."""
+    """Every twelfth block of Unicode, so that all planes and Hangul are covered; another test proves that the
+    blocks are complete."""
     every = scalars_module._iter_blocks
     monkeypatch.setattr(scalars_module, "_iter_blocks", lambda end: islice(every(end), 0, None, 12))
     opened = open_tokenizer(build(pairs=[*PAIRS, *HANGUL]))

@@ -1,4 +1,4 @@
-"""All guards together: each checks the steps at which it is due."""
+"""All guards: each checks the steps at which it is due."""
 
 import json
 import subprocess

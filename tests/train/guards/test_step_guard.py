@@ -19,12 +19,12 @@ LEDGER = Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(60, "b", 64
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process; the sum over all is its own."""
+    """Replace sums over processes by the values of this process."""
     monkeypatch.setattr(step_guard.collectives, "all_reduce_world", lambda values: values)
 
 
 def reference(losses: list[float], norms: list[float], window: int, sigma: float) -> bool:
-    """OLMo-core's rule, one-sided, in torch: the newest values against those before."""
+    """OLMo-core's one-sided rule in torch: compare the newest values with the values before."""
     if len(losses) < max(20, window // 2) + 1:
         return True
     return all(bool(v[-1] <= v[:-1].mean() + sigma * v[:-1].std()) for v in (

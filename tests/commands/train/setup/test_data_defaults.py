@@ -128,7 +128,7 @@ LENGTHS = ("rollout.max_prompt_tokens=64", "rollout.max_new_tokens=64", "rollout
     (("policy.share_prompts=false",), 256, 1, 1), (("model.num_mtp_layers=1",), 256, 1, 1)])
 def test_rows_of_rounds_follow_from_lengths_and_responses(settings: tuple[str, ...], row: int, rows: int,
                                                           batch: int) -> None:
-    """A micro-batch holds the responses to one prompt at their longest, which share it then."""
+    """Responses share their prompt, so a micro-batch has room for the longest responses to one prompt."""
     config, notes = complete_config(request([], *LENGTHS, *settings, stage="policy"), "policy",
                                     num_prompts=40)
     assert (config.data.phases[0].seq_len, config.train.micro_batch_size) == (row, rows)

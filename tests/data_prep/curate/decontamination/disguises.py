@@ -1,4 +1,4 @@
-"""Ways in which a text of a benchmark stands in other texts."""
+"""Transformations of a benchmark text that a decontamination step must see through."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""Decontamination: items are found in every disguise, by their plain text."""
+"""Decontamination: evaluation items are found in every disguise, by their normalized text."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Near duplicates: those that a comparison of all with all finds."""
+"""Near duplicates: the step finds the pairs that a comparison of all pairs finds."""
 
 import random
 from pathlib import Path
@@ -21,7 +21,7 @@ def draw_words(draw: random.Random, count: int) -> list[str]:
 
 
 def plant_near_duplicates(num_texts: int, seed: int = 0) -> list[str]:
-    """Return texts, of which some are an earlier one with words exchanged."""
+    """Return texts; some are copies of an earlier text with exchanged words."""
     draw = random.Random(seed)
     texts: list[list[str]] = []
     for number in range(num_texts):
@@ -36,7 +36,7 @@ def plant_near_duplicates(num_texts: int, seed: int = 0) -> list[str]:
 
 
 def compare_all_pairs(documents: list[Doc], threshold: float, ngram: int) -> dict[str, str]:
-    """Return who goes and the kept document that is similar, from all pairs."""
+    """Map each dropped document to the similar document that stays, by comparing all pairs."""
     sets = [set(compute_shingles(d.text, ngram).tolist()) for d in documents]
     kept: list[int] = []
     found = {}
@@ -52,7 +52,7 @@ def compare_all_pairs(documents: list[Doc], threshold: float, ngram: int) -> dic
 
 
 def windows(count: int, step: int = 3, size: int = 60) -> list[str]:
-    """Return windows over one text, neighbours similar and distant ones with nothing in common."""
+    """Return overlapping windows over one text: neighbours are similar, distant windows share no words."""
     text = [f"w{number}x" for number in range(step * count + size)]
     return [" ".join(text[step * number:step * number + size]) for number in range(count)]
 
@@ -158,7 +158,7 @@ def _lengths(register: Register, draw: random.Random, longest: int) -> dict[int,
 
 
 def search_plainly(order: list[int], pairs: list[list[int]]) -> dict[int, int]:
-    """Return document that goes -> the first kept document that it has a pair with."""
+    """Map each dropped document to the first remaining document that it forms a pair with."""
     similar: dict[int, set[int]] = {number: set() for number in order}
     for one, other in pairs:
         similar[one].add(other)

@@ -1,4 +1,4 @@
-"""A pipeline in memory: steps are tried on a few documents."""
+"""An in-memory pipeline, to run steps on a few documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_prep.curate.pipeline.step import KEPT, Doc, ShardRef, Step, StepOutcom
 
 
 def doc(text: str, row: int = 0, *, source: str = "web", shard: int = 0, **columns: Any) -> Doc:
-    """Return a document at its place, with an id as the engine gives it."""
+    """Return a document with its position, and an id in the form of the engine."""
     return Doc(f"{source}:{shard}:{shard:08x}{row:08x}", text, source, shard, row, columns)
 
 
@@ -30,7 +30,7 @@ class MemoryView:
 
     @classmethod
     def of(cls, shards: Sequence[Sequence[Doc]], work: Path, **priorities: int) -> MemoryView:
-        """Return a view of shards, whose place their first documents say."""
+        """Return a view of shards; source and shard number come from each shard's first document."""
         return cls({ShardRef(found[0].source, found[0].shard): list(found) for found in shards}, work,
                    priorities)
 

@@ -1,4 +1,4 @@
-"""Counts of documents, and their sums over parts."""
+"""Document counts: the merged counts of parts equal the counts of all documents."""
 
 from data_prep.curate.pipeline.counts import MAX_SAMPLES, DocumentCounts, hash_sample_id
 

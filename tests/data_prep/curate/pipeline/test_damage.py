@@ -1,4 +1,4 @@
-"""A bit that flips anywhere in what a run leaves for itself is never believed."""
+"""Damaged work files of a run are detected: one flipped bit or a truncation anywhere is an error."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""A run that is killed goes on, a worker that is killed is told, and a defect has its trace."""
+"""Failures of a pipeline run: killed processes, errors in user code, full disks, requeued Slurm jobs."""
 
 import contextlib
 import errno
@@ -45,7 +45,7 @@ STEPS = """  - shorten: {longest: 400}
 
 @pytest.fixture
 def own_step_pipeline(small_run: Path) -> Path:
-    """Write a pipeline with a step of one's own, which kills its process once where a file `killed` lies."""
+    """Write a pipeline with a user-defined step, which kills its process once if a file `killed` exists."""
     (small_run / "own.py").write_text(OWN)
     file = small_run / "pipeline.yaml"
     file.write_text(file.read_text().replace(STEPS, "  - code: own.py:judge\n").replace("{size}", "x"))

@@ -1,4 +1,4 @@
-"""A pipeline file's mistakes are told at once, each with its line and the way out."""
+"""Pipeline files: all mistakes are reported at once, each with its line, the rule and the fix."""
 
 import sys
 from pathlib import Path
@@ -193,7 +193,7 @@ def test_a_wrong_command_line_is_one_message(tmp_path: Path, words: list[str], m
 
 @pytest.fixture
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the optional libraries of steps away, and import the steps anew."""
+    """Hide the optional libraries of steps, and import the steps again."""
     for library in ("ftfy", "py3langid", "phonenumbers"):
         monkeypatch.setitem(sys.modules, library, None)
     for module in ("encoding", "pii.step"):

@@ -1,4 +1,4 @@
-"""A run is done once: what changes is done anew with all that follows from it, and nothing else is."""
+"""Repeated pipeline runs: a change repeats the affected stages and all later ones, and nothing else."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_a_run_that_keeps_no_document_is_refused(small_run: Path, capsys: pytest
 
 
 def test_invalid_unicode_in_names_and_fields_is_replaced(small_run: Path) -> None:
-    """Bytes of a name that are no UTF-8, and halves of surrogate pairs inside a field."""
+    """File names that are not valid UTF-8, and halves of surrogate pairs inside fields."""
     (small_run / "web" / os.fsdecode(b"na\xefve.txt")).write_text("text 0 " * 20)
     (small_run / "web" / "half.jsonl").write_text(json.dumps({"text": "text 1 " * 20, "own": {"a": "x\ud800"},
                                                               "own_id": "\ud800", "title": "\x1b[2J"}))

@@ -1,4 +1,4 @@
-"""The ready pipelines load, once the files are there that they name; the smallest one runs."""
+"""The shipped pipelines load if the files that they name exist; the smallest one runs."""
 
 import json
 import re
@@ -20,7 +20,7 @@ QUESTION = json.dumps({"question": "How many apples are left when four of the el
 
 @pytest.fixture(scope="session")
 def scorers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier and a regressor, trained on texts that are easy to tell apart."""
+    """A classifier and a regressor, trained on clearly different texts."""
     folder = tmp_path_factory.mktemp("scorers")
     for name, kind, best in (("quality", "classifier", 1), ("education", "regressor", 5)):
         texts = ("Buy cheap pills now", "Cells take in light")

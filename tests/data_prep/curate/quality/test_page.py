@@ -1,5 +1,5 @@
-"""docs/data_quality.md: its steps are built as they stand there, its example runs; its tables and those of
-docs/filter_rules.md are true."""
+"""docs/data_quality.md: its steps load, its example runs, and its tables
+and those of docs/filter_rules.md equal the code."""
 
 import doctest
 import re

@@ -1,4 +1,4 @@
-"""Planted labels: what makes a text good is known, so a scorer can be seen to find it."""
+"""Labels with a planted cause: the share of "good" words in a text, which a scorer must recover."""
 
 import json
 import random
@@ -15,7 +15,7 @@ FILLER_KO = ("그리고", "이것은", "저것은", "많은", "물이")
 
 
 def draw_text(rng: random.Random, share: float, *, korean: bool = False) -> str:
-    """Return a text of 40 words: a third of them mean something, of which `share` are good ones."""
+    """Return a text of 40 words: a third carry the signal, and a share of these are good words."""
     good, bad, filler = (GOOD_KO, BAD_KO, FILLER_KO) if korean else (GOOD, BAD, FILLER)
     words = [rng.choice(filler) if rng.random() < 0.66 else rng.choice(good if rng.random() < share else bad)
              for _ in range(40)]

@@ -1,4 +1,4 @@
-"""Labels: what is read, what is refused, and how they are cut."""
+"""Label files: accepted and refused lines, and the n-gram features of their texts."""
 
 from collections import Counter
 from pathlib import Path

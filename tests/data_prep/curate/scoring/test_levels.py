@@ -1,4 +1,4 @@
-"""Levels: exact shares, ties cut in one way, small languages named, floats in their order."""
+"""Levels: exact shares, deterministic ties, small languages reported, floats ordered."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A scorer on disk: the same scores again, and what is refused."""
+"""Saved scorers: loading gives the same scores, and damaged or foreign folders are refused."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kin
 
 
 def change_scorer(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
-    """Return a scorer with other files, whose manifest knows them."""
+    """Return a copy of a scorer with changed files and a matching manifest."""
     with create_artifact(target, "scorer") as artifact:
         for file in list_scorer_files(scorer):
             shutil.copyfile(file, artifact.path / file.name)

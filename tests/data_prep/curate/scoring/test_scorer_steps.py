@@ -1,4 +1,4 @@
-"""Steps that grade documents and choose their kind."""
+"""Pipeline steps that score documents and assign their kind."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Scorers are trained as the libraries do, and judged."""
+"""Training of scorers equals the libraries' estimators; its report has the right figures."""
 
 from collections.abc import Callable
 from itertools import product

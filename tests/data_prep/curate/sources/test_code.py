@@ -1,4 +1,4 @@
-"""Repositories of code: languages, licences, and what is left out."""
+"""Repositories of code: languages, licences, and files that are left out."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""docs/data_pipeline.md: its snippets print what it shows, and it names every format, option and code."""
+"""docs/data_pipeline.md: its snippets print the shown output, and it names every format, option and code."""
 
 import ast
 import contextlib

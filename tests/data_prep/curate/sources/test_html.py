@@ -1,4 +1,4 @@
-"""Web pages: what is their text, and how it is written."""
+"""Web pages: extraction of the main text and its structure, and detection of the encoding."""
 
 import pytest
 

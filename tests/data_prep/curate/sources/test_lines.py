@@ -1,4 +1,4 @@
-"""Plain text and JSON lines: documents, their places, and what is bad in them."""
+"""Plain text and JSON lines: documents with their locations, and broken records."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""PDF files: their lines become paragraphs; files that cannot be read are told."""
+"""PDF files: lines become paragraphs, and unreadable files become broken records."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Reading apart: a file that hangs, crashes, eats memory or lies costs itself and nothing else."""
+"""Readers in a separate process: a file that hangs, crashes, exhausts memory or sends malformed replies
+affects only its own record."""
 
 import os
 import signal
@@ -58,7 +59,7 @@ class Reader(FileReader):
 
 @pytest.fixture
 def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A function that reads a file of words, some of which do harm to the process that reads them."""
+    """Return a function that reads a file of words; some words harm the process that reads them."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "hostile_reader.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")
@@ -123,7 +124,7 @@ def test_the_reading_process_ends_when_its_iterator_is_closed(read_words, tmp_pa
 
 
 class Liar:
-    """The other side of a socket that sends what a broken-into parser could."""
+    """The reader's end of a socket that sends the replies of a compromised parser."""
 
     def __init__(self, data: bytes) -> None:
         self.ours, theirs = socket.socketpair()

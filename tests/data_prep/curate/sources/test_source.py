@@ -1,4 +1,4 @@
-"""Sources: their settings, their files, mixed folders."""
+"""Source settings, the files that a source lists, and folders of mixed formats."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Web archives: which records are documents, and archives that break off."""
+"""Web archives: the records that become documents, and truncated archives."""
 
 import gzip
 import io

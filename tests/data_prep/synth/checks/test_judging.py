@@ -1,4 +1,4 @@
-"""A step that changes texts changes records of texts, and rejects what it cannot change."""
+"""A step that changes texts edits text records, and rejects conversations that it would change."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""docs/synth.md: its steps are sound, its program runs, its table of sources is
-whole."""
+"""docs/synth.md: its steps file is valid, its program runs, and its table lists all sources."""
 
 import json
 import re

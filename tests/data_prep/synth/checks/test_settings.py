@@ -1,4 +1,5 @@
-"""Steps of a file become a pipeline over the sources that a run has; what of a record is judged."""
+"""Steps files for generated samples: steps over the sources of a
+run, and the texts of a record that they see."""
 
 from pathlib import Path
 from typing import Any

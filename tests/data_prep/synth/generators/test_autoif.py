@@ -1,4 +1,4 @@
-"""The generator `autoif`: prompts in all their forms, planted faults, and turns as the paper says."""
+"""Generator `autoif`: input forms, planted faults, and the placement of constraints as in the paper."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ AUTOIF = load_generator("autoif")
 
 
 def build_generator(**settings: Any) -> Any:
-    """Return the generator, whose constraints need not be there."""
+    """Return the generator; its setting `constraints` may name a missing file."""
     return Generator(AUTOIF, AUTOIF.Settings(**settings))
 
 

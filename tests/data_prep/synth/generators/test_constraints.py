@@ -1,4 +1,4 @@
-"""Constraints with tested functions: planted faults, and cross-validation beside the authors' rule."""
+"""Generator `constraints`: planted faults, and cross-validation against AutoIF's published rule."""
 
 import itertools
 import json

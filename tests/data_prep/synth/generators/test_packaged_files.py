@@ -1,4 +1,4 @@
-"""The packaged generators that are files: what each keeps, and for which reason it refuses the rest."""
+"""Packaged generators in YAML: accepted samples, and the check that rejects each fault."""
 
 import json
 from collections import Counter

@@ -1,4 +1,5 @@
-"""Generator `solutions`: what is right, ends with its answer and differs is kept, with its thoughts."""
+"""Generator `solutions`: correct solutions that end with their answer and differ from each other are
+accepted, with their thoughts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Texts of models and documents are measured; items are made of them."""
+"""Text functions of generators (language, numbers, quotations, similarity), and documents as items."""
 
 import json
 from pathlib import Path

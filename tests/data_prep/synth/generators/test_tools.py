@@ -1,4 +1,5 @@
-"""Worlds, tasks and conversations with tools, against scripted models: planted faults, and what is kept."""
+"""Generators `worlds`, `goals` and `tool-trajectories` with scripted
+models: accepted samples and planted faults."""
 
 import json
 from collections.abc import Mapping

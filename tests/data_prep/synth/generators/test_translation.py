@@ -1,4 +1,4 @@
-"""Translations: what is kept, and why others are not."""
+"""Generator `translation`: accepted translations, and the check that rejects each fault."""
 
 import json
 from pathlib import Path

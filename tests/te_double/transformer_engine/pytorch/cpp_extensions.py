@@ -1,4 +1,4 @@
-"""Matrix products of plain tensors as the compiled extension makes them."""
+"""Matrix products of plain tensors with the interface of the compiled extension."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def general_gemm(
         use_split_accumulator: bool = False, grad: bool = False, ub: Any = None, ub_type: Any = None,
         extra_output: torch.Tensor | None = None, bulk_overlap: bool = False,
         ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return (product, gradient of the bias, None, None): B @ A of matrices, where the layout's first letter
-    says T with A transposed, where its second does with B transposed.
+    """Return (B @ A, gradient of the bias, None, None). A letter T in the layout transposes the matrix: first
+    letter A, second letter B.
 
     Sums are kept in float32.  Operands of one type, or RuntimeError; float32 ones only into float32, and in
     TF32; a bias is read as the output's type.

@@ -35,14 +35,14 @@ def is_graph_capturing() -> bool:
 
 
 def save_fp8_tensors(modules: Any, recipe: Any) -> list[Any] | None:
-    """Return what scaling remembers: nothing, but of delayed scaling."""
+    """Return the state of scaling, which only delayed scaling has."""
     if isinstance(recipe, DelayedScaling):
         raise NotImplementedError("the double captures no delayed scaling")
     return None
 
 
 def restore_fp8_tensors(modules: Any, fp8_tensors: list[Any] | None) -> None:
-    """Take back what a capture changed of that: nothing."""
+    """Restore the state that `save_fp8_tensors` returned: none."""
 
 
 class _Pass:
@@ -67,7 +67,8 @@ class _Pass:
         self.outputs, self.spec = tree_flatten(self.module(*self.args, **self.kwargs))
 
     def run_back(self) -> list[Any]:
-        """Compute gradients of all inputs that want one, from `output_grads`, and return them."""
+        """Compute gradients of all inputs and parameters that require
+        one, from `output_grads`, and return them."""
         surface = [t for t in (*self.inputs, *self.parameters) if t.requires_grad]
         before = [t.grad for t in surface]
         for t in surface:
@@ -80,7 +81,7 @@ class _Pass:
         return found
 
     def keep_used(self, found: list[Any]) -> None:
-        """Leave out parameters that got no gradient: others compute with them."""
+        """Remove parameters without a gradient: other modules compute with them."""
         wanting = sum(t.requires_grad for t in self.inputs)
         learning = [p for p in self.parameters if p.requires_grad]
         self.parameters = tuple(p for p, g in zip(learning, found[wanting:], strict=True) if g is not None)
@@ -114,7 +115,7 @@ class _Graphed(torch.autograd.Function):
 
 
 def _callable(graphs: _Pass, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what replays the graphs, while its module is trained."""
+    """Return a callable that replays the graphs in training mode, and calls `original` otherwise."""
     def replayed(*args: Any, **kwargs: Any) -> Any:
         if graphs.is_reset:
             raise RuntimeError("This graphed callable has been reset and can no longer be used.")
@@ -167,7 +168,8 @@ def make_graphed_callables(
         retain_graph_in_backward: bool = False, _reuse_graph_input_output_buffers: bool = False,
         clone_param_grads_on_return: bool = True, pre_warmup_hook: Callable[[], None] | None = None,
         post_warmup_hook: Callable[[], None] | None = None, capture_time_hooks: Any = None) -> Any:
-    """Return, for each pass of `_order` through each module, what replays it; one warm-up stands for all.
+    """Return a replaying callable for each pass of `_order` through each module; one warm-up pass serves all
+    iterations.
 
     Args:
         modules: the layers, run after run.
@@ -240,7 +242,7 @@ def _capture(graphs: _Pass) -> None:
 
 
 def _capture_back(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool) -> None:
-    """Capture the way back; gradients of outputs lie in one place for all passes with such outputs."""
+    """Capture the backward pass; passes with equal output shapes share the buffers of output gradients."""
     key = tuple((o.shape, o.dtype) for o in graphs.outputs if o is not None and o.requires_grad)
     if key not in shared:
         shared[key] = [torch.zeros_like(o) if o is not None and o.requires_grad else None

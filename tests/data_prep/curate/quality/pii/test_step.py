@@ -1,4 +1,4 @@
-"""The step `pii`: what is masked in each language, and what only looks like someone's data."""
+"""Step `pii`: masked personal data in each language, and similar text that is not personal data."""
 
 import random
 import time

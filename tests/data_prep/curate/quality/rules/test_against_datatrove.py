@@ -1,4 +1,5 @@
-"""Verdict by verdict against datatrove's filters, with which the thresholds of FineWeb were found.
+"""Verdicts of the rules equal those of datatrove's filters, document by document; FineWeb's thresholds were
+found with them.
 
 Its dictionaries and tokenizers are kept out: both sides get the same words, signs and sentences.
 """
@@ -81,7 +82,7 @@ def same_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def theirs(step, text: str) -> tuple[str, str]:
-    """Return (the text as datatrove leaves it, its verdict by our name, "" where the document stays)."""
+    """Return the text after datatrove's filter, and its verdict under our rule name ("": accepted)."""
     verdict = step.filter(document := Document(text=text, id="0"))
     return (document.text, "") if verdict is True else (text, NAMES[verdict[1]])
 

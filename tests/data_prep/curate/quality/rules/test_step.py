@@ -1,4 +1,4 @@
-"""The step `rules`: presets, languages, thresholds by setting, and what is told of a document."""
+"""Step `rules`: presets, languages, thresholds, and the columns that it adds to a document."""
 
 from pathlib import Path
 from typing import Any

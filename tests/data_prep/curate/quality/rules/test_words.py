@@ -56,7 +56,7 @@ def test_large_and_strange_texts_are_measured_in_time() -> None:
 
 
 WITH_SETTINGS = {"ko", "en", "th", "es", "de", "ja", "vi"}
-"""Languages of the recipes' tokenizers and corpora, which must not fall back to the rules of others."""
+"""Languages of the recipes' tokenizers and corpora, which need their own segmentation rules."""
 
 
 @pytest.mark.parametrize("code", [*list_languages(), "other"])

@@ -1,4 +1,4 @@
-"""What all modules with quantised products share: parameters, their start, and their extra state."""
+"""Base class of modules with quantized products: parameters, their initialization, and their extra state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _dummies: dict[Any, torch.Tensor] = {}
 
 
 def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
-    """Return what stands for the gradient of a weight whose true one was added to `main_grad`."""
+    """Return a placeholder for a weight's gradient, which has been added to `main_grad`."""
     found = _dummies.setdefault((*shape, dtype), torch.empty(shape, dtype=dtype))
     return found.zero_() if zero else found.detach()
 
@@ -82,7 +82,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     @staticmethod
     def _quantized(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """Return a weight in 8 bits, and keep the numbers that it is made of where that is asked for."""
+        """Return a weight in 8 bits; keep its high-precision initial values if the recipe asks for them."""
         manager = FP8GlobalStateManager
         kind = KINDS[type(manager.get_fp8_recipe()).__name__]
         made: Any = torch.nn.Parameter(Quantizer(kind)(parameter.detach()))
@@ -115,7 +115,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     def register_wgrad_accumulation_and_reduce_hooks(
             self, wgrad_accumulation_and_reduce_hook: Callable[[], None]) -> None:
-        """Have a function called behind each `backward_dw`."""
+        """Register a function to call after each `backward_dw`."""
         self._hooks.append(wgrad_accumulation_and_reduce_hook)
 
     def prepare_forward(self, inp: torch.Tensor, num_gemms: int = 1, allow_non_contiguous: bool = False,
@@ -161,6 +161,6 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take what `get_extra_state` gave: nothing."""
+        """Accept the result of `get_extra_state`, which is empty."""
         if state is not None and state.numel():
             raise RuntimeError("Unsupported checkpoint format.")

@@ -1,4 +1,4 @@
-"""Several linear layers of one shape, each for its own rows of the input."""
+"""Several linear layers of equal shape, each applied to its own group of input rows."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ class GroupedLinear(TransformerEngineBaseModule):
 
     def forward(self, inp: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None,
                 out: torch.Tensor | None = None, dgrad_out: torch.Tensor | None = None) -> Any:
-        """Apply layer i to the next `m_splits[i]` rows of [rows, in]; returns the list of biases beside it
-        where they are asked for."""
+        """Apply layer i to the next `m_splits[i]` rows of [rows, in]; also return the list of biases if
+        `return_bias` is set."""
         if out is not None or dgrad_out is not None:
             raise NotImplementedError("the double writes into no buffers of the caller")
         if not torch.is_tensor(m_splits):

@@ -130,7 +130,7 @@ class Linear(TransformerEngineBaseModule):
         return None
 
     def _product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> Any:
-        """Return the layer's output, with the bias beside it if so set."""
+        """Return the layer's output, and the bias if `return_bias` is set."""
         # a row-parallel layer's bias is added behind the sum over processes
         fused = self.apply_bias and self.parallel_mode != "row"
         out = _Product.apply(inp, self.weight, self.bias if fused else None, self, is_first_microbatch)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return all processes' parts, one behind the other."""
+    """Gather the parts of all processes along the first dimension."""
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts)

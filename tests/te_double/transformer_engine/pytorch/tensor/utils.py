@@ -1,4 +1,4 @@
-"""Weights in 8 bits under a distributed optimizer: where their bytes lie, and how masters become them."""
+"""8-bit weights under a distributed optimizer: replacing their memory, and casting master weights into it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .mxfp8_tensor import MXFP8Tensor
 
 
 def replace_raw_data(tensor: QuantizedTensor, new_raw_data: torch.Tensor) -> None:
-    """Have a tensor's bytes lie in other memory."""
+    """Replace the memory of a tensor's bytes."""
     if isinstance(tensor, MXFP8Tensor):
         raise NotImplementedError("replace_raw_data for MXFP8Tensor is not supported yet")
     name = "_data" if isinstance(tensor, Float8Tensor) else "_rowwise_data"
@@ -29,8 +29,8 @@ def quantize_master_weights(model_weights: list[Any], master_weights: list[torch
                             start_offsets: list[int | None], group: Any,
                             fsdp_shard_model_weights: Any = None,
                             manual_post_all_gather_processing: bool = False) -> None:
-    """Write each master, a flat part of its weight or None, into the weight's bytes, by scales that the whole
-    group's parts give; other forms of the weight are old until `post_all_gather_processing`."""
+    """Cast each master weight (a flat part, or None) into its weight's bytes, with scales from the parts of
+    the whole group. Columnwise bytes are stale until `post_all_gather_processing`."""
     if fsdp_shard_model_weights is not None:
         raise NotImplementedError("the double shards no weights")
     rounded = [None if master is None else master.to(weight.dtype)
@@ -70,7 +70,7 @@ def _whole(entries: list[Any], group: Any) -> None:
 
 
 def _blocks(entries: list[Any], group: Any) -> None:
-    """Cast by a scale for each block, of which a part may be another process's."""
+    """Cast with one scale per block; other processes may own parts of a block."""
     if not entries:
         return
     found = []
@@ -92,7 +92,7 @@ def _blocks(entries: list[Any], group: Any) -> None:
 
 
 def post_all_gather_processing(model_weights: Any) -> None:
-    """Make what products sum over rows of, when every process's bytes are there."""
+    """Build the columnwise bytes after every process's rowwise bytes have been gathered."""
     for weight in model_weights if isinstance(model_weights, list) else [model_weights]:
         if isinstance(weight, Float8Tensor) and needs_transpose():
             weight._create_transpose()
