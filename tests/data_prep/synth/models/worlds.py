@@ -26,8 +26,8 @@ def design_world(request: Mapping[str, Any], plant_fault: Callable[[World], Worl
         return json.dumps({"reason": "by rule", "score": 2 if "Shows" in prompt else 9})
     if "You mend" in messages[0]["content"]:
         return prompt.partition("This is a world, as JSON:\n")[2].partition("\n\nIt was tried out")[0]
-    number = shops.TRADES.index(shops.find_trade(prompt)) + len(shops.TRADES) * shop_clerk.find_number(
-        prompt, r"design number (\d+)")
+    design_number = shop_clerk.find_number(prompt, r"design number (\d+)")
+    number = shops.TRADES.index(shops.find_trade(prompt)) + 10 * design_number
     world = plant_fault(shops.build_world(number))
     tools = {name: world.pop(name) for name in ("code", "examples")}
     return json.dumps(tools if "Design its tools" in prompt else world)
