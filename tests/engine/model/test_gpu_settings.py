@@ -327,7 +327,7 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, message: str
             sys.modules.pop(name, None)
 
 
-@pytest.mark.each(("capability", "cudnn", "changes", "own", "why"), [
+@pytest.mark.each(("capability", "cudnn", "changes", "own", "message"), [
     ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
     # rows with many documents exceed the deterministic fused kernel
     ((9, 0), 92500, "train.deterministic=true", True, "in every row on this GPU"),

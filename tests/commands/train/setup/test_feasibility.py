@@ -164,7 +164,7 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
     gpu_capacity.refuse_on_this_machine(config, None)
 
 
-@pytest.mark.each(("settings", "num_prompts", "refused"), [
+@pytest.mark.each(("settings", "num_prompts", "is_refused"), [
     ((), 1, True), ((), 2, True), (("optim.lr=1e-6",), 1, True), ((), 100_000, False),
     (("data.max_epochs=0",), 1, False), (("rollout.rounds=500",), 1, False), (("train.epochs=9",), 1, False),
     (("data.max_epochs=1e6",), 1, False)])
