@@ -312,7 +312,7 @@ FURTHER = ("a name per layer, PP2", "experts, layers stacked, EP2")
 def test_imported_torch_dist_model_equals_transformers(ranks: Any, job: Any, tmp_path: Path,
                                                        names: Collection[str]) -> None:
     cases = {name: CASES[name] for name in names}
-    asked = [job(WRITTEN, "written", 2, {"out": str(tmp_path / case), "name": name, "layout": layout,
+    asked = [job(WRITTEN, "save_megatron_checkpoint", 2, {"out": str(tmp_path / case), "name": name, "layout": layout,
                                          "metadata": metadata})
              for case, (name, layout, metadata) in cases.items()]
     for (case, (name, _, _)), result in zip(cases.items(), ranks(*asked), strict=True):
