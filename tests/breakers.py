@@ -43,12 +43,12 @@ def break_json(file: Path, rng: random.Random) -> str:
         parent = parent[key]
     if rng.random() < 0.2:
         del parent[last]
-        told = "left out"
+        change = "left out"
     else:
         parent[last] = rng.choice(LEAVES)
-        told = repr(parent[last])[:60]
+        change = repr(parent[last])[:60]
     file.write_text(json.dumps(value))
-    return f"{'.'.join(map(str, [*way, last]))} {told}"
+    return f"{'.'.join(map(str, [*way, last]))} {change}"
 
 
 def break_bytes(file: Path, rng: random.Random) -> str:
@@ -160,10 +160,10 @@ def break_a_file(places: dict[str, Path], rng: random.Random) -> str:
         how = break_json
     else:
         how = change_quietly if rng.random() < 0.1 else break_bytes
-    told = how(file, rng)
+    change = how(file, rng)
     if rng.random() < 0.8:
         update_manifest_hash(root.parent, file)
-    return f"{file.relative_to(root.parent)}: {told}"
+    return f"{file.relative_to(root.parent)}: {change}"
 
 
 def break_an_argument(argv: list[str], rng: random.Random) -> str:

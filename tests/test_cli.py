@@ -69,10 +69,10 @@ def test_every_command_explains_itself_without_a_heavy_library(program: str) -> 
     completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
                                timeout=600, env={**os.environ, "COLUMNS": "200"}, check=False)
     assert (completed.returncode, completed.stderr) == (0, "")
-    said = dict(part.split("\n", 1) for part in completed.stdout.split("@@ ")[1:])
+    outputs = dict(part.split("\n", 1) for part in completed.stdout.split("@@ ")[1:])
     for command, info in module.COMMANDS.items():
-        assert f"usage: {program} {command}" in said[command]
-        assert program != "megatron-sov" or info.help in " ".join(said[command].split())
+        assert f"usage: {program} {command}" in outputs[command]
+        assert program != "megatron-sov" or info.help in " ".join(outputs[command].split())
 
 
 @pytest.mark.each("command", ["convert", "codec", "eval", "tools", "rl store"])

@@ -48,9 +48,9 @@ def test_all_that_setup_needs_is_copied() -> None:
     places = docker_copies()
     assert {name for name in places if not (ROOT / name).exists()} == set()
     packages = {p.parent.name for p in ROOT.glob("*/__init__.py") if p.parent.name != "tests"}
-    wanted = {"setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE",
-              "containers/install.sh"} | packages
-    assert places == {name: f"/opt/megatron-sov/{name}" for name in wanted}
+    expected = {"setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE",
+                "containers/install.sh"} | packages
+    assert places == {name: f"/opt/megatron-sov/{name}" for name in expected}
 
 
 def test_container_pins_equal_the_repository_except_torch(tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def test_each_chat_is_used_once_and_a_rule_ranks_answers(tmp_path: Path, num_cha
     for pair in pairs:
         assert pair["rejected"] == demo.OPENING + pair["chosen"]
         assert [rule.score({"response": pair[side]}).reward for side in ("chosen", "rejected")] == [1, 0]
-    kept = (folder / "pairs.jsonl").stat().st_mtime_ns
+    modified_ns = (folder / "pairs.jsonl").stat().st_mtime_ns
     demo.split_chats(tmp_path)
-    assert (folder / "pairs.jsonl").stat().st_mtime_ns == kept
+    assert (folder / "pairs.jsonl").stat().st_mtime_ns == modified_ns
 
 
 @pytest.mark.parametrize("sources", [SOURCES, ["user"]])

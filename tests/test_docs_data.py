@@ -65,10 +65,10 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, 
 
 @pytest.mark.deep
 def test_commands_of_tokenizer_and_data_pages_run(texts: Path) -> None:
-    shown = [shlex.split(line) for page in ("tokenizer.md", "data.md")
-             for line in shell_lines(page_text(page), "sh")]
-    assert len(shown) == 20
-    for name, *arguments in shown:
+    commands = [shlex.split(line) for page in ("tokenizer.md", "data.md")
+                for line in shell_lines(page_text(page), "sh")]
+    assert len(commands) == 20
+    for name, *arguments in commands:
         if arguments[0] == "report":
             arguments += ["--skip", "scalars"]  # all of Unicode takes its time
         # the text here is too small for the page's vocabulary
@@ -179,8 +179,8 @@ def test_the_commands_that_the_page_shows_run(benchmarked: Path, capsys: pytest.
         assert data_prep.cli.main(shlex.split(line)[1:]) == 0
     assert ("chats.jsonl: 2 records read: 1 written, 1 set aside (1 text of benchmarks)"
             in capsys.readouterr().out)
-    kept = (benchmarked / "clean-prompts/prompts.jsonl").read_text()
-    assert kept == '{"prompt": "Go!", "answer": 12}\n'
+    text = (benchmarked / "clean-prompts/prompts.jsonl").read_text()
+    assert text == '{"prompt": "Go!", "answer": 12}\n'
     (hit,) = json.loads((benchmarked / "clean-prompts/hits.json").read_text())
     assert (hit["item"], hit["before"], hit["found"]) == ("7", "Say: ", QUESTION[:-1])
     records = read_manifest("clean-chats", "corpus").content["records"]

@@ -147,8 +147,8 @@ def test_constraints_autoif_and_safety(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_category_of_the_page_is_one(tmp_path: Path) -> None:
-    shown = blocks(AUTOIF, "json")[1]
-    (tmp_path / "a.jsonl").write_text(shown, encoding="utf-8")
+    example = blocks(AUTOIF, "json")[1]
+    (tmp_path / "a.jsonl").write_text(example, encoding="utf-8")
     items = list(build_generator("safety", calls=1).read_items([tmp_path / "a.jsonl"]))
     assert [item.id for item in items] == ["fraud.1"] and items[0].fields["strategy"] == "redirect"
 

@@ -112,9 +112,9 @@ def test_own_data_step(typed: Typed, site: Path) -> None:
 
 
 def test_slurm_sweep(typed: Typed) -> None:
-    said = typed("slurm_sweep.py")
-    assert [float(rate) for rate in re.findall(r"== learning rate (\S+)", said)] == [1e-3, 2e-3, 4e-3]
-    assert said.count("#!/bin/bash") == 3 and len(set(re.findall(r"optim\.lr=[\d.]+", said))) == 3
+    output = typed("slurm_sweep.py")
+    assert [float(rate) for rate in re.findall(r"== learning rate (\S+)", output)] == [1e-3, 2e-3, 4e-3]
+    assert output.count("#!/bin/bash") == 3 and len(set(re.findall(r"optim\.lr=[\d.]+", output))) == 3
 
 
 def test_notebook_cell_by_cell(site: Path, monkeypatch: pytest.MonkeyPatch, warm_python: str,
@@ -138,5 +138,5 @@ def test_chat_template(typed: Typed, site: Path, run_command: Any) -> None:
     (site / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     run_command("pack", "--tokenizer", "my-tokenizer", "--format", "chat", "--input", "chats.jsonl",
                 "--output", "chats", "--workers", "1", program="sov-data").check_returncode()
-    shown = run_command("sample", "chats", "--count", "1", program="sov-data").stdout
-    assert re.search(r"USER: Say \d+\nASSISTANT: ⟦\d+!<\|endoftext\|>⟧", shown), shown
+    output = run_command("sample", "chats", "--count", "1", program="sov-data").stdout
+    assert re.search(r"USER: Say \d+\nASSISTANT: ⟦\d+!<\|endoftext\|>⟧", output), output

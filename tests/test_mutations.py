@@ -267,17 +267,17 @@ def test_a_broken_command_ends_with_a_sentence(name: str, number: int, world: Wo
     rng = random.Random(f"{name} {number}")
     case = Case(name, tmp_path / "case", world, run_command)
     by_file = bool(case.places) and rng.random() < 0.5
-    said = break_a_file(case.places, rng) if by_file else break_an_argument(case.argv, rng)
+    damage = break_a_file(case.places, rng) if by_file else break_an_argument(case.argv, rng)
     monkeypatch.chdir(case.folder / "here")
     result = case.run()
-    told = case.told(said, result)
+    told = case.told(damage, result)
     assert result.returncode in (0, 2, 3, 75), told
     assert "Traceback" not in result.stderr, told
     if result.returncode == 2:
         assert is_one_sentence(result.stderr), told
     if result.returncode == 2 and "run" not in case.places:
         assert not case.out.exists(), f"something was left behind\n{told}"
-    if said.startswith("hf/") and TENSORS in said and name in WEIGHTS_READ:
+    if damage.startswith("hf/") and TENSORS in damage and name in WEIGHTS_READ:
         assert result.returncode, told
 
 

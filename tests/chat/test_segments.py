@@ -56,13 +56,13 @@ def test_templates_that_drop_or_refuse_messages_are_rejected() -> None:
 
 
 def test_odd_opening_is_reported() -> None:
-    shown = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
+    turns = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
     ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
-    odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
+    odd = ChatTemplate(turns + ends + "<thinks>{% endif %}", "", "", "tok")
     problem = find_odd_opening(odd)
     assert problem is not None
     assert "with '<user>a<assistant><thinks>', but shows responses after '<u" in problem
-    assert find_odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
+    assert find_odd_opening(ChatTemplate(turns + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
     assert find_odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
 
 

@@ -39,9 +39,9 @@ def test_turn_ids_equal_ids_of_whole_conversation(template: str) -> None:
     for number, (results, user) in enumerate(itertools.product([*RESULTS, []], USERS)):
         if not results and user is None:
             continue
-        said = f"<tool_call>{number}</tool_call>"
-        ids += turns.encode(said) + turns.encode_after_turn(results, user=user)
-        messages += [{"role": "assistant", "content": said},
+        content = f"<tool_call>{number}</tool_call>"
+        ids += turns.encode(content) + turns.encode_after_turn(results, user=user)
+        messages += [{"role": "assistant", "content": content},
                      *({"role": "tool", "content": result} for result in results),
                      *([] if user is None else [{"role": "user", "content": user}])]
         expected = reference.apply_chat_template(messages, tools=list(TOOLS), chat_template=template,

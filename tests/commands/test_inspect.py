@@ -37,11 +37,11 @@ def run_inspect(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) 
 
 
 def test_inspect_prints_facts_origins_and_rows_of_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
-    told = run_inspect(capsys, "c").split("\n")
-    assert told[0].startswith("c: artifact of kind rows, 1 files, 25 bytes, made 20")
-    assert told[1] == "  content.num_rows: 2" and told[2].endswith("xxx... (1,000 characters)")
-    assert told[3:5] == ["  made from rows b (here)", "    made from rows a (here)"]
-    assert told[5] == '  row 1: {"n": 2}' and len(told) == 8
+    lines = run_inspect(capsys, "c").split("\n")
+    assert lines[0].startswith("c: artifact of kind rows, 1 files, 25 bytes, made 20")
+    assert lines[1] == "  content.num_rows: 2" and lines[2].endswith("xxx... (1,000 characters)")
+    assert lines[3:5] == ["  made from rows b (here)", "    made from rows a (here)"]
+    assert lines[5] == '  row 1: {"n": 2}' and len(lines) == 8
     os.rename("a", "moved")
     assert "made from rows a (not here)" in run_inspect(capsys, "c")
     parsed = json.loads(run_inspect(capsys, "c", "--json", "--rows", "1"))
@@ -72,9 +72,9 @@ def test_unfinished_work_tells_how_far_it_is_and_can_be_cleared(capsys: pytest.C
         journal.add([(0, b"a"), (1, b"b"), (1, b"c")])
         assert "is being written by another process" in run_inspect(capsys, "out", "--clear", code=2)
         raise KeyboardInterrupt
-    told = run_inspect(capsys, "out")
-    assert "out: unfinished work of `megatron-sov score` in .out.work: 2 pieces" in told
-    assert "identity.reward: x" in told
+    output = run_inspect(capsys, "out")
+    assert "out: unfinished work of `megatron-sov score` in .out.work: 2 pieces" in output
+    assert "identity.reward: x" in output
     assert "is deleted" in run_inspect(capsys, "out", "--clear") and not work_folder(Path("out")).exists()
     part_folder(work_folder(Path("pack")), "ab12").mkdir(parents=True)
     assert "unfinished work of `a command` in .pack.work: 1 pieces" in run_inspect(capsys, "pack")
@@ -83,15 +83,15 @@ def test_unfinished_work_tells_how_far_it_is_and_can_be_cleared(capsys: pytest.C
 
 def test_files_without_manifest_are_identified_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     Path("rows.jsonl").write_text('{"a": 1}\n\n[' + "[" * 100_000 + '\n')
-    told = run_inspect(capsys, "rows.jsonl")
-    assert told.startswith("rows.jsonl: file of rows, 2 rows, ") and "100,0" in told
+    output = run_inspect(capsys, "rows.jsonl")
+    assert output.startswith("rows.jsonl: file of rows, 2 rows, ") and "100,0" in output
     Path("run").mkdir()
     Path("run/events.jsonl").touch()
     assert "run: run; see `megatron-sov status run`" in run_inspect(capsys, "run")
     RolloutStore.create(Path("store"), "sha256:ab", 100)
-    told = run_inspect(capsys, "store", "--verify")
-    assert "store: rollout store; see `megatron-sov rl store show store PART ROW`" in told
-    assert "store: 0 parts, 0 rows" in told and "store: sound as rollout store" in told
+    output = run_inspect(capsys, "store", "--verify")
+    assert "store: rollout store; see `megatron-sov rl store show store PART ROW`" in output
+    assert "store: 0 parts, 0 rows" in output and "store: sound as rollout store" in output
     (Path("store/rollouts") / format_part_name(1, 0)).mkdir()
     assert "manifest.json" in run_inspect(capsys, "store", "--verify", code=3)
     Path("other").mkdir()
@@ -126,8 +126,8 @@ def test_origins_are_followed_once_and_found_after_a_move(capsys: pytest.Capture
     with create_artifact(Path("d"), "rows") as artifact:
         artifact.add_input(Path("c"))
         artifact.add_input(Path("b"))
-    told = run_inspect(capsys, "d").split("\n")
-    assert [line for line in told if "made from" in line] == [
+    lines = run_inspect(capsys, "d").split("\n")
+    assert [line for line in lines if "made from" in line] == [
         "  made from rows c (here)", "    made from rows b (here)", "      made from rows a (here)",
         "  made from rows b (as above)"]
     Path("elsewhere").mkdir()

@@ -52,8 +52,8 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     shutil.copytree(run, again)  # like a run that was killed after step 2
     shutil.rmtree(again / "checkpoints" / "step-4")
     (again / "complete.json").unlink()
-    refused = command(again, "--resume", "--from", str(other), settings=LORA)
-    assert refused.returncode == 2 and "is another model than" in refused.stderr, refused.stderr
+    refusal = command(again, "--resume", "--from", str(other), settings=LORA)
+    assert refusal.returncode == 2 and "is another model than" in refusal.stderr, refusal.stderr
     respelled = 'lora.targets=["all-linear", "q_proj"]'
     assert command(again, "--resume", settings=(*LORA, respelled)).returncode == 0
     for part in ("adapter", "optimizer"):
@@ -67,8 +67,8 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     assert same.returncode == 0 and "verified" in same.stdout, same.stdout
     full = command(tmp_path / "full", "--from", str(run), settings=("train.steps=1",))
     assert full.returncode == 2 and "is an adapter, and lora.rank is 0" in full.stderr
-    told = run_command("convert", "to-peft", str(base), str(tmp_path / "peft"))
-    assert told.returncode == 2 and "contains all weights, not an adapter" in told.stderr
+    conversion = run_command("convert", "to-peft", str(base), str(tmp_path / "peft"))
+    assert conversion.returncode == 2 and "contains all weights, not an adapter" in conversion.stderr
 
     shutil.move(base, tmp_path / "moved")
     gone = run_command("convert", "to-hf", str(run), str(tmp_path / "no"))

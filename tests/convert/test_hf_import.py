@@ -212,9 +212,9 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
         convert.to_hf(tmp_path / f"{name} ckpt", tmp_path / f"{name} hf")
         assert ("token ids may differ" in capsys.readouterr().err) == (name == "another")
     written, text = tmp_path / "another hf", "in 1234 words 가나다"
-    said = PreTrainedTokenizerFast.from_pretrained(str(solar_dir))(text)["input_ids"]
-    assert PreTrainedTokenizerFast.from_pretrained(str(written))(text)["input_ids"] == said
-    assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != said
+    ids = PreTrainedTokenizerFast.from_pretrained(str(solar_dir))(text)["input_ids"]
+    assert PreTrainedTokenizerFast.from_pretrained(str(written))(text)["input_ids"] == ids
+    assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != ids
 
 
 # Claims of docs/omni.md about Hugging Face folders with encoders: transformers' classes load them and compute
@@ -286,9 +286,10 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
         for name in set(files) - set(kept):
             (tmp_path / name).unlink()
         picture = Image.new("RGB", (60, 30), (255, 0, 0))
-        seen = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="np")["pixel_values"]
+        pixels = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="np")["pixel_values"]
         red = (1 - model.vision.mean[0]) / model.vision.std[0] if model.vision else 0
-        assert seen.shape == (1, 3, 24, 24) and seen[0, 0] == pytest.approx(np.full((24, 24), red), rel=1e-5)
+        assert pixels.shape == (1, 3, 24, 24) and pixels[0, 0] == pytest.approx(np.full((24, 24), red),
+                                                                                rel=1e-5)
         heard = AutoFeatureExtractor.from_pretrained(tmp_path)(np.zeros(5), sampling_rate=16_000)
         assert np.shape(heard["input_features"]) == (1, 8, 200)
     plain = get("tiny-qwen3").model

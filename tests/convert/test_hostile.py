@@ -143,26 +143,26 @@ CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_malformed_index_is_rejected(name: str) -> None:
     value, sentence = IN_PLACE_OF_THE_INDEX[name]
     for protocol in (2, 4):
-        with pytest.raises(ValueError, match=r".") as refused:
+        with pytest.raises(ValueError, match=r".") as error:
             read_index(pickle.dumps(value, protocol, fix_imports=False))
-        assert sentence in str(refused.value)
+        assert sentence in str(error.value)
     assert not CANARY.exists()
 
 
 @pytest.mark.parametrize("name", RAW)
 def test_malformed_pickle_is_rejected(name: str) -> None:
     raw, sentence = RAW[name]
-    with pytest.raises(ValueError, match=r".") as refused:
+    with pytest.raises(ValueError, match=r".") as error:
         read_index(raw)
-    assert sentence in str(refused.value)
+    assert sentence in str(error.value)
 
 
 @pytest.mark.each("name", CHANGED)
 def test_index_with_an_invalid_part_is_rejected(name: str, tmp_path: Path) -> None:
     change, sentence = CHANGED[name]
-    with pytest.raises(ValueError, match=r".") as refused:
+    with pytest.raises(ValueError, match=r".") as error:
         read_index(change_index(change)(tmp_path / "from"))
-    assert sentence in str(refused.value)
+    assert sentence in str(error.value)
 
 
 def test_truncated_index_is_rejected(tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def _saved(value: Any) -> bytes:
 ])
 def test_malformed_stored_tensor_is_rejected(raw: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"before" + raw + b"behind")
-    with pytest.raises(ValueError, match=r".") as refused:
+    with pytest.raises(ValueError, match=r".") as error:
         find_tensor(tmp_path / "x", 6, len(raw))
-    assert message in str(refused.value) and not CANARY.exists()
+    assert message in str(error.value) and not CANARY.exists()
 
 
 def test_settings_reject_callable_names() -> None:
@@ -312,7 +312,8 @@ FURTHER = ("a name per layer, PP2", "experts, layers stacked, EP2")
 def test_imported_torch_dist_model_equals_transformers(ranks: Any, job: Any, tmp_path: Path,
                                                        names: Collection[str]) -> None:
     cases = {name: CASES[name] for name in names}
-    asked = [job(WRITTEN, "save_megatron_checkpoint", 2, {"out": str(tmp_path / case), "name": name, "layout": layout,
+    asked = [job(WRITTEN, "save_megatron_checkpoint", 2,
+                 {"out": str(tmp_path / case), "name": name, "layout": layout,
                                          "metadata": metadata})
              for case, (name, layout, metadata) in cases.items()]
     for (case, (name, _, _)), result in zip(cases.items(), ranks(*asked), strict=True):

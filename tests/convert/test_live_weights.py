@@ -57,12 +57,12 @@ def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], pat
     early = export_weights(model)
     result["early"] = [name for _, (name, _) in zip(range(3), early, strict=False)]
     early.close()
-    kept = dict(export_weights(model, everywhere=True))
-    result["everywhere"] = {name: bits(t) for name, t in kept.items()}
+    exported = dict(export_weights(model, everywhere=True))
+    result["everywhere"] = {name: bits(t) for name, t in exported.items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    result["own memory"] = {name: bits(t) for name, t in kept.items()} == result["everywhere"]
+    result["own memory"] = {name: bits(t) for name, t in exported.items()} == result["everywhere"]
     dist.barrier()
     world.leave_world()
     return result

@@ -73,6 +73,6 @@ def test_incomplete_fp8_weight_is_named(change: Any, expected: str, solar_dir: P
     tensors = load_file(file)
     change(tensors, name)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=expected) as refused:
+    with pytest.raises(UserError, match=expected) as error:
         HfWeights(tmp_path / "fp8")
-    assert name in str(refused.value)
+    assert name in str(error.value)

@@ -172,9 +172,9 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
 def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[str], message: str) -> None:
     model = get("tiny-qwen3").model
     names = [name for name in names if ".layers." not in name or int(name.split(".")[4]) < model.num_layers]
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         parse_lora_config({**GOOD, **config}, names, model, "here")
-    assert message in str(refused.value) and str(refused.value).startswith("here: ")
+    assert message in str(error.value) and str(error.value).startswith("here: ")
 
 
 def test_adapter_of_a_tied_weight_is_rejected() -> None:

@@ -53,8 +53,8 @@ def change_shard(name: str, change: Callable[[Tensors], Any]) -> Callable[[Path]
         save_file(tensors, file, metadata={"format": "pt"})
 
         def follow(index: dict[str, Any]) -> None:
-            kept = {n: f for n, f in index["weight_map"].items() if f != file.name}
-            index["weight_map"] = kept | dict.fromkeys(tensors, file.name)
+            other_files = {n: f for n, f in index["weight_map"].items() if f != file.name}
+            index["weight_map"] = other_files | dict.fromkeys(tensors, file.name)
 
         edit_json(folder / "model.safetensors.index.json", follow)
 

@@ -258,9 +258,9 @@ def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
     assert error.count("warning") == 1 and (
         "config.json: fields without effect on the computation, which to-hf writes unchanged: unsloth_fixed, "
         "transformers.js_config, num_hidden_layer (did you mean 'num_hidden_layers'?)\n") in error
-    said = {name: value for name, value in fields.items() if value is not None}
+    set_fields = {name: value for name, value in fields.items() if value is not None}
     recorded = read_manifest(tmp_path / "ckpt").content["config_fields"]
-    assert recorded == said | {"pretraining_tp": 2}
+    assert recorded == set_fields | {"pretraining_tp": 2}
     assert recorded.items() <= json.loads((back / "config.json").read_text()).items()
     # a second time, from the converted folder
     convert.from_hf(back, tmp_path / "second")

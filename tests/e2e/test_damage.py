@@ -132,9 +132,9 @@ def test_commands_name_the_file_and_the_checkpoint_before(kept: Path, tmp_path: 
         code = main(argv)
     except SystemExit as e:
         code = e.code
-    said = capfd.readouterr().err
-    assert code == 2 and f"{get_checkpoint_folder(tmp_path / 'run', 8) / name}: " in said, said
-    assert (f"use the checkpoint before it, {get_checkpoint_folder(tmp_path / 'run', 6)}" in said
+    stderr = capfd.readouterr().err
+    assert code == 2 and f"{get_checkpoint_folder(tmp_path / 'run', 8) / name}: " in stderr, stderr
+    assert (f"use the checkpoint before it, {get_checkpoint_folder(tmp_path / 'run', 6)}" in stderr
             and not (tmp_path / "out").exists())
 
 

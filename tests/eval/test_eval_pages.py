@@ -61,11 +61,11 @@ def test_commands_of_the_page_run(page: str, heading: str, count: int, message: 
 
 def test_table_of_the_page_matches_task_files() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", SUITES_PAGE, re.MULTILINE)
-    told = {name: (suite, items, protocol) for name, suite, items, _, protocol in rows}
+    table = {name: (suite, items, protocol) for name, suite, items, _, protocol in rows}
     catalog = find_tasks([TaskFolder(SUITES, trusted=True)])
     tasks = {name: definition.config for name, definition in catalog.definitions.items()}
-    assert told == {name: (config["metadata"]["sov"]["suite"], _items(config["metadata"]["sov"]),
-                           _protocol(config)) for name, config in tasks.items()}
+    assert table == {name: (config["metadata"]["sov"]["suite"], _items(config["metadata"]["sov"]),
+                            _protocol(config)) for name, config in tasks.items()}
     files = {name: cell for name, _, _, cell, _ in rows}
     assert "`mmlu/dev.jsonl`, `mmlu/test.jsonl`" in files["mmlu"]
     assert files["mmmlu"] == "`mmmlu/`: 14 files"

@@ -184,9 +184,9 @@ def test_the_objective_requires_the_columns_of_its_settings() -> None:
 def test_engine_gap_blames_precision_only_for_fresh_rounds(max_staleness: int) -> None:
     learning: Any = PolicyLearning.__new__(PolicyLearning)
     learning._rollout = SimpleNamespace(max_staleness=max_staleness, steps_per_round=1)
-    said = learning.doubt(1, {"engine_kl": 0.2})
-    assert "staleness_steps of the round; above 0, older weights" in said
-    assert "at 0 the engine's model" in said
+    warning = learning.doubt(1, {"engine_kl": 0.2})
+    assert "staleness_steps of the round; above 0, older weights" in warning
+    assert "at 0 the engine's model" in warning
     assert not learning.doubt(1, {"engine_kl": 0.01})
 
 

@@ -28,12 +28,12 @@ def test_a_thoroughly_malformed_body_is_refused_cheaply(name: str) -> None:
     ask, body, said = COSTLY[name]
     tracemalloc.start()
     try:
-        with pytest.raises(RefusedRequest, match=said) as refused:
+        with pytest.raises(RefusedRequest, match=said) as error:
             ask(body.encode(), "m")
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert refused.value.status == 400 and len(refused.value.format_body()) < 3000
+    assert error.value.status == 400 and len(error.value.format_body()) < 3000
     assert peak_bytes < 6_000_000
 
 

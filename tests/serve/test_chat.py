@@ -107,19 +107,19 @@ def test_control_characters_are_removed_and_ctrl_c_stops_only_the_answer() -> No
                                    # a shell makes background processes ignore it
                                    preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
         os.close(slave)
-        seen = ""
+        output = ""
 
         def until(text: str, press: Callable[[], None] = lambda: None) -> None:
-            nonlocal seen
+            nonlocal output
             deadline_s = time.monotonic() + 300
             press()
-            while text not in seen:
-                assert time.monotonic() < deadline_s, seen
+            while text not in output:
+                assert time.monotonic() < deadline_s, output
                 if select.select([master], [], [], 5)[0]:
-                    seen += os.read(master, 4096).decode(errors="replace")
+                    output += os.read(master, 4096).decode(errors="replace")
                 else:  # Python loses an interrupt that strikes a finaliser; who sees nothing presses again
                     press()
-            seen = seen.partition(text)[2]
+            output = output.partition(text)[2]
 
         until("you> ")
         os.write(master, b"x\n")

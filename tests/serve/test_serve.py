@@ -96,13 +96,13 @@ def test_streamed_text_equals_the_whole_answer(client: openai.OpenAI) -> None:
                                  "stop": stop}
         chat = {**asked, "messages": [{"role": "user", "content": "한국어?"}], "n": 2}
         whole = client.chat.completions.create(**chat)
-        said = ["", ""]
+        contents = ["", ""]
         chunks = list(client.chat.completions.create(**chat, stream=True,
                                                      stream_options={"include_usage": True}))
         for chunk in chunks:
             for choice in chunk.choices:
-                said[choice.index] += choice.delta.content or ""
-        assert said == [choice.message.content for choice in whole.choices]
+                contents[choice.index] += choice.delta.content or ""
+        assert contents == [choice.message.content for choice in whole.choices]
         assert chunks[-1].usage == whole.usage
         text = client.completions.create(**asked, prompt="The ").choices[0].text
         pieces = list(client.completions.create(**asked, prompt="The ", stream=True))

@@ -61,10 +61,10 @@ def test_damaged_checkpoints_are_set_aside_with_a_warning(run: RunFolder, alone:
     texts = [f"{reason}; step-{step} is renamed to damaged-step-{step}, and the run goes on from the "
              "checkpoint before it" for reason, step in zip(reasons, (6, 4), strict=True)]
     assert capsys.readouterr().err.splitlines() == [f"warning: {text}" for text in texts]
-    told = [{k: v for k, v in event.items() if k != "time_s"} for event in read_events(run.path / EVENTS)]
-    assert [event for event in told if event["event"] == "warning"] == [
+    events = [{k: v for k, v in event.items() if k != "time_s"} for event in read_events(run.path / EVENTS)]
+    assert [event for event in events if event["event"] == "warning"] == [
         {"event": "warning", "step": step, "text": text} for step, text in zip((6, 4), texts, strict=True)]
-    assert [event for event in told if event["event"] == "damaged_checkpoint"] == [
+    assert [event for event in events if event["event"] == "damaged_checkpoint"] == [
         {"event": "damaged_checkpoint", "path": f"checkpoints/step-{step}", "reason": reason,
          "renamed_to": f"checkpoints/damaged-step-{step}"}
         for step, reason in zip((6, 4), reasons, strict=True)]

@@ -304,9 +304,9 @@ def test_duplicate_columns_are_refused(tmp_path: Path) -> None:
 @pytest.mark.each("step", [1, 2, 3, 7, 1000])
 def test_json_items_do_not_depend_on_block_size(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", step)
-    wanted = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
-    raw = io.BytesIO(json.dumps(wanted, indent=1).encode())
-    assert list(iter_json_items(lambda size: raw.read(min(size, step)), 1000)) == wanted
+    expected = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
+    raw = io.BytesIO(json.dumps(expected, indent=1).encode())
+    assert list(iter_json_items(lambda size: raw.read(min(size, step)), 1000)) == expected
 
 
 def test_overlong_json_item_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

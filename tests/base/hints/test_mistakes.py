@@ -227,8 +227,8 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    said = answer(typed, capsys)
-    assert [part for part in parts if part not in said] == [], said
+    message = answer(typed, capsys)
+    assert [part for part in parts if part not in message] == [], message
 
 
 @pytest.mark.parametrize(("name", "known", "meant"), [

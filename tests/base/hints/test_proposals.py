@@ -161,5 +161,5 @@ def test_the_answer_has_every_fault_and_the_line(typed: str, parts: list[str], t
                        }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    said = answer(typed, capsys)
-    assert [part for part in parts if part not in said] == [], said
+    message = answer(typed, capsys)
+    assert [part for part in parts if part not in message] == [], message

@@ -89,8 +89,8 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
 ])
 def test_all_unknown_words_are_translated_into_one_command(typed: str, write: str,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
-    said = answer(typed, capsys).partition("\nthis line still has a fault")[0]
-    assert said.splitlines()[-1].strip() == write
+    message = answer(typed, capsys).partition("\nthis line still has a fault")[0]
+    assert message.splitlines()[-1].strip() == write
 
 
 @pytest.mark.parametrize("line", [
@@ -123,9 +123,9 @@ def test_a_path_in_the_place_of_an_action_names_the_action(files: dict[str, str]
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    said = answer(f"megatron-sov {command.format(tmp_path)}", capsys)
+    message = answer(f"megatron-sov {command.format(tmp_path)}", capsys)
     # the folder has no model in it, which the line's check says
-    lines = said.partition("\nthis line still has a fault")[0].splitlines()
+    lines = message.partition("\nthis line still has a fault")[0].splitlines()
     assert [line.strip() for line in lines[1:]] == [f"megatron-sov {line.format(tmp_path)}" for line in write]
 
 
@@ -170,9 +170,9 @@ def test_settings_of_a_foreign_configuration_file_are_written_as_ours(
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / file).write_text(content)
-    said = answer(typed, capsys).partition("\nthis line still has a fault")[0]
-    assert f"{file}: is another program's configuration" in said
-    assert said.splitlines()[-1].strip() == write
+    message = answer(typed, capsys).partition("\nthis line still has a fault")[0]
+    assert f"{file}: is another program's configuration" in message
+    assert message.splitlines()[-1].strip() == write
 
 
 ALIASES = "a0: &a0 {x: null}\n" + "".join(

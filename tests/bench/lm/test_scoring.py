@@ -144,9 +144,9 @@ def test_table_names_unknown_values() -> None:
 ])
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "out.json").write_text(text)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         read_results(tmp_path / "out.json")
-    assert message in str(told.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("number", ["NaN", "1" + "0" * 400])

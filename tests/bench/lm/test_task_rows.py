@@ -90,6 +90,6 @@ BAD_FILES = [
 def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes,
                                                message: str) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         read(tmp_path / name)
-    assert message in str(refused.value) and str(tmp_path / name) in str(refused.value)
+    assert message in str(error.value) and str(tmp_path / name) in str(error.value)

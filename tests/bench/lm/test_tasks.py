@@ -85,10 +85,10 @@ def test_task_files_that_run_code_or_read_elsewhere_are_refused(folder: Path, li
     (folder / "evil.py").write_text("raise SystemExit('it ran')")
     (folder.parent / "outside.yaml").write_text("num_fewshot: 1")
     key = line.partition(":")[0]
-    kept = [old for old in PLAIN.splitlines() if not old.startswith(f"{key}:")]
-    with pytest.raises(UserError) as told:
-        load(folder, "\n".join([*kept, line]))
-    assert message in str(told.value)
+    other_lines = [old for old in PLAIN.splitlines() if not old.startswith(f"{key}:")]
+    with pytest.raises(UserError) as error:
+        load(folder, "\n".join([*other_lines, line]))
+    assert message in str(error.value)
 
 
 def test_merged_mappings_do_not_fill_the_memory(folder: Path) -> None:

@@ -29,9 +29,9 @@ def test_every_task_has_a_case() -> None:
 
 
 def payload_score(payload: dict[str, Any]) -> float:
-    said = payload["messages"][1]["content"].partition("RESPONSE:")[2]
+    response = payload["messages"][1]["content"].partition("RESPONSE:")[2]
     best = 2.0 if "Score 2 where" in payload["messages"][1]["content"] else 1.0
-    return best if "RIGHT" in said else 0.0
+    return best if "RIGHT" in response else 0.0
 
 
 @pytest.mark.tier1_cases(6)

@@ -23,12 +23,12 @@ def test_error_rates_count_recognized_words() -> None:
     """Case and punctuation are ignored; rates are over all words and characters together."""
     rows = [MediaRow(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
     heard = ["hello world", "yell oh", ""]
-    told = compute_media_figures(rows, heard)
-    assert (told["num_rows"], told["accuracy"], told["chance"]) == (3, 1 / 3, 0.25)
-    assert told["accuracy_interval"] == list(compute_wilson_interval(1, 3))
-    assert told["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
-    assert told["wer"] == (0 + 2 + 2) / 5
-    assert told["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
+    figures = compute_media_figures(rows, heard)
+    assert (figures["num_rows"], figures["accuracy"], figures["chance"]) == (3, 1 / 3, 0.25)
+    assert figures["accuracy_interval"] == list(compute_wilson_interval(1, 3))
+    assert figures["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
+    assert figures["wer"] == (0 + 2 + 2) / 5
+    assert figures["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
     assert "chance" not in compute_media_figures([MediaRow(WORDS, "a")], ["a"])
 
 

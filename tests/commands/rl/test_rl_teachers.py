@@ -92,8 +92,8 @@ def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list
     found = []
     with torch.no_grad():
         for ids in tokens:
-            said = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-            found.append(said[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy())
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+            found.append(logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy())
     return found
 
 
@@ -160,9 +160,9 @@ def test_a_mismatched_teacher_is_refused_by_its_first_wrong_field(tmp_path: Path
 
     def refused(model: ModelConfig, tokenizer: Path, *, is_hf: bool = False) -> str:
         target: Any = SimpleNamespace(is_hf=is_hf, model=model, tokenizer_folder=tokenizer)
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             check_teacher_model("here", target, config, tmp_path)
-        return str(told.value)
+        return str(error.value)
 
     assert refused(replace(own, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(
         f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights temp")

@@ -55,8 +55,8 @@ def test_mistakes_are_one_sentence(words: list[str], message: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n[1]\n')
     assert main(["tools", "run", words[0], "nowhere", "--output", "out", *words[1:]]) == 2
-    seen = capsys.readouterr()
-    assert message in seen.err and not seen.out  # before a world begins
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out  # before a world begins
 
 
 def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, Path], folder: Path,

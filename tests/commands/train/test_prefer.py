@@ -71,8 +71,8 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     assert main(command("prefer", tmp_path / "pairs", tmp_path / "no", "--from", str(base), *exports)) == 2
     assert "ppl cannot use source 'pairs', which holds data of format 'preference'; use pairs" in (
         capsys.readouterr().err)
-    refused = command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
-    assert main(refused) == 2 and "holds data of format 'chat'" in capsys.readouterr().err
-    assert main([*refused, "--method", "grouper"]) == 2
+    words = command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
+    assert main(words) == 2 and "holds data of format 'chat'" in capsys.readouterr().err
+    assert main([*words, "--method", "grouper"]) == 2
     assert "has no column 'advantage'" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -72,16 +72,16 @@ def test_assistant_pictures_become_calls_and_sounds_text(encode: Encode, tmp_pat
     answer = [{"type": "text", "text": "Here:"}, {"type": "image", "path": "light.png"},
               {"type": "audio", "path": "short.wav"}]
     assert encode([build_media_chat(("text", "Draw."), answer=answer)]) == 0
-    said = records(tmp_path / "corpus")[0]["messages"][1]
-    assert said["content"] == "Here:\n<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>"
-    call = said["tool_calls"][0]["function"]
+    message = records(tmp_path / "corpus")[0]["messages"][1]
+    assert message["content"] == "Here:\n<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>"
+    call = message["tool_calls"][0]["function"]
     assert call["name"] == "t2i_model_generation"
     assert parse_codebook_tokens("image", call["arguments"]["discrete_image_token"]) == [7] * 4
     assert records(tmp_path / "corpus")[0]["media"] == {}
     assert encode([build_media_chat(("text", "Draw."), answer=answer)], "--drawn", "content",
                   output="two") == 0
-    said = records(tmp_path / "two")[0]["messages"][1]
-    assert "tool_calls" not in said and parse_codebook_tokens("image", said["content"]) == [7] * 4
+    message = records(tmp_path / "two")[0]["messages"][1]
+    assert "tool_calls" not in message and parse_codebook_tokens("image", message["content"]) == [7] * 4
 
 
 def test_killed_encoding_resumes_to_the_same_bytes(encode: Encode, tmp_path: Path,
@@ -162,9 +162,9 @@ def test_chats_and_documents_keep_fields() -> None:
     ({"content": "see <|vision00003|>"}, "spells '<|vision00003|>'"),
     ({"messages": [{"role": "user", "content": "a", "reasoning_content": "<|IMAGE_PAD|>"}]}, "spells")])
 def test_malformed_records_are_rejected(record: Any, words: str) -> None:
-    with pytest.raises(BadRecord) as found:
+    with pytest.raises(BadRecord) as error:
         parse_chat(record)
-    assert words in found.value.reason
+    assert words in error.value.reason
 
 
 def test_escaped_media_tokens_are_found() -> None:

@@ -135,9 +135,9 @@ def test_placeholder_count_must_equal_feature_count(omni: Path) -> None:
     for ids, rows, code in (([pad], {}, "placeholders"), ([1], {"pictures": [(0, 1)]}, "placeholders"),
                             ([pad] * 3, {"pictures": [(0, 3)]}, "media_rows"),
                             ([pad], {"sounds": [(0, 1)]}, "placeholders")):
-        with pytest.raises(BadRecord) as found:
+        with pytest.raises(BadRecord) as error:
             vocabulary.numbers(ids, rows)  # type: ignore[arg-type]
-        assert found.value.code == code
+        assert error.value.code == code
     with pytest.raises(BadRecord, match="which the tokenizer lacks"):
         vocabulary.split("<|vision09999|>")
 

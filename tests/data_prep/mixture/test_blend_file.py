@@ -182,10 +182,10 @@ def get_refusal(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> 
 
 
 def test_entries_without_source_are_listed() -> None:
-    wanted = blend(phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
-                         ({"kind": "en"}, 0.7)),
-                   phase("2", 1, ({"kind": "math_code"}, 1.0)))
-    lines = get_refusal(wanted).splitlines()
+    expected = blend(phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
+                           ({"kind": "en"}, 0.7)),
+                     phase("2", 1, ({"kind": "math_code"}, 1.0)))
+    lines = get_refusal(expected).splitlines()
     assert lines[1:] == ["  phase 1: no source is kind=ja (10 %)", "  phase 1: no source is kind=ko level=L1 "
                                                                    "(20 %)",
                          "  phase 2: no source is kind=math_code (100 %)"]
@@ -193,7 +193,7 @@ def test_entries_without_source_are_listed() -> None:
         "blend test: 3 problems; the sources are ko-basic, ko-L3, en-L3, code, their tags kind: en, ko; "
         "level: L3, basic; pack what is missing, change the blend, or give missing shares to the others of "
         "their phase with --missing spread")
-    assert "their tags none (pack them with --tag)" in get_refusal(wanted, [source("web", 5)])
+    assert "their tags none (pack them with --tag)" in get_refusal(expected, [source("web", 5)])
     assert "no source is kind=ko" in get_refusal(TWO, [source("ko", 0, kind="ko"), source("code", 1),
                                                        *SOURCES[2:3]])
 
@@ -206,8 +206,8 @@ def test_source_in_two_entries_is_rejected() -> None:
 
 
 def test_missing_shares_may_be_spread() -> None:
-    wanted = blend(phase("1", 100, ({"kind": "ja"}, 0.2), ({"kind": "en"}, 0.6), ({"source": "code"}, 0.2)))
-    [found] = allot_shares(wanted, SOURCES, "spread")
+    expected = blend(phase("1", 100, ({"kind": "ja"}, 0.2), ({"kind": "en"}, 0.6), ({"source": "code"}, 0.2)))
+    [found] = allot_shares(expected, SOURCES, "spread")
     assert found.shares == pytest.approx({"en-L3": 0.75, "code": 0.25})
     assert "  nothing for kind=ja (20 %): its share is spread over the others" in format_shares(
         [found], SOURCES)
@@ -256,9 +256,9 @@ def test_page_commands_run(tokenizers: dict[str, Path], tmp_path: Path,
     page = page_section("curriculum.md", "Data mixtures")
     [blend] = blocks(page, "yaml")
     Path("blend.yaml").write_text(blend)
-    shown = [shlex.split(line) for line in shell_lines(page, "sh")]
-    assert len(shown) == 4
-    for program, *arguments in shown:
+    commands = [shlex.split(line) for line in shell_lines(page, "sh")]
+    assert len(commands) == 4
+    for program, *arguments in commands:
         assert program == "sov-data" and main(arguments) == 0, arguments
     phases = {p["name"]: p["blend"] for p in read_manifest("mixed").content["phases"]}
     assert phases["foundation"] == pytest.approx({"en-L2": 56 / 80, "ko-L2": 24 / 80 * 0.8,

@@ -206,9 +206,10 @@ def test_prompt_and_completion_equal_trl(folder: Path, encoder: Encoder, tmp_pat
         learned = batch.kinds != KIND_NONE
         assert batch.ids[:len(whole)].tolist() == whole
         assert not learned[:len(begin)].any()
-        said = loaded.decode(batch.ids[learned])
-        assert said == answer[0]["content"] + ("<|end|>" if "solar" in folder.name else "<|endofturn|>")
-        assert loaded.decode(whole[len(begin):]).rstrip("\n").endswith(said)
+        learned_text = loaded.decode(batch.ids[learned])
+        assert learned_text == answer[0]["content"] + ("<|end|>" if "solar" in folder.name
+                                                       else "<|endofturn|>")
+        assert loaded.decode(whole[len(begin):]).rstrip("\n").endswith(learned_text)
 
 
 def open_encoder_tokenizer(file: Path) -> Tokenizer:

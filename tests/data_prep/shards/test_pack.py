@@ -293,10 +293,10 @@ def test_killed_pack_leaves_no_worker_and_resumes( tokenizers: dict[str, Path], 
         process.kill()
     assert workers and all(ends(worker.pid) for worker in workers)
     assert not output.exists()
-    kept = complete_units(output)
+    units = complete_units(output)
     pack_sources(tokenizers["solar-open"], [PackSource("long", text)], output)
-    assert 1 <= len(kept) < num_units
-    assert f"{len(kept)} of {num_units} units were complete from before" in capsys.readouterr().out
+    assert 1 <= len(units) < num_units
+    assert f"{len(units)} of {num_units} units were complete from before" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "out"]
     pack_sources(tokenizers["solar-open"], [PackSource("long", text)], tmp_path / "undisturbed")
     assert read_manifest(output).files == read_manifest(tmp_path / "undisturbed").files

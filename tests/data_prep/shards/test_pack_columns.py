@@ -32,16 +32,16 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     [source, same] = open_sources({str(tmp_path / "out"): 1.0}, 10**6, formats=("preference",))
     assert source.columns == same.columns == ("score", "step")
-    seen = set()
+    record_numbers = set()
     for split in ("train", "heldout"):
         documents, others = source.open_split(split), same.open_split(split)
         for i, length in enumerate(documents.lengths):
             asked = int(re.findall(r"(\d+) \+ 1\?", tokenizer.decode(documents.tokens(i, 0, length)))[0])
-            seen.add(asked)
+            record_numbers.add(asked)
             for name, wanted in (("score", -asked if i % 2 else asked), ("step", asked / 2)):
                 assert set(documents.column(name, i, 0, length).tolist()) == {wanted}
                 assert others.column(name, i, 0, length).tolist() == [wanted] * length
-    assert seen == set(range(20))
+    assert record_numbers == set(range(20))
     assert main(["verify", str(tmp_path / "out")]) == 0
     [damaged, *_] = sorted((tmp_path / "out/pairs").glob("train-*.score"))
     numbers = np.fromfile(damaged, "<f4")

@@ -151,9 +151,9 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
     pack_sources(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
          PackSettings(heldout_share=1e-9))
     assert main(["inspect", str(tmp_path / "shards")]) == 0
-    told = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
-    assert [line.removeprefix("  ") for line in told[1:5]] == format_table(tmp_path / "shards")
-    assert told[-1].startswith("  row 1: == one/train, document 0, ") and "some text of one" in told[-1]
+    lines = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
+    assert [line.removeprefix("  ") for line in lines[1:5]] == format_table(tmp_path / "shards")
+    assert lines[-1].startswith("  row 1: == one/train, document 0, ") and "some text of one" in lines[-1]
     assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 0
     assert capsys.readouterr().out.endswith("shards: sound as tokens\n")
     record = read_manifest(tmp_path / "shards").content["sources"][0]["splits"]["train"]

@@ -208,6 +208,6 @@ def test_samples_name_both_sides_of_a_preference(tokenizers: dict[str, Path], tm
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}\n')
     pack_sources(tokenizers["k-exaone"], [PackSource("p", tmp_path / "p.jsonl")], tmp_path / "out",
          PackSettings(0, RecordReading("preference")))
-    shown = sample_documents(tmp_path / "out", None, "train", 9, 100, seed=0)
-    assert "document 0, chosen" in shown[0] and "⟦Blue.<|endofturn|>⟧" in shown[1]
-    assert "document 1, rejected" in shown[3] and "⟦Green.<|endofturn|>⟧" in shown[4]
+    samples = sample_documents(tmp_path / "out", None, "train", 9, 100, seed=0)
+    assert "document 0, chosen" in samples[0] and "⟦Blue.<|endofturn|>⟧" in samples[1]
+    assert "document 1, rejected" in samples[3] and "⟦Green.<|endofturn|>⟧" in samples[4]

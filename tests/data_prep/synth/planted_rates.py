@@ -13,8 +13,8 @@ def draw_problem(rng: random.Random) -> tuple[str, float]:
     """Return a sum or a product of two to four numbers, and the logit of its pass rate."""
     count, digits, product = rng.randint(2, 4), rng.randint(1, 4), rng.random() < 0.4
     numbers = [str(rng.randrange(10 ** (digits - 1), 10 ** digits)) for _ in range(count)]
-    said = (" times " if product else " plus ").join(numbers)
-    text = f"What is {said}?"
+    expression = (" times " if product else " plus ").join(numbers)
+    text = f"What is {expression}?"
     if rng.random() < 0.5:
         text = f"{(' 곱하기 ' if product else ' 더하기 ').join(numbers)}는 얼마인가?"
     return text, 6.0 - 1.1 * count - 0.9 * digits - 1.2 * product

@@ -62,7 +62,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of conversations with tools and thoughts."""
-    told = {"role": "system", "content": f"Know this: {LEAKED}"}
+    system_turn = {"role": "system", "content": f"Know this: {LEAKED}"}
     called = {"messages": [
         {"role": "user", "content": "Where is order 17, please?"},
         {"role": "assistant", "content": "", "tool_calls": [
@@ -76,7 +76,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [build_sample(build_chat("How much is 3 and 4?", "7"))],
         [build_sample(build_chat(GOOD, "8"))],
         [build_sample(called)],
-        [build_sample(build_chat("Who painted it?", "Nobody knows.", told))],
+        [build_sample(build_chat("Who painted it?", "Nobody knows.", system_turn))],
         [build_sample(build_chat("Say it again.", "say it again and say it once more to me " * 20))],
         [build_sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
     ], kind="chat")

@@ -34,10 +34,10 @@ ITEM = GeneratorItem("a", {"text": "A {{ tone }} day."})
 
 def write_generator(folder: Path, change: Any = None, name: str = "own.yaml") -> Path:
     """Write the good file with some keys changed; a key that is a path changes what is inside."""
-    said = json.loads(json.dumps(GOOD))
+    definition = json.loads(json.dumps(GOOD))
     for key, value in (change or {}).items():
         *path, last = key.split(".")
-        target = said
+        target = definition
         for part in path:
             target = target[int(part) if part.isdigit() else part]
         if value is None:
@@ -46,7 +46,7 @@ def write_generator(folder: Path, change: Any = None, name: str = "own.yaml") ->
             target[int(last)] = value
         else:
             target[last] = value
-    (folder / name).write_text(yaml.safe_dump(said, allow_unicode=True, sort_keys=False))
+    (folder / name).write_text(yaml.safe_dump(definition, allow_unicode=True, sort_keys=False))
     return folder / name
 
 

@@ -94,5 +94,5 @@ def test_mathematical_answers_are_compared_as_mathematics(answer: str, way: str)
 
 
 def test_answers_are_compared_by_value_in_a_process_that_may_be_ended() -> None:
-    said = ["0.5", "\\frac{2}{4}", "1/2", "2", "10**10**10", "\\begin{", "0.5"]
-    assert check_answers(said, "1/2") == [True, True, True, False, False, False, True]
+    answers = ["0.5", "\\frac{2}{4}", "1/2", "2", "10**10**10", "\\begin{", "0.5"]
+    assert check_answers(answers, "1/2") == [True, True, True, False, False, False, True]

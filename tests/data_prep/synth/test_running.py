@@ -190,8 +190,8 @@ def test_changed_settings_are_refused_unless_redo_is_given(
 
 def test_the_token_limit_is_sent_in_the_field_of_the_endpoint(run: Run, endpoint: ScriptedEndpoint,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
-    told = ["--judge-model", "judge", "--max-tokens-field", "max_completion_tokens"]
-    assert run(endpoint, *told, "--judge-max-tokens", "3000") == 0
+    options = ["--judge-model", "judge", "--max-tokens-field", "max_completion_tokens"]
+    assert run(endpoint, *options, "--judge-max-tokens", "3000") == 0
     lengths = [(body["model"], body.get("max_tokens"), body.get("max_completion_tokens"))
                for body in endpoint.requests]
     assert set(lengths) == {("scripted", None, 50), ("judge", None, 3000)}
@@ -370,8 +370,8 @@ def test_a_killed_run_resumes_without_repeating_requests(tmp_path: Path, endpoin
         assert process.poll() is None
     process.kill()
     process.wait()
-    kept = EndpointCache(run.output / "answers.sqlite")
-    known = kept.keys()  # its own: the endpoint may still be at an answer that nobody waits for
+    cache = EndpointCache(run.output / "answers.sqlite")
+    known = cache.keys()  # its own: the endpoint may still be at an answer that nobody waits for
     asked = {key: endpoint.asked[key] for key in known}
     assert len(known) >= 4
     assert run(endpoint) == 0

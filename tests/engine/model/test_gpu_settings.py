@@ -283,9 +283,9 @@ def test_unsupported_gpu_settings_are_refused(changes: str, te: bool, environmen
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError) as refused:
+    with pytest.raises(SettingsError) as error:
         gpu_settings.check_gpu_settings(config_with(changes.split()), te)
-    assert [key for _, key in refused.value.codes] == keys.split()
+    assert [key for _, key in error.value.codes] == keys.split()
 
 
 def test_overlap_that_frees_inputs_of_bf16_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

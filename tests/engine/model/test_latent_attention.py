@@ -31,8 +31,8 @@ def test_values_of_any_width_are_attended_to_inside_documents(nope: int, rope: i
     result = attention(query, key, value, None,
                        packed_seq_params=pack_documents(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
     document = torch.bucketize(torch.arange(20), torch.tensor(BOUNDS[1:]), right=True)
-    seen = (document[:, None] == document) & torch.ones(20, 20).tril().bool()
-    scores = torch.einsum("qhd,khd->hqk", query, key).mul(0.3).masked_fill(~seen, -torch.inf)
+    mask = (document[:, None] == document) & torch.ones(20, 20).tril().bool()
+    scores = torch.einsum("qhd,khd->hqk", query, key).mul(0.3).masked_fill(~mask, -torch.inf)
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
     assert result.shape == (20, HEADS * value_width)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)

@@ -85,7 +85,7 @@ def scales(recipe: str) -> dict[str, Any]:
     model = build_model(config.model, ParallelConfig(), config.train)
     layers = [m.core_attention for m in model.modules() if hasattr(m, "core_attention")]
     with kv_cache.use_kv_cache(model, CacheSize(1, 8)) as keeping:
-        kept = [layer.softmax_scale for layer in keeping]
+        softmax_scales = [layer.softmax_scale for layer in keeping]
     specs.uses_transformer_engine = lambda dtype: True
     # the library checks for the attribute
     for module, names in ((rope_utils, ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")),
@@ -95,7 +95,7 @@ def scales(recipe: str) -> dict[str, Any]:
         for name in names:
             setattr(module, name, print)
     fused = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
-    return {"layers": [layer.softmax_scale for layer in layers], "kept": kept,
+    return {"layers": [layer.softmax_scale for layer in layers], "kept": softmax_scales,
             "fused": fused.apply_rope_fusion, "given to all": fused.softmax_scale,
             "on cosine and sine": yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(fused)}
 

@@ -239,11 +239,12 @@ def test_invalid_tests_are_refused(tests: Any, what: str) -> None:
 
 
 def test_version_covers_the_sandbox_code() -> None:
-    told = hash_code(CodeReward.__module__)
+    code_hash = hash_code(CodeReward.__module__)
     assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervision",
-                                                "work.processes.process_tree")} <= set(told)
+                                                "work.processes.process_tree")} <= set(code_hash)
 
 
 def test_version_covers_the_sandbox_server() -> None:
-    told = CodeReward().inputs()["server"]
-    assert {f"megatron_sov.sandbox.{name}" for name in ("server", "restrictions", "enclosures")} <= set(told)
+    server_hash = CodeReward().inputs()["server"]
+    assert {f"megatron_sov.sandbox.{name}"
+            for name in ("server", "restrictions", "enclosures")} <= set(server_hash)

@@ -158,11 +158,11 @@ def test_trl_function_gets_the_arguments_of_trl(name: str, tmp_path: Path) -> No
             for response in RESPONSES]
     scope: dict[str, Any] = {}
     exec(FUNCTIONS, scope)
-    wanted = compute_trl_rewards(scope[name], rows)
+    expected = compute_trl_rewards(scope[name], rows)
     request = request_reward(f"{file}:{name}", {})
     reward = build_versioned_reward(request).reward
     result = run_reward(reward, rows)
-    assert result.status == "scored" and result.components[REWARDS] == wanted
+    assert result.status == "scored" and result.components[REWARDS] == expected
     single = [run_reward(reward, row) for row in rows]
     assert [one.reward for one in single] == [compute_trl_rewards(scope[name], [row])[0] for row in rows]
 
@@ -284,5 +284,5 @@ def test_missing_fields_are_found_before_generation(name: str, settings: dict[st
     assert find_missing_field(asked, versioned_reward, row) == field
     if field and name != "composed":
         # the early message equals the message of scoring
-        refused = run_reward(versioned_reward.reward, {**row, "response": "42"})
-        assert refused.status == "refused" and field in refused.reason
+        verdict = run_reward(versioned_reward.reward, {**row, "response": "42"})
+        assert verdict.status == "refused" and field in verdict.reason

@@ -33,14 +33,14 @@ def test_schema_equals_transformers() -> None:
     function, expected = ours["function"], theirs["function"]
     assert (ours["type"], function["name"], function["description"]) == (
         "function", expected["name"], expected["description"])
-    shown = function["parameters"]
-    assert shown["required"] == expected["parameters"]["required"]
+    schema = function["parameters"]
+    assert schema["required"] == expected["parameters"]["required"]
     for name, told in expected["parameters"]["properties"].items():
-        assert shown["properties"][name]["description"] == told["description"]
-    assert [shown["properties"][name]["type"] for name in ("city", "nights", "kinds")] == [
+        assert schema["properties"][name]["description"] == told["description"]
+    assert [schema["properties"][name]["type"] for name in ("city", "nights", "kinds")] == [
         expected["parameters"]["properties"][name]["type"] for name in ("city", "nights", "kinds")]
-    assert shown["properties"]["view"] == {"enum": ["sea", "yard"], "type": "string", "default": "yard",
-                                           "description": "To which side."}
+    assert schema["properties"]["view"] == {"enum": ["sea", "yard"], "type": "string", "default": "yard",
+                                            "description": "To which side."}
 
 
 def test_arguments_of_the_right_types_reach_the_function() -> None:

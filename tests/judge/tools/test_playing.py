@@ -79,12 +79,12 @@ def test_killed_episodes_resume_to_the_same_end(fuzzed: dict[str, Any], tmp_path
     with pytest.raises(_Killed):
         played("files", 12, tmp_path, _killed_at(round_), parallel=2)
     journal = work_folder(tmp_path / "files") / RECORDS
-    kept = sum(b'"turn"' in line for line in journal.read_bytes().splitlines())
+    num_turns = sum(b'"turn"' in line for line in journal.read_bytes().splitlines())
     with open(journal, "ab") as f:
         f.write(torn)
     again, policy, _ = played("files", 12, tmp_path, parallel=2)
     assert [build_row(episode, encoder) for episode in again] == expected
-    assert len(policy.seen) == sum(row["num_turns"] for row in expected) - kept  # none is written twice
+    assert len(policy.seen) == sum(row["num_turns"] for row in expected) - num_turns  # none is written twice
     assert not work_folder(tmp_path / "files").exists()
 
 
@@ -131,16 +131,17 @@ def test_broken_machine_has_no_reward(tmp_path: Path) -> None:
 
 
 def test_user_answers_do_not_change_sampled_tokens(tmp_path: Path) -> None:
-    said = ["<think>hm</think>two", format_call("add", n=1) + format_call("add", n=2),
-            format_call("add", n=3), "<tool_call>{",
-            "3"]
-    episode, encoder = play_scripted_episode(tmp_path, said, EpisodeLimits(), TALKING)
+    turns = ["<think>hm</think>two", format_call("add", n=1) + format_call("add", n=2),
+             format_call("add", n=3), "<tool_call>{",
+             "3"]
+    episode, encoder = play_scripted_episode(tmp_path, turns, EpisodeLimits(), TALKING)
     assert [turn.reply for turn in episode.turns] == ["Not two.", "And?", None, "Not <tool_call>{.", None]
     assert (episode.end, episode.answer) == ("answered", "3")
     assert episode.result is not None and episode.result.reward == 5
     # the ids contain the model's own tokens, followed by the template's rendering of the rest
-    assert [episode.ids[start:end] for start, end in episode.spans] == [encoder.encode(text) for text in said]
-    assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(said[0]),
+    assert [episode.ids[start:end] for start,
+            end in episode.spans] == [encoder.encode(text) for text in turns]
+    assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(turns[0]),
                                                  *encoder.encode_after_turn([], user="Not two.")]
     assert json.loads(episode.turns[1].state)["turns"] == [["hm", "two", []], ["", "", ["add", "add"]]]
 

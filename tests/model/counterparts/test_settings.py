@@ -24,9 +24,9 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
 ])
 def test_an_unsupported_architecture_is_refused(stated: dict[str, Any], message: str) -> None:
     assert infer_architecture(LLAMA).family == "llama"
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         infer_architecture(LLAMA | stated)
-    assert message in str(refused.value)
+    assert message in str(error.value)
 
 
 def test_positions_divided_by_a_factor_are_read() -> None:

@@ -156,6 +156,6 @@ def test_removed_codec_kinds_are_refused(tmp_path: Path, kind: str) -> None:
     with create_artifact(tmp_path / "old", "codec") as writer:
         save_file({"a": torch.zeros(1)}, writer.path / WEIGHTS)
         writer.content = {"codec": kind, "config": {}}
-    said = f"'{kind}' is not a kind of codec; it was removed in this version: import a codec"
-    with pytest.raises(UserError, match=said):
+    message = f"'{kind}' is not a kind of codec; it was removed in this version: import a codec"
+    with pytest.raises(UserError, match=message):
         open_codec(tmp_path / "old")

@@ -45,8 +45,8 @@ class PublishedTATok(nn.Module):
         return F.normalize(regularizer.embedding_proj(regularizer.embedding.weight), dim=-1)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        seen = self.encoder((pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states[-2]
-        vectors = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(seen)), dim=-1)
+        features = self.encoder((pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states[-2]
+        vectors = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(features)), dim=-1)
         return (vectors @ self.codes().T).argmax(-1)
 
 

@@ -120,12 +120,12 @@ def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(question: Question
     question("begin")
     logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n",
                      "error: --data x: does not exist\n")
-    told: list[str] = []
-    monkeypatch.setattr(attempts, "log_message", told.append)
+    messages: list[str] = []
+    monkeypatch.setattr(attempts, "log_message", messages.append)
     assert question("end", "--code", "143", *logs) == "exit 2", (
         "the siblings' 143 hides the code of the first")
-    assert told == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: "
-                    "does not exist"]
+    assert messages == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: "
+                        "does not exist"]
 
 
 def test_a_node_that_fails_twice_is_excluded(question: Question, run: Path) -> None:
@@ -319,6 +319,6 @@ def test_other_output_of_srun_is_not_a_failure() -> None:
 def test_log_tail_shows_the_last_state_of_a_progress_bar(tmp_path: Path) -> None:
     log = tmp_path / "rank-0.log"
     log.write_text("".join(f"line {i}\n" for i in range(30)) + "step 1\rstep 2\rstep 3\nerror: full\n")
-    shown = read_last_lines(log).splitlines()
-    assert shown[-2:] == ["    step 3", "    error: full"] and len(shown) == 15
+    lines = read_last_lines(log).splitlines()
+    assert lines[-2:] == ["    step 3", "    error: full"] and len(lines) == 15
     assert read_last_lines(tmp_path / "none.log") == ""

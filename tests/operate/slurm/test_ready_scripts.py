@@ -138,9 +138,9 @@ def test_slurm_accepts_every_script_unchanged(cluster: Any, site: Path) -> None:
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
         cluster.run("sbatch", "--test-only", "--partition=wide", str(script))
     pretrain = SCRIPTS / "k-exaone-236b/06-pretrain.sbatch"
-    refused = subprocess.run(["sbatch", "--test-only", "--partition=wide", "--nodes=65", str(pretrain)],
-                             env=cluster.env, capture_output=True, text=True, check=False)
-    assert refused.returncode != 0 and "node configuration is not available" in refused.stderr
+    result = subprocess.run(["sbatch", "--test-only", "--partition=wide", "--nodes=65", str(pretrain)],
+                            env=cluster.env, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "node configuration is not available" in result.stderr
 
 
 def export_variables(**variables: object) -> str:

@@ -197,9 +197,9 @@ def test_the_reason_is_one_line(text: str, message: str) -> None:
 def test_neither_the_shell_nor_its_allocation_overrules_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "x")
-    kept = environment_outside_jobs()
-    assert {"SLURM_CONF", "WANDB_API_KEY"} <= set(kept)
-    assert not {"SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID"} & set(kept)
+    environment = environment_outside_jobs()
+    assert {"SLURM_CONF", "WANDB_API_KEY"} <= set(environment)
+    assert not {"SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID"} & set(environment)
 
 
 def test_only_living_jobs_have_a_state(site: Path, cluster: Any) -> None:

@@ -103,8 +103,8 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(rec
 def test_user_settings_stay_under_a_recommended_layout() -> None:
     config = recipes.get("solar-open-102b-mid")
     assert "gpu.attention=fused" in get_recommended_settings(config, 480, "b200")
-    said = ["gpu.attention=local"]
-    own = get_recommended_settings(apply_settings(config, said), 480, "b200", said)
+    settings = ["gpu.attention=local"]
+    own = get_recommended_settings(apply_settings(config, settings), 480, "b200", settings)
     assert own and not any(setting.startswith("gpu.attention") for setting in own)
 
 

@@ -68,8 +68,8 @@ def bytes_of_an_adapted_head() -> list[int]:
     assert head.requires_grad
     world.leave_world()
     # in addition to the head's gradient, which exists without adapters too
-    said = [build_account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
-    return [sum(allocated.sizes.values()), said[0] - said[1]]
+    accounts = [build_account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
+    return [sum(allocated.sizes.values()), accounts[0] - accounts[1]]
 
 
 def test_an_adapted_head_is_counted_with_its_merged_copy(ranks: Any, job: Any) -> None:
@@ -114,9 +114,9 @@ def test_divergence_peak_memory_equals_the_account(ranks: Any, job: Any) -> None
                      for beta, top_k in asked))
     slope = head_bytes("model.logits_softcap=3") - head_bytes()
     for (beta, top_k), ((peak, plain, capped),) in zip(asked, result, strict=True):
-        said = head_bytes("objective.name=distill", f"distillation.beta={beta}",
-                          f"distillation.top_k={top_k}") - head_bytes()
-        assert peak - plain == pytest.approx(said, rel=0.05), f"beta {beta}, top-k {top_k}"
+        predicted = head_bytes("objective.name=distill", f"distillation.beta={beta}",
+                               f"distillation.top_k={top_k}") - head_bytes()
+        assert peak - plain == pytest.approx(predicted, rel=0.05), f"beta {beta}, top-k {top_k}"
         assert capped - plain == pytest.approx(slope, rel=0.05)
 
 

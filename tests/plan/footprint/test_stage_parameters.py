@@ -49,9 +49,9 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
     for run, precision in ((ranks, "fp32"), (te_ranks, "bf16")):
         ((found,),) = run(job(__file__, "shapes_of_modules", 1, {"precision": precision}))
         for (recipe, settings, _, _), (stage, shapes) in zip(RUNS, found, strict=True):
-            said = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
-                    for runs in list_stage_parameters(build_config(recipe, settings, precision), stage)]
-            assert said == shapes, (recipe, precision)
+            predicted = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
+                         for runs in list_stage_parameters(build_config(recipe, settings, precision), stage)]
+            assert predicted == shapes, (recipe, precision)
 
 
 # Buffers by runs of parameters, against laying every parameter by itself.

@@ -73,8 +73,8 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         train_step(trainer)
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
-        wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
-                  "starts": 0.0}
+        expected = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
+                    "starts": 0.0}
         for m in batch.micro_batches:
             for first, source, (document, start, count) in m.origins:
                 here = slice(first, first + count)
@@ -99,19 +99,19 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                               b * (q * (log_q - log_m)).sum(-1) + (1 - b) * (p * (log_p - log_m)).sum(-1))
                 picked = -logits.log_softmax(-1)[torch.arange(count), m.labels[here]]
                 learned = (m.weights[here] > 0).double()
-                wanted["cross_entropy"] += float((picked.double() * learned).sum())
+                expected["cross_entropy"] += float((picked.double() * learned).sum())
                 for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),
                                      ("tokens", torch.ones(count))):
-                    wanted[name] += float((values.double() * learned).sum())
-                wanted["starts"] = max(wanted["starts"], start)
+                    expected[name] += float((values.double() * learned).sum())
+                expected["starts"] = max(expected["starts"], start)
         sums = trainer.forward_backward.compute_gradients(batch, objective, 2)
-        tokens = wanted["tokens"]
+        tokens = expected["tokens"]
         results.append({
             "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],
-            "starts": wanted["starts"], "mtp": sums.terms["mtp"],
+            "starts": expected["starts"], "mtp": sums.terms["mtp"],
             "ours": [sums.terms["divergence"] / tokens, sums.meters["kl"], sums.meters["entropy"]],
-            "wanted": [wanted[name] / tokens for name in ("divergence", "kl", "entropy")],
-            "ce": [sums.terms.get("cross_entropy"), wanted["cross_entropy"]]})
+            "wanted": [expected[name] / tokens for name in ("divergence", "kl", "entropy")],
+            "ce": [sums.terms.get("cross_entropy"), expected["cross_entropy"]]})
         trainer.close()
         world.leave_world()
     return results

@@ -203,11 +203,11 @@ def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher
     rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1], 3: [1, 0, None, 0],
                4: [0, 0, 1, 0], 5: [1, 1, 1, 0]}
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
-        said = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
-                for row in store.read_rollouts(name)]
+        verdicts = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
+                    for row in store.read_rollouts(name)]
         store.add_rewards(VERSION, name, [
             RewardRow(key, 0, VERSION, reward, "scored" if reward is not None else "failed")
-            for key, reward in said])
+            for key, reward in verdicts])
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == {"all_right": 1, "all_wrong": 1, "too_few": 1, "learns": 3}
@@ -289,8 +289,8 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: 
 
     assert filling.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
     write_pieces(filling, even, 0, 2)
-    told = "3 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested"
-    assert filling.publish(1) == told and read_further_pieces(filling.rounds, 1) == 2
+    message = "3 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested"
+    assert filling.publish(1) == message and read_further_pieces(filling.rounds, 1) == 2
     for _ in range(2):  # a resumed run continues the same requests
         assert filling.publish(1) == "2 of 4 pieces are not written yet, the first is 2"
     write_pieces(filling, even, 2, 4)

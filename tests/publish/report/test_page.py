@@ -181,8 +181,8 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
 
 
 def test_all_sections_are_ordered_and_in_the_contents(runs: list[Path], document: Document) -> None:
-    shown = list(dict.fromkeys(s.title for path in runs for s in build_sections(read_run(path))))
-    assert sorted(shown, key=EVERYTHING.index) == EVERYTHING
+    titles = list(dict.fromkeys(s.title for path in runs for s in build_sections(read_run(path))))
+    assert sorted(titles, key=EVERYTHING.index) == EVERYTHING
     anchors = {a["href"][1:] for tag, a in document.elements if tag == "a"}
     ids = {a["id"] for _, a in document.elements if "id" in a}
     assert anchors <= ids and len(anchors) == 2 + sum(len(build_sections(read_run(path))) for path in runs)

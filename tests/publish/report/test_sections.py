@@ -61,9 +61,9 @@ def test_long_and_many_samples_are_truncated_with_a_note(tmp_path: Path) -> None
     log = EventLog(tmp_path / "events.jsonl")
     for _ in range(30):
         log.write("sample", step=5, prompt="p", text="x" * 4100)
-    shown = build_section(tmp_path, "Samples")
-    assert len(shown.samples) == 24 and shown.text.endswith("6 more are in the run's events.")
-    assert shown.samples[0]["text"] == "x" * 2000 + "\n… (2,100 more characters)"
+    section = build_section(tmp_path, "Samples")
+    assert len(section.samples) == 24 and section.text.endswith("6 more are in the run's events.")
+    assert section.samples[0]["text"] == "x" * 2000 + "\n… (2,100 more characters)"
 
 
 # Rounds of reinforcement learning in the report, from the manifests that they were published with.

@@ -54,8 +54,8 @@ def test_a_fault_occurs_once_on_its_process_and_is_logged_once(tmp_path: Path) -
         log = EventLog(tmp_path / "events.jsonl")
         rank_zero.record_events(log)
         log.close()
-    told = [(e["kind"], e["state"], e["step"], e["rank"]) for e in read_events(tmp_path / "events.jsonl")]
-    assert told == [("nan", "step", 6, 1), ("spike", "step", 9, 1), ("raise", "save", 4, 1)]
+    events = [(e["kind"], e["state"], e["step"], e["rank"]) for e in read_events(tmp_path / "events.jsonl")]
+    assert events == [("nan", "step", 6, 1), ("spike", "step", 9, 1), ("raise", "save", 4, 1)]
     late = parse_faults(["hang@step=99"], 2)
     assert list_pending_faults([*faults, *late], tmp_path) == list(late)
 

@@ -44,14 +44,16 @@ def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pyt
     with pytest.raises(SilentCorruption, match=r"2 on n2\); nothing"):
         SdcChecks(GuardConfig()).compare_replicas(7, None, Events(events))  # type: ignore[arg-type]
     assert events[0]["event"] == "sdc" and events[0]["ranks"] == [2] and events[0]["hosts"] == ["n2"]
-    SdcChecks(GuardConfig(compare_replicas=False)).compare_replicas(7, None, Events(events))  # type: ignore[arg-type]
+    SdcChecks(GuardConfig(compare_replicas=False)).compare_replicas(7, None,
+                                                                    Events(events))  # type: ignore[arg-type]
     assert len(events) == 1, "switched off nothing is looked at"
 
 
 def test_guards_can_be_set_to_continue(monkeypatch: pytest.MonkeyPatch, events: list[Any],
                                        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [0, 1])
-    SdcChecks(GuardConfig(on_sdc="record")).compare_replicas(7, None, Events(events))  # type: ignore[arg-type]
+    SdcChecks(GuardConfig(on_sdc="record")).compare_replicas(7, None,
+                                                             Events(events))  # type: ignore[arg-type]
     assert events[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
 
 
@@ -123,14 +125,14 @@ def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> N
         (tmp_path / case).mkdir()
         started[case] = subprocess.Popen([sys.executable, "-c", PROGRAM, case, str(tmp_path / case)],
                                          stderr=subprocess.PIPE, text=True)
-    said = {case: process.communicate(timeout=600)[1] for case, process in started.items()}
+    outputs = {case: process.communicate(timeout=600)[1] for case, process in started.items()}
     assert {case: process.returncode for case, process in started.items()} == cases
     step, places = json.loads((tmp_path / "hang" / "told.json").read_text())
     assert step == 3 and list(places.values()) == [[0]]
     stacks = (tmp_path / "hang" / "hang" / "step-3-rank-00000.txt").read_text()
     assert "rank 0 stood still in step 3 for 0.4 s" in stacks and "in stands_still" in stacks
-    assert "made no progress for guards.hang_timeout_s = 0.4" in said["hang"]
-    assert "Timeout" in said["lock"], "faulthandler's own thread needs no lock"
+    assert "made no progress for guards.hang_timeout_s = 0.4" in outputs["hang"]
+    assert "Timeout" in outputs["lock"], "faulthandler's own thread needs no lock"
 
 
 def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(

@@ -36,7 +36,7 @@ def test_spikes_are_those_of_the_rule() -> None:
     guard = StepGuard(GuardConfig(window_steps=40, sigma=4.0), is_main=True)
     losses: list[float] = []
     norms: list[float] = []
-    refused = []
+    rejected_steps = []
     for step in range(400):
         loss, norm = draw.gauss(3, 0.1), draw.gauss(1, 0.05)
         if step > 20 and step % 9 == 0:
@@ -47,8 +47,8 @@ def test_spikes_are_those_of_the_rule() -> None:
         losses.append(loss)
         norms.append(norm)
         if not expected:
-            refused.append(step)
-    assert len(refused) > 10 and min(refused) >= 20
+            rejected_steps.append(step)
+    assert len(rejected_steps) > 10 and min(rejected_steps) >= 20
 
 
 @pytest.mark.parametrize(("loss", "norm", "reason"), [

@@ -105,8 +105,8 @@ def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, setti
     asked = dataclasses.replace(asked, base=apply_settings(asked.base, ["train.steps=90000"]))
     config = complete_stage(asked, asked.config(), None, None).config
     epochs = count_epochs(config, open_sources(config.data.paths, 368))
-    said = get_pretraining_refusal(asked)
-    assert said.startswith("train.steps = 90,000: reads the ") and said.endswith(
+    refusal = get_pretraining_refusal(asked)
+    assert refusal.startswith("train.steps = 90,000: reads the ") and refusal.endswith(
         f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}")
     assert get_pretraining_refusal(dataclasses.replace(asked, from_file=True)) == ""
     allowed = (*asked.settings, f"data.max_epochs={math.ceil(epochs)}")
@@ -128,8 +128,8 @@ def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
 def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, allowed: bool) -> None:
     asked = pretraining([packed_data.text], "train.steps=2")
     asked = dataclasses.replace(asked, base=apply_settings(asked.base, [f"model.vocab_size={rows}"]))
-    said = get_pretraining_refusal(asked)
-    assert said == ("" if allowed else (
+    refusal = get_pretraining_refusal(asked)
+    assert refusal == ("" if allowed else (
         f"{packed_data.text}: its tokenizer has 368 ids, model.vocab_size = {rows:,}: recipe tiny-qwen3 is "
         "for a different tokenizer; pack the data with the recipe's tokenizer, or pass --set "
         "model.vocab_size=368 to train from scratch with this tokenizer"))
@@ -177,8 +177,8 @@ def test_few_prompts_are_not_drawn_very_often_unless_set(settings: tuple[str, ..
     try:
         refuse_unfit(recipe_request, config, "policy", None, is_initial=False, dry_run=True,
                      num_prompts=num_prompts)
-        said = ""
+        message = ""
     except UserError as e:
-        said = str(e)
-    assert bool(said) == is_refused and (not is_refused or said.startswith(
+        message = str(e)
+    assert bool(message) == is_refused and (not is_refused or message.startswith(
         f"rollout.rounds = 90: draw each of {num_prompts:,} prompts "))

@@ -129,8 +129,8 @@ def test_a_missing_file_of_an_output_shard_is_detected(small_run: Path,
 
 
 def test_a_message_never_proposes_to_delete_a_folder_above_the_run(tmp_path: Path) -> None:
-    said = explain_deletion(tmp_path / "shared/mine/out/shards/web/01-shorten-aaaa/00000.parquet")
-    assert "-samefile" in said and f"delete {tmp_path}" not in said
+    message = explain_deletion(tmp_path / "shared/mine/out/shards/web/01-shorten-aaaa/00000.parquet")
+    assert "-samefile" in message and f"delete {tmp_path}" not in message
     assert explain_deletion(tmp_path / "shared/mine/out/shared/02-unique-a/x/y").startswith(
         f"delete {tmp_path}/shared/mine/out/shared/02-unique-a and")
 

@@ -82,9 +82,9 @@ def test_removed_keys_are_refused_with_their_replacement(small_run: Path, name: 
     else:
         steps = f"{owner}: {{{f'{key}: 1' if key else ''}}}"
     (small_run / "pipeline.yaml").write_text(f"name: x\nsources:\n  - {entry}\nsteps:\n  - {steps}\n")
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         load_pipeline(small_run / "pipeline.yaml")
-    assert PIPELINE[name] in str(refused.value)
+    assert PIPELINE[name] in str(error.value)
 
 
 FORMERLY = ("arrow", "dataset", "epub", "office", "parallel")

@@ -46,8 +46,9 @@ def test_the_table_of_languages_equals_the_data_files(code: str) -> None:
 @pytest.mark.parametrize("name", [f.name for f in fields(Thresholds)])
 def test_every_threshold_is_listed_with_its_default(name: str) -> None:
     default = getattr(Thresholds(), name)
-    shown = yaml.safe_dump(default, default_flow_style=True, width=200).splitlines()[0]
-    assert re.search(rf"^\| `{name}` \| `{re.escape(shown)}` \|", THRESHOLDS, re.MULTILINE), shown
+    default_text = yaml.safe_dump(default, default_flow_style=True, width=200).splitlines()[0]
+    assert re.search(rf"^\| `{name}` \| `{re.escape(default_text)}` \|", THRESHOLDS,
+                     re.MULTILINE), default_text
 
 
 def test_every_step_on_the_page_is_built_and_its_settings_keep_their_rules() -> None:

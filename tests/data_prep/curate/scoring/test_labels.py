@@ -33,17 +33,17 @@ def test_a_malformed_line_is_reported_with_its_number(tmp_path: Path, kind: Kind
                                                       message: str) -> None:
     file = tmp_path / "labels.jsonl"
     file.write_text(TEXT % "1" + line)
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         read_labels(file, kind, 100)
-    assert f"{file}:2: {message}" in str(found.value)
+    assert f"{file}:2: {message}" in str(error.value)
 
 
 def test_all_wrong_lines_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "labels.jsonl"
     file.write_text(TEXT % "7" * 3)
-    with pytest.raises(UserError, match="3 bad rows; correct or remove these lines") as found:
+    with pytest.raises(UserError, match="3 bad rows; correct or remove these lines") as error:
         read_labels(file, "regressor", 100)
-    assert f"{file}:1, {file}:2, {file}:3: label = 7" in str(found.value)
+    assert f"{file}:1, {file}:2, {file}:3: label = 7" in str(error.value)
     file.write_text(TEXT % "7" * 1000)
     with pytest.raises(UserError, match="1,000 bad rows"):
         read_labels(file, "regressor", 100)
@@ -64,9 +64,9 @@ def test_a_text_is_read_once_and_cut(tmp_path: Path) -> None:
 def test_labels_that_teach_nothing_are_refused(
         tmp_path: Path, kind: Kind, given: list[int], message: str) -> None:
     labels = [Label(f"text {i}", float(label), "") for i, label in enumerate(given)]
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         check_label_variety(tmp_path / "labels.jsonl", labels, kind)
-    assert message in str(found.value)
+    assert message in str(error.value)
 
 
 def test_labels_are_cut_by_their_texts_within_each_class() -> None:

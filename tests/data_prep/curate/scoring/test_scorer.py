@@ -67,10 +67,10 @@ def change_weights(array: np.ndarray) -> Callable[[Path], object]:
 def test_files_that_cannot_be_are_refused(scorers: dict[str, Path], tmp_path: Path,
                                           change: Callable[[Path], object], message: str) -> None:
     folder = change_scorer(scorers["classifier"], tmp_path / "bad", change)
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         load_scorer(folder)
-    assert message in str(found.value)
-    assert "train the scorer again" in str(found.value)
+    assert message in str(error.value)
+    assert "train the scorer again" in str(error.value)
 
 
 def test_a_file_that_the_manifest_does_not_list_is_noticed(scorers: dict[str, Path], tmp_path: Path) -> None:

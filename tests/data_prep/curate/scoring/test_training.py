@@ -94,15 +94,15 @@ def test_repeated_texts_are_counted_and_never_on_both_sides(labels_file: Callabl
 
 def test_figures_of_a_classifier_are_those_of_counting_pairs() -> None:
     rng = np.random.default_rng(1)
-    wanted = rng.integers(0, 2, 60)
-    scores = np.round(np.clip(0.3 * wanted + rng.random(60) * 0.7, 0, 1), 1)
-    figures = compute_metrics("classifier", [Label("", float(x), "en") for x in wanted], scores)
-    pairs = list(product(scores[wanted == 1], scores[wanted == 0]))
+    expected = rng.integers(0, 2, 60)
+    scores = np.round(np.clip(0.3 * expected + rng.random(60) * 0.7, 0, 1), 1)
+    figures = compute_metrics("classifier", [Label("", float(x), "en") for x in expected], scores)
+    pairs = list(product(scores[expected == 1], scores[expected == 0]))
     assert figures["auc"] == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
-    kept = scores >= 0.5
-    assert figures["precision"] == pytest.approx(wanted[kept].mean())
-    assert figures["recall"] == pytest.approx(kept[wanted == 1].mean())
-    assert figures["brier"] == pytest.approx(np.mean((wanted - scores) ** 2))
+    accepted = scores >= 0.5
+    assert figures["precision"] == pytest.approx(expected[accepted].mean())
+    assert figures["recall"] == pytest.approx(accepted[expected == 1].mean())
+    assert figures["brier"] == pytest.approx(np.mean((expected - scores) ** 2))
 
 
 def test_figures_of_a_regressor() -> None:

@@ -46,8 +46,8 @@ def test_a_truncated_file_is_reported(read, name: str, content: bytes) -> None:
 def test_another_column_can_hold_the_text(read) -> None:
     found = read({"a.parquet": parquet_bytes(pa.table({"body": ["x"]}))}, "parquet", text_field="body")
     assert [one.text for one in found] == ["x"]
-    told = read({"a.parquet": parquet_bytes(pa.table({"body": ["x"]}))}, "parquet")[0]
-    assert "body" in told.reason and "text_field" in told.reason
+    broken = read({"a.parquet": parquet_bytes(pa.table({"body": ["x"]}))}, "parquet")[0]
+    assert "body" in broken.reason and "text_field" in broken.reason
 
 
 def test_a_value_that_python_cannot_represent_does_not_drop_its_row(read) -> None:

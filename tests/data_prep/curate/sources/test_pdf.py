@@ -43,9 +43,9 @@ def test_a_file_is_a_document_with_its_title_and_date(read) -> None:
     (build_pdf([""]), "no_text"), (b"%PDF-1.7\nnothing", "pdf"), (b"", "pdf"),
     (build_pdf([place_lines((1, 1, "x"))])[:300], None)])
 def test_unreadable_files_are_reported(read, content: bytes, code: str | None) -> None:
-    told = read({"a.pdf": content, "b.txt": "next"}, "pdf", path="a.pdf")[0]
-    assert isinstance(told, BrokenRecord) if code else isinstance(told, (BrokenRecord, RawDocument))
-    assert code is None or told.code == code
+    record = read({"a.pdf": content, "b.txt": "next"}, "pdf", path="a.pdf")[0]
+    assert isinstance(record, BrokenRecord) if code else isinstance(record, (BrokenRecord, RawDocument))
+    assert code is None or record.code == code
 
 
 def test_pages_that_hold_one_another_end(read) -> None:

@@ -97,20 +97,20 @@ def test_the_reading_process_cannot_write_read_other_files_or_connect(read_words
 
 def test_the_reading_process_is_reused_for_the_next_file(read_words) -> None:
     read_words("one")
-    kept = next(iter(reader._processes.values()))
+    process = next(iter(reader._processes.values()))
     read_words("two")
-    assert next(iter(reader._processes.values())) is kept
+    assert next(iter(reader._processes.values())) is process
     read_words("crash")
-    assert kept not in reader._processes.values()
+    assert process not in reader._processes.values()
 
 
 def test_the_reading_process_is_replaced_if_the_module_path_changes(
         read_words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_words("one")
-    kept = next(iter(reader._processes.values()))
+    process = next(iter(reader._processes.values()))
     monkeypatch.syspath_prepend(tmp_path)  # as with a package that declares formats
     assert [raw.text for raw in read_words("two")] == ["two"]
-    assert next(iter(reader._processes.values())) is not kept
+    assert next(iter(reader._processes.values())) is not process
 
 
 def test_the_reading_process_ends_when_its_iterator_is_closed(read_words, tmp_path: Path) -> None:
@@ -142,6 +142,6 @@ def test_a_malformed_reply_of_the_reading_process_is_refused(tmp_path: Path, mon
     found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
     list(found.read_piece(found.list_pieces()[0]))
     monkeypatch.setattr(next(iter(reader._processes.values())), "channel", Liar(data).ours)
-    told = list(found.read_piece(found.list_pieces()[0]))
-    assert [one.code for one in told if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
+    records = list(found.read_piece(found.list_pieces()[0]))
+    assert [one.code for one in records if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
 

@@ -84,15 +84,15 @@ def test_links_are_followed_and_broken_links_are_reported(tmp_path: Path) -> Non
     pieces = create_reader(source).list_pieces()
     read = [piece.file for piece in pieces if piece.format != NO_FORMAT]
     assert read == ["a.txt", "again/b.txt", "sub/in.txt", "sub/out.txt"]
-    told = [item for piece in pieces if piece.format == NO_FORMAT for item
-            in create_reader(source).read_piece(piece)]
-    assert {one.place: one.reason.split()[0] for one in told if isinstance(one, BrokenRecord)} == {
+    broken = [item for piece in pieces if piece.format == NO_FORMAT for item
+              in create_reader(source).read_piece(piece)]
+    assert {one.place: one.reason.split()[0] for one in broken if isinstance(one, BrokenRecord)} == {
         "again/back": "leads", "all": "leads", "linked/deep": "leads", "pipe.txt": "is",
         "sub/gone.txt": "is", "sub/loop": "leads"}
-    said: list[str] = []
-    listed = list_files(root, said.append)
+    messages: list[str] = []
+    listed = list_files(root, messages.append)
     assert [file.relative_to(root).as_posix() for file in listed] == read, "pack reads the same"
-    assert "6 left out; the first: " in "".join(said)
+    assert "6 left out; the first: " in "".join(messages)
 
 
 def test_hidden_files_and_files_of_other_formats_are_reported(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
 def test_printed_file_names_are_distinct_and_printable(tmp_path: Path) -> None:
     names = [b"a\xff.txt", b"a\\xff.txt", b"a\\\\xff.txt", b"a\x1b[2J.txt", b"a\\x1b[2J.txt", b"a\nb.txt",
              b"a\\nb.txt"]
-    told = {format_file_name(os.fsdecode(name)) for name in names}
-    assert len(told) == len(names) and all(name.isprintable() for name in told)
+    printed_names = {format_file_name(os.fsdecode(name)) for name in names}
+    assert len(printed_names) == len(names) and all(name.isprintable() for name in printed_names)
 
 
 PIPELINE = """name: small

@@ -13,12 +13,13 @@ ADDRESS = "Write to jane.doe@mail.org about it."
 
 def test_masked_texts_pass_and_masked_conversations_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "steps.yaml").write_text("steps:\n  - pii: {mask: [email]}\n")
-    told = {"role": "system", "content": f"You know this. {ADDRESS}"}
+    system_turn = {"role": "system", "content": f"You know this. {ADDRESS}"}
     text = write_run(tmp_path / "text",
                      [[build_sample({"text": f"{GOOD} {ADDRESS}"})], [build_sample({"text": GOOD})]])
     chats = write_run(tmp_path / "chats", [[build_sample(build_chat("Where?", ADDRESS))],
                                            [build_sample(build_chat("Where?", "Here."))],
-                                           [build_sample(build_chat("Where?", "There.", told))]], kind="chat")
+                                           [build_sample(build_chat("Where?", "There.", system_turn))]],
+                      kind="chat")
     for folder in (text, chats):
         finish(folder, tmp_path / "steps.yaml")
     masked, other = read_rows(text / "kept.jsonl")

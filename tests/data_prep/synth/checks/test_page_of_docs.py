@@ -39,5 +39,5 @@ def test_the_page_names_all_sources_and_all_generators_without_steps() -> None:
     cells = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
     assert [name for name in cells if name in SOURCES] == [*SOURCES]
     without = [file.stem for file in DEFAULTS.glob("*.yaml") if "steps: []" in file.read_text()]
-    told = PAGE[PAGE.index("The output of `answers`"):PAGE.index("goes through no step")]
-    assert sorted(re.findall(r"`([\w-]+)`", told)) == sorted(without)
+    paragraph = PAGE[PAGE.index("The output of `answers`"):PAGE.index("goes through no step")]
+    assert sorted(re.findall(r"`([\w-]+)`", paragraph)) == sorted(without)

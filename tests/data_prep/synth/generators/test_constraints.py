@@ -92,9 +92,9 @@ def select_by_autoif(drafts: Sequence[FunctionDraft], accuracy: float) -> set[st
     """The functions that AutoIF's released step 3 keeps (a case stays if one function agrees)."""
     cases = {(case.text, case.keeps) for draft in drafts for case in draft.cases}
     sources = {draft.source for draft in drafts}
-    kept = {(text, keeps) for text, keeps in cases if any((text in source) == keeps for source in sources)}
-    return {source for source in sources if kept and
-            sum((text in source) == keeps for text, keeps in kept) / len(kept) >= accuracy}
+    agreed = {(text, keeps) for text, keeps in cases if any((text in source) == keeps for source in sources)}
+    return {source for source in sources if agreed and
+            sum((text in source) == keeps for text, keeps in agreed) / len(agreed) >= accuracy}
 
 
 def test_the_same_functions_stay_as_with_the_authors_code(letters: list[str]) -> None:

@@ -64,8 +64,8 @@ def test_the_judge_comes_last_and_a_dialogue_alternates() -> None:
     turns[-2:] = ["B: And the paper?", "A: It gives work to many."] if len(turns) % 2 == 0 else turns[-2:]
     for lines, reason in ((turns[:2] + turns[:2], ""), (["A: a", *turns], "dialogue"),
                           (turns[1:], "dialogue")):
-        said = "<rewrite>" + "\n".join(lines) + "</rewrite>"
-        found = list_reasons("rewrite", DOCUMENT, build_model(rewrite=said, grade=9), styles=["dialogue"],
+        rewrite = "<rewrite>" + "\n".join(lines) + "</rewrite>"
+        found = list_reasons("rewrite", DOCUMENT, build_model(rewrite=rewrite, grade=9), styles=["dialogue"],
                              max_ratio=9.0, min_ratio=0.0, min_kept_share=0.0)
         assert found == [reason], lines
 
@@ -147,9 +147,9 @@ SUM = GeneratorItem("p", {"problem": "3 + 4?", "answer": "7", "choices": [], "do
 
 
 def test_right_answers_are_counted_and_a_draw_of_no_use_is_wrong() -> None:
-    said = ["\\boxed{7}", "It is 7.", {"content": "\\boxed{7}", "finish_reason": "length"}, "So \\boxed{8}",
-            "\\boxed{7}", "", "again, " * 60]
-    ask = ScriptedRequester(build_queue_model(*said), "p", load_generator("answers"))
+    draws = ["\\boxed{7}", "It is 7.", {"content": "\\boxed{7}", "finish_reason": "length"}, "So \\boxed{8}",
+             "\\boxed{7}", "", "again, " * 60]
+    ask = ScriptedRequester(build_queue_model(*draws), "p", load_generator("answers"))
     (sample,) = build_generator("answers", num_draws=7).make_samples(SUM, ask)
     assert sample.record == {"prompt": "3 + 4?", "answer": "7", "domain": "sums", "problem_id": "p",
                              "num_right": 2,
@@ -162,8 +162,8 @@ def test_right_answers_are_counted_and_a_draw_of_no_use_is_wrong() -> None:
                                                 ((5.4, 4.7), "judge: clear")])
 def test_pairs_are_judged_in_both_orders(grades: tuple[float, float], reason: str) -> None:
     item = GeneratorItem("pair", {"first_id": "e", "first": "easy?", "second_id": "h", "second": "hard?"})
-    said = [json.dumps({"score": grade}) for grade in grades]
-    (sample,) = collect_samples(build_generator("comparisons"), item, build_queue_model(*said))
+    replies = [json.dumps({"score": grade}) for grade in grades]
+    (sample,) = collect_samples(build_generator("comparisons"), item, build_queue_model(*replies))
     assert sample.reason == reason
     if not reason:
         assert (sample.record["easier"], sample.record["harder"], sample.record["lead"]) == ("e", "h", 4.0)

@@ -128,9 +128,9 @@ def test_a_changing_call_that_the_goal_does_not_need_is_idle() -> None:
 
 
 def test_output_of_synthesis_is_an_input_with_its_provenance(tmp_path: Path) -> None:
-    kept = {"id": "w/0", "domain": "a library", "world": shops.build_world(0),
-            "synthetic": {"source": "domains", "licence": "CC0-1.0"}}
-    (tmp_path / "kept.jsonl").write_text(json.dumps(kept))
+    row = {"id": "w/0", "domain": "a library", "world": shops.build_world(0),
+           "synthetic": {"source": "domains", "licence": "CC0-1.0"}}
+    (tmp_path / "kept.jsonl").write_text(json.dumps(row))
     item, = build_generator("goals", tasks_per_world=1).read_items([tmp_path])
     assert (item.id, item.source, item.licence, set(item.fields)) == (
         "w/0.1", "domains", "CC0-1.0", {"domain", "world", "number"})
@@ -165,9 +165,9 @@ def test_a_task_becomes_conversations_that_fine_tuning_takes() -> None:
 
 def test_a_simulated_user_states_its_need_over_several_turns() -> None:
     sample = make_conversation(user_share=1.0)
-    said = [m["content"] for m in sample.record["messages"] if m["role"] == "user"]
+    user_turns = [m["content"] for m in sample.record["messages"] if m["role"] == "user"]
     assert sample.reason == "" and sample.record["orientation"] == "user"
-    assert said == ["Good morning. I am mina@example.com.", TASK.fields["question"]]
+    assert user_turns == ["Good morning. I am mina@example.com.", TASK.fields["question"]]
 
 
 @pytest.mark.parametrize(("fault", "check"), [

@@ -127,7 +127,7 @@ def stripped_lines(text: str) -> list[str]:
 def test_c4s_rules_and_the_lines_that_it_takes_out(ends: bool) -> None:
     rules = replace_thresholds(ENGLISH, {"lines_end_with_mark": ends})
     step = C4QualityFilter(filter_no_terminal_punct=ends)
-    kept = 0
+    num_accepted = 0
     for text in documents():
         if text.strip():
             expected_text, expected = theirs(step, text)
@@ -135,5 +135,5 @@ def test_c4s_rules_and_the_lines_that_it_takes_out(ends: bool) -> None:
             assert reason.partition(": ")[2] == expected
             if not reason:  # datatrove loses empty lines and indentation
                 assert stripped_lines(changed) == stripped_lines(expected_text)
-            kept += not reason
-    assert kept > 20
+            num_accepted += not reason
+    assert num_accepted > 20
