@@ -27,13 +27,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     """Byte-level BPE: merges white space, and a space with the following word."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
+    result = Tokenizer(models.BPE())
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["[PAD]", "[BOS]", "[EOS]"],
                                   show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    found.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=found, bos_token="[BOS]", eos_token="[EOS]")
+    result.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=result, bos_token="[BOS]", eos_token="[EOS]")
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:

@@ -227,20 +227,20 @@ def test_indentation_of_answer_is_preserved(text: str, content: str) -> None:
 
 
 def test_call_in_unclosed_thoughts_is_ignored() -> None:
-    made = format_call('{"name": "f", "arguments": {}}')
+    call = format_call('{"name": "f", "arguments": {}}')
     thought = format_call('{"name": "g", "arguments": {}}')
     assert parse_turn(thought, in_thoughts=True) == WrittenTurn("", ())
-    assert parse_turn(f"a <tool_call> tag {thought}</think>b{made}", in_thoughts=True) == WrittenTurn(
+    assert parse_turn(f"a <tool_call> tag {thought}</think>b{call}", in_thoughts=True) == WrittenTurn(
         "b", (ToolCall("f", {}),))
-    again = parse_turn(f"<think>a</think>b{made}<think>c{thought}")
+    again = parse_turn(f"<think>a</think>b{call}<think>c{thought}")
     assert again == WrittenTurn("b", (ToolCall("f", {}),)), "it thinks again, and never ends"
-    between = parse_turn(f"<think>a</think>b{made}<think>c{thought}</think>d{made}")
+    between = parse_turn(f"<think>a</think>b{call}<think>c{thought}</think>d{call}")
     assert between == WrittenTurn("bd", (ToolCall("f", {}), ToolCall("f", {})))
 
 
 def test_first_end_mark_ends_thoughts() -> None:
-    made = format_call('{"name": "f", "arguments": {}}')
-    turn = parse_turn(f"a</think>b{made}c</think>d{made}")
+    call = format_call('{"name": "f", "arguments": {}}')
+    turn = parse_turn(f"a</think>b{call}c</think>d{call}")
     assert turn == WrittenTurn("bc</think>d", (ToolCall("f", {}), ToolCall("f", {})))
     text = {"text": "<think>x</think> and </think>"}
     spelled = format_call(json.dumps({"name": "f", "arguments": text}))

@@ -246,10 +246,11 @@ def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, fold
     for way in STORED:
         with pytest.raises(UserError, match=f"name yours with `{command}--columns {proposed}`"):
             list(read_documents(list_files(tmp_path / way), RecordReading(kind)))
-        found = list(read_documents(list_files(tmp_path / way),
-                                    RecordReading(kind, renames=parse_renames([proposed]))))
+        documents = list(read_documents(list_files(tmp_path / way),
+                                        RecordReading(kind, renames=parse_renames([proposed]))))
         assert [[[(m.role, m.content) for m in side] for side in (d.messages, d.chosen, d.rejected)]
-                for d in found] == [[[(m.role, m.content) for m in side] for side in row] for row in expected]
+                for d in documents] == [[[(m.role, m.content) for m in side] for side in row]
+                                        for row in expected]
 
 
 def test_columns_join_fields_and_refuse_missing_ones(tmp_path: Path) -> None:

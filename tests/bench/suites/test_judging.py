@@ -206,9 +206,9 @@ def load_judging(*, allow_code: bool = False, generation: Any = None, repeats: i
                  **settings: Any) -> Judging:
     config = {"task": "t", "output_type": "generate_until", "repeats": repeats,
               "generation_kwargs": generation or {}, "metadata": {"sov": {"reward": "math", **settings}}}
-    found = parse_judging(config, allow_code=allow_code)
-    assert found is not None
-    return found
+    result = parse_judging(config, allow_code=allow_code)
+    assert result is not None
+    return result
 
 
 def test_a_task_without_a_reward_is_lm_evals_own() -> None:

@@ -33,11 +33,11 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     assert result.returncode == 0, result.stderr
     assert "all processes are started again, from step-1" in result.stderr
     assert list(read_last_steps(whole)) == [1, 2]
-    made = read_manifest(tmp_path / "whole.states", "teacher_states")
-    assert made.content["hidden_size"] == 48 and made.content["dtype"] == "bfloat16"
+    manifest = read_manifest(tmp_path / "whole.states", "teacher_states")
+    assert manifest.content["hidden_size"] == 48 and manifest.content["dtype"] == "bfloat16"
     parsed = json.loads((whole / "complete.json").read_text())
     events = [e for e in read_events(whole / "events.jsonl") if e["event"] == "heldout_divergence"]
-    assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == made.settings["teacher"]
+    assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == manifest.settings["teacher"]
     assert events[0]["kl"] > events[1]["kl"] == parsed["heldout_divergence"]["chat"]["kl"] > 0
     assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # the loss is the forward KL
 
@@ -75,7 +75,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     monkeypatch.setattr(teaching, "hash_weights", lambda target: hashed.append(1) or digest(target))
     monkeypatch.setattr(teaching, "write_outputs", lambda reading, *rest, redo: begun.append(reading.digest))
     assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
-    assert (hashed, begun) == ([1], [made.settings["teacher"]])
+    assert (hashed, begun) == ([1], [manifest.settings["teacher"]])
 
 
 def test_each_teacher_scores_the_data_with_its_name(packed_data: Any, teacher: Path, tiny: list[str],

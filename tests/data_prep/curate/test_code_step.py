@@ -48,8 +48,8 @@ def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
     assert find_all_problems(settings) == []
     assert CodeStep(settings).list_files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
     (tmp_path / "work").mkdir()
-    found = run_step(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
-    assert [(o.reason, o.text) for o in found.values()] == [("", "fine!"), ("bad word", None)]
+    outcomes = run_step(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
+    assert [(o.reason, o.text) for o in outcomes.values()] == [("", "fine!"), ("bad word", None)]
 
 
 @pytest.mark.parametrize(("name", "message"), [

@@ -60,9 +60,9 @@ def test_solar_blend_equals_published_table() -> None:
 @pytest.mark.parametrize(("blend", "recipe"),
                          [("solar-open", "solar-open-102b"), ("k-exaone", "k-exaone-236b")])
 def test_shipped_blends_match_recipe_phases(blend: str, recipe: str) -> None:
-    found = read_blend(find_blend(blend))
-    assert [(p.name, p.tokens) for p in found.phases] == [(p.name, p.tokens)
-                                                          for p in recipes.get(recipe).data.phases]
+    result = read_blend(find_blend(blend))
+    assert [(p.name, p.tokens) for p in result.phases] == [(p.name, p.tokens)
+                                                           for p in recipes.get(recipe).data.phases]
 
 
 def test_product_gives_every_combination(tmp_path: Path) -> None:

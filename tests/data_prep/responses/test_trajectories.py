@@ -80,10 +80,10 @@ def chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
 def test_successive_chats_of_a_question_are_joined(tmp_path: Path) -> None:
     file = write(tmp_path / "kept.jsonl", chat("One and one?", "Two.", reasoning_content="Fingers."),
                  chat("One and one?", "It is two."), chat("Why?", "So."), QUERY, chat("One and one?", "2"))
-    found = list(read_queries(file, RecordTally()))
-    assert [query for query, _ in found] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
-    assert found[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]
-    assert [len(solutions) for _, solutions in found] == [2, 1, 3, 1]
+    queries = list(read_queries(file, RecordTally()))
+    assert [query for query, _ in queries] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
+    assert queries[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]
+    assert [len(solutions) for _, solutions in queries] == [2, 1, 3, 1]
 
 
 @pytest.mark.parametrize(("record", "message"), [

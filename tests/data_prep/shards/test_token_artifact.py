@@ -40,9 +40,9 @@ CONTENT = {"sources": [source("web", 2, 1), source("books", 1, 0)]}
     ({"split": "train"}, ["web/train-00000", "web/train-00001", "books/train-00000"]),
     ({"source": "books", "split": "heldout"}, [])])
 def test_shards_are_ordered_by_source_split_and_number(chosen: dict[str, str], prefixes: list[str]) -> None:
-    found = list(iter_shards(Path("data"), CONTENT, **chosen))
-    assert [shard.prefix for shard in found] == [Path("data") / prefix for prefix in prefixes]
-    for shard in found:
+    shards = list(iter_shards(Path("data"), CONTENT, **chosen))
+    assert [shard.prefix for shard in shards] == [Path("data") / prefix for prefix in prefixes]
+    for shard in shards:
         assert shard.prefix.parent.name == shard.source["name"] and shard.prefix.name.startswith(shard.split)
         assert shard.record["num_tokens"] == int(shard.prefix.name[-5:])
 

@@ -170,8 +170,8 @@ def test_statistics_equal_transformers(chats: Path, capsys: pytest.CaptureFixtur
     chats_ = [[{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}] for a in ANSWERS]
     rendered = [[*tokenizer.apply_chat_template(c, tokenize=True, return_dict=False), tokenizer.eos_token_id]
                 for c in chats_]
-    found = compute_statistics(chats)
-    s = found["sources"]["chat"]
+    statistics = compute_statistics(chats)
+    s = statistics["sources"]["chat"]
     assert (s["num_documents"], s["num_tokens"]) == (40, sum(map(len, rendered)))
     assert s["longest_tokens"] == max(map(len, rendered))
     assert s["special_tokens"] == {"<|endoftext|>": 40, "<|begin|>": 80, "<|end|>": 80, "<|content|>": 80}
@@ -180,7 +180,7 @@ def test_statistics_equal_transformers(chats: Path, capsys: pytest.CaptureFixtur
     for limit, count in s["documents_up_to_tokens"].items():
         assert count == sum(limit / 2 < len(r) <= limit for r in rendered)
     used = {id_ for r in rendered for id_ in r}
-    assert found["num_unused_ordinary_ids"] == sum(id_ not in used for id_ in range(64, 384))
+    assert statistics["num_unused_ordinary_ids"] == sum(id_ not in used for id_ in range(64, 384))
     assert main(["stats", str(chats)]) == 0
     assert "chat: 40 documents" in capsys.readouterr().out
     assert main(["stats", str(chats), "--json"]) == 0

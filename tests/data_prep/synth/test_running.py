@@ -416,9 +416,9 @@ def nest_lists(levels: int) -> list[Any]:
     GeneratedSample({"deep": nest_lists(5000)})],
                          ids=["value", "name", "verdict", "infinite", "notes", "deep"])
 def test_samples_that_json_cannot_hold_are_rejected(sample: GeneratedSample) -> None:
-    found = replace_unwritable_sample(sample)
-    assert (found.reason, found.record) == ("form", {})
-    finished = FinishedItem.from_item(GeneratorItem("a"), (found,))
+    result = replace_unwritable_sample(sample)
+    assert (result.reason, result.record) == ("form", {})
+    finished = FinishedItem.from_item(GeneratorItem("a"), (result,))
     assert json.loads(finished.to_json())["samples"][0]["record"] == {}
 
 

@@ -74,9 +74,9 @@ def test_a_reason_is_one_short_line() -> None:
 
 
 def test_components_are_plain_json() -> None:
-    given = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None},
+    score = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None},
                       "huge": 10**400})
-    assert to_result(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
+    assert to_result(score).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
                                            "7": {"a": None}, "huge": None}
 
 

@@ -113,9 +113,9 @@ def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
     config = request_config("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set",
                             "objective.name=objective.py:Halved", "--set", "objective.options.share=0.25")
     assert (config.model.family, config.objective.options) == ("mine", {"share": 0.25})
-    made = objectives.get_factory(config, lambda context: pytest.fail("the built-in one"))
+    factory = objectives.get_factory(config, lambda context: pytest.fail("the built-in one"))
     with pytest.raises(UserError, match="objective Halved: has no `coefficients`"):
-        made(None)
+        factory(None)
 
 
 @pytest.mark.parametrize(("argument", "message"), [

@@ -38,8 +38,8 @@ def shapes_of_modules(precision: str) -> list[Any]:
     """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
     found = []
     for recipe, settings, num_ranks, rank in RUNS:
-        made = count_process_memory(build_config(recipe, settings, precision), num_ranks, rank)
-        found.append([made.stage, made.shapes])
+        process_memory = count_process_memory(build_config(recipe, settings, precision), num_ranks, rank)
+        found.append([process_memory.stage, process_memory.shapes])
     return found
 
 

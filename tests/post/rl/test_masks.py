@@ -88,13 +88,13 @@ def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path)
     assert [len(step) for step in opened.steps] == [len(expected)] and len(expected) > 9
     for i, (row, advantage) in enumerate(expected):
         ids, begin = [*row.prompt_tokens, *row.tokens], len(row.prompt_tokens)
-        found = build_row(OrderedSample(0, (PackedSegment((1 << 32) + i, 0, len(ids)),)), rounds, 32, 0,
+        result = build_row(OrderedSample(0, (PackedSegment((1 << 32) + i, 0, len(ids)),)), rounds, 32, 0,
                            ("behaviour_logprobs", "advantage"))
         # label t is token t + 1
         written = np.array([t + 1 >= begin and row.versions[t + 1 - begin] != NOT_WRITTEN
                             for t in range(len(ids) - 1)] + [False] * (33 - len(ids)))
-        assert found.labels[:len(ids) - 1].tolist() == ids[1:]
-        assert found.weights.tolist() == written.tolist() and set(found.types[written]) == {2}
-        assert found.columns["behaviour_logprobs"][written].tolist() == row.logprobs[row.is_written].tolist()
-        assert not found.columns["behaviour_logprobs"][~written].any()
-        np.testing.assert_allclose(found.columns["advantage"][written], advantage, rtol=1e-6)
+        assert result.labels[:len(ids) - 1].tolist() == ids[1:]
+        assert result.weights.tolist() == written.tolist() and set(result.types[written]) == {2}
+        assert result.columns["behaviour_logprobs"][written].tolist() == row.logprobs[row.is_written].tolist()
+        assert not result.columns["behaviour_logprobs"][~written].any()
+        np.testing.assert_allclose(result.columns["advantage"][written], advantage, rtol=1e-6)

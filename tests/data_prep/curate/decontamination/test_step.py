@@ -33,11 +33,11 @@ def bench(tmp_path: Path) -> Path:
 def test_every_item_is_found_in_each_disguise(tmp_path: Path, bench: Path, disguise: str) -> None:
     planted = docs(*(f"Some text.\n\n{DISGUISES[disguise](text)}\n\nMore of it." for text in ITEMS.values()))
     clean = docs(*CLEAN, shard=1)
-    found = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
-                     MemoryView.of([planted, clean], tmp_path / "work"))
-    assert {ITEM: found[d.id].reason for ITEM, d in zip(ITEMS, planted, strict=True)} == dict.fromkeys(
+    outcomes = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
+                        MemoryView.of([planted, clean], tmp_path / "work"))
+    assert {ITEM: outcomes[d.id].reason for ITEM, d in zip(ITEMS, planted, strict=True)} == dict.fromkeys(
         ITEMS, "text of a benchmark")
-    assert not any(found[d.id].reason for d in clean)
+    assert not any(outcomes[d.id].reason for d in clean)
 
 
 def test_a_run_of_ten_words_is_enough_and_nine_are_not(tmp_path: Path, bench: Path) -> None:
@@ -45,9 +45,9 @@ def test_a_run_of_ten_words_is_enough_and_nine_are_not(tmp_path: Path, bench: Pa
     shared = [" ".join(words[start:start + count]) for start, count in ((2, 11), (3, 10), (3, 9), (4, 8))]
     documents = docs(*(f"Yes, {text} no." for text in shared))
     view = MemoryView.of([documents], tmp_path / "w")
-    found = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
+    outcomes = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
     # "Müller's" is two words
-    assert [bool(found[d.id].reason) for d in documents] == [True, True, True, False]
+    assert [bool(outcomes[d.id].reason) for d in documents] == [True, True, True, False]
 
 
 def test_items_that_say_too_little_are_not_looked_for(tmp_path: Path) -> None:
@@ -55,9 +55,9 @@ def test_items_that_say_too_little_are_not_looked_for(tmp_path: Path) -> None:
     bench.write_text('{"text": "What is it?"}\n{"text": "What is it, my dear?"}\n')
     documents = docs("What is it? Tell me.", "So what is it my dear friend?")
     view = MemoryView.of([documents], tmp_path / "w")
-    found = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
-    assert [bool(found[d.id].reason) for d in documents] == [False, True]
-    assert found[documents[1].id].values == {"contamination": "short:line 2"}
+    outcomes = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
+    assert [bool(outcomes[d.id].reason) for d in documents] == [False, True]
+    assert outcomes[documents[1].id].values == {"contamination": "short:line 2"}
 
 
 def test_all_invalid_settings_are_reported(tmp_path: Path, bench: Path) -> None:
@@ -102,11 +102,11 @@ def test_ordinary_text_has_a_plain_form_with_places(text: str) -> None:
 
 @given(st.text(alphabet=st.sampled_from("aB1,. \n\u200bé\u0301한\u1112\u1161\u11abภำ字ﬁİßｶﾞ½"), max_size=30))
 def test_a_unit_has_its_offsets_in_the_text(text: str) -> None:
-    found = find_units(text)
-    stretches = [(i, i + 1) for i in range(len(found.hashes))]
-    for (i, _), (start, stop) in zip(stretches, locate_stretches(text, found, stretches), strict=True):
+    units = find_units(text)
+    stretches = [(i, i + 1) for i in range(len(units.hashes))]
+    for (i, _), (start, stop) in zip(stretches, locate_stretches(text, units, stretches), strict=True):
         assert 0 <= start < stop <= len(text)
-        assert found.hashes[i] in find_units(text[start:stop]).hashes
+        assert units.hashes[i] in find_units(text[start:stop]).hashes
 
 
 def test_fields_may_hold_strings_lists_objects_and_messages(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_st
 
 
 def find_duplicates(view: MemoryView, **settings: object) -> dict[str, str]:
-    found = run_step(ExactDedup, ExactSettings(**{"partitions": 3, **settings}), view)
-    assert {o.reason for o in found.values()} <= {"", "exact duplicate"}
-    return {id_: o.values["duplicate_of"] for id_, o in found.items() if o.reason}
+    outcomes = run_step(ExactDedup, ExactSettings(**{"partitions": 3, **settings}), view)
+    assert {o.reason for o in outcomes.values()} <= {"", "exact duplicate"}
+    return {id_: o.values["duplicate_of"] for id_, o in outcomes.items() if o.reason}
 
 
 def test_the_first_of_the_highest_priority_stays(tmp_path: Path) -> None:
@@ -38,8 +38,8 @@ def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(exact, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 200, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
-        found = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), partitions=5)
-        assert {place[one]: place[other] for one, other in found.items()} == expected
+        duplicates = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), partitions=5)
+        assert {place[one]: place[other] for one, other in duplicates.items()} == expected
 
 
 def test_widths_and_blanks_make_no_difference(tmp_path: Path) -> None:
@@ -62,10 +62,10 @@ def cut(view: MemoryView, **settings: Any) -> dict[str, Any]:
 
 def test_repeated_paragraphs_are_cut_except_in_their_first_document(tmp_path: Path) -> None:
     web, book = docs(*build_texts(3)), docs(*build_texts(5)[3:], source="book", shard=1)
-    found = cut(MemoryView.of([web, book], tmp_path / "first", book=1))
-    assert found[book[0].id].text is None
-    assert [found[d.id].text for d in [*web, book[1]]] == [f"{OWN.format(n)}\nshort\n" for n in (0, 1, 2, 4)]
-    assert [found[d.id].values["paragraphs_cut"] for d in [book[0], *web]] == [0, 1, 1, 1]
+    cuts = cut(MemoryView.of([web, book], tmp_path / "first", book=1))
+    assert cuts[book[0].id].text is None
+    assert [cuts[d.id].text for d in [*web, book[1]]] == [f"{OWN.format(n)}\nshort\n" for n in (0, 1, 2, 4)]
+    assert [cuts[d.id].values["paragraphs_cut"] for d in [book[0], *web]] == [0, 1, 1, 1]
     five = cut(MemoryView.of([web, book], tmp_path / "five"), max_documents=5)
     assert not any(outcome.text for outcome in five.values())
 
@@ -77,11 +77,11 @@ def test_case_and_blanks_make_no_difference(tmp_path: Path) -> None:
 
 def test_a_document_that_loses_too_much_is_dropped(tmp_path: Path) -> None:
     documents = docs(MENU, MENU, MENU, f"{MENU}\nshort")
-    found = cut(MemoryView.of([documents], tmp_path / "half"))
-    assert [found[d.id].reason for d in documents] == ["", *["mostly repeated paragraphs"] * 3]
-    found = cut(MemoryView.of([documents], tmp_path / "all"), max_share=1.0)
-    assert [found[d.id].text for d in documents] == [None, None, None, "short"]
-    assert found[documents[1].id].reason  # nothing is left of it
+    cuts = cut(MemoryView.of([documents], tmp_path / "half"))
+    assert [cuts[d.id].reason for d in documents] == ["", *["mostly repeated paragraphs"] * 3]
+    cuts = cut(MemoryView.of([documents], tmp_path / "all"), max_share=1.0)
+    assert [cuts[d.id].text for d in documents] == [None, None, None, "short"]
+    assert cuts[documents[1].id].reason  # nothing is left of it
 
 
 def test_paragraphs_hold_every_character() -> None:

@@ -58,9 +58,9 @@ def windows(count: int, step: int = 3, size: int = 60) -> list[str]:
 
 
 def find_duplicates(view: MemoryView, **settings: Any) -> dict[str, str]:
-    found = run_step(MinhashDedup, MinhashSettings(**{"partitions": 3, **settings}), view)
-    assert {o.reason for o in found.values()} <= {"", "near duplicate"}
-    return {id_: o.values["duplicate_of"] for id_, o in found.items() if o.reason}
+    outcomes = run_step(MinhashDedup, MinhashSettings(**{"partitions": 3, **settings}), view)
+    assert {o.reason for o in outcomes.values()} <= {"", "near duplicate"}
+    return {id_: o.values["duplicate_of"] for id_, o in outcomes.items() if o.reason}
 
 
 def test_pairs_equal_a_comparison_of_all_pairs(tmp_path: Path) -> None:
@@ -85,12 +85,12 @@ def test_each_dropped_text_is_similar_to_a_remaining_text(tmp_path: Path, chain:
     documents = docs(*CHAINS[chain])
     shards = [documents[:15], docs(*CHAINS[chain][15:], shard=1)] if len(documents) > 15 else [documents]
     documents = [document for shard in shards for document in shard]
-    found = find_duplicates(MemoryView.of(shards, tmp_path), threshold=0.7, ngram=5,
-                            num_bands=100, rows_per_band=3)
-    assert found == compare_all_pairs(documents, 0.7, 5)
+    duplicates = find_duplicates(MemoryView.of(shards, tmp_path), threshold=0.7, ngram=5,
+                                 num_bands=100, rows_per_band=3)
+    assert duplicates == compare_all_pairs(documents, 0.7, 5)
     sets = {d.id: set(compute_shingles(d.text, 5).tolist()) for d in documents}
-    for goes, keeper in found.items():
-        assert keeper not in found
+    for goes, keeper in duplicates.items():
+        assert keeper not in duplicates
         assert len(sets[goes] & sets[keeper]) >= 0.7 * len(sets[goes] | sets[keeper])
 
 
@@ -103,8 +103,9 @@ def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: 
     texts = [text] * 60
     texts[longest_at] += " longer"
     shards = [docs(*texts[start:start + 15], shard=number) for number, start in enumerate(range(0, 60, 15))]
-    found = find_duplicates(MemoryView.of(shards, tmp_path))
-    assert len(found) == 59 and set(found.values()) == {shards[longest_at // 15][longest_at % 15].id}
+    duplicates = find_duplicates(MemoryView.of(shards, tmp_path))
+    longest = shards[longest_at // 15][longest_at % 15]
+    assert len(duplicates) == 59 and set(duplicates.values()) == {longest.id}
 
 
 def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +115,8 @@ def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(minhash, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 60, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
-        found = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), threshold=0.6, ngram=2)
-        results.append({place[one]: place[other] for one, other in found.items()})
+        duplicates = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), threshold=0.6, ngram=2)
+        results.append({place[one]: place[other] for one, other in duplicates.items()})
     assert results[0] == results[1] == results[2] != {}
 
 

@@ -103,14 +103,14 @@ def test_a_file_becomes_settings(small_run: Path) -> None:
     file = small_run / "pipeline.yaml"
     file.write_text(file.read_text().replace("  - unique: {}", "  - shorten\n  - shorten: 50\n  - shorten: "
                                              "{lists: [words.txt]}\n    only: {kinds: [en]}"))
-    found = load_pipeline(file)
-    assert [step.kind for step in found.steps] == ["shorten"] * 5
-    assert found.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
-    step = found.steps[3]
+    pipeline = load_pipeline(file)
+    assert [step.kind for step in pipeline.steps] == ["shorten"] * 5
+    assert pipeline.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
+    step = pipeline.steps[3]
     assert step.only == StepFilter(kinds=("en",))
     assert step.to_settings()["lists"] == ["words.txt"], "as it is written"
-    assert step.build_step(found.folder).list_files() == (small_run / "words.txt",), "where it lies"
-    assert found.sources[0].path == ("web",) and found.sources[0].folder == small_run
+    assert step.build_step(pipeline.folder).list_files() == (small_run / "words.txt",), "where it lies"
+    assert pipeline.sources[0].path == ("web",) and pipeline.sources[0].folder == small_run
 
 
 @pytest.mark.parametrize(("text", "message"), [

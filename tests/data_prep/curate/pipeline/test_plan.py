@@ -14,10 +14,10 @@ from megatron_sov.base.errors import UserError
 
 def shards(*sizes: int) -> list[list[int]]:
     pieces = [SourcePiece("text", f"{number:05}", 0, size, size) for number, size in enumerate(sizes)]
-    found = split_into_shards(pieces, 100)
-    assert list(found) == list(range(len(found)))
-    assert [piece for group in found.values() for piece in group] == pieces
-    return [[piece.size_bytes for piece in group] for group in found.values()]
+    into_shards = split_into_shards(pieces, 100)
+    assert list(into_shards) == list(range(len(into_shards)))
+    assert [piece for group in into_shards.values() for piece in group] == pieces
+    return [[piece.size_bytes for piece in group] for group in into_shards.values()]
 
 
 def test_a_shard_ends_before_it_exceeds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

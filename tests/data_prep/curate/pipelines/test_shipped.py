@@ -43,8 +43,8 @@ def test_it_loads_where_its_files_are(shipped: Path, scorers: Path, tmp_path: Pa
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/sums.jsonl").write_text(QUESTION)
     (tmp_path / "models").symlink_to(scorers)
-    found = load_pipeline(file)
-    assert found.name == shipped.stem and len(found.steps) >= 7
+    pipeline = load_pipeline(file)
+    assert pipeline.name == shipped.stem and len(pipeline.steps) >= 7
 
 
 @pytest.mark.parametrize("blend", sorted(BLENDS.glob("*.yaml")), ids=lambda file: file.stem)

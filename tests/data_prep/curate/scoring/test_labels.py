@@ -109,16 +109,16 @@ def compute_scikit_learn_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     hashing = HashingVectorizer(analyzer="word", token_pattern=r"[^ ]+", lowercase=False, norm=None,
                                 ngram_range=(1, ngrams.settings.max_ngram), alternate_sign=False,
                                 n_features=ngrams.settings.num_buckets)
-    found = TfidfTransformer(use_idf=False, sublinear_tf=True).fit_transform(hashing.transform(joined))
-    return np.asarray(found.toarray())
+    rows = TfidfTransformer(use_idf=False, sublinear_tf=True).fit_transform(hashing.transform(joined))
+    return np.asarray(rows.toarray())
 
 
 def rows_of_ours(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
-    found = np.zeros((len(texts), ngrams.settings.num_buckets))
-    for row, text in zip(found, texts, strict=True):
+    rows = np.zeros((len(texts), ngrams.settings.num_buckets))
+    for row, text in zip(rows, texts, strict=True):
         buckets, values = ngrams.compute_row(text)
         row[buckets] = values
-    return found
+    return rows
 
 
 @pytest.mark.parametrize("max_ngram", NGRAMS)

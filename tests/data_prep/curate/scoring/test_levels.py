@@ -35,9 +35,9 @@ def test_each_language_has_its_own_shares_and_better_ones_come_first(tmp_path: P
     languages = [rng.choice(["en", "en", "ko"]) for _ in range(400)]
     scores = [float(np.float32(rng.gauss(2.0 if x == "en" else 1.0, 0.7))) for x in languages]
     documents = shards(scores, languages)
-    found = levels(documents, tmp_path, l1=0.8)
+    result = levels(documents, tmp_path, l1=0.8)
     for language in ("en", "ko"):
-        own = sorted(((d.columns["education"], found[d.id]) for s in documents for d in s
+        own = sorted(((d.columns["education"], result[d.id]) for s in documents for d in s
                       if d.columns["language"] == language), reverse=True)
         n = len(own)
         at_least = [math.ceil(n * share) for share in (0.35, 0.5, 0.8, 1)]
@@ -48,40 +48,40 @@ def test_each_language_has_its_own_shares_and_better_ones_come_first(tmp_path: P
 
 def test_ties_are_split_independent_of_document_order(tmp_path: Path) -> None:
     documents = shards([3.0] * 200, ["en"] * 200)
-    found = levels(documents, tmp_path / "a")
-    assert Counter(found.values()) == {"L3": 70, "L2": 30, "L1": 100}
+    result = levels(documents, tmp_path / "a")
+    assert Counter(result.values()) == {"L3": 70, "L2": 30, "L1": 100}
     mixed = [d for s in documents for d in s]
     random.Random(1).shuffle(mixed)
     again = {0: [d for d in mixed if d.row % 2], 1: [d for d in mixed if not d.row % 2]}
     view = MemoryView({ref: again[i] for i, ref in enumerate(list(MemoryView.of(
         documents, tmp_path).documents_of)[:2])}, tmp_path / "b")
-    assert {k: o.values["level"] for k, o in run_step(Level, LevelSettings(), view).items()} == found
+    assert {k: o.values["level"] for k, o in run_step(Level, LevelSettings(), view).items()} == result
 
 
 def test_documents_without_a_score_are_basic_and_do_not_count(tmp_path: Path) -> None:
     scores = [None, math.nan, *([1.0] * 50), *([2.0] * 50)]
     documents = shards(scores, ["en"] * 102)
-    found = levels(documents, tmp_path)
-    assert [found[d.id] for d in documents[0][:2]] == ["basic", "basic"]
-    assert Counter(found.values()) == {"basic": 2, "L3": 35, "L2": 15, "L1": 50}
-    assert {found[d.id] for s in documents for d in s if d.columns["education"] == 2.0} == {"L3", "L2"}
+    result = levels(documents, tmp_path)
+    assert [result[d.id] for d in documents[0][:2]] == ["basic", "basic"]
+    assert Counter(result.values()) == {"basic": 2, "L3": 35, "L2": 15, "L1": 50}
+    assert {result[d.id] for s in documents for d in s if d.columns["education"] == 2.0} == {"L3", "L2"}
 
 
 def test_small_languages_are_judged_together_and_named(tmp_path: Path) -> None:
     languages = ["en"] * 100 + ["vi"] * 12 + ["th"] * 7 + [None]
-    found = levels(shards([i / 7 for i in range(120)], languages), tmp_path)
+    result = levels(shards([i / 7 for i in range(120)], languages), tmp_path)
     record = json.loads((tmp_path / "levels.json").read_text())["groups"]
     assert {name: group["judged_as"] for name, group in record.items()} == {
         "": SMALL, "en": "en", "th": SMALL, "vi": SMALL}
     assert record["th"]["cuts"] == record["vi"]["cuts"] == record[""]["cuts"] != record["en"]["cuts"]
-    small = list(found.values())[100:]
+    small = list(result.values())[100:]
     assert Counter(small) == {"L3": 7, "L2": 3, "L1": 10}
 
 
 def test_all_documents_together_and_another_column(tmp_path: Path) -> None:
     documents = [[doc("", i, quality=i / 100) for i in range(100)]]
-    found = levels(documents, tmp_path, by="quality", per="", l3=0.1)
-    assert list(found.values()) == ["L1"] * 50 + ["L2"] * 40 + ["L3"] * 10
+    result = levels(documents, tmp_path, by="quality", per="", l3=0.1)
+    assert list(result.values()) == ["L1"] * 50 + ["L2"] * 40 + ["L3"] * 10
     assert Level(LevelSettings(by="quality", per="")).needed_columns == ("quality",)
     assert Level(LevelSettings()).needed_columns == ("education", "language")
 

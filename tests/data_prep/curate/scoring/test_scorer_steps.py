@@ -22,16 +22,16 @@ def test_documents_get_the_models_scores(scorers: dict[str, Path], tmp_path: Pat
                                    (Education, EducationSettings(scorers["regressor"]), "education")):
         assert load_step_class(column) is step
         scorer = load_scorer(settings.model)
-        found = run_step(step, settings, view)
-        assert [o.values for o in found.values()] == [{column: scorer.score(text)} for text in TEXTS]
-        assert {o.reason for o in found.values()} == {""}
+        outcomes = run_step(step, settings, view)
+        assert [o.values for o in outcomes.values()] == [{column: scorer.score(text)} for text in TEXTS]
+        assert {o.reason for o in outcomes.values()} == {""}
 
 
 def test_documents_below_the_bar_are_dropped_for_one_reason(scorers: dict[str, Path], tmp_path: Path) -> None:
     view = MemoryView.of([docs(*TEXTS)], tmp_path)
-    found = run_step(Quality, QualitySettings(scorers["classifier"], min_score=0.5), view)
-    assert [o.reason for o in found.values()][:3] == ["", "quality below 0.5", ""]
-    assert next(iter(found.values())).values["quality"] > 0.5
+    outcomes = run_step(Quality, QualitySettings(scorers["classifier"], min_score=0.5), view)
+    assert [o.reason for o in outcomes.values()][:3] == ["", "quality below 0.5", ""]
+    assert next(iter(outcomes.values())).values["quality"] > 0.5
 
 
 @pytest.mark.parametrize(("name", "min_score", "message"), [

@@ -34,20 +34,20 @@ def sample(count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_a_classifier_is_the_librarys_with_the_best_penalty() -> None:
     rows, labels = sample(600, "classifier")
     other, wanted = sample(300, "classifier")
-    found = fit_scorer("classifier", csr_matrix(rows), labels, csr_matrix(other), wanted)
+    scorer = fit_scorer("classifier", csr_matrix(rows), labels, csr_matrix(other), wanted)
     models = {c: LogisticRegression(C=c, max_iter=500).fit(rows, labels) for c in INVERSE_PENALTIES}
-    assert found.penalty in models
-    model = models[found.penalty]
-    np.testing.assert_allclose(found.weights, model.coef_[0], atol=1e-3)
-    assert found.bias == pytest.approx(model.intercept_[0], abs=1e-3)
+    assert scorer.penalty in models
+    model = models[scorer.penalty]
+    np.testing.assert_allclose(scorer.weights, model.coef_[0], atol=1e-3)
+    assert scorer.bias == pytest.approx(model.intercept_[0], abs=1e-3)
 
 
 def test_probabilities_hold_where_the_fit_is_too_sure() -> None:
     rows, labels = sample(60, "classifier")
-    found = fit_scorer("classifier", csr_matrix(rows), labels, *sample(4000, "classifier"))
-    assert found.slope < 1
+    scorer = fit_scorer("classifier", csr_matrix(rows), labels, *sample(4000, "classifier"))
+    assert scorer.slope < 1
     fresh, wanted = sample(20_000, "classifier")
-    p = 1 / (1 + np.exp(-(found.slope * (fresh @ found.weights + found.bias) + found.offset)))
+    p = 1 / (1 + np.exp(-(scorer.slope * (fresh @ scorer.weights + scorer.bias) + scorer.offset)))
     for low in (0.1, 0.5, 0.8):
         inside = (p >= low) & (p < low + 0.1)
         assert wanted[inside].mean() == pytest.approx(p[inside].mean(), abs=0.06)
@@ -56,18 +56,18 @@ def test_probabilities_hold_where_the_fit_is_too_sure() -> None:
 def test_a_regressor_is_ridge_regression_that_its_calibration_stretches() -> None:
     rows, labels = sample(500, "regressor")
     other, wanted = sample(300, "regressor")
-    found = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix(other), wanted)
-    model = Ridge(alpha=found.penalty, solver="sparse_cg", tol=1e-6).fit(rows, labels)
-    assert found.penalty in PENALTIES
-    np.testing.assert_allclose(found.weights, model.coef_, atol=1e-4)
-    z = other @ found.weights + found.bias
-    assert np.polyfit(z, wanted, 1) == pytest.approx([found.slope, found.offset], abs=1e-4)
+    scorer = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix(other), wanted)
+    model = Ridge(alpha=scorer.penalty, solver="sparse_cg", tol=1e-6).fit(rows, labels)
+    assert scorer.penalty in PENALTIES
+    np.testing.assert_allclose(scorer.weights, model.coef_, atol=1e-4)
+    z = other @ scorer.weights + scorer.bias
+    assert np.polyfit(z, wanted, 1) == pytest.approx([scorer.slope, scorer.offset], abs=1e-4)
 
 
 def test_uninformative_scores_are_not_calibrated() -> None:
     rows, labels = sample(200, "regressor")
-    found = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
-    assert (found.slope, found.offset) == (1.0, 0.0)
+    scorer = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
+    assert (scorer.slope, scorer.offset) == (1.0, 0.0)
 
 
 SMALL = NgramSettings(num_buckets=1 << 12)

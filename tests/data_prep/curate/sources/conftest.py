@@ -33,8 +33,8 @@ def read(tmp_path: Path) -> Read:
             file = tmp_path / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content.encode() if isinstance(content, str) else content)
-        found = create_reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
+        reader = create_reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
                                       options=options))
-        return [one for piece in found.list_pieces() for one in found.read_piece(piece)]
+        return [one for piece in reader.list_pieces() for one in reader.read_piece(piece)]
 
     return read_all

@@ -42,8 +42,8 @@ def test_generated_and_vendored_files_are_left_out_with_a_reason(read) -> None:
 def test_languages_and_licences_can_be_chosen(read) -> None:
     files = {"LICENSE": TEXTS["Apache-2.0"], "a.py": CODE, "b.c": "int x;\n",
              "c.py": "# SPDX-License-Identifier: GPL-2.0-only\n" + CODE}
-    found = read(files, "code", languages=["python"], licences=["Apache-2.0"])
-    assert [getattr(one, "code", "kept") for one in found] == ["kept", "language", "licence"]
+    records = read(files, "code", languages=["python"], licences=["Apache-2.0"])
+    assert [getattr(one, "code", "kept") for one in records] == ["kept", "language", "licence"]
 
 
 @pytest.mark.parametrize(("head", "expected"), [

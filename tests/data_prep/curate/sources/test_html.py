@@ -89,11 +89,11 @@ def test_bytes_without_any_encoding_are_refused() -> None:
     ("", "no_text"), ("<html></html>", "no_text"),
     ("<p>" + "&#0;&#xD800;\x00x" * 10, None), ("<!DOCTYPE x [<!ENTITY a 'b'>]><p>&a;</p>", None)])
 def test_hostile_pages_become_text_or_a_broken_record(read, content: str, code: str | None) -> None:
-    found = read({"a.html": content})
-    assert len(found) == 1
-    assert getattr(found[0], "code", None) == code
-    if isinstance(found[0], RawDocument):
-        found[0].text.encode()
+    records = read({"a.html": content})
+    assert len(records) == 1
+    assert getattr(records[0], "code", None) == code
+    if isinstance(records[0], RawDocument):
+        records[0].text.encode()
 
 
 def test_a_page_that_is_nested_deep_is_read_to_its_end() -> None:

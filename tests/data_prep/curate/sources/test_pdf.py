@@ -50,8 +50,8 @@ def test_unreadable_files_are_reported(read, content: bytes, code: str | None) -
 
 def test_pages_that_hold_one_another_end(read) -> None:
     content = build_pdf([place_lines((50, 700, "text"))]).replace(b"/Kids[4 0 R]", b"/Kids[2 0 R]")
-    found = read({"a.pdf": content, "b.txt": "next"}, time_s=5.0)
-    assert found[-1] == RawDocument("next", "b.txt") and isinstance(found[0], BrokenRecord)
+    records = read({"a.pdf": content, "b.txt": "next"}, time_s=5.0)
+    assert records[-1] == RawDocument("next", "b.txt") and isinstance(records[0], BrokenRecord)
 
 
 def test_running_heads_and_page_numbers_go(read) -> None:

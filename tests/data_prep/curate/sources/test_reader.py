@@ -74,8 +74,8 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def read(words: str, **options: object) -> list[RawDocument | BrokenRecord]:
         (tmp_path / "a.txt").write_text(words)
-        found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text", options=options))
-        return [one for piece in found.list_pieces() for one in found.read_piece(piece)]
+        file_reader = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text", options=options))
+        return [one for piece in file_reader.list_pieces() for one in file_reader.read_piece(piece)]
 
     return read
 
@@ -115,8 +115,8 @@ def test_the_reading_process_is_replaced_if_the_module_path_changes(
 
 def test_the_reading_process_ends_when_its_iterator_is_closed(read_words, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
-    found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
-    documents = iter(found.read_piece(found.list_pieces()[0]))
+    file_reader = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
+    documents = iter(file_reader.read_piece(file_reader.list_pieces()[0]))
     next(documents)
     process = next(iter(reader._processes.values()))
     documents.close()
@@ -139,9 +139,9 @@ def test_a_malformed_reply_of_the_reading_process_is_refused(tmp_path: Path, mon
                                                              data: bytes) -> None:
     monkeypatch.setattr(reader_process, "END_LIMIT_S", 0.05)
     (tmp_path / "a.txt").write_text("x")
-    found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
-    list(found.read_piece(found.list_pieces()[0]))
+    file_reader = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
+    list(file_reader.read_piece(file_reader.list_pieces()[0]))
     monkeypatch.setattr(next(iter(reader._processes.values())), "channel", Liar(data).ours)
-    records = list(found.read_piece(found.list_pieces()[0]))
+    records = list(file_reader.read_piece(file_reader.list_pieces()[0]))
     assert [one.code for one in records if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
 

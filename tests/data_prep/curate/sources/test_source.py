@@ -37,10 +37,10 @@ def test_options_are_checked(tmp_path: Path, options: dict[str, object], message
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_there_and_its_defaults_are_good(name: str) -> None:
-    found = load_reader_class(name)
-    assert found.format == name and keys_of(found.Options()) == []
+    reader_class = load_reader_class(name)
+    assert reader_class.format == name and keys_of(reader_class.Options()) == []
     assert all(f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-               for f in dataclasses.fields(found.Options))
+               for f in dataclasses.fields(reader_class.Options))
 
 
 def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
@@ -110,10 +110,10 @@ def test_hidden_files_and_files_of_other_formats_are_reported(tmp_path: Path) ->
 def test_a_mixed_folder_is_read_by_endings(read) -> None:
     files = {"a.txt": "text", "b.jsonl": '{"text": "line"}', "c.html": "<p>page</p>", "d.png": b"\x89PNG",
              "e.py": "x = 1\n", "f.HTM": "<p>page</p>", "g\x1b": "no ending"}
-    found = read(files)
-    assert [(one.place, one.text) for one in found if isinstance(one, RawDocument)] == [
+    records = read(files)
+    assert [(one.place, one.text) for one in records if isinstance(one, RawDocument)] == [
         ("a.txt", "text"), ("b.jsonl:1", "line"), ("c.html", "page"), ("e.py", "x = 1\n"), ("f.HTM", "page")]
-    passed_over = [one for one in found if isinstance(one, BrokenRecord)]
+    passed_over = [one for one in records if isinstance(one, BrokenRecord)]
     assert [(one.place, one.code, one.is_left_out) for one in passed_over] == [
         ("d.png", "ending", True), ("g\\x1b", "ending", True)]
     assert "(.png) of no format" in passed_over[0].reason and "(none)" in passed_over[1].reason

@@ -47,12 +47,12 @@ ALL = [TEXT, "type", "status", "plain ü", "pdf"]
     ("a.warc.gz", archive()), ("a.warc", archive(packed=False)),
     ("a.warc.gz", gzip.compress(archive(packed=False)))])
 def test_answers_are_documents_however_they_are_packed(read, name: str, content: bytes) -> None:
-    found = read({name: content})
-    assert list_texts_or_codes(found) == ALL
-    assert found[0].place == f"{name}:2"
-    assert found[0].columns["url"] == "http://a.example/1"
-    assert found[0].columns["crawled"] == "2026-01-02T03:04:05Z"
-    assert [one.is_left_out for one in found if isinstance(one, BrokenRecord)] == [True, True, False]
+    records = read({name: content})
+    assert list_texts_or_codes(records) == ALL
+    assert records[0].place == f"{name}:2"
+    assert records[0].columns["url"] == "http://a.example/1"
+    assert records[0].columns["crawled"] == "2026-01-02T03:04:05Z"
+    assert [one.is_left_out for one in records if isinstance(one, BrokenRecord)] == [True, True, False]
 
 
 def test_text_made_of_an_archive_is_read(read) -> None:
@@ -68,10 +68,10 @@ def test_a_truncated_archive_is_reported_at_every_offset(read, packed: bool) -> 
     content = archive(packed=packed)
     name = "a.warc.gz" if packed else "a.warc"
     for length in range(len(content) - 5, 400, -407):
-        found = list_texts_or_codes(read({name: content[:length]}))
-        whole = [one for one in found if one in ALL]
+        texts_or_codes = list_texts_or_codes(read({name: content[:length]}))
+        whole = [one for one in texts_or_codes if one in ALL]
         assert whole == ALL[:len(whole)], length  # no text is there in part
-        assert not packed or found[-1] == "truncated", (length, found)
+        assert not packed or texts_or_codes[-1] == "truncated", (length, texts_or_codes)
 
 
 def test_a_record_above_the_limit_is_passed_over(read) -> None:

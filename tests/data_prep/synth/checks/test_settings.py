@@ -25,8 +25,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_step_passes_over_sources_that_a_run_lacks(file: Path) -> None:
-    found = read_steps(file, {SAMPLES: None})
-    assert [(step.kind, step.only.sources) for step in found.steps] == [
+    steps = read_steps(file, {SAMPLES: None})
+    assert [(step.kind, step.only.sources) for step in steps.steps] == [
         ("exact_dedup", ()), ("minhash_dedup", (SAMPLES,))]
 
 

@@ -57,8 +57,8 @@ def test_a_call_invents_constraints_and_one_bad_answer_costs_one_of_them() -> No
 
 
 def test_the_packaged_kinds_have_thirty_seeds() -> None:
-    made = build_generator("constraints", rounds=1)
-    seeds = [seed for item in made.read_items([]) for seed in parse_list_items(item.fields["seeds"])]
+    generator = build_generator("constraints", rounds=1)
+    seeds = [seed for item in generator.read_items([]) for seed in parse_list_items(item.fields["seeds"])]
     assert len(seeds) == len(set(seeds)) == 30 and not any(map(find_wording_problem, seeds))
 
 
@@ -129,14 +129,14 @@ def test_functions_that_accept_or_reject_everything_are_refused(letters: list[st
 def test_a_failed_check_is_named(more: dict[str, Any], check: str, letters: list[str]) -> None:
     disagreeing = [FunctionDraft("a", (Case("a", True), Case("b", True))),
                    FunctionDraft("b", (Case("c", False),)), "has no block of JSON"]
-    found = check_drafts(disagreeing, **more)
-    assert (found.verdict.check, found.verdict.passed, found.faults) == (check, False,
-                                                                         ("has no block of JSON",))
+    result = check_drafts(disagreeing, **more)
+    assert (result.verdict.check, result.verdict.passed, result.faults) == (check, False,
+                                                                            ("has no block of JSON",))
 
 
 def test_functions_that_do_not_end_are_few(letters: list[str]) -> None:
-    found = check_drafts([FunctionDraft(f"{HANGS} {i}", (Case("a", True),)) for i in range(5)])
-    assert (found.verdict.check, letters) == ("ends", [f"{HANGS} 0", f"{HANGS} 1"])
+    result = check_drafts([FunctionDraft(f"{HANGS} {i}", (Case("a", True),)) for i in range(5)])
+    assert (result.verdict.check, letters) == ("ends", [f"{HANGS} 0", f"{HANGS} 1"])
 
 
 SOURCE = "def evaluate(response):\n    return True"

@@ -65,19 +65,20 @@ def test_the_judge_comes_last_and_a_dialogue_alternates() -> None:
     for lines, reason in ((turns[:2] + turns[:2], ""), (["A: a", *turns], "dialogue"),
                           (turns[1:], "dialogue")):
         rewrite = "<rewrite>" + "\n".join(lines) + "</rewrite>"
-        found = list_reasons("rewrite", DOCUMENT, build_model(rewrite=rewrite, grade=9), styles=["dialogue"],
-                             max_ratio=9.0, min_ratio=0.0, min_kept_share=0.0)
-        assert found == [reason], lines
+        reasons = list_reasons("rewrite", DOCUMENT, build_model(rewrite=rewrite, grade=9),
+                               styles=["dialogue"],
+                               max_ratio=9.0, min_ratio=0.0, min_kept_share=0.0)
+        assert reasons == [reason], lines
 
 
 def test_markup_in_a_document_stays_text_and_unknown_languages_are_rejected() -> None:
     hostile = SOURCE + " {{ captain }} <|im_end|> {% endblock %}"
-    made = build_generator("rewrite", styles=["clearer"])
-    ask = ScriptedRequester(build_model(rewrite="x"), definition=made.definition)
-    list(made.make_samples(GeneratorItem("x", {"text": hostile}), ask))
+    generator = build_generator("rewrite", styles=["clearer"])
+    ask = ScriptedRequester(build_model(rewrite="x"), definition=generator.definition)
+    list(generator.make_samples(GeneratorItem("x", {"text": hostile}), ask))
     assert [message["role"] for message in ask.requests[0]["messages"]] == ["system", "user"]
     assert hostile in ask.requests[0]["messages"][1]["content"]
-    sample, = made.make_samples(GeneratorItem("x", {"text": "12 34 56 " * 50}), ask)
+    sample, = generator.make_samples(GeneratorItem("x", {"text": "12 34 56 " * 50}), ask)
     assert (sample.reason, ask.calls) == ("source language", 1)
 
 
@@ -116,15 +117,15 @@ def test_safe_completions_in_two_languages() -> None:
 
 
 def test_items_of_safety_are_categories_by_calls(tmp_path: Path) -> None:
-    made = build_generator("safety")
-    items = list(made.read_items([]))
+    generator = build_generator("safety")
+    items = list(generator.read_items([]))
     assert len({item.id for item in items}) == len(items) == 38 * 2
-    file, = made.list_files()
+    file, = generator.list_files()
     strategies = Counter(record["strategy"] for _, record in read_records(file))
     assert strategies == {"redirect": 30, "safe-complete": 8}
     (tmp_path / "a.jsonl").write_text(json.dumps({**CATEGORY, "withhold": 3}))
     with pytest.raises(UserError, match="withhold = '3' must be text"):
-        list(made.read_items([tmp_path / "a.jsonl"]))
+        list(generator.read_items([tmp_path / "a.jsonl"]))
     assert keys_of(load_generator("safety").Settings(languages=("kr", "ko", "ko"), min_score=11)) == [
         "languages.0", "min_score"]
 

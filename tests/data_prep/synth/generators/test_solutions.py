@@ -23,8 +23,8 @@ def item(answer: str = "5", **fields: Any) -> GeneratorItem:
 
 
 def list_reasons(replies: Any, asked: GeneratorItem | None = None, **settings: Any) -> list[str]:
-    made = build_generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
-    return [sample.reason for sample in collect_samples(made, asked or item(), replies)]
+    generator = build_generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
+    return [sample.reason for sample in collect_samples(generator, asked or item(), replies)]
 
 
 def test_a_correct_solution_becomes_a_chat_that_trajectories_read(tmp_path: Path) -> None:

@@ -214,8 +214,8 @@ def test_thoughts_are_recorded_and_arguments_are_sent_as_json() -> None:
         return {**message, "reasoning_content": "I look first."}
 
     ask = ScriptedRequester(reply, "task-0", load_generator("tool-trajectories"))
-    made = build_generator("tool-trajectories", conversations_per_task=1, user_share=0.0, min_score=0)
-    sample, = made.make_samples(TASK, ask)
+    generator = build_generator("tool-trajectories", conversations_per_task=1, user_share=0.0, min_score=0)
+    sample, = generator.make_samples(TASK, ask)
     assert parse_messages(sample.record["messages"], "messages")[2].reasoning == "I look first."
     sent = ask.requests[-1]["messages"]
     assert isinstance(sent[2]["tool_calls"][0]["function"]["arguments"], str)

@@ -31,9 +31,9 @@ def python(monkeypatch: pytest.MonkeyPatch) -> Python:
             return SimpleNamespace(status=status, stdout=stdout, stderr=stderr, reason=reason)
 
     monkeypatch.setattr(world, "Sandbox", Double)
-    found = Python()
-    found.reset(Python.EXAMPLES[0])
-    return found
+    result = Python()
+    result.reset(Python.EXAMPLES[0])
+    return result
 
 
 @pytest.mark.parametrize("program, output", [

@@ -24,11 +24,11 @@ def outcome(text: str, language: str | None = "en", form: str | None = "prose", 
 
 @pytest.mark.parametrize(("text", "language"), [(ENGLISH, "en"), (KOREAN, "ko"), (THAI, "th")])
 def test_good_text_stays_and_its_words_are_counted(text: str, language: str) -> None:
-    found = outcome(text, language)
-    assert found.reason == ""
-    assert found.text is None
-    assert found.values["rules_language"] == language
-    assert found.values["rules_word_count"] > 100
+    verdict = outcome(text, language)
+    assert verdict.reason == ""
+    assert verdict.text is None
+    assert verdict.values["rules_language"] == language
+    assert verdict.values["rules_word_count"] > 100
 
 
 @pytest.mark.parametrize(("text", "language", "reason"), [
@@ -48,9 +48,9 @@ def test_a_document_that_breaks_a_rule_is_dropped_with_the_rule_as_reason(text: 
 
 def test_c4_takes_lines_out_and_leaves_the_rest() -> None:
     text = SENTENCES.replace("\n", "\n\n")
-    found = outcome(f"Share this page\n{text}\n\nPlease enable javascript to see more.[1]\n", preset="c4")
-    assert found.reason == ""
-    assert found.text == text
+    verdict = outcome(f"Share this page\n{text}\n\nPlease enable javascript to see more.[1]\n", preset="c4")
+    assert verdict.reason == ""
+    assert verdict.text == text
 
 
 def test_code_and_languages_without_rules_pass_or_are_dropped_by_setting() -> None:
