@@ -294,10 +294,11 @@ def circles(found: list[Source]) -> list[str]:
     """Return the files that import each other in a loop, lazily or for types alone counted in."""
     modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
                for source in found}
-    arrows = {name: {target
-                     for _, imported in source.imports() for target in (imported, imported.rpartition(".")[0])
-                     if target in modules and target != name and modules[target].path.name != "__init__.py"}
-              for name, source in modules.items()}
+    arrows: dict[str, set[str]] = {}
+    for name, source in modules.items():
+        imported = [target for _, target in source.imports()]
+        targets = {*imported, *(target.rpartition(".")[0] for target in imported)} & modules.keys()
+        arrows[name] = {target for target in targets - {name} if modules[target].path.name != "__init__.py"}
     try:
         list(TopologicalSorter(arrows).static_order())
     except CycleError as e:

@@ -248,9 +248,13 @@ def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, fold
             list(read_documents(list_files(tmp_path / way), RecordReading(kind)))
         documents = list(read_documents(list_files(tmp_path / way),
                                         RecordReading(kind, renames=parse_renames([proposed]))))
-        assert [[[(m.role, m.content) for m in side] for side in (d.messages, d.chosen, d.rejected)]
-                for d in documents] == [[[(m.role, m.content) for m in side] for side in row]
-                                        for row in expected]
+        conversations = [(d.messages, d.chosen, d.rejected) for d in documents]
+        assert list_turns(conversations) == list_turns(expected)
+
+
+def list_turns(rows: Any) -> list[list[list[tuple[str, str]]]]:
+    """Return (role, content) of the turns of each side (messages, chosen, rejected) of each row."""
+    return [[[(message.role, message.content) for message in side] for side in row] for row in rows]
 
 
 def test_columns_join_fields_and_refuse_missing_ones(tmp_path: Path) -> None:

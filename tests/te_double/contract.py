@@ -183,10 +183,10 @@ def vllm_part(sources: Sources) -> dict[str, Any]:
     """Return the contract of vLLM: the methods of its classes that this project names."""
     part = library_part(sources, find_used_names(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
     named = {name for call in list_calls(VLLM) for name in call[:1]}
-    part["symbols"] = {
-        name: {method: text for method, text in shape.items()
-               if method == "__init__" or f"{name}.{method}" in named} if isinstance(shape, dict) else shape
-        for name, shape in part["symbols"].items()}
+    for name, shape in part["symbols"].items():
+        if isinstance(shape, dict):
+            part["symbols"][name] = {method: text for method, text in shape.items()
+                                     if method == "__init__" or f"{name}.{method}" in named}
     return part
 
 

@@ -1,6 +1,7 @@
 """Near duplicates: the step finds the pairs that a comparison of all pairs finds."""
 
 import random
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,19 @@ def test_pairs_equal_a_comparison_of_all_pairs(tmp_path: Path) -> None:
     assert find_duplicates(view, threshold=0.7, ngram=3, num_bands=100, rows_per_band=4) == expected
 
 
+SECOND_CHAIN = [text.upper().replace("W", "V") for text in windows(20)]
 CHAINS = {
     "windows": windows(40),
     "shuffled": random.Random(3).sample(windows(40), 40),
-    "star": ["x y z " + text for text in [" ".join(f"w{i}x" for i in range(60))] * 9] + windows(1),
-    "two chains": [text for pair in zip(windows(20), [t.upper().replace("W", "V") for t in windows(20)],
-                                        strict=True) for text in pair],
+    "star": ["x y z " + " ".join(f"w{i}x" for i in range(60))] * 9 + windows(1),
+    "two chains": list(chain.from_iterable(zip(windows(20), SECOND_CHAIN, strict=True))),
     "none": windows(12, step=30)}
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-def test_each_dropped_text_is_similar_to_a_remaining_text(tmp_path: Path, chain: str) -> None:
-    documents = docs(*CHAINS[chain])
-    shards = [documents[:15], docs(*CHAINS[chain][15:], shard=1)] if len(documents) > 15 else [documents]
+@pytest.mark.parametrize("name", CHAINS)
+def test_each_dropped_text_is_similar_to_a_remaining_text(tmp_path: Path, name: str) -> None:
+    documents = docs(*CHAINS[name])
+    shards = [documents[:15], docs(*CHAINS[name][15:], shard=1)] if len(documents) > 15 else [documents]
     documents = [document for shard in shards for document in shard]
     duplicates = find_duplicates(MemoryView.of(shards, tmp_path), threshold=0.7, ngram=5,
                                  num_bands=100, rows_per_band=3)

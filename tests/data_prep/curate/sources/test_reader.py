@@ -74,7 +74,8 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def read(words: str, **options: object) -> list[RawDocument | BrokenRecord]:
         (tmp_path / "a.txt").write_text(words)
-        file_reader = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text", options=options))
+        source = SourceSettings("s", ("a.txt",), tmp_path, "text", options=options)
+        file_reader = formats.create_reader(source)
         return [one for piece in file_reader.list_pieces() for one in file_reader.read_piece(piece)]
 
     return read
