@@ -144,7 +144,7 @@ class Source:
         return self._parsed.calls
 
     @property
-    def _parse(self) -> _Parsed:
+    def _parsed(self) -> _Parsed:
         return _parse(self.path.read_text(encoding="utf-8"))
 
     def imports(self, top_level_only: bool = False) -> list[tuple[int, str]]:
