@@ -96,7 +96,7 @@ class _Forks:
         sys.stdout.flush()
         sys.stderr.flush()
         if not (pid := os.fork()):
-            # its end of others' lines would keep these open when the others have ended
+            # otherwise this fork's copies would keep the pipes of ended forks open
             for line in [near, *self.working]:
                 line.close()
             _work(self.session, far, self.num_started)

@@ -181,7 +181,7 @@ def write_times(item: pytest.Item, file: Path) -> None:
            "fixtures_wall": sum(phase.wall_s for phase in around),
            "imports": sum(phase.imports_s for phase in phases.values())}
     row = {name: round(value, 3) for name, value in row.items()}
-    # a test that gives up its rights may not write here
+    # a test that drops its privileges may not write here
     with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:
         lines.write(json.dumps({"test": item.nodeid, **row,
                                 "deep": bool(item.get_closest_marker("deep"))}) + "\n")

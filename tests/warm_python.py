@@ -45,7 +45,7 @@ def serve(folder: str) -> NoReturn:
     waiting = Path(folder) / "waiting.socket"
     door.bind(str(waiting))
     door.listen(64)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped automatically
     waiting.rename(Path(folder) / SOCKET)
     here = os.getpid()
     while True:

@@ -93,7 +93,7 @@ def test_changed_content_is_rejected(shows: str, content: str, refused: bool) ->
                                                ("assistant", content))][3] == content
 
 
-# What a turn thinks, calls and answers, in the shapes of templates that models have.
+# Thoughts, calls and answer of a turn, in the forms of released templates.
 
 
 LETTER = {KIND_THOUGHT: "t", KIND_CALL: "c", KIND_ANSWER: "a"}

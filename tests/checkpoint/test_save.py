@@ -194,7 +194,7 @@ def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, 
     assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
 
 
-# Whole tensors from blocks on several processes: any grid, any owner, to rank 0 or to everyone.
+# Gathering tensors from blocks of several processes: any grid, any owner, to rank 0 or to all ranks.
 
 
 def gather_uneven_parts(everywhere: bool) -> dict[str, Any]:

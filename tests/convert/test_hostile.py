@@ -277,7 +277,7 @@ def test_hostile_checkpoint_writes_no_output(made: Callable[[Path], None], messa
     assert sorted(p.name for p in tmp_path.iterdir()) == before and not CANARY.exists()
 
 
-# What the library's own writer wrote is read, and computes the same in transformers.
+# A checkpoint written by Megatron-LM itself is read, and gives the same logits in transformers.
 
 
 WRITTEN = str(Path(__file__).with_name("library_written.py"))

@@ -81,7 +81,7 @@ def write(config: dict[str, Any], folder: Path) -> Path:
     if "logits_scaling" in config:
         model.lm_head.weight.data *= 10 / config["logits_scaling"]
     for name, tensor in model.named_parameters():
-        # Slow decays: with the initial ones transformers' float32 differs from its float64 by 2e-3.
+        # Slow decays: with the initial decays, transformers' float32 differs from its float64 by 2e-3.
         if name.endswith("A_log"):
             tensor.data = torch.randn_like(tensor) * 0.6 - 1.5
     model.save_pretrained(folder)

@@ -307,7 +307,7 @@ def test_judged_responses_become_the_same_groups(tmp_path: Path, name: str) -> N
 def test_other_rows_are_refused_with_the_command_that_reads_them(tmp_path: Path, name: str) -> None:
     row, wanted = REFUSED[name]
     stored = ["a.parquet"]
-    if b"PNG" in repr(row).encode():  # bytes are no JSON
+    if b"PNG" in repr(row).encode():  # bytes have no JSON form
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
     else:
         store([row], tmp_path)

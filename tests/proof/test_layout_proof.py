@@ -79,7 +79,7 @@ def test_a_wrong_reduce_scatter_is_located_in_its_module(miniature: Miniature, r
 
 
 def test_missing_data_parallel_reduction_is_detected(miniature: Miniature, reference: Any) -> None:
-    # groups of one process share one group, named after the first of them
+    # groups of a single process share one group, named after the first
     verdict = prove_with_fault(miniature, reference, "allreduce", "GROUP", "start_grad_sync", halve_outputs)
 
     assert verdict.outcome == DIFFERS

@@ -24,7 +24,7 @@ def test_launcher_environment_overrides_nproc(monkeypatch: pytest.MonkeyPatch) -
         num_ranks(10 ** 39 - 1)
 
 
-# What the driver says of this machine's GPUs, by a program that stands for `nvidia-smi`.
+# GPU facts from the driver, with a double of `nvidia-smi`.
 
 
 PROGRAM = """#!/bin/sh

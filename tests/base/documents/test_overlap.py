@@ -137,7 +137,7 @@ def test_control_characters_are_escaped() -> None:
     assert escape_controls("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
 
 
-# Cutting text at blank lines: nothing is lost, and pieces keep their limit.
+# Splitting text at blank lines: the parts contain the whole text and stay within the limit.
 
 
 @given(st.text(alphabet=st.sampled_from("ab가é\U0001f600 \n\r")), st.integers(4, 20))
@@ -160,7 +160,7 @@ def test_cuts_prefer_blank_lines() -> None:
     assert list(cut_text("가나다", 8)) == ["가나", "다"]
 
 
-# Scripts whose characters are counted: the table against the names that Unicode gives its characters.
+# Scripts by which characters are counted, compared with Unicode's character names.
 
 
 SCRIPT_NAMES = {"thai": "THAI", "lao": "LAO", "tibetan letters": "TIBETAN", "tibetan signs": "TIBETAN",

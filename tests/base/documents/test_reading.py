@@ -96,7 +96,7 @@ def test_parquet_rows_have_numbers(tmp_path: Path) -> None:
         list(read_documents([tmp_path / "b.parquet"], RecordReading("text")))
 
 
-# Which files are read, in which order, and in which parts.
+# Files, their order, and the spans in which they are read.
 
 
 def test_folder_is_read_recursively_in_order(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_small_files_share_a_unit(tmp_path: Path) -> None:
     assert [span.file.name for unit in units for span in unit] == [f"{i:02}.txt" for i in range(20)]
 
 
-# Of a folder of samples only those that were kept are data.
+# In a folder of generated samples, only accepted samples are data.
 
 
 def test_rejected_samples_are_skipped(tmp_path: Path) -> None:

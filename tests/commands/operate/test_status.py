@@ -182,7 +182,7 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("phase", "events"), [
-    ("extend", ()),  # as `extend` names its phase where nobody does
+    ("extend", ()),  # the phase name that `extend` writes by default
     ("far", ((99.0, "needle", {"when": "before", "step": 0}),)),
 ], ids=["named by the command", "named by the user"])
 def test_an_extension_without_stages_or_gate_is_called_one(
@@ -201,7 +201,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     assert "none yet" in format_run_state(RunState(tmp_path))
 
 
-# What is printed of a state.
+# Printed form of a run's state.
 
 
 RUNNING = RunState(

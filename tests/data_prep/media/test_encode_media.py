@@ -174,7 +174,7 @@ def test_escaped_media_tokens_are_found() -> None:
         parse_record(b"{" + b"[" * 100_000)
 
 
-# A run as Slurm's jobs: what is submitted, and that its blocks leave the bytes of a run on one machine.
+# A run as Slurm jobs: the submitted jobs, and the same bytes as a run on one machine.
 
 
 PROFILE = """description: noted, not run

@@ -81,7 +81,7 @@ def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str]
     halves = [[document[:3], [*document[3:], eos]] for document in ids]
     halves.insert(5, [[]])  # a document without tokens
     real = build_pair(tmp_path / "real", halves, np.int32)
-    prefix = tmp_path / "split_sentences"  # as caches of downloads have it: links to what is elsewhere
+    prefix = tmp_path / "split_sentences"  # download caches contain links to files elsewhere
     for ending in (".bin", ".idx"):
         Path(f"{prefix}{ending}").symlink_to(f"{real}{ending}")
     assert cli.main(["adopt", str(prefix), "--tokenizer", str(tokenizer), "--heldout", "0", "--link",

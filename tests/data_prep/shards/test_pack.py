@@ -219,7 +219,7 @@ def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: 
         assert main([*base, "--input", *arguments]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-    # what is encoded is kept for the next try
+    # encoded units are reused by the next attempt
     assert {p.name for p in tmp_path.iterdir()} == {"data", ".new.work"}
     assert main([*base, "--input", str(corpus / "web.jsonl")]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"data", "new"}

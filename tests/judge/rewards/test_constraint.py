@@ -30,7 +30,7 @@ BROKEN = "def evaluate(response):\n    return response[1000] == 'x'"
     ("no comma", [BROKEN, BROKEN, NO_COMMA], {}, 0.0),  # a check without a verdict accepts nothing
     ("hm, hm</think>no comma", [NO_COMMA], {}, 1.0),
     ("hm, hm</think>no comma", [NO_COMMA], {"hide_thinking": False}, 0.0),
-    ("  \n ", [TRUE], {}, 0.0),  # nothing keeps nothing
+    ("  \n ", [TRUE], {}, 0.0),  # an empty response satisfies no constraint
     ("  \n ", [TRUE], {"give_share": True}, 0.0),
 ])
 def test_reward(response: str, functions: list[str], settings: dict[str, Any], reward: float) -> None:

@@ -226,7 +226,7 @@ def test_no_torch_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-# What follows from the attempts of a job: strikes, failures in a row, progress.
+# Consequences of earlier attempts: strikes against nodes, failures in a row, progress.
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
     assert measure_progress(tmp_path / "store") == 3
 
 
-# Which rank failed first, from srun's own words (as Slurm 22.05 writes them).
+# The rank that failed first, from the output of srun (in the form of Slurm 22.05).
 
 
 KILLED = """srun: error: n3: task 2: Killed

@@ -178,7 +178,7 @@ def test_a_job_brings_the_figures_of_an_export(site: Path, cluster: Any, until: 
     cluster.run("scontrol", "update", "partitionname=batch", "state=down")
     try:
         beside.wait()
-        # the job is in Slurm's hands, and nobody waits for it
+        # the job waits in Slurm's queue
         assert events == [] and len(beside._submitted) == 1
     finally:
         cluster.run("scontrol", "update", "partitionname=batch", "state=up")

@@ -132,7 +132,7 @@ def test_two_ranks_look_at_this_machine(tmp_path: Path, warm_python: str) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    read_only = Path("/proc/scratch")  # nothing can be written there, not even by root
+    read_only = Path("/proc/scratch")  # a folder in which not even root can write
     processes = [subprocess.Popen(
         [warm_python, "-m", "megatron_sov.operate.slurm.preflight", str(tmp_path), "--scratch", str(scratch),
          "--timeout-s", "600"],

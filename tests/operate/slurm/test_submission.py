@@ -178,7 +178,7 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
         check_inputs(work, {tmp_path / "runs/base"} if promised else set())
 
 
-# What Slurm's programs say, in one line, and the jobs that are still in its hands.
+# Output of Slurm's programs as a one-line message, and the jobs that are still in the queue.
 
 
 @pytest.mark.each(("text", "message"), [

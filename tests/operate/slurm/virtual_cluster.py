@@ -245,7 +245,7 @@ class VirtualCluster:
     def _daemon(self, name: str, *command: str) -> None:
         with open(self.folder / f"log/{name}.out", "ab") as log:
             self._daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],  # a killed test run leaves no daemon behind
+                ["setpriv", "--pdeathsig", "KILL", *command],  # daemons end with a killed test run
                 env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def _kill(self, name: str, number: int) -> None:

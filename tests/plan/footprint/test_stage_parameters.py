@@ -172,8 +172,8 @@ def test_communicators_are_those_of_a_step(ranks: Any, job: Any) -> None:
     assert count_nccl_bytes(config, num_ranks) == 16 * ((4 << 20) + (512 << 10) + (4800 << 10))
 
 
-# What Transformer Engine keeps of quantised weights, against sizes counted by hand, and which weights
-# those are, against the model's parameters.
+# Sizes of quantized weights in Transformer Engine, counted by hand, and the weights that are quantized,
+# compared with the model's parameters.
 
 
 HIDDEN, HEAD_DIM, NUM_EXPERTS = 4096, 128, 128

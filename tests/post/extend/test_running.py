@@ -196,7 +196,7 @@ def test_every_length_and_kind_is_a_separate_row() -> None:
             in verdict.lines())
 
 
-# Needles in an extension: their share in blends, their documents, and names that are taken.
+# Needles in an extension: their share of a blend, their documents, and reserved source names.
 
 
 def build_config(data: Path, share: float, **blend: float) -> RunConfig:

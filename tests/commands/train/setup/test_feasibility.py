@@ -156,7 +156,7 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
     memory.total -= 4
     with pytest.raises(UserError, match=rf"^tiny-qwen3 on {count} process(es)? of this machine, which"):
         gpu_capacity.refuse_on_this_machine(config, count)
-    with monkeypatch.context() as driver:  # GPUs whose memory nobody shows
+    with monkeypatch.context() as driver:  # GPUs with unknown memory
         driver.setattr(gpu_capacity, "DRIVER_FILE", "/dev/null")
         gpu_capacity.refuse_on_this_machine(config, count)
     monkeypatch.setenv("RANK", "0")

@@ -81,7 +81,7 @@ def test_a_document_that_loses_too_much_is_dropped(tmp_path: Path) -> None:
     assert [cuts[d.id].reason for d in documents] == ["", *["mostly repeated paragraphs"] * 3]
     cuts = cut(MemoryView.of([documents], tmp_path / "all"), max_share=1.0)
     assert [cuts[d.id].text for d in documents] == [None, None, None, "short"]
-    assert cuts[documents[1].id].reason  # nothing is left of it
+    assert cuts[documents[1].id].reason  # no paragraph remains
 
 
 def test_paragraphs_hold_every_character() -> None:

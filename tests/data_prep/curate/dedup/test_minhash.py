@@ -185,7 +185,7 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     draw = random.Random(num_pairs)
     shards = [docs(*["x"] * max(count, 1), source="book" if rank == 2 else "web", shard=rank)
               for rank, count in enumerate(COUNTS)]
-    # Shards of lower priority have the larger ranks: those of `web` here.
+    # Shards of lower priority (here `web`) have higher ranks.
     view = MemoryView.of(shards, tmp_path, **({"book": 1} if num_pairs == 40 else {}))
     register = Register(tmp_path / "documents")
     lengths = _lengths(register, draw, 2 if num_pairs == 120 else 4)

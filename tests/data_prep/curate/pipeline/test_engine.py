@@ -87,7 +87,7 @@ def test_a_killed_command_leaves_neither_processes_nor_its_lock(
             [sys.executable, "-m", "data_prep.cli",
              *build_command(own_step_pipeline, "--workers", str(workers))],
             stdout=said, stderr=said, start_new_session=True,
-            # what runs tests in several processes ignores Ctrl-C, and so would its children
+            # a parallel test runner ignores Ctrl-C, and its children would inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     request.addfinalizer(lambda: [os.kill(pid, signal.SIGKILL) for pid in list_living_processes(running.pid)])
     wait_until(lambda: (own_step_pipeline / "begun").exists() or running.poll() is not None)

@@ -15,7 +15,7 @@ from data_prep.curate.quality.identify import (
     identify_language, load_language_tables)
 from tests.typed_words import keys_of
 
-# Forms: prose, code and markup, and what of them is in a language.
+# Forms of a document (prose, code, markup), and the part of it that has a language.
 
 C = """/* Copy a string. */
 #include <stddef.h>

@@ -74,7 +74,7 @@ def test_new_rows_are_compared_without_their_keys_and_free_columns() -> None:
         world.call(made["name"], made["arguments"] | {"note": "as asked"})
     assert world.score("").reward == 1
     world.call("extend_loan", {"loan_id": "L1", "due": "2026-07-07"})
-    assert world.score("").reward == 0  # nobody asked for it
+    assert world.score("").reward == 0  # a change that the task does not require
 
 
 def test_the_same_row_twice_is_not_once() -> None:

@@ -107,7 +107,7 @@ class _Graphed(torch.autograd.Function):
         graphs.backward.replay()
         found = [g.clone() if g is not None and clones else g
                  for g, clones in zip(graphs.input_grads, graphs.clones, strict=True)]
-        # another graph's memory from here on: whoever still reads them must see it
+        # another graph may reuse this memory from now on: make late readers fail visibly
         for output in graphs.outputs:
             if output is not None and output.is_floating_point():
                 output.detach().fill_(math.nan)

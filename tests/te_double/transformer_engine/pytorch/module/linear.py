@@ -131,7 +131,7 @@ class Linear(TransformerEngineBaseModule):
 
     def _product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> Any:
         """Return the layer's output, and the bias if `return_bias` is set."""
-        # a row-parallel layer's bias is added behind the sum over processes
+        # the bias of a row-parallel layer is added after the sum over processes
         fused = self.apply_bias and self.parallel_mode != "row"
         out = _Product.apply(inp, self.weight, self.bias if fused else None, self, is_first_microbatch)
         if self.apply_bias and not fused:
