@@ -35,12 +35,13 @@ setup: $(STAMP)  ## make .venv and install the project with its locked dependenc
 
 $(STAMP):
 	@python=""; \
-	for candidate in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
+	for candidate in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
 	  if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 	  then python="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "error: no Python 3.11 or newer with venv on PATH; install one (Debian, Ubuntu: apt-get install python3 python3-venv)" \
+	  echo "error: $(if $(PYTHON),PYTHON=$(PYTHON) does not run as,PATH has no) Python 3.11 or newer with venv;" \
+	    "install one (Debian, Ubuntu: apt-get install python3 python3-venv)" \
 	    "or name it with PYTHON=/path/to/python3.12" >&2; exit 2; \
 	fi; \
 	"$(PY)" -c 'import pip' >/dev/null 2>&1 || { echo "$(VENV): $$("$$python" --version)"; "$$python" -m venv --clear "$(VENV)"; }

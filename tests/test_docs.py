@@ -328,3 +328,14 @@ def test_file_contents_claimed_on_a_page_exist(subject: str, file: str, name: st
     assert len(CLAIMED_PLACES) > 20
     assert re.search(rf"(def|class) {name}\b|^ *{name}\b.*=|^ *{name}: |\.{name}\b",
                      (ROOT / file).read_text(), re.MULTILINE), subject
+
+
+REGISTRIES = [(name, file) for names, files in re.findall(
+    r"((?:`\w+`(?: and )?)+) in ((?:`[\w/]+\.py`(?:, | or )?)+)", (ROOT / "CONTRIBUTING.md").read_text())
+    for name in re.findall(r"`(\w+)`", names) for file in re.findall(r"`([^`]+)`", files)]
+
+
+@pytest.mark.each(("name", "file"), REGISTRIES)
+def test_registries_named_for_contributors_exist(name: str, file: str) -> None:
+    assert len(REGISTRIES) > 15
+    assert re.search(rf"^(def |class | +)?{name}\b", (ROOT / file).read_text(), re.MULTILINE)

@@ -61,10 +61,10 @@ def read_help_entries(printed: str) -> dict[str, str]:
     """
     entries: dict[str, str] = {}
     for section in re.split(r"\n\n(?=\S)", printed.partition("\nexamples:\n")[0])[2:]:
-        heading, *lines = section.rstrip().splitlines()
-        if not heading.endswith(":"):
+        _, _, listed = section.rstrip().partition(":\n")
+        if not listed.startswith(" "):
             continue  # a paragraph
-        for entry in re.split(r"\n(?=  ?\S)", "\n".join(lines)):
+        for entry in re.split(r"\n(?=  ?\S)", listed):
             match = re.fullmatch(r"  ?(\S.*?)(?:  +|\n +)(\S.*)", entry, re.DOTALL)
             assert match, f"{entry!r} has no description"
             for name in re.findall(r"(?:^|, )(--?[\w-]+|\{?[A-Z][\w|./\[\]]*)", match[1]):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from model_folder import HUB_FIELDS
-from road import CITIES, QUESTIONS, Outcome, Road, encode_question, find_number
+from road import CITIES, QUESTIONS, Outcome, Road, find_number
 
 
 def import_folder(road: Road) -> Outcome:
@@ -87,27 +87,15 @@ def serving(road: Road, target: str) -> Iterator[str]:
 def serve_openai(road: Road) -> Outcome:
     from openai import OpenAI
 
-    model, tokenizer = road.reference()
     expected = road.answer_greedily(QUESTIONS[:4], 24)
     with serving(road, "my-model") as name:
         client = OpenAI(base_url="http://127.0.0.1:8317/v1", api_key="none")
-        equal, gaps, whole = 0, [], True
-        for question, text in zip(QUESTIONS, expected, strict=False):
-            reply = client.chat.completions.create(
-                model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24,
-                logprobs=True, top_logprobs=2)
-            choice = reply.choices[0]
-            equal += (choice.message.content or "").strip() == text.strip()
-            tokens = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
-            output = b"".join(bytes(token.bytes or b"") for token in tokens)
-            whole &= output.startswith((choice.message.content or "").encode())
-            ids = encode_question(tokenizer, question)
-            with torch.no_grad():
-                row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            gaps.append(abs(float(row.max()) - tokens[0].logprob))
-    passed = equal == len(expected) and max(gaps) < 1e-3 and whole
-    return (f"{equal} of {len(expected)} greedy answers equal, log-probabilities within {max(gaps):.1e}, "
-            f"bytes of the tokens are the answer: {whole}", "transformers, float32", passed)
+        replies = [client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24)
+            for question in QUESTIONS[:4]]
+    answers = [(reply.choices[0].message.content or "").strip() for reply in replies]
+    equal = sum(answer == text.strip() for answer, text in zip(answers, expected, strict=True))
+    return f"{equal} of {len(expected)} greedy answers equal", "transformers, float32", equal == len(expected)
 
 
 def write_capitals(road: Road) -> int:

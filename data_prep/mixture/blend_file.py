@@ -282,11 +282,11 @@ def _describe_remedy(sources: Sequence[dict[str, Any]]) -> str:
 
 
 def combine_phases(phases: Sequence[PhaseShares]) -> dict[str, float]:
-    """Return source -> share of the total tokens; phases without budgets get equal weight."""
+    """Return source -> share of the total tokens; only a single phase may have no token budget."""
     budget = math.fsum(phase.tokens for phase in phases)
     weights: dict[str, float] = {}
     for phase in phases:
-        phase_weight = phase.tokens / budget if budget else 1 / len(phases)
+        phase_weight = phase.tokens / budget if budget else 1.0
         for name, share in phase.shares.items():
             weights[name] = weights.get(name, 0.0) + phase_weight * share
     return weights

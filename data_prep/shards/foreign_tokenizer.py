@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
-from megatron_sov.base.errors import Fix, fix_missing, suggest_download
+from megatron_sov.base.errors import Fix, choose_free_path, fix_missing, suggest_download
 from megatron_sov.base.hints.kinds import list_run_tokenizers
 from megatron_sov.chat.folder import TOKENIZER_JSON
 
@@ -24,16 +24,13 @@ def explain_foreign_tokenizer(path: Path) -> str:
     if (path / MANIFEST).is_file() and read_manifest(path).kind == "tokenizer":
         return ""
     if suggest_download(path, is_bare=True) and not path.exists():
-        name = shlex.quote(path.name)
-        return (f"does not exist; check the path. If it is a model's name on the Hugging Face hub: "
-                f"`hf download {path} --local-dir {name}`, then `sov-tokenizer import {name} --output "
-                f"{name}-tokenizer`, and pass --tokenizer {name}-tokenizer")
+        return (f"does not exist; check the path, or run `hf download {path}` if it is a model on the hub, "
+                "then `sov-tokenizer import`")
     foreign, output = _plan_import(path)
     if foreign is None:
         return ""
-    output = shlex.quote(output)
-    return ("holds a tokenizer that is not imported yet; run `sov-tokenizer "
-            f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
+    command = shlex.join(["sov-tokenizer", "import", str(foreign), "--output", output])
+    return f"holds a tokenizer that is not imported yet; run `{command}`, and pass its output"
 
 
 def fix_foreign_tokenizer(path: Path) -> Fix | None:
@@ -56,8 +53,8 @@ def _plan_import(path: Path) -> tuple[Path | None, str]:
     if path.suffix == ".json" and path.is_file() and (path.parent / TOKENIZER_JSON).is_file():
         path = path if path.name == TOKENIZER_JSON else path.parent
     if path.is_file():
-        return (path if path.suffix in SUFFIXES else None), f"{path.stem}-tokenizer"
+        return (path if path.suffix in SUFFIXES else None), choose_free_path(f"{path.stem}-tokenizer")
     folders = (path, path / "tokenizer", *list_run_tokenizers(path)[-1:])
     foreign = next((folder for folder in folders
                     if any(any(folder.glob(pattern)) for pattern in PATTERNS)), None)
-    return foreign, f"{path.resolve().name}-tokenizer"
+    return foreign, choose_free_path(f"{path.resolve().name}-tokenizer")

@@ -119,9 +119,9 @@ def _format_statistics(statistics: dict[str, Any]) -> Iterator[str]:
                    f"({s['num_response_tokens'] / num_typed:.1%}), prompts: {s['num_prompt_tokens']:,}")
         percentiles = ", ".join(f"{p} %: {n:,}" for p, n in s["length_percentiles_tokens"].items())
         yield f"  tokens of a document: {percentiles}, longest {s['longest_tokens']:,}"
-        most = max(s["documents_up_to_tokens"].values(), default=1)
-        for limit, n in s["documents_up_to_tokens"].items():
-            yield f"  up to {limit:>10,} {n:>12,} {'#' * round(_BAR_CHARS * n / most)}"
+        lengths = s["documents_up_to_tokens"]
+        for limit, n in lengths.items():
+            yield f"  up to {limit:>10,} {n:>12,} {'#' * round(_BAR_CHARS * n / max(lengths.values()))}"
         special = ", ".join(f"{token} {n:,}" for token, n in s["special_tokens"].items())
         yield f"  special tokens: {special or 'none'}"
         if s["num_bad"]:

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import MISSING, asdict, dataclass, field, fields as list_fields
+from dataclasses import MISSING, asdict, dataclass, field, fields as list_fields, replace
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -30,7 +30,7 @@ from data_prep.synth.synth import SynthOptions
 from megatron_sov.base.artifacts import format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import (
-    ExitCode, StopRequested, UserError, escape_controls, format_error, format_problems)
+    ExitCode, Fix, StopRequested, UserError, choose_free_path, escape_controls, format_error, format_problems)
 from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.settings import (
@@ -122,14 +122,18 @@ def list_settings(name: str) -> list[str]:
 
 def prepare_run(options: SynthOptions) -> SynthRun:
     """Check options, models, generator and output folder without writing; raises `UserError`."""
-    if not options.generator:
-        raise UserError(f"sov-data synth: name a generator ({', '.join(PACKAGED)}), or the YAML file of one; "
-                        "--list describes them")
     output = options.output
     missing = [f"--{name}" for name in ("engine", "output") if not getattr(options, name)]
+    fix = Fix(options=tuple(word for option in missing for word in (
+        option, "MODEL" if option == "--engine" else choose_free_path("new-output"))))
+    if not options.generator:
+        name = "rewrite" if options.input else "GENERATOR"
+        raise UserError(f"sov-data synth: name a generator ({', '.join(PACKAGED)}), or the YAML file of one; "
+                        "--list describes them", replace(fix, arguments=(name,)))
     if missing or output is None:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
-                        f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
+                        f"{'is' if len(missing) == 1 else 'are'} needed; name a model (address or folder), "
+                        "and a folder to write", fix)
     writer, judge = build_models(options)
     if problems := [*map(to_problem, find_missing_libraries()),
                     *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")

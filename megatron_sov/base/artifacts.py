@@ -314,16 +314,9 @@ def _hash_around(head: bytes, tail: bytes) -> str:
 
 @contextlib.contextmanager
 def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Iterator[ArtifactWriter]:
-    """Build an artifact in a temporary folder next to `path`; `path` appears only when complete.
-
-    Args:
-        path: the artifact's folder.
-        kind: the manifest's `kind`.
-        overwrite: replace an existing artifact of the same kind.
-
-    Raises:
-        UserError: `path` exists and must not be replaced, or the disk is full or not writable.
-    """
+    """Build an artifact in a temporary folder next to `path`; `path` appears only when complete. `kind`: the
+    manifest's `kind`; `overwrite`: replace an existing artifact of the same kind. Raises `UserError`: `path`
+    exists and must not be replaced, or the disk is full or not writable."""
     # the temporary folder must be on the final folder's disk: renames do not cross disks
     path = resolve_link(Path(path))
     check_creatable(path)
@@ -438,10 +431,10 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     try:
         written = file.read_bytes()
         raw = json.loads(written.decode())
-        # check the version before the fields: a newer format is not damage
-        if raw["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
-                            "the newest that this version reads; update megatron-sov")
+        # check the version before the fields: another format is not damage
+        if (version := raw["format_version"]) != FORMAT_VERSION:
+            fix = "update megatron-sov" if version > FORMAT_VERSION else "make the folder again"
+            raise UserError(f"{file}: has format_version {version}, not {FORMAT_VERSION}; {fix}")
         files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
         # readers join these names to paths, and the manifest may come from a stranger
         if outside := [name for name in files if not _is_inside(name)]:

@@ -22,15 +22,13 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, escape_controls, to_exit_code)
-from megatron_sov.base.hints.commands import build_command_error, find_action
+from megatron_sov.base.hints.commands import PROGRAMS, build_command_error, find_action
 from megatron_sov.base.hints.lines import is_placeholder, propose_line
 from megatron_sov.base.hints.missing import complete_line, find_text_option
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.base.hints.words import translate_options
 from megatron_sov.version import __version__
 
-PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-"""Program -> module with `build_parser` and `main`."""
 MAX_PATH_CHARS = 300
 """Maximum characters of a path in a message; file systems allow paths longer than a screen."""
 
@@ -243,12 +241,7 @@ class Command:
     """Example command lines for `--help`, without the program's name."""
 
     def format_help_ending(self, program: str, words: str = "") -> str:
-        """Format examples and page for the end of `--help`.
-
-        Args:
-            program: the program's name.
-            words: show only examples that begin with these words; "": all.
-        """
+        """Format the examples that begin with `words`, and the page, for the end of `--help`."""
         begin = f"{words} ".lstrip()
         lines = [f"  {program} {line}" for line in self.examples if f"{line} ".startswith(begin)]
         page = [f"page: docs/{self.page}"] if self.page else []
@@ -310,12 +303,8 @@ def append_examples(parser: argparse.ArgumentParser, command: Command, program: 
 
 
 def format_command_list(commands: Mapping[str, str], groups: Mapping[str, str]) -> str:
-    """Format a line per command, under group headings.
-
-    Args:
-        commands: name -> help line.
-        groups: name -> heading, in display order; other commands come last.
-    """
+    """Format a line per command (name -> help), under group headings (name -> heading) in their order; other
+    commands come last."""
     width = max(map(len, commands), default=0)
     lines = []
     for heading in dict.fromkeys([*groups.values(), ""]):

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel.values import gather_objects
-from megatron_sov.model.families.adapters import PREFIX, adapter_identity
+from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.families.encoders import PREFIXES as ENCODERS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL
@@ -47,12 +47,9 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
     base = checkpoints.read_adapter_base(path)
     if base is None:
         _load_part(path, MODEL, model, new_encoders)
-    elif not model.lora.on:
-        raise UserError(f"{path}: is an adapter, and lora.rank is 0; use its lora settings, or merge it with "
-                        "`megatron-sov convert to-hf`")
     else:
         with raise_on_all_ranks():
-            _check_adapter_settings(path, model)
+            checkpoints.check_adapter_settings(path, model.lora, model.architecture)
             frozen = checkpoints.find_adapter_base(path, base)
         check_weights(frozen)
         _load_part(frozen, MODEL, model, new_encoders)
@@ -108,17 +105,6 @@ def raise_on_all_ranks() -> Iterator[None]:
     errors = [p for p in gather_objects(error) if p is not None]
     if errors:
         raise errors[0]
-
-
-def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
-    """Raise `UserError` if the adapter was trained with different LoRA settings, for example alpha."""
-    ours = adapter_identity(model.lora, model.architecture)
-    trained = checkpoints.read_checkpoint_settings(path).lora
-    for name, theirs in adapter_identity(trained, model.architecture).items():
-        if theirs != ours[name]:
-            raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours[name]}; "
-                            "use the setting that it was made with",
-                            Fix(options=("--set", f"lora.{name}={json.dumps(theirs)}")))
 
 
 def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool = False) -> None:

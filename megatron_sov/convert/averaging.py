@@ -10,27 +10,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, check_output_folder, manifest_sha256, read_manifest)
+from megatron_sov.base.artifacts import MANIFEST, check_output_folder, manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokenizer
-from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.checkpoint.sharded_tensors import format_block_name, write_index
 from megatron_sov.convert.companion_files import copy_carried_fields
-from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
-from megatron_sov.convert.hf_import import build_index, hash_file_plan, plan_files, verify_source, write_files
+from megatron_sov.convert.dtypes import KEEP, convert_tensor
+from megatron_sov.convert.hf_import import build_index, hash_file_plan, plan_files, write_unfinished
 from megatron_sov.convert.peft import AdaptedWeights, open_checkpoint_weights, record_inputs
 from megatron_sov.convert.sources import PART, CheckpointWeights
-from megatron_sov.model.config import LoraConfig, ModelConfig, RunConfig
+from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.train import AVERAGES
 from megatron_sov.model.families.family import TRAINING_FIELDS
 from megatron_sov.model.families.weights import Link
@@ -40,77 +35,6 @@ from megatron_sov.runs.checkpoints import (
 from megatron_sov.work.progress.resumable import resumable_artifact
 
 OpenCheckpoint = CheckpointWeights | AdaptedWeights
-
-
-@dataclass(frozen=True)
-class DerivedCheckpoint:
-    """A checkpoint computed from other checkpoints."""
-
-    sources: Sequence[OpenCheckpoint]
-    """Source checkpoints; the tokenizer is copied from the first."""
-    links: Mapping[str, Link]
-    """Block name -> `Link` in the new checkpoint."""
-    files: Mapping[str, list[TensorSpec]]
-    """File name -> blocks."""
-    block: Callable[[TensorSpec], torch.Tensor]
-    """Computes a block."""
-    source_names: Callable[[TensorSpec], Iterable[str]]
-    """Hugging Face names of a block's source tensors."""
-    settings: RunConfig
-    """The new checkpoint's config."""
-    content: Mapping[str, Any]
-    """The new checkpoint's manifest content."""
-
-
-def write_derived(out: Path, command: str, derived: DerivedCheckpoint, plan: Mapping[str, Any], *,
-                  workers: int, overwrite: bool, redo: bool) -> None:
-    """Write a checkpoint (part `model`), which appears when complete.
-
-    Args:
-        out: checkpoint to write.
-        command: command name, for the progress bar.
-        derived: sources and computation.
-        plan: determines, together with the files, all bytes of the checkpoint.
-        workers: files written at a time.
-        overwrite: replace an existing checkpoint.
-        redo: start over if unfinished work with other arguments exists.
-
-    Raises:
-        UserError: a source is damaged, other work on `out` is unfinished, or the disk is full.
-    """
-    files, links = dict(derived.files), dict(derived.links)
-    full_plan = {**plan, "files": hash_file_plan(files)}
-    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {command}", full_plan,
-                            overwrite=overwrite, redo=redo) as artifact, ExitStack() as stack, tqdm(
-                total=len(links), desc=command, unit="block", disable=None) as bar:
-        missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
-        check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
-        bar.update(len(links) - sum(map(len, missing.values())))
-
-        def read(spec: TensorSpec) -> torch.Tensor:
-            block = derived.block(spec)
-            bar.update()
-            return block
-
-        checks = [stack.enter_context(verify_source(source, workers)) for source in derived.sources]
-
-        def finish(name: str, record: FileRecord) -> None:
-            for check in checks:
-                # verify the sources before the file counts as finished: a resumed command trusts finished
-                # files
-                check.wait_for(hf_name for spec in files[name] for hf_name in derived.source_names(spec))
-            artifact.finish(name, record)
-
-        write_files(artifact.path, missing, read, workers, finish)
-        write_index(artifact.path, PART, [build_index(files, links)])
-        tokenizer = derived.sources[0].path / "tokenizer"
-        if tokenizer.is_dir():
-            shutil.copytree(tokenizer, artifact.path / "tokenizer", dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns(MANIFEST))
-        for source in derived.sources:
-            record_inputs(artifact.writer, source)
-        artifact.writer.content = {"parts": [PART], "tokens": 0, **derived.content}
-        artifact.writer.settings = derived.settings.to_dict()
 
 
 def compute_weights(count: int, kind: str, decay: float) -> list[float]:
@@ -198,13 +122,22 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     merged = [{"path": str(path), "step": read_manifest(path, CHECKPOINT_KIND).content.get("step", 0),
                "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
-    derived = DerivedCheckpoint(
-        sources, links, files, lambda spec: average_block(sources, weights, links[spec.name], spec.dtype),
-        lambda spec: links[spec.name].hf_names,
-        dataclasses.replace(read_checkpoint_settings(paths[0]), recipe=IMPORTED_RECIPE, lora=LoraConfig()),
-        {"step": max(m["step"] for m in merged), MERGED: merged, **copy_carried_fields(paths[0])})
-    write_derived(out, "average", derived, {"merged": merged}, workers=workers, overwrite=overwrite,
-                  redo=redo)
+    plan = {"merged": merged, "files": hash_file_plan(files)}
+    with resumable_artifact(out, CHECKPOINT_KIND, "megatron-sov convert average", plan, overwrite=overwrite,
+                            redo=redo) as artifact:
+        write_unfinished(artifact, files,
+                         lambda spec: average_block(sources, weights, links[spec.name], spec.dtype), sources,
+                         lambda spec: links[spec.name].hf_names, "average", workers)
+        write_index(artifact.path, PART, [build_index(files, links)])
+        if (tokenizer := paths[0] / "tokenizer").is_dir():
+            shutil.copytree(tokenizer, artifact.path / "tokenizer", dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns(MANIFEST))
+        for source in sources:
+            record_inputs(artifact.writer, source)
+        artifact.writer.content = {"parts": [PART], "tokens": 0, "step": max(m["step"] for m in merged),
+                                   MERGED: merged, **copy_carried_fields(paths[0])}
+        artifact.writer.settings = dataclasses.replace(
+            read_checkpoint_settings(paths[0]), recipe=IMPORTED_RECIPE, lora=LoraConfig()).to_dict()
 
 
 def average_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link: Link,

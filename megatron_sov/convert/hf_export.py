@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, check_output_folder, find_damaged_files, format_json, manifest_sha256,
-    read_manifest, trace_origins, write_atomically)
+    MANIFEST, check_output_folder, find_damaged_files, format_json, manifest_sha256, read_manifest,
+    trace_origins, write_atomically)
 from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.figures import format_size
@@ -26,11 +26,9 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.companion_files import (
     CARRIED_FIELDS, add_turn_ends, copy_carried_fields, copy_companions, describe_split_conflict,
     move_chat_template, read_generation_ids, read_token_ids, to_id_list)
-from megatron_sov.convert.dtypes import (
-    KEEP, check_dtype_name, check_space, choose_export_dtype, convert_tensor)
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_export_dtype, convert_tensor
 from megatron_sov.convert.hf_import import (
-    check_copies, find_differing_copies, get_duplicates, hash_file_plan, plan_shards, verify_source,
-    write_files)
+    find_differing_copies, get_duplicates, hash_file_plan, plan_shards, write_unfinished)
 from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, open_weights, record_inputs
 from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, list_ignored_prefixes, resolve_run)
@@ -245,7 +243,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         UserError: the checkpoint is damaged, the family cannot express the model, a value is not finite or
             overflows `dtype`, the disk is full, or other work on `out` is unfinished.
     """
-    _check_arguments(Path(checkpoint), dtype, max_shard_bytes)
+    check_folder_kind(Path(checkpoint), (CHECKPOINT, RUN), "a checkpoint or a run")
+    check_dtype_name(dtype)
     checkpoint, out = resolve_run(Path(checkpoint)), Path(out)
     check_output_folder(out, KIND, overwrite)
     source = open_weights(checkpoint)
@@ -254,22 +253,22 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     specs = plan_tensors(source, dtype, copies)
     files = plan_export_files(specs, max_shard_bytes)
     source_names = {spec.name: spec.name for spec in specs} | copies
-    companions, tokens = _find_companions(source)
+    tokenizer = checkpoint / "tokenizer"
+    tokens = read_token_ids(tokenizer)
     family = models.get_family(source.model.family)
     written_dtype = str(specs[0].dtype).removeprefix("torch.")
-    config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
+    imported = source.base.path if isinstance(source, AdaptedWeights) else checkpoint
+    carried_fields = copy_carried_fields(imported).get(CARRIED_FIELDS, {})
+    config = carried_fields | family.to_hf_config(source.model, written_dtype, tokens)
     json_files = {CONFIG: config, **_build_processors(source, checkpoint)}
     settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    has_manifest = (checkpoint / MANIFEST).is_file()  # foreign Hugging Face folders have no manifest
-    plan = {"from": fingerprint_folder(checkpoint),
-            "manifest": manifest_sha256(checkpoint) if has_manifest else "",
-            **settings, "files": hash_file_plan(files)}
+    plan = {"from": fingerprint_folder(checkpoint), "manifest": manifest_sha256(checkpoint), **settings,
+            "files": hash_file_plan(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         _write_tensors(artifact, source, files, source_names, workers)
-        _write_companions(artifact.path, files, json_files, companions, tokens)
-        if has_manifest:
-            record_inputs(artifact.writer, source, for_export=True)
+        _write_companions(artifact.path, files, json_files, tokenizer, tokens)
+        record_inputs(artifact.writer, source, for_export=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],
@@ -283,46 +282,19 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
 def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str, list[TensorSpec]],
                    source_names: dict[str, str], workers: int) -> None:
     """Write the unfinished files; `source_names`: exported name -> name in the source."""
-    num_tensors = sum(map(len, files.values()))
-    missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
-    check_space(artifact.path, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
     rounding = UpdateRounding(source)
-    with tqdm(total=num_tensors, desc="to-hf", unit="tensor", disable=None) as bar:
-        bar.update(num_tensors - sum(map(len, missing.values())))
 
-        def read(spec: TensorSpec) -> torch.Tensor:
-            name = source_names[spec.name]
-            source_tensor = source.read(name)
-            tensor = convert_tensor(source_tensor, spec.dtype, source.path, spec.name)
-            rounding.measure_weight(name, source_tensor, spec.dtype)
-            bar.update()
-            return tensor
+    def read(spec: TensorSpec) -> torch.Tensor:
+        name = source_names[spec.name]
+        source_tensor = source.read(name)
+        tensor = convert_tensor(source_tensor, spec.dtype, source.path, spec.name)
+        rounding.measure_weight(name, source_tensor, spec.dtype)
+        return tensor
 
-        with verify_source(source, workers) as check:
-            def finish(name: str, record: FileRecord) -> None:
-                check.wait_for(source_names[spec.name] for spec in files[name])
-                artifact.finish(name, record)
-
-            write_files(artifact.path, missing, read, workers, finish)
+    write_unfinished(artifact, files, read, [source], lambda spec: [source_names[spec.name]], "to-hf",
+                     workers)
     if loss := rounding.format_loss():
         warn(f"{source.path}: {loss}; pass --dtype float32 to keep the trained values")
-
-
-def _carried_fields(source: Weights) -> dict[str, Any]:
-    """Return the imported model's config.json fields that do not describe the architecture."""
-    if isinstance(source, HfWeights):
-        return source.carried
-    if isinstance(source, AdaptedWeights):
-        return _carried_fields(source.base)
-    return dict(copy_carried_fields(source.path).get(CARRIED_FIELDS, {}))
-
-
-def _find_companions(source: Weights) -> tuple[Path, TokenIds]:
-    """Return the tokenizer folder and the special token ids."""
-    if isinstance(source, HfWeights):
-        check_copies(source)
-        return source.path, read_token_ids(source.path)
-    return source.path / "tokenizer", read_token_ids(source.path / "tokenizer")
 
 
 def _write_readme(export: Path, source: Path) -> None:
@@ -367,13 +339,6 @@ def _iter_provenance(source: Path) -> Iterator[str]:
                 split = part["splits"]["train"]
                 yield (f"{indent}  - source {escape_md(part['name'])}: {split['num_documents']:,} documents, "
                        f"{split['num_tokens']:,} tokens")
-
-
-def _check_arguments(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
-    check_folder_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
-    check_dtype_name(dtype)
-    if max_shard_bytes <= 0:
-        raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
 
 
 def plan_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> list[TensorSpec]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, for
 from megatron_sov.runs.checkpoints import (
     ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, SOURCE, check_folder_kind, check_model_path,
     suggest_replacement)
-from megatron_sov.work.progress.resumable import resumable_artifact
+from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
@@ -190,6 +190,46 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
         pool.shutdown(cancel_futures=True)
 
 
+def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSpec]], read: TensorSource,
+                     sources: Sequence[Weights], list_source_names: Callable[[TensorSpec], Iterable[str]],
+                     label: str, workers: int) -> None:
+    """Write an artifact's unfinished files with a progress bar, and verify the source files meanwhile.
+
+    Args:
+        artifact: its `finished` files are left as they are.
+        files: file name -> tensors, see `plan_shards`.
+        read: returns one tensor.
+        sources: weights from which `read` computes tensors.
+        list_source_names: returns the Hugging Face names in `sources` of a tensor to write.
+        label: of the progress bar.
+        workers: files written at a time.
+
+    Raises:
+        UserError: a source file is damaged, `read` fails, or the disk is full.
+    """
+    missing = {name: specs for name, specs in files.items() if name not in artifact.finished}
+    check_space(artifact.path, sum(spec.size_bytes for specs in missing.values() for spec in specs))
+    num_tensors = sum(map(len, files.values()))
+    num_written = num_tensors - sum(map(len, missing.values()))
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=num_tensors, initial=num_written, desc=label, unit="tensor",
+                                       disable=None))
+        checks = [stack.enter_context(verify_source(source, workers)) for source in sources]
+
+        def read_and_count(spec: TensorSpec) -> torch.Tensor:
+            tensor = read(spec)
+            bar.update()
+            return tensor
+
+        def finish(name: str, record: FileRecord) -> None:
+            # verify the sources before the file counts as finished: a resumed command trusts finished files
+            for check in checks:
+                check.wait_for(source_name for spec in files[name] for source_name in list_source_names(spec))
+            artifact.finish(name, record)
+
+        write_files(artifact.path, missing, read_and_count, workers, finish)
+
+
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
             overwrite: bool = False, redo: bool = False) -> None:
     """Write a Hugging Face folder as a checkpoint (part `model`, step 0).
@@ -266,27 +306,17 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
     files = plan_files(links, weights.get_dtype, dtype)
     plan = {"from": fingerprint_folder(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": hash_file_plan(files)}
+
+    def read_block(spec: TensorSpec) -> torch.Tensor:
+        link = links[spec.name]
+        block: torch.Tensor = link.join({name: convert_tensor(weights.read(name), spec.dtype, folder, name)
+                                         for name in link.hf_names})
+        return block
+
     with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.command}", plan,
-                            overwrite=overwrite, redo=redo) as artifact, \
-            tqdm(total=len(links), desc=source.command, unit="block", disable=None) as bar:
-        missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
-        check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
-        bar.update(len(links) - sum(map(len, missing.values())))
-
-        def read(spec: TensorSpec) -> torch.Tensor:
-            link = links[spec.name]
-            parts = {name: convert_tensor(weights.read(name), spec.dtype, folder, name) for name
-                     in link.hf_names}
-            block: torch.Tensor = link.join(parts)
-            bar.update()
-            return block
-
-        with verify_source(weights, workers) as check:
-            def finish(name: str, record: FileRecord) -> None:
-                check.wait_for(hf_name for spec in files[name] for hf_name in links[spec.name].hf_names)
-                artifact.finish(name, record)
-
-            write_files(artifact.path, missing, read, workers, finish)
+                            overwrite=overwrite, redo=redo) as artifact:
+        write_unfinished(artifact, files, read_block, [weights], lambda spec: links[spec.name].hf_names,
+                         source.command, workers)
         if (folder / MANIFEST).is_file():
             artifact.writer.add_input(folder)
         write_index(artifact.path, PART, [build_index(files, links)])

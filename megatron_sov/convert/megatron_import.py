@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, write_imported
 from megatron_sov.convert.inert_pickle import TorchArchive, read_in_subprocess
-from megatron_sov.convert.sources import check_dtypes, check_shapes
+from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.counterparts.architecture import (
@@ -272,7 +271,7 @@ class TorchDistTensors(StoredTensors):
         return find_tensor(self.folder / piece.file, start, length)
 
 
-class TorchDistWeights:
+class TorchDistWeights(BlockWeights):
     """Tensors in a `torch_dist` checkpoint, split into Hugging Face tensors.
 
     Args:
@@ -284,16 +283,10 @@ class TorchDistWeights:
     """
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
-        self.path, self.model = path, model
-        self.links = models.get_family(model.family).links(model)
+        super().__init__(path, model, models.get_family(model.family).links(model))
         self.tensors = TorchDistTensors(path)
-        self._links_by_name = {name: link for link in self.links for name in link.hf_names}
         self._sources = self._match_tensors()
         self.tensors.check_complete()
-        self._thread_state = threading.local()
-
-    def list_names(self) -> list[str]:
-        return list(self._links_by_name)
 
     def get_dtype(self, name: str) -> torch.dtype:
         return self.tensors.get_dtype(self._get_sources(self._links_by_name[name])[0].key)
@@ -305,15 +298,6 @@ class TorchDistWeights:
     def list_files(self, name: str) -> set[str]:
         return {file for source in self._get_sources(self._links_by_name[name])
                 for file in self.tensors.list_files(source.key)}
-
-    def read(self, name: str) -> torch.Tensor:
-        link = self._links_by_name[name]
-        # consecutive names come from the same block: keep the last block per thread
-        last: tuple[Link, torch.Tensor] | None = getattr(self._thread_state, "last", None)
-        if last is None or last[0] is not link:
-            self._thread_state.last = None
-            last = self._thread_state.last = (link, self._read_block(link))
-        return link.split(last[1])[name]
 
     def _get_sources(self, link: Link) -> list[DistSource]:
         return self._sources[link.key, link.offset]

@@ -280,25 +280,43 @@ def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[in
     return tensors
 
 
-class CheckpointWeights:
+class BlockWeights:
+    """Tensors under Hugging Face names, split from a checkpoint's blocks."""
+
+    def __init__(self, path: Path, model: ModelConfig, links: list[Link]) -> None:
+        self.path, self.model, self.links = path, model, links
+        self._links_by_name = {name: link for link in links for name in link.hf_names}
+        self._thread_state = threading.local()
+
+    def list_names(self) -> list[str]:
+        return list(self._links_by_name)
+
+    def read(self, name: str) -> torch.Tensor:
+        link = self._links_by_name[name]
+        # Consecutive names (query, key, value; gate, up) come from one block: keep the last block per thread.
+        last: tuple[Link, torch.Tensor] | None = getattr(self._thread_state, "last", None)
+        if last is None or last[0] is not link:
+            self._thread_state.last = None
+            last = self._thread_state.last = (link, self._read_block(link))
+        return link.split(last[1])[name]
+
+    def _read_block(self, link: Link) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class CheckpointWeights(BlockWeights):
     """Checkpoint tensors, split into Hugging Face tensors."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         settings = read_checkpoint_settings(path)
-        self.model = settings.model
-        self.links = models.get_family(self.model.family, settings.code).links(self.model)
+        model = settings.model
+        super().__init__(path, model, models.get_family(model.family, settings.code).links(model))
         self._reader = TensorReader(path, PART)
-        self._links_by_name = {name: link for link in self.links for name in link.hf_names}
         shapes = {key: self._reader.get_shape(key)
                   for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
         check_shapes(path, shapes, {link.key: link.shape for link in self.links},
                      "the checkpoint is damaged or of another version")
         self._reader.check_complete()
-        self._thread_state = threading.local()
-
-    def list_names(self) -> list[str]:
-        return list(self._links_by_name)
 
     def get_dtype(self, name: str) -> torch.dtype:
         return self._reader.get_dtype(self._links_by_name[name].key)
@@ -310,15 +328,8 @@ class CheckpointWeights:
     def list_files(self, name: str) -> set[str]:
         return self._reader.list_files(self._links_by_name[name].key)
 
-    def read(self, name: str) -> torch.Tensor:
-        link = self._links_by_name[name]
-        # Consecutive names (query, key, value; gate, up) come from one block: keep the last block per thread.
-        last: tuple[Link, torch.Tensor] | None = getattr(self._thread_state, "last", None)
-        if last is None or last[0] is not link:
-            self._thread_state.last = None
-            last = self._thread_state.last = (
-                link, self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape))
-        return link.split(last[1])[name]
+    def _read_block(self, link: Link) -> torch.Tensor:
+        return self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape)
 
     def read_stored(self, key: str, offset: tuple[int, ...], extent: tuple[int, ...]) -> torch.Tensor:
         """Read a checkpoint tensor's block, without conversion."""

@@ -1,4 +1,4 @@
-"""Top-k routing with layout-independent expert counts and balancing loss.
+"""Top-k routing with layout-independent expert counts and balancing loss; `ExpertLoad` updates the biases.
 
 `BalancedRouter` replaces the router of Megatron-Core 0.19.2 for three reasons. With per-token losses the
 library multiplies auxiliary losses by the tokens of the micro-batch, for a division by all tokens that our

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import Fix, RowProblems, UserError, warn
-from megatron_sov.base.hints.paths import fix_chats
+from megatron_sov.base.hints.paths import fix_prompts
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.runs.launch_environment import is_first_rank
 
@@ -166,25 +167,19 @@ class PromptList(Sequence[RolloutPrompt]):
 
 def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_asked: bool = False
                  ) -> PromptList:
-    """Read the distinct prompts of a file, or of the folder of a dataset, in order.
-
-    Args:
-        path: JSON lines, a list in JSON, Parquet, Arrow, or a folder of these as `datasets` saves it.
-        renames: fields of other names.
-        option: option that names the file.
-        is_asked: whether each row must be a prompt for a policy; tasks are checked by their environments.
-
-    Raises:
-        UserError: the file cannot be read, has no rows, or bad rows, of which the first are named.
-    """
+    """Read the distinct prompts of a file (JSON lines, a list in JSON, Parquet, Arrow), or of a folder of
+    these as `datasets` saves it, in order. `is_asked`: whether each row must be a prompt for a policy; tasks
+    are checked by their environments. Raises `UserError`: the file cannot be read, has no rows, or bad
+    rows."""
     problems, columns = RowProblems(), list[str]()
     found = _iter_prompts(path, renames, option, is_asked, problems, columns)
     prompts = PromptList.from_prompts(found, option)
     if problems:
         is_renamed = bool(columns) and not len(prompts)  # else other rows have the fields
         remedy = f"pass --columns {columns[0]}" if is_renamed else "correct or remove these rows"
-        is_chat = any(problem.startswith("ends with an answer") for problem in problems)
-        fix = Fix(options=("--columns", columns[0])) if is_renamed else fix_chats(path) if is_chat else None
+        fix = Fix(options=("--columns", columns[0])) if is_renamed else fix_prompts(path, list(problems))
+        if fix and fix.before:
+            remedy = "write its prompts, with the last or chosen message of each as the answer"
         raise UserError(problems.format(f"{option} {path}", remedy), fix)
     if not prompts:
         raise UserError(f"{option} {path}: has no rows")
@@ -209,7 +204,7 @@ def _iter_prompts(path: Path, renames: Renames, option: str, is_asked: bool, pro
         except UnicodeEncodeError:
             problems.add(place, "holds half of a surrogate pair, which is not valid text")
         except BadRecord as e:
-            problems.add(place, e.reason.partition("; name yours with")[0])
+            problems.add(place, re.sub("; name yours with.*|, but --format is.*", "", e.reason))
             columns += _propose_columns(record, e, renames)
         except (TypeError, ValueError) as e:  # of a table: a date, bytes, NaN
             problems.add(place, f"holds a value that JSON cannot hold ({e})")
@@ -260,13 +255,8 @@ class UnusedRows:
 
 
 def find_unused_rows(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> UnusedRows:
-    """Return repeated prompts and prompts longer than `rollout.max_prompt_tokens`.
-
-    Args:
-        prompts: all prompts of the file.
-        too_long: id -> tokens of the prompts longer than `rollout.max_prompt_tokens`.
-        limit: `rollout.max_prompt_tokens`.
-    """
+    """Return repeated prompts and prompts longer than `limit`, `rollout.max_prompt_tokens`; `too_long`: id ->
+    tokens of these."""
     rows: list[dict[str, Any]] = []
     for index in prompts.find_indices({*too_long, *prompts.repeats}).tolist():
         prompt = prompts[index]
@@ -326,12 +316,8 @@ def _question_digest(prompt: RolloutPrompt) -> str:
 
 
 def sampling_digest(settings: Mapping[str, Any]) -> str:
-    """Return the digest of sampling settings in a response's `Key`.
-
-    Args:
-        settings: JSON values: temperature, limits, seed, chat template, environment, and the round, since two
-            rounds of one policy may contain the same prompt.
-    """
+    """Return the digest of sampling settings in a response's `Key`: temperature, limits, seed, chat template,
+    environment, and the round, since two rounds of one policy may contain the same prompt."""
     return _hash_json(settings, HASH_DIGITS)
 
 

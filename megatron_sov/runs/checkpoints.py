@@ -26,7 +26,8 @@ from megatron_sov.base.hints.kinds import list_models
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.model import recipes
-from megatron_sov.model.config import RunConfig, from_dict
+from megatron_sov.model.config import LoraConfig, ModelConfig, RunConfig, from_dict
+from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS
 
@@ -211,13 +212,8 @@ def check_model(path: Path, option: str = "") -> None:
 
 
 def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
-    """Check the artifact kind of a folder; the error names a command for the kind found.
-
-    Args:
-        path: the folder. Missing or incomplete folders pass; the reader reports them later.
-        kinds: accepted keys of `KIND_CONSUMERS`.
-        wanted: description of the accepted kinds for the message.
-    """
+    """Check that a folder has one of `kinds` (keys of `KIND_CONSUMERS`), `wanted` in messages; the error
+    names a command for the kind found. Missing or incomplete folders pass; the reader reports them later."""
     if RUN in kinds and path.name == CHECKPOINTS_FOLDER:
         refuse_run_part(path)
     # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
@@ -367,7 +363,7 @@ def read_checkpoint_settings(path: Path) -> RunConfig:
         problems = [" ".join(str(e).split())]
     if problems:
         raise UserError(f"{path / MANIFEST}: its settings cannot be used ({'; '.join(problems)}); "
-                        f"{suggest_replacement(path)}")
+                        "if another version of megatron-sov wrote it, export it with that version")
     return settings
 
 
@@ -394,16 +390,19 @@ def read_adapter_base(path: Path) -> AdapterBase | None:
     return None if record is None else AdapterBase(Path(record["path"]), record["sha256"])
 
 
+def check_adapter_settings(path: Path, lora: LoraConfig, model: ModelConfig) -> None:
+    """Raise `UserError` if the adapter was trained with other LoRA settings, for example alpha."""
+    ours = adapter_identity(lora, model)
+    for name, theirs in adapter_identity(read_checkpoint_settings(path).lora, model).items():
+        if theirs != ours.get(name):
+            raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours.get(name)}; use "
+                            "its own settings, or merge it with `megatron-sov convert to-hf`",
+                            Fix(options=("--set", f"lora.{name}={json.dumps(theirs)}")))
+
+
 def find_adapter_base(path: Path, base: AdapterBase) -> Path:
-    """Find an adapter's base folder by manifest hash.
-
-    Args:
-        path: the adapter's checkpoint, for messages.
-        base: the reference in the adapter's manifest.
-
-    Raises:
-        UserError: the folder is missing or contains another checkpoint.
-    """
+    """Find the base folder of the adapter `path` by manifest hash. Raises `UserError`: the folder is missing
+    or contains another checkpoint."""
     # A rollback renames bases (`delete_checkpoints_after`), so the folder may have moved; the hash identifies
     # it.
     renamed = base.path.parent.glob(f"{ROLLED_BACK}{base.path.name}*")
@@ -475,15 +474,9 @@ def find_manifest_damage(path: Path) -> str | None:
 
 
 def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = False) -> str | None:
-    """Return a sentence about the first missing or changed file in a checkpoint, else None.
-
-    Args:
-        rank: share of the files for this process, of `size` shares; every process checks the manifest.
-        weights_only: skip optimizer state.
-
-    Raises:
-        UserError: a file cannot be read for a reason other than a disk error (EIO).
-    """
+    """Return a sentence about the first missing or changed file in a checkpoint, else None. Each of `size`
+    processes checks the manifest and its share of the files. Raises `UserError`: a file cannot be read for a
+    reason other than a disk error (EIO)."""
     problem = find_manifest_damage(path)
     if problem is not None:
         return problem

@@ -171,7 +171,7 @@ class RunFolder:
         """Return the settings of the run in the folder, or None if the folder is free. Raises `UserError`:
         the folder contains other files, or a run although `resume` is false."""
         # A refused command must not create a folder, so test the nearest existing parent.
-        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        nearest = next(p for p in (self.path, *self.path.parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{nearest}: is a file; --run needs a folder")
         if is_first_rank():  # one rank is enough
@@ -188,9 +188,14 @@ class RunFolder:
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
             return None
         if not resume:
-            raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
-                            "pass --resume to continue it, or choose another --run",
-                            Fix(options=("--run", str(self._next_free()))))
+            free = ("--run", str(self._next_free()))
+            if self.completion() is None:
+                raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
+                                "pass --resume to continue it, or choose another --run", Fix(options=free))
+            start = ("--from", str(self.path)) if earlier.objective.name == "lm" else ()
+            raise UserError(f"{self.path}: already holds a complete run of {earlier.recipe}; choose another "
+                            f"--run, which begins with its weights by --from {self.path}",
+                            Fix(options=(*start, *free)))
         return earlier
 
     def has_started(self) -> bool:
@@ -201,12 +206,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def declare(self, config: RunConfig, step: int = 0) -> None:
-        """Write the resolved `config.json`; from then on the folder is a run.
-
-        Args:
-            config: the run's settings.
-            step: optimizer steps before this start.
-        """
+        """Write the resolved `config.json` after `step` optimizer steps; from then on the folder is a run."""
         self._record_settings_change(config, step)
         # Write config.json before creating checkpoints/: after a kill in between, --resume still works.
         write_atomically(self.path / CONFIG, format_json(config.to_dict()))

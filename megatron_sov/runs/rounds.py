@@ -152,7 +152,7 @@ class RunPolicies:
 
     def is_own(self, step: int, sha256: str) -> bool:
         """Return whether a policy from `step` belongs to the run, judged by recent digests."""
-        return sha256 in self._recent.values() or step < min(self._recent, default=0)
+        return sha256 in self._recent.values() or step < min(self._recent)
 
     def begin(self, step: int, documents_sha256: str) -> None:
         """Record the begin of a round.

@@ -134,7 +134,7 @@ def finish_step(trainer: Trainer, result: StepResult | None, stop: StopFlag, unt
 def start_run(trainer: Trainer) -> None:
     """Record the start of the run, and evaluate initial weights before the first step. Collective."""
     trainer.record_start()
-    if trainer.is_new and trainer.has_heldout:
+    if trainer.step == 0 and trainer.has_heldout:
         trainer.evaluate()
 
 

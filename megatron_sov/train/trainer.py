@@ -128,11 +128,6 @@ class Trainer:
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     @property
-    def is_new(self) -> bool:
-        """Whether `step` is 0 and `resume` has not loaded a checkpoint."""
-        return self.step == 0 and self._resumed_from is None
-
-    @property
     def has_heldout(self) -> bool:
         """Whether a source has held-out documents."""
         return any(source.num_tokens.get("heldout", 0) > 1 for source in self.sources)
@@ -228,7 +223,7 @@ class Trainer:
                 available = f"last checkpoint is step {checkpoints.checkpoint_step(newest)}"
             text += f"; Ctrl-C again: leave now, {available}"
         # the cursor may be at the end of a progress bar
-        print(f"\n{text}\n", end="", file=sys.stderr, flush=True)
+        print(f"\n{text}\n", end="", file=sys.stderr)
         with suppress(UserError):  # a full disk; the next event of the main thread raises the error
             self.events.write("stopping", step=self.step, reason=signal_name, text=text)
 

@@ -266,15 +266,15 @@ def test_unknown_digest_algorithm_is_damage(tmp_path: Path, record: Any) -> None
         read_manifest(path)
 
 
-def test_newer_manifest_format_is_refused(tmp_path: Path) -> None:
-    path = edit_manifest(build(tmp_path / "a"), format_version=artifacts.FORMAT_VERSION + 1, shards=[])
-    with pytest.raises(UserError,
-                       match="format_version 3 is newer than 2, the newest that this version reads; update"):
+@pytest.mark.each("version, fix", [(3, "update megatron-sov"), (1, "make the folder again")])
+def test_another_manifest_format_is_refused(tmp_path: Path, version: int, fix: str) -> None:
+    path = edit_manifest(build(tmp_path / "a"), format_version=version, shards=[])
+    with pytest.raises(UserError, match=f"has format_version {version}, not 2; {fix}"):
         read_manifest(path)
 
 
 @pytest.mark.each("text", [
-    "", "{", "[]", "{}", "null", '{"files": {}, "format_version": "x"}', '{"files": 3, "format_version": 1}',
+    "", "{", "[]", "{}", "null", '{"files": {}, "format_version": "x"}', '{"files": 3, "format_version": 2}',
 ])
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     path = build(tmp_path / "a")

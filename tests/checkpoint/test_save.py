@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -146,7 +147,8 @@ def _no_room(*args: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def _defect(*args: Any) -> None:
+def _defect(folder: Path, *args: Any) -> None:
+    shutil.rmtree(folder)  # the error is reported even if the folder is gone
     raise ValueError("owned twice")
 
 

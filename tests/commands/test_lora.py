@@ -66,9 +66,9 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     same = run_command("convert", "verify", str(run), str(tmp_path / "hf"), "--no-load")
     assert same.returncode == 0 and "verified" in same.stdout, same.stdout
     full = command(tmp_path / "full", "--from", str(run), settings=("train.steps=1",))
-    assert full.returncode == 2 and "is an adapter, and lora.rank is 0" in full.stderr
-    conversion = run_command("convert", "to-peft", str(base), str(tmp_path / "peft"))
-    assert conversion.returncode == 2 and "contains all weights, not an adapter" in conversion.stderr
+    assert full.returncode == 2 and "is an adapter with lora.rank = 4, not 0" in full.stderr
+    told = run_command("convert", "to-peft", str(base), str(tmp_path / "peft"))
+    assert told.returncode == 2 and "contains all weights, not an adapter" in told.stderr
 
     shutil.move(base, tmp_path / "moved")
     gone = run_command("convert", "to-hf", str(run), str(tmp_path / "no"))

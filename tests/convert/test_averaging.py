@@ -1,18 +1,22 @@
 """Averages of checkpoints equal, bit for bit, the mean that torch computes in float64."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
+from tqdm import tqdm
 
 from megatron_sov import convert
 from megatron_sov.base.artifacts import create_artifact, find_damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert import averaging
+from megatron_sov.convert import averaging, hf_import
 from megatron_sov.convert.averaging import choose_checkpoints, compute_weights
 from megatron_sov.convert.peft import from_peft
 
@@ -60,10 +64,20 @@ def test_equal_weights_give_the_bit_exact_mean(experts: list[Path], tmp_path: Pa
     assert (tmp_path / "merged/tokenizer/tokenizer.json").is_file()
 
 
+class ShownBar(tqdm):
+    """The last progress bar, shown although no terminal is there."""
+
+    last: ShownBar
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"disable": False})
+        ShownBar.last = self
+
+
 def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path], tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [3.0, 0.5]
-    monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(hf_import, "MAX_FILE_BYTES", 100_000)
     read, blocks = averaging.average_block, 0
 
     def killed(*arguments: object) -> torch.Tensor:
@@ -77,7 +91,9 @@ def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path]
         with pytest.raises(KeyboardInterrupt):
             convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
     assert (tmp_path / ".merged.work/records").read_bytes()
+    monkeypatch.setattr(hf_import, "tqdm", ShownBar)
     convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
+    assert 0 < ShownBar.last.initial < ShownBar.last.n == ShownBar.last.total
     found, parts = read_hf_tensors(tmp_path / "merged"), read_parts(experts[:2])
     for name, tensor in found.items():
         one, two = (part[name].double() for part in parts)
@@ -149,7 +165,9 @@ def test_adapters_are_averaged_as_merged_models(solar_dir: Path, tmp_path: Path)
             assert tensor.equal(mean) and not mean.equal(base[name].float())
         else:
             assert tensor.equal(base[name].float()), name
-    assert read_manifest(tmp_path / "merged").settings["lora"]["rank"] == 0
+    manifest = read_manifest(tmp_path / "merged")
+    assert manifest.settings["lora"]["rank"] == 0
+    assert [Path(i["path"]).name for i in manifest.inputs] == ["adapter-0", "base", "adapter-1", "base"]
 
 
 # Which of a run's checkpoints are averaged, and how much each counts.

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from megatron_sov import convert
 from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.convert.hf_export import ConversionProof, TensorRecord
 
@@ -93,8 +94,10 @@ def test_verify_finds_and_measures_a_changed_weight(pair) -> None:
     assert [c.detail for c in proof.checks if c.name == "tensors whose values differ"] == [name]
     assert [n for n, record in proof.tensors.items() if len(set(record.sha256)) == 2] == [name]
     assert list_failed_checks(proof) == {f"{hf}: files that differ from the manifest": 1,
-                                         "tensors whose values differ": 1,
-                                         "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
+                             "tensors whose values differ": 1,
+                             "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
+    with pytest.raises(UserError, match=r"model\.safetensors: has .* \(it holds .*lm_head\.weight"):
+        convert.from_hf(hf, hf / "ckpt")
 
 
 def test_verify_accepts_a_cast_copy_after_rounding(pair, tmp_path: Path) -> None:

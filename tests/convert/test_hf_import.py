@@ -65,17 +65,6 @@ def test_links_to_outside_the_folder_are_rejected(solar_dir: Path, tmp_path: Pat
     assert not (tmp_path / "ckpt").exists()
 
 
-def test_token_ids_fall_back_to_the_tokenizer(solar_dir: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(solar_dir, tmp_path / "source",
-                             ignore=shutil.ignore_patterns("generation_config.json"))
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | ids))
-    convert.from_hf(source, tmp_path / "ckpt")
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {
-        "bos_token_id": 0, "eos_token_id": 1}
-
-
 def test_turn_ends_are_stop_tokens_of_the_export(solar_dir: Path, tmp_path: Path) -> None:
     """Engines take their stop tokens from generation_config.json."""
     source = shutil.copytree(solar_dir, tmp_path / "source",

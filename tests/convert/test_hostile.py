@@ -78,6 +78,7 @@ RAW: dict[str, tuple[bytes, str]] = {
     "a call of a number": (b"\x80\x04K\x01)R.", "does not fit"),
     "tuples without end": (pickle_nested_tuples(200_000), "a Metadata is needed instead of a tuple"),
     "marks alone": (b"\x80\x04((((.", "instead of one"),
+    "a mark in a tuple": (b"\x80\x04(\x85.", "does not fit"),
     "a list that holds itself": (b"\x80\x04]\x94h\x00a.", "a Metadata is needed instead of a list"),
 }
 

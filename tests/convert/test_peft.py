@@ -340,4 +340,10 @@ def test_verify_reports_rounding_of_the_update(dtype: torch.dtype, tmp_path: Pat
         (difference,) = [c for c in proof.checks if c.name == "largest difference of a weight"]
         assert ("rounding to bfloat16 changes the adapted weights by" in difference.detail) == (
             written == "bfloat16")
+    trained, rounded, frozen = (
+        torch.cat([tensor.double().flatten()
+                   for name, tensor in sorted(read_tensors(tmp_path / folder).items())
+                   if "q_proj" in name or "up_proj" in name]) for folder in ("keep", "bfloat16", "hf"))
+    loss = float((rounded - trained).norm() / (trained - frozen).norm())
+    assert f"by {loss:.0%} of the adapter's own update" in difference.detail
     assert not convert.verify(tmp_path / "base", tmp_path / "keep", load=False).passed

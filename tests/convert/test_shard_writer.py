@@ -1,12 +1,13 @@
 """The streaming writer: files have the right size and hash, and the safetensors library reads them."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from blake3 import blake3
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from safetensors.torch import load_file
 
 from megatron_sov.base.artifacts import FileRecord
@@ -20,13 +21,16 @@ SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),
 
 @settings(max_examples=30, deadline=None)
 @given(SPECS, st.integers(1, 600))
+@example([([1], torch.float32)] * 4, 8)  # files filled to the last byte
 def test_safetensors_library_reads_our_shards(tmp_path_factory, shapes, max_shard_bytes: int) -> None:
     folder: Path = tmp_path_factory.mktemp("shards")
     specs = [TensorSpec(f"t{i}", tuple(shape), dtype) for i, (shape, dtype) in enumerate(shapes)]
     tensors = {spec.name: torch.randn(spec.shape).to(spec.dtype) for spec in specs}
     shards = plan_shards(specs, max_shard_bytes)
     assert [spec for shard in shards for spec in shard] == specs
-    assert all(len(shard) == 1 or sum(s.size_bytes for s in shard) <= max_shard_bytes for shard in shards)
+    sizes = [[spec.size_bytes for spec in shard] for shard in shards]
+    assert all(len(shard) == 1 or sum(shard) <= max_shard_bytes for shard in sizes)
+    assert all(sum(shard) + following[0] > max_shard_bytes for shard, following in pairwise(sizes))
     records: dict[str, FileRecord] = {}
     files = {f"{i}.safetensors": shard for i, shard in enumerate(shards)}
     write_files(folder, files, lambda spec: tensors[spec.name], 3, records.__setitem__)

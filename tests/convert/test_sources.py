@@ -16,6 +16,8 @@ from megatron_sov.base.artifacts import MANIFEST, FileRecord, create_artifact, f
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import hf_import
 from megatron_sov.convert.hf_import import verify_source
+from megatron_sov.convert.sources import CheckpointWeights
+from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.work.progress.resumable import ResumableArtifact
 
@@ -265,6 +267,16 @@ def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
     # a second time, from the converted folder
     convert.from_hf(back, tmp_path / "second")
     assert read_manifest(tmp_path / "second").content["config_fields"] == recorded
+
+
+def test_a_block_is_read_once_for_all_its_tensors(imported: dict[str, Path],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, blocks = CheckpointWeights(imported["solar_open"]), list[Link]()
+    read = weights._read_block
+    monkeypatch.setattr(weights, "_read_block", lambda link: blocks.append(link) or read(link))
+    for name in weights.list_names():
+        weights.read(name)
+    assert blocks == weights.links
 
 
 # Source hashes are computed during conversion, and results from a damaged file never count.

@@ -1,5 +1,7 @@
 """Finding, checking and pruning checkpoints."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,21 @@ def test_find_damage_names_changed_file(run: Path) -> None:
     assert find_damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
 
 
+def test_only_lost_bytes_are_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: Path, record: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = run / "checkpoints/step-7"
+    with create_artifact(path, "checkpoint") as artifact:
+        (artifact.path / "a").touch()
+    monkeypatch.setattr(checkpoints, "find_file_damage", fail)
+    number = errno.EIO
+    assert find_damage(path) == f"{path}/a: cannot be read (Input/output error)"
+    number = errno.EACCES
+    with pytest.raises(UserError, match=r"step-7/a: cannot be read \(Permission denied\); make the file"):
+        find_damage(path)
+
+
 @pytest.mark.each(("name", "value", "message"), [
     ("num_kv_heads", 0, "model.num_kv_heads = 0 must be at least 1"),
     ("num_layers", None, "model.num_layers = null"),
@@ -77,6 +94,7 @@ def test_invalid_model_settings_raise_user_error(name: str, value: object, messa
     with pytest.raises(UserError) as e:
         read_checkpoint_settings(tmp_path / "step-1")
     assert "manifest.json: its settings cannot be used" in str(e.value) and message in str(e.value)
+    assert "export it with that version" in str(e.value)  # earlier checkpoints have the same settings
 
 
 @pytest.mark.each("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}])

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs.gpu_driver import find_gpu_fault, list_visible_gpus
-from megatron_sov.runs.launch_environment import has_launcher, num_ranks, refuse_lone_world_size
+from megatron_sov.runs.launch_environment import (
+    has_launcher, num_ranks, process_started_s, refuse_lone_world_size)
 
 
 def test_launcher_environment_overrides_nproc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +26,11 @@ def test_launcher_environment_overrides_nproc(monkeypatch: pytest.MonkeyPatch) -
         num_ranks(10 ** 39 - 1)
 
 
-# GPU facts from the driver, with a double of `nvidia-smi`.
+def test_process_start_equals_that_of_psutil() -> None:
+    assert process_started_s() == pytest.approx(psutil.Process().create_time(), abs=2)
+
+
+# What the driver says of this machine's GPUs, by a program that stands for `nvidia-smi`.
 
 
 PROGRAM = """#!/bin/sh

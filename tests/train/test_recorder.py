@@ -1,6 +1,7 @@
 """Events that a run writes. Ranks other than 0 write nothing, and every method may be called on all ranks."""
 
 import dataclasses
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from megatron_sov.model.families.count import compute_train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.history import NO_GRADIENT, is_incident
 from megatron_sov.runs.obs.meters import Meter, format_recent_means
+from megatron_sov.train import recorder
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.guards.step_guard import StepRejection
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
-from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, find_peak_tflops
+from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, find_peak_tflops, read_device_name
 
 # Efficiency figures of a step.
 
@@ -41,6 +43,14 @@ def test_figures_of_a_step() -> None:
     ("NVIDIA GB200", 2500), ("NVIDIA T4", None)])
 def test_peak_flops_of_known_chips(name: str, bf16: float | None) -> None:
     assert find_peak_tflops(name) == bf16
+
+
+def test_a_processor_is_named_by_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "on_gpu", lambda: False)
+    monkeypatch.setattr(recorder, "CPU_INFO", tmp_path / "cpuinfo")
+    assert read_device_name() in (platform.processor(), platform.machine())
+    recorder.CPU_INFO.write_text("processor\t: 0\nmodel name\t: AMD EPYC 9334\n")
+    assert read_device_name() == "AMD EPYC 9334"
 
 
 NUM_STEPS = 7
@@ -161,7 +171,7 @@ def test_epoch_warnings_occur_once_per_source_above_the_limit(tmp_path: Path) ->
     with_epochs = create_recorder(tmp_path, "data.max_epochs=4", "train.steps=0", "train.epochs=20")
     with_epochs.warn_about_epochs(4, {"web": 20.5})
     with_epochs.warn_about_epochs(5, {"web": 21.5})
-    for recorder in (r, unlimited, with_epochs):
-        recorder.close()
+    for each in (r, unlimited, with_epochs):
+        each.close()
     assert [(e["step"], e["text"].split()[1].rstrip(":")) for e in read_recorded_events(tmp_path)] == [
         (2, "web"), (3, "rare"), (5, "web")]

@@ -56,6 +56,8 @@ def refusals(data: str, run: str) -> dict[str, Any]:
 
     trainer = Trainer(config, place, folder, sources, Remembering)
     trainer.open_records()
+    probed: list[int] = []
+    trainer.guards.sdc.is_probe_due = probed.append  # type: ignore[method-assign, assignment]
     trainer.guards.watchdog.begin(1)
     train_step(trainer)
     planned, consumed = trainer.batches.planned_tokens(), trainer.batches.consumed_tokens()
@@ -63,6 +65,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     trainer.checkpointer.finish()
     saved = folder.checkpoint(1)
     said = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens, "path": saved.name,
+            "probed": probed,
             "imported": sorted(set(sys.modules) - before)}
     again = Trainer(config, place, folder, sources, Remembering)
     again.resume(saved)
@@ -102,6 +105,7 @@ def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed
     assert (said["remembers"], said["compares"]) == (1, False), "what an objective knows is in the checkpoint"
     assert said["watched"] == [None, 1] and "collected" in said["events"]
     assert said["saved"] == ["step-1"], "the spoilt step is not saved"
+    assert said["probed"] == [1, 2], "each step is probed if it is due"
     assert sum(said["planned"].values()) == 2 * 32
     assert sum(said["consumed"].values()) == said["counted"] < 2 * 32, (
         "what is padding was planned and not consumed")

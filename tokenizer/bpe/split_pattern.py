@@ -1,4 +1,4 @@
-"""Parse split patterns and build Oniguruma splitters from them.
+"""Parse the split patterns of presets (`tokenizer/presets.py`) and build Oniguruma splitters from them.
 
 The parser reads the part of Oniguruma's syntax that tokenizer patterns use: alternatives, groups without
 capture, greedy repetition, character classes, case-insensitive letters, and a lookahead of one character.

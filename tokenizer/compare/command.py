@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import format_json, write_output
-from megatron_sov.base.errors import UserError, stop_check
+from megatron_sov.base.errors import Fix, UserError, stop_check
 from megatron_sov.base.figures import NO_VALUE, align_columns
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AboveZero, AtLeastOne, DeclaredCommand, Flag
@@ -46,10 +46,11 @@ def run_compare(args: TokenizerCompareOptions) -> int:
     """Compare tokenizers, print tables and write the JSON file. Raises `UserError`: fewer than two
     tokenizers, no text, an unreadable input, or an unwritable output."""
     if len(args.tokenizers) < 2:
-        raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name a second tokenizer")
+        raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name a second tokenizer",
+                        Fix(arguments=("DIR",)))
     if not args.text:
         raise UserError("--text is missing; name held-out text to compare on, e.g. "
-                        "--text korean=heldout/ko.jsonl")
+                        "--text korean=heldout/ko.jsonl", Fix(options=("--text", "en=FILE")))
     check_output("--json", args.json)
     comparison = compare_tokenizers(args.tokenizers, read_texts(args.text, args.max_text_mb),
                                     args.hidden_size, args.body_params)

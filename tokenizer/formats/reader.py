@@ -138,8 +138,7 @@ def open_hf(file: Path) -> ForeignTokenizer:
         raise UserError(f"{file}: has no model.vocab and added_tokens, so it is no tokenizer.json; " + (
             "of a vocab.json with merges.txt transformers makes one: `python -c \"from transformers import "
             f"AutoTokenizer as A; A.from_pretrained('{file.parent}').save_pretrained('DIR')\"`; pass DIR"
-            if is_pair else f"pass {FORMS}"),
-            Fix(words={str(file): str(file.parent)}) if (file.parent / TOKENIZER_JSON).is_file() else None)
+            if is_pair else f"pass {FORMS}"), _fix_by_neighbour(file))
     try:
         ids = list(get_token_ids(raw).values())
     except (TypeError, ValueError, KeyError, AttributeError) as e:
@@ -189,6 +188,14 @@ def _open_tiktoken(file: Path, rules_file: Path) -> ForeignTokenizer:
         {name: getattr(rules, name) for name in SPECIAL_NAMES})
 
 
+def _fix_by_neighbour(file: Path) -> Fix | None:
+    """Return the replacement of a file by the tokenizer in its folder: spm.model for spm.vocab."""
+    model = file.with_suffix(".model")
+    if model != file and model.is_file():
+        return Fix(words={str(file): str(model)})
+    return Fix(words={str(file): str(file.parent)}) if (file.parent / TOKENIZER_JSON).is_file() else None
+
+
 def _open_sentencepiece(file: Path) -> ForeignTokenizer:
     # optional package, installed with sentencepiece
     from google.protobuf.message import DecodeError
@@ -199,8 +206,8 @@ def _open_sentencepiece(file: Path) -> ForeignTokenizer:
         proto.ParseFromString(model)
         processor = sentencepiece_format.create_processor(model)
     except (DecodeError, RuntimeError):
-        raise UserError(f"{file}: is none of the forms that are read (or a damaged "
-                        f"one); pass {FORMS}") from None
+        raise UserError(f"{file}: is no tokenizer (or a damaged one); pass {FORMS}",
+                        _fix_by_neighbour(file)) from None
     raw = sentencepiece_format.from_sentencepiece(proto, str(file))
     return ForeignTokenizer(file, "sentencepiece", raw, processor.encode, processor.decode,
                    sentencepiece_format.get_special_tokens(proto))

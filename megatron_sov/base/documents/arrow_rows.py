@@ -82,14 +82,8 @@ def iter_parquet_batches(file: Any, row_groups: range, columns: list[str] | None
 
 
 def convert_value(scalar: Any, is_padded: bool) -> Any:
-    """Convert an Arrow scalar to a Python value.
-
-    Args:
-        is_padded: whether to remove the nulls that the table adds to objects.
-
-    Raises:
-        BadRecord: the text is not UTF-8, or Python lacks the value.
-    """
+    """Convert an Arrow scalar to a Python value. `is_padded`: whether to remove the nulls that the table adds
+    to objects. Raises `BadRecord`: the text is not UTF-8, or Python lacks the value."""
     try:
         value = scalar.as_py()
     except UnicodeDecodeError as e:

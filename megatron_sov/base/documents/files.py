@@ -328,12 +328,8 @@ def get_ending(name: str) -> str:
 
 
 def format_skipped(others: Sequence[str], hidden: Sequence[str]) -> str:
-    """Format which entries in a folder were skipped; "": no entry.
-
-    Args:
-        others: names of skipped files.
-        hidden: names of hidden files and folders.
-    """
+    """Format which entries in a folder were skipped; "": no entry. `others`: names of skipped files;
+    `hidden`: names of hidden files and folders."""
     if len(others) <= _MAX_NAMES:
         # name a few files; for many files, count their endings
         examples = sorted(others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -16,7 +17,10 @@ from megatron_sov.base.hints.lines import is_placeholder
 from megatron_sov.base.hints.table import index_words, load_table, normalize_word
 from megatron_sov.base.hints.values import find_value, pair_words
 
+PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+"""Program -> module with `build_parser` and `main`."""
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
+_PIPELINE_OPTIONS = ("input", "i", "data", "input_dir", "input_folder")
 _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
 _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
 
@@ -32,6 +36,10 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     is_word = classify_folder(Path(word)) == "other" or bool(typed and os.path.exists(typed[0]))
     if (text := texts.get(word.lower())) and is_word:
         return fill_template(f"{program} {word}: does not exist", text, typed)
+    for name, module in PROGRAMS.items() if program in PROGRAMS else ():
+        if word in {command.partition(" ")[0] for command in importlib.import_module(module).COMMANDS}:
+            return UserError(f"{program} {word}: is a command of {name}",
+                             Fix(f"{name} {shlex.join([word, *typed])}"))
     action = find_action(program, (word, *typed))
     if word.startswith("-") and action:
         return UserError(f"{program}: a command comes before its options",
@@ -59,8 +67,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     """Build the error for `sov-data STEP`, or `sov-data run` with step options; None: no step or input."""
     index, words = index_words("steps"), [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
-    source = next((values[name] for name in ("input", "i", "data", "input_dir", "input_folder")
-                   if name in values), "")
+    source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "")
     named = [command] if command != "run" else [part for word in words for part in word.split(",")]
     steps = dict[str, str]()
     for word in named:
@@ -75,10 +82,13 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
             *(f"  - {step}: {{{settings}}}" for step, settings in steps.items())]
     output = values.get("output", values.get("o", choose_free_path("corpus")))
-    return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} "
-                     "(docs/data_pipeline.md); `sov-data run` runs it",
-                     Fix(f"printf '%s\\n' {shlex.join(text)} > {file}\n  sov-data run {file} --output "
-                         f"{shlex.quote(output)}"))
+    unread = [name for name in values if name not in (*_PIPELINE_OPTIONS, "output", "o")
+              and not any(f"{step}.{name}" in index for step in steps)]
+    without = f", without {', '.join(unread)}" if unread else ""
+    return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} and their "
+                     f"settings (docs/data_pipeline.md); `sov-data run` runs it{without}",
+                     Fix(f"sov-data run {file} --output {shlex.quote(output)}",
+                         before=(f"printf '%s\\n' {shlex.join(text)} > {file}",)))
 
 
 def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:
@@ -133,14 +143,16 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
     """Return the command line that `torchrun`, `accelerate launch` or `python` starts in processes."""
     at = next((i for i, word in enumerate(rest) if word.endswith(".py") or word in ("-m", "--module")),
               len(rest))
-    options = index_words("options")
-    processes = next((value for name, value in pair_words(rest[:at]) if value.isdigit() and (
+    options, typed = index_words("options"), list(pair_words([*rest[:at], ""]))
+    processes = next((value for name, value in typed if value.isdigit() and (
         "--nproc" in options.get(normalize_word(name), ()) or name in ("-n", "-np"))), "")
+    switches = [word for name, value in typed if name.startswith("--") and value != processes
+              for word in (name, value) if word and (word == name or not word.startswith("-"))]
     script, *rest = rest[at + (rest[at:at + 1] in (["-m"], ["--module"])):] or ["train.py"]
     name = script.removesuffix(".py").replace("/", ".").rpartition(".")[2].removeprefix("run_")
     rest = rest if name == "megatron_sov" else [name, *rest]
     rest = unwrap_launcher(rest) or rest if rest else ["--help"]
-    return [*rest, "--nproc", processes] if processes and "--nproc" not in rest else rest
+    return [*rest, *switches, *(["--nproc", processes] if processes and "--nproc" not in rest else [])]
 
 
 def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
@@ -153,13 +165,19 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
         return UserError(f"{begin}; {text.partition(': `')[0]}", Fix(line))
     if "{first}" in text:
         sentence, commands, _ = text.split("`")
-        free = [word for word in typed if not word.startswith("-")]
+        number_type = find_value(typed, "--outtype", "--quantize", "--type")
+        free = [word for word in typed if not word.startswith("-") and word != number_type]
         first = free[0] if free else "OWNER/NAME" if "hf download" in commands else "RUN"
         name = Path(first).stem
-        holes = {"first": first, "name": name, "second": free[1] if len(free) > 1 else f"{name}.gguf",
+        second = free[1] if len(free) > 1 else f"{name}-{number_type or 'f16'}.gguf"
+        holes = {"first": first, "name": name, "second": second, "type": number_type.upper(),
+                 "gguf": f"{name}.gguf" if number_type else second,
                  "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
-        lines = commands.format(**{hole: shlex.quote(value) for hole, value in holes.items()})
-        return UserError(f"{begin}; {sentence.rstrip(': ')}", Fix(lines.replace(" && ", "\n  ")))
+        if not number_type:
+            commands = re.sub(r" && [^&]*{type}", "", commands)
+        commands = commands.format(**{hole: shlex.quote(value) for hole, value in holes.items()})
+        *before, line = commands.split(" && ")
+        return UserError(f"{begin}; {sentence.rstrip(': ')}", Fix(line, before=tuple(before)))
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
@@ -235,7 +253,7 @@ def _read_configurations(typed: Sequence[str]) -> dict[str, list[str]]:
 def _is_output(option: str) -> bool:
     """Return whether an option is `--output` or a foreign word for `--output`."""
     word = normalize_word(option)
-    return word == "output" or "--output" in index_words("options").get(word, ())
+    return word == "output" or bool({"--output", "OUT"} & {*index_words("options").get(word, ())})
 
 
 def build_order_error(program: str, typed: Sequence[str], commands: Iterable[str]) -> UserError:

@@ -7,15 +7,6 @@ import os
 import re
 from pathlib import Path
 
-KIND_OPTIONS = {
-    "model": ("--from", "--tokenizer"), "hub": ("--from", "--tokenizer", "--data"),
-    "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",),
-    "data": ("--prompts", "--data", "--input", "--text", "--output"),
-    "absent": ("--store", "--run", "--prompt", "--output"),
-    "name": ("--reward", "--run", "--prompt", "--output"),
-    "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
-    "code": (), "recipe": ()}
-"""Kind of a word without an option -> options that take the kind, the likeliest first."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
 _FOLDER_KINDS = {"run": "model", "checkpoint": "model", "hf": "model", "peft": "model", "tokens": "tokens",
                  "tokenizer": "tokenizer"}
@@ -25,7 +16,7 @@ _WEIGHT = re.compile(r"(?<=.):[\d.]+$")
 
 
 def classify_word(word: str) -> str:
-    """Return the kind of a word without an option, a key of `KIND_OPTIONS`."""
+    """Return the kind of a word without an option, a key of the table `kind_options`."""
     path = Path(_WEIGHT.sub("", word))
     if os.path.isdir(path):
         return _FOLDER_KINDS.get(classify_folder(path), "folder")

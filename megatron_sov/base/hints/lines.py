@@ -9,14 +9,16 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
-from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, fix_missing
+from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path, fix_missing
+from megatron_sov.base.hints.kinds import find_only_folder, list_models
 from megatron_sov.base.hints.paths import find_path_faults, use_typed_tokenizer
 from megatron_sov.base.hints.values import find_value
 
 MAX_FAULTS = 8
 """Maximum faults collected from a command line."""
-_PROGRAM = re.compile(r"(?:megatron-sov|sov-data|sov-tokenizer|submit)[a-z -]*: ")
+_PROGRAM = re.compile(r"(?:megatron-sov|sov-data|sov-tokenizer|submit)[a-z -]*: (?!does not exist)")
 """Beginning of a parser's message."""
 _GROUPS = ("convert", "eval", "rl", "submit", "tools", "codec", "scorer")
 """First words of two-word commands."""
@@ -32,6 +34,8 @@ _SEVERAL = re.compile(r"\n| [|>] ")
 """In several commands."""
 
 Check = Callable[[list[str]], object]
+FindCheck = Callable[[str], Check | None]
+"""Program -> check of its lines; None: another program."""
 
 
 @dataclass
@@ -65,7 +69,7 @@ class _Proposal:
         """Return the next fault; None: the check passes or stops at a placeholder."""
         error = self.run_check()
         placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
-        names = [*placeholders, *(word.partition("=")[0] for word in placeholders), *self.new_paths]
+        names = [*placeholders, *(part for word in placeholders for part in word.split("=")), *self.new_paths]
         for _ in range(MAX_FAULTS):
             if error is not None and not any(_names_word(error.sentence, word) for word in names):
                 return error
@@ -91,6 +95,9 @@ class _Proposal:
             return path_fault
         named = [pair for pair in _pair_options(self.line)
                  if pair not in self.hidden and _names_option(fault.sentence, pair)]
+        named += [word for before, word in pairwise(self.line) for path in self.new_paths  # FOLDER:WEIGHT
+                  if word.startswith(path) and not before.startswith("-") and word not in self.hidden
+                  and _names_word(fault.sentence, path)]
         if not named:
             return None
         self.hidden += named
@@ -124,12 +131,39 @@ class _Proposal:
         return UserError(join_sentences(self.fixed), Fix("\n  ".join(lines)),
                          join_sentences(unfixed) if unfixed else "")
 
+    def correct_commands(self, find_check: FindCheck) -> None:
+        """Check the commands of `before`, and replace each by its corrected commands; a new model has the
+        vocabulary size of its new tokenizer."""
+        commands = list[str]()
+        for command in self.before:
+            commands += self._correct_command(command, commands, find_check)
+        self.before = commands
+        trained = [command for command in commands if command.startswith("sov-tokenizer train ")]
+        if trained and self.line[0] == "pretrain":
+            size = find_value(shlex.split(trained[0]), "--vocab-size")
+            fix = Fix(options=("--set", f"model.vocab_size={size}"))
+            self.line = apply_fix(self.program, self.line, fix) or self.line
+
+    def _correct_command(self, command: str, earlier: Sequence[str], find_check: FindCheck) -> list[str]:
+        program, *words = shlex.split(command)
+        new_paths = {word for word in words if word in self.new_paths}
+        reads_earlier = any(new_paths & {*shlex.split(line)} for line in earlier)
+        check = None if reads_earlier or _SEVERAL.search(command) else find_check(program)
+        fault = check and _Proposal(program, (), check, words, new_paths=self.new_paths).find_fault()
+        if check is None or fault is None:
+            return [command]
+        error = propose_line(program, words, fault, check, find_check)
+        line = error.fix.line if error.fix else ""
+        self.unfixed += [error.sentence] * (not line)
+        # later commands read the new paths
+        return line.split("\n  ") if line and new_paths <= {*shlex.split(line)} else [command]
+
 
 def propose_line(program: str, typed: Sequence[str], error: UserError, check: Check,
-                 find_check: Callable[[str], Check | None] = lambda program: None) -> UserError:
+                 find_check: FindCheck = lambda program: None) -> UserError:
     """Build one error for all faults of a command line, with the corrected line. `error` is the first fault,
-    `check` runs all checks of a line of `program`, and `find_check` returns the check of another program."""
-    proposal, tried = _Proposal(program, typed, check, list(typed)), {tuple(typed)}
+    `check` runs all checks of a line of `program`."""
+    proposal, tried = _Proposal(program, typed, check, list(typed)), {(program, *typed)}
     fault: UserError | None = error
     while fault is not None and len(proposal.fixed) + len(proposal.unfixed) < MAX_FAULTS:
         if fault.fix is None:
@@ -148,27 +182,33 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             other_program, *line = shlex.split(fix.line)
             other_check = None if _SEVERAL.search(fix.line) else find_check(other_program)
             if other_check is None:
-                return UserError(join_sentences([*proposal.fixed, fault.sentence, *proposal.unfixed]), fix)
+                lines = [*proposal.before, *fix.before, fix.line]
+                return UserError(join_sentences([*proposal.fixed, fault.sentence, *proposal.unfixed]),
+                                 Fix("\n  ".join(lines)))
             proposal.program, proposal.check = other_program, other_check
-        if tuple(line) in tried and not (fix.stand_ins or fix.before):
+        line = [word if word in typed or (_names_word(fault.sentence, word) and word != "OUT")
+                else _fill_placeholder(option, word) for option, word in pairwise(["", *line])]
+        if (proposal.program, *line) in tried and not (fix.stand_ins or fix.before):
             proposal.unfixed.append(fault.sentence)
             break
-        tried.add(tuple(line))
+        tried.add((proposal.program, *line))
         proposal.line = line
         proposal.stand_ins |= fix.stand_ins
         (proposal.unfixed if fix.stand_ins else proposal.fixed).append(fault.sentence)
         if fix.before:
             proposal.before += [command for command in fix.before if command not in proposal.before]
-            proposal.new_paths += [*fix.words.values(), *fix.options[1::2]]
+            outputs = [shlex.split(command)[-1] for command in fix.before]
+            proposal.new_paths += [*fix.words.values(), *fix.options[1::2], *outputs]
         fault = proposal.find_fault()
     if not proposal.fixed and len(proposal.unfixed) == 1:
         return error
+    proposal.correct_commands(find_check)
     return proposal.build_error()
 
 
 def _select_part(line: Sequence[str], fix: Fix) -> Fix:
     """Reduce a fix with both a command and commands to run first: the command is for `convert FOLDER ...`."""
-    if not (fix.command and fix.before):
+    if not (fix.command.startswith("convert") and fix.before):
         return fix
     is_converted = line[0] == "convert" and line[2:3] == [*fix.words][:1]
     return Fix(command=fix.command) if is_converted else replace(fix, command="")
@@ -207,6 +247,18 @@ def apply_fix(program: str, line: Sequence[str], fix: Fix) -> list[str] | None:
             values.append(options.pop(0))
         changed = [*_remove_option(changed, name, values), name, *values]
     return changed
+
+
+def _fill_placeholder(option: str, word: str) -> str:
+    """Return a new path for OUT, and the only model, tokenizer or token shards here for their placeholder."""
+    if word == "OUT":
+        return choose_free_path("new-output")
+    if not word.isupper() or not is_placeholder(word):
+        return word
+    folders = {"--tokenizer": [find_only_folder("tokenizer")], "--data": [find_only_folder("tokens")]}
+    models = list_models() if {*word.split("|")} <= {"MODEL", "CHECKPOINT", "RUN", "HF_DIR"} else []
+    names = folders.get(option, models)
+    return names[0] if len(names) == 1 and names[0] else word
 
 
 def join_sentences(sentences: Sequence[str]) -> str:

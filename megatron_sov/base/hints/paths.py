@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,8 @@ from megatron_sov.base.hints.kinds import (
 from megatron_sov.base.hints.table import load_table, normalize_word
 from megatron_sov.base.hints.values import find_value, pair_words
 
+MAX_FILES = 8
+"""Largest number of files for which a pattern is written out."""
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
 _PACK_OPTIONS = {"sft": ["--format", "chat"], "prefer": ["--format", "preference"],
@@ -86,9 +88,17 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
     source = Path(path)
     if not os.path.exists(source):
-        if glob.glob(path):
+        if program == "megatron-sov" and os.path.isfile(f"{path}.idx"):
+            return UserError(f"{option} {path}: is a prefix of Megatron-LM's; `sov-data adopt` takes it over",
+                             fix_by_packing(path, Path(_choose_tokenizer(line)), []))
+        if files := sorted(glob.glob(path)):
+            is_short = option == "--input" and len(files) <= MAX_FILES
             return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
+                             Fix(options=(option, *files)) if is_short else
                              Fix(words={path: os.path.dirname(path) or "."}))
+        if "\\" in path and (local := _find_windows_path(path)):
+            return UserError(f"{option} {path}: is a path of Windows; name it as this system does", Fix(
+                words={path: local}))
         fix = fix_missing(path, is_data=option in DATA_OPTIONS)
         if classify_folder(source.parent) == "tokens":
             fix = Fix(words={path: str(source.parent)})
@@ -126,6 +136,14 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
                             "--data ")
 
 
+def _find_windows_path(path: str) -> str:
+    """Return the longest end of a Windows path that exists here, else its place in WSL."""
+    drive, _, rest = path.rpartition(":")
+    parts = rest.strip("\\").split("\\")
+    ends = [os.path.join(*parts[at:]) for at in range(len(parts))]
+    return next(filter(os.path.exists, ends), f"/mnt/{drive.lower()}/{ends[0]}" if drive else "")
+
+
 def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequence[str], option: str = ""
                      ) -> UserError:
     form = _choose_format(Path(path)) if os.path.isfile(path) else []
@@ -148,7 +166,8 @@ def _choose_format(file: Path) -> list[str]:
 
 
 def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
-    """Return the commands that pack a file, after the import of a tokenizer that exists and is not ours."""
+    """Return the commands that pack a file, or adopt the prefix of an indexed dataset, after the import of a
+    tokenizer that exists and is not ours."""
     commands = []
     is_ours = classify_folder(tokenizer) == "tokenizer" and os.path.isfile(tokenizer / "manifest.json")
     if os.path.exists(tokenizer) and not is_ours:
@@ -156,17 +175,20 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
         commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
         tokenizer = imported
     shards = choose_free_path(f"{Path(path).name.partition('.')[0]}-tokens")
-    commands.append(["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", path, *options, "--output",
-                     shards])
+    command = ["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", path, *options]
+    if os.path.isfile(f"{path}.idx"):
+        command = ["sov-data", "adopt", path, "--tokenizer", str(tokenizer)]
+    commands.append([*command, "--output", shards])
     return Fix(words={path: shards}, before=tuple(map(shlex.join, commands)))
 
 
-def fix_chats(file: Path) -> Fix:
-    """Return the command that writes chats as prompts, with the last message of each as its answer."""
+def fix_prompts(file: Path, faults: Iterable[str]) -> Fix | None:
+    """Return the command that writes chats or pairs as prompts with answers; None for other faults."""
+    programs = load_table()["prompts_by_jq"]
+    program = next((programs[kind] for kind in programs for fault in faults if fault.startswith(kind)), "")
     target = choose_free_path(f"{file.stem}-prompts.jsonl")
-    program = ".messages as $m | {prompt: $m[:-1], answer: $m[-1].content}"
-    return Fix(words={str(file): target},
-               before=(f"jq -c {shlex.quote(program)} {shlex.quote(str(file))} > {target}",))
+    command = f"jq -c {shlex.quote(program)} {shlex.quote(str(file))} > {target}"
+    return Fix(words={str(file): target}, before=(command,)) if program else None
 
 
 def fix_table(file: Path) -> Fix | None:

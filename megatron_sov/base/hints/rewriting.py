@@ -20,13 +20,14 @@ from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
     find_by_parts, find_note, get_last_part, index_words, load_table, normalize_word)
 from megatron_sov.base.hints.values import (
-    GPUS_PER_NODE, SWITCHES, FindSetting, find_value, parse_cluster, translate_setting, translate_value)
+    GPUS_PER_NODE, SWITCHES, FindSetting, compute_share, find_value, parse_cluster, translate_setting,
+    translate_value)
 
 MIN_SIMILARITY = 0.8
 """Lowest `SequenceMatcher.ratio` between an unknown option and a suggested option."""
 FOLDER = "DIR[:WEIGHT]"
 """Name of the positional argument that takes folders of token shards with weights."""
-_WEIGHT_WORDS = ("weights", "ratios", "proportions")
+_WEIGHT_WORDS = ("weights", "weight", "ratios", "ratio", "proportions")
 _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
 
 
@@ -100,6 +101,8 @@ class Rewrite:
         if setting in index_words("settings").get(normalize_word(word), ()):
             self.weak_settings.add(setting)
         message = f"{word} is {name} here" if word != name else f"{name} is a list"
+        if get_last_part(word) in load_table()["computed"] and name == "train.global_batch_size":
+            message = f"{word}: {name} is micro-batch x accumulation x processes"
         self.add_words(message, "--set", setting)
 
     def apply_row(self, option: str, values: list[str], *, is_existing: bool = False) -> bool:
@@ -143,7 +146,7 @@ class Rewrite:
 
     def _list_holes(self, value: str) -> dict[str, str]:
         """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
-        {output}, {folder}, {tokens}."""
+        {output}, {folder}, {tokens}, {share}."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -156,11 +159,12 @@ class Rewrite:
         if fix is not None and folder in fix.words:
             self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
             folder = fix.words[folder]
-        nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
+        gpus = re.search(r"(?:\A|:)(\d+)(?:x|\Z)", value)  # 16, 8xH100, h100:8
+        nodes = str(-(-int(gpus[1]) // GPUS_PER_NODE)) if gpus else "N"
         return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
                 "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),
-                "output": find_value(self.typed, "--output") or "DIR"}
+                "output": find_value(self.typed, "--output") or "DIR", "share": compute_share(value)}
 
     def replace_option(self, option: str, values: list[str]) -> None:
         """Write the counterpart of an option that the command does not have."""
@@ -192,10 +196,7 @@ class Rewrite:
 
     def count_values(self, option: str, words: Sequence[str], has_room: bool) -> int:
         """Return how many of the words between a foreign option and the next option are its values.
-
-        Args:
-            has_room: whether a positional argument lacks a value: the last word may be meant for it.
-        """
+        `has_room`: whether a positional argument lacks a value, for which the last word may be meant."""
         word, num = normalize_word(option), len(words)
         if not num:
             return 0
@@ -298,7 +299,8 @@ class Rewrite:
     def _add_unknown_setting(self, key: str, value: str) -> None:
         """Write the option with the meaning of an unknown setting, or record the setting as unknown."""
         last = key.rpartition(".")[2]
-        if option := self.find_option(last):
+        same_name = f"--{key}"  # --set run=DIR
+        if option := self.find_option(last) or same_name * (same_name in self.options):
             self.add_words(f"{key} is {option} here", option,
                            translate_value(normalize_word(last), option, value))
         elif note := find_note(last):

@@ -95,6 +95,14 @@ def pair_words(words: Iterable[str]) -> Iterator[tuple[str, str]]:
     return pairwise(part for word in words for part in word.split("=", 1))
 
 
+def compute_share(parts: str) -> str:
+    """Return the second of Megatron-LM's shares: 969,30,1 -> 0.03; other texts unchanged."""
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)+", parts):
+        return parts
+    numbers = list(map(float, parts.split(",")))
+    return f"{numbers[1] / (sum(numbers) or 1):g}"
+
+
 def parse_cluster(name: str) -> str:
     """Return the cluster profile for a GPU name: NVIDIA-A100-80GB -> a100."""
     match = re.search(r"gb200|gb300|[abhv]\d{3}", name.lower())

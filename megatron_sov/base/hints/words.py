@@ -17,7 +17,7 @@ from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.hints.commands import propose_pipeline
 from megatron_sov.base.hints.foreign import (
     has_translation, parse_blend, read_foreign_config, read_recipe_name)
-from megatron_sov.base.hints.kinds import KIND_OPTIONS, classify_word, find_recipe_option
+from megatron_sov.base.hints.kinds import classify_word, find_recipe_option
 from megatron_sov.base.hints.missing import choose_placeholder, split_positionals
 from megatron_sov.base.hints.rewriting import FOLDER, Rewrite
 from megatron_sov.base.hints.table import find_note, get_last_part, index_words, load_table, normalize_word
@@ -46,6 +46,9 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     # lm-eval: --model names a kind, --model_args the model
     kind = ""
     if any(normalize_word(word.partition("=")[0]) == "model_args" for word in typed) and "--model" in typed:
+        if any("base_url=" in word for word in typed):
+            raise UserError(f"{parser.prog}: weights are read here; lm-eval's own command asks an address",
+                            Fix(f"lm_eval {shlex.join(typed)}"))
         at = typed.index("--model")
         kind, typed = " ".join(typed[at:at + 2]), [*typed[:at], *typed[at + 2:]]
     optional = {name for action in parser._actions if not action.required for name in action.option_strings}
@@ -203,6 +206,10 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Seque
     """Write an existing option of the command, or its counterpart if the value is foreign; return how many
     words of `rest` are read."""
     option = text.partition("=")[0]
+    if option == "--config" and values and not os.path.exists(values[0]) and rewrite.is_recipe(values[0]):
+        rewrite.add_words(f"{option} {values[0]}: is a recipe, which takes no option")
+        rewrite.first = list(values)
+        return 1
     if rewrite.apply_row(option, values, is_existing=True):
         return len(values[:1])
     translated = load_table()["values"].get(option, {}).get("".join(values[:1]).lower())
@@ -313,6 +320,7 @@ def _move_model(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
         free, others = split_positionals(parser, rewrite.words)
         at = others.index("--model") if "--model" in others else len(others)
         rewrite.first, rewrite.words = [rewrite.target], [*free[1:], *others[:at], *others[at + 2:]]
+        rewrite.first_by_name[rewrite.positionals[0]] = rewrite.first
         return
     if "TARGET" not in rewrite.positionals or "--model" not in rewrite.words or (
             split_positionals(parser, rewrite.words)[0]):
@@ -354,7 +362,7 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
             kind = "name"
         # TARGET, RUN and the like come first and take any kind
         is_taken = number < room and not (takes_recipe and kind not in ("recipe", "code"))
-        options = [option for option in KIND_OPTIONS[kind] if option in rewrite.options
+        options = [option for option in load_table()["kind_options"][kind] if option in rewrite.options
                    and (option not in written or option == "--data")]
         if is_taken or not options:
             unplaced.append(word)

@@ -172,11 +172,8 @@ def _import_module(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def report_plugin_errors(where: str) -> Iterator[None]:
-    """Turn an exception in a user's code into a `UserError` that names the line in the user's file.
-
-    Args:
-        where: the file, or another subject for the message.
-    """
+    """Turn an exception in a user's code into a `UserError` that names the line in the user's file or
+    `where`."""
     try:
         yield
     except UserError:

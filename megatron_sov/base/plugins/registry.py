@@ -119,16 +119,9 @@ class Registry(Generic[T]):
         return name
 
     def get(self, name: str, recorded: Sequence[PluginCode] = ()) -> T:
-        """Return a registered object by name.
-
-        Args:
-            name: name in the settings.
-            recorded: records of code in a config or checkpoint, for the error message only.
-
-        Raises:
-            UserError: the name is unknown; the message suggests similar names, or how to name the recorded
-                file.
-        """
+        """Return a registered object by name. `recorded`: records of code in a
+        config or checkpoint, for the error message only. Raises `UserError`: the name is unknown; the message
+        suggests similar names, or how to name the recorded file."""
         if name in self._known:
             return self._known[name].value
         names = [*self._built_in, *self._known]
@@ -208,16 +201,9 @@ def _split_name(name: str) -> list[str]:
 
 
 def load_built_in(what: str, place: str, extra: str) -> Any:
-    """Import a built-in plug-in's MODULE:CLASS.
-
-    Args:
-        what: kind and name, for messages.
-        place: MODULE:CLASS.
-        extra: extra of our package with the required libraries.
-
-    Raises:
-        UserError: a library is not installed.
-    """
+    """Import a built-in plug-in's MODULE:CLASS. `what`: kind and name, for messages; `place`: MODULE:CLASS;
+    `extra`: extra of our package with the required libraries. Raises `UserError`: a library is not
+    installed."""
     module, _, attribute = place.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

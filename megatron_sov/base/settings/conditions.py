@@ -48,13 +48,8 @@ class When:
     """Fix, as the end of the error message; "": leave the setting out, or change the deciding setting."""
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
-        """Return the violated condition; None: no violation.
-
-        Args:
-            root: the whole settings.
-            owner: dotted key of the settings that declare the condition.
-            facts: see `Facts`.
-        """
+        """Return the violated condition, declared by the settings at the key `owner` of `root`; None: no
+        violation."""
         key = _resolve_key(self.key, owner)
         if key in DECIDING_FACTS:
             if key not in facts:
@@ -136,13 +131,8 @@ def is_none_of(key: str, *values: Any) -> When:
 
 def find_inert_settings(settings: Any, requested_keys: Iterable[str],
                         facts: Facts = NO_FACTS) -> list[SettingsProblem]:
-    """Return a problem per requested setting without effect, naming the deciding settings.
-
-    Args:
-        settings: the resolved settings with the requested values.
-        requested_keys: dotted keys of the requested settings; a group stands for its changed fields.
-        facts: see `Facts`.
-    """
+    """Return a problem per requested setting of the resolved `settings` without effect, naming the deciding
+    settings; the key of a group stands for its changed fields."""
     # a dict drops repeated keys and keeps the order
     leaves = dict.fromkeys(leaf for key in requested_keys for leaf in _iter_changed_keys(settings, key))
     problems = [_find_inert_problem(settings, leaf, facts) for leaf in leaves]

@@ -55,20 +55,12 @@ def no_hint(key: str) -> str:
 def parse_settings(cls: type[S], raw: object, where: str, *,
                    lines: Mapping[tuple[str | int, ...], int] | None = None,
                    instead: KeyHint = no_hint, rules: bool = True) -> S:
-    """Build settings from plain values (JSON types).
+    """Build settings from plain values (JSON types), of the file or option `where`.
 
-    The only conversions are lists to tuples, integers to floats, and text to paths.
-
-    Args:
-        cls: a frozen dataclass; unknown keys are problems.
-        raw: values from a file or an option.
-        where: the file or option at the beginning of a message.
-        lines: path of a value in a file -> line number.
-        instead: hints for unknown keys.
-        rules: whether to check rules between settings (`problems()` of the class) too.
-
-    Raises:
-        SettingsError: lists every key that is unknown, missing, of a wrong type, or breaks a rule.
+    The only conversions are lists to tuples, integers to floats, and text to paths. `lines`: path of a value
+    in a file -> line number; `instead`: hints for unknown keys; `rules`: whether to check rules between
+    settings too. Raises `SettingsError`: lists every key that is unknown, missing, of a wrong type, or breaks
+    a rule.
     """
     settings, problems = try_parse_settings(cls, raw, instead)
     if settings is not None and rules:
@@ -173,18 +165,10 @@ def _get_declared_types(made: Any) -> dict[str, Any]:
 
 def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
                     num_ours: int = 0) -> dict[str, Any]:
-    """Convert plain values to arguments for a class or function by the declared types.
-
-    Args:
-        made: the class or function.
-        given: argument name -> plain value.
-        where: subject of messages, e.g. "reward math".
-        prefix: precedes argument names in keys, e.g. "objective.options".
-        num_ours: number of leading arguments that the program passes itself.
-
-    Raises:
-        SettingsError: lists all arguments that are unknown, missing or of a wrong type.
-    """
+    """Convert plain values, by argument name, to arguments for a class or function by the declared types.
+    `where`: subject of messages; `prefix`: precedes argument names in keys; `num_ours`: leading arguments
+    that the program passes itself. Raises `SettingsError`: lists all arguments that are unknown, missing or
+    of a wrong type."""
     accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     hints = _get_declared_types(made)
@@ -247,14 +231,16 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
         choices = [word for word in _list_choices(hint) if isinstance(word, str)]
         close, nearest = "", ""
         if isinstance(value, str):
-            close = (suggest_successor(value) or _suggest_lower_case(value, choices)
+            removed = suggest_successor(value)
+            close = (removed or _suggest_lower_case(value, choices)
                      or _suggest_equivalent(key, value) or suggest_name(value, choices))
             words = re.findall(r"[\w.-]+", value.lower())
             ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices),
-                    *re.findall(r"[\w.-]+", suggest_successor(value)))
+                    *re.findall(r"[\w.-]+", removed))
             # another program's word with a command of its own is not a misspelt choice
             ours = ours if "`megatron-sov" not in close else ()
             nearest = next((word for word in ours if words and word in choices), "")
+            close += f"; {LEFT_OUT}" if removed and not nearest else ""
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=nearest)
     if kind == "bound":
@@ -341,7 +327,9 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     share = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
     number = float(share[1]) / 100 if share else value
     if expected == "int" and isinstance(number, float) and 0 < number < 1 and "steps" in key:
-        return f"{number:g} of 1000 steps are {number * 1000:.0f}; {LEFT_OUT}"
+        return f"steps are counted, and {number:g} is a share of them; {LEFT_OUT}"
+    if expected == "int" and isinstance(value, str) and re.fullmatch(r"[\d.]+ ?(s|sec|m|min|h|d)\w*", value):
+        return f"steps are counted, and no time; {LEFT_OUT}"
     if expected == "string" and isinstance(value, bool):
         return "YAML reads no, off, yes and on as false and true; put it in quotes"
     if expected == "string" and isinstance(value, (int, float)):
@@ -389,13 +377,8 @@ def _format_number(value: Any) -> str:
 
 
 def unknown_key_problem(key: str, known: Iterable[str], instead: str = "") -> SettingsProblem:
-    """Return the problem for an unknown key.
-
-    Args:
-        key: dotted key.
-        known: names that its last part could have.
-        instead: replaces the suggestion of the nearest name.
-    """
+    """Return the problem for an unknown key; its last part could be in `known`, and `instead` replaces the
+    suggestion of the nearest name."""
     group, dot, name = key.rpartition(".")
     names = list(known)
     close = suggest_name(name, names, group + dot).removeprefix("; ")

@@ -59,15 +59,8 @@ class LocatedDocument:
 
 
 def read_settings_file(cls: type[S], file: Path, where: str = "", *, rules: bool = True) -> S:
-    """Read settings from a YAML or JSON file.
-
-    Args:
-        where: beginning of error messages, e.g. "--cluster big.yaml"; "": the file's path.
-        rules: whether to check rules between settings, as in `parse_settings`.
-
-    Raises:
-        SettingsError: all problems with their lines.
-    """
+    """Read settings from a YAML or JSON file. `where`: beginning of error messages ("": the path); `rules`:
+    as in `parse_settings`. Raises `SettingsError`: all problems with their lines."""
     where = where or str(file)
     return parse_settings_yaml(cls, read_settings_text(file, where), where, rules=rules)
 
@@ -323,17 +316,9 @@ def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
 
 def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
                   instead: KeyHint = no_hint, rules: bool = True) -> S:
-    """Return settings with `key=value` changes applied, e.g. ``train.steps=100`` or ``phases.0.seq_len=512``.
-
-    Args:
-        given: the changes.
-        option: name of the option, for error messages.
-        instead: unknown key -> hint for the error message, such as the key's new name.
-        rules: whether to check rules between settings (`problems()`) too.
-
-    Raises:
-        SettingsError: lists all problems.
-    """
+    """Return settings with `key=value` changes applied, e.g. ``train.steps=100`` or ``phases.0.seq_len=512``;
+    `option` is named in error messages, `instead` and `rules`: see `parse_settings`. Raises
+    `SettingsError`."""
     raw = assign_values(settings, parse_changes(given, option), option, instead)
     return parse_settings(type(settings), raw, option, instead=instead, rules=rules)
 

@@ -81,6 +81,9 @@ class DistillOptions(StageOptions):
         return dataclasses.replace(self, settings=(*self.settings, f"distillation.top_k={self.top_k}"))
 
     def check_paths(self) -> None:
+        if self.start_from is None and self.recipe is None and not self.configs:
+            raise UserError("--from: is missing; pass the student, which learns from --teacher, or a RECIPE "
+                            "for a new one", Fix(options=("--from", "CHECKPOINT|RUN|HF_DIR")))
         if not self.teacher and not self.states:
             raise UserError("--teacher: is missing; pass the teacher model, or --states with its outputs for "
                             "the data", Fix(options=("--teacher", "TEACHER")))
@@ -110,15 +113,8 @@ class DataReader:
 
 
 def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[DataReader]:
-    """Assign data to teachers by NAME; a teacher without NAME reads the remaining data.
-
-    Args:
-        options: parsed options.
-        paths: [NAME=]folder -> weight.
-
-    Raises:
-        UserError: data have no teacher or two, or a teacher has no data.
-    """
+    """Assign data to teachers by NAME; a teacher without NAME reads the remaining data. `paths`:
+    [NAME=]folder -> weight. Raises `UserError`: data have no teacher or two, or a teacher has no data."""
     if not options.teacher:
         return [DataReader(None, dict(paths), options.states)]
     teachers = [split_source_name(text) for text in options.teacher]

@@ -1,4 +1,4 @@
-"""Tokens per expert and selection biases in a model's `BalancedRouter` modules."""
+"""Count tokens per expert, and update the selection biases of `BalancedRouter` modules after each step."""
 
 from __future__ import annotations
 

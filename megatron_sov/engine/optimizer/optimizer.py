@@ -1,4 +1,4 @@
-"""The optimizer of a training process: data-parallel wrapper, AdamW and Muon, and their state as shards."""
+"""A process's optimizer: data-parallel wrapper, gradient clipping, AdamW and Muon, and state as shards."""
 
 from __future__ import annotations
 

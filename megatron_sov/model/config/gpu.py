@@ -89,7 +89,7 @@ def find_fp8_problems(train: TrainConfig, model: ModelConfig, parallel: Parallel
     problems = find_broken_rules(
         train, "train",
         (train.precision == "bf16", "fp8", f"needs train.precision = bf16, not {train.precision}: products "
-         "outside of transformer layers stay in bf16"),
+         "outside of transformer layers stay in bf16", "set train.precision=bf16"),
         (start + end < model.num_layers, "fp8_bf16_layers_at_start",
          f"and train.fp8_bf16_layers_at_end = {end} cover all {model.num_layers} layers, so train.fp8 = "
          f"{train.fp8} has no effect", "lower one or set train.fp8=none"),

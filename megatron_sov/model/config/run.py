@@ -407,23 +407,17 @@ def is_setting(word: str) -> bool:
 
 
 def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--set") -> RunConfig:
-    """Return `config` with `key=value` settings applied, such as
-    ``train.steps=100`` or ``data.phases.0.seq_len=512``.
+    """Return `config` with `key=value` settings applied, such as ``train.steps=100`` or
+    ``data.phases.0.seq_len=512``; error messages name `option`.
 
     `train.tokens` scales all phases. A new method resets the numbers of the old method that are not set too
-    (`SWITCHES`). A new `optim.lr` scales `optim.min_lr` by the same ratio.
-
-    Args:
-        config: the settings to change.
-        settings: the changes.
-        option: the option that provides the changes, named in error messages.
-
-    Raises:
-        SettingsError: see `megatron_sov.base.settings.assign_values`.
+    (`SWITCHES`). A new `optim.lr` scales `optim.min_lr` by the same ratio. Raises `SettingsError`: see
+    `megatron_sov.base.settings.assign_values`.
     """
     changes = parse_changes(settings, option)
     previous = config.to_dict()
     raw = assign_values(config, changes, option, _suggest_setting)
+    _refuse_shares(raw, changes, option)
     for switch, numbers in SWITCHES:
         if switch in changes and _get_value(raw, switch) != _get_value(previous, switch):
             group = switch.partition(".")[0]
@@ -433,6 +427,25 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     _scale_min_lr(raw, config.optim, changes)
     _scale_phase_tokens(raw, config, changes)
     return from_dict(raw, option)
+
+
+def _refuse_shares(raw: dict[str, Any], changes: Mapping[str, Any], option: str) -> None:
+    """Raise `SettingsError` for a share, 0.03 or "3%", of the steps or the learning rate; it writes the
+    number."""
+    problems = []
+    for key, value in changes.items():
+        whole = {"optim.min_lr": "optim.lr"}.get(key, "train.steps" if key.endswith("_steps") else "")
+        total = _get_value(raw, whole) if whole else 0
+        percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value) if isinstance(value, str) else None
+        share = float(percent[1]) / 100 if percent else value
+        is_share = isinstance(share, float) and share < 1 and (percent or whole == "train.steps")
+        if is_share and isinstance(total, (int, float)) and share * total > 0:
+            number = f"{share * total:g}" if whole == "optim.lr" else str(max(1, round(share * total)))
+            problems.append(SettingsProblem(
+                Kind.TYPE, key, "is a share", value,
+                f"{share:g} of {whole} = {total:g} is {number}", value_to_write=number))
+    if problems:
+        raise SettingsError(option, problems)
 
 
 def _scale_phase_tokens(raw: dict[str, Any], previous: RunConfig, changes: Mapping[str, Any]) -> None:
@@ -506,9 +519,8 @@ def _explain_missing(folder: str) -> str:
     parts = folder.split(",")
     if len(parts) > 1 and all(Path(part).exists() for part in parts):
         return "does not exist; write " + " ".join(f"--data {shlex.quote(part)}" for part in parts)
-    if Path(f"{folder}.bin").exists() or Path(f"{folder}.idx").exists():
-        return ("is the prefix of a Megatron indexed dataset; pass a folder from `sov-data pack`, or convert "
-                "the dataset by `sov-data adopt`")
+    if Path(f"{folder}.idx").exists():
+        return "is the prefix of a Megatron indexed dataset; take it over by `sov-data adopt`"
     if not Path(folder).parent.exists() and (hint := suggest_download(folder, is_data=True)):
         return f"does not exist{hint}"
     return "does not exist; check its path (`sov-data pack` writes folders of token shards)"

@@ -149,16 +149,9 @@ class RecipeRequest:
             raise SettingsError("", problems)
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
-        """Return the resolved settings, and record the code they name.
-
-        Args:
-            defaults: settings that --set overrides.
-            own: settings that override --set.
-
-        Raises:
-            UserError: unknown or inert settings, an unknown family or objective, another command's objective,
-                or two settings for the run's length.
-        """
+        """Return the resolved settings, and record the code they name. `defaults`: settings that --set
+        overrides; `own`: settings that override --set. Raises `UserError`: unknown or inert settings, an
+        unknown family or objective, another command's objective, or two settings for the run's length."""
         # Later settings win.
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
         models.get_family(config.model.family, config.code)

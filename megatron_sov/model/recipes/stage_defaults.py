@@ -129,16 +129,8 @@ def find_rate_settings(config: RunConfig, stage: Stage, num_params: float, reque
 
 
 def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float) -> None:
-    """Reject a pretraining recipe's learning rate in a post-training stage.
-
-    Args:
-        config: settings from a pretraining recipe.
-        stage: stage name.
-        num_params: model parameters.
-
-    Raises:
-        UserError: the rate is far above the stage's rate.
-    """
+    """Reject a pretraining recipe's learning rate in a post-training stage. `config`: settings from a
+    pretraining recipe. Raises `UserError`: the rate is far above the stage's rate."""
     rate = find_stage_defaults(config, stage).rate(num_params, lora=config.lora.on)
     if config.optim.lr > MAX_RATE_RATIO * rate.lr and not any(phase.lr for phase in config.data.phases):
         command = COMMANDS[stage]

@@ -35,7 +35,7 @@ NEEDLE_TITLES = {"before": "Before the extension", "after": "After the extension
 
 @dataclass(frozen=True)
 class StepField:
-    """A field in `step` events with its own chart."""
+    """A field in `step` events with its own chart, listed in `steps.SCALAR_FIELDS`."""
 
     name: str
     unit: str

@@ -46,12 +46,12 @@ def test_faults_of_consecutive_checks_share_one_message() -> None:
                           "  megatron-sov sft --set one=1 --set two=1 --set three=1")
 
 
-def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
-    def check(line: list[str]) -> None:
-        raise UserError("d: is damaged")
-
-    error = propose_line("sov-data", ["pack"], UserError("a", Fix(options=("--b", "1"))), check)
-    assert str(error) == "a; write\n  sov-data pack --b 1\nthis line still has a fault: d: is damaged"
+def test_an_empty_document_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.jsonl").write_text('{"text": ""}\n{"text": "a"}\n')
+    said = answer("sov-data tokenize --input t.jsonl --tokenizer-model tok --output o", capsys)
+    assert "this line still has a fault: tok: does not exist" in said
 
 
 @pytest.mark.parametrize(("typed", "write"), [

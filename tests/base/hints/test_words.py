@@ -52,7 +52,7 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     (f"{SFT} --lora_alpha 32 --lora_r 8", f"{SFT} --set lora.alpha=32 --set lora.rank=8"),
     ("megatron-sov pretrain qwen3-8b --data D --run R --training.steps 10 --optimizer.lr 3e-4",
      "megatron-sov pretrain qwen3-8b --data D --run R --set train.steps=10 --set optim.lr=3e-4"),
-    ("megatron-sov convert from-hf M", "megatron-sov convert from-hf M OUT"),
+    ("megatron-sov convert from-hf M", "megatron-sov convert from-hf M new-output"),
     ("megatron-sov submit qwen3-8b --cluster h100",
      "megatron-sov submit pretrain --cluster h100 --account ACCOUNT qwen3-8b --run new-run --data DIR"),
     ("sov-data pack --input X --tokenizer-model t --output-prefix o --append-eod",
@@ -194,7 +194,7 @@ def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
 @pytest.mark.parametrize(("typed", "rule"), [
     ("megatron-sov recipes qwen3-8b --set train.tokens=2B", "write 2000000000"),
     ("megatron-sov recipes qwen3-8b --set data.phases.0.seq_len=8k", "write 8192 or 8000"),
-    ("megatron-sov recipes qwen3-8b --set optim.warmup_steps=0.1", "0.1 of 1000 steps are 100"),
+    ("megatron-sov recipes qwen3-8b --set optim.warmup_steps=0.1", "steps are counted"),
     ("megatron-sov recipes qwen3-8b --set optim.weight_decay=5%", "write 0.05"),
     ("megatron-sov recipes qwen3-8b --set train.precision=fp16", "it is bf16 here"),
     ("megatron-sov recipes Qwen/Qwen3-8B", "'qwen3-8b' has its architecture"),

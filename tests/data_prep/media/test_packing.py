@@ -87,11 +87,12 @@ def test_assistant_media_tokens_are_learned(encode: Encode, omni: Path, tmp_path
 
 def test_drawn_picture_is_learned_as_call(encode: Encode, omni: Path, tmp_path: Path,
                                           capsys: pytest.CaptureFixture[str]) -> None:
-    with create_artifact(tmp_path / "calls", "tokenizer") as artifact:
-        shutil.copy(omni / "tokenizer.json", artifact.path)
-        config = json.loads((omni / "tokenizer_config.json").read_text()) | {"chat_template": CALLS}
-        (artifact.path / "tokenizer_config.json").write_text(json.dumps(config))
-        artifact.content = read_manifest(omni).content
+    for name, template in (("calls", CALLS), ("names", CALLS.replace("{{ v }}", ""))):
+        with create_artifact(tmp_path / name, "tokenizer") as artifact:
+            shutil.copy(omni / "tokenizer.json", artifact.path)
+            config = json.loads((omni / "tokenizer_config.json").read_text()) | {"chat_template": template}
+            (artifact.path / "tokenizer_config.json").write_text(json.dumps(config))
+            artifact.content = read_manifest(omni).content
     assert encode([build_media_chat(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
     assert pack(tmp_path / "calls", tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
     _, (shard,) = columns(tmp_path / "shards")
@@ -103,6 +104,8 @@ def test_drawn_picture_is_learned_as_call(encode: Encode, omni: Path, tmp_path: 
     assert shard["ids"].tolist().count(entry) == 4 and shard["loss"][shard["ids"] == entry].all()
     assert pack(omni, tmp_path / "corpus", tmp_path / "other", "--format", "chat") == 2
     assert "does not show" in capsys.readouterr().err  # this preset's template shows no calls
+    assert pack(tmp_path / "names", tmp_path / "corpus", tmp_path / "other", "--format", "chat") == 2
+    assert "media tokens, and 0 after the chat template" in capsys.readouterr().err
 
 
 def test_documents_learn_everything_except_placeholders(encode: Encode, omni: Path, tmp_path: Path) -> None:

@@ -80,8 +80,9 @@ def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str]
     ids, eos = encode_texts(tokenizer, texts[:20])
     halves = [[document[:3], [*document[3:], eos]] for document in ids]
     halves.insert(5, [[]])  # a document without tokens
+    halves.append([[0, eos]])
     real = build_pair(tmp_path / "real", halves, np.int32)
-    prefix = tmp_path / "split_sentences"  # download caches contain links to files elsewhere
+    prefix = tmp_path / "split_sentences"  # as caches of downloads have it: links to what is elsewhere
     for ending in (".bin", ".idx"):
         Path(f"{prefix}{ending}").symlink_to(f"{real}{ending}")
     assert cli.main(["adopt", str(prefix), "--tokenizer", str(tokenizer), "--heldout", "0", "--link",
@@ -89,7 +90,7 @@ def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str]
     shard = next(iter_shards(tmp_path / "linked", read_tokens_manifest(tmp_path / "linked").content))
     assert Path(f"{shard.prefix}.bin").samefile(f"{real}.bin")
     assert not Path(f"{shard.prefix}.bin").is_symlink()
-    assert [document.tolist() for document in shard.open().documents()] == [[*d, eos] for d in ids]
+    assert [document.tolist() for document in shard.open().documents()] == [[*d, eos] for d in [*ids, [0]]]
     assert cli.main(["verify", str(tmp_path / "linked")]) == 0
 
 

@@ -68,6 +68,11 @@ def test_shards_equal_plain_reading(source: tuple[EncodedSource, Path], tokenize
         assert splits[split]["num_bytes"] == len(expected[heldout]) * len("document 0")
 
 
+def test_blocks_hold_as_many_groups_as_fit() -> None:
+    blocks = list(assemble.iter_blocks(np.array([2, 2, 2, 2, 9, 1]), 2, 8))
+    assert blocks == [(slice(0, 4), slice(0, 8)), (slice(4, 6), slice(8, 18))]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 3)), max_size=12))
 def test_repeated_documents_equal_plain_search(rows: list[tuple[int, int, int]]) -> None:
     ids, files_, hashes = (np.array([row[i] for row in rows], dtype) for i, dtype in enumerate(
@@ -166,7 +171,7 @@ def test_unit_key_of_parquet_depends_on_values_and_columns(chosen: UnitSettings,
     keys = set()
     for table in ({"text": ["a", "b"]}, {"text": ["a", "c"]}, {"body": ["a", "b"]}):
         parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
-        keys.add(key(tmp_path / "a.parquet", chosen))
+        keys |= {key(tmp_path / "a.parquet", chosen), key(tmp_path / "a.parquet", chosen)}
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
     keys.add(key(tmp_path / "a.parquet", chosen))
     assert len(keys) == 4

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from data_prep.cli import main as sov_data
@@ -297,5 +298,8 @@ def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path
 
 
 def test_supported_tokenizer_is_fast(file: Path) -> None:
-    fast, sentence = load_fast_encoder(file, open_encoder_tokenizer(file), ["some text", "한국어"])
+    tokenizer = open_encoder_tokenizer(file)
+    # as in Llama's tokenizer; documents are encoded without it
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast, sentence = load_fast_encoder(file, tokenizer, ["some text", "한국어"])
     assert fast is not None and sentence.startswith("encoding with tiktoken: the same ids")

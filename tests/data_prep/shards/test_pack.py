@@ -373,14 +373,16 @@ def test_single_text_is_cut_into_documents( tokenizers: dict[str, Path], tmp_pat
                                            capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
     (tmp_path / "Korean.txt").write_text(text)
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}))
     shards = {}
-    for name, share in (("cut", 0.02), ("whole", 0.0)):
-        pack_sources(tokenizers["solar-open"], [PackSource("ko", tmp_path / "Korean.txt")], tmp_path / name,
+    for name, file, share in (("cut", "Korean.txt", 0.02), ("whole", "Korean.txt", 0.0),
+                              ("record", "one.jsonl", 0.02)):
+        pack_sources(tokenizers["solar-open"], [PackSource("ko", tmp_path / file)], tmp_path / name,
              PackSettings(heldout_share=share))
         [source] = read_manifest(tmp_path / name).content["sources"]
         shards[name] = [source["splits"][split]["num_documents"] for split in ("train", "heldout")]
     captured = capsys.readouterr()
-    assert shards == {"cut": [5, 1], "whole": [1, 0]} and "warning" not in captured.err
+    assert shards == {"cut": [5, 1], "whole": [1, 0], "record": [1, 0]}
     assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
 
 

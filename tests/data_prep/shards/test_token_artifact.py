@@ -145,6 +145,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         open_split(prefix)
 
 
+def test_joined_and_empty_documents_are_rejected(tmp_path: Path) -> None:
+    write(tmp_path / "empty", [[1, 2], []], "int32")
+    builder = IndexedDatasetBuilder(str(tmp_path / "joined.bin"), dtype=np.int32)
+    builder.add_document(np.array([5, 6, 7]), [1, 2])
+    builder.finalize(str(tmp_path / "joined.idx"))
+    for name in ("empty", "joined"):
+        with pytest.raises(UserError, match=f"{name}.idx: has documents of several sequences, or without"):
+            open_split(tmp_path / name)
+
+
 def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: Path,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.txt").write_text("some text of one document " * 100)

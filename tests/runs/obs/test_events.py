@@ -95,7 +95,7 @@ def test_last_event_of_repeated_step_counts() -> None:
 
 def test_events_with_invalid_steps_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
-    odd = ['"x"', "NaN", "[1]", "1.5", "1e308", "1" * 400, "[" * 100_000]
+    odd = ['"x"', "NaN", "[1]", "1.5", "1e308", "1" * 400, f"{1 << 63}", "[" * 100_000]
     file.write_text("".join(f'{{"event": "step", "step": {step}}}\n' for step in [*odd, "null", "7"]))
     assert [e["step"] for e in read_events(file)] == [None, 7]  # a folder that is judged is at no step
 

@@ -245,7 +245,7 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
                            "tokenizer_config.json")
     random_ids = edit_tokenizer(trained, tmp_path / "dropout", lambda raw: raw["model"].update(dropout=0.1))
     mistakes = {
-        tmp_path / "none": "does not exist", tmp_path / "f.txt": "is none of the forms",
+        tmp_path / "none": "does not exist", tmp_path / "f.txt": "is no tokenizer",
         tmp_path: "holds 7 tokenizers",
         tmp_path / "a.tiktoken": "a.tiktoken.json: does not exist, but a ranks file alone",
         tmp_path / "b.tiktoken": "is no regular",

@@ -107,7 +107,8 @@ def test_text_steps_are_drawn_and_resume(numbered: Any, make_source: Any) -> Non
     def create_order(state: OrderState | None = None) -> SampleOrder:
         source, _ = create_source(numbered, 1, 2)
         texts = [make_source("a", [7] * 40), make_source("b", [5] * 40, 2.0)]
-        return SampleOrder(config, [*texts, source], state)
+        view = make_source("a@6", [7] * 40, 0.0)  # of a blend that rounds do not use
+        return SampleOrder(config, [*texts, source, view], state)
 
     uninterrupted = create_order()
     batches = [uninterrupted.next_batch()[1] for _ in range(4)]

@@ -13,7 +13,7 @@ from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.requirements import build_route_shape, check_route_shapes
+from megatron_sov.train.data.requirements import build_route_shape, check_routes_and_encoders
 from megatron_sov.train.data.rows import build_row, join_rows
 from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.streams import PackedSegment
@@ -55,7 +55,7 @@ def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
     assert (folder / "train.routes").stat().st_size == sum(LENGTHS) * shape.bytes_per_token
     (source,) = open_sources({str(folder): 1.0}, 64)
     assert (source.routes, source.columns) == (shape, ())
-    check_route_shapes([source], MODEL)
+    check_routes_and_encoders([source], MODEL)
     documents = source.open_split("train")
     row = build_row(OrderedSample(0, (PackedSegment(1, 2, 3), PackedSegment(0, 0, 2))), documents, 7,
                      routes=source.routes)
@@ -95,8 +95,8 @@ def test_routes_of_another_model_are_refused(tmp_path: Path) -> None:
         sources = open_sources({str(write_shards(tmp_path / field, other)): 1.0}, 64)
         with pytest.raises(UserError, match=rf"{field}: source 'rollouts' has routes with {field} = {value}, "
                                             rf"but the model has .* = {getattr(own, field)}"):
-            check_route_shapes(sources, MODEL)
+            check_routes_and_encoders(sources, MODEL)
     with pytest.raises(UserError, match="no layer has experts"):
-        check_route_shapes(sources, recipes.get("tiny-qwen3").model)
+        check_routes_and_encoders(sources, recipes.get("tiny-qwen3").model)
     with pytest.raises(UserError, match="source 'rollouts': routes"):
         open_sources({str(write_shards(tmp_path / "unsaid", own, dtype="uint32")): 1.0}, 64)

@@ -104,6 +104,11 @@ if case == "lock":
     ctypes.PyDLL(None).sleep(3600)  # holds Python's lock all the time
 if case in ("hang", "off"):
     dog.begin(3)
+elif case == "in time":
+    dog.begin(3)
+    now_s[0] += 0.3
+    time.sleep(1.0)
+    dog.end()
 elif case == "paused":
     dog.begin(3)
     with dog.pause():
@@ -119,7 +124,7 @@ dog.close()
 
 def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> None:
     cases = {"hang": ExitCode.HANG, "lock": ExitCode.CRASH, "off": ExitCode.OK, "evaluation": ExitCode.OK,
-             "paused": ExitCode.OK}
+             "paused": ExitCode.OK, "in time": ExitCode.OK}
     started = {}
     for case in cases:
         (tmp_path / case).mkdir()

@@ -2,6 +2,7 @@
 saved position."""
 
 import json
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -
     """Two batches more are ready by then; skipped steps count as given."""
     sources, place = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)
     settings = config("data.skip_steps=[[2, 2]]", "data.prefetch_steps=2", "train.micro_batch_size=1")
-    order = SampleOrder(settings, sources)
+    order, threads = SampleOrder(settings, sources), set(threading.enumerate())
     batches = DataBatches(settings, sources, place)
     assert batches.state() == order.state.to_dict()
     for step in range(4):
@@ -57,6 +58,7 @@ def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -
         assert resumed.state() == batches.state() and resumed.next_entry() == order.ledger.get_entry(step + 1)
         resumed.close()
     batches.close()
+    assert set(threading.enumerate()) <= threads, "nothing prefetches after close"
 
 
 # Rows on the device, and the targets of multi-token prediction.

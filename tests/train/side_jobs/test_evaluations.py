@@ -155,7 +155,7 @@ def test_resumed_runs_evaluate_repeated_steps_again(run: Run) -> None:
 
 
 def test_jobs_report_their_figures_when_they_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.programs = {10: SUBMITS, 20: SUBMITS, 30: SUBMITS}
+    run.programs = dict.fromkeys((10, 20, 30, 40), SUBMITS)
     slurm = ("evaluate.background.where=slurm", "evaluate.background.cluster=local",
              "evaluate.background.timeout_s=100")
     beside = run.evaluations(*slurm)
@@ -165,13 +165,18 @@ def test_jobs_report_their_figures_when_they_end(run: Run, monkeypatch: pytest.M
     # the third has to wait for one of them
     assert run.told() == [] and [t.step for t in beside._submitted] == [10, 20]
     (run.path / EVALUATIONS / "step-10.ppl.json").write_text("{}")
+    beside.wait()
+    assert run.told() == [(10, "ppl", None)] and [t.step for t in beside._submitted] == [20, 30]
+    beside.offer(run.export(40))
+    (run.path / EVALUATIONS / "step-30.ppl.json").write_text("{}")
     resumed = run.evaluations(*slurm)
-    assert [t.step for t in resumed._submitted] == [10, 20] and [t.step for t in resumed._waiting] == [30]
+    assert [t.step for t in resumed._submitted] == [20, 30] and [t.step for t in resumed._waiting] == [40]
     later_s = time.time() + 200
     monkeypatch.setattr(evaluations.time, "time", lambda: later_s)
     resumed.poll(now=True)
     assert run.told() == [(10, "ppl", None), (20, "ppl",
-                           "its job gave no result within evaluate.background.timeout_s = 100; see its log")]
+                           "its job gave no result within evaluate.background.timeout_s = 100; see its log"),
+                          (30, "ppl", None)]
 
 
 def test_benchmarks_take_the_options_of_eval_lm(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.model.config import split_weight
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, check_model
+from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, check_model_path, find_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,8 @@ def check_fuse(options: SspFuseOptions) -> SspFuseOptions:
     load_plugins(options.plugins)
     if not (Path(options.checkpoints[0]) / "table").is_dir():  # no probe
         for text in options.checkpoints:
-            check_model(Path(split_weight(text, text)[0]))
+            check_model_path(path := Path(split_weight(text, text)[0]))
+            find_checkpoint(path)
     check_output_folder(options.output, CHECKPOINT_KIND, options.overwrite)
     return options
 

@@ -44,12 +44,8 @@ class CompletedSettings:
 
 def complete_stage(request: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None,
                    num_prompts: int = 0) -> CompletedSettings:
-    """Return the settings completed from data, model and stage defaults.
-
-    Args:
-        stage: stage of post-training; None: complete `train.epochs` alone.
-        num_prompts: prompts of reinforcement learning.
-    """
+    """Return the settings completed from data, model and the defaults of a post-training stage; None:
+    complete `train.epochs` alone."""
     requested = list_requested_settings(request)
     # an unused default must not enter the run's settings, which a resumed command reads
     if "train.epochs" not in requested and requested & {"train.steps", "train.tokens", "rollout.rounds"}:

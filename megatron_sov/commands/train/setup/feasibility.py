@@ -33,18 +33,10 @@ CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
 
 def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None, *,
                  is_initial: bool, dry_run: bool, num_prompts: int = 0) -> None:
-    """Refuse a training command that does not fit its data or this machine.
-
-    Args:
-        stage: stage of post-training; None: pretraining or a context extension.
-        is_initial: whether the run starts from initial weights, so that the vocabulary can be set.
-        dry_run: do not limit the hours of work.
-        num_prompts: prompts of reinforcement learning.
-
-    Raises:
-        UserError: the learning rate of a pretraining recipe in post-training, another vocabulary, too many
-            epochs, too little memory, or days of work; the message names the setting that allows it.
-    """
+    """Refuse a training command that does not fit its data or this machine. `stage`: of post-training, or
+    None; `is_initial`: the vocabulary can be set; `dry_run`: do not limit the hours of work. Raises
+    `UserError`: names the setting that allows the learning rate, vocabulary, epochs, memory or days of
+    work."""
     is_recipe = not request.from_file and not request.is_model_only and not request.base.code
     if stage is not None and is_recipe and "optim.lr" not in list_requested_settings(request) and (
             recipes.get(config.recipe).objective.name == "lm"):

@@ -45,12 +45,8 @@ class StageOptions(TrainingOptions):
 
     def model_settings(self, objective: BuiltIn | None, has_gpus: bool | None = None
                        ) -> Callable[[], RunConfig] | None:
-        """Return a function that reads default settings from the model in --from; None: a recipe is required.
-
-        Args:
-            objective: of the command; None: the stage needs a recipe's settings.
-            has_gpus: whether the run has GPUs; None: ask this machine.
-        """
+        """Return a function that reads default settings from the model in --from; None: the stage needs those
+        of a recipe. `has_gpus`: whether the run has GPUs; None: ask this machine."""
         if self.start_from is None or objective is None or objective == "lm":
             return None
         return partial(read_start_settings, self.start_from, objective, has_gpus)

@@ -24,11 +24,12 @@ from megatron_sov.commands.train.setup.starts import (
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths, split_weight
 from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.pretrained import is_hf_folder
 from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
 from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
-from megatron_sov.runs.checkpoints import find_tokenizer_folder
+from megatron_sov.runs.checkpoints import check_adapter_settings, find_tokenizer_folder, read_adapter_base
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command, read_started_settings
 from megatron_sov.runs.launch_environment import num_ranks, refuse_lone_world_size, typed_command
 from megatron_sov.train.data.sources import Source, open_sources
@@ -92,6 +93,8 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     if options.start_from is not None:
         start = find_start(options.start_from)
         refuse_many_converters(start, options.run)
+        if not is_hf_folder(start) and read_adapter_base(start):
+            check_adapter_settings(start, config.lora, config.model)
     if IS_CHECKING.get() or options.resume:
         RunFolder(options.run).enter(config, options.resume)
     check_benchmarks(config)
@@ -165,9 +168,10 @@ def _refuse_only_chats(options: StageOptions, sources: Sequence[tuple[str, str]]
     consents = any(setting.startswith("objective.name=") for setting in options.settings)
     if options.stage != "pretrain" or options.resume or consents or {"chat"} != {kind for _, kind in sources}:
         return
+    fix = Fix(command="sft") if options.start_from else Fix(options=("--set", "objective.name=lm"))
     raise UserError(f"--data {sources[0][0]}: holds chats, of which pretraining learns only the answers; "
-                    "`megatron-sov sft` learns from chats; add packed text, or pass --set objective.name=lm "
-                    "to train on chats alone", Fix(command="sft"))
+                    "`megatron-sov sft --from MODEL` fine-tunes a model on chats, and objective.name=lm "
+                    "trains a new one on chats alone; else add packed text", fix)
 
 
 def check_chats(config: RunConfig, sources: list[Source]) -> None:

@@ -1,4 +1,4 @@
-"""Engine servers that generate with a run's live weights."""
+"""Start engine servers for a run, and send them the trainer's weights before each round."""
 
 from __future__ import annotations
 
