@@ -38,16 +38,16 @@ def general_gemm(
     if not accumulate and beta not in (0.0, None):
         raise ValueError("scale must be zero")
     require_cuda(A=A, B=B, out=out, bias=bias)
-    expected = out_dtype or (A.dtype if out is None else out.dtype)
-    for dtype in (A.dtype, B.dtype, expected):
+    result_dtype = out_dtype or (A.dtype if out is None else out.dtype)
+    for dtype in (A.dtype, B.dtype, result_dtype):
         if dtype not in DTYPES:
             raise KeyError(dtype)
-    if A.dtype != B.dtype or (A.dtype != expected
-                              and (A.dtype == torch.float32 or expected != torch.float32)):
+    if A.dtype != B.dtype or (A.dtype != result_dtype
+                              and (A.dtype == torch.float32 or result_dtype != torch.float32)):
         raise RuntimeError(f"cuBLAS Error: the requested functionality is not supported: {A.dtype} x "
-                           f"{B.dtype} -> {expected}")
-    if bias is not None and not grad and bias.dtype != expected:
-        raise RuntimeError(f"the double refuses a bias of {bias.dtype} for a product in {expected}: the real "
+                           f"{B.dtype} -> {result_dtype}")
+    if bias is not None and not grad and bias.dtype != result_dtype:
+        raise RuntimeError(f"the double refuses a bias of {bias.dtype} for a product in {result_dtype}: the real "
                            "kernel reads its bytes as the product's type")
     first, second = (A.t() if layout[0] == "T" else A), (B.t() if layout[1] == "T" else B)
     if second.shape[1] != first.shape[0]:
@@ -61,9 +61,9 @@ def general_gemm(
     if accumulate:
         assert out is not None
         product = product + (1.0 if beta is None else beta) * out.float()
-    found = product.to(expected)
+    found = product.to(result_dtype)
     if out is not None:
         if not out.is_contiguous():
             raise ValueError("Output tensor is not contiguous.")
         found = out.copy_(found)
-    return found, B.float().sum(0).to(expected) if bias is not None and grad else None, None, None
+    return found, B.float().sum(0).to(result_dtype) if bias is not None and grad else None, None, None
