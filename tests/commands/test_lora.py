@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.runs.checkpoints import ADAPTER_BASE_MARKER
+from tests.typed_words import format_set_options
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=4",
@@ -25,7 +26,7 @@ def read_files(checkpoint: Path, part: str) -> dict[str, bytes]:
 @pytest.mark.essential
 def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Path, run_command: Any) -> None:
     def command(run: Path, *arguments: str, settings: tuple[str, ...]) -> Any:
-        chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]
+        chosen = format_set_options((*SMALL, *settings))
         return run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
                            *arguments, *chosen)
 

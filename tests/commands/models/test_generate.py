@@ -12,6 +12,7 @@ import pytest
 from megatron_sov import cli
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+from tests.typed_words import format_set_options
 
 ASK = ["--prompt", "def parse(self", "--prompt", "The ", "--max-new-tokens", "9"]
 
@@ -27,7 +28,7 @@ def read_printed_rows(capsys: pytest.CaptureFixture, *arguments: str) -> list[di
 def test_two_processes_sample_the_same_as_one(layout: list[str], one_rank: None, imported: dict[str, Path],
                                               run_command: Any, capsys) -> None:
     ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
-    settings = [part for setting in layout for part in ("--set", setting)]
+    settings = format_set_options(layout)
     two = run_command("generate", *ask, "--json", "--nproc", "2", *settings)
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout) == read_printed_rows(capsys, *ask)

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_sov import cli
 from megatron_sov.work.clusters.cluster import parse_time_limit
+from tests.typed_words import format_set_options
 
 H100 = ("--cluster", "h100", "--account", "a", "--dry-run")
 FITS = ("--set", "model.vocab_size=368")
@@ -31,7 +32,7 @@ def run_submit(capsys: Any, *words: str) -> tuple[int, str, str]:
 def test_data_that_do_not_fit_are_refused_before_submission(
         packed_data: Any, tmp_path: Path, capsys: Any, settings: tuple[str, ...], message: str,
         added: tuple[str, ...]) -> None:
-    more = [word for setting in settings for word in ("--set", setting)]
+    more = format_set_options(settings)
     code, out, err = run_submit(capsys, "pretrain", *H100, "--nodes", "8", "qwen3-8b", "--data",
                                 str(packed_data.text), "--run", str(tmp_path / "run"), *more)
     first, *lines = err.splitlines()
@@ -47,7 +48,7 @@ def test_data_that_do_not_fit_are_refused_before_submission(
     (("data.max_epochs=0",), "tokens    999.8 M: ")])
 def test_a_dry_run_ends_with_tokens_time_and_cost(packed_data: Any, tmp_path: Path, capsys: Any,
                                                   settings: tuple[str, ...], read: str) -> None:
-    more = [word for setting in settings for word in ("--set", setting)]
+    more = format_set_options(settings)
     code, out, err = run_submit(capsys, "pretrain", *H100, "--nodes", "2", "qwen3-8b", "--data",
                                 str(packed_data.text), "--run", str(tmp_path / "run"), *FITS, *more)
     *_, head, tokens, time, cost, jobs = out.splitlines()

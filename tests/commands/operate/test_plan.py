@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.plan.search import space
+from tests.typed_words import format_set_options
 
 
 @pytest.mark.deep
@@ -170,7 +171,7 @@ def test_a_stage_without_data_is_as_long_as_a_setting_says(settings: list[str], 
                                                            own_model: Path,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--from", str(own_model), "--cluster", "h100",
-                 *(word for setting in settings for word in ("--set", setting))]) == 0
+                 *format_set_options(settings)]) == 0
     [headline] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("my-8b: ")]
     assert f"on {tokens} tokens ({source}), 8 H100-80GB: " in headline
 

@@ -14,6 +14,7 @@ from megatron_sov.convert import to_hf
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.train.data.sources import open_sources
 from tests.run_files import list_losses, read_run_events, read_steps
+from tests.typed_words import format_set_options
 
 BETA, TEMPERATURE = 0.3, 1.5
 DIVERGENCE = (f"distillation.beta={BETA}", f"distillation.temperature={TEMPERATURE}")
@@ -46,7 +47,7 @@ def command(folder: Path, student: Path, teacher: Path, tiny: list[str], packed_
     """Return `command(run, *more)`."""
     def command(run: str, *more: str) -> list[str]:
         return ["rl", "run", "tiny-solar-open", *tiny,
-                *(w for s in (*SETTINGS, *DIVERGENCE) for w in ("--set", s)), "--prompts",
+                *format_set_options((*SETTINGS, *DIVERGENCE)), "--prompts",
                 str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from", str(student),
                 "--teacher", str(teacher), "--data", str(packed_data.chats), "--run", str(folder / run),
                 "--store", str(folder / f"{run}-store"), *more]
@@ -109,7 +110,7 @@ def test_data_are_learned_as_distill_learns_them(whole: Path, folder: Path, stud
     result = run_command("distill", "tiny-solar-open", *tiny, "--from", str(student), "--teacher",
                          str(teacher),
                          "--data", str(packed_data.chats), "--run", str(folder / "kept"), "--states-dtype",
-                         "float32", *(w for s in (*DIVERGENCE, "train.steps=1") for w in ("--set", s)))
+                         "float32", *format_set_options((*DIVERGENCE, "train.steps=1")))
     assert result.returncode == 0, result.stderr
     assert list_losses(whole)[0] == pytest.approx(list_losses(folder / "kept")[0], rel=1e-5)
     before, kept = (read_run_events(run, "heldout_divergence")[0] for run in (whole, folder / "kept"))

@@ -15,6 +15,7 @@ from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.sources import open_sources
 from tests.run_files import list_losses, read_steps
+from tests.typed_words import format_set_options
 
 BETA = 0.7
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
@@ -50,7 +51,7 @@ def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
     """Return `command(run, *settings, store=, more=)`."""
     def command(run: str, *settings: str, store: str = "", more: tuple[str, ...] = ()) -> list[str]:
         every = (*SETTINGS, "model.hidden_size=48", *settings)
-        return ["rl", "run", "tiny-solar-open", *tiny, *(w for s in every for w in ("--set", s)), "--prompts",
+        return ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(every), "--prompts",
                 str(folder / "prompts.jsonl"), "--reward", f"{folder}/early.py:Early", "--reward-set",
                 "threads=1", "--plain", "--from", str(teacher), "--run", str(folder / run), "--store",
                 str(folder / (store or f"{run}-store")), *more]

@@ -22,6 +22,7 @@ from megatron_sov.runs.obs.meters import format_step, read_headline
 from megatron_sov.train.data.sources import open_sources
 from tests.run_files import read_run_events
 from tests.token_servers import VllmDouble
+from tests.typed_words import format_set_options
 
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=1",
             "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
@@ -52,7 +53,7 @@ def command(folder: Path, teacher: Path, tiny: list[str], server: VllmDouble) ->
     """Return `command(run, *more)`: the run starts from a checkpoint;
     the checkpoint before it teaches domain a."""
     def command(run: str, *more: str) -> list[str]:
-        return ["rl", "run", "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)),
+        return ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(SETTINGS),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from",
                 str(teacher), "--run", str(folder / run), "--store", str(folder / f"{run}-store"),
                 "--teacher", f"a={teacher / 'checkpoints/step-1'}", "--teacher-url", server.url, *more]

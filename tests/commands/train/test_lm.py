@@ -8,6 +8,7 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import read_events
+from tests.typed_words import format_set_options
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
          "model.num_experts=4",
@@ -18,7 +19,7 @@ def run_refused_command(capsys: Any, data: list[Path | str], run: Path, *argumen
                         recipe: str = "tiny-solar-open",
                         command: str = "pretrain", settings: tuple[str, ...] = ()) -> str:
     """Run a command that must be refused; returns its message."""
-    chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]
+    chosen = format_set_options((*SMALL, *settings))
     shards = [part for d in data for part in ("--data", str(d))]
     before = sorted(run.parent.rglob("*"))
     assert main([command, recipe, *shards, "--run", str(run), *arguments, *chosen]) == 2
@@ -87,7 +88,7 @@ MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
 
 def command(name: str, data: list[Path], run: Path, *arguments: str, settings: tuple[str, ...]) -> list[str]:
     shards = [part for d in data for part in ("--data", str(d))]
-    chosen = [part for s in (*SMALL_CHATS, *settings) for part in ("--set", s)]
+    chosen = format_set_options((*SMALL_CHATS, *settings))
     return [name, "tiny-solar-open", *shards, "--run", str(run), *arguments, *chosen]
 
 

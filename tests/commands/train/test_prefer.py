@@ -9,6 +9,7 @@ import pytest
 from data_prep.cli import main as sov_data
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import read_events
+from tests.typed_words import format_set_options
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
          'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
@@ -16,7 +17,7 @@ MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
 
 
 def command(name: str, data: Path, run: Path, *more: str) -> list[str]:
-    settings = [word for setting in MODEL for word in ("--set", setting)]
+    settings = format_set_options(MODEL)
     return [name, "tiny-solar-open", "--data", str(data), "--run", str(run), *settings, *more]
 
 

@@ -21,6 +21,7 @@ from megatron_sov.judge.rewards.registry import build_versioned_reward, request_
 from megatron_sov.model.config import RolloutConfig, RunConfig, from_dict, setting_names
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
+from tests.typed_words import format_set_options
 
 LOOP = ("train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=2", "data.heldout_tokens=128",
         "train.num_threads=1")
@@ -111,10 +112,6 @@ def recorded_reads() -> Iterator[dict[str, set[str]]]:
         yield reads
 
 
-def list_set_arguments(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
-
-
 class Stages:
     """Runs tiny stages in this process."""
 
@@ -133,7 +130,7 @@ class Stages:
     def train(self, name: str, command: str, formats: list[str], data: Path, *more: str) -> None:
         """Run a stage on data, of the dense model unless `more` names another recipe first."""
         recipe, *more_words = more if more and not more[0].startswith("-") else ("tiny-qwen3", *more)
-        self.run(name, command, formats, recipe, "--data", str(data), *list_set_arguments(*SMALL),
+        self.run(name, command, formats, recipe, "--data", str(data), *format_set_options(SMALL),
                  *more_words)
 
 
@@ -143,13 +140,15 @@ def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: An
     found.train("dense", "pretrain", ["text"], packed_data.text)
     found.train("experts", "pretrain", ["text"], packed_data.text, "tiny-solar-open")
     found.train("sft", "sft", ["chat"], packed_data.chats, *start)
-    found.train("lora", "sft", ["chat"], packed_data.chats, *start, *list_set_arguments("lora.rank=2"))
+    found.train("lora", "sft", ["chat"], packed_data.chats, *start, *format_set_options(["lora.rank=2"]))
     found.train("distill", "distill", ["chat"], packed_data.chats, *start, "--teacher", start[1])
     found.train("prefer", "prefer", ["preference"], _pairs(packed_data, tmp_path), *start)
     found.train("short", "pretrain", ["text"], token_shards, "tiny-solar-open",
-                *list_set_arguments("model.vocab_size=1024", 'data.phases=[{"name": "main", "seq_len": 64}]'))
+                *format_set_options(["model.vocab_size=1024",
+                                     'data.phases=[{"name": "main", "seq_len": 64}]']))
     found.run("extend", "extend", ["text"], "tiny-solar-open", "--data", str(token_shards), "--from",
-              str(tmp_path / "short"), *list_set_arguments(*LOOP, "needle.samples=1", "needle.depths=[0.5]"))
+              str(tmp_path / "short"),
+              *format_set_options([*LOOP, "needle.samples=1", "needle.depths=[0.5]"]))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(4)))
     tokenizer = tokenizer_digest(packed_data.text / "tokenizer")
@@ -158,8 +157,8 @@ def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: An
         write_round(store, read_prompts(prompts), RolloutConfig(**ROLLOUT), number,
                     build_versioned_reward(request_reward("repetition", {})).version)
     found.run("rounds", "rl train", [], "tiny-qwen3", "--store", str(store.path), "--prompts", str(prompts),
-              "--reward", "repetition", *start, *list_set_arguments(*LOOP[1:], "optim.lr=1e-6"),
-              *list_set_arguments(*(f"rollout.{name}={value}" for name, value in ROLLOUT.items())))
+              "--reward", "repetition", *start, *format_set_options([*LOOP[1:], "optim.lr=1e-6"]),
+              *format_set_options((f"rollout.{name}={value}" for name, value in ROLLOUT.items())))
     return found.found
 
 

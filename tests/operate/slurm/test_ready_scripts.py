@@ -29,6 +29,7 @@ from megatron_sov.post.rl.reward import resolve_reward_version
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
 from megatron_sov.work.clusters.units import GIB
+from tests.typed_words import format_set_options
 from tokenizer.cli import COMMANDS as TOKENIZER_COMMANDS
 
 ROOT = Path(__file__).parents[3]
@@ -206,7 +207,7 @@ NEEDLES = ("needle.lengths_tokens=[512]", "needle.depths=[0.5]", "needle.samples
 
 
 def format_settings(*changes: str) -> tuple[str, ...]:
-    return tuple(word for setting in changes for word in ("--set", setting))
+    return tuple(format_set_options(changes))
 
 
 EXTRA_ARGUMENTS = {

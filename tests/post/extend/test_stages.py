@@ -21,7 +21,7 @@ from megatron_sov.post.extend.stages import build_stage_blend, plan_stages
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.train.data.sources import Source
 from tests.run_files import read_run_events
-from tests.typed_words import parse_settings
+from tests.typed_words import format_set_options, parse_settings
 
 # The search of the training text finds planted needles only, and a gate that would test memorization is
 # refused.
@@ -173,10 +173,6 @@ LONG = {"train.global_batch_size": 4, "train.eval_every_steps": 0, "data.heldout
         "needle.depths": "[0.0,0.9]", "needle.samples": 2, "train.num_threads": 1}
 
 
-def list_set_arguments(settings: dict[str, Any]) -> list[str]:
-    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-
-
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
@@ -185,7 +181,7 @@ def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.Tem
     """A run of one step at 64 tokens, which no test changes."""
     run = tmp_path_factory.mktemp("stages") / "short"
     result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                         *list_set_arguments(SHORT | {"train.num_threads": 1}))
+                         *format_set_options(SHORT | {"train.num_threads": 1}))
     assert result.returncode == 0, result.stderr
     return run
 
@@ -196,7 +192,7 @@ def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[st
     chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
                                                              for name, v in gate.items()}
     return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",
-            str(run), *list_set_arguments(chosen), *more]
+            str(run), *format_set_options(chosen), *more]
 
 
 @pytest.mark.essential
@@ -232,7 +228,7 @@ def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shard
 
 def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
     """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
-    shorter = list_set_arguments({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
+    shorter = format_set_options({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
                                   "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
     args = parse_settings(ExtendOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
                                           str(token_shards), "--run", str(tmp_path / "long"), *shorter])

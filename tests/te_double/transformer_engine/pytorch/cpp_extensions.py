@@ -47,8 +47,8 @@ def general_gemm(
         raise RuntimeError(f"cuBLAS Error: the requested functionality is not supported: {A.dtype} x "
                            f"{B.dtype} -> {result_dtype}")
     if bias is not None and not grad and bias.dtype != result_dtype:
-        raise RuntimeError(f"the double refuses a bias of {bias.dtype} for a product in {result_dtype}: the real "
-                           "kernel reads its bytes as the product's type")
+        raise RuntimeError(f"the double refuses a bias of {bias.dtype} for a product in {result_dtype}: the "
+                           "real kernel reads its bytes as the product's type")
     first, second = (A.t() if layout[0] == "T" else A), (B.t() if layout[1] == "T" else B)
     if second.shape[1] != first.shape[0]:
         raise RuntimeError(f"GEMM inputs have incompatible dimensions (A is {tuple(A.shape)}, B is "
