@@ -343,8 +343,8 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
     data.to_parquet(tmp_path / "a.parquet")
     data.save_to_disk(tmp_path / "disk")
     for stored in ("a.parquet", "disk"):
-        assert read_chats(tmp_path / stored) == [(chat, [one]) for chat,
-                                                 one in zip(chats, tools, strict=True)]
+        assert read_chats(tmp_path / stored) == [
+            (chat, [tool]) for chat, tool in zip(chats, tools, strict=True)]
 
 
 def test_ignored_fields_of_messages_are_reported_and_counted(

@@ -90,8 +90,7 @@ def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None,
 
     model = AutoModelForCausalLM.from_pretrained(hf_models["solar_open"], dtype=torch.float32)
     result = read_printed_result(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards),
-                                 "--seq-len",
-                                 str(seq_len), "--max-tokens", "1500")
+                                 "--seq-len", str(seq_len), "--max-tokens", "1500")
     for source in open_sources({str(token_shards): 1.0}, 1024):
         shard, left, nats, labels = source.open_split("heldout"), 1500, 0.0, 0
         for document, length in enumerate(shard.lengths):

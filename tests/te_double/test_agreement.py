@@ -48,9 +48,9 @@ def differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
     runs."""
     assert len(steps) == len(expected)
     assert all(ours.keys() == theirs.keys() for ours, theirs in zip(steps, expected, strict=True))
-    return {what: max(compute_difference(ours[what], theirs[what]) for ours,
-                      theirs in zip(steps, expected, strict=True))
-            for what in expected[0]}
+    return {field: max(compute_difference(ours[field], theirs[field])
+                       for ours, theirs in zip(steps, expected, strict=True))
+            for field in expected[0]}
 
 
 @pytest.mark.distributed

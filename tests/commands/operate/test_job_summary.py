@@ -63,8 +63,7 @@ def test_a_dry_run_ends_with_tokens_time_and_cost(packed_data: Any, tmp_path: Pa
 def test_requeues_follow_from_days_and_time_limit(tmp_path: Path, capsys: Any, limit: str) -> None:
     """Data that is not packed yet is accepted: an earlier job may write it."""
     code, out, _ = run_submit(capsys, "pretrain", *H100, "--nodes", "8", "--time", limit, "qwen3-8b",
-                              "--data",
-                              str(tmp_path / "tokens"), "--run", str(tmp_path / "run"), "--set",
+                              "--data", str(tmp_path / "tokens"), "--run", str(tmp_path / "run"), "--set",
                               "train.steps=200000", "--set", "train.global_batch_size=128")
     *_, tokens, time, _, jobs = out.splitlines()
     assert code == 0 and tokens.endswith("; the data are not packed yet")

@@ -52,8 +52,7 @@ def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tm
     assert ("global_batch_size = 16 (phase main) must be a multiple of train.micro_batch_size 8 x data "
             "parallel size 3" in message)
     assert "--nproc 0: must be at least 1" in run_refused_command(capsys, [packed_data.text],
-                                                                  tmp_path / "run",
-                                                                  "--nproc", "0")
+                                                                  tmp_path / "run", "--nproc", "0")
 
 
 def test_folders_that_hold_something_else(capsys: Any, packed_data: Any, tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ def test_user_answers_do_not_change_sampled_tokens(tmp_path: Path) -> None:
     assert (episode.end, episode.answer) == ("answered", "3")
     assert episode.result is not None and episode.result.reward == 5
     # the ids contain the model's own tokens, followed by the template's rendering of the rest
-    assert [episode.ids[start:end] for start,
-            end in episode.spans] == [encoder.encode(text) for text in turns]
+    written = [episode.ids[start:end] for start, end in episode.spans]
+    assert written == [encoder.encode(text) for text in turns]
     assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(turns[0]),
                                                  *encoder.encode_after_turn([], user="Not two.")]
     assert json.loads(episode.turns[1].state)["turns"] == [["hm", "two", []], ["", "", ["add", "add"]]]

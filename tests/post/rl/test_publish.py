@@ -46,8 +46,7 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
     RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer), 368)
     return Publisher(
         config=build_config(), rounds=tmp_path / "rounds", store=tmp_path / "store",
-        prompts=read_prompts(file),
-        reward_version=VERSION, tokenizer=packed_data.tokenizer)
+        prompts=read_prompts(file), reward_version=VERSION, tokenizer=packed_data.tokenizer)
 
 
 def write(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) -> RolloutStore:

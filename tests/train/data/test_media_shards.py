@@ -80,15 +80,15 @@ def test_a_row_has_the_features_of_its_placeholders(chain: ShardChain, pieces: l
 
 
 def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
-    rows = [build_row(OrderedSample(0, (PackedSegment(d, 0, n),)), chain, 12) for d,
-            n in ((1, 3), (0, 9), (2, 11))]
+    rows = [build_row(OrderedSample(0, (PackedSegment(document, 0, count),)), chain, 12)
+            for document, count in ((1, 3), (0, 9), (2, 11))]
     whole = join_rows(rows)
     found = [(place + 12, feature) for place, feature in concatenate_features((0, 0, 9))] + [
         (place + 24, feature) for place, feature in concatenate_features((2, 0, 11))]
     assert list_features(whole.encoder_inputs) == found
     parts = [slice_inputs(whole.encoder_inputs, start, 7) for start in range(0, 36, 7)]
-    assert [p for start,
-            part in enumerate(parts) for p in list_features(join_inputs([(7 * start, part)]))] == found
+    assert [feature for number, part in enumerate(parts)
+            for feature in list_features(join_inputs([(7 * number, part)]))] == found
     assert all(len(part.records) <= 3 for media in parts for part in media.values())
 
 

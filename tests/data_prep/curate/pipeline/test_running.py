@@ -24,8 +24,7 @@ Done = list[tuple[str, str, int]]
 def run_pipeline(small_run: Path, *words: str, code: int = 0) -> Path:
     """Run the pipeline in this process; returns its folder."""
     assert cli.main(["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"), "--workers",
-                     "1",
-                     *words]) == code
+                     "1", *words]) == code
     return small_run / "out"
 
 
@@ -112,8 +111,8 @@ def test_a_changed_source_repeats_its_stages_and_global_steps(small_run: Path, f
     run_pipeline(small_run)
     alone = {(stage, source) for stage, source, _ in finished_tasks if source == "web"}
     assert alone == {("02-unique", "web"), ("03-shorten", "web"), ("04-output", "web")}
-    assert {stage for stage, source, _ in finished_tasks if source != "web"} == {stage for stage, _,
-                                                                                 _ in everything}
+    repeated_stages = {stage for stage, source, _ in finished_tasks if source != "web"}
+    assert repeated_stages == {stage for stage, _, _ in everything}
 
 
 def test_a_source_that_a_step_passes_is_left_alone(small_run: Path, finished_tasks: Done) -> None:

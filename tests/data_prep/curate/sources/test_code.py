@@ -18,8 +18,8 @@ def test_files_are_documents_with_language_and_licence(read) -> None:
              "one/lib/COPYING": TEXTS["GPL-3.0"], "one/lib/c.c": "int main(void) { return 0; }\n",
              "two/d.go": "package main\n"}
     found = {one.place: one for one in read(files, "code")}
-    columns = {place: (one.columns["language_hint"], one.columns.get("licence")) for place,
-               one in found.items()}
+    columns = {place: (document.columns["language_hint"], document.columns.get("licence"))
+               for place, document in found.items()}
     assert columns == {"one/src/a.py": ("python", "MIT"), "one/src/b.rs": ("rust", "MPL-2.0"),
                        "one/lib/c.c": ("c", "GPL-3.0"), "two/d.go": ("go", None)}
     assert found["one/src/a.py"].text == CODE

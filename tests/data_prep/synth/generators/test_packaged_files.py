@@ -66,8 +66,7 @@ def test_the_judge_comes_last_and_a_dialogue_alternates() -> None:
                           (turns[1:], "dialogue")):
         rewrite = "<rewrite>" + "\n".join(lines) + "</rewrite>"
         reasons = list_reasons("rewrite", DOCUMENT, build_model(rewrite=rewrite, grade=9),
-                               styles=["dialogue"],
-                               max_ratio=9.0, min_ratio=0.0, min_kept_share=0.0)
+                               styles=["dialogue"], max_ratio=9.0, min_ratio=0.0, min_kept_share=0.0)
         assert reasons == [reason], lines
 
 
