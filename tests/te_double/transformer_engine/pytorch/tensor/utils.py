@@ -37,7 +37,7 @@ def quantize_master_weights(model_weights: list[Any], master_weights: list[torch
                for weight, master in zip(model_weights, master_weights, strict=True)]
     for weight in model_weights:
         weight.clear_high_precision_init_val()
-    for kind, cast in ((Float8Tensor, _whole), (Float8BlockwiseQTensor, _blocks)):
+    for kind, cast in ((Float8Tensor, _cast_per_tensor), (Float8BlockwiseQTensor, _cast_per_block)):
         entries = [(w, m, s) for w, m, s in zip(model_weights, rounded, start_offsets, strict=True)
                    if isinstance(w, kind)]
         cast(entries, group)
@@ -56,8 +56,8 @@ def cast_master_weights_to_fp8(model_weights: list[Any], master_weights: list[to
                             manual_post_all_gather_processing)
 
 
-def _whole(entries: list[Any], group: Any) -> None:
-    """Cast by one scale."""
+def _cast_per_tensor(entries: list[Any], group: Any) -> None:
+    """Cast with one scale per tensor, from the largest value over the whole group."""
     if not entries:
         return
     amaxes = torch.stack([torch.zeros(()) if master is None else master.abs().amax().float()
@@ -69,26 +69,26 @@ def _whole(entries: list[Any], group: Any) -> None:
             weight._data.view(-1)[start:start + master.numel()] = to_bytes(master.float() * scale).view(-1)
 
 
-def _blocks(entries: list[Any], group: Any) -> None:
+def _cast_per_block(entries: list[Any], group: Any) -> None:
     """Cast with one scale per block; other processes may own parts of a block."""
     if not entries:
         return
-    found = []
+    block_amaxes = []
     for weight, master, start in entries:
-        whole = torch.zeros(weight.numel())
+        values = torch.zeros(weight.numel())
         if master is not None:
-            whole[start:start + master.numel()] = master.float().view(-1)
-        found.append(block_amax(whole.view(weight.shape)))
-    amaxes = torch.cat([amax.view(-1) for amax in found])
+            values[start:start + master.numel()] = master.float().view(-1)
+        block_amaxes.append(block_amax(values.view(weight.shape)))
+    amaxes = torch.cat([amax.view(-1) for amax in block_amaxes])
     torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
-    parts = amaxes.split([amax.numel() for amax in found])
-    for (weight, master, start), amax, flat in zip(entries, found, parts, strict=True):
+    parts = amaxes.split([amax.numel() for amax in block_amaxes])
+    for (weight, master, start), amax, flat in zip(entries, block_amaxes, parts, strict=True):
         scale = scale_of(flat.view(amax.shape), powers=True)
         weight._rowwise_scale_inv.copy_(scale.reciprocal())
         if master is not None:
-            own = spread(scale, weight.shape).reshape(-1)[start:start + master.numel()]
+            own_scale = spread(scale, weight.shape).reshape(-1)[start:start + master.numel()]
             weight._rowwise_data.view(-1)[start:start + master.numel()] = to_bytes(
-                master.float().view(-1) * own)
+                master.float().view(-1) * own_scale)
 
 
 def post_all_gather_processing(model_weights: Any) -> None:
