@@ -35,8 +35,8 @@ def test_every_item_is_found_in_each_disguise(tmp_path: Path, bench: Path, disgu
     clean = docs(*CLEAN, shard=1)
     outcomes = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
                         MemoryView.of([planted, clean], tmp_path / "work"))
-    assert {ITEM: outcomes[d.id].reason for ITEM, d in zip(ITEMS, planted, strict=True)} == dict.fromkeys(
-        ITEMS, "text of a benchmark")
+    reasons = [outcomes[document.id].reason for document in planted]
+    assert reasons == ["text of a benchmark"] * len(ITEMS)
     assert not any(outcomes[d.id].reason for d in clean)
 
 
@@ -50,7 +50,7 @@ def test_a_run_of_ten_words_is_enough_and_nine_are_not(tmp_path: Path, bench: Pa
     assert [bool(outcomes[d.id].reason) for d in documents] == [True, True, True, False]
 
 
-def test_items_that_say_too_little_are_not_looked_for(tmp_path: Path) -> None:
+def test_items_below_the_minimum_number_of_words_are_ignored(tmp_path: Path) -> None:
     bench = tmp_path / "short.jsonl"
     bench.write_text('{"text": "What is it?"}\n{"text": "What is it, my dear?"}\n')
     documents = docs("What is it? Tell me.", "So what is it my dear friend?")
@@ -67,8 +67,8 @@ def test_all_invalid_settings_are_reported(tmp_path: Path, bench: Path) -> None:
     assert keys_of(DecontaminateSettings(benchmarks=(tmp_path / "none",), ngram=3, min_words=4)) == [
         "benchmarks", "min_words"]
     (tmp_path / "empty.jsonl").write_text("")
-    (told,) = find_all_problems(DecontaminateSettings(benchmarks=(bench, tmp_path)))
-    assert told.rule.endswith("empty.jsonl: has no records; each line is a JSON object")
+    (problem,) = find_all_problems(DecontaminateSettings(benchmarks=(bench, tmp_path)))
+    assert problem.rule.endswith("empty.jsonl: has no records; each line is a JSON object")
 
 
 NAMES = ("english", "short")
@@ -76,7 +76,7 @@ SEARCH = ItemSearch([SearchItem("bench", name, "text", ITEMS[name]) for name in 
 
 
 @pytest.mark.parametrize("disguise", MARKUP_DISGUISES)
-def test_an_item_is_found_at_its_place(disguise: str) -> None:
+def test_an_item_is_found_with_its_offsets(disguise: str) -> None:
     for name in NAMES:
         planted = MARKUP_DISGUISES[disguise](ITEMS[name])
         text = f"Some of it stands before.\n\n{planted}\n\nMore of it behind, &amp; <b>bold</b>."
@@ -92,7 +92,7 @@ def test_an_item_is_found_at_its_place(disguise: str) -> None:
     "AT&T; R&D 100% of it, 50%off; C:\\new\\table\\u12", "<<<>>> &&& {{{ }}} [](x) \\", "",
     "Zażółć gęślą jaźń",
     "Он купил яблоки на рынке и продал их за городом", "\ud800 <b>"])
-def test_ordinary_text_has_a_plain_form_with_places(text: str) -> None:
+def test_the_plain_form_of_ordinary_text_has_offsets(text: str) -> None:
     assert find_hits(text, SEARCH, 0) == []
     if (found := to_plain_form(text)) is not None:
         assert len(found.text) == len(found.starts) == len(found.ends)

@@ -25,14 +25,14 @@ def draw_text(rng: random.Random, share: float, *, korean: bool = False) -> str:
 def plant_labels(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Return labels that follow the share of good words, every third one Korean."""
     rng = random.Random(seed)
-    found = []
+    labels = []
     for i in range(count):
         label = i % 2 if kind == "classifier" else rng.randrange(6)
         share = label if kind == "classifier" else label / 5
         korean = i % 3 == 0
         text = draw_text(rng, 0.15 + 0.7 * share, korean=korean)
-        found.append({"text": text, "label": label, "language": "ko" if korean else "en"})
-    return found
+        labels.append({"text": text, "label": label, "language": "ko" if korean else "en"})
+    return labels
 
 
 def write_lines(file: Path, records: Sequence[dict[str, Any]]) -> Path:

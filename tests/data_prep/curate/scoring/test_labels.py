@@ -49,7 +49,7 @@ def test_all_wrong_lines_are_counted(tmp_path: Path) -> None:
         read_labels(file, "regressor", 100)
 
 
-def test_a_text_is_read_once_and_cut(tmp_path: Path) -> None:
+def test_texts_are_truncated_and_counted_once(tmp_path: Path) -> None:
     file = tmp_path / "labels.jsonl"
     file.write_text('{"text": "abcd", "label": 1}\n{"text": "abce", "label": 0}\n\n'
                     '{"text": "x", "label": 0}\n')
@@ -69,11 +69,11 @@ def test_labels_that_teach_nothing_are_refused(
     assert message in str(error.value)
 
 
-def test_labels_are_cut_by_their_texts_within_each_class() -> None:
+def test_labels_are_split_by_text_within_each_class() -> None:
     labels = [Label(f"text {i}", float(i % 4 == 0), "") for i in range(200)]
     parts = split_labels(labels)
-    cut = (parts.fit, parts.calibration, parts.heldout)
-    assert [Counter(item.label for item in part) for part in cut] == [
+    split = (parts.fit, parts.calibration, parts.heldout)
+    assert [Counter(item.label for item in part) for part in split] == [
         {0.0: 120, 1.0: 40}, {0.0: 15, 1.0: 5}, {0.0: 15, 1.0: 5}]
     backwards = split_labels(labels[::-1])
     assert backwards == parts
@@ -113,7 +113,7 @@ def compute_scikit_learn_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     return np.asarray(rows.toarray())
 
 
-def rows_of_ours(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
+def compute_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     rows = np.zeros((len(texts), ngrams.settings.num_buckets))
     for row, text in zip(rows, texts, strict=True):
         buckets, values = ngrams.compute_row(text)
@@ -122,23 +122,23 @@ def rows_of_ours(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("max_ngram", NGRAMS)
-def test_rows_are_those_of_scikit_learn(max_ngram: int) -> None:
+def test_rows_equal_scikit_learn(max_ngram: int) -> None:
     ngrams = NGRAMS[max_ngram]
-    np.testing.assert_allclose(rows_of_ours(ngrams, TEXTS), compute_scikit_learn_rows(ngrams, TEXTS),
+    np.testing.assert_allclose(compute_rows(ngrams, TEXTS), compute_scikit_learn_rows(ngrams, TEXTS),
                                atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-def test_rows_of_any_text_are_those_of_scikit_learn(text: str) -> None:
+def test_rows_of_any_text_equal_scikit_learn(text: str) -> None:
     ngrams = NGRAMS[2]
-    np.testing.assert_allclose(rows_of_ours(ngrams, [text]), compute_scikit_learn_rows(ngrams, [text]),
+    np.testing.assert_allclose(compute_rows(ngrams, [text]), compute_scikit_learn_rows(ngrams, [text]),
                                atol=1e-6)
 
 
-def test_the_product_with_weights_is_that_of_the_row_and_leaves_no_trace() -> None:
+def test_the_dot_product_equals_that_of_the_row_when_repeated() -> None:
     weights = np.random.default_rng(0).normal(size=BUCKETS).astype(np.float32)
-    expected = rows_of_ours(NGRAMS[2], TEXTS) @ weights
+    expected = compute_rows(NGRAMS[2], TEXTS) @ weights
     for _ in range(2):
         products = [NGRAMS[2].compute_dot(text, weights) for text in TEXTS]
         assert products == pytest.approx(expected.tolist(), abs=1e-5)
@@ -150,7 +150,7 @@ def test_a_text_is_read_to_max_chars() -> None:
     assert ngrams.split_units("ab cd ef") == ["ab", "cd"]
 
 
-def test_half_a_surrogate_pair_is_a_sign_and_not_an_error() -> None:
+def test_half_of_a_surrogate_pair_is_replaced() -> None:
     assert NGRAMS[1].split_units("a\ud800b") == ["a", "?", "b"]
 
 

@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 
 
 @pytest.mark.parametrize("kind", ["classifier", "regressor"])
-def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kind) -> None:
+def test_scores_follow_from_weights_and_calibration(scorers: dict[str, Path], kind: Kind) -> None:
     scorer = load_scorer(scorers[kind])
     assert scorer.kind == kind
     s = scorer.settings
@@ -64,8 +64,8 @@ def change_weights(array: np.ndarray) -> Callable[[Path], object]:
     (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"\x80\x04junk"), "is damaged"),
     (lambda folder: (folder / WEIGHTS_FILE).unlink(), "its manifest lists no weights.safetensors"),
 ])
-def test_files_that_cannot_be_are_refused(scorers: dict[str, Path], tmp_path: Path,
-                                          change: Callable[[Path], object], message: str) -> None:
+def test_damaged_files_are_refused(scorers: dict[str, Path], tmp_path: Path,
+                                   change: Callable[[Path], object], message: str) -> None:
     folder = change_scorer(scorers["classifier"], tmp_path / "bad", change)
     with pytest.raises(UserError) as error:
         load_scorer(folder)
@@ -73,7 +73,7 @@ def test_files_that_cannot_be_are_refused(scorers: dict[str, Path], tmp_path: Pa
     assert "train the scorer again" in str(error.value)
 
 
-def test_a_file_that_the_manifest_does_not_list_is_noticed(scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_outside_the_manifest_is_refused(scorers: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(scorers["classifier"], tmp_path / "copy")
     (tmp_path / "copy/extra.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds extra\.json, which its manifest does not list; remove it"):
@@ -83,12 +83,12 @@ def test_a_file_that_the_manifest_does_not_list_is_noticed(scorers: dict[str, Pa
 def test_folders_of_another_kind_are_refused(scorers: dict[str, Path], tmp_path: Path) -> None:
     assert find_scorer_problems("model", scorers["classifier"], "classifier") == []
     assert find_scorer_problems("model", scorers["classifier"]) == []
-    (said,) = find_scorer_problems("model", scorers["classifier"], "regressor")
-    assert "is a classifier; train one with `sov-data scorer train --kind regressor`" in said.sentence
-    (said,) = find_scorer_problems("model", tmp_path / "none")
-    assert said.key == "model" and said.rule.startswith(f"{tmp_path}/none: does not exist")
-    (said,) = find_scorer_problems("model", tmp_path)
-    assert "pass the folder that `sov-data scorer train` wrote" in said.rule
+    (problem,) = find_scorer_problems("model", scorers["classifier"], "regressor")
+    assert "is a classifier; train one with `sov-data scorer train --kind regressor`" in problem.sentence
+    (problem,) = find_scorer_problems("model", tmp_path / "none")
+    assert problem.key == "model" and problem.rule.startswith(f"{tmp_path}/none: does not exist")
+    (problem,) = find_scorer_problems("model", tmp_path)
+    assert "pass the folder that `sov-data scorer train` wrote" in problem.rule
 
 
 def test_files_that_determine_scores_contain_no_date(scorers: dict[str, Path]) -> None:

@@ -16,7 +16,7 @@ from tests.typed_words import keys_of
 TEXTS = ("the theorem explains the energy of cells", "click banner sale login casino", "역사 설명 증명", "")
 
 
-def test_documents_get_the_models_scores(scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_documents_get_the_scores_of_the_model(scorers: dict[str, Path], tmp_path: Path) -> None:
     view = MemoryView.of([docs(*TEXTS)], tmp_path)
     for step, settings, column in ((Quality, QualitySettings(scorers["classifier"]), "quality"),
                                    (Education, EducationSettings(scorers["regressor"]), "education")):
@@ -27,7 +27,7 @@ def test_documents_get_the_models_scores(scorers: dict[str, Path], tmp_path: Pat
         assert {o.reason for o in outcomes.values()} == {""}
 
 
-def test_documents_below_the_bar_are_dropped_for_one_reason(scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_documents_below_the_minimum_score_are_dropped(scorers: dict[str, Path], tmp_path: Path) -> None:
     view = MemoryView.of([docs(*TEXTS)], tmp_path)
     outcomes = run_step(Quality, QualitySettings(scorers["classifier"], min_score=0.5), view)
     assert [o.reason for o in outcomes.values()][:3] == ["", "quality below 0.5", ""]
@@ -53,8 +53,8 @@ FORMULAS = r"Let $$x$$ be such that \frac{a}{b} \leq \sum_{i} x_i and \int f = 0
 
 
 def find_kind(work: Path, text: str, settings: KindSettings, **columns: Any) -> str:
-    (found,) = run_step(DocumentKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
-    kind = found.values["kind"]
+    (outcome,) = run_step(DocumentKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
+    kind = outcome.values["kind"]
     assert isinstance(kind, str)
     return kind
 
@@ -71,8 +71,8 @@ def find_kind(work: Path, text: str, settings: KindSettings, **columns: Any) -> 
     (PROSE, {"language": "th"}, "multilingual"),
     (PROSE, {"language": "und"}, ""),
 ])
-def test_the_first_rule_that_speaks_decides(tmp_path: Path, text: str, columns: dict[str, Any],
-                                            kind: str) -> None:
+def test_the_first_matching_rule_decides_the_kind(tmp_path: Path, text: str, columns: dict[str, Any],
+                                                  kind: str) -> None:
     assert find_kind(tmp_path, text, KindSettings(), **columns) == kind
 
 

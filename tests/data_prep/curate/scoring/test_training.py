@@ -19,22 +19,22 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 # Fits: the best penalty, probabilities that hold, and embeddings of any size.
 
 RNG = np.random.default_rng(0)
-TRUE = RNG.normal(size=20)
+TRUE_WEIGHTS = RNG.normal(size=20)
 
 
-def sample(count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows, and labels that a linear rule gives them, with noise."""
+def draw_sample(count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows [count, 20], and noisy labels of a linear rule."""
     rows = RNG.normal(size=(count, 20))
-    z = rows @ TRUE
+    z = rows @ TRUE_WEIGHTS
     if kind == "regressor":
         return rows.astype(np.float32), np.clip(2.5 + 0.3 * z + RNG.normal(size=count) * 0.2, 0, 5)
     return rows.astype(np.float32), (RNG.random(count) < 1 / (1 + np.exp(-z))).astype(float)
 
 
-def test_a_classifier_is_the_librarys_with_the_best_penalty() -> None:
-    rows, labels = sample(600, "classifier")
-    other, wanted = sample(300, "classifier")
-    scorer = fit_scorer("classifier", csr_matrix(rows), labels, csr_matrix(other), wanted)
+def test_a_classifier_equals_logistic_regression() -> None:
+    rows, labels = draw_sample(600, "classifier")
+    heldout_rows, heldout_labels = draw_sample(300, "classifier")
+    scorer = fit_scorer("classifier", csr_matrix(rows), labels, csr_matrix(heldout_rows), heldout_labels)
     models = {c: LogisticRegression(C=c, max_iter=500).fit(rows, labels) for c in INVERSE_PENALTIES}
     assert scorer.penalty in models
     model = models[scorer.penalty]
@@ -42,30 +42,30 @@ def test_a_classifier_is_the_librarys_with_the_best_penalty() -> None:
     assert scorer.bias == pytest.approx(model.intercept_[0], abs=1e-3)
 
 
-def test_probabilities_hold_where_the_fit_is_too_sure() -> None:
-    rows, labels = sample(60, "classifier")
-    scorer = fit_scorer("classifier", csr_matrix(rows), labels, *sample(4000, "classifier"))
+def test_calibration_corrects_an_overconfident_fit() -> None:
+    rows, labels = draw_sample(60, "classifier")
+    scorer = fit_scorer("classifier", csr_matrix(rows), labels, *draw_sample(4000, "classifier"))
     assert scorer.slope < 1
-    fresh, wanted = sample(20_000, "classifier")
-    p = 1 / (1 + np.exp(-(scorer.slope * (fresh @ scorer.weights + scorer.bias) + scorer.offset)))
+    fresh_rows, fresh_labels = draw_sample(20_000, "classifier")
+    p = 1 / (1 + np.exp(-(scorer.slope * (fresh_rows @ scorer.weights + scorer.bias) + scorer.offset)))
     for low in (0.1, 0.5, 0.8):
         inside = (p >= low) & (p < low + 0.1)
-        assert wanted[inside].mean() == pytest.approx(p[inside].mean(), abs=0.06)
+        assert fresh_labels[inside].mean() == pytest.approx(p[inside].mean(), abs=0.06)
 
 
-def test_a_regressor_is_ridge_regression_that_its_calibration_stretches() -> None:
-    rows, labels = sample(500, "regressor")
-    other, wanted = sample(300, "regressor")
-    scorer = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix(other), wanted)
+def test_a_regressor_equals_calibrated_ridge_regression() -> None:
+    rows, labels = draw_sample(500, "regressor")
+    heldout_rows, heldout_labels = draw_sample(300, "regressor")
+    scorer = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix(heldout_rows), heldout_labels)
     model = Ridge(alpha=scorer.penalty, solver="sparse_cg", tol=1e-6).fit(rows, labels)
     assert scorer.penalty in PENALTIES
     np.testing.assert_allclose(scorer.weights, model.coef_, atol=1e-4)
-    z = other @ scorer.weights + scorer.bias
-    assert np.polyfit(z, wanted, 1) == pytest.approx([scorer.slope, scorer.offset], abs=1e-4)
+    z = heldout_rows @ scorer.weights + scorer.bias
+    assert np.polyfit(z, heldout_labels, 1) == pytest.approx([scorer.slope, scorer.offset], abs=1e-4)
 
 
 def test_uninformative_scores_are_not_calibrated() -> None:
-    rows, labels = sample(200, "regressor")
+    rows, labels = draw_sample(200, "regressor")
     scorer = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
     assert (scorer.slope, scorer.offset) == (1.0, 0.0)
 
@@ -83,8 +83,8 @@ def test_the_same_labels_give_the_same_scorer(labels_file: Callable[..., Path], 
     assert find_damaged_files(tmp_path / "a") == []
 
 
-def test_repeated_texts_are_counted_and_never_on_both_sides(labels_file: Callable[..., Path],
-                                                            tmp_path: Path) -> None:
+def test_repeated_texts_are_counted_and_not_split(labels_file: Callable[..., Path],
+                                                  tmp_path: Path) -> None:
     file = labels_file(count=100)
     file.write_text(file.read_text() * 3)
     content = train_scorer(TrainSettings(file, "classifier", SMALL), tmp_path / "out")
@@ -92,7 +92,7 @@ def test_repeated_texts_are_counted_and_never_on_both_sides(labels_file: Callabl
     assert content["num_fit"] + content["num_calibration"] + content["heldout"]["num_labels"] == 100
 
 
-def test_figures_of_a_classifier_are_those_of_counting_pairs() -> None:
+def test_classifier_figures_equal_counted_pairs() -> None:
     rng = np.random.default_rng(1)
     expected = rng.integers(0, 2, 60)
     scores = np.round(np.clip(0.3 * expected + rng.random(60) * 0.7, 0, 1), 1)
