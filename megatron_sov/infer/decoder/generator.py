@@ -246,7 +246,7 @@ class MegatronEngine:
     """
 
     def __init__(self, model: ForwardModel, batching: Batching | None = None) -> None:
-        self._model, self._batching = model, batching or Batching()
+        self.forward_model, self._batching = model, batching or Batching()
         self._weight_version = WeightVersion("megatron")
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
@@ -264,7 +264,7 @@ class MegatronEngine:
         if 0 in map(len, prompts):
             raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no token; "
                              "every prompt needs at least one")
-        shape = build_route_shape(self._model.model.architecture) if sampling.with_routes else None
+        shape = build_route_shape(self.forward_model.model.architecture) if sampling.with_routes else None
         numbers = range(len(prompts)) if streams is None else streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         stop = stop or StopRule()
@@ -275,10 +275,10 @@ class MegatronEngine:
                      for i in range(rank, len(prompts), size)]
         # size the KV cache for this process's sequences
         longest = max((s.prompt_tokens + s.limit for s in sequences), default=sampling.max_new_tokens)
-        state_tokens = self._model.model.architecture.count_state_tokens()
+        state_tokens = self.forward_model.model.architecture.count_state_tokens()
         slots = self._batching.slots(len(sequences), longest, state_tokens)
         cache = CacheSize(slots, longest)
-        with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
+        with CachedDecoder(self.forward_model, cache, with_routes=sampling.with_routes) as decoder:
             run = DecodingBatch(decoder, cache, self._batching.prefill_tokens, sequences)
             # The first process decides when to stop: independent decisions would leave other processes in a
             # row.
@@ -304,7 +304,7 @@ class MegatronEngine:
 
     @cached_property
     def _importer(self) -> LiveImport:
-        return LiveImport(self._model.model)
+        return LiveImport(self.forward_model.model)
 
 
 def _gather_routes(sequences: Sequence[Continuation], lengths: Sequence[int],

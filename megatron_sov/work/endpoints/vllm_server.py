@@ -49,12 +49,13 @@ class VllmServer:
         # no seed: on CPUs vLLM crashes with a seed when a prompt is prefilled in chunks
         sampling = {"max_tokens": request.max_new_tokens, "temperature": request.temperature,
                     "top_p": request.top_p, "top_k": request.top_k or -1, "logprobs": 0, "ignore_eos": True,
-                    "stop_token_ids": list(request.stop_ids), "detokenize": False, "n": request.count}
+                    "stop_token_ids": list(request.stop_ids), "n": request.count}
         if self._path == GENERATE_PATH and not request.others:  # the route accepts a single prompt
             try:
                 reply = self._calls.ask(GENERATE_PATH,
                                         {"request_id": request.name, "token_ids": list(request.ids),
-                                                "sampling_params": sampling, "model": self._model or None})
+                                         "sampling_params": {**sampling, "detokenize": False},
+                                         "model": self._model or None})
                 return check_answers(_parse_choices(reply, self.url), request.num_answers, self.url)
             except RequestRefused as e:
                 # servers without --enable-scale-out lack the route
@@ -154,7 +155,6 @@ class VllmServer:
         body = dict(sampling) | {"prompt": request.prompts if request.others else list(request.ids),
                                  "model": self._get_model_name(), "return_token_ids": True,
                                  "return_tokens_as_token_ids": True, "request_id": request.name}
-        body.pop("detokenize")
         reply = self._calls.ask(COMPLETIONS_PATH, body)
         with parse_answer(self.url):
             return [TokenAnswer(check_token_ids(choice["token_ids"]),

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from megatron_sov.base.artifacts import create_file, fsync_path, translate_disk_errors
+from megatron_sov.base.artifacts import create_file, translate_disk_errors
 from megatron_sov.base.errors import UserError, first_error_line
 from megatron_sov.base.sealed import open_sealed_parquet, seal_file, seal_parquet
 
@@ -180,13 +180,12 @@ class TableFile:
                 self._writer.write_table(table, row_group_size=table.num_rows)
 
     def close(self) -> str:
-        """Seal and sync the file under the temporary name; return the checksum."""
+        """Seal the file under the temporary name; return the checksum."""
         if not self._seal:
             with translate_disk_errors(self.path):
                 seal_parquet(self._writer)
                 self._writer.close()
                 self._seal = seal_file(self._temporary)
-                fsync_path(self._temporary)
         return self._seal
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -197,7 +196,7 @@ class TableFile:
             self._new.__exit__(kind, error, trace)
             return
         with contextlib.ExitStack() as stack:
-            # `close` runs before the rename: the file is sealed and synced when it appears
+            # `close` runs before the rename: the file is sealed when it appears
             stack.push(self._new)
             self.close()
 

@@ -12,7 +12,6 @@ same part, the first stays. Readers need no lock.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, Manifest, create_artifact, delete_folder, find_file_damage, format_json, fsync_path, is_locked,
+    MANIFEST, Manifest, create_artifact, delete_folder, find_file_damage, format_json, is_locked,
     manifest_sha256, read_manifest, rename_unless_taken, translate_disk_errors, write_atomically)
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import check_creatable
@@ -181,18 +180,13 @@ class Table(Generic[P]):
                     (temporary / name).mkdir(parents=True)
                 write_atomically(temporary / cls.HEAD,
                                  format_json({"format_version": FORMAT_VERSION, **identity}))
-                os.rename(temporary, path)
-                fsync_path(path.parent)
-            except OSError as e:
-                # another process was faster
-                if (path / cls.HEAD).is_file():
-                    return
-                if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise UserError(f"{path}: is not empty and no {cls.NOUN}; choose another folder"
-                                    ) from None
-                raise
+                is_new = rename_unless_taken(temporary, path)
+            except NotADirectoryError:  # `path` is a file
+                is_new = False
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+        if not is_new and not (path / cls.HEAD).is_file():
+            raise UserError(f"{path}: is not empty and no {cls.NOUN}; choose another folder")
 
     @property
     def claims(self) -> Path:

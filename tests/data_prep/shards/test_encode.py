@@ -1,6 +1,7 @@
 """Tokens and masks, compared with transformers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from data_prep.cli import main as sov_data
 from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast_encoder
+from data_prep.shards.foreign_tokenizer import fix_foreign_tokenizer
 from megatron_sov.base.documents import (
     BadRecord, Conversation, Document, Message, RecordReading, read_documents)
 from megatron_sov.base.errors import UserError
@@ -168,6 +170,7 @@ def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
     ("packed", "packed/tokenizer", "packed-tokenizer"),  # token shards, a checkpoint: it lies inside
     ("run", "run/checkpoints/step-10/tokenizer", "run-tokenizer"),  # newest step, not last by name
     ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
+    ("hf/config.json", "hf", "hf-tokenizer"),  # next to a tokenizer.json: it stands for the folder
     ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
     ("old", "old", "old-tokenizer"),
 ])
@@ -180,11 +183,14 @@ def test_foreign_tokenizer_is_rejected_with_import_command( given: str, imported
         (tmp_path / name).mkdir(parents=True)
         shutil.copyfile(folder / "tokenizer.json", tmp_path / name / "tokenizer.json")
     (tmp_path / "old").mkdir()
-    (tmp_path / "old/my.tiktoken").touch()
-    with pytest.raises(UserError) as e:
+    for name in ("old/my.tiktoken", "hf/config.json"):
+        (tmp_path / name).touch()
+    command = f"sov-tokenizer import {imported} --output {output}"
+    with pytest.raises(UserError, match=f"run `{re.escape(command)}`, and pass"):
         Encoder(Path(given))
-    assert f"run `sov-tokenizer import {imported} --output {output}`, and pass" in str(e.value)
-    with pytest.raises(UserError, match=r"no-1b: does not exist; .* `hf download no-1b --local-dir no-1b`"):
+    fix = fix_foreign_tokenizer(Path(given))
+    assert fix is not None and fix.before == (command,)
+    with pytest.raises(UserError, match=r"no-1b: does not exist; .* `hf download no-1b`"):
         Encoder(Path("no-1b"))
     assert sov_data(["pack", "--tokenizer", given, "--input", ".", "--output", "o", "--dry-run"]) == 2
 

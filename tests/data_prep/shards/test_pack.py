@@ -22,7 +22,6 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.foreign_tokenizer import explain_foreign_tokenizer, fix_foreign_tokenizer
 from data_prep.shards.pack import PackSettings, PackSource, parse_sources
 from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import open_split
@@ -404,19 +403,3 @@ def test_lines_become_documents_and_single_document_warns( tokenizers: dict[str,
     assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--format", "chat", "--output",
                  str(tmp_path / "x")]) == 2
     assert "--lines: is for text, and the format is chat" in capsys.readouterr().err
-
-
-@pytest.mark.each(("typed", "source", "output"), [
-    ("hf/config.json", "hf", "hf-tokenizer"),
-    ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
-    ("model", "model/tokenizer", "model-tokenizer")])
-def test_the_import_of_a_tokenizer_is_proposed(tmp_path: Path, typed: str, source: str, output: str) -> None:
-    """tokenizer.json and a file next to it identify the same folder; the
-    output is named after the folder on the command line."""
-    for file in ("hf/tokenizer.json", "hf/config.json", "model/tokenizer/tokenizer.json"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("{}")
-    command = f"sov-tokenizer import {tmp_path / source} --output {output}"
-    assert f"`{command}`" in explain_foreign_tokenizer(tmp_path / typed)
-    fix = fix_foreign_tokenizer(tmp_path / typed)
-    assert fix is not None and fix.before == (command,)

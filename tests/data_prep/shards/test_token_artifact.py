@@ -16,8 +16,7 @@ from data_prep.shards.heldout import HeldoutRule, hash_document
 from data_prep.shards.pack import PackSettings, PackSource
 from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, choose_token_dtype, format_table, get_sidecars, iter_shards, open_split,
-    read_tokens_manifest)
+    CONTENT_VERSION, choose_token_dtype, format_table, iter_shards, open_split, read_tokens_manifest)
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents import Conversation, Document, Message
 from megatron_sov.base.documents.shard_files import IndexedWriter
@@ -47,12 +46,6 @@ def test_shards_are_ordered_by_source_split_and_number(chosen: dict[str, str], p
         assert shard.record["num_tokens"] == int(shard.prefix.name[-5:])
 
 
-def test_shard_opens_files(tmp_path: Path) -> None:
-    (shard,) = iter_shards(tmp_path, CONTENT, source="books")
-    with pytest.raises(UserError, match="train-00000"):
-        shard.open()
-
-
 @pytest.mark.parametrize("version", [1, CONTENT_VERSION + 1])
 def test_another_content_version_is_rejected(version: int, tmp_path: Path) -> None:
     with create_artifact(tmp_path / "data", "tokens") as artifact:
@@ -62,26 +55,13 @@ def test_another_content_version_is_rejected(version: int, tmp_path: Path) -> No
         read_tokens_manifest(tmp_path / "data")
 
 
-def test_current_content_version_is_read(tmp_path: Path) -> None:
-    with create_artifact(tmp_path / "data", "tokens") as artifact:
-        artifact.content.update(CONTENT | {"content_version": CONTENT_VERSION})
-    assert read_tokens_manifest(tmp_path / "data").content["sources"] == CONTENT["sources"]
-    with create_artifact(tmp_path / "other", "tokenizer"):
-        pass
-    with pytest.raises(UserError, match="tokenizer"):
-        read_tokens_manifest(tmp_path / "other")
-
-
 Documents = list[list[int]]
 
 
-def write(prefix: Path, documents: Documents, dtype: str, sidecars: bool = False) -> None:
-    with IndexedWriter(prefix, dtype, get_sidecars("chat", ("score",)) if sidecars else None) as writer:
+def write(prefix: Path, documents: Documents, dtype: str) -> None:
+    with IndexedWriter(prefix, dtype) as writer:
         for document in documents:
-            ids = np.array(document, dtype=np.int32)
-            columns = {"bin": ids, "loss": (ids % 2).astype(np.float32), "type": (ids % 3).astype(np.uint8),
-                       "kind": (ids % 4).astype(np.uint8), "score": -ids / 2}
-            writer.write(np.array([len(document)], dtype=np.int32), columns)
+            writer.write(np.array([len(document)], np.int32), {"bin": np.array(document, np.int32)})
 
 
 @settings(max_examples=30)
@@ -111,13 +91,6 @@ def test_files_equal_megatrons_builder(tmp_path: Path) -> None:
 @pytest.mark.each("vocab_size", [2, 65499, 65500, 65501, 196608])
 def test_dtype_is_megatrons_choice(vocab_size: int) -> None:
     assert choose_token_dtype(vocab_size) == DType.optimal_dtype(vocab_size).__name__
-
-
-def test_sidecars_have_an_entry_per_token(tmp_path: Path) -> None:
-    write(tmp_path / "s", [[1, 2], [3]], "uint16", sidecars=True)
-    assert np.fromfile(tmp_path / "s.loss", "<f4").tolist() == [1, 0, 1]
-    assert np.fromfile(tmp_path / "s.type", np.uint8).tolist() == [1, 2, 0]
-    assert np.fromfile(tmp_path / "s.score", "<f4").tolist() == [-0.5, -1, -1.5]
 
 
 def test_an_empty_split_is_readable(tmp_path: Path) -> None:

@@ -22,16 +22,18 @@ from megatron_sov.base.artifacts import FileRecord, format_json, read_manifest
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 
+ANSWERS = [f"{i} and {'more ' * (i % 7)}" for i in range(40)]
+
 
 @pytest.fixture(scope="module")
-def sound(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
-             for i in range(40)]
-    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    pack_sources(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "shards",
+def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stats")
+    lines = [{"messages": [{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}]}
+             for a in ANSWERS]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pack_sources(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "out",
          PackSettings(0.2, RecordReading("chat")))
-    return folder / "shards"
+    return folder / "out"
 
 
 def rehash(data: Path) -> None:
@@ -61,9 +63,9 @@ def write_values(file: Path, dtype: str, value: int) -> None:
     np.full(len(np.fromfile(file, dtype)), value, dtype).tofile(file)
 
 
-def test_sound_shards_pass(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(sound)]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{sound}: sound"]
+def test_sound_shards_pass(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(chats)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{chats}: sound"]
 
 
 def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
@@ -89,19 +91,19 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
     (lambda d: (d / "chat/train-00000.type").write_bytes(b"\1"), "train-00000.type: has 1 bytes"),
     (lambda d: (d / "chat/train-00000.bin").write_bytes(b""), "train-00000.bin: has 0 bytes, the index says"),
 ])
-def test_damage_with_right_hashes_is_found(sound: Path, tmp_path: Path, damage: Callable[[Path], Any],
+def test_damage_with_right_hashes_is_found(chats: Path, tmp_path: Path, damage: Callable[[Path], Any],
                                            message: str) -> None:
     data = tmp_path / "copy"
-    shutil.copytree(sound, data)
+    shutil.copytree(chats, data)
     damage(data)
     rehash(data)
     assert any(message in problem for problem in verify_shards(data)[0])
 
 
-def test_wrong_counts_and_hashes_are_found(sound: Path, tmp_path: Path,
+def test_wrong_counts_and_hashes_are_found(chats: Path, tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "copy"
-    shutil.copytree(sound, data)
+    shutil.copytree(chats, data)
     raw = json.loads((data / "manifest.json").read_text())
     raw["content"]["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"] += 1
     raw["content"]["dtype"] = "int32"
@@ -109,14 +111,14 @@ def test_wrong_counts_and_hashes_are_found(sound: Path, tmp_path: Path,
     (data / "tokenizer/tokenizer.json").write_text("{}")
     assert main(["verify", str(data)]) == 2
     err = capsys.readouterr().err
-    found = read_manifest(sound).content["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"]
+    found = read_manifest(chats).content["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"]
     assert f"num_tokens is {found}, the manifest says {found + 1}" in err
     assert "ids are uint16, the manifest says int32" in err
     assert "tokenizer/tokenizer.json: has 2 bytes" in err
 
 
-def test_routes_are_checked_against_shape(sound: Path, tmp_path: Path) -> None:
-    data, shape = shutil.copytree(sound, tmp_path / "data"), RouteShape(2, 2, 4)
+def test_routes_are_checked_against_shape(chats: Path, tmp_path: Path) -> None:
+    data, shape = shutil.copytree(chats, tmp_path / "data"), RouteShape(2, 2, 4)
     raw = json.loads((data / "manifest.json").read_text())
     (source,) = raw["content"]["sources"]
     source |= {"sidecars": [*source["sidecars"], "routes"], "routes": shape.record()}
@@ -141,20 +143,6 @@ def test_routes_are_checked_against_shape(sound: Path, tmp_path: Path) -> None:
                                                    | {"content": raw["content"]}))
     rehash(data)
     assert "source 'chat': routes = " in "\n".join(verify_shards(data)[0])
-
-
-ANSWERS = [f"{i} and {'more ' * (i % 7)}" for i in range(40)]
-
-
-@pytest.fixture(scope="module")
-def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stats")
-    lines = [{"messages": [{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}]}
-             for a in ANSWERS]
-    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    pack_sources(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "out",
-         PackSettings(0.2, RecordReading("chat")))
-    return folder / "out"
 
 
 def test_unreadable_tokenizer_gives_one_sentence(chats: Path, tmp_path: Path,

@@ -33,11 +33,15 @@ class Does:
 
     def __init__(self, *, size: int = 1) -> None:
         self.size = size
+        if size < 0:
+            os._exit(3)
 
     def score(self, row):
         what = row["response"]
         if what == "hang":
             time.sleep(3600)
+        if what == "nap":
+            return time.sleep(0.2) or 0.0
         if what == "loop":
             while True:
                 pass
@@ -106,9 +110,10 @@ def test_ended_process_affects_a_single_row(runner, monkeypatch: pytest.MonkeyPa
     assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
     sent.clear()
     monkeypatch.setattr(workers, "FAST_REQUEST_S", -1.0)
-    with runner(workers=1) as running:
-        running.score(build_rows("1", "2", "3"))
-    assert sent == [1, 1, 1]
+    with runner(workers=1, time_limit_s=0.7) as running:
+        # the limit is of one row, and rows after the first 32 are judged once
+        result = running.score(build_rows(*["1"] * 32, *["nap"] * 5))
+    assert sent == [1] * 37 and {r.status for r in result} == {"scored"}
 
 
 def test_busy_judge_scores_0_and_waiting_judge_has_no_reward(runner) -> None:
@@ -136,9 +141,10 @@ def test_row_without_processor_time_is_judged_again(runner, tmp_path: Path) -> N
         assert [(r.reward, r.status) for r in running.score(build_rows("once"))] == [(3.0, "scored")]
 
 
-def test_reward_that_cannot_be_built_stops_scoring(runner) -> None:
-    with (pytest.raises(UserError, match='size = "big" must be a whole number'),
-          runner(settings={"size": "big"}) as running):
+@pytest.mark.each(("size", "problem"), [('"big"', 'size = "big" must be a whole number'),
+                                        ("-1", r"ended while it started \(exit code 3\)")])
+def test_reward_that_cannot_be_built_stops_scoring(size: str, problem: str, runner) -> None:
+    with pytest.raises(UserError, match=problem), runner(settings={"size": json.loads(size)}) as running:
         running.score(build_rows("1"))
 
 

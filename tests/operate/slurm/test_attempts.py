@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from megatron_sov.operate.slurm import attempts
 from megatron_sov.operate.slurm.attempts import (
     AttemptHistory, find_first_failure, measure_progress, read_last_lines)
+from tests.operate.slurm.test_preflight import LIMITS, SOUND
 
 Question = Callable[..., str]
 
@@ -137,6 +139,12 @@ def test_a_node_that_fails_twice_is_excluded(question: Question, run: Path) -> N
     checkpoint(run, 20)
     assert question("end", "--code", "137", *logs, restart=1) == "requeue n2"
     assert question("begin", restart=2) == "requeue n2", "where Slurm gave it again all the same"
+
+
+def test_a_node_that_fails_preflight_is_excluded(question: Question, run: Path) -> None:
+    question("begin")
+    (run / "rank-0.json").write_text(json.dumps(asdict(SOUND)))  # of n1
+    assert question("preflight", "--reports", str(run), "--limits", json.dumps(LIMITS)) == "requeue n2"
 
 
 def test_a_rank_that_computes_wrongly_takes_its_node_out(question: Question, run: Path) -> None:

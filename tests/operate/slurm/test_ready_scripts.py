@@ -97,8 +97,8 @@ def test_recipe_sources_equal_the_packed_sources_of_the_chain(name: str) -> None
             assert used_sources <= available, (stage.label, used_sources)
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("name", [*BIG, *TINY])
+@pytest.mark.tier1_cases(1)
+@pytest.mark.parametrize("name", [*TINY, *BIG])
 def test_scripts_are_generated_by_their_chain(name: str, tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -33,7 +33,9 @@ class Timed:
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
         self.now_s += 1
-        return self._policy.sample(prompts, max_new_tokens, streams)
+        # the store refuses log-probabilities above 0, which engines return by rounding errors
+        return [replace(turn, logprobs=[1e-7, *turn.logprobs[1:]])
+                for turn in self._policy.sample(prompts, max_new_tokens, streams)]
 
 
 def test_an_episode_continues_after_a_deadline(tmp_path: Path) -> None:

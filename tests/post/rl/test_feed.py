@@ -49,7 +49,8 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(module, "hash_checkpoint_files", lambda path: path.name)
 
     def write_logprobs(model: Any, documents: Any, file: Path, identity: str, *, num_skipped: int,
-                       **settings: Any) -> None:
+                       routes: Any, **settings: Any) -> None:
+        assert routes == ("replayed" if "old" in file.name else None)
         numbers = np.full(4 * len(documents.lengths), -model.step, np.float32)
         numbers[:4 * num_skipped] = np.nan
         write_sealed(file, numbers.tobytes(), identity)
@@ -87,7 +88,8 @@ def build_cycle(folder: Path, monkeypatch: pytest.MonkeyPatch, find_missing: Any
     monkeypatch.setattr(rounds, "read", read)
     monkeypatch.setattr(rounds, "verify", lambda number, rank, size: None)
 
-    columns = LogprobColumns(names, 1.0, None, folder, reference)
+    routes: Any = "replayed"
+    columns = LogprobColumns(names, 1.0, routes, folder, reference)
     rollout = RolloutConfig(steps_per_round=2, prompts_per_round=2)
     policies = RunPolicies(folder, Policy(folder / "start", 0, "start"), rollout, {})
     policies.restore({"trained": "earlier rounds", "recent": []})
@@ -132,15 +134,16 @@ def test_requested_further_prompts_are_generated(view: Any, tmp_path: Path,
         return {"judge_s": 0.5}
 
     feed = build_cycle(tmp_path, monkeypatch, lambda number: next(missing))
-    feed.rollouts = SimpleNamespace(write=write, judge=judge)
+    feed.rollouts = SimpleNamespace(write=write, judge=judge, close=lambda: produced.append(0))
     assert feed.prepare_data(view, lambda: False) is None and produced == [1, 1, 1]
     ((_, round_event),) = [event for event in view.events_written if event[0] == "round"]
     assert "saved" not in dict(view.events_written), "a checkpoint was awaited"
-    assert (round_event["write_s"], round_event["judge_s"]) == (6.0, 1.5)
+    assert (round_event["write_s"], round_event["judge_s"]) == (6.0, 1.5) and round_event["waited_s"] < 60
     view.step = 2
     feed.publisher.publish = lambda number: "2 pieces"  # a stopped job has written nothing
     assert feed.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
-    assert produced == [1, 1, 1, 2]
+    feed.close()
+    assert produced == [1, 1, 1, 2, 0]
 
 
 DENSE, MOE = "tiny-qwen3", "tiny-solar-open"

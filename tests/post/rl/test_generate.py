@@ -375,6 +375,7 @@ def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts
         Job(tmp_path / "store", prompts, lambda: 0, replace(ROLLOUT, temperature=0.5)).run()
     with pytest.raises(UserError, match="another file of prompts"):
         Job(tmp_path / "store", prompts[:6], lambda: 0).run()
+    assert compute_sampling_digest(ROLLOUT, 1, {}) == "fb64c6f6e61d1947", "old stores stay valid"
 
 
 def test_an_empty_prompt_is_named(tmp_path: Path, prompts: PromptList) -> None:

@@ -264,6 +264,16 @@ def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, numbe
             for row in rows])
 
 
+def test_preferences_pair_the_best_with_the_worst_response_unless_their_tokens_are_equal(
+        publisher: Publisher) -> None:
+    policy = PolicyConfig("preference", max_gen_batches=1)
+    publisher.config = dataclasses.replace(build_config(), policy=policy)
+    # responses of 4, 5, 6 and 7 equal tokens
+    write_pieces(publisher, lambda group: [0, 1, 0.5, 0], 0, 2)
+    assert publisher.publish(1) == ""
+    assert read_manifest(publisher.rounds / "0001").content["groups"] == {"learns": 6}
+
+
 @pytest.fixture
 def filling(publisher: Publisher, tmp_path: Path) -> Publisher:
     """A publisher of 40 prompts that replaces groups which do not learn."""

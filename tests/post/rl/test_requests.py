@@ -24,7 +24,7 @@ from megatron_sov.post.rl.generate.responses import ResponseSource, compute_samp
 from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
 from megatron_sov.post.rl.generate.writers import GenerationSettings
 from megatron_sov.post.rl.reward import NO_REWARD, RewardJudge
-from megatron_sov.rollouts.prompts import PromptList, UnusedRows, read_prompts
+from megatron_sov.rollouts.prompts import PromptList, UnusedRows, read_prompts, read_too_long
 from megatron_sov.rollouts.rows import LENGTH, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -216,8 +216,9 @@ def test_validations_ask_the_servers_that_training_has_at_work(jobs: Callable[..
         source = ResponseSource(NumberTokenizer(), rollout, "vllm", True, {})  # type: ignore[arg-type]
         store_opener: Any = SimpleNamespace(open=lambda: store)
         settings = GenerationSettings(
-            store=store_opener, prompts=prompts, set_aside=UnusedRows({}, [], ""), rollout=rollout,
-            run=tmp_path, source=source, provenance={})
+            store=store_opener, prompts=prompts, rollout=rollout, run=tmp_path,
+            set_aside=UnusedRows({"a": 9}, [{"id": "a"}], ""),
+            source=source, provenance={})
         return LiveRollouts(settings=settings, writer=RequestWriter(settings, live_servers),
                             reward=RewardJudge(NO_REWARD, (), 1, NO_REWARD))
 
@@ -227,8 +228,9 @@ def test_validations_ask_the_servers_that_training_has_at_work(jobs: Callable[..
     view: Any = SimpleNamespace(world=None, step=0, checkpointer=SimpleNamespace(advance=lambda: None),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     policy = Policy(Path("p"), 0, "0" * 64)
-    training.write(view, 1, policy, lambda: False)
+    assert training.write(view, 1, policy, lambda: False)["write_s"] < 60
     check_round(job.rows(1))
+    assert read_too_long(job.store.path) == {"a"}
     # the servers generate round 2 meanwhile
     validation.write(view, 1, policy, lambda: False)
     rows = [row for part in validation_store.parts(1) for row in validation_store.read_rollouts(part.name)]
@@ -255,8 +257,7 @@ def test_remote_servers_get_the_initial_weights(urls: tuple[str, ...], expected_
     live_servers = LiveServers(make_settings(tmp_path, urls))
     while live_servers.is_opening(1.0):
         pass
-    view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(
-        model=SimpleNamespace(finish_param_gather=lambda: None)))
+    view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(model=None))
     for _ in range(2):
         live_servers.push_weights(view, Policy(Path("p"), 0, "0" * 64))
     live_servers.close()

@@ -121,10 +121,12 @@ def test_unusable_answer_is_billed(tmp_path: Path) -> None:
         assert cache.usage().output_tokens == 9 + most.output_tokens
 
 
-@pytest.mark.each("levels", [250, 900, 100_000])
-def test_deeply_nested_answer_is_rejected(levels: int) -> None:
-    with pytest.raises(BadAnswer):
-        parse_json_answer(b"[" * levels + b"]" * levels)
+@pytest.mark.each(("body", "problem"), [
+    *((b"[" * levels + b"]" * levels, "sent (JSON of more|no JSON)") for levels in (250, 900, 100_000)),
+    (b"\n<html>busy</html>", "sent HTML"), (b'{"choices": [', "sent no JSON, or a part of it")])
+def test_unreadable_answer_is_rejected(body: bytes, problem: str) -> None:
+    with pytest.raises(BadAnswer, match=problem):
+        parse_json_answer(body)
     assert parse_json_answer(b"[" * 150 + b"]" * 150)
 
 
@@ -135,6 +137,15 @@ def test_damaged_cached_answer_raises_user_error(tmp_path: Path) -> None:
         connection.execute("UPDATE answers SET answer = '{\"a\"'")
     with pytest.raises(UserError, match="answer k is damaged"):
         cache.get("k")
+
+
+def test_answer_is_cached_together_with_its_bill(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with sqlite3.connect(tmp_path / "a") as connection:
+        connection.execute("DROP TABLE requests")
+    with pytest.raises(UserError, match="cannot be used"):
+        cache.note("k", "200", Usage(8, 9, 0.1), 0.0, {"a": 1})
+    assert cache.get("k") is None
 
 
 def test_overloaded_endpoint_is_retried_until_patience_ends(tmp_path: Path) -> None:

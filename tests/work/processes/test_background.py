@@ -119,6 +119,14 @@ def test_run_command_returns_exit_code_and_forwards_stop(tmp_path: Path, monkeyp
             signal.signal(number, handler)
 
 
+def test_interpreter_may_clean_up_within_patience(tmp_path: Path) -> None:
+    program = f"""import socket, sys
+socket.socket(fileno=int(sys.argv[1])).recv(1)
+open({str(tmp_path / "removed")!r}, "w")"""
+    children.start_interpreter([sys.executable, "-c", program], (), {}, patience_s=60).end()
+    assert (tmp_path / "removed").exists()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_pool_yields_results_in_order(workers: int) -> None:
     items = ["b", "a", *"xyz" * 10]

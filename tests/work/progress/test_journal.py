@@ -72,6 +72,8 @@ def test_other_identity_is_rejected_unless_redo(tmp_path: Path) -> None:
     write_records(out, (0, b""))
     with open_journal(out, "score", other, redo=True) as journal:
         assert journal.done == set()
+    with pytest.raises(ValueError, match="closed"):
+        journal.add([(0, b"")])
 
 
 def test_journal_without_records_accepts_other_identity(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def job(folder: Path, do: Executor[int], **more: Callable[..., object]) -> Job[i
                sink=lambda journal: journal.write_payloads(folder / "out"), **more)
 
 
-@pytest.mark.deep
+@pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_failed_job_resumes_after_finished_items(workers: int, tmp_path: Path) -> None:
     log = tmp_path / "log"

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+    def fileno(self) -> int:
+        return -1
 
 
 @pytest.fixture
@@ -51,15 +55,17 @@ def test_remaining_time_uses_own_steps_only(clock: list[float]) -> None:
     assert log.getvalue() == "pretrain: step 910/1000, loss nan, 1 tokens/s, 03:00 left\n"  # 90 steps x 2 s
 
 
-def test_terminal_bar_starts_at_resumed_step() -> None:
+def test_terminal_bar_starts_at_resumed_step(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     bar = ProgressBar(40, 10, "pretrain", stream=screen)
     bar.update(20, metrics_text="loss 2.5000", tokens_per_s=4096)
+    monkeypatch.setattr("os.get_terminal_size", lambda fd: os.terminal_size((121, 24)))  # the user widens it
     bar.update(40, metrics_text="loss 2.2500", tokens_per_s=4096)
     bar.close()
     assert "10/40" in screen.getvalue()
     last = screen.getvalue().rsplit("\r", 1)[-1]
     assert "100%" in last and "40/40" in last and "loss 2.2500, 4,096 tokens/s" in last
+    assert len(last) == len("\n") + 120
 
 
 def test_close_before_first_step_writes_nothing() -> None:

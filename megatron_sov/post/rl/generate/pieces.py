@@ -63,7 +63,6 @@ class PendingPieces:
         self._claimed_pieces: dict[str, str] = {}
         self._num_calls = 0
         self._num_listed: dict[int, int] = {}
-        self._last_round = rounds[-1]
         self._states: dict[str, _PieceState] = {}
         self._refused: list[str] = []
         self._is_idle = False
@@ -83,8 +82,6 @@ class PendingPieces:
         """Add rounds to generate; a complete round may need further prompts by now."""
         for number in rounds:
             self._open.setdefault(number, {})
-        self.num_pieces += max(0, rounds[-1] - self._last_round) * self.plan.pieces
-        self._last_round = max(self._last_round, rounds[-1])
 
     def is_open(self, number: int) -> bool:
         """Return whether round `number` lacked a piece at the last `claim_attempts`."""
@@ -221,7 +218,6 @@ class PendingPieces:
         if number not in self._num_listed or num_planned + more > self._num_listed[number]:
             planned = plan_round_pieces(self._prompts, self._rollout, number, more)
             fresh = planned[self._num_listed.get(number, 0):]
-            self.num_pieces += len(planned) - self._num_listed.get(number, num_planned)
             self._num_listed[number] = num_planned + more
         claimed = {*self._claimed_pieces.values()}
         looked_up = [piece for name, piece in pieces.items() if reads_all or name in claimed]

@@ -120,7 +120,6 @@ class LiveServers:
             self._context = self.engine = None
 
     def _send_weights(self, view: FeedView, policy: Policy) -> None:
-        view.policy.model.finish_param_gather()
         weights, problem = export_weights(view.policy.model), ""
         if view.world.is_main:
             assert self.engine is not None, "the servers are not open"

@@ -14,10 +14,9 @@ from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engine import Engine, run_with_engine
-from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.server_engine import ServerLocations
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.request import MEGATRON, Batching, NamedTensors
+from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.responses import compute_sampling_digest
@@ -218,33 +217,21 @@ def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, 
         UserError: the engine is not installed, or cannot load the model.
         SystemExit: a process failed and has printed the cause.
     """
-    if engine.name == MEGATRON:
-        def run_on_ranks(loaded: LoadedModel) -> Any:
-            live = MegatronEngine(loaded.policy, engine.batching)
-            return work(live, lambda policy: _load_checkpoint(policy, loaded, live))
-
-        return run_forward_model(start, list(engine.settings), engine.nproc, run_on_ranks, engine.option)
-
-    def run_on_servers(servers: Engine) -> Any:
-        return work(servers, lambda policy: servers.update(_read_tensors(policy), policy.step))
-
-    return run_with_engine(engine.name, start, run_on_servers, longest=engine.longest,
-                           batching=engine.batching, settings=engine.settings, option=engine.option,
-                           with_routes=engine.with_routes, places=engine.places)
+    return run_with_engine(engine.name, start, lambda loaded: work(loaded, partial(_load_policy, loaded)),
+                           longest=engine.longest, batching=engine.batching, settings=engine.settings,
+                           nproc=engine.nproc, option=engine.option, with_routes=engine.with_routes,
+                           places=engine.places)
 
 
-def _load_checkpoint(policy: Policy, loaded: LoadedModel, engine: MegatronEngine) -> None:
-    """Load a checkpoint into the live model; processes read local shards."""
-    model = loaded.policy.model
-    if read_adapter_base(policy.path) is not None and not model.lora.on:
-        # The run trains an adapter, and the loaded model has none: load weights with the merged adapter.
-        engine.update(_read_tensors(policy), policy.step)
+def _load_policy(engine: Engine, policy: Policy) -> None:
+    """Load a checkpoint into an engine; processes of a Megatron model read local shards."""
+    model = engine.forward_model.model if isinstance(engine, MegatronEngine) else None
+    # If the run trains an adapter, and the model has none, load weights with the merged adapter.
+    if model is None or (read_adapter_base(policy.path) is not None and not model.lora.on):
+        weights = convert.open_weights(policy.path)
+        engine.update(((name, weights.read(name)) for link in weights.links for name in link.hf_names),
+                      policy.step)
         return
     load.check_weights(policy.path)
     load.load_model(policy.path, model)
     engine.update(None, policy.step)
-
-
-def _read_tensors(policy: Policy) -> NamedTensors:
-    weights = convert.open_weights(policy.path)
-    return ((name, weights.read(name)) for link in weights.links for name in link.hf_names)

@@ -222,6 +222,7 @@ def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(small_run
         assert (f"--dependency=afterok:{99 + number}" in script.split("\n")[0]) == (number > 0), name
         assert f"-m megatron_sov.work.submit.array_job {small_run}/out/logs/{name} " in script
         assert "--container-image=reg/image:1 --container-mounts=/data" in script
+        assert f"export PYTHONPATH={Path(array_job.__file__).parents[3]} " in script
     assert "#SBATCH --array=0-1\n" in scripts[0], "several shards to a job, where an array may have two"
     assert "#SBATCH --cpus-per-task=8\n" in scripts[-1] and "--cpus-per-task=8 --label" in scripts[-1]
     assert "#SBATCH --mem-per-cpu=2048M\n" in scripts[-1]
