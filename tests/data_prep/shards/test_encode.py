@@ -174,9 +174,9 @@ def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
     ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
     ("old", "old", "old-tokenizer"),
 ])
-def test_foreign_tokenizer_is_rejected_with_import_command( given: str, imported: str, output: str,
-                                                           folder: Path, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_tokenizer_is_rejected_with_import_command(given: str, imported: str, output: str,
+                                                          folder: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     steps = [f"run/checkpoints/step-{step}/tokenizer" for step in (9, 10)]
     for name in ("hf", "packed/tokenizer", *steps):
