@@ -73,6 +73,8 @@ _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_
                      (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 MAX_POINTER_BYTES = 1024
+MAX_MODELS = 8
+"""Largest number of models that a message lists."""
 TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Text file suffixes."""
@@ -154,7 +156,7 @@ def check_model_path(path: Path, option: str = "") -> None:
         entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_FOLDER else ()
         if siblings := sorted(folder.name for folder in entries):
             newest = latest_checkpoint(path.parent)
-            fix = Fix(words={str(path): str(newest)}) if newest and path.name.startswith("step-") else None
+            fix = Fix(words={str(path): str(newest)}) if newest else None
             raise UserError(f"{option}{path}: {problem}; "
                             f"the run's checkpoints are {', '.join(siblings)[:500]}", fix)
         if re.match(r"https?:/", str(path)):
@@ -174,8 +176,10 @@ def check_model_path(path: Path, option: str = "") -> None:
                             Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
         is_model_file = path.is_file() and path.suffix not in (".yml", ".yaml")  # mergekit's: `hints.paths`
         fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if is_model_file else None)
+        models = list_models() if fix is None else []
+        listed = f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{suggest_download(path)}", fix)
+                        f"folder{listed}{suggest_download(path)}", fix)
 
 
 def _refuse_address(address: str, option: str) -> None:
@@ -250,6 +254,11 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
             newest = max(saved, key=lambda folder: int(folder.name[11:]))
             raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
                             Fix(words={str(path): str(newest)}))
+        if (path / "latest_checkpointed_iteration.txt").is_file():
+            converted = choose_free_path(f"{path.name}-checkpoint")
+            command = shlex.join(["megatron-sov", "convert", "from-megatron", str(path), converted])
+            raise UserError(f"{path}: is a checkpoint of Megatron-LM, not {wanted}; `{command}` makes it one",
+                            Fix(words={str(path): converted}, before=(command,)))
     has_config = CHECKPOINT_KIND not in kinds and (path / CONFIG).exists()
     is_run = (path / CHECKPOINTS_FOLDER).exists() or has_config
     if not kind and path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):

@@ -1,64 +1,23 @@
 """Linux system calls for enclosing a process, beyond the functions of Python 3.11.
 
-Numbers come from `unistd.h`: x86-64, and `asm-generic` for aarch64. None: the machine has no such call.
+Numbers in system_calls.json come from `unistd.h`: x86-64, and `asm-generic` for aarch64. null: the machine
+has no such call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 from pathlib import Path
 
+_GROUPS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+_CONDITIONAL = _GROUPS.pop("allowed with conditions")
 FORBIDDEN_CALLS: dict[str, tuple[int | None, int | None]] = {
-    # other processes
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440), "process_mrelease": (448, 448), "kcmp": (312, 272),
-    "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424),
-    "migrate_pages": (256, 238), "move_pages": (279, 239), "sched_setscheduler": (144, 119),
-    "sched_setparam": (142, 118), "sched_setattr": (314, 274), "setpriority": (141, 140),
-    "ioprio_set": (251, 30),
-    # the network, except socketpair for event loops
-    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
-    "accept4": (288, 242),
-    # large, rarely used parts of the kernel, where most vulnerabilities are
-    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "keyctl": (250, 219),
-    "add_key": (248, 217), "request_key": (249, 218), "modify_ldt": (154, None), "personality": (135, 92),
-    "uselib": (134, None), "lookup_dcookie": (212, 18), "mbind": (237, 235), "set_mempolicy": (238, 237),
-    "set_mempolicy_home_node": (450, 450),
-    # namespaces, file systems, file handles
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
-    "move_mount": (429, 429), "open_tree": (428, 428), "fsopen": (430, 430), "fsconfig": (431, 431),
-    "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "unshare": (272, 97),
-    "setns": (308, 268), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
-    "fanotify_init": (300, 262), "fanotify_mark": (301, 263), "quotactl": (179, 60),
-    "quotactl_fd": (443, 443), "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445),
-    "landlock_restrict_self": (446, 446),
-    # the machine
-    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106),
-    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "reboot": (169, 142), "swapon": (167, 224),
-    "swapoff": (168, 225), "acct": (163, 89), "settimeofday": (164, 170), "clock_settime": (227, 112),
-    "adjtimex": (159, 171), "clock_adjtime": (305, 266), "sethostname": (170, 161),
-    "setdomainname": (171, 162), "iopl": (172, None), "ioperm": (173, None), "syslog": (103, 116),
-    "vhangup": (153, 58),
-    # memory outside RLIMIT_AS that may outlive the process
-    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193),
-    "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189),
-    "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447),
-}
+    call: (x86_64, aarch64) for group in _GROUPS.values() for call, (x86_64, aarch64) in group.items()}
 """Calls that no program may make -> number on x86-64, and on aarch64."""
-NUMBERS = FORBIDDEN_CALLS | {
-    "socketpair": (53, 199), "sendto": (44, 206), "clone": (56, 220), "clone3": (435, 435),
-    "inotify_add_watch": (254, 27), "sched_setaffinity": (203, 122), "prlimit64": (302, 261),
-    "ioctl": (16, 29), "fcntl": (72, 25), "setsid": (112, 157), "setpgid": (109, 154), "chmod": (90, None),
-    "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None), "lchown": (94, None), "fchown": (93, 55),
-    "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None), "futimesat": (261, None),
-    "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "kill": (62, 129),
-    "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "capset": (126, 91), "close_range": (436, 436)}
+NUMBERS = FORBIDDEN_CALLS | {call: (x86_64, aarch64) for call, (x86_64, aarch64) in _CONDITIONAL.items()}
 """Call -> number on x86-64, and on aarch64."""
 LAST_KNOWN = 450
 """Largest number in Linux 6.1, the version of `NUMBERS`."""

@@ -19,8 +19,8 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.inert_pickle import read_in_subprocess, read_index, read_settings
-from megatron_sov.convert.megatron_import import find_tensor
+from megatron_sov.convert.megatron.from_megatron import find_tensor
+from megatron_sov.convert.megatron.inert_pickle import read_in_subprocess, read_index, read_settings
 from tests.convert import made_by_hand
 
 CANARY = Path("/tmp/megatron-sov-canary")
@@ -66,19 +66,19 @@ IN_PLACE_OF_THE_INDEX: dict[str, tuple[Any, str]] = {
     "a text": ("x", "a Metadata is needed instead of a str"),
 }
 RAW: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "exhausted before seeing STOP"),
-    "no pickle": (b"\x00" * 64, "unknown"),
-    "bytes without end": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60), "expected"),
-    "a number without end": (b"\x80\x04\x8b" + struct.pack("<i", (1 << 31) - 1), "not enough data"),
-    "a number of negative length": (b"\x80\x04\x8b" + struct.pack("<i", -1), "byte count < 0"),
+    "nothing": (b"", "EOFError"),
+    "no pickle": (b"\x00" * 64, "it has the opcode"),
+    "bytes without end": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60), "EOFError"),
+    "a number without end": (b"\x80\x04\x8b" + struct.pack("<i", (1 << 31) - 1), "EOFError"),
+    "a number of negative length": (b"\x80\x04\x8b" + struct.pack("<i", -1), "negative byte count"),
     "an old opcode that calls": (b"(S'touch x'\nios\nsystem\n.", "which pickles of plain values do not have"),
     "an extension": (b"\x80\x04\x82\x01.", "which pickles of plain values do not have"),
-    "a memo that is not there": (b"\x80\x04h\x07.", "does not fit"),
-    "a stack that is empty": (b"\x80\x04R.", "does not fit"),
-    "a call of a number": (b"\x80\x04K\x01)R.", "does not fit"),
+    "a memo that is not there": (b"\x80\x04h\x07.", "is not a pickle of plain values"),
+    "a stack that is empty": (b"\x80\x04R.", "is not a pickle of plain values"),
+    "a call of a number": (b"\x80\x04K\x01)R.", "is not a pickle of plain values"),
     "tuples without end": (pickle_nested_tuples(200_000), "a Metadata is needed instead of a tuple"),
-    "marks alone": (b"\x80\x04((((.", "instead of one"),
-    "a mark in a tuple": (b"\x80\x04(\x85.", "does not fit"),
+    "marks alone": (b"\x80\x04((((.", "is not a pickle of plain values"),
+    "a mark in a tuple": (b"\x80\x04(\x85.", "is not a pickle of plain values"),
     "a list that holds itself": (b"\x80\x04]\x94h\x00a.", "a Metadata is needed instead of a list"),
 }
 
@@ -218,7 +218,7 @@ def test_reader_process_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with open(tmp_path / "x", "wb") as file:
         file.truncate(512 << 20)
     for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
-        monkeypatch.setattr(f"megatron_sov.convert.inert_pickle.{name}", 0)
+        monkeypatch.setattr(f"megatron_sov.convert.megatron.inert_pickle.{name}", 0)
     with pytest.raises(UserError, match="needs more memory"):
         read_in_subprocess("index", tmp_path / "x")
 

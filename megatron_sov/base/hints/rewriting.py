@@ -123,7 +123,9 @@ class Rewrite:
         holes = self._list_holes(value)
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
         self.target = value.rpartition("=")[2] if "target" in row else self.target
-        rewards = re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))
+        ours = load_table()["values"]["--reward"]
+        rewards = [ours.get(name, name)
+                   for name in re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))]
         for name, item in zip(rewards, re.split(r"[,+]", value), strict=False) if "each" in row else ():
             written += [word.format(name=name, item=item) for word in row["each"].split()]
             written += row.get("more", {}).get(name, "").split()
@@ -239,6 +241,9 @@ class Rewrite:
     def _write_option(self, option: str, word: str, name: str, values: list[str]) -> None:
         """Write an option or positional argument `name` for a foreign option."""
         translated = [translate_value(word, name, value) for value in values]
+        if word == "model_args" and values:
+            rest = [part for part in values[0].split(",") if not part.startswith("pretrained=")]
+            self.messages += [f"{', '.join(rest)}: not needed, or an option of its own"] * bool(rest)
         if not name.startswith("-"):
             self.first += translated
             self.first_by_name[name] = translated
@@ -280,6 +285,9 @@ class Rewrite:
 
     def _add_change(self, text: str) -> None:
         key, equals, value = text.partition("=")
+        if re.fullmatch(r"\[[A-Za-z][\w-]*(\s*,\s*[A-Za-z][\w-]*)*\]", value):  # the shell took the quotes
+            value = json.dumps(re.findall(r"[\w-]+", value))
+            text = f"{key}={value}"
         find = self.find
         assert find is not None
         setting = translate_setting(key, [value], find, self.typed) if equals and find(key) else ""
@@ -299,8 +307,8 @@ class Rewrite:
     def _add_unknown_setting(self, key: str, value: str) -> None:
         """Write the option with the meaning of an unknown setting, or record the setting as unknown."""
         last = key.rpartition(".")[2]
-        same_name = f"--{key}"  # --set run=DIR
-        if option := self.find_option(last) or same_name * (same_name in self.options):
+        same_name = [f"--{key}"] if f"--{key}" in self.options else [""]  # --set run=DIR
+        if option := self.find_option(key) or self.find_option(last) or same_name[0]:
             self.add_words(f"{key} is {option} here", option,
                            translate_value(normalize_word(last), option, value))
         elif note := find_note(last):

@@ -74,7 +74,8 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
 
     if word in ("warmup_ratio", "lr_warmup_fraction"):
         steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
-        return str(round(float(value) * steps)) if steps and re.fullmatch(r"[\d.]+", value) else ""
+        is_known = steps and re.fullmatch(r"[\d.]+", value)
+        return str(max(int(float(value) > 0), round(float(value) * steps))) if is_known and steps else ""
     rows = load_table()["settings"]
     # DeepSpeed's train_batch_size and ours include the accumulation
     whole = find_number("global_batch_size", *load_table()["whole_batches"])

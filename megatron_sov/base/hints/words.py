@@ -297,7 +297,7 @@ def _is_override(rewrite: Rewrite, key: str, equals: str, before: Sequence[str],
     is_free = not before or not before[-1].startswith("-") or "=" in before[-1] or before[-1] in switches
     last = name.rpartition(".")[2]
     is_foreign = "." in name and not rewrite.is_setting(name) and bool(
-        find_note(last) or rewrite.find_option(last))
+        find_note(last) or rewrite.find_option(last) or rewrite.find_option(name))
     return is_free and bool(is_own or rewrite.find(name) or is_foreign)
 
 
@@ -339,8 +339,11 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in positionals):
         return
     free, others = split_positionals(parser, rewrite.words)
-    if len(free) > 2 and (command := load_table()["several"].get(rewrite.command)):
-        rewrite.words, rewrite.other_command = [*free[:-1], *others, "--output", free[-1]], command
+    output = rewrite.first_by_name.get("OUT", free[2:] and free[-1:])
+    if output and len(free) > 1 and (command := load_table()["several"].get(rewrite.command)):
+        sources = free if rewrite.first_by_name.pop("OUT", None) else free[:-1]
+        rewrite.first = []
+        rewrite.words, rewrite.other_command = [*sources, *others, "--output", *output], command
         rewrite.add_words(f"several checkpoints are taken by `megatron-sov {command}`")
         return
     room = max(0, len(positionals) - len(rewrite.first))

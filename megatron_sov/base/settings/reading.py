@@ -240,7 +240,7 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
             # another program's word with a command of its own is not a misspelt choice
             ours = ours if "`megatron-sov" not in close else ()
             nearest = next((word for word in ours if words and word in choices), "")
-            close += f"; {LEFT_OUT}" if removed and not nearest else ""
+            close += f"; {LEFT_OUT}" if not nearest and (removed or not close) else ""
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=nearest)
     if kind == "bound":
@@ -355,6 +355,8 @@ def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
             return [decimal]
         binary = f"{float(match[1]) * 1024:.0f}"
         return [binary, decimal] if re.search("seq_len|length", key) else [decimal, binary]
+    if expected == "int" and (match := re.fullmatch(r"(\d+)[ _-]?(?:shot|step|token|epoch|gpu)s?", text)):
+        return [match[1]]
     if expected != "float":
         return []
     if match := _SHORT_NUMBER.fullmatch(text.lstrip("$")):

@@ -88,6 +88,20 @@ class FromMegatronOptions(ConversionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToMegatronOptions(WrittenOptions, WorkersOptions):
+    """Convert a checkpoint, with its optimizer, to a torch_dist checkpoint of Megatron-Core."""
+
+    checkpoint: CheckpointPath
+    out: Annotated[Path, Flag("OUT")]
+    """Folder to write, for Megatron-LM's --load."""
+    weights_only: bool = False
+    """Leave out moments, master weights and learning rate schedule."""
+    one_optimizer: bool = False
+    """The run that loads the optimizer has expert-parallel size 1, and expert-tensor-parallel size equal to
+    tensor-parallel size: Megatron-Core then has no second optimizer for experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToPeftOptions(WrittenOptions):
     """Convert an adapter checkpoint to a folder that PEFT loads."""
 
@@ -242,6 +256,9 @@ CONVERT = ActionGroup({
                                   expected="a checkpoint or a run"), f"{RUN_MODULE}:export_hf"),
     "from-megatron": DeclaredCommand(FromMegatronOptions, _check_from_megatron,
                                      f"{RUN_MODULE}:import_megatron"),
+    "to-megatron": DeclaredCommand(
+        ToMegatronOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
+                                        expected="a checkpoint or a run"), f"{RUN_MODULE}:export_megatron"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),
     "from-peft": DeclaredCommand(FromPeftOptions, _check_from_peft, f"{RUN_MODULE}:import_peft"),
     "average": DeclaredCommand(AverageOptions, _check_paths(), f"{RUN_MODULE}:average_checkpoints"),

@@ -8,11 +8,12 @@ from typing import Any
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.commands.models.convert import (
     AverageOptions, ConvertInspectOptions, FromHfOptions, FromPeftOptions, MegatronImport, ToHfOptions,
-    ToPeftOptions)
+    ToMegatronOptions, ToPeftOptions)
 from megatron_sov.convert.averaging import average, choose_checkpoints
 from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
-from megatron_sov.convert.megatron_import import from_megatron
+from megatron_sov.convert.megatron.from_megatron import from_megatron
+from megatron_sov.convert.megatron.to_megatron import to_megatron
 from megatron_sov.convert.peft import describe_adapter, from_peft, open_weights, to_peft
 from megatron_sov.model.families.count import count_params
 
@@ -41,6 +42,20 @@ def import_megatron(request: MegatronImport) -> None:
               f"{result.model.vocab_size} token ids")
     if result.num_optimizer_tensors:
         print(f"left out {result.num_optimizer_tensors} optimizer tensors; the optimizer starts from zero")
+
+
+def export_megatron(options: ToMegatronOptions) -> None:
+    report = to_megatron(options.checkpoint, options.out, weights_only=options.weights_only,
+                         one_optimizer=options.one_optimizer, workers=options.workers,
+                         overwrite=options.overwrite)
+    print(f"wrote torch_dist checkpoint {options.out}, iteration {report.step}")
+    if report.num_updates is None:
+        print("left out the optimizer: start with --finetune or --no-load-optim")
+        return
+    print(f"with the moments of {report.num_updates} updates; without data order and random state")
+    if report.schedule_problem:
+        print(f"the learning rate is constant, because {report.schedule_problem}: pass "
+              "--override-opt_param-scheduler with your schedule")
 
 
 def export_peft(options: ToPeftOptions) -> None:

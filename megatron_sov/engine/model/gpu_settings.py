@@ -385,14 +385,14 @@ def _attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
     rules: list[tuple[str, str]] = []  # (fault, fix)
     attention = config.gpu.attention
     if attention not in ("auto", "local") and not context.te:
-        rules.append((NEEDS_TE, "set it to auto or local"))
+        rules.append((NEEDS_TE, "set gpu.attention=auto or local"))
     elif attention == "fused" and (
             why := _find_head_size_problem(context.model)
             or find_kernel_problem(context.model, context.parallel.tp, attention)):
-        rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
+        rules.append((f"cannot be: {why}", "install a newer one, or set gpu.attention=auto or local"))
     elif attention == "fused" and config.train.deterministic and (why := _find_nondeterminism()):
         rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention is "
-                      f"not deterministic {why}", "set it to auto or local"))
+                      f"not deterministic {why}", "set gpu.attention=auto or local"))
     elif attention == "flash" and not any(map(importlib.util.find_spec,
                                               ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))

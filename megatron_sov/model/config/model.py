@@ -414,7 +414,8 @@ class ModelConfig:
         return problems + self._media_problems() + find_broken_rules(
             self, "model",
             (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
-             f"must divide model.num_heads = {self.num_heads}"),
+             f"must divide model.num_heads = {self.num_heads}",
+             f"set model.num_heads={-(-self.num_heads // self.num_kv_heads) * self.num_kv_heads}"),
             (self.num_dense_layers <= layers, "num_dense_layers",
              f"must be at most model.num_layers = {layers}"),
             (not self.has_dense_layers() or self.dense_ffn_dim > 0, "dense_ffn_dim",

@@ -20,7 +20,7 @@ from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import shortest_pattern
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.family import COMMON_VALUES
+from megatron_sov.model.families.family import COMMON_VALUES, EXPERT_GROUPS, TokenIds
 
 Stated = Mapping[str, Any]
 """Setting under Megatron's name -> value; a setting that the source does not mention is missing."""
@@ -38,6 +38,9 @@ EXPERT_NAMES = {
     "num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_token",
     "moe_router_score_function": "router_score", "moe_router_enable_expert_bias": "router_bias",
     "moe_router_bias_update_rate": "router_bias_update_rate"}
+YARN_NAMES = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
+              "original_max_position_tokens": "original_max_position_embeddings"}
+"""Our name -> Megatron name without `yarn_`."""
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",), "gated_linear_unit": (True,), "activation_func": ("silu", None),
     "add_bias_linear": (False,), "position_embedding_type": ("rope", "yarn"), "rotary_percent": (1.0,),
@@ -139,6 +142,66 @@ def infer_architecture(stated: Stated, family: str = "",
     raise UserError(format_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
                                   reasons[nearest], "pass --family, and --set model.NAME=VALUE to correct a "
                                                     "setting"))
+
+
+def describe_model(model: ModelConfig) -> dict[str, Any]:
+    """Return a model's settings as Megatron-LM arguments; inverse of `normalize_arguments` and
+    `infer_architecture`. Raises `UserError`: Megatron-Core has no setting for a field of the model."""
+    args = {theirs: getattr(model, ours) for theirs, ours in RENAMED.items()} | {
+        "num_query_groups": model.num_kv_heads, "group_query_attention": True, "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim, "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_tokens, "normalization": "RMSNorm", "swiglu": True,
+        "add_bias_linear": False, "rotary_percent": 1.0, "mtp_num_layers": model.num_mtp_layers or None,
+        "mtp_loss_scaling_factor": model.mtp_loss_coeff, "position_embedding_type": "rope",
+        "rotary_seq_len_interpolation_factor": model.linear_rope_factor}
+    args["norm_epsilon"] = args.pop("layernorm_epsilon")
+    args["untie_embeddings_and_output_weights"] = not args.pop("share_embeddings_and_output_weights")
+    if model.num_experts:
+        args |= _describe_experts(model)
+    if model.yarn is not None:
+        args |= {"position_embedding_type": "yarn", **{
+            f"yarn_{theirs}": getattr(model.yarn, ours) for ours, theirs in YARN_NAMES.items()}}
+    if model.llama3_rope is not None:
+        args |= {"use_rope_scaling": True, "rope_scaling_factor": model.llama3_rope.factor}
+    if model.sliding_window_tokens:
+        slides = [int(kind == "sliding_attention") for kind in model.layer_types()]
+        args |= {"window_size": (model.sliding_window_tokens - 1, 0), "window_attn_skip_freq": slides}
+        if not model.rope_on_global:
+            args["no_rope_freq"] = [1 - layer_slides for layer_slides in slides]
+    _check_inverse(model, args)
+    return args
+
+
+def _check_inverse(model: ModelConfig, args: Stated) -> None:
+    """Raise `UserError` if Megatron-LM arguments do not say everything about a model."""
+    lost = [name for name, plain in COMMON_VALUES.items()
+            if getattr(model, name) != plain and name not in (*EXPERT_GROUPS, "mtp_experts")]
+    if not lost:
+        # without dense layers their width is not read
+        idle = {} if model.num_dense_layers or not model.num_experts else {
+            "dense_ffn_dim": model.dense_ffn_dim}
+        family = models.get_family(model.family)
+        inferred = infer_architecture(normalize_arguments(args), model.family, idle)
+        described, again = (family.to_hf_config(one, "any", TokenIds()) for one in (model, inferred))
+        lost = [name for name in described if described[name] != again.get(name)]
+    if lost:
+        raise UserError(f"Megatron-Core's GPTModel cannot be this model of family {model.family}: it has no "
+                        f"setting for {', '.join(lost)}; use `megatron-sov convert to-hf`")
+
+
+def _describe_experts(model: ModelConfig) -> dict[str, Any]:
+    args = {theirs: getattr(model, ours) for theirs, ours in EXPERT_NAMES.items()}
+    args["num_experts"] = args.pop("num_moe_experts")
+    if model.num_expert_groups > 1:
+        args |= {"moe_router_num_groups": model.num_expert_groups,
+                 "moe_router_group_topk": model.num_groups_per_token}
+    return args | {
+        "moe_ffn_hidden_size": model.expert_ffn_dim,
+        "moe_shared_expert_intermediate_size": model.expert_ffn_dim * model.num_shared_experts or None,
+        "moe_layer_freq": [0] * model.num_dense_layers + [1] * model.num_moe_layers(),
+        "moe_router_topk_scaling_factor": model.routed_scaling_factor,
+        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff}
 
 
 def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
@@ -259,9 +322,7 @@ def _infer_positions(stated: Stated) -> dict[str, Any]:
     if stated.get("position_embedding_type") == "yarn":
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
-        names = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-                 "original_max_position_tokens": "original_max_position_embeddings"}
-        fields["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
+        fields["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in YARN_NAMES.items()
                           if stated.get(f"yarn_{theirs}") is not None}
     if stated.get("rope_scaling"):
         # Other parameters are constants in Megatron-Core's RotaryEmbedding.

@@ -13,8 +13,8 @@ from megatron_sov.model.config import (
     DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
     TrainConfig)
-from megatron_sov.model.recipes.extension import PHASE_SOURCES, STAGE_CHOICES, stage_phases
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
+from megatron_sov.model.recipes.extension import stage_phases
+from megatron_sov.model.recipes.sources import Sources, derive_sources, ours, published, read_sources
 
 REPORT = "arXiv 2601.01739"
 TOKENS = 11_000_000_000_000
@@ -108,55 +108,9 @@ def k_exaone_236b_grouper() -> RunConfig:
         objective=ObjectiveConfig(name="preference"), preference=PreferenceConfig(method="grouper"))
 
 
-SOURCES: Sources = {
-    "model.*": config_json("LGAI-EXAONE/K-EXAONE-236B-A23B"),
-    "model.router_bias_update_rate": published(f"{REPORT}, pre-training setup"),
-    "model.seq_aux_loss_coeff": published(f"{REPORT}, pre-training setup"),
-    "model.mtp_loss_coeff": published(f"{REPORT}, pre-training setup"),
-    "parallel.*": ours("a layout that fits; none is published"),
-    "data.phases.*.name": published(f"{REPORT}, pre-training: three stages"),
-    "data.phases.*.tokens": ours(f"11 T in all are published ({REPORT}), not each stage's part"),
-    "data.phases.*.seq_len": published(f"{REPORT}, context length extension: from 8K"),
-    "data.phases.*.blend.*": ours("the six languages and stage 3's trajectories are published, no shares"),
-    "optim.name": published(f"{REPORT}, pre-training setup"),
-    "optim.lr": published(f"{REPORT}, pre-training setup"),
-    "optim.schedule": published(f"{REPORT}, pre-training setup"),
-    "optim.min_lr": ours("a tenth of the peak; not published"),
-    "optim.warmup_steps": ours("as Solar Open; not published"),
-    "optim.decay_share": ours("a tenth of the run; not published"),
-    "optim.weight_decay": ours("not published"),
-    "train.global_batch_size": ours("33.6 M tokens a step; not published"),
-    "train.micro_batch_size": ours("memory"),
-    "train.fp8": published(f"{REPORT}, pre-training setup: FP8; blocks, which Hopper and Blackwell have, are "
-                           "ours; not yet run on a GPU"),
-    "train.recompute": ours("memory"), "gpu.gc_every_steps": ours("processes collect garbage together")}
-EXTEND_SOURCES = derive_sources(SOURCES, {
-    "train.fp8": ours("bf16: 8 bits are published for pretraining"), **PHASE_SOURCES,
-    "optim.lr": ours("where pretraining ends; not published"),
-    "optim.min_lr": ours("a tenth of the peak; not published"), "optim.schedule": ours("not published"),
-    "optim.warmup_steps": ours("not published"), "optim.decay_share": DEFAULT,
-    "train.global_batch_size": ours("33.6 M tokens a step, as in pretraining; not published"),
-    "needle.lengths_tokens": ours("pretraining's length and both stages'"),
-    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
-    "extend.stages.*.seq_len": published(f"{REPORT}, context length extension: 8K -> 32K -> 256K"),
-    "extend.stages.*.kind": published(f"{REPORT}, context length extension"),
-    "extend.stages.*.blend.*": published(f"{REPORT}, context length extension: synthetic reasoning"),
-    "extend.stages.*.parts.*.name": published(f"{REPORT}, context length extension"),
-    "extend.stages.*.parts.*.share": ours("published: adjusted by stage, more long documents in the second"),
-    "extend.stages.*.parts.*.blend.*": ours("published: good samples of the pretraining distribution"),
-    "extend.gate.every_steps": ours("published: until passed, without a rhythm"),
-    "extend.gate.min_accuracy": ours("published: near-perfect"),
-    "extend.gate.loss_tolerance_nats": ours("published: short contexts are evaluated, without a bound")})
-_SFT = published(f"{REPORT}, post-training: supervised fine-tuning")
-SFT_SOURCES = derive_sources(SOURCES, {
-    "train.fp8": ours("bf16: 8 bits are published for pretraining"), "data.phases.*": ours("not published"),
-    "data.phases.*.blend.conversations": ours("the share is not published"),
-    "data.phases.*.blend.tools": ours("tasks with simulated tools and a success check are published, not "
-                                      "their share"),
-    "optim.name": ours("as in pretraining; not published"),
-    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
-                     "train.global_batch_size"), ours("not published")),
-    "optim.decay_share": DEFAULT, "objective.name": _SFT})
+SOURCES: Sources = read_sources("k-exaone-236b")
+EXTEND_SOURCES = derive_sources(SOURCES, read_sources("k-exaone-236b-extend"))
+SFT_SOURCES = derive_sources(SOURCES, read_sources("k-exaone-236b-sft"))
 _GROUPER = published(f"{REPORT}, post-training: preference learning by GrouPER")
 GROUPER_SOURCES = derive_sources(SFT_SOURCES, {
     "optim.name": ours("not published"), "objective.name": _GROUPER, "preference.method": _GROUPER})
@@ -214,34 +168,6 @@ def k_exaone2_750b_extend() -> RunConfig:
         extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
 
-_NOT_READ = "the report was not available"
-SOURCES_2: Sources = derive_sources(SOURCES, {
-    "model.*": config_json("LGAI-EXAONE/K-EXAONE-2.0-750B-A37B, as Megatron-Bridge, TensorRT-LLM and vLLM "
-                           "read it; its byte count agrees"),
-    "model.router_bias_update_rate": ours(f"as K-EXAONE; {_NOT_READ}"),
-    "model.seq_aux_loss_coeff": ours(f"as K-EXAONE; {_NOT_READ}"),
-    "model.mtp_loss_coeff": ours(f"as K-EXAONE; {_NOT_READ}"),
-    **{f"parallel.{name}": published(f"{BRIDGE}: 512 H100")
-       for name in ("tp", "sp", "pp", "ep", "zero1", "pipeline_layout", "overlap_grad_reduce",
-                    "overlap_param_gather")},
-    "data.phases.*.name": ours(f"as K-EXAONE's; {_NOT_READ}"),
-    "data.phases.*.tokens": ours(f"2 T after the growth; {_NOT_READ}"),
-    "data.phases.*.seq_len": ours(f"as K-EXAONE; {_NOT_READ}"),
-    "data.phases.*.blend.*": ours(f"as K-EXAONE's; {_NOT_READ}"),
-    "optim.name": ours(f"as K-EXAONE; {_NOT_READ}"),
-    "optim.lr": ours(f"a third of K-EXAONE's peak; {_NOT_READ}"), "optim.min_lr": ours("a tenth of the peak"),
-    "optim.schedule": ours(f"as K-EXAONE; {_NOT_READ}"),
-    "optim.warmup_steps": ours("a quarter of K-EXAONE's: the model is trained already"),
-    "train.fp8": published(f"{BRIDGE}: bf16"), "train.recompute": published(BRIDGE),
-    "train.micro_batch_size": published(BRIDGE)})
-EXTEND_SOURCES_2 = derive_sources(derive_sources(EXTEND_SOURCES, SOURCES_2), {
-    "parallel.*": ours("a layout that fits; none is published"),
-    **{f"parallel.{name}": ours("a layout that fits; none is published")
-       for name in ("tp", "sp", "pp", "ep", "zero1", "pipeline_layout", "overlap_grad_reduce",
-                    "overlap_param_gather")},
-    **PHASE_SOURCES, "optim.lr": ours("where pretraining ends"), "optim.schedule": ours("as K-EXAONE's"),
-    "optim.warmup_steps": ours("as K-EXAONE's"), "optim.decay_share": DEFAULT,
-    **{key: ours(f"as K-EXAONE's; {_NOT_READ}") for key in (
-        *STAGE_CHOICES, "extend.stages.*.seq_len", "extend.stages.*.kind", "extend.stages.*.blend.*",
-        "extend.stages.*.parts.*.name", "extend.stages.*.parts.*.share", "extend.stages.*.parts.*.blend.*",
-        "extend.gate.every_steps", "extend.gate.min_accuracy", "extend.gate.loss_tolerance_nats")}})
+SOURCES_2: Sources = derive_sources(SOURCES, read_sources("k-exaone2-750b"))
+EXTEND_SOURCES_2 = derive_sources(derive_sources(EXTEND_SOURCES, SOURCES_2),
+                                  read_sources("k-exaone2-750b-extend"))

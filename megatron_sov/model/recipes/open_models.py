@@ -11,15 +11,13 @@ from megatron_sov.model.config import (
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
-from megatron_sov.model.recipes.extension import STAGE_CHOICES
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
+from megatron_sov.model.recipes.sources import (
+    DEFAULT, Sources, config_json, derive_sources, ours, published, read_sources)
 
 # HyperCLOVA X 8B Omni: a decoder that reads and writes text, images and speech; sizes, vocabulary, encoders
 # and the order of stages are published. Learning rates, batch sizes, token budgets, data shares and the
 # weight of the prediction loss are not available in any source and are our choice, marked as such.
 
-HYPERCLOVA_REPORT = "HyperCLOVA X 8B Omni report"
-SERVING = "NAVER-Cloud-HyperCLOVA-X/OmniServe"
 AUDIO, IMAGE = IdBlock(128_606, 6_561), IdBlock(135_168, 65_536)
 """Behind the ids of text; one id between them is free, and the second one ends the vocabulary."""
 
@@ -96,43 +94,10 @@ def hyperclova_omni_8b_sft() -> RunConfig:
         media=MediaConfig(train_encoders=False, train_adapters=True))
 
 
-_SIZES = published(f"{HYPERCLOVA_REPORT}, model")
-_VIT = published(f"{SERVING}, encoder/vision/track_b: omni_cont_config.yaml")
-_WHISPER = published(f"{SERVING}, encoder/audio/track_b: audio_config.json")
-_UNPUBLISHED = ours("not published")
-_STAGES = published(f"{HYPERCLOVA_REPORT}, pretraining: two stages")
-HYPERCLOVA_SOURCES: Sources = {
-    "model.family": ours("Llama's shape has exactly the published sizes; the released text config is not "
-                         "at hand"),
-    **dict.fromkeys((f"model.{setting}" for setting in (
-        "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "dense_ffn_dim",
-        "num_experts", "rope_theta", "num_mtp_layers", "max_position_tokens")), _SIZES),
-    "model.mtp_loss_coeff": ours("a scale is published, its value is not"), "model.norm_eps": _UNPUBLISHED,
-    "model.audio_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: 6,561 FSQ tokens after the text"),
-    "model.image_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: 65,536 from 135,168"),
-    "model.vision.*": _VIT,
-    "model.vision.placeholder_ids": ours("as `sov-tokenizer media --audio-first 128606` numbers the marks"),
-    "model.vision.image_size": ours("the published encoder takes any size; banks have one"),
-    "model.audio.*": _WHISPER,
-    "model.audio.placeholder_ids": ours("as `sov-tokenizer media --audio-first 128606` numbers the marks"),
-    "model.audio.compression": ours("25 is published for long sound; set it where there is much"),
-    "model.audio.compressor_*": published(f"{SERVING}, mambamia_videoaudio_compressor.py"),
-    "parallel.*": _UNPUBLISHED, "data.phases.*.name": _STAGES, "data.phases.*.tokens": _UNPUBLISHED,
-    "data.phases.*.seq_len": ours("32K at the end is published, not the lengths before"),
-    "data.phases.*.blend.*": ours("the kinds are published, their shares are not"),
-    **dict.fromkeys((f"optim.{setting}" for setting in (
-        "lr", "min_lr", "schedule", "warmup_steps", "decay_share", "weight_decay")), _UNPUBLISHED),
-    "train.global_batch_size": _UNPUBLISHED, "train.micro_batch_size": ours("memory"),
-    "train.recompute": ours("memory"),
-    "media.*": published(f"{HYPERCLOVA_REPORT}, pretraining: discrete tokens first, encoders second")}
+HYPERCLOVA_SOURCES: Sources = read_sources("hyperclova-omni-8b")
 HYPERCLOVA_CONTINUOUS_SOURCES = derive_sources(HYPERCLOVA_SOURCES, {
     "media.train_encoders": ours("frozen or trained is not published")})
-HYPERCLOVA_SFT_SOURCES = derive_sources(HYPERCLOVA_CONTINUOUS_SOURCES, {
-    "data.phases.*.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning: four stages"),
-    **dict.fromkeys((f"data.phases.*.{setting}" for setting in ("lr", "min_lr", "rewarm_steps")),
-                    _UNPUBLISHED),
-    "objective.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning"),
-    "objective.text_coeff": ours("without plain text, its bits per byte grow while media are learned")})
+HYPERCLOVA_SFT_SOURCES = derive_sources(HYPERCLOVA_CONTINUOUS_SOURCES, read_sources("hyperclova-omni-8b-sft"))
 
 
 # Qwen: start runs with `--from` converted weights; sizes come from the released config.json files.
@@ -196,15 +161,7 @@ def qwen3_30b_a3b_2507() -> RunConfig:
                    model=replace(run.model, rope_theta=1e7, max_position_tokens=262144))
 
 
-TRAINING_SOURCES: Sources = {
-    "parallel.*": ours("a layout that fits"), "data.phases.*.name": ours("one phase"),
-    "data.phases.*.tokens": ours("a billion tokens, to be set"),
-    "data.phases.*.seq_len": ours("short enough for all these models"),
-    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
-                     "optim.weight_decay"),
-                    ours("a low rate, so that a trained model forgets little")),
-    "train.global_batch_size": ours("half a million tokens a step"), "train.micro_batch_size": ours("memory"),
-    "train.recompute": ours("memory")}
+TRAINING_SOURCES: Sources = read_sources("training of open models")
 """Sources for training settings, which differ from the published models' own training."""
 
 
@@ -332,7 +289,6 @@ def hyperclovax_14b() -> RunConfig:
 # Typhoon-S 8B (arXiv 2601.18129): fine-tuning of ThaiLLM-8B or Qwen3-8B-Base, as in the authors' scripts.
 # `policies` has the recipe for on-policy distillation after it.
 
-TYPHOON_SCRIPT = "scb-10x/typhoon-s, trl/train_sft.sh"
 TYPHOON_TOKENS = 680_000_000
 """Two epochs of about 340,000 conversations with a thousand tokens each."""
 
@@ -349,25 +305,12 @@ def typhoon_s_8b() -> RunConfig:
         objective=ObjectiveConfig(name="sft"))
 
 
-_TYPHOON_TRAINER = published(f"{TYPHOON_SCRIPT} leaves it to transformers' trainer")
-TYPHOON_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen3-8B-Base"), {
-    "data.phases.*.name": ours("the stage"),
-    "data.phases.*.tokens": ours("2 epochs over about 340,000 samples are published, their tokens are not"),
-    "data.phases.*.seq_len": published(TYPHOON_SCRIPT),
-    **dict.fromkeys(("optim.name", "optim.lr", "optim.schedule"), published(TYPHOON_SCRIPT)),
-    "optim.warmup_steps": published(f"{TYPHOON_SCRIPT}: 5 % of the steps"),
-    **dict.fromkeys(("optim.min_lr", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
-                     "optim.clip_grad"), _TYPHOON_TRAINER),
-    "train.global_batch_size": published(f"{TYPHOON_SCRIPT}: 8 processes x 1 sample x 4"),
-    "train.micro_batch_size": published(TYPHOON_SCRIPT), "train.seed": published(TYPHOON_SCRIPT),
-    "train.recompute": ours("memory; it changes no result"),
-    "objective.name": published("arXiv 2601.18129, SFT")})
+TYPHOON_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen3-8B-Base"), read_sources("typhoon-s-8b"))
 
 
 # VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B, extended to 40,960 tokens in three stages by
 # `extend`, then fine-tuned by `sft`. The report has no learning rates and batch sizes.
 
-VIBETHINKER_REPORT = "arXiv 2511.06221"
 LENGTHS, THETA = {"16k": 16384, "32k": 32768, "40k": 40960}, 500_000.0
 VIBETHINKER_LENGTH = LENGTHS["40k"]
 """Response lengths in the report's reinforcement learning and generation; text training covers every position
@@ -395,24 +338,5 @@ def vibethinker_1_5b() -> RunConfig:
         extend=ExtendConfig(stages=VIBETHINKER_STAGES, gate=GateConfig(every_steps=100, min_accuracy=0.98)))
 
 
-_VIBETHINKER_SUCCESSOR = ours("not published for the 1.5B; published for the 3B")
-VIBETHINKER_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
-    "model.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
-    "model.max_position_tokens": published(f"{VIBETHINKER_REPORT}, evaluation: 40,960 tokens are generated"),
-    "data.phases.*.name": ours("the stage"), "data.phases.*.tokens": ours("not published"),
-    "data.phases.*.seq_len": published(f"{VIBETHINKER_REPORT}, training: 16K before 32K"),
-    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule"), _VIBETHINKER_SUCCESSOR),
-    "optim.warmup_steps": ours("5 % of the steps, as published for the 3B"),
-    "optim.weight_decay": ours("not published"), "train.global_batch_size": _VIBETHINKER_SUCCESSOR,
-    "train.micro_batch_size": ours("memory"),
-    "train.checkpoint_every_steps": ours("checkpoints to choose from are published, their distance is not"),
-    "train.keep_every_steps": ours("checkpoints to choose from are published, their distance is not"),
-    "objective.name": published(f"{VIBETHINKER_REPORT}, spectrum phase"),
-    "needle.lengths_tokens": ours("the base's and the stages'"),
-    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
-    "extend.stages.*.seq_len": published(
-        f"{VIBETHINKER_REPORT}: 16K and 32K in training, 40,960 in evaluation; that text of these lengths "
-        "comes first is ours"),
-    "extend.stages.*.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
-    "extend.stages.*.parts.*": ours("not published"), "extend.gate.every_steps": ours("not published"),
-    "extend.gate.min_accuracy": ours("near-perfect, as K-EXAONE asks")})
+VIBETHINKER_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen2.5-Math-1.5B"),
+                                              read_sources("vibethinker-1.5b"))

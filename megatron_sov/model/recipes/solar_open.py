@@ -14,8 +14,8 @@ from megatron_sov.model.config import (
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
     TrainConfig, YarnConfig)
 from megatron_sov.model.config.model import LinearAttentionConfig
-from megatron_sov.model.recipes.extension import PHASE_SOURCES, STAGE_CHOICES, stage_phases
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
+from megatron_sov.model.recipes.extension import stage_phases
+from megatron_sov.model.recipes.sources import Sources, config_json, derive_sources, ours, read_sources
 
 REPORT, RELEASED = "arXiv 2601.07022", "upstage/Solar-Open-100B"
 TRILLION = 1_000_000_000_000
@@ -135,66 +135,16 @@ def solar_open_102b_dpo() -> RunConfig:
         objective=ObjectiveConfig(name="preference"), preference=PreferenceConfig(method="dpo", beta=0.1))
 
 
-_OPTIMIZER = published(f"{REPORT}, pretraining: optimizer")
-_CURRICULUM = published(f"{REPORT}, pretraining: phases")
-SOURCES: Sources = {
-    "model.*": config_json(RELEASED),
-    "model.yarn": ours("no source has YaRN before the last stage; the released config has it"),
-    "model.router_bias_update_rate": published(f"{REPORT}, router"),
-    "model.seq_aux_loss_coeff": published(f"{REPORT}, router"), "model.mtp_*": DEFAULT,
-    "parallel.*": ours("a layout that fits; published is HSDP, 6 x 10 nodes of 8 B200"),
-    "data.phases.*.name": _CURRICULUM, "data.phases.*.tokens": _CURRICULUM,
-    "data.phases.*.seq_len": _OPTIMIZER, "data.phases.*.blend.korean": _CURRICULUM,
-    "data.phases.*.blend.synthetic": _CURRICULUM,
-    "data.phases.*.blend.web-*": ours("the rest, if Korean and synthetic text do not overlap"),
-    **dict.fromkeys(("optim.name", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay",
-                     "optim.beta1", "optim.beta2", "optim.eps", "optim.clip_grad", "train.global_batch_size"),
-                    _OPTIMIZER),
-    "optim.schedule": ours("the report gives both ends of the decay, not its form"),
-    "train.micro_batch_size": ours("memory"),
-    "train.fp8": published(f"{REPORT}, infrastructure: FP8 and bf16; our choice: blocks, for Hopper and "
-                           "Blackwell; not yet run on a GPU"),
-    "train.recompute": published(f"{REPORT}, infrastructure"),
-    "gpu.gc_every_steps": ours("processes collect garbage together")}
+SOURCES: Sources = read_sources("solar-open-102b")
 _IN_BF16 = {"train.fp8": ours("bf16: 8 bits are published for pretraining")}
-_MID_TRAINING = published(f"{REPORT}, mid-training")
-MID_SOURCES = derive_sources(SOURCES, {
-    **_IN_BF16, "data.phases.*.name": _MID_TRAINING, "data.phases.*.tokens": _MID_TRAINING,
-    "data.phases.*.global_batch_size": _OPTIMIZER, "data.phases.*.blend.*": _MID_TRAINING,
-    "data.phases.*.blend.long@8192": published(f"{REPORT}, mid-training; that long means 8,192 is ours"),
-    "optim.lr": ours("not published"), "optim.min_lr": ours("where pretraining ends; not published"),
-    "optim.warmup_steps": ours("not published"), "optim.schedule": ours("not published"),
-    "train.global_batch_size": ours("the phase has its own")})
-EXTEND_SOURCES = derive_sources(SOURCES, {
-    **_IN_BF16, "model.yarn.*": config_json(RELEASED), **PHASE_SOURCES, "optim.lr": ours("not published"),
-    "optim.min_lr": ours("where pretraining ends; not published"),
-    "optim.warmup_steps": ours("not published"), "optim.schedule": ours("not published"),
-    "train.global_batch_size": _OPTIMIZER,
-    "needle.lengths_tokens": ours("pretraining's length and both stages'"),
-    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
-    "extend.stages.*.seq_len": published(f"{REPORT}, pretraining: 32K, 100K (102,400 is our reading)"),
-    "extend.stages.*.global_batch_size": _OPTIMIZER,
-    **dict.fromkeys(("extend.stages.*.yarn_factor", "extend.stages.*.yarn_original_tokens"),
-                    ours("the released config's, at the last stage: nothing says when YaRN began")),
-    "extend.stages.*.blend.*": ours("the published mid-training's sources"),
-    "extend.stages.*.parts.*": ours("not published; rehearsal is phase 2.C again, as in mid-training"),
-    "extend.gate.every_steps": ours("not published"), "extend.gate.min_accuracy": ours("not published")})
+MID_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-mid"))
+EXTEND_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-extend"))
 _OF_CONVERSATIONS: Sources = {
     **_IN_BF16, "model.yarn.*": config_json(RELEASED), "data.phases.*": ours("not published"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
                      "train.global_batch_size"), ours("not published"))}
-SFT_SOURCES = derive_sources(SOURCES, {
-    **_OF_CONVERSATIONS,
-    "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 agent "
-                                  "conversations; their shares are not"),
-    "objective.name": published(f"{REPORT}, post-training: SFT")})
-_PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
-DPO_SOURCES = derive_sources(SOURCES, {
-    **_OF_CONVERSATIONS,
-    "data.phases.*.blend.*": ours("the kinds of pairs are published, with reasoning kept among them; their "
-                                  "shares are not"),
-    "objective.name": _PHASE_B, "preference.method": _PHASE_B,
-    "preference.beta": ours("not published; the value in the DPO paper (arXiv 2305.18290)")})
+SFT_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-sft"))
+DPO_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-dpo"))
 
 
 # Solar Open 2 250B-A15B (arXiv 2607.20062): the released architecture, published tokens and languages.
@@ -203,7 +153,6 @@ DPO_SOURCES = derive_sources(SOURCES, {
 # distillation of twelve specialists. Phases, blends, learning rates, batch sizes, stage lengths and layouts
 # are our choice, marked as such.
 
-ABSTRACT = "arXiv 2607.20062, abstract"
 CARD = "upstage/Solar-Open2-250B's card"
 
 PHASES_2 = (
@@ -265,29 +214,5 @@ def solar_open2_250b_extend() -> RunConfig:
         extend=ExtendConfig(stages=STAGES_2, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
 
-_NOT_READ = "the report was not available"
-_AS_SOLAR = f"as Solar Open; {_NOT_READ}"
-SOURCES_2: Sources = {
-    "model.*": config_json("upstage/Solar-Open2-250B, as transformers' class and vLLM's test have it; as "
-                           "many parameters as the card, to the last one"),
-    "model.mtp_*": DEFAULT, "model.router_bias_update_rate": ours(_AS_SOLAR),
-    "model.seq_aux_loss_coeff": ours(_AS_SOLAR), "parallel.*": ours("a layout that fits; none is published"),
-    "data.phases.*.name": ours(_NOT_READ), "data.phases.*.seq_len": ours(_NOT_READ),
-    "data.phases.0.tokens": published(f"{ABSTRACT}: a 10 T token mixture"),
-    "data.phases.1.tokens": ours(f"{CARD}: about 12 T in all, less the mixture"),
-    "data.phases.*.blend.*": ours(f"languages from {CARD}, agents from the abstract; no shares are known"),
-    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
-                     "optim.weight_decay", "optim.beta2"), ours(_AS_SOLAR)),
-    "train.global_batch_size": ours(f"33.6 M tokens a step; {_NOT_READ}"),
-    "train.micro_batch_size": ours("memory"), "train.recompute": ours("memory"),
-    "gpu.gc_every_steps": ours("processes collect garbage together")}
-EXTEND_SOURCES_2 = derive_sources(SOURCES_2, {
-    **PHASE_SOURCES, "optim.lr": ours(f"about a tenth of pretraining's peak; {_NOT_READ}"),
-    "optim.warmup_steps": ours(_NOT_READ),
-    "train.global_batch_size": ours(f"33.6 M tokens a step, as in pretraining; {_NOT_READ}"),
-    "needle.lengths_tokens": ours("pretraining's length and the stages'"),
-    **dict.fromkeys(STAGE_CHOICES, ours(_NOT_READ)), "extend.stages.0.seq_len": ours(_NOT_READ),
-    "extend.stages.1.seq_len": ours(_NOT_READ), "extend.stages.2.seq_len": published(f"{CARD}: 1M"),
-    "extend.stages.*.blend.*": ours(f"agents' trajectories fill one context, by the abstract; {_NOT_READ}"),
-    "extend.stages.*.parts.*": ours(_NOT_READ), "extend.gate.every_steps": ours(_NOT_READ),
-    "extend.gate.min_accuracy": ours(_NOT_READ)})
+SOURCES_2: Sources = read_sources("solar-open2-250b")
+EXTEND_SOURCES_2 = derive_sources(SOURCES_2, read_sources("solar-open2-250b-extend"))

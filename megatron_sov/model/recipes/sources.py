@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
 
 from megatron_sov.model.config import RunConfig
 
@@ -55,6 +59,20 @@ def config_json(model: str) -> ValueSource:
 def ours(why: str) -> ValueSource:
     """Return the source for an unpublished value that we chose, with a reason."""
     return ValueSource("ours", why)
+
+
+def read_sources(recipe: str) -> Sources:
+    """Return a table of sources.yaml."""
+    sources = {}
+    for key, text in _load_tables()[recipe].items():
+        kind, _, where = text.partition(": ")
+        sources[key] = ValueSource(cast("Kind", kind), where)
+    return sources
+
+
+@cache
+def _load_tables() -> dict[str, dict[str, str]]:
+    return dict(yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")))
 
 
 def derive_sources(sources: Sources, changed: Sources) -> Sources:

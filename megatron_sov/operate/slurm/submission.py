@@ -25,7 +25,7 @@ import jinja2
 import megatron_sov
 from megatron_sov.base.artifacts import create_folder, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm.stages import ENGINE_SET, Commands, StageWork, build_stage_work, find_layouts
 from megatron_sov.runs.folder import SUBMISSIONS, list_submitted_jobs
@@ -345,11 +345,12 @@ def _choose_time_limit(request: SubmitRequest, work: StageWork) -> str:
     defaults = [limit for limit in (work.kind.time_limit, request.profile.time_limit) if limit]
     limit = request.time_limit if request.time_limit is not None else min(defaults, key=parse_time_limit)
     lead_s = request.profile.signal_lead_s
+    fix = Fix(options=("--time", f"{limit}:00:00")) if limit.isdigit() else None  # 4: hours, not minutes
     if parse_time_limit(limit) <= lead_s + SIGNAL_TOLERANCE_S:
         raise UserError(f"time limit {limit!r}: is {parse_time_limit(limit):g} s, and the job is asked to "
                         f"save signal_lead_s = {lead_s} before it ends, by Slurm up to "
                         f"{SIGNAL_TOLERANCE_S} s earlier, so no work would be done; "
-                        "pass a longer --time, or a profile with a shorter signal_lead_s")
+                        "pass a longer --time, or a profile with a shorter signal_lead_s", fix)
     return limit
 
 

@@ -112,7 +112,7 @@ def test_help_is_the_field_docstring() -> None:
     ("--limit 1.5", "type", "--limit", "--limit 1.5: must be a whole number"),
     ("--limit=", "type", "--limit", '--limit "": must be a whole number'),
     ("--mode fasd", "choice", "--mode", "--mode \"fasd\": must be 'plain' or 'fast'; did you mean 'fast'?"),
-    ("--width 9", "choice", "--width", '--width "9": must be 8 or 16'),
+    ("--width 9", "choice", "--width", '--width "9": must be 8 or 16; leave it out for the default'),
     ("--input a --input=", "type", "--input", "--input: is empty, where a file or folder is to be named"),
     ("--max-bytes 0", "bound", "--max-bytes", "--max-bytes 0: must be at least 1"),
     ("--max-bytes 3", "rule", "--max-bytes", "--max-bytes 3: must be even"),

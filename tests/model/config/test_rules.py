@@ -269,6 +269,17 @@ def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small)
     head, *lines = str(e.value).splitlines()
     assert head == f"recipe small: {len(lines)} problems" and ("rule", "optim.min_lr") in e.value.codes
     assert "  parallel.tp = 3 must divide model.num_heads = 4; use one of 1, 2, 4" in lines
+    assert "  model.num_kv_heads = 3 must divide model.num_heads = 4; set model.num_heads=6" in lines
+
+
+@pytest.mark.each(("setting", "write"), [
+    ("optim.warmup_steps=0.03", "optim.warmup_steps=3"),
+    ("train.eval_every_steps=10%", "train.eval_every_steps=10"),
+    ("optim.min_lr=10%", "optim.min_lr=0.0001")])
+def test_a_share_is_written_as_its_number(small: Small, setting: str, write: str) -> None:
+    with pytest.raises(SettingsError) as e:
+        apply_settings(small(), ["train.steps=100", "optim.lr=1e-3", setting])
+    assert e.value.fix and e.value.fix.options == ("--set", write)
 
 
 def test_bounds_of_settings_from_code_are_checked_before_rules(small: Small) -> None:

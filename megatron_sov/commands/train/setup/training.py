@@ -180,7 +180,8 @@ def check_chats(config: RunConfig, sources: list[Source]) -> None:
     texts = [s.name for s in sources if not s.is_chat]
     if not chats:
         raise UserError(f"--data: no source ({', '.join(texts)}) contains conversations; pack some with "
-                        "`sov-data pack --format chat`")
+                        "`sov-data pack --format chat`; `megatron-sov pretrain` learns from text",
+                        Fix(command="pretrain"))
     if texts and config.objective.text_coeff <= 0:
         raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but only the text term "
                         f"learns from the text in --data ({', '.join(texts)}); set objective.text_coeff "

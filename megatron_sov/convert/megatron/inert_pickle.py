@@ -1,7 +1,7 @@
 """Read pickles in untrusted checkpoints as data, without imports or calls.
 
-A pickle is a program. The interpreter here builds plain values only: `GLOBAL` pushes a `Name`, `REDUCE` and
-`NEWOBJ` push an `InertCall` with the name and its arguments. Names that are not allowed, and opcodes that
+A pickle is a program. Python's interpreter here builds plain values only: `GLOBAL` pushes a `Name`, `REDUCE`
+and `NEWOBJ` push an `InertCall` with the name and its arguments. Names that are not allowed, and opcodes that
 writers of plain values do not emit, raise ValueError.
 
 The index and settings of `torch_dist` checkpoints are read in a subprocess, whose limits stop a file that
@@ -14,8 +14,9 @@ import io
 import json
 import math
 import os
-import pickletools
+import pickle
 import resource
+import struct
 import subprocess
 import sys
 import zipfile
@@ -30,13 +31,6 @@ from megatron_sov.sandbox.restrictions import set_limit
 
 MAX_NAME_CHARS = 80
 """Limit for a name in an error message."""
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE",
-              "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-"""Opcodes that push their argument."""
-_IGNORED_OPCODES = {"PROTO", "FRAME"}
-
-
 @dataclass(frozen=True)
 class Name:
     """A module attribute that the pickle would import."""
@@ -48,8 +42,24 @@ class Name:
         return f"{self.module}.{self.name}"[:MAX_NAME_CHARS]
 
 
-class Items(list[tuple[Any, Any]]):
+    def __call__(self, *arguments: Any) -> InertCall:
+        return InertCall(self, arguments)
+
+
+class Items:
     """Pairs from a dict, in order; keys from untrusted files are not hashed."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._pairs.append((key, value))
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
 
 
 class InertCall:
@@ -62,6 +72,12 @@ class InertCall:
         self.items = Items()
         """Items that the pickle would set, if the object is a mapping."""
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
 
 @dataclass(frozen=True)
 class InertObject:
@@ -70,129 +86,52 @@ class InertObject:
     key: Any
 
 
-class _Mark:
-    """Stack entry of the opcode `MARK`: the values above belong to one list, dict or tuple."""
-
-
 def parse_pickle(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
     """Parse a pickle; raises ValueError for truncation, a forbidden name or a forbidden opcode."""
-    machine = _Machine(allowed)
-    for opcode, argument, position in pickletools.genops(raw):
-        try:
-            if opcode.name == "STOP":
-                return machine.get_result()
-            machine.execute(opcode.name, argument)
-        except (IndexError, KeyError, TypeError) as e:
-            raise ValueError(f"at byte {position}, {opcode.name} does not fit the preceding opcodes "
-                             f"({type(e).__name__})") from None
-    raise ValueError("it has no end")
+    try:
+        return _Machine(raw, allowed).load()
+    except (EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
+            struct.error, pickle.UnpicklingError) as e:
+        raise ValueError(f"it is not a pickle of plain values ({type(e).__name__}: {e})") from None
 
 
-class _Machine:
-    """The pickle interpreter's stack and memo."""
+class _Opcodes(dict[int, Callable[[Any], None]]):
+    def __missing__(self, code: int) -> None:
+        raise ValueError(f"it has the opcode {chr(code)!r}, which pickles of plain values do not have")
 
-    def __init__(self, allowed: Callable[[Name], bool]) -> None:
+
+_PLAIN_OPCODES = (
+    "PROTO", "FRAME", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4",
+    "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES",
+    "BINBYTES8", "MARK", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND",
+    "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPERSID", "MEMOIZE",
+    "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "STOP")
+_CHANGED_OPCODES = {"EMPTY_SET": "EMPTY_LIST", "ADDITEMS": "APPENDS", "FROZENSET": "LIST", "NEWOBJ": "REDUCE"}
+"""Opcode -> the opcode that it is executed as: nothing is hashed, and every call stays data."""
+
+
+class _Machine(pickle._Unpickler):
+    """Python's own interpreter of pickles, in which names, calls and dicts stay data."""
+
+    dispatch = _Opcodes()
+    for _name, _executed in (*zip(_PLAIN_OPCODES, _PLAIN_OPCODES, strict=True), *_CHANGED_OPCODES.items()):
+        dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[
+            getattr(pickle, _executed)[0]]
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Items())
+
+    def __init__(self, raw: bytes, allowed: Callable[[Name], bool]) -> None:
+        super().__init__(io.BytesIO(raw))
         self._allowed = allowed
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-        self._steps: dict[str, Callable[[], None]] = {
-            "MARK": lambda: self._stack.append(_Mark()),
-            "EMPTY_TUPLE": lambda: self._stack.append(()), "EMPTY_LIST": lambda: self._stack.append([]),
-            "EMPTY_DICT": lambda: self._stack.append(Items()), "EMPTY_SET": lambda: self._stack.append([]),
-            "TUPLE": lambda: self._stack.append(tuple(self._pop_to_mark())),
-            "FROZENSET": lambda: self._stack.append(self._pop_to_mark()),
-            "TUPLE1": lambda: self._push_tuple(1), "TUPLE2": lambda: self._push_tuple(2),
-            "TUPLE3": lambda: self._push_tuple(3), "APPEND": lambda: self._append_values([self._pop_value()]),
-            "APPENDS": lambda: self._append_values(self._pop_to_mark()),
-            "ADDITEMS": lambda: self._append_values(self._pop_to_mark()),
-            "SETITEM": lambda: self._set_items([self._pop_value(), self._pop_value()][::-1]),
-            "SETITEMS": lambda: self._set_items(self._pop_to_mark()),
-            "STACK_GLOBAL": lambda: self._push_name([self._pop_value(), self._pop_value()][::-1]),
-            "NEWOBJ": self._push_call, "REDUCE": self._push_call, "BUILD": self._set_state,
-            "BINPERSID": lambda: self._stack.append(InertObject(self._pop_value()))}
 
-    def execute(self, opcode: str, argument: Any) -> None:
-        """Execute an opcode; raises ValueError, IndexError, KeyError or TypeError if the stack does not
-        fit."""
-        if opcode in _ARGUMENTS:
-            self._stack.append(argument)
-        elif opcode in _CONSTANTS:
-            self._stack.append(_CONSTANTS[opcode])
-        elif opcode in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-            self._memo[len(self._memo) if opcode == "MEMOIZE" else argument] = self._peek_value()
-        elif opcode in ("BINGET", "LONG_BINGET"):
-            self._stack.append(self._memo[argument])
-        elif opcode == "GLOBAL":
-            self._push_name(argument.split(" ", 1))
-        elif opcode in self._steps:
-            self._steps[opcode]()
-        elif opcode not in _IGNORED_OPCODES:
-            raise ValueError(f"it has the opcode {opcode}, which pickles of plain values do not have")
-
-    def get_result(self) -> Any:
-        if len(self._stack) != 1 or isinstance(self._stack[0], _Mark):
-            raise ValueError(f"it ends with {len(self._stack)} values instead of one")
-        return self._stack[0]
-
-    def _pop_value(self) -> Any:
-        self._peek_value()
-        return self._stack.pop()
-
-    def _peek_value(self) -> Any:
-        if isinstance(self._stack[-1], _Mark):
-            raise TypeError("a mark is on the stack instead of a value")
-        return self._stack[-1]
-
-    def _pop_to_mark(self) -> list[Any]:
-        """Pop the values above the last mark, and the mark."""
-        start = len(self._stack) - 1
-        while not isinstance(self._stack[start], _Mark):
-            start -= 1
-            if start < 0:
-                raise IndexError("there is no mark")
-        values = self._stack[start + 1:]
-        del self._stack[start:]
-        return values
-
-    def _push_tuple(self, count: int) -> None:
-        values = [self._pop_value() for _ in range(count)][::-1]
-        self._stack.append(tuple(values))
-
-    def _append_values(self, values: list[Any]) -> None:
-        target = self._peek_value()
-        if type(target) is not list:
-            raise TypeError("values are appended to an object that is not a list")
-        target.extend(values)
-
-    def _set_items(self, values: list[Any]) -> None:
-        if len(values) % 2:
-            raise TypeError("a key has no value")
-        target = self._peek_value()
-        pairs = target.items if isinstance(target, InertCall) else target
-        if not isinstance(pairs, Items):
-            raise TypeError("items are set on an object that is not a dict")
-        pairs.extend(zip(values[::2], values[1::2], strict=True))
-
-    def _push_name(self, words: list[Any]) -> None:
-        module, name = words
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise TypeError("a name is not text")
+    def find_class(self, module: str, name: str) -> Name:
+        """Return a `Name`; raises ValueError if it is not allowed."""
         global_name = Name(module, name)
         if not self._allowed(global_name):
             raise ValueError(f"it names {str(global_name)!r}, which is not allowed")
-        self._stack.append(global_name)
+        return global_name
 
-    def _push_call(self) -> None:
-        arguments, name = self._pop_value(), self._pop_value()
-        if not (isinstance(name, Name) and isinstance(arguments, tuple)):
-            raise TypeError("a value is called that is not a name")
-        self._stack.append(InertCall(name, arguments))
-
-    def _set_state(self) -> None:
-        state, target = self._pop_value(), self._peek_value()
-        if not isinstance(target, InertCall) or target.state is not None:
-            raise TypeError("a state is set on an object without one")
-        target.state = state
+    def persistent_load(self, key: Any) -> InertObject:
+        return InertObject(key)
 
 
 def get_attributes(value: Any, *names: Name) -> dict[str, Any]:
@@ -317,7 +256,7 @@ def read_index(raw: bytes) -> Index:
 
 def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
     """Return (key, offset) -> [file, start, length] for stored blocks."""
-    if not isinstance(value, list):
+    if not isinstance(value, Items):
         raise ValueError("it does not list stored tensors")
     places = {}
     for place, info in value:
@@ -521,7 +460,7 @@ BASE_TIME_S, BYTES_PER_S = 60, 200_000
 CLOCK_FACTOR = 20
 """Wall-clock limit as a multiple of the CPU limit, to stop a hang on a shared machine."""
 _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-         "from megatron_sov.convert.inert_pickle import main; main(sys.argv[1])")
+         "from megatron_sov.convert.megatron.inert_pickle import main; main(sys.argv[1])")
 
 
 def read_in_subprocess(reader: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str,

@@ -22,7 +22,7 @@ from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, write_imported
-from megatron_sov.convert.inert_pickle import TorchArchive, read_in_subprocess
+from megatron_sov.convert.megatron.inert_pickle import TorchArchive, read_in_subprocess
 from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -172,7 +172,7 @@ _ALIASES = ((".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
             (".transformer_layer.", ".mtp_model_layer."))
 """(our key part, Megatron's key part): the norm before experts without Transformer Engine, and the layer
 inside a prediction layer in later versions."""
-_EXPERTS = ".experts.experts."
+EXPERTS = ".experts.experts."
 PREFIXES = ("", "module.")
 """Key prefixes; NeMo's wrapper adds `module.`."""
 HALVES = ("_w", "_v")
@@ -226,8 +226,8 @@ def _iter_candidates(key: str, expert: int | None) -> Iterator[tuple[str, tuple[
         forms = [(name, ())] + ([(f"{layer[1]}.{layer[3]}", (int(layer[2]),))] if layer else [])
         for form, lead in forms:
             yield form, lead, False
-            if expert is not None and _EXPERTS in form:
-                yield form.replace(_EXPERTS, f"{_EXPERTS}{expert}.", 1), lead, True
+            if expert is not None and EXPERTS in form:
+                yield form.replace(EXPERTS, f"{EXPERTS}{expert}.", 1), lead, True
 
 
 class TorchDistTensors(StoredTensors):
@@ -323,7 +323,7 @@ class TorchDistWeights(BlockWeights):
         missing: dict[str, tuple[int, ...]] = {}
         expected: dict[str, tuple[int, ...]] = {}
         for link in self.links:
-            expert = link.offset[0] if _EXPERTS in link.key else None
+            expert = link.offset[0] if EXPERTS in link.key else None
             block_sources = find_block_sources(link.key, expert, stored_keys)
             if block_sources is None:
                 missing[link.key] = link.shape

@@ -1,0 +1,177 @@
+"""Megatron-Core's own model, optimizer and scheduler continue from a written `torch_dist` checkpoint."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sov import convert
+from megatron_sov.base.artifacts import find_damaged_files
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.convert.megatron import to_megatron as export
+from megatron_sov.convert.megatron.to_megatron import build_common_state, to_megatron
+from megatron_sov.model import recipes
+from megatron_sov.model.config import apply_settings
+from megatron_sov.model.counterparts.architecture import (
+    describe_model, infer_architecture, normalize_arguments)
+from megatron_sov.schedules import Schedule
+from tests.packing import Packed
+
+JOBS = str(Path(__file__).with_name("stock_training.py"))
+DENSE, EXPERTS = "tiny-qwen3", "tiny-solar-open"
+FIRST, STEPS = 4, 20
+TP2, PP2, EP2 = {"tp": 2, "sp": True}, {"pp": 2}, {"ep": 2}
+
+
+class Case:
+    """A run of our trainer, and continuations of its checkpoint."""
+
+    def __init__(self, job: Any, data: Packed, folder: Path, recipe: str, precision: str) -> None:
+        self._job, self.folder, self._model = job, folder, {"recipe": recipe, "precision": precision}
+        self.training = job(JOBS, "train_ours", 1, {"data": str(data.text), "run": str(folder), **self._model,
+                                                    "first": FIRST, "steps": STEPS})
+
+    def export(self, out: str, **options: bool) -> None:
+        report = to_megatron(self.folder / f"checkpoints/step-{FIRST}", self.folder / out, **options)
+        assert (report.step, report.num_updates, report.schedule_problem) == (FIRST, FIRST, "")
+
+    def continue_from(self, out: str, num_ranks: int, layout: dict[str, Any], *, distributed: bool) -> Any:
+        return self._job(JOBS, "continue_stock", num_ranks, {
+            "folder": str(self.folder / out), "batches": str(self.folder / "batches.pt"), **self._model,
+            "layout": layout, "distributed": distributed})
+
+
+@pytest.mark.distributed
+def test_stock_training_continues_with_our_losses(ranks: Any, job: Any, packed_data: Packed,
+                                                  tmp_path: Path) -> None:
+    case = Case(job, packed_data, tmp_path / "run", DENSE, "fp64")
+    (expected,), = ranks(case.training)
+    case.export("out")
+    (losses,), = ranks(case.continue_from("out", 1, {}, distributed=False))
+    assert len(losses) == STEPS and max(expected) - min(expected) > 0.5
+    assert losses == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.distributed
+@pytest.mark.deep
+def test_stock_training_continues_at_other_layouts(ranks: Any, job: Any, packed_data: Packed,
+                                                   tmp_path: Path) -> None:
+    """With experts the library computes routing scores in float32, whatever the model's dtype."""
+    dense, experts = (Case(job, packed_data, tmp_path / recipe, recipe, "fp64")
+                      for recipe in (DENSE, EXPERTS))
+    (of_dense,), (of_experts,) = ranks(dense.training, experts.training)
+    dense.export("out")
+    experts.export("out")
+    experts.export("one", one_optimizer=True)
+    layouts = (TP2, PP2, {})
+    for losses in ranks(*(dense.continue_from("out", 2, layout, distributed=False) for layout in layouts)):
+        assert losses[0] == pytest.approx(of_dense, rel=1e-12)
+    for losses in ranks(*(experts.continue_from("out", 2, layout, distributed=False)
+                          for layout in (EP2, TP2)),
+                        *(experts.continue_from("one", 2, layout, distributed=False)
+                          for layout in (PP2, {}))):
+        assert losses[0] == pytest.approx(of_experts, rel=1e-8)
+
+
+@pytest.mark.distributed
+@pytest.mark.deep
+def test_distributed_optimizer_continues_with_our_losses(ranks: Any, te_ranks: Any, job: Any,
+                                                         packed_data: Packed, tmp_path: Path) -> None:
+    """Its state is float32. Without Transformer Engine it cannot load its own checkpoints: torch's AdamW
+    counts steps in tensors that its files lack."""
+    dense, experts = (Case(job, packed_data, tmp_path / recipe, recipe, "fp32")
+                      for recipe in (DENSE, EXPERTS))
+    (of_dense,), (of_experts,) = ranks(dense.training, experts.training)
+    dense.export("out")
+    experts.export("out")
+    for losses in te_ranks(*(dense.continue_from("out", 2, layout, distributed=True)
+                             for layout in (TP2, PP2, {}))):
+        assert losses[0] == pytest.approx(of_dense, rel=1e-6)
+    (losses, _), = te_ranks(experts.continue_from("out", 2, EP2, distributed=True))
+    assert losses == pytest.approx(of_experts, rel=1e-6)
+
+
+@pytest.mark.each("recipe", ["tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", "tiny-solar-open", "llama-3.1-8b",
+                             "solar-open-102b", "qwen3-30b-a3b-2507"])
+def test_arguments_describe_the_model(recipe: str) -> None:
+    model = recipes.get(recipe).model
+    again = infer_architecture(normalize_arguments(describe_model(model)), model.family)
+    assert (again.num_layers, again.rope_theta, again.llama3_rope) == (
+        model.num_layers, model.rope_theta, model.llama3_rope)
+
+
+@pytest.mark.each(("recipe", "field"), [
+    ("tiny-gemma3", "embedding_multiplier"), ("tiny-exaone4", "block_norms"),
+    ("tiny-hyperclovax", "attention_multiplier"), ("tiny-solar-open2", "linear_attention"),
+    ("tiny-deepseek-v3", "latent_attention"), ("tiny-hyperclova-omni", "vision_config")])
+def test_models_beyond_gpt_model_are_refused(recipe: str, field: str) -> None:
+    with pytest.raises(UserError, match=f"Megatron-Core's GPTModel cannot be this model.*{field}"):
+        describe_model(recipes.get(recipe).model)
+
+
+def test_weights_come_back_with_equal_bits(solar_dir: Path, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    convert.from_hf(solar_dir, tmp_path / "ours")
+    assert main(["convert", "to-megatron", str(tmp_path / "ours"), str(tmp_path / "out")]) == 0
+    assert "left out the optimizer" in capsys.readouterr().out
+    assert find_damaged_files(tmp_path / "out") == []
+    assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "back"),
+                 "--tokenizer", str(tmp_path / "ours/tokenizer")]) == 0
+    assert convert.verify(tmp_path / "ours", tmp_path / "back", load=False).passed
+
+
+def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    convert.from_hf(solar_dir, tmp_path / "ours")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "sha256_file", Mock(side_effect=KeyboardInterrupt))
+        to_megatron(tmp_path / "ours", tmp_path / "out")
+    file = next((tmp_path / "ours").rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match=rf"{file.name}.*changed|{file.name}.*differs"):
+        to_megatron(tmp_path / "ours", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_rates_of_the_library_are_ours() -> None:
+    """The library counts samples before a step, our schedule steps with it."""
+    for schedule, decay in (("cosine", "linear"), ("linear", "linear"), ("inverse_sqrt", "linear"),
+                            ("constant", "linear"), ("wsd", "cosine"), ("wsd", "one_minus_sqrt")):
+        config = apply_settings(recipes.get(DENSE), [
+            f"optim.schedule={schedule}", f"optim.decay_form={decay}", "train.steps=40", "optim.lr=0.01",
+            "optim.min_lr=0.001", "optim.warmup_steps=5", "train.global_batch_size=8"])
+        common, problem = build_common_state(config, 12, 12, one_optimizer=True)
+        assert problem == ""
+        state, args = common["opt_param_scheduler"], vars(common["args"])
+        groups = common["optimizer"]["param_groups"]
+        scheduler = OptimizerParamScheduler(
+            SimpleNamespace(param_groups=groups), 0.0, 1.0, 0.0, 1, 2, state["lr_decay_style"], 0.1, 0.1, 1,
+            "constant", wsd_decay_steps=args.get("lr_wsd_decay_samples"),
+            lr_wsd_decay_style=args.get("lr_wsd_decay_style"))
+        scheduler.load_state_dict(state)
+        for step in range(12, 40):
+            assert groups[0]["lr"] == pytest.approx(Schedule(config).learning_rate(step), rel=1e-12), step
+            scheduler.step(8)
+
+
+@pytest.mark.each(("setting", "reason"), [
+    ("optim.schedule_by=tokens", "tokens"), ("optim.rewarm=[[3, 4]]", "rewarm"),
+    ('data.phases=[{"name": "a", "seq_len": 32, "lr": 0.001}]', "a phase has its own learning rate"),
+    ("train.ramp_from_batch_size=2", "the batch size changes")])
+def test_other_schedules_are_written_as_constant(setting: str, reason: str) -> None:
+    config = apply_settings(recipes.get(DENSE), [
+        "train.steps=40", "train.global_batch_size=8", "train.ramp_increment=2", "train.ramp_steps=9",
+        "optim.warmup_steps=0", setting])
+    common, problem = build_common_state(config, 12, 12, one_optimizer=True)
+    assert reason in problem and common["opt_param_scheduler"]["lr_decay_style"] == "constant"
+
+
+@pytest.mark.each(("setting", "sentence"), [
+    ('optim.groups=[{"pattern": "*", "lr_scale": 2.0}]', "optim.groups: has 1 groups")])
+def test_optimizers_beyond_the_librarys_are_refused(setting: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build_common_state(apply_settings(recipes.get(DENSE), [setting]), 1, 1, one_optimizer=True)
