@@ -297,12 +297,12 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    said = answer(typed, capsys)
-    assert [part for part in parts if part not in said] == [], said
+    message = answer(typed, capsys)
+    assert [part for part in parts if part not in message] == [], message
 
 
 @pytest.mark.parametrize(("name", "known", "meant"), [
     ("fp16", ["fp64", "fp32"], ""), ("llama-3.1-70b", ["llama-3.1-8b"], ""),
     ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?")])
-def test_another_number_is_no_guess(name: str, known: list[str], meant: str) -> None:
+def test_a_different_number_is_not_proposed(name: str, known: list[str], meant: str) -> None:
     assert suggest_name(name, known) == meant

@@ -1,4 +1,4 @@
-"""`sov-data inspect`: what each step of a pipeline kept and dropped, and what token shards hold."""
+"""`sov-data inspect`: documents that each step of a pipeline dropped, and the content of token shards."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Twins of a text that differ in their line ends alone become the same document, whatever their format."""
+"""Texts that differ in their line ends only become equal documents in every format."""
 
 import json
 import random

@@ -19,11 +19,12 @@ from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.model.modality import MediaEncoding
 from megatron_sov.omni.media.banks import open_bank, read_bank_shapes
 from megatron_sov.omni.media.items import MediaVocabulary
-from tests.data_prep.media.chats import Encode, shown
+from tests.data_prep.media.chats import Encode, build_media_chat
 
-CHATS = [shown(("image", "light.png")),
-         shown(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
-         shown(("video", "moving.gif"), ("text", "Say."), answer=[{"type": "audio", "path": "short.wav"}])]
+CHATS = [build_media_chat(("image", "light.png")),
+         build_media_chat(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
+         build_media_chat(("video", "moving.gif"), ("text", "Say."),
+                          answer=[{"type": "audio", "path": "short.wav"}])]
 
 CALLS = ("{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
          "<tool_call>{{ call.function.name }}\n{% for k, v in call.function.arguments.items() %}"
@@ -92,7 +93,7 @@ def test_drawn_picture_is_learned_as_call(encode: Encode, omni: Path, tmp_path: 
             config = json.loads((omni / "tokenizer_config.json").read_text()) | {"chat_template": template}
             (artifact.path / "tokenizer_config.json").write_text(json.dumps(config))
             artifact.content = read_manifest(omni).content
-    assert encode([shown(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
+    assert encode([build_media_chat(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
     assert pack(tmp_path / "calls", tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
     _, (shard,) = columns(tmp_path / "shards")
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
@@ -137,9 +138,9 @@ def test_placeholder_count_must_equal_feature_count(omni: Path) -> None:
     for ids, rows, code in (([pad], {}, "placeholders"), ([1], {"pictures": [(0, 1)]}, "placeholders"),
                             ([pad] * 3, {"pictures": [(0, 3)]}, "media_rows"),
                             ([pad], {"sounds": [(0, 1)]}, "placeholders")):
-        with pytest.raises(BadRecord) as found:
+        with pytest.raises(BadRecord) as error:
             vocabulary.numbers(ids, rows)  # type: ignore[arg-type]
-        assert found.value.code == code
+        assert error.value.code == code
     with pytest.raises(BadRecord, match="which the tokenizer lacks"):
         vocabulary.split("<|vision09999|>")
 

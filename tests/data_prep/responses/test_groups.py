@@ -60,7 +60,7 @@ def test_packed_groups_learn_responses_only( tokenizers: dict[str, Path], tmp_pa
     assert not any("Welcome" in text for text in learned)
 
 
-@pytest.mark.each(("record", "said"), [
+@pytest.mark.each(("record", "message"), [
     ("[1]", "in.jsonl:1: is a JSON list"),
     (group(1, 0, prompt=3), "in.jsonl:1: prompt"),
     (group(1, "good"), "responses[1]: reward is 'good', must be a finite number"),
@@ -72,11 +72,11 @@ def test_packed_groups_learn_responses_only( tokenizers: dict[str, Path], tmp_pa
     (group(1, 0) | {"advantage": 3}, "has 'advantage', which this step writes"),
     (group(1, 1), "no group has two responses with different rewards (1 with equal rewards"),
 ])
-def test_wrong_groups_are_named_and_nothing_is_written(record: Any, said: str, tmp_path: Path,
-                                                       capsys) -> None:
+def test_invalid_groups_are_named_and_write_no_output(record: Any, message: str, tmp_path: Path,
+                                                      capsys) -> None:
     file = write(tmp_path / "in.jsonl", record)
     assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -116,7 +116,7 @@ def test_scored_lines_become_groups_and_pairs(tmp_path: Path, capsys) -> None:
 
 
 def test_equal_texts_with_two_rewards_give_no_pair(tmp_path: Path) -> None:
-    """As two rows of tokens may stand for one text, and be judged by their number."""
+    """Two different token sequences may decode to the same text, and have different rewards."""
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, [
         line("a", "x", 1), line("a", "x", 0), line("b", "x", 1), line("b", "y", 0)])))
     assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 0

@@ -1,4 +1,4 @@
-"""Text that was read in a wrong encoding is restored; other text stays as it is."""
+"""Text that was decoded with a wrong encoding is restored; other text is unchanged."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The step `pii`: what is masked in each language, and what only looks like someone's data."""
+"""Step `pii`: masked personal data in each language, and similar text that is not personal data."""
 
 import random
 import time
@@ -55,7 +55,7 @@ def test_versions_dates_and_numbers_stay(text: str, language: str) -> None:
     assert outcome(text, language) == StepOutcome(values={"pii": ""})
 
 
-def test_in_code_only_what_breaks_nothing_is_masked() -> None:
+def test_masking_code_leaves_its_syntax_intact() -> None:
     text = 'NAME = "jane@mail.org"  # 02-123-4567'
     assert outcome(text, "ko", form="code").text == 'NAME = "[이메일 주소]"  # 02-123-4567'
 
@@ -72,7 +72,7 @@ def test_every_kind_has_names_in_the_languages_of_the_recipes() -> None:
         assert set(names) >= {"ko", "en", "th", "es", "de", "ja", "vi"}
 
 
-def test_every_broken_rule_is_told() -> None:
+def test_every_broken_rule_is_reported() -> None:
     settings = PiiSettings(mask=("mail",), mask_in_code=("ip", "iq"), placeholder="{x}", names_in="xx")
     problems = find_all_problems(settings)
     assert [p.key for p in problems] == ["mask.0", "mask_in_code.1", "placeholder", "names_in"]
@@ -110,7 +110,7 @@ def test_issuers_test_numbers_are_cards_and_no_neighbour_is(number: str) -> None
 
 @pytest.mark.parametrize("digits", ["0000000000000000", "1234567812345670", "411111111111111", "9" * 16,
                                     "4" * 16])
-def test_other_lengths_and_ranges_are_none(digits: str) -> None:
+def test_numbers_of_other_lengths_and_ranges_are_not_personal_data(digits: str) -> None:
     assert not is_card(digits)
 
 

@@ -1,4 +1,5 @@
-"""Verdict by verdict against datatrove's filters, with which the thresholds of FineWeb were found.
+"""Verdicts of the rules equal those of datatrove's filters, document by document; FineWeb's thresholds were
+found with them.
 
 Its dictionaries and tokenizers are kept out: both sides get the same words, signs and sentences.
 """
@@ -81,7 +82,7 @@ def same_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def theirs(step, text: str) -> tuple[str, str]:
-    """Return (the text as datatrove leaves it, its verdict by our name, "" where the document stays)."""
+    """Return the text after datatrove's filter, and its verdict under our rule name ("": accepted)."""
     verdict = step.filter(document := Document(text=text, id="0"))
     return (document.text, "") if verdict is True else (text, NAMES[verdict[1]])
 
@@ -126,7 +127,7 @@ def stripped_lines(text: str) -> list[str]:
 def test_c4s_rules_and_the_lines_that_it_takes_out(ends: bool) -> None:
     rules = replace_thresholds(ENGLISH, {"lines_end_with_mark": ends})
     step = C4QualityFilter(filter_no_terminal_punct=ends)
-    kept = 0
+    num_accepted = 0
     for text in documents():
         if text.strip():
             expected_text, expected = theirs(step, text)
@@ -134,5 +135,5 @@ def test_c4s_rules_and_the_lines_that_it_takes_out(ends: bool) -> None:
             assert reason.partition(": ")[2] == expected
             if not reason:  # datatrove loses empty lines and indentation
                 assert stripped_lines(changed) == stripped_lines(expected_text)
-            kept += not reason
-    assert kept > 20
+            num_accepted += not reason
+    assert num_accepted > 20

@@ -1,4 +1,4 @@
-"""The step `rules`: presets, languages, thresholds by setting, and what is told of a document."""
+"""Step `rules`: presets, languages, thresholds, and the columns that it adds to a document."""
 
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ def outcome(text: str, language: str | None = "en", form: str | None = "prose", 
 
 @pytest.mark.parametrize(("text", "language"), [(ENGLISH, "en"), (KOREAN, "ko"), (THAI, "th")])
 def test_good_text_stays_and_its_words_are_counted(text: str, language: str) -> None:
-    found = outcome(text, language)
-    assert found.reason == ""
-    assert found.text is None
-    assert found.values["rules_language"] == language
-    assert found.values["rules_word_count"] > 100
+    verdict = outcome(text, language)
+    assert verdict.reason == ""
+    assert verdict.text is None
+    assert verdict.values["rules_language"] == language
+    assert verdict.values["rules_word_count"] > 100
 
 
 @pytest.mark.parametrize(("text", "language", "reason"), [
@@ -41,15 +41,16 @@ def test_good_text_stays_and_its_words_are_counted(text: str, language: str) -> 
     ("ก" * 400, "th", "repetition: top 2-gram"),
     (KOREAN.replace(" ", "\n"), "ko", "fineweb: lines without end"),
     ("", "en", "empty"), ("\n \n", "ko", "empty")])
-def test_what_breaks_a_rule_is_dropped_by_its_name(text: str, language: str, reason: str) -> None:
+def test_a_document_that_breaks_a_rule_is_dropped_with_the_rule_as_reason(text: str, language: str,
+                                                                          reason: str) -> None:
     assert outcome(text, language).reason == reason
 
 
 def test_c4_takes_lines_out_and_leaves_the_rest() -> None:
     text = SENTENCES.replace("\n", "\n\n")
-    found = outcome(f"Share this page\n{text}\n\nPlease enable javascript to see more.[1]\n", preset="c4")
-    assert found.reason == ""
-    assert found.text == text
+    verdict = outcome(f"Share this page\n{text}\n\nPlease enable javascript to see more.[1]\n", preset="c4")
+    assert verdict.reason == ""
+    assert verdict.text == text
 
 
 def test_code_and_languages_without_rules_pass_or_are_dropped_by_setting() -> None:
@@ -70,7 +71,7 @@ def test_thresholds_change_for_all_languages_and_for_one() -> None:
     assert outcome(KOREAN, "ko", languages={"en": {"min_words": 10_000}}).reason == ""
 
 
-def test_every_broken_rule_of_the_settings_is_told() -> None:
+def test_every_invalid_setting_is_reported() -> None:
     wrong: Any = "prosa"
     settings = RulesSettings(preset=wrong, languages={"xx": {}}, without_rules=wrong, forms=(wrong,))
     assert keys_of(settings) == ["preset", "languages.xx", "without_rules", "forms.0"]

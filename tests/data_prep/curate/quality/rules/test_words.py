@@ -24,7 +24,7 @@ def test_words_are_cut_at_spaces_and_signs(text: str, expected: list[str]) -> No
     assert tokens(text) == expected
 
 
-def test_where_there_are_no_spaces_characters_with_their_marks_are_cut() -> None:
+def test_languages_without_spaces_are_split_into_graphemes() -> None:
     assert tokens("ที่นี่ GPU 2 ตัว", "characters") == ["ที่", "นี่", "GPU", "2", "ตั", "ว"]
     assert tokens("東京でAIを。", "characters") == ["東", "京", "で", "AI", "を", "。"]
 
@@ -56,7 +56,7 @@ def test_large_and_strange_texts_are_measured_in_time() -> None:
 
 
 WITH_SETTINGS = {"ko", "en", "th", "es", "de", "ja", "vi"}
-"""Languages of the recipes' tokenizers and corpora, which must not fall back to the rules of others."""
+"""Languages of the recipes' tokenizers and corpora, which need their own segmentation rules."""
 
 
 @pytest.mark.parametrize("code", [*list_languages(), "other"])
