@@ -186,9 +186,9 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
-    if match is None or "..." in match[1]:
+    if match is None or "..." in match[1] or (typed and at == 1):  # 1: an option of the program: --version
         return UserError(f"{begin}; {text}")
-    if not typed or at == 1:  # 1: an option of the program, e.g. --version
+    if not typed:
         command = " ".join(words[:max(at, 2)])
         return UserError(f"{begin}; {text.replace(match[1], command)}", Fix(match[1]))
     values, switches = list[str](), list[str]()
