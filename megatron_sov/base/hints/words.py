@@ -90,8 +90,8 @@ def _check_pasted_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
         is_option = option in parser._option_string_actions and option != word
         words += [option, *([value] if blank else [])] if is_option else [word]
     if words != list(typed):
-        raise UserError(f"{parser.prog}: an option must begin with two plain hyphens, and its value is a word "
-                        "of its own", Fix(f"{parser.prog} {shlex.join(words)}"))
+        raise UserError(f"{parser.prog}: an option must begin with two plain hyphens, and its value is a "
+                        "word of its own", Fix(f"{parser.prog} {shlex.join(words)}"))
 
 
 def _check_resume(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
