@@ -43,7 +43,7 @@ def test_each_response_becomes_a_chat_with_advantage(tmp_path: Path, capsys) -> 
             in capsys.readouterr().out)
 
 
-def test_packed_groups_learn_responses_only( tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_packed_groups_learn_responses_only(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Welcome back."},
              {"role": "user", "content": "2 + 2?"}]
     file = write(tmp_path / "in.jsonl", group(1, 0, prompt=turns) | {"id": "q7"}, group(0, 1) | {"id": 8})
