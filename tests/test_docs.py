@@ -71,7 +71,7 @@ def test_every_setting_on_a_page_is_valid_for_its_recipe(line: str) -> None:
     config = request.config(own=[f"{key}={value}" for key, value in options.items() if value is not None])
     if stage is not None and args.recipe is not None and recipes.get(args.recipe).objective.name == "lm" \
             and not any(setting.startswith("optim.lr=") for setting in args.settings):
-        refuse_pretraining_rate(config, stage, count_params(config.model).total)
+        refuse_pretraining_rate(config, stage, count_params(config.model).total, ())
     layout = config.parallel
     assert config.problems(args.nproc or math.lcm(layout.tp * layout.pp * layout.cp,
                                                   layout.etp * layout.ep * layout.pp)) == []

@@ -14,8 +14,8 @@ import re
 import secrets
 import shlex
 import shutil
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_sov.base.artifacts import (
@@ -25,10 +25,12 @@ from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missi
 from megatron_sov.base.hints.kinds import list_models
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
+from megatron_sov.base.settings import SettingsError
 from megatron_sov.model import recipes
-from megatron_sov.model.config import LoraConfig, ModelConfig, RunConfig, from_dict
+from megatron_sov.model.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig, apply_settings, from_dict
 from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
+from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.runs.obs.events import EVENTS
 
 CHECKPOINT_KIND = "checkpoint"
@@ -205,14 +207,27 @@ def refuse_pointers(path: Path, option: str = "") -> None:
                                 before=(f"git -C {shlex.quote(str(path))} lfs pull",)))
 
 
-def check_model(path: Path, option: str = "") -> None:
+def check_model(path: Path, option: str = "", settings: Sequence[str] = (), nproc: int | None = None) -> None:
     """Raise `UserError` if `path` is neither a Hugging Face folder nor a complete checkpoint, nor a run with
-    one."""
+    one, or if the layout in `settings` (`key=value`) does not fit the checkpoint."""
     check_model_path(path, option)
     check_model_folder(path)
     refuse_pointers(path, option)
     if not is_hf_folder(path):
-        find_checkpoint(path)
+        checkpoint = find_checkpoint(path)
+        if settings:
+            apply_layout(checkpoint, read_checkpoint_settings(checkpoint), settings, nproc)
+
+
+def apply_layout(checkpoint: Path, config: RunConfig, settings: Sequence[str], nproc: int | None,
+                 option: str = "--set") -> RunConfig:
+    """Replace the layout of a training run by the layout of one process with `settings`. Raises
+    `UserError`: a setting does not exist, or the layout does not fit the model or the processes."""
+    config = apply_settings(replace(config, parallel=ParallelConfig()), settings, option)
+    problems = config.model.problems() + config.parallel.problems(config.model, num_ranks(nproc))
+    if problems:
+        raise SettingsError(f"{checkpoint}: cannot be run like this", problems)
+    return config
 
 
 def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:

@@ -18,7 +18,8 @@ _TEXT_OPTIONS = ("--prompts", "--input", "--text", "--data", "--prompt")
 def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
     """Return the choices of missing options as the end of a message, and the line with placeholders for all
     missing arguments; `names` lists them as argparse does in its message."""
-    lacking = [action for action in parser._actions if action.required and _is_listed(action, names)]
+    lacking = [action for action in parser._actions if action.required and _is_listed(action, names)
+               and not set(action.option_strings) & set(typed)]
     rows = load_table()["missing"]
     choices = []
     for action in lacking:

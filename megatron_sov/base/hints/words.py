@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, warn
-from megatron_sov.base.hints.commands import propose_pipeline
+from megatron_sov.base.hints.commands import PROGRAMS, propose_pipeline, unwrap_launcher
 from megatron_sov.base.hints.foreign import (
     has_translation, parse_blend, read_foreign_config, read_recipe_name)
 from megatron_sov.base.hints.kinds import classify_word, find_recipe_option
@@ -124,6 +124,12 @@ def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
     short = _find_short_options(parser.prog.rpartition(" ")[2], typed)
     words = [short.get(word, word) for word in typed]
     messages = [f"{word} is {name}" for word, name in short.items()]
+    start = next((n for n, word in enumerate(words) if word in ("--", *PROGRAMS)), len(words))
+    launched = words[start + (words[start:][:1] == ["--"]):]
+    if launched and parser.get_default("stages"):
+        launched[0] = launched[0].removeprefix("sov-")  # the stages data and tokenizer
+        words = [*words[:start], *(unwrap_launcher(launched) or launched)]
+        messages.append("the stage's name takes the place of -- and of its program")
     at = next((n for n, word in enumerate(words) if word in (parser.get_default("stages") or ())), 0)
     unknown = [word for word in words[:at]
                if word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions]

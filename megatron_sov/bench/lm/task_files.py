@@ -140,14 +140,15 @@ def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
     """Raise `UserError` for an unknown task, and for a task whose files need --data-dir; with
     `allow_download` lm-eval may have further tasks."""
     catalog = find_source_tasks(sources)
+    required = catalog.expand_tags(names)
     if sources.allow_download:
         published = {*list_published_tasks(), *catalog.definitions, *catalog.tags}
         for name in names:
             if name not in published and (nearest := find_spelling(name, sorted(published))):
                 raise UserError(f"task {name!r}: does not exist; did you mean {nearest!r}?",
                                 Fix(words={name: nearest}))
-        return
-    for name in catalog.list_required(catalog.expand_tags(names), {}):
+        required = [name for name in required if name in catalog.definitions]
+    for name in catalog.list_required(required, {}):
         config = catalog.definitions[name].config
         files = re.findall(re.escape(DATA) + r"/([^'\"]+)", str(config.get("dataset_kwargs")))
         if files and sources.data_dir is None:

@@ -75,7 +75,7 @@ class MediaEvaluation:
 
 def check_media(options: EvalMediaOptions) -> MediaEvaluation:
     events = RunEvents(options.run)
-    check_model(options.target)
+    check_model(options.target, "", options.settings, options.nproc)
     rows = [_read_pair(argument) for argument in options.data]
     check_output("--output", options.output)
     judges = _load_judges(options, {PAIRS[name][1] for name, _ in rows})

@@ -33,6 +33,6 @@ def check_task(options: Any) -> Any:
     """Check --run, --output and TARGET, and return the options."""
     RunEvents(options.run)
     check_output("--output", options.out)
-    check_model(options.target)
+    check_model(options.target, "", options.settings, options.nproc)
     check_token_shards(getattr(options, "data", ()))
     return options

@@ -21,7 +21,7 @@ from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINT_KIND, HF_MODEL, RUN, check_folder_kind, check_model_path, fix_adapter)
+    CHECKPOINT_KIND, HF_MODEL, RUN, check_folder_kind, check_model, check_model_path, fix_adapter)
 
 RUN_MODULE = "megatron_sov.commands.models.convert_run"
 DtypeName = Literal["keep", "float32", "bfloat16", "float16", "float64"]
@@ -231,7 +231,10 @@ def _check_from_peft(options: FromPeftOptions) -> FromPeftOptions:
 
 def _check_verify(options: VerifyOptions) -> VerifyOptions:
     check_output("--card", options.card)
-    return _check_paths("a", "b")(options)
+    _check_paths("a", "b")(options)
+    for path in (options.a, options.b) if options.settings else ():
+        check_model(path, "", options.settings, options.nproc)
+    return options
 
 
 def parse_model_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class ServeOptions(PluginOptions, RankOptions):
             violations.append(SettingsProblem(
                 ProblemCode.RULE, "serving.host", "is reachable from other machines without an API key",
                 self.serving.host, "pass --api-key-env VARIABLE, or use 127.0.0.1",
-                fix=Fix(options=("--host", "127.0.0.1"))))
+                fix=Fix(options=("--api-key-env", "VARIABLE"))))
         if not (name.strip() and name.isprintable() and len(name) <= 200):
             violations.append(SettingsProblem(ProblemCode.BOUND, "name",
                                               "must be 1 to 200 printable characters", name))
@@ -63,11 +63,11 @@ class ServeRequest:
 
 def check_serve(options: ServeOptions) -> ServeRequest:
     load_plugins(options.plugins)
+    num_ranks(options.nproc)
+    check_model(options.target, "", options.settings, options.nproc)
+    _refuse_layout(options)
     settings = dataclasses.replace(options.serving, name=options.model_name,
                                    api_key=_read_api_key(options.api_key_env))
-    num_ranks(options.nproc)
-    check_model(options.target)
-    _refuse_layout(options)
     check_output("--address-file", settings.address_file)
     if importlib.util.find_spec("aiohttp") is None:
         raise UserError("aiohttp, the HTTP server, is not installed for this Python; "

@@ -45,7 +45,7 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
 
 def check_states(options: DistillStatesOptions) -> DistillStatesOptions:
     load_plugins(options.plugins)
-    check_model(options.teacher)
+    check_model(options.teacher, "", options.settings, options.nproc)
     check_token_shards(options.data)
     return options
 

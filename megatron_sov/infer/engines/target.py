@@ -25,7 +25,7 @@ from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.model.families.family import extract_text_config
 from megatron_sov.model.pretrained import CONFIG, find_weight_files
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, check_model_folder, check_model_path,
+    CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, apply_layout, check_model_folder, check_model_path,
     find_checkpoint, read_checkpoint_settings)
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 
@@ -140,20 +140,16 @@ def build_inference_config(checkpoint: Path, settings: Sequence[str], nproc: int
             number of processes.
     """
     trained_config = read_checkpoint_settings(checkpoint)
-    # The layout of the training run does not matter for inference.
     train = dataclasses.replace(trained_config.train, precision=choose_inference_precision(), num_threads=0,
                                 deterministic=False)
-    config = dataclasses.replace(trained_config, parallel=ParallelConfig(), train=train)
-    config = apply_settings(config, settings, option)
+    config = apply_layout(checkpoint, dataclasses.replace(trained_config, train=train), settings, nproc,
+                          option)
     model = trained_config.model
     if adapter_identity(config.lora, model) != adapter_identity(trained_config.lora, model):
         # Untrained adapters would have no effect.
         setting = next(setting for setting in settings if setting.startswith("lora"))
         raise UserError(f"{option} {setting}: the adapters of {checkpoint} are fixed by its training; leave "
                         "it out")
-    problems = config.model.problems() + config.parallel.problems(config.model, num_ranks(nproc))
-    if problems:
-        raise SettingsError(f"{checkpoint}: cannot be run like this", problems)
     return config
 
 

@@ -128,13 +128,17 @@ def find_rate_settings(config: RunConfig, stage: Stage, num_params: float, reque
             if setting.partition("=")[0] not in requested}
 
 
-def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float) -> None:
+def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float, requested: Collection[str]
+                            ) -> None:
     """Reject a pretraining recipe's learning rate in a post-training stage. `config`: settings from a
-    pretraining recipe. Raises `UserError`: the rate is far above the stage's rate."""
-    rate = find_stage_defaults(config, stage).rate(num_params, lora=config.lora.on)
+    pretraining recipe; `requested`: keys set by the user. Raises `UserError`: the rate is far above the
+    stage's rate; the proposed line also replaces the recipe's length."""
+    defaults = find_stage_defaults(config, stage)
+    rate = defaults.rate(num_params, lora=config.lora.on)
     if config.optim.lr > MAX_RATE_RATIO * rate.lr and not any(phase.lr for phase in config.data.phases):
-        command = COMMANDS[stage]
+        command, options = COMMANDS[stage], ["--set", f"optim.lr={rate.lr:g}"]
+        if defaults.epochs and not {"train.steps", "train.tokens", "train.epochs"} & {*requested}:
+            options += ["--set", f"train.epochs={defaults.epochs:g}"]
         raise UserError(f"optim.lr = {config.optim.lr:g}: is the pretraining rate of recipe {config.recipe}, "
                         f"and {command} takes {rate.lr:g}; leave RECIPE out to train by the defaults of "
-                        f"{command}, or set the rate that you want, e.g. --set optim.lr={rate.lr:g}",
-                        Fix(options=("--set", f"optim.lr={rate.lr:g}")))
+                        f"{command}, or set the rate that you want, e.g. {' '.join(options)}", Fix(options=tuple(options)))

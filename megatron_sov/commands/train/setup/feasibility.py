@@ -13,7 +13,7 @@ from megatron_sov.commands.train.setup.data_defaults import (
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import compute_train_flops_per_token, count_params
-from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import MAX_DEFAULT_EPOCHS, Stage, refuse_pretraining_rate
 from megatron_sov.plan.footprint.gpu_capacity import refuse_on_this_machine
 from megatron_sov.runs.gpu_driver import list_visible_gpus
@@ -35,19 +35,27 @@ def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None,
                  is_initial: bool, dry_run: bool, num_prompts: int = 0) -> None:
     """Refuse a training command that does not fit its data or this machine. `stage`: of post-training, or
     None; `is_initial`: the vocabulary can be set; `dry_run`: do not limit the hours of work. Raises
-    `UserError`: names the setting that allows the learning rate, vocabulary, epochs, memory or days of
-    work."""
-    is_recipe = not request.from_file and not request.is_model_only and not request.base.code
-    if stage is not None and is_recipe and "optim.lr" not in list_requested_settings(request) and (
-            recipes.get(config.recipe).objective.name == "lm"):
-        refuse_pretraining_rate(config, stage, count_params(config.model).total)
-    if config.rollout.rounds and num_prompts and is_recipe:
+    `UserError`: names the setting that allows the vocabulary, epochs, memory or days of work."""
+    if config.rollout.rounds and num_prompts and _is_recipe(request):
         _refuse_many_passes(config, num_prompts, list_requested_settings(request))
     if config.data.paths:
         refuse_unfit_data(request, config, open_all_sources(config), is_initial=is_initial)
     refuse_on_this_machine(config, nproc)
     if stage not in (None, "policy") and not has_launcher() and not dry_run:
         _refuse_days(config, num_ranks(nproc))
+
+
+def refuse_recipe_rate(request: RecipeRequest, config: RunConfig, stage: BuiltIn) -> None:
+    """Refuse the learning rate of a pretraining recipe in a post-training `stage`. Raises `UserError`."""
+    requested = list_requested_settings(request)
+    if stage != "lm" and _is_recipe(request) and "optim.lr" not in requested and (
+            recipes.get(config.recipe).objective.name == "lm"):
+        refuse_pretraining_rate(config, stage, count_params(config.model).total, requested)
+
+
+def _is_recipe(request: RecipeRequest) -> bool:
+    """Return whether the settings are those of a packaged recipe."""
+    return not request.from_file and not request.is_model_only and not request.base.code
 
 
 def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequence[Source], *,
@@ -58,7 +66,7 @@ def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequen
     `extend.stages` and `data.max_epochs` for epochs. `is_initial` as in `refuse_unfit`.
     """
     requested = list_requested_settings(request)
-    is_recipe = not request.from_file and not request.is_model_only and not request.base.code
+    is_recipe = _is_recipe(request)
     if is_initial and is_recipe and "model.vocab_size" not in requested:
         _refuse_small_vocabulary(config, sources)
     if config.rollout.rounds:  # prompts are drawn, not read in epochs

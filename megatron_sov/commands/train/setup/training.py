@@ -15,7 +15,7 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.commands.train.kinds import STAGE_KINDS
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.export_benchmarks import check_benchmarks
-from megatron_sov.commands.train.setup.feasibility import refuse_unfit
+from megatron_sov.commands.train.setup.feasibility import refuse_recipe_rate, refuse_unfit
 from megatron_sov.commands.train.setup.packed_files import (
     DataFile, FilePacking, find_files, list_packable_formats, warn_of_changed_files)
 from megatron_sov.commands.train.setup.stage_options import ExtendOptions, StageOptions
@@ -206,8 +206,9 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
                                resumed=read_started_settings(options.run) if options.resume else None,
                                of_model=options.model_settings(None if lengthens else objective))
     base = request.base
+    config = request.config()  # mistakes in the settings are named before anything is packed
+    refuse_recipe_rate(request, config, objective)
     if packing.files:
-        config = request.config()  # mistakes in the settings are named before anything is packed
         is_length_set = any(key.startswith("data.phases") for key in request.requested_keys)
         if request.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
@@ -222,7 +223,6 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
         warn_of_changed_files(options.run, paths)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if options.start_from is not None and not request.is_model_only:
-        request.config()  # reports mistakes in the settings before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=read_matching_model(options.start_from, request))
     return dataclasses.replace(request, base=base)
 

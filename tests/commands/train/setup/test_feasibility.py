@@ -12,7 +12,8 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.train.setup import feasibility
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
-from megatron_sov.commands.train.setup.feasibility import count_epochs, least_hours, refuse_unfit
+from megatron_sov.commands.train.setup.feasibility import (
+    count_epochs, least_hours, refuse_recipe_rate, refuse_unfit)
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
@@ -26,12 +27,15 @@ from tests.commands.train.setup.test_data_defaults import complete_config, reque
 def get_refusal(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
     config, _ = complete_config(asked, stage)
     with pytest.raises(UserError) as e:
+        refuse_recipe_rate(asked, config, stage)
         refuse_unfit(asked, config, stage, None, is_initial=False, dry_run=dry_run)
     return str(e.value)
 
 
 def check_intended_run(asked: RecipeRequest, stage: Stage = "sft") -> None:
-    refuse_unfit(asked, complete_config(asked, stage)[0], stage, None, is_initial=False, dry_run=False)
+    config, _ = complete_config(asked, stage)
+    refuse_recipe_rate(asked, config, stage)
+    refuse_unfit(asked, config, stage, None, is_initial=False, dry_run=False)
 
 
 def test_a_pretraining_learning_rate_is_refused_unless_set(packed_data: Any) -> None:
@@ -39,6 +43,7 @@ def test_a_pretraining_learning_rate_is_refused_unless_set(packed_data: Any) -> 
     assert get_refusal(request(data, "train.steps=2", recipe="tiny-qwen3")) == (
         "optim.lr = 0.004: is the pretraining rate of recipe tiny-qwen3, and sft takes 2e-05; leave RECIPE "
         "out to train by the defaults of sft, or set the rate that you want, e.g. --set optim.lr=2e-05")
+    assert "e.g. --set optim.lr=2e-05 --set train.epochs=3" in get_refusal(request(data, recipe="tiny-qwen3"))
     check_intended_run(request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
     check_intended_run(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
 
