@@ -78,8 +78,8 @@ def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
 
 
 def are_rows_sound(table: pa.Table, vocab_size: int) -> bool:
-    """Return whether all rows satisfy `Rollout.problems`, checked by a few numpy operations, since checks row
-    by row take longer than writing. False for tables with routes."""
+    """Return whether `Rollout.problems` finds nothing in any row. Numpy checks all rows at once, since checks
+    row by row take longer than writing. False for tables with routes, which are not checked here."""
     column = {name: table[name].combine_chunks() for name in _ARRAYS}
     flat = {name: array.flatten().to_numpy() for name, array in column.items()}
     lengths = {name: array.value_lengths().to_numpy() for name, array in column.items()}

@@ -93,8 +93,8 @@ def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> 
 
 
 FEATURES, FEATURE_DTYPE = "media", "int64"
-"""Ending and dtype for the sidecar that names the encoder feature replacing a token's embedding, as record *
-slots + slot; each bank numbers records from 0. Also the key for banks in a source's record."""
+"""Ending and dtype for the sidecar with the encoder feature that replaces a token's embedding: the number
+`record * slots + slot`, with records from 0 in each bank. Also the key for banks in a source's record."""
 NO_FEATURE = -1
 """Sidecar value for a token without feature."""
 DAMAGED = "`sov-data verify` lists damaged files; pack the data again"
@@ -154,7 +154,7 @@ class RouteShape:
         return np.full((num_tokens, self.layers, self.top_k), self.mark, self.dtype)
 
     def problem(self, routes: np.ndarray) -> str:
-        """Return a sentence about invalid routes [tokens, layers, top_k] with token and layer; "": valid."""
+        """Describe the first error in routes [tokens, layers, top_k], with token and layer; "": valid."""
         if routes.shape[1:] != (self.layers, self.top_k) or routes.dtype != np.dtype(self.dtype):
             return (f"has routes of shape {list(routes.shape)} and type {routes.dtype}, must be [tokens, "
                     f"{self.layers}, {self.top_k}] of {self.dtype}")

@@ -44,6 +44,7 @@ def run_extension(request: ExtensionRequest) -> None:
                    dry_run=options.dry_run,
                    memory=[estimate_memory(stage.config, num_ranks(options.nproc)) for stage in stages])
     finally:
+        # after a failed start, remove empty folders; a dry run leaves the disk unchanged
         for folder in () if options.dry_run else (options.run / STAGES, options.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun
                 folder.rmdir()

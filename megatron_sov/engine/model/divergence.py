@@ -115,7 +115,7 @@ class TeacherTopK:
         if not self.keep_remainder:
             values, derivative = _compute_divergence(chosen.log_softmax(-1), teacher.log_softmax(-1),
                                                      divergence.beta)
-            spread = student.zero_()
+            spread = student.zero_()  # no gradient for tokens outside the K
         else:
             subtracted = -chosen.exp().where(is_local, 0.0)
             remainder = probabilities.scatter_add_(1, column, subtracted).clamp_(min=0)
@@ -261,13 +261,15 @@ def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: floa
         torch.logaddexp(student, mixture, out=mixture).add_(math.log(1 - beta))
         teacher_kl = (teacher - mixture).mul_(q).sum(-1)
         surplus = mixture.neg_().add_(student)
-    # from here on `teacher` holds log q - log p and `student` is scratch memory: a chunk's logits are the
+    # `teacher` becomes log q - log p, and `student` (after the entropy) scratch: a chunk's logits are the
     # largest tensors of the step, so nothing is copied
     difference = teacher.sub_(student)
     entropy = -student.mul_(p).sum(-1)
     scratch = student
+    # KL(q || p), which is also the divergence for beta = 0
     kl = student_kl = torch.mul(difference, q, out=scratch).sum(-1)
     if beta > 0:
+        # log p - log m; the mixture m is q for beta = 1
         surplus = surplus if beta < 1 else difference.neg_()
         student_kl = torch.mul(surplus, p, out=scratch).sum(-1)
     sums = torch.stack([student_kl, kl if teacher_kl is None else teacher_kl, kl, entropy])

@@ -31,7 +31,7 @@ class CpuAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *lists)
-            *values, _, steps = lists
+            *values, _, steps = lists  # values: parameters, gradients, both moments
             if not steps:
                 continue
             torch._foreach_add_(steps, 1)
@@ -108,9 +108,9 @@ def split_groups(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
     """
     sizes = {id(main): main.numel() for main in mains}
     remaining, moved = share * sum(sizes.values()), set[int]()
-    for main, size in sizes.items():
+    for main_id, size in sizes.items():
         if remaining > 0:
-            moved.add(main)
+            moved.add(main_id)
             remaining -= size
     stays: list[dict[str, Any]] = []
     moves: list[dict[str, Any]] = []

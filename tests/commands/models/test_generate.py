@@ -52,7 +52,7 @@ def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: di
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
     (whole,) = read_printed_rows(capsys, str(imported["solar_open"]), *ask)
-    end = whole["tokens"][3]
+    end = whole["tokens"][3]  # the fourth token plays the end of the turn
     monkeypatch.setattr("megatron_sov.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
     for folder in (imported["solar_open"], hf_models["solar_open"]):
         (found,) = read_printed_rows(capsys, str(folder), *ask)

@@ -22,7 +22,7 @@ def build_config(recipe: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_field_table_equals_transformers_source() -> None:
-    """A release with another field fails here: regenerate the table and inspect the difference."""
+    """Fails if a transformers release changes a field: regenerate the table and inspect the difference."""
     found, table = find_fields(), json.loads(TABLE.read_text())
     assert found == table, "run python tests/freeze_fields.py"
     assert {*table} - {"shared"} == {*models.FAMILIES, *OF_EXAMPLES} - {"solar_open2"}, (
