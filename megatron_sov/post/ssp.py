@@ -100,8 +100,8 @@ def compare_with_expert(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, 
 
 def _compare_values(first: MeasuredCheckpoint, second: MeasuredCheckpoint, k: int
                     ) -> tuple[float, tuple[float, float]]:
-    """Return the mean difference in pass@k over common problems, and the 95 % interval; (-1, 1) without
-    common problems."""
+    """Return the mean of pass@k of `first` minus `second` over common problems, and its 95 % interval;
+    without common problems 0 and (-1, 1)."""
     differences = [share - second.solved[k][problem] for problem, share in first.solved[k].items()
                    if problem in second.solved[k]]
     if not differences:

@@ -31,7 +31,7 @@ from megatron_sov.train.objectives.objective import (
 BY_SOURCE, METERS, ROUTES = "by source", "all meters", "all routes"
 """Keys of the all-reduced sums besides loss terms, with a space, which no term's name contains."""
 REPLAYED = "replayed_routes"
-"""Meter for data with recorded routes: replayed share among expert choices."""
+"""Meter for data with recorded expert routes: share of expert choices that are replayed, not computed."""
 
 
 class ForwardBackward:

@@ -6,7 +6,7 @@ tokens (int32), starts in bytes (int64), document bounds (int64). Our shards hav
 
 Routes are the experts that each token of a document visited, in every layer with experts. Routes of n tokens
 are one array [n, layers, top_k] of expert numbers, in the narrowest unsigned type that leaves its largest
-value free. That value marks an unrecorded choice and always replaces all experts of the choice. Token t's row
+value free: the mark, in place of all top_k experts of a token and layer that were not recorded. Token t's row
 holds the experts that t visited when it was read: a document's last token, generated but never read, has the
 mark.
 """

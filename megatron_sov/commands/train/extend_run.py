@@ -20,8 +20,8 @@ from megatron_sov.train.objectives.objective import get_formats
 
 
 def run_extension(request: ExtensionRequest) -> None:
-    """Train all stages. Settings, data and folders for every stage are checked before a Hugging Face folder
-    is converted and before the first stage starts."""
+    """Train all stages; check each before converting a Hugging Face folder or starting the first stage:
+    settings, data and folders."""
     options, kind = request.options, STAGE_KINDS[request.options.stage]
     stages = plan_stages(
         request.request, options.start_from, options.run, options.nproc,

@@ -65,7 +65,7 @@ class Teacher(Protocol):
             part: the tokens.
             student: [C, V / tp] log-probabilities, which may be overwritten.
             divergence: kind and temperature.
-            token_rows: columns that belong to token ids.
+            token_rows: number of local columns that belong to token ids; padding columns follow.
         """
         ...
 
@@ -213,12 +213,12 @@ def _normalize_logits(logits: torch.Tensor, token_rows: int) -> torch.Tensor:
     local = logits.log_softmax(-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
-        # log-sum-exp from the largest logit, which keeps full precision
-        local_sum = logits.amax(-1) - local.amax(-1)
-        largest = local_sum.clone()
+        # log-sum-exp of the local columns, as largest logit minus its log-probability: full precision
+        local_lse = logits.amax(-1) - local.amax(-1)
+        largest = local_lse.clone()
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
-        total = _sum_over_group((local_sum - largest).exp()).log() + largest
-        local += (local_sum - total)[:, None]
+        total = _sum_over_group((local_lse - largest).exp()).log() + largest
+        local += (local_lse - total)[:, None]
     return local
 
 
@@ -244,7 +244,7 @@ def find_most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token
 
 def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_group: bool = False
                         ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values [3, C] as `Teacher.compare` does, and the derivative by the student's logits.
+    """Return values [3, C] and the derivative [C, events], as `Teacher.compare` does.
 
     Args:
         student: log p [C, events], overwritten.

@@ -31,7 +31,7 @@ class CpuAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *lists)
-            *values, _, steps = lists  # values: parameters, gradients, both moments
+            *values, _, steps = lists  # parameters, gradients, moments, AMSGrad's maxima (unused), steps
             if not steps:
                 continue
             torch._foreach_add_(steps, 1)
@@ -43,7 +43,7 @@ class CpuAdamW(torch.optim.AdamW):
             filled = [[torch.nn.functional.pad(r, (0, -len(r) % (VECTOR_BYTES // r.element_size())))
                        for r in tensors] for tensors in rests]
             _call_kernel(group, filled, steps)
-            for kind in (0, 2, 3):  # all but the gradient
+            for kind in (0, 2, 3):  # parameters and both moments; 1 is the gradient
                 for rest, updated in zip(rests[kind], filled[kind], strict=True):
                     rest.copy_(updated[:len(rest)])
 

@@ -125,9 +125,9 @@ GROUPER_SOURCES = derive_sources(SFT_SOURCES, {
 
 BRIDGE = "Megatron-Bridge, recipe exaone_moe_2_0_750b_a37_pretrain_512gpu_h100_bf16"
 LAYERS = "GL" + 19 * "LLLG"
-"""Attention of each layer: G global, L with a window."""
+"""A letter per layer: G for global attention, L for a sliding window."""
 FIRST_BOUNDED, NUM_LAYERS = 62, 78
-"""First layer (from 0) with clamped SwiGLU, and the number of layers."""
+"""First layer (from 0) with a clamped SwiGLU, and the number of layers."""
 TOKENS_2 = 2_000_000_000_000
 
 
@@ -137,7 +137,7 @@ def model_2() -> ModelConfig:
     a sliding prediction layer, applied four times."""
     return replace(
         model(), num_layers=NUM_LAYERS, num_dense_layers=2, num_experts=256,
-        attention_pattern=LAYERS[:-1],  # repeats from the start for the last layer
+        attention_pattern=LAYERS[:-1],  # the pattern repeats: its first G serves the last layer
         layer_windows=(0, 4096, *(128 if kind == "L" else 0 for kind in LAYERS[2:])),
         swiglu_limits=tuple(7.0 if i >= FIRST_BOUNDED else 0.0 for i in range(NUM_LAYERS)),
         mtp_attention="L", mtp_depths=4)

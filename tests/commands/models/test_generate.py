@@ -98,6 +98,7 @@ ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
+    """Change to a folder with a model, a good and a bad file of rows, and a damaged picture."""
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(hf_models["solar_open"])
     Path("rows.jsonl").write_text(ROW)

@@ -30,7 +30,7 @@ def test_field_table_equals_transformers_source() -> None:
 
 
 def test_the_table_knows_every_field_that_an_item_of_a_family_writes() -> None:
-    """Check against config objects instead of source: the table has every field of theirs."""
+    """Check the table against transformers' config objects, not source: it knows each field that they add."""
     from transformers import AutoConfig
 
     for name in ("tiny-llama", "tiny-qwen3-moe", "tiny-deepseek-v3", "tiny-gemma3", "tiny-exaone4"):

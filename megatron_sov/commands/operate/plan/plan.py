@@ -63,7 +63,7 @@ class TuningPlan(PlanRequest):
 
 
 class LayoutProof(PlanRequest):
-    """--prove."""
+    """A plan with --prove: two training steps show whether the layout computes the same as one process."""
 
 
 def check_plan(options: PlanOptions) -> PlanRequest:

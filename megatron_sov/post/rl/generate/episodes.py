@@ -42,7 +42,7 @@ from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, 
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
 
 CONTINUATION = "goes_on"
-"""Key in an unfinished row's outcome: `EpisodeLines` as JSON."""
+"""Key in an unfinished row's outcome: the episode's recorded lines (see `EpisodeLines`) as JSON."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Episodes:
         began_s, deadline_s = time.time(), self.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s
         planned = [(attempt, episode) for attempt in attempts for episode in self.plan_episodes(attempt)]
-        # Random streams depend on the response, not on the index: joined pieces must not change samples.
+        # Random streams depend on the response: playing several pieces together must not change samples.
         policy = _StreamsByKey(policy, [(attempt.piece.round, episode.key) for attempt, episode in planned])
         lines = [line for number, (_, episode) in enumerate(planned) for line in episode.lines(number)]
         episodes = play_episodes([episode.task for _, episode in planned], policy, self.table,
