@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -322,11 +322,7 @@ def _parse_sizes(value: Any) -> tuple[int, ...]:
     sizes = tuple(value.arguments[0])
     if len(sizes) > MAX_AXES:
         raise ValueError(f"a tensor has {len(sizes)} axes, more than {MAX_AXES}")
-    return tuple(_parse_numbers(sizes))
-
-
-def _parse_numbers(values: Iterable[Any]) -> Iterator[int]:
-    return map(_parse_number, values)
+    return tuple(map(_parse_number, sizes))
 
 
 def _parse_number(value: Any) -> int:
