@@ -56,8 +56,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
 
 
 def store_by_columns(model: torch.nn.Module) -> None:
-    """Store the matrices by columns in place: MKL multiplies up to 15 rows by them in 0.4 to 0.95 of the
-    time, and more rows in the same time."""
+    """Store the matrices by columns, by which MKL multiplies up to 15 rows in 0.4 to 0.95 of the time."""
     for weight in model.parameters():
         if weight.dim() == 2:
             weight.data = weight.data.t().contiguous().t()
