@@ -23,7 +23,7 @@ from tests.packing import Packed
 
 JOBS = str(Path(__file__).with_name("stock_training.py"))
 DENSE, EXPERTS = "tiny-qwen3", "tiny-solar-open"
-FIRST, STEPS = 4, 20
+FIRST, STEPS, SAVED_AFTER = 4, 20, 8
 TP2, PP2, EP2 = {"tp": 2, "sp": True}, {"pp": 2}, {"ep": 2}
 
 
@@ -31,6 +31,7 @@ class Case:
     """A run of our trainer, and continuations of its checkpoint."""
 
     def __init__(self, job: Any, data: Packed, folder: Path, recipe: str, precision: str) -> None:
+        self._data = data
         self._job, self.folder, self._model = job, folder, {"recipe": recipe, "precision": precision}
         self.training = job(JOBS, "train_ours", 1, {"data": str(data.text), "run": str(folder), **self._model,
                                                     "first": FIRST, "steps": STEPS})
@@ -39,10 +40,18 @@ class Case:
         report = to_megatron(self.folder / f"checkpoints/step-{FIRST}", self.folder / out, **options)
         assert (report.step, report.num_updates, report.schedule_problem) == (FIRST, FIRST, "")
 
-    def continue_from(self, out: str, num_ranks: int, layout: dict[str, Any], *, distributed: bool) -> Any:
+    def continue_from(self, out: str, num_ranks: int, layout: dict[str, Any], *, distributed: bool,
+                      saved: str = "") -> Any:
         return self._job(JOBS, "continue_stock", num_ranks, {
             "folder": str(self.folder / out), "batches": str(self.folder / "batches.pt"), **self._model,
-            "layout": layout, "distributed": distributed})
+            "layout": layout, "distributed": distributed, "saved": str(self.folder / saved),
+            "saved_after": SAVED_AFTER if saved else 0})
+
+    def resume_from(self, checkpoint: Path) -> Any:
+        """Return the job of our trainer, which begins after the steps of both programs."""
+        return self._job(JOBS, "resume_ours", 1, {
+            "data": str(self._data.text), "run": str(self.folder / "resumed"), **self._model,
+            "checkpoint": str(checkpoint), "num_skipped": FIRST + SAVED_AFTER, "steps": STEPS - SAVED_AFTER})
 
 
 @pytest.mark.distributed
@@ -54,6 +63,29 @@ def test_stock_training_continues_with_our_losses(ranks: Any, job: Any, packed_d
     (losses,), = ranks(case.continue_from("out", 1, {}, distributed=False))
     assert len(losses) == STEPS and max(expected) - min(expected) > 0.5
     assert losses == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.distributed
+@pytest.mark.deep
+def test_our_training_continues_a_stock_one(ranks: Any, te_ranks: Any, job: Any, packed_data: Packed,
+                                            tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for precision, run_stock, rel in (("fp64", ranks, 1e-12), ("fp32", te_ranks, 1e-6)):
+        case = Case(job, packed_data, tmp_path / precision, DENSE, precision)
+        (expected,), = ranks(case.training)
+        case.export("out")
+        (losses, _), = run_stock(case.continue_from("out", 2, TP2, distributed=precision == "fp32",
+                                                    saved="stock"))
+        assert losses == pytest.approx(expected, rel=rel)
+        ours = case.folder / "ours"
+        assert main(["convert", "from-megatron", str(case.folder / "stock"), str(ours)]) == 0
+        output = capsys.readouterr().out
+        assert f"with the moments of {FIRST + SAVED_AFTER} updates" in output
+        assert f"RUN/checkpoints/step-{FIRST + SAVED_AFTER}" in output
+        for setting in ("optim.lr=0.01", "optim.schedule=cosine", "optim.warmup_steps=2", "train.steps=24",
+                        "optim.beta2=0.95", "optim.weight_decay=0.1", "train.global_batch_size=4"):
+            assert f"--set {setting}" in output
+        (resumed,), = ranks(case.resume_from(ours))
+        assert resumed == pytest.approx(expected[SAVED_AFTER:], rel=rel)
 
 
 @pytest.mark.distributed

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
@@ -226,7 +227,9 @@ MAX_SIZE = 1 << 48
 COMMON_STATE = "common_state/shard_0_1"
 """Settings key among the tensors, used by megatron-core since version 0.19."""
 TRAINING_PREFIXES = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-"""Key prefixes for training state, which is not imported."""
+"""Key prefixes for training state."""
+STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(exp_avg|exp_avg_sq|param|fp32_param)\.(.+)")
+"""Key of AdamW's state for a weight; other training state is not imported."""
 Index = dict[str, Any]
 """JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
 `num_skipped`: optimizer tensors; `num_objects`: entries that are not tensors; `settings`: [file, start,
@@ -244,7 +247,7 @@ def read_index(raw: bytes) -> Index:
         for key, value in entries.items():
             if isinstance(value, InertCall) and value.name == BYTES:
                 num_objects += 1
-            elif key.startswith(TRAINING_PREFIXES):
+            elif key.startswith(TRAINING_PREFIXES) and not STATE_KEY.fullmatch(key):
                 num_skipped += 1
             else:
                 tensors[key] = _parse_tensor(key, value, stored)
@@ -351,13 +354,25 @@ MAX_DEPTH = 6
 
 
 def read_settings(raw: bytes) -> dict[str, Any]:
-    """Return `args` and `iteration` of a common.pt as JSON values; raises ValueError for a malformed file."""
+    """Return `args`, `iteration`, scheduler and an optimizer's first group of a common.pt as JSON values;
+    raises ValueError for a malformed file."""
     header = TorchArchive(io.BytesIO(raw), is_settings_name).header
     settings = to_text_dict(header[0] if type(header) is list and len(header) == 1 else header)
     converter = _JsonConverter()
     args = get_attributes(settings["args"], NAMESPACE) if "args" in settings else {}
     return {"args": {name: converter.convert(value, 0) for name, value in args.items()},
-            "iteration": converter.convert(settings.get("iteration"), 0)}
+            "iteration": converter.convert(settings.get("iteration"), 0),
+            "scheduler": converter.convert(settings.get("opt_param_scheduler"), 0),
+            "group": converter.convert(_find_group(settings.get("optimizer")), 0)}
+
+
+def _find_group(value: Any) -> Any:
+    """Return the first group of the first optimizer; None if there is none."""
+    if isinstance(value, list):
+        return value[0] if value else None
+    pairs = list(value) if isinstance(value, Items) else []
+    return next((_find_group(item) for name in ("param_groups", "optimizer", 0) for key, item in pairs
+                 if type(key) is type(name) and key == name), None)
 
 
 class _JsonConverter:

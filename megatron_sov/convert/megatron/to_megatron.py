@@ -27,18 +27,18 @@ from megatron_sov.checkpoint.load import read_state
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import check_space
-from megatron_sov.convert.megatron.from_megatron import BACKEND, EXPERTS, FORMAT, TRACKER, VERSIONS
+from megatron_sov.convert.megatron.from_megatron import (
+    BACKEND, DECAY_STYLES, EXPERTS, FORMAT, TRACKER, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
 from megatron_sov.convert.sources import resolve_run
 from megatron_sov.engine.model.specs import PRECISION
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.counterparts.architecture import describe_model
 from megatron_sov.runs.checkpoints import (
-    ADAPTER, MODEL, find_damage, read_checkpoint_settings, suggest_replacement)
+    ADAPTER, MODEL, OPTIMIZER, find_damage, read_checkpoint_settings, suggest_replacement)
 from megatron_sov.schedules import Schedule
 
 KIND = "megatron_checkpoint"
-OPTIMIZER = "optimizer"
 STATES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master": "fp32_param"}
 """Our name of an optimizer tensor -> Megatron's."""
 MAX_BLOCK_BYTES = 1 << 30
@@ -47,8 +47,6 @@ INTEGRITY = "integrity.json"
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
            "non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
 """Form of the tensors, which Megatron-LM reads before it declares its own."""
-DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "inverse_sqrt": "inverse-square-root",
-                "constant": "constant"}
 WSD_STYLES = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "minus_sqrt"}
 
 
@@ -246,14 +244,14 @@ def _describe_optimizer(settings: RunConfig, num_updates: int, *, is_expert: boo
     optim = settings.optim
     groups = [{
         "lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps,
-        "weight_decay": optim.weight_decay * decays, "step": num_updates, "wd_mult": decays, "lr_mult": 1.0,
+        "weight_decay": optim.weight_decay * decays, "wd_mult": decays, "lr_mult": 1.0,
         "is_decoupled_lr": False, "is_expert_parallel": is_expert, "default_config": True,
         "max_lr": optim.lr, "min_lr": optim.min_lr, "bias_correction": True, "amsgrad": False,
         "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
         "decoupled_weight_decay": True}
         # vectors do not decay, and experts have none
         for decays in ((1.0,) if is_expert else (1.0, 0.0))]
-    return {"optimizer": {"param_groups": groups},
+    return {"optimizer": {"param_groups": [{**group, "step": num_updates} for group in groups]},
             "param_state_sharding_type": CONTENT["distrib_optim_sharding_type"], "param_groups": groups,
             "state": {"common_step": torch.tensor(float(num_updates))}}
 
