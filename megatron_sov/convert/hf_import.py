@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, check_output_folder, find_file_damage, format_json, read_manifest, write_atomically)
-from megatron_sov.base.digests import fingerprint_folder
+from megatron_sov.base.digests import SHA256, fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.checkpoint.safetensors_files import TensorSource, TensorSpec, write_tensors
@@ -34,7 +34,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, OPTIMIZER, SOURCE, STATE_FILE, check_folder_kind,
     check_model_path, suggest_replacement)
@@ -115,6 +115,10 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         torch.set_num_threads(threads)
 
 
+INTEGRITY = "integrity.json"
+"""Megatron-Core's file hashes, for `dist_checkpointing.load(..., verify_integrity=True)`."""
+
+
 # Source files are hashed during the conversion. A written file counts as finished only after the file's
 # sources are verified, and the artifact is published only after every source file is verified.
 class SourceCheck:
@@ -178,6 +182,11 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
         damage = {name: pool.submit(find_file_damage, path / name, record)
                   for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
+    elif (path / INTEGRITY).is_file():
+        digests = dict(read_json(path / INTEGRITY)).get("files")
+        records = {file: FileRecord(f"{SHA256}:{digests[file.name]}", file.stat().st_size)
+                   for file in path.iterdir() if isinstance(digests, dict) and file.name in digests}
+        damage = {file.name: pool.submit(find_file_damage, file, record) for file, record in records.items()}
     check = SourceCheck(weights, damage, remedy, base)
     try:
         yield check

@@ -27,6 +27,7 @@ from megatron_sov.checkpoint.load import read_state
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import check_space
+from megatron_sov.convert.hf_import import INTEGRITY
 from megatron_sov.convert.megatron.from_megatron import (
     BACKEND, DECAY_STYLES, EXPERTS, FORMAT, TRACKER, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
@@ -42,8 +43,6 @@ KIND = "megatron_checkpoint"
 STATES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master": "fp32_param"}
 """Our name of an optimizer tensor -> Megatron's."""
 MAX_BLOCK_BYTES = 1 << 30
-INTEGRITY = "integrity.json"
-"""File hashes that `dist_checkpointing.load(..., verify_integrity=True)` checks."""
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
            "non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
 """Form of the tensors, which Megatron-LM reads before it declares its own."""

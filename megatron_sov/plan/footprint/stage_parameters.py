@@ -18,7 +18,6 @@ from megatron_sov.model.config import LoraConfig, ModelConfig, ParallelConfig, R
 from megatron_sov.model.families.adapters import PREFIX, AdaptedModule, find_adapted_modules
 from megatron_sov.model.families.count import EMBEDDING, HEAD, layer_weights
 from megatron_sov.model.families.encoders import encoder_shapes
-from megatron_sov.model.process_memory import StageParams
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes per weight or activation, by `train.precision`."""
@@ -236,22 +235,6 @@ def _list_factors(module: AdaptedModule, lora: LoraConfig, p: ParallelConfig, ro
 
 def is_adapter(key: str) -> bool:
     return key.startswith(PREFIX)
-
-
-def count_stage_params(config: RunConfig) -> list[StageParams]:
-    """Count the parameters on a process, per pipeline stage."""
-    stages = []
-    for stage in range(config.parallel.pp):
-        numel = {False: 0, True: 0}
-        for chunk in list_stage_parameters(config, stage):
-            for _, parameters in chunk:
-                for part in parameters:
-                    numel[part.routed] += part.numel * part.count
-        layers = len(config.parallel.stage_layers(stage, config.model.num_layers))
-        if stage == config.parallel.pp - 1:
-            layers += config.model.num_mtp_layers
-        stages.append(StageParams(numel[False], numel[True], layers))
-    return stages
 
 
 # Transformer Engine stores quantized weights next to the bf16 weights under `train.fp8`, without bf16 weights
