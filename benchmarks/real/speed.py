@@ -5,8 +5,9 @@ Usage: python benchmarks/real/speed.py --work DIR --outside ENVIRONMENT [--only 
 DIR is the folder of `doors.py`, ENVIRONMENT that of `model_folder.py`, the output
 benchmarks/results/real_speed.txt. Both sides run the same rows in float32 on one thread, one process after
 the other. A step is the fastest but the first, because other programs on the machine only slow a step; a
-generation counts the tokens of the responses; an evaluation is its whole command. Memory is the peak of the
-process; in training that before the last step, because only our command writes a checkpoint afterwards.
+generation counts the tokens of the responses; an evaluation is its whole command. The seconds of our
+decoder's matrix products alone are a floor for its rows of tokens. Memory is the peak of the process; in
+training that before the last step, because only our command writes a checkpoint afterwards.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Comparison:
     ours: Measurement
     theirs: Measurement
     goal: str
+    products_s: float | None = None
+    """Processor seconds per unit of our matrix products alone."""
 
 
 class Bench:
@@ -61,6 +64,8 @@ class Bench:
         self.road, self.python = road, outside / "bin/python"
         self.folder = road.work / "speed"
         self.folder.mkdir(exist_ok=True)
+        self.products_s = 0.0
+        """Of the last of our commands."""
 
     def run(self, name: str, *words: str | Path) -> Measurement:
         """Run a process to its end; return its processor seconds with its children's, and its peak memory."""
@@ -77,6 +82,7 @@ class Bench:
         times = self.folder / f"{name}.json"
         self.run(name, sys.executable, "-W", "ignore", HERE / "timed_command.py", times, *words)
         found = json.loads(times.read_text())
+        self.products_s = found["products"]
         return found[kind], found["peak_bytes"]
 
     def time_trl(self, name: str, kind: str, rows: str, *words: str) -> Measurement:
@@ -179,7 +185,8 @@ def compare_generation(batch: int, goal: str) -> Callable[[Bench], Comparison]:
             (bench.folder / f"{name}.transformers.log").read_text().splitlines()[-1])
         return Comparison(f"a token, {len(rows)} prompts at batch {batch} ({num_tokens} and {their_tokens} "
                           "tokens)", "transformers", Measurement(sum(calls) / num_tokens, peak_bytes),
-                          Measurement(seconds / their_tokens, theirs.peak_bytes), goal)
+                          Measurement(seconds / their_tokens, theirs.peak_bytes), goal,
+                          bench.products_s / num_tokens)
 
     return compare
 
@@ -202,6 +209,13 @@ COMPARISONS: dict[str, Callable[[Bench], Comparison]] = {
     "eval": compare_evaluation}
 
 
+def format_products(found: Comparison) -> str:
+    if found.products_s is None:
+        return ""
+    return (f"; our matrix products alone {found.products_s:.4f} s, ratio "
+            f"{found.products_s / found.theirs.seconds:.2f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,7 +232,7 @@ def main() -> int:
                          found.ours.peak_bytes / found.theirs.peak_bytes)
         print(f"{name}: {found.unit}: ours {found.ours.seconds:.4f} s, {found.ours.peak_bytes / 1e9:.2f} GB; "
               f"{found.peer} {found.theirs.seconds:.4f} s, {found.theirs.peak_bytes / 1e9:.2f} GB; ratio "
-              f"{ratio:.2f}, memory {memory:.2f} (goal {found.goal})", flush=True)
+              f"{ratio:.2f}, memory {memory:.2f} (goal {found.goal}){format_products(found)}", flush=True)
     return 0
 
 

@@ -34,6 +34,18 @@ class WordPrompts:
                  "answer": " ".join(words)} for words in lists]
 
 
+@dataclass(frozen=True)
+class WordChats(WordPrompts):
+    """The prompts with a word of the list as the answer."""
+
+    def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return `count` chats; the row is ignored."""
+        rng = random.Random(self.seed)
+        return [{"messages": [{"role": "user", "content": prompt["prompt"]},
+                              {"role": "assistant", "content": rng.choice(prompt["answer"].split())}]}
+                for prompt in super().do(row)]
+
+
 def is_listed(response: str, answer: str) -> bool:
     """Return whether a response is one word of the list, apart from case, quotes and a full stop."""
     return response.strip().strip('."\'').lower() in answer.split()

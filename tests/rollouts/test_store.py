@@ -79,6 +79,8 @@ def test_a_part_is_written_and_read(store: RolloutStore, monkeypatch: pytest.Mon
     assert store.read_rewards("v1" * 8, name) == [judged(row) for row in rows]
     assert store.versions() == ["v1v1v1v1v1v1"] and store.has_part(name, "v1" * 8)
     assert not store.has_part(name, "v2" * 8)
+    with pytest.raises(UserError, match="whose first 12 characters are those of 'v1v1v1v1v1v1-other'"):
+        store.has_part(name, "v1" * 6 + "-other")
     opened, own = list[str](), store.part
     monkeypatch.setattr(store, "part", lambda name, version="": opened.append(version) or own(name, version))
     assert store.read_judgements("v1" * 8, [part]) == {(row.key, 0): judged(row) for row in rows}

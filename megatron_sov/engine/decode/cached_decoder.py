@@ -8,19 +8,21 @@ sequences, as data-parallel processes do: a single new token cannot be split.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, SpanRow, pack_spans
 from megatron_sov.engine.model.gpu_settings import disable_quantization
 from megatron_sov.engine.model.kv_cache import CachedAttention, use_kv_cache
-from megatron_sov.engine.model.language_model import prepare_head_input
+from megatron_sov.engine.model.language_model import LanguageModel, prepare_head_input
 from megatron_sov.engine.model.linear_attention import RecurrentCache
 from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
@@ -55,6 +57,7 @@ class CachedDecoder:
         self._model.eval()
         self._exit.enter_context(torch.no_grad())
         self._exit.enter_context(disable_quantization(self._model.config))
+        self._exit.enter_context(use_plain_products(self._model))
         self._layers = self._exit.enter_context(use_kv_cache(self._model, self._size))
         return self
 
@@ -165,6 +168,29 @@ class DecodeOutput:
     routes: torch.Tensor | None = None
     """[tokens, MoE layers, top_k] expert indices on the CPU, on every process of the replica's tp x pp group.
     None: not recorded."""
+
+
+@contextlib.contextmanager
+def use_plain_products(model: LanguageModel) -> Iterator[None]:
+    """Compute Megatron-Core's unsplit linear layers as plain products: its autograd functions take 7 of the
+    25 ms of a token in 30 small layers on a CPU."""
+    kinds = (ColumnParallelLinear, RowParallelLinear)
+    linears: list[Any] = [m for m in model.modules() if isinstance(m, kinds) and m.tp_group.size() == 1]
+    for linear in linears:
+        linear.forward = partial(_multiply, linear)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _multiply(linear: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the output and the bias that the caller adds."""
+    output = inputs @ linear.weight.t()
+    if linear.bias is None or linear.skip_bias_add:
+        return output, linear.bias
+    return output + linear.bias, None
 
 
 def get_replica_rank() -> tuple[int, int]:

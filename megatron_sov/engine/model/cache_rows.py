@@ -15,6 +15,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.modality import EncoderInputs, join_inputs
 
+StepEntries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Slots and ring indices [sequences, 1] int64 to write; filled entries [sequences, 1, 1, entries] bool."""
+
 
 @dataclass(frozen=True)
 class CacheSize:
@@ -52,8 +55,20 @@ class CacheGroup:
     """Tokens per span."""
     past: list[int]
     """Cached tokens per sequence."""
-    past_on_device: torch.Tensor | None = field(default=None, compare=False)
-    """[sequences, 1] int64 `past`, copied to the device by the first layer that needs it."""
+    step_entries: dict[int, StepEntries] = field(default_factory=dict, compare=False)
+    """Per cache capacity, computed by the first layer that needs them."""
+
+    def find_step_entries(self, capacity: int, device: torch.device) -> StepEntries:
+        """Return the entries that a new token per sequence writes and sees in caches of `capacity`."""
+        if capacity not in self.step_entries:
+            past = torch.tensor(self.past, device=device)[:, None]
+            slots = torch.arange(self.slot, self.slot + len(past), device=device)[:, None]
+            # entry p of the ring holds the newest position equal to p modulo the ring size, always within the
+            # window; an entry is empty if its distance exceeds the tokens before the new one
+            filled = min(capacity, max(self.past) + 1)
+            distance = (past - torch.arange(filled, device=device)) % capacity
+            self.step_entries[capacity] = (slots, past % capacity, (distance <= past)[:, None, None])
+        return self.step_entries[capacity]
 
 
 @dataclass

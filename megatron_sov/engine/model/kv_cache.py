@@ -76,22 +76,13 @@ class CachedAttention(torch.nn.Module):
                      value: torch.Tensor) -> torch.Tensor:
         """Attend from a new token in many sequences: [sequences, 1, heads, head_dim]."""
         assert self.stored is not None
-        device, count = query.device, len(group.past)
-        if group.past_on_device is None:
-            group.past_on_device = torch.tensor(group.past, device=device)[:, None]
-        past = group.past_on_device
-        rows = torch.arange(group.slot, group.slot + count, device=device)[:, None]
+        slots, ring_index, visible = group.find_step_entries(self.capacity, query.device)
         for cache, new in zip(self.stored, (key, value), strict=False):
-            cache[rows, :, past % self.capacity] = new
+            cache[slots, :, ring_index] = new
         # write before reading: a new token attends to itself. Entries after the longest sequence are never
         # read
-        filled = min(self.capacity, max(group.past) + 1)
-        keys, values = (cache[group.slot:group.slot + count, :, :filled]
+        keys, values = (cache[group.slot:group.slot + len(slots), :, :visible.shape[-1]]
                         for cache in (self.stored[0], self.stored[-1]))
-        # index p of the ring holds the newest position equal to p modulo the ring size, always within the
-        # window; an entry is empty if its distance exceeds the tokens before the new one
-        distance = (past - torch.arange(filled, device=device)) % self.capacity
-        visible = (distance <= past)[:, None, None]
         # query heads that share a key head become more queries: [sequences, kv_heads, heads / kv_heads,
         # head_dim]
         grouped = query.squeeze(1).unflatten(1, (keys.shape[1], -1))

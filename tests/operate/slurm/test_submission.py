@@ -38,6 +38,16 @@ def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: P
     assert join.needs == tuple(part / "manifest.json" for part in made)
 
 
+def test_a_script_that_slurm_refuses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = subprocess.CompletedProcess([], 1, "", "sbatch: error: Invalid account\n")
+    monkeypatch.setattr(client, "check_partition", lambda partition: None)
+    monkeypatch.setattr(client, "run_slurm_program", lambda *words, **script: refused)
+    request = submission.SubmitRequest("data", PACK, load_profile("local"))
+    stage = submission.prepare_stage(request, STAGE_PARSERS)
+    with pytest.raises(UserError, match=r"Slurm refuses the job: .*Invalid account"):
+        submission.check_with_slurm(stage)
+
+
 SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
 
 

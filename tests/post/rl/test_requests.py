@@ -29,6 +29,7 @@ from megatron_sov.rollouts.rows import LENGTH, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.endpoints import transport
+from megatron_sov.work.progress import locks
 from megatron_sov.work.progress.locks import Claims
 from tests.infer.engines.test_fleet import DoubleKeeper
 from tests.token_servers import VOCAB, compute_token
@@ -241,6 +242,13 @@ def test_validations_ask_the_servers_that_training_has_at_work(jobs: Callable[..
     training.close()
     validation.close()  # its servers are those of training, and have ended
     assert live_servers._closed.is_set()
+    queue = training.settings.build_queue(range(1, 3), lambda number: None, lambda: False)
+    waits: list[float] = []
+    monkeypatch.setattr(locks, "POLL_S", 300.0)
+    queue.patience.sleep = waits.append
+    while queue.next_attempts() is not None:
+        pass
+    assert sum(waits) == 2 * ROLLOUT.lease_s, "claims of a job that dies expire after one lease"
 
 
 @pytest.mark.parametrize(("urls", "expected_updates"), [((), []), (("http://other:8000",), [0])])

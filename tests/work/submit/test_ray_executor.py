@@ -108,6 +108,11 @@ def build_marker(marker: str) -> Callable[[int], bytes]:
     return mark
 
 
+def test_a_process_builds_its_step_for_the_first_item() -> None:
+    worker = ray_executor._RayWorker(build_marker, ("built",))
+    assert [Path("built").exists(), worker.do(3), worker.do(4)] == [False, b"\3", b"\4"]
+
+
 @pytest.mark.distributed
 def test_a_process_holds_its_gpu_between_items(cluster: Any, tmp_path: Path) -> None:
     """A built step has a model on the GPU: no other task may get the GPU until the job ends."""
