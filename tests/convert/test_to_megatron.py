@@ -1,5 +1,6 @@
 """Megatron-Core's own model, optimizer and scheduler continue from a written `torch_dist` checkpoint."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +155,10 @@ def test_weights_come_back_with_equal_bits(solar_dir: Path, tmp_path: Path,
     assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "back"),
                  "--tokenizer", str(tmp_path / "ours/tokenizer")]) == 0
     assert convert.verify(tmp_path / "ours", tmp_path / "back", load=False).passed
+    damaged = tmp_path / "out/iter_0000000/__0_5.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+    assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert re.search(r"__0_5\.distcp: its content differs.*\(it holds \S+\)", capsys.readouterr().err)
 
 
 def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path,

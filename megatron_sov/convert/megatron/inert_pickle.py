@@ -70,11 +70,9 @@ class InertCall:
         self.name, self.arguments = name, arguments
         self.state: Any = None
         """Argument that the pickle would pass to `__setstate__`."""
-        self.items = Items()
-        """Items that the pickle would set, if the object is a mapping."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.items[key] = value
+        """Ignore an item of a mapping."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

@@ -42,6 +42,7 @@ from megatron_sov.schedules import Schedule
 KIND = "megatron_checkpoint"
 STATES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master": "fp32_param"}
 """Our name of an optimizer tensor -> Megatron's."""
+EMPTY_STATE = "empty/shard_0_1"
 MAX_BLOCK_BYTES = 1 << 30
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
            "non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
@@ -132,18 +133,17 @@ class CheckpointPlanner(DefaultSavePlanner):
         self.set_up_planner({}, is_coordinator=True)
         plans, index = self.create_global_plan([writer.prepare_local_plan(self.create_local_plan())])
         results = writer.write_data(writer.prepare_global_plan(plans)[0], self).wait()
-        for alias, key in self._list_aliases().items():
-            index.state_dict_metadata[alias] = index.state_dict_metadata[key]
-        places = {result.index: result for result in results}
-        names = {key: alias for alias, key in self._list_aliases().items()}
-        results += [replace(result, index=replace(place, fqn=names[place.fqn]))
-                    for place, result in places.items() if place.fqn in names]
+        aliases = self._list_aliases()
+        for key, names in aliases.items():
+            index.state_dict_metadata |= dict.fromkeys(names, index.state_dict_metadata[key])
+        results += [replace(result, index=replace(result.index, fqn=name)) for result in list(results)
+                    for name in aliases.get(result.index.fqn, ())]
         writer.finish(index, [results])
 
     def create_local_plan(self) -> SavePlan:
         """Return blocks of at most `MAX_BLOCK_BYTES`, or one row."""
         self.plan = SavePlan([WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)
-                              for name in (COMMON_STATE, *self._list_module_states())])
+                              for name in (COMMON_STATE, EMPTY_STATE)])
         for key, (reader, ours) in self._sources.items():
             shape, dtype = torch.Size(reader.get_shape(ours)), reader.get_dtype(ours)
             rows = max(1, MAX_BLOCK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
@@ -163,25 +163,27 @@ class CheckpointPlanner(DefaultSavePlanner):
         reader, key = self._sources[item.index.fqn]
         return reader.read(key, item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes)
 
-    def _list_module_states(self) -> list[str]:
-        """Return the names under which modules ask for `_extra_state`, which is empty without FP8 history:
-        with Transformer Engine every module with weights, and attention."""
-        names: dict[str, None] = {}
-        for key in (key for key, (_, ours) in self._sources.items() if key == ours):
-            module = key.rpartition(".")[0]
-            num_parts = self._sources[key][0].get_shape(key)[0] if EXPERTS in key else 1
-            names |= {f"{module}._extra_state/shard_{part}_{num_parts}": None for part in range(num_parts)}
-            if module.endswith(".self_attention.linear_proj"):
-                names[f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1"] = None
-        return list(names)
+    def _list_aliases(self) -> dict[str, list[str]]:
+        """Return key -> further names of the same values.
 
-    def _list_aliases(self) -> dict[str, str]:
-        """Return the distributed optimizer's name of the weights that it updates -> key with these values:
-        the masters, or in float32 the weights themselves."""
+        The distributed optimizer asks for the weights that it updates: masters, or in float32 the weights
+        themselves. With Transformer Engine, modules with weights and attention ask for `_extra_state`, which
+        is empty without FP8 history.
+        """
+        empty: list[str] = []
         prefix, masters = "optimizer.state.exp_avg.", f"optimizer.state.{STATES['master']}."
-        keys = [key.removeprefix(prefix) for key in self._sources if key.startswith(prefix)]
-        return {f"optimizer.state.param.{key}": masters + key if masters + key in self._sources else key
-                for key in keys}
+        aliases = {EMPTY_STATE: empty}
+        for key, (reader, ours) in self._sources.items():
+            if key == ours:
+                module, num_parts = key.rpartition(".")[0], reader.get_shape(key)[0] if EXPERTS in key else 1
+                empty += [f"{module}._extra_state/shard_{part}_{num_parts}" for part in range(num_parts)]
+                if module.endswith(".linear_proj"):
+                    empty.append(f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1")
+            elif key.startswith(prefix):
+                name = key.removeprefix(prefix)
+                updated = masters + name if masters + name in self._sources else name
+                aliases[updated] = [f"optimizer.state.param.{name}"]
+        return aliases
 
 
 def _find_key(path: Path, part: str, key: str) -> str:
