@@ -483,8 +483,8 @@ def _describe_training(stored: Mapping[str, Any], iteration: int) -> TrainingSta
     if scheduler.get("lr_decay_style") in styles:
         settings["optim.schedule"] = styles[scheduler["lr_decay_style"]]
     if isinstance(group.get("betas"), list):
-        settings |= dict(zip(("optim.beta1", "optim.beta2"), group["betas"], strict=False))
-        settings["optim.eps"] = group.get("eps")
+        settings |= dict(zip(("optim.beta1", "optim.beta2", "optim.eps"), [*group["betas"], group.get("eps")],
+                             strict=False))
     num_updates = group.get("step")
     return TrainingState(step, int(num_updates) if isinstance(num_updates, (int, float)) else iteration,
                          tuple(f"{name}={value}" for name, value in settings.items()))

@@ -212,9 +212,9 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "params_dtype": PRECISION[settings.train.precision], "bf16": settings.train.precision == "bf16",
         "seq_length": min(settings.data.phases[-1].seq_len, settings.model.max_position_tokens),
-        "global_batch_size": samples, "iteration": step,
-        "consumed_train_samples": step * samples, "consumed_valid_samples": 0, "ckpt_format": BACKEND,
-        "use_distributed_optimizer": True, "data_parallel_random_init": False, "add_position_embedding": True,
+        "global_batch_size": samples, "iteration": step, "consumed_train_samples": step * samples,
+        "consumed_valid_samples": 0, "ckpt_format": BACKEND, "use_distributed_optimizer": True,
+        "data_parallel_random_init": False, "add_position_embedding": True,
         # random numbers follow from seed, step and rank, so a checkpoint has no generator state
         "no_save_rng": True, "no_save_optim": num_updates is None}
     common = {"checkpoint_version": 3.0, "iteration": step, "content_metadata": dict(CONTENT),
@@ -225,9 +225,9 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
         raise UserError(f"optim.groups: has {len(optim.groups)} groups of parameters, which a torch_dist "
                         "checkpoint cannot describe; pass --weights-only")
     scheduler, style, problem = _describe_schedule(settings, step)
-    args |= style | {"lr": optim.lr, "min_lr": optim.min_lr, "weight_decay": optim.weight_decay,
-                     "adam_beta1": optim.beta1, "adam_beta2": optim.beta2, "adam_eps": optim.eps,
-                     "clip_grad": optim.clip_grad, "optimizer": "adam"}
+    args |= style | {"lr": optim.lr, "min_lr": optim.min_lr, "weight_decay": optim.weight_decay, "optimizer":
+                     "adam", "adam_beta1": optim.beta1, "adam_beta2": optim.beta2, "adam_eps": optim.eps,
+                     "clip_grad": optim.clip_grad}
     optimizers = [_describe_optimizer(settings, num_updates, is_expert=False)]
     if settings.model.num_experts and not one_optimizer:
         optimizers.append(_describe_optimizer(settings, num_updates, is_expert=True))
@@ -249,8 +249,7 @@ def _describe_optimizer(settings: RunConfig, num_updates: int, *, is_expert: boo
         "is_decoupled_lr": False, "is_expert_parallel": is_expert, "default_config": True,
         "max_lr": optim.lr, "min_lr": optim.min_lr, "bias_correction": True, "amsgrad": False,
         "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
-        "decoupled_weight_decay": True}
-        # vectors do not decay, and experts have none
+        "decoupled_weight_decay": True}  # vectors do not decay, and experts have none
         for decays in ((1.0,) if is_expert else (1.0, 0.0))]
     return {"optimizer": {"param_groups": [{**group, "step": num_updates} for group in groups]},
             "param_state_sharding_type": CONTENT["distrib_optim_sharding_type"], "param_groups": groups,

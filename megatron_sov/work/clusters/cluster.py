@@ -195,6 +195,10 @@ class ClusterProfile:
         return int(match["number"]) << MEMORY_SHIFTS[match["unit"].upper()] if match else 0
 
     @property
+    def cpus_per_task(self) -> int:
+        return max(1, self.cpus_per_node // self.tasks_per_node)
+
+    @property
     def python_program(self) -> str:
         return self.python or (sys.executable if self.container.kind == "none" else "python3")
 

@@ -25,7 +25,7 @@ def test_options_override_profile() -> None:
     profile = cluster.load_profile("h100", account="me", partition="long")
     assert (profile.account, profile.partition) == ("me", "long")
     assert cluster.load_profile("local", account=None, partition=None).account == ""
-    assert profile.tasks_per_node == 8
+    assert (profile.tasks_per_node, profile.cpus_per_task) == (8, 14)
 
 
 @pytest.mark.each(("text", "code", "key"), [
