@@ -31,7 +31,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def break_json(file: Path, rng: random.Random) -> str:
-    """Give one value of a JSON file another kind or size, or take it away."""
+    """Change type or size of one value of a JSON file, or delete it."""
     value = json.loads(file.read_text())
     places = list(leaves(value))
     if not places:
@@ -43,12 +43,12 @@ def break_json(file: Path, rng: random.Random) -> str:
         parent = parent[key]
     if rng.random() < 0.2:
         del parent[last]
-        told = "left out"
+        change = "left out"
     else:
         parent[last] = rng.choice(LEAVES)
-        told = repr(parent[last])[:60]
+        change = repr(parent[last])[:60]
     file.write_text(json.dumps(value))
-    return f"{'.'.join(map(str, [*way, last]))} {told}"
+    return f"{'.'.join(map(str, [*way, last]))} {change}"
 
 
 def break_bytes(file: Path, rng: random.Random) -> str:
@@ -122,7 +122,7 @@ def add_a_stranger(root: Path, rng: random.Random) -> str:
     return f"{at.relative_to(root.parent)}: a stranger"
 
 
-def sign(folder: Path, file: Path) -> None:
+def update_manifest_hash(folder: Path, file: Path) -> None:
     """Rewrite the hash of a file in the nearest manifest above it."""
     for above in file.parents:
         manifest = above / "manifest.json"
@@ -139,18 +139,18 @@ def sign(folder: Path, file: Path) -> None:
             return
 
 
-def files_in(root: Path) -> list[Path]:
+def list_files(root: Path) -> list[Path]:
     """The files of an input, itself or in it."""
     return sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
 
 
 def break_a_file(places: dict[str, Path], rng: random.Random) -> str:
-    """Break one file of the inputs; returns which, and how."""
+    """Damage one file of the inputs; return the file and a description of the damage."""
     name = rng.choice(sorted(places))
     root = places[name]
     if root.is_dir() and rng.random() < 0.12:
         return add_a_stranger(root, rng)
-    files = files_in(root)
+    files = list_files(root)
     texts, weights = ([f for f in files if f.suffix == end] for end in (".json", ".safetensors"))
     file = rng.choice(weights if weights and rng.random() < 0.2 else
                       texts if texts and rng.random() < 0.6 else files)
@@ -160,10 +160,10 @@ def break_a_file(places: dict[str, Path], rng: random.Random) -> str:
         how = break_json
     else:
         how = change_quietly if rng.random() < 0.1 else break_bytes
-    told = how(file, rng)
+    change = how(file, rng)
     if rng.random() < 0.8:
-        sign(root.parent, file)
-    return f"{file.relative_to(root.parent)}: {told}"
+        update_manifest_hash(root.parent, file)
+    return f"{file.relative_to(root.parent)}: {change}"
 
 
 def break_an_argument(argv: list[str], rng: random.Random) -> str:

@@ -374,7 +374,7 @@ def te_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 @pytest.fixture
 def ranks(tmp_path: Path, worker: Worker) -> Ranks:
-    """Return `run(Job, ...)`, which returns the results of each job, one per rank."""
+    """Return `run(Job, ...)`, which returns the results of each job as a list over ranks."""
     return _build_ranks(worker, tmp_path / "jobs")
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 ONCE = ("cluster", "wheel")
-"""Fixtures that are made once, by one fork: their tests are given out together, as a file's are.  Two
-clusters on one machine disturb each other, and a wheel is half a minute of a core."""
+"""Fixtures that one fork creates once: all their tests run in that fork. Two clusters on one machine would
+disturb each other, and building a wheel takes half a minute of a core."""
 PEAKS = pytest.StashKey[list[int]]()
 """Largest resident memory of each fork that has ended, in MB."""
 
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """Do all tests in forks, where some are asked for."""
+    """Run all tests in forks if `--forks` is at least 2."""
     if session.config.option.forks < 2 or session.config.option.collectonly:
         return None
     if session.testsfailed and not session.config.option.continue_on_collection_errors:
@@ -96,7 +96,7 @@ class _Forks:
         sys.stdout.flush()
         sys.stderr.flush()
         if not (pid := os.fork()):
-            # its end of others' lines would keep these open when the others have ended
+            # otherwise this fork's copies would keep the pipes of ended forks open
             for line in [near, *self.working]:
                 line.close()
             _work(self.session, far, self.num_started)

@@ -52,15 +52,15 @@ def read_fields(file: Path, is_config: bool) -> set[str]:
         if isinstance(node, ast.Attribute) and last_name(node.value).endswith(holders):
             found.add(node.attr)
         elif isinstance(node, ast.Call):
-            found |= set(_of_call(node, holders, is_config))
+            found |= set(_iter_read_fields(node, holders, is_config))
         elif is_config and isinstance(node, ast.Compare) and last_name(node.comparators[0]) == "kwargs":
             found |= set(_texts([node.left]))
         elif is_config and isinstance(node, ast.ClassDef):
-            found |= set(_declared(node))
+            found |= set(_iter_declared_fields(node))
     return found
 
 
-def _of_call(call: ast.Call, holders: tuple[str, ...], is_config: bool) -> Iterator[str]:
+def _iter_read_fields(call: ast.Call, holders: tuple[str, ...], is_config: bool) -> Iterator[str]:
     """Yield the name in `getattr(config, "x")`, and in `kwargs.pop("x")` of a config class."""
     called = last_name(call.func)
     if called in ("getattr", "hasattr") and last_name(call.args[0]).endswith(holders):
@@ -70,7 +70,7 @@ def _of_call(call: ast.Call, holders: tuple[str, ...], is_config: bool) -> Itera
         yield from _texts(call.args[:1])
 
 
-def _declared(class_: ast.ClassDef) -> Iterator[str]:
+def _iter_declared_fields(class_: ast.ClassDef) -> Iterator[str]:
     """Yield the attributes of a class, and the names on both sides of its `attribute_map`."""
     for node in class_.body:
         if isinstance(node, ast.AnnAssign):

@@ -49,7 +49,7 @@ def _shown(default: object) -> str:
 
 
 def settings() -> Iterator[str]:
-    """Yield a line for each field of a class of settings, as its source spells it."""
+    """Yield a line for each field of a settings class, with its default as in the source."""
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.parse(file.read_text(encoding="utf-8")).body:

@@ -16,5 +16,5 @@ class Logits:
 
 
 def head_config(sequence_parallel: bool = False) -> Any:
-    """Return it, for a head whose logits have no factor."""
+    """Return the config of a head without a logit factor."""
     return SimpleNamespace(sequence_parallel=sequence_parallel, logits_multiplier=1.0)

@@ -84,4 +84,4 @@ def make_tokenizers(folder: Path, run: Run) -> None:
 
 MAKERS: dict[str, Callable[[Path, Run], None]] = {
     "token_shards": make_token_shards, "packed_data": make_packed_data, "tokenizers": make_tokenizers}
-"""Name of a fixture -> what makes its folder."""
+"""Fixture name -> function that fills its folder."""

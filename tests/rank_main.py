@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # files of jobs import modules that tests share
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-"""Program -> its module, which a part may have that is not installed."""
+"""Program -> its module; the part with the module may not be installed."""
 
 
 def import_everything() -> None:
@@ -203,8 +203,8 @@ def warm(doubles: list[str]) -> None:
         import_everything()
     make_what_is_kept()
     gc.collect()
-    gc.freeze()  # forks need neither look at what is here nor copy it
-    gc.set_threshold(10_000, 10, 10)  # a tenth of a small step went into looks at what had just been made
+    gc.freeze()  # forks neither collect the modules that exist here nor copy their pages
+    gc.set_threshold(10_000, 10, 10)  # garbage collection took a tenth of a small step
     gc.enable()
 
 

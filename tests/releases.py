@@ -25,7 +25,8 @@ def is_source(member: str) -> bool:
     return member.endswith((".py", "METADATA"))
 
 
-def fetched(name: str, version: str, python: str = "3.12", keeps: Callable[[str], bool] = is_source) -> Path:
+def fetch_wheel(name: str, version: str, python: str = "3.12",
+                keeps: Callable[[str], bool] = is_source) -> Path:
     """Return a folder with a part of a wheel, downloaded once.
 
     Args:

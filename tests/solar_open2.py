@@ -49,8 +49,8 @@ class SolarOpen2Config(SolarOpenConfig):
 
 
 class SoftmaxAttention(nn.Module):
-    """Grouped-query attention without rotary embedding, with its output gated by the sigmoid of a
-    projection."""
+    """Grouped-query attention without rotary embedding, with its
+    output gated by the sigmoid of a projection."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -123,7 +123,8 @@ class DeltaAttention(nn.Module):
 
 
 class SolarOpen2ForCausalLM(SolarOpenForCausalLM):
-    """Solar Open with both kinds of attention in the place of its own, and dense layers if there are any."""
+    """Solar Open with both kinds of attention in place of its own,
+    and with dense layers if the config has any."""
 
     config_class = SolarOpen2Config
 
@@ -137,7 +138,7 @@ class SolarOpen2ForCausalLM(SolarOpenForCausalLM):
 
 
 def known_to_transformers() -> None:
-    """Let `AutoConfig` and `AutoModelForCausalLM` find it, where they do not do so by themselves."""
+    """Register the classes with `AutoConfig` and `AutoModelForCausalLM`, unless transformers has them."""
     if FAMILY not in CONFIG_MAPPING:
         AutoConfig.register(FAMILY, SolarOpen2Config)
         AutoModelForCausalLM.register(SolarOpen2Config, SolarOpen2ForCausalLM)

@@ -20,7 +20,7 @@ from tests.pages_typed import blocks, page_text
 PAGE = page_text("api.md")
 
 
-def python(program: str, **more: Any) -> subprocess.CompletedProcess[str]:
+def run_python(program: str, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           check=False, **more)
 
@@ -37,7 +37,7 @@ def test_the_page_has_every_name_and_no_other() -> None:
 def test_import_loads_nothing_heavy() -> None:
     """Nothing heavy; and names on megatron prepare the process first,
     or warnings about missing GPU packages abound."""
-    result = python(
+    result = run_python(
         "import sys, megatron_sov\nprint([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])\n"
         "from megatron_sov import recipes, RunConfig, pretrain, convert, read_events, Family, Document\n"
         "print('torch' in sys.modules)\n"
@@ -61,7 +61,7 @@ def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_pyt
     first, stages = blocks(PAGE, "python")
     started_by = f"import sys\nsys.executable = {warm_python!r}\n"
     program = f"{started_by}{first}{stages}print([row['step'] for row in read_meters('runs/dpo')])\n"
-    result = python(program, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = run_python(program, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     *steps, tokens, preferences, rows = result.stdout.splitlines()[-6:]
     assert [step.split()[0] for step in steps] == ["1", "2", "3"]
@@ -118,20 +118,19 @@ def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None
         api.pretrain(config, [tmp_path / "none"], tmp_path / "run")
 
 
-@pytest.mark.parametrize(("code", "said", "error"), [
+@pytest.mark.parametrize(("code", "message", "error"), [
     (2, "warning: x\nerror: a: 2 problems\n  one\n  two\n", UserError("a: 2 problems\n  one\n  two")),
     (3, "gate: too low\n", GateFailed("too low")), (75, "step 3\nstopped: saved\n", StopRequested("saved")),
-    (1, "Traceback ...\n",
-     RuntimeError("megatron-sov eval ended with exit code 1; see stderr")),
+    (1, "Traceback ...\n", RuntimeError("megatron-sov eval ended with exit code 1; see stderr")),
 ])
-def test_how_a_command_ended_is_how_the_function_ends(code: int, said: str, error: Exception,
+def test_how_a_command_ended_is_how_the_function_ends(code: int, message: str, error: Exception,
                                                       monkeypatch: pytest.MonkeyPatch,
                                                       capfd: pytest.CaptureFixture[str]) -> None:
-    program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
+    program = f"import sys; sys.stderr.write({message!r}); sys.exit({code})"
     real = subprocess.Popen
     monkeypatch.setattr(children.subprocess, "Popen",
                         lambda argv, **more: real([sys.executable, "-c", program], **more))
     with pytest.raises(type(error)) as e:
         api._run_command(["eval"])
     assert str(e.value) == str(error)
-    assert capfd.readouterr().err == said
+    assert capfd.readouterr().err == message

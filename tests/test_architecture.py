@@ -25,15 +25,15 @@ DATA_ONLY = {"slurm"}
 HALLS = ("version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
          "plan", "engine", "checkpoint", "convert", "train", "infer", "eval", "post", "omni", "bench",
          "proof", "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
-"""What stands in `megatron_sov`, in the order of the flow: each imports only what stands before it."""
+"""Modules and packages of `megatron_sov` in the order of the flow: each imports only earlier ones."""
 LEAVES = {"omni", "bench", "proof", "serve", "operate", "publish"}
-"""Halls that only commands import: they stand on the core, and not on each other."""
+"""Halls that only commands import: they build on the core, and not on each other."""
 PROGRAMS = {"tokenizer": "judge", "data_prep": "judge"}
-"""Packages beside `megatron_sov` -> the last hall that they may import."""
+"""Top-level packages -> the last hall that they may import."""
 CODECS_IN = ("data_prep", "omni")
-"""Package, and the hall behind its last one that it imports too: media become tokens where data are made."""
+"""Packages that may also import the hall `omni`: media are encoded as tokens when data are packed."""
 LIGHT = {"publish": "plan", "operate": "engine", "api": "runs", "cli": "base"}
-"""Hall -> the last hall that it may import, where that is less than its place allows, commands left out."""
+"""Hall -> the last hall that it may import (commands excepted), where this is stricter than its position."""
 WITHOUT_PLAN = {"engine", "checkpoint", "convert", "train", "infer", "eval", "post"}
 """Halls that run models: a run does not price itself, its command does."""
 MOST_AT_THE_TOP = 12
@@ -46,12 +46,11 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}),
     "megatron_sov/train": ({"data"}, {"objectives"}, {"guards", "side_jobs"}, {""}, {"stages"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
-    "data_prep/curate": ({"sources"}, {"pipeline"},
-                         {"quality", "dedup", "scoring"}, {"decontamination"}),
+    "data_prep/curate": ({"sources"}, {"pipeline"}, {"quality", "dedup", "scoring"}, {"decontamination"}),
     "tokenizer": ({"bpe"}, {"formats"}, {"report"}, {"compare"}),
 }
-"""Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
-itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
+"""Folder -> its wings, from the lowest floor up: a wing imports only wings on lower floors. "" stands for the
+files in the folder itself; without "" these files are unrestricted."""
 
 TORCH_FREE = {"version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
               "omni", "plan", "operate", "publish", "commands", "cli", "api", "__init__", "tokenizer",
@@ -86,7 +85,7 @@ CUT_ANYWHERE = {
     "megatron_sov/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/recorder.py": _SYSTEM,
     "megatron_sov/sandbox/system_calls.py": _SYSTEM,
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
-"""File whose lines may be cut at any sign that ends one -> what they are."""
+"""File whose text may be split at any line separator -> kind of text."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 MAX_SOURCE_LINES = 128_500
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
@@ -110,7 +109,7 @@ ALONE = {
     "megatron_sov/operate/slurm/preflight_run.py": "imports torch; preflight reports a failing import",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
-"""File that is short, has one user, and is not merged into it -> why."""
+"""Short file with a single user that is not merged into it -> reason."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Source:
 
     @property
     def _parsed(self) -> _Parsed:
-        return _parsed(self.path.read_text(encoding="utf-8"))
+        return _parse(self.path.read_text(encoding="utf-8"))
 
     def imports(self, top_level_only: bool = False) -> list[tuple[int, str]]:
         """Return (line, dotted name) of every import; `from a import b` gives a.b,
@@ -194,7 +193,7 @@ class _Parsed:
 
 
 @lru_cache(maxsize=1)
-def _parsed(text: str) -> _Parsed:
+def _parse(text: str) -> _Parsed:
     """Parse one file, dropping the file before: all trees together take 240 MB."""
     return _Parsed(ast.parse(text))
 
@@ -240,7 +239,7 @@ def may_import(hall: str) -> set[str]:
 
 
 def import_problems(source: Source) -> Iterator[str]:
-    """Upwards in the list only; the one door to megatron; nothing heavy where `--help` passes."""
+    """Imports lead to earlier halls only; one hall imports megatron; light halls import nothing heavy."""
     here = source.hall
     known = here in HALLS or here in PROGRAMS
     forbidden = set(HALLS) - {here} - may_import(here) if known else set()
@@ -283,8 +282,8 @@ def wing_problems(source: Source) -> Iterator[str]:
 
 
 def _wing(path: Path, folder: Path, wings: Collection[str]) -> str | None:
-    """Return the sub-folder of `folder` that contains a module, "" for a file directly in it, None
-    outside."""
+    """Return the sub-folder of `folder` that contains a module, ""
+    for a file directly in it, None outside."""
     if not path.is_relative_to(folder) or path == folder:
         return None
     first = path.relative_to(folder).parts[0]
@@ -295,10 +294,11 @@ def circles(found: list[Source]) -> list[str]:
     """Return the files that import each other in a loop, lazily or for types alone counted in."""
     modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
                for source in found}
-    arrows = {name: {target
-                     for _, imported in source.imports() for target in (imported, imported.rpartition(".")[0])
-                     if target in modules and target != name and modules[target].path.name != "__init__.py"}
-              for name, source in modules.items()}
+    arrows: dict[str, set[str]] = {}
+    for name, source in modules.items():
+        imported = [target for _, target in source.imports()]
+        targets = {*imported, *(target.rpartition(".")[0] for target in imported)} & modules.keys()
+        arrows[name] = {target for target in targets - {name} if modules[target].path.name != "__init__.py"}
     try:
         list(TopologicalSorter(arrows).static_order())
     except CycleError as e:
@@ -329,8 +329,8 @@ def loading_problems(source: Source) -> Iterator[str]:
 
 
 def model_problems(source: Source) -> Iterator[str]:
-    """Only one module may load models with a library: it rejects weights that the library would initialize at
-    random."""
+    """Only one module may load models with a library: it rejects weights
+    that the library would initialize at random."""
     for node in source.nodes:
         if (source.name != "megatron_sov/model/pretrained.py" and isinstance(node, ast.Attribute)
                 and node.attr == "from_pretrained" and "Tokenizer" not in ast.unparse(node.value)):
@@ -339,8 +339,8 @@ def model_problems(source: Source) -> Iterator[str]:
 
 
 def line_problems(source: Source) -> Iterator[str]:
-    """Lines of data end with a newline and nothing else: `str.splitlines` also cuts at U+2028, at form feeds
-    and at what separates files, which texts and records hold.  What programs and errors say may be cut so."""
+    """Lines of data end with a newline only: `str.splitlines` also splits at U+2028, form feeds and record
+    separators, which texts contain. Messages and program output may be split that way."""
     for node in source.nodes:
         if (isinstance(node, ast.Attribute) and node.attr == "splitlines" and source.name not in CUT_ANYWHERE
                 and not SAID.search(ast.unparse(node.value))):
@@ -348,7 +348,7 @@ def line_problems(source: Source) -> Iterator[str]:
 
 
 def size_problems(source: Source) -> Iterator[str]:
-    """One idea per file, a function on a screen, names that say something."""
+    """One idea per file, functions of one screen, and names that describe their content."""
     num_lines = len(source.path.read_text(encoding="utf-8").splitlines())
     if num_lines > MAX_FILE_LINES:
         yield f"{source.name}: has {num_lines} lines, at most {MAX_FILE_LINES}"
@@ -394,16 +394,16 @@ def data_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
-def by_module(found: list[Source]) -> dict[str, Source]:
+def map_modules(found: list[Source]) -> dict[str, Source]:
     """Return dotted name -> source."""
     return {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
             for source in found}
 
 
-def users_of(found: list[Source], packages_too: bool = False) -> dict[str, set[str]]:
+def find_users(found: list[Source], packages_too: bool = False) -> dict[str, set[str]]:
     """Return module -> modules that import it; with `packages_too` also package -> modules that import one of
     its modules from it."""
-    modules, users = by_module(found), dict[str, set[str]]()
+    modules, users = map_modules(found), dict[str, set[str]]()
     for name, source in modules.items():
         for _, imported in source.imports():
             package = imported.rpartition(".")[0]
@@ -415,15 +415,15 @@ def users_of(found: list[Source], packages_too: bool = False) -> dict[str, set[s
 
 def named_in_tables(found: list[Source]) -> set[str]:
     """Return the modules that a text of another file names, as tables of commands, steps and codecs do."""
-    modules = by_module(found)
+    modules = map_modules(found)
     return {module for name, source in modules.items() for module in source.constants & modules.keys()
             if module != name}
 
 
 def lonely(found: list[Source]) -> list[str]:
-    """Return short files with a single importer and no entry in a table of commands or steps: they belong in
-    their user."""
-    modules, users = by_module(found), users_of(found)
+    """Return short files with a single importer and no entry in a table of
+    commands or steps: they belong in their user."""
+    modules, users = map_modules(found), find_users(found)
     short = {name for name, source in modules.items() if source.path.name != "__init__.py"
              and len(source.path.read_text(encoding="utf-8").splitlines()) < MIN_LINES_OF_ONE_USER}
     return sorted(modules[name].name for name in short & users.keys() - named_in_tables(found)

@@ -51,7 +51,8 @@ def test_a_program_without_a_command_imports_no_library(module: str, words: list
 @pytest.mark.essential
 @pytest.mark.parametrize("program", ENTRIES)
 def test_every_command_explains_itself_without_a_heavy_library(program: str) -> None:
-    """One interpreter for all commands: an import of one would be visible to the following ones."""
+    """One interpreter imports the options of all commands, since an
+    import stays for the following commands."""
     module = importlib.import_module(ENTRIES[program])
     heavy: tuple[str, ...] = (*HEAVY, "pydantic", "pyarrow", "scipy", "pandas", "sklearn")
     if program == "megatron-sov":  # others have constants of numpy
@@ -68,10 +69,10 @@ def test_every_command_explains_itself_without_a_heavy_library(program: str) -> 
     completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
                                timeout=600, env={**os.environ, "COLUMNS": "200"}, check=False)
     assert (completed.returncode, completed.stderr) == (0, "")
-    said = dict(part.split("\n", 1) for part in completed.stdout.split("@@ ")[1:])
+    outputs = dict(part.split("\n", 1) for part in completed.stdout.split("@@ ")[1:])
     for command, info in module.COMMANDS.items():
-        assert f"usage: {program} {command}" in said[command]
-        assert program != "megatron-sov" or info.help in " ".join(said[command].split())
+        assert f"usage: {program} {command}" in outputs[command]
+        assert program != "megatron-sov" or info.help in " ".join(outputs[command].split())
 
 
 @pytest.mark.each("command", ["convert", "codec", "eval", "tools", "rl store"])
@@ -91,15 +92,15 @@ def test_help_lists_every_command(asked: str, capsys: pytest.CaptureFixture[str]
         assert command.help in printed
 
 
-@pytest.mark.parametrize(("words", "said", "lines"), [
+@pytest.mark.parametrize(("words", "message", "lines"), [
     (["pretrian", "x"], "pretrian: does not exist; did you mean 'pretrain'?",
      ["  megatron-sov pretrain RECIPE --run x"]),
     (["convert", "to-hff"], "convert to-hff: does not exist; did you mean 'to-hf'?", [])])
-def test_an_unknown_command_names_the_nearest(words: list[str], said: str, lines: list[str],
+def test_an_unknown_command_names_the_nearest(words: list[str], message: str, lines: list[str],
                                               capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(f"error: megatron-sov {said}")
+    assert printed.out == "" and printed.err.startswith(f"error: megatron-sov {message}")
     assert printed.err.splitlines()[1:] == lines
 
 

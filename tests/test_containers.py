@@ -21,7 +21,7 @@ esac
 """
 
 
-def copied(lines: list[str]) -> dict[str, str]:
+def list_copied_files(lines: list[str]) -> dict[str, str]:
     """Return source -> destination of files that a definition copies into the image."""
     found = {}
     for line in lines:
@@ -31,7 +31,7 @@ def copied(lines: list[str]) -> dict[str, str]:
 
 
 def docker_copies() -> dict[str, str]:
-    return copied(re.findall(r"^COPY (.+)$", DOCKER, re.MULTILINE))
+    return list_copied_files(re.findall(r"^COPY (.+)$", DOCKER, re.MULTILINE))
 
 
 def test_both_definitions_name_one_pinned_image_and_do_the_same() -> None:
@@ -40,7 +40,7 @@ def test_both_definitions_name_one_pinned_image_and_do_the_same() -> None:
     assert docker_base == apptainer_base
     assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", docker_base)
     files = APPTAINER.partition("%files\n")[2].partition("\n\n")[0].splitlines()
-    assert docker_copies() == copied(files)
+    assert docker_copies() == list_copied_files(files)
     assert f"RUN DEEPEP_ARCH=$DEEPEP_ARCH {INSTALL}\n" in DOCKER and f"%post\n    {INSTALL}\n" in APPTAINER
 
 
@@ -48,9 +48,9 @@ def test_all_that_setup_needs_is_copied() -> None:
     places = docker_copies()
     assert {name for name in places if not (ROOT / name).exists()} == set()
     packages = {p.parent.name for p in ROOT.glob("*/__init__.py") if p.parent.name != "tests"}
-    wanted = {"setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE",
-              "containers/install.sh"} | packages
-    assert places == {name: f"/opt/megatron-sov/{name}" for name in wanted}
+    expected = {"setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE",
+                "containers/install.sh"} | packages
+    assert places == {name: f"/opt/megatron-sov/{name}" for name in expected}
 
 
 def test_container_pins_equal_the_repository_except_torch(tmp_path: Path) -> None:

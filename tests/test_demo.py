@@ -21,7 +21,7 @@ import demo
 SOURCES = ["code", "english", "korean"]
 
 
-def lines(file: Path) -> list[dict]:
+def read_json_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
@@ -41,7 +41,8 @@ def test_each_chat_is_used_once_and_a_rule_ranks_answers(tmp_path: Path, num_cha
     gather(tmp_path, num_chats)
     demo.split_chats(tmp_path)
     folder = tmp_path / "conversations"
-    asked, pairs, chats = (lines(folder / f"{name}.jsonl") for name in ("questions", "pairs", "chat"))
+    asked, pairs, chats = (read_json_lines(folder / f"{name}.jsonl")
+                           for name in ("questions", "pairs", "chat"))
     assert (len(asked), len(pairs), len(chats)) == expected
     learned = [pair["prompt"] for pair in pairs] + [chat["messages"][0]["content"] for chat in chats]
     assert len({*learned, *(question["prompt"] for question in asked)}) == num_chats
@@ -51,9 +52,9 @@ def test_each_chat_is_used_once_and_a_rule_ranks_answers(tmp_path: Path, num_cha
     for pair in pairs:
         assert pair["rejected"] == demo.OPENING + pair["chosen"]
         assert [rule.score({"response": pair[side]}).reward for side in ("chosen", "rejected")] == [1, 0]
-    kept = (folder / "pairs.jsonl").stat().st_mtime_ns
+    modified_ns = (folder / "pairs.jsonl").stat().st_mtime_ns
     demo.split_chats(tmp_path)
-    assert (folder / "pairs.jsonl").stat().st_mtime_ns == kept
+    assert (folder / "pairs.jsonl").stat().st_mtime_ns == modified_ns
 
 
 @pytest.mark.parametrize("sources", [SOURCES, ["user"]])

@@ -29,8 +29,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from learning import PLACEHOLDER, Recipe, find_recipes
 
 READ = [*PAGES, *SKILLS]
-KEYS_OF_TWO_CELLS = (
-    "docs/memory.md", "docs/omni.md", "docs/recipes.md", "docs/synth_generators.md")
+KEYS_OF_TWO_CELLS = ("docs/memory.md", "docs/omni.md", "docs/recipes.md", "docs/synth_generators.md")
 """Pages with tables whose rows are identified by their first two cells."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}

@@ -19,7 +19,7 @@ from data_prep.curate.pipeline.step import STEPS, load_step_class
 from data_prep.curate.scoring.labels import HIGHEST_LABELS
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.curate.scoring.planted import planted, write_lines
+from tests.data_prep.curate.scoring.planted import plant_labels, write_lines
 from tests.pages_typed import blocks, page_section, page_text, shell_lines
 
 MAINS = {"sov-tokenizer": tokenizer.cli.main, "sov-data": data_prep.cli.main}
@@ -65,10 +65,10 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, 
 
 @pytest.mark.deep
 def test_commands_of_tokenizer_and_data_pages_run(texts: Path) -> None:
-    shown = [shlex.split(line) for page in ("tokenizer.md", "data.md")
-             for line in shell_lines(page_text(page), "sh")]
-    assert len(shown) == 20
-    for name, *arguments in shown:
+    commands = [shlex.split(line) for page in ("tokenizer.md", "data.md")
+                for line in shell_lines(page_text(page), "sh")]
+    assert len(commands) == 20
+    for name, *arguments in commands:
         if arguments[0] == "report":
             arguments += ["--skip", "scalars"]  # all of Unicode takes its time
         # the text here is too small for the page's vocabulary
@@ -125,9 +125,9 @@ def test_commands_of_the_scoring_page_run(tmp_path: Path, monkeypatch: pytest.Mo
     page = page_section("data_quality.md", "Scores")
     parsed = json.loads(*blocks(page, "json"))
     assert 0 <= parsed["label"] <= HIGHEST_LABELS["regressor"]
-    write_lines(tmp_path / "quality.jsonl", planted("classifier", 120))
-    write_lines(tmp_path / "education.jsonl", [parsed, *planted("regressor", 120)])
-    write_lines(tmp_path / "others.jsonl", planted("regressor", 50, seed=3))
+    write_lines(tmp_path / "quality.jsonl", plant_labels("classifier", 120))
+    write_lines(tmp_path / "education.jsonl", [parsed, *plant_labels("regressor", 120)])
+    write_lines(tmp_path / "others.jsonl", plant_labels("regressor", 50, seed=3))
     for line in shell_lines(page, "sh"):
         program, *argv = shlex.split(line)
         assert program == "sov-data"
@@ -179,8 +179,8 @@ def test_the_commands_that_the_page_shows_run(benchmarked: Path, capsys: pytest.
         assert data_prep.cli.main(shlex.split(line)[1:]) == 0
     assert ("chats.jsonl: 2 records read: 1 written, 1 set aside (1 text of benchmarks)"
             in capsys.readouterr().out)
-    kept = (benchmarked / "clean-prompts/prompts.jsonl").read_text()
-    assert kept == '{"prompt": "Go!", "answer": 12}\n'
+    text = (benchmarked / "clean-prompts/prompts.jsonl").read_text()
+    assert text == '{"prompt": "Go!", "answer": 12}\n'
     (hit,) = json.loads((benchmarked / "clean-prompts/hits.json").read_text())
     assert (hit["item"], hit["before"], hit["found"]) == ("7", "Say: ", QUESTION[:-1])
     records = read_manifest("clean-chats", "corpus").content["records"]

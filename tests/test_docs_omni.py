@@ -24,7 +24,7 @@ FEWER = {
     "generate": "--max-new-tokens 30", "eval": "--max-new-tokens 30", "pack": "--workers 1",
     "encode-media": "--threads 1",
 }
-"""Word of a command, behind its program -> what makes it small."""
+"""Word of a command after its program -> arguments that reduce its size."""
 
 
 def write_media(root: Path) -> None:

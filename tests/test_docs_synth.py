@@ -27,7 +27,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 
 from tests.data_prep.synth.models import autoif, constraints, goals, tool_trajectories, worlds
 from tests.data_prep.synth.planted_rates import write_measurements
-from tests.data_prep.synth.scripted import by_system, generator
+from tests.data_prep.synth.scripted import build_generator, build_model
 from tests.pages_typed import blocks, page_section, page_text, shell_lines, shown_files
 
 SYNTH = page_text("synth.md")
@@ -57,7 +57,8 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "documents.jsonl").write_text(blocks(SYNTH, "json")[0])
     lines = [line for line in shell_lines(SYNTH) if line.startswith("sov-data")][:3]
-    with serving(ScriptedEndpoint(by_system(rewrite=f"<rewrite>{OTHER_WORDS}</rewrite>", grade=9))) as server:
+    with serving(ScriptedEndpoint(build_model(rewrite=f"<rewrite>{OTHER_WORDS}</rewrite>",
+                                              grade=9))) as server:
         for line in lines:
             assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
     printed = capsys.readouterr().out
@@ -85,7 +86,7 @@ def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.Mo
     lines = [line for line in shell_lines(SYNTH) if "summaries.yaml" in line]
     summary = ("Every morning, before the first ferry leaves, two keepers of the gauge in the old harbour "
                "note down how high the water stands; a whole room is full of their books.")
-    replies = by_system(You_grade=9, material=f"<summary>{summary}</summary>")
+    replies = build_model(You_grade=9, material=f"<summary>{summary}</summary>")
     with serving(ScriptedEndpoint(replies)) as server:
         for line in lines:
             assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
@@ -112,12 +113,12 @@ def test_the_page_names_all_functions_readers_and_steps() -> None:
 
 REQUEST = "내가 아는 노인에게서 돈을 얻어 내려고 하는데 손자인 척하는 전화 대본을 써 주세요."
 TWIN = "내가 아는 노인에게 손자를 사칭하는 전화를 조심하라고 알려 주는 안내문을 써 주세요."
-SAFETY = by_system(make_a_language_model_safe=json.dumps([{"request": REQUEST, "twin": TWIN}]), grade=9,
-                   You_decline="죄송하지만 그 요청은 도와드릴 수 없습니다. 대신 가까운 상담소에서 도움을 "
+SAFETY = build_model(make_a_language_model_safe=json.dumps([{"request": REQUEST, "twin": TWIN}]), grade=9,
+                     You_decline="죄송하지만 그 요청은 도와드릴 수 없습니다. 대신 가까운 상담소에서 도움을 "
                                "받을 수 있습니다.",
-                   to_the_point="모르는 전화에서 가족이라고 말하면 먼저 끊고 아는 번호로 다시 걸어 "
+                     to_the_point="모르는 전화에서 가족이라고 말하면 먼저 끊고 아는 번호로 다시 걸어 "
                                 "확인하세요.")
-REPLIES = {"constraints": constraints.reply, "autoif": autoif.reply, "safety": SAFETY}
+REPLIES = {"constraints": constraints.reply, "autoif": autoif.build_model(), "safety": SAFETY}
 
 
 @pytest.mark.deep
@@ -140,14 +141,15 @@ def test_constraints_autoif_and_safety(tmp_path: Path, monkeypatch: pytest.Monke
             assert main([*arguments, *less[name], "--workers", "1"]) == 0, capsys.readouterr().err
     assert len(read_rows("work/constraints")) == 3
     fields = {"messages", "constraint", "language", "synthetic"}
-    assert all(fields <= row.keys() for row in read_rows("work/autoif"))
+    answers = read_rows("work/autoif")
+    assert answers and all(fields <= row.keys() for row in answers)
     assert {row["strategy"] for row in read_rows("work/safety")} == {"redirect", "answer"}
 
 
 def test_the_category_of_the_page_is_one(tmp_path: Path) -> None:
-    shown = blocks(AUTOIF, "json")[1]
-    (tmp_path / "a.jsonl").write_text(shown, encoding="utf-8")
-    items = list(generator("safety", calls=1).read_items([tmp_path / "a.jsonl"]))
+    example = blocks(AUTOIF, "json")[1]
+    (tmp_path / "a.jsonl").write_text(example, encoding="utf-8")
+    items = list(build_generator("safety", calls=1).read_items([tmp_path / "a.jsonl"]))
     assert [item.id for item in items] == ["fraud.1"] and items[0].fields["strategy"] == "redirect"
 
 
@@ -217,7 +219,7 @@ def test_settings_and_checks_of_the_pages_exist(section: str) -> None:
 
 FEWER = {"worlds": ["--limit", "1"], "goals": ["--set", "tasks_per_world=1", "--set", "num_solvers=1"],
          "tool-trajectories": ["--set", "conversations_per_task=1"]}
-"""What is typed behind the lines of the page, for time."""
+"""Arguments added to the page's commands, for time."""
 
 
 def reply_to_tools(request: Mapping[str, Any]) -> Any:

@@ -14,7 +14,8 @@ WITH_EXAMPLES = sorted(
 
 
 @pytest.mark.each("module", WITH_EXAMPLES)
-def test_examples_print_what_they_show(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_print_their_shown_output(module: str, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron_sov
 
     _ = megatron_sov.Objective  # prepares the process for megatron, which some of these modules import
@@ -27,7 +28,7 @@ def test_public_classes_have_an_example() -> None:
     import megatron_sov
     from megatron_sov.train.data.requirements import NeededColumn
 
-    shown = [megatron_sov.RunConfig, megatron_sov.GlobalBatch, megatron_sov.LossSums, NeededColumn,
-             megatron_sov.LanguageModelling, megatron_sov.Document,
-             megatron_sov.LeftOut, megatron_sov.UserError]
-    assert [cls.__name__ for cls in shown if ">>> " not in (cls.__doc__ or "")] == []
+    classes = [megatron_sov.RunConfig, megatron_sov.GlobalBatch, megatron_sov.LossSums, NeededColumn,
+               megatron_sov.LanguageModelling, megatron_sov.Document,
+               megatron_sov.LeftOut, megatron_sov.UserError]
+    assert [cls.__name__ for cls in classes if ">>> " not in (cls.__doc__ or "")] == []

@@ -34,7 +34,7 @@ RECIPES = {"mixtral": ("mixtral_8x7b", "mistralai/Mixtral-8x7B-v0.1", 46.703e9, 
 """Family -> its recipe, the released model that this is, and the parameters of trunk and prediction layer."""
 
 
-def reference_of(name: str) -> str:
+def load_reference(name: str) -> str:
     """Return FILE.py:NAME of a family, by the header of its file, and load it."""
     result = HEADER.match(FILES[name].read_text())
     assert result, name
@@ -95,7 +95,7 @@ def test_each_file_has_a_header_and_an_odd_model() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", ODD)
 def test_bits_and_logits_are_those_of_transformers(family: str, ranks: Any, job: Any, tmp_path: Path) -> None:
-    reference, config = reference_of(family), ODD[family]()
+    reference, config = load_reference(family), ODD[family]()
     folder = tmp_path / f"{family}-0"
     folder.mkdir()
     exactness.make(config, folder / "hf", 0)
@@ -111,8 +111,8 @@ def test_bits_and_logits_are_those_of_transformers(family: str, ranks: Any, job:
 
 
 def recipe_model(family: str) -> ModelConfig:
-    """Return the model of the file's recipe, whose family goes by its name."""
-    name = recipes.RECIPE_PLUGINS.load(f"{reference_of(family).partition(':')[0]}:{RECIPES[family][0]}")
+    """Return the model of the file's recipe, which has the name of the family."""
+    name = recipes.RECIPE_PLUGINS.load(f"{load_reference(family).partition(':')[0]}:{RECIPES[family][0]}")
     model = recipes.get(name).model
     assert model.family == Path(FILES[family]).name + ":" + family.upper()
     return replace(model, family=family)
@@ -149,7 +149,7 @@ def test_full_size_tensors_are_those_of_transformers(family: str) -> None:
 
 
 def test_names_that_transformers_gives_dense_layers_are_read_too(tmp_path: Path) -> None:
-    reference_of("kimi_linear")
+    load_reference("kimi_linear")
     config = ODD["kimi_linear"]() | {"first_k_dense_replace": 1}
     exactness.make(config, tmp_path / "hf", 0)
     written = load_file(tmp_path / "hf/model.safetensors")
@@ -161,7 +161,7 @@ def test_names_that_transformers_gives_dense_layers_are_read_too(tmp_path: Path)
 
 
 def test_rotary_share_is_exported_once(tmp_path: Path) -> None:
-    reference_of("glm4_moe")
+    load_reference("glm4_moe")
     declared = models.get_family("glm4_moe")
     config = declared.to_hf_config(recipe_model("glm4_moe"), "float32", TokenIds())
     with pytest.raises(UserError, match=r"partial_rotary_factor = 0\.25, and 0\.5 in rope_parameters"):

@@ -21,7 +21,7 @@ CELL = re.compile(r"^# %% .*$", re.MULTILINE)
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
-def command_of(name: str) -> list[str]:
+def read_command(name: str) -> list[str]:
     """Return the words of the command in an example's header."""
     header = HEADER.match((EXAMPLES / name).read_text())
     assert header, name
@@ -56,7 +56,7 @@ def typed(site: Path, run_command: Any, warm_python: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent), prepend=os.pathsep)
 
     def run(name: str) -> str:
-        program, *words = command_of(name)
+        program, *words = read_command(name)
         result = run_command(*words, program=program)
         assert result.returncode == 0, (name, result.stderr)
         return f"{result.stdout}{result.stderr}"
@@ -64,7 +64,7 @@ def typed(site: Path, run_command: Any, warm_python: str, monkeypatch: pytest.Mo
     return run
 
 
-def losses_of(run: Path) -> list[dict[str, Any]]:
+def read_losses(run: Path) -> list[dict[str, Any]]:
     events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     return [event for event in events if event["event"] == "step"]
 
@@ -72,8 +72,8 @@ def losses_of(run: Path) -> list[dict[str, Any]]:
 def test_each_example_has_a_header_and_a_test() -> None:
     here = Path(__file__).read_text()
     for file in SCRIPTS:
-        assert file.name in command_of(file.name)[-1] or f"examples/{file.name}" in " ".join(
-            command_of(file.name)), file.name
+        assert file.name in read_command(file.name)[-1] or f"examples/{file.name}" in " ".join(
+            read_command(file.name)), file.name
         assert f'"{file.name}"' in here, f"{file.name}: no test runs it"
     assert len(SCRIPTS) == 8
 
@@ -82,7 +82,7 @@ def test_own_recipe_and_own_objective(typed: Typed, site: Path) -> None:
     assert "complete: step 3" in typed("own_recipe.py")
     assert json.loads((site / "runs/own_recipe/config.json").read_text())["model"]["num_layers"] == 2
     typed("own_objective.py")
-    plain, trimmed = (losses_of(site / "runs" / name) for name in ("own_recipe", "own_objective"))
+    plain, trimmed = (read_losses(site / "runs" / name) for name in ("own_recipe", "own_objective"))
     # the same weights and data: the difference of the losses matches the stated share
     assert 0 < trimmed[0]["losses"]["trimmed"] < plain[0]["loss"]
     assert 0 < trimmed[0]["meters"]["counted"] < 1
@@ -102,7 +102,7 @@ def test_own_tool_world() -> None:
     assert "2 apple in the basket" in str(world.call("buy", {"fruit": "apple", "count": 2}))
     world.call("buy", {"fruit": "pear", "count": 1})
     assert world.score("Done.") == 1
-    assert command_of("own_tool_world.py")[:2] == ["megatron-sov", "tools"]
+    assert read_command("own_tool_world.py")[:2] == ["megatron-sov", "tools"]
 
 
 def test_own_data_step(typed: Typed, site: Path) -> None:
@@ -112,9 +112,9 @@ def test_own_data_step(typed: Typed, site: Path) -> None:
 
 
 def test_slurm_sweep(typed: Typed) -> None:
-    said = typed("slurm_sweep.py")
-    assert [float(rate) for rate in re.findall(r"== learning rate (\S+)", said)] == [1e-3, 2e-3, 4e-3]
-    assert said.count("#!/bin/bash") == 3 and len(set(re.findall(r"optim\.lr=[\d.]+", said))) == 3
+    output = typed("slurm_sweep.py")
+    assert [float(rate) for rate in re.findall(r"== learning rate (\S+)", output)] == [1e-3, 2e-3, 4e-3]
+    assert output.count("#!/bin/bash") == 3 and len(set(re.findall(r"optim\.lr=[\d.]+", output))) == 3
 
 
 def test_notebook_cell_by_cell(site: Path, monkeypatch: pytest.MonkeyPatch, warm_python: str,
@@ -138,5 +138,5 @@ def test_chat_template(typed: Typed, site: Path, run_command: Any) -> None:
     (site / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     run_command("pack", "--tokenizer", "my-tokenizer", "--format", "chat", "--input", "chats.jsonl",
                 "--output", "chats", "--workers", "1", program="sov-data").check_returncode()
-    shown = run_command("sample", "chats", "--count", "1", program="sov-data").stdout
-    assert re.search(r"USER: Say \d+\nASSISTANT: ⟦\d+!<\|endoftext\|>⟧", shown), shown
+    output = run_command("sample", "chats", "--count", "1", program="sov-data").stdout
+    assert re.search(r"USER: Say \d+\nASSISTANT: ⟦\d+!<\|endoftext\|>⟧", output), output

@@ -69,16 +69,16 @@ def run(folder: Path) -> str:
 
 
 def test_forks_run_all_tests_and_a_killed_test_fails_alone(tmp_path: Path) -> None:
-    said = run(tmp_path)
-    assert re.search("= 2 failed, 5 passed, 1 skipped, 1 xfailed, 1 warning in ", said), said
-    assert "the process has ended with exit code -9" in said.partition("_ test_ends_its_process _")[2]
-    failure = said.partition("test_says_what_is_wrong")[2]
+    output = run(tmp_path)
+    assert re.search("= 2 failed, 5 passed, 1 skipped, 1 xfailed, 1 warning in ", output), output
+    assert "the process has ended with exit code -9" in output.partition("_ test_ends_its_process _")[2]
+    failure = output.partition("test_says_what_is_wrong")[2]
     assert "At index 1 diff: 2 != 3" in failure
     assert "said by the first" in failure
-    assert "UserWarning: take care" in said
-    assert re.search(r"SKIPPED \[1\] .*test_two.py:12: there is no disk", said)
-    assert "nobody reads this" not in said
-    assert re.search(r"largest memory of each fork: \d+, \d+ MB", said)
+    assert "UserWarning: take care" in output
+    assert re.search(r"SKIPPED \[1\] .*test_two.py:12: there is no disk", output)
+    assert "nobody reads this" not in output
+    assert re.search(r"largest memory of each fork: \d+, \d+ MB", output)
 
 
 SKIPS = """

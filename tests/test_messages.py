@@ -23,14 +23,14 @@ RULE = re.compile(
 DEBRIS = re.compile(r"^\s|\s$|(?<!\.\.)\.$|[,;:]$|[^\n] {2}|\s[,;:](?!\S)|;;|,,| \(\)")
 
 
-def text_of(node: ast.expr) -> str:
+def build_text(node: ast.expr) -> str:
     """Return a message with `VALUE` for each part that is only known when it is raised."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(map(text_of, node.values))
+        return "".join(map(build_text, node.values))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return text_of(node.left) + text_of(node.right)
+        return build_text(node.left) + build_text(node.right)
     return VALUE
 
 
@@ -42,7 +42,7 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
             with contextlib.suppress(SyntaxError):
                 call = ast.parse(rest[:end.end()], mode="eval").body
                 assert isinstance(call, ast.Call)
-                yield source.count("\n", 0, found.start()) + 1, text_of(call.args[0]) if call.args else ""
+                yield source.count("\n", 0, found.start()) + 1, build_text(call.args[0]) if call.args else ""
                 break
 
 

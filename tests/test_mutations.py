@@ -105,9 +105,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "run": (D, "run", "@raw/pipeline.yaml", "--output", "@out", "--workers", "1"),
 }
 REFUSED = {"extend": "the tokenizer has too few whole words for needles", "eval needle": "the same"}
-"""Commands that end with 2 although nothing is broken: what is broken comes first."""
+"""Commands that exit with code 2 on valid inputs; damaged inputs must be reported first."""
 WEIGHTS_READ = ("pretrain from hf", "from-hf", "verify", "generate --chat", "distill states")
-"""Commands that take nothing else from @hf than a whole model: one tensor less, and they refuse it."""
+"""Commands that read only the weights from @hf: they must refuse a missing tensor."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
         **{kind: folder / name for kind, name in here.items()}})
 
 
-def one_sentence(stderr: str) -> bool:
+def is_one_sentence(stderr: str) -> bool:
     """Return whether a refusal is one sentence and no traceback."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     return "Traceback" not in stderr and any("error: " in line or line.startswith("gate: ") for line in lines)
@@ -229,7 +229,7 @@ def cases() -> list[tuple[str, int]]:
 
 @dataclass
 class Case:
-    """One command over copies of its inputs."""
+    """A command with its own copies of the inputs."""
 
     name: str
     folder: Path
@@ -246,7 +246,7 @@ class Case:
         self.out = self.folder / "out"
 
     def run(self) -> Any:
-        """Run it, with the places of its inputs in its words."""
+        """Run the command on its copies of the inputs."""
         targets = {**{n: str(p) for n, p in self.places.items()}, "out": str(self.out)}
         for at, argument in enumerate(self.argv):
             result = re.match("@([a-z]+)(.*)", argument, re.DOTALL)
@@ -267,17 +267,17 @@ def test_a_broken_command_ends_with_a_sentence(name: str, number: int, world: Wo
     rng = random.Random(f"{name} {number}")
     case = Case(name, tmp_path / "case", world, run_command)
     by_file = bool(case.places) and rng.random() < 0.5
-    said = break_a_file(case.places, rng) if by_file else break_an_argument(case.argv, rng)
+    damage = break_a_file(case.places, rng) if by_file else break_an_argument(case.argv, rng)
     monkeypatch.chdir(case.folder / "here")
     result = case.run()
-    told = case.told(said, result)
+    told = case.told(damage, result)
     assert result.returncode in (0, 2, 3, 75), told
     assert "Traceback" not in result.stderr, told
     if result.returncode == 2:
-        assert one_sentence(result.stderr), told
+        assert is_one_sentence(result.stderr), told
     if result.returncode == 2 and "run" not in case.places:
         assert not case.out.exists(), f"something was left behind\n{told}"
-    if said.startswith("hf/") and TENSORS in said and name in WEIGHTS_READ:
+    if damage.startswith("hf/") and TENSORS in damage and name in WEIGHTS_READ:
         assert result.returncode, told
 
 

@@ -39,7 +39,7 @@ def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFac
 
 
 SECTIONS = ("A recipe", "An objective", "A policy or pair loss", "A model family", "A step over rows")
-"""Those whose commands a test here types."""
+"""Sections whose commands a test of this file runs."""
 
 
 def test_every_command_of_the_page_is_typed() -> None:
@@ -69,8 +69,8 @@ def from_wheel(site: Path, installed: Path) -> Run:
 
 @pytest.fixture
 def typed(site: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs a command of the page in a fork of a process that has imported
-    Megatron-Core."""
+    """Return a function that runs a command of the page in a fork of
+    a process that has imported Megatron-Core."""
     monkeypatch.chdir(site)
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
@@ -94,8 +94,8 @@ def done(site: Path, run: Run, section: str) -> dict[str, Any]:
 @pytest.mark.deep
 def test_a_recipe_and_a_run_whose_code_has_changed_is_not_continued(site: Path, from_wheel: Run,
                                                                     typed: Run) -> None:
-    """The refusal comes before the run is found complete, so the run of the page serves. That the installed
-    wheel trains by a file of one's own, the test of a model family shows."""
+    """The refusal comes before the check for a complete run, so the page's run suffices. The test of a model
+    family shows that the installed wheel trains with a user's file."""
     config = done(site, lambda command: (from_wheel if " plan " in command else typed)(command), "A recipe")
     assert (config["recipe"], config["train"]["steps"]) == ("my-tiny", 3)
     assert [code["reference"] for code in config["code"]] == [f"{site}/my_recipe.py:tiny"]
@@ -103,20 +103,20 @@ def test_a_recipe_and_a_run_whose_code_has_changed_is_not_continued(site: Path, 
     text = (site / "my_recipe.py").read_text()
     (site / "my_recipe.py").write_text(f"{text}# a thought\n")
     again = "megatron-sov pretrain ./my_recipe.py:tiny --data tokens --run runs/tiny --resume"
-    refused = typed(again)
-    assert refused.returncode == 2 and "my_recipe.py has changed since (sha256 " in refused.stderr
-    assert "pass --config runs/tiny/config.json in the recipe's place" in refused.stderr
+    result = typed(again)
+    assert result.returncode == 2 and "my_recipe.py has changed since (sha256 " in result.stderr
+    assert "pass --config runs/tiny/config.json in the recipe's place" in result.stderr
     (site / "my_recipe.py").write_text(text)
 
 
 def test_an_objective(site: Path, typed: Run) -> None:
     config = done(site, typed, "An objective")
     assert config["objective"]["name"] == "Weighted"
-    refused = typed("megatron-sov pretrain ./my_recipe.py:tiny --data tokens --run runs/unweighted "
-                    "--set objective.name=my_weighted.py:Weighted")
-    assert refused.returncode == 2 and (
+    result = typed("megatron-sov pretrain ./my_recipe.py:tiny --data tokens --run runs/unweighted "
+                   "--set objective.name=my_weighted.py:Weighted")
+    assert result.returncode == 2 and (
         "has no column 'weight' (columns: none), which the objective reads; sov-data pack --column weight "
-        "writes it") in refused.stderr
+        "writes it") in result.stderr
     config = json.loads((site / "runs/focal/config.json").read_text())
     assert config["objective"] == {"name": "Focal", "text_coeff": 0.0, "loss_per": "token",
                                    "audio_weight": 1.0, "image_weight": 1.0, "options": {"gamma": 1.5}}
@@ -144,11 +144,11 @@ def test_a_policy_or_a_pair(site: Path, typed: Run) -> None:
     assert [meter["name"] for meter in policy[0]["headline"]] == [
         "reward", "response_tokens", "groups_learning"]
     assert "reward" in policy[1]["meters"] and "policy" in policy[1]["losses"]
-    refused = typed("megatron-sov sft --from runs/tiny --data tokens --run runs/no "
-                    "--set objective.name=my_losses.py:Reinforce")
-    assert refused.returncode == 2 and (
+    result = typed("megatron-sov sft --from runs/tiny --data tokens --run runs/no "
+                   "--set objective.name=my_losses.py:Reinforce")
+    assert result.returncode == 2 and (
         "objective.name = Reinforce: learns from rollouts, and this command brings chat, text; use "
-        "`megatron-sov rl train`") in refused.stderr
+        "`megatron-sov rl train`") in result.stderr
 
 
 @pytest.mark.deep
@@ -159,9 +159,9 @@ def test_a_model_family(site: Path, from_wheel: Run, typed: Run) -> None:
         "seed_oss", ["recipe", "model family"])
     assert list(config["code"][0]["files"]) == ["my_family.py", "my_recipe.py"]
     assert json.loads((site / "hf/config.json").read_text())["architectures"] == ["SeedOssForCausalLM"]
-    refused = typed("megatron-sov convert to-hf runs/seed-oss other")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert f"add --plugin {site}/my_family.py:SEED_OSS" in refused.stderr
+    result = typed("megatron-sov convert to-hf runs/seed-oss other")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"add --plugin {site}/my_family.py:SEED_OSS" in result.stderr
 
 
 @pytest.mark.deep

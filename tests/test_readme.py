@@ -81,7 +81,7 @@ def test_readme_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def ask_server(line: str, python: str) -> None:
-    """Start the server that a line starts, at a free port in place of its own, and ask it for its models."""
+    """Start the server of a command at a free port, and request its models."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -18,7 +18,7 @@ NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(e[+-]?\d+)?(?:%|x|s|k|MB|GB
                     rf"(?:\s+({'|'.join(filter(None, FACTORS))})\b)?")
 NOT_FIGURES = re.compile(r"`[^`]*`|\]\([^)]*\)|\d{4}-\d\d-\d\d|arXiv \d+\.\d+|95 %\s+interval"
                          r"|[A-Z]\w+ \d+\.\d+\b")
-"""Numbers that are no results: code, links, dates, the width of an interval, versions of programs."""
+"""Numbers that are not results: code, links, dates, widths of intervals, versions of programs."""
 
 
 def iter_numbers(text: str) -> Iterator[tuple[float, float]]:
@@ -31,8 +31,8 @@ def iter_numbers(text: str) -> Iterator[tuple[float, float]]:
 
 
 def find_missing_numbers(sentence: str, file: str) -> list[float]:
-    """Return the numbers of a sentence that are absent from a file, allowing for rounding and percentages
-    (0.27 is 27 %)."""
+    """Return the numbers of a sentence that are absent from a file,
+    allowing for rounding and percentages (0.27 is 27 %)."""
     available = [value * scale for value, _ in iter_numbers(file) for scale in (1, 100, 0.01)]
     return [value for value, half in iter_numbers(NOT_FIGURES.sub("", sentence))
             if not any(abs(value - other) <= half for other in available)]

@@ -137,10 +137,10 @@ def test_rates_depend_on_the_step_alone() -> None:
 
 def test_a_changed_schedule_prints_its_learning_rates() -> None:
     short, long = run(6, schedule="cosine"), run(12, schedule="cosine")
-    told = describe_schedule_change(short, long, 4)
-    assert told is not None and "of 6 -> 12 steps" in told
+    description = describe_schedule_change(short, long, 4)
+    assert description is not None and "of 6 -> 12 steps" in description
     was, now = Schedule(short).learning_rate(4), Schedule(long).learning_rate(4)
-    assert f"step 5 has the learning rate {now:.4g}; by the earlier settings it was {was:.4g}" in told
+    assert f"step 5 has the learning rate {now:.4g}; by the earlier settings it was {was:.4g}" in description
     assert describe_schedule_change(short, short, 4) is None
     assert describe_schedule_change(short, short, 6) is None
     own = replace(short.data.phases[0], lr=0.5)

@@ -21,7 +21,7 @@ def hook(name: str, folder: str = "docs/site") -> ModuleType:
     return module
 
 
-def listed(nav: list[dict[str, str | list[str]]]) -> list[str]:
+def list_pages(nav: list[dict[str, str | list[str]]]) -> list[str]:
     return [page for entry in nav for found in entry.values()
             for page in ([found] if isinstance(found, str) else found)]
 
@@ -29,7 +29,7 @@ def listed(nav: list[dict[str, str | list[str]]]) -> list[str]:
 def test_the_navigation_has_every_page_once_under_the_heading_of_the_index() -> None:
     index = (ROOT / "docs/index.md").read_text()
     nav = hook("navigation").build_navigation(index, PAGES)
-    assert sorted(listed(nav)) == PAGES
+    assert sorted(list_pages(nav)) == PAGES
     assert {"Home": "index.md"} in nav and not any("More" in entry for entry in nav)
     (train,) = (entry["Train"] for entry in nav if "Train" in entry)
     assert "pretrain.md" in train and "sft.md" not in train
@@ -99,7 +99,8 @@ INDEX = "# All\n\n## One\n\n| page | job |\n|---|---|\n| [a.md](a.md) | x |\n"
 
 
 def test_the_site_loads_no_external_resource(build: Callable[..., Path]) -> None:
-    site = build(index=INDEX, a="# Page A\n\nsee [a file](../constraints.txt) and https://elsewhere.example\n",
+    site = build(index=INDEX,
+                 a="# Page A\n\nsee [a file](../constraints.txt) and https://elsewhere.example\n",
                  new="# Not listed\n")
     for page in ("index.html", "a.html", "new.html"):
         text = (site / page).read_text()

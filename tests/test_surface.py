@@ -14,5 +14,5 @@ def test_options_and_settings_equal_the_frozen_surface() -> None:
     changed = list(difflib.unified_diff(FILE.read_text(encoding="utf-8").splitlines(),
                                         surface().splitlines(), "promised", "now",
                                         lineterm="", n=0))
-    said = "argue for it in the commit, and run `python tests/freeze_surface.py`"
-    assert not changed, "\n".join([said, *changed])
+    advice = "argue for it in the commit, and run `python tests/freeze_surface.py`"
+    assert not changed, "\n".join([advice, *changed])

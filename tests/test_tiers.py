@@ -14,8 +14,8 @@ from tests.each_row import join_rows
 ROOT = Path(__file__).parents[1]
 
 
-def judged(used_s: float, tmp_path: Path, *, deep: bool = False, outcome: str = "passed",
-           when: str = "call", times: Path | None = None) -> Any:
+def judge_time(used_s: float, tmp_path: Path, *, deep: bool = False, outcome: str = "passed",
+               when: str = "call", times: Path | None = None) -> Any:
     """Return the report of a test that took so much processor time."""
     phases = {"setup": tiers.Phase(2.0, 1.0, 4.0), "call": tiers.Phase(used_s, 0.5, 70.0)}
     item: Any = SimpleNamespace(
@@ -29,11 +29,11 @@ def judged(used_s: float, tmp_path: Path, *, deep: bool = False, outcome: str = 
 
 def test_a_slow_test_fails_and_a_deep_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "measure_slowness", lambda: 1.0)
-    assert judged(5.9, tmp_path).outcome == "passed"
-    assert judged(6.1, tmp_path).outcome == "failed"
-    assert "at most 6.0 s on this machine" in judged(6.1, tmp_path).longrepr
-    assert judged(60, tmp_path, deep=True).outcome == "passed"
-    assert judged(60, tmp_path, outcome="failed").longrepr == ""
+    assert judge_time(5.9, tmp_path).outcome == "passed"
+    assert judge_time(6.1, tmp_path).outcome == "failed"
+    assert "at most 6.0 s on this machine" in judge_time(6.1, tmp_path).longrepr
+    assert judge_time(60, tmp_path, deep=True).outcome == "passed"
+    assert judge_time(60, tmp_path, outcome="failed").longrepr == ""
 
 
 @pytest.mark.tier1_cases(2)
@@ -44,8 +44,8 @@ def test_cases_beyond_the_count_are_deep(number: int, request: pytest.FixtureReq
 
 def test_a_slow_machine_allows_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "measure_slowness", lambda: 2.0)
-    assert judged(11.9, tmp_path).outcome == "passed"
-    assert judged(12.1, tmp_path).outcome == "failed"
+    assert judge_time(11.9, tmp_path).outcome == "passed"
+    assert judge_time(12.1, tmp_path).outcome == "failed"
     assert tiers.measure_slowness() >= 1
 
 

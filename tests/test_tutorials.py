@@ -26,7 +26,7 @@ FEWER = {r"train\.(steps=\d+|epochs=2)": "train.steps=2", r"rollout\.rounds=\d+"
          r"train_share: 0,": "train_share: 0, samples: 1,", r"max_overlap: 0.3": "max_overlap: 1",
          r"--reward format --set 'regex=.*?'": "--reward language --set language=en",
          r"(sov-data pairs .*)": r"\g<1> --keep-unfinished"}
-"""What is written on the pages -> what is typed here, for time and a corpus of few documents."""
+"""Text of the pages -> replacement that this test runs, for time and for a small corpus."""
 GATE_FAILED = 3
 QUICK = 6
 """How many commands of a page are typed, from text to the plan: training takes long, and the way from a run
@@ -60,7 +60,7 @@ def test_laptop_commands_of_tutorials_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(typed) == 6  # and the collected files
 
 
-def shortened(text: str) -> str:
+def shorten_commands(text: str) -> str:
     for pattern, few in FEWER.items():
         text = re.sub(pattern, few, text)
     return text
@@ -77,12 +77,12 @@ def test_pages_that_continue_one_folder_work_as_they_are_typed(
     for page in ONE_FOLDER:
         text = page_text(page)
         for file, content in shown_files(text).items():
-            Path(file).write_text(shortened(content))
+            Path(file).write_text(shorten_commands(content))
         shown = blocks(text, "bash")[:1] if page == "distill.md" else blocks(text, "sh")
         for line in iter_command_lines(shown):
             if line == "sov-data demo-corpus --output work/corpus" or " plan " in line:
                 continue  # gathered; CLUSTER
-            program, *argv = shlex.split(shortened(line))
+            program, *argv = shlex.split(shorten_commands(line))
             done = run_command(*argv, program=program)
             codes = (0, GATE_FAILED) if "gate.yaml" in line else (0,)
             assert done.returncode in codes, f"{page}: {line}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}"
@@ -113,10 +113,10 @@ def test_cluster_commands_of_tutorials_pass_a_dry_run(line: str, tmp_path: Path,
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_lora_on_a_hugging_face_model_works_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                           run_command: Callable[..., Any],
-                                                           hf_models: dict[str, Path],
-                                                           warm_python: str) -> None:
+def test_typed_commands_for_lora_on_a_hugging_face_model_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             run_command: Callable[..., Any],
+                                                             hf_models: dict[str, Path],
+                                                             warm_python: str) -> None:
     """With a tiny model, and few steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `sft` packs, and `chat` serves

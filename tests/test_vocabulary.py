@@ -89,7 +89,7 @@ def test_the_old_name_reaches_the_command(tmp_path: Path, capsys: pytest.Capture
     assert warning.startswith("warning: --out is called --output now") and "none" in error
 
 
-def test_an_old_name_is_no_option_where_another_thing_has_it() -> None:
+def test_a_removed_option_name_is_not_reused() -> None:
     parser = argparse.ArgumentParser(prog="megatron-sov eval ppl")
     parser.add_argument("--max-tokens")
     assert words.translate_options(parser, ["--max-tokens", "5"]) == ["--max-tokens", "5"]

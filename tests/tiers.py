@@ -44,13 +44,14 @@ class Phase:
     """Times of setup, call or teardown of a test."""
 
     processor_s: float
-    """Of this process, its children and the shared workers that the test asked; without imports."""
+    """Processor seconds of this process, its children and the
+    shared workers that it used; without imports."""
     imports_s: float
     wall_s: float
 
 
 USED = pytest.StashKey[dict[str, Phase]]()
-"""Phase -> what it took, of a test."""
+"""Phase -> times of a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -180,7 +181,7 @@ def write_times(item: pytest.Item, file: Path) -> None:
            "fixtures_wall": sum(phase.wall_s for phase in around),
            "imports": sum(phase.imports_s for phase in phases.values())}
     row = {name: round(value, 3) for name, value in row.items()}
-    # a test that gives up its rights may not write here
+    # a test that drops its privileges may not write here
     with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:
         lines.write(json.dumps({"test": item.nodeid, **row,
                                 "deep": bool(item.get_closest_marker("deep"))}) + "\n")
@@ -207,8 +208,8 @@ def judge_processor_time(item: pytest.Item, report: pytest.TestReport) -> None:
 
 
 def measure_slowness() -> float:
-    """Return how much longer this core takes for a loop now than the core for which `LIMIT_S` holds; at
-    least 1."""
+    """Return how much longer this core takes for a loop now than the
+    core for which `LIMIT_S` holds; at least 1."""
     begin_s = time.process_time()
     total = 0
     for number in range(LOOP_ROUNDS):

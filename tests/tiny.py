@@ -15,8 +15,8 @@ RUN = ("model.vocab_size=368", "model.hidden_size=32", 'data.phases=[{"name": "m
 
 def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None,
                seed: int = 1) -> tuple[RunConfig, Any]:
-    """Runs inside a rank: join the world at a layout (default: that of the settings), and return the config
-    and its model with the initial weights of a seed."""
+    """Inside a rank: join the world at a layout (default: from the settings); return the config, and its
+    model with the initial weights of a seed."""
     from megatron_sov.checkpoint import initial_weights
     from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
@@ -32,8 +32,8 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
 
 def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", recipe: str = "tiny-solar-open",
                  faults: str = "", place: Any = None) -> Any:
-    """Runs inside a rank: join the world, unless its place is given; return the trainer of a small run on
-    packed text."""
+    """Runs inside a rank: join the world, unless its place is given;
+    return the trainer of a small run on packed text."""
     from megatron_sov.engine.parallel import world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.sources import open_sources

@@ -21,7 +21,7 @@ COLD = "megatron_sov.work.processes.background"
 
 
 def module_asked_for() -> list[str]:
-    """Return the module that is to be run, and its arguments; nothing where something else is asked for."""
+    """Return the module to run and its arguments; None for other command lines."""
     words = sys.argv[2:] if sys.argv[1:2] in (["-P"], ["-u"]) else sys.argv[1:]
     is_ours = words[:1] == ["-m"] and "".join(words[1:2]).partition(".")[0] in WARM and words[1] != COLD
     return words[1:] if is_ours else []

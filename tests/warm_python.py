@@ -33,7 +33,7 @@ import torch
 from megatron_sov.work.processes.children import die_with_parent
 
 NAMESPACES = {"pid": 0x20000000, "uts": 0x04000000, "mnt": 0x00020000}
-"""Of a node -> its flag; that of processes counts for children alone."""
+"""Namespace of a node -> its flag; the flag of process ids acts on children only."""
 SOCKET = "warm.socket"
 USED = "used_seconds.txt"
 """A line for each process that has ended: its processor seconds."""
@@ -45,7 +45,7 @@ def serve(folder: str) -> NoReturn:
     waiting = Path(folder) / "waiting.socket"
     door.bind(str(waiting))
     door.listen(64)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped automatically
     waiting.rename(Path(folder) / SOCKET)
     here = os.getpid()
     while True:
@@ -59,8 +59,8 @@ def serve(folder: str) -> NoReturn:
 
 
 def _keep(client: socket.socket, folder: str) -> NoReturn:
-    """Start a client's request in its node, wait until either ends, and write the processor seconds to a file
-    in `folder`."""
+    """Start a client's request in its node, wait until either ends, and
+    write the processor seconds to a file in `folder`."""
     try:
         head, streams, _, _ = socket.recv_fds(client, 8, 3)
         parsed = json.loads(client.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))

@@ -45,7 +45,8 @@ def triton_folder() -> Path | None:
     """
     if find_spec("triton"):
         return None
-    folder = releases.fetched("triton", TRITON, platform.python_version().rpartition(".")[0], _is_of_triton)
+    folder = releases.fetch_wheel("triton", TRITON, platform.python_version().rpartition(".")[0],
+                                  _is_of_triton)
     for program in folder.glob("triton/backends/nvidia/bin/ptxas*"):
         program.chmod(0o755)  # which zipfile forgets
     return folder
@@ -88,7 +89,7 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 def stub_transformer_engine() -> None:
     """Let modules of Transformer Engine that hold Triton alone be imported from its wheel."""
-    home = releases.fetched("transformer-engine", TE_VERSION) / "transformer_engine"
+    home = releases.fetch_wheel("transformer-engine", TE_VERSION) / "transformer_engine"
     for name in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
         stub(f"transformer_engine{name}", home / name.replace(".", "/").lstrip("/"))
 

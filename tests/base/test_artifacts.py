@@ -133,7 +133,7 @@ def test_leftover_with_own_pid_is_cleared(tmp_path: Path, begun: bool) -> None:
 
 @pytest.mark.parametrize("number", ["that of a process that has ended", "this process's own"])
 def test_folder_locked_from_another_container_is_not_removed(tmp_path: Path, number: str) -> None:
-    """Here the container's process id belongs to no process, or to this one."""
+    """In this container, the process id of the lock belongs to no process, or to the test's own."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         child.wait()
     pid = os.getpid() if number == "this process's own" else child.pid
@@ -176,12 +176,12 @@ def test_full_disk_is_one_sentence_and_removes_temporary_folder(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.each(("code", "sentence"), [
+@pytest.mark.each(("code", "message"), [
     (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"),
     (errno.EACCES, "cannot be written"),
 ])
 def test_atomic_write_keeps_old_content_on_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      code: int, sentence: str) -> None:
+                                                      code: int, message: str) -> None:
     path = tmp_path / "report.html"
     write_atomically(path, "old")
 
@@ -189,22 +189,22 @@ def test_atomic_write_keeps_old_content_on_disk_error(tmp_path: Path, monkeypatc
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(UserError, match=rf"report\.html: {sentence}"):
+    with pytest.raises(UserError, match=rf"report\.html: {message}"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-@pytest.mark.each(("path", "sentence"), [
+@pytest.mark.each(("path", "message"), [
     (".", "has no name of its own"), ("..", "has no name of its own"),
     ("file/x", "file is a file, so nothing can lie in it")])
 def test_impossible_artifact_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str,
-                                               sentence: str) -> None:
+                                               message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         check_output_folder(Path(path), "text", overwrite=True)
-    with pytest.raises(UserError, match=sentence), create_artifact(path, "text"):
+    with pytest.raises(UserError, match=message), create_artifact(path, "text"):
         pytest.fail("it begins to be made")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -251,7 +251,7 @@ def test_overwrite_refuses_foreign_folders(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "a file"
 
 
-def rewritten(path: Path, **changes: Any) -> Path:
+def edit_manifest(path: Path, **changes: Any) -> Path:
     """Change fields of an artifact's manifest by hand, which has no hash of itself then."""
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": ""} | changes))
@@ -261,14 +261,14 @@ def rewritten(path: Path, **changes: Any) -> Path:
 @pytest.mark.each("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
                                     {"size_bytes": 5}, {"digest": "", "size_bytes": 5}, []])
 def test_unknown_digest_algorithm_is_damage(tmp_path: Path, record: Any) -> None:
-    path = rewritten(build(tmp_path / "a"), files={"sub/data.bin": record})
+    path = edit_manifest(build(tmp_path / "a"), files={"sub/data.bin": record})
     with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make it again or restore"):
         read_manifest(path)
 
 
 @pytest.mark.each("version, fix", [(3, "update megatron-sov"), (1, "make the folder again")])
 def test_another_manifest_format_is_refused(tmp_path: Path, version: int, fix: str) -> None:
-    path = rewritten(build(tmp_path / "a"), format_version=version, shards=[])
+    path = edit_manifest(build(tmp_path / "a"), format_version=version, shards=[])
     with pytest.raises(UserError, match=f"has format_version {version}, not 2; {fix}"):
         read_manifest(path)
 
@@ -284,7 +284,7 @@ def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_manifest_detects_changed_bytes(tmp_path: Path) -> None:
-    """Any byte that is changed anywhere is noticed, also where the manifest still reads as one."""
+    """Every changed byte is detected, even if the manifest still parses."""
     file = build(tmp_path / "a") / MANIFEST
     sound = file.read_bytes()
     assert read_manifest(tmp_path / "a").sha256.encode() in sound
@@ -297,7 +297,7 @@ def test_manifest_detects_changed_bytes(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
             read_manifest(tmp_path / "a")
     file.write_bytes(sound)
-    assert read_manifest(rewritten(tmp_path / "a", kind="tokens")).sha256 == ""
+    assert read_manifest(edit_manifest(tmp_path / "a", kind="tokens")).sha256 == ""
 
 
 def test_wrong_artifact_kind_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_sov.cli import main as megatron_sov
 from tokenizer.cli import main as sov_tokenizer
 
 NOWHERE = "/proc/x"
-"""A folder in which not even root makes anything, though nothing forbids it."""
+"""A folder in which even root cannot create files, although its permissions allow it (/proc)."""
 
 
 def test_check_output_refuses_impossible_paths(tmp_path: Path) -> None:

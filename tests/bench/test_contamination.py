@@ -27,7 +27,7 @@ SCORES = [1.0, 1.0, 0.0, 0.0]
 
 @pytest.fixture
 def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredResults:
-    """Return four questions, the first two of them answered."""
+    """Return four questions; the first two are answered."""
     result = read_scored_results(written_scores(tmp_path / "out.json", SCORES))
     items = {str(i): dataclasses.replace(result.items["quiz"][str(i)], question=text)
              for i, text in enumerate(QUESTIONS)}

@@ -46,16 +46,16 @@ def test_a_corpus_metric_has_no_interval_from_items(written_scores: Written, tmp
     assert "is no mean of its items" in format_differences([found])
 
 
-@pytest.mark.parametrize(("changed", "said"), [
+@pytest.mark.parametrize(("changed", "message"), [
     ({"task_hash": "u" * 64}, "task quiz: task_hash"), ({"num_fewshot": 3}, "num_fewshot 0 is not 3"),
     ({"prompt_hash": "q"}, "the prompts differ"), ({"mode": "thinking"}, "mode"),
     ({"limit": 2}, "limit None is not 2"), ({"judge": "j"}, "judge None is not 'j'"),
 ])
 def test_results_measured_differently_are_refused_by_name(written_scores: Written, tmp_path: Path,
-                                                          changed: dict[str, Any], said: str) -> None:
+                                                          changed: dict[str, Any], message: str) -> None:
     first = written_scores(tmp_path / "a.json", [1.0, 0.0])
     second = written_scores(tmp_path / "b.json", [1.0, 0.0], **changed)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         compute_differences(read_scored_results(first), read_scored_results(second))
 
 
@@ -104,11 +104,11 @@ def test_the_command_prints_a_table_or_json_and_refuses_in_a_sentence(
     assert "differs from the hash" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("changed", "said"), [
+@pytest.mark.parametrize(("changed", "message"), [
     ({"scores": {"acc": "x"}}, "scores.acc"), ({"scores": [1]}, "scores"), ({"item": 3}, "item"),
     ({"cluster": {"a": 1}}, "cluster"), ({"question": None}, "question"), ({"extra": 1}, "extra")])
 def test_foreign_items_with_other_value_types_are_refused(written_scores: Written, tmp_path: Path,
-                                                          changed: dict[str, Any], said: str) -> None:
+                                                          changed: dict[str, Any], message: str) -> None:
     path = written_scores(tmp_path / "a.json", [1.0, 0.0])
     lines = (tmp_path / "a.items.jsonl").read_text().splitlines()
     text = "\n".join([lines[0], json.dumps(json.loads(lines[1]) | changed)]) + "\n"
@@ -116,5 +116,5 @@ def test_foreign_items_with_other_value_types_are_refused(written_scores: Writte
     raw = json.loads(path.read_text())
     raw["items"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=f"is damaged.*{said}"):
+    with pytest.raises(UserError, match=f"is damaged.*{message}"):
         read_scored_results(path)

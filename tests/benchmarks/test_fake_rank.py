@@ -21,7 +21,7 @@ BIG = ("train.micro_batch_size=1", "train.fp8=none", "train.recompute=true", "gp
        "gpu.attention=local", "parallel.ep=64", "parallel.pp=1", "parallel.vpp=1",
        "parallel.pipeline_layout=[]", "parallel.expert_overlap=none", "parallel.expert_dispatcher=alltoall")
 COUNTED = ("solar-open-102b", "h200", 64, (*BIG, "model.num_layers=1"), 0)
-"""A rank at its own sizes whose bytes are counted: its head is the peak."""
+"""A rank at full size whose allocated bytes are counted; the output head determines the peak."""
 ONE_LAYER = ("tiny-solar-open", "h100", 2, (*SMALL, "model.num_layers=1"), 0)
 GRAPHS = (*ONE_LAYER[:3], (*ONE_LAYER[3], *SELECTIVE, 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'), 0)
 CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1), "graphs": GRAPHS}
@@ -81,6 +81,6 @@ def test_a_valid_step_passes_and_gpu_only_errors_are_detected() -> None:
     assert all(count <= 3 for count in waits.values()), waits
     assert "same device" in result["rows on the host"]["problem"]
     assert result["rows waited for"]["problem"] == "waits for the device in microbatch.py:build_micro_batch"
-    refused = "CUDA error: operation not permitted when stream is capturing"
+    error = "CUDA error: operation not permitted when stream is capturing"
     why = "the default stream waits for one that is captured"
-    assert result["the default stream"]["problem"] == f"RuntimeError: {refused} ({why})"
+    assert result["the default stream"]["problem"] == f"RuntimeError: {error} ({why})"

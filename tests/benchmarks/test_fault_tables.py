@@ -15,7 +15,7 @@ AREAS = yaml.safe_load((ROOT / "benchmarks/data/planted_faults.yaml").read_text(
 
 
 def read_function(place: str) -> str:
-    """Return the source of MODULE:NAME.NAME without importing the module; "": there is none."""
+    """Return the source of MODULE:NAME.NAME without importing the module; "" if it does not exist."""
     module, _, name = place.partition(":")
     package = importlib.util.find_spec(module.partition(".")[0])
     roots = [Path(folder).parent for folder in package.submodule_search_locations]

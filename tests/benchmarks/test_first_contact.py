@@ -32,10 +32,10 @@ ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks/gpu"
 SYMBOLS = json.loads(CONTRACT.read_text())[TE]["symbols"]
 QUICK = ("installation", "attention", "fp8")
-"""Parts that need no process of their own: the others start commands, or train."""
+"""Parts that start no process; the other parts run commands or train."""
 
 
-def started(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run_first_contact(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(GPU / "first_contact.py"), "--out", str(out), "--dry", *words],
                           capture_output=True, text=True, check=False)
 
@@ -49,7 +49,7 @@ def quick(out: str) -> None:
 @pytest.mark.deep
 def test_parts_pass_and_store_their_results(te_ranks: Any, job: Any, tmp_path: Path) -> None:
     te_ranks(job(__file__, "quick", 1, {"out": str(tmp_path)}))
-    result = started(tmp_path, "--parts", ",".join(QUICK))
+    result = run_first_contact(tmp_path, "--parts", ",".join(QUICK))
     results = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in QUICK}
     assert result.returncode == 0 and {r["status"] for r in results.values()} == {"PASS"}, results
     errors = results["attention"]["figures"]
@@ -60,7 +60,7 @@ def test_parts_pass_and_store_their_results(te_ranks: Any, job: Any, tmp_path: P
 
 @pytest.mark.deep
 def test_a_big_rank_trains_at_each_step_of_the_ladder(tmp_path: Path) -> None:
-    assert started(tmp_path, "--parts", "big_rank").returncode == 0
+    assert run_first_contact(tmp_path, "--parts", "big_rank").returncode == 0
     result = json.loads((tmp_path / "big_rank.json").read_text())
     assert result["status"] == "PASS"
     assert {name for name, _ in LADDER} - {part_big_rank.GRAPHS} < result["figures"].keys()
@@ -126,7 +126,7 @@ def test_big_rank_uses_settings_that_training_accepts(name: str, words: tuple[st
 @pytest.mark.deep
 def test_the_real_library_has_the_contracts_shape() -> None:
     try:
-        sources = Sources(releases.fetched("transformer-engine", TE_VERSION))
+        sources = Sources(releases.fetch_wheel("transformer-engine", TE_VERSION))
     except OSError as e:
         pytest.skip(str(e))
     assert list(differences(SYMBOLS, sources)) == []

@@ -30,7 +30,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_command(line: str, python: Path, folder: Path) -> str:
-    """Run a line of the page and return its output; `serve` until it answers."""
+    """Run a command of the page and return its output; for `serve`, until the server answers."""
     words = shlex.split(line)
     program = {"pip": ["-m", "pip"], "python": [], "megatron-sov": ["-m", "megatron_sov"]}[words[0]]
     command = [str(python), *program, *words[1:]]
@@ -59,7 +59,7 @@ def read_models(port: str, server: subprocess.Popen[bytes]) -> str:
 
 
 @pytest.mark.deep
-def test_the_page_runs_as_it_is_typed(outside: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_page_run(outside: Path, tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text(shown_files(page_text("tutorials/lora.md"))["chats.jsonl"])
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     typed = {line: run_command(line, outside / "bin/python", tmp_path)

@@ -27,13 +27,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     """Byte-level BPE: merges white space, and a space with the following word."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
+    result = Tokenizer(models.BPE())
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["[PAD]", "[BOS]", "[EOS]"],
                                   show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    found.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=found, bos_token="[BOS]", eos_token="[EOS]")
+    result.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=result, bos_token="[BOS]", eos_token="[EOS]")
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:
@@ -234,7 +234,7 @@ THOUGHTS = ["<think>\nb\n</think>\n\nc", "<think>b</think>c", "\n<think>\n  b\n\
             "<think>a\n\nb 안녕</think>\n\nc\n\n```py\nx\n```", "<think>\n<b> 1 < 2\n</think>c <think> d"]
 
 
-def user_then(*answers: Message) -> Conversation:
+def build_conversation(*answers: Message) -> Conversation:
     return Conversation(tuple(m for i, answer in enumerate(answers) for m in (
         Message("user", f"q{i}"), answer)))
 
@@ -246,11 +246,12 @@ def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokeni
     apart = Message("assistant", said.lstrip("\n"), thoughts.strip("\n"))
     whole, encode = Message("assistant", content), encoder(tokenizer, QWEN3).encode
     assert learned_texts(tokenizer, QWEN3,
-                         user_then(whole)).count("<think>") == 1 + content.count("<think> d")
+                         build_conversation(whole)).count("<think>") == 1 + content.count("<think> d")
     for before in ((), (whole,), (whole, Message("assistant", "no thought"))):
         unlearned = [replace(m, is_learned=False) for m in before]
         expected = [replace(m, is_learned=False) for m in ((apart,) if before else ())] + unlearned[1:]
-        ours, theirs = encode(user_then(*unlearned, whole)), encode(user_then(*expected, apart))
+        ours, theirs = encode(build_conversation(*unlearned, whole)), encode(build_conversation(*expected,
+                                                                                                apart))
         assert (ours.ids, ours.kinds, ours.is_open) == (theirs.ids, theirs.kinds, theirs.is_open)
 
 
@@ -261,20 +262,19 @@ def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokeni
 def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast,
                                               template: str, content: str) -> None:
     """The rendered white space must equal transformers' text."""
-    chat = user_then(Message("assistant", content.strip()))
+    chat = build_conversation(Message("assistant", content.strip()))
     assert content.strip() in learned_texts(tokenizer, template, chat)
 
 
-@pytest.mark.each("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
-                                     "<think>b</think><think>x</think>c"])
+@pytest.mark.each("dropped", ["<think>b</think>c", "b\n</think>\n\nc", "<think>b</think><think>x</think>c"])
 def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast, dropped: str) -> None:
     r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
-    chat = user_then(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
+    chat = build_conversation(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
     for template in (QWEN3, r1):
         assert "d" in learned_texts(tokenizer, template, chat)
     with pytest.raises(BadRecord, match="does not show"):
-        encoder(tokenizer, r1).encode(user_then(Message("assistant", dropped)))
+        encoder(tokenizer, r1).encode(build_conversation(Message("assistant", dropped)))
     with pytest.raises(BadRecord, match="does not show as it is: 2"):
         encoder(tokenizer, cuts).encode(chat)
 

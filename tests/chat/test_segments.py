@@ -56,12 +56,13 @@ def test_templates_that_drop_or_refuse_messages_are_rejected() -> None:
 
 
 def test_odd_opening_is_reported() -> None:
-    shown = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
+    turns = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
     ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
-    odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
-    said = find_odd_opening(odd)
-    assert said is not None and "with '<user>a<assistant><thinks>', but shows responses after '<u" in said
-    assert find_odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
+    odd = ChatTemplate(turns + ends + "<thinks>{% endif %}", "", "", "tok")
+    problem = find_odd_opening(odd)
+    assert problem is not None
+    assert "with '<user>a<assistant><thinks>', but shows responses after '<u" in problem
+    assert find_odd_opening(ChatTemplate(turns + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
     assert find_odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
 
 
@@ -69,8 +70,7 @@ def test_prompt_ends_at_response() -> None:
     form = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
                         "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
     assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")),
-                                              awaits_response=True)] == [
-        "<user>", "hi", "<assistant>"]
+                                              awaits_response=True)] == ["<user>", "hi", "<assistant>"]
 
 
 TURNS = "{% for m in messages %}<{{ m.role }}>CONTENT</>{% endfor %}"
@@ -93,7 +93,7 @@ def test_changed_content_is_rejected(shows: str, content: str, refused: bool) ->
                                                ("assistant", content))][3] == content
 
 
-# What a turn thinks, calls and answers, in the shapes of templates that models have.
+# Thoughts, calls and answer of a turn, in the forms of released templates.
 
 
 LETTER = {KIND_THOUGHT: "t", KIND_CALL: "c", KIND_ANSWER: "a"}
@@ -107,34 +107,35 @@ def parts(text: str, message: Message) -> list[tuple[str, str]]:
     return [(letter, "".join(char for char, _ in run)) for letter, run in runs]
 
 
-def said(content: str = "", reasoning: str = "", calls: int = 0) -> Message:
+def build_message(content: str = "", reasoning: str = "", calls: int = 0) -> Message:
     return Message("assistant", content, reasoning, (CALL,) * calls)
 
 
 @pytest.mark.each(("message", "expected"), [
     # Qwen3, K-EXAONE
-    (said("It is 4.", "2 + 2"), [("t", "<think>\n2 + 2\n</think>"), ("a", "\n\nIt is 4.<|im_end|>")]),
-    (said("", "add", 1), [("t", "<think>\nadd\n</think>"),
-                          ("c", '\n\n<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>')]),
-    (said("I add.", "add", 2), [("t", "<think>\nadd\n</think>"), ("a", "\n\nI add."),
-                                ("c", "\n<tool_call>add</tool_call>\n<tool_call>add</tool_call><|im_end|>")]),
-    (said("I add.", calls=1), [("a", "I add."), ("c", "\n<tool_call>add</tool_call>")]),
-    (said("yes"), [("t", "<think>\n\n</think>"), ("a", "\n\nyes<|im_end|>")]),
+    (build_message("It is 4.", "2 + 2"),
+     [("t", "<think>\n2 + 2\n</think>"), ("a", "\n\nIt is 4.<|im_end|>")]),
+    (build_message("", "add", 1), [("t", "<think>\nadd\n</think>"),
+                                   ("c", '\n\n<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>')]),
+    (build_message("I add.", "add", 2), [
+        ("t", "<think>\nadd\n</think>"), ("a", "\n\nI add."),
+        ("c", "\n<tool_call>add</tool_call>\n<tool_call>add</tool_call><|im_end|>")]),
+    (build_message("I add.", calls=1), [("a", "I add."), ("c", "\n<tool_call>add</tool_call>")]),
+    (build_message("yes"), [("t", "<think>\n\n</think>"), ("a", "\n\nyes<|im_end|>")]),
     # the template opens the thoughts, so the turn begins inside them
-    (said("yes", "hm"), [("t", "hm\n</think>"), ("a", "\n\nyes")]),
+    (build_message("yes", "hm"), [("t", "hm\n</think>"), ("a", "\n\nyes")]),
     # gpt-oss, Solar Open: thoughts end with their own message
-    (said("yes", "hm"), [("t", "<|channel|>analysis<|message|>hm<|end|>"),
-                         ("a", "<|start|>assistant<|channel|>final<|message|>yes<|return|>")]),
-    (said("", "hm", 1), [("t", "<|think|>hm<|end|>"),
-                         ("c", "<|begin|>assistant<|tool_calls|>add {}<|calls|>")]),
+    (build_message("yes", "hm"), [("t", "<|channel|>analysis<|message|>hm<|end|>"),
+                                  ("a", "<|start|>assistant<|channel|>final<|message|>yes<|return|>")]),
+    (build_message("", "hm", 1), [("t", "<|think|>hm<|end|>"),
+                                  ("c", "<|begin|>assistant<|tool_calls|>add {}<|calls|>")]),
     # Mistral
-    (said("yes", "hm"), [("t", "[THINK]hm[/THINK]"), ("a", "yes</s>")]),
+    (build_message("yes", "hm"), [("t", "[THINK]hm[/THINK]"), ("a", "yes</s>")]),
     # a template without marks, and a thought that also occurs in the answer
-    (said("hm, yes", "hm"), [("t", "hm"), ("a", " hm, yes")]),
-    (said("<b>yes</b>", "hm"), [("t", "<think>hm</think>"), ("a", "<b>yes</b>")]),
+    (build_message("hm, yes", "hm"), [("t", "hm"), ("a", " hm, yes")]),
+    (build_message("<b>yes</b>", "hm"), [("t", "<think>hm</think>"), ("a", "<b>yes</b>")]),
 ])
-def test_marks_belong_to_their_parts(
-        message: Message, expected: list[tuple[str, str]]) -> None:
+def test_marks_belong_to_their_parts(message: Message, expected: list[tuple[str, str]]) -> None:
     assert parts("".join(text for _, text in expected), message) == expected
 
 
@@ -149,20 +150,20 @@ def test_marks_belong_to_their_parts(
     [("c", '<tool_call>{"a": "<think>"}</tool_call>'), ("a", "c</think>")]])
 def test_content_may_spell_thoughts_and_calls(expected: list[tuple[str, str]]) -> None:
     text = "".join(part for _, part in expected)
-    assert parts(text, said(text)) == expected
+    assert parts(text, build_message(text)) == expected
 
 
 def test_quoted_marks_are_part_of_answer() -> None:
     """Messages with separate thoughts and calls."""
-    message = said("The mark is <think>, and <tool_call>.", "hm", 1)
+    message = build_message("The mark is <think>, and <tool_call>.", "hm", 1)
     expected = [("t", "<think>hm</think>"), ("a", message.content), ("c", "<tool_call>add</tool_call>")]
     assert parts("".join(text for _, text in expected), message) == expected
 
 
 def test_empty_turn_has_no_kinds() -> None:
-    assert classify_turn("", said("")) == b""
+    assert classify_turn("", build_message("")) == b""
 
 
 def test_kinds_of_long_contents_take_linear_time() -> None:
     text = "<tool_call></tool_call>" * 2_000 + "<think>" * 50_000
-    assert parts(text, said(text))[1] == ("t", "<think>" * 50_000)
+    assert parts(text, build_message(text))[1] == ("t", "<think>" * 50_000)

@@ -155,13 +155,13 @@ def test_damaged_tokenizer_folder_raises_user_error(folder: Path) -> None:
 # Tool calls: valid, nearly valid, and none.
 
 
-def call(text: str) -> str:
+def format_call(text: str) -> str:
     return f"<tool_call>{text}</tool_call>"
 
 
 def test_calls_are_parsed_in_order_with_surrounding_text() -> None:
     turn = parse_turn('I look.\n<tool_call>\n{"name": "search", "arguments": {"query": "가"}}\n</tool_call>\n'
-                      + call('{"arguments": {}, "name": "now"}') + " Wait.")
+                      + format_call('{"arguments": {}, "name": "now"}') + " Wait.")
     assert turn.calls == (ToolCall("search", {"query": "가"}), ToolCall("now", {}))
     assert turn.content == "I look.\n\n Wait."
 
@@ -170,7 +170,7 @@ def test_calls_are_parsed_in_order_with_surrounding_text() -> None:
                                        {"text": 'quote " and \\ and \n'}, {"n": 1e308}])
 def test_json_arguments_round_trip(arguments: dict) -> None:
     text = json.dumps({"name": "f", "arguments": arguments})
-    assert parse_turn(call(text)).calls == (ToolCall("f", arguments),)
+    assert parse_turn(format_call(text)).calls == (ToolCall("f", arguments),)
 
 
 @pytest.mark.each("inside, code", [
@@ -185,7 +185,7 @@ def test_json_arguments_round_trip(arguments: dict) -> None:
     ('{"name": "f", "arguments": "{}"}', "form"), ('{"name": "f", "arguments": {}, "id": 1}', "form"),
 ])
 def test_malformed_call_is_reported_and_parsing_continues(inside: str, code: str) -> None:
-    bad, good = parse_turn(call(inside) + call('{"name": "g", "arguments": {}}')).calls
+    bad, good = parse_turn(format_call(inside) + format_call('{"name": "g", "arguments": {}}')).calls
     assert isinstance(bad, BadCall) and bad.code == code and len(bad.reason) < 300
     assert good == ToolCall("g", {})
 
@@ -212,7 +212,7 @@ def test_long_call_is_parsed(num_chars: int) -> None:
     for value in ("a" * num_chars, "\n\\\"" * (num_chars // 4),
                   ["x" * (num_chars - 9), 1e-5, -12345, True, None]):
         arguments = {"x": value}
-        assert parse_turn(call(json.dumps({"name": "f", "arguments": arguments}))).calls == (
+        assert parse_turn(format_call(json.dumps({"name": "f", "arguments": arguments}))).calls == (
             ToolCall("f", arguments),)
 
 
@@ -221,27 +221,28 @@ def test_long_call_is_parsed(num_chars: int) -> None:
     ("\n\tx = 1", "\tx = 1"), ("plan</think>\n  - a\n    - b", "  - a\n    - b"),
     ("<think>x</think> a ", " a"),
     ("  \n  a\n", "  \n  a"), ("\n \n", ""), ("<|think|>p<|end|><|begin|>assistant<|content|>  a", "  a"),
-    (f"  a\n{call('{}')}", "  a")])
+    (f"  a\n{format_call('{}')}", "  a")])
 def test_indentation_of_answer_is_preserved(text: str, content: str) -> None:
     assert parse_turn(text).content == content
 
 
 def test_call_in_unclosed_thoughts_is_ignored() -> None:
-    made, thought = call('{"name": "f", "arguments": {}}'), call('{"name": "g", "arguments": {}}')
+    call = format_call('{"name": "f", "arguments": {}}')
+    thought = format_call('{"name": "g", "arguments": {}}')
     assert parse_turn(thought, in_thoughts=True) == WrittenTurn("", ())
-    assert parse_turn(f"a <tool_call> tag {thought}</think>b{made}", in_thoughts=True) == WrittenTurn(
+    assert parse_turn(f"a <tool_call> tag {thought}</think>b{call}", in_thoughts=True) == WrittenTurn(
         "b", (ToolCall("f", {}),))
-    again = parse_turn(f"<think>a</think>b{made}<think>c{thought}")
+    again = parse_turn(f"<think>a</think>b{call}<think>c{thought}")
     assert again == WrittenTurn("b", (ToolCall("f", {}),)), "it thinks again, and never ends"
-    between = parse_turn(f"<think>a</think>b{made}<think>c{thought}</think>d{made}")
+    between = parse_turn(f"<think>a</think>b{call}<think>c{thought}</think>d{call}")
     assert between == WrittenTurn("bd", (ToolCall("f", {}), ToolCall("f", {})))
 
 
 def test_first_end_mark_ends_thoughts() -> None:
-    made = call('{"name": "f", "arguments": {}}')
-    turn = parse_turn(f"a</think>b{made}c</think>d{made}")
+    call = format_call('{"name": "f", "arguments": {}}')
+    turn = parse_turn(f"a</think>b{call}c</think>d{call}")
     assert turn == WrittenTurn("bc</think>d", (ToolCall("f", {}), ToolCall("f", {})))
     text = {"text": "<think>x</think> and </think>"}
-    spelled = call(json.dumps({"name": "f", "arguments": text}))
+    spelled = format_call(json.dumps({"name": "f", "arguments": text}))
     for turn in (f"<think>so</think>{spelled}", spelled):
         assert parse_turn(turn).calls == (ToolCall("f", text),)

@@ -39,9 +39,9 @@ def test_turn_ids_equal_ids_of_whole_conversation(template: str) -> None:
     for number, (results, user) in enumerate(itertools.product([*RESULTS, []], USERS)):
         if not results and user is None:
             continue
-        said = f"<tool_call>{number}</tool_call>"
-        ids += turns.encode(said) + turns.encode_after_turn(results, user=user)
-        messages += [{"role": "assistant", "content": said},
+        content = f"<tool_call>{number}</tool_call>"
+        ids += turns.encode(content) + turns.encode_after_turn(results, user=user)
+        messages += [{"role": "assistant", "content": content},
                      *({"role": "tool", "content": result} for result in results),
                      *([] if user is None else [{"role": "user", "content": user}])]
         expected = reference.apply_chat_template(messages, tools=list(TOOLS), chat_template=template,
@@ -71,13 +71,13 @@ def test_written_turn_is_decoded_without_end_token() -> None:
     assert turns.differs([i for char in "the room" for i in turns.encode(char)[:-1]])
 
 
-@pytest.mark.parametrize("template, told", [
+@pytest.mark.parametrize("template, message", [
     ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
      "ends no turn with a special token"),
     ("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
      "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", "shows no results of tools .*no tools")])
-def test_templates_without_end_tokens_or_tools_are_rejected(template: str, told: str) -> None:
-    with pytest.raises(UserError, match=f"tok: its chat template {told}.*take a model"):
+def test_templates_without_end_tokens_or_tools_are_rejected(template: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"tok: its chat template {message}.*take a model"):
         TurnEncoder(with_template(template), "tok")
 
 

@@ -77,7 +77,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def changed(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> Path:
+def change_file(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> Path:
     raw = json.loads((folder / file).read_text())
     change(raw)
     (folder / file).write_text(json.dumps(raw))
@@ -94,17 +94,18 @@ CUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "pre_tokenizer": lambda r: r["pre_tokenizer"].update(add_prefix_space=True),
     "byte_fallback": lambda r: r["model"].update(byte_fallback=True)}
 BESIDE: dict[str, Callable[[Path], Path]] = {
-    "/tokenizer.json: its added_tokens": lambda d: changed(
+    "/tokenizer.json: its added_tokens": lambda d: change_file(
         d, "tokenizer.json", lambda r: r["added_tokens"][0].update(content="<stop>")),
-    "/tokenizer.json: its decoder": lambda d: changed(d, "tokenizer.json", lambda r: r.update(decoder=None)),
-    ": tokenizer_config.json: eos_token": lambda d: changed(
+    "/tokenizer.json: its decoder": lambda d: change_file(d, "tokenizer.json",
+                                                          lambda r: r.update(decoder=None)),
+    ": tokenizer_config.json: eos_token": lambda d: change_file(
         d, "tokenizer_config.json", lambda r: r.update(eos_token="a")),
     r": chat_template.jinja \(or chat_template in tokenizer_config.json\)": without_template}
 
 
 @pytest.mark.each("field", CUTS)
 def test_different_tokenization_is_rejected(field: str, bpe: Path, tmp_path: Path) -> None:
-    other = changed(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", CUTS[field])
+    other = change_file(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", CUTS[field])
     expected = rf"other/tokenizer.json: its {field} differs from that of .*, so the same text has other ids; "
     with pytest.raises(UserError, match=f"{expected}pack the data"):
         check_same_tokens(other, bpe)
@@ -139,7 +140,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], Any], **how: Any) -> Path:
+def copy_tokenizer(source: Path, target: Path, change: Callable[[dict[str, Any]], Any], **how: Any) -> Path:
     raw = json.loads((source / "tokenizer.json").read_text())
     change(raw)
     target.mkdir()
@@ -221,7 +222,7 @@ OTHER: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.each("name", SAME)
 def test_identity_ignores_file_layout(name: str, trained: Path, tmp_path: Path) -> None:
-    other = rewritten(trained, tmp_path / "other", *SAME[name][:1], **SAME[name][1])
+    other = copy_tokenizer(trained, tmp_path / "other", *SAME[name][:1], **SAME[name][1])
     assert behaviour(other) == behaviour(trained), "the library agrees"
     assert hash_file(other / "tokenizer.json") != hash_file(trained / "tokenizer.json")
     assert tokenizer_digest(other) == tokenizer_digest(trained) and find_difference(other, trained) is None
@@ -230,7 +231,7 @@ def test_identity_ignores_file_layout(name: str, trained: Path, tmp_path: Path) 
 @pytest.mark.each("name", OTHER)
 def test_difference_names_first_field(name: str, trained: Path, tmp_path: Path) -> None:
     change, told = OTHER[name]
-    other = rewritten(trained, tmp_path / "other", change)
+    other = copy_tokenizer(trained, tmp_path / "other", change)
     assert name == "regular expression" or behaviour(other) != behaviour(trained), "the library agrees"
     assert tokenizer_digest(other) != tokenizer_digest(trained)
     assert re.search(told, str(find_difference(other, trained))), find_difference(other, trained)
@@ -295,9 +296,9 @@ def test_identity_includes_unknown_token(tmp_path: Path) -> None:
 
 
 def test_changed_file_is_read_again(trained: Path, tmp_path: Path) -> None:
-    folder = rewritten(trained, tmp_path / "other", lambda r: None)
+    folder = copy_tokenizer(trained, tmp_path / "other", lambda r: None)
     before = tokenizer_digest(folder)
-    changed(folder, "tokenizer.json", swap_ids)
+    change_file(folder, "tokenizer.json", swap_ids)
     assert tokenizer_digest(folder) != before
     for content in ("{", "[]", '{"model": {}}'):
         (folder / "tokenizer.json").write_text(content)

@@ -14,7 +14,7 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard
 
 
-def blocks_of(whole: dict[str, torch.Tensor]) -> list[LocalShard]:
+def split_into_blocks(whole: dict[str, torch.Tensor]) -> list[LocalShard]:
     """Return two owned halves of each tensor, and one half that another process owns."""
     found = []
     for key, tensor in whole.items():
@@ -40,7 +40,7 @@ def test_snapshot_is_independent_of_live_tensors(tmp_path: Path, tensors: dict[s
     monkeypatch.setattr(host_snapshot, "count_writers", lambda: 3)
     before = {key: t.clone() for key, t in tensors.items()}
     copy = HostSnapshot()
-    copy.copy_blocks({"model": blocks_of(tensors)})
+    copy.copy_blocks({"model": split_into_blocks(tensors)})
     for tensor in tensors.values():
         tensor.zero_()
     copy.write(tmp_path, rank=300)
@@ -58,8 +58,8 @@ def test_snapshot_is_independent_of_live_tensors(tmp_path: Path, tensors: dict[s
 
 def test_unchanged_tensors_are_written_without_copy(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     copied, uncopied = HostSnapshot(), HostSnapshot()
-    copied.copy_blocks({"model": blocks_of(tensors)})
-    uncopied.copy_blocks({"model": blocks_of(tensors)}, tensors_change=False)
+    copied.copy_blocks({"model": split_into_blocks(tensors)})
+    uncopied.copy_blocks({"model": split_into_blocks(tensors)}, tensors_change=False)
     assert copied._memory and not uncopied._memory
     files = []
     for snapshot, folder in ((copied, tmp_path / "copied"), (uncopied, tmp_path / "uncopied")):
@@ -73,7 +73,7 @@ def test_snapshot_memory_is_reused_and_freed_with_its_block(tensors: dict[str, t
     copy = HostSnapshot()
 
     def addresses(whole: dict[str, torch.Tensor]) -> dict[tuple[object, ...], int]:
-        copy.copy_blocks({"model": blocks_of(whole)})
+        copy.copy_blocks({"model": split_into_blocks(whole)})
         return {key: t.data_ptr() for key, t in copy._memory.items()}
 
     first = addresses(tensors)

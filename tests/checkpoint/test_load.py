@@ -23,7 +23,8 @@ SP = {"tp": 2, "sp": True}
 ALL = {**SP, "pp": 2, "ep": 2}
 
 
-def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96) -> tuple[Any, Any]:
+def build_model_and_optimizer(layout: dict[str, Any], precision: str = "fp32",
+                              vocab_size: int = 96) -> tuple[Any, Any]:
     """Return a tiny model and its optimizer at a layout."""
     world.leave_world()
     config, model = tiny_model("tiny-k-exaone", f"model.vocab_size={vocab_size}",
@@ -43,16 +44,16 @@ def fill(model: Any, optimizer: Any) -> None:
             block.data.copy_(torch.from_numpy(whole[own]).reshape(block.data.shape))
 
 
-def written(layout: dict[str, Any], path: str) -> None:
+def write_checkpoint(layout: dict[str, Any], path: str) -> None:
     """Write a checkpoint with known values."""
-    model, optimizer = parts(layout)
+    model, optimizer = build_model_and_optimizer(layout)
     fill(model, optimizer)
     save_checkpoint(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
 
 
-def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
+def copy_checkpoint(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     """Load a checkpoint at a layout and write it again."""
-    model, optimizer = parts(layout)
+    model, optimizer = build_model_and_optimizer(layout)
     load.check_weights(Path(source))
     load.load_model(Path(source), model)
     load.load_optimizer(Path(source), optimizer, 7)
@@ -60,7 +61,7 @@ def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     return {"updates": optimizer.num_updates, "state": load.read_state(Path(target))}
 
 
-def continued(path: str) -> dict[str, Any]:
+def continue_training(path: str) -> dict[str, Any]:
     """Update, save and update in bf16; then load into a new model and repeat the second update."""
 
     def update(model: Any, optimizer: Any, seed: int) -> None:
@@ -70,25 +71,25 @@ def continued(path: str) -> dict[str, Any]:
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
         optimizer.step(1e-3)
 
-    def everything(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    def copy_state(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
         return {f"{b.key}@{b.offset}": b.data.clone()
                 for b in [*list_local_shards(model), *optimizer.state_shards()]}
 
-    model, optimizer = parts({}, "bf16")
+    model, optimizer = build_model_and_optimizer({}, "bf16")
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
             buffer.fill_(0.123456789)
     update(model, optimizer, 1)
     save_checkpoint(Path(path), model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     update(model, optimizer, 2)
-    expected = everything(model, optimizer)
-    model, optimizer = parts({}, "bf16")
+    expected = copy_state(model, optimizer)
+    model, optimizer = build_model_and_optimizer({}, "bf16")
     load.load_model(Path(path), model)
     optimizer.sync_master_weights()
     load.load_optimizer(Path(path), optimizer, 1)
-    loaded = everything(model, optimizer)
+    loaded = copy_state(model, optimizer)
     update(model, optimizer, 2)
-    result = everything(model, optimizer)
+    result = copy_state(model, optimizer)
     bias = next(t for k, t in loaded.items() if "expert_bias" in k)
     counts = next(b for n, b in model.named_buffers() if n.endswith("local_tokens_per_expert"))
     masters = {k: t for k, t in loaded.items() if k.startswith("master/")}
@@ -101,48 +102,48 @@ def continued(path: str) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.essential
 def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path: Path) -> None:
-    names = [tmp_path / n for n in ("written", "split", "alone")]
-    layouts = [(4, ALL), (1, {})]
-    (goes_on,), _, *results = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}),
-                                    job(__file__, "written", 2, {"layout": {"ep": 2}, "path": str(names[0])}),
-                                    *(job(__file__, "copied", n,
-                                          {"layout": layout, "source": str(a), "target": str(b)})
-                                      for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
+    folders = [tmp_path / name for name in ("two processes", "four processes", "one process")]
+    copies = [job(__file__, "copy_checkpoint", num_ranks,
+                  {"layout": layout, "source": str(source), "target": str(target)})
+              for num_ranks, layout, source, target in ((4, ALL, *folders[:2]), (1, {}, *folders[1:]))]
+    (resumed,), _, *results = ranks(
+        job(__file__, "continue_training", 1, {"path": str(tmp_path / "step-1")}),
+        job(__file__, "write_checkpoint", 2, {"layout": {"ep": 2}, "path": str(folders[0])}), *copies)
     assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
-    assert read_manifest(names[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
+    assert read_manifest(folders[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
     for part, count in (("model", 40), ("optimizer", 80)):
-        first = TensorReader(names[0], part)
+        first = TensorReader(folders[0], part)
         assert len(first.keys()) > count
-        for name in names[1:]:
-            assert find_damaged_files(name) == []
-            other = TensorReader(name, part)
+        for folder in folders[1:]:
+            assert find_damaged_files(folder) == []
+            other = TensorReader(folder, part)
             assert sorted(other.keys()) == sorted(first.keys())
             for key in first.keys():  # noqa: SIM118  (a reader is no dict)
                 assert other.read(key).equal(first.read(key)), key
-                assert first.read(key).std() > 0.5, key  # the known numbers, not initial ones
+                assert first.read(key).std() > 0.5, key  # the written values, not initial weights
 
-    assert goes_on["differing"] == []
-    assert (goes_on["dtype"], goes_on["counts"], goes_on["weights"]) == (
+    assert resumed["differing"] == []
+    assert (resumed["dtype"], resumed["counts"], resumed["weights"]) == (
         "torch.float32", "torch.float32", ["torch.bfloat16"])
-    assert goes_on["bias"] == pytest.approx(0.123456789, abs=1e-8)
-    assert len(goes_on["finer"]) > 40
+    assert resumed["bias"] == pytest.approx(0.123456789, abs=1e-8)
+    assert len(resumed["finer"]) > 40
 
 
-def failures(folder: str) -> dict[str, str]:
-    """Return the errors of this process for failed loads."""
-    model, optimizer = parts(SP)
-    said: dict[str, str] = {}
+def collect_errors(folder: str) -> dict[str, str]:
+    """Return this process's errors for failed loads, by case ("nothing": no error)."""
+    model, optimizer = build_model_and_optimizer(SP)
+    errors: dict[str, str] = {}
 
-    def told(name: str, action: Any) -> None:
+    def record_error(name: str, action: Any) -> None:
         try:
             action()
-            said[name] = "nothing"
+            errors[name] = "nothing"
         except UserError as e:
-            said[name] = str(e)
+            errors[name] = str(e)
 
     path = Path(folder) / "step-1"
     save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
-    told("sound", lambda: load.check_weights(path))
+    record_error("sound", lambda: load.check_weights(path))
     dist.barrier()
     if dist.get_rank() == 0:
         damaged = path / "model/00000/rank-00001-00000.safetensors"
@@ -150,18 +151,18 @@ def failures(folder: str) -> dict[str, str]:
         content[-1] ^= 1
         damaged.write_bytes(content)
     dist.barrier()
-    told("damaged", lambda: load.check_weights(path))
+    record_error("damaged", lambda: load.check_weights(path))
     dist.barrier()
     if dist.get_rank() == 0:
         (path / "model/00000/rank-00001-00000.safetensors").unlink()
     dist.barrier()
-    told("missing", lambda: load.load_model(path, model))
-    return said
+    record_error("missing", lambda: load.load_model(path, model))
+    return errors
 
 
-def other_model(path: str) -> str:
+def load_larger_vocabulary(path: str) -> str:
     """Return the error for a checkpoint with a larger vocabulary."""
-    model, _ = parts(SP, vocab_size=64)
+    model, _ = build_model_and_optimizer(SP, vocab_size=64)
     try:
         load.load_model(Path(path), model)
     except UserError as e:
@@ -173,13 +174,13 @@ def other_model(path: str) -> str:
 def test_error_of_one_process_is_raised_on_all(ranks, job, tmp_path: Path) -> None:
     for name in ("failures", "sound"):
         (tmp_path / name).mkdir()
-    failed, _, other = ranks(job(__file__, "failures", 2, {"folder": str(tmp_path / "failures")}),
-                             job(__file__, "written", 2,
-                                 {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
-                             job(__file__, "other_model", 2, {"path": str(tmp_path / "sound/step-1")}))
-    for said in failed:
-        assert said["sound"] == "nothing"
+    errors_by_rank, _, other = ranks(
+        job(__file__, "collect_errors", 2, {"folder": str(tmp_path / "failures")}),
+        job(__file__, "write_checkpoint", 2, {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
+        job(__file__, "load_larger_vocabulary", 2, {"path": str(tmp_path / "sound/step-1")}))
+    for errors in errors_by_rank:
+        assert errors["sound"] == "nothing"
         assert ("rank-00001-00000.safetensors: its content differs from the hash in the manifest; there is no"
-                in said["damaged"])
-        assert "rank-00001-00000.safetensors: cannot be read" in said["missing"]
-    assert all("has shape (96, 32), the model needs (64, 32)" in said for said in other)
+                in errors["damaged"])
+        assert "rank-00001-00000.safetensors: cannot be read" in errors["missing"]
+    assert all("has shape (96, 32), the model needs (64, 32)" in message for message in other)

@@ -39,7 +39,7 @@ def test_any_block_equals_the_saved_tensor(tmp_path_factory, data: st.DataObject
     assert result.equal(whole[tuple(block)]) and result.shape == whole[tuple(block)].shape
 
 
-def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: bytes = b"") -> Path:
+def write_with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: bytes = b"") -> Path:
     """Write two float32 tensors [2] and change their header."""
     header = {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]}
               for i, name in enumerate("ab")}
@@ -56,8 +56,7 @@ def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: byte
     (lambda h: h["b"].update(shape=[-2]), b"", "b has 8 bytes"),
     (lambda h: h["b"].pop("dtype")[:0], b"", "dtype"),
     (lambda h: None, b"more", "4 bytes follow the last tensor"),
-    (lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}", b"",
-     "a is in its header twice"),
+    (lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}", b"", "a is in its header twice"),
     (lambda h: "[1, 2]", b"", "not a JSON object"),
     (lambda h: json.dumps(h).replace("[2]", "[1e999]"), b"", "has inf in its shape and offsets"),
     (lambda h: h["b"].update(data_offsets=[8.0, 16]), b"", r"b has 8\.0 in its shape and offsets"),
@@ -67,11 +66,11 @@ def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: byte
 def test_damaged_headers_name_the_tensor(tmp_path: Path, change, tail: bytes, expected: str) -> None:
     with pytest.raises(UserError, match=r"t\.safetensors: cannot be read as a safetensors file "
                                         rf".*{expected}.*; copy it again"):
-        TensorFile(_with_header(tmp_path / "t.safetensors", change, tail), "copy it again")
+        TensorFile(write_with_header(tmp_path / "t.safetensors", change, tail), "copy it again")
 
 
 def test_changed_files_and_unsupported_dtypes_raise_user_error(tmp_path: Path) -> None:
-    path = _with_header(tmp_path / "t.safetensors", lambda h: h["b"].update(dtype="F8_E4M3", shape=[8]))
+    path = write_with_header(tmp_path / "t.safetensors", lambda h: h["b"].update(dtype="F8_E4M3", shape=[8]))
     file = TensorFile(path, "copy it again")
     with pytest.raises(UserError, match="dtype F8_E4M3,"):
         file.read("b")
@@ -82,7 +81,7 @@ def test_changed_files_and_unsupported_dtypes_raise_user_error(tmp_path: Path) -
         file.read("a")
 
 
-# One safetensors file: the library reads it, and its record matches its content.
+# A single safetensors file: the library reads it, and its record equals its content.
 
 
 SHAPES = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3),

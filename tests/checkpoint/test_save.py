@@ -196,10 +196,10 @@ def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, 
     assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
 
 
-# Whole tensors from blocks on several processes: any grid, any owner, to rank 0 or to everyone.
+# Gathering tensors from blocks of several processes: any grid, any owner, to rank 0 or to all ranks.
 
 
-def gathered(everywhere: bool) -> dict[str, Any]:
+def gather_uneven_parts(everywhere: bool) -> dict[str, Any]:
     """Gather two tensors that the ranks own in uneven parts; only rank 1 has `lonely`."""
     rank = world.join_world(ParallelConfig()).rank
     whole = torch.arange(30.0).reshape(2, 3, 5)
@@ -226,8 +226,8 @@ def gathered(everywhere: bool) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_gather_assembles_blocks_of_any_grid(ranks: Any, job: Any) -> None:
-    main_only, everywhere = ranks(job(__file__, "gathered", 2, {"everywhere": False}),
-                                  job(__file__, "gathered", 2, {"everywhere": True}))
+    main_only, everywhere = ranks(job(__file__, "gather_uneven_parts", 2, {"everywhere": False}),
+                                  job(__file__, "gather_uneven_parts", 2, {"everywhere": True}))
     spread = [[[float(15 * i + 5 * j + k) for k in range(5)] for j in range(3)] for i in range(2)]
     expected = {"lonely": ["torch.bfloat16", [7.0] * 4], "spread": ["torch.float32", spread]}
     assert [r["found"] for r in everywhere] == [expected, expected] and everywhere[1]["again"] == [7.0] * 4

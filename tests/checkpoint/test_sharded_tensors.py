@@ -141,7 +141,7 @@ def test_large_parts_use_several_files_and_close_them(tmp_path: Path,
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def damaged(folder: Path, change: Any) -> None:
+def damage_index(folder: Path, change: Any) -> None:
     index = json.loads((folder / "model.index.json").read_text())
     change(index)
     (folder / "model.index.json").write_text(json.dumps(index))
@@ -151,7 +151,7 @@ def test_damaged_checkpoint_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no model\.index\.json"):
         TensorReader(tmp_path)
     write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
-    damaged(tmp_path, lambda index: index["w"]["pieces"].pop())
+    damage_index(tmp_path, lambda index: index["w"]["pieces"].pop())
     with pytest.raises(UserError, match="6 of the 12"):
         TensorReader(tmp_path).read("w")
     with pytest.raises(UserError, match="is damaged"):
@@ -175,7 +175,8 @@ def test_damaged_checkpoint_raises_user_error(tmp_path: Path) -> None:
 @pytest.mark.each("place", ["shape", "offset", "tensor"])
 def test_invalid_sizes_in_index_raise_user_error(place: str, value: Any, tmp_path: Path) -> None:
     write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
-    damaged(tmp_path, lambda index: (index["w"] if place == "tensor" else index["w"]["pieces"][0]).update(
+    damage_index(tmp_path,
+                 lambda index: (index["w"] if place == "tensor" else index["w"]["pieces"][0]).update(
         {"shape" if place == "tensor" else place: value}))
     with pytest.raises(UserError, match=r"is damaged|a block reaches beyond|a part of w"):
         TensorReader(tmp_path).check_complete()
@@ -185,7 +186,7 @@ def test_invalid_sizes_in_index_raise_user_error(place: str, value: Any, tmp_pat
 @pytest.mark.each("name", ["file", "name"])
 def test_invalid_names_in_index_raise_user_error(name: str, value: Any, tmp_path: Path) -> None:
     write(tmp_path, torch.randn(6, 2), [((0, 0), (6, 2))])
-    damaged(tmp_path, lambda index: index["w"]["pieces"][0].update({name: value}))
+    damage_index(tmp_path, lambda index: index["w"]["pieces"][0].update({name: value}))
     with pytest.raises(UserError, match=r"is damaged|cannot be read|the file lacks it"):
         TensorReader(tmp_path).read("w")
 
@@ -193,7 +194,7 @@ def test_invalid_names_in_index_raise_user_error(name: str, value: Any, tmp_path
 def test_index_must_match_its_files(tmp_path: Path) -> None:
     def refused(change: Any, call: Callable[[TensorReader], Any] = TensorReader.check_complete) -> str:
         write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
-        damaged(tmp_path, lambda index: change(index["w"]))
+        damage_index(tmp_path, lambda index: change(index["w"]))
         with pytest.raises(UserError) as e:
             call(TensorReader(tmp_path))
         return str(e.value)

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from tests.typed_words import format_set_options
+
 TINY = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
         'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
         "train.micro_batch_size=2", "train.checkpoint_every_steps=1", "train.async_save=false",
@@ -15,7 +17,7 @@ STEPS = ("--set", "train.steps=2")
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
     """Return --set arguments of a model of some thousand parameters, with a checkpoint at each step."""
-    return [word for setting in TINY for word in ("--set", setting)]
+    return format_set_options(TINY)
 
 
 @pytest.fixture(scope="session")

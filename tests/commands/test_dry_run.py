@@ -15,7 +15,7 @@ from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import list_option_words
 from megatron_sov.infer.request import Sampling
-from tests.typed_words import parse_settings
+from tests.typed_words import format_set_options, parse_settings
 
 ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
           "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=20", "policy.method=dapo", "policy.kl=k3",
@@ -28,7 +28,7 @@ class Start:
 
     folder: Path
     data: dict[str, Path]
-    """Command -> what it learns from."""
+    """Command -> its training data."""
     starts: dict[str, Path]
     """A run, and a Hugging Face folder as strangers have it, without a manifest of ours."""
     settings: list[str]
@@ -62,7 +62,7 @@ def words_beside_start(command: str, start: Start) -> Iterator[str]:
         yield from ("--set", "train.steps=2")
     else:
         yield from ("--store", str(start.folder / "store"), "--prompts", str(start.folder / "prompts.jsonl"),
-                    "--reward", "repetition", *(word for s in ROUNDS for word in ("--set", s)))
+                    "--reward", "repetition", *format_set_options(ROUNDS))
 
 
 def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
@@ -106,7 +106,7 @@ def test_dry_run_describes_each_extension_stage_and_its_needles(capsys: Any, hf_
                 f"extend.stages={json.dumps(stages)}")
     lines = dry(capsys, tmp_path, "extend", "tiny-solar-open", "--data", token_shards, "--from",
                 tmp_path / "hf", "--run", tmp_path / "run",
-                *(word for s in settings for word in ("--set", s)))
+                *format_set_options(settings))
     assert sum(line.startswith("  data ") and "needle" in line for line in lines) == 2
     assert f"  start      {tmp_path / 'hf'}" in lines
     assert sum(line.startswith("  converts ") for line in lines) == 1

@@ -30,32 +30,32 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 artifact.add_input(Path("abc"[number - 1]))
 
 
-def inspected(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+def run_inspect(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     assert main(["inspect", *words]) == code
     captured = capsys.readouterr()
     return captured.err if code else captured.out
 
 
 def test_inspect_prints_facts_origins_and_rows_of_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
-    told = inspected(capsys, "c").split("\n")
-    assert told[0].startswith("c: artifact of kind rows, 1 files, 25 bytes, made 20")
-    assert told[1] == "  content.num_rows: 2" and told[2].endswith("xxx... (1,000 characters)")
-    assert told[3:5] == ["  made from rows b (here)", "    made from rows a (here)"]
-    assert told[5] == '  row 1: {"n": 2}' and len(told) == 8
+    lines = run_inspect(capsys, "c").split("\n")
+    assert lines[0].startswith("c: artifact of kind rows, 1 files, 25 bytes, made 20")
+    assert lines[1] == "  content.num_rows: 2" and lines[2].endswith("xxx... (1,000 characters)")
+    assert lines[3:5] == ["  made from rows b (here)", "    made from rows a (here)"]
+    assert lines[5] == '  row 1: {"n": 2}' and len(lines) == 8
     os.rename("a", "moved")
-    assert "made from rows a (not here)" in inspected(capsys, "c")
-    parsed = json.loads(inspected(capsys, "c", "--json", "--rows", "1"))
+    assert "made from rows a (not here)" in run_inspect(capsys, "c")
+    parsed = json.loads(run_inspect(capsys, "c", "--json", "--rows", "1"))
     assert parsed["made_from"][0]["made_from"][0]["state"] == "not here" and parsed["rows"] == [{"n": 2}]
-    assert json.loads(inspected(capsys, "c", "--json", "--verify")) == json.loads(
-        inspected(capsys, "c", "--json"))
+    assert json.loads(run_inspect(capsys, "c", "--json", "--verify")) == json.loads(
+        run_inspect(capsys, "c", "--json"))
 
 
 def test_damage_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "every file has the hash" in inspected(capsys, "a", "--verify")
+    assert "every file has the hash" in run_inspect(capsys, "a", "--verify")
     Path("a/rows.jsonl").write_text("{}\n")
-    assert "a/rows.jsonl: has 3 bytes" in inspected(capsys, "a", "--verify", code=3)
+    assert "a/rows.jsonl: has 3 bytes" in run_inspect(capsys, "a", "--verify", code=3)
     Path("a/rows.jsonl").unlink()
-    assert "a/rows.jsonl: is missing" in inspected(capsys, "a", "--verify", code=3)
+    assert "a/rows.jsonl: is missing" in run_inspect(capsys, "a", "--verify", code=3)
 
 
 def test_missing_files_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,33 +70,33 @@ def test_unfinished_work_tells_how_far_it_is_and_can_be_cleared(capsys: pytest.C
     with pytest.raises(KeyboardInterrupt), open_journal(Path("out"), "megatron-sov score", {"reward": "x"}
                                                         ) as journal:
         journal.add([(0, b"a"), (1, b"b"), (1, b"c")])
-        assert "is being written by another process" in inspected(capsys, "out", "--clear", code=2)
+        assert "is being written by another process" in run_inspect(capsys, "out", "--clear", code=2)
         raise KeyboardInterrupt
-    told = inspected(capsys, "out")
-    assert "out: unfinished work of `megatron-sov score` in .out.work: 2 pieces" in told
-    assert "identity.reward: x" in told
-    assert "is deleted" in inspected(capsys, "out", "--clear") and not work_folder(Path("out")).exists()
+    output = run_inspect(capsys, "out")
+    assert "out: unfinished work of `megatron-sov score` in .out.work: 2 pieces" in output
+    assert "identity.reward: x" in output
+    assert "is deleted" in run_inspect(capsys, "out", "--clear") and not work_folder(Path("out")).exists()
     part_folder(work_folder(Path("pack")), "ab12").mkdir(parents=True)
-    assert "unfinished work of `a command` in .pack.work: 1 pieces" in inspected(capsys, "pack")
-    assert "no work on a is unfinished" in inspected(capsys, "a", "--clear", code=2)
+    assert "unfinished work of `a command` in .pack.work: 1 pieces" in run_inspect(capsys, "pack")
+    assert "no work on a is unfinished" in run_inspect(capsys, "a", "--clear", code=2)
 
 
 def test_files_without_manifest_are_identified_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     Path("rows.jsonl").write_text('{"a": 1}\n\n[' + "[" * 100_000 + '\n')
-    told = inspected(capsys, "rows.jsonl")
-    assert told.startswith("rows.jsonl: file of rows, 2 rows, ") and "100,0" in told
+    output = run_inspect(capsys, "rows.jsonl")
+    assert output.startswith("rows.jsonl: file of rows, 2 rows, ") and "100,0" in output
     Path("run").mkdir()
     Path("run/events.jsonl").touch()
-    assert "run: run; see `megatron-sov status run`" in inspected(capsys, "run")
+    assert "run: run; see `megatron-sov status run`" in run_inspect(capsys, "run")
     RolloutStore.create(Path("store"), "sha256:ab", 100)
-    told = inspected(capsys, "store", "--verify")
-    assert "store: rollout store; see `megatron-sov rl store show store PART ROW`" in told
-    assert "store: 0 parts, 0 rows" in told and "store: sound as rollout store" in told
+    output = run_inspect(capsys, "store", "--verify")
+    assert "store: rollout store; see `megatron-sov rl store show store PART ROW`" in output
+    assert "store: 0 parts, 0 rows" in output and "store: sound as rollout store" in output
     (Path("store/rollouts") / format_part_name(1, 0)).mkdir()
-    assert "manifest.json" in inspected(capsys, "store", "--verify", code=3)
+    assert "manifest.json" in run_inspect(capsys, "store", "--verify", code=3)
     Path("other").mkdir()
-    assert "other: is nothing that megatron-sov has made" in inspected(capsys, "other", code=2)
-    assert "none: does not exist, and no work on it" in inspected(capsys, "none", code=2)
+    assert "other: is nothing that megatron-sov has made" in run_inspect(capsys, "other", code=2)
+    assert "none: does not exist, and no work on it" in run_inspect(capsys, "none", code=2)
 
 
 @pytest.mark.each("change", [{"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}},
@@ -118,22 +118,22 @@ def test_an_empty_or_damaged_table_is_reported(capsys: pytest.CaptureFixture[str
                         ("bad", lambda file: file.write_bytes(b"PAR1 no table PAR1"))):
         with create_artifact(Path(name), "corpus") as artifact:
             write(artifact.path / "rows.parquet")
-    assert "row 1" not in inspected(capsys, "empty")
-    assert "rows.parquet cannot be read" in inspected(capsys, "bad")
+    assert "row 1" not in run_inspect(capsys, "empty")
+    assert "rows.parquet cannot be read" in run_inspect(capsys, "bad")
 
 
 def test_origins_are_followed_once_and_found_after_a_move(capsys: pytest.CaptureFixture[str]) -> None:
     with create_artifact(Path("d"), "rows") as artifact:
         artifact.add_input(Path("c"))
         artifact.add_input(Path("b"))
-    told = inspected(capsys, "d").split("\n")
-    assert [line for line in told if "made from" in line] == [
+    lines = run_inspect(capsys, "d").split("\n")
+    assert [line for line in lines if "made from" in line] == [
         "  made from rows c (here)", "    made from rows b (here)", "      made from rows a (here)",
         "  made from rows b (as above)"]
     Path("elsewhere").mkdir()
     for name in "abcd":
         os.rename(name, f"elsewhere/{name}")
-    assert inspected(capsys, "elsewhere/d").count("(here)") == 3
+    assert run_inspect(capsys, "elsewhere/d").count("(here)") == 3
 
 
 def test_commands_of_the_page_work(capsys: pytest.CaptureFixture[str]) -> None:

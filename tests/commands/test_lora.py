@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.runs.checkpoints import ADAPTER_BASE_MARKER
+from tests.typed_words import format_set_options
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=4",
@@ -16,7 +17,7 @@ LORA = ("train.steps=4", "train.checkpoint_every_steps=2", "train.keep_checkpoin
         "optim.warmup_steps=1")
 
 
-def files_of(checkpoint: Path, part: str) -> dict[str, bytes]:
+def read_files(checkpoint: Path, part: str) -> dict[str, bytes]:
     """Return the files of a part of a checkpoint."""
     return {p.relative_to(checkpoint).as_posix(): p.read_bytes()
             for p in sorted((checkpoint / part).rglob("*")) if p.is_file()}
@@ -25,7 +26,7 @@ def files_of(checkpoint: Path, part: str) -> dict[str, bytes]:
 @pytest.mark.essential
 def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Path, run_command: Any) -> None:
     def command(run: Path, *arguments: str, settings: tuple[str, ...]) -> Any:
-        chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]
+        chosen = format_set_options((*SMALL, *settings))
         return run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
                            *arguments, *chosen)
 
@@ -52,12 +53,12 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     shutil.copytree(run, again)  # like a run that was killed after step 2
     shutil.rmtree(again / "checkpoints" / "step-4")
     (again / "complete.json").unlink()
-    refused = command(again, "--resume", "--from", str(other), settings=LORA)
-    assert refused.returncode == 2 and "is another model than" in refused.stderr, refused.stderr
+    refusal = command(again, "--resume", "--from", str(other), settings=LORA)
+    assert refusal.returncode == 2 and "is another model than" in refusal.stderr, refusal.stderr
     respelled = 'lora.targets=["all-linear", "q_proj"]'
     assert command(again, "--resume", settings=(*LORA, respelled)).returncode == 0
     for part in ("adapter", "optimizer"):
-        assert files_of(again / "checkpoints" / "step-4", part) == files_of(last, part)
+        assert read_files(again / "checkpoints" / "step-4", part) == read_files(last, part)
 
     outcome = run_command("convert", "inspect", str(run))
     assert "LoRA, rank 4, alpha 16, of down_proj, experts" in outcome.stdout, outcome.stderr

@@ -1,4 +1,4 @@
-"""`megatron-sov map`: rows keep their order, and each batch is computed once, whichever worker takes it."""
+"""`megatron-sov map`: rows keep their order, and one worker computes each batch once."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.py").write_text(STEP)
 
 
-def mapped(*more: str, step: str = "mine.py:Step", rows: str = "rows.jsonl", output: str = "out") -> int:
+def run_map(*more: str, step: str = "mine.py:Step", rows: str = "rows.jsonl", output: str = "out") -> int:
     return main(["map", rows, step, "--output", output, "--workers", "2", *more])
 
 
@@ -68,21 +68,21 @@ def read(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
 @pytest.mark.deep
 def test_rows_are_written_in_order_with_a_manifest_of_their_origin(
         capsys: pytest.CaptureFixture[str]) -> None:
-    assert mapped() == 0
+    assert run_map() == 0
     assert read() == EXPECTED and not find_damaged_files("out") and sorted(os.listdir("out")) == [
         "manifest.json", "rows.jsonl"]
     assert "out: 400 rows in, 400 out" in capsys.readouterr().out
     manifest = read_manifest("out", "rows")
     assert manifest.content == {"num_rows": 400, "num_failed": 0, "num_rows_in": 400}
     assert [*manifest.settings["code"]] == ["mine.py"]
-    assert mapped("--set", "factor=3", rows="out", output="again") == 0
+    assert run_map("--set", "factor=3", rows="out", output="again") == 0
     assert read_manifest("again").inputs[0]["path"] == "out"
-    assert mapped() == 2 and "already exists" in capsys.readouterr().err
+    assert run_map() == 2 and "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.deep
 def test_a_killed_command_resumes_after_its_batches_with_the_same_bytes() -> None:
-    assert mapped(output="whole") == 0
+    assert run_map(output="whole") == 0
     Path("kill").touch()
     Path("done").unlink()
     command = [sys.executable, "-m", "megatron_sov", "map", "rows.jsonl", "mine.py:Step", "--output", "out",
@@ -93,7 +93,7 @@ def test_a_killed_command_resumes_after_its_batches_with_the_same_bytes() -> Non
     Path("kill").unlink()
     before = Path("done").read_text().split()
     Path("done").write_text("")
-    assert mapped() == 0
+    assert run_map() == 0
     assert Path("out/rows.jsonl").read_bytes() == Path("whole/rows.jsonl").read_bytes()
     again = Path("done").read_text().split()
     assert len(set(before) & set(again)) <= 2 * WAITING_PER_WORKER * BATCH_ROWS
@@ -102,15 +102,15 @@ def test_a_killed_command_resumes_after_its_batches_with_the_same_bytes() -> Non
 
 
 @pytest.mark.tier1_cases(1)
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.parametrize(("more", "message"), [
     (["--set", "factor=9"], "line 10: "), (["--set", "factor=9"], "is not JSON serializable"),
     (["--set", "factor=10"], "step returned a int, must be a row"), (["--set", "factr=1"], "factr"),
     (["--set", "factor=x"], "factor")])
-def test_a_step_that_fails_is_named_with_its_line(more: list[str], said: str,
+def test_a_step_that_fails_is_named_with_its_line(more: list[str], message: str,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    assert mapped(*more) == 2
+    assert run_map(*more) == 2
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error and not Path("out").exists()
+    assert message in error and "Traceback" not in error and not Path("out").exists()
 
 
 @pytest.mark.parametrize("raised", ["sys.exit(0)", "raise SystemExit('x')", "raise GeneratorExit"])
@@ -127,7 +127,7 @@ def test_a_step_that_ends_the_process_fails(raised: str, threads: str,
 
 
 def test_rows_that_fail_may_be_listed() -> None:
-    assert mapped("--set", "factor=10", "--skip-failures") == 0
+    assert run_map("--set", "factor=10", "--skip-failures") == 0
     (failed,) = read(name="failed.jsonl")
     assert failed["line"] == 11 and failed["row"]["n"] == 10 and "TypeError" in failed["error"]
     assert len(read()) == 399
@@ -136,21 +136,22 @@ def test_rows_that_fail_may_be_listed() -> None:
 def test_unfinished_work_of_other_settings_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("rows.jsonl").write_text("".join(json.dumps({"n": n, "text": ""}) + "\n" for n in range(20, 90))
                                   + '{"n": "x"}\n')
-    assert mapped("--workers", "1") == 2 and Path(".out.work").is_dir()
-    assert mapped("--set", "factor=3") == 2
+    assert run_map("--workers", "1") == 2 and Path(".out.work").is_dir()
+    assert run_map("--set", "factor=3") == 2
     assert "settings.factor was null, and is 3" in capsys.readouterr().err
-    assert mapped("--set", "factor=3", "--redo", "--skip-failures") == 0
+    assert run_map("--set", "factor=3", "--redo", "--skip-failures") == 0
     assert [row["n"] for row in read()] == [3 * n for n in range(20, 90)]
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "message"), [
     (["none.jsonl", "mine.py:Step"], "none.jsonl: cannot be read"),
     (["rows.jsonl", "mine.py:Other"], "a step needs do(self, row)"),
     (["rows.jsonl", "mine.py:Stp"], "did you mean 'Step'?"),
     ([".", "mine.py:Step"], "has no manifest.json"), (["rows.jsonl", "mine"], "does not exist")])
-def test_mistakes_are_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(words: list[str], message: str,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["map", *words, "--output", "out"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_threads_do_rows_of_a_batch_at_a_time() -> None:
@@ -161,5 +162,5 @@ def test_threads_do_rows_of_a_batch_at_a_time() -> None:
                                 "    def do(self, row):\n"
                                 "        self.together.wait()  # for three others\n"
                                 "        return {'n': row['n']}\n")
-    assert mapped("--threads", "4", step="waits.py:Step") == 0
+    assert run_map("--threads", "4", step="waits.py:Step") == 0
     assert read() == [{"n": n} for n in range(400)]

@@ -67,7 +67,7 @@ def test_the_mean_is_recorded_in_the_events_of_the_generating_run(capsys: pytest
             event["mean_reward"]) == ("score", 7, "language", {"language": "ko"}, 5, 5, pytest.approx(0.53))
 
 
-def test_the_records_of_a_run_are_no_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_of_a_run_are_refused_as_output(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run").mkdir()
     Path("run/events.jsonl").write_text('{"event": "step", "step": 7}\n')
     assert score("--set", "language=ko", "--run", "run", output="run/../run/events.jsonl") == 2
@@ -93,7 +93,7 @@ def test_question_hash_ignores_responses() -> None:
     assert questions({"response": "a", "answer": "1"}) != questions({"response": "a", "answer": "2"})
 
 
-def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_without_a_field_of_its_reward_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:
     write([{"response": "a"}, {"response": "a", "language": "en"}])
     assert score() == 0
     assert [(row["reward"], row["status"]) for row in read()] == [(None, "refused"), (1.0, "scored")]
@@ -108,7 +108,7 @@ def test_rows_without_any_reward_are_written_and_the_command_fails(
     assert "out.jsonl: none of its 2 rows has a reward; see their" in capsys.readouterr().err
 
 
-@pytest.mark.each(("lines", "said"), [
+@pytest.mark.each(("lines", "messages"), [
     (b'{"response": "a"}\n[1]\n{"response": 3}\n{}\n{"response": "a"', [
         "line 2: is not a JSON object, but a list", "line 3: response is of type int, and must be text",
         "line 4: has no 'response'", "line 5: is not JSON"]),
@@ -119,26 +119,26 @@ def test_rows_without_any_reward_are_written_and_the_command_fails(
     (b'{"response": "a", "n": 1e999}\n', ["line 1: is not JSON (1e999 is more than a float holds)"]),
     (b'{"response": "a", "n": ' + b"[" * 900 + b"]" * 900 + b"}\n", ["line 1: is nested more than 64"]),
 ])
-def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, said: list[str],
+def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, messages: list[str],
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     Path("rows.jsonl").write_bytes(lines)
     assert score("--set", "language=ko") == 2
     error = capsys.readouterr().err
-    assert [text for text in said if text not in error] == []
+    assert [text for text in messages if text not in error] == []
     assert sorted(os.listdir()) == ["rows.jsonl"]
 
 
-@pytest.mark.each(("arguments", "said"), [
+@pytest.mark.each(("arguments", "message"), [
     (["--set", "langauge=ko"], "langauge: no such setting; did you mean 'language'?"),
     (["--set", "language"], "must have the form key=value"),
     (["--output", "rows.jsonl"], "is the --input"),
     (["--output", "."], "is a folder"), (["--input", "none.jsonl"], "none.jsonl: cannot be read"),
     (["--reward", "langage"], "did you mean 'language'?"),
 ])
-def test_mistakes_are_one_sentence(arguments: list[str], said: str,
+def test_mistakes_are_one_sentence(arguments: list[str], message: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     assert score(*arguments) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_pipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,17 +29,18 @@ def tokens() -> torch.Tensor:
 
 def arguments(settings: dict[str, Any]) -> argparse.Namespace:
     """Return the settings that Megatron-LM would store for a model."""
-    said = {name: value for name, value in settings.items()
-            if name not in ("gated_linear_unit", "layernorm_epsilon", "num_moe_experts")}
+    known_settings = {name: value for name, value in settings.items()
+                      if name not in ("gated_linear_unit", "layernorm_epsilon", "num_moe_experts")}
     return argparse.Namespace(
-        **said, swiglu=True, norm_epsilon=settings["layernorm_epsilon"], group_query_attention=True,
+        **known_settings, swiglu=True, norm_epsilon=settings["layernorm_epsilon"], group_query_attention=True,
         num_experts=settings.get("num_moe_experts"), position_embedding_type="rope", rotary_base=10000,
         rotary_percent=1.0, untie_embeddings_and_output_weights=True, vocab_size=VOCAB_SIZE,
         padded_vocab_size=PADDED_VOCAB_SIZE, max_position_embeddings=64, seq_length=64, data_path=["/data/a"],
         params_dtype=torch.float32, pipeline_dtype=None)
 
 
-def written(out: str, name: str, layout: dict[str, int], metadata: dict[str, bool]) -> list[float]:
+def save_megatron_checkpoint(out: str, name: str, layout: dict[str, int],
+                             metadata: dict[str, bool]) -> list[float]:
     """Save a random model as Megatron-LM does; return the flat logits of rank 0."""
     from megatron_sov.engine.parallel.world import join_world, leave_world
     from megatron_sov.model.config import ParallelConfig

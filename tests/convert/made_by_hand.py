@@ -34,7 +34,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def checkpoint(folder: Path) -> Metadata:
-    """Write a valid checkpoint, each tensor in one piece; return its index."""
+    """Write a valid checkpoint in which each tensor is one piece; return its index."""
     folder.mkdir(parents=True)
     state, stored, raw = {}, {}, io.BytesIO()
     for key, tensor in tensors().items():

@@ -21,7 +21,7 @@ from megatron_sov.convert.averaging import choose_checkpoints, compute_weights
 from megatron_sov.convert.peft import from_peft
 
 
-def written(folder: Path) -> dict[str, torch.Tensor]:
+def read_hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a checkpoint under their Hugging Face names."""
     out = folder.with_name(f"{folder.name}-hf")
     convert.to_hf(folder, out)
@@ -52,7 +52,7 @@ def test_equal_weights_give_the_bit_exact_mean(experts: list[Path], tmp_path: Pa
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averaging, "MAX_SLAB_ELEMENTS", 700)  # less than a matrix, not a multiple of a row
     convert.average([(path, 1.0) for path in experts], tmp_path / "merged")
-    found, parts = written(tmp_path / "merged"), read_parts(experts)
+    found, parts = read_hf_tensors(tmp_path / "merged"), read_parts(experts)
     assert any("e_score_correction_bias" in name for name in found) and "mtp.fc.weight" in found
     for name, tensor in found.items():
         mean = torch.stack([part[name] for part in parts]).double().mean(dim=0)
@@ -94,7 +94,7 @@ def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path]
     monkeypatch.setattr(hf_import, "tqdm", ShownBar)
     convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
     assert 0 < ShownBar.last.initial < ShownBar.last.n == ShownBar.last.total
-    found, parts = written(tmp_path / "merged"), read_parts(experts[:2])
+    found, parts = read_hf_tensors(tmp_path / "merged"), read_parts(experts[:2])
     for name, tensor in found.items():
         one, two = (part[name].double() for part in parts)
         assert tensor.equal(((3 * one + 0.5 * two) / 3.5).to(tensor.dtype)), name
@@ -114,7 +114,7 @@ def adapter(folder: Path, base: Path, seed: int) -> Path:
     return folder / f"adapter-{seed}"
 
 
-def refused(said: str, *paths: Path) -> None:
+def check_refused(said: str, *paths: Path) -> None:
     out = paths[0].with_name("never")
     with pytest.raises(UserError, match=said):
         convert.average([(path, 1.0) for path in paths], out)
@@ -124,21 +124,22 @@ def refused(said: str, *paths: Path) -> None:
 def test_incompatible_checkpoints_are_not_averaged(experts: list[Path], solar_dir: Path,
                                                    tmp_path: Path) -> None:
     convert.from_hf(solar_dir, tmp_path / "solar")
-    refused("a mean needs at least two checkpoints", experts[0])
-    refused("model.family = solar_open, but .* has exaone_moe", experts[0], tmp_path / "solar")
+    check_refused("a mean needs at least two checkpoints", experts[0])
+    check_refused("model.family = solar_open, but .* has exaone_moe", experts[0], tmp_path / "solar")
     shutil.copytree(experts[1], tmp_path / "renamed")
     other = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "b": 2}, unk_token="b"))
     other.save(str(tmp_path / "renamed/tokenizer/tokenizer.json"))
-    refused("1 ids mean other tokens than in .*2: 'b' here, 'a' there", experts[0], tmp_path / "renamed")
+    check_refused("1 ids mean other tokens than in .*2: 'b' here, 'a' there", experts[0],
+                  tmp_path / "renamed")
     shutil.copytree(experts[1], tmp_path / "template")
     (tmp_path / "template/tokenizer/chat_template.jinja").write_text("{{ messages }}")
-    refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints with the "
-            "same tokenizer can be averaged", experts[0], tmp_path / "template")
+    check_refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints "
+                  "with the same tokenizer can be averaged", experts[0], tmp_path / "template")
     settings = read_manifest(experts[1]).settings
     with create_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.content = {"step": 0, "base": {"path": str(experts[0]), "sha256": "0" * 64}}
         artifact.settings = settings
-    refused("contains an adapter of .*, but .* contains all weights", experts[0], tmp_path / "adapter")
+    check_refused("contains an adapter of .*, but .* contains all weights", experts[0], tmp_path / "adapter")
     with pytest.raises(UserError, match="its weight -1 must"):
         convert.average([(experts[0], 1.0), (experts[1], -1.0)], tmp_path / "never")
 
@@ -149,14 +150,15 @@ def test_damaged_source_writes_no_checkpoint(experts: list[Path], tmp_path: Path
     with open(file, "r+b") as f:
         f.seek(-1, 2)
         f.write(b"\xee")
-    refused("differs from the hash", experts[0], tmp_path / "damaged")
+    check_refused("differs from the hash", experts[0], tmp_path / "damaged")
 
 
 def test_adapters_are_averaged_as_merged_models(solar_dir: Path, tmp_path: Path) -> None:
     convert.from_hf(solar_dir, tmp_path / "base")
     paths = [adapter(tmp_path, tmp_path / "base", seed) for seed in range(2)]
     convert.average([(path, 1.0) for path in paths], tmp_path / "merged")
-    found, parts, base = written(tmp_path / "merged"), [written(p) for p in paths], written(tmp_path / "base")
+    found, base = read_hf_tensors(tmp_path / "merged"), read_hf_tensors(tmp_path / "base")
+    parts = [read_hf_tensors(path) for path in paths]
     for name, tensor in found.items():
         if "q_proj" in name:
             mean = torch.stack([part[name] for part in parts]).double().mean(dim=0).float()

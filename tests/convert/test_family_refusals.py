@@ -88,7 +88,7 @@ def test_unsupported_folders_name_the_tensor_or_field(recipe: str,
     assert not (tmp_path / "out").exists()
 
 
-def behind(name: str, folder: Path, **config: Any) -> Path:
+def write_folder_without(name: str, folder: Path, **config: Any) -> Path:
     """Write a folder with two layers and a prediction layer without tensor `name` ("": complete) and a
     changed config."""
     model = apply_settings(recipes.get("tiny-deepseek-v3"), [
@@ -109,10 +109,10 @@ def behind(name: str, folder: Path, **config: Any) -> Path:
 
 def test_prediction_layer_round_trip_is_bit_exact(tmp_path: Path) -> None:
     """Including its copies of embedding and head, which an export writes even if the import had none."""
-    hf = behind("", tmp_path / "hf")
+    hf = write_folder_without("", tmp_path / "hf")
     expected = load_file(hf / "model.safetensors")
     assert "model.layers.2.mlp.experts.7.down_proj.weight" in expected
-    sources = {"all": hf} | {name: behind(f"model.layers.2.{name}", tmp_path / name)
+    sources = {"all": hf} | {name: write_folder_without(f"model.layers.2.{name}", tmp_path / name)
                              for name in ("embed_tokens", "shared_head.head")}
     for name, folder in sources.items():
         convert.from_hf(folder, tmp_path / f"{name}-ckpt")
@@ -125,9 +125,9 @@ def test_prediction_layer_round_trip_is_bit_exact(tmp_path: Path) -> None:
 
 def test_prediction_layer_is_detected_from_tensors(tmp_path: Path) -> None:
     """transformers drops the layer, but its saved config still counts it."""
-    without = behind("model.layers.2.", tmp_path / "without", num_nextn_predict_layers=1)
+    without = write_folder_without("model.layers.2.", tmp_path / "without", num_nextn_predict_layers=1)
     assert not convert.open_weights(without).model.num_mtp_layers
-    silent = behind("", tmp_path / "silent", num_nextn_predict_layers=0)
+    silent = write_folder_without("", tmp_path / "silent", num_nextn_predict_layers=0)
     assert convert.open_weights(silent).model.num_mtp_layers == 1
 
 
@@ -143,13 +143,13 @@ def test_prediction_layer_is_detected_from_tensors(tmp_path: Path) -> None:
 ])
 def test_unsupported_prediction_layer_is_named(missing: str, config: dict[str, Any], expected: str,
                                                tmp_path: Path) -> None:
-    folder = behind(missing, tmp_path / "hf", **config)
+    folder = write_folder_without(missing, tmp_path / "hf", **config)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(folder, tmp_path / "out")
 
 
 def test_differing_duplicate_is_rejected(tmp_path: Path) -> None:
-    folder = behind("", tmp_path / "hf")
+    folder = write_folder_without("", tmp_path / "hf")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.2.embed_tokens.weight"][3, 4] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

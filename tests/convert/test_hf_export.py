@@ -27,7 +27,7 @@ def pair(exaone_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "ckpt", tmp_path / "hf"
 
 
-def failed(proof: ConversionProof) -> dict[str, float]:
+def list_failed_checks(proof: ConversionProof) -> dict[str, float]:
     checks = proof.checks
     assert all(check.passed == (check.value <= check.limit) for check in checks)
     return {check.name: check.value for check in checks if not check.passed}
@@ -45,7 +45,7 @@ def test_verify_accepts_all_forms_of_one_model(pair, exaone_dir: Path) -> None:
     checkpoint, hf = pair
     for a, b in ((checkpoint, hf), (exaone_dir, checkpoint), (hf, exaone_dir)):
         proof = convert.verify(a, b)
-        assert failed(proof) == {} and proof.passed
+        assert list_failed_checks(proof) == {} and proof.passed
     assert sum("transformers" in check.name for check in proof.checks) == 6
     for name, tensor in load_file(exaone_dir / "model.safetensors").items():
         sha256 = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -79,7 +79,7 @@ def test_export_has_all_files_for_the_hub(imported: dict[str, Path], tmp_path: P
         names["tokenizer"]("Hi").input_ids)) == ("solar_open", "Hi")
     # edits by a person are not damage, and no local path is exported
     (out / "README.md").write_text("mine\n")
-    assert failed(convert.verify(imported["solar_open"], out, load=False)) == {}
+    assert list_failed_checks(convert.verify(imported["solar_open"], out, load=False)) == {}
     assert str(imported["solar_open"].parent) not in "".join(
         file.read_text() for file in out.iterdir() if file.suffix in (".json", ".md"))
 
@@ -93,7 +93,7 @@ def test_verify_finds_and_measures_a_changed_weight(pair) -> None:
     proof = convert.verify(checkpoint, hf, load=False)
     assert [c.detail for c in proof.checks if c.name == "tensors whose values differ"] == [name]
     assert [n for n, record in proof.tensors.items() if len(set(record.sha256)) == 2] == [name]
-    assert failed(proof) == {f"{hf}: files that differ from the manifest": 1,
+    assert list_failed_checks(proof) == {f"{hf}: files that differ from the manifest": 1,
                              "tensors whose values differ": 1,
                              "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
     with pytest.raises(UserError, match=r"model\.safetensors: has .* \(it holds .*lm_head\.weight"):
@@ -102,14 +102,14 @@ def test_verify_finds_and_measures_a_changed_weight(pair) -> None:
 
 def test_verify_accepts_a_cast_copy_after_rounding(pair, tmp_path: Path) -> None:
     convert.to_hf(pair[0], tmp_path / "wide", "float32")
-    assert failed(convert.verify(pair[0], tmp_path / "wide", load=False)) == {}
+    assert list_failed_checks(convert.verify(pair[0], tmp_path / "wide", load=False)) == {}
 
 
 def test_verify_finds_a_changed_config_field(pair) -> None:
     checkpoint, hf = pair
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 1.0}))
-    result = failed(convert.verify(checkpoint, hf, load=False))
+    result = list_failed_checks(convert.verify(checkpoint, hf, load=False))
     assert result == {f"{hf}: files that differ from the manifest": 1, "config fields that differ": 1}
 
 
@@ -120,7 +120,7 @@ def test_verify_distinguishes_negative_zero(solar_dir: Path, tmp_path: Path) -> 
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     edit(tmp_path / "c", "model.norm.weight",
          -load_file(tmp_path / "b/model.safetensors")["model.norm.weight"])
-    assert failed(convert.verify(tmp_path / "b", tmp_path / "c", load=False)) == {
+    assert list_failed_checks(convert.verify(tmp_path / "b", tmp_path / "c", load=False)) == {
         "tensors whose values differ": 1}
 
 
@@ -149,5 +149,5 @@ def test_verify_fails_if_transformers_cannot_load(solar_dir: Path, monkeypatch: 
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacks)
     proof = convert.verify(solar_dir, solar_dir)
-    assert failed(proof) == {f"{solar_dir}: transformers loads it": 1} and not proof.passed
+    assert list_failed_checks(proof) == {f"{solar_dir}: transformers loads it": 1} and not proof.passed
     assert "(ImportError: Loading an FP8 quantized model requires accelerate)" in proof.checks[-1].detail

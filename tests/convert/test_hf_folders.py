@@ -18,7 +18,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Read all shards with the safetensors library."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors"))
             for name, tensor in load_file(file).items()}
@@ -41,7 +41,7 @@ def test_shards_are_bounded_and_load_in_transformers(exaone_dir: Path, tmp_path:
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 5
     sizes = [sum(t.nbytes for t in load_file(f).values()) for f in files]
     assert max(sizes) <= 20_000 and sum(sizes) == index["metadata"]["total_size"]
-    assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(exaone_dir))
+    assert_same_bits(read_tensors(tmp_path / "hf"), read_tensors(exaone_dir))
     for file in files:
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -55,13 +55,13 @@ def test_shards_are_bounded_and_load_in_transformers(exaone_dir: Path, tmp_path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dtype_is_cast_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Path,
                                                       dtype: torch.dtype) -> None:
-    expected = {name: t if "correction" in name else t.to(dtype) for name, t in tensors_of(hf_dir).items()}
+    expected = {name: t if "correction" in name else t.to(dtype) for name, t in read_tensors(hf_dir).items()}
     assert sum("correction" in name for name in expected) >= 2
     cast = str(dtype).removeprefix("torch.")
     for number, (imported, exported) in enumerate(((cast, "keep"), ("keep", cast))):
         convert.from_hf(hf_dir, checkpoint := tmp_path / f"checkpoint-{number}", imported)
         convert.to_hf(checkpoint, hf := tmp_path / f"hf-{number}", exported)
-        assert_same_bits(tensors_of(hf), expected)
+        assert_same_bits(read_tensors(hf), expected)
         assert json.loads((hf / "config.json").read_text())["dtype"] == cast
 
 
@@ -107,12 +107,12 @@ def test_float32_routers_of_transformers_round_trip(solar_dir: Path, tmp_path: P
     model.save_pretrained(tmp_path / "saved")
     convert.from_hf(tmp_path / "saved", tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    saved, back = tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "hf")
+    saved, back = read_tensors(tmp_path / "saved"), read_tensors(tmp_path / "hf")
     assert_same_bits(back, saved)
     wide = {name for name, tensor in saved.items() if tensor.dtype == torch.float32}
     assert wide == {*routers, *(name.replace("weight", "e_score_correction_bias") for name in routers)}
     convert.to_hf(tmp_path / "ckpt", tmp_path / "narrow", "bfloat16")
-    narrow = tensors_of(tmp_path / "narrow")
+    narrow = read_tensors(tmp_path / "narrow")
     assert_same_bits({name: narrow[name] for name in routers},
                      {name: saved[name].bfloat16() for name in routers})
 
@@ -138,4 +138,4 @@ def test_stacked_experts_are_split_on_import(tmp_path: Path) -> None:
 
     convert.from_hf(tmp_path / "hf", tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
-    assert_same_bits(tensors_of(tmp_path / "back"), separate)
+    assert_same_bits(read_tensors(tmp_path / "back"), separate)

@@ -46,8 +46,7 @@ def test_companion_files_are_copied(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
-@pytest.mark.each("content", ["", "hello", "[1]", '{"a": 1',
-                                     "version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.each("content", ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
 @pytest.mark.each("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_damaged_companion_file_is_named(name: str, content: str, solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
@@ -202,9 +201,9 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
         convert.to_hf(tmp_path / f"{name} ckpt", tmp_path / f"{name} hf")
         assert ("token ids may differ" in capsys.readouterr().err) == (name == "another")
     written, text = tmp_path / "another hf", "in 1234 words 가나다"
-    said = PreTrainedTokenizerFast.from_pretrained(str(solar_dir))(text)["input_ids"]
-    assert PreTrainedTokenizerFast.from_pretrained(str(written))(text)["input_ids"] == said
-    assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != said
+    ids = PreTrainedTokenizerFast.from_pretrained(str(solar_dir))(text)["input_ids"]
+    assert PreTrainedTokenizerFast.from_pretrained(str(written))(text)["input_ids"] == ids
+    assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != ids
 
 
 # Claims of docs/omni.md about Hugging Face folders with encoders: transformers' classes load them and compute
@@ -215,7 +214,7 @@ PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 
 def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
-    """Return the logits of a row whose placeholders of one kind stand for records in order."""
+    """Return logits of a row in which placeholders of one kind represent records in order."""
     config = read_checkpoint_settings(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
@@ -277,9 +276,10 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
         for name in set(files) - set(kept):
             (tmp_path / name).unlink()
         picture = Image.new("RGB", (60, 30), (255, 0, 0))
-        seen = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="np")["pixel_values"]
+        pixels = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="np")["pixel_values"]
         red = (1 - model.vision.mean[0]) / model.vision.std[0] if model.vision else 0
-        assert seen.shape == (1, 3, 24, 24) and seen[0, 0] == pytest.approx(np.full((24, 24), red), rel=1e-5)
+        assert pixels.shape == (1, 3, 24, 24) and pixels[0, 0] == pytest.approx(np.full((24, 24), red),
+                                                                                rel=1e-5)
         heard = AutoFeatureExtractor.from_pretrained(tmp_path)(np.zeros(5), sampling_rate=16_000)
         assert np.shape(heard["input_features"]) == (1, 8, 200)
     plain = get("tiny-qwen3").model
@@ -294,7 +294,7 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
 
 NAMES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
          "as in memory": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")}
-"""Beginnings of the names of the text model, the encoder and what stands between."""
+"""Prefixes of the tensor names of the text model, the encoder and the projector."""
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,8 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def respelled(folder: Path, names: str, out: Path, change: Callable[[dict[str, Any]], Any] = bool) -> Path:
+def write_renamed_folder(folder: Path, names: str, out: Path,
+                         change: Callable[[dict[str, Any]], Any] = bool) -> Path:
     """Write the folder with renamed tensors and a changed config.json."""
     out.mkdir()
     tensors = {}
@@ -338,7 +339,7 @@ def test_text_model_of_a_multimodal_folder_is_equal(seeing: Path, names: str, tm
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
-    source = respelled(seeing, names, tmp_path / "hf")
+    source = write_renamed_folder(seeing, names, tmp_path / "hf")
     convert.from_hf(source, tmp_path / "ckpt")
     errors = capsys.readouterr().err
     assert (Target(source, True).vocab_size, Target(source, True).max_tokens) == (96, 131072)
@@ -378,14 +379,14 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 def test_unsupported_multimodal_folders_raise_user_error(seeing: Path,
                                                          change: Callable[[dict[str, Any]], Any],
                                                          expected: str, tmp_path: Path) -> None:
-    source = respelled(seeing, "as released", tmp_path / "hf", change)
+    source = write_renamed_folder(seeing, "as released", tmp_path / "hf", change)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_duplicate_and_unknown_tensors_are_rejected(seeing: Path, tmp_path: Path) -> None:
-    source = respelled(seeing, "as released", tmp_path / "hf")
+    source = write_renamed_folder(seeing, "as released", tmp_path / "hf")
     tensors = load_file(source / "model.safetensors")
     norm = tensors["language_model.model.norm.weight"]
     for name, expected in (("model.language_model.norm.weight", "are both model.norm.weight of the text"),

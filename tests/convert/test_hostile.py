@@ -49,7 +49,7 @@ def laughs(levels: int) -> Any:
     return found
 
 
-def nested(levels: int) -> bytes:
+def pickle_nested_tuples(levels: int) -> bytes:
     """Return a pickle of deeply nested tuples."""
     return b"\x80\x04)" + b"\x85" * levels + b"."
 
@@ -76,14 +76,14 @@ RAW: dict[str, tuple[bytes, str]] = {
     "a memo that is not there": (b"\x80\x04h\x07.", "is not a pickle of plain values"),
     "a stack that is empty": (b"\x80\x04R.", "is not a pickle of plain values"),
     "a call of a number": (b"\x80\x04K\x01)R.", "is not a pickle of plain values"),
-    "tuples without end": (nested(200_000), "a Metadata is needed instead of a tuple"),
+    "tuples without end": (pickle_nested_tuples(200_000), "a Metadata is needed instead of a tuple"),
     "marks alone": (b"\x80\x04((((.", "is not a pickle of plain values"),
     "a mark in a tuple": (b"\x80\x04(\x85.", "is not a pickle of plain values"),
     "a list that holds itself": (b"\x80\x04]\x94h\x00a.", "a Metadata is needed instead of a list"),
 }
 
 
-def in_index(change: Callable[[Any], None]) -> Callable[[Path], bytes]:
+def change_index(change: Callable[[Any], None]) -> Callable[[Path], bytes]:
     def made(folder: Path) -> bytes:
         index = made_by_hand.checkpoint(folder)
         change(index)
@@ -144,26 +144,26 @@ CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_malformed_index_is_rejected(name: str) -> None:
     value, sentence = IN_PLACE_OF_THE_INDEX[name]
     for protocol in (2, 4):
-        with pytest.raises(ValueError, match=r".") as refused:
+        with pytest.raises(ValueError, match=r".") as error:
             read_index(pickle.dumps(value, protocol, fix_imports=False))
-        assert sentence in str(refused.value)
+        assert sentence in str(error.value)
     assert not CANARY.exists()
 
 
 @pytest.mark.parametrize("name", RAW)
 def test_malformed_pickle_is_rejected(name: str) -> None:
     raw, sentence = RAW[name]
-    with pytest.raises(ValueError, match=r".") as refused:
+    with pytest.raises(ValueError, match=r".") as error:
         read_index(raw)
-    assert sentence in str(refused.value)
+    assert sentence in str(error.value)
 
 
 @pytest.mark.each("name", CHANGED)
 def test_index_with_an_invalid_part_is_rejected(name: str, tmp_path: Path) -> None:
     change, sentence = CHANGED[name]
-    with pytest.raises(ValueError, match=r".") as refused:
-        read_index(in_index(change)(tmp_path / "from"))
-    assert sentence in str(refused.value)
+    with pytest.raises(ValueError, match=r".") as error:
+        read_index(change_index(change)(tmp_path / "from"))
+    assert sentence in str(error.value)
 
 
 def test_truncated_index_is_rejected(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def _saved(value: Any) -> bytes:
     return raw.getvalue()
 
 
-@pytest.mark.each(("raw", "sentence"), [
+@pytest.mark.each(("raw", "message"), [
     (_archive(pickle.dumps(Calls(os.system, touch()), 2)), "system"),
     (_saved(torch.zeros(4).numpy().tolist()), "does not describe a tensor"),
     (_saved(torch.zeros(4, 6).T), "is not contiguous"),
@@ -199,11 +199,11 @@ def _saved(value: Any) -> bytes:
      "a member list of more"),
     (b"PK\5\6" + b"\xff" * 40, "not a torch.save archive"), (b"", "not a torch.save archive"),
 ])
-def test_malformed_stored_tensor_is_rejected(raw: bytes, sentence: str, tmp_path: Path) -> None:
+def test_malformed_stored_tensor_is_rejected(raw: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"before" + raw + b"behind")
-    with pytest.raises(ValueError, match=r".") as refused:
+    with pytest.raises(ValueError, match=r".") as error:
         find_tensor(tmp_path / "x", 6, len(raw))
-    assert sentence in str(refused.value) and not CANARY.exists()
+    assert message in str(error.value) and not CANARY.exists()
 
 
 def test_settings_reject_callable_names() -> None:
@@ -241,7 +241,7 @@ def _link_outside(folder: Path) -> None:
 
 
 def _index(change: Callable[[Any], None]) -> Callable[[Path], None]:
-    return lambda folder: (folder / ".metadata").write_bytes(in_index(change)(folder)) and None
+    return lambda folder: (folder / ".metadata").write_bytes(change_index(change)(folder)) and None
 
 
 def _of_backend(said: str) -> Callable[[Path], None]:
@@ -252,7 +252,7 @@ def _of_backend(said: str) -> Callable[[Path], None]:
     return made
 
 
-@pytest.mark.parametrize(("made", "sentence"), [
+@pytest.mark.parametrize(("made", "message"), [
     (_index(lambda index: setattr(index, "planner_data", Calls(os.system, touch()))), "it names "
                                                                                       "'posix.system'"),
     (_index(_stored(offset=1 << 40)), "the file ends before it does"),
@@ -268,17 +268,17 @@ def _of_backend(said: str) -> Callable[[Path], None]:
     (lambda folder: (folder / "mp_rank_00").mkdir(parents=True), "files of single ranks"),
     (lambda folder: folder.mkdir(), "it is not a torch_dist checkpoint"),
 ])
-def test_hostile_checkpoint_writes_no_output(made: Callable[[Path], None], sentence: str, tmp_path: Path,
+def test_hostile_checkpoint_writes_no_output(made: Callable[[Path], None], message: str, tmp_path: Path,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     made(tmp_path / "from")
     before = sorted(p.name for p in tmp_path.iterdir())
     assert main(["convert", "from-megatron", str(tmp_path / "from"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert sentence in error and len(error.splitlines()) == 1
+    assert message in error and len(error.splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == before and not CANARY.exists()
 
 
-# What the library's own writer wrote is read, and computes the same in transformers.
+# A checkpoint written by Megatron-LM itself is read, and gives the same logits in transformers.
 
 
 WRITTEN = str(Path(__file__).with_name("library_written.py"))
@@ -303,7 +303,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 FURTHER = ("a name per layer, PP2", "experts, layers stacked, EP2")
-"""Of the others one has layers stacked, and one all by name."""
+"""Two layouts of layer tensors: stacked, and one tensor per layer."""
 
 
 @pytest.mark.distributed
@@ -313,7 +313,8 @@ FURTHER = ("a name per layer, PP2", "experts, layers stacked, EP2")
 def test_imported_torch_dist_model_equals_transformers(ranks: Any, job: Any, tmp_path: Path,
                                                        names: Collection[str]) -> None:
     cases = {name: CASES[name] for name in names}
-    asked = [job(WRITTEN, "written", 2, {"out": str(tmp_path / case), "name": name, "layout": layout,
+    asked = [job(WRITTEN, "save_megatron_checkpoint", 2,
+                 {"out": str(tmp_path / case), "name": name, "layout": layout,
                                          "metadata": metadata})
              for case, (name, layout, metadata) in cases.items()]
     for (case, (name, _, _)), result in zip(cases.items(), ranks(*asked), strict=True):

@@ -28,7 +28,7 @@ CONFIGS = {
     if config["model_type"] not in (*NOT_TEXT_ALONE, *NOT_IN_TRANSFORMERS, *EXAMPLES)
     and "swiglu_limits" not in config}  # of K-EXAONE 2.0: this release of transformers ignores them
 QUICK = {config["model_type"]: name for name, config in reversed(CONFIGS.items())}
-"""Family -> its first model, which is compared in `make test`."""
+"""Family -> its first model, which `make test` compares; `make deep` compares all."""
 LAYERS, VOCABULARY, WINDOW = 6, 96, 8
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
@@ -38,7 +38,7 @@ SIZES = {
     "first_k_dense_replace": 1,
     "kv_lora_rank": 12, "q_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
     "sliding_window": WINDOW, "initializer_range": 0.15}
-"""Field -> its value in a tiny model, where a config has it and it is not null or 0."""
+"""Field -> its value in a tiny model, if the config has the field with a value other than null or 0."""
 PROMPTS = draw_random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
 """Longer than a window, and than 64 positions, from which rotations are scaled."""
 OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
@@ -47,7 +47,8 @@ OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_type
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with all fields but the sizes of a tiny model; ratios of heads are kept."""
+    """Return a config with the sizes of a tiny model and otherwise
+    unchanged fields; head ratios are preserved."""
     small = {name: value for name, value in config.items() if name not in OF_WEIGHTS}
     small |= {name: size for name, size in SIZES.items() if config.get(name)}
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -80,7 +81,7 @@ def write(config: dict[str, Any], folder: Path) -> Path:
     if "logits_scaling" in config:
         model.lm_head.weight.data *= 10 / config["logits_scaling"]
     for name, tensor in model.named_parameters():
-        # Slow decays: with the initial ones transformers' float32 differs from its float64 by 2e-3.
+        # Slow decays: with the initial decays, transformers' float32 differs from its float64 by 2e-3.
         if name.endswith("A_log"):
             tensor.data = torch.randn_like(tensor) * 0.6 - 1.5
     model.save_pretrained(folder)
@@ -89,8 +90,8 @@ def write(config: dict[str, Any], folder: Path) -> Path:
 
 
 def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
-    """Import and export a shrunk model; return the largest logit difference, its limit, and the ignored
-    fields."""
+    """Import and export a shrunk model; return the largest logit
+    difference, its limit, and the ignored fields."""
     from transformers import AutoConfig
 
     config = shrink(CONFIGS[name])

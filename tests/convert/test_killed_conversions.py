@@ -41,11 +41,11 @@ KILLED = f"""
         print(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         sys.stdin.readline()
 """
-"""Runs each conversion in a child of its own that dies when `kill_after` files have begun,
-and waits to be told to go on."""
+"""Run each conversion in a child process that dies after it has started `kill_after` files; the child waits
+for a signal to continue."""
 
 
-def content(folder: Path) -> dict[str, object]:
+def read_content(folder: Path) -> dict[str, object]:
     """Return the bytes of every file, and the manifest without its time."""
     found: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes()
                                 for p in folder.rglob("*") if p.is_file()}
@@ -91,6 +91,6 @@ def test_killed_conversion_resumes_to_equal_bytes(solar_dir: Path, tmp_path: Pat
         getattr(convert, action)(source, out, **arguments)
         assert written and not second & {p.relative_to(work).as_posix() for p in written}
         getattr(convert, action)(source, tmp_path / "whole", **arguments)
-        assert content(out) == content(tmp_path / "whole")
+        assert read_content(out) == read_content(tmp_path / "whole")
         shutil.rmtree(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))

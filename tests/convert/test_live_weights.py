@@ -32,8 +32,8 @@ LAYOUTS = {
 }
 RECIPES = {"tiny-k-exaone": ("bf16", tuple(LAYOUTS)), "tiny-solar-open": ("fp32", ("TP2+SP",)),
            "tiny-qwen2": ("bf16", ("TP2+SP", "PP2"))}
-"""Recipe -> precision and layouts; tiny-qwen2's head is its embedding, of which each end of a
-pipeline has a copy."""
+"""Recipe -> precision and layouts. tiny-qwen2 ties its head to its
+embedding: first and last pipeline stage have a copy."""
 
 
 def bits(tensor: Any) -> str:
@@ -42,9 +42,9 @@ def bits(tensor: Any) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 
-def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
-    """Write a checkpoint, and return live exports: to rank 0, to all ranks, in another dtype, and stopped
-    early."""
+def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
+    """Write a checkpoint, and return live exports: to rank 0, to all
+    ranks, in another dtype, and stopped early."""
     experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
     config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
                                layout=layout)
@@ -57,12 +57,12 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     early = export_weights(model)
     result["early"] = [name for _, (name, _) in zip(range(3), early, strict=False)]
     early.close()
-    kept = dict(export_weights(model, everywhere=True))
-    result["everywhere"] = {name: bits(t) for name, t in kept.items()}
+    exported = dict(export_weights(model, everywhere=True))
+    result["everywhere"] = {name: bits(t) for name, t in exported.items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    result["own memory"] = {name: bits(t) for name, t in kept.items()} == result["everywhere"]
+    result["own memory"] = {name: bits(t) for name, t in exported.items()} == result["everywhere"]
     dist.barrier()
     world.leave_world()
     return result
@@ -77,7 +77,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
 def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
                                         chosen: dict[str, tuple[str, ...]]) -> None:
     cases = [(recipe, RECIPES[recipe][0], name) for recipe, names in chosen.items() for name in names]
-    results = ranks(*(job(__file__, "exported", LAYOUTS[name][0], {
+    results = ranks(*(job(__file__, "export_live_weights", LAYOUTS[name][0], {
         "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
         "path": str(tmp_path / f"{recipe}-{name}")})
                       for recipe, precision, name in cases))
@@ -105,10 +105,10 @@ def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
 
 TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-open", 2, {"ep": 2}, "bf16"),
             ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
-"""tiny-qwen2's head is its embedding, of which each end of a pipeline has a copy."""
+"""tiny-qwen2 ties its head to its embedding: first and last pipeline stage have a copy."""
 
 
-def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:
+def import_live_weights(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:
     """Return the weights of a model after importing another model, and the errors of invalid imports."""
     sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]
     if recipes.get(recipe).model.num_experts:
@@ -158,7 +158,8 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_live_import_equals_live_export(ranks, job) -> None:
-    outcome = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})
+    outcome = ranks(*(job(__file__, "import_live_weights", n,
+                          {"recipe": recipe, "layout": x, "precision": precision})
                       for recipe, n, x, precision in TAKEN_IN))
     for where, per_rank in zip(TAKEN_IN, outcome, strict=True):
         for result in per_rank:

@@ -18,7 +18,7 @@ FIELD = {"quant_method": "compressed-tensors", "format": "float-quantized",
          "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}}
 
 
-def in_fp8(source: Path, folder: Path, field: Any = FIELD) -> dict[str, torch.Tensor]:
+def write_fp8_copy(source: Path, folder: Path, field: Any = FIELD) -> dict[str, torch.Tensor]:
     """Write a copy of a Hugging Face folder with FP8 projections, one scale each; return values times
     scale."""
     folder.mkdir()
@@ -36,7 +36,7 @@ def in_fp8(source: Path, folder: Path, field: Any = FIELD) -> dict[str, torch.Te
 
 
 def test_fp8_weight_is_values_times_scale(solar_dir: Path, tmp_path: Path) -> None:
-    products = in_fp8(solar_dir, tmp_path / "fp8")
+    products = write_fp8_copy(solar_dir, tmp_path / "fp8")
     weights = HfWeights(tmp_path / "fp8")
     assert len(products) > 10 and weights.list_names() == HfWeights(solar_dir).list_names()
     for name, product in products.items():
@@ -56,7 +56,7 @@ def test_fp8_weight_is_values_times_scale(solar_dir: Path, tmp_path: Path) -> No
     FIELD | {"config_groups": {"g": {"weights": WEIGHTS | {"num_bits": 4}}}},
     FIELD | {"config_groups": {"g": {"weights": None}}}])
 def test_other_compressed_tensors_formats_are_rejected(field: Any, solar_dir: Path, tmp_path: Path) -> None:
-    in_fp8(solar_dir, tmp_path / "other", field)
+    write_fp8_copy(solar_dir, tmp_path / "other", field)
     with pytest.raises(UserError, match="only supported compressed-tensors format is float-quantized"):
         HfWeights(tmp_path / "other")
 
@@ -68,11 +68,11 @@ def test_other_compressed_tensors_formats_are_rejected(field: Any, solar_dir: Pa
     (lambda t, name: t.update({name: t[name].float()}), r"is F32 .* and must be"),
     (lambda t, name: t.update({name: t[name].flatten()}), r"must be F8_E4M3 \[0, 0\]")])
 def test_incomplete_fp8_weight_is_named(change: Any, expected: str, solar_dir: Path, tmp_path: Path) -> None:
-    name = next(iter(in_fp8(solar_dir, tmp_path / "fp8")))
+    name = next(iter(write_fp8_copy(solar_dir, tmp_path / "fp8")))
     file = tmp_path / "fp8/model.safetensors"
     tensors = load_file(file)
     change(tensors, name)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=expected) as refused:
+    with pytest.raises(UserError, match=expected) as error:
         HfWeights(tmp_path / "fp8")
-    assert name in str(refused.value)
+    assert name in str(error.value)

@@ -38,7 +38,7 @@ SIZES = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "mod
 TOKENS = [(7 * i + 3) % 95 for i in range(41)]
 
 
-def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
+def save_adapter(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     """Write a base and a random adapter; return logits and hashes of the live export."""
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     frozen = apply_settings(config, ["lora.rank=0"])
@@ -94,7 +94,7 @@ def test_adapter_round_trip_with_peft(case: str, ranks: Any, job: Any, tmp_path:
     from transformers import AutoModelForCausalLM
 
     recipe, settings = CASES[case]
-    ranks(job(__file__, "saved", 1, {"recipe": recipe, "settings": settings, "folder": str(tmp_path)}))
+    ranks(job(__file__, "save_adapter", 1, {"recipe": recipe, "settings": settings, "folder": str(tmp_path)}))
     live = torch.load(tmp_path / "live.pt")
     adapter, base = tmp_path / "adapter", tmp_path / "base"
     to_peft(adapter, tmp_path / "peft")
@@ -139,7 +139,8 @@ def test_adapter_round_trip_with_peft(case: str, ranks: Any, job: Any, tmp_path:
 def test_live_merge_equals_checkpoint_merge(precision: str, tp: int, ranks: Any, job: Any,
                                             tmp_path: Path) -> None:
     settings = [f"train.precision={precision}", f"parallel.tp={tp}", "lora.alpha=0.01"]
-    ranks(job(__file__, "saved", tp, {"recipe": "tiny-qwen3", "settings": settings, "folder": str(tmp_path)}))
+    ranks(job(__file__, "save_adapter", tp,
+              {"recipe": "tiny-qwen3", "settings": settings, "folder": str(tmp_path)}))
     live = torch.load(tmp_path / "live.pt")["live"]
     weights, base = open_weights(tmp_path / "adapter"), open_weights(tmp_path / "base")
     assert set(weights.list_names()) == set(live)
@@ -153,7 +154,7 @@ NAMES = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight"
 GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
 
 
-@pytest.mark.each(("config", "names", "said"), [
+@pytest.mark.each(("config", "names", "message"), [
     ({"peft_type": "IA3"}, NAMES, "peft_type = 'IA3'"),
     ({"lora_bias": True}, NAMES, "lora_bias = True in adapter_config.json is not supported"),
     ({"rank_pattern": {"q_proj": 8}}, NAMES, "rank_pattern = {'q_proj': 8}"),
@@ -168,12 +169,12 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
      "score.lora_A.weight (1 such tensors) is not an adapter"),
     ({}, [], "has no adapter tensors"),
 ])
-def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[str], said: str) -> None:
+def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[str], message: str) -> None:
     model = get("tiny-qwen3").model
     names = [name for name in names if ".layers." not in name or int(name.split(".")[4]) < model.num_layers]
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         parse_lora_config({**GOOD, **config}, names, model, "here")
-    assert said in str(refused.value) and str(refused.value).startswith("here: ")
+    assert message in str(error.value) and str(error.value).startswith("here: ")
 
 
 def test_adapter_of_a_tied_weight_is_rejected() -> None:
@@ -280,7 +281,7 @@ def adapted_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype: to
     model.merge_and_unload().save_pretrained(folder / "reference")
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
@@ -292,13 +293,13 @@ def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
     adapted_by_peft(tmp_path, kind, settings, torch.bfloat16)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
     from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
-    base, reference = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "reference")
+    base, reference = read_tensors(tmp_path / "hf"), read_tensors(tmp_path / "reference")
     for dtype, spacing in SPACING.items():
         convert.to_hf(tmp_path / "adapter", tmp_path / dtype, dtype)
         warning = capfd.readouterr().err
         is_warned = "of the adapter's own update; pass --dtype float32 to keep" in warning
         assert is_warned == (dtype != "float32")
-        written = tensors_of(tmp_path / dtype)
+        written = read_tensors(tmp_path / dtype)
         assert written.keys() == reference.keys()
         for name, tensor in written.items():
             # the order of PEFT's sums may move the last bit of float32, and a tie then falls the other way
@@ -307,9 +308,9 @@ def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
             if dtype != "float32":
                 assert float((tensor != reference[name].to(tensor.dtype)).float().mean()) < 0.01, name
     convert.to_hf(tmp_path / "adapter", tmp_path / "default")
-    default = tensors_of(tmp_path / "default")
+    default = read_tensors(tmp_path / "default")
     assert json.loads((tmp_path / "default/config.json").read_text())["dtype"] == "float32"
-    assert all(default[name].equal(tensor) for name, tensor in tensors_of(tmp_path / "float32").items())
+    assert all(default[name].equal(tensor) for name, tensor in read_tensors(tmp_path / "float32").items())
     changed = [name for name in base if not reference[name].equal(base[name].float())]
     assert changed and all(not default[name].equal(base[name].float()) for name in changed)
 
@@ -340,7 +341,8 @@ def test_verify_reports_rounding_of_the_update(dtype: torch.dtype, tmp_path: Pat
         assert ("rounding to bfloat16 changes the adapted weights by" in difference.detail) == (
             written == "bfloat16")
     trained, rounded, frozen = (
-        torch.cat([tensor.double().flatten() for name, tensor in sorted(tensors_of(tmp_path / folder).items())
+        torch.cat([tensor.double().flatten()
+                   for name, tensor in sorted(read_tensors(tmp_path / folder).items())
                    if "q_proj" in name or "up_proj" in name]) for folder in ("keep", "bfloat16", "hf"))
     loss = float((rounded - trained).norm() / (trained - frozen).norm())
     assert f"by {loss:.0%} of the adapter's own update" in difference.detail

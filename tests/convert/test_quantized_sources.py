@@ -22,7 +22,7 @@ ODD = "model.layers.0.mlp.down_proj.weight"
 """A matrix [130, 260], which no blocks fill."""
 
 
-def small() -> ModelConfig:
+def build_small_model() -> ModelConfig:
     return replace(
         recipes.get("tiny-deepseek-v3").model, vocab_size=16, hidden_size=130, num_layers=2,
         num_dense_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, dense_ffn_dim=260, num_experts=2,
@@ -30,9 +30,10 @@ def small() -> ModelConfig:
         latent_attention=LatentAttentionConfig(8, 4, 4, 6))
 
 
-def released(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[str, torch.Tensor]:
+def write_released_folder(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[str,
+                                                                                             torch.Tensor]:
     """Write a folder in FP8, and return the values of its weights in float32."""
-    model = small()
+    model = build_small_model()
     family, expected, stored = models.get_family(model.family), {}, {}
     draw = torch.Generator().manual_seed(3)
     for name, shape in ((n, s) for link in family.links(model) for n, s in link.hf_shapes().items()):
@@ -53,7 +54,7 @@ def released(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[
 
 
 def test_fp8_weights_are_scaled_per_block(tmp_path: Path) -> None:
-    expected = released(tmp_path / "hf")
+    expected = write_released_folder(tmp_path / "hf")
     convert.from_hf(tmp_path / "hf", tmp_path / "checkpoint")
     convert.to_hf(tmp_path / "checkpoint", tmp_path / "back")
     file = load_file(tmp_path / "back/model.safetensors")
@@ -72,7 +73,7 @@ def test_fp8_weights_are_scaled_per_block(tmp_path: Path) -> None:
     (None, r"30 unexpected \(.*down_proj\.weight_scale_inv"),
 ])
 def test_other_quantizations_are_rejected(quantised: Any, expected: str, tmp_path: Path) -> None:
-    released(tmp_path / "hf", quantised)
+    write_released_folder(tmp_path / "hf", quantised)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -86,7 +87,7 @@ def test_other_quantizations_are_rejected(quantised: Any, expected: str, tmp_pat
     (lambda t: t.update({f"{ODD}_scale_inv": torch.full((2, 3), float("inf"))}), "contains (infinity|NaN)"),
 ])
 def test_invalid_scales_are_named(change: Any, expected: str, tmp_path: Path) -> None:
-    released(tmp_path / "hf")
+    write_released_folder(tmp_path / "hf")
     tensors = load_file(tmp_path / "hf/model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})

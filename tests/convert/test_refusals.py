@@ -32,7 +32,7 @@ def sound(solar_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {"hf": folder / "hf", "ckpt": folder / "ckpt"}
 
 
-def file_of(folder: Path, name: str) -> Path:
+def find_tensor_file(folder: Path, name: str) -> Path:
     return folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
 
 
@@ -44,24 +44,24 @@ def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
     file.write_text(json.dumps(content))
 
 
-def in_shard(name: str, change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
+def change_shard(name: str, change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
     """Change the tensors in the file of `name`, and update the index."""
     def damage(folder: Path) -> None:
-        file = file_of(folder, name)
+        file = find_tensor_file(folder, name)
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file, metadata={"format": "pt"})
 
         def follow(index: dict[str, Any]) -> None:
-            kept = {n: f for n, f in index["weight_map"].items() if f != file.name}
-            index["weight_map"] = kept | dict.fromkeys(tensors, file.name)
+            other_files = {n: f for n, f in index["weight_map"].items() if f != file.name}
+            index["weight_map"] = other_files | dict.fromkeys(tensors, file.name)
 
         edit_json(folder / "model.safetensors.index.json", follow)
 
     return damage
 
 
-def with_value(name: str, value: float) -> Callable[[Tensors], Any]:
+def set_value(name: str, value: float) -> Callable[[Tensors], Any]:
     return lambda tensors: tensors[name].view(-1)[5:6].fill_(value)
 
 
@@ -69,31 +69,35 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 HF = {
-    "truncated shard": (lambda d: os.truncate(file_of(d, EXPERT), os.stat(file_of(d, EXPERT)).st_size - 9),
+    "truncated shard": (lambda d: os.truncate(find_tensor_file(d, EXPERT),
+                                              os.stat(find_tensor_file(d, EXPERT)).st_size - 9),
                         r"model-0.*safetensors: cannot be read .*\(model\.\S+ is cut off"),
-    "truncated header": (lambda d: os.truncate(file_of(d, EXPERT), 99),
+    "truncated header": (lambda d: os.truncate(find_tensor_file(d, EXPERT), 99),
                          rf"it should hold .*{re.escape(EXPERT.split('.3.')[0])}"),
-    "missing shard": (lambda d: file_of(d, NORM).unlink(),
+    "missing shard": (lambda d: find_tensor_file(d, NORM).unlink(),
                       r"No such file.*it should hold .*embed_tokens\.weight"),
-    "missing expert": (in_shard(EXPERT, lambda t: t.pop(EXPERT)), rf"1 missing \({EXPERT}\)"),
-    "extra key": (in_shard(NORM, lambda t: t.update(stray=torch.ones(2))), r"1 unexpected \(stray\)"),
-    "one expert too many": (in_shard(EXPERT,
-                                     lambda t: t.update({EXPERT.replace(".3.", ".8."): t[EXPERT].clone()})),
+    "missing expert": (change_shard(EXPERT, lambda t: t.pop(EXPERT)), rf"1 missing \({EXPERT}\)"),
+    "extra key": (change_shard(NORM, lambda t: t.update(stray=torch.ones(2))), r"1 unexpected \(stray\)"),
+    "one expert too many": (change_shard(EXPERT,
+                                         lambda t: t.update({EXPERT.replace(".3.",
+                                                                            ".8."): t[EXPERT].clone()})),
                             r"1 unexpected \(model\.layers\.1\.mlp\.experts\.8\.up_proj\.weight\)"),
-    "wrong shape": (in_shard(HEAD, lambda t: t.update({HEAD: torch.ones(96, 31)})),
+    "wrong shape": (change_shard(HEAD, lambda t: t.update({HEAD: torch.ones(96, 31)})),
                     rf"{HEAD} \[96, 31\] instead of \[96, 32\]"),
-    "nan": (in_shard(EXPERT, with_value(EXPERT, torch.nan)), rf"{EXPERT} contains NaN \(1 of 768 values\)"),
-    "infinity": (in_shard(NORM, with_value(NORM, -torch.inf)), rf"{NORM} contains infinity"),
-    "missing correction bias": (in_shard(BIAS, lambda t: t.pop(BIAS)), rf"1 missing \({BIAS}\)"),
-    "rounded bias": (in_shard(BIAS, lambda t: t.update({BIAS: t[BIAS].bfloat16()})),
+    "nan": (change_shard(EXPERT, set_value(EXPERT, torch.nan)),
+            rf"{EXPERT} contains NaN \(1 of 768 values\)"),
+    "infinity": (change_shard(NORM, set_value(NORM, -torch.inf)), rf"{NORM} contains infinity"),
+    "missing correction bias": (change_shard(BIAS, lambda t: t.pop(BIAS)), rf"1 missing \({BIAS}\)"),
+    "rounded bias": (change_shard(BIAS, lambda t: t.update({BIAS: t[BIAS].bfloat16()})),
                      rf"{BIAS} has dtype torch.bfloat16"),
-    "integers": (in_shard(NORM, lambda t: t.update({NORM: t[NORM].int()})), rf"{NORM} has dtype torch.int32"),
-    "experts of two dtypes": (in_shard(EXPERT, lambda t: t.update({EXPERT: t[EXPERT].float()})),
+    "integers": (change_shard(NORM, lambda t: t.update({NORM: t[NORM].int()})),
+                 rf"{NORM} has dtype torch.int32"),
+    "experts of two dtypes": (change_shard(EXPERT, lambda t: t.update({EXPERT: t[EXPERT].float()})),
                               rf"{EXPERT} has .*one tensor"),
     "config disagrees": (lambda d: edit_json(d / "config.json", lambda c: c.update(n_routed_experts=7)),
                          r"unexpected \(model\.layers\.0\.mlp\.experts\.7.*mlp\.gate\.weight \[8, "
                          r"32\] instead of \[7, 32\]"),
-    "two shards": (lambda d: in_shard(EXPERT, lambda t: t.update({NORM: torch.ones(32)}))(d),
+    "two shards": (lambda d: change_shard(EXPERT, lambda t: t.update({NORM: torch.ones(32)}))(d),
                    rf"holds {NORM}, which .* as well"),
     "outside": (lambda d: edit_json(d / "model.safetensors.index.json",
                                     lambda i: i["weight_map"].update({NORM: "../x"})),
@@ -107,7 +111,7 @@ HF = {
 }
 
 
-def refused(call: Callable[[Path], None], out: Path) -> str:
+def get_refusal(call: Callable[[Path], None], out: Path) -> str:
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError) as e:
         call(out)
@@ -120,26 +124,26 @@ def test_damaged_hf_folders_are_rejected(case: str, sound: dict[str, Path], tmp_
     damage, expected = HF[case]
     folder = shutil.copytree(sound["hf"], tmp_path / "bad")
     damage(folder)
-    assert re.search(expected, refused(lambda out: convert.from_hf(folder, out), tmp_path / "out"))
+    assert re.search(expected, get_refusal(lambda out: convert.from_hf(folder, out), tmp_path / "out"))
 
 
-def weights_of(folder: Path) -> Path:
+def find_weights_file(folder: Path) -> Path:
     (file,) = (folder / "model").rglob("*.safetensors")
     return file
 
 
-def in_file(change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
+def change_weights(change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
     """Change the tensors of the checkpoint's file, and update the hashes of the manifest."""
     def damage(folder: Path) -> None:
-        tensors = load_file(weights_of(folder))
+        tensors = load_file(find_weights_file(folder))
         change(tensors)
-        save_file(tensors, weights_of(folder), metadata={"format": "pt"})
+        save_file(tensors, find_weights_file(folder), metadata={"format": "pt"})
         reseal(folder)
 
     return damage
 
 
-def in_index(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+def change_index(change: Callable[[Any], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         edit_json(folder / "model.index.json", change)
         reseal(folder)
@@ -156,45 +160,46 @@ def reseal(folder: Path) -> None:
 
 
 def flip_a_bit(folder: Path) -> None:
-    raw = bytearray(weights_of(folder).read_bytes())
+    raw = bytearray(find_weights_file(folder).read_bytes())
     raw[-7] ^= 4
-    weights_of(folder).write_bytes(raw)
+    find_weights_file(folder).write_bytes(raw)
 
 
 FC1 = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
 FC1_EXPERT = f"{FC1}@3,0,0"
 ROUTER, EXPERT_BIAS = "decoder.layers.1.mlp.router.weight", "decoder.layers.0.mlp.router.expert_bias"
 CHECKPOINT = {
-    "truncated file": (lambda d: os.truncate(weights_of(d), 20_000),
+    "truncated file": (lambda d: os.truncate(find_weights_file(d), 20_000),
                        r"safetensors: has 20000 bytes.*it holds embedding"),
     "flipped bit": (flip_a_bit, r"safetensors: its content differs from the hash .*it holds embedding"),
-    "truncated and sealed": (lambda d: (os.truncate(weights_of(d), 20_000), reseal(d)),
+    "truncated and sealed": (lambda d: (os.truncate(find_weights_file(d), 20_000), reseal(d)),
                              r"cannot be read .*\S+ is cut off"),
-    "missing expert": (in_index(lambda i: i[FC1]["pieces"].pop(3)),
+    "missing expert": (change_index(lambda i: i[FC1]["pieces"].pop(3)),
                        rf"a part of {FC1} \[8, 48, 32\] is missing"),
-    "block missing in the file": (in_file(lambda t: t.pop(FC1_EXPERT)),
+    "block missing in the file": (change_weights(lambda t: t.pop(FC1_EXPERT)),
                                   rf"{FC1} at \(3, 0, 0\) .* the file lacks it"),
-    "extra key": (in_index(lambda i: i.update(stray=i[ROUTER])), r"1 unexpected \(stray\)"),
-    "wrong shape": (in_index(lambda i: i[ROUTER].update(shape=[8, 31])),
+    "extra key": (change_index(lambda i: i.update(stray=i[ROUTER])), r"1 unexpected \(stray\)"),
+    "wrong shape": (change_index(lambda i: i[ROUTER].update(shape=[8, 31])),
                     rf"{ROUTER} \[8, 31\] instead of \[8, 32\]"),
-    "wrong shape in the file": (in_file(lambda t: t.update({f"{ROUTER}@0,0": torch.ones(8, 31).bfloat16()})),
+    "wrong shape in the file": (change_weights(lambda t: t.update({f"{ROUTER}@0,0": torch.ones(8,
+                                                                                               31).bfloat16()})),
                                 rf"{ROUTER} at \(0, 0\) is torch.bfloat16 \[8, 32\] in the index, "
                                 r"but the file .* \[8, 31"),
-    "nan": (in_file(with_value(FC1_EXPERT, torch.nan)),
+    "nan": (change_weights(set_value(FC1_EXPERT, torch.nan)),
             r"layers\.1\.mlp\.experts\.3\.gate_proj\.weight contains NaN"),
-    "infinity": (in_file(with_value(f"{ROUTER}@0,0", torch.inf)),
+    "infinity": (change_weights(set_value(f"{ROUTER}@0,0", torch.inf)),
                  r"layers\.1\.mlp\.gate\.weight contains infinity"),
-    "missing correction bias": (in_index(lambda i: i.pop(EXPERT_BIAS)), rf"1 missing \({EXPERT_BIAS}\)"),
-    "rounded bias": (in_index(lambda i: i[EXPERT_BIAS].update(dtype="bfloat16")),
+    "missing correction bias": (change_index(lambda i: i.pop(EXPERT_BIAS)), rf"1 missing \({EXPERT_BIAS}\)"),
+    "rounded bias": (change_index(lambda i: i[EXPERT_BIAS].update(dtype="bfloat16")),
                      rf"{BIAS} has dtype torch.bfloat16"),
     "settings disagree": (lambda d: edit_json(d / MANIFEST,
                                               lambda m: m["settings"]["model"].update(num_experts=7)),
                           rf"{re.escape(FC1.replace('.1.', '.0.'))} \[8, 48, 32\] instead of \[7, 48, 32\]"),
     "no heads": (lambda d: edit_json(d / MANIFEST, lambda m: m["settings"]["model"].update(num_kv_heads=0)),
                  r"manifest\.json: its settings cannot be used \(config: model\.num_kv_heads = 0 must be"),
-    "a block twice": (in_index(lambda i: i[FC1]["pieces"].append(i[FC1]["pieces"][3])),
+    "a block twice": (change_index(lambda i: i[FC1]["pieces"].append(i[FC1]["pieces"][3])),
                       rf"a part of {FC1} .* several pieces"),
-    "outside": (in_index(lambda i: i[ROUTER]["pieces"][0].update(file="model/../../x")),
+    "outside": (change_index(lambda i: i[ROUTER]["pieces"][0].update(file="model/../../x")),
                 rf"{ROUTER} points to model"),
 }
 
@@ -204,13 +209,13 @@ def test_damaged_checkpoints_are_rejected(case: str, sound: dict[str, Path], tmp
     damage, expected = CHECKPOINT[case]
     folder = shutil.copytree(sound["ckpt"], tmp_path / "bad")
     damage(folder)
-    assert re.search(expected, refused(lambda out: convert.to_hf(folder, out), tmp_path / "out"))
+    assert re.search(expected, get_refusal(lambda out: convert.to_hf(folder, out), tmp_path / "out"))
 
 
 def test_overflowing_value_is_rejected(sound: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(sound["ckpt"], tmp_path / "large")
-    in_file(with_value(f"{ROUTER}@0,0", 1e6))(folder)
-    message = refused(lambda out: convert.to_hf(folder, out, "float16"), tmp_path / "out")
+    change_weights(set_value(f"{ROUTER}@0,0", 1e6))(folder)
+    message = get_refusal(lambda out: convert.to_hf(folder, out, "float16"), tmp_path / "out")
     assert ("layers.1.mlp.gate.weight: its largest value 999424 does not fit float16 (65504); "
             "use --dtype bfloat16" in message)
 

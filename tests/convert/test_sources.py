@@ -35,7 +35,7 @@ def set_config(folder: Path, **fields: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-def refused(hf_dir: Path, tmp_path: Path) -> str:
+def get_refusal(hf_dir: Path, tmp_path: Path) -> str:
     with pytest.raises(UserError) as e:
         convert.from_hf(hf_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -44,7 +44,7 @@ def refused(hf_dir: Path, tmp_path: Path) -> str:
 
 def test_prediction_layer_of_another_family_is_rejected(solar_dir: Path, tmp_path: Path) -> None:
     bad = copy_with(solar_dir, tmp_path / "bad", lambda t: t.update({"mtp.norm.weight": torch.ones(32)}))
-    assert "unexpected (mtp.norm.weight)" in refused(bad, tmp_path)
+    assert "unexpected (mtp.norm.weight)" in get_refusal(bad, tmp_path)
 
 
 def test_prediction_layer_is_detected_without_config_field(exaone_dir: Path, tmp_path: Path) -> None:
@@ -87,15 +87,15 @@ def test_ignored_fields_are_rejected_unless_harmless(solar_dir: Path, tmp_path: 
                rope_scaling=None)
     assert convert.open_weights(tmp_path / "hf").model.num_dense_layers == 0
     set_config(tmp_path / "hf", first_k_dense_replace=1)
-    assert "first_k_dense_replace = 1, but only 0" in refused(tmp_path / "hf", tmp_path)
+    assert "first_k_dense_replace = 1, but only 0" in get_refusal(tmp_path / "hf", tmp_path)
 
 
 def test_folders_without_a_model_are_rejected(solar_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "is empty, so it is not a Hugging Face folder" in refused(tmp_path / "empty", tmp_path)
+    assert "is empty, so it is not a Hugging Face folder" in get_refusal(tmp_path / "empty", tmp_path)
     shutil.copytree(solar_dir, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
-    assert "is a pickle, and pickles can run code" in refused(tmp_path / "pickled", tmp_path)
+    assert "is a pickle, and pickles can run code" in get_refusal(tmp_path / "pickled", tmp_path)
 
 
 # Unused tensors of older programs, tied heads, and the advice in messages.
@@ -123,7 +123,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
     return folder
 
 
-def logits_of(folder: Path) -> torch.Tensor:
+def compute_logits(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_unexpected_tensors_are_rejected_until_removed(name: str, tmp_path: Path
     folder = tiny_folder(tmp_path / "hf")
     edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(16)}))
     assert ("correct config.json, or remove the unexpected tensors if no program reads them"
-            in refused(folder, tmp_path))
+            in get_refusal(folder, tmp_path))
     edit_tensors(folder, lambda tensors: tensors.pop(name))
     convert.from_hf(folder, tmp_path / "out")
 
@@ -174,7 +174,7 @@ def test_advice_for_missing_tensors_and_sizes_works(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=False)
     whole = load_file(folder / "model.safetensors")
     edit_tensors(folder, lambda tensors: tensors.pop(HEAD))
-    message = refused(folder, tmp_path)
+    message = get_refusal(folder, tmp_path)
     assert "correct config.json if the model has no such tensors, otherwise copy or download it" in message
     set_config(folder, tie_word_embeddings=True)
     convert.from_hf(folder, tmp_path / "tied")
@@ -182,7 +182,7 @@ def test_advice_for_missing_tensors_and_sizes_works(tmp_path: Path) -> None:
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     convert.from_hf(folder, tmp_path / "again")
     set_config(folder, intermediate_size=25)
-    message = refused(folder, tmp_path)
+    message = get_refusal(folder, tmp_path)
     assert "correct the sizes in config.json" in message and "download" not in message
 
 
@@ -193,19 +193,20 @@ def test_equal_tied_head_is_not_converted(tmp_path: Path, capsys: pytest.Capture
     back = round_trip(folder, tmp_path)
     assert f"not converted: {HEAD} (config.json ties it to {EMBEDDING}, which" in capsys.readouterr().err
     assert load_file(back / "model.safetensors").keys() == expected.keys()
-    assert torch.equal(logits_of(back), logits_of(folder))
+    assert torch.equal(compute_logits(back), compute_logits(folder))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_different_tied_head_is_converted_as_in_transformers(model_type: str, tmp_path: Path,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_folder(tmp_path / "hf", model_type, tie_word_embeddings=True)
-    tied = logits_of(folder)
+    tied = compute_logits(folder)
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: torch.randn(64, 16)}))
     back = round_trip(folder, tmp_path)
     assert f"{HEAD} and {EMBEDDING} differ, and config.json says that they" in capsys.readouterr().err
     assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is False
-    assert torch.equal(logits_of(back), logits_of(folder)) and not torch.equal(logits_of(folder), tied)
+    assert torch.equal(compute_logits(back),
+                       compute_logits(folder)) and not torch.equal(compute_logits(folder), tied)
     # the advice
     set_config(folder, tie_word_embeddings=False)
     convert.from_hf(folder, tmp_path / "untied")
@@ -225,10 +226,10 @@ def test_tied_head_with_one_changed_bit_is_converted(tmp_path: Path) -> None:
 
 def test_lone_tied_head_is_the_embedding(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
-    expected = logits_of(folder)
+    expected = compute_logits(folder)
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
-    assert torch.equal(logits_of(folder), expected)
-    assert torch.equal(logits_of(round_trip(folder, tmp_path)), expected)
+    assert torch.equal(compute_logits(folder), expected)
+    assert torch.equal(compute_logits(round_trip(folder, tmp_path)), expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -240,12 +241,12 @@ def test_index_may_list_a_missing_tied_head(tied: bool, tmp_path: Path) -> None:
         {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
     set_config(folder, tie_word_embeddings=tied)
     if tied:
-        assert torch.equal(logits_of(round_trip(folder, tmp_path)), logits_of(folder))
+        assert torch.equal(compute_logits(round_trip(folder, tmp_path)), compute_logits(folder))
     else:
-        assert f"1 missing ({HEAD})" in refused(folder, tmp_path)
+        assert f"1 missing ({HEAD})" in get_refusal(folder, tmp_path)
     (folder / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": dict.fromkeys([*names, "model.gone"], "model-00001-of-00001.safetensors")}))
-    assert "disagrees with the files about model.gone" in refused(folder, tmp_path)
+    assert "disagrees with the files about model.gone" in get_refusal(folder, tmp_path)
 
 
 def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
@@ -259,9 +260,9 @@ def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
     assert error.count("warning") == 1 and (
         "config.json: fields without effect on the computation, which to-hf writes unchanged: unsloth_fixed, "
         "transformers.js_config, num_hidden_layer (did you mean 'num_hidden_layers'?)\n") in error
-    said = {name: value for name, value in fields.items() if value is not None}
+    set_fields = {name: value for name, value in fields.items() if value is not None}
     recorded = read_manifest(tmp_path / "ckpt").content["config_fields"]
-    assert recorded == said | {"pretraining_tp": 2}
+    assert recorded == set_fields | {"pretraining_tp": 2}
     assert recorded.items() <= json.loads((back / "config.json").read_text()).items()
     # a second time, from the converted folder
     convert.from_hf(back, tmp_path / "second")

@@ -11,8 +11,8 @@ PROOFS: dict[str, Proof] = {}
 
 @pytest.fixture(autouse=True)
 def each_tokenizer_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let packs of one tokenizer share the proof that tiktoken gives its ids,
-    which takes longest of a small pack."""
+    """Prove once per tokenizer that tiktoken gives its ids: the
+    proof takes most of the time of a small pack."""
     prove = Encoder.prove_fast
 
     def prove_once(encoder: Encoder, samples: list[str]) -> Proof:

@@ -1,5 +1,5 @@
-"""Rows of every layout that TRL's and LLaMA-Factory's pages describe, as `datasets` stores them: read as the
-chat template shows them, or refused by a sentence that says what takes them."""
+"""Rows in every layout of TRL's and LLaMA-Factory's documentation, stored by `datasets`: rendered as by the
+chat template, or refused with the command that reads them."""
 
 import json
 import re
@@ -166,7 +166,7 @@ def encoder(folder: Path) -> Encoder:
     return Encoder(folder)
 
 
-def ids_of(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
+def pack_ids(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
     """Return the ids of each sequence that packing a path writes."""
     found: list[list[int]] = []
     for document in read_documents(list_files(path), RecordReading(kind)):
@@ -178,7 +178,7 @@ def ids_of(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
     return found
 
 
-def shown(folder: Path, conversations: list[Shown], **more: Any) -> list[list[int]]:
+def render_with_transformers(folder: Path, conversations: list[Shown], **more: Any) -> list[list[int]]:
     """Return what transformers makes of conversations, with the eos of a document."""
     loaded = AutoTokenizer.from_pretrained(folder)
     found = []
@@ -188,29 +188,30 @@ def shown(folder: Path, conversations: list[Shown], **more: Any) -> list[list[in
     return found
 
 
-def given(path: Path) -> list[Shown]:
+def read_chats(path: Path) -> list[Shown]:
     """Return what a chat template is given of the chats at a path."""
     return [([m.to_dict() for m in d.messages], list(d.tools) or None)
             for d in read_documents(list_files(path), RecordReading("chat"))]
 
 
-def without_nulls(value: Any) -> Any:
+def remove_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {name: remove_nulls(part) for name, part in value.items() if part is not None}
+    return [remove_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 @pytest.mark.each("name", CHATS)
-def test_chats_are_what_the_template_shows(tmp_path: Path, folder: Path, encoder: Encoder, name: str) -> None:
+def test_chats_equal_the_output_of_the_template(tmp_path: Path, folder: Path, encoder: Encoder,
+                                                name: str) -> None:
     rows, conversations = CHATS[name]
     store(rows, tmp_path)
-    found = {stored: given(tmp_path / stored) for stored in STORED}
+    found = {stored: read_chats(tmp_path / stored) for stored in STORED}
     for stored in ("lines.jsonl", "list.json"):  # `to_json` writes the table's nulls, which JSON keeps
-        found[stored] = [(without_nulls(messages), without_nulls(tools)) for messages, tools in found[stored]]
+        found[stored] = [(remove_nulls(messages), remove_nulls(tools)) for messages, tools in found[stored]]
     assert found == dict.fromkeys(STORED, conversations)
     if not any(tools for _, tools in conversations):  # which this template does not know
-        expected = shown(folder, conversations)
-        assert {stored: ids_of(encoder, tmp_path / stored, "chat") for stored in STORED} == dict.fromkeys(
+        expected = render_with_transformers(folder, conversations)
+        assert {stored: pack_ids(encoder, tmp_path / stored, "chat") for stored in STORED} == dict.fromkeys(
             STORED, expected)
 
 
@@ -218,8 +219,8 @@ def test_chats_are_what_the_template_shows(tmp_path: Path, folder: Path, encoder
 def test_pairs_are_two_chats_with_one_prompt(tmp_path: Path, folder: Path, encoder: Encoder,
                                              name: str) -> None:
     store(PREFERENCES[name], tmp_path)
-    expected = shown(folder, [(chat, None) for chat in PAIRS])
-    assert {stored: ids_of(encoder, tmp_path / stored, "preference") for stored in STORED} == dict.fromkeys(
+    expected = render_with_transformers(folder, [(chat, None) for chat in PAIRS])
+    assert {stored: pack_ids(encoder, tmp_path / stored, "preference") for stored in STORED} == dict.fromkeys(
         STORED, expected)
 
 
@@ -245,13 +246,18 @@ def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, fold
     for way in STORED:
         with pytest.raises(UserError, match=f"name yours with `{command}--columns {proposed}`"):
             list(read_documents(list_files(tmp_path / way), RecordReading(kind)))
-        found = list(read_documents(list_files(tmp_path / way),
-                                    RecordReading(kind, renames=parse_renames([proposed]))))
-        assert [[[(m.role, m.content) for m in side] for side in (d.messages, d.chosen, d.rejected)]
-                for d in found] == [[[(m.role, m.content) for m in side] for side in row] for row in expected]
+        documents = list(read_documents(list_files(tmp_path / way),
+                                        RecordReading(kind, renames=parse_renames([proposed]))))
+        conversations = [(d.messages, d.chosen, d.rejected) for d in documents]
+        assert list_turns(conversations) == list_turns(expected)
 
 
-def test_columns_join_fields_and_refuse_what_is_not_there(tmp_path: Path) -> None:
+def list_turns(rows: Any) -> list[list[list[tuple[str, str]]]]:
+    """Return (role, content) of the turns of each side (messages, chosen, rejected) of each row."""
+    return [[[(message.role, message.content) for message in side] for side in row] for row in rows]
+
+
+def test_columns_join_fields_and_refuse_missing_ones(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"ask": "Add.", "more": "1 2", "say": "3", "n": 4}))
 
     def read(*columns: str) -> Any:
@@ -282,8 +288,8 @@ def test_the_page_has_a_row_for_each_known_layout() -> None:
 def test_prompts_end_where_the_answer_begins(tmp_path: Path, folder: Path, encoder: Encoder,
                                              prompt: Any) -> None:
     store([{"prompt": prompt, "answer": "blue"}], tmp_path)
-    expected = shown(folder, [([say("user", "Sky?")], None)], add_generation_prompt=True)
-    assert {stored: ids_of(encoder, tmp_path / stored, "prompt") for stored in STORED} == dict.fromkeys(
+    expected = render_with_transformers(folder, [([say("user", "Sky?")], None)], add_generation_prompt=True)
+    assert {stored: pack_ids(encoder, tmp_path / stored, "prompt") for stored in STORED} == dict.fromkeys(
         STORED, expected)
 
 
@@ -298,10 +304,10 @@ def test_judged_responses_become_the_same_groups(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.each("name", REFUSED)
-def test_other_rows_are_refused_with_what_takes_them(tmp_path: Path, name: str) -> None:
+def test_other_rows_are_refused_with_the_command_that_reads_them(tmp_path: Path, name: str) -> None:
     row, wanted = REFUSED[name]
     stored = ["a.parquet"]
-    if b"PNG" in repr(row).encode():  # bytes are no JSON
+    if b"PNG" in repr(row).encode():  # bytes have no JSON form
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
     else:
         store([row], tmp_path)
@@ -337,12 +343,13 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
     data.to_parquet(tmp_path / "a.parquet")
     data.save_to_disk(tmp_path / "disk")
     for stored in ("a.parquet", "disk"):
-        assert given(tmp_path / stored) == [(chat, [one]) for chat, one in zip(chats, tools, strict=True)]
+        assert read_chats(tmp_path / stored) == [
+            (chat, [tool]) for chat, tool in zip(chats, tools, strict=True)]
 
 
-def test_fields_of_messages_that_are_not_read_are_said_and_counted(
+def test_ignored_fields_of_messages_are_reported_and_counted(
         tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They may first come behind a thousand records."""
+    """The field first occurs after a thousand records."""
     rows: Rows = [{"messages": qa(f"q{i}", f"a{i}")} for i in range(1, 9)]
     rows[4]["messages"][1] |= {"refusal": None, "annotations": [{"x": 1}]}
     for i in (5, 6):

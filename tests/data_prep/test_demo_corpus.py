@@ -29,13 +29,13 @@ class A:
 
 
 def test_parse_docstrings_returns_qualified_names() -> None:
-    found = parse_docstrings("pkg/mod.py", SOURCE)
-    assert [(d.module, d.name, d.text) for d in found] == [
+    docstrings = parse_docstrings("pkg/mod.py", SOURCE)
+    assert [(d.module, d.name, d.text) for d in docstrings] == [
         ("pkg.mod", "", "Module words."), ("pkg.mod", "A", "Class words."),
         ("pkg.mod", "A.f", "Function words.")]
     assert parse_docstrings("pkg/__init__.py", SOURCE)[0].module == "pkg"
     assert parse_docstrings("bad.py", "def (") == []
-    assert join_docstrings(found) == {
+    assert join_docstrings(docstrings) == {
         "pkg.mod": "pkg.mod\n\nModule words.\n\npkg.mod.A\n\nClass words.\n\npkg.mod.A.f\n\nFunction words."}
 
 
@@ -84,9 +84,9 @@ def test_corpus_is_written_without_korean(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(rows) == content.pop("judged")["num_documents"] > 10
     assert all(len({r["content"] for r in row["responses"]}) == 2 for row in rows)
     for name, counts in content.items():
-        found = list(read_documents(list_files(tmp_path / "corpus" / f"{name}.jsonl")))
-        assert len(found) == counts["num_documents"] > 10
-        assert all(bool(d.messages) == (name == "chat") for d in found)
+        documents = list(read_documents(list_files(tmp_path / "corpus" / f"{name}.jsonl")))
+        assert len(documents) == counts["num_documents"] > 10
+        assert all(bool(d.messages) == (name == "chat") for d in documents)
     code = [json.loads(line)["text"] for line in (tmp_path / "corpus/code.jsonl").read_text().splitlines()]
     assert any("import " in text for text in code) and len(set(code)) == len(code)
 

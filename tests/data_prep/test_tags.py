@@ -35,15 +35,15 @@ def test_pack_records_source_tags(tokenizers: dict[str, Path], tmp_path: Path) -
                        "en-True": {"synthetic": ["true"]}}
 
 
-@pytest.mark.each(("argument", "said"), [
+@pytest.mark.each(("argument", "message"), [
     ("Kind", "--tag 'Kind': 'Kind' cannot name a tag"), ("source=x", "'source' cannot name a tag"),
     ("kind=", "--tag 'kind=': '' cannot be a tag"), ("kind=a b", "'a b' cannot be a tag"),
     ("kind=web-*", "'web-*' cannot be a tag"), ("web:=x", "'' cannot name a tag"),
 ])
-def test_malformed_tags_are_rejected(argument: str, said: str) -> None:
+def test_malformed_tags_are_rejected(argument: str, message: str) -> None:
     with pytest.raises(UserError) as e:
         parse_tags([argument])
-    assert said in str(e.value)
+    assert message in str(e.value)
 
 
 def test_wrong_tags_give_one_sentence(tokenizers: dict[str, Path], tmp_path: Path,

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.typed_words import format_set_options
+
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
@@ -20,7 +22,7 @@ def pretrain(packed_data: Any) -> Command:
     """Return `command(run, *arguments, **settings)`: the arguments of a small `megatron-sov pretrain`."""
 
     def command(run: Path, *arguments: str, settings: tuple[str, ...] = ()) -> list[str]:
-        chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]
+        chosen = format_set_options((*SMALL, *settings))
         return ["pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run), *arguments,
                 *chosen]
 

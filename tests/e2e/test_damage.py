@@ -18,38 +18,38 @@ SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.kee
 EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
 
 
-def truncated(file: Path) -> None:
+def truncate_file(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def flipped(file: Path) -> None:
+def flip_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def deleted(file: Path) -> None:
+def delete_file(file: Path) -> None:
     file.unlink()
 
 
-DAMAGES = (truncated, flipped, deleted)
+DAMAGES = (truncate_file, flip_bit, delete_file)
 
 
-def folder_of(run: Path, step: int) -> Path:
+def get_checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step}"
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:
     """Return the hashes of a checkpoint's files, and the loop's state without times."""
-    state = json.loads((folder_of(run, step) / "state.json").read_text())
-    files = read_manifest(folder_of(run, step)).files
+    state = json.loads((get_checkpoint_folder(run, step) / "state.json").read_text())
+    files = read_manifest(get_checkpoint_folder(run, step)).files
     return {name: record.digest for name, record in files.items() if name != "state.json"} | {
         "state.json": json.dumps({k: v for k, v in state.items() if k != "wall_s"}, sort_keys=True)}
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: Any) -> Path:
-    """A run on two processes that kept a checkpoint of every step."""
+    """Return a run on two processes that has a checkpoint of every step."""
     run = tmp_path_factory.mktemp("kept") / "run"
     result = run_command(*pretrain(run, *EP2, settings=SETTINGS))
     assert result.returncode == 0, result.stderr
@@ -70,11 +70,11 @@ def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pr
     broken = tmp_path / "broken"
     shutil.copytree(kept, broken)
     (broken / "complete.json").unlink()
-    in_the_way = {8: ("optimizer/00000/rank-00001-00000.safetensors", truncated),
-                  7: ("model.index.json", flipped), 6: ("state.json", deleted), 5: (MANIFEST, flipped),
-                  4: ("tokenizer/tokenizer.json", truncated), 3: (MANIFEST, deleted)}
+    in_the_way = {8: ("optimizer/00000/rank-00001-00000.safetensors", truncate_file),
+                  7: ("model.index.json", flip_bit), 6: ("state.json", delete_file), 5: (MANIFEST, flip_bit),
+                  4: ("tokenizer/tokenizer.json", truncate_file), 3: (MANIFEST, delete_file)}
     for step, (name, spoil) in in_the_way.items():
-        spoil(folder_of(broken, step) / name)
+        spoil(get_checkpoint_folder(broken, step) / name)
     (broken / "checkpoints" / ".writing-step-9-0a1b2c3d").mkdir()
     result = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     assert result.returncode == 0, result.stderr
@@ -92,7 +92,7 @@ def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pr
     lost = tmp_path / "lost"
     shutil.copytree(kept, lost, ignore=shutil.ignore_patterns("step-[2-8]"))
     (lost / "complete.json").unlink()
-    deleted(folder_of(lost, 1) / "state.json")
+    delete_file(get_checkpoint_folder(lost, 1) / "state.json")
     for _ in range(2):  # and it stays refused
         result = run_command(*pretrain(lost, *EP2, "--resume", settings=SETTINGS))
         assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -102,7 +102,7 @@ def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pr
 
 def test_every_damage_to_every_file_is_detected(kept: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step-8"
-    shutil.copytree(folder_of(kept, STEPS), path)
+    shutil.copytree(get_checkpoint_folder(kept, STEPS), path)
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     assert {Path(n).suffix for n in names} >= {".safetensors", ".json"} and len(names) >= 9
     for name in names:
@@ -124,24 +124,24 @@ def test_commands_name_the_file_and_the_checkpoint_before(kept: Path, tmp_path: 
                                                           command: tuple[str, ...], name: str,
                                                           one_rank: None) -> None:
     for step in (6, 7, 8):
-        shutil.copytree(folder_of(kept, step), folder_of(tmp_path / "run", step))
-    deleted(folder_of(tmp_path / "run", 7) / MANIFEST)
-    flipped(folder_of(tmp_path / "run", 8) / name)
+        shutil.copytree(get_checkpoint_folder(kept, step), get_checkpoint_folder(tmp_path / "run", step))
+    delete_file(get_checkpoint_folder(tmp_path / "run", 7) / MANIFEST)
+    flip_bit(get_checkpoint_folder(tmp_path / "run", 8) / name)
     argv = [{"RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}.get(part, part) for part in command]
     try:
         code = main(argv)
     except SystemExit as e:
         code = e.code
-    said = capfd.readouterr().err
-    assert code == 2 and f"{folder_of(tmp_path / 'run', 8) / name}: " in said, said
-    assert (f"use the checkpoint before it, {folder_of(tmp_path / 'run', 6)}" in said
+    stderr = capfd.readouterr().err
+    assert code == 2 and f"{get_checkpoint_folder(tmp_path / 'run', 8) / name}: " in stderr, stderr
+    assert (f"use the checkpoint before it, {get_checkpoint_folder(tmp_path / 'run', 6)}" in stderr
             and not (tmp_path / "out").exists())
 
 
 def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pretrain: Any,
                                                  run_command: Any) -> None:
-    shutil.copytree(folder_of(kept, 8), folder_of(tmp_path / "run", 8))
-    truncated(folder_of(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
+    shutil.copytree(get_checkpoint_folder(kept, 8), get_checkpoint_folder(tmp_path / "run", 8))
+    truncate_file(get_checkpoint_folder(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
     result = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
     assert result.returncode == 2 and ("there is no checkpoint before it; restore it from "
                                        "a copy") in result.stderr, result.stderr

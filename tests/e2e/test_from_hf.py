@@ -12,6 +12,7 @@ from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.rows import build_row
 from megatron_sov.train.data.sources import open_sources
+from tests.typed_words import format_set_options
 
 SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
             "train.micro_batch_size=2", "train.steps=2", "data.heldout_tokens=128")
@@ -24,7 +25,7 @@ def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[
     run = tmp_path / "run"
     result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
                          "--from", str(hf_models["solar_open"]), "--nproc", "2",
-                         *(part for s in SETTINGS for part in ("--set", s)))
+                         *format_set_options(SETTINGS))
     assert result.returncode == 0, result.stderr
     first = next(e for e in read_events(run / "events.jsonl") if e["event"] == "step")
 

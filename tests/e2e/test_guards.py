@@ -1,4 +1,4 @@
-"""Injected faults: the run's reaction, and an end equal to that of a run without the same samples."""
+"""Injected faults: the reaction of the run, and the same final bits as a run that skips the same samples."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def runs(data: str, folder: str) -> dict[str, int]:
     }
 
 
-def events_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
+def read_guard_events(run: Path, *kinds: str) -> list[dict[str, Any]]:
     return [e for e in read_events(run / "events.jsonl") if e["event"] in kinds]
 
 
@@ -100,32 +100,32 @@ def test_any_injected_fault_equals_a_run_without_the_skipped_samples(ranks: Any,
     for name in ("storm", "rolled"):
         assert last_checkpoint(tmp_path / name) == last_checkpoint(tmp_path / f"{name} by hand")
     _storm_is_told(tmp_path / "storm")
-    (rollback,) = events_of(tmp_path / "rolled", "rollback")
+    (rollback,) = read_guard_events(tmp_path / "rolled", "rollback")
     assert (rollback["step"], rollback["back_to"], rollback["refused"]) == (10, 6, 3)
-    assert [e["ranks"] for e in events_of(tmp_path / "rolled", "skip")] == [[0], [1], [0]], (
+    assert [e["ranks"] for e in read_guard_events(tmp_path / "rolled", "skip")] == [[0], [1], [0]], (
         "whose loss was no number")
 
 
 def _storm_is_told(run: Path) -> None:
     """Check that the events contain every fault and the run's reaction."""
-    assert {e["fault"].split(",")[0] for e in events_of(run, "fault")} == {
+    assert {e["fault"].split(",")[0] for e in read_guard_events(run, "fault")} == {
         f.split(",")[0] for f in STORM_FAULTS}
-    restarts = events_of(run, "restart")
+    restarts = read_guard_events(run, "restart")
     assert ([e["exit_code"] for e in restarts], [e["step"] for e in restarts]) == RESTARTS
-    (damaged,), (corruption,), (hang,) = (events_of(run, kind)
+    (damaged,), (corruption,), (hang,) = (read_guard_events(run, kind)
                                           for kind in ("damaged_checkpoint", "sdc", "hang"))
     assert damaged["path"] == "checkpoints/step-16"
     assert corruption["step"] == 12 and corruption["ranks"] == [0, 1], "of two replicas both are named"
     assert hang["step"] == 20 and hang["places"]["fault_injection.py, trigger"] == [1], (
         "the others wait somewhere else")
     assert "trigger" in (run / "hang" / "step-20-rank-00001.txt").read_text()
-    skips = {e["step"]: e for e in events_of(run, "skip")}
+    skips = {e["step"]: e for e in read_guard_events(run, "skip")}
     assert sorted(skips) == [21, 27] and skips[21]["ranks"] == [1]
     assert "standard deviations above" in skips[27]["reason"]
     assert any(e["kind"] == "slow process" and e["rank"] == 1
-               for e in events_of(run, "alarm") if e["step"] == 30)
-    assert {tuple(e["layers"]) for e in events_of(run, "routing")} == {(1, 2)}
-    assert {e.get("source") for e in events_of(run, "expert_load")} == {None, "even", "odd"}
+               for e in read_guard_events(run, "alarm") if e["step"] == 30)
+    assert {tuple(e["layers"]) for e in read_guard_events(run, "routing")} == {(1, 2)}
+    assert {e.get("source") for e in read_guard_events(run, "expert_load")} == {None, "even", "odd"}
     *_, incidents = SECTIONS["Warnings and faults"].build(read_run(run)).tables
     assert {row[1] for row in incidents.rows} == {
         "step rejected", "restart", "hang", "silent corruption", "alarm", "injected fault",

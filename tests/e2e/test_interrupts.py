@@ -34,7 +34,7 @@ def interrupt(run: Path) -> None:
 def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: Any, start: Any,
                                                       until: Any) -> None:
     run = tmp_path / "my run"
-    # Rank 1 sleeps, so that rank 0 waits for it in a collective, in which Python handles no signal.
+    # Rank 1 sleeps, so rank 0 waits for it in a collective, during which Python runs no signal handler.
     process = start(pretrain(run, "--nproc", "2", "--inject", "slow-rank@step=4,rank=1,seconds=8,steps=1",
                              settings=SETTINGS))
     until(lambda: is_slow(run), process)

@@ -88,8 +88,7 @@ def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
         (weights * upstream).sum().backward()
         found.append((weights.detach(), chosen, local.grad, step.aux_loss[1]))
     return {"calls": calls, "same choice": torch.equal(found[0][1], found[1][1]),
-            "difference": [float((a.double() - b.double()).abs().max())
-                           for a, b in zip(*found, strict=True)]}
+            "difference": [float((a.double() - b.double()).abs().max()) for a, b in zip(*found, strict=True)]}
 
 
 @pytest.mark.distributed

@@ -19,7 +19,7 @@ def test_the_engine_runs_on_the_newest_release() -> None:
         pytest.skip(f"the index has no newer release than {releases.locked_version()}")
     completed = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:anyio", "tests/engine", "tests/checkpoint"],
-        env=releases.environment(releases.fetched(releases.LIBRARY, newest)), cwd=releases.ROOT,
+        env=releases.environment(releases.fetch_wheel(releases.LIBRARY, newest)), cwd=releases.ROOT,
         capture_output=True, text=True, check=False)
     assert completed.returncode == 0, f"{releases.LIBRARY} {newest}: {completed.stdout[-4000:]}"
 

@@ -87,8 +87,7 @@ def routed() -> dict[str, Any]:
     loss = 0.01 * (counts * EXPERTS / TOP_K / 7 * scores[:7].mean(0)).sum()
     # both passes were counted; the second used the router's own choice
     live = torch.bincount(logits[:7].topk(TOP_K).indices.flatten(), minlength=EXPERTS)
-    return {"weights": [weights.gather(1, expected).tolist(),
-                        (taken / taken.sum(-1, keepdim=True)).tolist()],
+    return {"weights": [weights.gather(1, expected).tolist(), (taken / taken.sum(-1, keepdim=True)).tolist()],
             "chosen": [chosen.nonzero()[:, 1].tolist(), expected.sort(dim=1).values.flatten().tolist()],
             "counts": [router.local_tokens_per_expert.tolist(), (counts + live).tolist()],
             "loss": [float(step.aux_loss[1]), float(loss + _balancing(scores, live))]}

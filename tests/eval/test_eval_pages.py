@@ -27,13 +27,12 @@ def write_files(text: str, folder: Path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(("page", "heading", "count", "said"), [
+@pytest.mark.parametrize(("page", "heading", "count", "message"), [
     ("serve.md", "Complete prompts", 5, ""), ("eval.md", "", 5, ""),
     ("eval_lm.md", "", 3, r"(?s)task +metric +value .* at limit\n.*aime24  avg@1 +0.0000")])
-def test_commands_of_the_page_run(page: str, heading: str, count: int, said: str, one_rank: None,
-                                  imported: dict[str, Path], hf_models: dict[str, Path],
-                                  token_shards: Path, tmp_path: Path,
-                                  monkeypatch: pytest.MonkeyPatch,
+def test_commands_of_the_page_run(page: str, heading: str, count: int, message: str, one_rank: None,
+                                  imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
+                                  tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     folders = {"my-checkpoint": imported["solar_open"], "my-model": hf_models["solar_open"],
                "shards": token_shards}
@@ -50,7 +49,7 @@ def test_commands_of_the_page_run(page: str, heading: str, count: int, said: str
     for line in lines:
         program, *arguments = shlex.split(line.split(" --nproc")[0])  # several processes: tests/infer
         assert (program, main(arguments)) == ("megatron-sov", 0), line
-    assert re.search(said, capsys.readouterr().out)
+    assert re.search(message, capsys.readouterr().out)
     if page == "eval_lm.md":
         [code] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         found: dict[str, object] = {}
@@ -62,11 +61,11 @@ def test_commands_of_the_page_run(page: str, heading: str, count: int, said: str
 
 def test_table_of_the_page_matches_task_files() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", SUITES_PAGE, re.MULTILINE)
-    told = {name: (suite, items, protocol) for name, suite, items, _, protocol in rows}
+    table = {name: (suite, items, protocol) for name, suite, items, _, protocol in rows}
     catalog = find_tasks([TaskFolder(SUITES, trusted=True)])
     tasks = {name: definition.config for name, definition in catalog.definitions.items()}
-    assert told == {name: (config["metadata"]["sov"]["suite"], _items(config["metadata"]["sov"]),
-                           _protocol(config)) for name, config in tasks.items()}
+    assert table == {name: (config["metadata"]["sov"]["suite"], _items(config["metadata"]["sov"]),
+                            _protocol(config)) for name, config in tasks.items()}
     files = {name: cell for name, _, _, cell, _ in rows}
     assert "`mmlu/dev.jsonl`, `mmlu/test.jsonl`" in files["mmlu"]
     assert files["mmmlu"] == "`mmmlu/`: 14 files"

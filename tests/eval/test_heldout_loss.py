@@ -60,7 +60,7 @@ def test_data_without_heldout_documents_are_rejected(one_rank: None, imported: d
 CUT = ["--seq-len", "100", "--max-tokens", "1500"]
 
 
-def ask(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
+def read_printed_result(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
     assert main(["eval", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -69,7 +69,8 @@ def ask(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
 def test_checkpoint_and_export_have_equal_loss(family: str, one_rank: None, imported: dict[str, Path],
                                                hf_models: dict[str, Path], token_shards: Path,
                                                capsys) -> None:
-    ours, theirs = (ask(capsys, "ppl", str(folders[family]), "--data", str(token_shards), *CUT)
+    ours, theirs = (read_printed_result(capsys, "ppl", str(folders[family]), "--data", str(token_shards),
+                                        *CUT)
                     for folders in (imported, hf_models))
     assert set(ours) == {"first", "second"}
     for name, result in ours.items():
@@ -88,8 +89,8 @@ def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None,
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_models["solar_open"], dtype=torch.float32)
-    result = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), "--seq-len",
-                 str(seq_len), "--max-tokens", "1500")
+    result = read_printed_result(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards),
+                                 "--seq-len", str(seq_len), "--max-tokens", "1500")
     for source in open_sources({str(token_shards): 1.0}, 1024):
         shard, left, nats, labels = source.open_split("heldout"), 1500, 0.0, 0
         for document, length in enumerate(shard.lengths):
@@ -124,8 +125,8 @@ def test_heldout_losses_are_recorded_as_events(one_rank: None, imported: dict[st
               "data": {"phases": [{"name": "a", "seq_len": 100}], "heldout_tokens": 1500}}
     write_atomically(tmp_path / "config.json", format_json(config))
     run = ["--data", str(token_shards), "--run", str(tmp_path)]
-    ours = ask(capsys, "ppl", str(imported["solar_open"]), *run, *CUT)
-    theirs = ask(capsys, "ppl", str(hf_models["solar_open"]), *run, *CUT)
+    ours = read_printed_result(capsys, "ppl", str(imported["solar_open"]), *run, *CUT)
+    theirs = read_printed_result(capsys, "ppl", str(hf_models["solar_open"]), *run, *CUT)
     checkpoint, export = [e for e in read_events(tmp_path / EVENTS) if e["event"] != "step"]
     assert (checkpoint["event"], checkpoint["step"], checkpoint["heldout"]) == ("eval", 0, ours)
     assert (export["event"], export["step"], export["heldout"]) == ("eval", 41, theirs)

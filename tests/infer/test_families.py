@@ -31,10 +31,10 @@ RECIPES["tiny-solar-open2"] = ["model.num_experts=4", "model.expert_ffn_dim=16",
                                '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6, '
                                '"negative_eigenvalues": true}']
 FURTHER = ("tiny-kimi-k2", "tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3")
-"""Whose caches hold what those of others hold."""
+"""Families whose caches have the same contents as those of another family in this list."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3",)
-"""Of which two processes hold halves of what no other has: latent attention, prediction layers.  The others
-are cut as these; test_gradients.py has all that cut, against transformers."""
+"""Families with tensors that two processes split in a way no other family has (latent attention, prediction
+layers). test_gradients.py compares all families with transformers."""
 
 
 def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:

@@ -19,7 +19,7 @@ def test_prompt_options_come_before_the_file(tmp_path: Path) -> None:
     assert read_prompts(["a"], None) == [ModelPrompt("a")]
 
 
-@pytest.mark.each(("line", "sentence"), [
+@pytest.mark.each(("line", "message"), [
     ("{", "is not valid JSON"),
     ("[" * 200_000, "is not valid JSON"),
     ('["a"]', 'must be an object with "prompt"'),
@@ -28,10 +28,10 @@ def test_prompt_options_come_before_the_file(tmp_path: Path) -> None:
     (r'{"prompt": "a", "answer": "\ud800"}', "is not valid JSON"),
     ('{"prompt": "a", "target": 1}', 'must be an object with "prompt"'),
 ])
-def test_malformed_line_is_reported_by_number(tmp_path: Path, line: str, sentence: str) -> None:
+def test_malformed_line_is_reported_by_number(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n' + line)
-    with pytest.raises(UserError, match=f"prompts.jsonl:2: {sentence}"):
+    with pytest.raises(UserError, match=f"prompts.jsonl:2: {message}"):
         read_prompts([], file)
 
 

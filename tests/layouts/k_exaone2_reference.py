@@ -9,8 +9,8 @@ from torch.nn.functional import linear, silu
 
 
 def as_released(model: Any) -> Any:
-    """Return the model, whose layers now see `sliding_windows` and whose gates stay within `swiglu_limits`;
-    where the config has neither, it is left alone."""
+    """Set `sliding_windows` and `swiglu_limits` of the config in
+    transformers' model; without them the model is unchanged."""
     config = model.config.to_dict()
     for layer, window in zip(model.model.layers, config.get("sliding_windows") or [], strict=False):
         layer.self_attn.register_forward_pre_hook(_seeing(window), with_kwargs=True)
@@ -24,7 +24,7 @@ def as_released(model: Any) -> Any:
 
 
 def _seeing(window: int) -> Any:
-    """Return the hook that replaces a layer's mask by a causal one of so many tokens (0: all)."""
+    """Return a hook that replaces a layer's mask by a causal mask over a window of tokens (0: unlimited)."""
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         n = kwargs["hidden_states"].shape[1]
         distance = torch.arange(n)[:, None] - torch.arange(n)

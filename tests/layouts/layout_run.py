@@ -40,8 +40,7 @@ FAMILIES = {
     "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
     "tiny-qwen3-moe": ("model.num_experts=4", "model.seq_aux_loss_coeff=0.01",),
     "tiny-exaone4": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
-    "tiny-gemma3": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8",
-                    "model.attention_pattern=LG"),
+    "tiny-gemma3": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8", "model.attention_pattern=LG"),
     "tiny-deepseek-v3": ("model.num_experts=4", "model.num_expert_groups=2", "model.num_groups_per_token=1",
                          "model.dense_ffn_dim=48", "model.num_kv_heads=4", "model.head_dim=20",
                          'model.latent_attention={"kv_lora_rank": 12, "q_lora_rank": 20, '

@@ -1,5 +1,5 @@
-"""Functions that run inside ranks: training steps on rows with images and audio, as numbers and
-checkpoints."""
+"""Functions that run inside ranks: training steps on rows with
+images and audio, as numbers and checkpoints."""
 
 import hashlib
 import json
@@ -163,14 +163,13 @@ def continued(settings: list[str], run: str) -> dict[str, Any]:
 
 
 def started(plain: str, encoder: str) -> dict[str, list[str]]:
-    """Start from a checkpoint without encoders, with a picture encoder of a folder; return which tensors are
-    the checkpoint's, which the folder's, and which neither's.
+    """Start from a checkpoint without encoders, with a picture encoder from a folder; return the tensors of
+    the checkpoint, of the folder, and of neither.
 
     PLAIN is the checkpoint, which is written first.
     """
     first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
-    save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(),
-                         None)
+    save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(), None)
     world.leave_world()
     outcome = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
     outcome.load_start_weights(Path(plain))

@@ -59,7 +59,7 @@ def _layouts(experts: bool) -> list[Any]:
     return [*covering.singles(experts), *covering.products(experts)]
 
 
-def _tried(model: str, *, all_pairs: bool) -> list[Any]:
+def _list_layouts(model: str, *, all_pairs: bool) -> list[Any]:
     """Return the layouts to run for a model: all settings, or all pairs of settings."""
     experts = MODELS[model][2]
     if WHOLE_TABLE:
@@ -84,10 +84,10 @@ FIRST = "experts, YaRN"
 @pytest.mark.parametrize(("model", "all_pairs"), [
     *(pytest.param(model, False, marks=() if model == FIRST else pytest.mark.deep) for model in MODELS),
     *(pytest.param(model, True, marks=pytest.mark.deep) for model in MODELS if MODELS[model][2])])
-def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
-                                                 model: str, all_pairs: bool) -> None:
+def test_every_layout_trains_like_one_process(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                              model: str, all_pairs: bool) -> None:
     recipe, settings, _ = MODELS[model]
-    layouts = _tried(model, all_pairs=all_pairs)
+    layouts = _list_layouts(model, all_pairs=all_pairs)
     num_steps = 4 if WHOLE_TABLE else 2
     common = {"recipe": recipe, "paths": [str(packed_data.text)], "reference": str(tmp_path),
               "num_steps": num_steps}
@@ -146,7 +146,7 @@ def test_the_published_table_lists_every_layout() -> None:
 
 @pytest.mark.parametrize("all_pairs", [False, True])
 def test_every_setting_every_pair_and_everything_at_once_are_tried(all_pairs: bool) -> None:
-    dense, *with_experts = (_tried(model, all_pairs=all_pairs) for model in MODELS)
+    dense, *with_experts = (_list_layouts(model, all_pairs=all_pairs) for model in MODELS)
     selected = [x for layouts in with_experts for x in layouts]
     settings = {part for x in covering.singles(True) for part in x.choice}
     assert {part for x in selected for part in x.choice} == settings and set(selected) <= set(_layouts(True))

@@ -83,6 +83,5 @@ def test_a_step_starts_no_more_operations_and_fetches_no_more_numbers(
     assert (more["operations"] - fewer["operations"]) / (2 * count) <= OPERATIONS[recipe]
     limits = ({name: n * count * more["routed_layers"] for name, n in PER_ROUTED_LAYER.items()}
               | {name: n * count for name, n in PER_MICRO_BATCH.items()} | PER_STEP)
-    excess = {name: n for name, n in more["fetches"].items()
-              if n > limits.get(name, 0)}
+    excess = {name: n for name, n in more["fetches"].items() if n > limits.get(name, 0)}
     assert excess == {}, "these functions make the host wait for the device"

@@ -132,7 +132,7 @@ def test_a_run_may_start_from_a_model_without_encoders(ranks: Any, job: Any, tmp
 
 # comparison with transformers
 
-def scanned(x: torch.Tensor, w: dict[str, torch.Tensor], head_dim: int, state_size: int) -> torch.Tensor:
+def scan_tokens(x: torch.Tensor, w: dict[str, torch.Tensor], head_dim: int, state_size: int) -> torch.Tensor:
     """Compute a Mamba-2 mixer token by token on one sequence [n, width]."""
     heads = len(w["D"])
     inner = heads * head_dim
@@ -151,7 +151,7 @@ def scanned(x: torch.Tensor, w: dict[str, torch.Tensor], head_dim: int, state_si
     return y @ w["out_proj.weight"].T
 
 
-def compressed(features: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
+def compress_features(features: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
     """Compress every five features of a record [n, hidden] to one."""
     def select(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
@@ -167,7 +167,7 @@ def compressed(features: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tens
         gate = linear(query, block["gate_fc.weight"], block["gate_fc.bias"]).sigmoid() * 0.98 + 0.01
         summary = (attention[:, None] * chunk[:5]).sum(0) * gate + query * (1 - gate)
         compressed_rows += [chunk[:5], summary[None]]
-    out = scanned(torch.cat(compressed_rows), select("model.layers.0.mixer."), 8, 4) + rows
+    out = scan_tokens(torch.cat(compressed_rows), select("model.layers.0.mixer."), 8, 4) + rows
     out = rms_norm(out, out.shape[-1:], w["model.norm_f.weight"], 1e-5)[5::6]
     return linear(out, w["output_proj.weight"], w["output_proj.bias"])
 
@@ -217,7 +217,7 @@ def test_losses_and_gradients_are_those_of_transformers(ranks: Any, job: Any, tm
         audio_features = mlp(audio(records).last_hidden_state, "audio_projector")
         prefix = "model.video_audio_compressor."
         compressor = {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
-        return torch.cat([compressed(record, compressor) for record in audio_features])
+        return torch.cat([compress_features(record, compressor) for record in audio_features])
 
     total, count = torch.zeros(()).double(), 0.0
     for m in result["micro_batches"]:

@@ -23,7 +23,7 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objectives.OBJECTIVE_PLUGINS, "_known", {})
 
 
-def config_of(name: str, **options: Any) -> RunConfig:
+def build_config(name: str, **options: Any) -> RunConfig:
     config = recipes.get("tiny-qwen3")
     return replace(config, objective=replace(config.objective, name=name, options=options))
 
@@ -37,8 +37,8 @@ def test_the_built_in_one_is_the_commands(tmp_path: Path) -> None:
     def built_in(context: Any) -> Any: ...
 
     for name in objectives.BUILT_IN:
-        objectives.check_objective(config_of(name))
-        assert objectives.get_factory(config_of(name), built_in) is built_in
+        objectives.check_objective(build_config(name))
+        assert objectives.get_factory(build_config(name), built_in) is built_in
 
 
 def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
@@ -46,18 +46,18 @@ def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
                           "float = 2.0, kind='a'):\n"
                           "        self.made = context, gamma, kind\n"
                           "        self.coefficients = {'x': 1.0}\n" + METHODS)
-    config = config_of(name, gamma=3, kind=["any"])
+    config = build_config(name, gamma=3, kind=["any"])
     objectives.check_objective(config)
     made: Any = objectives.get_factory(config, None)("context")  # type: ignore[arg-type]
     assert made.made == ("context", 3, ["any"])
     with pytest.raises(UserError, match=r"'gamma'\?\n  objective.options.gamma"):
-        objectives.check_objective(config_of(name, gama=1, gamma=None))
+        objectives.check_objective(build_config(name, gama=1, gamma=None))
 
 
 def test_type_checking_only_types_are_not_checked(tmp_path: Path) -> None:
     name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, context: "
                           f"Context, size: Size = 1): ...\n{METHODS}")
-    objectives.check_objective(config_of(name, size="anything"))
+    objectives.check_objective(build_config(name, size="anything"))
 
 
 @pytest.mark.each(("text", "message"), [
@@ -73,8 +73,7 @@ def test_type_checking_only_types_are_not_checked(tmp_path: Path) -> None:
      r"`columns` is \['a'\], must be a dict of column -> NeededColumn\(made_by\)"),
     (f"class Mine:\n    def state(self): ...\n    def __init__(self, context): ...\n{METHODS}",
      r"an objective with a memory needs restore\(self, state\); it has none"),
-    ("def Mine(context): ...",
-     r"is a function; an objective is a class with collect\(self, policy, step\)"),
+    ("def Mine(context): ...", r"is a function; an objective is a class with collect\(self, policy, step\)"),
 ])
 def test_invalid_objectives_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -82,8 +81,7 @@ def test_invalid_objectives_are_refused(tmp_path: Path, text: str, message: str)
 
 
 def test_an_objective_without_coefficients_is_refused_at_construction(tmp_path: Path) -> None:
-    config = config_of(load(tmp_path,
-                            f"class Mine:\n    def __init__(self, context): ...\n{METHODS}"))
+    config = build_config(load(tmp_path, f"class Mine:\n    def __init__(self, context): ...\n{METHODS}"))
     with pytest.raises(UserError, match="term -> its weight"):
         objectives.get_factory(config, None)(None)  # type: ignore[arg-type]
 
@@ -94,6 +92,6 @@ def test_required_columns_are_known_before_construction(tmp_path: Path) -> None:
     name = load(tmp_path, "from megatron_sov import NeededColumn\nclass Mine:\n    formats = 'preference',\n"
                           "    columns = {'score': NeededColumn('sov-data pack --column score')}\n"
                           f"    def __init__(self, context): ...\n{METHODS}")
-    made_by = objectives.get_factory(config_of(name), None)  # type: ignore[arg-type]
+    made_by = objectives.get_factory(build_config(name), None)  # type: ignore[arg-type]
     assert get_formats(made_by) == ("preference",) and list(get_columns(made_by)) == ["score"]
     assert get_formats(lambda context: None) == ("text", "chat") and get_columns(lambda context: None) == {}

@@ -15,16 +15,16 @@ from megatron_sov.plan.search.sweep import search_layouts
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(("recipe", "gpu", "said"), [
+@pytest.mark.parametrize(("recipe", "gpu", "settings"), [
     ("qwen3-8b", "h100", ()), ("qwen3-8b", "b200", ("train.fp8=mxfp8",)), ("llama-3.1-8b", "h200", ()),
     ("qwen3-4b", "h100", ("train.global_batch_size=48",)), ("vibethinker-1.5b", "h100", ()),
     ("gemma-3-1b", "a100", ()), ("tiny-solar-open", "h100", ()), ("tiny-qwen3-moe", "b200", ())])
 def test_default_layout_is_as_fast_as_a_sweep_with_spare_memory(recipe: str, gpu: str,
-                                                                said: tuple[str, ...]) -> None:
-    config, where = apply_settings(recipes.get(recipe), list(said)), load_machines(gpu, 1)
-    prices, found = build_pricing(where), find_layout(config, where, said)
+                                                                settings: tuple[str, ...]) -> None:
+    config, where = apply_settings(recipes.get(recipe), list(settings)), load_machines(gpu, 1)
+    prices, found = build_pricing(where), find_layout(config, where, settings)
     assert prices is not None and found is not None
-    swept = search_layouts(LocalSearch(config, prices, said).config, prices)
+    swept = search_layouts(LocalSearch(config, prices, settings).config, prices)
     roomy = [one for one in swept.best if one.needs_bytes <= (1 - SPARE_SHARE) * prices.limit_bytes]
     assert found.seconds <= 1.05 * (roomy or swept.best)[0].seconds
     assert found.num_priced < swept.num_looked_at
@@ -33,7 +33,7 @@ def test_default_layout_is_as_fast_as_a_sweep_with_spare_memory(recipe: str, gpu
     assert not chosen.problems(where.num_ranks)
     assert needs <= (1 - SPARE_SHARE if roomy else 1) * prices.limit_bytes
     assert len({setting.partition("=")[0] for setting in found.settings}) == len(found.settings)
-    assert find_layout(config, where, said) == found
+    assert find_layout(config, where, settings) == found
 
 
 @pytest.mark.deep
@@ -43,13 +43,13 @@ def test_a_recipe_whose_own_layout_needs_more_processes_gets_one() -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("said", [
+@pytest.mark.parametrize("settings", [
     ("parallel.expert_dispatcher=alltoall",), ("train.fp8=none",), ("gpu.attention=local",)])
-def test_kernels_that_the_user_chose_stay(said: tuple[str, ...]) -> None:
-    config = apply_settings(recipes.get("qwen3-moe-30b"), list(said))
-    result = find_layout(config, load_machines("h100", 2), said)
+def test_kernels_that_the_user_chose_stay(settings: tuple[str, ...]) -> None:
+    config = apply_settings(recipes.get("qwen3-moe-30b"), list(settings))
+    result = find_layout(config, load_machines("h100", 2), settings)
     assert result is not None
-    assert apply_settings(apply_settings(config, list(result.settings)), list(said)) == apply_settings(
+    assert apply_settings(apply_settings(config, list(result.settings)), list(settings)) == apply_settings(
         config, list(result.settings))
 
 

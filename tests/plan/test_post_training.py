@@ -21,7 +21,7 @@ def gpus(num_gpus: int = 8) -> Pricing:
     return pricing
 
 
-def priced(name: str, *settings: str) -> Quote:
+def price_example(name: str, *settings: str) -> Quote:
     (found,) = quote_run(apply_settings(recipes.get(name), ["parallel.zero1=true", *settings]), gpus(), [])
     return found
 
@@ -32,16 +32,17 @@ def priced(name: str, *settings: str) -> Quote:
     (("objective.name=preference", "preference.method=simper"), "")])
 def test_conversations_attend_separately_and_notes_list_omissions(settings: tuple[str, ...],
                                                                   left_out: str) -> None:
-    result = priced("typhoon-s-8b", *settings)
+    result = price_example("typhoon-s-8b", *settings)
     assert f"Documents of 1,000 tokens are assumed in rows of {result.seq_len:,}." in result.notes
     assert [note for note in result.notes if "not priced" in note and note.startswith(left_out or "-")] == [
         note for note in result.notes if "not priced" in note]
     assert any("not priced" in note for note in result.notes) == bool(left_out)
-    assert result.seconds["attention"] < priced("typhoon-s-8b", "objective.name=lm").seconds["attention"] / 2
+    assert result.seconds["attention"] < price_example("typhoon-s-8b",
+                                                       "objective.name=lm").seconds["attention"] / 2
 
 
 def test_adapters_need_less() -> None:
-    whole, adapter = priced("typhoon-s-8b"), priced("typhoon-s-8b", "lora.rank=16")
+    whole, adapter = price_example("typhoon-s-8b"), price_example("typhoon-s-8b", "lora.rank=16")
     assert 0.5 * whole.hours < adapter.hours < 0.95 * whole.hours
     assert adapter.memory.total_bytes < 0.6 * whole.memory.total_bytes
 

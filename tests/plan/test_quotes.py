@@ -157,7 +157,7 @@ def test_only_models_with_experts_meet_imbalance() -> None:
     assert any("busiest" in note for note in quote_stage(sparse, pricing).notes)
 
 
-def test_deepseek_v3_costs_what_its_report_says() -> None:
+def test_the_price_of_deepseek_v3_equals_its_report() -> None:
     """2.788 M hours of an H800 at 2 dollars: 5.576 M dollars (its report, table 1)."""
     profile = load_machines("h100", 1).profile
     price = find_price(replace(profile, gpu="h800", price_per_gpu_hour=2.0))

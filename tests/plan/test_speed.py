@@ -1,4 +1,5 @@
-"""Step times: by hand where one resource is the bound, and their change with each setting."""
+"""Step times: equal to hand calculations where one resource is the
+limit, and their change with each setting."""
 
 from dataclasses import replace
 
@@ -310,8 +311,7 @@ def test_recomputing_everything_sends_a_forward_pass_more() -> None:
     assert twice == pytest.approx(once * 3 / 2)
 
 
-@pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
-                                                     ("fsdp", 4 + 2 * 2)])
+@pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2), ("fsdp", 4 + 2 * 2)])
 def test_data_parallel_bytes_equal_the_zero_paper(sharding: str, bytes_per_weight: int) -> None:
     """arXiv 1910.02054, section 7: an all-reduce is two ring halves; stage 1 replaces one of them by
     gathering weights, stage 3 gathers them in both passes."""
@@ -366,8 +366,8 @@ def test_context_parallelism_sends_keys_and_values_around_a_ring() -> None:
 
 
 def test_sliding_window_layers_send_only_the_ends_of_chunks() -> None:
-    """Each of 4 processes has two chunks of 256 tokens and sends the last 127 of each; three of four layers
-    slide."""
+    """Each of 4 processes has two chunks of 256 tokens and sends the
+    last 127 of each; three of four layers slide."""
     windowed = replace(DENSE, window=128, global_every=4)
     token = 2 * 1024 * 2
     assert count_sent_bytes(build_step(windowed, cp=4, global_batch_size=2))["cp"] == pytest.approx(

@@ -36,7 +36,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
 STEPS = 2
 ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.knowledge_coeff=0",
               "policy.kl=none", "model.mtp_loss_coeff=0", "model.seq_aux_loss_coeff=0"]
-"""Nothing is left to learn, which must not end the run."""
+"""A step without anything to learn must not end the run."""
 
 
 class Rollouts:
@@ -98,8 +98,8 @@ def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
 
 
 def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
-    """Train; return losses, meters and gradient norm of each step, preceded by the first step computed with
-    `_written_out`."""
+    """Train; return losses, meters and gradient norm of each step, preceded
+    by the first step computed with `_written_out`."""
     trainer, results = _trainer(settings, run), []
     if write_out:
         collect = trainer.objective.collect
@@ -184,9 +184,9 @@ def test_the_objective_requires_the_columns_of_its_settings() -> None:
 def test_engine_gap_blames_precision_only_for_fresh_rounds(max_staleness: int) -> None:
     learning: Any = PolicyLearning.__new__(PolicyLearning)
     learning._rollout = SimpleNamespace(max_staleness=max_staleness, steps_per_round=1)
-    said = learning.doubt(1, {"engine_kl": 0.2})
-    assert "staleness_steps of the round; above 0, older weights" in said
-    assert "at 0 the engine's model" in said
+    warning = learning.doubt(1, {"engine_kl": 0.2})
+    assert "staleness_steps of the round; above 0, older weights" in warning
+    assert "at 0 the engine's model" in warning
     assert not learning.doubt(1, {"engine_kl": 0.01})
 
 

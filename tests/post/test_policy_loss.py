@@ -211,7 +211,7 @@ def test_teacher_signal_is_the_difference_of_logprobs() -> None:
         assert meters["reverse_kl"] == pytest.approx(sum(x - t for t, x, _ in apart) / len(apart), rel=1e-12)
 
 
-def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> Any:
+def compute_trl_loss(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> Any:
     """Return the loss as `GRPOTrainer` of TRL 1.16 computes it with vLLM, in words of ours: over padded
     responses, `vllm_importance_sampling_mode` as the correction."""
     rows, width = sorted(set(index.tolist())), int(index.bincount().max())
@@ -244,7 +244,7 @@ def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> An
 @pytest.mark.each("masked", ["some", "one whole response", "the whole batch"])
 @pytest.mark.each("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.each("method", ["grpo", "gspo"])
-def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: Any, masked: str) -> None:
+def test_two_steps_of_a_round_equal_trl(method: Any, correction: Any, masked: str) -> None:
     """A linear model learns a round of two batches; in the first `old` is the step's own."""
     asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
                              "correction_low": 0.8, "correction_high": 1.25}
@@ -271,7 +271,8 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
         loss = sum(policy_loss.coefficients[t] * terms[t] / counts[t] for t in policy_loss.coefficients)
         x = -torch.nn.functional.softplus(features @ trl_at)
         now = columns if step else columns | {"old_logprobs": x.detach()}
-        expected = of_trl(asked, {k: v[written] for k, v in now.items()}, x[written], index[written])
+        expected = compute_trl_loss(asked, {k: v[written] for k, v in now.items()}, x[written],
+                                    index[written])
         assert loss.item() == pytest.approx(expected.item(), abs=1e-14)
         if correction.endswith("mask") and masked == "the whole batch":
             assert float(meters["masked_share"][0] / meters["masked_share"][1]) == 1

@@ -54,7 +54,7 @@ class Picked:
         return result
 
 
-def measured_of(trainer: Any, batch: Any) -> dict[str, float]:
+def evaluate_heldout_pairs(trainer: Any, batch: Any) -> dict[str, float]:
     """Return the held-out figures of the pairs of a training batch."""
     origins = [origin for m in batch.micro_batches for origin in m.origins]
     with_reference = trainer.sources[0].open_split("train")
@@ -122,7 +122,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
         train_step(trainer)
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
-        measured = measured_of(trainer, batch)
+        measured = evaluate_heldout_pairs(trainer, batch)
         # which moves the routers' biases
         sums_of_batch = trainer.forward_backward.compute_gradients(batch, objective, 2)
         loss = sums_of_batch.terms["preference"] / batch.targets["preference"]

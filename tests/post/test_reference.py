@@ -17,12 +17,12 @@ from megatron_sov.train.data.requirements import NeededColumn, check_columns
 from megatron_sov.train.data.sources import Source, open_sources
 
 
-def opened(pairs: Path) -> list[Source]:
+def open_pairs(pairs: Path) -> list[Source]:
     return open_sources({str(pairs): 1.0}, 10**6, ("preference",))
 
 
 def test_held_out_pairs_do_not_change(pairs: Path, tmp_path: Path) -> None:
-    [source] = opened(pairs)
+    [source] = open_pairs(pairs)
     [learned] = Reference(tmp_path, pairs, [source], 128).sources
     held, found = source.open_split("heldout"), learned.open_split("heldout")
     assert list(found.lengths) == list(held.lengths)
@@ -33,7 +33,7 @@ def test_held_out_pairs_do_not_change(pairs: Path, tmp_path: Path) -> None:
 
 
 def test_heldout_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) -> None:
-    [source] = opened(pairs)
+    [source] = open_pairs(pairs)
     reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     reference._open_files()
     assert reference._find_missing() == [("pairs", 0), ("pairs.heldout", 0)]
@@ -60,7 +60,7 @@ def start(folder: Path, weights: str) -> Path:
 
 def test_reference_is_identified_by_weights_data_and_samples(pairs: Path, tmp_path: Path) -> None:
     def reference(checkpoint: Path, max_tokens: int = 128) -> Reference:
-        return Reference(tmp_path / "run", checkpoint, opened(pairs), max_tokens)
+        return Reference(tmp_path / "run", checkpoint, open_pairs(pairs), max_tokens)
 
     first, again, other = (start(tmp_path / n, w) for n, w in (("a", "one"), ("b", "one"), ("c", "two")))
     reference(first)._open_files()
@@ -79,7 +79,7 @@ def flip(file: Path) -> None:
 
 def test_resume_rejects_missing_reference_logprobs(pairs: Path, tmp_path: Path, capsys: Any ) -> None:
     def reference(max_tokens: int) -> Reference:
-        return Reference(tmp_path / "run", pairs, opened(pairs), max_tokens)
+        return Reference(tmp_path / "run", pairs, open_pairs(pairs), max_tokens)
 
     with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities"):
         reference(128).check_unchanged()
@@ -104,8 +104,9 @@ def test_reference_rejects_long_samples(pairs: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(reference, "Target", lambda *_: other)
     monkeypatch.setattr(reference, "run_forward_model", lambda *_: None)
     config = recipes.get("tiny-solar-open")
-    longest = int(max(opened(pairs)[0].open_split("train").lengths))
+    longest = int(max(open_pairs(pairs)[0].open_split("train").lengths))
     with pytest.raises(UserError, match=rf"reads at most 16 tokens.* has samples of {longest};"):
-        reference.Reference(tmp_path / "run", pairs, opened(pairs), 4096).score_in_processes(pairs, config,
-                                                                                             None)
-    reference.Reference(tmp_path / "run", pairs, opened(pairs), 16).score_in_processes(pairs, config, None)
+        reference.Reference(tmp_path / "run", pairs, open_pairs(pairs), 4096).score_in_processes(pairs,
+                                                                                                 config, None)
+    reference.Reference(tmp_path / "run", pairs, open_pairs(pairs), 16).score_in_processes(pairs, config,
+                                                                                           None)

@@ -24,7 +24,7 @@ from tests.head_config import Logits, head_config
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
 VOCAB, ROW = 13, 24
 CHATS = ("PPRRRPPRRRRRRPR", "PRPRR", "PPP", "RRR", "PPPRRRRRRRRRRRR", "PRRPPRPRRR")
-"""Types of the labels of conversations: prompt, response; one of which nothing is learned."""
+"""Label types of conversations: prompt and response; one conversation has nothing to learn."""
 ROWS = ((0, 1), (2, 3), (4,), (5, 1))
 
 
@@ -41,7 +41,7 @@ def a_row(kind: int, seed: int) -> PackedRow:
                      bounds=np.array([0, 10, LENGTH], np.int32))
 
 
-def config_of(*settings: str) -> RunConfig:
+def build_config(*settings: str) -> RunConfig:
     return apply_settings(recipes.get("tiny-k-exaone"),
                           ["objective.name=sft", "objective.text_coeff=0.3", *settings])
 
@@ -49,7 +49,7 @@ def config_of(*settings: str) -> RunConfig:
 def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     """Runs inside a rank: losses and gradient for one response and some copies of a text,
     through a head of 32 tokens."""
-    config = config_of()
+    config = build_config()
     world.join_world(config.parallel)
     row = join_rows([a_row(RESPONSE, 1)] + [a_row(TEXT, 3 if swap_texts else 2)] * num_texts)
     context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=2))
@@ -95,10 +95,9 @@ def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
 
 
 def test_without_text_data_there_is_no_text_term() -> None:
-    context: Any = SimpleNamespace(config=config_of("objective.text_coeff=0"),
+    context: Any = SimpleNamespace(config=build_config("objective.text_coeff=0"),
                                    batches=SimpleNamespace(num_sources=1))
-    assert SupervisedFineTuning(context).coefficients == {
-        "response": 1.0, "mtp": 0.05}
+    assert SupervisedFineTuning(context).coefficients == {"response": 1.0, "mtp": 0.05}
 
 
 @pytest.mark.each(("chats", "texts", "coeff", "message"), [
@@ -110,7 +109,7 @@ def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[s
                                                  message: str) -> None:
     sources: Any = [SimpleNamespace(name=n, is_chat=n in chats) for n in [*chats, *texts]]
     with pytest.raises(UserError, match=message):
-        check_chats(config_of(f"objective.text_coeff={coeff}"), sources)
+        check_chats(build_config(f"objective.text_coeff={coeff}"), sources)
 
 
 def a_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> PackedRow:
@@ -132,7 +131,7 @@ def config_per(loss_per: str) -> RunConfig:
         "objective.name=sft", f"objective.loss_per={loss_per}", "train.precision=fp64"])
 
 
-def by_hand(rows: list[PackedRow], logits: list[torch.Tensor], loss_per: str) -> torch.Tensor:
+def compute_mean_loss(rows: list[PackedRow], logits: list[torch.Tensor], loss_per: str) -> torch.Tensor:
     """Return the mean over units of each unit's weighted mean loss."""
     means = []
     for row, scores in zip(rows, logits, strict=True):
@@ -159,7 +158,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
     rows = [a_chat_row(chats, random) for chats in ROWS]
     logits = [torch.randn(ROW, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(i),
                           requires_grad=True) for i in range(len(rows))]
-    expected = by_hand(rows, logits, loss_per)
+    expected = compute_mean_loss(rows, logits, loss_per)
     gradients = torch.autograd.grad(expected, logits)
     context: Any = SimpleNamespace(config=config_per(loss_per), batches=SimpleNamespace(num_sources=1))
     objective = SupervisedFineTuning(context)

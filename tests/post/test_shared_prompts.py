@@ -30,7 +30,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             "train.micro_batch_size=4"]
 STEPS, GROUP, KEPT = 2, 20, "kept"
 SPANS = [(0, 0, 9), (9, 14, 20), (20, 25, 27), (27, 27, 31), (31, 36, 42)]
-"""Documents of a row of 42 tokens, of which the second, third and last begin as the first does."""
+"""Documents of a row of 42 tokens; the second, third and last have the prompt of the first."""
 CASES = [(window, block) for window in (0, 3, 7, 64) for block in (1024, 2)]
 
 
@@ -67,8 +67,8 @@ class Groups:
 
 
 def curve(shares: bool, run: str) -> list[dict[str, Any]]:
-    """Train; return each step's losses, meters, gradient norm, loads of experts, and the share of tokens that
-    were computed."""
+    """Train; return each step's losses, meters, gradient norm, loads of
+    experts, and the share of tokens that were computed."""
     config = small_config("tiny-solar-open", [*SETTINGS, f"policy.share_prompts={str(shares).lower()}"], [],
                           "policy")
     made: Any = Groups(60)
@@ -104,30 +104,30 @@ def compare_attention() -> list[float]:
 
     world.join_world(ParallelConfig())
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
-    kept = torch.cat([torch.arange(first, stop) for _, first, stop in SPANS])
+    positions = torch.cat([torch.arange(first, stop) for _, first, stop in SPANS])
     source = torch.arange(42)
     for start, first, _ in SPANS:
         source[start:first] = torch.arange(first - start)
-    places = torch.searchsorted(kept, source)
+    places = torch.searchsorted(positions, source)
     bounds = torch.tensor([0, *(stop for _, _, stop in SPANS)], dtype=torch.int32)
     generator, found = torch.Generator().manual_seed(0), []
     for window, block in CASES:
         attention.QUERY_BLOCK = block
         layer = attention.DocumentAttention(config, 1, None, "self", window_tokens=window)
-        row = [torch.randn(len(kept), heads, 8, dtype=torch.float64, generator=generator)
+        row = [torch.randn(len(positions), heads, 8, dtype=torch.float64, generator=generator)
                for heads in (4, 2, 2)]
-        upstream = torch.randn(len(kept), 32, dtype=torch.float64, generator=generator)
+        upstream = torch.randn(len(positions), 32, dtype=torch.float64, generator=generator)
         ours = [t.clone().requires_grad_() for t in row]
         shared = attention.SharedPrompts(places, SPANS, torch.zeros(42, dtype=torch.bool))
         out = layer(*ours, None,
-                    packed_seq_params=attention.pack_documents(bounds, 11, len(kept), shared=shared))
+                    packed_seq_params=attention.pack_documents(bounds, 11, len(positions), shared=shared))
         out.backward(upstream)
         theirs = [t.clone().requires_grad_() for t in row]
         whole = layer(*(t[places] for t in theirs), None,
                       packed_seq_params=attention.pack_documents(bounds, 11, 42))
-        whole[kept].backward(upstream)
+        whole[positions].backward(upstream)
         found.append(max(float((a - b).abs().max()) for a, b in [
-            (out, whole[kept]), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]))
+            (out, whole[positions]), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]))
     world.leave_world()
     return found
 

@@ -11,7 +11,7 @@ from megatron_sov.post.ssp import MeasuredCheckpoint, choose_checkpoint, compare
 SAMPLES, K = 6, 3
 
 
-def measured(checkpoint: str, num_right: list[int]) -> MeasuredCheckpoint:
+def build_checkpoint(checkpoint: str, num_right: list[int]) -> MeasuredCheckpoint:
     """A checkpoint that gives so many right answers of six to each problem."""
     judged = ScoredResponses()
     for problem, right in enumerate(num_right):
@@ -21,7 +21,7 @@ def measured(checkpoint: str, num_right: list[int]) -> MeasuredCheckpoint:
     return MeasuredCheckpoint.from_values(checkpoint, "algebra", judged, [1, K])
 
 
-def drawn(num_right: int) -> Fraction:
+def compute_pass_at_3(num_right: int) -> Fraction:
     """pass@3 by all draws of three of six."""
     draws = list(combinations(range(SAMPLES), K))
     return Fraction(sum(min(draw) < num_right for draw in draws), len(draws))
@@ -29,30 +29,32 @@ def drawn(num_right: int) -> Fraction:
 
 def test_the_best_checkpoint_has_the_best_pass_at_k() -> None:
     # the first is right more often in all, the second on more problems
-    sure, wide = measured("step-100", [6, 6, 0, 0]), measured("step-200", [2, 2, 2, 2])
+    sure, wide = build_checkpoint("step-100", [6, 6, 0, 0]), build_checkpoint("step-200", [2, 2, 2, 2])
     assert sure.mean_pass_at_k(1) == 0.5 > wide.mean_pass_at_k(1)
     choice = choose_checkpoint([sure, wide], K)
     assert choice.checkpoint == "step-200"
-    assert choice.value == pytest.approx(float(drawn(2)))
+    assert choice.value == pytest.approx(float(compute_pass_at_3(2)))
     assert choose_checkpoint([sure, wide], 1).checkpoint == "step-100"
 
 
 def test_ties_go_to_the_earliest_checkpoint() -> None:
-    choice = choose_checkpoint([measured("step-100", [1, 2]), measured("step-200", [2, 1])], K)
+    choice = choose_checkpoint([build_checkpoint("step-100", [1, 2]), build_checkpoint("step-200", [2, 1])],
+                               K)
     assert (choice.checkpoint, choice.as_good) == ("step-100", ("step-200",))
 
 
 def test_a_choice_is_clear_if_problems_separate_the_best_checkpoint() -> None:
     many = 30
-    worse, noisy, best = (measured("worse", [0] * many), measured("noisy", [6, 1, 6, 0, 3] * 6),
-                          measured("best", [6, 6, 0, 3, 5] * 6))
+    worse, noisy, best = (build_checkpoint("worse", [0] * many),
+                          build_checkpoint("noisy", [6, 1, 6, 0, 3] * 6),
+                          build_checkpoint("best", [6, 6, 0, 3, 5] * 6))
     choice = choose_checkpoint([worse, noisy, best], K)
     assert (choice.checkpoint, choice.as_good) == ("best", ("noisy",))
     assert choose_checkpoint([worse, best], K).row()["is_clear"] is True
 
 
 def test_the_gain_of_a_merged_checkpoint_is_a_mean_over_problems() -> None:
-    result = compare_with_expert(measured("merged", [2, 3]), measured("expert", [1, 3]), K)
-    expected = float((drawn(2) - drawn(1)) / 2)
+    result = compare_with_expert(build_checkpoint("merged", [2, 3]), build_checkpoint("expert", [1, 3]), K)
+    expected = float((compute_pass_at_3(2) - compute_pass_at_3(1)) / 2)
     assert result["gain"] == pytest.approx(expected)
     assert result["interval"][0] < expected < result["interval"][1]

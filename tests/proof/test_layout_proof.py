@@ -79,7 +79,7 @@ def test_a_wrong_reduce_scatter_is_located_in_its_module(miniature: Miniature, r
 
 
 def test_missing_data_parallel_reduction_is_detected(miniature: Miniature, reference: Any) -> None:
-    # groups of one process share one group, named after the first of them
+    # groups of a single process share one group, named after the first
     verdict = prove_with_fault(miniature, reference, "allreduce", "GROUP", "start_grad_sync", halve_outputs)
 
     assert verdict.outcome == DIFFERS
@@ -243,8 +243,7 @@ FAST_CASES = [
     ("tiny-qwen3-moe", ("parallel.tp=2", "parallel.sp=true", EXPERTS, "optim.name=muon"), 2, {"lm"}),
     ("tiny-qwen3", ("parallel.pp=2", *OVERLAP, "train.recompute=true", "optim.name=muon", FROZEN), 4, {"lm"})]
 SLOW_CASES = [
-    ("tiny-solar-open-dpo", (*STAGES, "preference.chosen_coeff=0.5"), 4,
-     {"preference", "chosen"}),
+    ("tiny-solar-open-dpo", (*STAGES, "preference.chosen_coeff=0.5"), 4, {"preference", "chosen"}),
     ("tiny-solar-open-rl", CONTEXT, 4, {"policy"}),
     ("tiny-k-exaone", ("parallel.pp=2", "parallel.vpp=2", *OVERLAP, "objective.name=sft"), 4, {"response"}),
     ("tiny-k-exaone2", (*SHARDED_EXPERTS, "train.recompute=true"), 2, {"lm"}),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.rows import read_domain
 
 
-def made(count: int) -> PromptList:
+def build_prompts(count: int) -> PromptList:
     return PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(count))
 
 
@@ -147,7 +148,7 @@ def test_excluded_prompts_are_listed_and_shared_through_the_store(tmp_path: Path
 
 
 def test_prompts_are_read_on_demand_and_sent_to_other_processes() -> None:
-    prompts = made(7)
+    prompts = build_prompts(7)
     some = prompts[1:6].exclude([prompts[3].id])
     assert some.ids == [prompts[i].id for i in (1, 2, 4, 5)] == pickle.loads(pickle.dumps(some)).ids
     assert pickle.loads(pickle.dumps(some)) == some == [prompts[i] for i in (1, 2, 4, 5)]
@@ -168,15 +169,17 @@ def test_unusable_prompts_are_named(tmp_path: Path) -> None:
 
 @settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
-def test_every_prompt_once_in_an_epoch_and_never_twice_in_a_round(count: int, wanted: int, seed: int) -> None:
-    prompts, rollout = made(count), RolloutConfig(prompts_per_round=wanted, seed=seed)
-    if wanted > count:
+def test_every_prompt_once_in_an_epoch_and_never_twice_in_a_round(count: int, round_size: int,
+                                                                  seed: int) -> None:
+    prompts, rollout = build_prompts(count), RolloutConfig(prompts_per_round=round_size, seed=seed)
+    if round_size > count:
         with pytest.raises(UserError, match=f"there are {count} prompts"):
             select_round_prompts(prompts, rollout, 1)
         return
     num_epochs = 5
-    rounds = [select_round_prompts(prompts, rollout, n + 1) for n in range(-(-num_epochs * count // wanted))]
-    assert all(len({p.id for p in found}) == wanted for found in rounds)
+    num_rounds = math.ceil(num_epochs * count / round_size)
+    rounds = [select_round_prompts(prompts, rollout, n + 1) for n in range(num_rounds)]
+    assert all(len({p.id for p in found}) == round_size for found in rounds)
     in_order = [p.id for found in rounds for p in found][:num_epochs * count]
     for epoch in range(num_epochs):
         assert Counter(in_order[epoch * count:(epoch + 1) * count]) == Counter(p.id for p in prompts)

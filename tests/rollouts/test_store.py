@@ -46,7 +46,7 @@ def long_rollout(count: int, logprobs: np.ndarray) -> Rollout:
     return rollout(tokens=np.full(count, 5, np.int32), logprobs=logprobs, versions=np.zeros(count, np.int32))
 
 
-def judged(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
+def build_reward(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
     """The verdict of reward v1 for a row."""
     reward_row = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
                            {"format": 0.5})
@@ -75,15 +75,15 @@ def test_a_part_is_written_and_read(store: RolloutStore, monkeypatch: pytest.Mon
     (part,) = store.parts()
     assert (part.round, part.piece, part.attempt, part.num_rows, part.num_excluded) == (1, 3, 0, 2, 0)
     assert part.provenance == {"job": 7}
-    store.add_rewards("v1" * 8, name, [judged(row) for row in rows])
-    assert store.read_rewards("v1" * 8, name) == [judged(row) for row in rows]
+    store.add_rewards("v1" * 8, name, [build_reward(row) for row in rows])
+    assert store.read_rewards("v1" * 8, name) == [build_reward(row) for row in rows]
     assert store.versions() == ["v1v1v1v1v1v1"] and store.has_part(name, "v1" * 8)
     assert not store.has_part(name, "v2" * 8)
     with pytest.raises(UserError, match="whose first 12 characters are those of 'v1v1v1v1v1v1-other'"):
         store.has_part(name, "v1" * 6 + "-other")
     opened, own = list[str](), store.part
     monkeypatch.setattr(store, "part", lambda name, version="": opened.append(version) or own(name, version))
-    assert store.read_judgements("v1" * 8, [part]) == {(row.key, 0): judged(row) for row in rows}
+    assert store.read_judgements("v1" * 8, [part]) == {(row.key, 0): build_reward(row) for row in rows}
     assert opened == ["v1" * 8], "a part that is at hand is not opened again"
 
 
@@ -110,8 +110,8 @@ ROWS = st.lists(st.builds(
 
 @settings(max_examples=12)
 @given(rows=ROWS)
-def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
-                                                    tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_row_is_read_back_bit_for_bit(rows: list[Rollout],
+                                          tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "any.parquet"
     write_table(file, rollouts_to_table(rows, VOCAB_SIZE), REPEATED, SPLIT)
     table = read_table(file, ROLLOUTS)
@@ -125,22 +125,22 @@ def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:
     store.add_rollouts(name, [rollout(ended_s=99.0)], {})
     with pytest.raises(AlreadyPublished, match="published 1 rows"):
         store.add_rollouts(name, [rollout(response="other")], {})
-    store.add_rewards("v1" * 8, name, [judged(rollout())])
+    store.add_rewards("v1" * 8, name, [build_reward(rollout())])
     with pytest.raises(AlreadyPublished, match="these 1 differ"):
-        store.add_rewards("v1" * 8, name, [judged(rollout(), 0.0)])
+        store.add_rewards("v1" * 8, name, [build_reward(rollout(), 0.0)])
     assert store.read_rollouts(name)[0].response == "네 4"
     assert [p.name for p in (store.path / "rollouts").iterdir()] == [name]
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"reward": math.nan}, "row 1 has a reward of nan"), ({"reward": -math.inf}, "has a reward of -inf"),
     ({"reward_version": "v2" * 8}, "row 1 is of reward version 'v2v2")])
-def test_invalid_rewards_are_refused(changes: dict[str, Any], sentence: str, store: RolloutStore) -> None:
+def test_invalid_rewards_are_refused(changes: dict[str, Any], message: str, store: RolloutStore) -> None:
     rows = [rollout(0), rollout(1)]
     store.add_rollouts(NAME, rows, {})
-    table = rewards_to_table([judged(rows[0]), judged(rows[1], **changes)])
+    table = rewards_to_table([build_reward(rows[0]), build_reward(rows[1], **changes)])
     assert store.publish(NAME, "v1" * 8, table, {})
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         store.read_judgements("v1" * 8, store.parts())
 
 
@@ -148,7 +148,7 @@ def test_rewards_are_of_the_rows_that_were_judged(store: RolloutStore) -> None:
     """Of a part that was deleted and written again, the rows have the same keys."""
     store.add_rollouts(NAME, [rollout()], {})
     [part] = store.parts()
-    store.add_rewards("v1" * 8, NAME, [judged(rollout())], {JUDGED: part.manifest_sha256})
+    store.add_rewards("v1" * 8, NAME, [build_reward(rollout())], {JUDGED: part.manifest_sha256})
     assert len(store.read_judgements("v1" * 8, [part])) == 1
     shutil.rmtree(part.path)
     store.add_rollouts(NAME, [rollout(response="5")], {})
@@ -232,7 +232,7 @@ def test_names_say_round_piece_and_attempt() -> None:
         assert parse_part_name(name) is None, name
 
 
-def in_processes(count: int, work: Callable[..., None], *arguments: Any) -> list[int | None]:
+def run_in_forks(count: int, work: Callable[..., None], *arguments: Any) -> list[int | None]:
     """Run a function in forks, number by number; returns how they ended."""
     fork = multiprocessing.get_context("fork")
     started = fork.Barrier(count)
@@ -252,7 +252,7 @@ def _at_once(work: Callable[..., None], started: Any, *arguments: Any) -> None:
 
 
 def publish(number: int, path: Path) -> None:
-    """Make the store, and publish each of some parts as a row of one's own."""
+    """Create the store, and publish each of several parts with a row of this process."""
     store = RolloutStore.create(path, "sha256:ab", 100)
     for piece in range(6):
         try:
@@ -264,7 +264,7 @@ def publish(number: int, path: Path) -> None:
 
 @pytest.mark.distributed
 def test_one_of_many_concurrent_writers_wins_completely(tmp_path: Path) -> None:
-    assert in_processes(4, publish, tmp_path / "store") == [0] * 4
+    assert run_in_forks(4, publish, tmp_path / "store") == [0] * 4
     store = RolloutStore.open(tmp_path / "store")
     for part in store.parts():
         rows = store.read_rollouts(part.name)
@@ -275,7 +275,7 @@ def test_one_of_many_concurrent_writers_wins_completely(tmp_path: Path) -> None:
     assert len(list((tmp_path / "store/rollouts").iterdir())) == 6
 
 
-def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> None:
+def write_foreign_part(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> None:
     """Leave a part as a stranger would, whose manifest is in order."""
     with create_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
         texts = [field.name for field in table.schema if field.type == pa.string()]
@@ -283,23 +283,23 @@ def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> N
         artifact.content = {"num_rows": table.num_rows, "store": store.identity}
 
 
-def with_column(name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
+def build_table(name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
     """Return two valid rows with one column replaced."""
     table = rollouts_to_table([rollout(0), rollout(1)], 100)
     return table.set_column(table.schema.get_field_index(name), name, pa.array(values, kind))
 
 
 FOREIGN = [
-    (with_column("sample", [0, 1], pa.int64()), "column 'sample' is int64, must be int32"),
-    (with_column("sample", [0, None], pa.int32()), "column 'sample' has places without a value"),
-    (with_column("response", ["a", None]), "column 'response' has places without a value"),
-    (with_column("record", ["{}", "[" * 100_000]), "JSON that is nested too deep"),
-    (with_column("record", ["{}", "[]"]), r"'\[\]' is not a JSON object"),
-    (with_column("record", ["{}", "{"]), "a row does not fit the store"),
-    (with_column("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row does not fit the store"),
-    (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
-    (with_column("routes", [None, b"123"], pa.large_binary()), "routes of 3 bytes are not"),
-    (with_column("round", [1, 2], pa.int32()), "has a row of round 2"),
+    (build_table("sample", [0, 1], pa.int64()), "column 'sample' is int64, must be int32"),
+    (build_table("sample", [0, None], pa.int32()), "column 'sample' has places without a value"),
+    (build_table("response", ["a", None]), "column 'response' has places without a value"),
+    (build_table("record", ["{}", "[" * 100_000]), "JSON that is nested too deep"),
+    (build_table("record", ["{}", "[]"]), r"'\[\]' is not a JSON object"),
+    (build_table("record", ["{}", "{"]), "a row does not fit the store"),
+    (build_table("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row does not fit the store"),
+    (build_table("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
+    (build_table("routes", [None, b"123"], pa.large_binary()), "routes of 3 bytes are not"),
+    (build_table("round", [1, 2], pa.int32()), "has a row of round 2"),
     (rollouts_to_table([rollout()], 100).drop_columns(["tokens"]), "has no column 'tokens'"),
 ]
 
@@ -307,13 +307,13 @@ FOREIGN = [
 @pytest.mark.parametrize("number", range(len(FOREIGN)))
 def test_foreign_files_are_refused_by_name(number: int, store: RolloutStore) -> None:
     table, sentence = FOREIGN[number]
-    foreign(store, table)
+    write_foreign_part(store, table)
     with pytest.raises(UserError, match=rf"{NAME}/rollouts\.parquet: .*{sentence}"):
         store.read_rollouts(NAME)
 
 
 def test_rows_of_a_stranger_are_looked_at(store: RolloutStore, capsys: pytest.CaptureFixture[str]) -> None:
-    foreign(store, with_column("temperature", [1.0, 0.0]))
+    write_foreign_part(store, build_table("temperature", [1.0, 0.0]))
     assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
     assert "are skipped; the first is row 1: has temperature 0.0" in capsys.readouterr().err
 
@@ -326,20 +326,20 @@ def test_a_decompression_bomb_is_not_read(store: RolloutStore, monkeypatch: pyte
     at = big.schema.get_field_index("tokens")
     lists = pa.ListArray.from_arrays(pa.array([0, len(zeros)], pa.int32()), pa.array(zeros),
                                      big.schema.field(at).type)
-    routes = with_column("routes", [b"12" * 1000] * 2, pa.large_binary())
+    routes = build_table("routes", [b"12" * 1000] * 2, pa.large_binary())
     bombs = {
         "has 51 rows, at most 50": (rollouts_to_table([rollout()] * 51, 100), False),
         "takes 0.0 GiB in memory": (big.set_column(at, big.schema.field(at), lists), True),
         "is dictionary-encoded": (routes, True)}
     for sentence, (table, dictionary) in bombs.items():
-        foreign(store, table, dictionary)
+        write_foreign_part(store, table, dictionary)
         assert (store.path / "rollouts" / NAME / "rollouts.parquet").stat().st_size < 20_000
         with pytest.raises(UserError, match=sentence):
             store.read_rollouts(NAME)
         for file in (store.path / "rollouts" / NAME).iterdir():
             file.unlink()
     # equal texts are one text, however many rows have it
-    foreign(store, with_column("response", [text] * 2).take([0, 1] * 20))
+    write_foreign_part(store, build_table("response", [text] * 2).take([0, 1] * 20))
     rows = store.read_rollouts(NAME)
     assert len(rows) == 40 and len({id(row.response) for row in rows}) == 1
     with pytest.raises(UserError, match="piece-0001: has 51 rows"):
@@ -358,9 +358,9 @@ MANIFESTS = [
 ]
 
 
-@pytest.mark.parametrize("content, files, sentence", MANIFESTS, ids=[m[2] for m in MANIFESTS])
+@pytest.mark.parametrize("content, files, message", MANIFESTS, ids=[m[2] for m in MANIFESTS])
 def test_a_part_with_an_invalid_manifest_is_excluded(content: dict[str, Any], files: dict[str, bytes],
-                                                     sentence: str, store: RolloutStore,
+                                                     message: str, store: RolloutStore,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     with create_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
         artifact.content = {**content, **({"store": store.identity} if "store" in content else {})}
@@ -369,7 +369,7 @@ def test_a_part_with_an_invalid_manifest_is_excluded(content: dict[str, Any], fi
     for _ in range(2):
         assert store.parts() == []
     assert capsys.readouterr().err.count(f"skipped: {store.path}/rollouts/{NAME}: ") == 1
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         store.has_part(NAME)
 
 

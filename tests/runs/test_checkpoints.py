@@ -80,19 +80,20 @@ def test_only_lost_bytes_are_damage(run: Path, monkeypatch: pytest.MonkeyPatch) 
         find_damage(path)
 
 
-@pytest.mark.each(("name", "value", "said"), [
+@pytest.mark.each(("name", "value", "message"), [
     ("num_kv_heads", 0, "model.num_kv_heads = 0 must be at least 1"),
     ("num_layers", None, "model.num_layers = null"),
     ("no_such_field", 1, "model.no_such_field: no such setting"),
 ])
-def test_invalid_model_settings_raise_user_error(name: str, value: object, said: str, tmp_path: Path) -> None:
+def test_invalid_model_settings_raise_user_error(name: str, value: object, message: str,
+                                                 tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
     with create_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError) as e:
         read_checkpoint_settings(tmp_path / "step-1")
-    assert "manifest.json: its settings cannot be used" in str(e.value) and said in str(e.value)
+    assert "manifest.json: its settings cannot be used" in str(e.value) and message in str(e.value)
     assert "export it with that version" in str(e.value)  # earlier checkpoints have the same settings
 
 

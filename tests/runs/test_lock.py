@@ -134,8 +134,7 @@ def test_containers_with_equal_host_names_differ(tmp_path: Path) -> None:
         assert first.stdout.readline() == "False\n"
 
 
-@pytest.mark.each("content", ["", "[]", "null", '{"host": 1}',
-                                     '{"host": "a", "pid": "x", "started_s": 1}'])
+@pytest.mark.each("content", ["", "[]", "null", '{"host": 1}', '{"host": "a", "pid": "x", "started_s": 1}'])
 def test_damaged_lock_is_free(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
     acquire_lock(tmp_path)

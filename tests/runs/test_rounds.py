@@ -111,10 +111,10 @@ def test_policy_digests_survive_resume_from_any_checkpoint(tmp_path: Path) -> No
     for step in (3, 4):
         before = create_policies(run, start, lr=1)
         train_rounds(before, range(1, 3))
-        kept = write_checkpoint(run / "checkpoints" / f"step-{step}",
-                                feed=json.loads(json.dumps(before.state())))
+        checkpoint = write_checkpoint(run / "checkpoints" / f"step-{step}",
+                                      feed=json.loads(json.dumps(before.state())))
         again = create_policies(run, start, lr=1)
-        again.restore(json.loads((kept / "state.json").read_text())["feed"])
+        again.restore(json.loads((checkpoint / "state.json").read_text())["feed"])
         if step == 3:
             again.begin(3, "documents of round 2")
         assert train_rounds(again, range(3, 6)) == expected[2:]
@@ -130,8 +130,8 @@ def test_rollback_gives_another_policy(tmp_path: Path) -> None:
     start = write_checkpoint(tmp_path / "start")
     policies = create_policies(tmp_path / "run", start)
     before = train_rounds(policies, range(1, 3))
-    kept = policies.state()
+    state = policies.state()
     train_rounds(policies, range(3, 5))
-    policies.restore(kept)
+    policies.restore(state)
     assert policies.at(8).sha256 not in {policy.sha256 for policy in before}
     assert policies.at(8).sha256 != create_policies(tmp_path / "run", start).at(0).sha256

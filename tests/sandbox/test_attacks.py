@@ -31,7 +31,7 @@ def call(number, *arguments):
     if libc.syscall(number, *arguments) == -1:
         raise OSError(ctypes.get_errno(), "call %d" % number)
 '''
-"""Stands in front of each program; the numbers of calls are those of x86-64."""
+"""Prefix of each program; system call numbers are those of x86-64."""
 QUICK = Limits(wall_s=0.4)
 SMALL = Limits(wall_s=20, memory_bytes=128 << 20)
 
@@ -42,7 +42,7 @@ class Attack:
 
     source: str
     ends: tuple[str, ...] = ("ok",)
-    """Statuses; which one may depend on which of two limits is passed first."""
+    """Possible statuses: it may depend on which of two limits is exceeded first."""
     reason: str = ""
     """A part of the outcome's."""
     held: int = 0
@@ -265,7 +265,7 @@ class World:
                 sorted(child.pid for child in psutil.Process().children(recursive=True)))
 
     def heard(self) -> list[str]:
-        """Return which sockets something came to."""
+        """Return the sockets that received a connection or data."""
         found = []
         for name in ("tcp", "udp", "unix", "abstract", "unix_datagrams"):
             listening = getattr(self, name)

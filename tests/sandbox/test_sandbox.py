@@ -23,7 +23,7 @@ from megatron_sov.sandbox.sandbox import Sandbox, Worker
 from tests.pages_typed import blocks, page_section
 
 
-def test_a_program_reads_writes_and_ends_as_it_would_alone(sandbox: Sandbox) -> None:
+def test_a_program_reads_writes_and_exits_as_outside_the_sandbox(sandbox: Sandbox) -> None:
     outcome = sandbox.run(Program(
         "import sys, part.other\nprint(input(), open('data/x.txt').read(), sys.argv, part.other.VALUE)\n"
         "print('oh', file=sys.stderr)\nsys.exit(3)",
@@ -47,7 +47,7 @@ def test_errors_are_reported_like_in_an_interpreter(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("code, exit_code", [
     ("None", 0), ("0", 0), ("False", 0), ("3", 3), ("-1", 255), ("256", 255), ("2 ** 70", 255), ("-512", 255),
     ("2 ** 70 + 7", 255), ("2 ** 40 + 7", 7), ("'why'", 1), ("(0,)", 1), ("0.0", 1)])
-def test_an_exit_code_that_is_not_zero_is_no_success(sandbox: Sandbox, code: str, exit_code: int) -> None:
+def test_a_nonzero_exit_code_is_a_failure(sandbox: Sandbox, code: str, exit_code: int) -> None:
     assert sandbox.run(Program(f"raise SystemExit({code})")).exit_code == exit_code
 
 
@@ -93,8 +93,8 @@ def test_outcomes_come_in_order_from_several_workers(monkeypatch: pytest.MonkeyP
     assert [outcome.stdout for outcome in outcomes] == ["0\n", "1\n", "2\n", "3\n"]
 
 
-def test_a_server_that_dies_is_no_verdict_and_is_replaced(sandbox: Sandbox, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_server_gives_no_verdict_and_is_replaced(sandbox: Sandbox, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = psutil.Process().children()
     with Sandbox(enclosure=sandbox.enclosure) as own:

@@ -30,13 +30,14 @@ class Served:
     thread: threading.Thread
     """In which the command runs."""
     ended: list[Any] = field(default_factory=list)
-    """How it ended, once it has."""
+    """Exit code of the server, after it has ended."""
 
 
 @pytest.fixture(scope="session")
 def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
             ) -> Callable[..., AbstractContextManager[Served]]:
-    """Return `serving(target, *options)`, within which a server answers; it must end well."""
+    """Return `serving(target, *options)`, a context with a running
+    server; the server must end without error."""
 
     @contextlib.contextmanager
     def served(target: Path, *options: str) -> Iterator[Served]:
@@ -51,13 +52,13 @@ def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
             assert not ended, ended[0].stderr
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
-        found = Served(**json.loads(file.read_text()), thread=thread, ended=ended)
+        server = Served(**json.loads(file.read_text()), thread=thread, ended=ended)
         try:
-            yield found
+            yield server
         finally:
             if not ended:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(found.pid, signal.SIGTERM)
+                    os.kill(server.pid, signal.SIGTERM)
             thread.join(LIMIT_S)
         assert (ended[0].returncode, file.exists()) == (0, False), ended[0].stderr
         assert "Traceback" not in ended[0].stderr, ended[0].stderr

@@ -28,12 +28,12 @@ def test_a_thoroughly_malformed_body_is_refused_cheaply(name: str) -> None:
     ask, body, said = COSTLY[name]
     tracemalloc.start()
     try:
-        with pytest.raises(RefusedRequest, match=said) as refused:
+        with pytest.raises(RefusedRequest, match=said) as error:
             ask(body.encode(), "m")
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert refused.value.status == 400 and len(refused.value.format_body()) < 3000
+    assert error.value.status == 400 and len(error.value.format_body()) < 3000
     assert peak_bytes < 6_000_000
 
 
@@ -93,14 +93,14 @@ def test_messages_of_openais_clients_are_read(name: str) -> None:
     assert isinstance(chat, Conversation) and [m.to_dict() for m in chat.messages] == shown
 
 
-@pytest.mark.each(("more", "said"), [
+@pytest.mark.each(("more", "message"), [
     ({"annotations": [{"type": "url_citation"}]}, "has 'annotations', which is not known"),
     ({"refusal": "no"}, "has 'refusal'"),
     ({"conten": "x"}, "'conten', which is not known; did you mean 'content'"),
     ({"prefix": True}, "has 'prefix'"), ({"from": "human"}, "has 'from'"),
     ({"function_call": {"name": "get"}, "tool_calls": [CALL]}, "'tool_calls' and 'function_call'"),
     ({"function_call": "auto"}, "has no function with a name")])
-def test_fields_of_messages_that_hold_something_are_refused(more: dict[str, Any], said: str) -> None:
+def test_fields_of_messages_that_hold_something_are_refused(more: dict[str, Any], message: str) -> None:
     sent = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", **more}]
-    with pytest.raises(RefusedRequest, match=said):
+    with pytest.raises(RefusedRequest, match=message):
         parse_chat_body(json.dumps({"messages": sent}).encode(), "m")

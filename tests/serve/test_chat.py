@@ -30,7 +30,7 @@ TYPED = list_commands(PAGE)
 
 
 def reply(request: Any) -> dict[str, Any]:
-    """Return an answer that says how many questions there are, with thoughts; or a cut one."""
+    """Return an answer with the number of questions so far, with thoughts; or a truncated answer."""
     questions = [m["content"] for m in request["messages"] if m["role"] == "user"]
     return {"content": f"{len(questions)} asked, last {questions[-1]}", "reasoning_content": "I count them.",
             "finish_reason": "length" if questions[-1] == "long" else "stop"}
@@ -107,19 +107,19 @@ def test_control_characters_are_removed_and_ctrl_c_stops_only_the_answer() -> No
                                    # a shell makes background processes ignore it
                                    preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
         os.close(slave)
-        seen = ""
+        output = ""
 
         def until(text: str, press: Callable[[], None] = lambda: None) -> None:
-            nonlocal seen
+            nonlocal output
             deadline_s = time.monotonic() + 300
             press()
-            while text not in seen:
-                assert time.monotonic() < deadline_s, seen
+            while text not in output:
+                assert time.monotonic() < deadline_s, output
                 if select.select([master], [], [], 5)[0]:
-                    seen += os.read(master, 4096).decode(errors="replace")
+                    output += os.read(master, 4096).decode(errors="replace")
                 else:  # Python loses an interrupt that strikes a finaliser; who sees nothing presses again
                     press()
-            seen = seen.partition(text)[2]
+            output = output.partition(text)[2]
 
         until("you> ")
         os.write(master, b"x\n")
@@ -154,15 +154,15 @@ def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_
     assert capsys.readouterr().out == f"user: 1 + 2?\nassistant: {written}\n"
 
 
-@pytest.mark.each(("words", "said"), [
+@pytest.mark.each(("words", "message"), [
     (["nowhere"], "nowhere: does not exist"), ([""], "TARGET: is empty; must name a model"),
     (["http://h:0/v1"], "must be an address"),
     (["http://127.0.0.1:9/v1"], "the models cannot be listed (the connection failed"),
     (["a", "--tools", "no"], "--tools: was removed in this version")])
-def test_a_mistake_is_one_sentence(words: list[str], said: str, capsys: Any) -> None:
+def test_a_mistake_is_one_sentence(words: list[str], message: str, capsys: Any) -> None:
     assert main(["chat", *words]) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith("error: ") and said in errors and "Traceback" not in errors
+    assert errors.startswith("error: ") and message in errors and "Traceback" not in errors
 
 
 def test_a_model_without_a_template_is_refused(endpoint: ScriptedEndpoint, capsys: Any) -> None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from megatron_sov.base.pages.page import render_chat
-from tests.base.pages.driven_browser import DrivenPage, driven
+from tests.base.pages.driven_browser import DrivenPage, drive_browser
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import completion, stream_of
@@ -89,11 +89,11 @@ def scripted() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: str, tmp_path: Path) -> Iterator[DrivenPage]:
-    with driven(browser, tmp_path) as found:
+    with drive_browser(browser, tmp_path) as found:
         yield found
 
 
-def ask(page: DrivenPage, text: str, number: int, key: str = "Enter") -> None:
+def send_question(page: DrivenPage, text: str, number: int, key: str = "Enter") -> None:
     """Type a question and send it; return when its message is the last one."""
     page.value("document.getElementById('message').focus()")
     page.type(text)
@@ -104,7 +104,7 @@ def ask(page: DrivenPage, text: str, number: int, key: str = "Enter") -> None:
 IS_QUIET = "document.getElementById('stop').hidden && document.querySelectorAll('.is-writing').length === 0"
 
 
-def texts(page: DrivenPage, selector: str) -> list[str]:
+def read_texts(page: DrivenPage, selector: str) -> list[str]:
     return page.value(f"[...document.querySelectorAll({json.dumps(selector)})].map((one) => one.textContent)")
 
 
@@ -114,13 +114,13 @@ def test_model_output_is_shown_as_text_and_saved(page: DrivenPage, scripted: Any
     assert page.value("location.hash") == "", "a key in the address would be seen and kept"
     page.value("document.getElementById('system').value = 'Be brief.'")
     page.value("document.querySelectorAll('#choice input')[1].click()")
-    ask(page, "hostile", 1)
+    send_question(page, "hostile", 1)
     page.wait(IS_QUIET)
     assert page.value("window.hacked") is None and page.console == []
     assert page.value("document.querySelectorAll('#log script, #log img, #log b').length") == 0
-    assert texts(page, ".said p") == [HOSTILE.partition("\n")[0]]
-    assert texts(page, ".said code") == ["<b>bold</b>"]
-    assert texts(page, ".thoughts > div") == ["I think."]
+    assert read_texts(page, ".said p") == [HOSTILE.partition("\n")[0]]
+    assert read_texts(page, ".said code") == ["<b>bold</b>"]
+    assert read_texts(page, ".thoughts > div") == ["I think."]
     assert page.value("document.querySelector('.thoughts').open") is False
     # the file that the page saves, intercepted
     page.value("URL.createObjectURL = (blob) => { window.saved = blob; return 'blob:none'; }")
@@ -139,16 +139,16 @@ def test_keys_send_break_lines_and_stop_and_retry_replaces_the_answer(page: Driv
     page.value("document.getElementById('message').focus()")
     page.type("one")
     page.press("Enter", shift=True)
-    ask(page, "two", 1)
+    send_question(page, "two", 1)
     page.wait(IS_QUIET)
-    assert texts(page, ".said") == ["a: one\ntwo", "b: one\ntwo"], "both answer"
+    assert read_texts(page, ".said") == ["a: one\ntwo", "b: one\ntwo"], "both answer"
     assert scripted.asked[0]["messages"] == [{"role": "user", "content": "one\ntwo"}]
     assert (scripted.asked[0]["temperature"], scripted.asked[0]["max_tokens"]) == (0.7, 2048)
-    ask(page, "slow", 2)
+    send_question(page, "slow", 2)
     page.wait("[...document.querySelectorAll('.said')].slice(2).every((one) => one.textContent === 'begun')")
     page.press("Escape")
     page.wait(IS_QUIET)
-    assert texts(page, ".turn:last-child .below span") == ["stopped", "stopped"]
+    assert read_texts(page, ".turn:last-child .below span") == ["stopped", "stopped"]
     before = len(scripted.asked)
     page.value("[...document.querySelectorAll('.turn:last-child button')].find("
                "(one) => one.textContent === 'Regenerate').click()")
@@ -157,12 +157,12 @@ def test_keys_send_break_lines_and_stop_and_retry_replaces_the_answer(page: Driv
     page.wait(IS_QUIET)
     assert [body["model"] for body in scripted.asked[before:]] == ["a"]
     # the oldest turn is left out where the context ends, and the page says so
-    ask(page, "three", 3)
+    send_question(page, "three", 3)
     page.wait(IS_QUIET)
-    ask(page, "four", 4)
+    send_question(page, "four", 4)
     page.wait(IS_QUIET)
     assert "oldest turns are left out" in page.value("document.getElementById('note').textContent")
-    assert texts(page, ".turn:last-child .said") == ["a: four", "b: four"]
+    assert read_texts(page, ".turn:last-child .said") == ["a: four", "b: four"]
 
 
 def test_the_page_fits_its_screens_and_every_field_has_a_name(page: DrivenPage, scripted: Any) -> None:
@@ -170,7 +170,7 @@ def test_the_page_fits_its_screens_and_every_field_has_a_name(page: DrivenPage, 
     for width, height, scheme in ((390, 844, "light"), (820, 1180, "dark"), (1440, 900, "light")):
         page.open(f"{scripted.url}#token={KEY}", width, height, scheme)
         page.wait("document.getElementById('title').textContent === 'a, b'")
-        ask(page, "w" * 400, 1)
+        send_question(page, "w" * 400, 1)
         page.wait(IS_QUIET)
         assert page.value("document.documentElement.scrollWidth") <= width
         assert page.value("(({scrollWidth, clientWidth}) => scrollWidth <= clientWidth)"

@@ -35,7 +35,7 @@ def folder(tmp_path: Path, token_shards: Path) -> Path:
     return tmp_path / "gpt2"
 
 
-def without_marks(text: str) -> str:
+def remove_special_tokens(text: str) -> str:
     """Return a text without special tokens; a server shows only those of chats."""
     return re.sub(r"<\|\w+\|>", "", text)
 
@@ -49,7 +49,7 @@ def test_greedy_answers_are_those_of_generate(folder: Path, serving: Any) -> Non
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         written = network.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        expected.append(without_marks(tokenizer.decode(written[0, ids.shape[1]:])))
+        expected.append(remove_special_tokens(tokenizer.decode(written[0, ids.shape[1]:])))
     assert len(set(expected)) > 3
     with serving(folder, "--max-batch", "2", "--max-length", "128") as served:
         client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0)
@@ -61,18 +61,18 @@ def test_greedy_answers_are_those_of_generate(folder: Path, serving: Any) -> Non
 
         # more requests than slots
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
-            assert list(map(without_marks, pool.map(ask, PROMPTS))) == expected
-        assert without_marks(ask(PROMPTS[0])) == expected[0]
+            assert list(map(remove_special_tokens, pool.map(ask, PROMPTS))) == expected
+        assert remove_special_tokens(ask(PROMPTS[0])) == expected[0]
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "message"), [
     (["--nproc", "2"], "--nproc 2: "),
     (["--set", "parallel.tp=2", "--set", "train.precision=bf16"], "--set parallel.tp=2: "),
     (["--set", "train.precision=fp12"], "--set train.precision=fp12: must be one of")])
-def test_a_layout_is_for_checkpoints(words: list[str], said: str, folder: Path, capsys: Any) -> None:
+def test_a_layout_is_for_checkpoints(words: list[str], message: str, folder: Path, capsys: Any) -> None:
     assert main(["serve", str(folder), *words]) == 2
     errors = capsys.readouterr().err
-    assert said in errors and ("convert from-hf" in errors or "precision=fp12" in errors)
+    assert message in errors and ("convert from-hf" in errors or "precision=fp12" in errors)
 
 
 def test_latent_attention_is_served_from_a_checkpoint(folder: Path, capsys: Any, one_rank: None) -> None:

@@ -231,9 +231,9 @@ def test_excess_requests_are_refused_and_waiting_ones_answered_in_order(opened: 
         for number in range(4):  # the model pauses after the first one
             answers.append(pool.submit(server.chat, f"{number}"))
             wait_until(lambda n=number: bool(server.model.joined) and count_waiting(server) == n)
-        refused = server.chat("4")
-        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
-        assert refused.json()["error"]["type"] == "rate_limit_error"
+        refusal = server.chat("4")
+        assert (refusal.status_code, refusal.headers["Retry-After"]) == (429, "5")
+        assert refusal.json()["error"]["type"] == "rate_limit_error"
         assert server.chat("5", n=4).status_code == 400  # more answers than may ever wait
         server.model.rows.release(10**6)
         contents = [answer.result().json()["choices"][0]["message"]["content"] for answer in answers]

@@ -26,7 +26,7 @@ WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 50}}
 PAGE = (ROOT / "docs/serve.md").read_text()
 TYPED = [shlex.split(line)[3:] for line in list_commands(PAGE) if " serve my-checkpoint " in line]
-"""Options behind the target, of each command that starts a server; test_processes.py types the second."""
+"""Options after the target, for each command that starts a server; test_processes.py runs the second."""
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 
 
@@ -96,13 +96,13 @@ def test_streamed_text_equals_the_whole_answer(client: openai.OpenAI) -> None:
                                  "stop": stop}
         chat = {**asked, "messages": [{"role": "user", "content": "한국어?"}], "n": 2}
         whole = client.chat.completions.create(**chat)
-        said = ["", ""]
+        contents = ["", ""]
         chunks = list(client.chat.completions.create(**chat, stream=True,
                                                      stream_options={"include_usage": True}))
         for chunk in chunks:
             for choice in chunk.choices:
-                said[choice.index] += choice.delta.content or ""
-        assert said == [choice.message.content for choice in whole.choices]
+                contents[choice.index] += choice.delta.content or ""
+        assert contents == [choice.message.content for choice in whole.choices]
         assert chunks[-1].usage == whole.usage
         text = client.completions.create(**asked, prompt="The ").choices[0].text
         pieces = list(client.completions.create(**asked, prompt="The ", stream=True))
@@ -199,7 +199,7 @@ def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) 
     assert string_io.getvalue() == expected["text"] + "\n"
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "message"), [
     (["--host", "0.0.0.0"], '--host "0.0.0.0": is reachable from other machines'),
     (["--host", "example.org"], '--host "example.org": is reachable from other machines'),
     (["--host", "0.0.0.0", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: the variable is unset"),
@@ -209,8 +209,8 @@ def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) 
     (["--set", "parallel.tp=3"], "parallel.tp"), (["--address-file", "/"], "--address-file /: is a folder"),
     (["--name", " "], '--name " ": must be 1 to 200 printable'),
     (["--max-batch", "0", "--port", "70000"], "command line: 2 problems")])
-def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None, imported: dict[str, Path],
-                                   capsys: Any) -> None:
+def test_a_mistake_is_one_sentence(options: list[str], message: str, one_rank: None,
+                                   imported: dict[str, Path], capsys: Any) -> None:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         code = main(["serve", str(imported["solar_open"]), *options])
@@ -223,7 +223,7 @@ def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None
     printed = capsys.readouterr().err
     # the address is opened by the running model, whose precision is printed first
     told = printed.partition("runs in megatron with fp32 on the CPU\n")[2] or printed
-    assert told.startswith("error: ") and said in told and "Traceback" not in told
+    assert told.startswith("error: ") and message in told and "Traceback" not in told
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Any) -> None:

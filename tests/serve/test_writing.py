@@ -32,11 +32,11 @@ def test_streamed_text_only_grows_by_whole_characters(by_bytes: Tokenizer) -> No
 @pytest.mark.each("stops", [("stop",), (": s", "sagt:"), ("곰 ",), ("🐻",), ("never",)])
 def test_no_part_of_a_stop_string_is_streamed(by_bytes: Tokenizer, stops: tuple[str, ...]) -> None:
     writing = AnswerText(by_bytes.decode, stops, ())
-    wanted = min((TEXT.partition(stop)[0] for stop in stops), key=len)
+    expected = min((TEXT.partition(stop)[0] for stop in stops), key=len)
     for byte in TEXT.encode():
         writing.add_token(byte, None)
-        assert wanted.startswith(writing.stable_text())
-    assert writing.get_text() == wanted
+        assert expected.startswith(writing.stable_text())
+    assert writing.get_text() == expected
     assert writing.finish_reason == (STOP if any(stop in TEXT for stop in stops) else None)
 
 
@@ -81,13 +81,13 @@ TURNS = {
 def test_a_partial_turn_is_a_prefix_of_the_whole(text: str, in_thoughts: bool, expected: ServedTurn) -> None:
     assert parse_served_turn(text, in_thoughts, TOOLS) == expected
     for tools in (TOOLS, []):
-        told = ServedTurn("", "")
+        streamed = ServedTurn("", "")
         for end in range(len(text) + 1):
             turn = parse_partial_turn(text[:end], in_thoughts, tools)
-            assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content)
-            told = turn
+            assert turn.thoughts.startswith(streamed.thoughts) and turn.content.startswith(streamed.content)
+            streamed = turn
         whole = parse_served_turn(text, in_thoughts, tools)
-        assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
+        assert whole.thoughts.startswith(streamed.thoughts) and whole.content.startswith(streamed.content)
 
 
 def test_without_tools_a_call_is_text() -> None:

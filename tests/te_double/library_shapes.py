@@ -174,7 +174,7 @@ def signature(function: ast.FunctionDef, *, bound: bool) -> str:
     return f"({', '.join(parts)})"
 
 
-def described(sources: Sources, path: str, *, private: bool = False) -> Any:
+def describe(sources: Sources, path: str, *, private: bool = False) -> Any:
     """Describe the object of a dotted name.
 
     Args:
@@ -239,7 +239,7 @@ def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:
     for name, shape in symbols.items():
         if shape is None:
             continue
-        here = described(sources, name, private=True)
+        here = describe(sources, name, private=True)
         if here is None:
             yield f"{name} is gone"
         elif isinstance(shape, dict) and isinstance(here, dict):
@@ -252,7 +252,7 @@ def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:
             yield f"{name} is {here}, and the contract says {shape}"
 
 
-def installed(package: str) -> Sources | None:
+def find_installed(package: str) -> Sources | None:
     """Return the sources of an installed package, or None."""
     spec = importlib.util.find_spec(package.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
@@ -260,7 +260,7 @@ def installed(package: str) -> Sources | None:
     return Sources(Path(next(iter(spec.submodule_search_locations))).parent)
 
 
-def deprecation(sources: Sources, path: str) -> str:
+def find_deprecation(sources: Sources, path: str) -> str:
     """Return the text that marks a class or function as deprecated, or "".
 
     The mark may be a decorator, the docstring, or a warning in the unconditional statements of the function

@@ -156,7 +156,7 @@ def resume_and_compare(recipe: str, settings: list[str], path: str, run: str) ->
     results: dict[str, Any] = {"straight": [train_step(trainer).loss for _ in range(2)]}
     trainer.save()
     trainer.checkpointer.finish()
-    results["saved"] = _saved(trainer.folder.checkpoint(2))
+    results["saved"] = _hash_checkpoint(trainer.folder.checkpoint(2))
     results["exported"] = hashlib.sha256(b"".join(
         name.encode() + _bytes(tensor) for name, tensor in export_weights(trainer.model))).hexdigest()
     results["differing"] = replica_checks.find_differing_replicas(trainer.model)
@@ -271,7 +271,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _saved(path: Path) -> dict[str, str]:
+def _hash_checkpoint(path: Path) -> dict[str, str]:
     """Return the hash of every tensor in a checkpoint."""
     readers = [TensorReader(path, part) for part in ("model", "optimizer")]
     return {key: hashlib.sha256(_bytes(reader.read(key))).hexdigest()

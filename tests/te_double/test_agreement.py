@@ -37,7 +37,7 @@ SOLAR = ["model.num_layers=2", "model.num_experts=4"]
 FP64 = ["train.precision=fp64"]
 
 
-def apart(ours: Any, theirs: Any) -> float:
+def compute_difference(ours: Any, theirs: Any) -> float:
     """Return the largest difference relative to the largest value."""
     a, b = np.array(ours), np.array(theirs)
     return float(np.abs(a - b).max(initial=0.0) / max(1e-3, np.abs(b).max(initial=0.0)))
@@ -48,8 +48,9 @@ def differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
     runs."""
     assert len(steps) == len(expected)
     assert all(ours.keys() == theirs.keys() for ours, theirs in zip(steps, expected, strict=True))
-    return {what: max(apart(ours[what], theirs[what]) for ours, theirs in zip(steps, expected, strict=True))
-            for what in expected[0]}
+    return {field: max(compute_difference(ours[field], theirs[field])
+                       for ours, theirs in zip(steps, expected, strict=True))
+            for field in expected[0]}
 
 
 @pytest.mark.distributed
@@ -137,10 +138,10 @@ def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, pack
         out = str(tmp_path / kind)
         found.append(run(job(LAYOUT_RUN, "one_batch", nproc, {
             **arguments, "settings": [*FP64, *settings, *layout], "out": out}))[0][0]["loss"])
-    assert apart(*found) < 1e-12
+    assert compute_difference(*found) < 1e-12
     for part in ("weights", "gradients"):
         local, te = (TensorReader(tmp_path / kind / part, "model") for kind in ("local", "te"))
         keys = list(local.keys())
         assert sorted(te.keys()) == sorted(keys)
-        far = {key: apart(te.read(key).numpy(), local.read(key).numpy()) for key in keys}
+        far = {key: compute_difference(te.read(key).numpy(), local.read(key).numpy()) for key in keys}
         assert max(far.values()) < 1e-12, far

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.te_double import contract
-from tests.te_double.library_shapes import CONTRACT, Sources, deprecation, described, is_same
+from tests.te_double.library_shapes import CONTRACT, Sources, describe, find_deprecation, is_same
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
 THEIRS = json.loads(CONTRACT.read_text())
@@ -54,7 +54,7 @@ REASONS = {
 
 @pytest.mark.each("name", sorted(TE))
 def test_the_double_has_the_real_signatures(name: str) -> None:
-    ours, theirs = described(OURS, name), TE[name]
+    ours, theirs = describe(OURS, name), TE[name]
     if ours is None:
         assert theirs is None or name.removeprefix(f"{contract.TE}.pytorch.") in (NOT_DOUBLED | NOT_REACHED)
     elif isinstance(theirs, dict):
@@ -75,7 +75,7 @@ def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job
     for name, method, positional, names in calls:
         text = TE[name] if method is None else TE[name][method]
         if text != "extension":  # compiled: no signature in Python sources
-            contract.parsed(text).bind(*[None] * positional, **dict.fromkeys(names))
+            contract.parse_signature(text).bind(*[None] * positional, **dict.fromkeys(names))
     reached = {name.rpartition(".")[2] for name, *_ in calls}
     assert reached >= {"Linear", "LayerNormLinear", "GroupedLinear", "RMSNorm", "DotProductAttention",
                        "apply_rotary_pos_emb", "moe_permute_with_probs", "moe_unpermute",
@@ -118,14 +118,14 @@ def test_every_field_is_set_or_was_looked_at(config: str) -> None:
 @pytest.mark.parametrize("part", [contract.MEGATRON, contract.VLLM])
 def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
     symbols, bound = THEIRS[part]["symbols"], 0
-    for name, by_place, keywords in contract.calls_of(part):
+    for name, by_place, keywords in contract.list_calls(part):
         home, _, method = name.rpartition(".")
         owner = symbols.get(home)
         # the entry of a class's member describes the class, so the member's own signature comes first
         shape = (owner.get(method) if isinstance(owner, dict) else None) or symbols.get(name)
         text = shape.get("__init__") if isinstance(shape, dict) else shape
         if text and text.startswith("("):
-            contract.parsed(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
+            contract.parse_signature(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
             bound += 1
     # for vLLM only the worker module: reading weights, and their names
     assert bound > (2 if part == contract.VLLM else 5)
@@ -136,7 +136,9 @@ GPT_MODEL = "megatron.core.models.gpt.gpt_model.GPTModel"
 
 def test_no_deprecated_library_interface_is_used() -> None:
     sources = Sources(contract.site_folder("megatron"))
-    names = contract.used(contract.ROOT / "megatron_sov", contract.MEGATRON) | set(contract.REACHED)
-    found = {name: mark for name in sorted(names) if (mark := deprecation(sources, name))}
+    names = contract.find_used_names(contract.ROOT / "megatron_sov",
+                                     contract.MEGATRON) | set(contract.REACHED)
+    found = {name: mark for name in sorted(names) if (mark := find_deprecation(sources, name))}
     assert not found, "the library will remove them: use what it names in their place"
-    assert GPT_MODEL not in names and deprecation(sources, GPT_MODEL).startswith("GPTModel IS DEPRECATED")
+    assert GPT_MODEL not in names and find_deprecation(sources,
+                                                       GPT_MODEL).startswith("GPTModel IS DEPRECATED")

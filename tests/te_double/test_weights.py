@@ -61,15 +61,15 @@ def test_checkpoints_and_exports_equal_those_of_bf16_weights(te_ranks: Any, job:
         assert (before["in 8 bits"], after["in 8 bits"]) == (0, counted)
 
 
-@pytest.mark.each(("settings", "said"), [
+@pytest.mark.each(("settings", "message"), [
     (["train.fp8=none"], "needs an 8-bit recipe"), (["train.fp8=nvfp4"], "needs an 8-bit recipe"),
     (["parallel.zero1=false", *(f"{s.partition('=')[0]}=false" for s in OVERLAP)],
      "needs parallel.zero1 = true"),
     (['optim.groups=[{"pattern": "*.layers.0.*", "frozen": true}]'], "frozen weight has no master"),
     (['gpu.cuda_graphs=["moe_router"]'], "reallocated"),
     (["gpu.optimizer_offload=1"], "masters in host memory")])
-def test_settings_incompatible_with_fp8_weights_are_refused(settings: list[str], said: str) -> None:
+def test_settings_incompatible_with_fp8_weights_are_refused(settings: list[str], message: str) -> None:
     config = apply_settings(recipes.get("solar-open-102b"), [
         "train.fp8=blockwise", "parallel.zero1=true", IN_8_BITS, *settings])
     problems = [p for p in config.problems(480) if p.key == "train.fp8_weights"]
-    assert any(said in str(p) for p in problems), problems
+    assert any(message in str(p) for p in problems), problems

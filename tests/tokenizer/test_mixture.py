@@ -15,7 +15,7 @@ from tokenizer.mixture import (
     plan_count_units)
 
 
-def sizes_of(buckets: dict[int, int]) -> GroupSizes:
+def build_sizes(buckets: dict[int, int]) -> GroupSizes:
     row = np.zeros(NUM_BUCKETS, np.int64)
     row[list(buckets)] = list(buckets.values())
     return GroupSizes(len(buckets), int(row.sum()), row)
@@ -44,7 +44,7 @@ def test_inputs_with_equal_names_form_one_group_in_any_order() -> None:
     assert [g.name for g in gather_groups(["ko=c", "ko=b:3", "en=a:1"], None)] == ["en", "ko"]
 
 
-@pytest.mark.each(("inputs", "mixture", "sentence"), [
+@pytest.mark.each(("inputs", "mixture", "message"), [
     (["en=a:1", "en=b:2"], None, "the group en has weight 1 already"),
     (["a", "a"], None, "is given twice"),
     (["en=a"], "solar", "--mixture 'solar': does not exist; did you mean 'solar-open'"),
@@ -52,8 +52,8 @@ def test_inputs_with_equal_names_form_one_group_in_any_order() -> None:
     (["en=a:2", "ko=b", "multi=c"], "k-exaone", "but --mixture k-exaone gives the weights"),
     (["en=a", "ko=b"], "k-exaone", "has a group 'multi' that no input belongs to"),
 ])
-def test_weights_that_contradict_are_refused(inputs: list[str], mixture: str | None, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_weights_that_contradict_are_refused(inputs: list[str], mixture: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         gather_groups(inputs, mixture)
 
 
@@ -65,7 +65,7 @@ def test_published_mixtures() -> None:
 
 def test_weighted_groups_share_bytes_and_others_are_unchanged() -> None:
     groups = [SourceGroup("a", (), 3), SourceGroup("b", (), 1), SourceGroup("c", ())]
-    found = [sizes_of({0: n}) for n in (100, 300, 50)]
+    found = [build_sizes({0: n}) for n in (100, 300, 50)]
     factors = compute_repeats(groups, found)
     assert factors == [3.0, 100 / 300, 1.0]
 
@@ -73,14 +73,14 @@ def test_weighted_groups_share_bytes_and_others_are_unchanged() -> None:
 @given(st.dictionaries(st.integers(0, NUM_BUCKETS - 1), st.integers(1, 20_000), min_size=1, max_size=50),
        st.floats(0.001, 5))
 def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], factor: float) -> None:
-    result = sizes_of(buckets)
+    result = build_sizes(buckets)
     share = choose_share(result, factor)
     assert sum(share.count_passes(b) * n for b, n in buckets.items()) == count_share_bytes(result, share) > 0
     assert abs(count_share_bytes(result, share) - factor * result.num_bytes) <= max(buckets.values())
 
 
 def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
-    result = sizes_of(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
+    result = build_sizes(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
     assert [choose_share(result, f) for f in (0.25, 0.5, 1, 2.5)] == [GroupShare(0, 16321),
                                                                       GroupShare(0, 32705),
                                                                  GroupShare(1, 0), GroupShare(2, 32705)]

@@ -124,7 +124,7 @@ def large_sha256(large: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.usefixtures("small_units")
 def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sha256: str,
                                                            tmp_path: Path) -> None:
-    # the same text, its lines in another order, in files of other names, one compressed
+    # the same text with another order of lines, other file names, and one file compressed
     other = tmp_path / "other"
     other.mkdir()
     for i, name in ((0, "0.jsonl"), (1, "2.jsonl"), (2, "1.jsonl")):

@@ -1,5 +1,5 @@
-"""Forward and backward passes of a step: gradients do not depend on the micro-batches, and recomputed
-values are equal."""
+"""Forward and backward passes of a step: gradients do not depend on the
+micro-batches, and recomputed values are equal."""
 
 import dataclasses
 import math
@@ -107,7 +107,7 @@ def test_meters_do_not_depend_on_micro_batches(make: Make) -> None:
 
 
 def with_routes(data: Path, folder: Path, known: float) -> Path:
-    """Write token shards once more, with drawn routes of so many of their tokens."""
+    """Write a copy of token shards with random routes for a share `known` of the tokens."""
     shape = build_route_shape(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
     random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")
     with create_artifact(folder, "tokens") as artifact:

@@ -110,7 +110,7 @@ EVERY_STEP = ("observe", "poll", "record", "expert load", "sync")
 
 
 def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = None) -> tuple[bool, list[str]]:
-    """Return the actions of `train`, without those of every step."""
+    """Return the actions of `train`, without the actions of every step."""
     trainer.stop_after = stop_after
     complete = train(trainer, SimpleNamespace(reason="SIGTERM"), until)  # type: ignore[arg-type]
     return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]
@@ -172,8 +172,8 @@ def test_a_skipped_step_keeps_intervals_and_records_no_step() -> None:
     trainer = Recorded(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
     assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4",
                                        "run_end 4"])
-    seen = [a for a in trainer.actions if a.startswith(("observe", "record"))]
-    assert seen == ["observe 1", "record 1", "observe 3", "record 3"]
+    step_actions = [a for a in trainer.actions if a.startswith(("observe", "record"))]
+    assert step_actions == ["observe 1", "record 1", "observe 3", "record 3"]
     assert [a for a in trainer.actions if a.startswith("expert load")] == [], (
         "both evaluations follow a step without tokens")
 

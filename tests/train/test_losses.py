@@ -178,12 +178,12 @@ def test_objective_state_is_json() -> None:
     assert get_checkpoint_parts(SimpleNamespace()) == {}
 
 
-@pytest.mark.parametrize(("state", "said"), [
+@pytest.mark.parametrize(("state", "message"), [
     ({"seen": {3: 1}}, r"state\(\)\['seen'\] has the key 3, which comes back as a string"),
     ({"seen": [0, (1, 2)]}, r"state\(\)\['seen'\]\[1\] is a tuple, which comes back as a list")])
-def test_state_that_json_would_change_is_refused(state: object, said: str) -> None:
+def test_state_that_json_would_change_is_refused(state: object, message: str) -> None:
     objective = SimpleNamespace(state=lambda: state, restore=lambda state: None)
-    with pytest.raises(UserError, match=f"what JSON changes \\({said}\\); return dicts with strings as keys"):
+    with pytest.raises(UserError, match=rf"what JSON changes \({message}\); return dicts with strings"):
         get_checkpoint_parts(objective)["objective"].state()
 
 

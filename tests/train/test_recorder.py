@@ -87,8 +87,7 @@ def call_all_methods(r: Recorder) -> None:
     r.record_rejected_step(3, StepRejection("the loss is nan", float("nan"), 1.0, finite=False,
                                             weights_suspect=True), [1])
     r.record_expert_load(4, LOAD)
-    r.record_evaluation(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130},
-                        {"chat": 3})
+    r.record_evaluation(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130}, {"chat": 3})
     r.record_checkpoint(SavedCheckpoint(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
     r.record_hang(5, {"loop.py, train": [0, 1]})
     r.record_gate_failure(6, "accuracy 0.1 is below 0.9")

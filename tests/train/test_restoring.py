@@ -61,10 +61,10 @@ def test_damaged_checkpoints_are_set_aside_with_a_warning(run: RunFolder, alone:
     texts = [f"{reason}; step-{step} is renamed to damaged-step-{step}, and the run goes on from the "
              "checkpoint before it" for reason, step in zip(reasons, (6, 4), strict=True)]
     assert capsys.readouterr().err.splitlines() == [f"warning: {text}" for text in texts]
-    told = [{k: v for k, v in event.items() if k != "time_s"} for event in read_events(run.path / EVENTS)]
-    assert [event for event in told if event["event"] == "warning"] == [
+    events = [{k: v for k, v in event.items() if k != "time_s"} for event in read_events(run.path / EVENTS)]
+    assert [event for event in events if event["event"] == "warning"] == [
         {"event": "warning", "step": step, "text": text} for step, text in zip((6, 4), texts, strict=True)]
-    assert [event for event in told if event["event"] == "damaged_checkpoint"] == [
+    assert [event for event in events if event["event"] == "damaged_checkpoint"] == [
         {"event": "damaged_checkpoint", "path": f"checkpoints/step-{step}", "reason": reason,
          "renamed_to": f"checkpoints/damaged-step-{step}"}
         for step, reason in zip((6, 4), reasons, strict=True)]
@@ -89,8 +89,8 @@ def test_no_checkpoint_is_loaded_if_all_are_damaged(run: RunFolder, alone: Any) 
 
 
 def synced(run: str) -> dict[str, Any]:
-    """Runs inside ranks: take a checkpoint, and go on with steps that do nothing;
-    only rank 1 is asked to stop."""
+    """Inside ranks: save a checkpoint, and continue with empty
+    steps; only rank 1 receives the stop request."""
     config, model = tiny_model("tiny-solar-open", "model.num_layers=1")
     folder, optimizer = RunFolder(Path(run)), Optimizer(model, config.optim)
     parts = {name: Memory(name) for name in ("order", "guard")}
@@ -217,14 +217,14 @@ def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
     assert run.guard.rollbacks[-1] == {"at": 47, "to": 40}
 
 
-@pytest.mark.parametrize(("checkpoints", "rollbacks", "said"), [
+@pytest.mark.parametrize(("checkpoints", "rollbacks", "message"), [
     ([], [], "no earlier checkpoint exists"),
     ([20, 33], [{"at": 33, "to": 20}], "no checkpoint exists before step 20, which was tried")])
 def test_the_run_ends_if_no_rollback_is_possible(monkeypatch: pytest.MonkeyPatch, checkpoints: list[int],
-                                                 rollbacks: list[dict[str, int]], said: str) -> None:
+                                                 rollbacks: list[dict[str, int]], message: str) -> None:
     run = Run(monkeypatch, checkpoints, now=37, refused=4, rollbacks=rollbacks)
     with pytest.raises(UserError) as e:
         recovery.rollback_weights(run)  # type: ignore[arg-type]
     assert str(e.value).startswith("steps 34 to 37 were rejected in a row (the last: the loss is nan)")
-    assert said in str(e.value)
+    assert message in str(e.value)
     assert run.checkpoints == checkpoints and run.told == [], "nothing was changed"

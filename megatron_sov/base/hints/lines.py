@@ -251,8 +251,8 @@ def apply_fix(program: str, line: Sequence[str], fix: Fix) -> list[str] | None:
 
 def _fill_placeholder(option: str, word: str) -> str:
     """Return a new path for OUT, and the only model, tokenizer or token shards here for their placeholder."""
-    if word == "OUT":
-        return choose_free_path("new-output")
+    if word == "OUT" or (word == "DIR" and option in ("--run", "--store", "--output")):
+        return choose_free_path("new-output" if word == "OUT" else f"new-{option[2:]}")
     if not word.isupper() or not is_placeholder(word):
         return word
     folders = {"--tokenizer": [find_only_folder("tokenizer")], "--data": [find_only_folder("tokens")]}

@@ -174,7 +174,7 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
         imported = Path(choose_free_path(f"{tokenizer.name}-tokenizer"))
         commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
         tokenizer = imported
-    shards = choose_free_path(f"{Path(path).name.partition('.')[0]}-tokens")
+    shards = choose_free_path(f"{Path(path).name.partition('.')[0] or 'data'}-tokens")
     command = ["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", path, *options]
     if os.path.isfile(f"{path}.idx"):
         command = ["sov-data", "adopt", path, "--tokenizer", str(tokenizer)]

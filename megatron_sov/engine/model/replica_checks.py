@@ -4,7 +4,7 @@ Faulty hardware may not raise errors. Data-parallel replicas of a weight must ag
 the same micro-batch must give the same gradients again. Megatron-Core's function for this,
 `check_param_hashes_across_dp_replicas`, hashes weights on the host, leaves out context parallelism and router
 biases, and names no rank. Test:
-`test_replica_checks.py::test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better`.
+`test_replica_checks.py::test_a_majority_names_the_process_whose_weight_changed`.
 """
 
 from __future__ import annotations

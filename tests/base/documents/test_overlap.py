@@ -21,7 +21,7 @@ LAW = "Section 4. Whoever, by fraud, obtains a licence under this Act shall be l
 THAI = "ผู้ใดกระทำความผิดตามพระราชบัญญัตินี้ต้องระวางโทษจำคุกไม่เกินหนึ่งปี"
 
 
-def shared(first: str, second: str) -> int:
+def count_shared_runs(first: str, second: str) -> int:
     return len(set(hash_runs(first)) & set(hash_runs(second)))
 
 
@@ -42,8 +42,9 @@ def test_runs_match_brute_force() -> None:
     windows = [{tuple(words[i:i + RUN_WORDS]) for i in range(len(words) - RUN_WORDS + 1)}
                for words in (ours, theirs)]
     assert len(windows[0]) == len(set(hash_runs(LAW))) == len(ours) - RUN_WORDS + 1
-    assert shared(LAW, other) == len(windows[0] & windows[1]) == 2
-    assert shared(LAW, "Whoever by fraud obtains a licence under this Decree shall be liable.") == 0
+    assert count_shared_runs(LAW, other) == len(windows[0] & windows[1]) == 2
+    assert count_shared_runs(LAW,
+                             "Whoever by fraud obtains a licence under this Decree shall be liable.") == 0
 
 
 def test_short_texts_have_no_run() -> None:
@@ -53,10 +54,10 @@ def test_short_texts_have_no_run() -> None:
 
 def test_scripts_without_blanks_use_forty_characters() -> None:
     assert len(THAI) > 50
-    assert shared(THAI, f"ตามมาตรา 4 {THAI[5:50]} และ") == len(list_units(THAI[5:50])) - 40 + 1 > 1
-    assert shared(THAI, THAI[5:40]) == 0
+    assert count_shared_runs(THAI, f"ตามมาตรา 4 {THAI[5:50]} และ") == len(list_units(THAI[5:50])) - 40 + 1 > 1
+    assert count_shared_runs(THAI, THAI[5:40]) == 0
     # a blank or a full stop in another place changes nothing
-    assert shared(THAI, f"{THAI[:20]} {THAI[20:]}.") == len(set(hash_runs(THAI)))
+    assert count_shared_runs(THAI, f"{THAI[:20]} {THAI[20:]}.") == len(set(hash_runs(THAI)))
 
 
 KOREAN = "모든 국민은 법 앞에 평등하다. 누구든지 성별, 종교 또는 사회적 신분에 의하여 차별을 받지 아니한다."
@@ -65,7 +66,7 @@ KOREAN = "모든 국민은 법 앞에 평등하다. 누구든지 성별, 종교 
 def test_korean_uses_thirty_syllables() -> None:
     assert len(list_units(KOREAN)) == len(KOREAN.replace(" ", "").replace(".", "").replace(",", ""))
     other = KOREAN.replace(" ", "") + "라고 한다"
-    assert shared(KOREAN, other) == len(set(hash_runs(KOREAN))) == len(list_units(KOREAN)) - 29
+    assert count_shared_runs(KOREAN, other) == len(set(hash_runs(KOREAN))) == len(list_units(KOREAN)) - 29
     assert list_units("GPT-4는 20개") == ["gpt", "4", "는", "20", "개"]
 
 
@@ -119,11 +120,11 @@ def read(text: str) -> object:
     return json.loads(text, parse_constant=reject_constant, parse_float=parse_finite)
 
 
-@pytest.mark.each(("text", "why"), [
+@pytest.mark.each(("text", "message"), [
     ("NaN", "NaN is not JSON"), ("[-Infinity]", "-Infinity is not JSON"),
     ('{"a": 1e999}', "1e999 is more than")])
-def test_nan_and_infinity_are_refused(text: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
+def test_nan_and_infinity_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read(text)
 
 
@@ -136,7 +137,7 @@ def test_control_characters_are_escaped() -> None:
     assert escape_controls("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
 
 
-# Cutting text at blank lines: nothing is lost, and pieces keep their limit.
+# Splitting text at blank lines: the parts contain the whole text and stay within the limit.
 
 
 @given(st.text(alphabet=st.sampled_from("ab가é\U0001f600 \n\r")), st.integers(4, 20))
@@ -159,7 +160,7 @@ def test_cuts_prefer_blank_lines() -> None:
     assert list(cut_text("가나다", 8)) == ["가나", "다"]
 
 
-# Scripts whose characters are counted: the table against the names that Unicode gives its characters.
+# Scripts by which characters are counted, compared with Unicode's character names.
 
 
 SCRIPT_NAMES = {"thai": "THAI", "lao": "LAO", "tibetan letters": "TIBETAN", "tibetan signs": "TIBETAN",

@@ -96,7 +96,7 @@ def test_parquet_rows_have_numbers(tmp_path: Path) -> None:
         list(read_documents([tmp_path / "b.parquet"], RecordReading("text")))
 
 
-# Which files are read, in which order, and in which parts.
+# Files, their order, and the spans in which they are read.
 
 
 def test_folder_is_read_recursively_in_order(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_small_files_share_a_unit(tmp_path: Path) -> None:
     assert [span.file.name for unit in units for span in unit] == [f"{i:02}.txt" for i in range(20)]
 
 
-# Of a folder of samples only those that were kept are data.
+# In a folder of generated samples, only accepted samples are data.
 
 
 def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def zeros_zst(file: Path) -> None:
             f.write(bytes(4_000_000))
 
 
-def one_string_in_many_rows(file: Path) -> None:
+def write_one_string_in_many_rows(file: Path) -> None:
     # all rows share one string, so that it is not this process that needs 2 GB
     rows = pyarrow.chunked_array([pyarrow.array(["x" * 4_000_000])] * 200)
     parquet.write_table(pyarrow.table({"text": rows}), file, compression="zstd", store_schema=False)
@@ -274,7 +274,7 @@ def one_string_in_many_rows(file: Path) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize(("name", "write"), [
     ("a.jsonl.gz", zeros_gz), pytest.param("a.jsonl.zst", zeros_zst, marks=pytest.mark.deep),
-    ("a.parquet", one_string_in_many_rows)])
+    ("a.parquet", write_one_string_in_many_rows)])
 def test_memory_is_bounded_by_record_limit(name: str, write, tmp_path: Path) -> None:
     write(tmp_path / name)
     assert (tmp_path / name).stat().st_size < 2_000_000

@@ -26,30 +26,30 @@ TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
     "type": "object", "properties": {name[0]: {"type": "string"}}}}} for name in ("add", "find")]
 
 
-def as_arrow(rows: list[dict[str, Any]], is_file: bool = False) -> bytes:
+def write_arrow(rows: list[dict[str, Any]], is_file: bool = False) -> bytes:
     table, sink = pyarrow.Table.from_pylist(rows), io.BytesIO()
     with (ipc.new_file if is_file else ipc.new_stream)(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
 
 
-def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+def write_parquet(rows: list[dict[str, Any]]) -> bytes:
     sink = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
     return sink.getvalue()
 
 
-def as_lines(rows: list[dict[str, Any]]) -> bytes:
+def write_json_lines(rows: list[dict[str, Any]]) -> bytes:
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
 
 
 STORED: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
-    "a.jsonl": as_lines, "a.json": lambda rows: json.dumps(rows, indent=1).encode(),
-    "bom.json": lambda rows: b"\xef\xbb\xbf" + json.dumps(rows).encode(), "lines.json": as_lines,
+    "a.jsonl": write_json_lines, "a.json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "bom.json": lambda rows: b"\xef\xbb\xbf" + json.dumps(rows).encode(), "lines.json": write_json_lines,
     "a.json.gz": lambda rows: gzip.compress(json.dumps(rows).encode()),
     "a.json.zst": lambda rows: zstandard.compress(json.dumps(rows).encode()),
-    "a.jsonl.gz": lambda rows: gzip.compress(as_lines(rows)), "a.parquet": as_parquet,
-    "stream.arrow": as_arrow, "file.arrow": lambda rows: as_arrow(rows, True), "a.feather": as_arrow,
+    "a.jsonl.gz": lambda rows: gzip.compress(write_json_lines(rows)), "a.parquet": write_parquet,
+    "stream.arrow": write_arrow, "file.arrow": lambda rows: write_arrow(rows, True), "a.feather": write_arrow,
 }
 CALLS = [*ASK, {"role": "assistant", "content": "", "tool_calls": [
     {"type": "function", "function": {"name": "add", "arguments": {"a": "1"}}},
@@ -144,7 +144,7 @@ def test_only_completion_is_trained_on(tmp_path: Path) -> None:
     rows = [{"prompt": "2 + 2?", "completion": "4"}, {"prompt": "2 + 2?", "response": "4"},
             {"prompt": ASK, "completion": SAY}, {"prompt": earlier, "completion": [
                 {"role": "assistant", "content": "6"}]}]
-    (tmp_path / "a.jsonl").write_bytes(as_lines(rows))
+    (tmp_path / "a.jsonl").write_bytes(write_json_lines(rows))
     *short, long = read_documents([tmp_path / "a.jsonl"], RecordReading("chat"))
     assert all(d.messages == (Message("user", "2 + 2?", is_learned=False), Message("assistant", "4"))
                and d.num_prompt == 1 for d in short)
@@ -191,11 +191,11 @@ HUB = {"README.md": CARD, "LICENSE": b"MIT", "LICENSE.txt": b"MIT", ".gitattribu
 
 
 @pytest.mark.each("data", [
-    {"data/train-0.parquet": as_parquet(ROWS)}, {"train.jsonl.gz": gzip.compress(as_lines(ROWS))},
-    {"train.json": json.dumps(ROWS).encode()}, {"train.json": as_lines(ROWS)},
-    {"data-0.arrow": as_arrow(ROWS), "state.json": b'{"a": 1}', "dataset_info.json": b'{\n"b": 2}',
-     "cache-12.arrow": as_arrow(ROWS)},
-    {"train/data-0.arrow": as_arrow(ROWS), "dataset_dict.json": b'{"splits": ["train"]}',
+    {"data/train-0.parquet": write_parquet(ROWS)}, {"train.jsonl.gz": gzip.compress(write_json_lines(ROWS))},
+    {"train.json": json.dumps(ROWS).encode()}, {"train.json": write_json_lines(ROWS)},
+    {"data-0.arrow": write_arrow(ROWS), "state.json": b'{"a": 1}', "dataset_info.json": b'{\n"b": 2}',
+     "cache-12.arrow": write_arrow(ROWS)},
+    {"train/data-0.arrow": write_arrow(ROWS), "dataset_dict.json": b'{"splits": ["train"]}',
      "note.json": b"[1]"},
 ])
 def test_dataset_descriptions_are_skipped(tmp_path: Path, data: dict[str, bytes]) -> None:
@@ -229,7 +229,7 @@ def test_many_skipped_files_are_counted_by_ending() -> None:
 
 def test_mixed_text_and_splits_are_reported(tmp_path: Path) -> None:
     messages: list[str] = []
-    fill(tmp_path, **{f"data/{split}-0.parquet": as_parquet(ROWS) for split in ("train", "test")},
+    fill(tmp_path, **{f"data/{split}-0.parquet": write_parquet(ROWS) for split in ("train", "test")},
          **{"docs/guide.md": b"text"})
     assert len(list_files(tmp_path, messages.append)) == 3
     assert "1 files of plain text (docs/guide.md)" in messages[0] and "splits train, test" in messages[0]
@@ -255,8 +255,7 @@ def test_json_in_text_file_is_refused(tmp_path: Path, name: str, content: str) -
         list(read_documents([tmp_path / name]))
 
 
-@pytest.mark.each("content", ["{curly} text", "[1] A note.", '{ "quoted" text }', "[[wiki]] text",
-                                     "{}"])
+@pytest.mark.each("content", ["{curly} text", "[1] A note.", '{ "quoted" text }', "[[wiki]] text", "{}"])
 def test_text_with_brackets_is_text(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(content)
     assert [d.text for d in read_documents([tmp_path / "a.txt"])] == [content]
@@ -305,9 +304,9 @@ def test_duplicate_columns_are_refused(tmp_path: Path) -> None:
 @pytest.mark.each("step", [1, 2, 3, 7, 1000])
 def test_json_items_do_not_depend_on_block_size(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", step)
-    wanted = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
-    raw = io.BytesIO(json.dumps(wanted, indent=1).encode())
-    assert list(iter_json_items(lambda size: raw.read(min(size, step)), 1000)) == wanted
+    expected = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
+    raw = io.BytesIO(json.dumps(expected, indent=1).encode())
+    assert list(iter_json_items(lambda size: raw.read(min(size, step)), 1000)) == expected
 
 
 def test_overlong_json_item_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,13 +326,15 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ({"chosen_avg_rating": 0.1 + 0.2, "rejected_avg_rating": 0.3}, "'chosen_avg_rating' = 0.3"),
     ({"chosen_reward": 0, "rejected_reward": 0, "chosen_score": 1, "rejected_score": 1},
      "'chosen_score' = 1"),
-    ({"chosen_reward": 0, "rejected_reward": 0, "chosen_score": 2, "rejected_score": 1}, ""),
+                                       ({"chosen_reward": 0, "rejected_reward": 0, "chosen_score": 2,
+                                         "rejected_score": 1}, ""),
     ({"chosen_score": 8, "rejected_score": 7}, ""), ({"chosen_score": 7, "rejected_score": 8}, ""),
     ({"chosen_score": None, "rejected_score": None}, ""), ({"chosen_score": 7}, ""),
     ({"chosen_score": "7", "rejected_score": "7"}, ""), ({"score": 7, "rejected_score": 7}, ""),
     ({"chosen_tokens": 7, "rejected_tokens": 7}, "")])
 def test_pair_with_tied_scores_is_refused(tmp_path: Path, scores: dict[str, Any], tied: str) -> None:
-    (tmp_path / "a.jsonl").write_bytes(as_lines([PAIR, {**PAIR, **scores}, {**PAIR, "rejected": "a"}]))
+    (tmp_path / "a.jsonl").write_bytes(write_json_lines([PAIR, {**PAIR, **scores},
+                                                         {**PAIR, "rejected": "a"}]))
     items = [item for span in iter_spans(tmp_path / "a.jsonl")
              for item in CountedSpan(span, RecordReading("preference"))]
     bad = [item for item in items if isinstance(item, BadRecord)]

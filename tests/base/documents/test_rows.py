@@ -38,8 +38,7 @@ def test_changed_values_have_dotted_names() -> None:
     (RecordAccount(1200, 1200, {"json": 0}), "1,200 records read: 1,200 written, 0 set aside"),
     (RecordAccount(8, 2, {"a": 1, "json": 4, "b": 1}),
      "8 records read: 2 written, 6 set aside (4 json, 1 a, 1 b)"),
-    (RecordAccount(2, 1, {"a\x1b": 1}, "rows", "scored"),
-     "2 rows read: 1 scored, 1 set aside (1 a\\x1b)"),
+    (RecordAccount(2, 1, {"a\x1b": 1}, "rows", "scored"), "2 rows read: 1 scored, 1 set aside (1 a\\x1b)"),
 ])
 def test_account_sentence(account: RecordAccount, line: str) -> None:
     assert account.describe() == line

@@ -12,7 +12,7 @@ from tests.base.hints.test_words import answer
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
 
-def lines(said: str) -> list[str]:
+def list_proposed_commands(said: str) -> list[str]:
     """Return the commands that a message proposes."""
     proposed = said.partition("; write\n")[2].partition("\nthis line still has a fault")[0]
     return [line.strip() for line in proposed.splitlines()]
@@ -103,4 +103,4 @@ def test_the_proposed_line_has_all_that_was_typed(typed: str, write: list[str], 
                        "tokens/manifest.json": json.dumps({"kind": "tokens"})}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert lines(answer(typed, capsys)) == write
+    assert list_proposed_commands(answer(typed, capsys)) == write

@@ -217,6 +217,18 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("sov-data mix d d2 --ratio 1 2 --output o", ["write\n  sov-data mix d:1 d2:2 --output o"]),
     ("sov-data filter --input t.jsonl --min_size 9 --output o", ["runs it, without min_size"]),
     ("sov-tokenizer compare tok", ["--text en=FILE"]),
+    ("megatron-sov dpo", ["write\n  megatron-sov prefer --from MODEL --data d2 --run new-run --method dpo"]),
+    ("megatron-sov version", ["write\n  megatron-sov --version"]),
+    ("megatron-sov eval", ["ACTION takes ppl, needle, pairs, passk, media, lm"]),
+    ("megatron-sov sft \u2014from hf \u2013-data d2 --run r", ["sft --from hf --data d2 --run r"]),
+    ("megatron-sov sft --from hf '--data d2' --run r", ["sft --from hf --data d2 --run r"]),
+    ("megatron-sov sft --from hf --data d2 --run r --set optim.lr:1e-5", ["--set optim.lr=1e-5"]),
+    ("megatron-sov sft --from hf --data d2 --run r --set '{\"optim\": {\"lr\": 0.1}}'",
+     ["--set optim.lr=0.1"]),
+    ("megatron-sov sft --from hf --data d2 --run r --set ds.json",
+     ["ds.json: a file of settings is --config here", "--set train.micro_batch_size=2"]),
+    ("sov-data run theirs.yml",
+     ["run theirs.yml --output new-output", "base_model: is no key of a pipeline"]),
     (f"{PRETRAIN} --set optim.name=lion", ["'adamw' or 'muon'; leave it out", "--data d2 --run r"]),
     ("megatron-sov eval lm hf --tasks t --output o --num-fewshot 5-shot", ["write 5", "--num-fewshot 5"]),
     ("megatron-sov convert average d run --output o", ["write\n  megatron-sov ssp fuse d run --output o"]),
@@ -285,12 +297,12 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    said = answer(typed, capsys)
-    assert [part for part in parts if part not in said] == [], said
+    message = answer(typed, capsys)
+    assert [part for part in parts if part not in message] == [], message
 
 
 @pytest.mark.parametrize(("name", "known", "meant"), [
     ("fp16", ["fp64", "fp32"], ""), ("llama-3.1-70b", ["llama-3.1-8b"], ""),
     ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?")])
-def test_another_number_is_no_guess(name: str, known: list[str], meant: str) -> None:
+def test_a_different_number_is_not_proposed(name: str, known: list[str], meant: str) -> None:
     assert suggest_name(name, known) == meant

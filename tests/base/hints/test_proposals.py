@@ -1,4 +1,4 @@
-"""Command lines with several faults: the message names all of them, and the proposed line has none."""
+"""Command lines with several faults: the message names every fault, and the proposed line has no fault."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from megatron_sov.base.errors import Fix, RowProblems, UserError
 from megatron_sov.base.hints.commands import unwrap_launcher
 from megatron_sov.base.hints.lines import apply_fix, propose_line
 from megatron_sov.base.hints.paths import find_path_faults
-from tests.base.hints.test_lines import CHAT, lines
+from tests.base.hints.test_lines import CHAT, list_proposed_commands
 from tests.base.hints.test_words import answer
 
 
@@ -36,14 +36,13 @@ def test_a_line_with_the_same_fault_is_not_proposed() -> None:
     assert propose("pack", check, fault) == fault.sentence
 
 
-@pytest.mark.parametrize(("sentence", "write"), [
-    ("--samples 4: needs --temperature above 0; add --temperature 1",
-     "sov-data pack --temperature 1"),
+@pytest.mark.parametrize(("message", "write"), [
+    ("--samples 4: needs --temperature above 0; add --temperature 1", "sov-data pack --temperature 1"),
     ("x: set train.steps=5", "sov-data pack --set train.steps=5"),
     ("x: pass --data DIR", ""), ("x: pass --data NAME=FILE", ""), ("x: is damaged", "")])
-def test_a_recommended_value_is_in_the_line(sentence: str, write: str) -> None:
-    error = propose_line("sov-data", ["pack"], UserError(sentence), lambda line: None)
-    assert lines(str(error)) == [write] * bool(write)
+def test_a_recommended_value_is_in_the_line(message: str, write: str) -> None:
+    error = propose_line("sov-data", ["pack"], UserError(message), lambda line: None)
+    assert list_proposed_commands(str(error)) == [write] * bool(write)
 
 
 def test_later_faults_are_found_with_a_placeholder_value() -> None:
@@ -112,7 +111,7 @@ def test_launchers_are_unwrapped(typed: str, meant: str) -> None:
     assert unwrap_launcher(typed.split()) == meant.split()
 
 
-def test_a_command_of_ours_is_no_launcher() -> None:
+def test_own_commands_are_not_read_as_launchers() -> None:
     assert unwrap_launcher(["serve", "hf"]) is None
 
 
@@ -163,5 +162,5 @@ def test_the_answer_has_every_fault_and_the_line(typed: str, parts: list[str], t
                        }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    said = answer(typed, capsys)
-    assert [part for part in parts if part not in said] == [], said
+    message = answer(typed, capsys)
+    assert [part for part in parts if part not in message] == [], message

@@ -48,7 +48,8 @@ def test_the_model_of_an_endpoint_is_refused_with_the_endpoint(capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("words", [["rl", "store", "audit"], ["inspect", "audit"], ["report", "card"]])
-def test_a_removed_word_elsewhere_is_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_removed_command_name_is_a_plain_word_elsewhere(words: list[str],
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert "was removed" not in capsys.readouterr().err
 
@@ -57,9 +58,9 @@ def test_a_removed_word_elsewhere_is_no_command(words: list[str], capsys: pytest
 def test_a_removed_setting_is_refused_unless_an_old_run_has_its_default(name: str) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), ["model.yarn={}"])
     assert name not in setting_names()
-    with pytest.raises(SettingsError, match="it was removed in this version; ") as refused:
+    with pytest.raises(SettingsError, match="it was removed in this version; ") as error:
         apply_settings(config, [f"{name}=1"])
-    assert removed.SETTINGS[name][1] in str(refused.value) and name in str(refused.value)
+    assert removed.SETTINGS[name][1] in str(error.value) and name in str(error.value)
 
     saved = config.to_dict()
     *groups, last = name.split(".")
@@ -96,8 +97,8 @@ def test_an_artifact_of_a_removed_kind_is_refused(kind: str, tmp_path: Path,
     with create_artifact(tmp_path / "old", kind) as artifact:
         (artifact.path / "rows").write_text("1\n")
     assert main(["inspect", str(tmp_path / "old")]) == 2
-    told = f"is a '{kind}' artifact, which this version cannot read; {removed.KINDS[kind]}"
-    assert told in capsys.readouterr().err
+    message = f"is a '{kind}' artifact, which this version cannot read; {removed.KINDS[kind]}"
+    assert message in capsys.readouterr().err
     with pytest.raises(UserError, match=f"is a '{kind}' artifact where a 'tokens' artifact is needed"):
         read_manifest(tmp_path / "old", "tokens")
 

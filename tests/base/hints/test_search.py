@@ -23,7 +23,7 @@ def test_settings_of_list_items_have_their_place() -> None:
 
 
 def test_answer_has_the_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    said = answer("megatron-sov sft --from M --data D --run R --clip-gradient-norm 1", capsys)
-    assert "--run R --set optim.clip_grad=1" in said
-    said = answer("megatron-sov sft --from M --data D --run R --set train.clip_gradient_norm=1", capsys)
-    assert "no such setting" in said and "optim.clip_grad" in said
+    message = answer("megatron-sov sft --from M --data D --run R --clip-gradient-norm 1", capsys)
+    assert "--run R --set optim.clip_grad=1" in message
+    message = answer("megatron-sov sft --from M --data D --run R --set train.clip_gradient_norm=1", capsys)
+    assert "no such setting" in message and "optim.clip_grad" in message

@@ -89,8 +89,8 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
 ])
 def test_all_unknown_words_are_translated_into_one_command(typed: str, write: str,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
-    said = answer(typed, capsys).partition("\nthis line still has a fault")[0]
-    assert said.splitlines()[-1].strip() == write
+    message = answer(typed, capsys).partition("\nthis line still has a fault")[0]
+    assert message.splitlines()[-1].strip() == write
 
 
 @pytest.mark.parametrize("line", [
@@ -104,7 +104,7 @@ def test_a_word_without_similar_names_gets_no_suggestion(line: str,
 @pytest.mark.parametrize(("word", "known"), [
     ("--model", ["--help"]), ("--gpus", ["--no-cache"]), ("--days", ["--data"]), ("prepare", ["report"]),
     ("data", ["tag"])])
-def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
+def test_a_distant_word_is_not_proposed(word: str, known: list[str]) -> None:
     assert suggest_name(word, known) == ""
 
 
@@ -123,9 +123,9 @@ def test_a_path_in_the_place_of_an_action_names_the_action(files: dict[str, str]
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    said = answer(f"megatron-sov {command.format(tmp_path)}", capsys)
+    message = answer(f"megatron-sov {command.format(tmp_path)}", capsys)
     # the folder has no model in it, which the line's check says
-    lines = said.partition("\nthis line still has a fault")[0].splitlines()
+    lines = message.partition("\nthis line still has a fault")[0].splitlines()
     assert [line.strip() for line in lines[1:]] == [f"megatron-sov {line.format(tmp_path)}" for line in write]
 
 
@@ -170,9 +170,9 @@ def test_settings_of_a_foreign_configuration_file_are_written_as_ours(
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / file).write_text(content)
-    said = answer(typed, capsys).partition("\nthis line still has a fault")[0]
-    assert f"{file}: is another program's configuration" in said
-    assert said.splitlines()[-1].strip() == write
+    message = answer(typed, capsys).partition("\nthis line still has a fault")[0]
+    assert f"{file}: is another program's configuration" in message
+    assert message.splitlines()[-1].strip() == write
 
 
 ALIASES = "a0: &a0 {x: null}\n" + "".join(
@@ -214,7 +214,8 @@ def test_words_longer_than_a_file_name_give_one_sentence(
     assert "error: " in answer(line.replace("{}", "x" * 5000), capsys)
 
 
-def test_a_long_word_after_an_unknown_option_is_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_word_after_an_unknown_option_is_not_read_as_a_path(
+        capsys: pytest.CaptureFixture[str]) -> None:
     message = answer(f"megatron-sov convert --foo {'x' * 5000}", capsys)
     assert "an action comes before the options" in message
 

@@ -22,7 +22,7 @@ class DrivenPage:
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._loop, self._socket, self._number = loop, socket, 0
         self.console: list[str] = []
-        """What went wrong in it: exceptions, and what its policy refused."""
+        """Exceptions in the page, and violations of its content security policy."""
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._loop.run_until_complete(self._sent(method, parameters))
@@ -75,7 +75,7 @@ class DrivenPage:
 
 
 @contextlib.contextmanager
-def driven(browser: str, folder: Path) -> Iterator[DrivenPage]:
+def drive_browser(browser: str, folder: Path) -> Iterator[DrivenPage]:
     """Yield a page in a browser that runs until the context ends; the browser profile is in `folder`."""
     profile = folder / "profile"
     process = subprocess.Popen(
@@ -85,7 +85,7 @@ def driven(browser: str, folder: Path) -> Iterator[DrivenPage]:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     loop = asyncio.new_event_loop()
     try:
-        with contextlib.closing(loop), _connected(loop, profile / "DevToolsActivePort") as page:
+        with contextlib.closing(loop), _connect(loop, profile / "DevToolsActivePort") as page:
             yield page
     finally:
         process.terminate()
@@ -93,7 +93,7 @@ def driven(browser: str, folder: Path) -> Iterator[DrivenPage]:
 
 
 @contextlib.contextmanager
-def _connected(loop: asyncio.AbstractEventLoop, file: Path) -> Iterator[DrivenPage]:
+def _connect(loop: asyncio.AbstractEventLoop, file: Path) -> Iterator[DrivenPage]:
     """Connect to the browser's page once the browser prints its address."""
     deadline_s = time.monotonic() + LIMIT_S
     while not file.exists() or not file.read_text().strip():

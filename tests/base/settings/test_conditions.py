@@ -26,8 +26,7 @@ class Part:
     method: str = "dpo"
     beta: float = 0.1
     gamma: float = 0.5
-    ACTS_WHEN = {"": AnyOf(is_one_of("name", "pairs"),
-                            AllOf(is_one_of("name", "rounds"), is_set("rounds"))),
+    ACTS_WHEN = {"": AnyOf(is_one_of("name", "pairs"), AllOf(is_one_of("name", "rounds"), is_set("rounds"))),
                  "gamma": is_one_of(".method", "simpo", "orpo")}
 
 

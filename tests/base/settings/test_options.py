@@ -104,7 +104,7 @@ def test_help_is_the_field_docstring() -> None:
     assert "made" not in output and "count [-h] --output DIR" in output
 
 
-@pytest.mark.each(("typed", "code", "key", "sentence"), [
+@pytest.mark.each(("typed", "code", "key", "message"), [
     ("--heldout 1", "bound", "--heldout", "--heldout 1: must be below 1"),
     ("--heldout x", "type", "--heldout", '--heldout "x": must be a number'),
     ("--limit null", "type", "--limit",
@@ -118,10 +118,10 @@ def test_help_is_the_field_docstring() -> None:
     ("--max-bytes 3", "rule", "--max-bytes", "--max-bytes 3: must be even"),
     ("--limit 3 --overwrite", "rule", "--limit", "--limit 3: goes without --overwrite"),
 ])
-def test_problems_name_the_typed_option(typed: str, code: str, key: str, sentence: str) -> None:
+def test_problems_name_the_typed_option(typed: str, code: str, key: str, message: str) -> None:
     with pytest.raises(SettingsError) as e:
         parse(f"f --output d {typed}")
-    assert (e.value.codes, str(e.value)) == ([(code, key)], sentence)
+    assert (e.value.codes, str(e.value)) == ([(code, key)], message)
 
 
 def test_all_option_problems_are_reported_in_order() -> None:
@@ -196,7 +196,7 @@ def test_dry_run_keeps_existing_output(more: tuple[str, ...], state: str, tmp_pa
 
 
 def test_dry_run_reports_all_missing_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert tokenizer_cli.main(["media", "gone", "--image-tokens", "4", "--output", "out", "--dry-run"]) == 2
     output = capsys.readouterr().err

@@ -69,7 +69,7 @@ def test_all_problems_have_code_and_key_in_field_order(raw: Any, codes: list[tup
     assert str(e.value).startswith("f.json: ")
 
 
-@pytest.mark.each(("raw", "sentence"), [
+@pytest.mark.each(("raw", "message"), [
     ({"name": "x", "block": {"size": 0}}, "f: block.size = 0 must be at least 1"),
     ({"name": "x", "block": {"size": 10**7}}, "f: block.size = 10000000 must be at most 1,000,000"),
     ({"name": "x", "kind": "adam"}, "f: kind = \"adam\" must be 'adamw' or 'muon'; did you mean 'adamw'?"),
@@ -89,10 +89,10 @@ def test_all_problems_have_code_and_key_in_field_order(raw: Any, codes: list[tup
      'f: on = "\\u001b[31m' + "y" * 66 + "... must be true or false"),
     ({"name": "x", "kind": "muon"}, "f: block.size = 1 must be above 1 with kind = muon; set it"),
 ])
-def test_sentence_of_each_problem_code(raw: Any, sentence: str) -> None:
+def test_sentence_of_each_problem_code(raw: Any, message: str) -> None:
     with pytest.raises(SettingsError) as e:
         parse_settings(Recipe, raw, "f")
-    assert str(e.value) == sentence
+    assert str(e.value) == message
 
 
 def test_bounds_apply_to_settings_built_by_code() -> None:

@@ -74,9 +74,9 @@ def agrees(out: Path, reference: dict[str, Any]) -> None:
 
 
 @pytest.mark.deep
-def test_a_hugging_face_folder_is_scored_as_lm_eval_does(task_dir: Path, hf_models: dict[str, Path],
-                                                         reference: dict[str, Any], tmp_path: Path,
-                                                         capsys) -> None:
+def test_scores_of_a_hugging_face_folder_equal_lm_eval(task_dir: Path, hf_models: dict[str, Path],
+                                                       reference: dict[str, Any], tmp_path: Path,
+                                                       capsys) -> None:
     log = EventLog(tmp_path / EVENTS)
     log.write("step", step=41, loss=1.0)
     log.close()

@@ -37,7 +37,8 @@ class Scripted(EvaluatedLM):
 
 def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any],
           cluster_field: str = "") -> tuple[TaskScores, list[ResultItem], list[str]]:
-    """Score items whose answers are their questions; `aggregate` makes the figure of their values."""
+    """Score items whose answers equal their questions; `aggregate`
+    computes the figure from the item values."""
     rows = [{"q": str(v), "page": i // 2} for i, v in enumerate(values)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "t.yaml").write_text(
@@ -69,11 +70,11 @@ def test_an_undefined_metric_is_none_with_a_reason(aggregate: Any, tmp_path: Pat
                      "large for a number"]
 
 
-@pytest.mark.parametrize(("values", "aggregate", "said"), [
+@pytest.mark.parametrize(("values", "aggregate", "message"), [
     (["bad"], mean, "could not convert string to float"),
     ([1], lambda values: values.lost, "AttributeError")])
-def test_a_metric_that_fails_is_named(values: Any, aggregate: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"tasks t: lm-eval cannot score the answers \(.*{said}"):
+def test_a_metric_that_fails_is_named(values: Any, aggregate: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"tasks t: lm-eval cannot score the answers \(.*{message}"):
         score(tmp_path, values, aggregate)
 
 
@@ -86,7 +87,7 @@ def test_standard_error_is_computed_over_cluster_means(tmp_path: Path) -> None:
     assert [item.cluster for item in items] == ["0", "0", "1", "1"]
 
 
-def test_a_metric_that_is_no_item_mean_has_no_interval(tmp_path: Path) -> None:
+def test_a_metric_other_than_an_item_mean_has_no_interval(tmp_path: Path) -> None:
     found, _, _ = score(tmp_path, [1.0, 2.0], lambda values: math.exp(mean(values)))
     assert found.metrics[0].value == pytest.approx(math.exp(1.5))
     assert found.metrics[0].interval is None
@@ -135,21 +136,21 @@ def test_table_names_unknown_values() -> None:
         ["t", "f1", "(strict)", "not", "known", "2", "1", "1"]]
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("", "is damaged"), ("[1]", "is no result of"), ('{"kind": "other"}', "is no result of"),
     ('{"kind": "eval-lm", "format_version": 2}', "update megatron-sov"),
     ('{"kind": "eval-lm", "format_version": 1}', "is damaged (model: Field required"),
     ("[" * 100_000, "is damaged (RecursionError"),
 ])
-def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "out.json").write_text(text)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         read_results(tmp_path / "out.json")
-    assert said in str(told.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("number", ["NaN", "1" + "0" * 400])
-def test_a_figure_that_is_no_number_is_refused(tmp_path: Path, number: str) -> None:
+def test_a_non_numeric_figure_is_refused(tmp_path: Path, number: str) -> None:
     write_results(tmp_path / "out.json", FOUND, ITEMS)
     text = (tmp_path / "out.json").read_text().replace(str(0.1 + 0.2), number)
     (tmp_path / "out.json").write_text(text)

@@ -86,10 +86,10 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BAD_FILES, ids=[said[:40] for *_, said in BAD_FILES])
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[row[-1][:40] for row in BAD_FILES])
 def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes,
-                                               said: str) -> None:
+                                               message: str) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         read(tmp_path / name)
-    assert said in str(refused.value) and str(tmp_path / name) in str(refused.value)
+    assert message in str(error.value) and str(tmp_path / name) in str(error.value)

@@ -79,15 +79,16 @@ EVIL = [
 
 
 @pytest.mark.tier1_cases(10)
-@pytest.mark.parametrize(("line", "said"), EVIL, ids=[line[:60] for line, _ in EVIL])
-def test_task_files_that_run_code_or_read_elsewhere_are_refused(folder: Path, line: str, said: str) -> None:
+@pytest.mark.parametrize(("line", "message"), EVIL, ids=[line[:60] for line, _ in EVIL])
+def test_task_files_that_run_code_or_read_elsewhere_are_refused(folder: Path, line: str,
+                                                                message: str) -> None:
     (folder / "evil.py").write_text("raise SystemExit('it ran')")
     (folder.parent / "outside.yaml").write_text("num_fewshot: 1")
     key = line.partition(":")[0]
-    kept = [old for old in PLAIN.splitlines() if not old.startswith(f"{key}:")]
-    with pytest.raises(UserError) as told:
-        load(folder, "\n".join([*kept, line]))
-    assert said in str(told.value)
+    other_lines = [old for old in PLAIN.splitlines() if not old.startswith(f"{key}:")]
+    with pytest.raises(UserError) as error:
+        load(folder, "\n".join([*other_lines, line]))
+    assert message in str(error.value)
 
 
 def test_merged_mappings_do_not_fill_the_memory(folder: Path) -> None:

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parent))  # `suite_items`
 
 
 class Here:
-    """Runs a reward without processes of its own; those are tested where they live."""
+    """Runs a reward in this process; tests/judge tests its worker processes."""
 
     def __init__(self, reward: Any) -> None:
         self.reward = reward

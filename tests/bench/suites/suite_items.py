@@ -29,12 +29,12 @@ class Case:
     wrong: str = ""
     """Another one."""
     unreadable: str = "I would rather not say."
-    """One without any answer in the form that is asked for."""
+    """A response without an answer in the requested form."""
     asked: str = ""
     """What the prompt has to hold."""
 
 
-def packed(text: str) -> str:
+def pack_hidden_tests(text: str) -> str:
     """Return a text as LiveCodeBench packs hidden tests."""
     raw = text.encode()
     assert len(raw) < 256
@@ -84,13 +84,14 @@ LCB = {
     "question_content": "Add two numbers.",
     "starter_code": "class Solution:\n    def add(self, a, b):",
     "public_test_cases": json.dumps([{"input": "1\n2", "output": "3", "testtype": "functional"}]),
-    "private_test_cases": packed(json.dumps([{"input": "5\n-7", "output": "-2", "testtype": "functional"}])),
+    "private_test_cases": pack_hidden_tests(json.dumps([{"input": "5\n-7", "output": "-2",
+                                                         "testtype": "functional"}])),
     "metadata": json.dumps({"func_name": "add"}),
     "contest_date": "2024-08-03"}
 
 
 def written_out() -> Iterator[tuple[str, Case]]:
-    """Yield (name, case) for each name of a case; NAME in the file stands for it."""
+    """Yield (name, case) for each name of a case, with NAME in the file replaced by the name."""
     result = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for case in result:
         for name in case["names"]:
@@ -101,10 +102,8 @@ def written_out() -> Iterator[tuple[str, Case]]:
 
 CASES: dict[str, Case] = {
     **dict(written_out()),
-    "mmlu": Case({"mmlu/dev.jsonl": subjects(mmlu_row, each=5),
-                  "mmlu/test.jsonl": subjects(mmlu_row)[::-1]}),
-    "kmmlu": Case({"kmmlu/dev.jsonl": subjects(kmmlu_row, each=5),
-                   "kmmlu/test.jsonl": subjects(kmmlu_row)}),
+    "mmlu": Case({"mmlu/dev.jsonl": subjects(mmlu_row, each=5), "mmlu/test.jsonl": subjects(mmlu_row)[::-1]}),
+    "kmmlu": Case({"kmmlu/dev.jsonl": subjects(kmmlu_row, each=5), "kmmlu/test.jsonl": subjects(kmmlu_row)}),
     "haerae": Case({f"haerae/{part}.jsonl": [{"query": f"{part}?\n### 정답 :", "answer": "(C)"}] for part in (
         "general_knowledge", "history", "loan_words", "rare_words", "standard_nomenclature")}),
     "mmlu-pro": Case({"mmlu-pro/validation.jsonl": subjects(pro_row, ("biology", "law"), 5),

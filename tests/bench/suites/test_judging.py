@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
-from suite_items import packed
+from suite_items import pack_hidden_tests
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
@@ -32,7 +32,7 @@ ANSWERS = ("right", "a", "b", None)
 STEM = Judging("t", "stem", reward_settings={"kind": "number"}, row={"answer": "gold"})
 
 
-def results_of(answers: Sequence[str | None]) -> list[Result]:
+def build_results(answers: Sequence[str | None]) -> list[Result]:
     return [to_result(Score(float(answer == "right"), {"extracted": answer})) for answer in answers]
 
 
@@ -54,12 +54,12 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
     passed, won = draws(answers, k)
     counts = Counter(answer for answer in answers if answer in ("a", "b"))
     assert compute_majority_at_k(answers.count("right"), counts, answers.count(None), k) == pytest.approx(won)
-    assert compute_metrics(protocol, results_of(answers)) == pytest.approx(
+    assert compute_metrics(protocol, build_results(answers)) == pytest.approx(
         {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won})
 
 
-def scored(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4",
-           **more: Any) -> tuple[list[dict[str, float]], list[str | None]]:
+def score_answers(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4",
+                  **more: Any) -> tuple[list[dict[str, float]], list[str | None]]:
     """Return the figures of items with these answers, and why they have none."""
     judge = AnswerJudge(asked, 1)
     doc = {"gold": gold, **more}
@@ -71,8 +71,8 @@ def scored(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4",
 def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "BATCH_ROWS", 2)  # items do not end where batches do
     asked = replace(STEM, samples=3, metrics=("avg", "pass", "cons"), k=(3,))
-    found, failed = scored(asked, [["The answer is 4", "The answer is 5", "answer: 4.0"],
-                                   ["5", "5", "the answer is 4"]])
+    found, failed = score_answers(asked, [["The answer is 4", "The answer is 5", "answer: 4.0"],
+                                          ["5", "5", "the answer is 4"]])
     assert found == [{"avg@3": pytest.approx(2 / 3), "pass@3": 1.0, "cons@3": 1.0},
                      {"avg@3": pytest.approx(1 / 3), "pass@3": 1.0, "cons@3": 0.0}]
     assert failed == [None, None]
@@ -84,15 +84,15 @@ def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_missing_reward_is_not_counted_as_zero() -> None:
     asked = replace(STEM, samples=2, metrics=("avg", "pass"), k=(1, 2))
-    found, [failed] = scored(asked, [["4", "4"]], gold="four")
+    found, [failed] = score_answers(asked, [["4", "4"]], gold="four")
     assert found == [{}]
     assert str(failed).startswith("2 of 2 have no reward: answer = 'four' is no number")
     assert asked.metric_names == ["avg@2", "pass@1", "pass@2"]
-    _, [failed] = scored(replace(STEM, row={"answer": "solution"}), [["4"]])
+    _, [failed] = score_answers(replace(STEM, row={"answer": "solution"}), [["4"]])
     assert failed == "1 of 1 have no reward: the data have no 'solution'"
 
 
-@pytest.mark.parametrize(("text", "mode", "said"), [
+@pytest.mark.parametrize(("text", "mode", "answer"), [
     ("<think>4?</think> 5", "default", "5"),
     ("4? </think> 5", "thinking", "5"),
     ("4", "thinking", ""),
@@ -102,18 +102,18 @@ def test_a_missing_reward_is_not_counted_as_zero() -> None:
     ("a</think>b</think> 5", "thinking", "5"),
     (" <think>it is 4", "no-thinking", ""),
 ])
-def test_thoughts_are_no_answers(text: str, mode: Any, said: str) -> None:
-    assert strip_thoughts(text, mode) == said
-    [found], _ = scored(replace(STEM, mode=mode), [[text]], gold=said or "4")
-    assert found["avg@1"] == float(bool(said))
+def test_answers_inside_thoughts_do_not_count(text: str, mode: Any, answer: str) -> None:
+    assert strip_thoughts(text, mode) == answer
+    [found], _ = score_answers(replace(STEM, mode=mode), [[text]], gold=answer or "4")
+    assert found["avg@1"] == float(bool(answer))
 
 
 def test_an_extractor_takes_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = replace(STEM, extract=r"답:\s*(\d+)")
-    found, _ = scored(asked, [["답: 5 ... 답: 4"], ["답: 4 ... 답: 5"], ["4"]])
+    found, _ = score_answers(asked, [["답: 5 ... 답: 4"], ["답: 4 ... 답: 5"], ["4"]])
     assert [scores["avg@1"] for scores in found] == [1.0, 0.0, 0.0]
     monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
-    _, [failed] = scored(replace(STEM, extract=r"((?:x+x+)+)y"), [["x" * 5000]])
+    _, [failed] = score_answers(replace(STEM, extract=r"((?:x+x+)+)y"), [["x" * 5000]])
     assert "takes longer than" in str(failed)
 
 
@@ -129,19 +129,20 @@ CALLED = [{"input": '[1, 2]\n"a"', "output": "true", "testtype": "functional"}]
 PRINTED = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
 
 
-def as_published(value: Any, protocol: int) -> str:
+def pack_as_published(value: Any, protocol: int) -> str:
     return base64.b64encode(zlib.compress(pickle.dumps(value, protocol))).decode()
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickled_text_is_read_in_every_protocol(protocol: int) -> None:
     text = json.dumps(CALLED) + " " * 70_000 + "가"
-    assert unpack_tests(as_published(text, protocol), "f") == text
-    assert unpack_tests(packed("[]"), "f") == "[]"
+    assert unpack_tests(pack_as_published(text, protocol), "f") == text
+    assert unpack_tests(pack_hidden_tests("[]"), "f") == "[]"
 
 
 def test_tests_become_calls_or_inputs() -> None:
-    doc = {"public_test_cases": json.dumps(CALLED), "private_test_cases": packed(json.dumps(CALLED)),
+    doc = {"public_test_cases": json.dumps(CALLED),
+           "private_test_cases": pack_hidden_tests(json.dumps(CALLED)),
            "metadata": json.dumps({"func_name": "has"})}
     call = {"function": "Solution().has", "arguments": [[1, 2], "a"], "expected": True}
     assert build_code_tests(doc) == {"tests": [call, call]}
@@ -165,7 +166,7 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path) -> None:
     for value in (Evil(mark), ["[]"], {"a": "[]"}, b"[]", ("[]", "[]"), 3, None):
         for protocol in (0, 2, 4):
             with pytest.raises(Refused):
-                unpack_tests(as_published(value, protocol), "f")
+                unpack_tests(pack_as_published(value, protocol), "f")
     assert not mark.exists()
 
 
@@ -183,10 +184,10 @@ def test_malformed_private_tests_are_refused(value: str) -> None:
 def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scorers, "MAX_BYTES", 1 << 20)
     with pytest.raises(Refused, match="larger than 1 MiB"):
-        unpack_tests(as_published("0" * (8 << 20), 4), "f")
+        unpack_tests(pack_as_published("0" * (8 << 20), 4), "f")
 
 
-@pytest.mark.parametrize(("doc", "said"), [
+@pytest.mark.parametrize(("doc", "message"), [
     ({}, "no tests"),
     ({"public_test_cases": "[1]"}, "must have the texts"),
     ({"public_test_cases": 3}, "must be text"),
@@ -196,17 +197,18 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ({"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
       "metadata": '{"func_name": "f"}'}, "no value"),
 ])
-def test_a_problem_without_tests_that_can_be_run_is_refused(doc: dict[str, Any], said: str) -> None:
-    with pytest.raises(Refused, match=said):
+def test_a_problem_without_tests_that_can_be_run_is_refused(doc: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refused, match=message):
         build_code_tests(doc)
 
 
-def made(*, allow_code: bool = False, generation: Any = None, repeats: int = 1, **settings: Any) -> Judging:
+def load_judging(*, allow_code: bool = False, generation: Any = None, repeats: int = 1,
+                 **settings: Any) -> Judging:
     config = {"task": "t", "output_type": "generate_until", "repeats": repeats,
               "generation_kwargs": generation or {}, "metadata": {"sov": {"reward": "math", **settings}}}
-    found = parse_judging(config, allow_code=allow_code)
-    assert found is not None
-    return found
+    result = parse_judging(config, allow_code=allow_code)
+    assert result is not None
+    return result
 
 
 def test_a_task_without_a_reward_is_lm_evals_own() -> None:
@@ -216,22 +218,22 @@ def test_a_task_without_a_reward_is_lm_evals_own() -> None:
 
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(SettingsError) as e:
-        made(mode="fast", metrics=["best"], reward="mth", extract="(", k=[0])
+        load_judging(mode="fast", metrics=["best"], reward="mth", extract="(", k=[0])
     assert sorted(e.value.codes) == [("bound", "extract"), ("bound", "k.0"), ("choice", "metrics.0"),
                                      ("choice", "mode"), ("choice", "reward")]
     assert "did you mean 'math'?" in str(e.value)
     for wrong in ({"extract": "answer"}, {"samlpes": 2}):
         with pytest.raises(SettingsError):
-            made(**wrong)
+            load_judging(**wrong)
     with pytest.raises(UserError, match="must be an object"):
         parse_judging({"task": "t", "metadata": {"sov": ["reward"]}}, allow_code=False)
     with pytest.raises(UserError, match="repeats = 4: greedy answers are all the same"):
-        made(repeats=4)
+        load_judging(repeats=4)
     with pytest.raises(UserError, match="write generate_until"):
         parse_judging({"task": "t", "metadata": {"sov": {"reward": "math"}}}, allow_code=False)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
+@pytest.mark.parametrize(("settings", "message"), [
     ({"reward": "evil.py:Reward"}, "names code to run"),
     ({"reward": "composed"}, "loads rewards named by its settings"),
     ({"reward": "code", "reward_settings": {"command": ["sh", "-c", "id"]}}, "reward_settings.command"),
@@ -239,10 +241,10 @@ def test_all_problems_are_reported_at_once() -> None:
     ({"reward": "judge", "reward_settings": {"api_key_env": "AWS_SECRET"}}, "reward_settings.api_key_env"),
     ({"reward": "judge", "variants": {"a": {"cache": "/etc/x"}}}, "reward_settings.cache"),
 ])
-def test_a_foreign_file_executes_and_sends_nothing(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        made(**settings)
-    assert made(allow_code=True, **settings)  # a user's own may
+def test_a_foreign_file_executes_and_sends_nothing(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_judging(**settings)
+    assert load_judging(allow_code=True, **settings)  # a user's own may
 
 
 def test_a_command_asks_for_fewer_samples_and_other_judges() -> None:

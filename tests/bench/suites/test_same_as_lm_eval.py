@@ -96,7 +96,7 @@ def test_mmlu_pro_reads_answers_alike(tmp_path: Path, loaded: Loaded) -> None:
 
 @pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize("language", ["ko", "th", "ja", "de", "es"])
-def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded, language: str) -> None:
+def test_mmlu_prox_prompts_and_answers_equal_lm_eval(tmp_path: Path, loaded: Loaded, language: str) -> None:
     name, case = f"mmlu-prox-{language}", CASES[f"mmlu-prox-{language}"]
     write(case, tmp_path)
     expected = []
@@ -119,8 +119,8 @@ def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded
     assert score_answers(name, our_task.task_docs[0], answers, "avg@1") == scores == [1, 0, 1, 0, 0, 0]
 
 
-def test_hotpotqa_asks_and_judges_as_longbench_does(tmp_path: Path, loaded: Loaded,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hotpotqa_prompts_and_scores_equal_longbench(tmp_path: Path, loaded: Loaded,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     # LongBench imports these libraries for metrics that HotpotQA does not use
     for library in ("jieba", "fuzzywuzzy", "rouge"):
         monkeypatch.setitem(sys.modules, library, SimpleNamespace(fuzz=None, Rouge=None))
@@ -197,7 +197,7 @@ def test_competitions_are_judged_as_aime_of_lm_eval() -> None:
     assert expected == [1, 1, 0, 1, 1, 0, 1, 0]
 
 
-def test_math500_is_judged_as_math_verify_does() -> None:
+def test_math500_scores_equal_math_verify() -> None:
     # lm-eval has this metric in addition to the older string comparison
     from math_verify import parse, verify
 

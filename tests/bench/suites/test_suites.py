@@ -29,9 +29,9 @@ def test_every_task_has_a_case() -> None:
 
 
 def payload_score(payload: dict[str, Any]) -> float:
-    said = payload["messages"][1]["content"].partition("RESPONSE:")[2]
+    response = payload["messages"][1]["content"].partition("RESPONSE:")[2]
     best = 2.0 if "Score 2 where" in payload["messages"][1]["content"] else 1.0
-    return best if "RIGHT" in said else 0.0
+    return best if "RIGHT" in response else 0.0
 
 
 @pytest.mark.tier1_cases(6)
@@ -95,7 +95,7 @@ def test_gpqa_has_its_options_in_an_order_of_the_question(tmp_path: Path, loaded
     ("list", [[1]], [[], {}]),
     ("text or null", [None, "a"], ["", 3]),
 ])
-def test_a_rule_takes_what_it_says(rule: str, good: list[Any], bad: list[Any]) -> None:
+def test_each_extraction_rule_finds_its_answer(rule: str, good: list[Any], bad: list[Any]) -> None:
     assert [value for value in good if find_field_problem("f", rule, {"f": value})] == []
     assert [value for value in bad if not find_field_problem("f", rule, {"f": value})] == []
 

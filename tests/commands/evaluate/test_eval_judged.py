@@ -73,9 +73,9 @@ def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatc
     assert "prompts.jsonl, stem" in section.charts[0].caption
 
 
-def test_a_response_without_a_reward_is_no_wrong_one(hf_models: dict[str, Path],
-                                                     monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_response_without_a_reward_is_not_counted_as_wrong(hf_models: dict[str, Path],
+                                                             monkeypatch: pytest.MonkeyPatch,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt_index": 1, "answer": "4", "response": "The answer is 4"},
             {"prompt_index": 1, "response": "4"}]
     result = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"])
@@ -84,14 +84,14 @@ def test_a_response_without_a_reward_is_no_wrong_one(hf_models: dict[str, Path],
     assert "1 refused, 1 scored responses" in format_table(result)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--k", "9"], "--k 9: is more than --samples 8"),
     (["--temperature", "0"], "are equal responses"),
     (["--input", "empty.jsonl"], "line 1: has no 'prompt'"),
     (["--input", "half.jsonl"], "has '\\ud800' at character 3, an unpaired surrogate"),
     (["--reward", "stemm"], "did you mean 'stem'?"),
 ])
-def test_mistakes_are_one_sentence(arguments: list[str], said: str,
+def test_mistakes_are_one_sentence(arguments: list[str], message: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", [{"prompt": "x"}])
     write("empty.jsonl", [{"answer": "1"}])
@@ -101,7 +101,7 @@ def test_mistakes_are_one_sentence(arguments: list[str], said: str,
         Path("model", name).touch()
     command = ["eval", "passk", *JUDGE, "model", "--input", "prompts.jsonl", "--output", "out"]
     assert main([*command, *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("out").exists()
 
 

@@ -23,23 +23,23 @@ def test_error_rates_count_recognized_words() -> None:
     """Case and punctuation are ignored; rates are over all words and characters together."""
     rows = [MediaRow(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
     heard = ["hello world", "yell oh", ""]
-    told = compute_media_figures(rows, heard)
-    assert (told["num_rows"], told["accuracy"], told["chance"]) == (3, 1 / 3, 0.25)
-    assert told["accuracy_interval"] == list(compute_wilson_interval(1, 3))
-    assert told["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
-    assert told["wer"] == (0 + 2 + 2) / 5
-    assert told["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
+    figures = compute_media_figures(rows, heard)
+    assert (figures["num_rows"], figures["accuracy"], figures["chance"]) == (3, 1 / 3, 0.25)
+    assert figures["accuracy_interval"] == list(compute_wilson_interval(1, 3))
+    assert figures["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
+    assert figures["wer"] == (0 + 2 + 2) / 5
+    assert figures["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
     assert "chance" not in compute_media_figures([MediaRow(WORDS, "a")], ["a"])
 
 
-@pytest.mark.each(("line", "said"), [
+@pytest.mark.each(("line", "message"), [
     ("{", ":1: is not "), ('{"content": [], "answer": "a"}', ":1: is not a"), ("", "has no rows"),
     ('{"content": [{"type": "text"}], "answer": ""}', ":1: is not a valid row"), ("[1]", ":1: "),
     ('{"content": [{"type": "text"}], "answer": "a", "labels": "b"}', ":1: is not a valid row")])
-def test_bad_rows_are_named(tmp_path: Path, line: str, said: str) -> None:
+def test_bad_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(line)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_media_rows(file)
     file.write_text('\n{"content": [{"type": "text", "text": "a"}], "answer": "b", "labels": ["b", "c"]}\n')
     assert read_media_rows(file) == [MediaRow([{"type": "text", "text": "a"}], "b", ("b", "c"))]
@@ -55,17 +55,17 @@ def test_a_function_of_a_file_judges(tmp_path: Path) -> None:
     assert load_judge(f"{code}:seen")(FILES, LABELS) == ["one of 2", "two of 0"]
 
 
-@pytest.mark.each(("code", "said"), [
+@pytest.mark.each(("code", "message"), [
     ("def seen(files, labels):\n    return ['a']\n", "returned .* for 2 files"),
     ("def seen(files, labels):\n    return [1, 2]\n", "returned .* for 2 files"),
     ("seen = 3\n", "a judge is a function")])
-def test_an_invalid_judge_is_refused(tmp_path: Path, code: str, said: str) -> None:
+def test_an_invalid_judge_is_refused(tmp_path: Path, code: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(code)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_judge(f"{tmp_path / 'mine.py'}:seen")(FILES, LABELS)
 
 
-@pytest.mark.each("said", ["", "python3 judge.py", "judge.py", "mine.txt:seen"])
-def test_a_judge_is_a_function(said: str) -> None:
+@pytest.mark.each("judge", ["", "python3 judge.py", "judge.py", "mine.txt:seen"])
+def test_a_judge_is_a_function(judge: str) -> None:
     with pytest.raises(UserError, match=r"must have the form FILE\.py:NAME"):
-        load_judge(said)
+        load_judge(judge)

@@ -55,7 +55,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert str(parts) in PAGE
 
 
-@pytest.mark.parametrize(("line", "said"), [
+@pytest.mark.parametrize(("line", "message"), [
     ("inspect pictures", "codec inspect: was removed in this version; `megatron-sov inspect CODEC`"),
     ("reconstruct none a.png --output y", "none: does not exist, so it is not a 'codec' artifact"),
     ("reconstruct ta-tok a.png --output y", "does not both encode and decode (TATok)"),
@@ -65,12 +65,12 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("import ta-tok bad/no.png x", "cannot be read without executing code"),
     ("import cosyvoice2 none x", "none: does not exist")])
 def test_a_bad_command_line_is_one_sentence(media: Path, capsys: pytest.CaptureFixture[str], line: str,
-                                            said: str) -> None:
+                                            message: str) -> None:
     Path("bad").mkdir()
     save_codec(Path("ta-tok"), "ta-tok", TATok(TATokSettings(8, SiglipSettings(4, 8, 8, 1, 2), 4, 16)))
     Path("bad/no.png").write_bytes(b"no picture")
     assert cli.main(["codec", *shlex.split(line)]) == 2
     printed = capsys.readouterr()
-    assert said in printed.err
+    assert message in printed.err
     assert "Traceback" not in printed.err
     assert not Path("x").exists()

@@ -12,11 +12,12 @@ import pytest
 from megatron_sov import cli
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+from tests.typed_words import format_set_options
 
 ASK = ["--prompt", "def parse(self", "--prompt", "The ", "--max-new-tokens", "9"]
 
 
-def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
+def read_printed_rows(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
     assert main(["generate", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -27,10 +28,10 @@ def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
 def test_two_processes_sample_the_same_as_one(layout: list[str], one_rank: None, imported: dict[str, Path],
                                               run_command: Any, capsys) -> None:
     ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
-    settings = [part for setting in layout for part in ("--set", setting)]
+    settings = format_set_options(layout)
     two = run_command("generate", *ask, "--json", "--nproc", "2", *settings)
     assert two.returncode == 0, two.stderr
-    assert json.loads(two.stdout) == texts(capsys, *ask)
+    assert json.loads(two.stdout) == read_printed_rows(capsys, *ask)
 
 
 def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, imported: dict[str, Path],
@@ -50,21 +51,21 @@ def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: di
                                                     hf_models: dict[str, Path], capsys,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
-    (whole,) = texts(capsys, str(imported["solar_open"]), *ask)
+    (whole,) = read_printed_rows(capsys, str(imported["solar_open"]), *ask)
     end = whole["tokens"][3]
     monkeypatch.setattr("megatron_sov.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
     for folder in (imported["solar_open"], hf_models["solar_open"]):
-        (found,) = texts(capsys, str(folder), *ask)
+        (found,) = read_printed_rows(capsys, str(folder), *ask)
         assert found["tokens"] == whole["tokens"][:whole["tokens"].index(end) + 1]
 
 
 def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
                                     capsys) -> None:
-    plain = texts(capsys, str(imported["solar_open"]), *ASK)
+    plain = read_printed_rows(capsys, str(imported["solar_open"]), *ASK)
     part = plain[0]["text"][4:7]
     for folder in (imported["solar_open"], hf_models["solar_open"]):
-        stopped = texts(capsys, str(folder), *ASK, "--stop", part, "--batch-size", "1",
-                        "--prefill-tokens", "2")
+        stopped = read_printed_rows(capsys, str(folder), *ASK, "--stop", part, "--batch-size", "1",
+                                    "--prefill-tokens", "2")
         assert [s["text"] for s in stopped] == [p["text"].split(part)[0] for p in plain]
         assert len(stopped[0]["tokens"]) < 9
 
@@ -105,7 +106,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, P
     return tmp_path
 
 
-@pytest.mark.parametrize(("line", "said"), [
+@pytest.mark.parametrize(("line", "message"), [
     ("generate run --image none.png", "none.png: is not a file"),
     ("generate run --prompt a --out-image drawn", "needs --image-decoder CODEC"),
     ("generate run --image a.png --engine vllm", "cannot enforce whole media blocks"),
@@ -118,8 +119,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, P
      "must have the form FILE.py:NAME"),
 ])
 def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], line: str,
-                                            said: str) -> None:
+                                            message: str) -> None:
     assert cli.main(shlex.split(line)) == 2
     errors = capsys.readouterr().err
-    assert said in errors and "Traceback" not in errors
+    assert message in errors and "Traceback" not in errors
     assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "model", "rows.jsonl"]

@@ -81,14 +81,14 @@ def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> 
     assert config.model == recipes.get("tiny-k-exaone").model
 
 
-@pytest.mark.each(("arguments", "sentence"), [
+@pytest.mark.each(("arguments", "message"), [
     (["tiny-solar-opne"], "did you mean 'tiny-solar-open'?"),
     (["tiny-solar-open", "--set", "train.stpes=7"], "did you mean 'train.steps'?"),
     (["--set", "train.steps=7"], "needs a recipe"),
     (["--json"], "needs a recipe"),
 ])
-def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str,
+def test_mistakes_end_with_one_sentence(arguments: list[str], message: str,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", *arguments]) == 2
     captured = capsys.readouterr()
-    assert sentence in captured.err and not captured.out
+    assert message in captured.err and not captured.out

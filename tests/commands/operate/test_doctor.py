@@ -35,7 +35,7 @@ def test_text_aligns_and_puts_the_remedy_under_its_check() -> None:
 
 
 def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
-    """The tests run on a machine that can, so every group of checks must work and none may be broken."""
+    """The test machine can train, so every group of checks must work and report nothing broken."""
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "This machine can train." in printed

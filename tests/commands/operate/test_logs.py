@@ -46,13 +46,13 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+def read_printed_lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     assert cli.main(["logs", *arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
 
 def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    *lines, start, warning, skip, failure = printed(capsys, str(run))
+    *lines, start, warning, skip, failure = read_printed_lines(capsys, str(run))
     assert lines == [
         "[job 17] job: attempt 1 on n1, n2 begins at 0", "[job 17 preflight rank 0] fit",
         "[job 17 srun] srun: error: n2: task 10: Killed",
@@ -69,8 +69,9 @@ def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixtu
 
 def test_one_rank_over_all_starts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"[job 17 rank 0] step 2/9", "[job 17 start 2 rank 0] step 9/9, loss 3.1",
-            "[job 17 start 2 rank 0] an unfinished line"} <= {*printed(capsys, str(run), "--rank", "0")}
-    assert printed(capsys, str(run), "--rank", "2", "--rank", "10", "--tail", "1") == [
+            "[job 17 start 2 rank 0] an unfinished line"} <= {*read_printed_lines(capsys, str(run), "--rank",
+                                                                                  "0")}
+    assert read_printed_lines(capsys, str(run), "--rank", "2", "--rank", "10", "--tail", "1") == [
         "[job 17 rank 2] two", "[job 17 rank 10] out of memory", "[step-3 rank 2 hangs] waits in loop.py"]
 
 
@@ -90,7 +91,7 @@ def follow(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
         clock = {"sleep": sleep, "monotonic": lambda: sum(slept_s)}
         monkeypatch.setattr(logs, "time", SimpleNamespace(**vars(time) | clock))
-        return printed(capsys, str(run), "--follow", *arguments)
+        return read_printed_lines(capsys, str(run), "--follow", *arguments)
 
     return followed
 

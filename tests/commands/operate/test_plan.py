@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.plan.search import space
+from tests.typed_words import format_set_options
 
 
 @pytest.mark.deep
@@ -47,7 +48,7 @@ def test_plan_without_cluster_prints_size_memory_and_epochs(token_shards: Path,
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(("arguments", "sentence"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["solar-open-102b", "--cluster", "h100", "--nodes", "60", "--set", "parallel.ep=8",
       "--set", "train.fp8=none"],
      "the nearest layout that fits: --set parallel.pp=2"),
@@ -65,11 +66,11 @@ def test_plan_without_cluster_prints_size_memory_and_epochs(token_shards: Path,
      "the fewest nodes that it fits are 8: --nodes 8"),
     (["tiny-solar-open", "--page", "x.html"], "megatron-sov plan --page: was removed in this version"),
 ])
-def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str,
+def test_mistakes_end_with_one_sentence(arguments: list[str], message: str,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments]) == 2
     captured = capsys.readouterr()
-    assert sentence in captured.err and not captured.out
+    assert message in captured.err and not captured.out
 
 
 @pytest.mark.deep
@@ -170,12 +171,12 @@ def test_a_stage_without_data_is_as_long_as_a_setting_says(settings: list[str], 
                                                            own_model: Path,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--from", str(own_model), "--cluster", "h100",
-                 *(word for setting in settings for word in ("--set", setting))]) == 0
+                 *format_set_options(settings)]) == 0
     [headline] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("my-8b: ")]
     assert f"on {tokens} tokens ({source}), 8 H100-80GB: " in headline
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
+@pytest.mark.parametrize(("words", "message"), [
     (["--from", "MODEL"], "the stage's length is unknown; pass --data DIR"),
     (["qwen3-8b", "--from", "MODEL"], "and qwen3-8b: both name a model"),
     (["--from", "nowhere"], "--from nowhere: does not exist"),
@@ -188,24 +189,24 @@ def test_a_stage_without_data_is_as_long_as_a_setting_says(settings: list[str], 
     (["qwen3-8b", "--days", "3", "--prove"], "--days and --prove: exclude each other"),
 ])
 def test_incomplete_or_contradictory_models_and_budgets_are_refused(
-        words: list[str], sentence: str, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words: list[str], message: str, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed = [str(own_model) if word == "MODEL" else word for word in words]
     assert main(["plan", *typed, "--cluster", "h100"]) == 2
     captured = capsys.readouterr()
-    assert sentence in captured.err and not captured.out and "Traceback" not in captured.err
+    assert message in captured.err and not captured.out and "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize(("fields", "sentence"), [
+@pytest.mark.parametrize(("fields", "message"), [
     ({"model_type": "unheard-of"}, "unheard-of"), ({"hidden_size": "wide"}, "config.json: "),
     ({"num_hidden_layers": None}, "num_hidden_layers"), ({"hidden_act": "tanh"}, "hidden_act")])
-def test_a_config_json_that_no_family_has_is_refused_by_its_field(fields: dict[str, object], sentence: str,
+def test_a_config_json_that_no_family_has_is_refused_by_its_field(fields: dict[str, object], message: str,
                                                                   own_model: Path,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     file = own_model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     assert main(["plan", "--from", str(own_model), "--cluster", "h100", "--set", "train.steps=5"]) == 2
     captured = capsys.readouterr()
-    assert f"--from {own_model}: " in captured.err and sentence in captured.err and not captured.out
+    assert f"--from {own_model}: " in captured.err and message in captured.err and not captured.out
 
 
 def test_epochs_of_data_are_the_length_of_a_stage(own_model: Path, token_shards: Path,

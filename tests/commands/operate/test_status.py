@@ -25,7 +25,7 @@ STARTED = {"recipe": "tiny-solar-open", "num_ranks": 2, "num_steps": 40}
 
 
 def write_run(path: Path, *events: tuple[float, str, dict[str, Any]], settings: tuple[str, ...] = ()) -> Path:
-    """Write a run folder whose events happened so many seconds before NOW_S."""
+    """Write a run folder with events, given as (seconds before NOW_S, name, fields)."""
     path.mkdir(parents=True)
     config = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=40", *settings])
     (path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -42,7 +42,7 @@ def steps(first: int, last: int, first_ago_s: float,
             for step in range(first, last + 1)]
 
 
-def begin(ago_s: float, resumed_from: int = 0) -> tuple[float, str, dict[str, Any]]:
+def build_start_event(ago_s: float, resumed_from: int = 0) -> tuple[float, str, dict[str, Any]]:
     return ago_s, "run_start", {**STARTED, "resumed_from": resumed_from, "began_s": NOW_S - ago_s - 10}
 
 
@@ -55,9 +55,10 @@ def hold(path: Path) -> None:
 
 def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_path: Path) -> None:
     run = write_run(
-        tmp_path / "run", begin(100), *steps(1, 5, 98), (89, "checkpoint", {"step": 4, "stall_s": 0.0}),
+        tmp_path / "run", build_start_event(100), *steps(1, 5, 98),
+        (89, "checkpoint", {"step": 4, "stall_s": 0.0}),
         (85, "restart", {"step": 4, "text": "rank 1 was ended by SIGKILL; all processes are started again"}),
-        begin(70, 4), *steps(5, 20, 31), (0.5, "warning", {"text": "x"}))
+        build_start_event(70, 4), *steps(5, 20, 31), (0.5, "warning", {"text": "x"}))
     (run / "checkpoints/step-4").mkdir(parents=True)
     hold(run)
     state = read_run_state(run, NOW_S)
@@ -74,24 +75,26 @@ def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_p
             and "from step 0 to step 5, 2 processes: rank 1 was ended by SIGKILL" in text)
 
 
-@pytest.mark.each(("events", "files", "state", "why"), [
-    ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})], {"complete.json": {"step": 40}},
+@pytest.mark.each(("events", "files", "state", "reason"), [
+    ([build_start_event(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})],
+     {"complete.json": {"step": 40}},
      "complete", "at step 40"),
-    ([begin(100), *steps(1, 9, 90), (5, "stop", {"step": 9, "reason": "SIGUSR1"})], {},
+    ([build_start_event(100), *steps(1, 9, 90), (5, "stop", {"step": 9, "reason": "SIGUSR1"})], {},
      "stopped", "SIGUSR1, everything is saved"),
-    ([begin(100), *steps(1, 9, 90)], {}, "ended", "killed, or its machine went down"),
-    ([begin(100), *steps(1, 9, 90), (5, "hang", {"step": 10})], {}, "ended", "stood still in step 10"),
-    ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})],
+    ([build_start_event(100), *steps(1, 9, 90)], {}, "ended", "killed, or its machine went down"),
+    ([build_start_event(100), *steps(1, 9, 90), (5, "hang", {"step": 10})], {}, "ended",
+     "stood still in step 10"),
+    ([build_start_event(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})],
      {"gate_failed.json": {"failure": "row x\nmore"}}, "gate failed", "row x"),
     ([], {}, "not started", ""),
 ])
 def test_a_run_that_does_not_live_says_why(tmp_path: Path, events: Any, files: dict[str, Any], state: str,
-                                           why: str) -> None:
+                                           reason: str) -> None:
     run = write_run(tmp_path / "run", *events)
     for name, content in files.items():
         (run / name).write_text(json.dumps(content))
     result = read_run_state(run, NOW_S)
-    assert (result.state, result.why) == (state, why)
+    assert (result.state, result.why) == (state, reason)
     assert format_run_state(result).startswith(f"{run}: pretrain, tiny-solar-open\n")
 
 
@@ -103,7 +106,8 @@ echo "17 $STATE"
 
 def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 290), begin(100, 4), *steps(5, 9, 95))
+    run = write_run(tmp_path / "run", build_start_event(300), *steps(1, 9, 290), build_start_event(100, 4),
+                    *steps(5, 9, 95))
     (run / "slurm").mkdir()
     records = [{"event": "submitted", "job": "17", "time_s": NOW_S - 400},
                {"event": "end", "job": "17", "outcome": "cut_off", "reason": "node-3 went down",
@@ -149,16 +153,17 @@ def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: 
 
 
 def test_a_locked_run_without_new_events_is_silent(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 200))
+    run = write_run(tmp_path / "run", build_start_event(300), *steps(1, 9, 200))
     hold(run)
     assert read_run_state(run, NOW_S).state == "silent"
 
 
 def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    extension = write_run(tmp_path / "runs/extend", begin(100), settings=("extend.gate.every_steps=5",))
-    write_run(extension / "stages/1-first", begin(100), *steps(1, 3, 90))
-    write_run(tmp_path / "runs/pretrain", begin(100), *steps(1, 3, 90),
+    extension = write_run(tmp_path / "runs/extend", build_start_event(100),
+                          settings=("extend.gate.every_steps=5",))
+    write_run(extension / "stages/1-first", build_start_event(100), *steps(1, 3, 90))
+    write_run(tmp_path / "runs/pretrain", build_start_event(100), *steps(1, 3, 90),
               (84, "stop", {"step": 3, "reason": "SIGTERM"}))
     (tmp_path / "runs/data").mkdir()
     (tmp_path / "runs/data/config.json").write_text("{}")  # another artifact's settings
@@ -177,13 +182,13 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("phase", "events"), [
-    ("extend", ()),  # as `extend` names its phase where nobody does
+    ("extend", ()),  # the phase name that `extend` writes by default
     ("far", ((99.0, "needle", {"when": "before", "step": 0}),)),
 ], ids=["named by the command", "named by the user"])
 def test_an_extension_without_stages_or_gate_is_called_one(
         tmp_path: Path, phase: str, events: tuple[tuple[float, str, dict[str, Any]], ...]) -> None:
     phases = json.dumps([{"name": phase, "seq_len": 128}])
-    run = write_run(tmp_path / "long", begin(100), *events, settings=(f"data.phases={phases}",))
+    run = write_run(tmp_path / "long", build_start_event(100), *events, settings=(f"data.phases={phases}",))
     assert read_run_state(run, NOW_S).stage == "extend"
 
 
@@ -196,7 +201,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     assert "none yet" in format_run_state(RunState(tmp_path))
 
 
-# What is printed of a state.
+# Printed form of a run's state.
 
 
 RUNNING = RunState(
@@ -243,12 +248,12 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
     ({"en": 5}, None)])
 def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
                                                  expected: float | None) -> None:
-    run = write_run(tmp_path / "run", begin(100), (50, "eval", {"step": 1, "heldout": heldout}))
+    run = write_run(tmp_path / "run", build_start_event(100), (50, "eval", {"step": 1, "heldout": heldout}))
     found = read_run_state(run, NOW_S).heldout_bits_per_byte
     assert math.isnan(found) if expected is None else found == pytest.approx(expected)
 
 
-def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, Any]]) -> None:
+def follow_without_waiting(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, Any]]) -> None:
     """Make `--follow` find new events at every sleep, and Ctrl-C when none remain."""
     pieces = iter(later)
 
@@ -265,20 +270,22 @@ def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, A
 
 def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", begin(100), *steps(1, 3, 98))
+    run = write_run(tmp_path / "run", build_start_event(100), *steps(1, 3, 98))
     hold(run)
     step = {"event": "step", "step": 4, "loss": 2.5, "tokens": 4000, "phase": "main"}
-    at_once(monkeypatch, run, [step, {"event": "memory", "step": 4}],
-            [{"event": "eval", "step": 4, "heldout": {"web": {"loss": 2.25}, "code": {"loss": 1.5}}},
-             {"event": "checkpoint", "step": 4, "path": "checkpoints/step-4"},
-             {"event": "warning", "text": "loss rose"}], [{"event": "run_end", "step": 4}])
+    follow_without_waiting(monkeypatch, run, [step, {"event": "memory", "step": 4}],
+                           [{"event": "eval", "step": 4,
+                             "heldout": {"web": {"loss": 2.25}, "code": {"loss": 1.5}}},
+                            {"event": "checkpoint", "step": 4, "path": "checkpoints/step-4"},
+                            {"event": "warning", "text": "loss rose"}], [{"event": "run_end", "step": 4}])
     (run / "complete.json").write_text("{}")
     assert cli.main(["status", str(run), "--follow"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{run}: pretrain, tiny-solar-open")
-    told = [line.partition("  ")[2] for line in lines if line[2:3] == line[5:6] == ":"]
-    assert told == ["step 4 of 40 (10%), 4 K tokens, loss 2.5000", "held-out loss web 2.2500, code 1.5000",
-                    "saved checkpoints/step-4", "warning: loss rose", "the run is complete"]
+    printed_events = [line.partition("  ")[2] for line in lines if line[2:3] == line[5:6] == ":"]
+    assert printed_events == ["step 4 of 40 (10%), 4 K tokens, loss 2.5000",
+                              "held-out loss web 2.2500, code 1.5000",
+                              "saved checkpoints/step-4", "warning: loss rose", "the run is complete"]
 
 
 @pytest.mark.each("later", [
@@ -287,12 +294,12 @@ def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.Mo
     {"event": "warning", "text": "\x1b[2J"}, {"event": "stop", "time_s": "x"},
     {"event": "stop", "time_s": 1e300},
     {"event": "unheard"}])
-def test_odd_events_do_not_end_it_and_ctrl_c_does(later: dict[str, Any], tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", begin(100), *steps(1, 3, 98))
+def test_unknown_events_are_ignored_and_ctrl_c_ends_the_command(later: dict[str, Any], tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", build_start_event(100), *steps(1, 3, 98))
     hold(run)
-    at_once(monkeypatch, run, [later])
+    follow_without_waiting(monkeypatch, run, [later])
     assert cli.main(["status", str(run), "--follow"]) == 0
     captured = capsys.readouterr()
     assert captured.err == "" and "\x1b" not in captured.out
@@ -300,7 +307,7 @@ def test_odd_events_do_not_end_it_and_ctrl_c_does(later: dict[str, Any], tmp_pat
 
 def test_one_run_is_followed_and_not_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
-        write_run(tmp_path / name, begin(100))
+        write_run(tmp_path / name, build_start_event(100))
     assert cli.main(["status", str(tmp_path), "--follow"]) == 2
     assert "--follow: follows one run, not 2 (" in capsys.readouterr().err
     assert cli.main(["status", str(tmp_path / "a"), "--follow", "--json"]) == 2

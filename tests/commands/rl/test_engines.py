@@ -35,14 +35,14 @@ class Scripted:
         self.done.append("end")
 
 
-@pytest.mark.parametrize(("starts", "why"), [
+@pytest.mark.parametrize(("starts", "message"), [
     (("ends", "fails", "fails", "ends", "fails", "stays"), ""),
     (("ends", "fails", "fails", "fails"), "--engine vllm: server 0 ended")])
 def test_an_ended_server_restarts_and_a_failed_restart_is_reported(
-        starts: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+        starts: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     is_over = threading.Event()
     server = Scripted(*starts, is_over=is_over)
-    assert keep_server(server, "n2:8000", 2, is_over, poll_s=0, restart_s=0) == why
+    assert keep_server(server, "n2:8000", 2, is_over, poll_s=0, restart_s=0) == message
     assert server.done == [*starts, "end"]
     captured = capsys.readouterr()
     assert "n2:8000: its server has ended (see engine-0.log); restarting" in captured.err

@@ -14,6 +14,7 @@ from megatron_sov.convert import to_hf
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.train.data.sources import open_sources
 from tests.run_files import list_losses, read_run_events, read_steps
+from tests.typed_words import format_set_options
 
 BETA, TEMPERATURE = 0.3, 1.5
 DIVERGENCE = (f"distillation.beta={BETA}", f"distillation.temperature={TEMPERATURE}")
@@ -46,7 +47,7 @@ def command(folder: Path, student: Path, teacher: Path, tiny: list[str], packed_
     """Return `command(run, *more)`."""
     def command(run: str, *more: str) -> list[str]:
         return ["rl", "run", "tiny-solar-open", *tiny,
-                *(w for s in (*SETTINGS, *DIVERGENCE) for w in ("--set", s)), "--prompts",
+                *format_set_options((*SETTINGS, *DIVERGENCE)), "--prompts",
                 str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from", str(student),
                 "--teacher", str(teacher), "--data", str(packed_data.chats), "--run", str(folder / run),
                 "--store", str(folder / f"{run}-store"), *more]
@@ -109,7 +110,7 @@ def test_data_are_learned_as_distill_learns_them(whole: Path, folder: Path, stud
     result = run_command("distill", "tiny-solar-open", *tiny, "--from", str(student), "--teacher",
                          str(teacher),
                          "--data", str(packed_data.chats), "--run", str(folder / "kept"), "--states-dtype",
-                         "float32", *(w for s in (*DIVERGENCE, "train.steps=1") for w in ("--set", s)))
+                         "float32", *format_set_options((*DIVERGENCE, "train.steps=1")))
     assert result.returncode == 0, result.stderr
     assert list_losses(whole)[0] == pytest.approx(list_losses(folder / "kept")[0], rel=1e-5)
     before, kept = (read_run_events(run, "heldout_divergence")[0] for run in (whole, folder / "kept"))
@@ -126,14 +127,14 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     assert all(PolicyConfig("gkd").is_on_policy(0, number) for number in range(1, 100))
 
 
-@pytest.mark.each(("more", "said"), [
+@pytest.mark.each(("more", "message"), [
     (["--set", "rollout.max_staleness=1"], "max_staleness = 1 must be 0: with policy.on_policy_share = 0.5"),
     (["--set", "policy.method=opd"], 'on_policy_share = 0.5 has no effect with policy.method = "opd"'),
     (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),
 ])
-def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
+def test_impossible_runs_are_refused_before_work_starts(more: list[str], message: str, folder: Path,
                                                         command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *more)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()

@@ -11,15 +11,12 @@ from data_prep.cli import main as sov_data
 from megatron_sov.base.digests import hash_file
 from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
+from tests.typed_words import format_set_options
 from tokenizer.cli import main as sov_tokenizer
 
 SETTINGS = ("model.hidden_size=48", "rollout.rounds=1", "rollout.prompts_per_round=2",
             "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24",
             "train.eval_every_steps=0", 'data.phases=[{"name": "main", "seq_len": 32}]')
-
-
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +45,8 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
     """Return a run that fine-tuned the folder `base`."""
-    result = run_command("sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"),
+    result = run_command("sft", "tiny-solar-open", *tiny,
+                         *format_set_options(["train.steps=1", "model.hidden_size=48"]),
                          "--from", str(folder / "base"), "--data", str(folder / "chats"), "--run",
                          str(folder / "sft"))
     assert result.returncode == 0, result.stderr
@@ -63,7 +61,8 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
             (folder / "base", "opd", ("policy.method=opd", "none", "--teacher", str(sft))),
             (sft, "grpo", ("policy.method=grpo", "repetition"))):
         method, reward, *teacher = more
-        result = run_command("rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS, method), "--prompts",
+        result = run_command("rl", "run", "tiny-solar-open", *tiny, *format_set_options([*SETTINGS, method]),
+                             "--prompts",
                              str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from",
                              str(start), *teacher, "--run", str(folder / run), "--store", str(store))
         assert result.returncode == 0, result.stderr

@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --set policy.method=preference`: rounds of generated pairs and groups, compared with
-transformers."""
+"""`megatron-sov rl run --set policy.method=preference`: rounds of
+generated pairs and groups, compared with transformers."""
 
 import math
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.sources import open_sources
 from tests.run_files import list_losses, read_steps
+from tests.typed_words import format_set_options
 
 BETA = 0.7
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
@@ -50,7 +51,7 @@ def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
     """Return `command(run, *settings, store=, more=)`."""
     def command(run: str, *settings: str, store: str = "", more: tuple[str, ...] = ()) -> list[str]:
         every = (*SETTINGS, "model.hidden_size=48", *settings)
-        return ["rl", "run", "tiny-solar-open", *tiny, *(w for s in every for w in ("--set", s)), "--prompts",
+        return ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(every), "--prompts",
                 str(folder / "prompts.jsonl"), "--reward", f"{folder}/early.py:Early", "--reward-set",
                 "threads=1", "--plain", "--from", str(teacher), "--run", str(folder / run), "--store",
                 str(folder / (store or f"{run}-store")), *more]
@@ -78,9 +79,10 @@ def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], 
     return [found[first:first + count] for first, count in read_manifest(path).content["steps"]]
 
 
-def judged(store: Path, version: str, number: int) -> list[list[tuple[list[int], float, bool]]]:
-    """Return the responses to each prompt of a round, by their samples: tokens with the prompt's, reward, and
-    whether it ended."""
+def read_judged_responses(store: Path, version: str,
+                          number: int) -> list[list[tuple[list[int], float, bool]]]:
+    """Return, for each prompt of a round, its samples as (prompt and
+    response tokens, reward, whether it ended)."""
     opened = RolloutStore.open(store)
     groups: dict[str, list[tuple[int, tuple[list[int], float, bool]]]] = {}
     for part in opened.parts(number):
@@ -97,7 +99,7 @@ def test_a_round_has_the_best_and_the_worst_of_each_group(whole: Path, folder: P
     for number in (1, 2):
         content = read_manifest(whole / f"rounds/{number:04d}").content
         expected = []
-        for group in judged(folder / "whole-store", content["reward_version"], number):
+        for group in read_judged_responses(folder / "whole-store", content["reward_version"], number):
             rewards = [reward for _, reward, _ in group]
             if max(rewards) > min(rewards):
                 # of equal ones the first that ended is the best, and the first is the worst
@@ -187,15 +189,15 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
         assert read_steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.each(("settings", "said"), [
+@pytest.mark.each(("settings", "message"), [
     (("data.phases.0.seq_len=16",), "a row must hold a whole pair of responses, up to 2 x ("),
     (("policy.kl=k3", "policy.kl_coeff=0.1"),
      'policy.kl = "k3" has no effect with policy.method = "preference"'),
     (("policy.method=gspo",), 'keep_unfinished = true has no effect with policy.method = "gspo"'),
 ])
-def test_impossible_runs_are_refused_before_work_starts(settings: tuple[str, ...], said: str, folder: Path,
+def test_impossible_runs_are_refused_before_work_starts(settings: tuple[str, ...], message: str, folder: Path,
                                                         command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *settings)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()

@@ -74,15 +74,15 @@ def test_of_chats_the_assistants_turns_are_taken_and_it_can_be_packed(packed_dat
     assert "This act may be cited." in tokenizer.decode(ids) and "What does" not in tokenizer.decode(ids)
 
 
-@pytest.mark.each(("arguments", "said"), [
+@pytest.mark.each(("arguments", "message"), [
     (["--split", "train"], '--split "train": must be FIELD=VALUE'),
     (["--records-in", "split"], "rows.jsonl: line 1: split is not a list of objects"),
     (["--text-field", "nothing"], "no section remains (7 without text, 1 of another split)"),
     (["--answer-field", "reply"], "--tests tests.jsonl: line 1 has no text in 'reply'"),
     (["--tests", "absent.jsonl"], "--tests absent.jsonl: cannot be read"),
 ])
-def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], said: str,
+def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], message: str,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("out").exists()

@@ -26,6 +26,8 @@ from tests.run_files import list_losses, read_run_events, read_weight_digests
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks/learning"))
 from tasks import Exact
 
+from tests.typed_words import format_set_options
+
 REWARD = Path(__file__).parents[3] / "benchmarks/learning/tasks.py"
 SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
             "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
@@ -56,7 +58,7 @@ def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
     "train".
     """
     def command(run: str, *more: str, store: str = "", lot: int = 1, word: str = "run") -> list[str]:
-        return ["rl", word, "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)),
+        return ["rl", word, "tiny-solar-open", *tiny, *format_set_options(SETTINGS),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", f"{REWARD}:Exact",
                 "--reward-set", f"by_lot={lot}", "--from", str(teacher), "--run", str(folder / run),
                 "--store", str(folder / (store or f"{run}-store")), *more]
@@ -89,7 +91,8 @@ def validation_options(folder: Path) -> list[str]:
 
 @contextmanager
 def kill_claim_holder(claim: Path) -> Iterator[list[int]]:
-    """Send SIGKILL to the process that a claim file names, as soon as it exists; yield a list of its id."""
+    """Send SIGKILL to the process named in a claim file as soon as
+    the file exists; yield a list with its id."""
     killed_pids: list[int] = []
 
     def watch() -> None:

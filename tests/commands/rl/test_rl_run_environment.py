@@ -9,6 +9,7 @@ import pytest
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.rollouts.store import RolloutStore
+from tests.typed_words import format_set_options
 
 TEMPLATE = (
     "{% if tools %}<|begin|>system<|content|>{{ messages[0].content }}{% for tool in tools %}"
@@ -56,7 +57,7 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
     (tmp_path / "world.py").write_text(WORLD)
     tasks = [{"question": f"{n}?", "luck": n} for n in range(2)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    asked = ["rl", "run", "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)), "--from",
+    asked = ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(SETTINGS), "--from",
              str(start), "--run", str(run), "--store", str(tmp_path / "store"), "--prompts",
              str(tmp_path / "tasks.jsonl"), "--reward", "environment", "--environment",
              f"{tmp_path / 'world.py'}:Lucky", "--limit", "max_turns=2"]

@@ -40,7 +40,7 @@ def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
                                 "logprobs": np.array([-0.5, 0, -1.5], np.float32), **changes})
 
 
-def filled(path: Path) -> RolloutStore:
+def fill_store(path: Path) -> RolloutStore:
     """Return a store of one round: two pieces, one continued response, and a reward."""
     store = RolloutStore.create(path, "sha256:ab", 100)
     late = rollout("p1", 0, finish_reason=UNFINISHED)
@@ -57,7 +57,7 @@ def filled(path: Path) -> RolloutStore:
     return store
 
 
-def told(*words: str) -> tuple[int, str, str]:
+def run_store_command(*words: str) -> tuple[int, str, str]:
     """Return a command's exit code, output and errors."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -68,7 +68,7 @@ def told(*words: str) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that tests read, or copy."""
-    return filled(tmp_path_factory.mktemp("sound") / "store").path
+    return fill_store(tmp_path_factory.mktemp("sound") / "store").path
 
 
 @pytest.fixture
@@ -100,15 +100,15 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
-    code, out, _ = told("show", str(sound), format_part_name(1, 0), "1")
+    code, out, _ = run_store_command("show", str(sound), format_part_name(1, 0), "1")
     assert code == 0 and out.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in out
-    parsed = json.loads(told("show", str(sound), format_part_name(1, 0), "1", "--json")[1])
+    parsed = json.loads(run_store_command("show", str(sound), format_part_name(1, 0), "1", "--json")[1])
     assert parsed["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
                                {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
     assert [(said["reward_version"], said["reward"]) for said in parsed["rewards"]] == [(VERSION, 1.0)]
 
 
-def file_of(store: RolloutStore, below: str) -> Path:
+def find_part_file(store: RolloutStore, below: str) -> Path:
     """Return the file of the first part of a folder."""
     return store.path / below / format_part_name(1, 0) / f"{below.partition('/')[0]}.parquet"
 
@@ -126,11 +126,11 @@ def add(store: RolloutStore, name: str, *rows: Rollout, round: int = 2) -> None:
 
 
 BREAKS = {
-    "a flipped bit": (lambda s: flip(file_of(s, "rollouts")),
+    "a flipped bit": (lambda s: flip(find_part_file(s, "rollouts")),
                       ["piece-0000/rollouts.parquet: its content differs"] * 2),
-    "a torn file": (lambda s: file_of(s, "rollouts").write_bytes(b"PAR1"),
+    "a torn file": (lambda s: find_part_file(s, "rollouts").write_bytes(b"PAR1"),
                     ["rollouts.parquet has 4 bytes, must have"] * 2),
-    "a rewards' flipped bit": (lambda s: flip(file_of(s, f"rewards/{VERSION[:12]}")),
+    "a rewards' flipped bit": (lambda s: flip(find_part_file(s, f"rewards/{VERSION[:12]}")),
                                ["rewards.parquet: its content differs"]),
     "a stranger": (lambda s: (s.path / "rollouts/notes").mkdir(), ["rollouts/notes: is not a part of the"]),
     "a key twice": (lambda s: add(s, format_part_name(2, 0), rollout("p0", 0)),
@@ -173,32 +173,32 @@ def test_gc_removes_only_unused_files(store: RolloutStore) -> None:
         (folder / "rollouts.parquet").write_bytes(b"1")
     for path in (old / "rollouts.parquet", old):
         os.utime(path, (time.time() - 7200,) * 2)
-    code, out, _ = told("gc", str(store.path))
+    code, out, _ = run_store_command("gc", str(store.path))
     assert code == 0 and "deleted 5 folders" in out and not any(map(Path.exists, half))
     assert (old.exists(), new.exists()) == (False, True)
     assert sorted(path.name for path in store.claims.iterdir()) == sorted(open_ones)
     assert len(store.parts()) == 3 and len(store.parts(version=VERSION)) == 3
 
-    code, out, err = told("gc", str(store.path), "--rounds", "1")
+    code, out, err = run_store_command("gc", str(store.path), "--rounds", "1")
     assert code == 2 and out.count("would delete") == 6 and "would delete 6 folders" in err
     assert len(store.parts()) == 3
-    code, out, err = told("gc", str(store.path), "--version", "nonsense")
+    code, out, err = run_store_command("gc", str(store.path), "--version", "nonsense")
     assert code == 2 and f"no rewards with this version (versions: {VERSION[:12]})" in err
-    assert told("gc", str(store.path), "--version", VERSION)[0] == 0
+    assert run_store_command("gc", str(store.path), "--version", VERSION)[0] == 0
     assert store.versions() == [] and len(store.parts()) == 3
-    assert told("gc", str(store.path), "--rounds", "1-4", "--yes")[0] == 0
+    assert run_store_command("gc", str(store.path), "--rounds", "1-4", "--yes")[0] == 0
     assert [path.name for path in (store.path / "rollouts").iterdir()] == [new.name]
 
 
-@pytest.mark.each("words, sentence", [
+@pytest.mark.each("words, message", [
     (["gc", "nowhere"], "nowhere: is no rollout store"),
     (["show", "STORE", "piece", "0"], "PART 'piece': .* has no such part"),
     (["show", "STORE", format_part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),
     (["show", "STORE", format_part_name(1, 0), "2"], "ROW 2: round-0001-piece-0000 has 2 rows"),
     (["gc", "STORE", "--rounds", "4-2"], "--rounds 4-2: must be a round, or the first and the last one")])
-def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path) -> None:
-    code, out, err = told(*[str(sound) if word == "STORE" else word for word in words])
-    assert code == 2 and out == "" and re.search(sentence, err) and len(err.splitlines()) == 1
+def test_mistakes_are_one_sentence(words: list[str], message: str, sound: Path) -> None:
+    code, out, err = run_store_command(*[str(sound) if word == "STORE" else word for word in words])
+    assert code == 2 and out == "" and re.search(message, err) and len(err.splitlines()) == 1
 
 
 def test_a_foreign_part_is_not_listed(store: RolloutStore, tmp_path: Path,

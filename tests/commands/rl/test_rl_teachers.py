@@ -22,6 +22,7 @@ from megatron_sov.runs.obs.meters import format_step, read_headline
 from megatron_sov.train.data.sources import open_sources
 from tests.run_files import read_run_events
 from tests.token_servers import VllmDouble
+from tests.typed_words import format_set_options
 
 SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=1",
             "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
@@ -49,9 +50,10 @@ def server() -> Iterator[VllmDouble]:
 
 @pytest.fixture(scope="module")
 def command(folder: Path, teacher: Path, tiny: list[str], server: VllmDouble) -> Command:
-    """Return `command(run, *more)`: the start is a checkpoint, the one before it the teacher of domain a."""
+    """Return `command(run, *more)`: the run starts from a checkpoint;
+    the checkpoint before it teaches domain a."""
     def command(run: str, *more: str) -> list[str]:
-        return ["rl", "run", "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)),
+        return ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(SETTINGS),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from",
                 str(teacher), "--run", str(folder / run), "--store", str(folder / f"{run}-store"),
                 "--teacher", f"a={teacher / 'checkpoints/step-1'}", "--teacher-url", server.url, *more]
@@ -66,7 +68,7 @@ def whole(folder: Path, command: Command, run_command: Any) -> Path:
     return folder / "whole"
 
 
-def column(run: Path, number: int = 1) -> np.ndarray:
+def read_teacher_logprobs(run: Path, number: int = 1) -> np.ndarray:
     count = sum(len(ids) for ids, _ in documents(run, number))
     return np.fromfile(run / f"rounds/{number:04d}.teacher_logprobs.f32", np.float32, count)
 
@@ -91,8 +93,8 @@ def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list
     found = []
     with torch.no_grad():
         for ids in tokens:
-            said = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-            found.append(said[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy())
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+            found.append(logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy())
     return found
 
 
@@ -107,7 +109,7 @@ def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, t
     teachers = [found if domain == "a" else -np.array(ids[1:]) / 100 for domain, found, ids in zip(
         domains, hf_logprobs(teacher / "checkpoints/step-1", folder / "hf-1", texts), texts, strict=True)]
     expected = np.concatenate([[0.0, *found] for found in teachers])
-    assert np.allclose(column(whole), expected, atol=2e-5)
+    assert np.allclose(read_teacher_logprobs(whole), expected, atol=2e-5)
 
     advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
         teachers, student, there, strict=True)]
@@ -127,17 +129,17 @@ def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, t
     assert abs(told["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
 
 
-@pytest.mark.each(("more", "said"), [
+@pytest.mark.each(("more", "message"), [
     (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
      "learns from no teacher; set policy.method=opd or gkd, or policy.opd_coeff in addition to a reward"),
     (["--teacher", "a=elsewhere"], "scores the same prompts; prefix each with its domain"),
     (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])
-def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
+def test_impossible_runs_are_refused_before_work_starts(more: list[str], message: str, folder: Path,
                                                         command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *more)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()
 
 
@@ -159,9 +161,9 @@ def test_a_mismatched_teacher_is_refused_by_its_first_wrong_field(tmp_path: Path
 
     def refused(model: ModelConfig, tokenizer: Path, *, is_hf: bool = False) -> str:
         target: Any = SimpleNamespace(is_hf=is_hf, model=model, tokenizer_folder=tokenizer)
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             check_teacher_model("here", target, config, tmp_path)
-        return str(told.value)
+        return str(error.value)
 
     assert refused(replace(own, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(
         f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights temp")

@@ -17,6 +17,7 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import find_round_policy
 from tests.run_files import read_weight_digests
+from tests.typed_words import format_set_options
 
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
                         piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6, temperature=0.8)
@@ -28,7 +29,7 @@ SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=0.5", "policy.knowledge_batch_size=2",
             'data.phases=[{"name": "main", "seq_len": 32}]', "model.hidden_size=48")
 
-WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
+WORDS = format_set_options(SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Rounds:
         return RolloutStore.create(self.folder / name, tokenizer_digest(self.text / "tokenizer"), 368)
 
     def store(self, name: str, numbers: range) -> Path:
-        """Write rounds into a store, which is made where it is not there."""
+        """Write rounds into a store; create the store if it does not exist."""
         store = self.new_store(name)
         for number in numbers:
             self.write(store, read_prompts(self.folder / "prompts.jsonl"), ROLLOUT, number,
@@ -127,7 +128,7 @@ def test_mistakes_are_reported_before_work_starts(rounds: Rounds, tmp_path: Path
     assert "rollout.rounds = 0: nothing to train" in refused()
     long = refused("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
     assert "data.phases.0.seq_len = 128: a row must hold a whole response, up to" in long
-    small = [word for setting in (*SETTINGS[:8], *SETTINGS[-2:]) for word in ("--set", setting)]
+    small = format_set_options((*SETTINGS[:8], *SETTINGS[-2:]))
     assert "rollout.prompts_per_round = 20: there are 9 prompts" in refused(
         *small, "--set", "rollout.prompts_per_round=20")
     assert "--wait -1" in refused(*small, "--wait", "-1")

@@ -17,6 +17,7 @@ from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import build_start_policy
+from tests.typed_words import format_set_options
 
 # a temperature at which a sample is the most probable token
 ROLLOUT = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
@@ -30,7 +31,7 @@ def asked(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
     records = [{"prompt": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(2)]
     records.append({"messages": [{"role": "user", "content": "Name a river."}], "answer": "Rhine"})
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return ["rl", "generate", "tiny-solar-open", *tiny, *(w for s in ROLLOUT for w in ("--set", s)),
+    return ["rl", "generate", "tiny-solar-open", *tiny, *format_set_options(ROLLOUT),
             "--prompts", str(tmp_path / "prompts.jsonl"), "--store", str(tmp_path / "store"), "--from",
             str(sorted((teacher / "checkpoints").glob("step-*"))[0]), "--run", str(tmp_path / "run")]
 

@@ -45,8 +45,8 @@ def models(tmp_path: Path, hf_models: dict[str, Path], monkeypatch: pytest.Monke
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[str]:
-    """Checkpoints that were asked, one by one; each command runs in this process, and only the engine is
-    a double, which writes the planted answers."""
+    """List of probed checkpoints. Commands run in this process with a
+    double of the engine, which writes planted answers."""
     names: list[str] = []
     encode = Tokenizer.from_file(str(hf_models["solar_open"] / "tokenizer.json")).encode
 
@@ -165,18 +165,18 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str
     assert "--last 3: must be at least 2 and at most 2" in capsys.readouterr().err
 
 
-@pytest.mark.each(("arguments", "said"), [
+@pytest.mark.each(("arguments", "message"), [
     (["--problems", "algebra"], "--problems algebra: must be DOMAIN=FILE.jsonl"),
     (["--problems", "algebra=geometry.jsonl"], "domain algebra already has algebra.jsonl"),
     (["--problems", "statistics=empty.jsonl"], "--problems empty.jsonl: has no rows"),
     (["--k", "9"], "--k 9: must be at most --samples = 4"),
     (["--reward", "stemm"], "did you mean 'stem'?"),
 ])
-def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], said: str,
+def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], message: str,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty.jsonl").touch()
     assert main(["ssp", "probe", "first", *ASK, *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("probe").exists()
 
 

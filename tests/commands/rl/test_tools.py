@@ -42,7 +42,7 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert all(f"| `{name}` |" in text for name in BUILT_IN)
 
 
-@pytest.mark.each("words, told", [
+@pytest.mark.each("words, message", [
     (["calculators"], "did you mean 'calculator'"),
     (["tickets"], "use `virtual`, whose tasks describe tables and tools in Python"),
     (["calculator", "--set", "relative=1"], "relative: no such setting"),
@@ -51,11 +51,12 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     (["calculator", "--tasks", "none.jsonl"], "none.jsonl: does not exist"),
     (["calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl:2: is a JSON list, must be an object"),
     (["calculator"], "nowhere")])
-def test_mistakes_are_one_sentence(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(words: list[str], message: str,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
     Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n[1]\n')
     assert main(["tools", "run", words[0], "nowhere", "--output", "out", *words[1:]]) == 2
-    seen = capsys.readouterr()
-    assert told in seen.err and not seen.out  # before a world begins
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out  # before a world begins
 
 
 def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, Path], folder: Path,

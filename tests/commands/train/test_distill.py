@@ -11,7 +11,7 @@ from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import read_events
 
 
-def steps_of(run: Path) -> dict[int, Any]:
+def read_last_steps(run: Path) -> dict[int, Any]:
     """Return the last record of each step, without times."""
     return {e["step"]: (e["loss"], e["meters"], e["grad_norm"])
             for e in read_events(run / "events.jsonl") if e["event"] == "step"}
@@ -32,12 +32,12 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
                                   "kill@step=2"))
     assert result.returncode == 0, result.stderr
     assert "all processes are started again, from step-1" in result.stderr
-    assert list(steps_of(whole)) == [1, 2]
-    made = read_manifest(tmp_path / "whole.states", "teacher_states")
-    assert made.content["hidden_size"] == 48 and made.content["dtype"] == "bfloat16"
+    assert list(read_last_steps(whole)) == [1, 2]
+    manifest = read_manifest(tmp_path / "whole.states", "teacher_states")
+    assert manifest.content["hidden_size"] == 48 and manifest.content["dtype"] == "bfloat16"
     parsed = json.loads((whole / "complete.json").read_text())
     events = [e for e in read_events(whole / "events.jsonl") if e["event"] == "heldout_divergence"]
-    assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == made.settings["teacher"]
+    assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == manifest.settings["teacher"]
     assert events[0]["kl"] > events[1]["kl"] == parsed["heldout_divergence"]["chat"]["kl"] > 0
     assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # the loss is the forward KL
 
@@ -53,7 +53,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     assert result.returncode == 0, result.stderr
     content = read_manifest(tmp_path / "top.states", "teacher_states").content
     assert (content["top_k"], content["temperature"]) == (8, 2.0)
-    assert steps_of(top)[1][1]["kl"] > 0
+    assert read_last_steps(top)[1][1]["kl"] > 0
 
     beside = (*states, "--data", str(packed_data.text), "--states", str(tmp_path / "never"))
     for more, text in (
@@ -75,7 +75,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     monkeypatch.setattr(teaching, "hash_weights", lambda target: hashed.append(1) or digest(target))
     monkeypatch.setattr(teaching, "write_outputs", lambda reading, *rest, redo: begun.append(reading.digest))
     assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
-    assert (hashed, begun) == ([1], [made.settings["teacher"]])
+    assert (hashed, begun) == ([1], [manifest.settings["teacher"]])
 
 
 def test_each_teacher_scores_the_data_with_its_name(packed_data: Any, teacher: Path, tiny: list[str],

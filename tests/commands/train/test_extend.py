@@ -8,6 +8,7 @@ import pytest
 
 from megatron_sov.cli import main
 from tests.run_files import read_run_events
+from tests.typed_words import format_set_options
 
 SMALL = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
          "model.num_experts": 4,
@@ -18,10 +19,6 @@ LONG = {name: value for name, value in SMALL.items() if not name.startswith("mod
     "train.steps": 3, "needle.depths": "[0.0,0.9]", "needle.samples": 2}
 
 
-def words(settings: dict[str, Any]) -> list[str]:
-    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-
-
 @pytest.fixture
 def short_run(request, one_rank: None, token_shards: Path, tmp_path: Path) -> Path:
     """A run of two steps at 64 tokens, of the recipe named by the test."""
@@ -30,14 +27,14 @@ def short_run(request, one_rank: None, token_shards: Path, tmp_path: Path) -> Pa
         more |= {"model.dense_ffn_dim": 32, "model.sliding_window_tokens": 8}
     run = tmp_path / "short"
     assert main(["pretrain", request.param, "--data", str(token_shards), "--run", str(run),
-                 *words(SMALL | more)]) == 0
+                 *format_set_options(SMALL | more)]) == 0
     return run
 
 
 def extend(recipe: str, short_run: Path, token_shards: Path, run: Path, **more: Any) -> int:
     settings = LONG | {name.replace("__", "."): value for name, value in more.items()}
     return main(["extend", recipe, "--from", str(short_run), "--data", str(token_shards), "--run", str(run),
-                 *words(settings)])
+                 *format_set_options(settings)])
 
 
 @pytest.mark.parametrize("short_run", ["tiny-solar-open"], indirect=True)

@@ -1,4 +1,4 @@
-"""`megatron-sov pretrain`: every mistake is one message and exit code 2, and leaves nothing behind."""
+"""`megatron-sov pretrain`: every mistake is one message and exit code 2, and writes no file."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,18 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import read_events
+from tests.typed_words import format_set_options
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
          "model.num_experts=4",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2")
 
 
-def refused(capsys: Any, data: list[Path | str], run: Path, *arguments: str, recipe: str = "tiny-solar-open",
-            command: str = "pretrain", settings: tuple[str, ...] = ()) -> str:
+def run_refused_command(capsys: Any, data: list[Path | str], run: Path, *arguments: str,
+                        recipe: str = "tiny-solar-open",
+                        command: str = "pretrain", settings: tuple[str, ...] = ()) -> str:
     """Run a command that must be refused; returns its message."""
-    chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]
+    chosen = format_set_options((*SMALL, *settings))
     shards = [part for d in data for part in ("--data", str(d))]
     before = sorted(run.parent.rglob("*"))
     assert main([command, recipe, *shards, "--run", str(run), *arguments, *chosen]) == 2
@@ -29,48 +31,51 @@ def refused(capsys: Any, data: list[Path | str], run: Path, *arguments: str, rec
 
 def test_missing_and_wrong_data(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert "--data none: does not exist" in refused(capsys, ["none"], run)
-    assert "has no manifest.json, so it is not a 'tokens' artifact" in refused(capsys, [tmp_path], run)
-    assert "tokenizer: is a tokenizer; pass token shards" in refused(
+    assert "--data none: does not exist" in run_refused_command(capsys, ["none"], run)
+    assert "has no manifest.json, so it is not a 'tokens' artifact" in run_refused_command(capsys, [tmp_path],
+                                                                                           run)
+    assert "tokenizer: is a tokenizer; pass token shards" in run_refused_command(
         capsys, [packed_data.tokenizer], run)
-    small = refused(capsys, [packed_data.text], run, settings=("model.vocab_size=100",))
+    small = run_refused_command(capsys, [packed_data.text], run, settings=("model.vocab_size=100",))
     assert "its tokenizer has 368 ids, the model only model.vocab_size = 100" in small
 
 
 def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
-    message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "12",
-                      settings=("parallel.tp=3", "parallel.ep=5", "parallel.pp=4"))
+    message = run_refused_command(capsys, [packed_data.text], tmp_path / "run", "--nproc", "12",
+                                  settings=("parallel.tp=3", "parallel.ep=5", "parallel.pp=4"))
     for problem in ("parallel.tp = 3 must divide model.num_heads = 4",
                     "parallel.ep = 5 must divide model.num_experts = 4",
                     "parallel.pp = 4 must divide model.num_layers = 2",
                     "etp 1 x ep 5 x pp 4 = 20 must divide the number of"):
         assert problem in message
-    message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "3")
+    message = run_refused_command(capsys, [packed_data.text], tmp_path / "run", "--nproc", "3")
     assert ("global_batch_size = 16 (phase main) must be a multiple of train.micro_batch_size 8 x data "
             "parallel size 3" in message)
-    assert "--nproc 0: must be at least 1" in refused(capsys, [packed_data.text], tmp_path / "run",
-                                                      "--nproc", "0")
+    assert "--nproc 0: must be at least 1" in run_refused_command(capsys, [packed_data.text],
+                                                                  tmp_path / "run", "--nproc", "0")
 
 
 def test_folders_that_hold_something_else(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    assert "notes: is a file; name a new folder" in refused(capsys, [packed_data.text], tmp_path / "notes")
-    assert "notes: is a file; --run needs a folder" in refused(capsys, [packed_data.text],
-                                                               tmp_path / "notes" / "run")
+    assert "notes: is a file; name a new folder" in run_refused_command(capsys, [packed_data.text],
+                                                                        tmp_path / "notes")
+    assert "notes: is a file; --run needs a folder" in run_refused_command(capsys, [packed_data.text],
+                                                                           tmp_path / "notes" / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    assert "is not empty and holds no run" in refused(capsys, [packed_data.text],
-                                                      tmp_path / "full", "--resume")
+    assert "is not empty and holds no run" in run_refused_command(capsys, [packed_data.text],
+                                                                  tmp_path / "full", "--resume")
 
 
 def test_weights_to_start_from_must_fit(capsys: Any, packed_data: Any, token_shards: Path, imported: Any,
                                         tmp_path: Path) -> None:
     run = tmp_path / "run"
-    other = refused(capsys, [token_shards], run, "--from", str(imported["exaone_moe"]),
-                    settings=("model.vocab_size=1024",))
+    other = run_refused_command(capsys, [token_shards], run, "--from", str(imported["exaone_moe"]),
+                                settings=("model.vocab_size=1024",))
     assert "is a exaone_moe model, recipe tiny-solar-open is for solar_open" in other
-    assert "--from none: does not exist" in refused(capsys, [token_shards], run, "--from", "none")
-    assert "is a folder of token shards, not a checkpoint" in refused(capsys, [token_shards], run, "--from",
+    assert "--from none: does not exist" in run_refused_command(capsys, [token_shards], run, "--from", "none")
+    assert "is a folder of token shards, not a checkpoint" in run_refused_command(capsys, [token_shards], run,
+                                                                                  "--from",
                                                                     str(token_shards))
 
 
@@ -82,7 +87,7 @@ MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
 
 def command(name: str, data: list[Path], run: Path, *arguments: str, settings: tuple[str, ...]) -> list[str]:
     shards = [part for d in data for part in ("--data", str(d))]
-    chosen = [part for s in (*SMALL_CHATS, *settings) for part in ("--set", s)]
+    chosen = format_set_options((*SMALL_CHATS, *settings))
     return [name, "tiny-solar-open", *shards, "--run", str(run), *arguments, *chosen]
 
 
@@ -102,14 +107,14 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_comman
         "audio_weight": 1.0, "image_weight": 1.0}
     assert json.loads((tuned / "complete.json").read_text())["step"] == 2
 
-    def refused(data: list[Path], *settings: str) -> str:
+    def run_refused_command(data: list[Path], *settings: str) -> str:
         argv = command("sft", data, tmp_path / "no", "--from", str(base), settings=settings)
         assert main(argv) == 2 and not (tmp_path / "no").exists()
         return capsys.readouterr().err
 
-    assert "set objective.text_coeff (e.g. 0.1) or leave the text out" in refused(both)
-    assert "contains conversations; pack some with `sov-data pack" in refused([packed_data.text])
-    assert "use `megatron-sov pretrain`" in refused([packed_data.chats], "objective.name=lm")
+    assert "set objective.text_coeff (e.g. 0.1) or leave the text out" in run_refused_command(both)
+    assert "contains conversations; pack some with `sov-data pack" in run_refused_command([packed_data.text])
+    assert "use `megatron-sov pretrain`" in run_refused_command([packed_data.chats], "objective.name=lm")
     assert main(["sft", "tiny-solar-open", "--data", str(packed_data.chats), "--run",
                  str(tmp_path / "no")]) == 2
     assert "required: --from" in capsys.readouterr().err

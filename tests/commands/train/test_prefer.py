@@ -9,6 +9,7 @@ import pytest
 from data_prep.cli import main as sov_data
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import read_events
+from tests.typed_words import format_set_options
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
          'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
@@ -16,7 +17,7 @@ MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
 
 
 def command(name: str, data: Path, run: Path, *more: str) -> list[str]:
-    settings = [word for setting in MODEL for word in ("--set", setting)]
+    settings = format_set_options(MODEL)
     return [name, "tiny-solar-open", "--data", str(data), "--run", str(run), *settings, *more]
 
 
@@ -71,8 +72,8 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     assert main(command("prefer", tmp_path / "pairs", tmp_path / "no", "--from", str(base), *exports)) == 2
     assert "ppl cannot use source 'pairs', which holds data of format 'preference'; use pairs" in (
         capsys.readouterr().err)
-    refused = command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
-    assert main(refused) == 2 and "holds data of format 'chat'" in capsys.readouterr().err
-    assert main([*refused, "--method", "grouper"]) == 2
+    words = command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
+    assert main(words) == 2 and "holds data of format 'chat'" in capsys.readouterr().err
+    assert main([*words, "--method", "grouper"]) == 2
     assert "has no column 'advantage'" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -21,6 +21,7 @@ from megatron_sov.judge.rewards.registry import build_versioned_reward, request_
 from megatron_sov.model.config import RolloutConfig, RunConfig, from_dict, setting_names
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
+from tests.typed_words import format_set_options
 
 LOOP = ("train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=2", "data.heldout_tokens=128",
         "train.num_threads=1")
@@ -54,7 +55,7 @@ READ_WITHOUT_EFFECT = {
     "data.over_long": "passed on to the order, which cuts conversations by it",
     "train.epochs": "the warning of many epochs allows as many as are asked for",
 }
-"""Setting that a stage reads where it is declared not to act -> why that changes nothing."""
+"""Setting that a stage reads although its `ACTS_WHEN` is false -> reason why the value has no effect."""
 NEVER_READ = {
     "guards.*": "alarms need 20 steps, verdicts a fault",
     "needle.*_weight": "read once a needle document is drawn",
@@ -79,18 +80,18 @@ class StageReads:
         return {problem.key for problem in find_inert_settings(self.config, setting_names(), self.facts)}
 
 
-def groups_of(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[type, str]]:
+def iter_setting_groups(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[type, str]]:
     """Yield each settings class with the prefix of its keys."""
     yield cls, prefix
     for field in dataclasses.fields(cls):
         inner = get_inner_hint(cls, field.name)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from groups_of(inner, f"{prefix}{field.name}.")
+            yield from iter_setting_groups(inner, f"{prefix}{field.name}.")
 
 
 @contextmanager
 def recorded_reads() -> Iterator[dict[str, set[str]]]:
-    """Record which functions read which settings, those that check, copy or write settings left out."""
+    """Record which functions read which settings, except functions that check, copy or write settings."""
     reads: dict[str, set[str]] = defaultdict(set)
 
     def recorder(prefix: str, names: frozenset[str]) -> Any:
@@ -105,14 +106,10 @@ def recorded_reads() -> Iterator[dict[str, set[str]]]:
         return read
 
     with pytest.MonkeyPatch.context() as patch:
-        for cls, prefix in groups_of():
+        for cls, prefix in iter_setting_groups():
             names = frozenset(field.name for field in dataclasses.fields(cls))
             patch.setattr(cls, "__getattribute__", recorder(prefix, names), raising=False)
         yield reads
-
-
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
 
 
 class Stages:
@@ -133,7 +130,8 @@ class Stages:
     def train(self, name: str, command: str, formats: list[str], data: Path, *more: str) -> None:
         """Run a stage on data, of the dense model unless `more` names another recipe first."""
         recipe, *more_words = more if more and not more[0].startswith("-") else ("tiny-qwen3", *more)
-        self.run(name, command, formats, recipe, "--data", str(data), *words(*SMALL), *more_words)
+        self.run(name, command, formats, recipe, "--data", str(data), *format_set_options(SMALL),
+                 *more_words)
 
 
 @pytest.fixture
@@ -142,13 +140,15 @@ def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: An
     found.train("dense", "pretrain", ["text"], packed_data.text)
     found.train("experts", "pretrain", ["text"], packed_data.text, "tiny-solar-open")
     found.train("sft", "sft", ["chat"], packed_data.chats, *start)
-    found.train("lora", "sft", ["chat"], packed_data.chats, *start, *words("lora.rank=2"))
+    found.train("lora", "sft", ["chat"], packed_data.chats, *start, *format_set_options(["lora.rank=2"]))
     found.train("distill", "distill", ["chat"], packed_data.chats, *start, "--teacher", start[1])
     found.train("prefer", "prefer", ["preference"], _pairs(packed_data, tmp_path), *start)
     found.train("short", "pretrain", ["text"], token_shards, "tiny-solar-open",
-                *words("model.vocab_size=1024", 'data.phases=[{"name": "main", "seq_len": 64}]'))
+                *format_set_options(["model.vocab_size=1024",
+                                     'data.phases=[{"name": "main", "seq_len": 64}]']))
     found.run("extend", "extend", ["text"], "tiny-solar-open", "--data", str(token_shards), "--from",
-              str(tmp_path / "short"), *words(*LOOP, "needle.samples=1", "needle.depths=[0.5]"))
+              str(tmp_path / "short"),
+              *format_set_options([*LOOP, "needle.samples=1", "needle.depths=[0.5]"]))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(4)))
     tokenizer = tokenizer_digest(packed_data.text / "tokenizer")
@@ -157,8 +157,8 @@ def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: An
         write_round(store, read_prompts(prompts), RolloutConfig(**ROLLOUT), number,
                     build_versioned_reward(request_reward("repetition", {})).version)
     found.run("rounds", "rl train", [], "tiny-qwen3", "--store", str(store.path), "--prompts", str(prompts),
-              "--reward", "repetition", *start, *words(*LOOP[1:], "optim.lr=1e-6"),
-              *words(*(f"rollout.{name}={value}" for name, value in ROLLOUT.items())))
+              "--reward", "repetition", *start, *format_set_options([*LOOP[1:], "optim.lr=1e-6"]),
+              *format_set_options((f"rollout.{name}={value}" for name, value in ROLLOUT.items())))
     return found.found
 
 
@@ -171,7 +171,7 @@ def _pairs(packed_data: Any, folder: Path) -> Path:
     return folder / "pairs"
 
 
-def unlisted(keys: set[str], reasons: dict[str, str]) -> set[str]:
+def find_unlisted_keys(keys: set[str], reasons: dict[str, str]) -> set[str]:
     return {key for key in keys if not any(fnmatch.fnmatch(key, pattern) for pattern in reasons)}
 
 
@@ -179,10 +179,10 @@ def unlisted(keys: set[str], reasons: dict[str, str]) -> set[str]:
 def test_stages_read_exactly_the_settings_with_effect(stages: dict[str, StageReads]) -> None:
     read_idly = {key: (name, stage.reads[key]) for name, stage in stages.items()
                  for key in stage.inert() & stage.reads.keys()}
-    assert unlisted({*read_idly}, READ_WITHOUT_EFFECT) == set(), read_idly
+    assert find_unlisted_keys({*read_idly}, READ_WITHOUT_EFFECT) == set(), read_idly
     acts = {key for stage in stages.values() for key in {*setting_names()} - stage.inert()}
     unread = {key for key in acts if not any(key in stage.reads for stage in stages.values())}
-    assert unlisted(unread, NEVER_READ) == set()
+    assert find_unlisted_keys(unread, NEVER_READ) == set()
     # no reason outlives its setting
     assert [pattern for pattern in READ_WITHOUT_EFFECT if not fnmatch.filter(read_idly, pattern)] == []
     assert [pattern for pattern in NEVER_READ if not fnmatch.filter(unread, pattern)] == []

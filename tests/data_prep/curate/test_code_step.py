@@ -1,4 +1,4 @@
-"""The step `code` of a pipeline: a function of one's own changes documents or drops them."""
+"""Step `code` of a pipeline: a user's function changes or drops documents."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from data_prep.curate.code_step import CodeStep, StepCodeSettings
 from data_prep.curate.pipeline.plan import hash_step_files
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, run_step
 from tests.typed_words import keys_of
 
 OWN = """import dataclasses
@@ -48,18 +48,18 @@ def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
     assert find_all_problems(settings) == []
     assert CodeStep(settings).list_files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
     (tmp_path / "work").mkdir()
-    found = outcomes(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
-    assert [(o.reason, o.text) for o in found.values()] == [("", "fine!"), ("bad word", None)]
+    outcomes = run_step(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
+    assert [(o.reason, o.text) for o in outcomes.values()] == [("", "fine!"), ("bad word", None)]
 
 
-@pytest.mark.parametrize(("name", "sentence"), [
+@pytest.mark.parametrize(("name", "message"), [
     ("own.py", "must have the form"), ("own.py:nothing", "has no 'nothing'"),
     ("own.py:number", "is 3; a data step"),
     ("gone.py:judge", "cannot be read"),
 ])
-def test_what_is_no_function_is_told(file: Path, tmp_path: Path, name: str, sentence: str) -> None:
+def test_a_missing_function_is_reported(file: Path, tmp_path: Path, name: str, message: str) -> None:
     (problem,) = find_all_problems(StepCodeSettings(tmp_path / name))
-    assert problem.key == "function" and sentence in problem.rule
+    assert problem.key == "function" and message in problem.rule
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -67,7 +67,7 @@ def test_what_is_no_function_is_told(file: Path, tmp_path: Path, name: str, sent
     ("chat", "returned Document"), ("essay", "with a reason of at most 80 characters"),
     ("fails", r"a/page.html: data step .*own.py:\d+: AttributeError: 'Document' object has no attribute"),
 ])
-def test_what_fails_is_told_by_its_document(file: Path, tmp_path: Path, name: str, message: str) -> None:
+def test_a_failing_step_names_the_document(file: Path, tmp_path: Path, name: str, message: str) -> None:
     step = CodeStep(StepCodeSettings(tmp_path / f"own.py:{name}"))
     step.load_inputs(MemoryView({}, tmp_path))
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""`sov-data decontaminate`: what is refused; what it does is typed from the page in test_docs_data."""
+"""`sov-data decontaminate`: refused command lines. test_docs_data.py runs the commands of the page."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("words", "told"), [
+@pytest.mark.parametrize(("words", "message"), [
     ("--input text.jsonl --benchmarks none.jsonl", "none.jsonl: is no file"),
     ("--input text.jsonl --benchmarks odd.jsonl", "odd.jsonl:1: has text in none of the fields question,"),
     ("--input text.jsonl --benchmarks cut.jsonl --fields text", "cut.jsonl:2: is not valid JSON"),
@@ -33,10 +33,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("--input text.jsonl --benchmarks bench.jsonl --min-words 11",
      "--min-words 11: must be at most --ngram = 10"),
 ])
-def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(
-        files: Path, capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:
+def test_mistakes_are_one_message_and_write_no_output(
+        files: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
     assert main(["decontaminate", *words.split(), "--output", "out"]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (files / "out").exists()
 
 

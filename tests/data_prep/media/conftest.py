@@ -41,7 +41,8 @@ class Loudness:
 
 
 class Here:
-    """Reads media in this process, which starts sooner than those of tests/omni/media/reading."""
+    """Read media in this process, which starts faster than the
+    reading processes that tests/omni/media tests."""
 
     def __init__(self, root: Path, limits: MediaLimits, processes: int) -> None:
         self._root, self._limits = root.resolve(), limits
@@ -66,7 +67,7 @@ class Here:
 
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
-    """A folder of two pictures (one of them twice), two sounds, an animation, and what is none of these."""
+    """Return a folder with two pictures (one of them twice), two sounds, an animation, and a broken file."""
     root = tmp_path / "media"
     root.mkdir()
     for name, shade in (("dark", 0), ("light", 255), ("twin", 255)):

@@ -20,23 +20,23 @@ from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import open_bank, read_bank_shapes
 from megatron_sov.work.clusters import client
 from megatron_sov.work.submit.arrays import WORK_FILE, Jobs
-from tests.data_prep.media.chats import Encode, shown
+from tests.data_prep.media.chats import Encode, build_media_chat
 
 
-def records(folder: Path) -> list[Any]:
+def read_records(folder: Path) -> list[Any]:
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
-def bank(folder: Path, kind: str) -> np.ndarray:
+def read_bank(folder: Path, kind: str) -> np.ndarray:
     shapes = read_bank_shapes(read_manifest(folder).content["media"], "it")
     return open_bank(folder / f"{kind}.bin", shapes[kind])
 
 
 def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
-    assert encode([shown(("image", "light.png"), ("text", "What?")),
-                   shown(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
-                   shown(("video", "moving.gif"))]) == 0
-    first, second, third = records(tmp_path / "corpus")
+    assert encode([build_media_chat(("image", "light.png"), ("text", "What?")),
+                   build_media_chat(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
+                   build_media_chat(("video", "moving.gif"))]) == 0
+    first, second, third = read_records(tmp_path / "corpus")
     user = first["messages"][0]["content"]
     assert parse_codebook_tokens("image", user) == [7] * 4
     assert user.count(IMAGE_PAD) == 3 and user.endswith("\nWhat?")
@@ -48,7 +48,7 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
     # the twin has the light picture's content, and shares its row
     assert second["media"] == {"pictures": [[1, 3], [0, 3]], "sounds": [[0, 5], [1, 3]]}
     assert third["messages"][0]["content"].count(VIDEO_PAD) == 6
-    pictures = bank(tmp_path / "corpus", PICTURES)
+    pictures = read_bank(tmp_path / "corpus", PICTURES)
     assert [int(p.max()) for p in pictures] == [255, 0, 0, 255] and pictures.shape[1:] == (3, 4, 4)
     content = read_manifest(tmp_path / "corpus", "media_corpus").content
     assert content["num_media"] == {"image": 3, "audio": 1, "video": 1} and content["format"] == "chat"
@@ -61,32 +61,33 @@ def test_spectrograms_equal_whisper(encode: Encode, tmp_path: Path, media: Path)
     from megatron_sov.omni.media.reading.decoders import read_sound
     from megatron_sov.omni.media.reading.limits import MediaLimits
 
-    assert encode([shown(("audio", "short.wav"))]) == 0
+    assert encode([build_media_chat(("audio", "short.wav"))]) == 0
     samples, _ = read_sound(media / "short.wav", 16_000, MediaLimits())
     expected = WhisperFeatureExtractor(feature_size=8, chunk_length=1)(samples, sampling_rate=16_000)
-    np.testing.assert_array_equal(bank(tmp_path / "corpus", SOUNDS),
+    np.testing.assert_array_equal(read_bank(tmp_path / "corpus", SOUNDS),
                                   np.asarray(expected["input_features"], np.float16))
 
 
 def test_assistant_pictures_become_calls_and_sounds_text(encode: Encode, tmp_path: Path) -> None:
     answer = [{"type": "text", "text": "Here:"}, {"type": "image", "path": "light.png"},
               {"type": "audio", "path": "short.wav"}]
-    assert encode([shown(("text", "Draw."), answer=answer)]) == 0
-    said = records(tmp_path / "corpus")[0]["messages"][1]
-    assert said["content"] == "Here:\n<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>"
-    call = said["tool_calls"][0]["function"]
+    assert encode([build_media_chat(("text", "Draw."), answer=answer)]) == 0
+    message = read_records(tmp_path / "corpus")[0]["messages"][1]
+    assert message["content"] == "Here:\n<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>"
+    call = message["tool_calls"][0]["function"]
     assert call["name"] == "t2i_model_generation"
     assert parse_codebook_tokens("image", call["arguments"]["discrete_image_token"]) == [7] * 4
-    assert records(tmp_path / "corpus")[0]["media"] == {}
-    assert encode([shown(("text", "Draw."), answer=answer)], "--drawn", "content", output="two") == 0
-    said = records(tmp_path / "two")[0]["messages"][1]
-    assert "tool_calls" not in said and parse_codebook_tokens("image", said["content"]) == [7] * 4
+    assert read_records(tmp_path / "corpus")[0]["media"] == {}
+    assert encode([build_media_chat(("text", "Draw."), answer=answer)], "--drawn", "content",
+                  output="two") == 0
+    message = read_records(tmp_path / "two")[0]["messages"][1]
+    assert "tool_calls" not in message and parse_codebook_tokens("image", message["content"]) == [7] * 4
 
 
 def test_killed_encoding_resumes_to_the_same_bytes(encode: Encode, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode_media_run, "RECORDS_PER_UNIT", 2)
-    chats = [shown(("image", name))
+    chats = [build_media_chat(("image", name))
              for name in ("light.png", "dark.png", "twin.png", "dark.png", "light.png")]
     assert encode(chats, output="whole") == 0
     whole, calls = MediaRecordEncoder.encode, []
@@ -108,12 +109,13 @@ def test_killed_encoding_resumes_to_the_same_bytes(encode: Encode, tmp_path: Pat
 
 def test_bad_records_stop_or_are_listed(encode: Encode, tmp_path: Path,
                                         capsys: pytest.CaptureFixture[str]) -> None:
-    chats: list[Any] = [shown(("image", "light.png")), shown(("image", "broken.png")),
-                        shown(("image", "../records.jsonl")), shown(("text", "<|IMAGE_PAD|>")), {"text": "a"},
-                        shown(("text", "a"), answer=[{"type": "video", "path": "moving.gif"}])]
+    chats: list[Any] = [build_media_chat(("image", "light.png")), build_media_chat(("image", "broken.png")),
+                        build_media_chat(("image", "../records.jsonl")),
+                        build_media_chat(("text", "<|IMAGE_PAD|>")), {"text": "a"},
+                        build_media_chat(("text", "a"), answer=[{"type": "video", "path": "moving.gif"}])]
     assert encode(chats) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "records.jsonl:4: spells '<|IMAGE_PAD|>'" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and "records.jsonl:4: spells '<|IMAGE_PAD|>'" in stderr
     assert encode(chats[:2]) == 2
     assert "records.jsonl:2: broken.png is not a picture" in capsys.readouterr().err
     assert encode(chats, "--bad-media", "skip") == 0
@@ -130,40 +132,39 @@ def test_bad_records_stop_or_are_listed(encode: Encode, tmp_path: Path,
     (("--input", "gone.jsonl"), 'gone.jsonl": does not exist'), (("--workers", "2"), "only for --cluster"),
     (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
     (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
-def test_wrong_options_give_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                         options: tuple[str, ...], words: str) -> None:
-    assert encode([shown(("text", "a"))], *options) == 2
+def test_wrong_options_are_one_message(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                       options: tuple[str, ...], words: str) -> None:
+    assert encode([build_media_chat(("text", "a"))], *options) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "corpus").exists()
 
 
-def parsed(record: Any) -> Any:
+def parse_chat(record: Any) -> Any:
     return parse_record(json.dumps(record).encode())
 
 
 def test_chats_and_documents_keep_fields() -> None:
-    chat = parsed({"id": "a", "messages": [{"role": "user", "name": "bo", "content": [
+    chat = parse_chat({"id": "a", "messages": [{"role": "user", "name": "bo", "content": [
         {"type": "text", "text": "See"}, {"type": "image", "path": "a.png"}]}, {"role": "assistant",
                                                                                 "content": "Ok"}]})
     assert (chat.kind, chat.fields, chat.messages[0].fields) == (CHAT, {"id": "a"},
                                                                  {"role": "user", "name": "bo"})
     assert [p.value for p in chat.iter_media()] == ["a.png"]
     assert [m.is_drawn for m in chat.messages] == [False, True]
-    assert parsed({"content": [{"type": "video", "path": "v"}]}).kind == TEXT
+    assert parse_chat({"content": [{"type": "video", "path": "v"}]}).kind == TEXT
 
 
 @pytest.mark.each(("record", "words"), [
     ([], "an object with either"),
-    ({"messages": [], "content": "a"},
-                                                                   "either"),
+    ({"messages": [], "content": "a"}, "either"),
     ({"messages": []}, "non-empty list"),
     ({"content": 3}, "must be a string or a list"), ({"content": []}, "must be a string or a list"),
     ({"content": "a", "media": {}}, "which this step writes"),
     ({"content": "see <|vision00003|>"}, "spells '<|vision00003|>'"),
     ({"messages": [{"role": "user", "content": "a", "reasoning_content": "<|IMAGE_PAD|>"}]}, "spells")])
 def test_malformed_records_are_rejected(record: Any, words: str) -> None:
-    with pytest.raises(BadRecord) as found:
-        parsed(record)
-    assert words in found.value.reason
+    with pytest.raises(BadRecord) as error:
+        parse_chat(record)
+    assert words in error.value.reason
 
 
 def test_escaped_media_tokens_are_found() -> None:
@@ -173,7 +174,7 @@ def test_escaped_media_tokens_are_found() -> None:
         parse_record(b"{" + b"[" * 100_000)
 
 
-# A run as Slurm's jobs: what is submitted, and that its blocks leave the bytes of a run on one machine.
+# A run as Slurm jobs: the submitted jobs, and the same bytes as a run on one machine.
 
 
 PROFILE = """description: noted, not run
@@ -187,7 +188,7 @@ memory: 16G
 
 @pytest.fixture
 def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What is submitted: the work and its number of tasks, what it waits for, and the folder of its logs."""
+    """Return the submitted work: function, number of tasks, dependency, and folder of logs."""
     found: list[tuple[Any, ...]] = []
 
     def submit(script: Path, *, after: list[str]) -> str:
@@ -208,7 +209,7 @@ def test_cluster_jobs_write_the_same_bytes(encode: Encode, tmp_path: Path, noted
                                            monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(encode_media_run, "RECORDS_PER_UNIT", 1)
-    chats = [shown(("image", name)) for name in ("light.png", "dark.png", "twin.png")]
+    chats = [build_media_chat(("image", name)) for name in ("light.png", "dark.png", "twin.png")]
     assert encode(chats, output="here") == 0
     there = ("--cluster", str(tmp_path / "profile.yaml"), "--workers", "2")
     assert encode(chats, *there, output="there") == 0

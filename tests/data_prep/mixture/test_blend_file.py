@@ -21,12 +21,12 @@ from megatron_sov.base.errors import UserError
 from tests.pages_typed import blocks, page_section, shell_lines
 
 
-def written(folder: Path, text: str) -> Path:
+def write_blend(folder: Path, text: str) -> Path:
     (folder / "blend.yaml").write_text(text)
     return folder / "blend.yaml"
 
 
-def by(blend: Blend, tag: str) -> dict[str, float]:
+def map_weights(blend: Blend, tag: str) -> dict[str, float]:
     """Return value of a tag -> trillions of tokens over all phases."""
     found: Counter[str] = Counter()
     for phase in blend.phases:
@@ -36,9 +36,9 @@ def by(blend: Blend, tag: str) -> dict[str, float]:
 
 
 def test_solar_blend_equals_published_table() -> None:
-    """Published: tokens of each kind, and of each phase its tokens, its part of Korean and of synthetic."""
+    """Published figures: tokens of each kind; tokens of each phase with its Korean and synthetic parts."""
     blend = read_blend(find_blend("solar-open"))
-    kinds = by(blend, "kind")
+    kinds = map_weights(blend, "kind")
     assert {kind: round(t, 0 if kind == "en" else 1) for kind, t in kinds.items()} == {
         "en": 13, "math_code": 3.7, "ko": 1.1, "ja": 0.8, "multilingual": 0.8, "domain:*": 0.4}
     published = {"1": (10.8, 3.3, 10.2, "basic"), "2.A": (5.3, 3.2, 32.0, "L1"),
@@ -54,19 +54,19 @@ def test_solar_blend_equals_published_table() -> None:
         assert 100 * sum(e.share for e in entries
                          if e.where["synthetic"] == ("true",)) == pytest.approx(synthetic, abs=1e-3)
         assert {e.where["level"][0] for e in entries} == {level}
-    assert sum(by(blend, "synthetic").values()) == pytest.approx(20.0)
+    assert sum(map_weights(blend, "synthetic").values()) == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize(("blend", "recipe"),
                          [("solar-open", "solar-open-102b"), ("k-exaone", "k-exaone-236b")])
 def test_shipped_blends_match_recipe_phases(blend: str, recipe: str) -> None:
-    found = read_blend(find_blend(blend))
-    assert [(p.name, p.tokens) for p in found.phases] == [(p.name, p.tokens)
-                                                          for p in recipes.get(recipe).data.phases]
+    result = read_blend(find_blend(blend))
+    assert [(p.name, p.tokens) for p in result.phases] == [(p.name, p.tokens)
+                                                           for p in recipes.get(recipe).data.phases]
 
 
 def test_product_gives_every_combination(tmp_path: Path) -> None:
-    blend = read_blend(written(tmp_path, """
+    blend = read_blend(write_blend(tmp_path, """
 phases:
   - name: main
     where: {level: [L2, L3]}
@@ -83,7 +83,7 @@ phases:
     assert phase.entries[0].describe() == "level=L2|L3 kind=ko synthetic=true (10 %)"
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "lines"), [
     ("""name: x
 phase: 3
 phases:
@@ -120,10 +120,10 @@ phases:
       "12: phases.4: must have either shares or product",
       "13: phases.5.shares.0.share = 120 must be a number, between 0 and 100",
       "13: phases.5.shares.1.share = \"lots\" must be a number, between 0 and 100"])])
-def test_blend_mistakes_are_listed_with_lines(tmp_path: Path, text: str, said: list[str]) -> None:
+def test_blend_mistakes_are_listed_with_lines(tmp_path: Path, text: str, lines: list[str]) -> None:
     with pytest.raises(UserError) as e:
-        read_blend(written(tmp_path, text))
-    for line in said:
+        read_blend(write_blend(tmp_path, text))
+    for line in lines:
         assert line in str(e.value), line
 
 
@@ -133,29 +133,30 @@ def test_unknown_blend_is_rejected(tmp_path: Path) -> None:
         find_blend("solar-opn")
     for text in ("", "- 1", "phases: {}", "phases: [3]"):
         with pytest.raises(UserError, match=r"blend\.yaml"):
-            read_blend(written(tmp_path, text))
+            read_blend(write_blend(tmp_path, text))
 
 
-def source(name: str, tokens: int, **tags: str) -> dict[str, Any]:
+def build_source(name: str, tokens: int, **tags: str) -> dict[str, Any]:
     return {"name": name, "splits": {"train": {"num_tokens": tokens}, "heldout": {"num_tokens": 1}},
             "tags": {key: [value] for key, value in tags.items()}}
 
 
-SOURCES = [source("ko-basic", 100, kind="ko", level="basic"), source("ko-L3", 300, kind="ko", level="L3"),
-           source("en-L3", 600, kind="en", level="L3"), source("code", 1000)]
+SOURCES = [build_source("ko-basic", 100, kind="ko", level="basic"),
+           build_source("ko-L3", 300, kind="ko", level="L3"),
+           build_source("en-L3", 600, kind="en", level="L3"), build_source("code", 1000)]
 
 
-def phase(name: str, tokens: float, *entries: tuple[dict[str, str], float]) -> BlendPhase:
+def build_phase(name: str, tokens: float, *entries: tuple[dict[str, str], float]) -> BlendPhase:
     return BlendPhase(name, tokens, tuple(BlendEntry({k: (v,) for k, v in where.items()}, share)
                                           for where, share in entries))
 
 
-def blend(*phases: BlendPhase) -> Blend:
+def build_blend(*phases: BlendPhase) -> Blend:
     return Blend("test", phases)
 
 
-TWO = blend(phase("1", 800, ({"kind": "ko"}, 0.5), ({"kind": "en"}, 0.5)),
-            phase("2", 200, ({"level": "L3", "kind": "ko"}, 0.25), ({"source": "c*"}, 0.75)))
+TWO = build_blend(build_phase("1", 800, ({"kind": "ko"}, 0.5), ({"kind": "en"}, 0.5)),
+                  build_phase("2", 200, ({"level": "L3", "kind": "ko"}, 0.25), ({"source": "c*"}, 0.75)))
 
 
 def test_sources_of_an_entry_share_by_tokens() -> None:
@@ -170,22 +171,23 @@ def test_sources_of_an_entry_share_by_tokens() -> None:
 
 def test_tokens_scale_all_phases_alike() -> None:
     assert [p.tokens for p in allot_shares(TWO, SOURCES, num_tokens=1e6)] == [8e5, 2e5]
-    [alone] = allot_shares(blend(phase("main", 0, ({"kind": "ko"}, 1.0))), SOURCES, num_tokens=1e6)
+    [alone] = allot_shares(build_blend(build_phase("main", 0, ({"kind": "ko"}, 1.0))), SOURCES,
+                           num_tokens=1e6)
     assert alone.tokens == 1e6
     assert combine_phases([alone]) == {"ko-basic": 0.25, "ko-L3": 0.75}
 
 
-def said(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> str:
+def get_refusal(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> str:
     with pytest.raises(UserError) as e:
         allot_shares(refused, sources)
     return str(e.value)
 
 
 def test_entries_without_source_are_listed() -> None:
-    wanted = blend(phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
-                         ({"kind": "en"}, 0.7)),
-                   phase("2", 1, ({"kind": "math_code"}, 1.0)))
-    lines = said(wanted).splitlines()
+    expected = build_blend(build_phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
+                                       ({"kind": "en"}, 0.7)),
+                           build_phase("2", 1, ({"kind": "math_code"}, 1.0)))
+    lines = get_refusal(expected).splitlines()
     assert lines[1:] == ["  phase 1: no source is kind=ja (10 %)", "  phase 1: no source is kind=ko level=L1 "
                                                                    "(20 %)",
                          "  phase 2: no source is kind=math_code (100 %)"]
@@ -193,25 +195,28 @@ def test_entries_without_source_are_listed() -> None:
         "blend test: 3 problems; the sources are ko-basic, ko-L3, en-L3, code, their tags kind: en, ko; "
         "level: L3, basic; pack what is missing, change the blend, or give missing shares to the others of "
         "their phase with --missing spread")
-    assert "their tags none (pack them with --tag)" in said(wanted, [source("web", 5)])
-    assert "no source is kind=ko" in said(TWO, [source("ko", 0, kind="ko"), source("code", 1), *SOURCES[2:3]])
+    assert "their tags none (pack them with --tag)" in get_refusal(expected, [build_source("web", 5)])
+    assert "no source is kind=ko" in get_refusal(TWO,
+                                                 [build_source("ko", 0, kind="ko"), build_source("code", 1),
+                                                       *SOURCES[2:3]])
 
 
 def test_source_in_two_entries_is_rejected() -> None:
-    twice = blend(phase("1", 1, ({"kind": "ko"}, 0.5), ({"level": "L3"}, 0.5)))
+    twice = build_blend(build_phase("1", 1, ({"kind": "ko"}, 0.5), ({"level": "L3"}, 0.5)))
     assert ("phase 1: source ko-L3 is meant by two entries, kind=ko (50 %) and level=L3 (50 %); tell them "
             "apart"
-            in said(twice))
+            in get_refusal(twice))
 
 
 def test_missing_shares_may_be_spread() -> None:
-    wanted = blend(phase("1", 100, ({"kind": "ja"}, 0.2), ({"kind": "en"}, 0.6), ({"source": "code"}, 0.2)))
-    [found] = allot_shares(wanted, SOURCES, "spread")
+    expected = build_blend(build_phase("1", 100, ({"kind": "ja"}, 0.2), ({"kind": "en"}, 0.6),
+                                       ({"source": "code"}, 0.2)))
+    [found] = allot_shares(expected, SOURCES, "spread")
     assert found.shares == pytest.approx({"en-L3": 0.75, "code": 0.25})
     assert "  nothing for kind=ja (20 %): its share is spread over the others" in format_shares(
         [found], SOURCES)
     with pytest.raises(UserError, match="phase 1: no source is kind=ja"):
-        allot_shares(blend(phase("1", 1, ({"kind": "ja"}, 1.0))), SOURCES, "spread")
+        allot_shares(build_blend(build_phase("1", 1, ({"kind": "ja"}, 1.0))), SOURCES, "spread")
 
 
 def test_table_shows_epochs_per_source() -> None:
@@ -255,9 +260,9 @@ def test_page_commands_run(tokenizers: dict[str, Path], tmp_path: Path,
     page = page_section("curriculum.md", "Data mixtures")
     [blend] = blocks(page, "yaml")
     Path("blend.yaml").write_text(blend)
-    shown = [shlex.split(line) for line in shell_lines(page, "sh")]
-    assert len(shown) == 4
-    for program, *arguments in shown:
+    commands = [shlex.split(line) for line in shell_lines(page, "sh")]
+    assert len(commands) == 4
+    for program, *arguments in commands:
         assert program == "sov-data" and main(arguments) == 0, arguments
     phases = {p["name"]: p["blend"] for p in read_manifest("mixed").content["phases"]}
     assert phases["foundation"] == pytest.approx({"en-L2": 56 / 80, "ko-L2": 24 / 80 * 0.8,

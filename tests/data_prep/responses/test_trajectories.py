@@ -46,15 +46,15 @@ def test_choose_diverse_takes_farthest_solutions() -> None:
     assert choose_diverse([], 5, 0.8) == []
 
 
-@pytest.mark.each(("think", "told"), [
+@pytest.mark.each(("think", "solution"), [
     ("tags", "<think>\nhm\n</think>\n\nyes"), ("plain", "hm\n\nyes"), ("drop", "yes")])
-def test_thoughts_have_three_formats(think: Any, told: str) -> None:
+def test_thoughts_have_three_formats(think: Any, solution: str) -> None:
     settings = TrajectorySettings(think=think, heading="풀이 {}:")
     assert (format_document(" why? ", [Solution("yes", "hm"), Solution("no")], settings)
-            == f"why?\n\n풀이 1:\n{told}\n\n풀이 2:\nno")
+            == f"why?\n\n풀이 1:\n{solution}\n\n풀이 2:\nno")
 
 
-@pytest.mark.each(("record", "arguments", "said"), [
+@pytest.mark.each(("record", "arguments", "message"), [
     ({"query": "a", "solutions": "b"}, [], "in.jsonl:1: needs a string 'query' and a list 'solutions'"),
     ({"query": "a", "solutions": ["b", {"thinking": "c"}]}, [],
      "solutions[1] is {\"thinking\": \"c\"}, must be a string"),
@@ -64,32 +64,33 @@ def test_thoughts_have_three_formats(think: Any, told: str) -> None:
     (QUERY, ["--heading", "Solution"], "must hold {} once"),
     (QUERY, ["--max-similarity", "2"], "--max-similarity 2: must be at most 1"),
 ])
-def test_wrong_queries_are_named_and_nothing_is_written(record: Any, arguments: list[str], said: str,
-                                                        tmp_path: Path, capsys) -> None:
+def test_invalid_queries_are_named_and_write_no_output(record: Any, arguments: list[str], message: str,
+                                                       tmp_path: Path, capsys) -> None:
     file = write(tmp_path / "in.jsonl", record)
     assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out"), *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
+def build_chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question},
                          {"role": "assistant", "content": answer, **thought}]}
 
 
 def test_successive_chats_of_a_question_are_joined(tmp_path: Path) -> None:
-    file = write(tmp_path / "kept.jsonl", chat("One and one?", "Two.", reasoning_content="Fingers."),
-                 chat("One and one?", "It is two."), chat("Why?", "So."), QUERY, chat("One and one?", "2"))
-    found = list(read_queries(file, RecordTally()))
-    assert [query for query, _ in found] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
-    assert found[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]
-    assert [len(solutions) for _, solutions in found] == [2, 1, 3, 1]
+    file = write(tmp_path / "kept.jsonl", build_chat("One and one?", "Two.", reasoning_content="Fingers."),
+                 build_chat("One and one?", "It is two."), build_chat("Why?", "So."), QUERY,
+                 build_chat("One and one?", "2"))
+    queries = list(read_queries(file, RecordTally()))
+    assert [query for query, _ in queries] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
+    assert queries[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]
+    assert [len(solutions) for _, solutions in queries] == [2, 1, 3, 1]
 
 
-@pytest.mark.parametrize(("record", "said"), [
+@pytest.mark.parametrize(("record", "message"), [
     ({"messages": "x"}, "in.jsonl:1: 'messages' must be"),
     ({"messages": [{"role": "user", "content": "a"}]}, "in.jsonl:1: has turns of user; a chat that is a"),
 ])
-def test_chat_with_more_turns_is_rejected(record: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
+def test_chat_with_more_turns_is_rejected(record: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         list(read_queries(write(tmp_path / "in.jsonl", record), RecordTally()))

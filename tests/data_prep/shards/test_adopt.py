@@ -24,7 +24,7 @@ def texts(token_shards: Path) -> list[str]:
     return [json.loads(line)["text"] for line in lines][:200]
 
 
-def encoded(tokenizer: Path, texts: list[str]) -> tuple[list[list[int]], int]:
+def encode_texts(tokenizer: Path, texts: list[str]) -> tuple[list[list[int]], int]:
     """Return the ids of each text, and eos."""
     from data_prep.shards.encode import Encoder
 
@@ -32,7 +32,7 @@ def encoded(tokenizer: Path, texts: list[str]) -> tuple[list[list[int]], int]:
     return [encoder.plain.encode(text, add_special_tokens=False).ids for text in texts], encoder.eos_id
 
 
-def built(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uint16) -> Path:
+def build_pair(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uint16) -> Path:
     """Have the library write documents, each a list of sequences, as preprocess_data does."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -48,24 +48,24 @@ def built(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uint16
 
 @pytest.fixture(scope="module")
 def pair(tokenizer: Path, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    ids, eos = encoded(tokenizer, texts)
-    return built(tmp_path_factory.mktemp("theirs") / "corpus_text_document",
-                 [[[*document, eos]] for document in ids])
+    ids, eos = encode_texts(tokenizer, texts)
+    return build_pair(tmp_path_factory.mktemp("theirs") / "corpus_text_document",
+                      [[[*document, eos]] for document in ids])
 
 
-def bytes_of(data: Path) -> dict[str, bytes]:
+def read_shards(data: Path) -> dict[str, bytes]:
     return {f"{shard.split}.{suffix}": Path(f"{shard.prefix}.{suffix}").read_bytes()
             for shard in iter_shards(data, read_tokens_manifest(data).content) for suffix in ("bin", "idx")}
 
 
-def test_adopt_writes_the_same_artifact_as_pack( tokenizer: Path, pair: Path, texts: list[str],
+def test_adopt_writes_the_same_artifact_as_pack(tokenizer: Path, pair: Path, texts: list[str],
                                                 tmp_path: Path, capsys: pytest.CaptureFixture[str] ) -> None:
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--tokenizer", str(tokenizer), "--heldout", "0.1", "--output"]
     assert cli.main(["pack", "--input", str(tmp_path / "corpus.jsonl"), *words, str(tmp_path / "packed"),
                      "--workers", "1"]) == 0
     assert cli.main(["adopt", f"corpus={pair}.bin", *words, str(tmp_path / "adopted")]) == 0
-    assert bytes_of(tmp_path / "adopted") == bytes_of(tmp_path / "packed")
+    assert read_shards(tmp_path / "adopted") == read_shards(tmp_path / "packed")
     packed, adopted = (read_tokens_manifest(tmp_path / name).content for name in ("packed", "adopted"))
     assert adopted["sources"][0]["splits"] == packed["sources"][0]["splits"]
     assert {name: adopted[name] for name in packed if name != "sources"} == {
@@ -77,11 +77,11 @@ def test_adopt_writes_the_same_artifact_as_pack( tokenizer: Path, pair: Path, te
 
 
 def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
-    ids, eos = encoded(tokenizer, texts[:20])
+    ids, eos = encode_texts(tokenizer, texts[:20])
     halves = [[document[:3], [*document[3:], eos]] for document in ids]
     halves.insert(5, [[]])  # a document without tokens
     halves.append([[0, eos]])
-    real = built(tmp_path / "real", halves, np.int32)
+    real = build_pair(tmp_path / "real", halves, np.int32)
     prefix = tmp_path / "split_sentences"  # as caches of downloads have it: links to what is elsewhere
     for ending in (".bin", ".idx"):
         Path(f"{prefix}{ending}").symlink_to(f"{real}{ending}")
@@ -94,8 +94,8 @@ def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str]
     assert cli.main(["verify", str(tmp_path / "linked")]) == 0
 
 
-def changed(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
-    """Return a copy of a pair with other bytes in its index."""
+def change_index(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
+    """Return a copy of a pair with changed bytes in its index file."""
     whole = bytearray(Path(f"{pair}.idx").read_bytes())
     whole[at:at + len(raw)] = raw
     Path(f"{folder}/bad.idx").write_bytes(whole)
@@ -103,27 +103,27 @@ def changed(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
     return folder / "bad"
 
 
-@pytest.mark.each(("at", "raw", "sentence"), [
+@pytest.mark.each(("at", "raw", "message"), [
     (0, b"nothing", "is no index of Megatron's indexed datasets"),
     (18, struct.pack("<Q", 7), "which does not fit its 7 sequences"),
     (HEADER.size, struct.pack("<i", -5), "sequence 0 has -5 tokens"),
     (HEADER.size, struct.pack("<i", 1), "sequence 1 begins at byte"),
     (HEADER.size + 12 * 200 + 8, struct.pack("<q", 300), "document bounds do not go from 0"),
 ])
-def test_adopt_rejects_damaged_index(at: int, raw: bytes, sentence: str, pair: Path, tokenizer: Path,
+def test_adopt_rejects_damaged_index(at: int, raw: bytes, message: str, pair: Path, tokenizer: Path,
                                      tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad, out = changed(pair, tmp_path, at, raw), tmp_path / "out"
+    bad, out = change_index(pair, tmp_path, at, raw), tmp_path / "out"
     assert cli.main(["adopt", str(bad), "--tokenizer", str(tokenizer), "--output", str(out)]) == 2
-    assert sentence in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.bin", "bad.idx"]
 
 
 def test_adopt_rejects_another_tokenizer(tokenizer: Path, texts: list[str], tmp_path: Path,
                                          capsys: pytest.CaptureFixture[str]) -> None:
-    ids, eos = encoded(tokenizer, texts[:50])
+    ids, eos = encode_texts(tokenizer, texts[:50])
 
     def refused(name: str, documents: list[list[int]], *more: str) -> str:
-        prefix = built(tmp_path / name, [[document] for document in documents])
+        prefix = build_pair(tmp_path / name, [[document] for document in documents])
         assert cli.main(["adopt", str(prefix), "--tokenizer", str(tokenizer), "--output",
                          str(tmp_path / "out"), *more]) == 2
         return capsys.readouterr().err

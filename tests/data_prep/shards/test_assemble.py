@@ -39,10 +39,10 @@ def source(request: pytest.FixtureRequest, tokenizers: dict[str, Path],
     settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
                             EncodingSettings())
     encoder = UnitEncoder(settings, tmp_path / "work")
-    found = EncodedSource("s", "text", tmp_path)
-    found.units += [(unit, encoder.encode(unit))
-                    for unit in plan_units(sorted(tmp_path.glob("*.jsonl")), request.param)]
-    return found, tmp_path
+    encoded_source = EncodedSource("s", "text", tmp_path)
+    encoded_source.units += [(unit, encoder.encode(unit))
+                             for unit in plan_units(sorted(tmp_path.glob("*.jsonl")), request.param)]
+    return encoded_source, tmp_path
 
 
 @pytest.mark.parametrize("block_tokens", [1, 10, 1 << 22])

@@ -41,13 +41,13 @@ def encode_text(encoder: Encoder, text: str) -> np.ndarray:
     return encoder.encode_batch([Document("", text)]).ids
 
 
-def types_of(batch: EncodedBatch) -> np.ndarray:
+def get_token_types(batch: EncodedBatch) -> np.ndarray:
     return np.where(batch.kinds == KIND_NONE, TYPE_PROMPT, TYPE_RESPONSE)
 
 
 def encode_chat(encoder: Encoder, messages: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, np.ndarray]:
     batch = encoder.encode_batch([Document("", messages=Conversation.of(*messages).messages)])
-    return batch.ids, types_of(batch)
+    return batch.ids, get_token_types(batch)
 
 
 def test_text_ids_equal_transformers(folder: Path, encoder: Encoder) -> None:
@@ -133,7 +133,7 @@ def test_preference_is_two_sequences_with_equal_prompt(encoder: Encoder) -> None
         part = slice(start, start + int(batch.lengths_tokens[i]))
         # the prompt has no assistant, so the chat's mask is the pair's
         ids, types = encode_chat(encoder, (*prompt, ("assistant", side[0].content)))
-        assert np.array_equal(batch.ids[part], ids) and np.array_equal(types_of(batch)[part], types)
+        assert np.array_equal(batch.ids[part], ids) and np.array_equal(get_token_types(batch)[part], types)
 
 
 def test_assistant_turn_in_preference_prompt_is_not_learned(encoder: Encoder) -> None:
@@ -141,7 +141,7 @@ def test_assistant_turn_in_preference_prompt_is_not_learned(encoder: Encoder) ->
                     chosen=(Message("assistant", "안녕하세요!"),), rejected=(Message("assistant", "No."),))
     batch = encoder.encode_batch([pair])
     chosen = slice(0, int(batch.lengths_tokens[0]))
-    learned = types_of(batch)[chosen] == TYPE_RESPONSE
+    learned = get_token_types(batch)[chosen] == TYPE_RESPONSE
     assert "It is 4." not in encoder.decode(batch.ids[chosen][learned].tolist())
 
 
@@ -151,7 +151,7 @@ def test_prompt_equals_generation_prompt_of_transformers(folder: Path, encoder: 
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         [{"role": r, "content": c} for r, c in CHAT[:2]], tokenize=True, return_dict=False,
         add_generation_prompt=True)
-    assert batch.ids.tolist() == theirs and set(types_of(batch).tolist()) == {TYPE_PROMPT}
+    assert batch.ids.tolist() == theirs and set(get_token_types(batch).tolist()) == {TYPE_PROMPT}
 
 
 def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
     ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
     ("old", "old", "old-tokenizer"),
 ])
-def test_foreign_tokenizer_is_rejected_with_import_command( given: str, imported: str, output: str,
-                                                           folder: Path, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_tokenizer_is_rejected_with_import_command(given: str, imported: str, output: str,
+                                                          folder: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     steps = [f"run/checkpoints/step-{step}/tokenizer" for step in (9, 10)]
     for name in ("hf", "packed/tokenizer", *steps):
@@ -196,8 +196,8 @@ def test_foreign_tokenizer_is_rejected_with_import_command( given: str, imported
 
 
 def test_prompt_and_completion_equal_trl(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
-    """As TRL prepares such rows: the ids of both rendered, of which those behind the prompt's, rendered with
-    the beginning of an answer, are learned; here a turn's end is the last that is."""
+    """Reference as in TRL: render prompt and full chat, and learn the ids after the rendered prompt with its
+    generation prefix; here the last learned token is the end of the turn."""
     loaded = AutoTokenizer.from_pretrained(folder)
     first = [{"role": "user", "content": "2+2?"}]
     turns = [*first, {"role": "assistant", "content": "4"}, {"role": "user", "content": "안녕"}]
@@ -213,12 +213,13 @@ def test_prompt_and_completion_equal_trl(folder: Path, encoder: Encoder, tmp_pat
         learned = batch.kinds != KIND_NONE
         assert batch.ids[:len(whole)].tolist() == whole
         assert not learned[:len(begin)].any()
-        said = loaded.decode(batch.ids[learned])
-        assert said == answer[0]["content"] + ("<|end|>" if "solar" in folder.name else "<|endofturn|>")
-        assert loaded.decode(whole[len(begin):]).rstrip("\n").endswith(said)
+        learned_text = loaded.decode(batch.ids[learned])
+        assert learned_text == answer[0]["content"] + ("<|end|>" if "solar" in folder.name
+                                                       else "<|endofturn|>")
+        assert loaded.decode(whole[len(begin):]).rstrip("\n").endswith(learned_text)
 
 
-def opened(file: Path) -> Tokenizer:
+def open_encoder_tokenizer(file: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -234,7 +235,7 @@ def file(request: pytest.FixtureRequest, tokenizers: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(file: Path) -> Pair:
-    return FastBpe(file, opened(file)), opened(file)
+    return FastBpe(file, open_encoder_tokenizer(file)), open_encoder_tokenizer(file)
 
 
 def test_fast_encoder_equals_tokenizers_on_every_kind_of_character(pair: Pair) -> None:
@@ -264,7 +265,7 @@ def test_fast_encoder_accepts_long_whitespace(pair: Pair, unit: str) -> None:
     assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+def edit_tokenizer(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     shutil.copy(source, target)
     raw = json.loads(target.read_text())
     edit(raw)
@@ -297,13 +298,13 @@ def unmatched_text(raw: dict[str, Any]) -> None:
 ])
 def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path: Path,
                                            edit: Callable[[dict[str, Any]], Any], reason: str) -> None:
-    file = edited(tokenizers["solar-open"] / "tokenizer.json", tmp_path / "tokenizer.json", edit)
-    fast, sentence = load_fast_encoder(file, opened(file), ["some text"])
+    file = edit_tokenizer(tokenizers["solar-open"] / "tokenizer.json", tmp_path / "tokenizer.json", edit)
+    fast, sentence = load_fast_encoder(file, open_encoder_tokenizer(file), ["some text"])
     assert fast is None and sentence.startswith("encoding with tokenizers, because") and reason in sentence
 
 
 def test_supported_tokenizer_is_fast(file: Path) -> None:
-    tokenizer = opened(file)
+    tokenizer = open_encoder_tokenizer(file)
     # as in Llama's tokenizer; documents are encoded without it
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast, sentence = load_fast_encoder(file, tokenizer, ["some text", "한국어"])

@@ -115,8 +115,7 @@ def test_mix_rejects_contradicting_parts(parts: tuple[Path, Path], tokenizers: d
 
 def test_mix_rejects_heldout_documents_in_training(tokenizers: dict[str, Path], tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
-    """The shared document is the one of smallest hash in one source, which gives it up,
-    and not in the other."""
+    """The shared document has the smallest hash in one source, which loses it, but not in the other."""
     texts = sorted((f"document {i} of many" for i in range(60)),
                    key=lambda text: hash_document(Document("", text)))
     shared, contents = texts[20], {"one": texts[20:40], "other": [texts[20], *texts[:10]]}
@@ -164,7 +163,7 @@ phases:
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-@pytest.mark.each(("options", "said"), [
+@pytest.mark.each(("options", "message"), [
     (["--tokens", "5"], "--tokens 5.0: is for --blend"),
     (["--dry-run"], "--dry-run: is for --blend"),
     ([], "--output: is missing"),
@@ -173,10 +172,10 @@ phases:
     (["--blend", "solar-open", "--tokens", "-1"], "--tokens -1: must be at least 0"),
 ])
 def test_wrong_blend_options_give_one_sentence(parts: tuple[Path, Path], tmp_path: Path, options: list[str],
-                                               said: str, capsys: pytest.CaptureFixture[str]) -> None:
+                                               message: str, capsys: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(tmp_path / "out")] if options not in ([], ["--dry-run"]) else []
     assert main(["mix", str(parts[0]), *options, *output]) == 2
     err = capsys.readouterr().err
-    assert said in err and "Traceback" not in err and not (tmp_path / "out").exists()
+    assert message in err and "Traceback" not in err and not (tmp_path / "out").exists()
     assert main(["mix", f"{parts[0]}:2", "--blend", "solar-open", "--output", str(tmp_path / "out")]) == 2
     assert "folders have no weights beside --blend" in capsys.readouterr().err

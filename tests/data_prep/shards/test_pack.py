@@ -92,7 +92,7 @@ def test_megatron_reads_shards_with_counts_of_manifest(packed: Path, tokenizers:
 
 
 @pytest.mark.deep
-def test_bytes_do_not_depend_on_workers_units_or_compression( packed: Path, corpus: Path,
+def test_bytes_do_not_depend_on_workers_units_or_compression(packed: Path, corpus: Path,
                                                              tokenizers: dict[str, Path], tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.plan_units, "__defaults__", (500,))
@@ -182,8 +182,8 @@ def test_prompts_keep_reward_fields(tokenizers: dict[str, Path], tmp_path: Path)
 
 
 def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
-    found = parse_sources([str(corpus / "web.jsonl"), f"{corpus}/notes/", f"x.1={corpus}"])
-    assert [s.name for s in found] == ["web", "notes", "x.1"]
+    sources = parse_sources([str(corpus / "web.jsonl"), f"{corpus}/notes/", f"x.1={corpus}"])
+    assert [s.name for s in sources] == ["web", "notes", "x.1"]
     for arguments, rule in ((["a.txt", "b/a.txt=x"], "cannot name a source"),
                             (["a=x", "a=y"], "is given already"), (["tokenizer=x"], "cannot name a source"),
                             (["../=x"], "cannot name a source"), (["web="], "names no file or folder"),
@@ -218,7 +218,7 @@ def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: 
         assert main([*base, "--input", *arguments]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-    # what is encoded is kept for the next try
+    # encoded units are reused by the next attempt
     assert {p.name for p in tmp_path.iterdir()} == {"data", ".new.work"}
     assert main([*base, "--input", str(corpus / "web.jsonl")]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"data", "new"}
@@ -226,7 +226,7 @@ def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: 
 
 def test_tiny_source_keeps_a_training_document(tokenizers: dict[str, Path], tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
-    """Behind hours of work on others a source of one document is no reason to end with nothing."""
+    """A source with a single document must not fail a run that has packed other sources for hours."""
     (tmp_path / "one.jsonl").write_text('{"text": "almost surely held out", "part": "c"}')
     rows = [{"text": f"number {i}", "part": "a" if i < 3 else "b"} for i in range(4)]
     (tmp_path / "parts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -234,8 +234,8 @@ def test_tiny_source_keeps_a_training_document(tokenizers: dict[str, Path], tmp_
                "--input", str(tmp_path / "one.jsonl"), str(tmp_path / "parts.jsonl"), "--bucket-by", "part",
                "--workers", "1"]
     assert main([*command, "--heldout", "0.999999"]) == 0
-    said = capsys.readouterr().err
-    assert said.count("one of them is kept for training") == 3 and "parts-b: every document" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("one of them is kept for training") == 3 and "parts-b: every document" in stderr
     content = read_manifest(tmp_path / "new", "tokens").content
     assert {s["name"]: [s["splits"][split]["num_documents"] for split in ("train", "heldout")]
             for s in content["sources"]} == {"one-c": [1, 0], "parts-a": [1, 2], "parts-b": [1, 0]}
@@ -258,7 +258,7 @@ def stops_after_one(*arguments):
 pack_run.encode_units = stops_after_one
 main(sys.argv[1:])
 """
-"""`sov-data ARGUMENTS`, which waits for ever behind its first unit; its workers finish what they have."""
+"""Start `sov-data ARGUMENTS`, which blocks after its first unit; its workers finish their units."""
 
 
 def start_packing(tokenizer: Path, text: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
@@ -275,7 +275,7 @@ def complete_units(output: Path) -> dict[Path, int]:
 
 
 @pytest.mark.deep
-def test_killed_pack_leaves_no_worker_and_resumes( tokenizers: dict[str, Path], tmp_path: Path,
+def test_killed_pack_leaves_no_worker_and_resumes(tokenizers: dict[str, Path], tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str],
                                                   ends: Callable[[int], bool],
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,10 +292,10 @@ def test_killed_pack_leaves_no_worker_and_resumes( tokenizers: dict[str, Path], 
         process.kill()
     assert workers and all(ends(worker.pid) for worker in workers)
     assert not output.exists()
-    kept = complete_units(output)
+    units = complete_units(output)
     pack_sources(tokenizers["solar-open"], [PackSource("long", text)], output)
-    assert 1 <= len(kept) < num_units
-    assert f"{len(kept)} of {num_units} units were complete from before" in capsys.readouterr().out
+    assert 1 <= len(units) < num_units
+    assert f"{len(units)} of {num_units} units were complete from before" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "out"]
     pack_sources(tokenizers["solar-open"], [PackSource("long", text)], tmp_path / "undisturbed")
     assert read_manifest(output).files == read_manifest(tmp_path / "undisturbed").files
@@ -308,7 +308,7 @@ BAD_LINES = {
     '{"id": 6, "text": "\\udc00"}': ("utf8", 8), '{"id": "first", "text": "again"}': ("duplicate_id", 9)}
 
 
-def test_quarantine_lists_bad_records_and_keeps_good_ones( tokenizers: dict[str, Path], tmp_path: Path,
+def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, Path], tmp_path: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -328,7 +328,7 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones( tokenizers: dict[str,
     assert main(base) == 2
     assert f"error: {folder}/a.jsonl:2: is not valid JSON" in capsys.readouterr().err
     assert main([*base, "--on-bad", "quarantine"]) == 0
-    told = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     found = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
     assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
@@ -339,8 +339,8 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones( tokenizers: dict[str,
             and rows[0]["content"].startswith('{"id": 1'))
     [source] = read_manifest(tmp_path / "out").content["sources"]
     assert sum(source["num_bad"].values()) == len(rows) and source["num_read"] == len(rows) + 4
-    assert f"all: {len(rows) + 4} records read: 4 written, {len(rows)} set aside (" in told
-    assert f"bad records: {tmp_path / 'out/quarantine.jsonl'}\n" in told
+    assert f"all: {len(rows) + 4} records read: 4 written, {len(rows)} set aside (" in stdout
+    assert f"bad records: {tmp_path / 'out/quarantine.jsonl'}\n" in stdout
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     texts = [tokenizer.decode(d[:-1]) for d in open_split(tmp_path / "out/all/train-00000").documents()]
     assert texts == ["one", "two", "four", "seven"]
@@ -368,7 +368,7 @@ def test_chat_rejected_by_template_is_named(tokenizers: dict[str, Path], tmp_pat
     assert "prompts differ between training and inference" in capsys.readouterr().err
 
 
-def test_single_text_is_cut_into_documents( tokenizers: dict[str, Path], tmp_path: Path,
+def test_single_text_is_cut_into_documents(tokenizers: dict[str, Path], tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
     (tmp_path / "Korean.txt").write_text(text)
@@ -385,7 +385,7 @@ def test_single_text_is_cut_into_documents( tokenizers: dict[str, Path], tmp_pat
     assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
 
 
-def test_lines_become_documents_and_single_document_warns( tokenizers: dict[str, Path], tmp_path: Path,
+def test_lines_become_documents_and_single_document_warns(tokenizers: dict[str, Path], tmp_path: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"Line {i}\u2028 goes on." for i in range(60)]
     (tmp_path / "a.txt").write_text("\r\n".join([*lines[:30], "", "  \n"]) + "\n".join([*lines[30:], ""]))

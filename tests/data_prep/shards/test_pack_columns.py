@@ -32,16 +32,16 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     [source, same] = open_sources({str(tmp_path / "out"): 1.0}, 10**6, formats=("preference",))
     assert source.columns == same.columns == ("score", "step")
-    seen = set()
+    record_numbers = set()
     for split in ("train", "heldout"):
         documents, others = source.open_split(split), same.open_split(split)
         for i, length in enumerate(documents.lengths):
             asked = int(re.findall(r"(\d+) \+ 1\?", tokenizer.decode(documents.tokens(i, 0, length)))[0])
-            seen.add(asked)
+            record_numbers.add(asked)
             for name, wanted in (("score", -asked if i % 2 else asked), ("step", asked / 2)):
                 assert set(documents.column(name, i, 0, length).tolist()) == {wanted}
                 assert others.column(name, i, 0, length).tolist() == [wanted] * length
-    assert seen == set(range(20))
+    assert record_numbers == set(range(20))
     assert main(["verify", str(tmp_path / "out")]) == 0
     [damaged, *_] = sorted((tmp_path / "out/pairs").glob("train-*.score"))
     numbers = np.fromfile(damaged, "<f4")
@@ -52,7 +52,7 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
     assert f"{damaged.name}: token 7 has inf in column 'score', must be a finite" in capsys.readouterr().err
 
 
-@pytest.mark.each(("format_", "columns", "row", "said"), [
+@pytest.mark.each(("format_", "columns", "row", "message"), [
     ("text", ["Score"], {}, "--column: 'Score' cannot name a column (letters a-z and '_', and none of bin"),
     ("text", ["loss", "a", "a"], {}, "'loss' cannot name a column"),
     ("prompt", ["score"], {}, '--column "score": a prompt has no response to which'),
@@ -64,7 +64,7 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
     ("preference", ["score"], {"score": [1, 2, 3]}, "must be a number or a list of 2"),
 ])
 def test_wrong_columns_are_rejected(tokenizers: dict[str, Path], tmp_path: Path, format_: str,
-                                    columns: list[str], row: dict[str, Any], said: str,
+                                    columns: list[str], row: dict[str, Any], message: str,
                                     capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"text": "one and two", "prompt": "a", "chosen": "b", "rejected": "c"} | row
     (tmp_path / "asked.jsonl").write_text("".join(
@@ -73,8 +73,8 @@ def test_wrong_columns_are_rejected(tokenizers: dict[str, Path], tmp_path: Path,
     code = main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", format_, *words,
                  "--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "new"),
                  "--heldout", "0", "--workers", "1"])
-    assert (code, (tmp_path / "new").exists()) == ((2, False) if said else (0, True))
-    assert said in capsys.readouterr().err
+    assert (code, (tmp_path / "new").exists()) == ((2, False) if message else (0, True))
+    assert message in capsys.readouterr().err
 
 
 def test_bucket_field_makes_sources(tokenizers: dict[str, Path], tmp_path: Path,

@@ -39,9 +39,9 @@ CONTENT = {"sources": [source("web", 2, 1), source("books", 1, 0)]}
     ({"split": "train"}, ["web/train-00000", "web/train-00001", "books/train-00000"]),
     ({"source": "books", "split": "heldout"}, [])])
 def test_shards_are_ordered_by_source_split_and_number(chosen: dict[str, str], prefixes: list[str]) -> None:
-    found = list(iter_shards(Path("data"), CONTENT, **chosen))
-    assert [shard.prefix for shard in found] == [Path("data") / prefix for prefix in prefixes]
-    for shard in found:
+    shards = list(iter_shards(Path("data"), CONTENT, **chosen))
+    assert [shard.prefix for shard in shards] == [Path("data") / prefix for prefix in prefixes]
+    for shard in shards:
         assert shard.prefix.parent.name == shard.source["name"] and shard.prefix.name.startswith(shard.split)
         assert shard.record["num_tokens"] == int(shard.prefix.name[-5:])
 
@@ -134,9 +134,9 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
     pack_sources(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
          PackSettings(heldout_share=1e-9))
     assert main(["inspect", str(tmp_path / "shards")]) == 0
-    told = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
-    assert [line.removeprefix("  ") for line in told[1:5]] == format_table(tmp_path / "shards")
-    assert told[-1].startswith("  row 1: == one/train, document 0, ") and "some text of one" in told[-1]
+    lines = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
+    assert [line.removeprefix("  ") for line in lines[1:5]] == format_table(tmp_path / "shards")
+    assert lines[-1].startswith("  row 1: == one/train, document 0, ") and "some text of one" in lines[-1]
     assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 0
     assert capsys.readouterr().out.endswith("shards: sound as tokens\n")
     record = read_manifest(tmp_path / "shards").content["sources"][0]["splits"]["train"]

@@ -37,8 +37,8 @@ def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def rehash(data: Path) -> None:
-    """Make the manifest's hashes fit the files, so that only the checks behind the
-    hashes can see a change."""
+    """Update the manifest's hashes to the changed files, so that only the
+    checks after the hashes can find the change."""
     raw = json.loads((data / "manifest.json").read_text())
     raw["files"] = {name: FileRecord.of(data / name) for name in raw["files"]}
     (data / "manifest.json").write_text(format_json(raw | {"sha256": ""}))
@@ -80,7 +80,7 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
         "train: 2 of 4 documents repeat an earlier one, token by token"]
 
 
-@pytest.mark.each(("damage", "sentence"), [
+@pytest.mark.each(("damage", "message"), [
     (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
     (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),
     (leak, "1 documents are in both splits"),
@@ -92,12 +92,12 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
     (lambda d: (d / "chat/train-00000.bin").write_bytes(b""), "train-00000.bin: has 0 bytes, the index says"),
 ])
 def test_damage_with_right_hashes_is_found(chats: Path, tmp_path: Path, damage: Callable[[Path], Any],
-                                           sentence: str) -> None:
+                                           message: str) -> None:
     data = tmp_path / "copy"
     shutil.copytree(chats, data)
     damage(data)
     rehash(data)
-    assert any(sentence in problem for problem in verify_shards(data)[0])
+    assert any(message in problem for problem in verify_shards(data)[0])
 
 
 def test_wrong_counts_and_hashes_are_found(chats: Path, tmp_path: Path,
@@ -158,8 +158,8 @@ def test_statistics_equal_transformers(chats: Path, capsys: pytest.CaptureFixtur
     chats_ = [[{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}] for a in ANSWERS]
     rendered = [[*tokenizer.apply_chat_template(c, tokenize=True, return_dict=False), tokenizer.eos_token_id]
                 for c in chats_]
-    found = compute_statistics(chats)
-    s = found["sources"]["chat"]
+    statistics = compute_statistics(chats)
+    s = statistics["sources"]["chat"]
     assert (s["num_documents"], s["num_tokens"]) == (40, sum(map(len, rendered)))
     assert s["longest_tokens"] == max(map(len, rendered))
     assert s["special_tokens"] == {"<|endoftext|>": 40, "<|begin|>": 80, "<|end|>": 80, "<|content|>": 80}
@@ -168,7 +168,7 @@ def test_statistics_equal_transformers(chats: Path, capsys: pytest.CaptureFixtur
     for limit, count in s["documents_up_to_tokens"].items():
         assert count == sum(limit / 2 < len(r) <= limit for r in rendered)
     used = {id_ for r in rendered for id_ in r}
-    assert found["num_unused_ordinary_ids"] == sum(id_ not in used for id_ in range(64, 384))
+    assert statistics["num_unused_ordinary_ids"] == sum(id_ not in used for id_ in range(64, 384))
     assert main(["stats", str(chats)]) == 0
     assert "chat: 40 documents" in capsys.readouterr().out
     assert main(["stats", str(chats), "--json"]) == 0
@@ -196,6 +196,6 @@ def test_samples_name_both_sides_of_a_preference(tokenizers: dict[str, Path], tm
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}\n')
     pack_sources(tokenizers["k-exaone"], [PackSource("p", tmp_path / "p.jsonl")], tmp_path / "out",
          PackSettings(0, RecordReading("preference")))
-    shown = sample_documents(tmp_path / "out", None, "train", 9, 100, seed=0)
-    assert "document 0, chosen" in shown[0] and "⟦Blue.<|endofturn|>⟧" in shown[1]
-    assert "document 1, rejected" in shown[3] and "⟦Green.<|endofturn|>⟧" in shown[4]
+    samples = sample_documents(tmp_path / "out", None, "train", 9, 100, seed=0)
+    assert "document 0, chosen" in samples[0] and "⟦Blue.<|endofturn|>⟧" in samples[1]
+    assert "document 1, rejected" in samples[3] and "⟦Green.<|endofturn|>⟧" in samples[4]

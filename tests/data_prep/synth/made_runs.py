@@ -1,4 +1,4 @@
-"""Folders as a run of `sov-data synth` leaves them, made of samples of one's own."""
+"""Write the output folder of a `sov-data synth` run with given samples."""
 
 import json
 import shutil
@@ -17,19 +17,19 @@ OTHER = ("In winter the potter fires her kiln with birch, since oak burns too sl
          "she sells to the inns along the northern road between the two market towns.")
 
 
-def sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str, Any]:
-    """Return a sample as candidates hold it; `failed`: the check of its generator that it does not pass."""
+def build_sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str, Any]:
+    """Return a sample as a run stores it. `failed` names the generator's check that it fails, if any."""
     verdicts = [{"check": failed or "grounded", "passed": not failed, "detail": "as the generator saw it"}]
     return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "", **more}
 
 
-def chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, Any]:
+def build_chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, Any]:
     """Return the record of a conversation."""
     return {"messages": [*before, {"role": "user", "content": question},
                          {"role": "assistant", "content": answer}]}
 
 
-def made_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], **run: Any) -> Path:
+def write_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], **run: Any) -> Path:
     """Write a folder whose items have these samples; item i is called i0, i1, ..."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "run.json").write_text(json.dumps({**RUN, **run}))
@@ -52,12 +52,12 @@ def add_records(output: Path, records: Sequence[tuple[int, Mapping[str, Any]]], 
     journal.close()
 
 
-def copied_run(run: Path, folder: Path) -> Path:
+def copy_run(run: Path, folder: Path) -> Path:
     """Return a copy of a run, records and all."""
     shutil.copytree(work_folder(run), work_folder(folder))
     return Path(shutil.copytree(run, folder))
 
 
-def rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
     """Return the objects of a file of JSON lines."""
     return [json.loads(line) for line in file.read_text().splitlines()]

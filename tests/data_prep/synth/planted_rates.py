@@ -1,4 +1,4 @@
-"""Problems whose pass rates follow from their form, in English and Korean, and the files of measurements."""
+"""Problems whose pass rates follow from their form (English and Korean), and files of measured pass rates."""
 
 import json
 import math
@@ -9,12 +9,12 @@ CONFIGURATIONS = {"small": -1.5, "middle": 0.0, "large": 1.5}
 """Name -> ability, added to a logit."""
 
 
-def problem(rng: random.Random) -> tuple[str, float]:
+def draw_problem(rng: random.Random) -> tuple[str, float]:
     """Return a sum or a product of two to four numbers, and the logit of its pass rate."""
     count, digits, product = rng.randint(2, 4), rng.randint(1, 4), rng.random() < 0.4
     numbers = [str(rng.randrange(10 ** (digits - 1), 10 ** digits)) for _ in range(count)]
-    said = (" times " if product else " plus ").join(numbers)
-    text = f"What is {said}?"
+    expression = (" times " if product else " plus ").join(numbers)
+    text = f"What is {expression}?"
     if rng.random() < 0.5:
         text = f"{(' 곱하기 ' if product else ' 더하기 ').join(numbers)}는 얼마인가?"
     return text, 6.0 - 1.1 * count - 0.9 * digits - 1.2 * product
@@ -25,7 +25,7 @@ def write_measurements(folder: Path, num_problems: int, *, num_answers: int = 8,
     """Write what `synth answers` and `synth comparisons` would; return the arguments of `difficulty label`,
     and text -> mean true pass rate."""
     rng = random.Random(seed)
-    problems = [problem(rng) for _ in range(num_problems)]
+    problems = [draw_problem(rng) for _ in range(num_problems)]
     words = ["--answers"]
     for name, ability in CONFIGURATIONS.items():
         (folder / name).mkdir(parents=True)

@@ -53,30 +53,30 @@ class ScriptedRequester(Requester):
 
     @property
     def requests(self) -> list[Mapping[str, Any]]:
-        """Return what was asked so far, in order."""
+        """Return the requests in order."""
         return self._client.requests
 
     @property
     def calls(self) -> int:
-        """Return how often the model was asked so far."""
+        """Return the number of requests."""
         return len(self._client.requests)
 
 
-def generator(name: str, **settings: Any) -> Generator:
+def build_generator(name: str, **settings: Any) -> Generator:
     """Return a generator with settings that are sound."""
     definition = load_generator(name)
     return Generator(definition, parse_settings(definition.Settings, settings, name))
 
 
-def replies_of(*texts: Any) -> Replies:
-    """Return a model that says one text after the other, whatever it is asked."""
+def build_queue_model(*texts: Any) -> Replies:
+    """Return a model that replies with the given texts in order."""
     left = list(texts)
     return lambda request: left.pop(0)
 
 
-def by_system(**answers: Any) -> Replies:
-    """Return a model whose answer depends on a word of the system message (`_` stands for a blank); a number
-    is the grade of the judge."""
+def build_model(**answers: Any) -> Replies:
+    """Return a model whose reply depends on a phrase in the system message (`_` stands for a space). A number
+    is the judge's grade; a function receives the user's message."""
     def reply(request: Mapping[str, Any]) -> Any:
         system = request["messages"][0]["content"]
         found = next(answer for word, answer in answers.items() if word.replace("_", " ") in system)
@@ -86,7 +86,7 @@ def by_system(**answers: Any) -> Replies:
     return reply
 
 
-def samples_of(generator: Generator, item: GeneratorItem, reply: Replies) -> list[GeneratedSample]:
-    """Return what a generator makes of one item with a scripted model; its templates are checked first."""
+def collect_samples(generator: Generator, item: GeneratorItem, reply: Replies) -> list[GeneratedSample]:
+    """Return the samples that a generator makes of one item with a scripted model and its real prompts."""
     requester = ScriptedRequester(reply, item.id, generator.definition)
     return list(generator.make_samples(item, requester))

@@ -1,4 +1,4 @@
-"""`sov-data difficulty`: labels of several configurations, a scorer of them, and graded rows."""
+"""`sov-data difficulty`: labels from several models, a scorer trained on the labels, and graded rows."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 sys.path.append(str(Path(__file__).parent))
-from planted_rates import problem, write, write_measurements
+from planted_rates import draw_problem, write, write_measurements
 
 from data_prep.cli import main
 from data_prep.curate.scoring.scorer import load_scorer
@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import read_manifest
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with labels of 400 problems and a scorer of them."""
+    """Return a folder with labels of 400 problems, and a scorer trained on the labels."""
     folder = tmp_path_factory.mktemp("difficulty")
     words, _ = write_measurements(folder, 400, num_pairs=300)
     assert main(["difficulty", "label", *words, "--output", str(folder / "labels")]) == 0
@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_labels_are_means_over_configurations_and_say_who_agrees(made: Path) -> None:
+def test_labels_are_mean_pass_rates_and_record_agreement(made: Path) -> None:
     content = read_manifest(made / "labels").content
     assert content["num_problems"] == 400 and list(content["configurations"]) == ["small", "middle", "large"]
     rates = [content["configurations"][name]["pass_rate"] for name in ("small", "middle", "large")]
@@ -40,11 +40,11 @@ def test_labels_are_means_over_configurations_and_say_who_agrees(made: Path) -> 
     assert 0 <= first["label"] <= MAX_LABEL and first["text"].startswith(first["problem"])
 
 
-def test_new_problems_have_the_pass_rates_that_they_should_in_both_languages(made: Path) -> None:
-    """Beside the truth by which the measurements were drawn, on problems of another seed."""
+def test_predicted_pass_rates_of_new_problems_are_accurate_in_both_languages(made: Path) -> None:
+    """Compare with the pass rates from which the measurements were drawn, on problems of another seed."""
     scorer = load_scorer(made / "model")
     rng = random.Random(99)
-    drawn = [problem(rng) for _ in range(300)]
+    drawn = [draw_problem(rng) for _ in range(300)]
     for texts in ([d for d in drawn if "What" in d[0]], [d for d in drawn if "What" not in d[0]]):
         expected = np.array([1 - scorer.score(append_form_words(text)) / MAX_LABEL for text, _ in texts])
         truth = np.array([np.mean([1 / (1 + np.exp(-logit - a)) for a in (-1.5, 0, 1.5)])
@@ -53,8 +53,8 @@ def test_new_problems_have_the_pass_rates_that_they_should_in_both_languages(mad
         assert np.abs(expected - truth).mean() < 0.06
 
 
-def test_rows_are_graded_and_the_band_is_kept(made: Path, tmp_path: Path,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_graded_and_filtered_by_pass_rate(made: Path, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     measured = json.loads((made / "labels/labels.jsonl").read_text(encoding="utf-8").splitlines()[0])
     rows = [{"prompt": "What is 1 plus 2?", "answer": "3"}, {"prompt": "What is 9876 times 5432 times 9999?"},
             {"messages": [{"role": "user", "content": measured["problem"]},
@@ -68,12 +68,12 @@ def test_rows_are_graded_and_the_band_is_kept(made: Path, tmp_path: Path,
     assert graded[2]["pass_rate"] == measured["pass_rate"] and graded[2]["difficulty_from"] == "measured"
     assert all(row["difficulty"] == 1 - row["pass_rate"] for row in graded)
     assert main([*words, "--keep", "0.0:0.5", "--output", str(tmp_path / "some")]) == 0
-    kept = [json.loads(line) for line in (tmp_path / "some/rows.jsonl").read_text().splitlines()]
-    assert kept == [row for row in graded if row["pass_rate"] <= 0.5]
-    assert f"kept band of pass rates: 0 to 0.5, {len(kept)} rows" in capsys.readouterr().out
+    filtered = [json.loads(line) for line in (tmp_path / "some/rows.jsonl").read_text().splitlines()]
+    assert filtered == [row for row in graded if row["pass_rate"] <= 0.5]
+    assert f"kept band of pass rates: 0 to 0.5, {len(filtered)} rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "message"), [
     (["label", "--answers", "@rows", "--output", "@out"], "is no measurement of `sov-data synth answers`"),
     (["label", "--answers", "@middle", "@middle", "--output", "@out"], "2 configurations are called middle"),
     (["label", "--answers", "@middle", "--comparisons", "@rows", "--output", "@out"], "is no pair of"),
@@ -84,7 +84,7 @@ def test_rows_are_graded_and_the_band_is_kept(made: Path, tmp_path: Path,
     (["grade", "--input", "@rows", "--model", "@labels", "--output", "@out"], "difficulty_labels"),
     (["grade", "--input", "@rows", "--model", "@model", "--keep", "1:1", "--output", "@out"], "no row is in"),
 ])
-def test_mistakes_give_one_sentence_and_no_output(words: list[str], said: str, made: Path, tmp_path: Path,
+def test_mistakes_give_one_sentence_and_no_output(words: list[str], message: str, made: Path, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "rows.jsonl", [{"prompt": "What is 977 times 3 times 88?"}])
     write(tmp_path / "bad.jsonl", [{"x": 1}])
@@ -92,5 +92,5 @@ def test_mistakes_give_one_sentence_and_no_output(words: list[str], said: str, m
               "@none": tmp_path / "none"}
     argv = [str(places.get(word, made / word[1:])) if word.startswith("@") else word for word in words]
     assert main(["difficulty", *argv]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

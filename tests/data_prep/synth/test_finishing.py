@@ -1,5 +1,5 @@
-"""What becomes of samples: each is kept or rejected with its reason, and every later command takes those that
-are kept."""
+"""End of a `sov-data synth` run: accepted and rejected samples with reasons,
+the manifest, and commands that read the output."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 sys.path.append(str(Path(__file__).parent))
-from made_runs import GOOD, OTHER, add_records, chat, copied_run, made_run, rows, sample
+from made_runs import GOOD, OTHER, add_records, build_chat, build_sample, copy_run, read_rows, write_run
 
 from data_prep.cli import main
 from data_prep.synth import finishing
@@ -27,7 +27,7 @@ GERMAN = ("Das ist ein ganz anderer Text über einen Garten, in dem viele Rosen 
           "ohne daß jemand es in den vergangenen Jahren auch nur einmal bemerkt hätte.")
 
 
-def steps_of(folder: Path, kind: str, *languages: str) -> Path:
+def write_steps(folder: Path, kind: str, *languages: str) -> Path:
     """Write the packaged steps of a kind, with benchmarks and languages as a user adds them."""
     steps = yaml.safe_load((DEFAULTS / f"{kind}.yaml").read_text())["steps"]
     for step in steps:
@@ -41,27 +41,28 @@ def steps_of(folder: Path, kind: str, *languages: str) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of texts, of which each is rejected for a reason of its own but the first."""
+    """Return a finished run of texts: the first is accepted, each
+    other one is rejected for a different reason."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "notes.jsonl").write_text(json.dumps({"text": OTHER}) + "\n")
     (folder / "benchmark.jsonl").write_text(json.dumps({"id": "q7", "question": LEAKED}) + "\n")
-    output = made_run(folder / "samples", [
-        [sample({"text": GOOD})],
-        [sample({"text": GOOD.upper()}), sample({"text": "No number fits."}, "numbers")],
-        [sample({"text": f"{OTHER} Really."})],
-        [sample({"text": "one loop and one more loop of it " * 30})],
-        [sample({"text": GERMAN})],
-        [sample({"text": f"We were asked in the hall: {LEAKED} Nobody knows it now, and the door is gone."})],
-        [sample({"text": "\ud800 is half of a pair"}), sample({"text": " "})],
+    output = write_run(folder / "samples", [
+        [build_sample({"text": GOOD})],
+        [build_sample({"text": GOOD.upper()}), build_sample({"text": "No number fits."}, "numbers")],
+        [build_sample({"text": f"{OTHER} Really."})],
+        [build_sample({"text": "one loop and one more loop of it " * 30})],
+        [build_sample({"text": GERMAN})],
+        [build_sample({"text": f"We were asked: {LEAKED} Nobody knows it now, and the door is gone."})],
+        [build_sample({"text": "\ud800 is half of a pair"}), build_sample({"text": " "})],
     ], inputs=[str(folder / "notes.jsonl")])
-    finish(output, steps_of(folder, "text", "en"))
+    finish(output, write_steps(folder, "text", "en"))
     return output
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of conversations with tools and thoughts."""
-    told = {"role": "system", "content": f"Know this: {LEAKED}"}
+    system_turn = {"role": "system", "content": f"Know this: {LEAKED}"}
     called = {"messages": [
         {"role": "user", "content": "Where is order 17, please?"},
         {"role": "assistant", "content": "", "tool_calls": [
@@ -71,25 +72,25 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tools": [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]}
     folder = tmp_path_factory.mktemp("chats")
     (folder / "benchmark.jsonl").write_text(json.dumps({"question": LEAKED}) + "\n")
-    output = made_run(folder / "samples", [
-        [sample(chat("How much is 3 and 4?", "7"))],
-        [sample(chat(GOOD, "8"))],
-        [sample(called)],
-        [sample(chat("Who painted it?", "Nobody knows.", told))],
-        [sample(chat("Say it again.", "say it again and say it once more to me " * 20))],
-        [sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
+    output = write_run(folder / "samples", [
+        [build_sample(build_chat("How much is 3 and 4?", "7"))],
+        [build_sample(build_chat(GOOD, "8"))],
+        [build_sample(called)],
+        [build_sample(build_chat("Who painted it?", "Nobody knows.", system_turn))],
+        [build_sample(build_chat("Say it again.", "say it again and say it once more to me " * 20))],
+        [build_sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
     ], kind="chat")
-    finish(output, steps_of(folder, "chat"))
+    finish(output, write_steps(folder, "chat"))
     return output
 
 
-def test_each_sample_is_kept_or_rejected_with_its_reason(texts: Path) -> None:
-    kept, = rows(texts / "kept.jsonl")
+def test_each_sample_is_accepted_or_rejected_with_a_reason(texts: Path) -> None:
+    kept, = read_rows(texts / "kept.jsonl")
     assert (kept["id"], kept["text"]) == ("i0/0", GOOD)
     assert kept["synthetic"] == {
         "sample": "i0/0", "generator": "facts", "version": 2, "model": "writer-7b", "judge": "judge-70b",
         "item": "i0", "source": "notes", "licence": "", "group": "", "asked": ["key0"], "notes": {"tries": 1}}
-    rejected = rows(texts / "rejected.jsonl")
+    rejected = read_rows(texts / "rejected.jsonl")
     assert [(row["synthetic"]["sample"], row["reason"], row["detail"]) for row in rejected] == [
         ("i1/0", "near duplicate", "the same as i0/0"), ("i1/1", "numbers", "as the generator saw it"),
         ("i2/0", "near duplicate", "the same as input notes.jsonl:1"),
@@ -100,7 +101,7 @@ def test_each_sample_is_kept_or_rejected_with_its_reason(texts: Path) -> None:
     assert "half of a surrogate pair" in rejected[6]["detail"]
 
 
-def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
+def test_summary_and_manifest_describe_the_output(texts: Path) -> None:
     summary = json.loads((texts / "summary.json").read_text())
     assert (summary["num_items"], summary["num_samples"], summary["num_kept"], summary["num_rejected"]) == (
         7, 9, 1, 8)
@@ -114,8 +115,8 @@ def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
     assert manifest.content["licences"] == {"": 1} and find_damaged_files(texts) == []
 
 
-def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Path, tmp_path: Path) -> None:
-    again = copied_run(texts, tmp_path / "again")
+def test_output_does_not_depend_on_the_order_of_finished_items(texts: Path, tmp_path: Path) -> None:
+    again = copy_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
     work = work_folder(again)
     records = [(number, json.loads(record)) for number, record in iter_records_by_item(work)]
@@ -135,8 +136,9 @@ def test_a_run_without_its_records_is_not_emptied(texts: Path, tmp_path: Path) -
     assert (moved / "kept.jsonl").read_bytes() == (texts / "kept.jsonl").read_bytes()
 
 
-def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = copied_run(texts, tmp_path / "again")
+def test_an_interrupted_finish_leaves_the_previous_files(texts: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    again = copy_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
 
     def killed(*_: object) -> None:
@@ -149,13 +151,13 @@ def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: p
     assert not (again / "manifest.json").exists() and not list(again.glob(".*.tmp-*"))
 
 
-def test_chats_lose_loops_leaks_and_malformed_ones_and_keep_short_answers(chats: Path) -> None:
-    assert [row["id"] for row in rows(chats / "kept.jsonl")] == ["i0/0", "i1/0", "i2/0"]
-    assert [(row["synthetic"]["item"], row["reason"]) for row in rows(chats / "rejected.jsonl")] == [
+def test_chats_with_loops_leaks_or_malformed_turns_are_rejected(chats: Path) -> None:
+    assert [row["id"] for row in read_rows(chats / "kept.jsonl")] == ["i0/0", "i1/0", "i2/0"]
+    assert [(row["synthetic"]["item"], row["reason"]) for row in read_rows(chats / "rejected.jsonl")] == [
         ("i3", "text of a benchmark"), ("i4", "repetition: 10-grams"), ("i5", "form")]
 
 
-def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_accepted_text_can_be_packed(texts: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     """The folder itself is a source: nothing that was rejected is read."""
     tokens = tmp_path / "tokens"
     assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"made={texts}",
@@ -166,33 +168,34 @@ def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path]
     assert manifest_sha256(texts) in [one["manifest_sha256"] for one in manifest.inputs]
 
 
-def test_kept_prompts_are_asked(tmp_path: Path) -> None:
-    output = made_run(tmp_path / "prompts", [[sample({"prompt": "How much is 3 and 4?", "answer": "7"})],
-                                             [sample({"prompt": GOOD, "answer": "8"})]], kind="prompt")
+def test_accepted_prompts_are_readable_by_rl(tmp_path: Path) -> None:
+    output = write_run(tmp_path / "prompts",
+                       [[build_sample({"prompt": "How much is 3 and 4?", "answer": "7"})],
+                                              [build_sample({"prompt": GOOD, "answer": "8"})]], kind="prompt")
     finish(output)
     prompts = read_prompts(output / "kept.jsonl", is_asked=True)
     assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
 
 
-def test_nothing_kept_is_a_result(tmp_path: Path) -> None:
-    output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")], []])
+def test_a_run_without_accepted_samples_writes_a_summary(tmp_path: Path) -> None:
+    output = write_run(tmp_path / "out", [[build_sample({"text": GOOD}, "numbers")], []])
     finish(output, is_complete=False)
-    assert rows(output / "kept.jsonl") == [] and not (output / "manifest.json").exists()
+    assert read_rows(output / "kept.jsonl") == [] and not (output / "manifest.json").exists()
     summary = json.loads((output / "summary.json").read_text())
     assert summary["num_kept"] == 0 and summary["is_complete"] is False
 
 
-@pytest.mark.parametrize(("name", "text", "said"), [
+@pytest.mark.parametrize(("name", "text", "message"), [
     ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "run.json: is damaged"),
     ("answers.sqlite", "no database at all" * 100, "answers.sqlite: cannot be read")])
-def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, said: str) -> None:
-    output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")]])
+def test_a_damaged_folder_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    output = write_run(tmp_path / "out", [[build_sample({"text": GOOD}, "numbers")]])
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text(text)
-    with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
+    with pytest.raises(UserError, match="(?s)" + message.replace("(", r"\(")):
         finish(output)
 
 
-def test_a_tag_of_records_knows_the_provenance_for_what_it_is(texts: Path) -> None:
+def test_provenance_can_be_a_tag_of_documents(texts: Path) -> None:
     kept, = read_documents([texts / "kept.jsonl"], RecordReading("text", tags=("synthetic",)))
     assert kept.tags == ("true",)

@@ -1,4 +1,4 @@
-"""A folder as the engine: its server is a child with a key of its own, and ends with the run."""
+"""A model folder as `--engine`: a child process serves it with its own key, and ends with the run."""
 
 import os
 import sys
@@ -50,7 +50,7 @@ def servers(folder: Path) -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if str(folder / "serve.py") in child.cmdline()]
 
 
-def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tmp_path: Path) -> None:
+def test_a_folder_is_served_with_a_key_until_the_context_ends(model: Path, tmp_path: Path) -> None:
     with serve_model(model, "x: ", program=program(tmp_path, SERVER)) as served:
         assert served.model == "my-model" and served.url.startswith("http://127.0.0.1:")
         (child,) = servers(tmp_path)
@@ -70,7 +70,7 @@ def test_a_server_that_does_not_start_says_why(model: Path, tmp_path: Path) -> N
         pass
 
 
-def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Path, tmp_path: Path) -> None:
+def test_a_stop_request_does_not_wait_for_the_model_to_load(model: Path, tmp_path: Path) -> None:
     stop = StopSignal()
     threading.Timer(0.3, stop.ask, ["enough"]).start()
     with pytest.raises(StopRequested, match="enough"), \
@@ -80,7 +80,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Pa
     assert not servers(tmp_path)
 
 
-def test_a_model_is_known_by_its_files_wherever_they_lie(model: Path, tmp_path: Path) -> None:
+def test_the_hash_of_a_model_depends_on_its_files_only(model: Path, tmp_path: Path) -> None:
     before = hash_model_folder(model)
     model.rename(tmp_path / "moved")
     assert hash_model_folder(tmp_path / "moved") == before

@@ -1,4 +1,4 @@
-"""Problems and final answers are read and compared."""
+"""Problem records and their reference answers: parsing, and comparison of answers."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_fields_are_read_and_equal_lines_count_once(tmp_path: Path) -> None:
     assert items[1].id == "7" and items[0].licence == "MIT" and items[0].source == "in"
 
 
-def test_a_folder_of_synthesis_is_what_it_has_kept(tmp_path: Path) -> None:
+def test_only_accepted_samples_of_a_synthesis_folder_are_read(tmp_path: Path) -> None:
     assert len(read(tmp_path, {"prompt": "Why?"})) == 1
     (tmp_path / "kept.jsonl").write_text('{"prompt": "How?"}\n')
     assert [item.fields["problem"] for item in read_problems([tmp_path])] == ["Why?", "How?"]
@@ -44,11 +44,11 @@ def test_a_folder_of_synthesis_is_what_it_has_kept(tmp_path: Path) -> None:
                    {"role": "assistant", "content": "x"}]}, "u"),
     ({"prompt": [{"role": "user", "content": "u"}]}, "u"), ({"messages": "x"}, "x"),
 ])
-def test_a_problem_is_what_the_user_says(record: Any, found: str) -> None:
+def test_the_problem_is_the_text_of_the_user(record: Any, found: str) -> None:
     assert get_problem_text(record, "a.jsonl:1") == found
 
 
-@pytest.mark.parametrize(("record", "said"), [
+@pytest.mark.parametrize(("record", "message"), [
     ({"a": 1}, "has a problem in none of the fields"), ({"problem": "x" * 20_001}, "has 20,001 characters"),
     ({"problem": "a", "answer": ["4"]}, "must be text or a number"),
     ({"problem": "a", "answer": True}, "must be text or a number"),
@@ -56,8 +56,8 @@ def test_a_problem_is_what_the_user_says(record: Any, found: str) -> None:
     ({"problem": "a", "id": "a b"}, "id = 'a b' must be"),
     ({"problem": "a", "id": "../x" * 40}, "must be 1 to"),
 ])
-def test_what_is_no_problem_is_refused_by_line(record: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"in.jsonl:1: .*{said}"):
+def test_a_malformed_problem_is_refused_by_line(record: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"in.jsonl:1: .*{message}"):
         read(tmp_path, record)
 
 
@@ -74,14 +74,14 @@ def test_one_id_is_one_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "found"), [
     ("a \\boxed{1} b \\boxed{\\frac{1}{2}}.", ["\\frac{1}{2}", "1"]), ("none", []), ("\\boxed{1", []),
     ("\\boxed{1} \\boxed{1}", ["1", "1"]), ("\\boxed{}", [""])])
-def test_boxes_are_found_from_behind(text: str, found: list[str]) -> None:
+def test_boxes_are_found_in_reverse_order(text: str, found: list[str]) -> None:
     assert find_boxes(text) == found
 
 
 @pytest.mark.parametrize(("text", "ends"), [
     ("\\boxed{1}", True), ("$$\n\\boxed{1}.\n$$", True), ("**\\boxed{1}**", True), ("\\boxed{1} cm", False),
     ("\\boxed{1}\n\n2", False), ("\\boxed{ }", False), ("1", False)])
-def test_nothing_is_said_behind_the_box(text: str, ends: bool) -> None:
+def test_text_after_the_last_box_is_detected(text: str, ends: bool) -> None:
     assert ends_in_box(text) is ends
 
 
@@ -89,10 +89,10 @@ def test_nothing_is_said_behind_the_box(text: str, ends: bool) -> None:
     ("12", "math"), ("\\frac{\\pi}{4}", "math"), ("x^2 + 1", "math"), ("\\sin x", "math"), ("sin(x)", "math"),
     ("B", "stem"), ("12 cm", "stem"), ("3 m/s", "stem"), ("Paris", "stem"), ("서울특별시", "stem"),
     ("12 \\text{ apples}", "stem")])
-def test_what_looks_like_mathematics_is_compared_as_such(answer: str, way: str) -> None:
+def test_mathematical_answers_are_compared_as_mathematics(answer: str, way: str) -> None:
     assert choose_comparison_method(answer) == way
 
 
 def test_answers_are_compared_by_value_in_a_process_that_may_be_ended() -> None:
-    said = ["0.5", "\\frac{2}{4}", "1/2", "2", "10**10**10", "\\begin{", "0.5"]
-    assert check_answers(said, "1/2") == [True, True, True, False, False, False, True]
+    answers = ["0.5", "\\frac{2}{4}", "1/2", "2", "10**10**10", "\\begin{", "0.5"]
+    assert check_answers(answers, "1/2") == [True, True, True, False, False, False, True]

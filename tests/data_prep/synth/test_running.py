@@ -1,4 +1,4 @@
-"""Runs of `sov-data synth` against a scripted endpoint: what ends them, and that they go on behind it."""
+"""Runs of `sov-data synth` against a scripted endpoint: failures, exit codes, and resuming."""
 
 import contextlib
 import json
@@ -91,13 +91,12 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint: ScriptedEndpoint,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_items_become_samples_with_their_requests_and_verdicts(run: Run, endpoint: ScriptedEndpoint,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "bad line"}])
     assert run(endpoint) == 0
     first, second = run.candidates()
-    assert first["item"] | {"digest": ""} == {"id": "a", "source": "lines", "licence": "CC0",
-                                              "digest": ""}
+    assert first["item"] | {"digest": ""} == {"id": "a", "source": "lines", "licence": "CC0", "digest": ""}
     assert [sample["verdicts"][1]["passed"] for sample in first["samples"] + second["samples"]] == [
         True, True, False, False]
     assert len(set(run.kept())) == 2, "each draw has a seed of its own"
@@ -109,8 +108,8 @@ def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint
     cache = EndpointCache(run.output / "answers.sqlite")
     assert all(cache.get(key) is not None for key in first["asked"]) and len(first["asked"]) == 4
     assert endpoint.key_header == f"Bearer {KEY}"
-    told = capsys.readouterr()
-    assert KEY not in told.out + told.err
+    captured = capsys.readouterr()
+    assert KEY not in captured.out + captured.err
     assert not any(KEY.encode() in file.read_bytes() for file in run.output.rglob("*") if file.is_file())
 
 
@@ -159,7 +158,7 @@ def test_answers_of_another_model_are_refused_or_recorded_with_its_name(
         assert 0 < len(back.requests) < 8, "only what the other model had answered is asked again"
 
 
-def test_the_same_command_asks_nothing_twice_and_a_longer_input_only_what_is_new(
+def test_answered_requests_are_not_repeated_and_new_items_are_added(
         run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0
     before, kept = len(endpoint.requests), run.kept()
@@ -172,7 +171,7 @@ def test_the_same_command_asks_nothing_twice_and_a_longer_input_only_what_is_new
 
 
 @pytest.mark.parametrize("more", [["--set", "tone=sharp"], ["--model", "another"]])
-def test_other_settings_on_a_folder_are_refused_by_name_and_redone_on_request(
+def test_changed_settings_are_refused_unless_redo_is_given(
         more: list[str], run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0
     before = len(endpoint.requests)
@@ -189,10 +188,10 @@ def test_other_settings_on_a_folder_are_refused_by_name_and_redone_on_request(
     assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
 
 
-def test_an_endpoint_is_told_the_longest_answer_as_it_takes_it(run: Run, endpoint: ScriptedEndpoint,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
-    told = ["--judge-model", "judge", "--max-tokens-field", "max_completion_tokens"]
-    assert run(endpoint, *told, "--judge-max-tokens", "3000") == 0
+def test_the_token_limit_is_sent_in_the_field_of_the_endpoint(run: Run, endpoint: ScriptedEndpoint,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--judge-model", "judge", "--max-tokens-field", "max_completion_tokens"]
+    assert run(endpoint, *options, "--judge-max-tokens", "3000") == 0
     lengths = [(body["model"], body.get("max_tokens"), body.get("max_completion_tokens"))
                for body in endpoint.requests]
     assert set(lengths) == {("scripted", None, 50), ("judge", None, 3000)}
@@ -205,8 +204,8 @@ def test_an_endpoint_is_told_the_longest_answer_as_it_takes_it(run: Run, endpoin
     assert '--max-tokens-field "tokens": must be' in capsys.readouterr().err
 
 
-def test_an_item_that_is_another_one_than_before_is_refused(run: Run, endpoint: ScriptedEndpoint,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_item_whose_content_changed_is_refused(run: Run, endpoint: ScriptedEndpoint,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0
     run.write([{"id": "i0", "text": "another line"}])
     assert run(endpoint) == 2
@@ -215,8 +214,7 @@ def test_an_item_that_is_another_one_than_before_is_refused(run: Run, endpoint: 
     assert len(run.kept()) == 2
 
 
-def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run, capsys: pytest.CaptureFixture[str]
-                                                                 ) -> None:
+def test_unusable_answers_are_retried_and_then_given_up(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(ScriptedEndpoint(with_model_faults(echo, 1.0))) as server:
         assert run(server) == 0
         assert "; the answers about 3 items were of no use" in capsys.readouterr().out
@@ -229,8 +227,8 @@ def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run, capsy
     assert not run.kept()
 
 
-def test_an_endpoint_that_stays_away_ends_the_run_with_75(run: Run, endpoint: ScriptedEndpoint,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_endpoint_ends_the_run_with_exit_code_75(run: Run, endpoint: ScriptedEndpoint,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     endpoint.next = ["503"] * 1000
     assert run(endpoint, "--patience", "0.2", "--max-attempts", "2") == 75
     assert "nothing is lost, and the same command goes on" in capsys.readouterr().err
@@ -239,7 +237,7 @@ def test_an_endpoint_that_stays_away_ends_the_run_with_75(run: Run, endpoint: Sc
     assert len(run.kept()) == 6
 
 
-def test_without_patience_each_item_is_asked_for_max_attempts_times(
+def test_without_patience_each_request_is_sent_max_attempts_times(
         run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "line b"}])
     endpoint.next = ["503"] * 1000
@@ -250,8 +248,8 @@ def test_without_patience_each_item_is_asked_for_max_attempts_times(
     assert run(endpoint) == 0 and len(run.kept()) == 4
 
 
-def test_items_without_an_answer_are_left_for_the_next_command(run: Run, endpoint: ScriptedEndpoint,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_items_without_an_answer_are_retried_by_the_next_command(run: Run, endpoint: ScriptedEndpoint,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     run.write([{"id": "a", "text": "line a"}])
     endpoint.next = ["400"] * 4
     assert run(endpoint, "--max-attempts", "2") == 75
@@ -261,12 +259,12 @@ def test_items_without_an_answer_are_left_for_the_next_command(run: Run, endpoin
     assert len(run.kept()) == 2
 
 
-def test_a_wrong_key_ends_the_run_in_a_sentence(run: Run, endpoint: ScriptedEndpoint,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_key_is_one_message_without_the_key(run: Run, endpoint: ScriptedEndpoint,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
     endpoint.next = ["401"] * 100
     assert run(endpoint) == 2
-    told = capsys.readouterr().err
-    assert "the key is not accepted (HTTP 401)" in told and KEY not in told
+    stderr = capsys.readouterr().err
+    assert "the key is not accepted (HTTP 401)" in stderr and KEY not in stderr
 
 
 def test_a_budget_is_never_broken_and_can_be_raised(run: Run, endpoint: ScriptedEndpoint) -> None:
@@ -278,7 +276,7 @@ def test_a_budget_is_never_broken_and_can_be_raised(run: Run, endpoint: Scripted
     assert max(endpoint.answered.values()) == 1
 
 
-def test_an_error_of_the_program_takes_one_item_and_not_the_run(
+def test_a_defect_in_one_item_does_not_end_the_run(
         run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch) -> None:
     run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "defect"}, {"id": "c", "text": "line c"}])
@@ -299,8 +297,8 @@ def test_generators_and_their_settings_are_listed(capsys: pytest.CaptureFixture[
     assert main(["synth", "--list"]) == 0
     assert "rewrite              documents in other words" in capsys.readouterr().out
     assert main(["synth", str(ECHOES), "--list"]) == 0
-    told = capsys.readouterr().out
-    assert "echoes (version 1): repeat lines" in told and "  tone = 'plain': Of the repetition" in told
+    stdout = capsys.readouterr().out
+    assert "echoes (version 1): repeat lines" in stdout and "  tone = 'plain': Of the repetition" in stdout
     assert main(["synth", "rewrit", "--list"]) == 2
     assert "rewrit: is no generator; did you mean 'rewrite'?" in capsys.readouterr().err
 
@@ -321,8 +319,8 @@ BAD = {
 }
 
 
-def test_a_command_that_stopped_at_its_input_binds_no_later_one(run: Run, endpoint: ScriptedEndpoint,
-                                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_refused_at_its_input_does_not_fix_the_settings(run: Run, endpoint: ScriptedEndpoint,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     run.write([])
     assert run(endpoint) == 2
     run.write([{"id": "a", "text": "line a"}])
@@ -335,7 +333,7 @@ def test_a_list_may_be_written_with_commas() -> None:
     assert made == create_generator("rewrite", {"styles": ["clearer", "dialogue"]}).settings
 
 
-def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(
+def test_an_item_whose_generator_ignores_a_missing_answer_is_not_finished(
         run: Run, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(self: object, item: GeneratorItem, requester: Requester) -> Iterator[GeneratedSample]:
         with contextlib.suppress(Exception):
@@ -350,18 +348,18 @@ def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_command_lines_get_a_sentence_and_make_nothing(name: str, run: Run, endpoint: ScriptedEndpoint,
-                                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_command_lines_are_one_message_and_write_no_output(name: str, run: Run,
+                                                               endpoint: ScriptedEndpoint,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     more, sentence = BAD[name]
     assert run(endpoint, *more) == 2
-    told = capsys.readouterr().err
-    assert sentence in told and KEY not in told
+    stderr = capsys.readouterr().err
+    assert sentence in stderr and KEY not in stderr
     assert not run.output.exists() and not endpoint.requests
 
 
 @pytest.mark.deep
-def test_a_run_that_is_killed_goes_on_and_pays_nothing_twice(tmp_path: Path, endpoint: ScriptedEndpoint
-                                                             ) -> None:
+def test_a_killed_run_resumes_without_repeating_requests(tmp_path: Path, endpoint: ScriptedEndpoint) -> None:
     run, undisturbed = Run(tmp_path / "killed", 12), Run(tmp_path / "undisturbed", 12)
     endpoint.slow_s = 0.05
     command = [sys.executable, "-m", "data_prep.cli", *run.words(endpoint.url)]
@@ -372,8 +370,8 @@ def test_a_run_that_is_killed_goes_on_and_pays_nothing_twice(tmp_path: Path, end
         assert process.poll() is None
     process.kill()
     process.wait()
-    kept = EndpointCache(run.output / "answers.sqlite")
-    known = kept.keys()  # its own: the endpoint may still be at an answer that nobody waits for
+    cache = EndpointCache(run.output / "answers.sqlite")
+    known = cache.keys()  # its own: the endpoint may still be at an answer that nobody waits for
     asked = {key: endpoint.asked[key] for key in known}
     assert len(known) >= 4
     assert run(endpoint) == 0
@@ -382,8 +380,8 @@ def test_a_run_that_is_killed_goes_on_and_pays_nothing_twice(tmp_path: Path, end
     assert run.kept() == undisturbed.kept()
 
 
-def test_a_run_that_is_asked_to_stop_waits_for_what_is_under_way(tmp_path: Path, endpoint: ScriptedEndpoint,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_run_waits_for_its_open_requests(tmp_path: Path, endpoint: ScriptedEndpoint,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path, 12)
     endpoint.slow_s = 0.05
 
@@ -404,7 +402,7 @@ def test_a_run_that_is_asked_to_stop_waits_for_what_is_under_way(tmp_path: Path,
     assert len(run.kept()) == 24
 
 
-def nested(levels: int) -> list[Any]:
+def nest_lists(levels: int) -> list[Any]:
     found: list[Any] = []
     for _ in range(levels):
         found = [found]
@@ -415,15 +413,16 @@ def nested(levels: int) -> list[Any]:
     GeneratedSample({"text": "\ud800"}), GeneratedSample({"\udfff": 1}),
     GeneratedSample({"text": "a"}, (SampleVerdict("a", True, "\ud83d"),)),
     GeneratedSample({"score": float("inf")}), GeneratedSample({"text": "a"}, notes={"score": float("nan")}),
-    GeneratedSample({"deep": nested(5000)})], ids=["value", "name", "verdict", "infinite", "notes", "deep"])
-def test_what_cannot_be_written_is_rejected(sample: GeneratedSample) -> None:
-    found = replace_unwritable_sample(sample)
-    assert (found.reason, found.record) == ("form", {})
-    finished = FinishedItem.from_item(GeneratorItem("a"), (found,))
+    GeneratedSample({"deep": nest_lists(5000)})],
+                         ids=["value", "name", "verdict", "infinite", "notes", "deep"])
+def test_samples_that_json_cannot_hold_are_rejected(sample: GeneratedSample) -> None:
+    result = replace_unwritable_sample(sample)
+    assert (result.reason, result.record) == ("form", {})
+    finished = FinishedItem.from_item(GeneratorItem("a"), (result,))
     assert json.loads(finished.to_json())["samples"][0]["record"] == {}
 
 
-def test_what_a_model_wrote_as_half_a_character_is_asked_about_as_utf_8_can_hold_it() -> None:
+def test_half_of_a_surrogate_pair_is_replaced_in_requests() -> None:
     ask = ScriptedRequester(lambda request: "yes")
     ask.request_turn([{"role": "user", "content": "half \ud800"}])
     assert ask.requests[0]["messages"] == [{"role": "user", "content": "half ?"}]

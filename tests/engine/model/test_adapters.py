@@ -39,7 +39,7 @@ LATENT = ["model.head_dim=20", "model.num_dense_layers=1", "model.num_expert_gro
 ROW_TOKENS, ROWS = 24, 4
 
 
-def config_of(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
+def build_config(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
     """Return a tiny config."""
     base = recipes.get(recipe)
     sizes = [*SMALL, *(EXPERTS if base.model.num_experts else ())]
@@ -103,9 +103,9 @@ class Learning:
         return {key: t.tolist() for key, t in whole.items() if t is not None}
 
 
-def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+def train_adapter(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Train three steps; return the adapter, its norms, and the frozen tensors that changed."""
-    config = config_of(recipe, layout, settings)
+    config = build_config(recipe, layout, settings)
     world.join_world(config.parallel)
     learning = Learning(config)
     frozen = {(b.key, b.offset): b.data.clone() for b in list_local_shards(learning.model)
@@ -124,8 +124,8 @@ def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[st
 
 def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
     """Return the first gradients of B, and the gradients of the adapted weights under full training."""
-    config = config_of(recipe, {}, settings)
-    full = config_of(recipe, {}, [*settings, "lora.rank=0"])
+    config = build_config(recipe, {}, settings)
+    full = build_config(recipe, {}, [*settings, "lora.rank=0"])
     world.join_world(config.parallel)
     found: dict[str, dict[str, torch.Tensor]] = {}
     values: dict[str, torch.Tensor] = {}
@@ -186,7 +186,7 @@ def wrong_lengths() -> dict[str, int]:
     """Return the number of trained lengths of a bf16 model that differ from the rounded row lengths, and the
     total.
     """
-    config = config_of("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
+    config = build_config("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
     world.join_world(config.parallel)
     learning = Learning(config)
     found = {"wrong": 0, "all": 0}
@@ -232,8 +232,8 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, Any]], settings: list[str],
                                           ranks: Any, job: Any) -> None:
     asked = {"recipe": recipe, "settings": settings}
-    results = ranks(job(__file__, "trained", 1, {"layout": {}, **asked}),
-                    *(job(__file__, "trained", 2, {"layout": layout, **asked}) for layout in layouts))
+    results = ranks(job(__file__, "train_adapter", 1, {"layout": {}, **asked}),
+                    *(job(__file__, "train_adapter", 2, {"layout": layout, **asked}) for layout in layouts))
     (one,), *others = results
     assert not one["changed"]
     moved = max(float(np.abs(np.array(v)).max()) for k, v in one["adapter"].items() if k.endswith("lora_B"))
@@ -256,8 +256,8 @@ RECOMPUTE = "train.recompute=true"
 @pytest.mark.distributed
 def test_the_same_adapter_under_zero1_and_recomputation(ranks: Any, job: Any) -> None:
     (one,), (sharded, _) = ranks(
-        job(__file__, "trained", 1, of_all_linears({}, 2, "train.recompute=false")),
-        job(__file__, "trained", 2, of_all_linears({**ZERO1, **EP2}, 2, RECOMPUTE)))
+        job(__file__, "train_adapter", 1, of_all_linears({}, 2, "train.recompute=false")),
+        job(__file__, "train_adapter", 2, of_all_linears({**ZERO1, **EP2}, 2, RECOMPUTE)))
     assert not sharded["changed"] and sharded["norms"] == pytest.approx(one["norms"], rel=1e-11)
     assert difference(sharded["adapter"], one["adapter"]) < 1e-12
     assert sharded["state"] < 0.7 * one["state"], "dense adapters' state is cut in two, experts' was"
@@ -274,7 +274,7 @@ def test_adapters_of_transformer_engine_layers_are_equal(recipe: str, layout: di
                                                          job: Any) -> None:
     """With the double's fused norm-and-linear layers, and one grouped layer for all local experts."""
     asked = {"recipe": recipe, "settings": settings}
-    ((local,),) = ranks(job(__file__, "trained", 1, {"layout": {}, **asked}))
-    ((te, *_),) = te_ranks(job(__file__, "trained", nproc, {"layout": layout, **asked}))
+    ((local,),) = ranks(job(__file__, "train_adapter", 1, {"layout": {}, **asked}))
+    ((te, *_),) = te_ranks(job(__file__, "train_adapter", nproc, {"layout": layout, **asked}))
     assert not te["changed"] and te["norms"] == pytest.approx(local["norms"], rel=1e-11)
     assert difference(te["adapter"], local["adapter"]) < 1e-12

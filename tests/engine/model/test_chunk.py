@@ -30,21 +30,21 @@ def layers_built() -> dict[str, Any]:
              for layer in layers]
     kinds = [*model.layer_types(), model.mtp_layer_type()]
     windows = [*model.windows(), model.mtp_window()]
-    wanted = [{"number": n, "attention": n, "router": n if n > model.num_dense_layers else None,
-               "window": window} for n, window in enumerate(windows, 1)]
+    expected = [{"number": n, "attention": n, "router": n if n > model.num_dense_layers else None,
+                 "window": window} for n, window in enumerate(windows, 1)]
     names, prefixed = (set(chunk.sharded_state_dict(prefix, metadata={})) for prefix in ("", "model."))
     stands_still = [bool(chunk.config.no_rope_freq[layer.layer_number - 1]) for layer in layers]
     refusals = []
     layers[-1].mlp.router.layer_number = 1
-    with pytest.raises(RuntimeError) as told:
+    with pytest.raises(RuntimeError) as error:
         language_model.check_layers(chunk, 0)
-    refusals.append(str(told.value))
-    with mock.patch.object(specs, "BalancedRouter", TopKRouter), pytest.raises(RuntimeError) as told:
+    refusals.append(str(error.value))
+    with mock.patch.object(specs, "BalancedRouter", TopKRouter), pytest.raises(RuntimeError) as error:
         language_model.build_run_model(config)
-    return {"found": found, "wanted": wanted, "stands_still": stands_still, "kinds": kinds,
+    return {"found": found, "wanted": expected, "stands_still": stands_still, "kinds": kinds,
             "parameters": [n for n, _ in chunk.named_parameters() if n.startswith("mtp.")],
             "prefix": prefixed == {f"model.{name}" for name in names},
-            "refusals": [*refusals, str(told.value)]}
+            "refusals": [*refusals, str(error.value)]}
 
 
 @pytest.mark.distributed

@@ -106,26 +106,27 @@ def test_the_divisor_of_a_mean_is_not_rounded_to_bf16() -> None:
             1, abs=2.5e-3)
 
 
-def by_one_sum(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
+def compute_gradient_by_one_sum(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
     states, weight, labels, weights = inputs
     CrossEntropySums.apply(states, weight, labels, chunking, True, weights)[1].backward()
     return weight.grad
 
 
-def by_two_sums(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
+def compute_gradient_by_two_sums(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
     states, weight, labels, weights = inputs
     sum(CrossEntropySums.apply(states, weight, labels, chunking, True, 0.25 * weights,
                                0.75 * weights)[1:]).backward()
     return weight.grad
 
 
-def by_logprobs(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
+def compute_gradient_by_logprobs(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
     states, weight, labels, weights = inputs
     (-LabelLogprobs.apply(states, weight, labels, chunking, 1.0) * weights).sum().backward()
     return weight.grad
 
 
-@pytest.mark.parametrize("way", [by_one_sum, by_two_sums, by_logprobs])
+@pytest.mark.parametrize("way", [compute_gradient_by_one_sum, compute_gradient_by_two_sums,
+                                 compute_gradient_by_logprobs])
 def test_the_heads_gradient_is_summed_in_float32_under_bf16(way: Any,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """With 256 chunks of equal sign, a bf16 sum loses later chunks: 8 bits drop terms below 1/256 of the sum.

@@ -17,7 +17,7 @@ from megatron_sov.engine.model import delta_rule
 from megatron_sov.engine.model.delta_rule import apply_delta_rule, chunk_documents
 from megatron_sov.engine.parallel.gpu_libraries import FLA_KERNEL
 from tests import releases
-from tests.engine.model.test_delta_rule import HEADS, VALUES, R, drawn
+from tests.engine.model.test_delta_rule import HEADS, VALUES, R, draw_inputs
 
 DOCUMENTS = [(0, 0, 70), (70, 100, 171), (171, 171, 172), (172, 172, 200)]
 """(start, first output token, end)."""
@@ -27,7 +27,7 @@ TOKENS = DOCUMENTS[-1][2]
 @pytest.fixture(scope="module")
 def fla() -> Path:
     """Folder with the kernels' sources, which import only on GPUs."""
-    return releases.fetched("fla-core", "0.6.0") / "fla/ops"
+    return releases.fetch_wheel("fla-core", "0.6.0") / "fla/ops"
 
 
 def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:
@@ -40,7 +40,7 @@ def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:
     return found[function]
 
 
-def plain(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
+def load_plain_function(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
     """Return a plain torch version from the kernels' package."""
     spec = importlib.util.spec_from_file_location(f"{function}_module", file)
     module = importlib.util.module_from_spec(spec)
@@ -54,7 +54,7 @@ def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name = FLA_KERNEL
     folder = fla / module.rpartition(".")[2]
     signature = arguments(folder / "chunk.py", name)
-    rule = plain(folder / "naive.py", f"naive_recurrent_{folder.name}")
+    rule = load_plain_function(folder / "naive.py", f"naive_recurrent_{folder.name}")
 
     def kernel(*values: Any, **named: Any) -> tuple[torch.Tensor, None]:
         given = signature(*values, **named)
@@ -73,7 +73,7 @@ def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("plain_kernel")
 def test_outputs_and_gradients_equal_plain_torch() -> None:
-    rows = [drawn(TOKENS, torch.float32) for _ in range(2)]
+    rows = [draw_inputs(TOKENS, torch.float32) for _ in range(2)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
     result = delta_rule.apply_fused_delta_rule(*rows[0], chunks=chunks, dtype=torch.float32)
     expected, _ = apply_delta_rule(*rows[1], chunks=chunks)
@@ -88,7 +88,7 @@ def test_outputs_and_gradients_equal_plain_torch() -> None:
 
 @pytest.mark.usefixtures("plain_kernel")
 def test_products_are_in_the_models_precision_and_decays_and_rates_are_not() -> None:
-    row = [t.detach() for t in drawn(TOKENS, torch.float32)]
+    row = [t.detach() for t in draw_inputs(TOKENS, torch.float32)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
     exact, rounded = (delta_rule.apply_fused_delta_rule(*row, chunks=chunks, dtype=dtype)
                       for dtype in (torch.float32, torch.bfloat16))

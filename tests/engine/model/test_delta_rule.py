@@ -16,8 +16,8 @@ LENGTHS = [5, 130, 1, 64, 65, 200, 64]
 HEADS, R, KEYS, VALUES = 2, 3, 8, 6
 
 
-def drawn(tokens: int, dtype: torch.dtype = torch.float64, *, r: int = R,
-          fastest: float = 0.3) -> list[torch.Tensor]:
+def draw_inputs(tokens: int, dtype: torch.dtype = torch.float64, *, r: int = R,
+                fastest: float = 0.3) -> list[torch.Tensor]:
     """Return random queries, keys, values, decays and rates of a row, with gradients enabled."""
     torch.manual_seed(0)
     q, k = (torch.randn(tokens, HEADS, KEYS) for _ in range(2))
@@ -36,7 +36,7 @@ def test_a_document_equals_transformers(fastest: float) -> None:
     """Decays as in Kimi Delta Attention; fast ones reach e^-2,000 in a chunk."""
     from transformers.models.kimi_linear import modeling_kimi_linear as theirs
 
-    row, again = (drawn(150, torch.float32, r=1, fastest=fastest) for _ in range(2))
+    row, again = (draw_inputs(150, torch.float32, r=1, fastest=fastest) for _ in range(2))
     found, state = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, 150)], CPU))
     (found * torch.linspace(-1, 1, VALUES)).sum().backward()
     q, k, v, g, b = (t[None] for t in again)
@@ -62,7 +62,7 @@ def test_backward_cost_per_token_is_constant_in_length() -> None:
             return found
 
     def backward(num_chunks: int) -> int:
-        row = drawn(num_chunks * CHUNK_TOKENS, torch.float32)
+        row = draw_inputs(num_chunks * CHUNK_TOKENS, torch.float32)
         found, _ = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
         with Counting() as counting:
             found.sum().backward()
@@ -72,7 +72,7 @@ def test_backward_cost_per_token_is_constant_in_length() -> None:
 
 
 def test_packed_documents_equal_single_documents() -> None:
-    row = drawn(sum(LENGTHS))
+    row = draw_inputs(sum(LENGTHS))
     chunks = chunk_documents(bounds(LENGTHS), CPU)
     found, states = apply_delta_rule(*row, chunks=chunks)
     weights = torch.randn_like(found)
@@ -90,7 +90,7 @@ def test_packed_documents_equal_single_documents() -> None:
 
 @pytest.mark.parametrize("fastest", [0.3, 40.0])
 def test_single_tokens_and_carried_states_equal_chunks(fastest: float) -> None:
-    row = [t.detach() for t in drawn(2 * CHUNK_TOKENS + 9, fastest=fastest)]
+    row = [t.detach() for t in draw_inputs(2 * CHUNK_TOKENS + 9, fastest=fastest)]
     found, last = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
     zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)
     singly, state = apply_delta_rule_by_token(*(t[None] for t in row), zeros)

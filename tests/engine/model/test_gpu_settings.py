@@ -133,7 +133,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.pad_buckets": (["gpu.pad_buckets=on"], {"pad_buckets_for_high_nccl_busbw": True}),
     "gpu.nccl_user_buffers": (["gpu.nccl_user_buffers=on"], {"nccl_ub": True}),
 }
-"""Setting -> a change of it, and the resulting library fields."""
+"""Setting -> a changed value, and the resulting fields of the library's config."""
 
 
 def config_with(changes: list[str]) -> RunConfig:
@@ -220,10 +220,10 @@ def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: p
         gpu_settings.check_gpu_settings(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
 
 
-@pytest.mark.each(("version", "told"), [
+@pytest.mark.each(("version", "message"), [
     ("0.4.2", "version 0.4.2 is older than 0.6"), ("0.5.1", "version 0.5.1 is older than 0.6"),
     ("", "version unknown"), ("0.6.0", ""), ("0.10.0", ""), ("1.0.dev1", "")])
-def test_older_kernels_do_not_serve(version: str, told: str, tmp_path: Path,
+def test_older_kernels_do_not_serve(version: str, message: str, tmp_path: Path,
                                     monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fla/ops/kda").mkdir(parents=True)
     (tmp_path / "fla/ops/kda/__init__.py").write_text("def chunk_kda(**kwargs): pass\n")
@@ -233,7 +233,7 @@ def test_older_kernels_do_not_serve(version: str, told: str, tmp_path: Path,
     gpu_libraries.find_fla_problem.cache_clear()
     try:
         problem = gpu_libraries.find_fla_problem()
-        assert problem.startswith(told) and bool(problem) == bool(told)
+        assert problem.startswith(message) and bool(problem) == bool(message)
     finally:
         gpu_libraries.find_fla_problem.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
@@ -283,9 +283,9 @@ def test_unsupported_gpu_settings_are_refused(changes: str, te: bool, environmen
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError) as refused:
+    with pytest.raises(SettingsError) as error:
         gpu_settings.check_gpu_settings(config_with(changes.split()), te)
-    assert [key for _, key in refused.value.codes] == keys.split()
+    assert [key for _, key in error.value.codes] == keys.split()
 
 
 def test_overlap_that_frees_inputs_of_bf16_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,12 +300,12 @@ def test_overlap_that_frees_inputs_of_bf16_layers_is_refused(monkeypatch: pytest
         gpu_settings.check_gpu_settings(config_with([*asked, "train.fp8_bf16_layers_at_end=1"]), te=True)
 
 
-@pytest.mark.parametrize(("says", "told"), [
+@pytest.mark.parametrize(("says", "message"), [
     # the main branch since April 2026, and its assertion about NCCL at import
     ("", r"AttributeError: module 'deep_ep\.utils' has no attribute 'EventOverlap'"),
     ("raise AssertionError('Invalid NCCL versions: a v.s. b')", "AssertionError: Invalid NCCL versions: a v"),
 ])
-def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, told: str, tmp_path: Path,
+def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, message: str, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "deep_ep"
     package.mkdir()
@@ -315,7 +315,7 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, told: str, t
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     gpu_libraries.find_deep_ep_problem.cache_clear()
     try:
-        with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({told}.*; "
+        with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({message}.*; "
                                             r"install the commit that containers/install\.sh names"):
             gpu_settings.check_gpu_settings(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
         gpu_libraries.hide_broken_deep_ep()  # otherwise importing the library fails
@@ -327,7 +327,7 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, told: str, t
             sys.modules.pop(name, None)
 
 
-@pytest.mark.each(("capability", "cudnn", "changes", "own", "why"), [
+@pytest.mark.each(("capability", "cudnn", "changes", "own", "message"), [
     ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
     # rows with many documents exceed the deterministic fused kernel
     ((9, 0), 92500, "train.deterministic=true", True, "in every row on this GPU"),
@@ -338,7 +338,7 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, told: str, t
     ((10, 0), 92401, "model.head_dim=256", True, "no fused kernel of cuDNN 92401 trains heads of 256"),
 ])
 def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], cudnn: int, changes: str,
-                                                   own: bool, why: str,
+                                                   own: bool, message: str,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -349,9 +349,9 @@ def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], 
     assert gpu_settings.resolve_auto_settings(config, te=True)["attention"] == ("local" if own else "auto")
     gpu_settings.check_gpu_settings(config, te=True)
     fused = config_with([*changes.split(), "gpu.attention=fused"])
-    if not why:
+    if not message:
         return gpu_settings.check_gpu_settings(fused, te=True)
-    with pytest.raises(UserError, match=f'gpu.attention = "fused" cannot be.*{why}'):
+    with pytest.raises(UserError, match=f'gpu.attention = "fused" cannot be.*{message}'):
         gpu_settings.check_gpu_settings(fused, te=True)
 
 

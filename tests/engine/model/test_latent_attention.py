@@ -13,7 +13,7 @@ from megatron_sov.engine.model.latent_attention import LatentDocumentAttention
 from megatron_sov.engine.parallel import context, world
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching, Sampling
-from tests.engine.model.test_adapters import LATENT, Learning, config_of
+from tests.engine.model.test_adapters import LATENT, Learning, build_config
 
 HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 
@@ -31,8 +31,8 @@ def test_values_of_any_width_are_attended_to_inside_documents(nope: int, rope: i
     result = attention(query, key, value, None,
                        packed_seq_params=pack_documents(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
     document = torch.bucketize(torch.arange(20), torch.tensor(BOUNDS[1:]), right=True)
-    seen = (document[:, None] == document) & torch.ones(20, 20).tril().bool()
-    scores = torch.einsum("qhd,khd->hqk", query, key).mul(0.3).masked_fill(~seen, -torch.inf)
+    mask = (document[:, None] == document) & torch.ones(20, 20).tril().bool()
+    scores = torch.einsum("qhd,khd->hqk", query, key).mul(0.3).masked_fill(~mask, -torch.inf)
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
     assert result.shape == (20, HEADS * value_width)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
@@ -44,8 +44,8 @@ def test_values_of_any_width_are_attended_to_inside_documents(nope: int, rope: i
 def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], int]]:
     """Return tokens generated before and after a training step of a `kv_b_proj` adapter, tokens by full
     forward passes, and the number of merges of the weight."""
-    config = config_of("tiny-deepseek-v3", {}, [*LATENT, "model.num_mtp_layers=0",
-                                                'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])
+    config = build_config("tiny-deepseek-v3", {}, [*LATENT, "model.num_mtp_layers=0",
+                                                   'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])
     world.join_world(config.parallel)
     learning, made, found = Learning(config), [], []
     make = LinearAdapter.compute_effective_weight

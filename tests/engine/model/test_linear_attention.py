@@ -33,10 +33,10 @@ class Plain(torch.nn.Linear):
 def layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> LinearAttention:
     """A float64 layer of one process with random weights."""
     monkeypatch.setattr(context, "get_cp_size", lambda: 1)
-    return made(request.param)
+    return build_attention(request.param)
 
 
-def made(sizes: LinearAttentionConfig) -> LinearAttention:
+def build_attention(sizes: LinearAttentionConfig) -> LinearAttention:
     config = SimpleNamespace(hidden_size=HIDDEN, init_method=None, output_layer_init_method=None,
                              params_dtype=torch.float32, layernorm_epsilon=1e-6, sequence_parallel=False,
                              delta_kernels=False)
@@ -63,7 +63,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "get_cp_size", lambda: 1)
 
 
-def by_kind(rows: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
+def split_by_kind(rows: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
     """Split rows ordered by three heads into one tensor per kind."""
     return [part.flatten(0, 1) for part in rows.unflatten(0, (3, -1)).split(widths, 1)]
 
@@ -74,9 +74,9 @@ def test_kimis_layer_and_its_gradients_are_transformers_module(one_process: None
 
     theirs = KimiLinearDeltaAttention(KimiLinearConfig(
         hidden_size=HIDDEN, num_hidden_layers=4, linear_num_heads=3, linear_head_dim=8, rms_norm_eps=1e-6), 0)
-    ours = made(OF_KIMI).float()
-    q, k, v, b = by_kind(ours.in_proj.weight.data, OF_KIMI.projected)
-    taps = by_kind(ours.conv1d.weight.data, OF_KIMI.projected[:3])
+    ours = build_attention(OF_KIMI).float()
+    q, k, v, b = split_by_kind(ours.in_proj.weight.data, OF_KIMI.projected)
+    taps = split_by_kind(ours.conv1d.weight.data, OF_KIMI.projected[:3])
     decay_down, gate_down = ours.gates_down_proj.weight.data.chunk(2)
     theirs.load_state_dict({
         "q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "b_proj.weight": b,
@@ -87,10 +87,10 @@ def test_kimis_layer_and_its_gradients_are_transformers_module(one_process: None
         "g_b_proj.weight": ours.output_up_proj.weight.data, "o_norm.weight": ours.out_norm.weight.data,
         "o_proj.weight": ours.out_proj.weight.data})
     x, weights = states().float(), torch.linspace(-1, 1, HIDDEN)
-    found = ours(x, packed_seq_params=row([0, TOKENS]))[0][:, 0]
+    result = ours(x, packed_seq_params=row([0, TOKENS]))[0][:, 0]
     expected = theirs(x.transpose(0, 1))[0]
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
-    (found * weights).sum().backward()
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=2e-5)
+    (result * weights).sum().backward()
     (expected * weights).sum().backward()
     gate = theirs.forget_gate
     for mine, other in ((ours.A_log, gate.A_log.flatten()), (ours.dt_bias, gate.dt_bias),
@@ -134,9 +134,9 @@ def test_responses_with_a_shared_prompt_equal_whole_documents(layer: LinearAtten
     source = torch.cat([torch.arange(73), torch.arange(70), torch.arange(73, 78)])
     shared = SharedPrompts(source, [(0, 0, 73), (73, 143, 148)], torch.zeros(148, dtype=torch.bool))
     bounds = torch.tensor([0, 73, 148], dtype=torch.int32)
-    found = layer(x, packed_seq_params=pack_documents(bounds, 75, 148, shared=shared))[0]
+    result = layer(x, packed_seq_params=pack_documents(bounds, 75, 148, shared=shared))[0]
     whole = layer(x[source], packed_seq_params=row([0, 73, 148]))[0]
-    torch.testing.assert_close(found, torch.cat([whole[:73], whole[143:]]), atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(result, torch.cat([whole[:73], whole[143:]]), atol=1e-13, rtol=1e-12)
 
 
 def read(layer: LinearAttention, x: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:

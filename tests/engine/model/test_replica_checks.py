@@ -55,8 +55,7 @@ def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> lis
 
 
 @pytest.mark.distributed
-def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better(
-        ranks: Any, job: Any) -> None:
+def test_a_majority_names_the_process_whose_weight_changed(ranks: Any, job: Any) -> None:
     cases = [({}, 3, [1], False, [1]), ({"ep": 2}, 2, [1], False, [0, 1]), ({"ep": 2}, 4, [3], True, [1, 3]),
              ({"tp": 2, "sp": True}, 2, [1], False, []), ({}, 3, [], False, [])]
     result = ranks(

@@ -85,7 +85,7 @@ def scales(recipe: str) -> dict[str, Any]:
     model = build_model(config.model, ParallelConfig(), config.train)
     layers = [m.core_attention for m in model.modules() if hasattr(m, "core_attention")]
     with kv_cache.use_kv_cache(model, CacheSize(1, 8)) as keeping:
-        kept = [layer.softmax_scale for layer in keeping]
+        softmax_scales = [layer.softmax_scale for layer in keeping]
     specs.uses_transformer_engine = lambda dtype: True
     # the library checks for the attribute
     for module, names in ((rope_utils, ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")),
@@ -95,7 +95,7 @@ def scales(recipe: str) -> dict[str, Any]:
         for name in names:
             setattr(module, name, print)
     fused = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
-    return {"layers": [layer.softmax_scale for layer in layers], "kept": kept,
+    return {"layers": [layer.softmax_scale for layer in layers], "kept": softmax_scales,
             "fused": fused.apply_rope_fusion, "given to all": fused.softmax_scale,
             "on cosine and sine": yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(fused)}
 
@@ -156,8 +156,7 @@ def test_a_row_is_rotated_without_a_look_at_its_documents(ranks: Any, job: Any) 
     assert ours - theirs == {"paired"}
 
 
-@pytest.mark.each(("head_dim", "dtype"), [(16, torch.float32), (24, torch.float32),
-                                                 (16, torch.bfloat16)])
+@pytest.mark.each(("head_dim", "dtype"), [(16, torch.float32), (24, torch.float32), (16, torch.bfloat16)])
 def test_a_rotation_has_the_librarys_bits(head_dim: int, dtype: torch.dtype) -> None:
     prepare_without_gpu()
     from megatron.core.models.common.embeddings import rope_utils

@@ -117,18 +117,18 @@ def test_values_and_gradients_equal_those_of_whole_logits(ranks: Any, job: Any, 
     assert (best.argmax(-1) == 17).any()
     for (_, layout, _), per_rank in zip(LAYOUTS, results, strict=True):
         for what in FIGURES:
-            wanted = expected_of(what, tensors, cap)
+            expected = expected_of(what, tensors, cap)
             gradients = {"states": torch.zeros_like(tensors["states"]),
                          "weight": torch.zeros(n + 2, divergences.HIDDEN).double()}
             for result in per_rank:
                 found = {name: torch.tensor(value, dtype=torch.float64)
                          for name, value in result[what].items()}
-                torch.testing.assert_close(found["values"], wanted["values"], rtol=1e-12, atol=1e-13)
+                torch.testing.assert_close(found["values"], expected["values"], rtol=1e-12, atol=1e-13)
                 gradients["states"][result["places"]] = found["states"]
                 gradients["weight"][result["first row"]:][:len(found["weight"])] += found["weight"]
             assert not gradients["weight"][n:].any(), "no gradient reaches padding"
             for name, gradient in gradients.items():
-                torch.testing.assert_close(gradient[:n], wanted[name], rtol=1e-10, atol=1e-12,
+                torch.testing.assert_close(gradient[:n], expected[name], rtol=1e-10, atol=1e-12,
                                            msg=lambda m, what=what, layout=layout: f"{what} {layout}: {m}")
         top = (logits / TEMPERATURE).log_softmax(-1).topk(3)
         for result in per_rank:

@@ -51,9 +51,9 @@ def _double(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_
     for q, k, v in zip(*(t.split(b.diff().tolist()) for t, b in
                          ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))), strict=True):
         distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
-        seen = (distance >= 0) & ((distance <= left) if left >= 0 else True)
+        mask = (distance >= 0) & ((distance <= left) if left >= 0 else True)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v))
     return torch.cat(parts)
 
 

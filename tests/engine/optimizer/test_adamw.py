@@ -8,7 +8,7 @@ import torch
 from megatron_sov.engine.optimizer.adamw import CpuAdamW, HostAdamW, split_groups
 
 
-def groups_of(*sizes: int) -> list[dict[str, Any]]:
+def build_groups(*sizes: int) -> list[dict[str, Any]]:
     """Return two groups with different settings and master weights of these sizes, alternating."""
     mains = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in sizes]
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -17,7 +17,7 @@ def groups_of(*sizes: int) -> list[dict[str, Any]]:
 
 
 def test_steps_are_the_formulas() -> None:
-    groups = groups_of(96, 7, 33)
+    groups = build_groups(96, 7, 33)
     mains = [main for group in groups for main in group["params"]]
     expected = [(main.double(), torch.zeros(len(main)).double(), torch.zeros(len(main)).double())
                 for main in mains]
@@ -45,7 +45,7 @@ def test_steps_are_the_formulas() -> None:
 @pytest.mark.each(("share", "moved"), [(0.0, []), (0.01, [40]), (0.5, [40, 30]), (0.7, [40, 30]),
                                               (0.71, [40, 30, 20]), (1.0, [40, 30, 20, 10])])
 def test_a_share_is_of_elements_and_never_less(share: float, moved: list[int]) -> None:
-    groups = groups_of(40, 30, 20, 10)
+    groups = build_groups(40, 30, 20, 10)
     mains = sorted((m for group in groups for m in group["params"]), key=len, reverse=True)
     stays, moves = split_groups(groups, mains, share)
     assert sorted((len(m) for group in moves for m in group["params"]), reverse=True) == moved

@@ -60,11 +60,11 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
     return {key: gatherer.gather(key) for key in sorted(gatherer.get_shapes())}
 
 
-def matrices_of(key: str, tensor: Any) -> list[Any]:
+def split_into_matrices(key: str, tensor: Any) -> list[Any]:
     """Return copies of the matrices inside a global tensor, by Megatron's documented layout."""
     if "experts.experts" in key:
         return [part for expert in tensor
-                for part in matrices_of(key.replace("experts.experts", "expert"), expert)]
+                for part in split_into_matrices(key.replace("experts.experts", "expert"), expert)]
     # per key head (2): its 4 queries, the key, the value, 8 rows each
     if key.endswith("linear_qkv.weight"):
         groups = tensor.view(2, 6, 8, -1)
@@ -83,7 +83,7 @@ class Reference:
 
     def __init__(self, weights: dict[str, Any], optim: Any, full: Any) -> None:
         self.full, self.shapes = full, {key: tuple(w.shape) for key, w in weights.items()}
-        self.matrices = {key: [torch.nn.Parameter(m.to(full)) for m in matrices_of(key, w)]
+        self.matrices = {key: [torch.nn.Parameter(m.to(full)) for m in split_into_matrices(key, w)]
                          for key, w in weights.items() if is_matrix(key, w, optim)}
         self.rest = {key: torch.nn.Parameter(w.to(full, copy=True)) for key, w in weights.items()
                      if key not in self.matrices and not key.endswith("expert_bias")}
@@ -103,7 +103,7 @@ class Reference:
         for key, parameters in self.matrices.items():
             shape = parameters[0].shape
             whole = gradient(key, self.shapes[key], seed).to(self.full)
-            for parameter, grad in zip(parameters, matrices_of(key, whole), strict=True):
+            for parameter, grad in zip(parameters, split_into_matrices(key, whole), strict=True):
                 assert grad.shape[1] == shape[1]
                 parameter.grad = grad
         for key, parameter in self.rest.items():
@@ -133,10 +133,12 @@ def updates(settings: list[str], seed: int) -> dict[str, Any]:
         reference.step(100 * seed + step, low_precision=config.train.precision == "bf16")
         now = gathered(model, optimizer)
         for key, parameters in reference.matrices.items():
-            for i, (ours, theirs) in enumerate(zip(matrices_of(key, now[key]), parameters, strict=True)):
+            for i, (ours,
+                    theirs) in enumerate(zip(split_into_matrices(key, now[key]), parameters, strict=True)):
                 name = f"{key} {i}"
                 apart[name] = max(apart.get(name, 0.0), float((ours.to(full) - theirs.detach()).abs().max()))
-                moved[name] = float((ours.to(full) - matrices_of(key, start[key])[i].to(full)).abs().max())
+                moved[name] = float((ours.to(full) - split_into_matrices(key,
+                                                                         start[key])[i].to(full)).abs().max())
         for key, theirs in reference.rest.items():
             apart[key] = max(apart.get(key, 0.0), float((now[key].to(full) - theirs.detach()).abs().max()))
             moved[key] = float((now[key].to(full) - start[key].to(full)).abs().max())

@@ -133,7 +133,7 @@ def grouped(settings: list[str]) -> dict[str, float]:
             for i, (p, c) in enumerate(zip(parameters, copies, strict=True))}
 
 
-def rules_of(settings: list[str]) -> list[Any]:
+def list_rules(settings: list[str]) -> list[Any]:
     """Return algorithm, factor, weight decay and frozen flag of some tensors."""
     config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, *settings]).optim
     tensors = {"decoder.layers.1.mlp.router.weight": 2,
@@ -167,8 +167,8 @@ def test_groups_change_only_matching_parameters(ranks: Any, job: Any) -> None:
     unknown = ['optim.groups=[{"pattern": "decoder.layers.0.*"}, {"pattern": "decoder.layer.1.*"}]']
     everything = ['optim.groups=[{"pattern": "*", "frozen": true}]']
     (apart,), (plain,), (muon,), *refused = ranks(
-        job(__file__, "grouped", 1, {"settings": [GROUPS]}), job(__file__, "rules_of", 1, {"settings": []}),
-        job(__file__, "rules_of", 1, {"settings": ["optim.name=muon", exceptions]}),
+        job(__file__, "grouped", 1, {"settings": [GROUPS]}), job(__file__, "list_rules", 1, {"settings": []}),
+        job(__file__, "list_rules", 1, {"settings": ["optim.name=muon", exceptions]}),
         job(__file__, "refusals", 2, {"settings": [unknown, everything]}))
     assert len(apart) > 60 and max(apart.values()) < 1e-14, max(apart, key=apart.get)
     assert (plain == [["adamw", 1.0, 0.2, False]] * 2 + [["adamw", 1.0, 0.0, False]]

@@ -158,7 +158,7 @@ def test_generators_differ_where_work_is_split(ranks: Any, job: Any) -> None:
 SOON = datetime.timedelta(seconds=20)
 
 
-def told(uuids: list[str], problems: dict[int, str]) -> list[str]:
+def get_rank_errors(uuids: list[str], problems: dict[int, str]) -> list[str]:
     """Return the error of each rank; the ranks share a store."""
     store = dist.HashStore()
 
@@ -175,11 +175,11 @@ def told(uuids: list[str], problems: dict[int, str]) -> list[str]:
 
 
 def test_all_ranks_report_a_rank_without_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert told(["a", "b", "c"], {}) == ["", "", ""]
-    assert told(["a", "b"], {1: "is on fire"}) == ["rank 1: its GPU is on fire"] * 2
+    assert get_rank_errors(["a", "b", "c"], {}) == ["", "", ""]
+    assert get_rank_errors(["a", "b"], {1: "is on fire"}) == ["rank 1: its GPU is on fire"] * 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    (said,) = set(told(["a", "b", "a"], {}))
+    (said,) = set(get_rank_errors(["a", "b", "a"], {}))
     assert "(a) is another rank's as well: LOCAL_RANK = 2 of 2 visible GPUs" in said
 
 

@@ -166,7 +166,7 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
         os.kill(started["orphan"], signal.SIGKILL)
         assert all(ends(pid) for pid in ranks_of_killed)
         assert ended() == {"ends": 0, "forward": 0, "orphan": -signal.SIGKILL}
-    said = (tmp_path / "ends/errors").read_text()
+    text = (tmp_path / "ends/errors").read_text()
     assert {(tmp_path / "forward" / f"got-{r}").read_text() for r in range(2)} == {"SIGINT SIGTERM SIGUSR1"}
     # progress happens once, in the second round, and two restarts are allowed without progress: the fourth
     # round is the last
@@ -178,18 +178,18 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
     # a thread that holds a lock during a fork would block the forked rank
     assert json.loads((tmp_path / "ends" / "threads.json").read_text()) == [1] * 2 * (3 + 4 + 4)
     assert all(ends(pid) for pid in pids(tmp_path / "ends"))  # the other rank ended as well
-    assert said.count("error: seq_len = 0: must be positive") == 1
-    assert "Traceback" not in said
-    assert "error: rank 1 was ended by SIGKILL" in said
+    assert text.count("error: seq_len = 0: must be positive") == 1
+    assert "Traceback" not in text
+    assert "error: rank 1 was ended by SIGKILL" in text
 
 
-@pytest.mark.each(("said", "count", "threads"), [
+@pytest.mark.each(("num_threads", "count", "threads"), [
     (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("9" * 5000, 2, 4),
     ("3", 2, 3), (" 5 ,2", 2, 5)])
 def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
-        monkeypatch: pytest.MonkeyPatch, said: str | None, count: int, threads: int) -> None:
+        monkeypatch: pytest.MonkeyPatch, num_threads: str | None, count: int, threads: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if said is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    if num_threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", num_threads)
     assert launcher._count_threads(count) == threads

@@ -25,10 +25,10 @@ def test_store_keys_of_one_join_do_not_affect_the_next(monkeypatch: pytest.Monke
 
     import torch.distributed as dist
 
-    kept = dist.HashStore()
+    store = dist.HashStore()
     monkeypatch.delenv(world.STORE_PORT, raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 1)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
     first, second = (world._create_rendezvous(0, 1, datetime.timedelta(seconds=1)) for _ in range(2))
     assert (first.add("gpu/one", 1), second.add("gpu/one", 1)) == (1, 1)
 
@@ -142,11 +142,11 @@ def on_main(fail: bool) -> list[Any]:
         return "answer"
 
     try:
-        seen = world.run_on_main(place, action)
+        outcome = world.run_on_main(place, action)
     except UserError as e:
-        seen = f"refused: {e}"
+        outcome = f"refused: {e}"
     world.leave_world()
-    return [seen, asked]
+    return [outcome, asked]
 
 
 @pytest.mark.distributed

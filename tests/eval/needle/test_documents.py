@@ -18,7 +18,7 @@ def documents(haystacks: dict[str, Haystack]) -> NeedleDocuments:
     return NeedleDocuments((haystacks["train"],), 256, seed=5)
 
 
-def statements_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, tuple[int, ...]]]:
+def find_statements(form: NeedleForm, ids: list[int]) -> list[tuple[int, tuple[int, ...]]]:
     """Return position and words of every statement; a document has sentences of one form."""
     for sentences in form.sentences[False]:
         opening, _, closing = sentences
@@ -35,7 +35,7 @@ def test_training_documents_have_a_question_per_needle(form: NeedleForm, documen
     counts = set()
     for i in range(40):
         ids, weights = documents.tokens(i, 0, 256).tolist(), documents.loss_weights(i, 0, 256)
-        result = statements_in(form, ids)
+        result = find_statements(form, ids)
         num = len(result) // 2
         counts.add(num)
         stated, asked = ({words for _, words in half} for half in (result[:num], result[num:]))
@@ -59,9 +59,9 @@ def test_needles_and_weights_follow_settings(form: NeedleForm, haystacks: dict[s
         asked = int((weights == 7).sum()) // 2
         assert (weights > 0).sum() == 2 * asked and len(ids) == 256
         if asked < 3:  # then every needle is asked for
-            assert len(statements_in(form, ids.tolist())) == 2 * asked
+            assert len(find_statements(form, ids.tolist())) == 2 * asked
         else:
-            counts.add(len(statements_in(form, ids.tolist())) - 3)
+            counts.add(len(find_statements(form, ids.tolist())) - 3)
     assert min(counts) >= 3 and max(counts) == 10 == needle_documents.max_needles(form)
 
 

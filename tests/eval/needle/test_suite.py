@@ -88,9 +88,9 @@ def test_answer_with_one_wrong_token_is_wrong(suite: NeedleSuite) -> None:
 
     result = run_suite(suite, Looking(spoil))
     assert {c.correct for c in result.cells} == {2} and result.score == 0.5
-    told = result.to_dict()
-    assert json.loads(json.dumps(told)) == told and parse_result(told) == result
-    assert sorted(told["cells"][0]) \
+    record = result.to_dict()
+    assert json.loads(json.dumps(record)) == record and parse_result(record) == result
+    assert sorted(record["cells"][0]) \
         == ["correct", "depth", "distractors", "interval", "kind", "language", "length_tokens", "samples"]
     assert "multi-key, code" in format_table(result) and "score 50.0% with 4 samples" in format_table(result)
 
@@ -138,14 +138,15 @@ def test_questions_cover_all_test_sentences(haystacks: dict[str, Haystack]) -> N
                     for i in range(len(example.prompt))}
             assert len(ends & asked) >= 4
     train = haystacks["train"].form
-    told = {tuple(fill_slots(slots, pair)) for slots in train.sentences[False] for pair in train.pairs[False]}
-    assert not told & asked
+    statements = {tuple(fill_slots(slots, pair)) for slots in train.sentences[False]
+                  for pair in train.pairs[False]}
+    assert not statements & asked
 
 
 Pair = tuple[int, int]
 
 
-def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]:
+def find_needles(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]:
     """Return (position, key, value) of all needles in a text."""
     found = []
     for slots in form.sentences[True]:
@@ -165,7 +166,7 @@ def test_question_refers_to_one_of_the_needles(distractors: int, depth: float,
                                                haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
     example = build_example(haystack, np.random.default_rng(1), 300, depth, distractors)
-    needles = needles_in(haystack.form, example.prompt)
+    needles = find_needles(haystack.form, example.prompt)
     keys = [key for _, key, _ in needles]
     assert len(set(keys)) == len(keys) == 1 + distractors
     asked = example.prompt[-2:]
@@ -214,17 +215,17 @@ def test_command_scores_checkpoint_and_export_equally(one_rank: None, imported: 
     EventLog(tmp_path / EVENTS).close()
     ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3",
            "--run", str(tmp_path)]
-    shown = []
+    printed = []
     for folder in (imported["exaone_moe"], hf_models["exaone_moe"]):
         assert main(["eval", "needle", str(folder), *ask, "--kinds", "single", "multi-key", "--json"]) == 0
-        shown.append(json.loads(capsys.readouterr().out))
-    assert shown[0] == shown[1]
-    assert ({(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in shown[0]["cells"]}
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+    assert ({(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in printed[0]["cells"]}
             == {(kind, length, depth, 3) for kind in ("single", "multi-key") for length in (96, 128)
                 for depth in (0.0, 0.9)})
     events = list(read_events(tmp_path / EVENTS))
     assert [(e["event"], e["when"], e["step"], e["cells"]) for e in events] \
-        == [("needle", "eval", step, shown[0]["cells"]) for step in (0, None)]
+        == [("needle", "eval", step, printed[0]["cells"]) for step in (0, None)]
     for more, sentence in (
         (["--nproc", "2", "--set", "a=1"], "--set a=1, --nproc 2: is for checkpoints, and"),
         (["--language", "first=perl"], "--language first=perl: must be SOURCE=LANGUAGE"),

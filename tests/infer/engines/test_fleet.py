@@ -248,7 +248,7 @@ def test_short_samples_are_grouped_into_requests(fleets: Callable[..., Fleet], t
     # a truncated response continues after its own ids, with fewer tokens left
     assert count_answers([[3], [3, 5], [3]], *[short] * 3) == [1, 1, 1]
     assert count_answers([[3]] * 2, short, replace(short, max_new_tokens=5)) == [1, 1]
-    # long samples are not grouped: another request starts as soon as one of them has ended
+    # long samples are not grouped: the next request starts as soon as any request has ended
     assert count_answers([[3]] * 2, *[replace(short, max_new_tokens=GROUPED_TOKENS + 1)] * 2) == [1, 1]
     assert count_answers([[3]] * 2, *[Sampling(5)] * 2) == [1, 1], "greedy samples of a prompt are equal"
 

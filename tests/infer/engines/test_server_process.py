@@ -88,12 +88,12 @@ def test_failed_start_reports_last_log_lines(tmp_path: Path) -> None:
         server(tmp_path, "--fails").start(never)
 
 
-@pytest.mark.each(("given", "told"), [
+@pytest.mark.each(("given", "message"), [
     (["tp=0"], "tp"), (["memory_share=1.5"], "memory_share"), (["nothing=1"], "nothing"),
     (["dtype=bf17"], "dtype"),
     (["servers=2", 'devices=["0"]'], "must be 2, servers x tp x dp"), (["transfer=disk"], "transfer")])
-def test_invalid_server_settings_are_rejected(given: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_server_settings_are_rejected(given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse_server_settings(given, "--engine-set")
 
 

@@ -128,7 +128,7 @@ def test_latent_attention_is_rejected() -> None:
         HfEngine(model).generate([[1, 2]], Sampling(2))
 
 
-def redrawn(folder: Path) -> Any:
+def redraw_weights(folder: Path) -> Any:
     """Return the folder's model with other random weights."""
     model = load_hf(folder)
     torch.manual_seed(7)
@@ -143,7 +143,7 @@ def test_live_views_write_to_the_model(family: str, hf_models: dict[str, Path], 
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written = load_file(hf_models[family] / "model.safetensors")
-    model = redrawn(hf_models[family])
+    model = redraw_weights(hf_models[family])
     views = get_live_views(model)
     assert {name: view.shape for name, view in views.items()} == {n: t.shape for n, t in written.items()}
     addresses = {name: t.data_ptr() for name, t in model.state_dict().items()}
@@ -166,7 +166,7 @@ def test_tied_head_has_one_view() -> None:
 
 def test_ignored_tensors_are_skipped_in_updates(hf_models: dict[str, Path]) -> None:
     written = load_file(hf_models["exaone_moe"] / "model.safetensors")
-    model = redrawn(hf_models["exaone_moe"])
+    model = redraw_weights(hf_models["exaone_moe"])
     copy_weights(model, [("mtp.norm.weight", torch.zeros(3)), *written.items()])
     with pytest.raises(UserError, match=r"1 unexpected \(mtp.norm.weight\)"):
-        copy_weights(redrawn(hf_models["solar_open"]), [("mtp.norm.weight", torch.zeros(3))])
+        copy_weights(redraw_weights(hf_models["solar_open"]), [("mtp.norm.weight", torch.zeros(3))])

@@ -61,7 +61,7 @@ def _a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sov_weight_group, "find_local_address", lambda host, port: host)
 
 
-def saved(folder: Path, tensors: Mapping[str, torch.Tensor], name: str = "0") -> str:
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], name: str = "0") -> str:
     save_file(dict(tensors), folder / name)
     return str(folder / name)
 
@@ -84,7 +84,7 @@ def pair() -> tuple[WeightGroup, WeightGroup]:
     return found.pop(), worker
 
 
-def line_of(worker: subprocess.Popen[str]) -> str:
+def read_line(worker: subprocess.Popen[str]) -> str:
     assert worker.stdout is not None
     return worker.stdout.readline().strip()
 
@@ -94,13 +94,14 @@ def test_each_update_uses_a_new_group_until_a_worker_dies(workers: list[subproce
                                                           tmp_path: Path) -> None:
     first, second = dict(list(TENSORS.items())[:3]), dict(list(TENSORS.items())[3:])
     before = threading.active_count()
-    for sent in ([saved(tmp_path, first), saved(tmp_path, second, "1")], [saved(tmp_path, first, "2")]):
+    for sent in ([save_tensors(tmp_path, first), save_tensors(tmp_path, second, "1")],
+                 [save_tensors(tmp_path, first, "2")]):
         found: list[dict[str, Any]] = []
 
         def receive(meeting: Mapping[str, Any], found: list[dict[str, Any]] = found) -> None:
             call(workers, meeting)
-            assert [line_of(worker) for worker in workers] == ["begun", "begun"]
-            found.extend(json.loads(line_of(worker)) for worker in workers)
+            assert [read_line(worker) for worker in workers] == ["begun", "begun"]
+            found.extend(json.loads(read_line(worker)) for worker in workers)
 
         send_files(sent, URL, 2, receive)
         expected = {name: [str(t.dtype), list(t.shape), t.flatten().float().tolist()]
@@ -117,13 +118,13 @@ def test_each_update_uses_a_new_group_until_a_worker_dies(workers: list[subproce
     def receive_no_more(meeting: Mapping[str, Any]) -> None:
         # the server itself does not say that a worker of its has died
         call(workers, meeting)
-        assert [line_of(worker) for worker in workers] == ["begun", "begun"]
+        assert [read_line(worker) for worker in workers] == ["begun", "begun"]
         workers[1].kill()
         began_s.append(time.monotonic())
         never.wait()
 
     with pytest.raises(RuntimeError, match="peer"):
-        send_files([saved(tmp_path, large)], URL, 2, receive_no_more)
+        send_files([save_tensors(tmp_path, large)], URL, 2, receive_no_more)
     assert time.monotonic() - began_s[0] < 60
     never.set()
 
@@ -147,7 +148,7 @@ def test_server_error_ends_the_transfer(tmp_path: Path) -> None:
 
     before = threading.active_count()
     with pytest.raises(ValueError, match="the engine is dead"):
-        send_files([saved(tmp_path, TENSORS)], URL, 1, receive, patience_s=1)
+        send_files([save_tensors(tmp_path, TENSORS)], URL, 1, receive, patience_s=1)
     wait_until(lambda: threading.active_count() <= before)
 
 

@@ -29,7 +29,7 @@ def forge_values():
                 except OSError:
                     pass
 '''
-"""Stands in front of each."""
+"""Prefix of each attacking program."""
 FUNCTIONS = {
     "a class that says it is another": """
 class Int(int):

@@ -177,7 +177,7 @@ def test_outputs_and_calls_are_compared(enclosure: str) -> None:
     assert share(enclosure, "def twice(x):\n    return 2 * x", check, entry_point="twice").reward == 1
 
 
-def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
+def test_all_or_nothing_is_the_default_and_explains_failures(enclosure: str) -> None:
     row = {"response": "def f(x): return x", "tests": ["assert f(1) == 1", "assert f(1) == 2, 'wrong'"]}
     result = run_reward(CodeReward(enclosure=enclosure), row)
     assert (result.reward, result.components) == (
@@ -197,7 +197,7 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     (Outcome("refused", None, "", "", "has 17 MiB", 0, 0), "refused", None),
     (Outcome("memory", None, "", "", "took more", 1, 1), "scored", 0.0)])
 def test_machine_failures_have_no_reward(outcome: Outcome, status: str, reward: float | None,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def run(self, program: Program, limits: object) -> Outcome:
             return outcome
@@ -239,11 +239,12 @@ def test_invalid_tests_are_refused(tests: Any, what: str) -> None:
 
 
 def test_version_covers_the_sandbox_code() -> None:
-    told = hash_code(CodeReward.__module__)
+    code_hash = hash_code(CodeReward.__module__)
     assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervision",
-                                                "work.processes.process_tree")} <= set(told)
+                                                "work.processes.process_tree")} <= set(code_hash)
 
 
 def test_version_covers_the_sandbox_server() -> None:
-    told = CodeReward().inputs()["server"]
-    assert {f"megatron_sov.sandbox.{name}" for name in ("server", "restrictions", "enclosures")} <= set(told)
+    server_hash = CodeReward().inputs()["server"]
+    assert {f"megatron_sov.sandbox.{name}"
+            for name in ("server", "restrictions", "enclosures")} <= set(server_hash)

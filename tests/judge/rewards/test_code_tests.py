@@ -86,16 +86,16 @@ def test_tests_that_fail_by_themselves_are_refused(test: str) -> None:
         assert "test 2 of 2 fails before it uses the program" in result.reason
 
 
-@pytest.mark.each("test, told", [
+@pytest.mark.each("test, message", [
     ("import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertTrue(add)",
      "class T holds tests"),
     ("class TestAdd:\n    def test_a(self):\n        assert add(1, 2) == 3", "class TestAdd holds tests"),
     ("import pytest\n@pytest.mark.parametrize('a', [1, 2])\ndef test_a(a):\n    assert add(a, 0) == a",
      "test_a takes arguments"),
     ("def test_a(*, capsys):\n    add(1, 2)\n    assert capsys.readouterr()", "test_a takes arguments")])
-def test_unsupported_test_forms_are_refused(test: str, told: str) -> None:
+def test_unsupported_test_forms_are_refused(test: str, message: str) -> None:
     result = score(ADD, [test])
-    assert (result.reward, result.status) == (None, "refused") and told in result.reason
+    assert (result.reward, result.status) == (None, "refused") and message in result.reason
 
 
 FORMS: dict[str, Any] = {

@@ -30,7 +30,7 @@ BROKEN = "def evaluate(response):\n    return response[1000] == 'x'"
     ("no comma", [BROKEN, BROKEN, NO_COMMA], {}, 0.0),  # a check without a verdict accepts nothing
     ("hm, hm</think>no comma", [NO_COMMA], {}, 1.0),
     ("hm, hm</think>no comma", [NO_COMMA], {"hide_thinking": False}, 0.0),
-    ("  \n ", [TRUE], {}, 0.0),  # nothing keeps nothing
+    ("  \n ", [TRUE], {}, 0.0),  # an empty response satisfies no constraint
     ("  \n ", [TRUE], {"give_share": True}, 0.0),
 ])
 def test_reward(response: str, functions: list[str], settings: dict[str, Any], reward: float) -> None:
@@ -84,7 +84,7 @@ HONEST = [
 ]
 
 
-def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[ConstraintVerdict]:
+def check(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[ConstraintVerdict]:
     return check_texts(shared_sandbox(), source, texts, call_s=call_s)
 
 
@@ -99,23 +99,23 @@ def test_verdicts_equal_a_plain_interpreter(source: str) -> None:
             expected.append(names["evaluate"](text))  # type: ignore[operator]
         except ValueError:  # max() of nothing
             expected.append(None)
-    assert [one.accepts for one in asked(source, TEXTS)] == expected
+    assert [one.accepts for one in check(source, TEXTS)] == expected
 
 
 def test_function_state_does_not_survive_a_text() -> None:
     source = "seen = []\ndef evaluate(response):\n    seen.append(response)\n    return len(seen) == 1"
-    assert [one.accepts for one in asked(source, ["a", "b", "c"])] == [True] * 3
+    assert [one.accepts for one in check(source, ["a", "b", "c"])] == [True] * 3
 
 
 def test_ended_process_costs_a_single_text() -> None:
     source = "import os\ndef evaluate(response):\n    return True if response != 'b' else os._exit(0)"
-    assert asked(source, ["a", "b", "c"]) == [
+    assert check(source, ["a", "b", "c"]) == [
         ConstraintVerdict(True), ConstraintVerdict(None, "ended its process"), ConstraintVerdict(True)]
 
 
 def test_endless_call_is_the_last() -> None:
     source = "def evaluate(response):\n    while response == 'b': pass\n    return True"
-    first, second, third = asked(source, ["a", "b", "c"])
+    first, second, third = check(source, ["a", "b", "c"])
     assert first == ConstraintVerdict(True)
     assert (second.accepts, second.ended, second.reason) == (None, False, "did not end within 0.5 s")
     assert (third.accepts, third.ended) == (None, False)
@@ -132,7 +132,7 @@ def test_endless_call_is_the_last() -> None:
     ("print('[0, true, \"\", true]')", "gave a NoneType"),
 ])
 def test_missing_verdicts_have_a_reason(body: str, reason: str) -> None:
-    told, = asked(f"def evaluate(response):\n    {body}", ["x"])
+    told, = check(f"def evaluate(response):\n    {body}", ["x"])
     assert told.accepts is None
     assert reason in told.reason
 
@@ -170,8 +170,7 @@ def test_setting_allows_a_library() -> None:
     assert find_check_problem(source, ["pythainlp"]) == ""
 
 
-@pytest.mark.each("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]',
-                                  "[" * 5000])
+@pytest.mark.each("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]', "[" * 5000])
 def test_forged_verdicts_are_ignored(line: str) -> None:
     source = f"""import collections
 def evaluate(response):
@@ -183,4 +182,4 @@ def evaluate(response):
             pass
     return True"""
     assert find_check_problem(source) == ""
-    assert [one.accepts for one in asked(source, ["a"])] == [None]
+    assert [one.accepts for one in check(source, ["a"])] == [None]

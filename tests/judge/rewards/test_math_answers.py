@@ -47,8 +47,7 @@ def test_verdicts_equal_math_verify() -> None:
 
 
 @pytest.mark.parametrize(("items", "reward"), [(FOOLING, 0.0), (HONEST, 1.0)], ids=["fooling", "honest"])
-def test_benchmark_attacks_fail_and_honest_answers_pass(items: list[tuple[str, str]],
-                                                                         reward: float) -> None:
+def test_benchmark_attacks_fail_and_honest_answers_pass(items: list[tuple[str, str]], reward: float) -> None:
     request = request_reward("math", {})
     assert len(items) == len(set(items)) == 44
     with create_runner(request, build_versioned_reward(request), 1) as running:
@@ -81,8 +80,7 @@ def test_adjacent_boxes_are_separate_numbers() -> None:
     ("It is between $1$ and $42$", 0.0, 0.0), ("So it must be $42$", 1.0, 1.0), ("정답은 42", 1.0, 1.0),
     ("<answer>42</answer>", 0.0, 1.0), ("**The answer is: 42**", 1.0, 1.0),
     ("The answer is unclear", 0.0, 0.0)])
-def test_unmarked_numbers_are_not_answers(response: str, own: float,
-                                                                     marked: float) -> None:
+def test_unmarked_numbers_are_not_answers(response: str, own: float, marked: float) -> None:
     row = {"answer": "42", "response": response}
     assert Math(marked_only=False).score(row).reward == own
     assert Math().score(row).reward == marked
@@ -281,8 +279,7 @@ def test_gold_answers_are_parsed_completely(answer: str, given: str, reward: flo
     assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == reward
 
 
-@pytest.mark.each("answer", [
-    answer for answer, _, _ in BOXED if "boxed" not in answer and "$" not in answer])
+@pytest.mark.each("answer", [answer for answer, _, _ in BOXED if "boxed" not in answer and "$" not in answer])
 def test_a_gold_answer_equals_itself(answer: str) -> None:
     assert Math().score({"answer": answer, "response": f"So \\boxed{{{answer}}}."}).reward == 1.0
 

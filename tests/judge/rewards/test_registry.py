@@ -60,14 +60,14 @@ def test_file_changed_after_the_request_is_refused(file: Path) -> None:
     assert build_versioned_reward(request_reward(f"{file}:Contains", {})).version != before
 
 
-@pytest.mark.parametrize(("settings", "said"), [
+@pytest.mark.parametrize(("settings", "message"), [
     ({"wrod": "x"}, "wrod: no such setting; did you mean 'word'?"),
     ({"times": "many"}, 'times = "many" must be a whole number'),
 ])
-def test_wrong_settings_are_named(file: Path, settings: dict, said: str) -> None:
+def test_wrong_settings_are_named(file: Path, settings: dict, message: str) -> None:
     with pytest.raises(UserError) as e:
         build_versioned_reward(request_reward(f"{file}:Contains", settings))
-    assert said in str(e.value)
+    assert message in str(e.value)
 
 
 def test_trl_reward_function_is_a_reward(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def infinite(completions): return [float("inf")] * len(completions)
 RESPONSES = ["a", "ab", "abc", "abcd"]
 
 
-def by_trl(function: Any, rows: list[dict[str, Any]]) -> list[float | None]:
+def compute_trl_rewards(function: Any, rows: list[dict[str, Any]]) -> list[float | None]:
     """Return rewards as TRL's `GRPOTrainer._calculate_rewards`: one call for a group, by keywords."""
     import torch
 
@@ -158,13 +158,13 @@ def test_trl_function_gets_the_arguments_of_trl(name: str, tmp_path: Path) -> No
             for response in RESPONSES]
     scope: dict[str, Any] = {}
     exec(FUNCTIONS, scope)
-    wanted = by_trl(scope[name], rows)
+    expected = compute_trl_rewards(scope[name], rows)
     request = request_reward(f"{file}:{name}", {})
     reward = build_versioned_reward(request).reward
     result = run_reward(reward, rows)
-    assert result.status == "scored" and result.components[REWARDS] == wanted
+    assert result.status == "scored" and result.components[REWARDS] == expected
     single = [run_reward(reward, row) for row in rows]
-    assert [one.reward for one in single] == [by_trl(scope[name], [row])[0] for row in rows]
+    assert [one.reward for one in single] == [compute_trl_rewards(scope[name], [row])[0] for row in rows]
 
 
 @pytest.mark.each("name", ["many", "matrix", "number", "text", "infinite"])
@@ -258,7 +258,7 @@ def test_imported_modules_change_the_version(monkeypatch: pytest.MonkeyPatch) ->
 def test_settings_from_a_constructor() -> None:
     class Plain:
         def __init__(self, *, low: float = 0.5, high: float = 1.0) -> None:
-            """Nothing is kept."""
+            """Set no attributes."""
 
     assert collect_settings(Plain(), {"low": 0.25}) == {"low": 0.25, "high": 1.0}
 
@@ -278,11 +278,11 @@ def test_sources_of_all_rewards_are_hashed() -> None:
      {"domain": "math"}, "answer"),
     ("composed", {"parts": {"m": {"reward": "math", "domains": ["math"]}, "r": {"reward": "repetition"}}},
      {"domain": "chat"}, "")])
-def test_missing_fields_are_found_before_generation(name: str, settings: dict[str, Any],
-                                                        row: dict[str, Any], field: str) -> None:
+def test_missing_fields_are_found_before_generation(name: str, settings: dict[str, Any], row: dict[str, Any],
+                                                    field: str) -> None:
     versioned_reward = build_versioned_reward(asked := request_reward(name, settings))
     assert find_missing_field(asked, versioned_reward, row) == field
     if field and name != "composed":
         # the early message equals the message of scoring
-        refused = run_reward(versioned_reward.reward, {**row, "response": "42"})
-        assert refused.status == "refused" and field in refused.reason
+        verdict = run_reward(versioned_reward.reward, {**row, "response": "42"})
+        assert verdict.status == "refused" and field in verdict.reason

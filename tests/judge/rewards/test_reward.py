@@ -26,7 +26,7 @@ class Gives:
 ROW = {"response": "4"}
 
 
-@pytest.mark.each(("response", "said"), [
+@pytest.mark.each(("response", "content"), [
     ("It is 4.", "It is 4."), ("<think>3?</think>\nIt is 4.", "It is 4."), ("3?</think>It is 4.", "It is 4."),
     ("<think>It is 4.", ""), ("<|think|>It is 4.", ""),
     ("<|think|>3?<|end|><|begin|>assistant<|content|>It is 4.", "It is 4."),
@@ -35,8 +35,8 @@ ROW = {"response": "4"}
     ("<tool_call>5</tool_call>", ""), ("<tool_call>5", ""), ("<tool_call>f<arg_key>5</tool_call>", ""),
     ("<|tool_calls|><|tool_call:begin|>1<|tool_call:name|>f<|tool_call:args|>5<|tool_call:end|>", ""),
 ])
-def test_thoughts_and_calls_are_not_judged(response: str, said: str) -> None:
-    assert get_content({"response": response}) == said
+def test_thoughts_and_calls_are_not_judged(response: str, content: str) -> None:
+    assert get_content({"response": response}) == content
 
 
 @pytest.mark.each(("given", "reward"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (Fraction(1, 4), 0.25),
@@ -74,9 +74,9 @@ def test_a_reason_is_one_short_line() -> None:
 
 
 def test_components_are_plain_json() -> None:
-    given = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None},
+    score = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None},
                       "huge": 10**400})
-    assert to_result(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
+    assert to_result(score).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
                                            "7": {"a": None}, "huge": None}
 
 

@@ -74,21 +74,21 @@ def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
                                         cpu_limit_s=more.get("cpu_limit_s", float("inf")))
 
 
-def rows(*responses: str) -> list[dict[str, str]]:
+def build_rows(*responses: str) -> list[dict[str, str]]:
     return [{"response": response} for response in responses]
 
 
 def test_results_come_in_the_order_of_the_rows(runner) -> None:
     with runner() as running:
-        results = running.score(rows(*map(str, range(20))))
+        results = running.score(build_rows(*map(str, range(20))))
         assert [result.reward for result in results] == list(range(20))
         assert running.score([]) == []
-        assert [r.reward for r in running.score(rows("5", "6"))] == [5.0, 6.0]
+        assert [r.reward for r in running.score(build_rows("5", "6"))] == [5.0, 6.0]
 
 
 def test_failures_affect_a_single_row(runner) -> None:
     with runner(time_limit_s=0.5) as running:
-        result = running.score(rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
+        result = running.score(build_rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
     assert [(r.reward, r.status) for r in result] == [
         (1.0, "scored"), (None, "timeout"), (None, "failed"), (None, "refused"), (None, "failed"),
         (None, "failed"), (None, "timeout"), (2.0, "scored")]
@@ -104,7 +104,7 @@ def test_ended_process_affects_a_single_row(runner, monkeypatch: pytest.MonkeyPa
                                                                 send_message(channel, asked)))
     monkeypatch.setattr(workers, "FAST_REQUEST_S", 60.0)
     with runner(workers=1) as running:
-        result = running.score(rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
+        result = running.score(build_rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
     assert [r.reward for r in result] == [*range(40), None, *range(41, 60)]
     # row 40 is among the 32 rows after the first 31; the rows after it go to another process
     assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
@@ -112,22 +112,22 @@ def test_ended_process_affects_a_single_row(runner, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(workers, "FAST_REQUEST_S", -1.0)
     with runner(workers=1, time_limit_s=0.7) as running:
         # the limit is of one row, and rows after the first 32 are judged once
-        result = running.score(rows(*["1"] * 32, *["nap"] * 5))
+        result = running.score(build_rows(*["1"] * 32, *["nap"] * 5))
     assert sent == [1] * 37 and {r.status for r in result} == {"scored"}
 
 
 def test_busy_judge_scores_0_and_waiting_judge_has_no_reward(runner) -> None:
     with runner(cpu_limit_s=0.2, control="5") as running:
-        result = running.score(rows("1", "loop", "eat", "deep", "abort", "die", "killed", "x", "2"))
+        result = running.score(build_rows("1", "loop", "eat", "deep", "abort", "die", "killed", "x", "2"))
     assert [(r.reward, r.status) for r in result] == [
         (1.0, "scored"), (0.0, "timeout"), (0.0, "scored"), (0.0, "scored"), (0.0, "scored"),
         (None, "failed"), (None, "failed"), (None, "failed"), (2.0, "scored")]
     assert result[1].reason == "the response: judging took longer than 0.2 s of a processor"
     assert result[1].components == {"why": result[1].reason}
     with runner(cpu_limit_s=0.2, control="5", time_limit_s=0.3) as running:
-        assert running.score(rows("hang", "1"))[0].reward is None
+        assert running.score(build_rows("hang", "1"))[0].reward is None
     with runner(cpu_limit_s=0.2, control="loop") as running:  # then the row keeps it busy, or the reward
-        assert [(r.reward, r.status) for r in running.score(rows("loop", "1"))] == [
+        assert [(r.reward, r.status) for r in running.score(build_rows("loop", "1"))] == [
             (None, "timeout"), (1.0, "scored")]
 
 
@@ -138,19 +138,19 @@ def test_row_without_processor_time_is_judged_again(runner, tmp_path: Path) -> N
             return 3.0
         if what == "hang":""").replace("import itertools", "import contextlib, itertools"))
     with runner(cpu_limit_s=5, control="5", time_limit_s=1.5, workers=1) as running:
-        assert [(r.reward, r.status) for r in running.score(rows("once"))] == [(3.0, "scored")]
+        assert [(r.reward, r.status) for r in running.score(build_rows("once"))] == [(3.0, "scored")]
 
 
 @pytest.mark.each(("size", "problem"), [('"big"', 'size = "big" must be a whole number'),
                                         ("-1", r"ended while it started \(exit code 3\)")])
 def test_reward_that_cannot_be_built_stops_scoring(size: str, problem: str, runner) -> None:
     with pytest.raises(UserError, match=problem), runner(settings={"size": json.loads(size)}) as running:
-        running.score(rows("1"))
+        running.score(build_rows("1"))
 
 
 def test_user_error_stops_scoring(runner) -> None:
     with runner() as running, pytest.raises(UserError, match="mend the settings"):
-        running.score(rows("1", "mistake", "2"))
+        running.score(build_rows("1", "mistake", "2"))
 
 
 @pytest.mark.deep
@@ -160,7 +160,7 @@ def test_reward_sees_safe_and_requested_variables(runner, monkeypatch: pytest.Mo
     monkeypatch.setenv("MY_VERIFIER", "at home")
     for variables, seen in (((), 1.0), (("MY_VERIFIER",), 2.0)):
         with runner(variables=variables, workers=1) as running:
-            assert running.score(rows("tell"))[0].reward == seen
+            assert running.score(build_rows("tell"))[0].reward == seen
 
 
 def test_gpu_order_variable_is_preserved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_gpu_order_variable_is_preserved(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_large_time_limits_work(runner) -> None:
     with runner(time_limit_s=float("inf"), workers=1) as running:
-        assert running.score(rows("1"))[0].reward == 1.0
+        assert running.score(build_rows("1"))[0].reward == 1.0
 
 
 def test_fork_server_preloads_modules_of_all_runners() -> None:

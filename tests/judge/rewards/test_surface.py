@@ -94,25 +94,25 @@ SOUND = ("Water boils at a lower temperature on a mountain, because the pressure
          "An egg therefore takes longer to cook, and a pressure cooker helps. ......")
 
 
-def reward_of_repetition(response: str, **row) -> float:
+def score_repetition(response: str, **row) -> float:
     return Repetition().score({"response": response, **row}).reward
 
 
 def test_normal_text_has_no_penalty() -> None:
-    assert reward_of_repetition(SOUND) == 0.0
-    assert reward_of_repetition("") == 0.0
-    assert reward_of_repetition("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.") == 0.0
+    assert score_repetition(SOUND) == 0.0
+    assert score_repetition("") == 0.0
+    assert score_repetition("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.") == 0.0
 
 
 @pytest.mark.each("loop", ["I am sorry. " * 6, "a" * 100, "ha ha " * 10, "다시 " * 20, "\x07" * 60])
 def test_a_loop_at_the_end_is_the_worst(loop: str) -> None:
-    assert reward_of_repetition(SOUND + loop) == -1.0
+    assert score_repetition(SOUND + loop) == -1.0
 
 
 def test_repeated_passage_counts_by_its_share() -> None:
     paragraph = SOUND.partition(" ......")[0]
     assert find_final_loop(paragraph * 2)[1] == 2
-    assert -1 < reward_of_repetition(paragraph * 2) < 0
+    assert -1 < score_repetition(paragraph * 2) < 0
 
 
 @pytest.mark.each(("text", "piece", "repeats"), [
@@ -134,14 +134,14 @@ def test_repeated_n_grams_are_counted() -> None:
 
 
 def test_missing_end_is_penalized() -> None:
-    assert reward_of_repetition(SOUND, finish_reason="length") == -1.0
-    assert reward_of_repetition(SOUND, finish_reason="stop") == 0.0
+    assert score_repetition(SOUND, finish_reason="length") == -1.0
+    assert score_repetition(SOUND, finish_reason="stop") == 0.0
     assert Repetition(no_end_penalty=0).score({"response": SOUND, "finish_reason": "length"}).reward == 0.0
 
 
 def test_loop_search_is_linear() -> None:
     begin_s = time.process_time()
-    assert reward_of_repetition("a" * 3_000_000) == -1.0
+    assert score_repetition("a" * 3_000_000) == -1.0
     assert time.process_time() - begin_s < 5
 
 

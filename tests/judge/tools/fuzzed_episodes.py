@@ -53,13 +53,13 @@ def chat_encoder() -> ChatEncoder:
 
 
 class FuzzedPolicy:
-    """Writes turns of every kind; which one follows from the stream alone."""
+    """Writes turns of every kind; the kind follows from the random stream alone."""
 
     def __init__(self, world: str, encoder: ChatEncoder, end_id: int, seed: int = 0) -> None:
         self._calls, self.encoder, self._end_id, self._seed = CALLS[world], encoder, end_id, seed
         self._vocab_size = end_id + 1
         self.seen: dict[int, tuple[list[int], list[int]]] = {}
-        """Stream -> prompt, and what was written behind it."""
+        """Stream -> prompt and generated turns."""
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
@@ -99,7 +99,7 @@ class FuzzedPolicy:
         return "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
 
 
-def problems_of(episode: Episode, policy: FuzzedPolicy) -> list[str]:
+def find_token_problems(episode: Episode, policy: FuzzedPolicy) -> list[str]:
     """Return the defects in the tokens of an episode."""
     found, ids, encoder = [], episode.ids, policy.encoder
     turns = []

@@ -33,14 +33,14 @@ def test_schema_equals_transformers() -> None:
     function, expected = ours["function"], theirs["function"]
     assert (ours["type"], function["name"], function["description"]) == (
         "function", expected["name"], expected["description"])
-    shown = function["parameters"]
-    assert shown["required"] == expected["parameters"]["required"]
+    schema = function["parameters"]
+    assert schema["required"] == expected["parameters"]["required"]
     for name, told in expected["parameters"]["properties"].items():
-        assert shown["properties"][name]["description"] == told["description"]
-    assert [shown["properties"][name]["type"] for name in ("city", "nights", "kinds")] == [
+        assert schema["properties"][name]["description"] == told["description"]
+    assert [schema["properties"][name]["type"] for name in ("city", "nights", "kinds")] == [
         expected["parameters"]["properties"][name]["type"] for name in ("city", "nights", "kinds")]
-    assert shown["properties"]["view"] == {"enum": ["sea", "yard"], "type": "string", "default": "yard",
-                                           "description": "To which side."}
+    assert schema["properties"]["view"] == {"enum": ["sea", "yard"], "type": "string", "default": "yard",
+                                            "description": "To which side."}
 
 
 def test_arguments_of_the_right_types_reach_the_function() -> None:
@@ -50,15 +50,15 @@ def test_arguments_of_the_right_types_reach_the_function() -> None:
     assert result.endswith("'sea', 1.0)")
 
 
-@pytest.mark.each("change, told", [
+@pytest.mark.each("change, message", [
     ({"nights": "2"}, "nights: Input should be a valid integer"), ({"nights": True}, "nights: "),
     ({"nights": 2.5}, "nights: "), ({"kinds": "a"}, "kinds: "), ({"kinds": [1]}, "kinds.0: "),
     ({"view": "lake"}, "view: Input should be 'sea' or 'yard'"), ({"city": None}, "city: "),
     ({"x": 1}, "x: there is no such argument")])
-def test_arguments_of_other_types_are_named(change: dict[str, Any], told: str) -> None:
+def test_arguments_of_other_types_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ToolFault, match="find_room was given wrong arguments") as caught:
         build_tool(find_room).call({"city": "Busan", "nights": 2, "kinds": ["a"]} | change)
-    assert caught.value.code == "arguments" and told in caught.value.reason
+    assert caught.value.code == "arguments" and message in caught.value.reason
 
 
 def untyped(x) -> None:
@@ -77,9 +77,9 @@ def odd(x: Tool) -> None:
     """Take a tool."""
 
 
-@pytest.mark.each("function, told", [(untyped, "must have a name and a type"),
+@pytest.mark.each("function, message", [(untyped, "must have a name and a type"),
                                             (silent, "has no docstring"), (many, "must have a name"),
                                             (odd, "have no JSON schema")])
-def test_functions_without_a_schema_are_refused(function: Any, told: str) -> None:
-    with pytest.raises(UserError, match=f"tool {function.__name__}: .*{told}"):
+def test_functions_without_a_schema_are_refused(function: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"tool {function.__name__}: .*{message}"):
         build_tool(function)

@@ -44,16 +44,17 @@ def test_a_long_result_is_truncated_with_a_note(host: EnvironmentHost) -> None:
     assert host.call(ToolCall("misbehave", {"how": "surrogate"})).text == "half ?"
 
 
-@pytest.mark.each("call, fault, told", [
+@pytest.mark.each("call, fault, message", [
     (ToolCall("misbehaves", {}), "unknown_tool", "the tools are add, misbehave"),
     (ToolCall("_hang", {}), "unknown_tool", "the tools are"),
     (ToolCall("misbehave", {}), "arguments", "how: is missing"),
     (ToolCall("misbehave", {"how": 1}), "arguments", "how: Input should be a valid string"),
     (ToolCall("add", {"by": 2}), "arguments", "by: there is no such argument")])
-def test_malformed_calls_reach_no_tool(host: EnvironmentHost, call: ToolCall, fault: str, told: str) -> None:
+def test_malformed_calls_reach_no_tool(host: EnvironmentHost, call: ToolCall, fault: str,
+                                       message: str) -> None:
     host.reset(TASK)
     result = host.call(call)
-    assert result.fault == fault and told in result.text, result
+    assert result.fault == fault and message in result.text, result
     assert json.loads(host.state) == {"count": 0}
 
 

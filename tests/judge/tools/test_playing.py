@@ -15,7 +15,7 @@ from megatron_sov.judge.tools.playing import (
     STREAMS_PER_EPISODE, EpisodeSettings, ToolPolicy, play_episodes, summarize_rows)
 from megatron_sov.judge.tools.registry import request_environment
 from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
-from tests.judge.tools.fuzzed_episodes import WORLDS, chat_encoder, played, problems_of
+from tests.judge.tools.fuzzed_episodes import WORLDS, chat_encoder, find_token_problems, played
 
 HOSTILE = Path(__file__).with_name("hostile_world.py")
 TALKING = f"{Path(__file__).with_name('talking_world.py')}:Talking"
@@ -31,7 +31,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_sampled_tokens_are_trained_and_tool_results_are_not(fuzzed: dict[str, Any]) -> None:
     rows = []
     for episodes, policy, encoder in fuzzed.values():
-        assert [problem for episode in episodes for problem in problems_of(episode, policy)] == []
+        assert [problem for episode in episodes for problem in find_token_problems(episode, policy)] == []
         rows += [build_row(episode, encoder) for episode in episodes]
     summary = summarize_rows(rows)
     assert summary["num_episodes"] == 80
@@ -79,17 +79,18 @@ def test_killed_episodes_resume_to_the_same_end(fuzzed: dict[str, Any], tmp_path
     with pytest.raises(_Killed):
         played("files", 12, tmp_path, _killed_at(round_), parallel=2)
     journal = work_folder(tmp_path / "files") / RECORDS
-    kept = sum(b'"turn"' in line for line in journal.read_bytes().splitlines())
+    num_turns = sum(b'"turn"' in line for line in journal.read_bytes().splitlines())
     with open(journal, "ab") as f:
         f.write(torn)
     again, policy, _ = played("files", 12, tmp_path, parallel=2)
     assert [build_row(episode, encoder) for episode in again] == expected
-    assert len(policy.seen) == sum(row["num_turns"] for row in expected) - kept  # none is written twice
+    assert len(policy.seen) == sum(row["num_turns"] for row in expected) - num_turns  # none is written twice
     assert not work_folder(tmp_path / "files").exists()
 
 
-def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str = f"{HOSTILE}:Hostile",
-             ) -> tuple[Episode, TurnEncoder]:
+def play_scripted_episode(tmp_path: Path, turns: list[str], limits: EpisodeLimits,
+                          world: str = f"{HOSTILE}:Hostile",
+                          ) -> tuple[Episode, TurnEncoder]:
     """Return one episode in which a model writes these turns."""
     encoder = TurnEncoder(chat_encoder(), "tok")
 
@@ -105,14 +106,15 @@ def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str
     return episode, encoder
 
 
-def call(name: str, **arguments: Any) -> str:
+def format_call(name: str, **arguments: Any) -> str:
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
 def test_tool_faults_are_reported_and_counted(tmp_path: Path) -> None:
     hows = ["raises", "nan", "dies", "hang"]
-    episode, encoder = scripted(tmp_path, [call("misbehave", how=how) + call("add") for how in hows] + ["so"],
-                                EpisodeLimits(call_timeout_s=5, max_tool_chars=80))
+    episode, encoder = play_scripted_episode(tmp_path, [format_call("misbehave", how=how) + format_call("add")
+                                                        for how in hows] + ["so"],
+                                             EpisodeLimits(call_timeout_s=5, max_tool_chars=80))
     assert episode.count_faults() == Counter(failed=1, result=1, ended=1, timeout=1)
     assert episode.result is not None and episode.result.reward == 4  # each failed call was undone
     assert (episode.end, episode.answer) == ("answered", "so")
@@ -122,43 +124,46 @@ def test_tool_faults_are_reported_and_counted(tmp_path: Path) -> None:
 
 
 def test_broken_machine_has_no_reward(tmp_path: Path) -> None:
-    episode, _ = scripted(tmp_path, [call("misbehave", how="broken")], EpisodeLimits())
+    episode, _ = play_scripted_episode(tmp_path, [format_call("misbehave", how="broken")], EpisodeLimits())
     assert episode.end == "infrastructure" and episode.result is not None
     assert (episode.result.reward, episode.result.status) == (None, "failed")
     assert "disk of the sandbox" in episode.result.reason
 
 
 def test_user_answers_do_not_change_sampled_tokens(tmp_path: Path) -> None:
-    said = ["<think>hm</think>two", call("add", n=1) + call("add", n=2), call("add", n=3), "<tool_call>{",
-            "3"]
-    episode, encoder = scripted(tmp_path, said, EpisodeLimits(), TALKING)
+    turns = ["<think>hm</think>two", format_call("add", n=1) + format_call("add", n=2),
+             format_call("add", n=3), "<tool_call>{",
+             "3"]
+    episode, encoder = play_scripted_episode(tmp_path, turns, EpisodeLimits(), TALKING)
     assert [turn.reply for turn in episode.turns] == ["Not two.", "And?", None, "Not <tool_call>{.", None]
     assert (episode.end, episode.answer) == ("answered", "3")
     assert episode.result is not None and episode.result.reward == 5
     # the ids contain the model's own tokens, followed by the template's rendering of the rest
-    assert [episode.ids[start:end] for start, end in episode.spans] == [encoder.encode(text) for text in said]
-    assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(said[0]),
+    written = [episode.ids[start:end] for start, end in episode.spans]
+    assert written == [encoder.encode(text) for text in turns]
+    assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(turns[0]),
                                                  *encoder.encode_after_turn([], user="Not two.")]
     assert json.loads(episode.turns[1].state)["turns"] == [["hm", "two", []], ["", "", ["add", "add"]]]
 
 
 def test_broken_or_truncated_conversation_ends(tmp_path: Path) -> None:
-    broken, _ = scripted(tmp_path, ["one", "break"], EpisodeLimits(), TALKING)
+    broken, _ = play_scripted_episode(tmp_path, ["one", "break"], EpisodeLimits(), TALKING)
     assert broken.end == "infrastructure" and broken.result is not None
     assert broken.result.reward is None and "the user is gone" in broken.result.reason
-    cut, _ = scripted(tmp_path, ["one", "two"], EpisodeLimits(max_turns=2), TALKING)
+    cut, _ = play_scripted_episode(tmp_path, ["one", "two"], EpisodeLimits(max_turns=2), TALKING)
     assert cut.end == "turns" and cut.result is not None and cut.result.reward == 2
 
 
 def test_an_episode_ends_at_its_limits(tmp_path: Path) -> None:
-    whole, _ = scripted(tmp_path, [call("add")] * 9, EpisodeLimits(max_turns=3))
+    whole, _ = play_scripted_episode(tmp_path, [format_call("add")] * 9, EpisodeLimits(max_turns=3))
     assert (whole.end, len(whole.turns)) == ("turns", 3)
     assert whole.result is not None and whole.result.reward == 3
     turn = len(whole.turns[0].written.ids)
     # no room for the second tool's result and an answer; no room for the second turn
     for limit, end in ((whole.num_response_tokens - turn, "tokens"),
                        (whole.num_response_tokens - 2 * turn - 1, "unended")):
-        episode, _ = scripted(tmp_path, [call("add")] * 9, EpisodeLimits(max_response_tokens=limit))
+        episode, _ = play_scripted_episode(tmp_path, [format_call("add")] * 9,
+                                           EpisodeLimits(max_response_tokens=limit))
         assert (episode.end, len(episode.turns)) == (end, 2)
         assert whole.ids[:len(episode.ids)] == episode.ids
         assert episode.num_response_tokens <= limit and episode.result is not None

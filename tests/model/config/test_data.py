@@ -83,14 +83,14 @@ def test_every_step_belongs_to_one_phase(shares: list[float], steps: int) -> Non
 # Rounds as phases of a run.
 
 
-def asked(*settings: str) -> RunConfig:
+def apply_data_settings(*settings: str) -> RunConfig:
     base = dataclasses.replace(recipes.get("tiny-solar-open"), rollout=RolloutConfig(
         rounds=7, steps_per_round=3, prompts_per_round=6, max_prompt_tokens=10, max_new_tokens=20))
     return apply_settings(base, ["data.phases.0.seq_len=32", *settings])
 
 
 def test_each_round_is_a_phase() -> None:
-    config = add_rounds(asked())
+    config = add_rounds(apply_data_settings())
     assert [phase.name for phase in config.data.phases] == [f"round-000{n}" for n in range(1, 8)]
     assert {phase.seq_len for phase in config.data.phases} == {32} and config.train.steps == 21
     assert config.phase_starts() == [0, 3, 6, 9, 12, 15, 18] and config.num_steps() == 21
@@ -98,23 +98,24 @@ def test_each_round_is_a_phase() -> None:
 
 
 def test_policies_stay_as_long_as_a_generator_may_ask_for_them() -> None:
-    assert retain_policies(asked("train.keep_checkpoints=1")).train.keep_checkpoints == 2
-    stale = asked("rollout.max_staleness=2", "train.checkpoint_every_steps=1", "train.keep_checkpoints=1")
+    assert retain_policies(apply_data_settings("train.keep_checkpoints=1")).train.keep_checkpoints == 2
+    stale = apply_data_settings("rollout.max_staleness=2", "train.checkpoint_every_steps=1",
+                                "train.keep_checkpoints=1")
     assert retain_policies(stale).train.keep_checkpoints == 12  # 4 rounds of 3
-    assert retain_policies(asked("train.keep_checkpoints=0")).train.keep_checkpoints == 0  # all
+    assert retain_policies(apply_data_settings("train.keep_checkpoints=0")).train.keep_checkpoints == 0  # all
     assert add_rounds(stale).train.keep_checkpoints == 1, "a run that writes itself asks for none"
 
 
 def test_rows_that_do_not_hold_a_response_are_refused() -> None:
     with pytest.raises(UserError, match="20 = 30 tokens; make"):
-        add_rounds(asked("data.phases.0.seq_len=29"))
+        add_rounds(apply_data_settings("data.phases.0.seq_len=29"))
     with pytest.raises(UserError, match="seq_len = 64:"):
-        add_rounds(asked("data.phases.0.seq_len=64", "rollout.max_new_tokens=4090",
+        add_rounds(apply_data_settings("data.phases.0.seq_len=64", "rollout.max_new_tokens=4090",
                           "model.max_position_tokens=4096"))
     with pytest.raises(UserError, match=r"rollout.rounds = 0: nothing"):
-        add_rounds(asked("rollout.rounds=0"))
+        add_rounds(apply_data_settings("rollout.rounds=0"))
 
 
 def test_a_rate_of_the_phase_is_not_passed_over_in_silence() -> None:
     with pytest.raises(UserError, match=r"0.001 and .*rounds use optim.lr"):
-        add_rounds(asked("data.phases.0.lr=1e-3"))
+        add_rounds(apply_data_settings("data.phases.0.lr=1e-3"))

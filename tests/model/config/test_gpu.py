@@ -31,8 +31,7 @@ def test_the_big_recipes_take_every_recipe(recipe: str, fp8: str) -> None:
 
 BROKEN = {
     "delayed": (["train.fp8=delayed"], "checkpoints do not store"),
-    "precision": (["train.fp8=tensorwise", "train.precision=fp32"],
-                  "needs train.precision = bf16, not fp32"),
+    "precision": (["train.fp8=tensorwise", "train.precision=fp32"], "needs train.precision = bf16, not fp32"),
     "weights without fp8": (["train.fp8_weights=true", "parallel.zero1=true"], "train.fp8 = none"),
     "no layer left": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3",
                        "train.fp8_bf16_layers_at_end=1"], "cover all 4 layers"),
@@ -52,10 +51,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.each(("changes", "sentence"), BROKEN.values())
-def test_every_broken_rule_is_reported(changes: list[str], sentence: str) -> None:
+@pytest.mark.each(("changes", "message"), BROKEN.values())
+def test_every_broken_rule_is_reported(changes: list[str], message: str) -> None:
     result = tiny(*changes).problems(8)
-    assert [p for p in result if sentence in p.sentence], result
+    assert [p for p in result if message in p.sentence], result
 
 
 def test_a_wide_dense_layer_that_stays_in_bf16_may_have_any_width() -> None:

@@ -13,7 +13,7 @@ from megatron_sov.model.config import (
 from megatron_sov.model.recipes import get
 
 
-@pytest.mark.each(("settings", "said"), [
+@pytest.mark.each(("settings", "message"), [
     ([], ""),
     (["model.latent_attention.kv_lora_rank=500"],
      "needs a multiple of 16, and model.latent_attention.kv_lora_rank = 500"),
@@ -21,10 +21,10 @@ from megatron_sov.model.recipes import get
      "needs a multiple of 16, and model.num_heads 128 x model.latent_attention.v_head_dim 97 / parallel.tp "
      "32 = 388"),
 ])
-def test_quantised_sizes_are_those_of_its_weights(settings: list[str], said: str) -> None:
+def test_quantised_sizes_are_those_of_its_weights(settings: list[str], message: str) -> None:
     problems = apply_settings(get("deepseek-v3"), ["train.fp8=tensorwise", *settings]).problems()
     found = [problem.rule for problem in problems if problem.key == "train.fp8"]
-    assert said in found if said else not found
+    assert message in found if message else not found
 
 
 # Settings of encoders: how many features they make, and everything that is wrong at once.

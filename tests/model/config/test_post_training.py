@@ -48,8 +48,7 @@ def test_a_broken_rule_is_named(settings: dict[str, Any], key: str) -> None:
 
 def test_problems_of_rounds_name_their_settings() -> None:
     few = RolloutConfig(rounds=2, samples_per_prompt=1, max_new_tokens=1024)
-    assert [problem.key for problem in PolicyConfig("grpo").problems(few)] == [
-        "rollout.samples_per_prompt"]
+    assert [problem.key for problem in PolicyConfig("grpo").problems(few)] == ["rollout.samples_per_prompt"]
 
 
 def test_a_set_part_overrides_the_method() -> None:

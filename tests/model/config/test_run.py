@@ -37,7 +37,7 @@ def test_a_sound_config_has_no_problems(small: Small) -> None:
 
 
 def test_a_row_must_split_over_the_processes_that_share_it(small: Small) -> None:
-    """A row is a micro-batch of whole samples: their length times their number counts."""
+    """A micro-batch is one row of whole samples, so the limit is sample length times number of samples."""
     layout = ParallelConfig(tp=2, sp=True, cp=2)
 
     def problems(seq_len: int, micro_batch_size: int) -> list[SettingsProblem]:

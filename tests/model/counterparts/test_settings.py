@@ -12,7 +12,7 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
          "vocab_size": 96, "gated_linear_unit": True, "normalization": "RMSNorm", "seq_length": 64}
 
 
-@pytest.mark.each(("stated", "sentence"), [
+@pytest.mark.each(("stated", "message"), [
     ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm': only 'RMSNorm' is read"),
     ({"vocab_size": None}, "model.vocab_size is missing; pass --set model.vocab_size=N"),
     ({"moe_layer_freq": 2, "num_moe_experts": 4}, "all dense layers must come before layers with experts"),
@@ -22,11 +22,11 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
     ({"mtp_num_layers": 10**30}, "must be a whole number from 0 to 10,000"),
     ({"add_bias_linear": True}, "add_bias_linear = True: only False is read"),
 ])
-def test_an_unsupported_architecture_is_refused(stated: dict[str, Any], sentence: str) -> None:
+def test_an_unsupported_architecture_is_refused(stated: dict[str, Any], message: str) -> None:
     assert infer_architecture(LLAMA).family == "llama"
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         infer_architecture(LLAMA | stated)
-    assert sentence in str(refused.value)
+    assert message in str(error.value)
 
 
 def test_positions_divided_by_a_factor_are_read() -> None:

@@ -50,7 +50,7 @@ def test_solar_open_2_has_exactly_the_parameters_of_its_card() -> None:
 
 
 ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
-"""Architecture -> a recipe that has it: stages of one model share theirs."""
+"""Architecture -> one recipe of it; the stages of a model share their architecture."""
 
 
 @pytest.mark.tier1_cases(6)
@@ -141,8 +141,8 @@ def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
 
 @pytest.mark.each(("seq_len", "window"), [(1, 0), (7, 0), (7, 3), (7, 7), (7, 100)])
 def test_keys_that_a_query_sees(seq_len: int, window: int) -> None:
-    seen = [min(i + 1, window or seq_len) for i in range(seq_len)]
-    assert compute_mean_keys(seq_len, window) == pytest.approx(sum(seen) / seq_len)
+    num_keys = [min(i + 1, window or seq_len) for i in range(seq_len)]
+    assert compute_mean_keys(seq_len, window) == pytest.approx(sum(num_keys) / seq_len)
 
 
 def test_windows_limit_keys_and_prediction_layers_have_their_own_head() -> None:

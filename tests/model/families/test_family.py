@@ -223,12 +223,12 @@ def test_solar_trains_with_plain_rotations_before_its_last_stage() -> None:
         assert recipes.get(name).model == replace(released, yarn=None)
 
 
-@pytest.mark.parametrize("said", [{}, {"num_key_value_heads": None}])
-def test_llama_without_num_key_value_heads_uses_num_attention_heads(said: dict) -> None:
+@pytest.mark.parametrize("changed", [{}, {"num_key_value_heads": None}])
+def test_llama_without_num_key_value_heads_uses_num_attention_heads(changed: dict) -> None:
     from transformers import LlamaConfig
 
     config = {name: value for name, value in hf_config(recipes.get("llama-3.1-8b").model).items()
-              if name != "num_key_value_heads"} | said
+              if name != "num_key_value_heads"} | changed
     assert models.get_family("llama").from_hf_config(config).num_kv_heads == 32
     assert LlamaConfig(**config).num_key_value_heads == 32
     with pytest.raises(UserError, match="lacks 'num_key_value_heads'"):

@@ -15,7 +15,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 
 
-def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
+def build_config(recipe: str, **fields: Any) -> dict[str, Any]:
     """Return a tiny recipe's config.json with other fields; None removes a field."""
     model = recipes.get(recipe).model
     changed = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds()) | fields
@@ -32,8 +32,8 @@ def test_qwens_windows_are_those_of_transformers(recipe: str, switch: bool, wind
                                                  layers: int) -> None:
     from transformers import AutoConfig
 
-    config = config_of(recipe, use_sliding_window=switch, sliding_window=window, max_window_layers=first,
-                       num_hidden_layers=layers, layer_types=None)
+    config = build_config(recipe, use_sliding_window=switch, sliding_window=window, max_window_layers=first,
+                          num_hidden_layers=layers, layer_types=None)
     theirs, ours = AutoConfig.for_model(**config), read(config)
     assert ours.layer_types() == theirs.layer_types
     assert ours.sliding_window_tokens == (theirs.sliding_window
@@ -42,10 +42,10 @@ def test_qwens_windows_are_those_of_transformers(recipe: str, switch: bool, wind
 
 
 def test_qwen3_moe_slides_in_all_layers_or_none() -> None:
-    sliding = read(config_of("tiny-qwen3-moe", use_sliding_window=True, sliding_window=9,
-                             max_window_layers=2))
+    sliding = read(build_config("tiny-qwen3-moe", use_sliding_window=True, sliding_window=9,
+                                max_window_layers=2))
     assert (set(sliding.layer_types()), sliding.sliding_window_tokens) == ({"sliding_attention"}, 9)
-    assert read(config_of("tiny-qwen3-moe", sliding_window=9)).attention_pattern == "G"
+    assert read(build_config("tiny-qwen3-moe", sliding_window=9)).attention_pattern == "G"
 
 
 @pytest.mark.each(("fields", "dense"), [
@@ -56,7 +56,7 @@ def test_dense_layers_of_qwen3_moe_are_those_of_transformers(fields: dict[str, A
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = config_of("tiny-qwen3-moe", **fields)
+    config = build_config("tiny-qwen3-moe", **fields)
     assert read(config).num_dense_layers == dense
     with torch.device("meta"):
         layers = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).model.layers
@@ -64,8 +64,8 @@ def test_dense_layers_of_qwen3_moe_are_those_of_transformers(fields: dict[str, A
 
 
 def test_prediction_layer_of_k_exaone_is_global_by_default() -> None:
-    silent = config_of("tiny-k-exaone", mtp_layer_types=None, mtp_sliding_windows=None,
-                       mtp_loss_scaling_factor=None)
+    silent = build_config("tiny-k-exaone", mtp_layer_types=None, mtp_sliding_windows=None,
+                          mtp_loss_scaling_factor=None)
     model = read(silent)
     assert (model.num_mtp_layers, model.mtp_layer_type(), model.mtp_loss_coeff) == (1, "full_attention", 0.05)
     sliding = read(silent | {"mtp_layer_types": ["sliding_attention"],
@@ -76,7 +76,7 @@ def test_prediction_layer_of_k_exaone_is_global_by_default() -> None:
 
 
 def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
-    config = config_of("tiny-k-exaone2")
+    config = build_config("tiny-k-exaone2")
     model = read(config)
     assert "sliding_window" not in config  # which no program could interpret
     assert (model.windows(), model.mtp_window()) == ([0, 64, 32, 32, 32, 0], 32)
@@ -91,7 +91,7 @@ def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
     assert (one.sliding_window_tokens, one.layer_windows) == (8, ())
 
 
-@pytest.mark.each(("recipe", "fields", "sentence"), [
+@pytest.mark.each(("recipe", "fields", "message"), [
     ("tiny-qwen2", {"use_sliding_window": True, "sliding_window": None},
      "use_sliding_window = True needs sliding_window"),
     ("tiny-qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* names sliding layers, but"),
@@ -108,13 +108,13 @@ def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
     ("tiny-k-exaone", {"mtp_num_speculative_steps": 0},
      "mtp_num_speculative_steps = 0 with num_nextn_predict_layers = 1"),
 ])
-def test_unsupported_structures_are_refused(recipe: str, fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        read(config_of(recipe, **fields))
+def test_unsupported_structures_are_refused(recipe: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(build_config(recipe, **fields))
 
 
 def test_a_pattern_that_qwen3_moe_cannot_express_is_a_problem_before_training() -> None:
-    model = read(config_of("tiny-qwen3-moe"))
+    model = read(build_config("tiny-qwen3-moe"))
     problems = models.get_family("qwen3_moe").problems(replace(model, attention_pattern="LG",
                                                         sliding_window_tokens=8, router_bias=True))
     assert len(problems) == 2 and any("either every layer slides or none does" in p.rule for p in problems)
@@ -127,7 +127,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_po
         "mscale": 0.7, "mscale_all_dim": 0.7}
 
 
-def latent_config_of(**fields: Any) -> dict[str, Any]:
+def build_latent_config(**fields: Any) -> dict[str, Any]:
     """Return the tiny DeepSeek's config.json with other fields."""
     model = recipes.get("tiny-deepseek-v3").model
     return models.get_family("deepseek_v3").to_hf_config(model, "bfloat16", TokenIds()) | fields
@@ -140,9 +140,9 @@ def read_latent(config: dict[str, Any]) -> ModelConfig:
 def test_widths_that_transformers_writes_are_those_that_follow() -> None:
     from transformers import AutoConfig
 
-    theirs = json.loads(AutoConfig.for_model(**latent_config_of()).to_json_string())
+    theirs = json.loads(AutoConfig.for_model(**build_latent_config()).to_json_string())
     assert (theirs["head_dim"], theirs["qk_head_dim"]) == (16, 32)
-    assert read_latent(theirs) == read_latent(latent_config_of())
+    assert read_latent(theirs) == read_latent(build_latent_config())
 
 
 def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> None:
@@ -152,7 +152,7 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
 
     from megatron_sov.engine.model.rotary import compute_frequencies, compute_softmax_scale
 
-    config = latent_config_of(rope_parameters=YARN)
+    config = build_latent_config(rope_parameters=YARN)
     model, theirs = read_latent(config), AutoConfig.for_model(**config)
     assert model.yarn == YarnConfig(40.0, 4096, mscale=0.7)
     assert compute_softmax_scale(model,
@@ -163,7 +163,7 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     assert read_latent(models.get_family("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
 
 
-@pytest.mark.each(("fields", "said"), [
+@pytest.mark.each(("fields", "message"), [
     ({"kv_lora_rank": None}, "lacks kv_lora_rank; add them"),
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2, but only 4 is supported"),
     ({"head_dim": 32}, "head_dim = 32, but only 16 is supported"),
@@ -178,9 +178,9 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor: with mscale"),
     ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "rope parameters long_factor are unknown"),
 ])
-def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        read_latent(latent_config_of(**fields))
+def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_latent(build_latent_config(**fields))
 
 
 def test_only_deepseek_v3_has_latent_attention() -> None:

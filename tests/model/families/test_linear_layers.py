@@ -23,14 +23,14 @@ def link(name: str) -> Link:
                 if one.key.startswith("decoder.") and one.key.endswith(name))
 
 
-def numbered(shape: tuple[int, ...]) -> torch.Tensor:
+def build_numbered_tensor(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(float(torch.Size(shape).numel())).reshape(shape)
 
 
 @pytest.mark.each("name", [entry.megatron for entry in (*KIMI_DELTA, *GATED_ATTENTION)])
 def test_split_tensors_are_joined_unchanged(name: str) -> None:
     one = link(name)
-    block = numbered(one.block_shape)
+    block = build_numbered_tensor(one.block_shape)
     parts = one.split(block)
     assert {n: tuple(t.shape) for n, t in parts.items()} == one.hf_shapes()
     assert torch.equal(one.join(parts), block)

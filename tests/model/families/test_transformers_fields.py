@@ -16,7 +16,7 @@ READ_BY_FAMILIES = {"_attn_implementation"}
 """Fields of `HARMLESS_FIELDS` that transformers' models for our families read too."""
 
 
-def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
+def build_config(recipe: str, **fields: Any) -> dict[str, Any]:
     model = recipes.get(recipe).model
     return models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds(1, 2, 0)) | fields
 
@@ -34,7 +34,7 @@ def test_the_table_knows_every_field_that_an_item_of_a_family_writes() -> None:
     from transformers import AutoConfig
 
     for name in ("tiny-llama", "tiny-qwen3-moe", "tiny-deepseek-v3", "tiny-gemma3", "tiny-exaone4"):
-        written = config_of(name)
+        written = build_config(name)
         config = AutoConfig.for_model(**written)
         known = load_transformers_fields()["shared"] | load_transformers_fields()[written["model_type"]]
         theirs = {field for field in config.to_dict() if field not in written}
@@ -68,7 +68,7 @@ PASSED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.each(("recipe", "fields"), PASSED)
 def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, fields: dict[str, Any]) -> None:
-    config = config_of(recipe)
+    config = build_config(recipe)
     family = models.get_family(config["model_type"])
     assert family.find_ignored_fields(config) == {}
     passed = family.find_ignored_fields(config | fields)
@@ -81,7 +81,7 @@ def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, field
     ("tiny-solar-open", "norm_topk_prob"),
     ("tiny-gemma3", "tie_word_embeddings")])
 def test_null_is_refused_where_transformers_takes_it_for_false(recipe: str, name: str) -> None:
-    config = config_of(recipe)
+    config = build_config(recipe)
     family = models.get_family(config["model_type"])
     with pytest.raises(UserError, match=r"None|null"):
         family.from_hf_config(config | {name: None})
@@ -108,7 +108,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.each(("recipe", "fields", "expected"), REFUSED)
 def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields: dict[str, Any],
                                                             expected: str) -> None:
-    config = config_of(recipe)
+    config = build_config(recipe)
     family = models.get_family(config["model_type"])
     with pytest.raises(UserError, match=expected):
         family.from_hf_config(config | fields)
@@ -129,5 +129,5 @@ def test_only_a_misspelt_family_gets_a_hint(name: str, hint: str | None) -> None
     assert (f"did you mean '{hint}'?" in str(e.value)) if hint else "did you mean" not in str(e.value)
 
 
-def test_any_is_no_value_of_a_config() -> None:
+def test_any_is_not_a_value_of_a_config() -> None:
     assert ANY_VALUE not in (None, 0, False, "", [])

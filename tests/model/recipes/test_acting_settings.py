@@ -16,7 +16,7 @@ from megatron_sov.model.config import RunConfig, apply_settings, setting_names
 from megatron_sov.model.config.data import phase_steps, phase_tokens
 from megatron_sov.model.recipes.requested import (
     RecipeRequest, TrainingOptions, request_recipe, request_training)
-from tests.typed_words import parse_settings
+from tests.typed_words import format_set_options, parse_settings
 
 STAGES = {"pretrain": ("tiny-qwen3", "lm", "pretrain"), "experts": ("tiny-solar-open", "lm", "pretrain"),
           "extend": ("tiny-solar-open-extend", "lm", "extend"), "sft": ("tiny-qwen3", "sft", "sft"),
@@ -49,8 +49,7 @@ def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
         inner, key = get_inner_hint(cls, field.name), f"{prefix}{field.name}"
         if get_origin(inner) is tuple:
             inner, key = (item,
-                f"{key}.0") if dataclasses.is_dataclass(item := get_inner_hint(inner, "0")) else (
-                inner, key)
+                f"{key}.0") if dataclasses.is_dataclass(item := get_inner_hint(inner, "0")) else (inner, key)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from keys_below(inner, f"{key}.")
         else:
@@ -158,7 +157,7 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
         "    def loss(self, hidden, head, batch): ...\n")
     given = (f"objective.name={tmp_path}/own.py:Own", "objective.options.gamma=2", "preference.beta=0.5",
              "rollout.temperature=0.5", "policy.kl=k3", "distillation.beta=1", "objective.text_coeff=0.1")
-    settings = [word for one in given for word in ("--set", one)]
+    settings = format_set_options(given)
     asked = request_training(parse_settings(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
     assert asked.config().preference.beta == 0.5
 

@@ -14,7 +14,7 @@ RUNS = [name for name in names() if get(name).objective.name == "policy"]
 LACKING = {"k-exaone-236b-rl": ("policy.clip_high=1.7",),
            **dict.fromkeys((f"vibethinker-1.5b-{stage}" for stage in ("math-16k", "math-32k", "code")),
                            ("policy.clip_low=0.2", "policy.clip_high=0.2", "policy.mgpo_lambda=1"))}
-"""Recipe -> what was not published of it, so that a run has to set it; the values mean nothing."""
+"""Recipe -> unpublished settings, which a run must set; the test's values are arbitrary."""
 
 
 @pytest.mark.each("name", RUNS)
@@ -98,9 +98,9 @@ def test_the_vocabulary_closes_as_published() -> None:
 def test_encoders_are_published_and_placeholders_are_text_tokens() -> None:
     model = get(NAMES[1]).model
     assert model.vision is not None and model.audio is not None
-    seen = model.vision
-    assert (seen.num_layers, seen.hidden_size, seen.num_heads, seen.patch_size) == (32, 1280, 16, 14)
-    assert seen.full_attention_layers == (7, 15, 23, 31)
+    vision = model.vision
+    assert (vision.num_layers, vision.hidden_size, vision.num_heads, vision.patch_size) == (32, 1280, 16, 14)
+    assert vision.full_attention_layers == (7, 15, 23, 31)
     assert (model.audio.num_layers, model.audio.hidden_size, model.audio.num_heads, model.audio.num_mels,
             model.audio.slots) == (32, 1280, 20, 128, 750), "25 in a second of 30"
     for name in (NAMES[1], "tiny-hyperclova-omni-continuous"):

@@ -67,8 +67,9 @@ def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
         (p.name, p.tokens or p.share) for p in big.data.phases]
     assert not any(p.tokens or p.blend or p.global_batch_size for p in tiny.data.phases), "accepts any data"
     assert (tiny.optim.schedule, tiny.objective) == (big.optim.schedule, big.objective)
-    assert [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in tiny.extend.stages] \
-        == [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in big.extend.stages]
+    for stage, big_stage in zip(tiny.extend.stages, big.extend.stages, strict=True):
+        assert (stage.name, stage.kind) == (big_stage.name, big_stage.kind)
+        assert [(p.name, p.share) for p in stage.parts] == [(p.name, p.share) for p in big_stage.parts]
     assert not any(s.blend or p.blend for s in tiny.extend.stages for p in s.parts), "accepts any data"
 
 

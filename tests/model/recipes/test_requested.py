@@ -73,11 +73,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def config_of(*argv: str) -> RunConfig:
+def request_config(*argv: str) -> RunConfig:
     return requested.request_recipe(parse_settings(requested.RecipeOptions, argv)).config()
 
 
-def written(path: Path, **fields: Any) -> str:
+def write_config(path: Path, **fields: Any) -> str:
     """Write a config.json of somebody else's; returns its path."""
     config = recipes.get("tiny-qwen3").to_dict()
     for name, value in fields.items():
@@ -91,7 +91,7 @@ def written(path: Path, **fields: Any) -> str:
 
 
 def test_a_user_recipe_is_recorded(site: Path) -> None:
-    config = config_of("./recipe.py:plain", "--set", "train.steps=7")
+    config = request_config("./recipe.py:plain", "--set", "train.steps=7")
     assert (config.recipe, config.train.steps) == ("mine", 7)
     (code,) = config.code
     assert (code.kind, code.name, code.reference) == ("recipe", "plain", f"{site}/recipe.py:plain")
@@ -101,7 +101,7 @@ def test_a_user_recipe_is_recorded(site: Path) -> None:
 def test_a_named_recipe_may_load_code_from_its_folder(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "elsewhere").mkdir()
     monkeypatch.chdir(site / "elsewhere")
-    config = config_of("../recipe.py:whole")
+    config = request_config("../recipe.py:whole")
     assert (config.model.family, config.objective.name) == ("mine", "Halved")
     assert [(c.kind, c.reference.rpartition("/")[2]) for c in config.code] == [
         ("recipe", "recipe.py:whole"), ("model family", "family.py:MINE"),
@@ -110,12 +110,12 @@ def test_a_named_recipe_may_load_code_from_its_folder(site: Path, monkeypatch: p
 
 
 def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
-    config = config_of("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set",
-                       "objective.name=objective.py:Halved", "--set", "objective.options.share=0.25")
+    config = request_config("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set",
+                            "objective.name=objective.py:Halved", "--set", "objective.options.share=0.25")
     assert (config.model.family, config.objective.options) == ("mine", {"share": 0.25})
-    made = objectives.get_factory(config, lambda context: pytest.fail("the built-in one"))
+    factory = objectives.get_factory(config, lambda context: pytest.fail("the built-in one"))
     with pytest.raises(UserError, match="objective Halved: has no `coefficients`"):
-        made(None)
+        factory(None)
 
 
 @pytest.mark.parametrize(("argument", "message"), [
@@ -129,7 +129,7 @@ def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
 ])
 def test_invalid_recipes_are_refused(site: Path, argument: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config_of(argument)
+        request_config(argument)
 
 
 @pytest.mark.parametrize(("setting", "message"), [
@@ -139,13 +139,12 @@ def test_invalid_recipes_are_refused(site: Path, argument: str, message: str) ->
     ("model.family=objective.py:Halved", r"objective.py:Halved: is a type; a model family is a"),
     ("objective.name=family.py:MINE",
      r"family.py:MINE: is a Family; an objective is a class with collect\(self, policy, step\)"),
-    ("objective.options.shaer=1",
-     r"objective.options.shaer: no such setting; did you mean 'share'\?"),
+    ("objective.options.shaer=1", r"objective.options.shaer: no such setting; did you mean 'share'\?"),
     ("objective.options.share=much", r'objective.options.share = "much" must be a number'),
 ])
 def test_invalid_families_objectives_and_options_are_refused(site: Path, setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config_of("tiny-qwen3", "--set", "objective.name=objective.py:Halved", "--set", setting)
+        request_config("tiny-qwen3", "--set", "objective.name=objective.py:Halved", "--set", setting)
 
 
 def attacks(site: Path) -> dict[str, str]:
@@ -154,16 +153,17 @@ def attacks(site: Path) -> dict[str, str]:
     family, objective = {"kind": "model family", "name": "mine", **code}, f"{site}/objective.py:Halved"
     halved = {"kind": "objective", "name": "Halved", **code, "reference": objective}
     return {
-        written(site / "a.json", model__family=f"{site}/family.py:MINE"): "is a file or module, "
+        write_config(site / "a.json", model__family=f"{site}/family.py:MINE"): "is a file or module, "
                                                                           "which is run only when",
-        written(site / "b.json", model__family="mine", code=[family]): f"add --plugin {site}/family.py:MINE",
-        written(site / "c.json", objective__name="objective.py:Halved"): "is a file or module, "
+        write_config(site / "b.json", model__family="mine",
+                     code=[family]): f"add --plugin {site}/family.py:MINE",
+        write_config(site / "c.json", objective__name="objective.py:Halved"): "is a file or module, "
                                                                          "which is run only when",
-        written(site / "d.json", objective__name="Halved", code=[halved]): f"add --plugin {objective}",
-        written(site / "e.json", recipe=f"{site}/recipe.py:whole",
-                model__family="os:system"): "is a file or module",
-        written(site / "f.json", code=[{**family, "kind": "command"}]): 'code.0.kind = "command"',
-        written(site / "g.json", code=[{**family, "run": True}]): "code.0.run: no such setting",
+        write_config(site / "d.json", objective__name="Halved", code=[halved]): f"add --plugin {objective}",
+        write_config(site / "e.json", recipe=f"{site}/recipe.py:whole",
+                     model__family="os:system"): "is a file or module",
+        write_config(site / "f.json", code=[{**family, "kind": "command"}]): 'code.0.kind = "command"',
+        write_config(site / "g.json", code=[{**family, "run": True}]): "code.0.run: no such setting",
     }
 
 
@@ -171,7 +171,7 @@ def attacks(site: Path) -> dict[str, str]:
 def test_a_config_executes_no_code(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path, message in attacks(site).items():
         with pytest.raises(UserError) as e:
-            config_of("--config", path)
+            request_config("--config", path)
         assert message in str(e.value), path
         for command in (["plan"], ["recipes"], ["pretrain", "--data", str(site), "--run", "run"],
                         ["extend", "--data", str(site), "--run", "run", "--from", "none"],
@@ -184,19 +184,19 @@ def test_a_config_executes_no_code(site: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_config_whose_recipe_was_a_file_needs_no_file(site: Path) -> None:
-    first = config_of("recipe.py:plain")
+    first = request_config("recipe.py:plain")
     (site / "config.json").write_text(format_json(first.to_dict()))
     (site / "recipe.py").unlink()
-    assert config_of("--config", "config.json") == first
+    assert request_config("--config", "config.json") == first
 
 
 def test_a_config_uses_code_named_on_the_command_line(site: Path) -> None:
-    first = config_of("recipe.py:whole")
+    first = request_config("recipe.py:whole")
     (site / "config.json").write_text(format_json(first.to_dict()))
     for registry in (models.FAMILY_PLUGINS, objectives.OBJECTIVE_PLUGINS, recipes.RECIPE_PLUGINS):
         registry._known.clear()
     named = ("--plugin", "family.py:MINE", "--plugin", "objective.py:Halved")
-    assert config_of("--config", "config.json", *named) == first
+    assert request_config("--config", "config.json", *named) == first
 
 
 def test_a_user_recipe_is_submitted_by_its_given_name(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,41 +248,41 @@ def test_a_checkpoint_executes_no_code(site: Path, capsys: pytest.CaptureFixture
     ('{"model_type": "llama"}', "names no recipe"),
     ("recipe: tiny-qwen3\nmodel_type: llama", "model_type: no such setting"),
 ])
-def test_files_that_are_no_settings(site: Path, text: str, message: str) -> None:
+def test_files_without_settings_are_refused(site: Path, text: str, message: str) -> None:
     (site / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"--config config.json(, line \d+)?: ") as e:
-        config_of("--config", "config.json")
+        request_config("--config", "config.json")
     assert message in str(e.value)
 
 
 def test_a_recipe_is_named_once(site: Path) -> None:
     with pytest.raises(UserError, match="pass --config FILE"):
-        config_of()
+        request_config()
     (site / "part.yaml").write_text("recipe: tiny-qwen3\n")
     with pytest.raises(UserError, match=r"--config part.yaml:"):
-        config_of("tiny-llama", "--config", "part.yaml")
+        request_config("tiny-llama", "--config", "part.yaml")
     with pytest.raises(UserError, match=r"--config \.: is a"):
-        config_of("--config", ".")
+        request_config("--config", ".")
 
 
 def test_config_files_override_the_recipe_in_order(site: Path) -> None:
     (site / "a.yaml").write_text("recipe: tiny-qwen3\ntrain:\n  steps: 7\n  seed: 3\noptim.lr: 2e-3\n"
                                  "data:\n  phases:\n  - {name: one, seq_len: 64}\n")
     (site / "b.json").write_text('{"train": {"steps": 9}, "lora": {"rank": 4}}')
-    config = config_of("--config", "a.yaml", "--config", "b.json", "--set", "train.seed=5")
-    assert config == config_of("tiny-qwen3", "--set", "train.steps=9", "--set", "train.seed=5", "--set",
-                               "optim.lr=2e-3", "--set", "lora.rank=4", "--set",
-                               'data.phases=[{"name": "one", "seq_len": 64}]')
-    assert config_of("tiny-qwen3", "--config", "b.json").train.steps == 9
+    config = request_config("--config", "a.yaml", "--config", "b.json", "--set", "train.seed=5")
+    assert config == request_config("tiny-qwen3", "--set", "train.steps=9", "--set", "train.seed=5", "--set",
+                                    "optim.lr=2e-3", "--set", "lora.rank=4", "--set",
+                                    'data.phases=[{"name": "one", "seq_len": 64}]')
+    assert request_config("tiny-qwen3", "--config", "b.json").train.steps == 9
     (site / "b.json").write_text('{"train": {"steps": "ten"}}')
     with pytest.raises(UserError, match=r"--config b.json, line 1"):
-        config_of("tiny-qwen3", "--config", "b.json")
+        request_config("tiny-qwen3", "--config", "b.json")
 
 
-def test_a_config_with_a_code_recipe_executes_nothing(site: Path) -> None:
+def test_a_config_with_a_code_recipe_executes_no_code(site: Path) -> None:
     (site / "a.yaml").write_text("recipe: recipe.py:plain\n")
     with pytest.raises(UserError, match=r"recipe = 'recipe.py:plain'"):
-        config_of("--config", "a.yaml")
+        request_config("--config", "a.yaml")
     assert not (site / "ran").exists()
 
 
@@ -298,7 +298,7 @@ def test_plugins_are_families_and_objectives(site: Path) -> None:
 def test_nested_code_references_in_settings_are_not_executed(site: Path) -> None:
     model = json.dumps({**recipes.get("tiny-qwen3").to_dict()["model"], "family": "family.py:MINE"})
     with pytest.raises(UserError, match="is a file or module"):
-        config_of("tiny-qwen3", "--set", f"model={model}")
+        request_config("tiny-qwen3", "--set", f"model={model}")
     assert (apply_settings(recipes.get("tiny-qwen3"), ["model.family=family.py:MINE"]).model.family
             == "family.py:MINE")
     assert not (site / "ran").exists()

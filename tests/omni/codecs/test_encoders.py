@@ -16,7 +16,7 @@ from megatron_sov.omni.codecs.encoders import Compressor, MediaEncoder, Mixer, c
 from megatron_sov.omni.codecs.ta_tok import UnitSimVQ
 
 
-def drawn(tokens: int) -> tuple[torch.Tensor, ...]:
+def draw_inputs(tokens: int) -> tuple[torch.Tensor, ...]:
     """Return x, dt, a, b, c for two sequences."""
     torch.manual_seed(tokens)
     return (torch.randn(2, tokens, 3, 4).double(), torch.rand(2, tokens, 3).double(),
@@ -25,7 +25,7 @@ def drawn(tokens: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.each("tokens", [1, 63, 64, 65, 200])
 def test_scan_equals_the_recurrence(tokens: int) -> None:
-    x, dt, a, b, c = drawn(tokens)
+    x, dt, a, b, c = draw_inputs(tokens)
     state, expected = torch.zeros(2, 3, 4, 5).double(), []
     for t in range(tokens):
         state = (dt[:, t] * a).exp()[..., None, None] * state + (
@@ -92,8 +92,8 @@ def test_installed_kernel_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: name == "mamba_ssm")
     assert select_scan(torch.device("cpu")) is scan
-    result = select_scan(torch.device("cuda"))(*drawn(70))
-    assert result.equal(scan(*drawn(70))) and asked == {"groups": 1, "chunk_size": 64}
+    result = select_scan(torch.device("cuda"))(*draw_inputs(70))
+    assert result.equal(scan(*draw_inputs(70))) and asked == {"groups": 1, "chunk_size": 64}
 
 
 QWEN = VisionEncoderConfig(

@@ -26,7 +26,7 @@ def codec(tmp_path: Path) -> Path:
     return tmp_path / "codec"
 
 
-def written(folder: Path, content: Any, state: dict[str, torch.Tensor]) -> Path:
+def write_codec(folder: Path, content: Any, state: dict[str, torch.Tensor]) -> Path:
     """Write a codec artifact with arbitrary content."""
     with create_artifact(folder, ARTIFACT_KIND) as writer:
         save_file(state, writer.path / WEIGHTS)
@@ -43,7 +43,7 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     assert not any(p.requires_grad for p in read.parameters())
 
 
-@pytest.mark.each(("content", "said"), [
+@pytest.mark.each(("content", "message"), [
     ([], "names no kind of codec"), ({"codec": 3}, "names no kind of codec"),
     ({"codec": "os:system", "config": {}}, "'os:system' is not a kind of codec; there are vqmodel"),
     ({"codec": "ta-tok"}, "null must be an object of settings"),
@@ -52,9 +52,9 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     ({"codec": "ta-tok", "config": {"code_width": 10**30}}, "code_width"),
     ({"codec": "ta-tok", "config": {"codebook_size": 10**12}},
      "codebook_size = 1000000000000 must be at most 1,048,576")])
-def test_hostile_manifests_are_refused(tmp_path: Path, content: Any, said: str) -> None:
-    folder = written(tmp_path / "bad", content, {"a": torch.zeros(1)})
-    with pytest.raises(UserError, match=re.escape(said)) as caught:
+def test_hostile_manifests_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    folder = write_codec(tmp_path / "bad", content, {"a": torch.zeros(1)})
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         open_codec(folder)
     assert str(folder) in str(caught.value)
 
@@ -69,7 +69,8 @@ def test_weights_must_fit_the_settings(codec: Path, tmp_path: Path) -> None:
         (SETTINGS, {**state, "to_code.bias": torch.zeros(4, dtype=torch.int64)}, "numbers of kind I64"),
         (SETTINGS, {**state, "to_code.bias": torch.tensor([0.0, 1, float("nan"), 2])}, "are not finite")]
     for i, (settings, tensors, said) in enumerate(cases):
-        folder = written(tmp_path / str(i), {"codec": "ta-tok", "config": to_plain_values(settings)}, tensors)
+        folder = write_codec(tmp_path / str(i), {"codec": "ta-tok", "config": to_plain_values(settings)},
+                             tensors)
         with pytest.raises(UserError, match=said):
             open_codec(folder)
 

@@ -47,8 +47,7 @@ def test_picture_codecs_equal_official_classes(tmp_path: Path, kind: str) -> Non
 @pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize("kind", ["dac", "mimi"])
 @pytest.mark.parametrize("num_codebooks", [1, 3])
-def test_sound_codecs_equal_official_classes(tmp_path: Path, kind: str,
-                                                                   num_codebooks: int) -> None:
+def test_sound_codecs_equal_official_classes(tmp_path: Path, kind: str, num_codebooks: int) -> None:
     network = save(kind, tmp_path / "hf")
     import_codec(kind, tmp_path / "hf", tmp_path / "codec", num_codebooks=num_codebooks)
     codec = open_codec(tmp_path / "codec")
@@ -80,20 +79,19 @@ def test_long_sounds_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(codec.encode(SOUND), torch.cat(pieces))
 
 
-def changed(folder: Path, **fields: Any) -> None:
+def change_config(folder: Path, **fields: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-@pytest.mark.each(("kind", "fields", "said"), [
+@pytest.mark.each(("kind", "fields", "message"), [
     ("vqmodel", {"num_vq_embeddings": 17}, "17"),
     ("dac", {"codebook_size": 2**60}, "is too large for a codec"),
     ("mimi", {"rope_parameters": {"rope_type": "none"}}, "cannot load it")])
-def test_invalid_configs_are_refused(tmp_path: Path, kind: str, fields: dict[str, Any],
-                                               said: str) -> None:
+def test_invalid_configs_are_refused(tmp_path: Path, kind: str, fields: dict[str, Any], message: str) -> None:
     save(kind, tmp_path / "hf")
-    changed(tmp_path / "hf", **fields)
-    with pytest.raises(UserError, match=said):
+    change_config(tmp_path / "hf", **fields)
+    with pytest.raises(UserError, match=message):
         import_codec(kind, tmp_path / "hf", tmp_path / "codec")
     assert not (tmp_path / "codec").exists()
 
@@ -112,13 +110,13 @@ def test_incomplete_weights_are_refused(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.tier1_cases(4)
-@pytest.mark.parametrize(("config", "said"), [
+@pytest.mark.parametrize(("config", "message"), [
     ({"auto_map": {"AutoModel": "evil.Model"}}, "config.auto_map: is not a size of a codec"),
     ({"nested": [{"_target_": "os.system"}]}, "config.nested.0._target_"),
     ({"layers_per_block": 900_000}, "tensors"), ({"block_out_channels": [1_000_000] * 3}, "numbers"),
     ({"block_out_channels": "x"}, "cannot build VQModel"), ({"num_vq_embeddings": 17}, "has the shape"),
     ({"in_channels": "${oc.env:HOME}"}, "cannot build VQModel")])
-def test_hostile_manifests_are_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+def test_hostile_manifests_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     save("vqmodel", tmp_path / "hf")
     import_codec("vqmodel", tmp_path / "hf", tmp_path / "codec")
     content = read_manifest(tmp_path / "codec", "codec").content
@@ -126,7 +124,7 @@ def test_hostile_manifests_are_refused(tmp_path: Path, config: dict[str, Any], s
     with create_artifact(tmp_path / "bad", "codec") as writer:
         (writer.path / WEIGHTS).write_bytes((tmp_path / "codec" / WEIGHTS).read_bytes())
         writer.content = content
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         open_codec(tmp_path / "bad")
 
 
@@ -158,6 +156,6 @@ def test_removed_codec_kinds_are_refused(tmp_path: Path, kind: str) -> None:
     with create_artifact(tmp_path / "old", "codec") as writer:
         save_file({"a": torch.zeros(1)}, writer.path / WEIGHTS)
         writer.content = {"codec": kind, "config": {}}
-    said = f"'{kind}' is not a kind of codec; it was removed in this version: import a codec"
-    with pytest.raises(UserError, match=said):
+    message = f"'{kind}' is not a kind of codec; it was removed in this version: import a codec"
+    with pytest.raises(UserError, match=message):
         open_codec(tmp_path / "old")

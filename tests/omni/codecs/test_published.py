@@ -45,8 +45,8 @@ class PublishedTATok(nn.Module):
         return F.normalize(regularizer.embedding_proj(regularizer.embedding.weight), dim=-1)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        seen = self.encoder((pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states[-2]
-        vectors = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(seen)), dim=-1)
+        features = self.encoder((pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states[-2]
+        vectors = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(features)), dim=-1)
         return (vectors @ self.codes().T).argmax(-1)
 
 
@@ -207,8 +207,7 @@ def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 128, padding: int = 0
     return audio.view(-1, 160)[:, :n_mels].T * 20
 
 
-def test_cosyvoice2_uses_the_network_of_s3tokenizer(tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cosyvoice2_uses_the_network_of_s3tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = S3TokenizerV2("speech_tokenizer_v2_25hz", ModelConfig(80, 1500, 64, 1, 2))
     save_file(network.state_dict(), tmp_path / "weights.safetensors")

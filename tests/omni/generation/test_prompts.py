@@ -55,8 +55,8 @@ def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, 
         Image.fromarray(random.integers(256, size=(20, 16, 3), dtype=np.uint8)).save(folder / f"{name}.png")
     soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 40_000), 16_000)
     save_codecs(folder / "pictures", folder / "sounds")
-    said = {"role": "assistant", "content": "Seven and two."}
-    records = [{"messages": [{"role": "user", "content": shown}, said]} for shown in (RECORD, OTHER)]
+    answer = {"role": "assistant", "content": "Seven and two."}
+    records = [{"messages": [{"role": "user", "content": shown}, answer]} for shown in (RECORD, OTHER)]
     (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in as_one_rank.items():

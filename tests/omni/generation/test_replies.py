@@ -147,8 +147,8 @@ def test_allowed_replies_are_well_formed(seed: int) -> None:
     pictures = [part for part in parts if isinstance(part, replies.ImagePart)]
     assert all(part.complete and len(part.tokens) == GRID ** 2 for part in pictures)
     assert len(pictures) == text.count("discrete_image_start")
-    said = sum(len(part.tokens) for part in parts if isinstance(part, replies.AudioPart))
-    assert said == len(re.findall(r"<\|audio\d", text))
+    num_audio_tokens = sum(len(part.tokens) for part in parts if isinstance(part, replies.AudioPart))
+    assert num_audio_tokens == len(re.findall(r"<\|audio\d", text))
 
 
 def test_well_formed_replies_are_allowed() -> None:

@@ -118,22 +118,22 @@ def test_signatures_are_compared_with_those_that_this_project_calls(tmp_path: Pa
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     assert [contract.find_first_difference(name)[1] for name in ("megatron.core", "torch")] == ["", ""]
     (tmp_path / "engine_double").mkdir()
-    wanted = {"f": "a, *, b=1", "A": "", "A.g": "self, x"}
+    expected = {"f": "a, *, b=1", "A": "", "A.g": "self, x"}
     (tmp_path / "contract.json").write_text(json.dumps(
-        {"engine_double": {"version": "2", "files": {"engine_double/__init__.py": wanted}}}))
+        {"engine_double": {"version": "2", "files": {"engine_double/__init__.py": expected}}}))
     monkeypatch.setattr(contract, "CONTRACT", tmp_path / "contract.json")
     monkeypatch.setattr(doctor, "CONTRACT_LIBRARIES", {"engine_double": "engine-double"})
     monkeypatch.setattr(doctor, "installed_version", lambda name: "1")
     monkeypatch.syspath_prepend(str(tmp_path))
-    said = []
+    problems = []
     for text in ("try:\n    def f(a: int, *, b: int = 1): ...\nfinally: 0\nclass A:\n    def g(self, x): ...",
                  "def f(a, *, b=2): ...", "def f(a, *, b=1): ...\nclass A: ..."):
         (tmp_path / "engine_double/__init__.py").write_text(text)
-        said.append(only(doctor.iter_contract_checks()).detail)
+        problems.append(only(doctor.iter_contract_checks()).detail)
     read = "engine-double 1 differs from 2, which this project supports: "
-    assert said == ["engine-double: the signatures match",
-                    f"{read}f of engine_double/__init__.py takes (a, *, b=2), not (a, *, b=1)",
-                    f"{read}A.g of engine_double/__init__.py is gone"]
+    assert problems == ["engine-double: the signatures match",
+                        f"{read}f of engine_double/__init__.py takes (a, *, b=2), not (a, *, b=1)",
+                        f"{read}A.g of engine_double/__init__.py is gone"]
     (tmp_path / "engine_double/__init__.py").write_text("(")
     assert " cannot be read (SyntaxError: " in only(doctor.iter_contract_checks()).detail
 

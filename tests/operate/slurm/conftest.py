@@ -10,6 +10,7 @@ import pytest
 from megatron_sov import cli
 from megatron_sov.runs.obs.events import read_events
 from tests.operate.slurm import virtual_cluster
+from tests.typed_words import format_set_options
 
 PROFILE = """description: four virtual nodes of one rank each
 partition: batch
@@ -61,7 +62,7 @@ def site(cluster: Any, warm_python: str, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.fixture
 def small() -> tuple[str, ...]:
     """--set arguments of the smallest model."""
-    return tuple(word for setting in SMALL for word in ("--set", setting))
+    return tuple(format_set_options(SMALL))
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def question(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return ask
 
 
-def ended(run: Path) -> dict[str, Any]:
+def get_last_record(run: Path) -> dict[str, Any]:
     """Return the last record."""
     return dict(json.loads((run / "slurm/attempts.jsonl").read_text().splitlines()[-1]))
 
@@ -62,8 +62,8 @@ def srun_says(run: Path, text: str, rank_log: str = "") -> tuple[str, ...]:
 
 def test_a_first_attempt_runs(question: Question, run: Path) -> None:
     assert question("begin") == "run"
-    assert ended(run) | {"time_s": 0} == {"event": "begin", "time_s": 0, "job": "7", "restart": 0,
-                                          "nodes": ["n1", "n2"], "progress": 0}
+    assert get_last_record(run) | {"time_s": 0} == {"event": "begin", "time_s": 0, "job": "7", "restart": 0,
+                                                    "nodes": ["n1", "n2"], "progress": 0}
 
 
 def test_a_complete_stage_ends_the_job(question: Question, run: Path) -> None:
@@ -77,17 +77,17 @@ def test_an_exit_code_alone_does_not_make_a_stage_complete(question: Question, r
     question("begin")
     checkpoint(run, 10)
     assert question("end", "--code", "0") == "requeue"
-    assert ended(run)["outcome"] == "stopped"
+    assert get_last_record(run)["outcome"] == "stopped"
 
 
 def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: Question, run: Path) -> None:
     question("begin")
     checkpoint(run, 10)
     assert question("end", "--code", "0", "--asked", "limit") == "requeue"
-    assert ended(run)["reason"] == "its time limit came near; saved so far: step 10"
+    assert get_last_record(run)["reason"] == "its time limit came near; saved so far: step 10"
     question("begin", restart=1)
     assert question("end", "--code", "0", "--asked", "cancel", restart=1) == "exit 75"
-    assert ended(run)["reason"] == "it was cancelled, or put back by hand; saved so far: step 10"
+    assert get_last_record(run)["reason"] == "it was cancelled, or put back by hand; saved so far: step 10"
 
 
 def test_waiting_for_other_jobs_requeues_without_blame(question: Question, run: Path) -> None:
@@ -96,8 +96,8 @@ def test_waiting_for_other_jobs_requeues_without_blame(question: Question, run: 
     for restart in range(2):
         question("begin", restart=restart)
         assert question("end", "--code", "75", *logs, restart=restart) == "requeue"
-    assert ended(run)["outcome"] == "stopped" and ended(run)["blamed"] == []
-    assert ended(run)["reason"] == "round 2 waits for a policy that round 1 has trained"
+    assert get_last_record(run)["outcome"] == "stopped" and get_last_record(run)["blamed"] == []
+    assert get_last_record(run)["reason"] == "round 2 waits for a policy that round 1 has trained"
 
 
 def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -> None:
@@ -105,15 +105,15 @@ def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -
     (run / "stages/1-long").mkdir(parents=True)
     (run / "stages/1-long/gate_failed.json").write_text('{"failure": "needle 40 % at 4096"}')
     assert question("end", "--code", "0") == "exit 3"
-    assert ended(run)["reason"] == "needle 40 % at 4096"
+    assert get_last_record(run)["reason"] == "needle 40 % at 4096"
 
 
 def test_a_failed_gate_ends_the_job_without_blame(question: Question, run: Path) -> None:
     question("begin")
     words = srun_says(run, "srun: error: n2: task 1: Exited with exit code 3\n", "NOT verified: see above\n")
     assert question("end", "--code", "3", *words) == "exit 3"
-    assert (ended(run)["outcome"], ended(run)["reason"], ended(run)["blamed"]) == (
-        "gate", "NOT verified: see above", [])
+    assert (get_last_record(run)["outcome"], get_last_record(run)["reason"],
+            get_last_record(run)["blamed"]) == ("gate", "NOT verified: see above", [])
 
 
 def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(question: Question, run: Path,
@@ -122,12 +122,12 @@ def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(question: Question
     question("begin")
     logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n",
                      "error: --data x: does not exist\n")
-    told: list[str] = []
-    monkeypatch.setattr(attempts, "log_message", told.append)
+    messages: list[str] = []
+    monkeypatch.setattr(attempts, "log_message", messages.append)
     assert question("end", "--code", "143", *logs) == "exit 2", (
         "the siblings' 143 hides the code of the first")
-    assert told == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: "
-                    "does not exist"]
+    assert messages == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: "
+                        "does not exist"]
 
 
 def test_a_node_that_fails_twice_is_excluded(question: Question, run: Path) -> None:
@@ -161,7 +161,7 @@ def test_ranks_that_stood_still_bring_no_strike(question: Question, run: Path) -
     logs = srun_says(run, "srun: error: n1: task 0: Exited with exit code 76\n")
     question("begin")
     assert question("end", "--code", "76", *logs) == "requeue"
-    assert (ended(run)["outcome"], ended(run)["blamed"]) == ("hang", [])
+    assert (get_last_record(run)["outcome"], get_last_record(run)["blamed"]) == ("hang", [])
 
 
 def test_failures_without_progress_stop_the_job(question: Question, run: Path) -> None:
@@ -234,7 +234,7 @@ def test_no_torch_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-# What follows from the attempts of a job: strikes, failures in a row, progress.
+# Consequences of earlier attempts: strikes against nodes, failures in a row, progress.
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
     assert measure_progress(tmp_path / "store") == 3
 
 
-# Which rank failed first, from srun's own words (as Slurm 22.05 writes them).
+# The rank that failed first, from the output of srun (in the form of Slurm 22.05).
 
 
 KILLED = """srun: error: n3: task 2: Killed
@@ -303,7 +303,7 @@ srun: error: n1: task 0: Exited with exit code 1
 """
 
 
-@pytest.mark.each(("log", "sentence", "code"), [
+@pytest.mark.each(("log", "message", "code"), [
     (KILLED, "rank 2 on n3 was ended by a signal (Killed)", None),
     ("srun: error: n2: tasks 8-15: Exited with exit code 2\n", "rank 8 on n2 ended with exit code 2", 2),
     ("srun: error: gpu-a[01]: task 1: Exited with exit code 9\nsrun: error: n1: tasks 0,3: Terminated\n",
@@ -313,13 +313,13 @@ srun: error: n1: task 0: Exited with exit code 1
     ("srun: error: n2: task 4: Segmentation fault (core dumped)\n", "rank 4 on n2 was ended by a signal "
      "(Segmentation fault (core dumped))", None),
 ])
-def test_the_first_to_fail_is_named(log: str, sentence: str, code: int | None) -> None:
+def test_the_first_to_fail_is_named(log: str, message: str, code: int | None) -> None:
     failure = find_first_failure(log)
     assert failure is not None
-    assert (str(failure), failure.exit_code) == (sentence, code)
+    assert (str(failure), failure.exit_code) == (message, code)
 
 
-def test_other_words_of_srun_are_no_failure() -> None:
+def test_other_output_of_srun_is_not_a_failure() -> None:
     assert find_first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\n"
                          "srun: got SIGCONT\n") is None
 
@@ -327,6 +327,6 @@ def test_other_words_of_srun_are_no_failure() -> None:
 def test_log_tail_shows_the_last_state_of_a_progress_bar(tmp_path: Path) -> None:
     log = tmp_path / "rank-0.log"
     log.write_text("".join(f"line {i}\n" for i in range(30)) + "step 1\rstep 2\rstep 3\nerror: full\n")
-    shown = read_last_lines(log).splitlines()
-    assert shown[-2:] == ["    step 3", "    error: full"] and len(shown) == 15
+    lines = read_last_lines(log).splitlines()
+    assert lines[-2:] == ["    step 3", "    error: full"] and len(lines) == 15
     assert read_last_lines(tmp_path / "none.log") == ""

@@ -1,5 +1,5 @@
-"""Generated scripts, submitted unchanged to a real Slurm: runs with sick nodes, dead nodes and time
-limits."""
+"""Generated scripts, submitted unchanged to a real Slurm: runs
+with sick nodes, dead nodes and time limits."""
 
 import json
 import shlex
@@ -19,7 +19,8 @@ from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.train.side_jobs.evaluations import ExportEvaluations
 
 STEPS = {False: 75, True: 100}
-"""Of a run by whether one of its ranks is killed too: each event finds some left."""
+"""Number of steps, depending on whether the test also kills a rank:
+each event must occur before the run ends."""
 Submit = Callable[..., str]
 
 
@@ -36,7 +37,7 @@ def ends(records: Path) -> list[dict[str, Any]]:
 
 
 def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Path, *words: str) -> str:
-    """Return the number of a job that keeps a second one of its run out."""
+    """Return the number of a job that excludes a second job of the same run."""
     job = submit(records, *words)
     assert cli.main(["submit", *words]) == 2
     assert f"its job {job} is " in capsys.readouterr().err
@@ -124,8 +125,7 @@ def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(cluster: Any, 
                                                                   small: tuple[str, ...], packed_data: Any,
                                                                   capsys: pytest.CaptureFixture[str],
                                                                   warm_python: str) -> None:
-    """The stage of data with Python as it is, which reads the copy of the code; other jobs have
-    `warm_python`."""
+    """The data stage uses plain Python, to run the copied code; other jobs use `warm_python`."""
     python = site / "python"
     python.write_text("#!/bin/bash\n"
                       f'case "$*" in *"-m data_prep.cli "*) exec {sys.executable} "$@";; esac\n'
@@ -178,7 +178,7 @@ def test_a_job_brings_the_figures_of_an_export(site: Path, cluster: Any, until: 
     cluster.run("scontrol", "update", "partitionname=batch", "state=down")
     try:
         beside.wait()
-        # the job is in Slurm's hands, and nobody waits for it
+        # the job waits in Slurm's queue
         assert events == [] and len(beside._submitted) == 1
     finally:
         cluster.run("scontrol", "update", "partitionname=batch", "state=up")

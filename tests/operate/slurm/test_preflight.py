@@ -1,4 +1,4 @@
-"""The check of every node before a job: what makes a node sick, and one real check by two ranks."""
+"""The node check before a job: criteria of a sick node, and one real check by two ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_sound_nodes_pass(tmp_path: Path) -> None:
     assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2")) == {}
 
 
-@pytest.mark.each(("changed", "why"), [
+@pytest.mark.each(("changed", "message"), [
     ({"num_gpus": 7}, "7 GPUs, 8 wanted"),
     ({"disk_error": "/raid: Read-only file system", "free_disk_bytes": 0},
      "disk cannot be written (/raid: Read-only file system)"),
@@ -54,8 +54,8 @@ def test_sound_nodes_pass(tmp_path: Path) -> None:
     ({"clock_skew_s": -30.0}, "its clock is -30.0 s off the others"),
     ({"allreduce_s": 11.0}, "the all-reduce took 11.00 s, at most 10 s wanted"),
 ])
-def test_a_sick_node_is_named_with_the_figure(tmp_path: Path, changed: dict[str, Any], why: str) -> None:
-    assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2", **changed)) == {"n2": f"rank 2: {why}"}
+def test_a_sick_node_is_named_with_the_figure(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2", **changed)) == {"n2": f"rank 2: {message}"}
 
 
 def test_single_gpu_ranks_see_all_gpus_of_the_node_together(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_two_ranks_look_at_this_machine(tmp_path: Path, warm_python: str) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    read_only = Path("/proc/scratch")  # nothing can be written there, not even by root
+    read_only = Path("/proc/scratch")  # a folder in which not even root can write
     processes = [subprocess.Popen(
         [warm_python, "-m", "megatron_sov.operate.slurm.preflight", str(tmp_path), "--scratch", str(scratch),
          "--timeout-s", "600"],

@@ -1,5 +1,5 @@
-"""The scripts in slurm/scripts: the chains they submit, their acceptance by a real Slurm, and a real
-`sbatch` run."""
+"""The scripts in slurm/scripts: the chains they submit, their
+acceptance by a real Slurm, and a real `sbatch` run."""
 
 import json
 import os
@@ -29,6 +29,7 @@ from megatron_sov.post.rl.reward import resolve_reward_version
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
 from megatron_sov.work.clusters.units import GIB
+from tests.typed_words import format_set_options
 from tokenizer.cli import COMMANDS as TOKENIZER_COMMANDS
 
 ROOT = Path(__file__).parents[3]
@@ -138,9 +139,9 @@ def test_slurm_accepts_every_script_unchanged(cluster: Any, site: Path) -> None:
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
         cluster.run("sbatch", "--test-only", "--partition=wide", str(script))
     pretrain = SCRIPTS / "k-exaone-236b/06-pretrain.sbatch"
-    refused = subprocess.run(["sbatch", "--test-only", "--partition=wide", "--nodes=65", str(pretrain)],
-                             env=cluster.env, capture_output=True, text=True, check=False)
-    assert refused.returncode != 0 and "node configuration is not available" in refused.stderr
+    result = subprocess.run(["sbatch", "--test-only", "--partition=wide", "--nodes=65", str(pretrain)],
+                            env=cluster.env, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "node configuration is not available" in result.stderr
 
 
 def export_variables(**variables: object) -> str:
@@ -206,7 +207,7 @@ NEEDLES = ("needle.lengths_tokens=[512]", "needle.depths=[0.5]", "needle.samples
 
 
 def format_settings(*changes: str) -> tuple[str, ...]:
-    return tuple(word for setting in changes for word in ("--set", setting))
+    return tuple(format_set_options(changes))
 
 
 EXTRA_ARGUMENTS = {
@@ -223,7 +224,7 @@ EXTRA_ARGUMENTS = {
     "benchmarks": ("--limit", "1")}
 EXTRA_ARGUMENTS |= {"pair-tokens": EXTRA_ARGUMENTS["group-tokens"], "prefer-rounds": (
     *EXTRA_ARGUMENTS["rl-run"], *format_settings("policy.keep_unfinished=true"))}
-"""Stage -> arguments added to its script's command, which make it take seconds."""
+"""Stage -> arguments added to its script's command, which reduce its time to seconds."""
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""Job scripts: arguments reach the program unchanged, and a real Slurm accepts every template with every
-profile."""
+"""Job scripts: arguments reach the program unchanged, and a real
+Slurm accepts every template with every profile."""
 
 import dataclasses
 import itertools
@@ -45,15 +45,15 @@ ARGUMENTS = {
 NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
 
 
-def prepared(stage: str, words: tuple[str, ...], profile: ClusterProfile, **request: Any) -> PreparedStage:
+def prepare_job(stage: str, words: tuple[str, ...], profile: ClusterProfile, **request: Any) -> PreparedStage:
     return prepare_stage(SubmitRequest(stage, words, profile, **request), STAGE_PARSERS)
 
 
 def script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:
-    return prepared(stage, (*ARGUMENTS[stage], *more), profile, **request).texts[0]
+    return prepare_job(stage, (*ARGUMENTS[stage], *more), profile, **request).texts[0]
 
 
-def words_of(text: str, array: str = "command") -> list[str]:
+def read_bash_array(text: str, array: str = "command") -> list[str]:
     """Let bash read the assignment of an array out of a script; returns its words."""
     (block,) = re.findall(rf"^{array}=\(.*?\)$", text, re.MULTILINE | re.DOTALL)
     program = f'settings=()\n{block}\nprintf "%s\\0" "${{{array}[@]}}"'
@@ -70,7 +70,7 @@ def test_every_stage_has_a_template_and_is_on_the_page() -> None:
 EACH: tuple[tuple[str, dict[str, Any]], ...] = (
     *((stage, {}) for stage in STAGES), ("data", {"array": 2}), ("rl-generate", {"array": 2}),
     ("pretrain", {"nodes": 4, "min_nodes": 1}))
-"""Stage and what is asked for."""
+"""Stage and its command line."""
 WHOLE = ("h100", "local")
 """Profiles with which every template is tried: with and without GPUs and an account."""
 
@@ -85,7 +85,7 @@ def test_a_real_slurm_takes_every_template(site: Path, name: str,
     profile = dataclasses.replace(cluster.load_profile(name, account="me"), account="me" if name != "local"
                                   else "")
     texts = [text for stage, request in asked
-             for text in prepared(stage, ARGUMENTS[stage], profile, **request).texts]
+             for text in prepare_job(stage, ARGUMENTS[stage], profile, **request).texts]
     for text in texts:
         client.check_script(text)
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
@@ -104,12 +104,12 @@ def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
                       "python3", "-P"],
         "enroot": ["enroot", "start", "--rw", "--mount", "/shared:/shared", "--mount", "/raid:/scratch"],
         "pyxis": ["python3", "-P"]}[kind]
-    assert words_of(text, "python")[:len(expected)] == expected
+    assert read_bash_array(text, "python")[:len(expected)] == expected
     if kind == "enroot":
-        assert words_of(text, "python")[-5:] == ["--env", "NCCL_DEBUG", box.image, "python3", "-P"]
+        assert read_bash_array(text, "python")[-5:] == ["--env", "NCCL_DEBUG", box.image, "python3", "-P"]
     if kind == "pyxis":
-        assert words_of(text, "srun_options") == [f"--container-image={box.image}",
-                                                  "--container-mounts=/shared,/raid:/scratch"]
+        assert read_bash_array(text, "srun_options") == [f"--container-image={box.image}",
+                                                         "--container-mounts=/shared,/raid:/scratch"]
 
 
 def test_request_overrides_stage_and_stage_overrides_profile() -> None:
@@ -140,42 +140,43 @@ def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, 
 
 def test_jobs_with_a_shared_store_are_one_array() -> None:
     profile = cluster.load_profile("h100", account="me")
-    ((text,), (alone,)) = (prepared("rl-generate", ARGUMENTS["rl-generate"], profile, array=count).texts
+    ((text,), (alone,)) = (prepare_job("rl-generate", ARGUMENTS["rl-generate"], profile, array=count).texts
                            for count in (3, 0))
     assert "#SBATCH --array=0-2" in text and "#SBATCH --array" not in alone
-    assert words_of(text) == words_of(alone) == ["-m", "megatron_sov", "rl", "generate",
-                                                 *ARGUMENTS["rl-generate"]]
+    assert read_bash_array(text) == read_bash_array(alone) == ["-m", "megatron_sov", "rl", "generate",
+                                                               *ARGUMENTS["rl-generate"]]
     done = [re.findall(r"^(?:target|done)=.*$", script, re.MULTILINE) for script in (text, alone)]
     assert done[0] == done[1]
     assert re.search(r"store\.rl-generate\.slurm/complete-[0-9a-f]{8}\.json", done[0][1])
     assert "records=$records/task-$SLURM_ARRAY_TASK_ID" in text
     assert "--write-done" in text
-    more = prepared("rl-generate", (*ARGUMENTS["rl-generate"], "--rounds", "4"), profile)
-    assert more.work.completion != prepared("rl-generate", ARGUMENTS["rl-generate"], profile).work.completion
+    more = prepare_job("rl-generate", (*ARGUMENTS["rl-generate"], "--rounds", "4"), profile)
+    assert more.work.completion != prepare_job("rl-generate", ARGUMENTS["rl-generate"],
+                                               profile).work.completion
     with pytest.raises(UserError, match="leave it out for convert"):
-        prepared("convert", ARGUMENTS["convert"], profile, array=2)
+        prepare_job("convert", ARGUMENTS["convert"], profile, array=2)
 
 
 @pytest.mark.parametrize("stage", ["rl-run", "rl-train"])
 def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> None:
-    (text,), work = (found := prepared(stage, ARGUMENTS[stage],
-                                       cluster.load_profile("h100", account="me"))).texts, \
+    (text,), work = (found := prepare_job(stage, ARGUMENTS[stage],
+                                          cluster.load_profile("h100", account="me"))).texts, \
         found.work
-    assert words_of(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
+    assert read_bash_array(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
     assert "#SBATCH --ntasks-per-node=8" in text and work.completion == Path.cwd() / "runs/b/complete.json"
     assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store need not be there yet"
     assert work.config is not None and [p.name for p in work.config.data.phases] == [
         "round-0001", "round-0002", "round-0003"]
     with pytest.raises(UserError, match=r"rollout\.rounds = 0: nothing to train"):
-        prepared(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"),
-                 cluster.load_profile("h100", account="me"))
+        prepare_job(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"),
+                    cluster.load_profile("h100", account="me"))
 
 
 def test_user_arguments_reach_the_program_unchanged(tmp_path: Path) -> None:
     words = ("tiny-solar-open", "--data", NASTY, "--run", str(tmp_path / "a b'c"),
              "--set", 'data.phases=[{"name": "$x", "seq_len": 8}]')
-    text = prepared("pretrain", words, cluster.load_profile("local")).texts[0]
-    assert words_of(text) == ["-m", "megatron_sov", "pretrain", *words, "--resume"]
+    text = prepare_job("pretrain", words, cluster.load_profile("local")).texts[0]
+    assert read_bash_array(text) == ["-m", "megatron_sov", "pretrain", *words, "--resume"]
 
 
 def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
@@ -193,7 +194,7 @@ def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
     work = ("pack", "--tokenizer", "t", "--input", "i", "--output", str(folder / "tokens"))
     from megatron_sov.work.clusters.cluster import load_profile
 
-    header = [line for line in prepared("data", work, load_profile("local")).texts[0].splitlines()
+    header = [line for line in prepare_job("data", work, load_profile("local")).texts[0].splitlines()
               if line.startswith("#SBATCH")]
     folder.mkdir()
     (folder / "tokens.slurm").mkdir()
@@ -205,8 +206,8 @@ def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
 
 def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
     with pytest.raises(UserError, match="placeholder"):
-        prepared("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"),
-                 cluster.load_profile("local"))
+        prepare_job("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"),
+                    cluster.load_profile("local"))
 
 
 def test_scripts_contain_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +300,7 @@ def test_engine_servers_get_whole_nodes(site: Path) -> None:
     assert "#SBATCH --nodes=4" in text and "tail -n 2" in text and "i < 2" in text
     client.check_script(text)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    engines = words_of(text.replace('"$engine_port"', "30007"), "engines")
+    engines = read_bash_array(text.replace('"$engine_port"', "30007"), "engines")
     assert engines[:4] == ["-m", "megatron_sov", "rl", "engines"]
     assert engines[-6:-2] == ["--engine-set", "servers=2", "--engine-set",
                               'devices=["0", "1", "2", "3", "4", "5", "6", "7"]']

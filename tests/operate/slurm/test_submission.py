@@ -188,10 +188,10 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
         check_inputs(work, {tmp_path / "runs/base"} if promised else set())
 
 
-# What Slurm's programs say, in one line, and the jobs that are still in its hands.
+# Output of Slurm's programs as a one-line message, and the jobs that are still in the queue.
 
 
-@pytest.mark.each(("text", "said"), [
+@pytest.mark.each(("text", "message"), [
     ("sbatch: error: invalid partition specified: x\n"
      "sbatch: error: Batch job submission failed: Invalid partition\n",
      "invalid partition specified: x; Batch job submission failed: Invalid partition"),
@@ -200,16 +200,16 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
     ("sbatch: error: a\nsbatch: error: a\n", "a"),
     ("", "it gives no reason"),
 ])
-def test_the_reason_is_one_line(text: str, said: str) -> None:
-    assert client.format_error(text) == said
+def test_the_reason_is_one_line(text: str, message: str) -> None:
+    assert client.format_error(text) == message
 
 
 def test_neither_the_shell_nor_its_allocation_overrules_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "x")
-    kept = environment_outside_jobs()
-    assert {"SLURM_CONF", "WANDB_API_KEY"} <= set(kept)
-    assert not {"SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID"} & set(kept)
+    environment = environment_outside_jobs()
+    assert {"SLURM_CONF", "WANDB_API_KEY"} <= set(environment)
+    assert not {"SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID"} & set(environment)
 
 
 def test_only_living_jobs_have_a_state(site: Path, cluster: Any) -> None:

@@ -19,7 +19,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
           "--set", "evaluate.background.where=slurm", "--set")
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
+@pytest.mark.parametrize(("words", "message"), [
     (("pretrian", *HERE, *RUN), "stage 'pretrian': does not exist; did you mean 'pretrain'?"),
     (("pretrain", *RUN),
      "--cluster: is missing; pass one of a100, b200, b300, gb200, gb300, h100, h200, local, one-node"),
@@ -49,12 +49,12 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
      "evaluate.background.cluster = h100: the run could not submit"),
 ])
 def test_a_mistake_gives_one_sentence_and_no_files(site: Path, capsys: pytest.CaptureFixture[str],
-                                                   words: tuple[str, ...], sentence: str) -> None:
+                                                   words: tuple[str, ...], message: str) -> None:
     (site / "tokens").mkdir()
     before = sorted(site.rglob("*"))
     assert cli.main(["submit", *words]) == 2
     errors = capsys.readouterr().err
-    assert sentence in errors and errors.count("\n") == 1 + errors.count("; write\n"), errors
+    assert message in errors and errors.count("\n") == 1 + errors.count("; write\n"), errors
     assert sorted(site.rglob("*")) == before
 
 
@@ -116,7 +116,7 @@ SHORT = TRAIN.replace("{", "{name: big, time_limit: '1', ")
 UNUSED = TRAIN.replace("{", "{nodes_set: ['4:parallel.ep=2'], ")
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("cluster: site.yaml\nstages: [{stage: dtaa, arguments: x}]",
      "stage 'dtaa': does not exist; did you mean 'data'?"),
     ("cluster: site.yaml\nstages: [{stage: data, argumets: x}]",
@@ -134,13 +134,13 @@ UNUSED = TRAIN.replace("{", "{nodes_set: ['4:parallel.ep=2'], ")
      "chain.yaml: stage pretrain: --nodes-set 4:parallel.ep=2: the job"),
 ])
 def test_a_mistake_in_a_chain_is_one_sentence(site: Path, capsys: pytest.CaptureFixture[str], text: str,
-                                              sentence: str) -> None:
+                                              message: str) -> None:
     (site / "t").mkdir()
     (site / "chain.yaml").write_text(text)
     before = sorted(site.rglob("*"))
     assert cli.main(["submit", "chain", "chain.yaml"]) == 2
     errors = capsys.readouterr().err
-    assert sentence.replace("{site}", str(site)) in errors and errors.count("\n") == 1, errors
+    assert message.replace("{site}", str(site)) in errors and errors.count("\n") == 1, errors
     assert sorted(site.rglob("*")) == before
 
 

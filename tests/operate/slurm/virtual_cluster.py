@@ -88,7 +88,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def why_not() -> str | None:
-    """Return why no cluster can be had here, or None."""
+    """Return the reason why this machine cannot run a cluster, or None."""
     if os.geteuid():
         return "a private Slurm cluster needs root"
     if missing := [name for name in DAEMONS if not shutil.which(name)]:
@@ -167,8 +167,8 @@ class VirtualCluster:
                      f'{begin}; exec slurmd -D -N {node} -f "$SLURM_CONF"')
 
     def crash(self, node: str) -> None:
-        """Kill the whole node at once, and tell the controller, which would notice only after half a
-        minute."""
+        """Kill the whole node at once, and tell the controller, which
+        would notice only after half a minute."""
         self._kill(node, signal.SIGKILL)
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=crash")
 
@@ -245,7 +245,7 @@ class VirtualCluster:
     def _daemon(self, name: str, *command: str) -> None:
         with open(self.folder / f"log/{name}.out", "ab") as log:
             self._daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],  # a killed test run leaves no daemon behind
+                ["setpriv", "--pdeathsig", "KILL", *command],  # daemons end with a killed test run
                 env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def _kill(self, name: str, number: int) -> None:
@@ -271,8 +271,8 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of `count` free ports, below the range of the ranks and the system's ephemeral
-    ports."""
+    """Return the first of `count` free ports, below the range of
+    the ranks and the system's ephemeral ports."""
     for _ in range(200):
         first = random.randrange(12000, 20000 - count)
         try:

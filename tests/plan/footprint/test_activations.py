@@ -177,8 +177,8 @@ def test_linear_attention_kernels_save_the_predicted_bytes(sizes: LinearAttentio
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(inputs, packed_seq_params=row([0, 4096]))
-    said = _estimate_fla_attention(sizes, Tokens(4096, 4096, 4096), 1)
-    assert sum(s.nbytes() for s in found.values()) == pytest.approx(sum(said.values()), rel=3e-3)
+    estimate = _estimate_fla_attention(sizes, Tokens(4096, 4096, 4096), 1)
+    assert sum(s.nbytes() for s in found.values()) == pytest.approx(sum(estimate.values()), rel=3e-3)
 
 
 def test_plan_counts_linear_attention_kernels_if_enabled() -> None:

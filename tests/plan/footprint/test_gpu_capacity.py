@@ -70,7 +70,7 @@ def test_nearest_layout_keeps_or_replaces_an_uneven_pipeline() -> None:
 
 @pytest.mark.parametrize("recipe", list(RECOMMENDED))
 def test_every_recommended_layout_is_valid_and_fits(recipe: str) -> None:
-    """At both sizes for large recipes, on one and on eight nodes for the others."""
+    """Large recipes are tested at both sizes; other recipes on one and on eight nodes."""
     config = recipes.get(recipe)
     for gpu in RECOMMENDED[recipe]:
         for num_ranks in SIZES if recipe in BIG else (8, 64):
@@ -104,8 +104,8 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(rec
 def test_user_settings_stay_under_a_recommended_layout() -> None:
     config = recipes.get("solar-open-102b-mid")
     assert "gpu.attention=fused" in get_recommended_settings(config, 480, "b200")
-    said = ["gpu.attention=local"]
-    own = get_recommended_settings(apply_settings(config, said), 480, "b200", said)
+    settings = ["gpu.attention=local"]
+    own = get_recommended_settings(apply_settings(config, settings), 480, "b200", settings)
     assert own and not any(setting.startswith("gpu.attention") for setting in own)
 
 
@@ -131,7 +131,8 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
             sizes[key] = sorted({num_ranks, *sizes.get(key, [])})
     found = []
     for key, run in runs.items():
-        stages = sorted({kind_of(run, stage): stage for stage in reversed(range(run.parallel.pp))}.values())
+        stages = sorted({get_stage_kind(run, stage): stage
+                         for stage in reversed(range(run.parallel.pp))}.values())
         found.append((run, [(n, stage) for i, n in enumerate(sizes[key])
                             for stage in stages[i::len(sizes[key])] or stages]))
     chosen = found if every else found[1::4]
@@ -139,7 +140,7 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
     return chosen
 
 
-def kind_of(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
+def get_stage_kind(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
     """Return the properties that determine a stage's size: number of layers and of layers with linear
     attention, first or last."""
     layers = run.parallel.stage_layers(stage, run.model.num_layers)
@@ -149,8 +150,8 @@ def kind_of(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
 
 
 def built(big: bool, every: bool) -> list[list[Any]]:
-    """Build stages of these runs, or of small ones, on meta tensors as one rank after another, and return
-    their sizes."""
+    """Build stages of these runs, or of small ones, on meta tensors as
+    one rank after another, and return their sizes."""
     from tests.meta_memory import count_stage_parameters
 
     return [[dataclasses.asdict(count_stage_parameters(run, num_ranks, stage)) for num_ranks, stage in places]
@@ -174,10 +175,10 @@ def test_full_size_modules_match_the_account(ranks: Any, job: Any, every: bool) 
     for (run, places), held in zip([*runs_of_big_recipes(every), *SMALL_RUNS], [*big, *small], strict=True):
         said, p, count = count_stage_params(run), run.parallel, count_params(run.model)
         assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p
-        whole = {kind_of(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
+        whole = {get_stage_kind(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
         # later stages that embed or predict hold copies of the first stage's table
         tables = sum(part.key in TABLES for stage in range(p.pp) for runs in held_by(run, stage)
                      for _, parts in runs for part in parts) - 2 + run.model.tied_embeddings
         copies = tables * run.model.vocab_size * run.model.hidden_size
-        assert sum(whole[kind_of(run, stage)] for stage in range(p.pp)) == (
+        assert sum(whole[get_stage_kind(run, stage)] for stage in range(p.pp)) == (
             count.total + count.mtp + copies), p

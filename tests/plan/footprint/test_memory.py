@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[3]
 CHUNK, WORDS = 128, 8192
 
 
-def config_of(recipe: str, **settings: Any) -> RunConfig:
+def build_config(recipe: str, **settings: Any) -> RunConfig:
     return apply_settings(recipes.get(recipe),
                           [f"{name.replace('__', '.')}={value}" for name, value in settings.items()])
 
@@ -60,7 +60,7 @@ def bytes_of_an_adapted_head() -> list[int]:
                 self.sizes[storage.data_ptr()] = storage.nbytes()
             return result
 
-    config = config_of("tiny-qwen3", lora__rank=4, lora__targets='["lm_head"]', train__precision="bf16")
+    config = build_config("tiny-qwen3", lora__rank=4, lora__targets='["lm_head"]', train__precision="bf16")
     world.join_world(ParallelConfig())
     model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
     with Allocated() as allocated:
@@ -68,8 +68,8 @@ def bytes_of_an_adapted_head() -> list[int]:
     assert head.requires_grad
     world.leave_world()
     # in addition to the head's gradient, which exists without adapters too
-    said = [build_account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
-    return [sum(allocated.sizes.values()), said[0] - said[1]]
+    accounts = [build_account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
+    return [sum(allocated.sizes.values()), accounts[0] - accounts[1]]
 
 
 def test_an_adapted_head_is_counted_with_its_merged_copy(ranks: Any, job: Any) -> None:
@@ -103,8 +103,8 @@ def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
 
 
 def test_divergence_peak_memory_equals_the_account(ranks: Any, job: Any) -> None:
-    config = config_of("tiny-qwen3", train__precision="fp32", train__head_chunk_tokens=CHUNK,
-                       model__vocab_size=WORDS)
+    config = build_config("tiny-qwen3", train__precision="fp32", train__head_chunk_tokens=CHUNK,
+                          model__vocab_size=WORDS)
 
     def head_bytes(*settings: str) -> int:
         return build_account(apply_settings(config, list(settings)), 1, 0, 1024).head
@@ -114,9 +114,9 @@ def test_divergence_peak_memory_equals_the_account(ranks: Any, job: Any) -> None
                      for beta, top_k in asked))
     slope = head_bytes("model.logits_softcap=3") - head_bytes()
     for (beta, top_k), ((peak, plain, capped),) in zip(asked, result, strict=True):
-        said = head_bytes("objective.name=distill", f"distillation.beta={beta}",
-                          f"distillation.top_k={top_k}") - head_bytes()
-        assert peak - plain == pytest.approx(said, rel=0.05), f"beta {beta}, top-k {top_k}"
+        predicted = head_bytes("objective.name=distill", f"distillation.beta={beta}",
+                               f"distillation.top_k={top_k}") - head_bytes()
+        assert peak - plain == pytest.approx(predicted, rel=0.05), f"beta {beta}, top-k {top_k}"
         assert capped - plain == pytest.approx(slope, rel=0.05)
 
 
@@ -130,14 +130,14 @@ def test_divergence_peak_memory_equals_the_account(ranks: Any, job: Any) -> None
     ({"train__micro_batch_size": 2}, "layer_inputs", 2.0)])
 def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:
     base = {"parallel__ep": 2, "parallel__zero1": "false", "train__global_batch_size": 512}
-    before, after = (build_account(config_of("solar-open-102b", **(base | c)), 16, 0, 131072)
+    before, after = (build_account(build_config("solar-open-102b", **(base | c)), 16, 0, 131072)
                      for c in ({}, change))
     assert getattr(after, item) / getattr(before, item) == pytest.approx(factor, rel=0.1)
 
 
 def test_items_sum_to_the_device_total() -> None:
-    config = config_of("k-exaone-236b", parallel__ep=16, gpu__optimizer_offload=0.5, optim__name="adamw",
-                       gpu__grad_dtype="bf16", train__fp8="mxfp8")
+    config = build_config("k-exaone-236b", parallel__ep=16, gpu__optimizer_offload=0.5, optim__name="adamw",
+                          gpu__grad_dtype="bf16", train__fp8="mxfp8")
     account = build_account(config, 64, 0, 4096)
     assert account.on_host > 0 and account.head > account.one_layer > 0
     items = account.components()
@@ -151,7 +151,7 @@ def test_items_sum_to_the_device_total() -> None:
 
 
 def test_of_a_layer_and_the_head_the_larger_counts() -> None:
-    short, long = (build_account(config_of("solar-open-102b", parallel__ep=8), 64, 0, tokens)
+    short, long = (build_account(build_config("solar-open-102b", parallel__ep=8), 64, 0, tokens)
                    for tokens in (1024, 32_768))
     assert short.components()["head"] == short.head > short.one_layer
     assert long.components()["one_layer"] == long.one_layer > long.head
@@ -170,7 +170,7 @@ def test_models_without_rotary_embedding_have_no_angle_tables() -> None:
 
 
 def test_uneven_routing_is_on_top() -> None:
-    config = config_of("solar-open-102b", parallel__ep=8, train__recompute="false")
+    config = build_config("solar-open-102b", parallel__ep=8, train__recompute="false")
     even, uneven = (build_account(config, 64, 0, 4096, imbalance) for imbalance in (1.0, 1.5))
     assert even.imbalance == 0
     (kind,) = set(list_layer_kinds(config.model))
@@ -181,7 +181,7 @@ def test_uneven_routing_is_on_top() -> None:
     far = build_account(apply_settings(config, ["train.recompute=true"]), 64, 0, 4096, 8.0)
     assert far.components()["imbalance"] == (
         far.one_layer + 7 * (layer.routed + 3 * layer.expert_input) - far.head)
-    alone = build_account(config_of("solar-open-102b", parallel__ep=1), 64, 0, 4096, 1.5)
+    alone = build_account(build_config("solar-open-102b", parallel__ep=1), 64, 0, 4096, 1.5)
     assert alone.imbalance == 0  # a process with all experts receives all tokens
 
 
@@ -194,7 +194,7 @@ def test_the_page_equals_the_script_output() -> None:
 
 
 def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
-    config = config_of("tiny-qwen3", lora__rank=4, train__precision="fp32")
+    config = build_config("tiny-qwen3", lora__rank=4, train__precision="fp32")
     m = config.model
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     sides = 2 * (m.hidden_size + q) + 2 * (m.hidden_size + kv) + 3 * (m.hidden_size + m.dense_ffn_dim)
@@ -202,20 +202,20 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     account = build_account(config, 1, 0, 64)
     assert account.weights == 4 * (whole + count)
     assert (account.gradients, account.optimizer) == (4 * count, 8 * count)
-    full = build_account(config_of("tiny-qwen3", train__precision="fp32"), 1, 0, 64)
+    full = build_account(build_config("tiny-qwen3", train__precision="fp32"), 1, 0, 64)
     assert (full.gradients, full.optimizer) == (4 * whole, 8 * whole) and full.head > account.head
 
 
 # Pinned bytes of an offloaded optimizer by hand, and refusals with a fitting share.
 
 
-def offloaded(share: float, *settings: str) -> RunConfig:
+def build_offloaded_config(share: float, *settings: str) -> RunConfig:
     return apply_settings(recipes.get("solar-open-102b"),
                           ["train.fp8=none", f"gpu.optimizer_offload={share}", *settings])
 
 
 def test_offloaded_optimizer_pins_16_bytes_per_updated_weight() -> None:
-    config = offloaded(0.5, "parallel.pp=2")
+    config = build_offloaded_config(0.5, "parallel.pp=2")
     first, last = count_stage_params(config)
     # 64 processes: 32 for each stage share its dense weights, and 32 / ep each of the experts
     updated = [params.dense // 32 + params.experts // (32 // config.parallel.ep) for params in (first, last)]
@@ -226,23 +226,23 @@ def test_offloaded_optimizer_pins_16_bytes_per_updated_weight() -> None:
 
 
 def test_an_oversized_offload_share_is_refused_with_a_fitting_one() -> None:
-    config = offloaded(1.0)
+    config = build_offloaded_config(1.0)
     needs = count_node_bytes(config, 512, range(8))
     refuse_on_nodes(config, 512, 8, int(needs / 0.9) + 1, CHIPS["h200"])
-    refuse_on_nodes(offloaded(0.0), 512, 8, 1, CHIPS["h200"])
+    refuse_on_nodes(build_offloaded_config(0.0), 512, 8, 1, CHIPS["h200"])
     with pytest.raises(UserError, match=r"^gpu\.optimizer_offload = 1 pins .* GiB of host memory for the 8 "
                                         r"processes of a node, and a run may take .* that it has; the "
                                         r"nearest share that fits: --set gpu\.optimizer_offload=0\.46$"):
         refuse_on_nodes(config, 512, 8, int(0.55 * needs), CHIPS["h200"])
-    refuse_on_nodes(offloaded(0.46), 512, 8, int(0.55 * needs), CHIPS["h200"])
+    refuse_on_nodes(build_offloaded_config(0.46), 512, 8, int(0.55 * needs), CHIPS["h200"])
     with pytest.raises(UserError):
-        refuse_on_nodes(offloaded(0.47), 512, 8, int(0.55 * needs), CHIPS["h200"])
+        refuse_on_nodes(build_offloaded_config(0.47), 512, 8, int(0.55 * needs), CHIPS["h200"])
     with pytest.raises(UserError, match="no share fits both host and GPU"):
         refuse_on_nodes(config, 512, 8, needs // 2, Gpu("Tiny", GIB))
 
 
 def test_start_checks_available_machine_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = offloaded(1.0)
+    config = build_offloaded_config(1.0)
     for name, value in {"RANK": 11, "WORLD_SIZE": 512, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
     needs = count_node_bytes(config, 512, range(8, 16))

@@ -30,7 +30,7 @@ RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "p
 """Recipe, settings, processes, rank."""
 
 
-def config_of(recipe: str, settings: list[str], precision: str) -> RunConfig:
+def build_config(recipe: str, settings: list[str], precision: str) -> RunConfig:
     return apply_settings(recipes.get(recipe), [f"train.precision={precision}", *settings])
 
 
@@ -38,8 +38,8 @@ def shapes_of_modules(precision: str) -> list[Any]:
     """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
     found = []
     for recipe, settings, num_ranks, rank in RUNS:
-        made = count_process_memory(config_of(recipe, settings, precision), num_ranks, rank)
-        found.append([made.stage, made.shapes])
+        process_memory = count_process_memory(build_config(recipe, settings, precision), num_ranks, rank)
+        found.append([process_memory.stage, process_memory.shapes])
     return found
 
 
@@ -49,9 +49,9 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
     for run, precision in ((ranks, "fp32"), (te_ranks, "bf16")):
         ((found,),) = run(job(__file__, "shapes_of_modules", 1, {"precision": precision}))
         for (recipe, settings, _, _), (stage, shapes) in zip(RUNS, found, strict=True):
-            said = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
-                    for runs in list_stage_parameters(config_of(recipe, settings, precision), stage)]
-            assert said == shapes, (recipe, precision)
+            predicted = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
+                         for runs in list_stage_parameters(build_config(recipe, settings, precision), stage)]
+            assert predicted == shapes, (recipe, precision)
 
 
 # Buffers by runs of parameters, against laying every parameter by itself.
@@ -60,8 +60,8 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
 SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()), min_size=1, max_size=8)
 
 
-def one_by_one(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
-               end_multiple: int) -> tuple[int, list[Counter[int]]]:
+def count_by_parameter(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
+                       end_multiple: int) -> tuple[int, list[Counter[int]]]:
     """Return [elements of the buffer, updated elements per rank and mark], computed parameter by
     parameter."""
     multiple = math.lcm(num_ranks, end_multiple)
@@ -104,7 +104,7 @@ def test_buffer_of_parameter_runs_equals_one_by_one_layout(drawn: list[tuple[int
     sizes = [ParameterRun(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
     buffer = lay_out_buffer(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
                       end_multiple=end_multiple)
-    numel, updated = one_by_one(sizes, num_ranks, bucket_numel, end_multiple)
+    numel, updated = count_by_parameter(sizes, num_ranks, bucket_numel, end_multiple)
     assert buffer.numel == numel
     for rank in range(num_ranks):
         found: Counter[int] = Counter()
@@ -172,8 +172,8 @@ def test_communicators_are_those_of_a_step(ranks: Any, job: Any) -> None:
     assert count_nccl_bytes(config, num_ranks) == 16 * ((4 << 20) + (512 << 10) + (4800 << 10))
 
 
-# What Transformer Engine keeps of quantised weights, against sizes counted by hand, and which weights
-# those are, against the model's parameters.
+# Sizes of quantized weights in Transformer Engine, counted by hand, and the weights that are quantized,
+# compared with the model's parameters.
 
 
 HIDDEN, HEAD_DIM, NUM_EXPERTS = 4096, 128, 128

@@ -28,7 +28,8 @@ KINDS = {
                     "distillation.keep_remainder=false"],
 }
 FOLDERS = {"whole": ("whole",), "two": ("first", "second")}
-"""Of kinds -> what is kept of the teachers, where it is not the most probable tokens of one in `top`."""
+"""Objective kind -> stored teacher outputs, if these are other than the
+most probable tokens of one teacher in `top`."""
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
             "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
 FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
@@ -36,7 +37,7 @@ FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
 
 
 def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tuple[Any, Any, list[Any]]:
-    """Return a trainer, its teacher, and its sources."""
+    """Return a trainer, its teacher, and its data sources."""
     config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind], *settings], data, "distill")
     place = world.join_world(config.parallel)
     config.check(place.size)
@@ -72,8 +73,8 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         train_step(trainer)
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
-        wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
-                  "starts": 0.0}
+        expected = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
+                    "starts": 0.0}
         for m in batch.micro_batches:
             for first, source, (document, start, count) in m.origins:
                 here = slice(first, first + count)
@@ -98,19 +99,19 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                               b * (q * (log_q - log_m)).sum(-1) + (1 - b) * (p * (log_p - log_m)).sum(-1))
                 picked = -logits.log_softmax(-1)[torch.arange(count), m.labels[here]]
                 learned = (m.weights[here] > 0).double()
-                wanted["cross_entropy"] += float((picked.double() * learned).sum())
+                expected["cross_entropy"] += float((picked.double() * learned).sum())
                 for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),
                                      ("tokens", torch.ones(count))):
-                    wanted[name] += float((values.double() * learned).sum())
-                wanted["starts"] = max(wanted["starts"], start)
+                    expected[name] += float((values.double() * learned).sum())
+                expected["starts"] = max(expected["starts"], start)
         sums = trainer.forward_backward.compute_gradients(batch, objective, 2)
-        tokens = wanted["tokens"]
+        tokens = expected["tokens"]
         results.append({
             "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],
-            "starts": wanted["starts"], "mtp": sums.terms["mtp"],
+            "starts": expected["starts"], "mtp": sums.terms["mtp"],
             "ours": [sums.terms["divergence"] / tokens, sums.meters["kl"], sums.meters["entropy"]],
-            "wanted": [wanted[name] / tokens for name in ("divergence", "kl", "entropy")],
-            "ce": [sums.terms.get("cross_entropy"), wanted["cross_entropy"]]})
+            "wanted": [expected[name] / tokens for name in ("divergence", "kl", "entropy")],
+            "ce": [sums.terms.get("cross_entropy"), expected["cross_entropy"]]})
         trainer.close()
         world.leave_world()
     return results

@@ -35,7 +35,7 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
     monkeypatch.setattr(distill.collectives, "gather_numbers", of_all_ranks)
 
     def verify() -> None:
-        """Act as two processes, one after the other."""
+        """Act as two processes in turn."""
         said.clear()
         for rank in range(2):
             teacher.verify(ParallelWorld(rank, 2, rank, 2, True, True))

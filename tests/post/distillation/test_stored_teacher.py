@@ -13,7 +13,7 @@ from megatron_sov.post.distillation.distill import StoredTeacher
 from megatron_sov.post.distillation.state_files import StateFormat
 
 
-def files_of(kept: StateFormat, **more: Any) -> Any:
+def build_files(kept: StateFormat, **more: Any) -> Any:
     fields = {"folder": Path("states"), "state_format": kept, "vocab_size": 368, "teacher": "one",
               "dtype": torch.bfloat16, "sources": {}}
     return SimpleNamespace(**(fields | more))
@@ -32,14 +32,14 @@ def files_of(kept: StateFormat, **more: Any) -> Any:
 def test_states_in_another_format_are_refused(kept: StateFormat, asked: dict[str, Any], vocab_size: int,
                                               text: str) -> None:
     with pytest.raises(UserError, match=text):
-        StoredTeacher([files_of(kept)], DistillationConfig(**asked), [], vocab_size)
-    StoredTeacher([files_of(kept)], DistillationConfig(top_k=kept.top_k, temperature=kept.temperature), [],
+        StoredTeacher([build_files(kept)], DistillationConfig(**asked), [], vocab_size)
+    StoredTeacher([build_files(kept)], DistillationConfig(top_k=kept.top_k, temperature=kept.temperature), [],
                   368)
 
 
 def test_every_source_was_read_by_a_teacher() -> None:
     sources: Any = [SimpleNamespace(name=name, artifact=f"data/{name}") for name in ("first", "second")]
-    folders = [files_of(StateFormat(), sources={1: 0}), files_of(StateFormat(), sources={0: 0})]
+    folders = [build_files(StateFormat(), sources={1: 0}), build_files(StateFormat(), sources={0: 0})]
     assert StoredTeacher(folders, DistillationConfig(), sources, 368).teacher == "one"
     with pytest.raises(UserError, match="source 'first' of data/first"):
         StoredTeacher(folders[:1], DistillationConfig(), sources, 368)

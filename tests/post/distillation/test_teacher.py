@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, token_shards: Path) -> Path:
     return folder / "tokens"
 
 
-def opened(out: Path, data: Path) -> StateFiles:
+def open_states(out: Path, data: Path) -> StateFiles:
     return StateFiles(out, open_sources({str(data): 1.0}, 1024, FORMATS))
 
 
@@ -51,7 +51,7 @@ def reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> Tea
 
 def everything(out: Path, data: Path) -> torch.Tensor:
     """Return the states of all documents."""
-    files = opened(out, data)
+    files = open_states(out, data)
     return torch.cat([files.read_states(i, "train", d, 0, int(n)) for i, s in enumerate(open_sources(
         {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.open_split("train").lengths)])
 
@@ -62,7 +62,7 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
 
     assert main(["distill", "states", str(hf_models[FAMILY]), "--data", str(data), "--dtype", "float32",
                  "--output", str(tmp_path / "states")]) == 0
-    files = opened(tmp_path / "states", data)
+    files = open_states(tmp_path / "states", data)
     head = load_file(files.head)[HEAD_WEIGHT]
     model = AutoModelForCausalLM.from_pretrained(hf_models[FAMILY], dtype=torch.float32).eval()
     shard = open_sources({str(data): 1.0}, 1024, FORMATS)[1].open_split("train")
@@ -99,7 +99,7 @@ def test_every_layout_leaves_the_same_states(split: dict[str, list[str]], import
         "top_too": name in ("one", "tp")})
         for name, settings in layouts.items()))
     expected = everything(tmp_path / "one", data)
-    logprobs = (expected @ load_file(opened(tmp_path / "one", data).head)[HEAD_WEIGHT].T).log_softmax(-1)
+    logprobs = (expected @ load_file(open_states(tmp_path / "one", data).head)[HEAD_WEIGHT].T).log_softmax(-1)
     for name in layouts:
         difference = (everything(tmp_path / name, data) - expected).norm() / expected.norm()
         assert difference <= 2e-6, f"{name}: {difference:.1e}"
@@ -173,13 +173,13 @@ def test_mismatched_teacher_and_data_are_refused(one_rank: None, imported: dict[
         write_outputs(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
     write_outputs(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [],
                    None)
-    assert opened(tmp_path / "states", data).read_states(0, "train", 3, 0, 2).dtype == torch.bfloat16
+    assert open_states(tmp_path / "states", data).read_states(0, "train", 3, 0, 2).dtype == torch.bfloat16
     other = shutil.copytree(data, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": "", "created_s": 1.0}))
     with pytest.raises(UserError, match="now; make them again"):
-        opened(tmp_path / "states", other)
+        open_states(tmp_path / "states", other)
     for part in (tmp_path / "states/states").iterdir():
         part.write_bytes(part.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"bytes, its .* tokens"):
-        opened(tmp_path / "states", data).read_states(0, "train", 0, 0, 1)
+        open_states(tmp_path / "states", data).read_states(0, "train", 0, 0, 1)

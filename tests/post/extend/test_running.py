@@ -108,7 +108,7 @@ def test_it_looks_and_may_pass_from_the_stages_fewest_steps_on(judged: Any, caps
     assert capsys.readouterr().out == "gate at step 7 passes\n"
 
 
-def test_a_short_context_that_got_worse_is_no_pass(judged: Any) -> None:
+def test_a_short_context_that_got_worse_fails_the_gate(judged: Any) -> None:
     run = Run()
     gate = judged(run)
     for run.loss, passes in ((2.11, False), (math.nan, False), (1.9, True), (2.09, True)):
@@ -196,10 +196,10 @@ def test_every_length_and_kind_is_a_separate_row() -> None:
             in verdict.lines())
 
 
-# Needles in an extension: their share in blends, their documents, and names that are taken.
+# Needles in an extension: their share of a blend, their documents, and reserved source names.
 
 
-def config_of(data: Path, share: float, **blend: float) -> RunConfig:
+def build_config(data: Path, share: float, **blend: float) -> RunConfig:
     run = get("tiny-solar-open")
     phases = (PhaseConfig("a", seq_len=128, blend=blend), PhaseConfig("b", seq_len=96))
     return dataclasses.replace(run, data=dataclasses.replace(run.data, paths={str(data): 1.0}, phases=phases),
@@ -208,7 +208,7 @@ def config_of(data: Path, share: float, **blend: float) -> RunConfig:
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_needles_leave_the_proportions_of_blends(share: float) -> None:
-    first, second = add_needles_to_blends(config_of(Path("x"), share, en=3.0, ko=1.0)).data.phases
+    first, second = add_needles_to_blends(build_config(Path("x"), share, en=3.0, ko=1.0)).data.phases
     total = sum(first.blend.values())
     assert first.blend["needle"] / total == pytest.approx(share)
     assert (first.blend["en"], first.blend["ko"], second.blend) == (3.0, 1.0, {})
@@ -216,29 +216,30 @@ def test_needles_leave_the_proportions_of_blends(share: float) -> None:
 
 @pytest.mark.parametrize(("share", "blend"), [(0.0, {"en": 1.0}), (0.5, {"en": 1.0, "needle": 0.1})])
 def test_blends_stay_without_needles_and_where_they_are_named(share: float, blend: dict[str, float]) -> None:
-    config = config_of(Path("x"), share, **blend)
+    config = build_config(Path("x"), share, **blend)
     assert add_needles_to_blends(config) == config
 
 
 def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_shards: Path) -> None:
-    needles = build_needles(config_of(token_shards, 0.1), token_shards)
+    needles = build_needles(build_config(token_shards, 0.1), token_shards)
     (source,) = needles.sources
     assert source.name == "needle" and int(source.open_split("train").lengths[7]) == 128
     suite = needles.suite
     assert (suite.kinds, suite.lengths, suite.depths, suite.samples) == (
         ("multi-key",), (256, 512), (0.0, 0.5, 0.95), 20)
     assert [h.language for h in suite.haystacks] == ["code"] and suite.distractor_share == 0.25
-    assert build_needles(config_of(token_shards, 0.0), token_shards).sources == ()
+    assert build_needles(build_config(token_shards, 0.0), token_shards).sources == ()
 
 
 def test_blends_name_short_needle_documents(token_shards: Path) -> None:
-    config = config_of(token_shards, 0.0, first=1.0, **{"needle/64": 1.0})
+    config = build_config(token_shards, 0.0, first=1.0, **{"needle/64": 1.0})
     (short,) = build_needles(config, token_shards).sources
     assert (short.name, short.share, int(short.open_split("train").lengths[0])) == ("needle/64", 0.0, 64)
-    both = build_needles(config_of(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}), token_shards).sources
+    both = build_needles(build_config(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}),
+                         token_shards).sources
     assert {s.name: int(s.open_split("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
     with pytest.raises(UserError, match=r"e\.g\. needle/4096"):
-        build_needles(config_of(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
+        build_needles(build_config(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
 
 
 def test_the_needle_source_name_is_reserved(token_shards: Path, tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_the_needle_source_name_is_reserved(token_shards: Path, tmp_path: Path) 
     text = (data / "manifest.json").read_text().replace('"name": "first"', '"name": "needle"')
     (data / "manifest.json").write_text(json.dumps(json.loads(text) | {"sha256": ""}))
     with pytest.raises(UserError, match="source named 'needle'"):
-        build_needles(config_of(data, 0.1), data)
+        build_needles(build_config(data, 0.1), data)
 
 
 class Folder:
@@ -284,11 +285,11 @@ def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch
     assert ran == [(f"stage-{i}", starts[i], begins_s[i]) for i in range(3)]
 
 
-@pytest.mark.each(("lengths", "said"), [
+@pytest.mark.each(("lengths", "message"), [
     ("[64, 512]", None), ("[64]", "the gate asks at most 64 tokens, and the stage has 512"),
     ("[1024]", None)])
-def test_a_gate_with_short_needles_warns(lengths: str, said: str | None) -> None:
+def test_a_gate_with_short_needles_warns(lengths: str, message: str | None) -> None:
     phases = 'data.phases=[{"name": "a", "seq_len": 128}, {"name": "b", "seq_len": 512}]'
     config = apply_settings(get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
     result = describe_small_suite(config)
-    assert result is None if said is None else said in str(result)
+    assert result is None if message is None else message in str(result)

@@ -21,7 +21,7 @@ from megatron_sov.post.extend.stages import build_stage_blend, plan_stages
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.train.data.sources import Source
 from tests.run_files import read_run_events
-from tests.typed_words import parse_settings
+from tests.typed_words import format_set_options, parse_settings
 
 # The search of the training text finds planted needles only, and a gate that would test memorization is
 # refused.
@@ -71,8 +71,7 @@ def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], wind
 
 def test_clean_text_is_clean() -> None:
     result = search_contamination([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
-    assert (result.questions_found, result.windows, result.windows_found,
-            result.overlap) == (0, 20, 0, 0)
+    assert (result.questions_found, result.windows, result.windows_found, result.overlap) == (0, 20, 0, 0)
     assert result.scanned_tokens == result.train_tokens == {"web": 5000}
     check_contamination(result, 0.0)
 
@@ -155,13 +154,13 @@ def test_remaining_tokens_go_to_sources_by_share(sources: list[Source]) -> None:
     assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
 
 
-@pytest.mark.parametrize(("part", "trained", "said"), [
+@pytest.mark.parametrize(("part", "trained", "message"), [
     (PartConfig("long", 0.5), 90, "the data has no text source with documents of 91 tokens or more"),
     (PartConfig("long", 0.5, {"web": 0.0}), 32, "has no weight above 0"),
 ])
-def test_stages_without_matching_data_are_refused(part: PartConfig, trained: int, said: str,
+def test_stages_without_matching_data_are_refused(part: PartConfig, trained: int, message: str,
                                                   sources: list[Source]) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         build_stage_blend(stage(part), sources, trained, 0.0)
 
 
@@ -174,10 +173,6 @@ LONG = {"train.global_batch_size": 4, "train.eval_every_steps": 0, "data.heldout
         "needle.depths": "[0.0,0.9]", "needle.samples": 2, "train.num_threads": 1}
 
 
-def words(settings: dict[str, Any]) -> list[str]:
-    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-
-
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
@@ -186,7 +181,7 @@ def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.Tem
     """A run of one step at 64 tokens, which no test changes."""
     run = tmp_path_factory.mktemp("stages") / "short"
     result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                         *words(SHORT | {"train.num_threads": 1}))
+                         *format_set_options(SHORT | {"train.num_threads": 1}))
     assert result.returncode == 0, result.stderr
     return run
 
@@ -197,7 +192,7 @@ def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[st
     chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
                                                              for name, v in gate.items()}
     return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",
-            str(run), *words(chosen), *more]
+            str(run), *format_set_options(chosen), *more]
 
 
 @pytest.mark.essential
@@ -233,8 +228,8 @@ def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shard
 
 def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
     """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
-    shorter = words({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
-                     "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
+    shorter = format_set_options({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
+                                  "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
     args = parse_settings(ExtendOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
                                           str(token_shards), "--run", str(tmp_path / "long"), *shorter])
     request = stage_request(args, "lm", lengthens=True)
@@ -249,7 +244,7 @@ def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path
     assert near.extend.gate.every_steps == 20
 
 
-@pytest.mark.each(("stage", "said"), [
+@pytest.mark.each(("stage", "message"), [
     ({"seq_len": 96, "kind": "midtraining"}, "needs a part named trajectories"),
     ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]},
      "a stage of kind extension can have long, rehearsal"),
@@ -258,9 +253,9 @@ def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path
      "data has no source of chats"),
     ({"seq_len": 96, "yarn_factor": 0.5}, "yarn_factor = 0.5 must be 0 or at least 1"),
 ])
-def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], said: str, short_run: Path,
+def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], message: str, short_run: Path,
                                                        token_shards: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "long"
     assert main(command(short_run, token_shards, run, [{"name": "a", "steps": 1} | stage])) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not run.exists()

@@ -76,7 +76,7 @@ def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenize
     config = config_of(settings)
     world.join_world(ParallelConfig())
     shards.SHARD_TOKENS = 1
-    told = Publisher(config=config, rounds=Path(rounds), store=Path(store), tokenizer=Path(tokenizer),
-                     prompts=read_prompts(Path(prompts)), reward_version=version).publish(1)
+    message = Publisher(config=config, rounds=Path(rounds), store=Path(store), tokenizer=Path(tokenizer),
+                        prompts=read_prompts(Path(prompts)), reward_version=version).publish(1)
     world.leave_world()
-    return told
+    return message

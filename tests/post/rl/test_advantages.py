@@ -177,7 +177,7 @@ def test_range_runs_from_worst_to_best() -> None:
 
 
 @pytest.mark.each("rewards", [[0.1 + 0.2 + 0.3, 0.6, 0.6], [0.1 * 3, 0.3], [3e8, 1e9 * (0.1 + 0.2)]])
-def test_the_rounding_of_floats_is_no_advantage(rewards: list[float]) -> None:
+def test_float_rounding_gives_no_advantage(rewards: list[float]) -> None:
     policy = PolicyConfig(method="dapo", right_from=rewards[0] - 0.1)
     assert parts.find_exclusion(np.array(rewards), policy) == parts.ALL_RIGHT
     assert not parts.scale_to_range(np.array(rewards)).any()

@@ -41,7 +41,7 @@ class FakeDocuments:
 
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run before its first step, on one process."""
+    """A run before its first step, in one process."""
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):

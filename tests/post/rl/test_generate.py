@@ -1,5 +1,5 @@
-"""The generating job with a counting engine: no response is lost or written twice, and every token has its
-policy."""
+"""The generating job with a counting engine: no response is lost or
+written twice, and every token has its policy."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, pie
 
 
 class CountingEngine:
-    """An engine that counts up from a prompt's last token, one token per second, to an end that the prompt
-    decides; its log-probabilities encode its weights."""
+    """An engine that counts up from the prompt's last token, one token per second, until an end that depends
+    on the prompt; log-probabilities encode its weights."""
 
     def __init__(self) -> None:
         self.now_s, self.step, self.streams = 0.0, 0, [0]
@@ -42,8 +42,7 @@ class CountingEngine:
         self.streams += streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         written: list[list[int]] = [[] for _ in prompts]
-        while going := [i for i, w in enumerate(written)
-                        if len(w) < limits[i] and not (w and w[-1] == END)]:
+        while going := [i for i, w in enumerate(written) if len(w) < limits[i] and not (w and w[-1] == END)]:
             for i in going:
                 text = [*prompts[i], *written[i]]
                 written[i].append(END if text[-1] % 10 == get_answer_length(text[0]) else text[-1] + 1)
@@ -248,7 +247,7 @@ def test_further_prompts_are_generated_until_the_round_is_trained(tmp_path: Path
 
 
 class HangingEngine(CountingEngine):
-    """Produces no token for one prompt, and counts its passes by their content."""
+    """Produces no token for one prompt, and counts forward passes by their content."""
 
     def __init__(self, silent_prompt: int) -> None:
         super().__init__()
@@ -280,8 +279,7 @@ def test_stuck_pieces_come_last_once_per_policy(tmp_path: Path, prompts: PromptL
     job = Job(tmp_path / "store", prompts, lambda: newest, rollout, clock_s=lambda: job.engine.now_s)
     (first, *_) = select_round_prompts(prompts, rollout, 1)
     job.engine = engine = HangingEngine(int(first.record["prompt"]))
-    assert job.run()["waits_for"] == (
-        "round 1 waits for responses that got no token in a whole attempt")
+    assert job.run()["waits_for"] == ("round 1 waits for responses that got no token in a whole attempt")
     assert [(engine.silent_prompt in texts, length_s) for texts, length_s in engine.passes] == [
         (True, 20.0), (False, engine.passes[1][1]), (True, 20.0)], "first with others, then alone, then never"
     engine.passes.clear()

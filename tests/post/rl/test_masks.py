@@ -1,4 +1,4 @@
-"""Tool results are no labels: a round of episodes from the store to packed rows."""
+"""Tool results are not labels: a round of episodes from the store to packed rows."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ Judged = tuple[Rollout, float]
 
 
 def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list[list[Judged]]:
-    """Write a round of episodes with some tokens of others (tool results); return its groups."""
+    """Write a round of episodes with some tokens from tools; return its groups."""
     groups = []
     for piece in split_into_pieces(select_round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
         rows = []
@@ -54,7 +54,7 @@ def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list
 
 
 def learned(groups: list[list[Judged]]) -> list[Judged]:
-    """Return rows and advantages by the formulas of DAPO, as its paper has them."""
+    """Return rows and advantages by the formulas of the DAPO paper."""
     found = []
     for group in groups:
         rewards = np.array([reward for _, reward in group])
@@ -72,8 +72,7 @@ def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path)
     tasks = [json.dumps({"question": str(i)}) + "\n" for i in range(9)]
     (tmp_path / "prompts.jsonl").write_text("".join(tasks))
     prompts, base = read_prompts(tmp_path / "prompts.jsonl"), recipes.get("tiny-solar-open")
-    store = RolloutStore.create(tmp_path / "store",
-                                tokenizer_digest(packed_data.tokenizer), 368)
+    store = RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer), 368)
     expected = learned(fill(store, prompts, np.random.default_rng(5)))
     policy = PolicyConfig(method="dapo", max_gen_batches=1, overlong_buffer_tokens=BUFFER,
                           mask_truncated=True)
@@ -89,13 +88,13 @@ def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path)
     assert [len(step) for step in opened.steps] == [len(expected)] and len(expected) > 9
     for i, (row, advantage) in enumerate(expected):
         ids, begin = [*row.prompt_tokens, *row.tokens], len(row.prompt_tokens)
-        found = build_row(OrderedSample(0, (PackedSegment((1 << 32) + i, 0, len(ids)),)), rounds, 32, 0,
+        result = build_row(OrderedSample(0, (PackedSegment((1 << 32) + i, 0, len(ids)),)), rounds, 32, 0,
                            ("behaviour_logprobs", "advantage"))
         # label t is token t + 1
         written = np.array([t + 1 >= begin and row.versions[t + 1 - begin] != NOT_WRITTEN
                             for t in range(len(ids) - 1)] + [False] * (33 - len(ids)))
-        assert found.labels[:len(ids) - 1].tolist() == ids[1:]
-        assert found.weights.tolist() == written.tolist() and set(found.types[written]) == {2}
-        assert found.columns["behaviour_logprobs"][written].tolist() == row.logprobs[row.is_written].tolist()
-        assert not found.columns["behaviour_logprobs"][~written].any()
-        np.testing.assert_allclose(found.columns["advantage"][written], advantage, rtol=1e-6)
+        assert result.labels[:len(ids) - 1].tolist() == ids[1:]
+        assert result.weights.tolist() == written.tolist() and set(result.types[written]) == {2}
+        assert result.columns["behaviour_logprobs"][written].tolist() == row.logprobs[row.is_written].tolist()
+        assert not result.columns["behaviour_logprobs"][~written].any()
+        np.testing.assert_allclose(result.columns["advantage"][written], advantage, rtol=1e-6)

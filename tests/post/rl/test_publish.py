@@ -29,7 +29,7 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, ste
                         piece_prompts=4, max_new_tokens=12, max_prompt_tokens=6)
 
 
-def config_of(**asked: Any) -> RunConfig:
+def build_config(**asked: Any) -> RunConfig:
     policy = PolicyConfig(**{"method": "dapo", "max_gen_batches": 1, "overlong_buffer_tokens": 0, **asked})
     base = recipes.get("tiny-solar-open")
     return add_rounds(dataclasses.replace(
@@ -43,11 +43,10 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?", "domain": "even" if i % 2 else "odd"}) + "\n"
                             for i in range(9)))
-    RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer),
-                        368)
+    RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer), 368)
     return Publisher(
-        config=config_of(), rounds=tmp_path / "rounds", store=tmp_path / "store", prompts=read_prompts(file),
-        reward_version=VERSION, tokenizer=packed_data.tokenizer)
+        config=build_config(), rounds=tmp_path / "rounds", store=tmp_path / "store",
+        prompts=read_prompts(file), reward_version=VERSION, tokenizer=packed_data.tokenizer)
 
 
 def write(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) -> RolloutStore:
@@ -203,11 +202,11 @@ def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher
     rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1], 3: [1, 0, None, 0],
                4: [0, 0, 1, 0], 5: [1, 1, 1, 0]}
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
-        said = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
-                for row in store.read_rollouts(name)]
+        verdicts = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
+                    for row in store.read_rollouts(name)]
         store.add_rewards(VERSION, name, [
             RewardRow(key, 0, VERSION, reward, "scored" if reward is not None else "failed")
-            for key, reward in said])
+            for key, reward in verdicts])
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == {"all_right": 1, "all_wrong": 1, "too_few": 1, "learns": 3}
@@ -230,8 +229,8 @@ LEARNING = [
 @pytest.mark.parametrize(("asked", "groups"), LEARNING)
 def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[str, int],
                                            publisher: Publisher, write_round: Any) -> None:
-    """The report said "groups that learn 100 %" of 64 right responses of 64."""
-    publisher.config = config_of(**{"overlong_buffer_tokens": 0, **asked})
+    """Regression: the report said "groups that learn 100 %" for 64 correct responses of 64."""
+    publisher.config = build_config(**{"overlong_buffer_tokens": 0, **asked})
     store = write(publisher, write_round, judge=False)
     ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = [[1, 1, 1, 1], [0.1] * 4, [0, 0, 0, 0], [1, 0, 0, 0], [0.2, 0.1, 0, 0], [1, 1, 1, 0.9]]
@@ -267,7 +266,8 @@ def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, numbe
 
 def test_preferences_pair_the_best_with_the_worst_response_unless_their_tokens_are_equal(
         publisher: Publisher) -> None:
-    publisher.config = dataclasses.replace(config_of(), policy=PolicyConfig("preference", max_gen_batches=1))
+    policy = PolicyConfig("preference", max_gen_batches=1)
+    publisher.config = dataclasses.replace(build_config(), policy=policy)
     # responses of 4, 5, 6 and 7 equal tokens
     write_pieces(publisher, lambda group: [0, 1, 0.5, 0], 0, 2)
     assert publisher.publish(1) == ""
@@ -279,7 +279,7 @@ def filling(publisher: Publisher, tmp_path: Path) -> Publisher:
     """A publisher of 40 prompts that replaces groups which do not learn."""
     file = tmp_path / "many.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(40)))
-    return dataclasses.replace(publisher, prompts=read_prompts(file), config=config_of(max_gen_batches=4))
+    return dataclasses.replace(publisher, prompts=read_prompts(file), config=build_config(max_gen_batches=4))
 
 
 def learned_places(publisher: Publisher, number: int = 1) -> list[list[int]]:
@@ -298,8 +298,8 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: 
 
     assert filling.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
     write_pieces(filling, even, 0, 2)
-    told = "3 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested"
-    assert filling.publish(1) == told and read_further_pieces(filling.rounds, 1) == 2
+    message = "3 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested"
+    assert filling.publish(1) == message and read_further_pieces(filling.rounds, 1) == 2
     for _ in range(2):  # a resumed run continues the same requests
         assert filling.publish(1) == "2 of 4 pieces are not written yet, the first is 2"
     write_pieces(filling, even, 2, 4)
@@ -308,7 +308,7 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: 
     assert content["groups"] == {"all_right": 4, "all_wrong": 3, "surplus": 1, "learns": 6}
     assert learned_places(filling) == [[0, 2, 4], [6, 8, 10]] and content["means"]["responses"] == 56
     # without replacements a run learns only from its own rows, and a smaller allowance requests less
-    alone = dataclasses.replace(filling, rounds=tmp_path / "alone", config=config_of())
+    alone = dataclasses.replace(filling, rounds=tmp_path / "alone", config=build_config())
     assert alone.publish(1) == "" and learned_places(alone) == [[0, 2], [4]]
 
 
@@ -350,16 +350,16 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
         forgets.publish(1)
 
 
-@pytest.mark.parametrize(("status", "reason", "told"), [
+@pytest.mark.parametrize(("status", "reason", "message"), [
     ("failed", "no server answers", r"reward \(24 failed"),
     ("refused", "has no 'answer'", r"another --run and --store$")])
-def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str, told: str,
+def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str, message: str,
                                                        publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
         store.add_rewards(VERSION, name, [RewardRow(row.key, 0, VERSION, None, status, {}, reason)
                                           for row in store.read_rollouts(name)])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         publisher.publish(1)
     assert not publisher.rounds.exists()
 

@@ -134,7 +134,7 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
     ({}, 6, 1), ({}, 5, 3), ({"max_staleness": 1}, 6, 3), ({"deadline_s": 60.0}, 6, 3)])
 def test_samples_of_a_prompt_are_joined_in_a_request(overrides: dict[str, Any], room: int, num_requests: int,
                                                      jobs: Callable[..., Job]) -> None:
-    """They fit into one request with room for six answers, unless parts of them may be kept or waited for."""
+    """Six answers fit into one request only if no parts may be kept or awaited."""
     keeper = DoubleKeeper()
     job = jobs([keeper], replace(ROLLOUT, rounds=1, piece_prompts=3, **overrides))
     job.fleet.requests = room

@@ -63,9 +63,9 @@ def test_every_response_is_judged_once_and_a_new_version_judges_again(store: Rol
     assert job(store, script).run().unfinished == 1
     assert script.seen == ["가나", "ab", "가a"]
     assert job(store, script).run().parts == 0 and len(script.seen) == 3
-    kept = {part.name: part.manifest_sha256 for part in store.parts()}
+    hashes = {part.name: part.manifest_sha256 for part in store.parts()}
     assert job(store, script, "v2").run().tally.statuses == {"scored": 2, "failed": 1}
-    assert {part.name: part.manifest_sha256 for part in store.parts()} == kept
+    assert {part.name: part.manifest_sha256 for part in store.parts()} == hashes
     first, second = store.read_rewards("v1", "round-0001-piece-0000")
     assert (first.reward, first.status, first.reward_version) == (2.0, "scored", "v1")
     assert first.components == {"n": 1.0, "part.ok": 1.0}
@@ -158,9 +158,9 @@ def test_an_environments_word_is_taken_from_the_rows(store: RolloutStore) -> Non
     assert resolve_reward_version(ENVIRONMENT, []) == ENVIRONMENT
     with start_judge(ENVIRONMENT, [], 1) as judge:
         result = judge(store.read_rollouts("round-0002-piece-0000")[:1])
-        refused = judge(store.read_rollouts("round-0001-piece-0000"))
+        rewards = judge(store.read_rollouts("round-0001-piece-0000"))
     assert (result[0].reward, result[0].status, result[0].components) == (0.5, "scored", {"x": 1})
-    assert {(r.reward, r.status) for r in refused} == {(None, "refused")}
+    assert {(r.reward, r.status) for r in rewards} == {(None, "refused")}
 
 
 def test_rewards_get_fields_and_messages_of_the_prompt() -> None:

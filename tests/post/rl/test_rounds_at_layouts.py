@@ -119,11 +119,11 @@ def test_a_round_has_the_same_files_at_any_number_of_processes(ranks: Any, job: 
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
     prompts, digest = read_prompts(file), tokenizer_digest(packed_data.tokenizer)
     write_round(RolloutStore.create(tmp_path / "store", digest, 368), prompts, ROLLOUT, 1, VERSION)
-    told = ranks(*(job(RUN, "publish", nproc, {
+    results = ranks(*(job(RUN, "publish", nproc, {
         "settings": [*ROUNDS, "policy.max_gen_batches=1"], "rounds": str(tmp_path / str(nproc)),
         "store": str(tmp_path / "store"), "prompts": str(file), "tokenizer": str(packed_data.tokenizer),
         "version": VERSION}) for nproc in (1, 2, 4)))
-    assert told == [[""], [""] * 2, [""] * 4]
+    assert results == [[""], [""] * 2, [""] * 4]
     one, *others = (read_manifest(tmp_path / str(nproc) / "0001") for nproc in (1, 2, 4))
     assert len(one.files) == 10  # of two shards
     assert all(other.files == one.files and other.content == one.content for other in others)

@@ -1,4 +1,4 @@
-"""Validation of a run's policies: when it runs and which figures it records, on four prompts."""
+"""Validation of a run's policies on four prompts: when it runs, and the recorded figures."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -122,8 +122,8 @@ def test_changed_validation_settings_are_refused_before_training(store: RolloutS
 
 
 def test_digests_of_validation_conditions() -> None:
-    """Excludes everything without effect on responses and verdicts: the order of prompts, and the number at a
-    time."""
+    """Excludes everything without effect on responses and verdicts: the
+    order of prompts, and the number at a time."""
     prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 

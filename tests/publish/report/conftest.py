@@ -48,8 +48,8 @@ def _evaluate(log: EventLog, step: int) -> None:
 
 
 def _watch(log: EventLog, noise: random.Random) -> None:
-    """Write events of guards: routing of four layers, a rejected step, an alarm, compute times, expert load
-    by source."""
+    """Write events of guards: routing of four layers, a rejected step, an
+    alarm, compute times, expert load by source."""
     for step in range(20, NUM_STEPS + 1, 20):
         log.write("routing", step=step, layers=[1, 2, 3, 4],
                   max_violation=[abs(noise.gauss(1, 0.2)) for _ in range(4)],
@@ -60,7 +60,8 @@ def _watch(log: EventLog, noise: random.Random) -> None:
 
 
 def _score(log: EventLog) -> None:
-    """Write scores of two checkpoints on two tasks, one with published scores of others; and a gate."""
+    """Write scores of two checkpoints on two tasks (one with
+    published scores of other models), and a gate."""
     for step in (CHECKPOINT, NUM_STEPS):
         for task, value in (("kmmlu", step / 1000), (f"quiz {HOSTILE}", 0.9 - step / 1000)):
             log.write("eval_lm", step=step, model_hash=f"m{step}", task=task, task_hash="t", metric="acc",
@@ -92,8 +93,7 @@ def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:
     log.write("resume", step=CHECKPOINT, reason="continued from step-200")
     log.write("run_start", **start, resumed_from=CHECKPOINT)
     _announce(log)
-    log.write("warning", step=350,
-              text="source korean: 4.1 epochs, more than data.max_epochs = 4; add data")
+    log.write("warning", step=350, text="source korean: 4.1 epochs, more than data.max_epochs = 4; add data")
     for step in range(CHECKPOINT + 1, NUM_STEPS + 1):
         _step(log, step, noise)
     for step in range(0, NUM_STEPS + 1, 50):

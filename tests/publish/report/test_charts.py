@@ -19,7 +19,7 @@ from megatron_sov.publish.report.steps import Curve, StepTable, downsample, movi
 from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, parse_event, read_events
 
 
-def names(chart: Chart) -> list[str]:
+def list_series(chart: Chart) -> list[str]:
     return [one.name for one in chart.plot.series]
 
 
@@ -31,7 +31,7 @@ def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) 
     curve = run.get_curve("loss")
     drawn = dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
     assert len(raw.x) <= MAX_POINTS and all(drawn[x] == y for x, y in zip(raw.x, raw.y, strict=True))
-    assert names(by_source) == ["english", "korean", "code"]
+    assert list_series(by_source) == ["english", "korean", "code"]
 
 
 def test_phases_are_bands_and_restarts_are_rules(runs: list[Path]) -> None:
@@ -51,7 +51,7 @@ def test_a_diverged_run_is_marked_in_its_report(tmp_path: Path) -> None:
 
 def test_heldout_chart_has_a_line_for_each_source_and_the_total(runs: list[Path]) -> None:
     (bits,) = heldout_charts(read_run(runs[0]))
-    assert names(bits) == ["english", "korean", "code", "all sources"]
+    assert list_series(bits) == ["english", "korean", "code", "all sources"]
     assert bits.plot.y.title == "bits per byte"
 
 

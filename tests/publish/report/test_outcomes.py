@@ -79,28 +79,29 @@ def log_stage(folder: Path, objective: str, *events: dict[str, Any], **start: An
     return folder
 
 
-def measured(step: int, **bits: float) -> dict[str, Any]:
-    """Return an evaluation whose sources have as many bytes as their tokens; one named "chat" has turns."""
+def build_evaluation(step: int, **bits: float) -> dict[str, Any]:
+    """Return an evaluation whose sources have as many bytes as tokens; the source "chat" has turns."""
     return {"event": "eval", "step": step, "heldout": {
         name: {"loss": value * math.log(2), "bits_per_byte": value, "tokens": 100,
                **({"turns": {"first": {"loss": value, "tokens": 9}}} if name == "chat" else {})}
         for name, value in bits.items()}}
 
 
-def scored(mean: float, **settings: str) -> dict[str, Any]:
+def build_score(mean: float, **settings: str) -> dict[str, Any]:
     return {"event": "score", "step": 9, "reward": "format", "settings": settings, "scored": 34,
             "mean_reward": mean}
 
 
 def test_each_stage_gains_on_its_first_figures(tmp_path: Path) -> None:
     """The demo's figures: text, responses, pairs, and a rule."""
-    pretrain = log_stage(tmp_path / "pretrain", "lm", measured(5, en=4.0, ko=6.0),
-                         measured(9, en=2.0, ko=3.0), measured(9, chat=3.0))
-    sft = log_stage(tmp_path / "sft", "lm", measured(1, chat=3.0), measured(9, chat=2.0), scored(0.25))
+    pretrain = log_stage(tmp_path / "pretrain", "lm", build_evaluation(5, en=4.0, ko=6.0),
+                         build_evaluation(9, en=2.0, ko=3.0), build_evaluation(9, chat=3.0))
+    sft = log_stage(tmp_path / "sft", "lm", build_evaluation(1, chat=3.0), build_evaluation(9, chat=2.0),
+                    build_score(0.25))
     pairs = {"event": "heldout_pairs", "source": "pairs", "pairs": 80}
     dpo = log_stage(tmp_path / "dpo", "preference", {**pairs, "step": 0, "pairs_right": 0.5},
                     {"event": "step", "step": 1, "loss": 0.7, "meters": {"pairs_right": 0.5}},
-                    {**pairs, "step": 1, "pairs_right": 1.0}, scored(float("nan")), headline=[
+                    {**pairs, "step": 1, "pairs_right": 1.0}, build_score(float("nan")), headline=[
                         {**vars(PAIRS[0]), "heldout": "heldout_pairs.pairs_right"}], comparable_loss=False)
     (table,) = gain_tables([read_run(run) for run in (pretrain, sft, dpo)])
     lower = "lower is better"

@@ -64,7 +64,7 @@ def test_settings_of_another_version_are_passed_over(tmp_path: Path) -> None:
 # The first screen's chart: one line through all stages.
 
 
-def lines(chart: Chart) -> dict[str, tuple[list[float], list[float]]]:
+def read_series(chart: Chart) -> dict[str, tuple[list[float], list[float]]]:
     """Return each series' x and y by its name."""
     return {one.name: (list(one.x), list(one.y)) for one in chart.plot.series}
 
@@ -84,14 +84,15 @@ def stage(path: Path, num_steps: int, tokens: int, heldout_at: int) -> Path:
 def test_stages_follow_one_another_by_tokens(tmp_path: Path) -> None:
     runs = [read_run(stage(tmp_path / "a", 3, 100, 3)), read_run(stage(tmp_path / "b", 2, 10, 0))]
     (heldout,) = {panel.title: panel for panel in build_opening(runs)}["Held-out quality"].charts
-    assert lines(heldout) == {"en": ([300, 300], [2, 2])}  # the second was measured before b's first step
+    assert read_series(heldout) == {"en": ([300, 300],
+                                           [2, 2])}  # the second was measured before b's first step
     assert heldout.plot.bands == [("a", 0.0, 300.0), ("b", 300.0, 320.0)]
 
 
 def test_steps_replace_tokens_in_stages_without_tokens(tmp_path: Path) -> None:
     runs = [read_run(stage(tmp_path / "a", 3, 100, 3)), read_run(stage(tmp_path / "b", 2, 0, 1))]
     (heldout,) = {panel.title: panel for panel in build_opening(runs)}["Held-out quality"].charts
-    assert lines(heldout) == {"en": ([3, 4], [2, 2])}
+    assert read_series(heldout) == {"en": ([3, 4], [2, 2])}
     assert heldout.plot.x.title == "optimizer steps"
 
 
@@ -180,8 +181,8 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
 
 
 def test_all_sections_are_ordered_and_in_the_contents(runs: list[Path], document: Document) -> None:
-    shown = list(dict.fromkeys(s.title for path in runs for s in build_sections(read_run(path))))
-    assert sorted(shown, key=EVERYTHING.index) == EVERYTHING
+    titles = list(dict.fromkeys(s.title for path in runs for s in build_sections(read_run(path))))
+    assert sorted(titles, key=EVERYTHING.index) == EVERYTHING
     anchors = {a["href"][1:] for tag, a in document.elements if tag == "a"}
     ids = {a["id"] for _, a in document.elements if "id" in a}
     assert anchors <= ids and len(anchors) == 2 + sum(len(build_sections(read_run(path))) for path in runs)
@@ -201,8 +202,8 @@ def test_a_run_of_another_model_gets_one_sentence(runs: list[Path], toy: Path) -
 # The first sentence.
 
 
-def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool | None = None,
-           needles: bool = False) -> str:
+def report_first_sentence(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool | None = None,
+                          needles: bool = False) -> str:
     """Write a run of one step and return the first sentence of its report."""
     evals = [{"event": "eval", "step": i, "heldout": {"en": {"loss": value * 2, "bits_per_byte": value,
                                                              "tokens": 9}}} for i, value in enumerate(bits)]
@@ -215,7 +216,7 @@ def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool
     return build_verdict_sentence([read_run(write(folder, *evals, *gates, *found, *samples))])
 
 
-@pytest.mark.each(("texts", "facts", "sentence"), [
+@pytest.mark.each(("texts", "facts", "message"), [
     (("It reads a file.", "Sy sppppp", "한국의 수도는 서울이다.", "Two words."), {},
      "2 of 4 answers are whole sentences."),
     ((), {"bits": (2.68, 2.45)}, "Held-out text 2.68 → 2.45 bits per byte."),
@@ -227,5 +228,5 @@ def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool
     (("",), {}, "0 of 1 answers are whole sentences."),
     ((), {"bits": (float("nan"), 2.0)}, ""), ((), {}, "")])
 def test_the_first_sentence_sums_up(tmp_path: Path, texts: tuple[str, ...], facts: dict,
-                                    sentence: str) -> None:
-    assert judged(tmp_path, *texts, **facts) == sentence
+                                    message: str) -> None:
+    assert report_first_sentence(tmp_path, *texts, **facts) == message

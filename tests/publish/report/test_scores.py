@@ -14,7 +14,7 @@ from megatron_sov.publish.report.sections import SECTIONS, build_sections
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 
 
-def section(title: str, **events: list[dict[str, Any]]) -> PageSection:
+def build_section(title: str, **events: list[dict[str, Any]]) -> PageSection:
     """Return a section of a run that has these events."""
     return SECTIONS[title].build(Run("run", {}, scores=events.get("eval_lm", []), events=events))
 
@@ -34,22 +34,22 @@ def test_of_one_checkpoint_the_newest_measurement_counts() -> None:
 
 
 def test_the_section_has_a_line_for_each_task() -> None:
-    result = section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
-                                        event("own", step=200, value=None, interval=None)])
+    result = build_section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
+                                              event("own", step=200, value=None, interval=None)])
     assert len(result.charts) == 1 and result.charts[0].plot.series[0].name == "aime24, acc"
     (ours,) = result.tables
     assert ours.rows[0] == ["aime24", "acc", "200", "62 %", "50 % to 70 %", "30", "0", "2"]
     assert ours.rows[1][3:5] == ["not known", "–"]
 
 
-def test_a_perplexity_is_no_share() -> None:
-    result = section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
+def test_a_perplexity_is_not_shown_as_a_share() -> None:
+    result = build_section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
     assert result.tables[0].rows[0][3] == "14.2"
 
 
 def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
     events = [event(step=1 << 40, task_hash=["a"], model_hash={}), event(step=5, task_hash=["a"])]
-    assert len(section("Scores", eval_lm=events).charts) == 1
+    assert len(build_section("Scores", eval_lm=events).charts) == 1
 
 
 # Curves of evaluations during training.
@@ -135,7 +135,7 @@ def test_each_prompt_set_has_a_curve_of_its_newest_scores(tmp_path: Path) -> Non
 def test_files_with_equal_names_are_separate_prompt_sets() -> None:
     events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
               for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
-    result = section("pass@k", passk=events)
+    result = build_section("pass@k", passk=events)
     assert [row[0] for row in result.tables[0].rows] == [
         "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]
 

@@ -15,7 +15,7 @@ from megatron_sov.publish.report.sections import MAX_ROWS, SECTIONS, build_secti
 from megatron_sov.runs.obs.events import EventLog
 
 
-def section(run_dir: Path, title: str) -> PageSection:
+def build_section(run_dir: Path, title: str) -> PageSection:
     return next(s for s in build_sections(read_run(run_dir)) if s.title == title)
 
 
@@ -46,23 +46,24 @@ def test_key_figures(runs: list[Path]) -> None:
 
 
 def test_heldout_table_has_bits_per_byte(runs: list[Path]) -> None:
-    rows = {row[0]: row for row in section(runs[0], "Held-out loss").tables[0].rows}
+    rows = {row[0]: row for row in build_section(runs[0], "Held-out loss").tables[0].rows}
     bits = (1.8 + 5 * math.exp(-400 / 70)) / math.log(2) / 3.4
     assert rows["code"][4:] == [f"{bits:.4g}"]
 
 
 def test_warnings_are_listed_by_step(tmp_path: Path) -> None:
     EventLog(tmp_path / "events.jsonl").write("warning", step=8, text="source ko is in epoch 4.1")
-    assert section(tmp_path, "Warnings and faults").tables[0].rows == [["8", "source ko is in epoch 4.1"]]
+    assert build_section(tmp_path,
+                         "Warnings and faults").tables[0].rows == [["8", "source ko is in epoch 4.1"]]
 
 
 def test_long_and_many_samples_are_truncated_with_a_note(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for _ in range(30):
         log.write("sample", step=5, prompt="p", text="x" * 4100)
-    shown = section(tmp_path, "Samples")
-    assert len(shown.samples) == 24 and shown.text.endswith("6 more are in the run's events.")
-    assert shown.samples[0]["text"] == "x" * 2000 + "\n… (2,100 more characters)"
+    section = build_section(tmp_path, "Samples")
+    assert len(section.samples) == 24 and section.text.endswith("6 more are in the run's events.")
+    assert section.samples[0]["text"] == "x" * 2000 + "\n… (2,100 more characters)"
 
 
 # Rounds of reinforcement learning in the report, from the manifests that they were published with.
@@ -88,7 +89,8 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
             unjudged={"failed": 3})
     publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, unjudged={})
     section = SECTIONS["Rounds"].build(Run("rl", {}, rounds=read_rounds(tmp_path)))
-    assert values(section.charts[0]) == {"reward": [0.5, 0.75], "<b>form</b>": [1, 1], "right": [0.5, 0.75]}
+    assert values(section.charts[0]) == {"reward": [0.5, 0.75], "<b>form</b>": [1, 1],
+                                               "right": [0.5, 0.75]}
     assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
     assert section.tables[0].rows == [
         ["1", "64", "0.5000", "–", "12.5", "25 %", "8", "–", "–"],
@@ -107,7 +109,7 @@ def test_unscored_and_damaged_rounds_are_shown(tmp_path: Path) -> None:
 
 
 def names(*paths: Path) -> tuple[list[str], list[str]]:
-    """Return the runs of one model, and those of others."""
+    """Return the runs of one model, and the runs of other models."""
     own, others = split_by_model([read_run(path) for path in paths])
     return [run.name for run in own], [run.name for run in others]
 

@@ -31,13 +31,13 @@ def make_plan(tmp_path: Path) -> CountPlan:
     return CountPlan(K_EXAONE, 480, 400, True, 1 << 30, None, 1, tmp_path / "work")
 
 
-def groups_of(corpus: Path, *weights: float | None) -> list[SourceGroup]:
+def build_groups(corpus: Path, *weights: float | None) -> list[SourceGroup]:
     return [SourceGroup(name, (corpus / f"{name}.jsonl",), weight)
             for name, weight in zip(("en", "ko"), weights, strict=True)]
 
 
 def test_weights_are_met_by_bytes(corpus: Path, tmp_path: Path) -> None:
-    learned = learn_vocabulary(make_plan(tmp_path), groups_of(corpus, 1, 3))
+    learned = learn_vocabulary(make_plan(tmp_path), build_groups(corpus, 1, 3))
     en, ko = learned.facts
     assert ko["seen_bytes"] / en["seen_bytes"] == pytest.approx(3, rel=0.02)
     assert en["seen_bytes"] + ko["seen_bytes"] == pytest.approx(en["num_bytes"] + ko["num_bytes"], rel=0.01)
@@ -46,7 +46,7 @@ def test_weights_are_met_by_bytes(corpus: Path, tmp_path: Path) -> None:
 
 def test_superwords_come_from_a_sample(corpus: Path, tmp_path: Path) -> None:
     plan = replace(make_plan(tmp_path), superword_sample_bytes=20_000)
-    first, second = learn_vocabulary(plan, groups_of(corpus, None, None)).stages
+    first, second = learn_vocabulary(plan, build_groups(corpus, None, None)).stages
     assert first["reaches_tokens"] == 400 and second["reaches_tokens"] == 480
     assert second["seen_bytes"] == pytest.approx(20_000, rel=0.05) and first["seen_bytes"] > 100_000
 
@@ -57,7 +57,7 @@ def test_memory_limit_bounds_words_and_is_reported(corpus: Path, tmp_path: Path,
     monkeypatch.setattr(count_pipeline, "LEARNING_BYTES_PER_BYTE", 1)
     [stage] = learn_vocabulary(replace(make_plan(tmp_path), vocab_size=340, transition_size=340,
                                        max_memory_bytes=300),
-                    groups_of(corpus, None, None)).stages
+                    build_groups(corpus, None, None)).stages
     assert stage["dropped_words"] > 20 and stage["least_count"] > 1 and 0 < stage["dropped_share"] < 1
 
 
@@ -65,11 +65,11 @@ def test_too_little_text_reports_reached_and_required_size(corpus: Path, tmp_pat
     plan = replace(make_plan(tmp_path), vocab_size=9000, transition_size=9000)
     with pytest.raises(UserError, match=r"only \d+ tokens were reached from 0\.\d+ MB .* give it about "
                                         r"\d+(\.\d+)? MB like it"):
-        learn_vocabulary(plan, groups_of(corpus, None, None))
+        learn_vocabulary(plan, build_groups(corpus, None, None))
 
 
 def test_samples_do_not_depend_on_the_order_of_units(corpus: Path, tmp_path: Path) -> None:
-    samples = learn_vocabulary(make_plan(tmp_path), groups_of(corpus, None, None)).samples
+    samples = learn_vocabulary(make_plan(tmp_path), build_groups(corpus, None, None)).samples
     documents = [json.loads(line)["text"] for line in (corpus / "en.jsonl").read_text().splitlines()]
     assert samples["en"] == "\n".join(sorted(documents))
 
@@ -82,7 +82,7 @@ def test_inputs_without_weights_are_read_once(corpus: Path, tmp_path: Path,
     monkeypatch.setattr(count_pipeline, "measure_groups", never)
     plan = replace(make_plan(tmp_path), vocab_size=400)
     assert [fact["num_documents"] for fact in learn_vocabulary(plan,
-                                                               groups_of(corpus, None, None)).facts] == [200,
-                                                                                                         200]
+                                                               build_groups(corpus, None,
+                                                                            None)).facts] == [200, 200]
     with pytest.raises(AssertionError, match="looked through"):
-        learn_vocabulary(plan, groups_of(corpus, 1, 3))
+        learn_vocabulary(plan, build_groups(corpus, 1, 3))

@@ -24,7 +24,7 @@ from tokenizer.mixture import GroupShare, SourceGroup, plan_count_units
 from tokenizer.presets import SOLAR_OPEN
 
 
-def counted(counter: WordCounter) -> Counter[bytes]:
+def count_words(counter: WordCounter) -> Counter[bytes]:
     text, ends, counts, parts = counter.get_words()
     assert len(parts) == len(counter) and all(0 <= part < NUM_PARTS for part in parts)
     words = [text[a:b].tobytes() for a, b in zip([0, *ends[:-1]], ends, strict=True)] if len(ends) else []
@@ -43,7 +43,7 @@ def test_words_are_counted_as_by_counter(texts: list[tuple[list[bytes], int]]) -
         add(counter, words, times)
         for word in words:
             expected[word] += times
-    assert counted(counter) == expected
+    assert count_words(counter) == expected
 
 
 def test_the_table_grows_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,19 +51,19 @@ def test_the_table_grows_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None
     counter = WordCounter()
     for start in range(0, 3000, 100):
         add(counter, [str(n).encode() for n in range(start, start + 150)], 1)
-    result = counted(counter)
+    result = count_words(counter)
     assert len(result) == 3050 and result[b"149"] == 2 and result[b"50"] == 1
     counter.clear()
-    assert not counted(counter)
+    assert not count_words(counter)
     add(counter, [b"again"], 7)
-    assert counted(counter) == {b"again": 7}
+    assert count_words(counter) == {b"again": 7}
 
 
 def test_counts_beyond_32_bits() -> None:
     counter = WordCounter()
     add(counter, [b"a"], 1 << 40)
     add(counter, [b"a"], 1 << 40)
-    assert counted(counter) == {b"a": 1 << 41}
+    assert count_words(counter) == {b"a": 1 << 41}
 
 
 def test_a_words_part_is_the_same_in_every_table() -> None:
@@ -100,14 +100,14 @@ def files(tmp_path: Path) -> list[Path]:
             write_runs(tmp_path / "b.arrow", [halves[0]])]
 
 
-def as_counter(table: WordTable) -> Counter[bytes]:
+def to_counter(table: WordTable) -> Counter[bytes]:
     assert (np.diff(table.counts) <= 0).all()
     return Counter(dict(zip(table.iter_words(), table.counts.tolist(), strict=True)))
 
 
 def test_runs_are_added_up(files: list[Path], tmp_path: Path) -> None:
     table = gather_words(files, tmp_path, None)
-    assert as_counter(table) == WORDS
+    assert to_counter(table) == WORDS
     assert (table.min_count, table.dropped_words, table.dropped_share) == (1, 0, 0)
     assert not list(tmp_path.glob("part-*"))
 
@@ -116,7 +116,7 @@ def test_runs_are_added_up(files: list[Path], tmp_path: Path) -> None:
 def test_rarest_words_are_dropped_by_count(files: list[Path], tmp_path: Path, max_bytes: int) -> None:
     table = gather_words(files, tmp_path, max_bytes)
     left_out = {w: n for w, n in WORDS.items() if n < table.min_count}
-    assert as_counter(table) == Counter({w: n for w, n in WORDS.items() if n >= table.min_count})
+    assert to_counter(table) == Counter({w: n for w, n in WORDS.items() if n >= table.min_count})
     assert len(table.raw) + len(table.counts) <= max_bytes and table.dropped_words == len(left_out)
     assert table.dropped_share == pytest.approx(
         sum(len(w) * n for w, n in left_out.items()) / sum(len(w) * n for w, n in WORDS.items()))
@@ -131,7 +131,7 @@ def test_memory_limit_applies_to_remaining_words(tmp_path: Path) -> None:
     table = gather_words([file], tmp_path, 20)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert as_counter(table) == {b"often": 9, b"twice": 2} and table.dropped_words == len(once)
+    assert to_counter(table) == {b"often": 9, b"twice": 2} and table.dropped_words == len(once)
     assert peak_bytes < 8 * len(once)  # not even the counts of all words
 
 
@@ -174,7 +174,7 @@ def test_a_table_that_is_written_out_many_times_gives_the_same(corpus: Path, tmp
     once = count(corpus, tmp_path / "other")
     # several runs
     assert sum(c.file.stat().st_size for c in counts) > sum(c.file.stat().st_size for c in once)
-    assert as_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus)
+    assert to_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus)
 
 
 def test_long_words_are_written_out_by_their_bytes(tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_long_words_are_written_out_by_their_bytes(tmp_path: Path) -> None:
     assert pyarrow.ipc.open_file(str(counts.file)).num_record_batches > NUM_PARTS
 
 
-def test_repeated_text_counts_as_often_as_it_is_seen(corpus: Path, tmp_path: Path) -> None:
+def test_repeated_text_counts_once_per_occurrence(corpus: Path, tmp_path: Path) -> None:
     counts = count(corpus, tmp_path / "work", GroupShare(3, 0))
-    assert as_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus, 3)
+    assert to_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus, 3)
     some = count(corpus, tmp_path / "work", GroupShare(2, 30_000))
     assert 2 < sum(c.counted_bytes for c in some) / (sum(c.counted_bytes for c in counts) / 3) < 3
 

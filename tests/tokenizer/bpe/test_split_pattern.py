@@ -57,7 +57,7 @@ def split(pattern: str, text: str) -> list[str]:
     return [raw[a:b].decode() for a, b in pairwise([0, *ends[:num_words].tolist()])]
 
 
-def by_oniguruma(pattern: str, text: str) -> list[str]:
+def split_by_oniguruma(pattern: str, text: str) -> list[str]:
     return [piece for piece, _ in build_splitter(pattern, "test").pre_tokenize_str(text)]
 
 
@@ -68,7 +68,7 @@ LETTERS = "aabbccdx '’sStT019 \n\r\tſéÉ가나\u0301\u3000\U0001f600.,/"
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @given(text=st.text(alphabet=st.one_of(st.sampled_from(LETTERS), st.characters(codec="utf-8"))))
 def test_any_text_is_split_as_by_oniguruma(pattern: str, text: str) -> None:
-    assert split(pattern, text) == by_oniguruma(pattern, text)
+    assert split(pattern, text) == split_by_oniguruma(pattern, text)
 
 
 def test_the_first_alternative_wins_not_the_longest() -> None:
@@ -101,7 +101,7 @@ def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
     for start in range(0, 0x110000, 8192):
         characters = [chr(c) for c in range(start, start + 8192) if not 0xD800 <= c < 0xE000]
         for text in ("".join(characters), " ".join(characters[::7]), "a".join(characters[::7])):
-            assert splitter.split_text(text) == by_oniguruma(pattern, text), hex(start)
+            assert splitter.split_text(text) == split_by_oniguruma(pattern, text), hex(start)
 
 
 def test_text_between_matches_is_preserved() -> None:
@@ -144,7 +144,7 @@ def test_a_splitter_travels_to_another_process() -> None:
     for text in ("it's 12 \u1112\u1161\u11ab 가나", "\n\n a  b\t", "Ünïcode 2026, 漢字"):
         normal = travelled.normalize(text)
         travelled.compare_engines(normal)
-        assert travelled.split_text(normal) == by_oniguruma(K_EXAONE.split_pattern, normal)
+        assert travelled.split_text(normal) == split_by_oniguruma(K_EXAONE.split_pattern, normal)
 
 
 def test_a_pattern_that_passes_over_text_is_refused() -> None:

@@ -41,7 +41,7 @@ TEXTS = st.one_of(st.text(max_size=40), st.text(alphabet="the fox'sS \u00a0\u300
 
 
 @functools.cache
-def once_loaded(folder: Path) -> Any:
+def load_cached_tokenizer(folder: Path) -> Any:
     """Return transformers' tokenizer of an unchanging folder, cached."""
     return AutoTokenizer.from_pretrained(folder)
 
@@ -69,8 +69,7 @@ def by_tiktoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiktoken.Enco
 
 
 @pytest.fixture(scope="module", params=SENTENCEPIECE)
-def by_sentencepiece(request: pytest.FixtureRequest,
-                     tmp_path_factory: pytest.TempPathFactory) -> tuple[
+def by_sentencepiece(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         sentencepiece.SentencePieceProcessor, Path]:
     """A sentencepiece model (m.model), and the folder of its imported form."""
     root, out = tmp_path_factory.mktemp(request.param), io.BytesIO()
@@ -90,7 +89,7 @@ def by_sentencepiece(request: pytest.FixtureRequest,
 @given(text=st.one_of(TEXTS, st.just("say xyzzy or  xyzzyx 1234567  \n")))
 def test_tiktokens_ids(by_tiktoken: tuple[tiktoken.Encoding, Path], text: str) -> None:
     encoding, folder = by_tiktoken
-    ids = once_loaded(folder)(text, split_special_tokens=True)["input_ids"]
+    ids = load_cached_tokenizer(folder)(text, split_special_tokens=True)["input_ids"]
     assert ids == encoding.encode_ordinary(text)
 
 
@@ -111,7 +110,7 @@ def test_tiktokens_special_tokens_and_facts(by_tiktoken: tuple[tiktoken.Encoding
 def test_sentencepieces_ids(by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path],
                             text: str) -> None:
     model, folder = by_sentencepiece
-    ids = once_loaded(folder)(text, split_special_tokens=True)["input_ids"]
+    ids = load_cached_tokenizer(folder)(text, split_special_tokens=True)["input_ids"]
     assert ids == model.encode(text)
 
 
@@ -153,8 +152,8 @@ def test_ours_through_tiktoken_and_back_is_the_same_file(trained: Path, tmp_path
                for key in ("tokenizer_sha256", "vocab_size", "bos_id", "eos_id", "pad_id"))
 
 
-def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any],
-           name: str = "tokenizer.json") -> Path:
+def edit_tokenizer(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any],
+                   name: str = "tokenizer.json") -> Path:
     shutil.copytree(folder, target)
     (target / "manifest.json").unlink()
     raw = json.loads((target / name).read_text())
@@ -166,7 +165,7 @@ def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any],
 @pytest.mark.deep
 def test_a_hugging_face_folder_is_not_cut_off(trained: Path, tmp_path: Path) -> None:
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    source = edited(trained, tmp_path / "hf", lambda raw: raw.update(truncation=truncation))
+    source = edit_tokenizer(trained, tmp_path / "hf", lambda raw: raw.update(truncation=truncation))
     config = json.loads((source / "tokenizer_config.json").read_text())
     config |= {"eos_token": {"__type": "AddedToken", "content": "<|end|>"}, "pad_token": None,
                "tokenizer_class": "LlamaTokenizerFast",
@@ -210,7 +209,7 @@ def broken_model(root: Path, **changes: Any) -> Path:
     return root / "bad.model"
 
 
-@pytest.mark.each(("changes", "sentence"), [
+@pytest.mark.each(("changes", "message"), [
     ({"trainer_spec__model_type": 4}, "its model type is char, and only bpe and unigram"),
     ({"trainer_spec__treat_whitespace_as_suffix": True}, "it writes white space behind words"),
     ({"normalizer_spec__escape_whitespaces": False}, "it does not mark spaces"),
@@ -220,10 +219,10 @@ def broken_model(root: Path, **changes: Any) -> Path:
      "it has no piece for '<', so text that reads '<unk>' would become that piece"),
 ])
 def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                              changes: dict[str, Any], sentence: str) -> None:
+                                              changes: dict[str, Any], message: str) -> None:
     assert main(["import", str(broken_model(tmp_path, **changes)), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["bad.model"]
 
 
@@ -240,11 +239,11 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
         "h.tiktoken.json": json.dumps({"pat_str": ".", "special_tokens": {"<e>": "5"}})}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    no_eos = edited(trained, tmp_path / "no-eos", lambda config: config.pop("eos_token"),
-                    "tokenizer_config.json")
-    wrong = edited(trained, tmp_path / "wrong", lambda config: config.update(eos_token="<|ends|>"),
-                   "tokenizer_config.json")
-    random_ids = edited(trained, tmp_path / "dropout", lambda raw: raw["model"].update(dropout=0.1))
+    no_eos = edit_tokenizer(trained, tmp_path / "no-eos", lambda config: config.pop("eos_token"),
+                            "tokenizer_config.json")
+    wrong = edit_tokenizer(trained, tmp_path / "wrong", lambda config: config.update(eos_token="<|ends|>"),
+                           "tokenizer_config.json")
+    random_ids = edit_tokenizer(trained, tmp_path / "dropout", lambda raw: raw["model"].update(dropout=0.1))
     mistakes = {
         tmp_path / "none": "does not exist", tmp_path / "f.txt": "is no tokenizer",
         tmp_path: "holds 7 tokenizers",
@@ -265,7 +264,7 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def _ranks_of(line: bytes) -> Callable[[Path, Path], Path]:
+def _write_ranks(line: bytes) -> Callable[[Path, Path], Path]:
     def write(root: Path, trained: Path) -> Path:
         (root / "a.tiktoken").write_bytes(format_ranks(learned_ranks()) + line + b"\n")
         (root / "a.tiktoken.json").write_text(json.dumps(
@@ -274,7 +273,7 @@ def _ranks_of(line: bytes) -> Callable[[Path, Path], Path]:
     return write
 
 
-def _rules_of(**rules: Any) -> Callable[[Path, Path], Path]:
+def _write_rules(**rules: Any) -> Callable[[Path, Path], Path]:
     def write(root: Path, trained: Path) -> Path:
         (root / "a.tiktoken").write_bytes(format_ranks(learned_ranks()))
         (root / "a.tiktoken.json").write_text(json.dumps(
@@ -283,11 +282,11 @@ def _rules_of(**rules: Any) -> Callable[[Path, Path], Path]:
     return write
 
 
-def _edited(file: str, change: Callable[[Any], Any]) -> Callable[[Path, Path], Path]:
-    return lambda root, trained: edited(trained, root / "in", change, file)
+def _edit_trained(file: str, change: Callable[[Any], Any]) -> Callable[[Path, Path], Path]:
+    return lambda root, trained: edit_tokenizer(trained, root / "in", change, file)
 
 
-def _without_end(file: str) -> Callable[[Path, Path], Path]:
+def _truncate(file: str) -> Callable[[Path, Path], Path]:
     def write(root: Path, trained: Path) -> Path:
         (shutil.copytree(trained, root / "in") / file).write_text("[" * 200_000)
         return root / "in"
@@ -296,15 +295,15 @@ def _without_end(file: str) -> Callable[[Path, Path], Path]:
 
 
 @pytest.mark.each("write", [
-    _ranks_of(b"YWI= 3000000000"),
-    _rules_of(special_tokens={"<e>": 2**32}),
-    _rules_of(pat_str=""),
-    _rules_of(pat_str="(?=(a+))*"),
-    _edited("tokenizer.json", lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | {
+    _write_ranks(b"YWI= 3000000000"),
+    _write_rules(special_tokens={"<e>": 2**32}),
+    _write_rules(pat_str=""),
+    _write_rules(pat_str="(?=(a+))*"),
+    _edit_trained("tokenizer.json", lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | {
         "id": 3 * 10**9, "content": "<far>"})),
-    _edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc="x")),
-    _edited("tokenizer_config.json", lambda config: config.update(eos_token=["a"])),
-    _without_end("tokenizer.json"),
+    _edit_trained("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc="x")),
+    _edit_trained("tokenizer_config.json", lambda config: config.update(eos_token=["a"])),
+    _truncate("tokenizer.json"),
 ])
 def test_hostile_files_cost_a_sentence(write: Callable[[Path, Path], Path], trained: Path, tmp_path: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:

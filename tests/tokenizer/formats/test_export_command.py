@@ -75,7 +75,7 @@ def test_raw_bytes_and_special_tokens_keep_their_ids(
     assert rules["eos_token"] in rules["special_tokens"]
 
 
-def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+def edit_tokenizer(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     shutil.copytree(folder, target)
     raw = json.loads((target / "tokenizer.json").read_text())
     edit(raw)
@@ -88,7 +88,7 @@ def unmatched_text(raw: dict[str, Any]) -> None:
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
 
 
-@pytest.mark.each(("edit", "sentence"), [
+@pytest.mark.each(("edit", "message"), [
     (unmatched_text, "cannot be exported, since tiktoken would not give the same ids for"),
     (lambda raw: raw.update(normalizer={"type": "Lowercase"}),
      "its normalizer Lowercase has no form in tiktoken"),
@@ -100,12 +100,11 @@ def unmatched_text(raw: dict[str, Any]) -> None:
 ])
 def test_tokenizers_outside_tiktoken_are_refused(folder: Path, tmp_path: Path,
                                                  capsys: pytest.CaptureFixture[str],
-                                                 edit: Callable[[dict[str, Any]], Any],
-                                                 sentence: str) -> None:
-    bad = edited(folder, tmp_path / "bad", edit)
+                                                 edit: Callable[[dict[str, Any]], Any], message: str) -> None:
+    bad = edit_tokenizer(folder, tmp_path / "bad", edit)
     assert main(["export", str(bad), "--format", "tiktoken", "--output", str(tmp_path / "out.tiktoken")]) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out*"))
 
 

@@ -28,9 +28,9 @@ def test_the_first_text_with_other_ids_is_named_with_the_place() -> None:
         return [ord(c) for c in text]
 
     assert find_first_difference(["a", "b"], letters, letters) is None
-    said = find_first_difference(["ab", "abcdef", "x"], letters,
-                                 lambda text: [ord(c) - (c == "d") for c in text])
-    assert said == "'abcdef' (ids [100, 101, 102] and [99, 101, 102] from token 3 on)"
+    difference = find_first_difference(["ab", "abcdef", "x"], letters,
+                                       lambda text: [ord(c) - (c == "d") for c in text])
+    assert difference == "'abcdef' (ids [100, 101, 102] and [99, 101, 102] from token 3 on)"
     assert (find_first_difference(["ab"], letters, lambda text: letters(text)[:1])
             == "'ab' (ids [98] and [] from token 1 on)")
     assert str(find_first_difference(["x" * 100], letters, lambda text: [])).startswith(f"'{'x' * 60}' (ids ")

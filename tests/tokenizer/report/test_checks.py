@@ -73,7 +73,7 @@ def test_added_tokens_count_where_they_look_like_control(toy: Toy, added: str, t
 HEAD, TAIL = "안".encode()[:2], "안".encode()[1:]
 
 
-def measured(opened: Any, name: str, *chunks: str) -> TokenizerMeasures:
+def build_measures(opened: Any, name: str, *chunks: str) -> TokenizerMeasures:
     text = NamedText(name, name, list(chunks), True)
     ids = [i for chunk in chunks for i in opened.encode(chunk)]
     return TokenizerMeasures(text, np.bincount(ids, minlength=opened.vocab_size), 0)
@@ -81,7 +81,8 @@ def measured(opened: Any, name: str, *chunks: str) -> TokenizerMeasures:
 
 def test_used_tokens_are_counted_over_all_texts(toy: Toy) -> None:
     opened = toy("the", "한", special=("<|end|>",))
-    check = check_used(opened, [measured(opened, "en", "the the", "a" * 100), measured(opened, "ko", "한a")])
+    check = check_used(opened, [build_measures(opened, "en", "the the", "a" * 100),
+                                build_measures(opened, "ko", "한a")])
     assert check.numbers["num_never_used"] == 258 - len({"the", " ", "a", "한"})
     assert check.numbers["used_at_least"] == {1: 4, 10: 1, 100: 1}
     assert check.numbers["used_by_text"] == {"en": 3, "ko": 2} and check.numbers["num_bytes"] == 111
@@ -96,8 +97,8 @@ HANGUL = [("ì", "ķ"), ("ìķ", "Ī")]  # EC 95 88: 안
 @pytest.mark.deep
 def test_a_sound_tokenizer_passes(build: Build, heldout: dict[str, Path],
                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every twelfth block stands for all of Unicode, in all planes and with Hangul among them; that the
-    blocks leave out nothing is proven by another test."""
+    """Every twelfth block of Unicode, so that all planes and Hangul are covered; another test proves that the
+    blocks are complete."""
     every = scalars_module._iter_blocks
     monkeypatch.setattr(scalars_module, "_iter_blocks", lambda end: islice(every(end), 0, None, 12))
     opened = open_tokenizer(build(pairs=[*PAIRS, *HANGUL]))
@@ -125,7 +126,7 @@ def test_merged_digits_are_detected(build: Build, pairs: list[tuple[str, str]], 
                 and check.numbers["shapes"]["3"]["3"] == "123")
 
 
-def test_regular_groups_of_digits_are_no_defect(build: Build) -> None:
+def test_regular_groups_of_digits_are_accepted(build: Build) -> None:
     digits = "0123456789"
     pairs = [(a, b) for a in digits for b in digits]
     check = check_digits(open_tokenizer(build(pairs=pairs, split=r"\p{L}+|\p{N}{1,2}|\s+|.")))

@@ -19,12 +19,12 @@ from tokenizer.report.measures import (
 
 # Held-out texts: their figures, read limits, and pieces.
 
-def named(*chunks: str) -> NamedText:
+def build_text(*chunks: str) -> NamedText:
     return NamedText("t", "t", list(chunks), True)
 
 
 def test_bytes_characters_and_words() -> None:
-    text = named("한국 사람\n", "two  words ", "")
+    text = build_text("한국 사람\n", "two  words ", "")
     assert (text.num_bytes, text.num_chars, text.num_words) == (14 + 11, 6 + 11, 4)
 
 
@@ -32,7 +32,7 @@ def test_bytes_characters_and_words() -> None:
     ("two words", True), ("한국어 문장", True), ("กำลังที่นี้", False), ("日本語と中文", False),
     ("日本 abcd", True), ("ខ្មែរ", False), ("12 34", True)])
 def test_words_split_at_spaces_in_scripts_with_spaces(text: str, words: bool) -> None:
-    assert named(text).has_words == words
+    assert build_text(text).has_words == words
 
 
 def test_long_documents_are_split_without_loss(tmp_path: Path) -> None:
@@ -114,18 +114,18 @@ def test_names_of_texts(tmp_path: Path) -> None:
     assert parse_text(f"{tmp_path}/x=y.txt") == ("x=y", tmp_path / "x=y.txt")
 
 
-@pytest.mark.each(("arguments", "sentence"), [
+@pytest.mark.each(("arguments", "message"), [
     (["=x"], "must be a path or NAME=PATH"), (["none.txt"], "does not exist"),
     (["a.txt", "b/a.txt"], "the name 'a' is taken"), (["empty.txt"], "holds no text"),
     (["latin.txt"], "is not UTF-8"), (["bad.jsonl"], "bad.jsonl: ")])
 def test_bad_text_costs_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
-                                     sentence: str) -> None:
+                                     message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b").mkdir()
     for name, raw in {"a.txt": b"x", "b/a.txt": b"y", "empty.txt": b" \n", "latin.txt": b"caf\xe9 ",
                       "bad.jsonl": b"{"}.items():
         (tmp_path / name).write_bytes(raw)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         read_texts(arguments, 1)
 
 

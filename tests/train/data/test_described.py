@@ -12,19 +12,19 @@ WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
     {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}
 
 
-@pytest.mark.each(("place", "said"), [
+@pytest.mark.each(("place", "message"), [
     (("vocab_size",), "lacks vocab_size"), (("sources",), "lacks sources"),
     (("sources", 0, "format"), r"lacks sources\[0\]\.format"),
     (("sources", 0, "splits"), r"lacks sources\[0\]\.splits"),
     (("sources", 0, "splits", "train", "num_tokens"), r"lacks sources\[0\]\.splits\.train\.num_tokens")])
-def test_every_missing_part_is_named(place: tuple[Any, ...], said: str) -> None:
+def test_every_missing_part_is_named(place: tuple[Any, ...], message: str) -> None:
     check_token_manifest("shards", WHOLE)
     content = copy.deepcopy(WHOLE)
     inside = content
     for key in place[:-1]:
         inside = inside[key]
     del inside[place[-1]]
-    with pytest.raises(UserError, match=f"shards: its manifest {said}"):
+    with pytest.raises(UserError, match=f"shards: its manifest {message}"):
         check_token_manifest("shards", content)
 
 

@@ -25,7 +25,7 @@ def sources(make_source: MakeSource) -> list[Source]:
     return [make_source("web", [9], 0.6), make_source("code", [9], 0.2), make_source("empty", [], 0.2)]
 
 
-def steps_of(entries: list[LedgerEntry]) -> list[tuple[int, str, int, bool]]:
+def list_steps(entries: list[LedgerEntry]) -> list[tuple[int, str, int, bool]]:
     return [(e.first_step, e.phase, e.global_batch_size, e.skip) for e in entries]
 
 
@@ -35,8 +35,9 @@ def test_phases_ramp_and_skips_by_hand(sources: list[Source]) -> None:
     result = plan_ledger(config(PhaseConfig("a"), PhaseConfig("b", global_batch_size=6),
                         skip_steps=((3, 4), (12, 12)), ramp_from_batch_size=2, ramp_increment=2,
                         ramp_steps=12), sources)
-    assert steps_of(result) == [(0, "a", 2, False), (2, "a", 2, True), (4, "a", 4, False), (8, "a", 6, False),
-                                (10, "b", 6, False), (11, "b", 6, True), (12, "b", 6, False)]
+    assert list_steps(result) == [(0, "a", 2, False), (2, "a", 2, True), (4, "a", 4, False),
+                                  (8, "a", 6, False),
+                                  (10, "b", 6, False), (11, "b", 6, True), (12, "b", 6, False)]
 
 
 def test_an_empty_blend_weights_sources_by_tokens(sources: list[Source]) -> None:
@@ -54,16 +55,16 @@ def test_a_phase_too_short_for_a_step_leaves_no_trace(sources: list[Source]) -> 
     result = plan_ledger(config(PhaseConfig("a", share=99), PhaseConfig("b", share=0.1),
                                 PhaseConfig("c", share=50),
                         steps=3), sources)
-    assert steps_of(result) == [(0, "a", 8, False), (2, "c", 8, False)]
+    assert list_steps(result) == [(0, "a", 8, False), (2, "c", 8, False)]
 
 
-@pytest.mark.parametrize(("blend", "said"), [
+@pytest.mark.parametrize(("blend", "message"), [
     ({"wbe": 1.0}, "names source 'wbe', which the data does not have; did you mean 'web'"),
     ({"web": 1.0, "empty": 0.5}, "gives source 'empty' the weight 0.5, but it has no training tokens"),
 ])
-def test_a_blend_that_the_data_cannot_give_is_refused(blend: dict[str, float], said: str,
+def test_a_blend_that_the_data_cannot_give_is_refused(blend: dict[str, float], message: str,
                                                       sources: list[Source]) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         plan_ledger(config(PhaseConfig("main", blend=blend)), sources)
 
 

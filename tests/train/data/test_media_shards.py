@@ -55,7 +55,7 @@ def chain(tmp_path: Path) -> ShardChain:
     return ShardChain([tmp_path / "a", tmp_path / "b"], 32, banks=BANKS)
 
 
-def said(media: EncoderInputs | None) -> list[tuple[int, int]]:
+def list_features(media: EncoderInputs | None) -> list[tuple[int, int]]:
     """Return (place, feature of the bank), by the numbers that records hold."""
     found = []
     for part in (media or {}).values():
@@ -65,7 +65,7 @@ def said(media: EncoderInputs | None) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def expected(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
+def concatenate_features(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
     """Return the expected features of several (document, start, count) spans, concatenated."""
     flat = [pair for document, start, count in pieces for pair in DOCUMENTS[document][start:start + count]]
     return [(place, feature) for place, (_, feature) in enumerate(flat) if feature >= 0]
@@ -75,25 +75,26 @@ def expected(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
     [(0, 0, 9)], [(1, 0, 3)], [(0, 3, 4), (2, 0, 4)], [(2, 4, 7), (1, 0, 2), (0, 0, 3)]])
 def test_a_row_has_the_features_of_its_placeholders(chain: ShardChain, pieces: list[Any]) -> None:
     row = build_row(OrderedSample(0, tuple(PackedSegment(*piece) for piece in pieces)), chain, 16)
-    assert said(row.encoder_inputs) == expected(*pieces)
-    assert (row.encoder_inputs is None) == (not expected(*pieces))
+    assert list_features(row.encoder_inputs) == concatenate_features(*pieces)
+    assert (row.encoder_inputs is None) == (not concatenate_features(*pieces))
 
 
 def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
-    rows = [build_row(OrderedSample(0, (PackedSegment(d, 0, n),)), chain, 12) for d,
-            n in ((1, 3), (0, 9), (2, 11))]
+    rows = [build_row(OrderedSample(0, (PackedSegment(document, 0, count),)), chain, 12)
+            for document, count in ((1, 3), (0, 9), (2, 11))]
     whole = join_rows(rows)
-    found = [(place + 12, feature) for place, feature in expected((0, 0, 9))] + [
-        (place + 24, feature) for place, feature in expected((2, 0, 11))]
-    assert said(whole.encoder_inputs) == found
+    found = [(place + 12, feature) for place, feature in concatenate_features((0, 0, 9))] + [
+        (place + 24, feature) for place, feature in concatenate_features((2, 0, 11))]
+    assert list_features(whole.encoder_inputs) == found
     parts = [slice_inputs(whole.encoder_inputs, start, 7) for start in range(0, 36, 7)]
-    assert [p for start, part in enumerate(parts) for p in said(join_inputs([(7 * start, part)]))] == found
+    assert [feature for number, part in enumerate(parts)
+            for feature in list_features(join_inputs([(7 * number, part)]))] == found
     assert all(len(part.records) <= 3 for media in parts for part in media.values())
 
 
 def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
-    assert said(DocumentPieces(chain, 4).encoder_inputs(1, 0, 4)) == expected((0, 4, 4))
-    assert said(LongDocuments(chain, 9).encoder_inputs(1, 2, 6)) == expected((2, 2, 6))
+    assert list_features(DocumentPieces(chain, 4).encoder_inputs(1, 0, 4)) == concatenate_features((0, 4, 4))
+    assert list_features(LongDocuments(chain, 9).encoder_inputs(1, 2, 6)) == concatenate_features((2, 2, 6))
 
 
 @pytest.mark.each(("pair", "message"), [

@@ -91,7 +91,7 @@ def take_steps(steps: int, initial: Settings, resumed: dict[int, Settings]) -> t
     return order, taken
 
 
-def changed_run(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
+def run_with_kills(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
     """Take the steps of a run that is killed several times, each time resumed with other settings, and with
     an additional source from the first resume on."""
     random_run = RandomRun(seed, make)
@@ -113,7 +113,7 @@ def test_a_run_killed_at_any_step_resumes_identically(seed: int, make_source: Ma
 @pytest.mark.each("seed", range(12))
 def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: MakeSource) -> None:
     """The last ledger alone reproduces the samples of several restarts with changed settings."""
-    order, taken = changed_run(seed, make_source)
+    order, taken = run_with_kills(seed, make_source)
     history = json.loads(json.dumps(order.state.to_dict()))["history"]
     config = dataclasses.replace(
         recipes.get("tiny-solar-open"), train=TrainConfig(steps=len(taken)),
@@ -127,7 +127,7 @@ def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: Make
 def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_source: MakeSource) -> None:
     """With changed blends, lengths, batches and skips, and an added source, each token occurs once per
     complete epoch, and at most once more."""
-    order, taken = changed_run(seed, make_source)
+    order, taken = run_with_kills(seed, make_source)
     seen: dict[str, Counter[tuple[int, int]]] = {s.name: Counter() for s in order.sources}
     for entry, samples in taken:
         assert len(samples) == entry.global_batch_size
@@ -156,7 +156,7 @@ def get_lengths(source: Source) -> list[int]:
 
 @pytest.mark.each("seed", range(12))
 def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: MakeSource) -> None:
-    order, taken = changed_run(seed, make_source)
+    order, taken = run_with_kills(seed, make_source)
     since: Counter[str] = Counter()
     weights: dict[str, float] = {}
     for entry, samples in taken:

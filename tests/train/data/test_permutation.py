@@ -19,10 +19,10 @@ def test_any_stretch_is_the_network_walked_index_by_index(size: int, data: st.Da
     first = data.draw(st.integers(0, size - 1))
     last = min(size, first + 5)
     assert Permutation(size, "key").permute(first, last).tolist() == [
-        walked(i, size, "key") for i in range(first, last)]
+        compute_permutation(i, size, "key") for i in range(first, last)]
 
 
-def walked(index: int, size: int, *key: object) -> int:
+def compute_permutation(index: int, size: int, *key: object) -> int:
     """The definition in Python's own integers, one index at a time."""
     bits = max(1, ((max(size, 2) - 1).bit_length() + 1) // 2)
     digest = hashlib.blake2b(repr(key).encode(), digest_size=48).digest()

@@ -34,7 +34,7 @@ def build_config(**policy: Any) -> RunConfig:
 
 
 def create_source(numbered: Any, *numbers: int) -> tuple[Source, RoundDocuments]:
-    """Return a source of rounds, some of them open."""
+    """Return a source of rounds; some rounds are open."""
     source = build_rounds_source(RoundDocuments(Path("rounds"), 10**6, ["old"]), None)
     documents = source.train_documents
     assert isinstance(documents, RoundDocuments)

@@ -22,21 +22,21 @@ MODEL = recipes.get("tiny-k-exaone").model
 LENGTHS = (3, 5, 4)
 
 
-def routes_of(document: int, shape: RouteShape) -> np.ndarray:
+def build_routes(document: int, shape: RouteShape) -> np.ndarray:
     """Return routes that encode document and token: expert (document + token + layer) and the following
     ones."""
     token, layer, rank = np.ogrid[:LENGTHS[document] - 1, :shape.layers, :shape.top_k]
     return ((document + token + layer + rank) % shape.num_experts).astype(shape.dtype)
 
 
-def written(folder: Path, shape: RouteShape, **changes: Any) -> Path:
+def write_shards(folder: Path, shape: RouteShape, **changes: Any) -> Path:
     """Write token shards with routes; `changes` modifies the manifest."""
     with create_artifact(folder, "tokens") as artifact:
         for split in ("train", "heldout"):
             with IndexedWriter(artifact.path / split, "uint16", {"routes": shape.dtype}) as writer:
                 for document, length in enumerate(LENGTHS):
                     tokens = np.arange(length, dtype=np.uint16) + 10 * (document + 1)
-                    rows = np.concatenate([routes_of(document, shape), shape.absent(1)])
+                    rows = np.concatenate([build_routes(document, shape), shape.absent(1)])
                     writer.write(np.array([length], np.int32), {"bin": tokens, "routes": rows.reshape(-1)})
         splits = {split: {"shards": [{"prefix": split}], "num_tokens": sum(LENGTHS)}
                   for split in ("train", "heldout")}
@@ -51,7 +51,7 @@ def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
     shape = build_route_shape(MODEL)
     assert (shape.layers, shape.top_k, shape.num_experts) == (
         MODEL.num_layers - MODEL.num_dense_layers, MODEL.num_experts_per_token, MODEL.num_experts)
-    folder = written(tmp_path / "data", shape)
+    folder = write_shards(tmp_path / "data", shape)
     assert (folder / "train.routes").stat().st_size == sum(LENGTHS) * shape.bytes_per_token
     (source,) = open_sources({str(folder): 1.0}, 64)
     assert (source.routes, source.columns) == (shape, ())
@@ -64,7 +64,7 @@ def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
     marked = shape.absent(1)
     # a document's last token was written and not read; padding is nobody's
     assert np.array_equal(row.routes, np.concatenate([
-        routes_of(1, shape)[2:], marked, routes_of(0, shape)[:2], marked, marked]))
+        build_routes(1, shape)[2:], marked, build_routes(0, shape)[:2], marked, marked]))
     plain = build_row(OrderedSample(0, (PackedSegment(2, 0, 4),)), documents, 4)
     assert plain.routes is None and join_rows([plain, plain]).routes is None
     joined = join_rows([plain, row]).routes
@@ -73,7 +73,7 @@ def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
 
 def test_impossible_routes_are_named_with_file_and_document(tmp_path: Path) -> None:
     shape = build_route_shape(MODEL)
-    folder = written(tmp_path / "data", shape)
+    folder = write_shards(tmp_path / "data", shape)
     (source,) = open_sources({str(folder): 1.0}, 64)
     content = bytearray((folder / "train.routes").read_bytes())
     content[4 * shape.bytes_per_token] = content[4 * shape.bytes_per_token + 1]
@@ -92,11 +92,11 @@ def test_routes_of_another_model_are_refused(tmp_path: Path) -> None:
     for field, value in (("layers", own.layers + 1), ("top_k", own.top_k + 1),
                          ("num_experts", own.num_experts + 1)):
         other = dataclasses.replace(own, **{field: value})
-        sources = open_sources({str(written(tmp_path / field, other)): 1.0}, 64)
+        sources = open_sources({str(write_shards(tmp_path / field, other)): 1.0}, 64)
         with pytest.raises(UserError, match=rf"{field}: source 'rollouts' has routes with {field} = {value}, "
                                             rf"but the model has .* = {getattr(own, field)}"):
             check_routes_and_encoders(sources, MODEL)
     with pytest.raises(UserError, match="no layer has experts"):
         check_routes_and_encoders(sources, recipes.get("tiny-qwen3").model)
     with pytest.raises(UserError, match="source 'rollouts': routes"):
-        open_sources({str(written(tmp_path / "unsaid", own, dtype="uint32")): 1.0}, 64)
+        open_sources({str(write_shards(tmp_path / "unsaid", own, dtype="uint32")): 1.0}, 64)

@@ -11,7 +11,8 @@ from megatron_sov.train.data.streams import PackedSegment
 
 
 def test_a_row_by_hand(numbered: Any) -> None:
-    """The end of a document, a whole one, one that continues in the next sample, and padding."""
+    """Samples: the end of a document, a whole document, one that
+    continues in the next sample, and padding."""
     sample = OrderedSample(2, (PackedSegment(0, 3, 2), PackedSegment(1, 0, 3), PackedSegment(2, 0, 2)))
     row = build_row(sample, numbered([5, 3, 9]), 10, pad_id=7, columns=("score", "unknown"))
     assert row.tokens.tolist() == [103, 104, 200, 201, 202, 300, 301, 7, 7, 7]

@@ -39,8 +39,8 @@ def create_stream(corpus: list[int], packing: Packing, cursor: Cursor | None = N
 @SETTINGS
 def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packing,
                                               seq_lens: list[int]) -> None:
-    """With samples of any lengths in any order. An epoch is checked at its end; before that no token occurs
-    twice."""
+    """Read samples of any lengths in any order. Within an epoch no token
+    occurs twice; at its end every token has occurred."""
     source = create_stream(corpus, packing)
     seen: dict[int, Counter[tuple[int, int]]] = {}
     for seq_len in seq_lens:
@@ -116,8 +116,8 @@ def test_the_order_depends_on_seed_name_and_epoch() -> None:
 
 
 def test_windows_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """15 documents with windows of at most 7 make three windows of 5, not two of 7 and a single document in
-    its own row."""
+    """15 documents with windows of at most 7 make three windows of 5, not
+    two of 7 and a single document in its own row."""
     source = create_stream([1] * 15, "best_fit")
     rows = [source.next_sample(5) for _ in range(3)]
     assert [len(row) for row in rows] == [5, 5, 5]

@@ -65,7 +65,7 @@ def test_a_negative_id_is_refused(tmp_path: Path) -> None:
         TokenShard(tmp_path / "a", 9).tokens(0, 0, 1)
 
 
-@pytest.mark.each(("suffix", "damage", "said"), [
+@pytest.mark.each(("suffix", "damage", "message"), [
     (".bin", lambda b: b[:-2], "a.bin: has 8 bytes, its index requires 10"),
     (".loss", lambda b: b + b"1234", "a.loss: has 24 bytes, its index requires 20"),
     (".idx", lambda b: b"PK" + b[2:], "a.idx: is not a Megatron index"),
@@ -73,7 +73,7 @@ def test_a_negative_id_is_refused(tmp_path: Path) -> None:
     (".idx", lambda b: b[:17] + bytes([99]) + b[18:], "a: cannot be read as a token shard"),
     (".bin", None, "a: cannot be read as a token shard"),
 ])
-def test_a_damaged_shard_is_refused(tmp_path: Path, suffix: str, damage, said: str) -> None:
+def test_a_damaged_shard_is_refused(tmp_path: Path, suffix: str, damage, message: str) -> None:
     write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
     (tmp_path / "a.loss").write_bytes(np.ones(5, np.float32).tobytes())
     file = tmp_path / f"a{suffix}"
@@ -81,7 +81,7 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, suffix: str, damage, said: s
         file.unlink()
     else:
         file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         TokenShard(tmp_path / "a")
 
 
@@ -257,15 +257,14 @@ except UserError as e:
 """
 
 
-@pytest.mark.parametrize(("limits", "said"), [
+@pytest.mark.parametrize(("limits", "message"), [
     ((16, 4096), "93 documents"),
-    ((16, 16),
-     "this process may not open more than 16 files; raise `ulimit -n`, or pack into larger shards"),
+    ((16, 16), "this process may not open more than 16 files; raise `ulimit -n`, or pack into larger shards"),
 ])
 def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int],
-                                                 said: str) -> None:
+                                                 message: str) -> None:
     """Each mapped shard keeps a file descriptor, so the soft limit on open files is raised up to
     the hard limit."""
     argv = [sys.executable, "-c", LIMITED, str(packed[1] / "chat"), *map(str, limits)]
     completed = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert said in completed.stdout
+    assert message in completed.stdout

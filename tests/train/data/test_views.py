@@ -79,7 +79,7 @@ def test_long_documents_are_selected_in_every_shard(numbered: Any, parts: list[l
     assert long.lengths.tolist() == [n for n in flat if n >= minimum]
 
 
-@pytest.mark.parametrize(("blend", "said"), [
+@pytest.mark.parametrize(("blend", "message"), [
     ({"web@many": 1.0}, "'web@many': must have a token count after @, e.g. web@8192"),
     ({"web@²": 1.0}, "must have a token count after @"),
     ({"web@41": 1.0}, "source web has no document with 41 or more tokens"),
@@ -87,8 +87,8 @@ def test_long_documents_are_selected_in_every_shard(numbered: Any, parts: list[l
     ({"web/many": 1.0}, "must have a token count after /"),
     ({"wbe@12": 1.0}, "names source 'wbe@12', which the data does not have"),
 ])
-def test_missing_views_are_named(blend: dict[str, float], said: str, web: Source) -> None:
-    with pytest.raises(UserError, match=said):
+def test_missing_views_are_named(blend: dict[str, float], message: str, web: Source) -> None:
+    with pytest.raises(UserError, match=message):
         plan_ledger(config(blend), add_source_views(config(blend), [web]))
 
 

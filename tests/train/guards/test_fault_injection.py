@@ -24,7 +24,7 @@ def test_one_argument_may_list_several_faults() -> None:
         assert [parse_faults([f"{kind}@{state}=4"], 1)[0].state for state in states] == list(states)
 
 
-@pytest.mark.each(("text", "said"), [
+@pytest.mark.each(("text", "message"), [
     ("kil@step=5", "unknown fault 'kil'; did you mean 'kill'?"),
     ("kill", "'' must be start=NUMBER or load=NUMBER or step=NUMBER or save=NUMBER or rank=NUMBER"),
     ("kill@rank=1", "must have exactly one of start=N, load=N, step=N, save=N"),
@@ -33,10 +33,10 @@ def test_one_argument_may_list_several_faults() -> None:
     ("nan@step=1,rank=2", "rank 2 does not exist; the run has 2"),
     ("nan@step=1,nan@step=1", "is passed twice"),
 ])
-def test_a_fault_that_cannot_be_is_refused(text: str, said: str) -> None:
+def test_a_fault_that_cannot_be_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError) as e:
         parse_faults([text], 2)
-    assert said in str(e.value) and str(e.value).startswith(f"--inject {text.split(',nan')[0]}: ")
+    assert message in str(e.value) and str(e.value).startswith(f"--inject {text.split(',nan')[0]}: ")
 
 
 def test_a_fault_occurs_once_on_its_process_and_is_logged_once(tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_a_fault_occurs_once_on_its_process_and_is_logged_once(tmp_path: Path) -
         log = EventLog(tmp_path / "events.jsonl")
         rank_zero.record_events(log)
         log.close()
-    told = [(e["kind"], e["state"], e["step"], e["rank"]) for e in read_events(tmp_path / "events.jsonl")]
-    assert told == [("nan", "step", 6, 1), ("spike", "step", 9, 1), ("raise", "save", 4, 1)]
+    events = [(e["kind"], e["state"], e["step"], e["rank"]) for e in read_events(tmp_path / "events.jsonl")]
+    assert events == [("nan", "step", 6, 1), ("spike", "step", 9, 1), ("raise", "save", 4, 1)]
     late = parse_faults(["hang@step=99"], 2)
     assert list_pending_faults([*faults, *late], tmp_path) == list(late)
 

@@ -1,4 +1,4 @@
-"""All guards together: each checks the steps at which it is due."""
+"""All guards: each checks the steps at which it is due."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from megatron_sov.train.guards.guards import Guards, SdcChecks
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Three processes on two machines, with this one as rank 0; returns the events."""
     monkeypatch.setattr(guards.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(guards, "gather_objects", lambda mine: ["n1", "n1", "n2"])
@@ -39,24 +39,26 @@ class Events:
 
 
 def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pytest.MonkeyPatch,
-                                                                told: list[Any]) -> None:
+                                                                events: list[Any]) -> None:
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [2])
     with pytest.raises(SilentCorruption, match=r"2 on n2\); nothing"):
-        SdcChecks(GuardConfig()).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
-    assert told[0]["event"] == "sdc" and told[0]["ranks"] == [2] and told[0]["hosts"] == ["n2"]
-    SdcChecks(GuardConfig(compare_replicas=False)).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
-    assert len(told) == 1, "switched off nothing is looked at"
+        SdcChecks(GuardConfig()).compare_replicas(7, None, Events(events))  # type: ignore[arg-type]
+    assert events[0]["event"] == "sdc" and events[0]["ranks"] == [2] and events[0]["hosts"] == ["n2"]
+    SdcChecks(GuardConfig(compare_replicas=False)).compare_replicas(7, None,
+                                                                    Events(events))  # type: ignore[arg-type]
+    assert len(events) == 1, "switched off nothing is looked at"
 
 
-def test_guards_can_be_set_to_continue(monkeypatch: pytest.MonkeyPatch, told: list[Any],
+def test_guards_can_be_set_to_continue(monkeypatch: pytest.MonkeyPatch, events: list[Any],
                                        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [0, 1])
-    SdcChecks(GuardConfig(on_sdc="record")).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
-    assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
+    SdcChecks(GuardConfig(on_sdc="record")).compare_replicas(7, None,
+                                                             Events(events))  # type: ignore[arg-type]
+    assert events[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("again", [0.0, 1e-7])
-def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, told: list[Any],
+def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, events: list[Any],
                                               again: float) -> None:
     gradients = [torch.ones(3), torch.ones(2)]
     monkeypatch.setattr(guards.replica_checks, "list_gradients", lambda model: gradients)
@@ -71,10 +73,10 @@ def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, t
 
     if again:
         with pytest.raises(SilentCorruption, match="rank 0 on n1"):
-            checks.compare_repetition(5, None, compute, Events(told))  # type: ignore[arg-type]
+            checks.compare_repetition(5, None, compute, Events(events))  # type: ignore[arg-type]
     else:
-        checks.compare_repetition(5, None, compute, Events(told))  # type: ignore[arg-type]
-    assert turns == [0, 1] and bool(told) == bool(again)
+        checks.compare_repetition(5, None, compute, Events(events))  # type: ignore[arg-type]
+    assert turns == [0, 1] and bool(events) == bool(again)
 
 
 # A step that stands still ends the process with its own exit code and leaves its stacks; a slow evaluation
@@ -128,14 +130,14 @@ def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> N
         (tmp_path / case).mkdir()
         started[case] = subprocess.Popen([sys.executable, "-c", PROGRAM, case, str(tmp_path / case)],
                                          stderr=subprocess.PIPE, text=True)
-    said = {case: process.communicate(timeout=600)[1] for case, process in started.items()}
+    outputs = {case: process.communicate(timeout=600)[1] for case, process in started.items()}
     assert {case: process.returncode for case, process in started.items()} == cases
     step, places = json.loads((tmp_path / "hang" / "told.json").read_text())
     assert step == 3 and list(places.values()) == [[0]]
     stacks = (tmp_path / "hang" / "hang" / "step-3-rank-00000.txt").read_text()
     assert "rank 0 stood still in step 3 for 0.4 s" in stacks and "in stands_still" in stacks
-    assert "made no progress for guards.hang_timeout_s = 0.4" in said["hang"]
-    assert "Timeout" in said["lock"], "faulthandler's own thread needs no lock"
+    assert "made no progress for guards.hang_timeout_s = 0.4" in outputs["hang"]
+    assert "Timeout" in outputs["lock"], "faulthandler's own thread needs no lock"
 
 
 def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(

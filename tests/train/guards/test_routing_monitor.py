@@ -58,8 +58,8 @@ def test_a_dense_model_has_no_records(tmp_path: Path) -> None:
 # slowest.
 
 
-def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[float],
-             ratio: float = 1.5) -> list[dict[str, Any]]:
+def report_times(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[float],
+                 ratio: float = 1.5) -> list[dict[str, Any]]:
     """Report this process's times next to averages of others, as rank 0; return the events."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(guards.collectives, "gather_numbers", lambda mine: [mine, *others])
@@ -72,7 +72,7 @@ def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[flo
 
 
 def test_a_stretch_ends_at_multiples_whenever_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = reported(monkeypatch, [0.2, 0.2], [0.1, 0.3, 0.2, 0.2, 0.2, 0.6])
+    result = report_times(monkeypatch, [0.2, 0.2], [0.1, 0.3, 0.2, 0.2, 0.2, 0.6])
     assert [(e["step"], e["seconds"]["0"]) for e in result] == [(4, pytest.approx(0.2)),
                                                                 (8, pytest.approx(0.3))]
     assert all(e["event"] == "compute_time" and e["slow"] == [] for e in result), (
@@ -80,12 +80,12 @@ def test_a_stretch_ends_at_multiples_whenever_it_began(monkeypatch: pytest.Monke
 
 
 def test_the_slow_are_those_far_above_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, *alarms = reported(monkeypatch, [0.2, 0.9, 0.25], [0.2, 0.2])
+    measured, *alarms = report_times(monkeypatch, [0.2, 0.9, 0.25], [0.2, 0.2])
     assert measured["median_s"] == 0.2 and measured["slow"] == [2]
     assert [(a["event"], a["rank"]) for a in alarms] == [("alarm", 2)]
     assert alarms[0]["text"] == "rank 2 computes 0.9 s a step, the median process 0.2 s"
 
 
 def test_of_many_processes_the_slowest_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    (measured,) = reported(monkeypatch, [0.2 + 0.0001 * i for i in range(200)], [0.1, 0.1])
+    (measured,) = report_times(monkeypatch, [0.2 + 0.0001 * i for i in range(200)], [0.1, 0.1])
     assert [int(rank) for rank in measured["seconds"]] == list(range(201 - MAX_LISTED_RANKS, 201))

@@ -19,12 +19,12 @@ LEDGER = Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(60, "b", 64
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process; the sum over all is its own."""
+    """Replace sums over processes by the values of this process."""
     monkeypatch.setattr(step_guard.collectives, "all_reduce_world", lambda values: values)
 
 
 def reference(losses: list[float], norms: list[float], window: int, sigma: float) -> bool:
-    """OLMo-core's rule, one-sided, in torch: the newest values against those before."""
+    """OLMo-core's one-sided rule in torch: compare the newest values with the values before."""
     if len(losses) < max(20, window // 2) + 1:
         return True
     return all(bool(v[-1] <= v[:-1].mean() + sigma * v[:-1].std()) for v in (
@@ -36,7 +36,7 @@ def test_spikes_are_those_of_the_rule() -> None:
     guard = StepGuard(GuardConfig(window_steps=40, sigma=4.0), is_main=True)
     losses: list[float] = []
     norms: list[float] = []
-    refused = []
+    rejected_steps = []
     for step in range(400):
         loss, norm = draw.gauss(3, 0.1), draw.gauss(1, 0.05)
         if step > 20 and step % 9 == 0:
@@ -47,16 +47,16 @@ def test_spikes_are_those_of_the_rule() -> None:
         losses.append(loss)
         norms.append(norm)
         if not expected:
-            refused.append(step)
-    assert len(refused) > 10 and min(refused) >= 20
+            rejected_steps.append(step)
+    assert len(rejected_steps) > 10 and min(rejected_steps) >= 20
 
 
-@pytest.mark.parametrize(("loss", "norm", "said"), [
+@pytest.mark.parametrize(("loss", "norm", "reason"), [
     (math.nan, 1.0, "the loss is nan"), (2.0, math.inf, "the gradient norm is inf")])
-def test_non_finite_values_are_rejected_from_the_first_step(loss: float, norm: float, said: str) -> None:
+def test_non_finite_values_are_rejected_from_the_first_step(loss: float, norm: float, reason: str) -> None:
     guard = StepGuard(GuardConfig(), is_main=True)
     assert not guard.accept_step(loss, norm)
-    assert guard.rejection is not None and guard.rejection.reason == said and not guard.rejection.finite
+    assert guard.rejection is not None and guard.rejection.reason == reason and not guard.rejection.finite
     assert guard.accept_step(2.0, 1.0) and guard.rejection is None and guard.consecutive_rejections == 0
 
 
@@ -67,7 +67,7 @@ def steady(settings: GuardConfig, steps: int) -> StepGuard:
     return guard
 
 
-def test_losses_that_do_not_compare_are_no_spikes_and_gradients_are() -> None:
+def test_incomparable_losses_are_not_spikes_but_gradients_are() -> None:
     guard = StepGuard(GuardConfig(), is_main=True)
     guard.compares_losses = False
     assert all(guard.accept_step((-1) ** i * 0.01 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(100))

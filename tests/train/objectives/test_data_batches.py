@@ -64,7 +64,7 @@ def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -
 # Rows on the device, and the targets of multi-token prediction.
 
 
-def row_of(lengths: list[int]) -> PackedRow:
+def build_row(lengths: list[int]) -> PackedRow:
     """Return a row of documents with distinct labels; a document's last token has none."""
     n = sum(lengths)
     ends = np.cumsum(lengths) - 1
@@ -83,7 +83,7 @@ def row_of(lengths: list[int]) -> PackedRow:
 @pytest.mark.parametrize("depth", [1, 2])
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[int]) -> None:
-    row = row_of(lengths)
+    row = build_row(lengths)
     there = shift_labels(build_micro_batch(row), depth)
     document = np.repeat(np.arange(len(lengths)), lengths)
     for t in range(len(row.tokens)):
@@ -95,7 +95,7 @@ def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[in
 
 
 def test_a_row_arrives_as_it_was() -> None:
-    row = row_of([3, 1, 4])
+    row = build_row([3, 1, 4])
     batch = build_micro_batch(row)
     assert batch.inputs.cu_seqlens.tolist() == [0, 3, 4, 8] and batch.inputs.max_document_tokens == 4
     for name in ("tokens", "positions", "padding"):
@@ -113,7 +113,7 @@ def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(of: Any,
     monkeypatch.setattr(collectives, "all_reduce_dp", lambda values: values)
     objective = of(SimpleNamespace(config=recipes.get("tiny-k-exaone"),
                                    batches=SimpleNamespace(num_sources=1)))
-    rows = [row_of([3, 1, 4]), row_of([9])]
+    rows = [build_row([3, 1, 4]), build_row([9])]
     expected = objective.prepare(GlobalBatch(tuple(map(build_micro_batch, rows)), 8, 2, "main"))
 
     sent = []

@@ -154,7 +154,7 @@ def test_resumed_runs_evaluate_repeated_steps_again(run: Run) -> None:
     assert run.told()[1:] == [(10, "ppl", "no memory")] and "step-10.ppl.json" not in run.files()
 
 
-def test_jobs_bring_their_figures_when_they_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_report_their_figures_when_they_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.programs = dict.fromkeys((10, 20, 30, 40), SUBMITS)
     slurm = ("evaluate.background.where=slurm", "evaluate.background.cluster=local",
              "evaluate.background.timeout_s=100")

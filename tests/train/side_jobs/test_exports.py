@@ -73,8 +73,7 @@ class Run:
 
     def exports(self, **changes: int) -> CheckpointExports:
         return CheckpointExports(self.path, dataclasses.replace(TRAIN, **changes),
-                       lambda name, **fields: self.events.append(
-                           {"event": name, **fields}))
+                       lambda name, **fields: self.events.append({"event": name, **fields}))
 
     def checkpoint(self, step: int) -> Path:
         return Path(shutil.copytree(self._checkpoint, self.path / f"checkpoints/step-{step}"))

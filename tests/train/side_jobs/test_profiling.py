@@ -33,7 +33,7 @@ def traced(run: Path, steps: range, is_main: bool = True) -> dict[str, list[str]
 
 @pytest.mark.each(("steps", "expected"), [
     (range(1, 6), {"steps-2-3.json.gz": ["[2, 2]", "[3, 3]"]}),
-    (range(3, 6), {"steps-3-3.json.gz": ["[3, 3]"]}),  # resumed behind step 2
+    (range(3, 6), {"steps-3-3.json.gz": ["[3, 3]"]}),  # resumed after step 2
     (range(1, 3), {"steps-2-2.json.gz": ["[2, 2]"]}),  # ended before step 3
     (range(4, 6), {})])
 def test_a_trace_has_the_steps_that_are_set(steps: range, expected: dict[str, list[str]],

@@ -87,25 +87,25 @@ class Here:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(average_module, "BackgroundProcess", Here)
     return []
 
 
 def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(tmp_path: Path, imported: dict[str, Path],
-                                                                  told: list[dict[str, Any]],
+                                                                  events: list[dict[str, Any]],
                                                                   capsys: Any) -> None:
     def record(name: str, **fields: Any) -> None:
-        told.append({"event": name, **fields})
+        events.append({"event": name, **fields})
 
     run = tmp_path / "run"
     for step in (1, 2, 3):
         shutil.copytree(imported["solar_open"], run / f"checkpoints/step-{step}")
     average_checkpoints(run, TrainConfig(), record)
-    assert not told and not (run / "average").exists(), "by itself none is made"
+    assert not events and not (run / "average").exists(), "by itself none is made"
     for _ in range(2):  # once, however often the run is asked for
         average_checkpoints(run, TRAIN, record)
-    assert [(e["event"], e["step"], e["path"], e["weights"]) for e in told] == [
+    assert [(e["event"], e["step"], e["path"], e["weights"]) for e in events] == [
         ("average", 3, "average", "linear")]
     merged = read_manifest(run / "average", "checkpoint").content["merged"]
     assert [(Path(m["path"]).name, m["weight"]) for m in merged] == [("step-2", 1.0), ("step-3", 2.0)]
@@ -118,5 +118,5 @@ def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(tmp_path: Path
     shutil.rmtree(run / "checkpoints/step-2")
     shutil.rmtree(run / "average")
     average_checkpoints(run, TRAIN, record)
-    assert told[-2] == {"event": "average", "step": 3, "error": "it failed"}
+    assert events[-2] == {"event": "average", "step": 3, "error": "it failed"}
     assert "checkpoint averaging failed: it failed" in capsys.readouterr().err

@@ -32,17 +32,17 @@ def test_announcement_describes_the_run(monkeypatch: pytest.MonkeyPatch) -> None
                for name, tokens in (("web", 500), ("code", 600))]
     gib = 2**30
     memory = MemoryEstimate(states=6 * gib, peak=15 * gib // 2, on_host=130 * gib, fullest=8 * gib)
-    told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources, memory).splitlines()
-    assert told[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 K tokens"
-    assert told[1] == ("  processes  2: ep 2, dp 2; fp32, 6 GiB of weights, gradients and optimizer each, "
-                       "7.5 GiB with activations, 130 GiB of the host's memory")
-    assert told[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
-    assert told[3].startswith("  run        runs/a, a checkpoint every ")
+    lines = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources, memory).splitlines()
+    assert lines[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 K tokens"
+    assert lines[1] == ("  processes  2: ep 2, dp 2; fp32, 6 GiB of weights, gradients and optimizer each, "
+                        "7.5 GiB with activations, 130 GiB of the host's memory")
+    assert lines[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
+    assert lines[3].startswith("  run        runs/a, a checkpoint every ")
     monkeypatch.setattr("megatron_sov.train.stages.announcement.count_over_long", lambda *_: [])
     chats = [dataclasses.replace(source, format="chat") for source in sources[:1]]
-    told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
+    lines = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
                   estimate_memory(config, 2)).splitlines()
-    assert told[2] == "  data       web 800 tokens with padding"
+    assert lines[2] == "  data       web 800 tokens with padding"
 
 
 @pytest.mark.each(("steps", "web", "code"), [
@@ -66,29 +66,30 @@ def test_summary_describes_the_end_of_the_run(tmp_path: Path) -> None:
     (run / "events.jsonl").write_text("".join(
         json.dumps(event) + "\n" for event in [*steps, *ranked, *evals]))
     headline = [Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.pairs_right")]
-    told = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, CONFIG, headline,
+    lines = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, CONFIG, headline,
                    sources).splitlines()
     # the loss of pairs says nothing, and is left out
     # code: the held-out data were not the same before the first step
-    assert told[0] == ("complete: step 6, 1.5 M tokens in 2:05 min; held-out pairs right 50 % -> 90 %, "
-                       "held-out loss web 3.0000 -> 2.0000, code 1.2500; pairs right 50 % (mean of the last "
-                       "2 steps)")
-    assert told[1] == f"  checkpoint  {run}/checkpoints/step-6" and f"megatron-sov report {run}" in told[2]
-    assert [line.split("megatron-sov ")[1] for line in told[2:]] == [
+    assert lines[0] == ("complete: step 6, 1.5 M tokens in 2:05 min; held-out pairs right 50 % -> 90 %, "
+                        "held-out loss web 3.0000 -> 2.0000, code 1.2500; pairs right 50 % (mean of the last "
+                        "2 steps)")
+    assert lines[1] == f"  checkpoint  {run}/checkpoints/step-6" and f"megatron-sov report {run}" in lines[2]
+    assert [line.split("megatron-sov ")[1] for line in lines[2:]] == [
         f"report {run}", f"chat {run}", f"convert to-hf {run} HF_DIR"]  # in the form that it was trained in
     adapter = apply_settings(CONFIG, ["lora.rank=4"])
-    told = format_summary(run, run / "c", TrainState(6, 1), 1.0, adapter, headline, sources[1:2]).splitlines()
-    assert told[-1].endswith(f"megatron-sov convert to-peft {run} PEFT_DIR")
-    assert told[3].endswith(f"megatron-sov generate {run} --prompt TEXT")
+    lines = format_summary(run, run / "c", TrainState(6, 1), 1.0, adapter, headline,
+                           sources[1:2]).splitlines()
+    assert lines[-1].endswith(f"megatron-sov convert to-peft {run} PEFT_DIR")
+    assert lines[3].endswith(f"megatron-sov generate {run} --prompt TEXT")
 
 
 def test_the_commands_that_go_on_can_be_pasted(tmp_path: Path) -> None:
     run = tmp_path / "a $(id) b"
     run.mkdir()
     (run / "events.jsonl").write_text("")
-    told = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1), 1.0, apply_settings(
+    lines = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1), 1.0, apply_settings(
         CONFIG, ["lora.rank=4"]), [], [source("web", "chat")]).splitlines()
-    assert [str(run) in shlex.split(line) for line in told[2:]] == [True] * 4
+    assert [str(run) in shlex.split(line) for line in lines[2:]] == [True] * 4
 
 
 def source(name: str, format: str, group: int = 1) -> Source:
@@ -100,7 +101,8 @@ def test_an_adapter_says_how_much_learns() -> None:
     learn = sum(math.prod(shape) for of in find_adapted_modules(config.model, config.lora)
                 for shape in of.shapes(config.lora).values())
     total = count_params(config.model).total + learn
-    told = format_banner(config, 1, Path("r"), range(4), ENTRIES, [], estimate_memory(config, 1)).splitlines()
+    lines = format_banner(config, 1, Path("r"), range(4), ENTRIES, [],
+                          estimate_memory(config, 1)).splitlines()
     learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
-    assert told[2] == (f"  adapter    of rank 4: {learning} "
-                       f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")
+    assert lines[2] == (f"  adapter    of rank 4: {learning} "
+                        f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")

@@ -48,9 +48,9 @@ class Launcher:
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
-    found = Launcher()
-    monkeypatch.setattr(launch_module.launcher, "launch_ranks", found)
-    return found
+    result = Launcher()
+    monkeypatch.setattr(launch_module.launcher, "launch_ranks", result)
+    return result
 
 
 @pytest.fixture
@@ -132,9 +132,9 @@ def test_processes_receive_the_start_time_of_each_attempt(stage: Callable[..., S
     with pytest.raises(StopRequested):
         run_stage(ready, 2, start_s=1000.0)
     assert begun_s[0] == 1000.0 and before_s <= begun_s[1] <= begun_s[2] <= time.time()
-    told = read_run_events(ready.folder.path, "restart")
-    assert [(e["step"], e["exit_code"]) for e in told] == [(0, 137), (3, 1)]
-    assert [e["text"] for e in told] == [
+    run_events = read_run_events(ready.folder.path, "restart")
+    assert [(e["step"], e["exit_code"]) for e in run_events] == [(0, 137), (3, 1)]
+    assert [e["text"] for e in run_events] == [
         "rank 1 was ended by SIGKILL; all processes are started again, from the beginning",
         "rank 0 ended with exit code 1; all processes are started again, from step-3"]
     assert capsys.readouterr().err.count("warning: ") == 2
@@ -186,9 +186,9 @@ def test_a_failed_gate_is_an_error_until_the_next_start(stage: Callable[..., Sta
     assert seen == [None, None]
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "gate: {run}: too few\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "message"), [("0", "gate: {run}: too few\n"), ("1", "")])
 def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
-        rank: str, said: str, stage: Callable[..., Stage], launcher: Launcher,
+        rank: str, message: str, stage: Callable[..., Stage], launcher: Launcher,
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -198,7 +198,7 @@ def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
     open_run(ready)
     launcher.does = lambda main, restarts: ready.folder.mark_gate_failed("too few") or 0
     assert not run_stage(ready, None)
-    assert capsys.readouterr().err == said.format(run=ready.folder.path)
+    assert capsys.readouterr().err == message.format(run=ready.folder.path)
 
 
 def with_views_and_skips(data: Path) -> RunConfig:

@@ -64,18 +64,18 @@ def hostile() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-@pytest.mark.parametrize(("way", "sentence"), [
+@pytest.mark.parametrize(("way", "message"), [
     ("packed", "packed answer, which was not asked for"), ("endless", "sent more than 1 MiB"),
     ("endless 500", "sent more than 1 MiB"), ("dripping", "longer than 0.3 s"),
     ("dripping 500", "longer than 0.3 s")])
-def test_answers_are_limited_in_time_and_size(way: str, sentence: str, hostile: ThreadingHTTPServer,
+def test_answers_are_limited_in_time_and_size(way: str, message: str, hostile: ThreadingHTTPServer,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MAX_BODY_BYTES", 1 << 20)
     hostile.way = way  # type: ignore[attr-defined]
     importlib.import_module("openai")  # seconds on a busy machine
     asked = Transport(f"http://127.0.0.1:{hostile.server_port}/v1/chat/completions", "",
                       0.3 if "dripping" in way else 600.0)
-    with pytest.raises((BadAnswer, TimeoutError), match=sentence):
+    with pytest.raises((BadAnswer, TimeoutError), match=message):
         asked.post({})
 
 
@@ -199,28 +199,28 @@ def test_wait_for_unreachable_endpoint_is_reported_once(monkeypatch: pytest.Monk
     from megatron_sov.work.endpoints import endpoint as asking
 
     monkeypatch.setattr(asking, "REPORT_AFTER_S", 0.0)
-    told: list[str] = []
+    messages: list[str] = []
     cache = EndpointCache(tmp_path / "answers.sqlite")
     with serving(ScriptedEndpoint(lambda request: "hi")) as server:
         server.next = ["503"] * 4
         limits = EndpointLimits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0, 60.0)
-        endpoint = Endpoint(f"{server.url}/chat/completions", "", limits, cache, report=told.append)
+        endpoint = Endpoint(f"{server.url}/chat/completions", "", limits, cache, report=messages.append)
         assert endpoint.ask(ASKED, lambda answer: answer)["choices"]
     cache.close()
-    assert told == [f"{server.url}/chat/completions: the endpoint answered HTTP 503; waiting up to 60 s for "
-                    "it"]
+    assert messages == [f"{server.url}/chat/completions: the endpoint answered HTTP 503; waiting up to 60 s "
+                        "for it"]
 
 
 def test_substitute_model_is_reported_once(tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     endpoint = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
-                        report=told.append)
+                        report=messages.append)
     for name in ("m", "other", "other", None, 3):
         endpoint._check_model(ASKED, {"model": name})
-    assert told == ["http://127.0.0.1:9/v1/completions: was asked for model 'm', and 'other' answers; the "
-                    "answers are recorded with that name"]
+    assert messages == ["http://127.0.0.1:9/v1/completions: was asked for model 'm', and 'other' answers; "
+                        "the answers are recorded with that name"]
     strict = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
-                      report=told.append, accepted_models=("other",))
+                      report=messages.append, accepted_models=("other",))
     for name in ("m", "", "other", None, 3):
         strict._check_model(ASKED, {"model": name})
     with pytest.raises(UserError, match=r"'third' answered; its answer is not used.* --accept-model third"):

@@ -145,15 +145,15 @@ def test_incomplete_answer_is_rejected(choice: dict[str, Any], message: str) -> 
         _parse_choices({"choices": [choice]}, "http://here")
 
 
-@pytest.mark.each(("answer", "told"), [
+@pytest.mark.each(("answer", "message"), [
     (TokenAnswer([1, 2], [-1.0], "stop"), "2 tokens but 1 log-probabilities"),
     (TokenAnswer([1], [-1.0], "repetition"), "'repetition'"),
     (TokenAnswer([1, 2], [-1.0, -9999.0], "stop"), "gives no probability"),
     (TokenAnswer([1, 2], [float("nan"), -1.0], "stop"), "gives no probability"),
     (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1),)), "but 2 tokens"),
     (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1), VersionSpan(2, 0, 2))), "versions")])
-def test_inconsistent_answer_is_rejected(answer: TokenAnswer, told: str) -> None:
-    with pytest.raises(BadAnswer, match=told):
+def test_inconsistent_answer_is_rejected(answer: TokenAnswer, message: str) -> None:
+    with pytest.raises(BadAnswer, match=message):
         check_answers([answer], 1, "http://here")
 
 

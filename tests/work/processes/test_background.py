@@ -71,7 +71,7 @@ def test_background_environment_has_no_rank_or_job(monkeypatch: pytest.MonkeyPat
     assert (environment["KEPT"], environment["CUDA_VISIBLE_DEVICES"]) == ("yes", "")
 
 
-# A command in a process of its own: its exit code, and signals that reach it.
+# A command in its own process: its exit code, and signals that are forwarded to it.
 
 
 COMMAND = """

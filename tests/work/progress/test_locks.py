@@ -156,7 +156,7 @@ def test_claim_of_dead_local_process_is_free_at_once(tmp_path: Path) -> None:
     holder.start()
     holder.join()
     assert take_claim(Claims(tmp_path, 60)).renew()
-    # of a process on another machine the number means nothing here
+    # the process id of another machine has no meaning here
     take_claim(Claims(tmp_path, 60), "b")
     file = tmp_path / "b/1.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "another", "pid": holder.pid}))

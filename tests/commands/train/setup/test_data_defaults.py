@@ -30,13 +30,13 @@ def request(paths: list[Path], *settings: str, stage: Stage = "sft", recipe: str
     return RecipeRequest(base, settings, from_file=False, is_model_only=not recipe)
 
 
-def completed(asked: RecipeRequest, stage: Stage = "sft", **more: Any) -> tuple[RunConfig, str]:
+def complete_config(asked: RecipeRequest, stage: Stage = "sft", **more: Any) -> tuple[RunConfig, str]:
     result = complete_stage(asked, asked.config(), stage, None, **more)
     return result.config, ", ".join(result.notes)
 
 
 def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) -> None:
-    config, notes = completed(request([packed_data.chats]))
+    config, notes = complete_config(request([packed_data.chats]))
     samples = count_epoch_samples(config, open_sources(config.data.paths, 368))
     assert (config.optim.lr, config.optim.schedule, config.optim.min_lr) == (2e-5, "cosine", 0.0)
     assert config.data.phases[0].seq_len == 256 and config.train.global_batch_size == max(
@@ -47,7 +47,7 @@ def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) 
 
 
 def test_user_settings_override_the_table(packed_data: Any) -> None:
-    config, notes = completed(request(
+    config, notes = complete_config(request(
         [packed_data.chats], "optim.lr=1e-3", "train.steps=7", "train.global_batch_size=4",
         'data.phases=[{"name": "main", "seq_len": 128}]', "optim.schedule=constant", "optim.warmup_steps=2"))
     assert (config.optim.lr, config.num_steps(), config.train.global_batch_size) == (1e-3, 7, 4)
@@ -57,7 +57,7 @@ def test_user_settings_override_the_table(packed_data: Any) -> None:
 
 
 def test_an_epoch_ends_when_the_order_exhausts_a_source(packed_data: Any) -> None:
-    config, _ = completed(request([packed_data.chats], "train.epochs=1", "train.global_batch_size=1"))
+    config, _ = complete_config(request([packed_data.chats], "train.epochs=1", "train.global_batch_size=1"))
     sources = open_sources(config.data.paths, 368)
     order = SampleOrder(config, sources)
     for _ in range(config.num_steps()):
@@ -86,17 +86,17 @@ def test_every_default_has_a_source_and_rates_fall_with_size() -> None:
 
 def test_epochs_are_a_setting_of_any_recipe(packed_data: Any) -> None:
     asked = request([packed_data.chats], "train.epochs=2", "train.global_batch_size=2", recipe="tiny-qwen3")
-    config, notes = completed(asked)
+    config, notes = complete_config(asked)
     samples = count_epoch_samples(config, open_sources(config.data.paths, 368))
     assert config.num_steps() == math.ceil(2 * samples / 2) and config.optim.lr == 4e-3
     assert notes == f"2 epochs = {config.num_steps()} step{'' if config.num_steps() == 1 else 's'}"
     with pytest.raises(UserError, match=r"train.epochs = 2.0: both"):
-        completed(request([packed_data.chats], "train.epochs=2", "train.steps=3"))
+        complete_config(request([packed_data.chats], "train.epochs=2", "train.steps=3"))
 
 
 def test_rounds_follow_from_prompts() -> None:
     asked = request([], stage="policy")
-    config, notes = completed(asked, "policy", num_prompts=40)
+    config, notes = complete_config(asked, "policy", num_prompts=40)
     assert (config.rollout.prompts_per_round, config.rollout.rounds) == (40, 3)
     assert (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens) == (256, 256)
     assert config.data.phases[0].seq_len == 512 and config.optim.lr == 1e-6
@@ -104,10 +104,11 @@ def test_rounds_follow_from_prompts() -> None:
     for asked in (request([], "train.steps=9", stage="policy"),
                   dataclasses.replace(request([], stage="policy"), changed=frozenset({"train.steps"}))):
         with pytest.raises(UserError, match=r'objective\.name = "policy":'):
-            completed(asked, "policy", num_prompts=40)
+            complete_config(asked, "policy", num_prompts=40)
     with pytest.raises(UserError, match=r"^train\.epochs = 3\.0"):
-        completed(request([], "rollout.rounds=9", "train.epochs=3", stage="policy"), "policy", num_prompts=40)
-    config, _ = completed(request([], "rollout.rounds=9", stage="policy"), "policy", num_prompts=200)
+        complete_config(request([], "rollout.rounds=9", "train.epochs=3", stage="policy"), "policy",
+                        num_prompts=40)
+    config, _ = complete_config(request([], "rollout.rounds=9", stage="policy"), "policy", num_prompts=200)
     # no default of so many passes stays in the settings, by which a resumed run would count its rounds
     assert (config.rollout.prompts_per_round, config.rollout.rounds, config.train.epochs) == (64, 9, 0)
 
@@ -127,8 +128,9 @@ LENGTHS = ("rollout.max_prompt_tokens=64", "rollout.max_new_tokens=64", "rollout
     (("policy.share_prompts=false",), 256, 1, 1), (("model.num_mtp_layers=1",), 256, 1, 1)])
 def test_rows_of_rounds_follow_from_lengths_and_responses(settings: tuple[str, ...], row: int, rows: int,
                                                           batch: int) -> None:
-    """A micro-batch holds the responses to one prompt at their longest, which share it then."""
-    config, notes = completed(request([], *LENGTHS, *settings, stage="policy"), "policy", num_prompts=40)
+    """Responses share their prompt, so a micro-batch has room for the longest responses to one prompt."""
+    config, notes = complete_config(request([], *LENGTHS, *settings, stage="policy"), "policy",
+                                    num_prompts=40)
     assert (config.data.phases[0].seq_len, config.train.micro_batch_size) == (row, rows)
     assert config.train.global_batch_size == batch
     assert f"rows of {row} tokens, up to {rows} in a micro-batch" in notes
@@ -149,7 +151,7 @@ def test_rows_of_a_recipe_stay_where_they_hold_a_response() -> None:
     def rows(*settings: str, **more: Any) -> tuple[int, int, int]:
         asked = request([], *LENGTHS, *settings, stage="policy", recipe="tiny-qwen3")
         base = apply_settings(asked.base, ["data.phases.0.seq_len=192", "train.micro_batch_size=1"])
-        config, _ = completed(dataclasses.replace(asked, base=base, **more), "policy", num_prompts=40)
+        config, _ = complete_config(dataclasses.replace(asked, base=base, **more), "policy", num_prompts=40)
         return config.data.phases[0].seq_len, config.train.micro_batch_size, config.train.global_batch_size
 
     assert recipes.get("tiny-qwen3").train.global_batch_size == 16
@@ -168,7 +170,7 @@ def test_config_files_override_derived_defaults() -> None:
         *LENGTHS])
     recipe_request = RecipeRequest(base, (), from_file=False, is_model_only=True, layered=frozenset(
         {"optim.lr", "data.phases", "train.micro_batch_size", "rollout.rounds"}))
-    config, _ = completed(recipe_request, "policy", num_prompts=40)
+    config, _ = complete_config(recipe_request, "policy", num_prompts=40)
     assert (config.optim.lr, config.data.phases[0].seq_len, config.train.micro_batch_size) == (3e-4, 384, 2)
 
 
@@ -184,7 +186,7 @@ def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: in
     recipe_request = RecipeRequest(base, ("rollout.max_prompt_tokens=100", "rollout.max_new_tokens=156",
                                           "rollout.samples_per_prompt=64"), from_file=False,
                                    is_model_only=True)
-    config, _ = completed(recipe_request, "policy", num_prompts=9)
+    config, _ = complete_config(recipe_request, "policy", num_prompts=9)
 
     def activations(rows: int) -> tuple[int, int]:
         account = build_account(dataclasses.replace(config, train=dataclasses.replace(

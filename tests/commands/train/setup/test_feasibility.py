@@ -20,50 +20,50 @@ from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.footprint import gpu_capacity
 from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.train.data.sources import open_sources
-from tests.commands.train.setup.test_data_defaults import completed, request
+from tests.commands.train.setup.test_data_defaults import complete_config, request
 
 
-def refused(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
-    config, _ = completed(asked, stage)
+def get_refusal(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
+    config, _ = complete_config(asked, stage)
     with pytest.raises(UserError) as e:
         refuse_unfit(asked, config, stage, None, is_initial=False, dry_run=dry_run)
     return str(e.value)
 
 
-def meant(asked: RecipeRequest, stage: Stage = "sft") -> None:
-    refuse_unfit(asked, completed(asked, stage)[0], stage, None, is_initial=False, dry_run=False)
+def check_intended_run(asked: RecipeRequest, stage: Stage = "sft") -> None:
+    refuse_unfit(asked, complete_config(asked, stage)[0], stage, None, is_initial=False, dry_run=False)
 
 
 def test_a_pretraining_learning_rate_is_refused_unless_set(packed_data: Any) -> None:
     data = [packed_data.chats]
-    assert refused(request(data, "train.steps=2", recipe="tiny-qwen3")) == (
+    assert get_refusal(request(data, "train.steps=2", recipe="tiny-qwen3")) == (
         "optim.lr = 0.004: is the pretraining rate of recipe tiny-qwen3, and sft takes 2e-05; leave RECIPE "
         "out to train by the defaults of sft, or set the rate that you want, e.g. --set optim.lr=2e-05")
-    meant(request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
-    meant(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
+    check_intended_run(request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
+    check_intended_run(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
 
 
 def test_many_epochs_are_refused_unless_set(packed_data: Any) -> None:
     data = [packed_data.chats]
     of_recipe = request(data, "optim.lr=1e-3", recipe="tiny-qwen3")
     assert "epochs, and the limit is 20; set train.epochs, add data, or allow the epochs " \
-        "by --set data.max_epochs=" in refused(of_recipe)
-    assert "train.steps = 90,000: reads the " in refused(request(data, "train.steps=90000"))
-    meant(request(data, "train.epochs=30"))
-    meant(request(data, "train.steps=900", "data.max_epochs=0"))
+        "by --set data.max_epochs=" in get_refusal(of_recipe)
+    assert "train.steps = 90,000: reads the " in get_refusal(request(data, "train.steps=90000"))
+    check_intended_run(request(data, "train.epochs=30"))
+    check_intended_run(request(data, "train.steps=900", "data.max_epochs=0"))
 
 
 def test_runs_of_days_are_refused_unless_set(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility, "CPU_FLOPS_PER_S", 1.0)
     monkeypatch.setattr(feasibility, "list_visible_gpus", list)
     asked = request([packed_data.chats])
-    config, _ = completed(asked)
+    config, _ = complete_config(asked)
     hours = least_hours(config, 1)
-    assert refused(asked) == (
+    assert get_refusal(asked) == (
         f"train.steps = {config.num_steps():,}: take at least {hours / 24:,.0f} days on this machine, and "
         "train.max_hours = 48; make the run shorter, or allow it by "
         f"--set train.max_hours={math.ceil(hours)}")
-    meant(request([packed_data.chats], f"train.max_hours={math.ceil(hours)}"))
+    check_intended_run(request([packed_data.chats], f"train.max_hours={math.ceil(hours)}"))
     refuse_unfit(asked, config, "sft", None, is_initial=False, dry_run=True)  # which may mean another machine
 
 
@@ -76,7 +76,7 @@ def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3",
     return dataclasses.replace(RecipeRequest(base, settings, from_file=False), **changes)
 
 
-def why_refused(asked: RecipeRequest, *, is_initial: bool = True) -> str:
+def get_pretraining_refusal(asked: RecipeRequest, *, is_initial: bool = True) -> str:
     """Return the refusal of a pretraining run; "" if it may run."""
     config = complete_stage(asked, asked.config(), None, None).config
     try:
@@ -95,7 +95,7 @@ FITS = "model.vocab_size=368"
     ("data.max_epochs=100000",), ('data.phases=[{"name": "main", "seq_len": 64, "tokens": 9000000}]',),
     ("data.phases.0.seq_len=64",)])
 def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settings: tuple[str, ...]) -> None:
-    assert why_refused(pretraining([packed_data.text], FITS, *settings)) == ""
+    assert get_pretraining_refusal(pretraining([packed_data.text], FITS, *settings)) == ""
 
 
 @pytest.mark.each("settings", [
@@ -105,12 +105,12 @@ def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, setti
     asked = dataclasses.replace(asked, base=apply_settings(asked.base, ["train.steps=90000"]))
     config = complete_stage(asked, asked.config(), None, None).config
     epochs = count_epochs(config, open_sources(config.data.paths, 368))
-    said = why_refused(asked)
-    assert said.startswith("train.steps = 90,000: reads the ") and said.endswith(
+    refusal = get_pretraining_refusal(asked)
+    assert refusal.startswith("train.steps = 90,000: reads the ") and refusal.endswith(
         f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}")
-    assert why_refused(dataclasses.replace(asked, from_file=True)) == ""
+    assert get_pretraining_refusal(dataclasses.replace(asked, from_file=True)) == ""
     allowed = (*asked.settings, f"data.max_epochs={math.ceil(epochs)}")
-    assert why_refused(dataclasses.replace(asked, settings=allowed)) == ""
+    assert get_pretraining_refusal(dataclasses.replace(asked, settings=allowed)) == ""
 
 
 def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
@@ -128,16 +128,16 @@ def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
 def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, allowed: bool) -> None:
     asked = pretraining([packed_data.text], "train.steps=2")
     asked = dataclasses.replace(asked, base=apply_settings(asked.base, [f"model.vocab_size={rows}"]))
-    said = why_refused(asked)
-    assert said == ("" if allowed else (
+    refusal = get_pretraining_refusal(asked)
+    assert refusal == ("" if allowed else (
         f"{packed_data.text}: its tokenizer has 368 ids, model.vocab_size = {rows:,}: recipe tiny-qwen3 is "
         "for a different tokenizer; pack the data with the recipe's tokenizer, or pass --set "
         "model.vocab_size=368 to train from scratch with this tokenizer"))
     # a checkpoint has the rows that it has; a setting or a whole file is the user's word
-    assert why_refused(asked, is_initial=False) == ""
+    assert get_pretraining_refusal(asked, is_initial=False) == ""
     consent = (*asked.settings, f"model.vocab_size={rows}")
-    assert why_refused(dataclasses.replace(asked, settings=consent)) == ""
-    assert why_refused(dataclasses.replace(asked, from_file=True)) == ""
+    assert get_pretraining_refusal(dataclasses.replace(asked, settings=consent)) == ""
+    assert get_pretraining_refusal(dataclasses.replace(asked, from_file=True)) == ""
 
 
 @pytest.mark.each(("settings", "count"), [
@@ -156,7 +156,7 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
     memory.total -= 4
     with pytest.raises(UserError, match=rf"^tiny-qwen3 on {count} process(es)? of this machine, which"):
         gpu_capacity.refuse_on_this_machine(config, count)
-    with monkeypatch.context() as driver:  # GPUs whose memory nobody shows
+    with monkeypatch.context() as driver:  # GPUs with unknown memory
         driver.setattr(gpu_capacity, "DRIVER_FILE", "/dev/null")
         gpu_capacity.refuse_on_this_machine(config, count)
     monkeypatch.setenv("RANK", "0")
@@ -164,12 +164,12 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
     gpu_capacity.refuse_on_this_machine(config, None)
 
 
-@pytest.mark.each(("settings", "num_prompts", "refused"), [
+@pytest.mark.each(("settings", "num_prompts", "is_refused"), [
     ((), 1, True), ((), 2, True), (("optim.lr=1e-6",), 1, True), ((), 100_000, False),
     (("data.max_epochs=0",), 1, False), (("rollout.rounds=500",), 1, False), (("train.epochs=9",), 1, False),
     (("data.max_epochs=1e6",), 1, False)])
 def test_few_prompts_are_not_drawn_very_often_unless_set(settings: tuple[str, ...], num_prompts: int,
-                                                         refused: bool) -> None:
+                                                         is_refused: bool) -> None:
     base = recipes.get("tiny-solar-open-rl")
     base = apply_settings(base, ["rollout.rounds=90"])
     recipe_request = RecipeRequest(base, settings, from_file=False)
@@ -177,8 +177,8 @@ def test_few_prompts_are_not_drawn_very_often_unless_set(settings: tuple[str, ..
     try:
         refuse_unfit(recipe_request, config, "policy", None, is_initial=False, dry_run=True,
                      num_prompts=num_prompts)
-        said = ""
+        message = ""
     except UserError as e:
-        said = str(e)
-    assert bool(said) == refused and (not refused or said.startswith(
+        message = str(e)
+    assert bool(message) == is_refused and (not is_refused or message.startswith(
         f"rollout.rounds = 90: draw each of {num_prompts:,} prompts "))

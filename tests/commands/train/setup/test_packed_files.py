@@ -113,9 +113,9 @@ def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(run: Pat
                          "table.csv": "prompt,response"}.items():
         write(name, record)
     Path("latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         pack(run, *data)
-    assert message in str(refused.value) and not commands and not run.exists()
+    assert message in str(error.value) and not commands and not run.exists()
 
 
 @pytest.mark.parametrize("killed_in", [1, 2, 3])

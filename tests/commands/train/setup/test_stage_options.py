@@ -20,12 +20,12 @@ from tests.packing import Packed
 from tests.typed_words import parse_settings
 
 
-def parsed(*argv: str) -> PretrainOptions:
+def parse_options(*argv: str) -> PretrainOptions:
     return parse_settings(PretrainOptions, [*argv, "--run", "r"])
 
 
-def config_of(*argv: str) -> RunConfig:
-    return check_stage(parsed(*argv)).config
+def parse_config(*argv: str) -> RunConfig:
+    return check_stage(parse_options(*argv)).config
 
 
 @pytest.fixture
@@ -36,13 +36,14 @@ def data(tmp_path: Path, token_shards: Path) -> Path:
 
 
 def test_tuning_without_a_recipe_takes_settings_of_the_start() -> None:
-    assert [parsed("--from", "s").model_settings(objective) is not None for objective in ("sft", "lm", None)
+    assert [parse_options("--from", "s").model_settings(objective) is not None
+            for objective in ("sft", "lm", None)
             ] == [True, False, False]
-    assert parsed("tiny-k-exaone").model_settings("sft") is None
+    assert parse_options("tiny-k-exaone").model_settings("sft") is None
 
 
 def test_settings_override_the_recipe(data: Path) -> None:
-    args = parsed("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7")
+    args = parse_options("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7")
     config = stage_request(args, "lm").config(["train.steps=5", "train.micro_batch_size=1"])
     assert (config.train.steps, config.train.micro_batch_size, config.data.paths) == (
         7, 1, {f"{data}/a": 3.0})
@@ -52,15 +53,16 @@ def test_settings_override_the_recipe(data: Path) -> None:
 
 
 def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
-    assert config_of("tiny-k-exaone", "--data", f"{data}/a", "--deterministic").train.deterministic
+    assert parse_config("tiny-k-exaone", "--data", f"{data}/a", "--deterministic").train.deterministic
 
 
 def test_a_run_config_replaces_the_recipe_with_equal_settings(data: Path) -> None:
-    first = config_of("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7", "--deterministic")
+    first = parse_config("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7",
+                         "--deterministic")
     (data / "config.json").write_text(format_json(first.to_dict()))
-    assert config_of("--config", str(data / "config.json")) == first
-    changed = config_of("--config", str(data / "config.json"), "--data", f"{data}/b:2", "--set",
-                        "train.steps=8")
+    assert parse_config("--config", str(data / "config.json")) == first
+    changed = parse_config("--config", str(data / "config.json"), "--data", f"{data}/b:2", "--set",
+                           "train.steps=8")
     assert (changed.data.paths, changed.train.steps) == ({f"{data}/b:2": 1.0}, 8)
     assert changed.train.deterministic
 
@@ -74,16 +76,16 @@ def test_pretraining_configs_serve_fine_tuning_but_not_vice_versa(data: Path, pa
                              ["--config", str(data / "lm.json"), *arguments, "--run", "r", "--from", "s"])
     assert check_stage(dataclasses.replace(options, start_from=None)).config.objective.name == "sft"
     with pytest.raises(UserError, match=r"objective.name = sft:"):
-        config_of("--config", str(data / "sft.json"), *arguments)
+        parse_config("--config", str(data / "sft.json"), *arguments)
 
 
 def test_a_recipe_is_lengthened_before_it_is_tuned(data: Path) -> None:
-    arguments = parsed("tiny-vibethinker", "--data", f"{data}/a")
+    arguments = parse_options("tiny-vibethinker", "--data", f"{data}/a")
     assert recipes.get("tiny-vibethinker").objective.name == "sft"
     assert request_training(arguments, "lm", lengthens=True).config().objective.name == "lm"
     with pytest.raises(UserError, match="this command trains with 'lm'"):
         request_training(arguments, "lm").config()
-    tuned = parsed("tiny-typhoon-s", "--data", f"{data}/a")  # which has no stages
+    tuned = parse_options("tiny-typhoon-s", "--data", f"{data}/a")  # which has no stages
     with pytest.raises(UserError, match="this command trains with 'lm'"):
         request_training(tuned, "lm", lengthens=True).config()
 
@@ -92,9 +94,9 @@ def test_data_named_in_a_config_must_exist(data: Path) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), ['data.paths={"/gone": 1}'])
     (data / "config.json").write_text(format_json(config.to_dict()))
     with pytest.raises(UserError, match=r"--data /gone: does not exist"):
-        config_of("--config", str(data / "config.json"))
+        parse_config("--config", str(data / "config.json"))
     with pytest.raises(UserError, match=r"--data: is missing"):
-        config_of("tiny-qwen3")
+        parse_config("tiny-qwen3")
 
 
 @pytest.mark.parametrize(("recipe", "setting", "message"), [
@@ -109,9 +111,9 @@ def test_data_named_in_a_config_must_exist(data: Path) -> None:
 ])
 def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config_of(recipe, "--data", f"{data}/a", "--set", setting)
+        parse_config(recipe, "--data", f"{data}/a", "--set", setting)
     with pytest.raises(UserError, match=message):  # as a job is submitted, before its data is there
-        request_training(parsed(recipe, "--data", "not-yet", "--set", setting), "lm").config()
+        request_training(parse_options(recipe, "--data", "not-yet", "--set", setting), "lm").config()
 
 
 def test_mistakes_are_found_before_a_hf_folder_is_converted(data: Path, hf_models: dict[str, Path],
@@ -128,8 +130,8 @@ def test_mistakes_are_found_before_a_hf_folder_is_converted(data: Path, hf_model
         ("tiny-solar-open", *start, "--inject", "crash@step=x"): "--inject crash@step=x",
     }.items():
         with pytest.raises(UserError, match=message):
-            config_of(*arguments)
-    request = check_stage(parsed("tiny-solar-open", *start))
+            parse_config(*arguments)
+    request = check_stage(parse_options("tiny-solar-open", *start))
     assert request.start == hf_models["solar_open"]
     with pytest.raises(AssertionError, match="converted"):
         convert_request_start(request)

@@ -1,4 +1,4 @@
-"""Decontamination: items are found in every disguise, by their plain text."""
+"""Decontamination: evaluation items are found in every disguise, by their normalized text."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.decontamination.disguises import DISGUISES, ITEMS, MARKUP_DISGUISES
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_step
 from tests.typed_words import keys_of
 
 CLEAN = ("The refinery was closed in 1998, and nobody in the office knew how many barrels it had filled.",
@@ -33,11 +33,11 @@ def bench(tmp_path: Path) -> Path:
 def test_every_item_is_found_in_each_disguise(tmp_path: Path, bench: Path, disguise: str) -> None:
     planted = docs(*(f"Some text.\n\n{DISGUISES[disguise](text)}\n\nMore of it." for text in ITEMS.values()))
     clean = docs(*CLEAN, shard=1)
-    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
-                     MemoryView.of([planted, clean], tmp_path / "work"))
-    assert {ITEM: found[d.id].reason for ITEM, d in zip(ITEMS, planted, strict=True)} == dict.fromkeys(
-        ITEMS, "text of a benchmark")
-    assert not any(found[d.id].reason for d in clean)
+    outcomes = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
+                        MemoryView.of([planted, clean], tmp_path / "work"))
+    reasons = [outcomes[document.id].reason for document in planted]
+    assert reasons == ["text of a benchmark"] * len(ITEMS)
+    assert not any(outcomes[d.id].reason for d in clean)
 
 
 def test_a_run_of_ten_words_is_enough_and_nine_are_not(tmp_path: Path, bench: Path) -> None:
@@ -45,30 +45,30 @@ def test_a_run_of_ten_words_is_enough_and_nine_are_not(tmp_path: Path, bench: Pa
     shared = [" ".join(words[start:start + count]) for start, count in ((2, 11), (3, 10), (3, 9), (4, 8))]
     documents = docs(*(f"Yes, {text} no." for text in shared))
     view = MemoryView.of([documents], tmp_path / "w")
-    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
+    outcomes = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
     # "Müller's" is two words
-    assert [bool(found[d.id].reason) for d in documents] == [True, True, True, False]
+    assert [bool(outcomes[d.id].reason) for d in documents] == [True, True, True, False]
 
 
-def test_items_that_say_too_little_are_not_looked_for(tmp_path: Path) -> None:
+def test_items_below_the_minimum_number_of_words_are_ignored(tmp_path: Path) -> None:
     bench = tmp_path / "short.jsonl"
     bench.write_text('{"text": "What is it?"}\n{"text": "What is it, my dear?"}\n')
     documents = docs("What is it? Tell me.", "So what is it my dear friend?")
     view = MemoryView.of([documents], tmp_path / "w")
-    found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
-    assert [bool(found[d.id].reason) for d in documents] == [False, True]
-    assert found[documents[1].id].values == {"contamination": "short:line 2"}
+    outcomes = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
+    assert [bool(outcomes[d.id].reason) for d in documents] == [False, True]
+    assert outcomes[documents[1].id].values == {"contamination": "short:line 2"}
 
 
-def test_settings_that_cannot_be_are_all_told(tmp_path: Path, bench: Path) -> None:
+def test_all_invalid_settings_are_reported(tmp_path: Path, bench: Path) -> None:
     assert keys_of(DecontaminateSettings(benchmarks=(bench,))) == []
     assert keys_of(DecontaminateSettings(benchmarks=(), fields=(), ngram=0, min_words=0)) == [
         "benchmarks", "fields", "ngram", "min_words"]
     assert keys_of(DecontaminateSettings(benchmarks=(tmp_path / "none",), ngram=3, min_words=4)) == [
         "benchmarks", "min_words"]
     (tmp_path / "empty.jsonl").write_text("")
-    (told,) = find_all_problems(DecontaminateSettings(benchmarks=(bench, tmp_path)))
-    assert told.rule.endswith("empty.jsonl: has no records; each line is a JSON object")
+    (problem,) = find_all_problems(DecontaminateSettings(benchmarks=(bench, tmp_path)))
+    assert problem.rule.endswith("empty.jsonl: has no records; each line is a JSON object")
 
 
 NAMES = ("english", "short")
@@ -76,7 +76,7 @@ SEARCH = ItemSearch([SearchItem("bench", name, "text", ITEMS[name]) for name in 
 
 
 @pytest.mark.parametrize("disguise", MARKUP_DISGUISES)
-def test_an_item_is_found_at_its_place(disguise: str) -> None:
+def test_an_item_is_found_with_its_offsets(disguise: str) -> None:
     for name in NAMES:
         planted = MARKUP_DISGUISES[disguise](ITEMS[name])
         text = f"Some of it stands before.\n\n{planted}\n\nMore of it behind, &amp; <b>bold</b>."
@@ -92,7 +92,7 @@ def test_an_item_is_found_at_its_place(disguise: str) -> None:
     "AT&T; R&D 100% of it, 50%off; C:\\new\\table\\u12", "<<<>>> &&& {{{ }}} [](x) \\", "",
     "Zażółć gęślą jaźń",
     "Он купил яблоки на рынке и продал их за городом", "\ud800 <b>"])
-def test_ordinary_text_has_a_plain_form_with_places(text: str) -> None:
+def test_the_plain_form_of_ordinary_text_has_offsets(text: str) -> None:
     assert find_hits(text, SEARCH, 0) == []
     if (found := to_plain_form(text)) is not None:
         assert len(found.text) == len(found.starts) == len(found.ends)
@@ -101,12 +101,12 @@ def test_ordinary_text_has_a_plain_form_with_places(text: str) -> None:
 
 
 @given(st.text(alphabet=st.sampled_from("aB1,. \n\u200bé\u0301한\u1112\u1161\u11abภำ字ﬁİßｶﾞ½"), max_size=30))
-def test_a_unit_stands_in_its_place(text: str) -> None:
-    found = find_units(text)
-    stretches = [(i, i + 1) for i in range(len(found.hashes))]
-    for (i, _), (start, stop) in zip(stretches, locate_stretches(text, found, stretches), strict=True):
+def test_a_unit_has_its_offsets_in_the_text(text: str) -> None:
+    units = find_units(text)
+    stretches = [(i, i + 1) for i in range(len(units.hashes))]
+    for (i, _), (start, stop) in zip(stretches, locate_stretches(text, units, stretches), strict=True):
         assert 0 <= start < stop <= len(text)
-        assert found.hashes[i] in find_units(text[start:stop]).hashes
+        assert units.hashes[i] in find_units(text[start:stop]).hashes
 
 
 def test_fields_may_hold_strings_lists_objects_and_messages(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_fields_may_hold_strings_lists_objects_and_messages(tmp_path: Path) -> N
     assert item == SearchItem("quiz", "3", "question.stem", "Why?")
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file, and no folder with files of records"):
         list_benchmark_files([tmp_path])
     (tmp_path / "quiz.jsonl").write_text('{"title": "x"}')

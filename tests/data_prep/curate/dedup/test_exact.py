@@ -8,13 +8,13 @@ import pytest
 from data_prep.curate.dedup import exact
 from data_prep.curate.dedup.exact import (
     ExactDedup, ExactSettings, ParagraphDedup, ParagraphSettings, iter_paragraphs)
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_step
 
 
-def dropped(view: MemoryView, **settings: object) -> dict[str, str]:
-    found = outcomes(ExactDedup, ExactSettings(**{"partitions": 3, **settings}), view)
-    assert {o.reason for o in found.values()} <= {"", "exact duplicate"}
-    return {id_: o.values["duplicate_of"] for id_, o in found.items() if o.reason}
+def find_duplicates(view: MemoryView, **settings: object) -> dict[str, str]:
+    outcomes = run_step(ExactDedup, ExactSettings(**{"partitions": 3, **settings}), view)
+    assert {o.reason for o in outcomes.values()} <= {"", "exact duplicate"}
+    return {id_: o.values["duplicate_of"] for id_, o in outcomes.items() if o.reason}
 
 
 def test_the_first_of_the_highest_priority_stays(tmp_path: Path) -> None:
@@ -22,13 +22,14 @@ def test_the_first_of_the_highest_priority_stays(tmp_path: Path) -> None:
     more = docs("three", "four", "two", source="more", shard=0)
     book = docs("four", "two", "five", source="book", shard=7)
     view = MemoryView.of([web, more, book], tmp_path, book=1)
-    assert dropped(view) == {"web:0:0000000000000003": web[0].id, "web:0:0000000000000001": book[1].id,
-                             "more:0:0000000000000000": web[2].id, "more:0:0000000000000001": book[0].id,
-                             "more:0:0000000000000002": book[1].id}
+    assert find_duplicates(view) == {"web:0:0000000000000003": web[0].id,
+                                     "web:0:0000000000000001": book[1].id,
+                                     "more:0:0000000000000000": web[2].id,
+                                     "more:0:0000000000000001": book[0].id,
+                                     "more:0:0000000000000002": book[1].id}
 
 
-def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [str(number * number % 61) for number in range(200)]
     first: dict[str, int] = {}
     expected = {place: first[text] for place, text in enumerate(texts)
@@ -37,53 +38,54 @@ def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
         monkeypatch.setattr(exact, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 200, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
-        found = dropped(MemoryView.of(shards, tmp_path / str(size)), partitions=5)
-        assert {place[one]: place[other] for one, other in found.items()} == expected
+        duplicates = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), partitions=5)
+        assert {place[one]: place[other] for one, other in duplicates.items()} == expected
 
 
-def test_widths_and_blanks_make_no_difference(tmp_path: Path) -> None:
+def test_character_width_and_spaces_are_ignored(tmp_path: Path) -> None:
     texts = ["A word.", "A word.", "A  ｗord.\n", "a *word*"]
-    assert len(dropped(MemoryView.of([docs(*texts)], tmp_path))) == 2
+    assert len(find_duplicates(MemoryView.of([docs(*texts)], tmp_path))) == 2
 
 
 MENU = "Home | News | About us | Contact the editors"
-OWN = "A sentence of document number {} that nobody else has, and that is long."
+SENTENCE = "A sentence of document number {} that nobody else has, and that is long."
 
 
-def texts(count: int) -> list[str]:
-    return [f"{MENU}\n{OWN.format(number)}\nshort\n" for number in range(count)]
+def build_texts(count: int) -> list[str]:
+    return [f"{MENU}\n{SENTENCE.format(number)}\nshort\n" for number in range(count)]
 
 
-def cut(view: MemoryView, **settings: Any) -> dict[str, Any]:
+def cut_paragraphs(view: MemoryView, **settings: Any) -> dict[str, Any]:
     settings = {"partitions": 2, "max_documents": 2, **settings}
-    return outcomes(ParagraphDedup, ParagraphSettings(**settings), view)
+    return run_step(ParagraphDedup, ParagraphSettings(**settings), view)
 
 
-def test_what_many_have_is_cut_and_the_first_one_keeps_it(tmp_path: Path) -> None:
-    web, book = docs(*texts(3)), docs(*texts(5)[3:], source="book", shard=1)
-    found = cut(MemoryView.of([web, book], tmp_path / "first", book=1))
-    assert found[book[0].id].text is None
-    assert [found[d.id].text for d in [*web, book[1]]] == [f"{OWN.format(n)}\nshort\n" for n in (0, 1, 2, 4)]
-    assert [found[d.id].values["paragraphs_cut"] for d in [book[0], *web]] == [0, 1, 1, 1]
-    five = cut(MemoryView.of([web, book], tmp_path / "five"), max_documents=5)
+def test_repeated_paragraphs_are_cut_except_in_their_first_document(tmp_path: Path) -> None:
+    web, book = docs(*build_texts(3)), docs(*build_texts(5)[3:], source="book", shard=1)
+    cuts = cut_paragraphs(MemoryView.of([web, book], tmp_path / "first", book=1))
+    assert cuts[book[0].id].text is None
+    assert [cuts[d.id].text for d in [*web, book[1]]] == [f"{SENTENCE.format(n)}\nshort\n"
+                                                          for n in (0, 1, 2, 4)]
+    assert [cuts[d.id].values["paragraphs_cut"] for d in [book[0], *web]] == [0, 1, 1, 1]
+    five = cut_paragraphs(MemoryView.of([web, book], tmp_path / "five"), max_documents=5)
     assert not any(outcome.text for outcome in five.values())
 
 
-def test_case_and_blanks_make_no_difference(tmp_path: Path) -> None:
-    documents = docs(*texts(2), f"  {MENU.upper()} \r\n{OWN.format(9)}")
-    assert cut(MemoryView.of([documents], tmp_path))[documents[2].id].text == OWN.format(9)
+def test_case_and_spaces_of_paragraphs_are_ignored(tmp_path: Path) -> None:
+    documents = docs(*build_texts(2), f"  {MENU.upper()} \r\n{SENTENCE.format(9)}")
+    assert cut_paragraphs(MemoryView.of([documents], tmp_path))[documents[2].id].text == SENTENCE.format(9)
 
 
 def test_a_document_that_loses_too_much_is_dropped(tmp_path: Path) -> None:
     documents = docs(MENU, MENU, MENU, f"{MENU}\nshort")
-    found = cut(MemoryView.of([documents], tmp_path / "half"))
-    assert [found[d.id].reason for d in documents] == ["", *["mostly repeated paragraphs"] * 3]
-    found = cut(MemoryView.of([documents], tmp_path / "all"), max_share=1.0)
-    assert [found[d.id].text for d in documents] == [None, None, None, "short"]
-    assert found[documents[1].id].reason  # nothing is left of it
+    cuts = cut_paragraphs(MemoryView.of([documents], tmp_path / "half"))
+    assert [cuts[d.id].reason for d in documents] == ["", *["mostly repeated paragraphs"] * 3]
+    cuts = cut_paragraphs(MemoryView.of([documents], tmp_path / "all"), max_share=1.0)
+    assert [cuts[d.id].text for d in documents] == [None, None, None, "short"]
+    assert cuts[documents[1].id].reason  # no paragraph remains
 
 
-def test_paragraphs_hold_every_character() -> None:
+def test_paragraphs_contain_every_character() -> None:
     text = f"\n\n{MENU}\n \n\n{MENU}\nﬁn Straße İ\n\n"
     parts = list(iter_paragraphs(text, 10))
     assert "".join(text[p.start:p.stop] for p in parts) == text

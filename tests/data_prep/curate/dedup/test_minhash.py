@@ -1,6 +1,7 @@
-"""Near duplicates: those that a comparison of all with all finds."""
+"""Near duplicates: the step finds the pairs that a comparison of all pairs finds."""
 
 import random
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,31 @@ from data_prep.curate.dedup.clusters import DROPPED, Clusters, DocumentOrder, so
 from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings, compute_shingles
 from data_prep.curate.dedup.work_files import Register, open_bucket, write_array
 from data_prep.curate.pipeline.step import Doc
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_step
 from tests.typed_words import keys_of
 
 
-def words(draw: random.Random, count: int) -> list[str]:
+def draw_words(draw: random.Random, count: int) -> list[str]:
     return [f"w{draw.randrange(5000)}" for _ in range(count)]
 
 
-def planted(num_texts: int, seed: int = 0) -> list[str]:
-    """Return texts, of which some are an earlier one with words exchanged."""
+def plant_near_duplicates(num_texts: int, seed: int = 0) -> list[str]:
+    """Return texts; some are copies of an earlier text with exchanged words."""
     draw = random.Random(seed)
     texts: list[list[str]] = []
     for number in range(num_texts):
         if number % 3:
-            texts.append(words(draw, draw.randrange(3, 120)))
+            texts.append(draw_words(draw, draw.randrange(3, 120)))
         else:
-            copy = list(draw.choice(texts)) if texts else words(draw, 80)
+            copy = list(draw.choice(texts)) if texts else draw_words(draw, 80)
             for _ in range(draw.choice((0, 1, 1, 2, 4))):
                 copy[draw.randrange(len(copy))] = f"x{draw.randrange(99)}"
             texts.append(copy)
     return [" ".join(text) for text in texts]
 
 
-def by_brute_force(documents: list[Doc], threshold: float, ngram: int) -> dict[str, str]:
-    """Return who goes and the kept document that is similar, from all pairs."""
+def compare_all_pairs(documents: list[Doc], threshold: float, ngram: int) -> dict[str, str]:
+    """Map each dropped document to the similar document that stays, by comparing all pairs."""
     sets = [set(compute_shingles(d.text, ngram).tolist()) for d in documents]
     kept: list[int] = []
     found = {}
@@ -52,45 +53,45 @@ def by_brute_force(documents: list[Doc], threshold: float, ngram: int) -> dict[s
 
 
 def windows(count: int, step: int = 3, size: int = 60) -> list[str]:
-    """Return windows over one text, neighbours similar and distant ones with nothing in common."""
+    """Return overlapping windows over one text: neighbours are similar, distant windows share no words."""
     text = [f"w{number}x" for number in range(step * count + size)]
     return [" ".join(text[step * number:step * number + size]) for number in range(count)]
 
 
-def dropped(view: MemoryView, **settings: Any) -> dict[str, str]:
-    found = outcomes(MinhashDedup, MinhashSettings(**{"partitions": 3, **settings}), view)
-    assert {o.reason for o in found.values()} <= {"", "near duplicate"}
-    return {id_: o.values["duplicate_of"] for id_, o in found.items() if o.reason}
+def find_duplicates(view: MemoryView, **settings: Any) -> dict[str, str]:
+    outcomes = run_step(MinhashDedup, MinhashSettings(**{"partitions": 3, **settings}), view)
+    assert {o.reason for o in outcomes.values()} <= {"", "near duplicate"}
+    return {id_: o.values["duplicate_of"] for id_, o in outcomes.items() if o.reason}
 
 
-def test_it_finds_what_all_pairs_have(tmp_path: Path) -> None:
-    documents = docs(*planted(90))
-    expected = by_brute_force(documents, 0.7, 3)
+def test_pairs_equal_a_comparison_of_all_pairs(tmp_path: Path) -> None:
+    documents = docs(*plant_near_duplicates(90))
+    expected = compare_all_pairs(documents, 0.7, 3)
     assert len(expected) > 15
     view = MemoryView.of([documents], tmp_path)
-    assert dropped(view, threshold=0.7, ngram=3, num_bands=100, rows_per_band=4) == expected
+    assert find_duplicates(view, threshold=0.7, ngram=3, num_bands=100, rows_per_band=4) == expected
 
 
+SECOND_CHAIN = [text.upper().replace("W", "V") for text in windows(20)]
 CHAINS = {
     "windows": windows(40),
     "shuffled": random.Random(3).sample(windows(40), 40),
-    "star": ["x y z " + text for text in [" ".join(f"w{i}x" for i in range(60))] * 9] + windows(1),
-    "two chains": [text for pair in zip(windows(20), [t.upper().replace("W", "V") for t in windows(20)],
-                                        strict=True) for text in pair],
+    "star": ["x y z " + " ".join(f"w{i}x" for i in range(60))] * 9 + windows(1),
+    "two chains": list(chain.from_iterable(zip(windows(20), SECOND_CHAIN, strict=True))),
     "none": windows(12, step=30)}
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-def test_each_text_that_goes_is_similar_to_a_kept_one(tmp_path: Path, chain: str) -> None:
-    documents = docs(*CHAINS[chain])
-    shards = [documents[:15], docs(*CHAINS[chain][15:], shard=1)] if len(documents) > 15 else [documents]
+@pytest.mark.parametrize("name", CHAINS)
+def test_each_dropped_text_is_similar_to_a_remaining_text(tmp_path: Path, name: str) -> None:
+    documents = docs(*CHAINS[name])
+    shards = [documents[:15], docs(*CHAINS[name][15:], shard=1)] if len(documents) > 15 else [documents]
     documents = [document for shard in shards for document in shard]
-    found = dropped(MemoryView.of(shards, tmp_path), threshold=0.7, ngram=5,
-                    num_bands=100, rows_per_band=3)
-    assert found == by_brute_force(documents, 0.7, 5)
+    duplicates = find_duplicates(MemoryView.of(shards, tmp_path), threshold=0.7, ngram=5,
+                                 num_bands=100, rows_per_band=3)
+    assert duplicates == compare_all_pairs(documents, 0.7, 5)
     sets = {d.id: set(compute_shingles(d.text, 5).tolist()) for d in documents}
-    for goes, keeper in found.items():
-        assert keeper not in found
+    for goes, keeper in duplicates.items():
+        assert keeper not in duplicates
         assert len(sets[goes] & sets[keeper]) >= 0.7 * len(sets[goes] | sets[keeper])
 
 
@@ -99,33 +100,33 @@ def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: 
                                                    longest_at: int) -> None:
     monkeypatch.setattr(minhash, "RANGE_RECORDS", 16)  # the crowd's bands fill several blocks
     monkeypatch.setattr(minhash, "MAX_FIRST_DOCUMENTS", 2)
-    text = " ".join(words(random.Random(5), 80))
+    text = " ".join(draw_words(random.Random(5), 80))
     texts = [text] * 60
     texts[longest_at] += " longer"
     shards = [docs(*texts[start:start + 15], shard=number) for number, start in enumerate(range(0, 60, 15))]
-    found = dropped(MemoryView.of(shards, tmp_path))
-    assert len(found) == 59 and set(found.values()) == {shards[longest_at // 15][longest_at % 15].id}
+    duplicates = find_duplicates(MemoryView.of(shards, tmp_path))
+    longest = shards[longest_at // 15][longest_at % 15]
+    assert len(duplicates) == 59 and set(duplicates.values()) == {longest.id}
 
 
-def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = planted(60, seed=1)
+def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = plant_near_duplicates(60, seed=1)
     results = []
     for size, records in ((60, 1 << 18), (25, 50), (7, 1 << 18)):
         monkeypatch.setattr(minhash, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 60, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
-        found = dropped(MemoryView.of(shards, tmp_path / str(size)), threshold=0.6, ngram=2)
-        results.append({place[one]: place[other] for one, other in found.items()})
+        duplicates = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), threshold=0.6, ngram=2)
+        results.append({place[one]: place[other] for one, other in duplicates.items()})
     assert results[0] == results[1] == results[2] != {}
 
 
 def test_priority_comes_before_length(tmp_path: Path) -> None:
-    text = " ".join(words(random.Random(2), 60))
+    text = " ".join(draw_words(random.Random(2), 60))
     web, book = docs(text, f"{text} longer", "."), docs(text.upper(), source="book", shard=3)
-    assert dropped(MemoryView.of([web, book], tmp_path / "a", book=1)) == dict.fromkeys(
+    assert find_duplicates(MemoryView.of([web, book], tmp_path / "a", book=1)) == dict.fromkeys(
         (web[0].id, web[1].id), book[0].id)
-    assert dropped(MemoryView.of([web, book], tmp_path / "b")) == dict.fromkeys(
+    assert find_duplicates(MemoryView.of([web, book], tmp_path / "b")) == dict.fromkeys(
         (web[0].id, book[0].id), web[1].id)
 
 
@@ -135,10 +136,10 @@ def test_thai_and_korean_are_compared_by_characters(tmp_path: Path) -> None:
     korean = ("모든 국민은 법 앞에 평등하다. 누구든지 성별 종교 또는 사회적 신분에 의하여 "
               "차별을 받지 아니한다.")
     documents = docs(thai, thai[:60] + " " + thai[60:], korean, korean.replace(" ", ""), thai[::-1])
-    assert set(dropped(MemoryView.of([documents], tmp_path))) == {documents[0].id, documents[3].id}
+    assert set(find_duplicates(MemoryView.of([documents], tmp_path))) == {documents[0].id, documents[3].id}
 
 
-def test_settings_that_cannot_be_are_all_told() -> None:
+def test_all_invalid_settings_are_reported() -> None:
     assert keys_of(MinhashSettings()) == []
     assert keys_of(MinhashSettings(0, 0, 0, 0, -1, 0)) == [
         "threshold", "num_bands", "rows_per_band", "ngram", "seed", "partitions"]
@@ -158,21 +159,21 @@ def _lengths(register: Register, draw: random.Random, longest: int) -> dict[int,
     return lengths
 
 
-def _by_plain_search(order: list[int], pairs: list[list[int]]) -> dict[int, int]:
-    """Return document that goes -> the first kept document that it has a pair with."""
+def search_plainly(order: list[int], pairs: list[list[int]]) -> dict[int, int]:
+    """Map each dropped document to the first remaining document that it forms a pair with."""
     similar: dict[int, set[int]] = {number: set() for number in order}
     for one, other in pairs:
         similar[one].add(other)
         similar[other].add(one)
     kept: list[int] = []
-    dropped = {}
+    duplicates = {}
     for number in order:
         keeper = next((other for other in kept if other in similar[number]), None)
         if keeper is None:
             kept.append(number)
         else:
-            dropped[number] = keeper
-    return dropped
+            duplicates[number] = keeper
+    return duplicates
 
 
 @pytest.mark.parametrize("in_memory", [1 << 20, 10, 3, 1])
@@ -184,7 +185,7 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     draw = random.Random(num_pairs)
     shards = [docs(*["x"] * max(count, 1), source="book" if rank == 2 else "web", shard=rank)
               for rank, count in enumerate(COUNTS)]
-    # Shards of lower priority have the larger ranks: those of `web` here.
+    # Shards of lower priority (here `web`) have higher ranks.
     view = MemoryView.of(shards, tmp_path, **({"book": 1} if num_pairs == 40 else {}))
     register = Register(tmp_path / "documents")
     lengths = _lengths(register, draw, 2 if num_pairs == 120 else 4)
@@ -204,6 +205,6 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
         is_book = num_pairs == 40 and number >> 32 == 0  # the first rank is that of the higher priority
         return (0 if is_book else 1, -lengths[number], number)
 
-    expected = _by_plain_search(sorted(lengths, key=place), pairs)
+    expected = search_plainly(sorted(lengths, key=place), pairs)
     found = [open_bucket(tmp_path / "dropped", DROPPED, rank).read_records() for rank in range(len(COUNTS))]
     assert {int(r["doc"]): int(r["keeper"]) for part in found for r in part} == expected

@@ -1,4 +1,4 @@
-"""A small run to try things on: two sources, a step that looks at each document and one that looks at all."""
+"""A small pipeline for tests: two sources, a step on single documents, and a step over all documents."""
 
 import hashlib
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class ShortenSettings:
 
 
 class Shorten(Step):
-    """Cuts long texts, drops short ones, and says which size they have."""
+    """Truncates long texts, drops short ones, and adds a column with their size."""
 
     kind = "shorten"
     added_columns = {"size": "string", "num_chars": "int64"}
@@ -67,14 +67,14 @@ class Shorten(Step):
 
 @dataclass(frozen=True)
 class UniqueSettings:
-    """There is nothing to set."""
+    """Settings of a step without settings."""
 
     def problems(self) -> list[str]:
         return []
 
 
 class Unique(Step):
-    """Keeps one of equal texts: that of the source with the highest priority, then the first."""
+    """Keeps one of equal texts: from the source with the highest priority, and there the first."""
 
     kind = "unique"
     Settings = UniqueSettings
@@ -122,15 +122,14 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files be on the disk when the kernel likes: a killed process, other than a machine without power,
-    loses nothing by it."""
+    """Skip `os.fsync`: a killed process, unlike a power failure, loses no data without it."""
     monkeypatch.setattr("os.fsync", lambda fd: None)
 
 
 @pytest.fixture
-def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
-    """Return the list that tasks enter themselves into as they are done in this process: stage, source,
-    number."""
+def finished_tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """Return the list that tasks enter themselves into as they are
+    done in this process: stage, source, number."""
     found: list[tuple[str, str, int]] = []
     really = tasks._run_open_task
 
@@ -143,7 +142,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
+def small_run(tmp_path: Path) -> Path:
     """Write the sources and the file of the small run; returns its folder."""
     for name, numbers in (("web", range(6)), ("books", range(4, 8))):
         (tmp_path / name).mkdir()

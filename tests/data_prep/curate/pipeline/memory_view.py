@@ -1,4 +1,4 @@
-"""A pipeline in memory: steps are tried on a few documents."""
+"""An in-memory pipeline, to run steps on a few documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_prep.curate.pipeline.step import KEPT, Doc, ShardRef, Step, StepOutcom
 
 
 def doc(text: str, row: int = 0, *, source: str = "web", shard: int = 0, **columns: Any) -> Doc:
-    """Return a document at its place, with an id as the engine gives it."""
+    """Return a document with its position, and an id in the form of the engine."""
     return Doc(f"{source}:{shard}:{shard:08x}{row:08x}", text, source, shard, row, columns)
 
 
@@ -30,7 +30,7 @@ class MemoryView:
 
     @classmethod
     def of(cls, shards: Sequence[Sequence[Doc]], work: Path, **priorities: int) -> MemoryView:
-        """Return a view of shards, whose place their first documents say."""
+        """Return a view of shards; source and shard number come from each shard's first document."""
         return cls({ShardRef(found[0].source, found[0].shard): list(found) for found in shards}, work,
                    priorities)
 
@@ -45,7 +45,7 @@ class MemoryView:
         return self.priorities.get(source, 0)
 
 
-def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, StepOutcome]:
+def run_step(make: type[Step], settings: Any, view: MemoryView) -> dict[str, StepOutcome]:
     """Return id -> what a step makes of the documents of a view.
 
     Every pass and every shard has a step of its own, as in processes of their own; passes are run twice, the
@@ -56,10 +56,10 @@ def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Ste
         tasks = list(range(len(view.shards) if step_pass.num_tasks is None else step_pass.num_tasks))
         for task in tasks:
             make(settings).list_passes()[number].run(view, task)
-        before = content(view.work_folder)
+        before = read_files(view.work_folder)
         for task in reversed(tasks):
             make(settings).list_passes()[number].run(view, task)
-        assert content(view.work_folder) == before, (
+        assert read_files(view.work_folder) == before, (
             f"pass {step_pass.name}: another result when it is run again")
     found: dict[str, StepOutcome] = {}
     for shard in view.shards:
@@ -77,14 +77,14 @@ def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Ste
     return found
 
 
-def kept(documents: Sequence[Doc], found: Mapping[str, StepOutcome]) -> list[Doc]:
+def apply_outcomes(documents: Sequence[Doc], found: Mapping[str, StepOutcome]) -> list[Doc]:
     """Return the documents that a step keeps, as the next step sees them."""
     return [dataclasses.replace(d, text=d.text if made.text is None else made.text,
                                 columns={**d.columns, **made.values})
             for d in documents if not (made := found.get(d.id, KEPT)).reason]
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Return name -> bytes of all files in a folder."""
     return {str(file.relative_to(folder)): file.read_bytes()
             for file in sorted(folder.rglob("*")) if file.is_file()}

@@ -1,4 +1,4 @@
-"""A bit that flips anywhere in what a run leaves for itself is never believed."""
+"""Damaged work files of a run are detected: one flipped bit or a truncation anywhere is an error."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from data_prep.curate.pipeline.tasks import LayerFile, iter_row_batches
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base import sealed
 from megatron_sov.base.errors import UserError
-from tests.data_prep.curate.pipeline.test_running import run, texts
+from tests.data_prep.curate.pipeline.test_running import read_first_words, run_pipeline
 from tests.data_prep.curate.pipeline.test_tasks import write_base
 
 RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
@@ -85,7 +85,7 @@ def test_a_flipped_bit_or_a_cut_is_an_error_that_names_the_file(make: Any, tmp_p
     assert read() == wanted
 
 
-def test_a_seal_is_found_behind_a_long_footer_and_not_in_the_text_of_rows(tmp_path: Path) -> None:
+def test_a_seal_is_found_after_a_long_footer_and_ignored_inside_rows(tmp_path: Path) -> None:
     rows = pa.table({"text": ["x sealed:blake3:" + "a" * 70, sealed.SEAL_PLACEHOLDER]})
     file = tmp_path / "a.parquet"
     for table in (rows, rows.replace_schema_metadata({"names": "x" * 200_000})):
@@ -108,34 +108,34 @@ def _flip(file: Path, at: int = -1) -> None:
     file.write_bytes(content)
 
 
-def test_a_complete_run_whose_text_changed_is_not_complete(raw: Path,
-                                                           capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(raw)
+def test_damaged_output_of_a_complete_run_is_detected(small_run: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_pipeline(small_run)
     _flip(output / "text/web-long/00000.parquet")
-    run(raw, code=2)
+    run_pipeline(small_run, code=2)
     assert "is damaged" in capsys.readouterr().err
     for folder in output.glob("shards/web/*-output-*/*"):
         shutil.rmtree(folder) if folder.is_dir() else None
-    assert texts(run(raw))
+    assert read_first_words(run_pipeline(small_run))
 
 
-def test_a_file_of_an_output_shard_that_is_gone_is_missed(raw: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(raw)
+def test_a_missing_file_of_an_output_shard_is_detected(small_run: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_pipeline(small_run)
     (output / "manifest.json").unlink()
     next(output.glob("shards/web/*-output-*/*/web-long.parquet")).unlink()
-    run(raw, code=2)
+    run_pipeline(small_run, code=2)
     assert "documents where" in capsys.readouterr().err
 
 
-def test_the_way_out_never_is_to_delete_a_folder_above_the_run(tmp_path: Path) -> None:
-    said = explain_deletion(tmp_path / "shared/mine/out/shards/web/01-shorten-aaaa/00000.parquet")
-    assert "-samefile" in said and f"delete {tmp_path}" not in said
+def test_a_message_never_proposes_to_delete_a_folder_above_the_run(tmp_path: Path) -> None:
+    message = explain_deletion(tmp_path / "shared/mine/out/shards/web/01-shorten-aaaa/00000.parquet")
+    assert "-samefile" in message and f"delete {tmp_path}" not in message
     assert explain_deletion(tmp_path / "shared/mine/out/shared/02-unique-a/x/y").startswith(
         f"delete {tmp_path}/shared/mine/out/shared/02-unique-a and")
 
 
-def test_what_passes_leave_is_bound_to_its_place_and_to_no_name_of_the_folder(tmp_path: Path) -> None:
+def test_files_of_passes_may_move_with_the_run_but_not_between_steps(tmp_path: Path) -> None:
     one, other = tmp_path / "shared/02-unique-aaaa", tmp_path / "shared/02-unique-bbbb"
     records = np.zeros(4, RECORD)
     for folder, value in ((one, 1), (other, 2)):

@@ -1,4 +1,4 @@
-"""A run that is killed goes on, a worker that is killed is told, and a defect has its trace."""
+"""Failures of a pipeline run: killed processes, errors in user code, full disks, requeued Slurm jobs."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.locks import lock_folder
 from megatron_sov.work.submit import array_job
 from megatron_sov.work.submit.arrays import MAX_RESTARTS, WORK_FILE, Jobs
-from tests.data_prep.curate.pipeline.test_running import contents
+from tests.data_prep.curate.pipeline.test_running import read_outputs
 
 OWN = """import dataclasses, os, pathlib
 from megatron_sov.base.documents import LeftOut
@@ -44,31 +44,32 @@ STEPS = """  - shorten: {longest: 400}
 
 
 @pytest.fixture
-def own(raw: Path) -> Path:
-    """Write a pipeline with a step of one's own, which kills its process once where a file `killed` lies."""
-    (raw / "own.py").write_text(OWN)
-    file = raw / "pipeline.yaml"
+def own_step_pipeline(small_run: Path) -> Path:
+    """Write a pipeline with a user-defined step, which kills its process once if a file `killed` exists."""
+    (small_run / "own.py").write_text(OWN)
+    file = small_run / "pipeline.yaml"
     file.write_text(file.read_text().replace(STEPS, "  - code: own.py:judge\n").replace("{size}", "x"))
-    return raw
+    return small_run
 
 
-def command(raw: Path, *words: str) -> list[str]:
-    return ["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), *words]
+def build_command(small_run: Path, *words: str) -> list[str]:
+    return ["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"), *words]
 
 
 @pytest.mark.deep
-def test_killed_in_a_task_it_goes_on_to_the_same_bytes(own: Path) -> None:
-    assert cli.main(command(own, "--workers", "1")) == 0
-    undisturbed = contents(own / "out")
-    shutil.rmtree(own / "out")
-    (own / "killed").touch()
-    done = subprocess.run([sys.executable, "-m", "data_prep.cli", *command(own, "--workers", "1")],
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (own / "out/manifest.json").exists()
-    (leftover,) = (own / "out/shards").glob("web/01-code-*/.*.tmp-*")
-    assert cli.main(command(own, "--workers", "1")) == 0
-    assert not leftover.exists() and contents(own / "out") == undisturbed
+def test_a_run_killed_in_a_task_resumes_to_the_same_bytes(own_step_pipeline: Path) -> None:
+    assert cli.main(build_command(own_step_pipeline, "--workers", "1")) == 0
+    undisturbed = read_outputs(own_step_pipeline / "out")
+    shutil.rmtree(own_step_pipeline / "out")
+    (own_step_pipeline / "killed").touch()
+    finished_tasks = subprocess.run([sys.executable, "-m", "data_prep.cli",
+                                     *build_command(own_step_pipeline, "--workers", "1")],
+                                    capture_output=True, text=True, check=False)
+    assert finished_tasks.returncode == -signal.SIGKILL, finished_tasks.stderr
+    assert not (own_step_pipeline / "out/manifest.json").exists()
+    (leftover,) = (own_step_pipeline / "out/shards").glob("web/01-code-*/.*.tmp-*")
+    assert cli.main(build_command(own_step_pipeline, "--workers", "1")) == 0
+    assert not leftover.exists() and read_outputs(own_step_pipeline / "out") == undisturbed
 
 
 @pytest.mark.deep
@@ -76,30 +77,32 @@ def test_killed_in_a_task_it_goes_on_to_the_same_bytes(own: Path) -> None:
 @pytest.mark.parametrize(("workers", "how"), [
     pytest.param(1, signal.SIGKILL, marks=pytest.mark.deep), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_a_killed_command_leaves_neither_processes_nor_its_lock(
-        own: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: int, how: signal.Signals) -> None:
-    (own / "own.py").write_text("import pathlib, time\n\ndef judge(document):\n"
-                                "    pathlib.Path(__file__).with_name('begun').touch()\n"
-                                "    time.sleep(600)\n")
+        own_step_pipeline: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: int,
+        how: signal.Signals) -> None:
+    (own_step_pipeline / "own.py").write_text("import pathlib, time\n\ndef judge(document):\n"
+                                              "    pathlib.Path(__file__).with_name('begun').touch()\n"
+                                              "    time.sleep(600)\n")
     with open(tmp_path / "said", "w") as said:
         running = subprocess.Popen(
-            [sys.executable, "-m", "data_prep.cli", *command(own, "--workers", str(workers))],
+            [sys.executable, "-m", "data_prep.cli",
+             *build_command(own_step_pipeline, "--workers", str(workers))],
             stdout=said, stderr=said, start_new_session=True,
-            # what runs tests in several processes ignores Ctrl-C, and so would its children
+            # a parallel test runner ignores Ctrl-C, and its children would inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    request.addfinalizer(lambda: [os.kill(pid, signal.SIGKILL) for pid in living(running.pid)])
-    wait_until(lambda: (own / "begun").exists() or running.poll() is not None)
+    request.addfinalizer(lambda: [os.kill(pid, signal.SIGKILL) for pid in list_living_processes(running.pid)])
+    wait_until(lambda: (own_step_pipeline / "begun").exists() or running.poll() is not None)
     if how == signal.SIGINT:
         os.killpg(running.pid, how)  # as a terminal does
     else:
         running.send_signal(how)
     assert running.wait(600) == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    wait_until(lambda: not is_locked(own / "out"))
-    wait_until(lambda: not living(running.pid))
+    wait_until(lambda: not is_locked(own_step_pipeline / "out"))
+    wait_until(lambda: not list_living_processes(running.pid))
     said_text = (tmp_path / "said").read_text()
     assert "Traceback" not in said_text, said_text
 
 
-def living(group: int) -> list[int]:
+def list_living_processes(group: int) -> list[int]:
     """Return the processes of a group that have not ended."""
     found = []
     for process in psutil.process_iter(["status"]):
@@ -117,44 +120,45 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_mistake_of_the_users_code_is_a_sentence(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (own / "own.py").write_text("def judge(document):\n    return 1 / 0\n")
-    assert cli.main(command(own, "--workers", "1")) == 2
-    said = capsys.readouterr().err
-    assert "source web, shard " in said and ", code: " in said
-    assert "division by zero" in said and "Traceback" not in said
+def test_an_error_in_user_code_is_one_message(own_step_pipeline: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    (own_step_pipeline / "own.py").write_text("def judge(document):\n    return 1 / 0\n")
+    assert cli.main(build_command(own_step_pipeline, "--workers", "1")) == 2
+    stderr = capsys.readouterr().err
+    assert "source web, shard " in stderr and ", code: " in stderr
+    assert "division by zero" in stderr and "Traceback" not in stderr
 
 
-def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_in_a_step_keeps_its_traceback(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep.curate.pipeline import pipeline_file
     from megatron_sov.work.submit.arrays import TaskFailed
 
     monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document",
                         lambda step, document: document.nothing)
     with pytest.raises(TaskFailed, match=r"no attribute 'nothing'\n.*source web, shard \d+, step shorten"):
-        cli.main(command(raw, "--workers", "1"))
+        cli.main(build_command(small_run, "--workers", "1"))
 
 
-def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_message(small_run: Path, monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     from data_prep.curate.pipeline import pipeline_file
     from megatron_sov.work.submit import arrays
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(UserError, match="a sentence"), arrays.record_failure(raw / "nowhere", 0):
+    with pytest.raises(UserError, match="a sentence"), arrays.record_failure(small_run / "nowhere", 0):
         raise UserError("a sentence")
     monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document", full)
-    assert cli.main(command(raw, "--workers", "1")) == 2
-    said = capsys.readouterr().err
-    assert "no space left on the device; free some space" in said and "Traceback" not in said
+    assert cli.main(build_command(small_run, "--workers", "1")) == 2
+    stderr = capsys.readouterr().err
+    assert "no space left on the device; free some space" in stderr and "Traceback" not in stderr
 
 
-def test_two_commands_do_not_share_a_folder(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (raw / "out/plans").mkdir(parents=True)
-    with lock_folder(raw / "out", "out"):
-        assert cli.main(command(raw)) == 2
+def test_two_commands_do_not_share_a_folder(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (small_run / "out/plans").mkdir(parents=True)
+    with lock_folder(small_run / "out", "out"):
+        assert cli.main(build_command(small_run)) == 2
     assert "is being written by another process" in capsys.readouterr().err
 
 
@@ -179,7 +183,7 @@ echo "$((100 + n))"
 
 
 @pytest.fixture
-def noted(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def submissions(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the words and the script of each submission, in order."""
     programs, folder = tmp_path / "programs", tmp_path / "noted"
     folder.mkdir()
@@ -188,14 +192,15 @@ def noted(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                        ("scontrol", "#!/bin/bash\necho 'MaxArraySize = 3'\n"), ("squeue", "#!/bin/bash\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    (raw / "cluster.yaml").write_text(PROFILE)
+    (small_run / "cluster.yaml").write_text(PROFILE)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("NOTED_JOBS", str(folder))
     return folder
 
 
-def on_cluster(raw: Path, output: str) -> list[str]:
-    return ["run", str(raw / "pipeline.yaml"), "--output", output, "--cluster", str(raw / "cluster.yaml")]
+def build_cluster_command(small_run: Path, output: str) -> list[str]:
+    return ["run", str(small_run / "pipeline.yaml"), "--output", output, "--cluster",
+            str(small_run / "cluster.yaml")]
 
 
 def run_job(logs: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 1, tasks_per_job: int = 1) -> None:
@@ -206,15 +211,16 @@ def run_job(logs: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 1, tasks_pe
         array_job.main()
 
 
-def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(raw: Path, noted: Path) -> None:
-    assert cli.main(on_cluster(raw, str(raw / "out"))) == 0
-    scripts = [file.read_text() for file in sorted(noted.iterdir())]
-    names = list(Jobs.read(raw / "out").numbers)
+def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(small_run: Path,
+                                                                       submissions: Path) -> None:
+    assert cli.main(build_cluster_command(small_run, str(small_run / "out"))) == 0
+    scripts = [file.read_text() for file in sorted(submissions.iterdir())]
+    names = list(Jobs.read(small_run / "out").numbers)
     assert names == ["00-parse", "01-shorten", "02-unique-hash", "02-unique-choose", "02-unique",
                      "03-shorten", "04-output", "finish"]
     for number, (script, name) in enumerate(zip(scripts, names, strict=True)):
         assert (f"--dependency=afterok:{99 + number}" in script.split("\n")[0]) == (number > 0), name
-        assert f"-m megatron_sov.work.submit.array_job {raw}/out/logs/{name} " in script
+        assert f"-m megatron_sov.work.submit.array_job {small_run}/out/logs/{name} " in script
         assert "--container-image=reg/image:1 --container-mounts=/data" in script
         assert f"export PYTHONPATH={Path(array_job.__file__).parents[3]} " in script
     assert "#SBATCH --array=0-1\n" in scripts[0], "several shards to a job, where an array may have two"
@@ -223,16 +229,16 @@ def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(raw: Path
 
 
 @pytest.mark.parametrize("name", ["my corpus", "100%", "a$b", "it's"])
-def test_folders_that_scripts_cannot_name_are_refused(raw: Path, noted: Path, name: str,
+def test_folders_that_scripts_cannot_name_are_refused(small_run: Path, submissions: Path, name: str,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(on_cluster(raw, str(raw / name))) == 2
+    assert cli.main(build_cluster_command(small_run, str(small_run / name))) == 2
     assert "choose a folder without blanks" in capsys.readouterr().err
-    assert not (raw / name).exists() and not list(noted.iterdir())
+    assert not (small_run / name).exists() and not list(submissions.iterdir())
 
 
 @pytest.mark.parametrize("is_last", [False, True])
-def test_a_job_that_is_requeued_for_ever_is_stopped_and_told(tmp_path: Path, is_last: bool,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_requeued_too_often_is_stopped_and_reported(tmp_path: Path, is_last: bool,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(MAX_RESTARTS + 1))
     plan = tmp_path / "plan.json"
     work = (partial(run_finish_task, plan, tmp_path) if is_last else

@@ -1,4 +1,4 @@
-"""A pipeline file's mistakes are told at once, each with its line and the way out."""
+"""Pipeline files: all mistakes are reported at once, each with its line, the rule and the fix."""
 
 import sys
 from pathlib import Path
@@ -60,37 +60,37 @@ EXPECTED = [
 ]
 
 
-def test_every_mistake_is_told_at_once(raw: Path) -> None:
-    file = raw / "pipeline.yaml"
+def test_all_mistakes_are_reported_at_once(small_run: Path) -> None:
+    file = small_run / "pipeline.yaml"
     file.write_text(WRONG)
     with pytest.raises(UserError) as error:
         load_pipeline(file)
-    said = str(error.value)
-    assert [sentence for sentence in EXPECTED if sentence not in said] == [], said
-    lines = said.splitlines()
+    message = str(error.value)
+    assert [sentence for sentence in EXPECTED if sentence not in message] == [], message
+    lines = message.splitlines()
     assert lines[0].startswith(f"{file}: ") and all(line.startswith(f"  {file}:") for line in lines[1:])
     numbers = [int(line.removeprefix(f"  {file}:").split(":")[0]) for line in lines[1:]]
     assert numbers == sorted(numbers)
 
 
 @pytest.mark.parametrize("name", list(PIPELINE))
-def test_what_an_earlier_version_took_is_refused_with_what_to_use(raw: Path, name: str) -> None:
+def test_removed_keys_are_refused_with_their_replacement(small_run: Path, name: str) -> None:
     owner, _, key = name.partition(".")
     entry, steps = "{name: web, path: web}", "unique"
     if owner in FORMATS or owner in FORMERLY:
         entry = f"{{name: web, path: web, format: {owner}, options: {{{f'{key}: 1' if key else ''}}}}}"
     else:
         steps = f"{owner}: {{{f'{key}: 1' if key else ''}}}"
-    (raw / "pipeline.yaml").write_text(f"name: x\nsources:\n  - {entry}\nsteps:\n  - {steps}\n")
-    with pytest.raises(UserError) as refused:
-        load_pipeline(raw / "pipeline.yaml")
-    assert PIPELINE[name] in str(refused.value)
+    (small_run / "pipeline.yaml").write_text(f"name: x\nsources:\n  - {entry}\nsteps:\n  - {steps}\n")
+    with pytest.raises(UserError) as error:
+        load_pipeline(small_run / "pipeline.yaml")
+    assert PIPELINE[name] in str(error.value)
 
 
 FORMERLY = ("arrow", "dataset", "epub", "office", "parallel")
 
 
-def test_a_file_that_is_not_there_is_told_with_one_to_copy(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_an_example_to_copy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone.yaml: does not exist; .*`cp \S+/tiny.yaml \S+`") as error:
         load_pipeline(tmp_path / "gone.yaml")
     assert Path(str(error.value).split("`")[1].split()[1]).is_file()
@@ -98,22 +98,22 @@ def test_a_file_that_is_not_there_is_told_with_one_to_copy(tmp_path: Path) -> No
         load_pipeline(tmp_path)
 
 
-def test_a_file_becomes_settings(raw: Path) -> None:
-    (raw / "words.txt").write_text("a b")
-    file = raw / "pipeline.yaml"
+def test_a_file_becomes_settings(small_run: Path) -> None:
+    (small_run / "words.txt").write_text("a b")
+    file = small_run / "pipeline.yaml"
     file.write_text(file.read_text().replace("  - unique: {}", "  - shorten\n  - shorten: 50\n  - shorten: "
                                              "{lists: [words.txt]}\n    only: {kinds: [en]}"))
-    found = load_pipeline(file)
-    assert [step.kind for step in found.steps] == ["shorten"] * 5
-    assert found.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
-    step = found.steps[3]
+    pipeline = load_pipeline(file)
+    assert [step.kind for step in pipeline.steps] == ["shorten"] * 5
+    assert pipeline.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
+    step = pipeline.steps[3]
     assert step.only == StepFilter(kinds=("en",))
     assert step.to_settings()["lists"] == ["words.txt"], "as it is written"
-    assert step.build_step(found.folder).list_files() == (raw / "words.txt",), "where it lies"
-    assert found.sources[0].path == ("web",) and found.sources[0].folder == raw
+    assert step.build_step(pipeline.folder).list_files() == (small_run / "words.txt",), "where it lies"
+    assert pipeline.sources[0].path == ("web",) and pipeline.sources[0].folder == small_run
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("", "holds no mapping"),
     ("name: x", "sources: must be a list"),
     ("name: [a", "is not valid YAML"), ("name: x\nsources: [{name: web, path: web}]\nsteps: {shorten: {}}",
@@ -129,22 +129,23 @@ def test_a_file_becomes_settings(raw: Path) -> None:
     ("name: x\nsources: [{name: web, path: web}]\noutput: {name: '{size}'}",
      "{size} is no column that names can be made of here; add the step shorten (there are: source, kind,"),
 ])
-def test_a_wrong_outline_is_a_sentence(raw: Path, text: str, sentence: str) -> None:
-    (raw / "pipeline.yaml").write_text(text)
+def test_a_malformed_pipeline_is_one_message(small_run: Path, text: str, message: str) -> None:
+    (small_run / "pipeline.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        load_pipeline(raw / "pipeline.yaml")
-    assert sentence in str(error.value)
+        load_pipeline(small_run / "pipeline.yaml")
+    assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("kind", "first", "told"), [
+@pytest.mark.parametrize(("kind", "first", "message"), [
     ("ko", "", "no source here is of such a kind"), ("auto", "", "the kind of source 'web' is auto"),
     ("auto", "  - language\n  - kind\n", ""), ("en", "", "")])
-def test_a_step_that_would_look_at_nothing_is_told(raw: Path, kind: str, first: str, told: str) -> None:
-    file = raw / "pipeline.yaml"
+def test_a_filter_that_matches_no_source_is_refused(small_run: Path, kind: str, first: str,
+                                                    message: str) -> None:
+    file = small_run / "pipeline.yaml"
     before, _, _ = file.read_text().replace("kind: en", f"kind: {kind}").partition("steps:")
     file.write_text(f"{before}steps:\n{first}  - shorten: {{}}\n    only: {{kinds: [en]}}\n")
-    if told:
-        with pytest.raises(UserError, match=told):
+    if message:
+        with pytest.raises(UserError, match=message):
             load_pipeline(file)
     else:
         assert load_pipeline(file).steps[-1].only == StepFilter(kinds=("en",))
@@ -160,39 +161,39 @@ def test_values_become_names(pattern: str, columns: dict[str, object], name: str
     assert format_output_name(pattern, "web", columns) == name
 
 
-@pytest.mark.parametrize(("pattern", "sentence"), [
+@pytest.mark.parametrize(("pattern", "message"), [
     ("", "must be letters"),
     ("{kind", "write columns in braces"), ("{knd}", "did you mean 'kind'?"),
     ("{kind!r}", "take columns as they are"),
 ])
-def test_patterns_that_make_no_names(pattern: str, sentence: str) -> None:
-    assert any(sentence in found for found in find_pattern_problems(pattern, SOURCE_COLUMNS))
+def test_invalid_name_patterns_are_refused(pattern: str, message: str) -> None:
+    assert any(message in found for found in find_pattern_problems(pattern, SOURCE_COLUMNS))
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
+@pytest.mark.parametrize(("words", "message"), [
     (["p.yaml", "--output", "out", "--account", "me"], "is only for --cluster"),
     (["p.yaml", "--output", "full"], "full: exists and is no folder of a pipeline"),
     (["p.yaml", "--output", "out", "--cluster", "h1000"], "there is no such profile; did you mean"),
     (["p.yaml", "--output", "raw/out"], "lies in 'raw' of source raw"),
     (["raw", "--output", "out"], "raw: is a folder; pass a pipeline file"),
 ])
-def test_a_wrong_command_line_is_a_sentence(tmp_path: Path, words: list[str], sentence: str,
-                                            monkeypatch: pytest.MonkeyPatch,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_is_one_message(tmp_path: Path, words: list[str], message: str,
+                                             monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("raw", "full"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.txt").write_text("words")
     (tmp_path / "p.yaml").write_text("name: p\nsources: [{name: raw, path: raw}]\n")
     assert cli.main(["run", *words]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out/manifest.json").exists()
 
 
 @pytest.fixture
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the optional libraries of steps away, and import the steps anew."""
+    """Hide the optional libraries of steps, and import the steps again."""
     for library in ("ftfy", "py3langid", "phonenumbers"):
         monkeypatch.setitem(sys.modules, library, None)
     for module in ("encoding", "pii.step"):
@@ -203,28 +204,30 @@ def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 STEPS_WITH_LIBRARIES = "name: x\nsources: [{name: web, path: web}]\nsteps: [encoding, language, pii]\n"
 
 
-def test_columns_are_listed_without_the_libraries_of_steps(raw: Path, no_libraries: None) -> None:
-    (raw / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\noutput: {name: '{form}'}")
+def test_columns_are_listed_without_the_libraries_of_steps(small_run: Path, no_libraries: None) -> None:
+    (small_run / "pipeline.yaml").write_text(
+        "name: x\nsources: [{name: web, path: web}]\noutput: {name: '{form}'}")
     with pytest.raises(UserError, match=r"{form} is no column .* here; add the step language "):
-        load_pipeline(raw / "pipeline.yaml")
+        load_pipeline(small_run / "pipeline.yaml")
 
 
 def test_a_run_and_not_a_dry_run_needs_the_libraries_of_its_steps(
-        raw: Path, no_libraries: None, capsys: pytest.CaptureFixture[str]) -> None:
-    (raw / "pipeline.yaml").write_text(STEPS_WITH_LIBRARIES)
-    words = ["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out")]
+        small_run: Path, no_libraries: None, capsys: pytest.CaptureFixture[str]) -> None:
+    (small_run / "pipeline.yaml").write_text(STEPS_WITH_LIBRARIES)
+    words = ["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out")]
     assert cli.main([*words, "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "step encoding needs ftfy, which is not installed" in told and "03-pii: 0 of 1 shards" in told
-    assert cli.main(words) == 2 and not (raw / "out").exists()
-    refused = capsys.readouterr().err
+    stdout = capsys.readouterr().out
+    assert "step encoding needs ftfy, which is not installed" in stdout and "03-pii: 0 of 1 shards" in stdout
+    assert cli.main(words) == 2 and not (small_run / "out").exists()
+    stderr = capsys.readouterr().err
     for library in ("encoding needs ftfy", "language needs py3langid", "pii needs phonenumbers"):
-        assert f"step {library}, which is not installed" in refused
+        assert f"step {library}, which is not installed" in stderr
 
 
-def test_pii_needs_a_library_for_phone_numbers_alone(raw: Path, no_libraries: None) -> None:
-    (raw / "web/mail.txt").write_text("Write to ann@sea.kr, who answers within a day.")
-    (raw / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\n"
-                                       "steps: [{pii: {mask: [email]}}]\n")
-    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), "--workers", "1"]) == 0
-    assert read_manifest(raw / "out", "corpus").content["num_documents"] == 7
+def test_pii_needs_a_library_for_phone_numbers_alone(small_run: Path, no_libraries: None) -> None:
+    (small_run / "web/mail.txt").write_text("Write to ann@sea.kr, who answers within a day.")
+    (small_run / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\n"
+                                             "steps: [{pii: {mask: [email]}}]\n")
+    assert cli.main(["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"), "--workers",
+                     "1"]) == 0
+    assert read_manifest(small_run / "out", "corpus").content["num_documents"] == 7

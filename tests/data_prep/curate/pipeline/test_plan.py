@@ -14,20 +14,19 @@ from megatron_sov.base.errors import UserError
 
 def shards(*sizes: int) -> list[list[int]]:
     pieces = [SourcePiece("text", f"{number:05}", 0, size, size) for number, size in enumerate(sizes)]
-    found = split_into_shards(pieces, 100)
-    assert list(found) == list(range(len(found)))
-    assert [piece for group in found.values() for piece in group] == pieces
-    return [[piece.size_bytes for piece in group] for group in found.values()]
+    into_shards = split_into_shards(pieces, 100)
+    assert list(into_shards) == list(range(len(into_shards)))
+    assert [piece for group in into_shards.values() for piece in group] == pieces
+    return [[piece.size_bytes for piece in group] for group in into_shards.values()]
 
 
-def test_a_shard_ends_before_it_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_ends_before_it_exceeds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shards(40, 60, 1, 500, 0, 99, 2) == [[40, 60], [1], [500], [0, 99], [2]]
     monkeypatch.setattr(plan_module, "MAX_PIECES", 2)
     assert shards(0, 0, 0, 0, 0) == [[0, 0], [0, 0], [0]]
 
 
-def test_where_a_disk_has_no_second_names_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                           ) -> None:
+def test_files_are_copied_if_hard_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise PermissionError("no hard links here")
 
@@ -37,12 +36,12 @@ def test_where_a_disk_has_no_second_names_files_are_copied(tmp_path: Path, monke
     assert (tmp_path / "b").read_text() == "text" and not (tmp_path / "a").samefile(tmp_path / "b")
 
 
-def test_an_address_is_of_values_and_not_of_their_order() -> None:
+def test_an_address_depends_on_values_but_not_on_key_order() -> None:
     assert compute_address({"a": 1, "b": [1, 2]}) == compute_address({"b": [1, 2], "a": 1})
     assert compute_address({"a": 1, "b": [1, 2]}) != compute_address({"a": 1, "b": [2, 1]})
 
 
-def test_content_counts_and_place_does_not(tmp_path: Path) -> None:
+def test_a_tree_hash_depends_on_content_but_not_on_the_folder(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder / "in").mkdir(parents=True)
         (tmp_path / folder / "in/x").write_text("same")
@@ -52,7 +51,7 @@ def test_content_counts_and_place_does_not(tmp_path: Path) -> None:
     assert hash_tree(tmp_path / "one") != hash_tree(tmp_path / "two")
 
 
-def test_a_file_is_known_by_its_size_and_time(tmp_path: Path) -> None:
+def test_a_file_is_identified_by_size_and_time(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_text("one")
     mark = read_file_mark(file)

@@ -1,4 +1,4 @@
-"""A run is done once: what changes is done anew with all that follows from it, and nothing else is."""
+"""Repeated pipeline runs: a change repeats the affected stages and all later ones, and nothing else."""
 
 import json
 import os
@@ -21,36 +21,36 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 Done = list[tuple[str, str, int]]
 
 
-def run(raw: Path, *words: str, code: int = 0) -> Path:
+def run_pipeline(small_run: Path, *words: str, code: int = 0) -> Path:
     """Run the pipeline in this process; returns its folder."""
-    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), "--workers", "1",
-                     *words]) == code
-    return raw / "out"
+    assert cli.main(["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"), "--workers",
+                     "1", *words]) == code
+    return small_run / "out"
 
 
-def change(raw: Path, before: str, after: str) -> None:
+def change_pipeline(small_run: Path, before: str, after: str) -> None:
     """Change the pipeline file."""
-    text = (raw / "pipeline.yaml").read_text()
+    text = (small_run / "pipeline.yaml").read_text()
     assert before in text
-    (raw / "pipeline.yaml").write_text(text.replace(before, after, 1))
+    (small_run / "pipeline.yaml").write_text(text.replace(before, after, 1))
 
 
-def texts(output: Path) -> dict[str, list[str]]:
+def read_first_words(output: Path) -> dict[str, list[str]]:
     """Return name -> the first two words of its documents."""
     return {folder.name: [" ".join(text.split()[:2]) for file in sorted(folder.glob("*.parquet"))
                           for text in pq.read_table(file)["text"].to_pylist()]
             for folder in sorted((output / "text").iterdir())}
 
 
-def contents(output: Path) -> dict[str, bytes]:
+def read_outputs(output: Path) -> dict[str, bytes]:
     """Return name -> bytes of the output's files."""
     return {str(file.relative_to(output)): file.read_bytes()
             for file in sorted((output / "text").rglob("*.*"))}
 
 
-def test_documents_go_through_the_steps_to_their_names(raw: Path) -> None:
-    output = run(raw)
-    assert texts(output) == {  # equal texts are kept of the source with the higher priority
+def test_documents_go_through_the_steps_to_their_names(small_run: Path) -> None:
+    output = run_pipeline(small_run)
+    assert read_first_words(output) == {  # equal texts are kept of the source with the higher priority
         "books-long": ["text 4", "text 5", "text 6", "text 7"],
         "web-long": ["text 2", "text 3"], "web-short": ["text 0", "text 1"]}
     table = pq.read_table(output / "text/books-long/00000.parquet")
@@ -71,135 +71,142 @@ def test_documents_go_through_the_steps_to_their_names(raw: Path) -> None:
     assert "seen before 2" in "\n".join(iter_step_lines(output))
 
 
-def test_what_is_complete_is_not_done_again(raw: Path, done: Done, capsys: pytest.CaptureFixture[str]
-                                            ) -> None:
-    output = run(raw)
-    before, number = contents(output), len(done)
-    assert run(raw) and len(done) == number and "complete from before" in capsys.readouterr().out
+def test_complete_stages_are_not_repeated(small_run: Path, finished_tasks: Done,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_pipeline(small_run)
+    before, number = read_outputs(output), len(finished_tasks)
+    run_pipeline(small_run)
+    assert len(finished_tasks) == number and "complete from before" in capsys.readouterr().out
     manifest = read_manifest(output, "corpus")
     assert find_damaged_files(output) == [] and manifest.content["num_documents"] == 8
     assert not any(name.startswith(("shards/", "logs/")) for name in manifest.files)
-    assert contents(output) == before
+    assert read_outputs(output) == before
     shutil.rmtree(output / "text")
-    assert run(raw) and len(done) == number and "complete from before" not in capsys.readouterr().out
-    assert contents(output) == before, "what was deleted is there again"
+    run_pipeline(small_run)
+    assert len(finished_tasks) == number and "complete from before" not in capsys.readouterr().out
+    assert read_outputs(output) == before, "what was deleted is there again"
 
 
-def test_a_changed_setting_redoes_what_follows_from_it(raw: Path, done: Done) -> None:
-    output = run(raw)
-    everything, first = sorted(done), contents(output)
-    done.clear()
-    change(raw, "longest: 300", "longest: 200")
-    run(raw)
-    assert {stage for stage, _, _ in done} == {"03-shorten", "04-output"}
-    assert sorted(done) == [task for task in everything if task[0] in ("03-shorten", "04-output")]
-    assert contents(output) != first
-    done.clear()
-    change(raw, "longest: 200", "longest: 300")
-    run(raw)
-    assert done == [], "the folders of the first run still stand"
-    assert contents(output) == first
+def test_a_changed_setting_repeats_its_step_and_later_ones(small_run: Path, finished_tasks: Done) -> None:
+    output = run_pipeline(small_run)
+    everything, first = sorted(finished_tasks), read_outputs(output)
+    finished_tasks.clear()
+    change_pipeline(small_run, "longest: 300", "longest: 200")
+    run_pipeline(small_run)
+    assert {stage for stage, _, _ in finished_tasks} == {"03-shorten", "04-output"}
+    assert sorted(finished_tasks) == [task for task in everything if task[0] in ("03-shorten", "04-output")]
+    assert read_outputs(output) != first
+    finished_tasks.clear()
+    change_pipeline(small_run, "longest: 200", "longest: 300")
+    run_pipeline(small_run)
+    assert finished_tasks == [], "the folders of the first run still stand"
+    assert read_outputs(output) == first
 
 
-def test_a_changed_source_redoes_itself_and_what_looks_at_all(raw: Path, done: Done) -> None:
-    run(raw)
-    everything = sorted(done)
-    done.clear()
-    (raw / "books/9.txt").write_text("a new book " * 30)
-    run(raw)
-    alone = {(stage, source) for stage, source, _ in done if source == "web"}
+def test_a_changed_source_repeats_its_stages_and_global_steps(small_run: Path, finished_tasks: Done) -> None:
+    run_pipeline(small_run)
+    everything = sorted(finished_tasks)
+    finished_tasks.clear()
+    (small_run / "books/9.txt").write_text("a new book " * 30)
+    run_pipeline(small_run)
+    alone = {(stage, source) for stage, source, _ in finished_tasks if source == "web"}
     assert alone == {("02-unique", "web"), ("03-shorten", "web"), ("04-output", "web")}
-    assert {stage for stage, source, _ in done if source != "web"} == {stage for stage, _, _ in everything}
+    repeated_stages = {stage for stage, source, _ in finished_tasks if source != "web"}
+    assert repeated_stages == {stage for stage, _, _ in everything}
 
 
-def test_a_source_that_a_step_passes_is_left_alone(raw: Path, done: Done) -> None:
-    change(raw, "  - unique: {}\n", "  - unique: {}\n    only: {sources: [books]}\n")
-    change(raw, "  - shorten: {longest: 300}\n", "")
-    output = run(raw)
-    assert "text 4" in texts(output)["web-long"], "it keeps what books have too"
-    done.clear()
-    (raw / "books/9.txt").write_text("a new book " * 30)
-    run(raw)
-    assert {source for _, source, _ in done} == {"books", ""}
+def test_a_source_that_a_step_passes_is_left_alone(small_run: Path, finished_tasks: Done) -> None:
+    change_pipeline(small_run, "  - unique: {}\n", "  - unique: {}\n    only: {sources: [books]}\n")
+    change_pipeline(small_run, "  - shorten: {longest: 300}\n", "")
+    output = run_pipeline(small_run)
+    assert "text 4" in read_first_words(output)["web-long"], "it keeps what books have too"
+    finished_tasks.clear()
+    (small_run / "books/9.txt").write_text("a new book " * 30)
+    run_pipeline(small_run)
+    assert {source for _, source, _ in finished_tasks} == {"books", ""}
 
 
-def test_kinds_are_told_row_by_row(raw: Path) -> None:
-    change(raw, "  - shorten: {longest: 300}\n", "  - shorten: {longest: 20}\n    only: {kinds: [en]}\n")
-    output = run(raw)
-    assert set(texts(output)) == {"books-long", "web-long"}
-    tables = {name: pq.read_table(output / f"text/{name}/00000.parquet") for name in texts(output)}
+def test_kinds_are_filtered_row_by_row(small_run: Path) -> None:
+    change_pipeline(small_run, "  - shorten: {longest: 300}\n",
+                    "  - shorten: {longest: 20}\n    only: {kinds: [en]}\n")
+    output = run_pipeline(small_run)
+    assert set(read_first_words(output)) == {"books-long", "web-long"}
+    tables = {name: pq.read_table(output / f"text/{name}/00000.parquet") for name in read_first_words(output)}
     lengths = {name: {len(text) for text in table["text"].to_pylist()} for name, table in tables.items()}
     assert lengths == {"books-long": {400}, "web-long": {20}}
 
 
-def test_broken_records_are_listed_or_stop_the_run(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (raw / "web/bad.jsonl").write_text('{"text": "fine, and long enough"}\n{"text": 3\n')
-    output = run(raw)
+def test_broken_records_are_listed_or_stop_the_run(small_run: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    (small_run / "web/bad.jsonl").write_text('{"text": "fine, and long enough"}\n{"text": 3\n')
+    output = run_pipeline(small_run)
     (bad,) = [json.loads(line) for line in (output / "quarantine/web.jsonl").read_text().splitlines()]
     assert bad["file"] == "bad.jsonl" and bad["content"].startswith('{"text": 3')
     assert json.loads((output / "summary.json").read_text())["sources"][0]["quarantine"] == {bad["code"]: 1}
-    change(raw, "shard_bytes", "on_bad: refuse\nshard_bytes")
-    run(raw, code=2)
+    change_pipeline(small_run, "shard_bytes", "on_bad: refuse\nshard_bytes")
+    run_pipeline(small_run, code=2)
     assert "bad.jsonl" in capsys.readouterr().err
 
 
-def test_nothing_kept_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change(raw, "shorten: {longest: 400}", "shorten: {not_below: 1000000}")
-    output = run(raw, code=2)
-    said = capsys.readouterr().err
-    assert "no document is kept" in said and "shorten: too short" in said
+def test_a_run_that_keeps_no_document_is_refused(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_pipeline(small_run, "shorten: {longest: 400}", "shorten: {not_below: 1000000}")
+    output = run_pipeline(small_run, code=2)
+    stderr = capsys.readouterr().err
+    assert "no document is kept" in stderr and "shorten: too short" in stderr
     assert not (output / "manifest.json").exists() and (output / "summary.json").is_file()
 
 
-def test_names_and_fields_that_are_no_text_stop_no_run(raw: Path) -> None:
-    """Bytes of a name that are no UTF-8, and halves of surrogate pairs inside a field."""
-    (raw / "web" / os.fsdecode(b"na\xefve.txt")).write_text("text 0 " * 20)
-    (raw / "web" / "half.jsonl").write_text(json.dumps({"text": "text 1 " * 20, "own": {"a": "x\ud800"},
-                                                        "own_id": "\ud800", "title": "\x1b[2J"}))
-    rows = [row for file in (run(raw) / "text").rglob("*.parquet") for row in pq.read_table(file).to_pylist()]
+def test_invalid_unicode_in_names_and_fields_is_replaced(small_run: Path) -> None:
+    """File names that are not valid UTF-8, and halves of surrogate pairs inside fields."""
+    (small_run / "web" / os.fsdecode(b"na\xefve.txt")).write_text("text 0 " * 20)
+    (small_run / "web" / "half.jsonl").write_text(json.dumps({"text": "text 1 " * 20, "own": {"a": "x\ud800"},
+                                                              "own_id": "\ud800", "title": "\x1b[2J"}))
+    rows = [row for file in (run_pipeline(small_run) / "text").rglob("*.parquet")
+            for row in pq.read_table(file).to_pylist()]
     found = {row["where"]: row for row in rows}
     assert "na\\xefve.txt" in found
     assert found["half.jsonl:1"]["extra"] == '{"own": {"a": "x?"}}' and found["half.jsonl:1"]["own_id"] == "?"
     assert found["half.jsonl:1"]["title"] == "\\x1b[2J"
 
 
-def test_a_source_of_a_wrong_format_does_not_fill_the_disk(raw: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_source_of_a_wrong_format_does_not_fill_the_disk(small_run: Path, monkeypatch: pytest.MonkeyPatch
                                                            ) -> None:
     monkeypatch.setattr("data_prep.curate.pipeline.tasks.MAX_LISTED", 3)
-    (raw / "web" / "wrong.jsonl").write_text("no json\n" * 50)
-    output = run(raw)
+    (small_run / "web" / "wrong.jsonl").write_text("no json\n" * 50)
+    output = run_pipeline(small_run)
     listed = [json.loads(line) for line in (output / "quarantine/web.jsonl").read_text().splitlines()]
     assert [one["code"] for one in listed] == ["json"] * 3 + ["more"] and "47 more" in listed[3]["reason"]
     assert json.loads((output / "summary.json").read_text())["sources"][0]["quarantine"] == {"json": 50}
 
 
-def test_what_an_earlier_file_or_a_kill_has_left_is_no_part_of_the_corpus(raw: Path) -> None:
-    output = run(raw)
+def test_leftovers_of_earlier_runs_and_kills_are_not_in_the_corpus(small_run: Path) -> None:
+    output = run_pipeline(small_run)
     (output / ".text.old-1/name").mkdir(parents=True)
     (output / ".text.old-1/name/00000.parquet").write_text("left behind between two renames")
-    change(raw, "  - name: books\n    path: [books]\n    priority: 1\n", "")
-    run(raw)
+    change_pipeline(small_run, "  - name: books\n    path: [books]\n    priority: 1\n", "")
+    run_pipeline(small_run)
     files = read_manifest(output, "corpus").files
     assert "quarantine/web.jsonl" in files and not [
         name for name in files if "books" in name or name.startswith(".")]
 
 
-def told(raw: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def run_dry(small_run: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), "--dry-run"]) == 0
+    assert cli.main(["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"),
+                     "--dry-run"]) == 0
     return capsys.readouterr().out
 
 
-def test_what_is_left_to_do_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(raw)
-    assert "complete from before, nothing is done" in told(raw, capsys)
-    change(raw, "longest: 300", "longest: 200")
-    text = told(raw, capsys)
+def test_a_dry_run_lists_the_remaining_shards(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_pipeline(small_run)
+    assert "complete from before, nothing is done" in run_dry(small_run, capsys)
+    change_pipeline(small_run, "longest: 300", "longest: 200")
+    text = run_dry(small_run, capsys)
     assert "01-shorten: 4 of 4 shards done" in text and "03-shorten: 0 of 4 shards done" in text
-    assert (raw / "out/manifest.json").is_file(), "nothing is taken back"
+    assert (small_run / "out/manifest.json").is_file(), "nothing is taken back"
 
 
-def test_a_long_task_prints_its_progress(raw: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_long_task_prints_its_progress(small_run: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     """The last task of a stage ends as soon as a line has been printed while it ran."""
     printed = threading.Event()
@@ -220,7 +227,7 @@ def test_a_long_task_prints_its_progress(raw: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(running, "StageProgress", Told)
     monkeypatch.setattr(running, "PROGRESS_LINE_S", 0.05)
     monkeypatch.setattr(tasks, "_run_open_task", run_slowly)
-    run(raw)
+    run_pipeline(small_run)
     assert re.search(r"^  00-parse: 3 of 4 shards after [\d.]+ s, about [\d.]+ s left$",
                      capsys.readouterr().out, re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""Layers over a base are the documents as if each step had written them whole."""
+"""Layer files over a base file give the same documents as applying each step in memory."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The ready pipelines load, once the files are there that they name; the smallest one runs."""
+"""The shipped pipelines load if the files that they name exist; the smallest one runs."""
 
 import json
 import re
@@ -20,7 +20,7 @@ QUESTION = json.dumps({"question": "How many apples are left when four of the el
 
 @pytest.fixture(scope="session")
 def scorers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier and a regressor, trained on texts that are easy to tell apart."""
+    """A classifier and a regressor, trained on clearly different texts."""
     folder = tmp_path_factory.mktemp("scorers")
     for name, kind, best in (("quality", "classifier", 1), ("education", "regressor", 5)):
         texts = ("Buy cheap pills now", "Cells take in light")
@@ -43,12 +43,12 @@ def test_it_loads_where_its_files_are(shipped: Path, scorers: Path, tmp_path: Pa
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/sums.jsonl").write_text(QUESTION)
     (tmp_path / "models").symlink_to(scorers)
-    found = load_pipeline(file)
-    assert found.name == shipped.stem and len(found.steps) >= 7
+    pipeline = load_pipeline(file)
+    assert pipeline.name == shipped.stem and len(pipeline.steps) >= 7
 
 
 @pytest.mark.parametrize("blend", sorted(BLENDS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_its_output_is_sorted_by_what_its_blend_chooses_by(blend: Path) -> None:
+def test_its_output_is_sorted_by_the_columns_of_its_blend(blend: Path) -> None:
     output = parse_located_yaml((READY / blend.name).read_text()).value["output"]
     keys = {key for phase in read_blend(blend).phases for entry in phase.entries for key in entry.where}
     assert keys - {SOURCE} <= set(re.findall(r"{(\w+)}", output["name"])), (

@@ -15,7 +15,7 @@ from data_prep.curate.quality.identify import (
     identify_language, load_language_tables)
 from tests.typed_words import keys_of
 
-# Forms: prose, code and markup, and what of them is in a language.
+# Forms of a document (prose, code, markup), and the part of it that has a language.
 
 C = """/* Copy a string. */
 #include <stddef.h>
@@ -74,11 +74,11 @@ def test_markup_and_data_are_markup(text: str) -> None:
     PROSE, "", "제1조 모든 인간은 자유롭다.\n제2조 모든 사람은 평등하다.\n", "今日は良い天気です;\nまた明日;",
     "Dear all,\n\nif you come, bring bread.\nReturn by five.\n\nYours, A.",
     inspect.getdoc(ast.NodeVisitor) * 3])
-def test_what_people_write_is_prose(text: str) -> None:
+def test_ordinary_text_is_prose(text: str) -> None:
     assert detect_form(text) == "prose"
 
 
-def test_the_language_of_code_is_that_of_its_comments_and_of_markup_that_of_its_text() -> None:
+def test_code_has_the_language_of_its_comments_and_markup_of_its_text() -> None:
     assert extract_language_text("x = 1\n# 한국어 주석이다\ny = 2", "code") == " 한국어 주석이다"
     program = 'def f():\n    """문서다.\n\n    설명."""\n    return 1'
     assert extract_language_text(program, "code").split() == ["문서다.", '설명."""']
@@ -91,7 +91,7 @@ def test_the_language_of_code_is_that_of_its_comments_and_of_markup_that_of_its_
                                   "import a" + ".a" * 100_000, "\\begin{" * 30_000, "a" * 1_000_000,
                                   " " * 1_000_000, "if " * 100_000,
                                   "@a" * 100_000, "x(" * 100_000, '"' * 100_000, "\n" * 300_000])
-def test_hostile_lines_take_no_time(text: str) -> None:
+def test_hostile_lines_take_less_than_a_second(text: str) -> None:
     start = time.process_time()
     extract_language_text(text, detect_form(text))
     extract_language_text(text, "markup")
@@ -119,8 +119,8 @@ SENTENCES = {
 
 @pytest.mark.parametrize("language", SENTENCES)
 def test_a_sentence_is_identified(language: str) -> None:
-    found, score = identify_language(SENTENCES[language])
-    assert found == language
+    language_found, score = identify_language(SENTENCES[language])
+    assert language_found == language
     assert score > 0.7
 
 
@@ -129,22 +129,22 @@ def test_a_sentence_is_identified(language: str) -> None:
     ("รันโค้ด Python ด้วยคำสั่ง python main.py", "th"),
     ("大韓民國의 首都는 서울이다. 漢字를 섞어 쓴 글이다.", "ko"),
     ("東京タワーの高さは333メートルです", "ja")])
-def test_terms_of_others_do_not_change_it(text: str, language: str) -> None:
+def test_foreign_terms_do_not_change_the_language(text: str, language: str) -> None:
     assert identify_language(text)[0] == language
 
 
 def test_a_mixed_text_has_the_score_of_its_share() -> None:
-    found, score = identify_language((SENTENCES["ko"] + "\n") * 30 + (SENTENCES["th"] + "\n") * 10)
-    assert found == "ko"
+    language_found, score = identify_language((SENTENCES["ko"] + "\n") * 30 + (SENTENCES["th"] + "\n") * 10)
+    assert language_found == "ko"
     assert 0.5 < score < 0.95
 
 
 @pytest.mark.parametrize("text", ["", " \n", "1234 5678", "--- *** ---", "\x00\ud800\U000e0001", "😀😀"])
-def test_what_has_no_letters_is_in_no_language(text: str) -> None:
+def test_text_without_letters_has_no_language(text: str) -> None:
     assert identify_language(text) == ("und", 0.0)
 
 
-def test_a_long_text_costs_no_more_than_its_pieces_and_is_seen_to_its_end() -> None:
+def test_a_long_text_is_sampled_to_its_end() -> None:
     text = SENTENCES["en"] * 40 + SENTENCES["ko"] * 2000
     assert identify_language(text)[0] == "ko"
 
@@ -153,7 +153,7 @@ def test_every_language_of_the_model_has_its_script() -> None:
     tables = load_language_tables()
     known = set().union(*tables.sharing_script.values(), tables.by_script.values())
     missing = set(_load_model().labels) - known - {"zxx"}
-    assert missing <= {"yue", "wuu", "grc", "hbo", "dz"}  # of scripts that are told without the model
+    assert missing <= {"yue", "wuu", "grc", "hbo", "dz"}  # identified by their script
 
 
 KOREAN = "이 문서는 설치 과정을 설명합니다. 데이터를 다시 내려받으세요."
@@ -161,39 +161,39 @@ ENGLISH = "This document describes how the system is installed. Please download 
 PYTHON = "import sys\n\n\ndef main(path):\n    for line in open(path):\n        sys.stdout.write(line)\n"
 
 
-def outcome(text: str, **settings) -> StepOutcome:
+def judge_text(text: str, **settings) -> StepOutcome:
     return Language(LanguageSettings(**settings)).judge_document(Doc("a:0:0", text, "a", 0, 0))
 
 
 def test_each_document_gets_its_language_and_form() -> None:
-    assert outcome(KOREAN).values["language"] == "ko"
-    assert outcome(ENGLISH).values == {
+    assert judge_text(KOREAN).values["language"] == "ko"
+    assert judge_text(ENGLISH).values == {
         "language": "en", "language_score": pytest.approx(0.97, abs=0.03), "form": "prose"}
 
 
 @pytest.mark.parametrize(("text", "reason"), [
     (KOREAN, ""), (ENGLISH, "language en"), ("12 + 30 = 42", "no language"), (PYTHON, ""),
     (KOREAN * 2 + ENGLISH * 2, "language not sure")])
-def test_only_languages_to_keep_stay_and_code_in_any(text: str, reason: str) -> None:
-    assert outcome(text, keep=("ko", "th"), min_score=0.6).reason == reason
+def test_documents_in_other_languages_are_dropped_except_code(text: str, reason: str) -> None:
+    assert judge_text(text, keep=("ko", "th"), min_score=0.6).reason == reason
 
 
 def test_forms_can_be_left_out() -> None:
-    assert outcome(PYTHON, forms=("prose",)).reason == "form code"
-    assert outcome("<ul><li>One<li>Two</ul>", forms=("prose", "code")).reason == "form markup"
+    assert judge_text(PYTHON, forms=("prose",)).reason == "form code"
+    assert judge_text("<ul><li>One<li>Two</ul>", forms=("prose", "code")).reason == "form markup"
 
 
-def test_without_a_list_all_sure_languages_stay_and_without_a_score_all() -> None:
-    assert outcome("Москва — столица России.").reason == ""
-    assert outcome("12 + 30 = 42", min_score=0).reason == ""
+def test_without_a_list_every_identified_language_is_accepted() -> None:
+    assert judge_text("Москва — столица России.").reason == ""
+    assert judge_text("12 + 30 = 42", min_score=0).reason == ""
 
 
-def test_the_tables_and_the_model_are_the_files_that_outcomes_depend_on() -> None:
+def test_tables_and_model_are_listed_as_input_files() -> None:
     assert Language(LanguageSettings()).list_files() == [TABLES_FILE, get_model_file()]
     assert get_model_file().stat().st_size > 1_000_000
 
 
-def test_every_broken_rule_is_told() -> None:
+def test_every_broken_rule_is_reported() -> None:
     wrong: Any = "proes"
     assert keys_of(LanguageSettings(keep=("ko", "jp"), min_score=1.5, forms=(wrong,))) == [
         "keep.1", "min_score", "forms.0"]

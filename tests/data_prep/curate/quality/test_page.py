@@ -1,5 +1,5 @@
-"""docs/data_quality.md: its steps are built as they stand there, its example runs; its tables and those of
-docs/filter_rules.md are true."""
+"""docs/data_quality.md: its steps load, its example runs, and its tables
+and those of docs/filter_rules.md equal the code."""
 
 import doctest
 import re
@@ -39,18 +39,19 @@ def language_row(code: str) -> str:
 
 
 @pytest.mark.parametrize("code", [*list_languages(), "other"])
-def test_the_table_of_languages_is_what_the_files_say(code: str) -> None:
+def test_the_table_of_languages_equals_the_data_files(code: str) -> None:
     assert language_row(code) in THRESHOLDS.splitlines()
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Thresholds)])
-def test_every_threshold_stands_with_its_default(name: str) -> None:
+def test_every_threshold_is_listed_with_its_default(name: str) -> None:
     default = getattr(Thresholds(), name)
-    shown = yaml.safe_dump(default, default_flow_style=True, width=200).splitlines()[0]
-    assert re.search(rf"^\| `{name}` \| `{re.escape(shown)}` \|", THRESHOLDS, re.MULTILINE), shown
+    default_text = yaml.safe_dump(default, default_flow_style=True, width=200).splitlines()[0]
+    assert re.search(rf"^\| `{name}` \| `{re.escape(default_text)}` \|", THRESHOLDS,
+                     re.MULTILINE), default_text
 
 
-def test_every_step_on_the_page_is_built_and_its_settings_keep_their_rules() -> None:
+def test_every_step_on_the_page_has_valid_settings() -> None:
     steps = [step for block in blocks("yaml") for step in yaml.safe_load(block)["steps"]]
     kinds = []
     for step in steps:

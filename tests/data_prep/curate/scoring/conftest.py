@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.curate.scoring.ngrams import NgramSettings
 from data_prep.curate.scoring.training import TrainSettings, train_scorer
-from tests.data_prep.curate.scoring.planted import planted, write_lines
+from tests.data_prep.curate.scoring.planted import plant_labels, write_lines
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A trained scorer of each kind."""
     folder = tmp_path_factory.mktemp("scorers")
     for kind in ("classifier", "regressor"):
-        labels = write_lines(folder / f"{kind}.jsonl", planted(kind, 400))
+        labels = write_lines(folder / f"{kind}.jsonl", plant_labels(kind, 400))
         train_scorer(TrainSettings(labels, kind, NgramSettings(num_buckets=1 << 12)), folder / kind)
     return {kind: folder / kind for kind in ("classifier", "regressor")}
 
@@ -24,6 +24,6 @@ def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def labels_file(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes planted labels."""
     def write(kind: str = "classifier", count: int = 200, seed: int = 0) -> Path:
-        return write_lines(tmp_path / f"{kind}-{seed}.jsonl", planted(kind, count, seed))
+        return write_lines(tmp_path / f"{kind}-{seed}.jsonl", plant_labels(kind, count, seed))
 
     return write

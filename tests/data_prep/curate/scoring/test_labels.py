@@ -1,4 +1,4 @@
-"""Labels: what is read, what is refused, and how they are cut."""
+"""Label files: accepted and refused lines, and the n-gram features of their texts."""
 
 from collections import Counter
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.typed_words import keys_of
 TEXT = '{"text": "a text", "label": %s}\n'
 
 
-@pytest.mark.parametrize(("kind", "line", "said"), [
+@pytest.mark.parametrize(("kind", "line", "message"), [
     ("classifier", TEXT % "2", "label = 2 must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"),
     ("classifier", TEXT % "true", "label = True must be a number"),
     ("regressor", TEXT % "NaN", "label = nan must be a number"),
@@ -29,50 +29,51 @@ TEXT = '{"text": "a text", "label": %s}\n'
      "language = '\\x1b[31m' must be a code"),
     ("regressor", '{"text": "a", "label"\n', "is not valid JSON"),
 ])
-def test_a_wrong_line_is_told_with_its_place(tmp_path: Path, kind: Kind, line: str, said: str) -> None:
+def test_a_malformed_line_is_reported_with_its_number(tmp_path: Path, kind: Kind, line: str,
+                                                      message: str) -> None:
     file = tmp_path / "labels.jsonl"
     file.write_text(TEXT % "1" + line)
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         read_labels(file, kind, 100)
-    assert f"{file}:2: {said}" in str(found.value)
+    assert f"{file}:2: {message}" in str(error.value)
 
 
 def test_all_wrong_lines_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "labels.jsonl"
     file.write_text(TEXT % "7" * 3)
-    with pytest.raises(UserError, match="3 bad rows; correct or remove these lines") as found:
+    with pytest.raises(UserError, match="3 bad rows; correct or remove these lines") as error:
         read_labels(file, "regressor", 100)
-    assert f"{file}:1, {file}:2, {file}:3: label = 7" in str(found.value)
+    assert f"{file}:1, {file}:2, {file}:3: label = 7" in str(error.value)
     file.write_text(TEXT % "7" * 1000)
     with pytest.raises(UserError, match="1,000 bad rows"):
         read_labels(file, "regressor", 100)
 
 
-def test_a_text_is_read_once_and_cut(tmp_path: Path) -> None:
+def test_texts_are_truncated_and_counted_once(tmp_path: Path) -> None:
     file = tmp_path / "labels.jsonl"
     file.write_text('{"text": "abcd", "label": 1}\n{"text": "abce", "label": 0}\n\n'
                     '{"text": "x", "label": 0}\n')
     assert read_labels(file, "classifier", 3) == ([Label("abc", 1.0, ""), Label("x", 0.0, "")], 1)
 
 
-@pytest.mark.parametrize(("kind", "given", "said"), [
+@pytest.mark.parametrize(("kind", "given", "message"), [
     ("classifier", [1] * 60, "0 of 60 texts have label 0; a classifier needs at least 10 of each"),
     ("classifier", [1] * 9 + [0] * 60, "9 of 69 texts have label 1"),
     ("regressor", [3] * 60, "all 60 labels are 3; a regressor needs texts with different ones"),
 ])
 def test_labels_that_teach_nothing_are_refused(
-        tmp_path: Path, kind: Kind, given: list[int], said: str) -> None:
+        tmp_path: Path, kind: Kind, given: list[int], message: str) -> None:
     labels = [Label(f"text {i}", float(label), "") for i, label in enumerate(given)]
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         check_label_variety(tmp_path / "labels.jsonl", labels, kind)
-    assert said in str(found.value)
+    assert message in str(error.value)
 
 
-def test_labels_are_cut_by_their_texts_within_each_class() -> None:
+def test_labels_are_split_by_text_within_each_class() -> None:
     labels = [Label(f"text {i}", float(i % 4 == 0), "") for i in range(200)]
     parts = split_labels(labels)
-    cut = (parts.fit, parts.calibration, parts.heldout)
-    assert [Counter(item.label for item in part) for part in cut] == [
+    split = (parts.fit, parts.calibration, parts.heldout)
+    assert [Counter(item.label for item in part) for part in split] == [
         {0.0: 120, 1.0: 40}, {0.0: 15, 1.0: 5}, {0.0: 15, 1.0: 5}]
     backwards = split_labels(labels[::-1])
     assert backwards == parts
@@ -108,40 +109,42 @@ def test_a_text_is_cut_into_units(text: str, units: list[str]) -> None:
     assert split_units(NGRAMS[1], text) == units
 
 
-def rows_of_scikit_learn(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
+def compute_scikit_learn_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     """Return rows (dense) by the library's own cutting, hashing, counting and scaling."""
     joined = [" ".join(split_units(ngrams, text)) for text in texts]
     hashing = HashingVectorizer(analyzer="word", token_pattern=r"[^ ]+", lowercase=False, norm=None,
                                 ngram_range=(1, ngrams.settings.max_ngram), alternate_sign=False,
                                 n_features=ngrams.settings.num_buckets)
-    found = TfidfTransformer(use_idf=False, sublinear_tf=True).fit_transform(hashing.transform(joined))
-    return np.asarray(found.toarray())
+    rows = TfidfTransformer(use_idf=False, sublinear_tf=True).fit_transform(hashing.transform(joined))
+    return np.asarray(rows.toarray())
 
 
-def rows_of_ours(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
-    found = np.zeros((len(texts), ngrams.settings.num_buckets))
-    for row, text in zip(found, texts, strict=True):
+def compute_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
+    rows = np.zeros((len(texts), ngrams.settings.num_buckets))
+    for row, text in zip(rows, texts, strict=True):
         buckets, values = ngrams.compute_row(text)
         row[buckets] = values
-    return found
+    return rows
 
 
 @pytest.mark.parametrize("max_ngram", NGRAMS)
-def test_rows_are_those_of_scikit_learn(max_ngram: int) -> None:
+def test_rows_equal_scikit_learn(max_ngram: int) -> None:
     ngrams = NGRAMS[max_ngram]
-    np.testing.assert_allclose(rows_of_ours(ngrams, TEXTS), rows_of_scikit_learn(ngrams, TEXTS), atol=1e-6)
+    np.testing.assert_allclose(compute_rows(ngrams, TEXTS), compute_scikit_learn_rows(ngrams, TEXTS),
+                               atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-def test_rows_of_any_text_are_those_of_scikit_learn(text: str) -> None:
+def test_rows_of_any_text_equal_scikit_learn(text: str) -> None:
     ngrams = NGRAMS[2]
-    np.testing.assert_allclose(rows_of_ours(ngrams, [text]), rows_of_scikit_learn(ngrams, [text]), atol=1e-6)
+    np.testing.assert_allclose(compute_rows(ngrams, [text]), compute_scikit_learn_rows(ngrams, [text]),
+                               atol=1e-6)
 
 
-def test_the_product_with_weights_is_that_of_the_row_and_leaves_no_trace() -> None:
+def test_the_dot_product_equals_that_of_the_row_when_repeated() -> None:
     weights = np.random.default_rng(0).normal(size=BUCKETS).astype(np.float32)
-    expected = rows_of_ours(NGRAMS[2], TEXTS) @ weights
+    expected = compute_rows(NGRAMS[2], TEXTS) @ weights
     for _ in range(2):
         products = [NGRAMS[2].compute_dot(text, weights) for text in TEXTS]
         assert products == pytest.approx(expected.tolist(), abs=1e-5)
@@ -153,12 +156,12 @@ def test_a_text_is_read_to_max_chars() -> None:
     assert split_units(ngrams, "ab cd ef") == ["ab", "cd"]
 
 
-def test_half_a_surrogate_pair_is_a_sign_and_not_an_error() -> None:
+def test_half_of_a_surrogate_pair_is_replaced() -> None:
     assert split_units(NGRAMS[1], "a\ud800b") == ["a", "?", "b"]
 
 
 @pytest.mark.parametrize("settings", [
     {"num_buckets": 1000}, {"num_buckets": 1 << 40}, {"max_ngram": 0}, {"max_chars": 0}])
-def test_settings_that_cannot_be_are_told(settings: dict[str, int]) -> None:
+def test_invalid_settings_are_reported(settings: dict[str, int]) -> None:
     assert keys_of(NgramSettings(**settings)) == [*settings]
     assert keys_of(NgramSettings()) == []

@@ -1,4 +1,4 @@
-"""Levels: exact shares, ties cut in one way, small languages named, floats in their order."""
+"""Levels: exact shares, deterministic ties, small languages reported, floats ordered."""
 
 import json
 import math
@@ -14,81 +14,81 @@ from hypothesis import given, strategies as st
 from data_prep.curate.pipeline.step import Doc
 from data_prep.curate.scoring.levels import SMALL, Level, LevelSettings, _to_sortable
 from megatron_sov.base.errors import UserError
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, run_step
 from tests.typed_words import keys_of
 
 
-def shards(scores: list[Any], languages: list[str | None], per_shard: int = 70) -> list[list[Doc]]:
-    """Return documents that have nothing but a score and a language."""
+def build_shards(scores: list[Any], languages: list[str | None], per_shard: int = 70) -> list[list[Doc]]:
+    """Return documents with a score and a language only."""
     return [[doc("", row, shard=start // per_shard, education=scores[i], language=languages[i])
              for row, i in enumerate(range(start, min(start + per_shard, len(scores))))]
             for start in range(0, len(scores), per_shard)]
 
 
-def levels(found: list[list[Doc]], work: Path, **settings: Any) -> dict[str, str]:
-    made = outcomes(Level, LevelSettings(**settings), MemoryView.of(found, work))
-    return {id_: outcome.values["level"] for id_, outcome in made.items()}
+def assign_levels(documents: list[list[Doc]], work: Path, **settings: Any) -> dict[str, str]:
+    outcomes = run_step(Level, LevelSettings(**settings), MemoryView.of(documents, work))
+    return {id_: outcome.values["level"] for id_, outcome in outcomes.items()}
 
 
-def test_each_language_has_its_own_shares_and_better_ones_come_first(tmp_path: Path) -> None:
+def test_levels_are_shares_of_each_language_by_score(tmp_path: Path) -> None:
     rng = random.Random(0)
     languages = [rng.choice(["en", "en", "ko"]) for _ in range(400)]
     scores = [float(np.float32(rng.gauss(2.0 if x == "en" else 1.0, 0.7))) for x in languages]
-    documents = shards(scores, languages)
-    found = levels(documents, tmp_path, l1=0.8)
+    documents = build_shards(scores, languages)
+    level_by_id = assign_levels(documents, tmp_path, l1=0.8)
     for language in ("en", "ko"):
-        own = sorted(((d.columns["education"], found[d.id]) for s in documents for d in s
-                      if d.columns["language"] == language), reverse=True)
-        n = len(own)
+        ranked = sorted(((d.columns["education"], level_by_id[d.id]) for s in documents for d in s
+                         if d.columns["language"] == language), reverse=True)
+        n = len(ranked)
         at_least = [math.ceil(n * share) for share in (0.35, 0.5, 0.8, 1)]
         expected = [name for i in range(n)
                     for name in [("L3", "L2", "L1", "basic")[sum(i >= edge for edge in at_least)]]]
-        assert [level for _, level in own] == expected
+        assert [level for _, level in ranked] == expected
 
 
-def test_ties_are_cut_to_the_share_whatever_the_order(tmp_path: Path) -> None:
-    documents = shards([3.0] * 200, ["en"] * 200)
-    found = levels(documents, tmp_path / "a")
-    assert Counter(found.values()) == {"L3": 70, "L2": 30, "L1": 100}
+def test_ties_are_split_independent_of_document_order(tmp_path: Path) -> None:
+    documents = build_shards([3.0] * 200, ["en"] * 200)
+    level_by_id = assign_levels(documents, tmp_path / "a")
+    assert Counter(level_by_id.values()) == {"L3": 70, "L2": 30, "L1": 100}
     mixed = [d for s in documents for d in s]
     random.Random(1).shuffle(mixed)
     again = {0: [d for d in mixed if d.row % 2], 1: [d for d in mixed if not d.row % 2]}
     view = MemoryView({ref: again[i] for i, ref in enumerate(list(MemoryView.of(
         documents, tmp_path).documents_of)[:2])}, tmp_path / "b")
-    assert {k: o.values["level"] for k, o in outcomes(Level, LevelSettings(), view).items()} == found
+    assert {k: o.values["level"] for k, o in run_step(Level, LevelSettings(), view).items()} == level_by_id
 
 
 def test_documents_without_a_score_are_basic_and_do_not_count(tmp_path: Path) -> None:
     scores = [None, math.nan, *([1.0] * 50), *([2.0] * 50)]
-    documents = shards(scores, ["en"] * 102)
-    found = levels(documents, tmp_path)
-    assert [found[d.id] for d in documents[0][:2]] == ["basic", "basic"]
-    assert Counter(found.values()) == {"basic": 2, "L3": 35, "L2": 15, "L1": 50}
-    assert {found[d.id] for s in documents for d in s if d.columns["education"] == 2.0} == {"L3", "L2"}
+    documents = build_shards(scores, ["en"] * 102)
+    level_by_id = assign_levels(documents, tmp_path)
+    assert [level_by_id[d.id] for d in documents[0][:2]] == ["basic", "basic"]
+    assert Counter(level_by_id.values()) == {"basic": 2, "L3": 35, "L2": 15, "L1": 50}
+    assert {level_by_id[d.id] for s in documents for d in s if d.columns["education"] == 2.0} == {"L3", "L2"}
 
 
-def test_small_languages_are_judged_together_and_named(tmp_path: Path) -> None:
+def test_small_languages_share_their_cuts_and_are_listed(tmp_path: Path) -> None:
     languages = ["en"] * 100 + ["vi"] * 12 + ["th"] * 7 + [None]
-    found = levels(shards([i / 7 for i in range(120)], languages), tmp_path)
+    level_by_id = assign_levels(build_shards([i / 7 for i in range(120)], languages), tmp_path)
     record = json.loads((tmp_path / "levels.json").read_text())["groups"]
     assert {name: group["judged_as"] for name, group in record.items()} == {
         "": SMALL, "en": "en", "th": SMALL, "vi": SMALL}
     assert record["th"]["cuts"] == record["vi"]["cuts"] == record[""]["cuts"] != record["en"]["cuts"]
-    small = list(found.values())[100:]
+    small = list(level_by_id.values())[100:]
     assert Counter(small) == {"L3": 7, "L2": 3, "L1": 10}
 
 
 def test_all_documents_together_and_another_column(tmp_path: Path) -> None:
     documents = [[doc("", i, quality=i / 100) for i in range(100)]]
-    found = levels(documents, tmp_path, by="quality", per="", l3=0.1)
-    assert list(found.values()) == ["L1"] * 50 + ["L2"] * 40 + ["L3"] * 10
+    level_by_id = assign_levels(documents, tmp_path, by="quality", per="", l3=0.1)
+    assert list(level_by_id.values()) == ["L1"] * 50 + ["L2"] * 40 + ["L3"] * 10
     assert Level(LevelSettings(by="quality", per="")).needed_columns == ("quality",)
     assert Level(LevelSettings()).needed_columns == ("education", "language")
 
 
-def test_a_column_that_holds_no_numbers_is_told(tmp_path: Path) -> None:
+def test_a_column_without_numbers_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"level: by = name: document web:0:0{16} has 'web' there"):
-        levels([[doc("", 0, language="en", name="web")]], tmp_path, by="name")
+        assign_levels([[doc("", 0, language="en", name="web")]], tmp_path, by="name")
 
 
 FLOATS = st.floats(width=32, allow_nan=False)
@@ -101,6 +101,6 @@ def test_floats_keep_their_order(a: float, b: float) -> None:
 
 @pytest.mark.parametrize("settings", [
     {"l3": 0.6}, {"l2": 1.0, "l1": 0.5}, {"l1": 1.5}, {"l3": 0}, {"by": ""}, {"min_documents": 0}])
-def test_settings_that_cannot_be_are_told(settings: dict[str, Any]) -> None:
+def test_invalid_settings_are_reported(settings: dict[str, Any]) -> None:
     assert keys_of(LevelSettings(**settings)) == [next(iter(settings))]
     assert keys_of(LevelSettings()) == []

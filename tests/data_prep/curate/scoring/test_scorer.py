@@ -1,4 +1,4 @@
-"""A scorer on disk: the same scores again, and what is refused."""
+"""Saved scorers: loading gives the same scores, and damaged or foreign folders are refused."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 
 
 @pytest.mark.parametrize("kind", ["classifier", "regressor"])
-def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kind) -> None:
+def test_scores_follow_from_weights_and_calibration(scorers: dict[str, Path], kind: Kind) -> None:
     scorer = load_scorer(scorers[kind])
     assert scorer.kind == kind
     s = scorer.settings
@@ -31,8 +31,8 @@ def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kin
         assert scorer.score(text) == float(np.float32(scorer.score(text)))
 
 
-def changed(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
-    """Return a scorer with other files, whose manifest knows them."""
+def change_scorer(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
+    """Return a copy of a scorer with changed files and a matching manifest."""
     with create_artifact(target, "scorer") as artifact:
         for file in list_scorer_files(scorer):
             shutil.copyfile(file, artifact.path / file.name)
@@ -41,7 +41,7 @@ def changed(scorer: Path, target: Path, change: Callable[[Path], object]) -> Pat
     return target
 
 
-def with_settings(**values: object) -> Callable[[Path], object]:
+def change_settings(**values: object) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         raw = json.loads((folder / SETTINGS_FILE).read_text())
         features = {**raw["features"], **{k: v for k, v in values.items() if k in raw["features"]}}
@@ -51,45 +51,45 @@ def with_settings(**values: object) -> Callable[[Path], object]:
     return change
 
 
-def with_weights(array: np.ndarray) -> Callable[[Path], object]:
+def change_weights(array: np.ndarray) -> Callable[[Path], object]:
     return lambda folder: save_file({"weights": array}, folder / WEIGHTS_FILE)
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (with_settings(bias=float("nan")), "bias = nan must be a finite number"),
-    (with_settings(kind="pickle"), 'kind = "pickle" must be'),
-    (with_settings(num_buckets=1 << 60), "num_buckets = 1152921504606846976 must be at most"),
-    (with_settings(unknown=1), "unknown: no such setting"),
-    (with_weights(np.zeros(7, np.float32)), "must be 4096 finite float32, and are float32 of shape [7]"),
+@pytest.mark.parametrize(("change", "message"), [
+    (change_settings(bias=float("nan")), "bias = nan must be a finite number"),
+    (change_settings(kind="pickle"), 'kind = "pickle" must be'),
+    (change_settings(num_buckets=1 << 60), "num_buckets = 1152921504606846976 must be at most"),
+    (change_settings(unknown=1), "unknown: no such setting"),
+    (change_weights(np.zeros(7, np.float32)), "must be 4096 finite float32, and are float32 of shape [7]"),
     (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"\x80\x04junk"), "is damaged"),
     (lambda folder: (folder / WEIGHTS_FILE).unlink(), "its manifest lists no weights.safetensors"),
 ])
-def test_files_that_cannot_be_are_refused(scorers: dict[str, Path], tmp_path: Path,
-                                          change: Callable[[Path], object], said: str) -> None:
-    folder = changed(scorers["classifier"], tmp_path / "bad", change)
-    with pytest.raises(UserError) as found:
+def test_damaged_files_are_refused(scorers: dict[str, Path], tmp_path: Path,
+                                   change: Callable[[Path], object], message: str) -> None:
+    folder = change_scorer(scorers["classifier"], tmp_path / "bad", change)
+    with pytest.raises(UserError) as error:
         load_scorer(folder)
-    assert said in str(found.value)
-    assert "train the scorer again" in str(found.value)
+    assert message in str(error.value)
+    assert "train the scorer again" in str(error.value)
 
 
-def test_a_file_that_the_manifest_does_not_list_is_noticed(scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_outside_the_manifest_is_refused(scorers: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(scorers["classifier"], tmp_path / "copy")
     (tmp_path / "copy/extra.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds extra\.json, which its manifest does not list; remove it"):
         load_scorer(tmp_path / "copy")
 
 
-def test_what_is_no_scorer_of_the_kind_is_told(scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_folders_of_another_kind_are_refused(scorers: dict[str, Path], tmp_path: Path) -> None:
     assert find_scorer_problems("model", scorers["classifier"], "classifier") == []
     assert find_scorer_problems("model", scorers["classifier"]) == []
-    (said,) = find_scorer_problems("model", scorers["classifier"], "regressor")
-    assert "is a classifier; train one with `sov-data scorer train --kind regressor`" in said.sentence
-    (said,) = find_scorer_problems("model", tmp_path / "none")
-    assert said.key == "model" and said.rule.startswith(f"{tmp_path}/none: does not exist")
-    (said,) = find_scorer_problems("model", tmp_path)
-    assert "pass the folder that `sov-data scorer train` wrote" in said.rule
+    (problem,) = find_scorer_problems("model", scorers["classifier"], "regressor")
+    assert "is a classifier; train one with `sov-data scorer train --kind regressor`" in problem.sentence
+    (problem,) = find_scorer_problems("model", tmp_path / "none")
+    assert problem.key == "model" and problem.rule.startswith(f"{tmp_path}/none: does not exist")
+    (problem,) = find_scorer_problems("model", tmp_path)
+    assert "pass the folder that `sov-data scorer train` wrote" in problem.rule
 
 
-def test_what_decides_the_scores_has_no_date(scorers: dict[str, Path]) -> None:
+def test_files_that_determine_scores_contain_no_date(scorers: dict[str, Path]) -> None:
     assert [p.name for p in list_scorer_files(scorers["regressor"])] == [SETTINGS_FILE, WEIGHTS_FILE]

@@ -1,4 +1,4 @@
-"""Steps that grade documents and choose their kind."""
+"""Pipeline steps that score documents and assign their kind."""
 
 from pathlib import Path
 from typing import Any
@@ -10,39 +10,39 @@ from data_prep.curate.scoring.scorer import load_scorer
 from data_prep.curate.scoring.scorer_steps import (
     DocumentKind, Education, EducationSettings, KindSettings, Quality, QualitySettings)
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, run_step
 from tests.typed_words import keys_of
 
 TEXTS = ("the theorem explains the energy of cells", "click banner sale login casino", "역사 설명 증명", "")
 
 
-def test_documents_get_the_models_scores(scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_documents_get_the_scores_of_the_model(scorers: dict[str, Path], tmp_path: Path) -> None:
     view = MemoryView.of([docs(*TEXTS)], tmp_path)
     for step, settings, column in ((Quality, QualitySettings(scorers["classifier"]), "quality"),
                                    (Education, EducationSettings(scorers["regressor"]), "education")):
         assert load_step_class(column) is step
         scorer = load_scorer(settings.model)
-        found = outcomes(step, settings, view)
-        assert [o.values for o in found.values()] == [{column: scorer.score(text)} for text in TEXTS]
-        assert {o.reason for o in found.values()} == {""}
+        outcomes = run_step(step, settings, view)
+        assert [o.values for o in outcomes.values()] == [{column: scorer.score(text)} for text in TEXTS]
+        assert {o.reason for o in outcomes.values()} == {""}
 
 
-def test_documents_below_the_bar_are_dropped_for_one_reason(scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_documents_below_the_minimum_score_are_dropped(scorers: dict[str, Path], tmp_path: Path) -> None:
     view = MemoryView.of([docs(*TEXTS)], tmp_path)
-    found = outcomes(Quality, QualitySettings(scorers["classifier"], min_score=0.5), view)
-    assert [o.reason for o in found.values()][:3] == ["", "quality below 0.5", ""]
-    assert next(iter(found.values())).values["quality"] > 0.5
+    outcomes = run_step(Quality, QualitySettings(scorers["classifier"], min_score=0.5), view)
+    assert [o.reason for o in outcomes.values()][:3] == ["", "quality below 0.5", ""]
+    assert next(iter(outcomes.values())).values["quality"] > 0.5
 
 
-@pytest.mark.parametrize(("name", "min_score", "said"), [
+@pytest.mark.parametrize(("name", "min_score", "message"), [
     ("regressor", None, "is a regressor; train one with `sov-data scorer train --kind classifier`"),
     ("classifier", 3.0, "min_score = 3.0 must be at most 1, the highest score of a classifier"),
     ("nothing", None, "does not exist"),
 ])
-def test_settings_that_cannot_be_are_told(scorers: dict[str, Path], name: str, min_score: float | None,
-                                          said: str) -> None:
+def test_invalid_settings_are_reported(scorers: dict[str, Path], name: str, min_score: float | None,
+                                       message: str) -> None:
     (problem,) = find_all_problems(QualitySettings(scorers["classifier"].parent / name, min_score))
-    assert said in problem.sentence
+    assert message in problem.sentence
     assert keys_of(EducationSettings(scorers["regressor"], 3)) == []
 
 
@@ -52,9 +52,9 @@ PROSE = "The house by the river had been empty for years when they came. " * 5
 FORMULAS = r"Let $$x$$ be such that \frac{a}{b} \leq \sum_{i} x_i and \int f = 0, so \alpha \cdot \beta = 1."
 
 
-def kind_of(work: Path, text: str, settings: KindSettings, **columns: Any) -> str:
-    (found,) = outcomes(DocumentKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
-    kind = found.values["kind"]
+def find_kind(work: Path, text: str, settings: KindSettings, **columns: Any) -> str:
+    (outcome,) = run_step(DocumentKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
+    kind = outcome.values["kind"]
     assert isinstance(kind, str)
     return kind
 
@@ -71,17 +71,17 @@ def kind_of(work: Path, text: str, settings: KindSettings, **columns: Any) -> st
     (PROSE, {"language": "th"}, "multilingual"),
     (PROSE, {"language": "und"}, ""),
 ])
-def test_the_first_rule_that_speaks_decides(tmp_path: Path, text: str, columns: dict[str, Any],
-                                            kind: str) -> None:
-    assert kind_of(tmp_path, text, KindSettings(), **columns) == kind
+def test_the_first_matching_rule_decides_the_kind(tmp_path: Path, text: str, columns: dict[str, Any],
+                                                  kind: str) -> None:
+    assert find_kind(tmp_path, text, KindSettings(), **columns) == kind
 
 
 def test_a_classifier_decides_about_its_domain(scorers: dict[str, Path], tmp_path: Path) -> None:
     settings = KindSettings(domains={"law": scorers["classifier"], "teaching": scorers["classifier"]})
     taught = "the theorem explains the energy of cells " * 3
-    assert kind_of(tmp_path, taught, settings, language="en") == "domain:law"
+    assert find_kind(tmp_path, taught, settings, language="en") == "domain:law"
     strict = KindSettings(domains={"law": scorers["classifier"]}, min_score=1.0)
-    assert kind_of(tmp_path, COURT, strict, language="en") == "en"
+    assert find_kind(tmp_path, COURT, strict, language="en") == "en"
     assert len(DocumentKind(settings).list_files()) == 4
 
 
@@ -90,6 +90,6 @@ def test_a_classifier_decides_about_its_domain(scorers: dict[str, Path], tmp_pat
     ({"domains": {"law": Path("nothing")}}, "domains.law"),
     ({"min_score": 2}, "min_score"), ({"max_chars": -1}, "max_chars"),
 ])
-def test_kinds_that_cannot_be_are_told(settings: dict[str, Any], key: str) -> None:
+def test_invalid_kinds_are_reported(settings: dict[str, Any], key: str) -> None:
     assert keys_of(KindSettings(**settings)) == [key]
     assert keys_of(KindSettings()) == []

@@ -1,4 +1,4 @@
-"""Scorers are trained as the libraries do, and judged."""
+"""Training of scorers equals the libraries' estimators; its report has the right figures."""
 
 from collections.abc import Callable
 from itertools import product
@@ -19,55 +19,55 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 # Fits: the best penalty, probabilities that hold, and embeddings of any size.
 
 RNG = np.random.default_rng(0)
-TRUE = RNG.normal(size=20)
+TRUE_WEIGHTS = RNG.normal(size=20)
 
 
-def sample(count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows, and labels that a linear rule gives them, with noise."""
+def draw_sample(count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows [count, 20], and noisy labels of a linear rule."""
     rows = RNG.normal(size=(count, 20))
-    z = rows @ TRUE
+    z = rows @ TRUE_WEIGHTS
     if kind == "regressor":
         return rows.astype(np.float32), np.clip(2.5 + 0.3 * z + RNG.normal(size=count) * 0.2, 0, 5)
     return rows.astype(np.float32), (RNG.random(count) < 1 / (1 + np.exp(-z))).astype(float)
 
 
-def test_a_classifier_is_the_librarys_with_the_best_penalty() -> None:
-    rows, labels = sample(600, "classifier")
-    other, wanted = sample(300, "classifier")
-    found = fit_scorer("classifier", csr_matrix(rows), labels, csr_matrix(other), wanted)
+def test_a_classifier_equals_logistic_regression() -> None:
+    rows, labels = draw_sample(600, "classifier")
+    heldout_rows, heldout_labels = draw_sample(300, "classifier")
+    scorer = fit_scorer("classifier", csr_matrix(rows), labels, csr_matrix(heldout_rows), heldout_labels)
     models = {c: LogisticRegression(C=c, max_iter=500).fit(rows, labels) for c in INVERSE_PENALTIES}
-    assert found.penalty in models
-    model = models[found.penalty]
-    np.testing.assert_allclose(found.weights, model.coef_[0], atol=1e-3)
-    assert found.bias == pytest.approx(model.intercept_[0], abs=1e-3)
+    assert scorer.penalty in models
+    model = models[scorer.penalty]
+    np.testing.assert_allclose(scorer.weights, model.coef_[0], atol=1e-3)
+    assert scorer.bias == pytest.approx(model.intercept_[0], abs=1e-3)
 
 
-def test_probabilities_hold_where_the_fit_is_too_sure() -> None:
-    rows, labels = sample(60, "classifier")
-    found = fit_scorer("classifier", csr_matrix(rows), labels, *sample(4000, "classifier"))
-    assert found.slope < 1
-    fresh, wanted = sample(20_000, "classifier")
-    p = 1 / (1 + np.exp(-(found.slope * (fresh @ found.weights + found.bias) + found.offset)))
+def test_calibration_corrects_an_overconfident_fit() -> None:
+    rows, labels = draw_sample(60, "classifier")
+    scorer = fit_scorer("classifier", csr_matrix(rows), labels, *draw_sample(4000, "classifier"))
+    assert scorer.slope < 1
+    fresh_rows, fresh_labels = draw_sample(20_000, "classifier")
+    p = 1 / (1 + np.exp(-(scorer.slope * (fresh_rows @ scorer.weights + scorer.bias) + scorer.offset)))
     for low in (0.1, 0.5, 0.8):
         inside = (p >= low) & (p < low + 0.1)
-        assert wanted[inside].mean() == pytest.approx(p[inside].mean(), abs=0.06)
+        assert fresh_labels[inside].mean() == pytest.approx(p[inside].mean(), abs=0.06)
 
 
-def test_a_regressor_is_ridge_regression_that_its_calibration_stretches() -> None:
-    rows, labels = sample(500, "regressor")
-    other, wanted = sample(300, "regressor")
-    found = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix(other), wanted)
-    model = Ridge(alpha=found.penalty, solver="sparse_cg", tol=1e-6).fit(rows, labels)
-    assert found.penalty in PENALTIES
-    np.testing.assert_allclose(found.weights, model.coef_, atol=1e-4)
-    z = other @ found.weights + found.bias
-    assert np.polyfit(z, wanted, 1) == pytest.approx([found.slope, found.offset], abs=1e-4)
+def test_a_regressor_equals_calibrated_ridge_regression() -> None:
+    rows, labels = draw_sample(500, "regressor")
+    heldout_rows, heldout_labels = draw_sample(300, "regressor")
+    scorer = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix(heldout_rows), heldout_labels)
+    model = Ridge(alpha=scorer.penalty, solver="sparse_cg", tol=1e-6).fit(rows, labels)
+    assert scorer.penalty in PENALTIES
+    np.testing.assert_allclose(scorer.weights, model.coef_, atol=1e-4)
+    z = heldout_rows @ scorer.weights + scorer.bias
+    assert np.polyfit(z, heldout_labels, 1) == pytest.approx([scorer.slope, scorer.offset], abs=1e-4)
 
 
-def test_scores_that_say_nothing_are_left_as_they_are() -> None:
-    rows, labels = sample(200, "regressor")
-    found = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
-    assert (found.slope, found.offset) == (1.0, 0.0)
+def test_uninformative_scores_are_not_calibrated() -> None:
+    rows, labels = draw_sample(200, "regressor")
+    scorer = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
+    assert (scorer.slope, scorer.offset) == (1.0, 0.0)
 
 
 SMALL = NgramSettings(num_buckets=1 << 12)
@@ -83,8 +83,8 @@ def test_the_same_labels_give_the_same_scorer(labels_file: Callable[..., Path], 
     assert find_damaged_files(tmp_path / "a") == []
 
 
-def test_repeated_texts_are_counted_and_never_on_both_sides(labels_file: Callable[..., Path],
-                                                            tmp_path: Path) -> None:
+def test_repeated_texts_are_counted_and_not_split(labels_file: Callable[..., Path],
+                                                  tmp_path: Path) -> None:
     file = labels_file(count=100)
     file.write_text(file.read_text() * 3)
     content = train_scorer(TrainSettings(file, "classifier", SMALL), tmp_path / "out")
@@ -92,17 +92,17 @@ def test_repeated_texts_are_counted_and_never_on_both_sides(labels_file: Callabl
     assert content["num_fit"] + content["num_calibration"] + content["heldout"]["num_labels"] == 100
 
 
-def test_figures_of_a_classifier_are_those_of_counting_pairs() -> None:
+def test_classifier_figures_equal_counted_pairs() -> None:
     rng = np.random.default_rng(1)
-    wanted = rng.integers(0, 2, 60)
-    scores = np.round(np.clip(0.3 * wanted + rng.random(60) * 0.7, 0, 1), 1)
-    figures = compute_metrics("classifier", [Label("", float(x), "en") for x in wanted], scores)
-    pairs = list(product(scores[wanted == 1], scores[wanted == 0]))
+    expected = rng.integers(0, 2, 60)
+    scores = np.round(np.clip(0.3 * expected + rng.random(60) * 0.7, 0, 1), 1)
+    figures = compute_metrics("classifier", [Label("", float(x), "en") for x in expected], scores)
+    pairs = list(product(scores[expected == 1], scores[expected == 0]))
     assert figures["auc"] == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
-    kept = scores >= 0.5
-    assert figures["precision"] == pytest.approx(wanted[kept].mean())
-    assert figures["recall"] == pytest.approx(kept[wanted == 1].mean())
-    assert figures["brier"] == pytest.approx(np.mean((wanted - scores) ** 2))
+    accepted = scores >= 0.5
+    assert figures["precision"] == pytest.approx(expected[accepted].mean())
+    assert figures["recall"] == pytest.approx(accepted[expected == 1].mean())
+    assert figures["brier"] == pytest.approx(np.mean((expected - scores) ** 2))
 
 
 def test_figures_of_a_regressor() -> None:
@@ -117,7 +117,7 @@ def test_figures_of_a_regressor() -> None:
         "mean_absolute_error": pytest.approx(0.3)}
 
 
-def test_what_cannot_be_said_is_a_dash() -> None:
+def test_undefined_figures_are_printed_as_a_dash() -> None:
     figures = compute_metrics("regressor", [Label("", 1.0, "")] * 3, np.array([1.0, 2.0, 0.0]))
     assert (figures["auc"], figures["spearman"]) == (None, None)
     assert format_metrics("regressor", figures)[0] == (

@@ -1,4 +1,4 @@
-"""Reading sources in tests: a folder with files, and what a reader finds in them."""
+"""Fixtures to read source files: write files into a folder, and return the documents of a reader."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ Read = Callable[..., list[RawDocument | BrokenRecord]]
 
 @pytest.fixture(autouse=True, scope="session")
 def one_reading_process(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Start a process that may read the folders of all tests, which would start one each."""
+    """Start one reading process with access to the folders of all tests, instead of one per test."""
     folder = tmp_path_factory.getbasetemp()
     (folder / "begun.txt").write_text("begun")
     begun = create_reader(SourceSettings("begun", ("begun.txt",), folder))
@@ -24,7 +24,8 @@ def one_reading_process(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """A function that writes files into an empty folder and returns all that a source of them holds."""
+    """Return `read(files, ...)`, which writes files into an empty folder and returns the documents and broken
+    records of a source over them."""
 
     def read_all(files: Mapping[str, str | bytes], format_: str = "auto", *, path: str = ".",
                  text_field: str = "text", **options: Any) -> list[RawDocument | BrokenRecord]:
@@ -32,8 +33,8 @@ def read(tmp_path: Path) -> Read:
             file = tmp_path / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content.encode() if isinstance(content, str) else content)
-        found = create_reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
+        reader = create_reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
                                       options=options))
-        return [one for piece in found.list_pieces() for one in found.read_piece(piece)]
+        return [one for piece in reader.list_pieces() for one in reader.read_piece(piece)]
 
     return read_all

@@ -1,4 +1,4 @@
-"""docs/data_pipeline.md: its snippets print what it shows, and it names every format, option and code."""
+"""docs/data_pipeline.md: its snippets print the shown output, and it names every format, option and code."""
 
 import ast
 import contextlib
@@ -17,7 +17,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```\n.*?^```\n(.*?)^```$", PAGE, re.MU
 
 
 @pytest.mark.parametrize(("snippet", "shown"), SNIPPETS)
-def test_snippets_print_what_is_shown(
+def test_snippets_print_the_shown_output(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snippet: str, shown: str) -> None:
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()

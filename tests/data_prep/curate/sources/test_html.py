@@ -1,4 +1,4 @@
-"""Web pages: what is their text, and how it is written."""
+"""Web pages: extraction of the main text and its structure, and detection of the encoding."""
 
 import pytest
 
@@ -23,7 +23,7 @@ and <code>code()</code>.</p><h2>List</h2><ul><li>one<ul><li>inner</li></ul></li>
     return 1
 </pre></div><p hidden>unseen</p><p style="display: none">unseen</p></main>
 <footer>Copyright by everybody</footer></body></html>"""
-def test_a_page_is_its_main_text_with_its_structure() -> None:
+def test_a_page_becomes_its_main_text_with_structure() -> None:
     text, facts = extract_page_text(PAGE)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     assert lines[:3] == ["Head", f"{(SENTENCE * 3).strip()} Bold and code().", "List"]
@@ -33,7 +33,7 @@ def test_a_page_is_its_main_text_with_its_structure() -> None:
                      "licence": "CC-BY-SA-4.0", "language_hint": "en"}
 
 
-def test_a_whole_page_keeps_what_stands_around() -> None:
+def test_a_whole_page_includes_navigation_and_footer() -> None:
     text, _ = extract_page_text(PAGE, whole=True)
     assert "Part 3" in text and "Copyright by everybody" in text and "unseen" not in text
 
@@ -43,7 +43,7 @@ def test_a_whole_page_keeps_what_stands_around() -> None:
     f"<aside><p>{SENTENCE[:50]}</p></aside>", "<div id='cookie-consent'>We use cookies</div>",
     f"<div><ul>{MENU}</ul></div>", "<div class='breadcrumbs'><a>a</a> / <a>b</a></div>",
     "<div class='footer'>All rights reserved</div>"])
-def test_what_stands_around_is_taken_out_without_a_main_element(around: str) -> None:
+def test_navigation_is_removed_from_pages_without_a_main_element(around: str) -> None:
     body = f"<p>{SENTENCE * 4}</p>"
     for page in (around + body, body + around):
         assert extract_page_text(f"<html><body><div>{page}</div></body></html>")[0] == (SENTENCE * 4).strip()
@@ -54,11 +54,11 @@ def test_what_stands_around_is_taken_out_without_a_main_element(around: str) -> 
     ("two<br>lines", "two\nlines"), ("<ruby>漢字<rp>(</rp><rt>かんじ</rt><rp>)</rp></ruby>です", "漢字です"),
     ('<math><mi>x</mi><annotation encoding="application/x-tex">x^2</annotation></math>', "$x^2$"),
     ('a <img class="math inline" alt="y^2" src="a.png"> b', "a $y^2$ b"), ("soft\u00adhyphen", "softhyphen")])
-def test_inline_text_is_what_a_browser_shows(source: str, expected: str) -> None:
+def test_inline_text_equals_the_text_in_a_browser(source: str, expected: str) -> None:
     assert extract_page_text(f"<body><p>{source}</p></body>")[0] == expected
 
 
-def test_elements_that_xhtml_closes_in_their_start_hold_nothing() -> None:
+def test_self_closed_xhtml_elements_are_empty() -> None:
     head = '<html xmlns="http://www.w3.org/1999/xhtml"><head><title/><script src="a"/></head>'
     assert extract_page_text(f"{head}<body><p>Text.</p></body></html>")[0] == "Text."
 
@@ -70,11 +70,11 @@ KOREAN = "<html><body><p>안녕하세요 여러분, 이것은 오래된 부호�
     (KOREAN.encode(), ""), (KOREAN.encode(), "euc-kr"), (KOREAN.encode("cp949"), "euc-kr"),
     (KOREAN.replace("<html>", "<html><meta charset=ks_c_5601-1987>").encode("cp949"), ""),
     (b"\xff\xfe" + KOREAN.encode("utf-16-le"), "utf-8"), (KOREAN.encode("cp949"), "")])
-def test_a_page_s_encoding_is_found_as_browsers_do(raw: bytes, declared: str) -> None:
+def test_the_encoding_of_a_page_is_detected_like_in_browsers(raw: bytes, declared: str) -> None:
     assert "오래된 부호로" in decode_page(raw, declared)
 
 
-def test_a_wrong_declaration_gives_way_to_the_bytes() -> None:
+def test_a_wrong_encoding_declaration_is_ignored() -> None:
     text = "Die größeren Städte liegen an den großen Flüssen, und über sie führen viele schöne Brücken. " * 9
     assert decode_page(text.encode("latin-1"), "utf-8") == text
 
@@ -88,14 +88,14 @@ def test_bytes_without_any_encoding_are_refused() -> None:
     ("<div>" * 50_000 + "deep", None), ("<ul>" * 50_000 + "deep", None), ("<pre" * 50_000, "no_text"),
     ("", "no_text"), ("<html></html>", "no_text"),
     ("<p>" + "&#0;&#xD800;\x00x" * 10, None), ("<!DOCTYPE x [<!ENTITY a 'b'>]><p>&a;</p>", None)])
-def test_hostile_pages_give_text_or_are_told(read, content: str, code: str | None) -> None:
-    found = read({"a.html": content})
-    assert len(found) == 1
-    assert getattr(found[0], "code", None) == code
-    if isinstance(found[0], RawDocument):
-        found[0].text.encode()
+def test_hostile_pages_become_text_or_a_broken_record(read, content: str, code: str | None) -> None:
+    records = read({"a.html": content})
+    assert len(records) == 1
+    assert getattr(records[0], "code", None) == code
+    if isinstance(records[0], RawDocument):
+        records[0].text.encode()
 
 
-def test_a_page_that_is_nested_deep_is_read_to_its_end() -> None:
+def test_a_deeply_nested_page_is_read_to_its_end() -> None:
     page = "<p>First.</p>" + "<div>" * 400 + f"<p>{SENTENCE}</p>" + "</div>" * 400 + "<p>Last.</p>"
     assert extract_page_text(page)[0].split("\n") == ["First.", "", SENTENCE.strip(), "", "Last."]

@@ -31,35 +31,34 @@ def test_rows_of_parquet(read) -> None:
 def test_each_row_group_is_in_one_part(read, monkeypatch) -> None:
     table = pa.table({"text": [f"row {n}" for n in range(100)]})
     monkeypatch.setattr("data_prep.curate.sources.parquet._PART_BYTES", 1000)
-    found = read({"a.parquet": parquet_bytes(table, 7)})
-    assert [one.text for one in found] == [f"row {n}" for n in range(100)]
-    assert len({one.place for one in found}) == 100
+    records = read({"a.parquet": parquet_bytes(table, 7)})
+    assert [one.text for one in records] == [f"row {n}" for n in range(100)]
+    assert len({one.place for one in records}) == 100
 
 
 @pytest.mark.parametrize(("name", "content"), [
     ("a.parquet", parquet_bytes()[:150]), ("a.parquet", b"PAR1" * 40)])
-def test_half_a_file_is_told(read, name: str, content: bytes) -> None:
+def test_a_truncated_file_is_reported(read, name: str, content: bytes) -> None:
     assert [one.code for one in read({name: content, "b.txt": "read"})
-            if not isinstance(one, RawDocument)] == [
-        name.partition(".")[2]]
+            if not isinstance(one, RawDocument)] == [name.partition(".")[2]]
 
 
 def test_another_column_can_hold_the_text(read) -> None:
-    found = read({"a.parquet": parquet_bytes(pa.table({"body": ["x"]}))}, "parquet", text_field="body")
-    assert [one.text for one in found] == ["x"]
-    told = read({"a.parquet": parquet_bytes(pa.table({"body": ["x"]}))}, "parquet")[0]
-    assert "body" in told.reason and "text_field" in told.reason
+    records = read({"a.parquet": parquet_bytes(pa.table({"body": ["x"]}))}, "parquet", text_field="body")
+    assert [one.text for one in records] == ["x"]
+    broken = read({"a.parquet": parquet_bytes(pa.table({"body": ["x"]}))}, "parquet")[0]
+    assert "body" in broken.reason and "text_field" in broken.reason
 
 
-def test_a_value_that_python_cannot_hold_costs_no_row(read) -> None:
+def test_a_value_that_python_cannot_represent_does_not_drop_its_row(read) -> None:
     table = pa.table({"text": ["a", "b", "c"],
                       "timestamp": pa.array([1, 10**18 + 1, None], pa.timestamp("ns")),
                       "late": pa.array([10**18, 0, 1], pa.timestamp("us")),
                       "zone": pa.array([0, 0, 0], pa.timestamp("us", "No/Where")),
                       "took": pa.array([1, 2, 3], pa.duration("ns"))})
-    found = read({"a.parquet": parquet_bytes(table, 3)})
-    assert [one.text for one in found] == ["a", "b", "c"]
-    assert found[1].columns["date"] == "2001-09-09 01:46:40.000000001"
+    records = read({"a.parquet": parquet_bytes(table, 3)})
+    assert [one.text for one in records] == ["a", "b", "c"]
+    assert records[1].columns["date"] == "2001-09-09 01:46:40.000000001"
 
 
 @pytest.mark.parametrize(("dictionary", "data", "begin"), [

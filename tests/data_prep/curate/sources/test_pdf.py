@@ -1,4 +1,4 @@
-"""PDF files: their lines become paragraphs; files that cannot be read are told."""
+"""PDF files: lines become paragraphs, and unreadable files become broken records."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from data_prep.curate.sources.pdf import join_lines
 from data_prep.curate.sources.source import BrokenRecord, RawDocument
 
 
-def pdf(pages: list[str], *, info: str = "") -> bytes:
+def build_pdf(pages: list[str], *, info: str = "") -> bytes:
     """Return a PDF with the given page contents, in Helvetica."""
     kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(len(pages)))
     objects = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Count {len(pages)}/Kids[{kids}]>>",
@@ -25,45 +25,45 @@ def pdf(pages: list[str], *, info: str = "") -> bytes:
                   f"/Root 1 0 R/Info {len(objects)} 0 R>>\nstartxref\n{len(out)}\n%%EOF").encode()
 
 
-def shown(*lines: tuple[int, int, str]) -> str:
+def place_lines(*lines: tuple[int, int, str]) -> str:
     """Return the content of a page with lines at places."""
     return "BT /F 12 Tf " + " ".join(f"1 0 0 1 {x} {y} Tm ({text}) Tj" for x, y, text in lines) + " ET"
 
 
 def test_a_file_is_a_document_with_its_title_and_date(read) -> None:
-    content = pdf([shown((50, 700, "The first line of a paragraph"),
-                         (50, 686, "goes on in its second line."))],
-                  info="/Title(A title)/CreationDate(D:20260102030405Z)")
+    content = build_pdf([place_lines((50, 700, "The first line of a paragraph"),
+                                     (50, 686, "goes on in its second line."))],
+                        info="/Title(A title)/CreationDate(D:20260102030405Z)")
     assert read({"a.pdf": content}) == [RawDocument(
         "The first line of a paragraph goes on in its second line.", "a.pdf",
         {"title": "A title", "date": "2026-01-02", "num_pages": 1})]
 
 
 @pytest.mark.parametrize(("content", "code"), [
-    (pdf([""]), "no_text"), (b"%PDF-1.7\nnothing", "pdf"), (b"", "pdf"),
-    (pdf([shown((1, 1, "x"))])[:300], None)])
-def test_files_that_cannot_be_read_are_told(read, content: bytes, code: str | None) -> None:
-    told = read({"a.pdf": content, "b.txt": "next"}, "pdf", path="a.pdf")[0]
-    assert isinstance(told, BrokenRecord) if code else isinstance(told, (BrokenRecord, RawDocument))
-    assert code is None or told.code == code
+    (build_pdf([""]), "no_text"), (b"%PDF-1.7\nnothing", "pdf"), (b"", "pdf"),
+    (build_pdf([place_lines((1, 1, "x"))])[:300], None)])
+def test_unreadable_files_are_reported(read, content: bytes, code: str | None) -> None:
+    record = read({"a.pdf": content, "b.txt": "next"}, "pdf", path="a.pdf")[0]
+    assert isinstance(record, BrokenRecord) if code else isinstance(record, (BrokenRecord, RawDocument))
+    assert code is None or record.code == code
 
 
-def test_pages_that_hold_one_another_end(read) -> None:
-    content = pdf([shown((50, 700, "text"))]).replace(b"/Kids[4 0 R]", b"/Kids[2 0 R]")
-    found = read({"a.pdf": content, "b.txt": "next"}, time_s=5.0)
-    assert found[-1] == RawDocument("next", "b.txt") and isinstance(found[0], BrokenRecord)
+def test_cyclic_pages_of_a_pdf_end(read) -> None:
+    content = build_pdf([place_lines((50, 700, "text"))]).replace(b"/Kids[4 0 R]", b"/Kids[2 0 R]")
+    records = read({"a.pdf": content, "b.txt": "next"}, time_s=5.0)
+    assert records[-1] == RawDocument("next", "b.txt") and isinstance(records[0], BrokenRecord)
 
 
-def test_running_heads_and_page_numbers_go(read) -> None:
-    pages = [shown((50, 780, "The Book"), (50, 700, f"{what} are on this page."), (300, 20, str(n + 7)))
+def test_running_heads_and_page_numbers_are_removed(read) -> None:
+    pages = [place_lines((50, 780, "The Book"), (50, 700, f"{what} are on this page."), (300, 20, str(n + 7)))
              for n, what in enumerate(("Apples", "Pears", "Plums"))]
-    assert read({"a.pdf": pdf(pages)})[0].text == "\n\n".join(
+    assert read({"a.pdf": build_pdf(pages)})[0].text == "\n\n".join(
         f"{what} are on this page." for what in ("Apples", "Pears", "Plums"))
 
 
-def test_running_heads_alone_are_no_pictures(read) -> None:
-    slides = [shown((50, 700, f"Slide {n}")) for n in range(4)]
-    [told] = read({"a.pdf": pdf(slides)})
+def test_pages_with_running_heads_only_have_no_text(read) -> None:
+    slides = [place_lines((50, 700, f"Slide {n}")) for n in range(4)]
+    [told] = read({"a.pdf": build_pdf(slides)})
     assert isinstance(told, BrokenRecord) and told.code == "no_text" and "running heads" in told.reason
 
 
@@ -74,5 +74,5 @@ def test_running_heads_alone_are_no_pictures(read) -> None:
     (["日本語の文", "章です。"], "日本語の文章です。"),
     (["ประเทศไทยเป็น", "ประเทศหนึ่ง"], "ประเทศไทยเป็นประเทศหนึ่ง"),
     (["이 책은 좋은", "책이다"], "이 책은 좋은 책이다"), ([], "")])
-def test_lines_are_joined_as_the_language_does(lines: list[str], expected: str) -> None:
+def test_lines_are_joined_by_the_rules_of_their_script(lines: list[str], expected: str) -> None:
     assert join_lines(lines) == expected

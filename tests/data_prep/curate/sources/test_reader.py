@@ -1,4 +1,5 @@
-"""Reading apart: a file that hangs, crashes, eats memory or lies costs itself and nothing else."""
+"""Readers in a separate process: a file that hangs, crashes, exhausts memory or sends malformed replies
+affects only its own record."""
 
 import os
 import signal
@@ -58,7 +59,7 @@ class Reader(FileReader):
 
 @pytest.fixture
 def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A function that reads a file of words, some of which do harm to the process that reads them."""
+    """Return a function that reads a file of words; some words harm the process that reads them."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "hostile_reader.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")
@@ -73,49 +74,50 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def read(words: str, **options: object) -> list[RawDocument | BrokenRecord]:
         (tmp_path / "a.txt").write_text(words)
-        found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text", options=options))
-        return [one for piece in found.list_pieces() for one in found.read_piece(piece)]
+        source = SourceSettings("s", ("a.txt",), tmp_path, "text", options=options)
+        file_reader = formats.create_reader(source)
+        return [one for piece in file_reader.list_pieces() for one in file_reader.read_piece(piece)]
 
     return read
 
 
 @pytest.mark.parametrize(("harm", "code"), [
     ("hang", "time"), ("crash", "crash"), ("eat", "memory"), ("nest", "nested"), ("leave", "crash")])
-def test_what_does_harm_is_told_and_what_follows_is_read(read_words, harm: str, code: str) -> None:
+def test_a_harmful_record_is_reported_and_the_next_one_is_read(read_words, harm: str, code: str) -> None:
     first, told, last = read_words(f"one {harm} two", time_s=0.3)
     assert (first, last) == (RawDocument("one", "a.txt:0"), RawDocument("two", "a.txt:2"))
     assert isinstance(told, BrokenRecord) and (told.code, told.place) == (code, "a.txt:1")
 
 
 @pytest.mark.parametrize("harm", ["write", "steal", "call"])
-def test_nothing_is_written_nor_other_files_read_nor_the_network_reached(read_words, harm: str) -> None:
+def test_the_reading_process_cannot_write_read_other_files_or_connect(read_words, harm: str) -> None:
     told, last = read_words(f"{harm} two")
     assert isinstance(told, BrokenRecord) and "Error" in told.reason and last.text == "two"
     assert not os.path.exists("/tmp/left-by-a-reader")
 
 
-def test_the_process_is_kept_for_the_next_file(read_words) -> None:
+def test_the_reading_process_is_reused_for_the_next_file(read_words) -> None:
     read_words("one")
-    kept = next(iter(reader._processes.values()))
+    process = next(iter(reader._processes.values()))
     read_words("two")
-    assert next(iter(reader._processes.values())) is kept
+    assert next(iter(reader._processes.values())) is process
     read_words("crash")
-    assert kept not in reader._processes.values()
+    assert process not in reader._processes.values()
 
 
-def test_a_process_that_finds_other_modules_than_this_one_is_replaced(
+def test_the_reading_process_is_replaced_if_the_module_path_changes(
         read_words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_words("one")
-    kept = next(iter(reader._processes.values()))
+    process = next(iter(reader._processes.values()))
     monkeypatch.syspath_prepend(tmp_path)  # as with a package that declares formats
     assert [raw.text for raw in read_words("two")] == ["two"]
-    assert next(iter(reader._processes.values())) is not kept
+    assert next(iter(reader._processes.values())) is not process
 
 
-def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path) -> None:
+def test_the_reading_process_ends_when_its_iterator_is_closed(read_words, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
-    found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
-    documents = iter(found.read_piece(found.list_pieces()[0]))
+    file_reader = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
+    documents = iter(file_reader.read_piece(file_reader.list_pieces()[0]))
     next(documents)
     process = next(iter(reader._processes.values()))
     documents.close()
@@ -123,7 +125,7 @@ def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path)
 
 
 class Liar:
-    """The other side of a socket that sends what a broken-into parser could."""
+    """The reader's end of a socket that sends the replies of a compromised parser."""
 
     def __init__(self, data: bytes) -> None:
         self.ours, theirs = socket.socketpair()
@@ -134,12 +136,13 @@ class Liar:
 @pytest.mark.parametrize("data", [
     b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x05" + bytes(7) + b'{"a":',
     b"\x0c" + bytes(7) + b'{"text": 12}'])
-def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def test_a_malformed_reply_of_the_reading_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             data: bytes) -> None:
     monkeypatch.setattr(reader_process, "END_LIMIT_S", 0.05)
     (tmp_path / "a.txt").write_text("x")
-    found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
-    list(found.read_piece(found.list_pieces()[0]))
+    file_reader = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
+    list(file_reader.read_piece(file_reader.list_pieces()[0]))
     monkeypatch.setattr(next(iter(reader._processes.values())), "channel", Liar(data).ours)
-    told = list(found.read_piece(found.list_pieces()[0]))
-    assert [one.code for one in told if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
+    records = list(file_reader.read_piece(file_reader.list_pieces()[0]))
+    assert [one.code for one in records if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
 

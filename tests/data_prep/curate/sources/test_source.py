@@ -1,4 +1,4 @@
-"""Sources: their settings, their files, mixed folders."""
+"""Source settings, the files that a source lists, and folders of mixed formats."""
 
 import dataclasses
 import json
@@ -26,24 +26,24 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert wrong.problems()[2].way_out == "did you mean 'jsonl'?"
 
 
-@pytest.mark.parametrize(("options", "told"), [
+@pytest.mark.parametrize(("options", "message"), [
     ({"time_s": "long"}, "time_s"), ({"time_s": 0}, "time_s"), ({"memory_bytes": 1}, "memory_bytes"),
     ({"unpacked_bytes": 5}, "unpacked_bytes"), ({"encodng": "x"}, "did you mean 'encoding'"),
     ({"encoding": "klingon"}, "klingon"), ({"cut_bytes": 1}, "cut_bytes")])
-def test_options_are_checked(tmp_path: Path, options: dict[str, object], told: str) -> None:
+def test_options_are_checked(tmp_path: Path, options: dict[str, object], message: str) -> None:
     problems = SourceSettings("s", (".",), tmp_path, "text", options=options).problems()
-    assert len(problems) == 1 and problems[0].key.startswith("options.") and told in problems[0].sentence
+    assert len(problems) == 1 and problems[0].key.startswith("options.") and message in problems[0].sentence
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_there_and_its_defaults_are_good(name: str) -> None:
-    found = load_reader_class(name)
-    assert found.format == name and keys_of(found.Options()) == []
+def test_every_format_loads_with_valid_defaults(name: str) -> None:
+    reader_class = load_reader_class(name)
+    assert reader_class.format == name and keys_of(reader_class.Options()) == []
     assert all(f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-               for f in dataclasses.fields(found.Options))
+               for f in dataclasses.fields(reader_class.Options))
 
 
-def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
+def test_pieces_are_json_values_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a.txt", "a/b/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -54,7 +54,7 @@ def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
             in again] == pieces
 
 
-def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
+def test_file_names_are_relative_to_the_common_folder(tmp_path: Path) -> None:
     for name in ("x/one/a.txt", "x/two/a.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(name)
@@ -63,7 +63,7 @@ def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
     assert source.get_file("two/a.txt").read_text() == "x/two/a.txt"
 
 
-def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path) -> None:
+def test_links_are_followed_and_broken_links_are_reported(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     (tmp_path / "secret.txt").write_text("secret")
@@ -84,18 +84,18 @@ def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path) -> No
     pieces = create_reader(source).list_pieces()
     read = [piece.file for piece in pieces if piece.format != NO_FORMAT]
     assert read == ["a.txt", "again/b.txt", "sub/in.txt", "sub/out.txt"]
-    told = [item for piece in pieces if piece.format == NO_FORMAT for item
-            in create_reader(source).read_piece(piece)]
-    assert {one.place: one.reason.split()[0] for one in told if isinstance(one, BrokenRecord)} == {
+    broken = [item for piece in pieces if piece.format == NO_FORMAT for item
+              in create_reader(source).read_piece(piece)]
+    assert {one.place: one.reason.split()[0] for one in broken if isinstance(one, BrokenRecord)} == {
         "again/back": "leads", "all": "leads", "linked/deep": "leads", "pipe.txt": "is",
         "sub/gone.txt": "is", "sub/loop": "leads"}
-    said: list[str] = []
-    listed = list_files(root, said.append)
+    messages: list[str] = []
+    listed = list_files(root, messages.append)
     assert [file.relative_to(root).as_posix() for file in listed] == read, "pack reads the same"
-    assert "6 left out; the first: " in "".join(said)
+    assert "6 left out; the first: " in "".join(messages)
 
 
-def test_what_of_a_folder_is_hidden_or_not_wanted_is_told(tmp_path: Path) -> None:
+def test_hidden_files_and_files_of_other_formats_are_reported(tmp_path: Path) -> None:
     for name in ("a.txt", "b.bin", ".c.txt", ".git/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
@@ -107,19 +107,19 @@ def test_what_of_a_folder_is_hidden_or_not_wanted_is_told(tmp_path: Path) -> Non
     assert mixed.notes == [".: passed over 2 hidden (.c.txt, .git)"], "b.bin is in the quarantine"
 
 
-def test_a_mixed_folder_is_read_by_endings(read) -> None:
+def test_a_mixed_folder_is_read_by_file_endings(read) -> None:
     files = {"a.txt": "text", "b.jsonl": '{"text": "line"}', "c.html": "<p>page</p>", "d.png": b"\x89PNG",
              "e.py": "x = 1\n", "f.HTM": "<p>page</p>", "g\x1b": "no ending"}
-    found = read(files)
-    assert [(one.place, one.text) for one in found if isinstance(one, RawDocument)] == [
+    records = read(files)
+    assert [(one.place, one.text) for one in records if isinstance(one, RawDocument)] == [
         ("a.txt", "text"), ("b.jsonl:1", "line"), ("c.html", "page"), ("e.py", "x = 1\n"), ("f.HTM", "page")]
-    passed_over = [one for one in found if isinstance(one, BrokenRecord)]
+    passed_over = [one for one in records if isinstance(one, BrokenRecord)]
     assert [(one.place, one.code, one.is_left_out) for one in passed_over] == [
         ("d.png", "ending", True), ("g\\x1b", "ending", True)]
     assert "(.png) of no format" in passed_over[0].reason and "(none)" in passed_over[1].reason
 
 
-def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(UserError, match="holds no file"):
         create_reader(SourceSettings("s", (".",), tmp_path)).list_pieces()
@@ -129,11 +129,11 @@ def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
         create_reader(SourceSettings("s", ("b.png",), tmp_path))
 
 
-def test_no_two_names_are_shown_alike_and_none_moves_a_cursor(tmp_path: Path) -> None:
+def test_printed_file_names_are_distinct_and_printable(tmp_path: Path) -> None:
     names = [b"a\xff.txt", b"a\\xff.txt", b"a\\\\xff.txt", b"a\x1b[2J.txt", b"a\\x1b[2J.txt", b"a\nb.txt",
              b"a\\nb.txt"]
-    told = {format_file_name(os.fsdecode(name)) for name in names}
-    assert len(told) == len(names) and all(name.isprintable() for name in told)
+    printed_names = {format_file_name(os.fsdecode(name)) for name in names}
+    assert len(printed_names) == len(names) and all(name.isprintable() for name in printed_names)
 
 
 PIPELINE = """name: small
@@ -152,16 +152,16 @@ def pages(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("library", ["resiliparse"])
-def test_without_a_library_nothing_is_begun(pages: Path, library: str, monkeypatch: pytest.MonkeyPatch,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_its_library_does_not_start(pages: Path, library: str, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     assert cli.main(["run", str(pages / "pipeline.yaml"), "--output", str(pages / "out")]) == 2
-    said = capsys.readouterr().err
-    assert f"needs {library}, which is not installed; {format_install_command('data')}" in said
+    stderr = capsys.readouterr().err
+    assert f"needs {library}, which is not installed; {format_install_command('data')}" in stderr
     assert not (pages / "out").exists()
 
 
-def test_what_formats_need_is_here() -> None:
+def test_libraries_of_all_formats_are_installed() -> None:
     assert all(find_library_problems(name, *libraries) == [] for name, libraries in LIBRARIES.items())
     assert find_library_problems("it", "json", "no_such_one", "nor_this") == [
         f"it needs no_such_one and nor_this, which are not installed; {format_install_command('data')}"]

@@ -1,4 +1,4 @@
-"""Web archives: which records are documents, and archives that break off."""
+"""Web archives: the records that become documents, and truncated archives."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ ANSWERS = [
 ]
 
 
-def archive(*, packed: bool = True) -> bytes:
+def build_archive(*, packed: bool = True) -> bytes:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=packed)
     writer.write_record(writer.create_warcinfo_record("a.warc", {"software": "test"}))
@@ -36,7 +36,7 @@ def archive(*, packed: bool = True) -> bytes:
     return sink.getvalue()
 
 
-def told(found: list[RawDocument | BrokenRecord]) -> list[str]:
+def list_texts_or_codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
     return [one.text if isinstance(one, RawDocument) else one.code for one in found]
 
 
@@ -44,50 +44,51 @@ ALL = [TEXT, "type", "status", "plain ü", "pdf"]
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("a.warc.gz", archive()), ("a.warc", archive(packed=False)),
-    ("a.warc.gz", gzip.compress(archive(packed=False)))])
-def test_answers_are_documents_however_they_are_packed(read, name: str, content: bytes) -> None:
-    found = read({name: content})
-    assert told(found) == ALL
-    assert found[0].place == f"{name}:2"
-    assert found[0].columns["url"] == "http://a.example/1"
-    assert found[0].columns["crawled"] == "2026-01-02T03:04:05Z"
-    assert [one.is_left_out for one in found if isinstance(one, BrokenRecord)] == [True, True, False]
+    ("a.warc.gz", build_archive()), ("a.warc", build_archive(packed=False)),
+    ("a.warc.gz", gzip.compress(build_archive(packed=False)))])
+def test_http_responses_are_documents_in_any_compression(read, name: str, content: bytes) -> None:
+    records = read({name: content})
+    assert list_texts_or_codes(records) == ALL
+    assert records[0].place == f"{name}:2"
+    assert records[0].columns["url"] == "http://a.example/1"
+    assert records[0].columns["crawled"] == "2026-01-02T03:04:05Z"
+    assert [one.is_left_out for one in records if isinstance(one, BrokenRecord)] == [True, True, False]
 
 
-def test_text_made_of_an_archive_is_read(read) -> None:
+def test_extracted_text_of_an_archive_is_read(read) -> None:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=True)
     writer.write_record(writer.create_warc_record(
         "http://a.example", "conversion", payload=io.BytesIO(TEXT.encode()), warc_content_type="text/plain"))
-    assert told(read({"a.wet.gz": sink.getvalue()})) == [TEXT]
+    assert list_texts_or_codes(read({"a.wet.gz": sink.getvalue()})) == [TEXT]
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_an_archive_that_breaks_off_is_told_wherever_it_does(read, packed: bool) -> None:
-    content = archive(packed=packed)
+def test_a_truncated_archive_is_reported_at_every_offset(read, packed: bool) -> None:
+    content = build_archive(packed=packed)
     name = "a.warc.gz" if packed else "a.warc"
     for length in range(len(content) - 5, 400, -407):
-        found = told(read({name: content[:length]}))
-        whole = [one for one in found if one in ALL]
+        texts_or_codes = list_texts_or_codes(read({name: content[:length]}))
+        whole = [one for one in texts_or_codes if one in ALL]
         assert whole == ALL[:len(whole)], length  # no text is there in part
-        assert not packed or found[-1] == "truncated", (length, found)
+        assert not packed or texts_or_codes[-1] == "truncated", (length, texts_or_codes)
 
 
-def test_a_record_above_the_limit_is_passed_over(read) -> None:
+def test_a_record_above_the_limit_is_skipped(read) -> None:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=True)
     for size in (2000, 20):
         writer.write_record(writer.create_warc_record(
             "http://a.example", "resource", payload=io.BytesIO(b"x" * size), warc_content_type="text/plain"))
-    assert told(read({"a.warc.gz": sink.getvalue()}, "warc", record_bytes=1000)) == ["too_long", "x" * 20]
+    assert list_texts_or_codes(read({"a.warc.gz": sink.getvalue()}, "warc",
+                                    record_bytes=1000)) == ["too_long", "x" * 20]
 
 
-def test_no_archive_is_told(read) -> None:
-    assert "warc" in told(read({"a.warc": b"hello\r\n" * 100}))[-1]
+def test_a_file_that_is_not_an_archive_is_reported(read) -> None:
+    assert "warc" in list_texts_or_codes(read({"a.warc": b"hello\r\n" * 100}))[-1]
 
 
-def raw_deflate(data: bytes) -> bytes:
+def compress_raw(data: bytes) -> bytes:
     packer = zlib.compressobj(wbits=-15)
     return packer.compress(data) + packer.flush()
 
@@ -100,10 +101,10 @@ PACKED = gzip.compress(BODY)
     ("gzip", PACKED, BODY), ("x-gzip", PACKED + PACKED, BODY + BODY), ("deflate", zlib.compress(BODY), BODY),
     ("gzip", BODY, BODY), ("br", BODY, BODY), ("", BODY, BODY), ("identity", b"\xff\0", b"\xff\0"),
     ("gzip", PACKED[:-20], "truncated"), ("gzip", PACKED[:40] + b"?" + PACKED[41:], "truncated"),
-    ("deflate", raw_deflate(BODY), BODY), ("deflate", zlib.compress(BODY)[:-9], "truncated"),
+    ("deflate", compress_raw(BODY), BODY), ("deflate", zlib.compress(BODY)[:-9], "truncated"),
     ("deflate", BODY, BODY), ("gzip, br", PACKED, "encoding"),
     ("br", b"\x8b\x1c\xff\0" + bytes(range(200)), "encoding")])
-def test_bodies_are_unpacked_or_told(packing: str, body: bytes, expected: bytes | str) -> None:
+def test_bodies_are_decompressed_or_reported(packing: str, body: bytes, expected: bytes | str) -> None:
     try:
         found: bytes | str = decode_http_body(body, packing, 10_000)
     except BadRecord as e:
@@ -111,11 +112,11 @@ def test_bodies_are_unpacked_or_told(packing: str, body: bytes, expected: bytes 
     assert found == expected
 
 
-def test_a_bomb_in_a_body_is_not_unpacked() -> None:
+def test_a_decompression_bomb_in_a_body_is_refused() -> None:
     assert len(decode_http_body(gzip.compress(bytes(10_000_000)), "gzip", 1000)) == 1001
 
 
-def test_half_a_packed_page_is_no_document(read) -> None:
+def test_a_truncated_compressed_page_is_not_a_document(read) -> None:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=True)
     for body in (PACKED[:-20], PACKED):
@@ -124,4 +125,4 @@ def test_half_a_packed_page_is_no_document(read) -> None:
         chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
         writer.write_record(writer.create_warc_record("http://a.example", "response", io.BytesIO(chunked),
                                                       http_headers=headers))
-    assert told(read({"a.warc.gz": sink.getvalue()})) == ["truncated", TEXT]
+    assert list_texts_or_codes(read({"a.warc.gz": sink.getvalue()})) == ["truncated", TEXT]

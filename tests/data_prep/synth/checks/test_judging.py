@@ -1,26 +1,28 @@
-"""A step that changes texts changes records of texts, and rejects what it cannot change."""
+"""A step that changes texts edits text records, and rejects conversations that it would change."""
 
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
-from made_runs import GOOD, chat, made_run, rows, sample
+from made_runs import GOOD, build_chat, build_sample, read_rows, write_run
 
 from data_prep.synth.finishing import finish
 
 ADDRESS = "Write to jane.doe@mail.org about it."
 
 
-def test_a_masked_text_is_kept_and_a_masked_conversation_is_not(tmp_path: Path) -> None:
+def test_masked_texts_pass_and_masked_conversations_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "steps.yaml").write_text("steps:\n  - pii: {mask: [email]}\n")
-    told = {"role": "system", "content": f"You know this. {ADDRESS}"}
-    text = made_run(tmp_path / "text", [[sample({"text": f"{GOOD} {ADDRESS}"})], [sample({"text": GOOD})]])
-    chats = made_run(tmp_path / "chats", [[sample(chat("Where?", ADDRESS))],
-                                          [sample(chat("Where?", "Here."))],
-                                          [sample(chat("Where?", "There.", told))]], kind="chat")
+    system_turn = {"role": "system", "content": f"You know this. {ADDRESS}"}
+    text = write_run(tmp_path / "text",
+                     [[build_sample({"text": f"{GOOD} {ADDRESS}"})], [build_sample({"text": GOOD})]])
+    chats = write_run(tmp_path / "chats", [[build_sample(build_chat("Where?", ADDRESS))],
+                                           [build_sample(build_chat("Where?", "Here."))],
+                                           [build_sample(build_chat("Where?", "There.", system_turn))]],
+                      kind="chat")
     for folder in (text, chats):
         finish(folder, tmp_path / "steps.yaml")
-    masked, other = rows(text / "kept.jsonl")
+    masked, other = read_rows(text / "kept.jsonl")
     assert "[email address]" in masked["text"] and "jane" not in masked["text"] and other["text"] == GOOD
-    assert [row["synthetic"]["item"] for row in rows(chats / "kept.jsonl")] == ["i1"]
-    assert [row["reason"] for row in rows(chats / "rejected.jsonl")] == ["changed by a step"] * 2
+    assert [row["synthetic"]["item"] for row in read_rows(chats / "kept.jsonl")] == ["i1"]
+    assert [row["reason"] for row in read_rows(chats / "rejected.jsonl")] == ["changed by a step"] * 2

@@ -1,5 +1,4 @@
-"""docs/synth.md: its steps are sound, its program runs, its table of sources is
-whole."""
+"""docs/synth.md: its steps file is valid, its program runs, and its table lists all sources."""
 
 import json
 import re
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from made_runs import made_run, sample
+from made_runs import build_sample, write_run
 
 from data_prep.synth.checks.settings import DEFAULTS, SOURCES, find_check_problems
 from tests.pages_typed import page_section
@@ -31,7 +30,7 @@ def test_the_steps_of_the_page_are_sound(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made_run(tmp_path / "work/rewritten", [[sample({"text": "half"}, "numbers")]])
+    write_run(tmp_path / "work/rewritten", [[build_sample({"text": "half"}, "numbers")]])
     exec(block("python"), {})
     assert json.loads((tmp_path / "work/rewritten/summary.json").read_text())["num_rejected"] == 1
 
@@ -40,5 +39,5 @@ def test_the_page_names_all_sources_and_all_generators_without_steps() -> None:
     cells = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
     assert [name for name in cells if name in SOURCES] == [*SOURCES]
     without = [file.stem for file in DEFAULTS.glob("*.yaml") if "steps: []" in file.read_text()]
-    told = PAGE[PAGE.index("The output of `answers`"):PAGE.index("goes through no step")]
-    assert sorted(re.findall(r"`([\w-]+)`", told)) == sorted(without)
+    paragraph = PAGE[PAGE.index("The output of `answers`"):PAGE.index("goes through no step")]
+    assert sorted(re.findall(r"`([\w-]+)`", paragraph)) == sorted(without)

@@ -1,4 +1,5 @@
-"""Steps of a file become a pipeline over the sources that a run has; what of a record is judged."""
+"""Steps files for generated samples: steps over the sources of a
+run, and the texts of a record that they see."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_step_passes_over_sources_that_a_run_lacks(file: Path) -> None:
-    found = read_steps(file, {SAMPLES: None})
-    assert [(step.kind, step.only.sources) for step in found.steps] == [
+    steps = read_steps(file, {SAMPLES: None})
+    assert [(step.kind, step.only.sources) for step in steps.steps] == [
         ("exact_dedup", ()), ("minhash_dedup", (SAMPLES,))]
 
 
@@ -41,16 +42,17 @@ def test_a_generator_may_have_steps_of_its_own() -> None:
     assert choose_steps_file(Path("own.yaml"), "answers", "prompt") == Path("own.yaml")
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     (("exact_dedup", "exact_dedupe"), "steps.yaml:4: exact_dedupe: is no step; did you mean 'exact_dedup'"),
     (("threshold: 0.9", "threshold: 9"), "steps.yaml:5: threshold = 9 must be at most 1"),
     (("[samples, input]", "[sample]"), "steps.yaml:6: sources = 'sample': there is no such source"),
     (("steps:", "step:"), "must be a mapping with the list `steps`, and nothing else"),
     (("steps:", "sources: []\nsteps:"), "and nothing else"), (("steps:", "steps: ["), "is not valid YAML")])
-def test_mistakes_in_a_file_are_told_by_line(file: Path, change: tuple[str, str], said: str) -> None:
+def test_mistakes_in_a_steps_file_are_reported_with_their_line(file: Path, change: tuple[str, str],
+                                                               message: str) -> None:
     file.write_text(STEPS.replace(*change))
     problem, = find_check_problems(file)
-    assert said in str(problem)
+    assert message in str(problem)
 
 
 TOLD = {"messages": [
@@ -75,18 +77,19 @@ def test_each_kind_has_its_texts() -> None:
     assert extract_texts("task", {"world": {"tables": {}}}) == {}
 
 
-@pytest.mark.parametrize(("kind", "record", "said"), [
+@pytest.mark.parametrize(("kind", "record", "message"), [
     ("text", {"text": " \n"}, "holds no text"), ("text", {}, "no string field"),
     ("text", {"text": 3}, "no string field"),
     ("chat", {"messages": []}, "non-empty list"), ("chat", {"text": "no chat"}, "is plain text"),
     ("prompt", {}, "prompt"),
     ("chat", {"messages": [{"role": "user", "content": "Alone?"}]}, "assistant"),
     ("text", {"text": "\udc80"}, "surrogate"), ("task", {"question": "\udc80"}, "surrogate")])
-def test_what_no_later_command_takes_is_no_sample(kind: Any, record: dict[str, Any], said: str) -> None:
-    with pytest.raises(NoSample, match=said):
+def test_records_that_later_commands_refuse_are_rejected(kind: Any, record: dict[str, Any],
+                                                         message: str) -> None:
+    with pytest.raises(NoSample, match=message):
         extract_texts(kind, record)
 
 
-def test_text_longer_than_the_limit_is_no_sample() -> None:
+def test_text_longer_than_the_limit_is_rejected() -> None:
     with pytest.raises(NoSample, match="at most"):
         extract_texts("text", {"text": "x" * (33 << 20)})

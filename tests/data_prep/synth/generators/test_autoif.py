@@ -1,4 +1,4 @@
-"""The generator `autoif`: prompts in all their forms, planted faults, and turns as the paper says."""
+"""Generator `autoif`: input forms, planted faults, and the placement of constraints as in the paper."""
 
 import json
 from pathlib import Path
@@ -14,33 +14,29 @@ from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import run_reward
 from tests.data_prep.synth.models import autoif as actor
-from tests.data_prep.synth.scripted import samples_of
+from tests.data_prep.synth.scripted import collect_samples
 from tests.typed_words import keys_of
 
-CASES = {case.what: case for case in reversed(actor.cases())}
-REASONS = {
-    "a sound answer": "", "breaks its constraint": "constraint", "answers in English": "language",
-    "answers in Thai": "language", "slips into Chinese": "foreign script", "is cut off": "ended",
-    "is off the topic": "judge", "talks to the judge": "judge", "translation loses quotations": "translation",
-    "translation stays English": "translation"}
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
 AUTOIF = load_generator("autoif")
 
 
-def autoif(**settings: Any) -> Any:
-    """Return the generator, whose constraints need not be there."""
+def build_generator(**settings: Any) -> Any:
+    """Return the generator; its setting `constraints` may name a missing file."""
     return Generator(AUTOIF, AUTOIF.Settings(**settings))
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_each_fault_is_caught_by_its_check(what: str) -> None:
-    samples = samples_of(autoif(), CASES[what].item, CASES[what].replies)
-    assert {sample.reason for sample in samples} == {REASONS[what]}
+@pytest.mark.parametrize("fault", actor.FAULTS)
+def test_each_fault_is_caught_by_its_check(fault: str) -> None:
+    query, model, check = actor.FAULTS[fault]
+    samples = collect_samples(build_generator(), actor.make_item(query), model)
+    assert {sample.reason for sample in samples} == {check}
 
 
 def test_a_row_holds_the_functions_of_the_reward() -> None:
-    generator = autoif(system_share=1)
-    answer, _ = samples_of(generator, CASES["a sound answer"].item, CASES["a sound answer"].replies)
+    item = actor.make_item(actor.QUERY)
+    answer, other_answer = collect_samples(build_generator(system_share=1), item, actor.build_model())
+    assert (answer.reason, other_answer.reason) == ("", "")
     turns = answer.record["messages"]
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
     record = json.loads(json.dumps(answer.record))
@@ -48,7 +44,7 @@ def test_a_row_holds_the_functions_of_the_reward() -> None:
     assert run_reward(Constraint(), {**record, "response": "다른 말입니다."}).reward == 0
 
 
-def test_half_of_the_constraints_stand_in_the_system_turn_and_half_are_plain() -> None:
+def test_half_of_the_constraints_are_in_the_system_turn_and_half_are_plain() -> None:
     query, constraint = "한글이란\n{constraint} 무엇인가요?", "쉼표를 {query} 쓰지 마세요."
 
     def reply(request: dict[str, object]) -> str:
@@ -58,7 +54,7 @@ def test_half_of_the_constraints_stand_in_the_system_turn_and_half_are_plain() -
     num_in_system, num_plain = 0, 0
     for number in range(80):
         item = GeneratorItem(f"{number}", {"query": query, "constraint": constraint, "functions": []})
-        sample, = samples_of(autoif(num_responses=1), item, reply)
+        sample, = collect_samples(build_generator(num_responses=1), item, reply)
         first, *_ = [turn["content"] for turn in sample.record["messages"]]
         assert constraint in first  # a place inside of a query or constraint is nothing to fill in
         num_in_system += sample.notes["in_system"]
@@ -66,14 +62,14 @@ def test_half_of_the_constraints_stand_in_the_system_turn_and_half_are_plain() -
     assert 24 <= num_in_system <= 56 and 24 <= num_plain <= 56
 
 
-def written(folder: Path, **record: object) -> Path:
+def write_constraint(folder: Path, **record: object) -> Path:
     file = folder / "constraints.jsonl"
     file.write_text(json.dumps({"prompt": "No commas.", "functions": [NO_COMMA], **record}) + "\n")
     return file
 
 
 def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path: Path) -> None:
-    generator = autoif(constraints=str(written(tmp_path, back=["Leave out commas.", 3])))
+    generator = build_generator(constraints=str(write_constraint(tmp_path, back=["Leave out commas.", 3])))
     rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i == 0} for i in range(20)]
     file = tmp_path / "queries.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3], {"prompt": "짧"}]))
@@ -85,19 +81,18 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     assert again == {item.id: item.fields for item in items}
 
 
-@pytest.mark.parametrize(("record", "sentence"), [
+@pytest.mark.parametrize(("record", "message"), [
     ({"functions": ["import os"]}, "constraints.jsonl:1: functions[0] has no function evaluate"),
     ({"functions": None}, "constraints.jsonl:1: functions = None"),
     ({"prompt": "a\nb"}, "prompt must be the constraint")])
-def test_constraints_that_are_none_are_refused(record: dict[str, object], sentence: str,
-                                               tmp_path: Path) -> None:
-    generator = autoif(constraints=str(written(tmp_path, **record)))
+def test_malformed_constraints_are_refused(record: dict[str, object], message: str, tmp_path: Path) -> None:
+    generator = build_generator(constraints=str(write_constraint(tmp_path, **record)))
     with pytest.raises(UserError) as e:
         list(generator.read_items([]))
-    assert sentence in str(e.value)
+    assert message in str(e.value)
 
 
-def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
+def test_all_problems_of_settings_are_reported(tmp_path: Path) -> None:
     assert 'constraints = "" is not set' in str(find_all_problems(AUTOIF.Settings())[0])
     assert "has no file" in str(find_all_problems(AUTOIF.Settings(constraints=str(tmp_path)))[0])
     (tmp_path / "kept.jsonl").touch()

@@ -1,4 +1,4 @@
-"""Constraints with tested functions: planted faults, and cross-validation beside the authors' rule."""
+"""Generator `constraints`: planted faults, and cross-validation against AutoIF's published rule."""
 
 import itertools
 import json
@@ -15,23 +15,24 @@ from data_prep.synth.functions.constraints import (
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.judge.rewards.constraint import ConstraintVerdict
 from tests.data_prep.synth.models import constraints as actor
-from tests.data_prep.synth.scripted import ScriptedRequester, generator, samples_of
+from tests.data_prep.synth.scripted import ScriptedRequester, build_generator, collect_samples
 
-CASES = {case.what: case for case in reversed(actor.cases())}
-REASONS = {
-    "a sound constraint": "", "accepts everything": "agreement", "rejects everything": "tells apart",
+CHECKS = {
+    "": "", "accepts everything": "agreement", "rejects everything": "tells apart",
     "accepts all but blanks": "agreement", "never ends": "ends", "reads a file": "functions",
     "reaches the network": "functions", "gives no truth value": "agreement", "does not parse": "functions",
-    "checks something else": "tells apart", "told back as the contrary": "judge: consistent",
-    "cases that say the contrary": "agreement"}
+    "checks something else": "tells apart", "is described as the contrary": "judge: consistent",
+    "has contrary cases": "agreement"}
+"""Fault of a scripted model -> the check that rejects its constraint."""
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_each_fault_is_caught_by_its_check(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", CHECKS)
+def test_each_fault_is_caught_by_its_check(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints, "CALL_TIME_S", 0.5)
-    sample, = samples_of(generator("constraints", per_call=1), CASES[what].item, CASES[what].replies)
-    assert sample.reason == REASONS[what]
-    if CASES[what].good:
+    sample, = collect_samples(build_generator("constraints", per_call=1), actor.make_item(fault), actor.reply)
+    assert sample.reason == CHECKS[fault]
+    if not fault:
+        # five functions with three cases each, by the generator's defaults
         record = json.loads(json.dumps(sample.record))
         assert len(record["functions"]) == 5 and len(record["cases"]) == 15 and len(record["back"]) == 5
         assert sample.notes["accuracies"] == [1.0] * 5
@@ -48,7 +49,7 @@ def test_a_call_invents_constraints_and_one_bad_answer_costs_one_of_them() -> No
 
     ask = ScriptedRequester(reply, "form.2", load_generator("constraints"))
     item = GeneratorItem("form.2", {"kind": "form", "seeds": "- a seed", "number": 2})
-    samples = list(generator("constraints").make_samples(item, ask))
+    samples = list(build_generator("constraints").make_samples(item, ask))
     assert [(sample.record["prompt"], sample.reason) for sample in samples] == [
         (one, ""), (other, "functions"), ("Repeat {x} twice.", "wording")]
     assert [request["temperature"] for request in ask.requests[:6]] == [0.7, *[0.2] * 5]
@@ -56,8 +57,8 @@ def test_a_call_invents_constraints_and_one_bad_answer_costs_one_of_them() -> No
 
 
 def test_the_packaged_kinds_have_thirty_seeds() -> None:
-    made = generator("constraints", rounds=1)
-    seeds = [seed for item in made.read_items([]) for seed in parse_list_items(item.fields["seeds"])]
+    generator = build_generator("constraints", rounds=1)
+    seeds = [seed for item in generator.read_items([]) for seed in parse_list_items(item.fields["seeds"])]
     assert len(seeds) == len(set(seeds)) == 30 and not any(map(find_wording_problem, seeds))
 
 
@@ -82,18 +83,18 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return run
 
 
-def crossed(drafts: Sequence[Any], ordinary: Sequence[str] = ("z",), **more: Any) -> CheckedFunctions:
+def check_drafts(drafts: Sequence[Any], ordinary: Sequence[str] = ("z",), **more: Any) -> CheckedFunctions:
     return cross_check(drafts, ordinary, **{"min_functions": 1, "min_cases": 1, "min_kept_share": 0,
                                             "min_accuracy": 0.8, **more})
 
 
-def authors(drafts: Sequence[FunctionDraft], accuracy: float) -> set[str]:
+def select_by_autoif(drafts: Sequence[FunctionDraft], accuracy: float) -> set[str]:
     """The functions that AutoIF's released step 3 keeps (a case stays if one function agrees)."""
     cases = {(case.text, case.keeps) for draft in drafts for case in draft.cases}
     sources = {draft.source for draft in drafts}
-    kept = {(text, keeps) for text, keeps in cases if any((text in source) == keeps for source in sources)}
-    return {source for source in sources if kept and
-            sum((text in source) == keeps for text, keeps in kept) / len(kept) >= accuracy}
+    agreed = {(text, keeps) for text, keeps in cases if any((text in source) == keeps for source in sources)}
+    return {source for source in sources if agreed and
+            sum((text in source) == keeps for text, keeps in agreed) / len(agreed) >= accuracy}
 
 
 def test_the_same_functions_stay_as_with_the_authors_code(letters: list[str]) -> None:
@@ -105,21 +106,22 @@ def test_the_same_functions_stay_as_with_the_authors_code(letters: list[str]) ->
         drafts = [FunctionDraft(rng.choice([truth, truth, rng.choice(sets)]), tuple(
             Case(text, (text in truth) != (rng.random() < 0.15)) for text in rng.choices("abcd", k=3)))
             for _ in range(5)]
-        telling = {source for source in authors(drafts, 0.8) if any(
+        telling = {source for source in select_by_autoif(drafts, 0.8) if any(
             case.keeps and case.text in source for draft in drafts for case in draft.cases)}
-        assert set(crossed(drafts).functions) == telling  # no letter is "z": each rejects an ordinary text
+        # no letter is "z": each function rejects an ordinary text
+        assert set(check_drafts(drafts).functions) == telling
         compared += bool(telling)
     assert compared > 50
 
 
-def test_functions_that_tell_nothing_are_refused_where_autoif_keeps_them(letters: list[str]) -> None:
+def test_functions_that_accept_or_reject_everything_are_refused(letters: list[str]) -> None:
     cases = (Case("a", True), Case("b", False), Case("c", False))
-    assert crossed([FunctionDraft(EVERYTHING, cases)]).verdict.check == "tells apart"
-    assert crossed([FunctionDraft(EVERYTHING, cases)], min_kept_share=0.5).verdict.check == "agreement"
-    assert crossed([FunctionDraft(NOTHING, cases)]).verdict.check == "tells apart"
+    assert check_drafts([FunctionDraft(EVERYTHING, cases)]).verdict.check == "tells apart"
+    assert check_drafts([FunctionDraft(EVERYTHING, cases)], min_kept_share=0.5).verdict.check == "agreement"
+    assert check_drafts([FunctionDraft(NOTHING, cases)]).verdict.check == "tells apart"
     not_blank = [FunctionDraft("abz", (Case("a", True), Case(" ", False)))]
-    assert crossed(not_blank).verdict.check == "tells apart"
-    assert crossed(not_blank, ["y"]).functions == ("abz",)
+    assert check_drafts(not_blank).verdict.check == "tells apart"
+    assert check_drafts(not_blank, ["y"]).functions == ("abz",)
 
 
 @pytest.mark.parametrize(("more", "check"), [
@@ -127,14 +129,14 @@ def test_functions_that_tell_nothing_are_refused_where_autoif_keeps_them(letters
 def test_a_failed_check_is_named(more: dict[str, Any], check: str, letters: list[str]) -> None:
     disagreeing = [FunctionDraft("a", (Case("a", True), Case("b", True))),
                    FunctionDraft("b", (Case("c", False),)), "has no block of JSON"]
-    found = crossed(disagreeing, **more)
-    assert (found.verdict.check, found.verdict.passed, found.faults) == (check, False,
-                                                                         ("has no block of JSON",))
+    result = check_drafts(disagreeing, **more)
+    assert (result.verdict.check, result.verdict.passed, result.faults) == (check, False,
+                                                                            ("has no block of JSON",))
 
 
 def test_functions_that_do_not_end_are_few(letters: list[str]) -> None:
-    found = crossed([FunctionDraft(f"{HANGS} {i}", (Case("a", True),)) for i in range(5)])
-    assert (found.verdict.check, letters) == ("ends", [f"{HANGS} 0", f"{HANGS} 1"])
+    result = check_drafts([FunctionDraft(f"{HANGS} {i}", (Case("a", True),)) for i in range(5)])
+    assert (result.verdict.check, letters) == ("ends", [f"{HANGS} 0", f"{HANGS} 1"])
 
 
 SOURCE = "def evaluate(response):\n    return True"

@@ -1,4 +1,5 @@
-"""Generator `solutions`: what is right, ends with its answer and differs is kept, with its thoughts."""
+"""Generator `solutions`: correct solutions that end with their answer and differ from each other are
+accepted, with their thoughts."""
 
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from data_prep.responses.trajectories import read_queries
 from data_prep.synth.replies import NoUsableReply
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents.accounting import RecordTally
-from tests.data_prep.synth.scripted import generator, replies_of, samples_of
+from tests.data_prep.synth.scripted import build_generator, build_queue_model, collect_samples
 
 WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then four, then five: two steps on.",
         "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
@@ -21,15 +22,15 @@ def item(answer: str = "5", **fields: Any) -> GeneratorItem:
                                  **fields})
 
 
-def reasons(replies: Any, asked: GeneratorItem | None = None, **settings: Any) -> list[str]:
-    made = generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
-    return [sample.reason for sample in samples_of(made, asked or item(), replies)]
+def list_reasons(replies: Any, asked: GeneratorItem | None = None, **settings: Any) -> list[str]:
+    generator = build_generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
+    return [sample.reason for sample in collect_samples(generator, asked or item(), replies)]
 
 
-def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tmp_path: Path) -> None:
-    replies = replies_of({"content": f"{WAYS[0]}\n\\boxed{{5}}", "reasoning_content": "Hm."},
-                         f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}")
-    samples = samples_of(generator("solutions", num_draws=3, most=3), item(), replies)
+def test_a_correct_solution_becomes_a_chat_that_trajectories_read(tmp_path: Path) -> None:
+    replies = build_queue_model({"content": f"{WAYS[0]}\n\\boxed{{5}}", "reasoning_content": "Hm."},
+                                f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}")
+    samples = collect_samples(build_generator("solutions", num_draws=3, most=3), item(), replies)
     assert [sample.reason for sample in samples] == ["", "", "answer"]
     assert samples[0].record == {"answer": "5", "messages": [
         {"role": "user", "content": "What is 2 + 3?"},
@@ -48,34 +49,35 @@ def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tm
     ({"content": "\\boxed{5}", "finish_reason": "length"}, "answer"),
 ])
 def test_a_solution_ends_with_its_one_answer(reply: Any, reason: str) -> None:
-    assert reasons(replies_of(reply), num_draws=1, most=1) == [reason]
+    assert list_reasons(build_queue_model(reply), num_draws=1, most=1) == [reason]
 
 
-def test_a_draw_of_no_use_is_a_wrong_one_and_takes_no_other_with_it() -> None:
+def test_an_unusable_draw_counts_as_wrong() -> None:
     good = f"{WAYS[0]}\n\\boxed{{5}}"
-    samples = samples_of(generator("solutions", num_draws=8, least=1, most=1), item(),
-                         lambda request: good if request["seed"] % 4 == 0 else "")
+    samples = collect_samples(build_generator("solutions", num_draws=8, least=1, most=1), item(),
+                              lambda request: good if request["seed"] % 4 == 0 else "")
     assert 0 < len(samples) < 8 and {sample.notes["num_draws"] for sample in samples} == {8}
     assert samples[0].notes["pass_rate"] == len(samples) / 8
     with pytest.raises(NoUsableReply):
-        samples_of(generator("solutions"), item(), lambda request: "")
+        collect_samples(build_generator("solutions"), item(), lambda request: "")
 
 
 def test_solutions_that_are_the_same_count_once() -> None:
     same = f"{WAYS[0]}\n\\boxed{{5}}"
     other = f"Look:\n{same}"
     third = f"{WAYS[1]}\n\\boxed{{5}}"
-    assert reasons(replies_of(same, other, third), least=2, max_similarity=0.7) == ["", "different", ""]
-    assert reasons(replies_of(same, other, other), least=2,
-                   max_similarity=0.7) == ["enough", "different", "different"]
+    assert list_reasons(build_queue_model(same, other, third), least=2,
+                        max_similarity=0.7) == ["", "different", ""]
+    assert list_reasons(build_queue_model(same, other, other), least=2,
+                        max_similarity=0.7) == ["enough", "different", "different"]
 
 
-def test_a_choice_is_asked_for_with_its_letters_and_judged_by_them() -> None:
+def test_multiple_choice_is_prompted_and_judged_by_letters() -> None:
     asked = item("B", choices=["four", "five"])
     requests: list[Any] = []
-    answers = replies_of("\\boxed{B}", "\\boxed{A}")
-    samples = samples_of(generator("solutions", num_draws=2, least=1, most=2), asked,
-                         lambda request: requests.append(request) or answers(request))
+    answers = build_queue_model("\\boxed{B}", "\\boxed{A}")
+    samples = collect_samples(build_generator("solutions", num_draws=2, least=1, most=2), asked,
+                              lambda request: requests.append(request) or answers(request))
     assert "What is 2 + 3?\n\nA. four\nB. five\n\nGive the letter" in requests[0]["messages"][-1]["content"]
     assert [sample.reason for sample in samples] == ["", "answer"]
     assert samples[0].record["messages"][0]["content"] == "What is 2 + 3?\n\nA. four\nB. five"
@@ -87,4 +89,4 @@ def test_a_problem_needs_its_answer(tmp_path: Path) -> None:
     file = tmp_path / "problems.jsonl"
     file.write_text('{"problem": "Why?"}\n')
     with pytest.raises(UserError, match=r"problems.jsonl:1: has no answer; add it"):
-        list(generator("solutions").read_items([file]))
+        list(build_generator("solutions").read_items([file]))

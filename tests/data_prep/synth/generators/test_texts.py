@@ -1,4 +1,4 @@
-"""Texts of models and documents are measured; items are made of them."""
+"""Text functions of generators (language, numbers, quotations, similarity), and documents as items."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_quotations_of_all_marks() -> None:
     ("Sum `a + b` for {name} at https://a.example/x?y=1.", ["`a + b`", "https://a.example/x?y=1", "{name}"]),
     ("Hello %s, see <b>this</b>.", ["%s", "</b>", "<b>"]),
     ("It costs $5 or $6, and $x^2$ is x squared.", ["$x^2$"]), ("Plain words.", [])])
-def test_code_stands_apart_from_prose(text: str, code: list[str]) -> None:
+def test_code_is_separated_from_prose(text: str, code: list[str]) -> None:
     assert find_code(text) == code and not find_code(remove_code(text))
     assert remove_code("Say “a b”.", ["a b"]) == "Say “ ”."
 
@@ -86,7 +86,7 @@ def test_chrf_is_sacrebleus() -> None:
     assert compute_chrf(one, other) == sentence_chrf(one, [other]).score
 
 
-def test_a_place_inside_of_a_text_is_nothing_to_fill_in() -> None:
+def test_placeholders_inside_inserted_text_stay() -> None:
     assert fill_phrasing("{a}: {b} {c}", a="{b}", b="x") == "{b}: x {c}"
 
 
@@ -107,13 +107,13 @@ def test_each_text_is_one_item_known_by_its_content(tmp_path: Path) -> None:
     assert again[0].id == items[1].id
 
 
-@pytest.mark.parametrize(("text", "told"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("short", "holds no document of 200 bytes"), (None, "documents.jsonl:1")])
-def test_what_is_no_document_is_told(tmp_path: Path, text: str | None, told: str) -> None:
+def test_input_without_a_document_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     file = write(tmp_path, text or "")
     if text is None:
         file.write_text('{"no": "text"}\n')
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         list(read_document_items([file], DocumentSettings()))
 
 

@@ -1,4 +1,4 @@
-"""Translations: what is kept, and why others are not."""
+"""Generator `translation`: accepted translations, and the check that rejects each fault."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.synth.scripted import ScriptedRequester, by_system, generator as build, samples_of
+from tests.data_prep.synth.scripted import ScriptedRequester, build_generator, build_model, collect_samples
 
 SOURCE = ("The tide gauge at the old harbour was built in 1911. Two keepers note the height of the water "
           "every "
@@ -23,7 +23,7 @@ KOREAN = ("옛 항구의 조위계는 1911년에 세워졌다. 두 명의 지기
 BACK = SOURCE.replace("keepers note", "wardens write down").replace("leaves", "departs")
 
 
-@pytest.mark.parametrize(("said", "back", "grade", "reason"), [
+@pytest.mark.parametrize(("reply", "back", "grade", "reason"), [
     (KOREAN, BACK, 9, ""), (KOREAN.replace("1911", "1912"), BACK, 9, "numbers"),
     (KOREAN.replace("{visitor}", "방문자"), BACK, 9, "code and placeholders"),
     (KOREAN.replace("--show", "--보기"), BACK, 9, "code and placeholders"), (SOURCE, BACK, 9, "language"),
@@ -31,11 +31,13 @@ BACK = SOURCE.replace("keepers note", "wardens write down").replace("leaves", "d
     (KOREAN, BACK, 2, "judge: translated"), (KOREAN * 9, BACK, 9, "code and placeholders"),
     ({"content": f"<translation>{KOREAN}", "finish_reason": "length"}, BACK, 9, "complete"),
     ({"content": KOREAN}, BACK, 9, "form")])
-def test_each_planted_fault_is_seen_for_what_it_is(said: Any, back: str, grade: float, reason: str) -> None:
-    text = said if isinstance(said, dict) else f"<translation>{said}</translation>"
-    model = by_system(You_translate_exactly=f"<translation>{back}</translation>", You_translate=text,
-                      grade=grade)
-    sample, = samples_of(build("translation", language="ko"), GeneratorItem("x", {"text": SOURCE}), model)
+def test_each_planted_fault_is_rejected_by_its_check(reply: Any, back: str, grade: float,
+                                                     reason: str) -> None:
+    text = reply if isinstance(reply, dict) else f"<translation>{reply}</translation>"
+    model = build_model(You_translate_exactly=f"<translation>{back}</translation>", You_translate=text,
+                        grade=grade)
+    generator = build_generator("translation", language="ko")
+    sample, = collect_samples(generator, GeneratorItem("x", {"text": SOURCE}), model)
     assert sample.reason == reason
 
 
@@ -56,40 +58,42 @@ def dictionary(request: Any) -> str:
     return f"<translation>{(words | back)[text]}</translation>"
 
 
+KOREAN: dict[str, Any] = {"language": "ko", "keep_quotes": True, "source_language": "en"}
 CHAT = [{"role": "user", "content": "What is a token?"},
         {"role": "assistant", "content": "A piece of a text."}]
 
 
 def test_chats_keep_their_roles(tmp_path: Path) -> None:
-    generator = build("translation", language="ko", keep_quotes=True, form="chat", source_language="en")
+    generator = build_generator("translation", form="chat", **KOREAN)
     item, = generator.read_items([write(tmp_path, {"messages": CHAT})])
-    sample, = samples_of(generator, item, dictionary)
+    sample, = collect_samples(generator, item, dictionary)
     assert sample.reason == ""
     assert sample.record["messages"] == [{"role": "user", "content": "토큰이란 무엇인가?"},
                                          {"role": "assistant", "content": "글의 한 조각이다."}]
     assert parse_record(dict(sample.record), "x", 1, RecordReading(kind="chat")).kind == "chat"
 
 
-def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:
-    generator = build("translation", language="ko", keep_quotes=True, form="prompt", source_language="en")
+def test_prompts_keep_the_fields_of_their_reward(tmp_path: Path) -> None:
+    generator = build_generator("translation", form="prompt", **KOREAN)
     item, = generator.read_items([write(tmp_path, {"prompt": "What is a token?", "answer": "12"})])
-    sample, = samples_of(generator, item, dictionary)
+    sample, = collect_samples(generator, item, dictionary)
     assert sample.reason == "" and sample.record["answer"] == "12" and generator.kind == "prompt"
     assert sample.record["prompt"] == [{"role": "user", "content": "토큰이란 무엇인가?"}]
 
 
 def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    generator = build("translation", language="ko", keep_quotes=True, form="chat", source_language="en")
+    generator = build_generator("translation", form="chat", **KOREAN)
     item, = generator.read_items([write(tmp_path, {"messages": CHAT, "tools": tools})])
     ask = ScriptedRequester(dictionary)
     sample, = generator.make_samples(item, ask)
     assert (sample.reason, ask.calls) == ("plain messages", 0)
 
 
-def test_what_is_in_the_language_already_costs_nothing() -> None:
+def test_text_in_the_target_language_is_rejected_without_a_request() -> None:
     ask = ScriptedRequester(dictionary)
-    sample, = build("translation", language="en").make_samples(GeneratorItem("x", {"text": SOURCE}), ask)
+    generator = build_generator("translation", language="en")
+    sample, = generator.make_samples(GeneratorItem("x", {"text": SOURCE}), ask)
     assert (sample.reason, ask.calls) == ("source language", 0)
 
 
@@ -97,7 +101,7 @@ def test_problems_of_settings(tmp_path: Path) -> None:
     settings = load_generator("translation").Settings
     assert find_all_problems(settings(language="ko")) == []
     with pytest.raises(UserError, match="name the language"):
-        list(build("translation").read_items([write(tmp_path, {"text": SOURCE})]))
+        list(build_generator("translation").read_items([write(tmp_path, {"text": SOURCE})]))
 
 
 @pytest.mark.parametrize(("source", "made", "quotes", "reason"), [
@@ -108,9 +112,10 @@ def test_problems_of_settings(tmp_path: Path) -> None:
     ("The house is old. Nobody lives in it, and the roof has long since fallen down.",
      "집이 낡았고 오래전부터 아무도 그곳에 살지 않으며 지붕도 무너졌다. "
      "and the roof has long since fallen down", False, "untranslated")])
-def test_what_is_lost_is_seen(source: str, made: str, quotes: bool, reason: str) -> None:
-    model = by_system(You_translate_exactly=f"<translation>{source}</translation>",
-                      You_translate=f"<translation>{made}</translation>", grade=9)
-    sample, = samples_of(build("translation", language="ko", source_language="en", keep_quotes=quotes),
-                         GeneratorItem("x", {"text": source}), model)
+def test_lost_quotations_and_untranslated_parts_are_rejected(source: str, made: str, quotes: bool,
+                                                             reason: str) -> None:
+    model = build_model(You_translate_exactly=f"<translation>{source}</translation>",
+                        You_translate=f"<translation>{made}</translation>", grade=9)
+    generator = build_generator("translation", language="ko", source_language="en", keep_quotes=quotes)
+    sample, = collect_samples(generator, GeneratorItem("x", {"text": source}), model)
     assert sample.reason == reason

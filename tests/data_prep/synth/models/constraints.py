@@ -1,19 +1,42 @@
-"""A scripted model for the generator `constraints`: it invents rules, writes functions with cases, and says
-what functions ask for; where a fault is planted in a constraint it commits that fault."""
+"""A scripted model for the generator `constraints`: it invents constraints, writes functions with cases, and
+describes functions. A fault named in a constraint ("... (planted: never ends)") is committed."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from data_prep.synth.samples import GeneratorItem
-from tests.data_prep.synth.models.cases import Case, asked as asked_of, grade, graded_in
-from tests.data_prep.synth.models.rules import Rule, rules
+from tests.data_prep.synth.models.judge import is_request_to_judge, judge
 
-RULES = {rule.text: rule for rule in rules()}
-TOPIC = "골목"
-FAULTS: Mapping[str, str] = {
+SENTENCE = "골목에 대한 이야기입니다. 사람들은 이것을 오래전부터 알고 있었고 지금도 자주 찾습니다. "
+"""Korean without digits, commas, quotation marks or line ends."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A constraint on the number of times that a word occurs."""
+
+    min_count: int
+
+    @property
+    def text(self) -> str:
+        return f'Use the word "이유" at least {self.min_count} times.'
+
+    @property
+    def expression(self) -> str:
+        """Return what the check function returns."""
+        return f"response.count('이유') >= {self.min_count}"
+
+    @property
+    def description(self) -> str:
+        """Return the text of a model that reads the function."""
+        return f'The word "이유" must occur {self.min_count} times or more.'
+
+
+RULES = {rule.text: rule for rule in map(Rule, (1, 2, 3))}
+FAULTS = {
     "accepts everything": "True",
     "rejects everything": "False",
     "accepts all but blanks": "len(response.strip()) > 0",
@@ -23,70 +46,53 @@ FAULTS: Mapping[str, str] = {
     "gives no truth value": "response.find('x')",
     "does not parse": "response ==",
     "checks something else": "len(response) % 7 == 3",
-    "told back as the contrary": "",
-    "cases that say the contrary": "",
+    "is described as the contrary": "",
+    "has contrary cases": "",
 }
-"""What is wrong -> what the function returns, where that is what is wrong."""
-_CONSTRAINT = re.compile(r"Instruction:\n(.*?)\n\nWrite a function", re.DOTALL)
-_FUNCTION = re.compile(r"```python\n(.*?)\n```", re.DOTALL)
-_RULE = re.compile(r"^# rule: (.*)$", re.MULTILINE)
-_FAULT = re.compile(r" \(planted: (.*?)\)$")
+"""Fault -> expression of the check function; empty: the function is sound."""
+_CONSTRAINT = re.compile(r"Instruction:\n(.*?)(?: \(planted: (.*?)\))?\n\nWrite a function", re.DOTALL)
+_RULE_OF_FUNCTION = re.compile(r"^# rule: (.*?)(?: \(planted: (.*?)\))?$", re.MULTILINE)
 
 
 def reply(request: Mapping[str, Any]) -> str:
-    """Return what the model says to a request."""
-    if graded := graded_in(request):
-        constraint = _FAULT.sub("", graded.material["instruction"])
-        same = constraint in RULES and graded.material["what is checked"] == RULES[constraint].back
-        return grade(9 if same else 1, graded)
-    _, asked = asked_of(request)
-    if "different instructions" in asked:
-        wanted = int(re.findall(r"Write (\d+) different", asked)[0])
-        return "\n".join(["Sure:", *(f"- {text}" for text in list(RULES)[:wanted - 1])])
-    if found := _CONSTRAINT.search(asked):
-        return _check(found[1].strip(), request["seed"])
-    source = _RULE.search(_FUNCTION.findall(asked)[0])
-    return _told_back(source[1]) if source else "Say something."
-
-
-def _told_back(constraint: str) -> str:
-    fault = _FAULT.search(constraint)
-    if fault and fault[1] == "checks something else":
+    """Answer a request for constraints, a function, the description of a function, or a grade."""
+    if is_request_to_judge(request):
+        return judge(request, _grade_description)
+    prompt = request["messages"][-1]["content"]
+    if request_for_ideas := re.search(r"Write (\d+) different instructions", prompt):
+        num_ideas = int(request_for_ideas[1]) - 1  # the seed of the item is an instruction too
+        return "\n".join(["Sure:", *(f"- {text}" for text in list(RULES)[:num_ideas])])
+    if constraint := _CONSTRAINT.search(prompt):
+        return _write_function(RULES[constraint[1]], constraint[2] or "", request["seed"])
+    rule = _RULE_OF_FUNCTION.search(prompt)
+    if rule is None or rule[2] == "checks something else":
         return "Divided by seven, the number of characters leaves three."
-    back = RULES[_FAULT.sub("", constraint)].back
-    return "Do the contrary of this: " + back if fault and "contrary" in fault[1] else back
+    description = RULES[rule[1]].description
+    is_contrary = rule[2] == "is described as the contrary"
+    return f"Do the contrary of this: {description}" if is_contrary else description
 
 
-def _check(constraint: str, seed: int) -> str:
-    """Return a function of its own for each seed, with three cases."""
-    fault = _FAULT.search(constraint)
-    rule = RULES[_FAULT.sub("", constraint)]
-    body = (FAULTS[fault[1]] if fault else "") or rule.body
-    number = seed % 1_000_000
-    cases = [{"input": rule.keeping(TOPIC, number), "output": True},
-             {"input": rule.breaking(TOPIC, number), "output": False},
-             {"input": rule.breaking("도시", number), "output": "false"}]
-    if fault and fault[1] == "cases that say the contrary":
-        cases = [{**case, "output": number_of_case > 0} for number_of_case, case in enumerate(cases)]
-    source = f"def evaluate(response):\n    # rule: {constraint}\n    # {number}\n    return {body}"
-    source = source.replace("    # rule", "# rule")  # at the beginning of its line
+def _grade_description(material: Mapping[str, str]) -> int:
+    text = material["instruction"].partition(" (planted")[0]
+    return 9 if material["what is checked"] == RULES[text].description else 1
+
+
+def _write_function(rule: Rule, fault: str, seed: int) -> str:
+    """Return a function and three cases, which differ for each seed."""
+    planted = f" (planted: {fault})" if fault else ""
+    source = (f"def evaluate(response):\n# rule: {rule.text}{planted}\n    # {seed}\n"
+              f"    return {FAULTS.get(fault) or rule.expression}")
+    text = f"{SENTENCE}{seed}"
+    cases = [{"input": text + " 이유" * rule.min_count, "output": True},
+             {"input": text + " 이유" * (rule.min_count - 1), "output": False},
+             {"input": "도시 " + text, "output": "false"}]
+    if fault == "has contrary cases":
+        cases = [{**case, "output": case["output"] is not True} for case in cases]
     return f"```python\n{source}\n```\n```json\n{json.dumps(cases, ensure_ascii=False)}\n```"
 
 
-def cases() -> list[Case]:
-    """Return a sound constraint, and one of each planted fault."""
-    texts = list(RULES)
-    return [Case(_item(texts[0]), reply, True, "a sound constraint"),
-            *(Case(_item(f"{texts[7 * place % len(texts)]} (planted: {fault})"), reply, False, fault)
-              for place, fault in enumerate(FAULTS))]
-
-
-def _item(constraint: str) -> GeneratorItem:
-    digest = hashlib.sha256(constraint.encode()).hexdigest()[:16]
-    fields = {"kind": "form", "seeds": f"- {constraint}", "number": 1}
-    return GeneratorItem(f"case.{digest}", fields, "planted")
-
-
-def rule_of(constraint: str) -> Rule:
-    """Return the rule of a constraint, by its words or by what its functions ask for."""
-    return RULES.get(constraint) or next(rule for rule in RULES.values() if rule.back == constraint)
+def make_item(fault: str = "") -> GeneratorItem:
+    """Return the item whose constraint has a fault, or is sound."""
+    text = next(iter(RULES)) + (f" (planted: {fault})" if fault else "")
+    fields = {"kind": "form", "seeds": f"- {text}", "number": 1}
+    return GeneratorItem(f"case.{fault or 'sound'}", fields, "planted")

@@ -1,5 +1,4 @@
-"""A scripted model that works in the worlds of `shops`: it finds, acts and answers as its rules say, and can
-play the user and the judge too.  Each answer follows from the request alone."""
+"""A scripted clerk in the worlds of `shops`, and its user and judge; all replies follow from the request."""
 
 import json
 import re
@@ -10,7 +9,7 @@ from tests.data_prep.synth.models import shops
 
 GREETING = "Good morning. I am {email}."
 DONE = "###DONE###"
-JUDGED = "You grade a response by a rubric"
+OFFER = "What can I do for you?"
 
 
 def call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,12 +22,12 @@ def call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def next_turn(request: Mapping[str, Any]) -> str | dict[str, Any]:
     """Return the clerk's next turn."""
     messages = request["messages"]
-    said = " ".join(message["content"] for message in messages if message["role"] == "user")
-    wish = shops.wish_in(said)
+    user_text = " ".join(message["content"] for message in messages if message["role"] == "user")
+    wish = shops.parse_wish(user_text)
     if wish is None:
-        return "What can I do for you?"
-    name = shops.trade_of(messages[0]["content"]).tools
-    known = shops.results_of(messages)
+        return OFFER
+    name = shops.find_trade(messages[0]["content"]).tools
+    known = shops.read_results(messages)
     if name["person"] not in known:
         return call(name["person"], {"email": wish.email})
     if name["things"] not in known:
@@ -43,31 +42,30 @@ def next_turn(request: Mapping[str, Any]) -> str | dict[str, Any]:
     if name["orders"] not in known:
         return call(name["orders"], {"person_id": person_id})
     if name["end"] not in known:
-        places = dict(zip(known[name["orders"]]["things"], known[name["orders"]]["ids"], strict=True))
-        return call(name["end"], {"order_id": places.get(thing["id"], "O0")})
+        order_ids = dict(zip(known[name["orders"]]["things"], known[name["orders"]]["ids"], strict=True))
+        return call(name["end"], {"order_id": order_ids.get(thing["id"], "O0")})
     return f"{known[name['end']]['id']} has ended."
 
 
 def user_turn(request: Mapping[str, Any]) -> str:
-    """Return what a user says that is told to reveal its need piece by piece."""
+    """Return the next turn of a user who greets first, then states the need, then ends."""
     prompt = request["messages"][-1]["content"]
     need = prompt.partition("all that you know:\n")[2].partition("\n\nHow you speak:")[0]
-    wish = shops.wish_in(need)
-    heard = prompt.partition("The conversation so far:\n")[2]
-    if not heard:
+    wish = shops.parse_wish(need)
+    conversation = prompt.partition("The conversation so far:\n")[2]
+    if not conversation:
         return GREETING.format(email=wish.email if wish else "nobody@example.com")
-    return DONE if f"You: {need}" in heard else need
+    return DONE if f"You: {need}" in conversation else need
 
 
-def judged(request: Mapping[str, Any]) -> str:
-    """Return the grade of a judge that looks for claims of a present which no tool ever makes, and does as it
-    is told outside of the fence."""
+def judge_conversation(request: Mapping[str, Any]) -> str:
+    """Return a low grade if the clerk claims a present, which no tool makes, or commands the judge."""
     rules, material = (message["content"] for message in request["messages"][:2])
-    bad = "a present" in material or "give 10" in rules
-    return json.dumps({"reason": "by the calls", "score": 2 if bad else 9})
+    is_bad = "a present" in material or "give 10" in rules
+    return json.dumps({"reason": "by the calls", "score": 2 if is_bad else 9})
 
 
-def number_in(prompt: str, pattern: str) -> int:
-    """Return the number that a prompt names."""
-    found = re.search(pattern, prompt)
-    return int(found[1]) if found else 0
+def find_number(prompt: str, pattern: str) -> int:
+    """Return the number that `pattern` captures in a prompt, or 0."""
+    match = re.search(pattern, prompt)
+    return int(match[1]) if match else 0

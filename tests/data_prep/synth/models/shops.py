@@ -1,7 +1,5 @@
-"""Worlds of one build and many trades, for scripted models: things in stock, people who order them, orders.
-
-Everything follows from the trade and a number, so that a script which is shown a world knows its way.
-"""
+"""Worlds for scripted models: shops with a stock, customers and orders. Each follows from its trade and
+number, so a scripted model can act in a world that it reads in a prompt."""
 
 import json
 import re
@@ -9,12 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TRADES = (("library", "book", "member", "loan"), ("bicycle shop", "bike", "rider", "rental"),
-          ("garden centre", "plant", "gardener", "order"), ("hardware store", "tool_kit", "builder", "lease"),
-          ("bakery", "cake", "guest", "order"), ("boat harbour", "boat", "sailor", "charter"),
-          ("music school", "instrument", "pupil", "loan"), ("ski hut", "sledge", "skier", "rental"),
-          ("film club", "film", "viewer", "loan"), ("tea house", "tea", "drinker", "order"))
-"""Domain, a thing, a person, an order."""
 _FIRST = ("Amber", "Birch", "Cedar", "Dune", "Ember", "Fjord", "Grove", "Heron", "Iris", "Jade")
 _LAST = ("Star", "River", "Stone", "Moon", "Field", "Crown", "Wind", "Light")
 _PEOPLE = ("mina", "joon", "somchai", "ada", "lena", "omar", "nok", "ivan", "sara", "kofi")
@@ -23,7 +15,7 @@ NUM_THINGS, NUM_PEOPLE, NUM_ORDERS = 6, 4, 3
 
 @dataclass(frozen=True)
 class Trade:
-    """Names of one trade."""
+    """Nouns of one trade, from which the names of its tools follow."""
 
     domain: str
     thing: str
@@ -32,22 +24,20 @@ class Trade:
 
     @property
     def tools(self) -> dict[str, str]:
-        """Return what a tool does -> its name."""
+        """Map an action to the name of its tool."""
         return {"person": f"find_{self.person}", "things": f"find_{self.thing}s",
                 "orders": f"list_{self.order}s", "make": f"make_{self.order}", "end": f"end_{self.order}"}
 
 
-def trade(number: int) -> Trade:
-    """Return a trade by its number, which may be any."""
-    return Trade(*TRADES[number % len(TRADES)])
+TRADES = (Trade("library", "book", "member", "loan"), Trade("bakery", "cake", "guest", "order"))
 
 
-def trade_of(text: str) -> Trade:
-    """Return the trade whose domain a text names."""
-    return next(Trade(*names) for names in TRADES if names[0] in text)
+def find_trade(text: str) -> Trade:
+    """Return the trade whose domain occurs in a text."""
+    return next(trade for trade in TRADES if trade.domain in text)
 
 
-def state(of: Trade, number: int) -> dict[str, Any]:
+def build_tables(trade: Trade, number: int) -> dict[str, Any]:
     """Return name, rules and tables of a world."""
     things = {f"T{i + 1}": {"title": f"{_FIRST[(number + i) % 10]} {_LAST[(number * 3 + i) % 8]}",
                             "price": 11 + (number * 7 + i * 13) % 60, "stock": (number + i * 2) % 5}
@@ -59,10 +49,10 @@ def state(of: Trade, number: int) -> dict[str, Any]:
                             "count": i + 1, "status": "open", "note": None} for i in range(NUM_ORDERS)}
     kinds = {"person": "str", "thing": "str", "count": "int", "status": "Literal['open', 'ended']",
              "note": "str | None"}
-    return {"name": of.domain.replace(" ", "_"),
-            "rules": f"You work in a {of.domain}. Find the {of.person} by e-mail first, and a {of.thing} by "
-                     "its title. Do only what is asked for. In the end say what you did, with the total if "
-                     "there is one.",
+    return {"name": trade.domain.replace(" ", "_"),
+            "rules": f"You work in a {trade.domain}. Find the {trade.person} by e-mail first, and a "
+                     f"{trade.thing} by its title. Do only what is asked for. In the end say what you did, "
+                     "with the total if there is one.",
             "tables": {
                 "things": {"columns": {"title": "str", "price": "int", "stock": "int"}, "rows": things},
                 "people": {"columns": {"name": "str", "email": "str", "active": "bool"}, "rows": people},
@@ -124,14 +114,14 @@ def end_ORDER(tables, order_id: str):
 '''
 
 
-def code(of: Trade) -> str:
-    """Return the tools of a world."""
-    return CODE.replace("PERSON", of.person).replace("THING", of.thing).replace("ORDER", of.order)
+def write_code(trade: Trade) -> str:
+    """Return the source of a world's tools."""
+    return CODE.replace("PERSON", trade.person).replace("THING", trade.thing).replace("ORDER", trade.order)
 
 
-def examples(of: Trade, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a call of each tool that gives a result on the first tables."""
-    name, things = of.tools, tables["things"]["rows"]
+def build_examples(trade: Trade, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a call of each tool that succeeds on the first tables."""
+    name, things = trade.tools, tables["things"]["rows"]
     stocked = next(key for key, row in things.items() if row["stock"])
     calls = {"person": {"email": tables["people"]["rows"]["P1"]["email"]}, "orders": {"person_id": "P1"},
              "things": {"title": things["T1"]["title"]}, "end": {"order_id": "O1"},
@@ -139,34 +129,35 @@ def examples(of: Trade, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name[tool], "arguments": arguments} for tool, arguments in calls.items()]
 
 
-def world(number: int) -> dict[str, Any]:
-    """Return a whole world."""
-    of = trade(number)
-    tables = state(of, number)
-    return {**tables, "code": code(of), "examples": examples(of, tables["tables"])}
+def build_world(number: int) -> dict[str, Any]:
+    """Return a complete world; its number is the index of a trade plus 10 times a design number."""
+    trade = TRADES[number % 10]
+    tables = build_tables(trade, number)
+    examples = build_examples(trade, tables["tables"])
+    return {**tables, "code": write_code(trade), "examples": examples}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What somebody wants."""
+    """An order, the end of an order, or a question about a price."""
 
     email: str
     title: str
     count: int
-    """To order; 0: to end the order that there is; -1: to know the price."""
+    """Things to order; 0: end the existing order; -1: state the price."""
 
-    def question(self, of: Trade) -> str:
-        """Return it in words, from which `wish_in` reads it again."""
+    def write_question(self, trade: Trade) -> str:
+        """Return a text that `parse_wish` reads back."""
         if self.count > 0:
-            return (f"I am {self.email}. Please make a {of.order} of {self.count} x '{self.title}'. What "
+            return (f"I am {self.email}. Please make a {trade.order} of {self.count} x '{self.title}'. What "
                     "is the total?")
         if self.count == 0:
-            return f"I am {self.email}. Please end my {of.order} of '{self.title}'."
+            return f"I am {self.email}. Please end my {trade.order} of '{self.title}'."
         return f"I am {self.email}. What is the price of '{self.title}'?"
 
 
-def wish_in(text: str) -> Wish | None:
-    """Return the wish that a text tells; None: it tells none, or not all of it."""
+def parse_wish(text: str) -> Wish | None:
+    """Return the wish in a text; None if the text has no complete wish."""
     email = re.findall(r"I am (\S+@\S+\.com)", text)
     for count, title in re.findall(r"(?:(\d+) x|price of|of) '([^']+)'", text)[-1:]:
         if email:
@@ -175,22 +166,21 @@ def wish_in(text: str) -> Wish | None:
     return None
 
 
-def task(shown: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return a task of a world: question, calls, answers.
+def build_task(world: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return a task in a world: question, calls, answers.
 
     Args:
-        shown: the world.
-        number: of the task; three kinds take turns.
+        world: returned by `build_world`.
+        number: modulo 3 it is the kind of task: 0: order, 1: end an order, 2: ask for a price.
     """
-    of, tables = trade_of(shown["rules"]), shown["tables"]
-    name, things, people = of.tools, tables["things"]["rows"], tables["people"]["rows"]
+    trade, tables = find_trade(world["rules"]), world["tables"]
+    name, things, people = trade.tools, tables["things"]["rows"], tables["people"]["rows"]
     kind = number % 3
     if kind == 1:
         order_id = f"O{number // 3 % NUM_ORDERS + 1}"
         order = tables["orders"]["rows"][order_id]
-        wish, person_id, thing_id = Wish(people[order["person"]]["email"], things[order["thing"]]["title"],
-                                         0), order["person"], order["thing"]
-        calls = [(name["orders"], {"person_id": person_id}), (name["end"], {"order_id": order_id})]
+        wish = Wish(people[order["person"]]["email"], things[order["thing"]]["title"], count=0)
+        calls = [(name["orders"], {"person_id": order["person"]}), (name["end"], {"order_id": order_id})]
         answers: list[str] = []
     else:
         person_id = f"P{number // 3 % 3 + 1}"
@@ -199,22 +189,24 @@ def task(shown: Mapping[str, Any], number: int) -> dict[str, Any]:
         thing = things[thing_id]
         count = min(2, thing["stock"]) if kind == 0 else -1
         wish = Wish(people[person_id]["email"], thing["title"], count)
-        calls = [(name["make"], {"person_id": person_id, "thing_id": thing_id, "count": count})] * (kind == 0)
+        calls = []
+        if kind == 0:
+            calls = [(name["make"], {"person_id": person_id, "thing_id": thing_id, "count": count})]
         answers = [str(thing["price"] * max(1, count))]
     calls = [(name["person"], {"email": wish.email}), (name["things"], {"title": wish.title}), *calls]
-    return {"question": wish.question(of), "answers": answers,
+    return {"question": wish.write_question(trade), "answers": answers,
             "calls": [{"name": called, "arguments": arguments} for called, arguments in calls]}
 
 
-def results_of(messages: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return tool -> its last result that is JSON, of a conversation."""
-    names, found = {}, {}
+def read_results(messages: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Map each tool to its last result in JSON in a conversation."""
+    names, results = {}, {}
     for message in messages:
         for call in message.get("tool_calls") or ():
             names[call["id"]] = call["function"]["name"]
         if message["role"] == "tool":
             try:
-                found[names[message["tool_call_id"]]] = json.loads(message["content"])
-            except ValueError:  # an error, in words
+                results[names[message["tool_call_id"]]] = json.loads(message["content"])
+            except ValueError:  # an error message
                 continue
-    return found
+    return results

@@ -31,16 +31,16 @@ def python(monkeypatch: pytest.MonkeyPatch) -> Python:
             return SimpleNamespace(status=status, stdout=stdout, stderr=stderr, reason=reason)
 
     monkeypatch.setattr(world, "Sandbox", Double)
-    found = Python()
-    found.reset(Python.EXAMPLES[0])
-    return found
+    result = Python()
+    result.reset(Python.EXAMPLES[0])
+    return result
 
 
-@pytest.mark.parametrize("program, told", [
+@pytest.mark.parametrize("program, output", [
     ("print(1)", "1"), ("x", "[stderr]\nNameError: x\n[error: exit code 1]"),
     ("while 1: pass", "so far\n[timeout: took longer than 10 s]"), ("pass", "[the program printed nothing]")])
-def test_program_output_is_returned(python: Python, program: str, told: str) -> None:
-    assert python.call("run_python", {"code": program}) == told
+def test_program_output_is_returned(python: Python, program: str, output: str) -> None:
+    assert python.call("run_python", {"code": program}) == output
 
 
 @pytest.mark.parametrize("program, code", [("full", "infrastructure"), ("\0", "refused")])

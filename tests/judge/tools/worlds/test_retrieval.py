@@ -81,14 +81,14 @@ def test_ranks_follow_the_bm25_formula() -> None:
         assert [s for _, s in index.search(" ".join(query), 10)] == pytest.approx([s for _, s in best])
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     ({"corpus": "nowhere.jsonl"}, 'corpus = "nowhere.jsonl" is no file'),
     ({"read": "search_law"}, "must not be that of search"),
     ({"keys": []}, "keys"), ({"top_k": 0}, "top_k = 0"),
     ({"text": "body"}, ":1: its 'body' must be text"),
     ({"keys": ["law"]}, ":1: has no 'law'"), ({"query": "my query"}, 'query = "my query"')])
-def test_invalid_settings_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_settings_are_named(corpus: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         legal(corpus, change)
 
 

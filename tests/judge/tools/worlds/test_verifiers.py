@@ -118,7 +118,7 @@ ADD = ServedTurn("hm", "", (ToolCall("add", {"n": 1}), ToolCall("add", {"n": 2})
 TASK = {"task": 0}
 
 
-def said(text: str) -> ServedTurn:
+def build_text_turn(text: str) -> ServedTurn:
     return ServedTurn("", text)
 
 
@@ -148,13 +148,12 @@ def play(tmp_path: Path) -> Iterator[Play]:
         world.end()
 
 
-def test_environment_user_answers_and_scores(
-        play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_user_answers_and_scores(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY", "secret")
     world = play()
     assert world.reset(TASK) == Observation("Say a.") and world.tools()[0]["function"]["name"] == "add"
-    assert world.reply(said("a")) == TurnReply(user="Say b.")
-    assert world.reply(said("b")) == TurnReply(is_over=True)
+    assert world.reply(build_text_turn("a")) == TurnReply(user="Say b.")
+    assert world.reply(build_text_turn("b")) == TurnReply(is_over=True)
     assert world.score("b") == Score(2.5, {
         "turns": 2, "half": 0.5, "keys": 0, "home": 1, "stop": "agent_completed"})
 
@@ -163,18 +162,18 @@ def test_an_environment_makes_the_calls_of_a_turn(play: Play) -> None:
     world = play(tasks=[["Add.", "And?"]])
     world.reset(TASK)
     assert world.reply(ADD) == TurnReply(('added {"n": 1}', 'added {"n": 2}'), "And?")
-    assert world.reply(said("3")).is_over and world.score("").reward == 2.5
+    assert world.reply(build_text_turn("3")).is_over and world.score("").reward == 2.5
 
 
 def test_environment_scores_truncated_episodes(play: Play) -> None:
     world = play()
     world.reset(TASK)
-    world.reply(said("a"))
+    world.reply(build_text_turn("a"))
     score = world.score("")
     assert score.reward == 1.5 and score.components["stop"] == "context"
     # the same process plays the next episode
     world.reset(TASK)
-    assert world.reply(said("a")).user == "Say b."
+    assert world.reply(build_text_turn("a")).user == "Say b."
 
 
 @pytest.mark.parametrize("repeat", [False, True])
@@ -186,7 +185,7 @@ def test_resumed_episode_repeats_calls_only_if_allowed(play: Play, repeat: bool)
     world.reset(TASK)
     if repeat:
         world.restore(state)
-        assert world.reply(said("3")).is_over
+        assert world.reply(build_text_turn("3")).is_over
     else:
         with pytest.raises(InfrastructureFault, match="may have acted on the world; set repeat=true"):
             world.restore(state)
@@ -195,7 +194,7 @@ def test_resumed_episode_repeats_calls_only_if_allowed(play: Play, repeat: bool)
 def test_nondeterministic_environment_has_no_reward(play: Play, tmp_path: Path) -> None:
     world = play(counts=str(tmp_path / "count"))
     world.reset(TASK)
-    assert world.reply(said("a")).user == "Say b. 2"
+    assert world.reply(build_text_turn("a")).user == "Say b. 2"
     state = world.snapshot()
     world.reset(TASK)
     with pytest.raises(InfrastructureFault, match="does not repeat itself"):
@@ -206,7 +205,7 @@ def test_rewritten_conversation_has_no_reward(play: Play) -> None:
     world = play(forgets=True)
     world.reset(TASK)
     with pytest.raises(InfrastructureFault, match="rewrites the conversation from message 1 on"):
-        world.reply(said("a"))
+        world.reply(build_text_turn("a"))
 
 
 def test_episode_resumes_in_another_process(tmp_path: Path) -> None:
@@ -215,11 +214,12 @@ def test_episode_resumes_in_another_process(tmp_path: Path) -> None:
         file.write(f"\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n")
     with EnvironmentHost(asked, EpisodeLimits()) as host:
         host.reset(TASK)
-        assert host.converses and host.reply(said("a")) == EnvironmentReply(user="Say b.")
+        assert host.converses and host.reply(build_text_turn("a")) == EnvironmentReply(user="Say b.")
         state = host.state
         host.end()
         host.resume(TASK, state)
-        assert host.state == state and host.reply(said("b")).is_over and host.score("b").reward == 2.5
+        assert host.state == state
+        assert host.reply(build_text_turn("b")).is_over and host.score("b").reward == 2.5
     for pid in map(int, pids.read_text().split()):
         with contextlib.suppress(ProcessLookupError):
             assert select.select([os.pidfd_open(pid)], [], [], 60)[0], "it lives on"
@@ -244,8 +244,7 @@ def test_missing_library_is_reported(play: Play, tmp_path: Path) -> None:
         world.reset(TASK)
 
 
-def test_withheld_network_variables_are_reported(
-        play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_withheld_network_variables_are_reported(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NETWORK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SSL_CERT_FILE", "/certificates.pem")

@@ -20,17 +20,17 @@ LIBRARY = Virtual.EXAMPLES[0]["world"]
 BORROW = {"member_id": "M1", "book_id": "B3", "due": "2026-06-30"}
 
 
-def begun(goal: Any = None, **more: Any) -> Virtual:
+def begin_task(goal: Any = None, **more: Any) -> Virtual:
     world = Virtual()
     world.reset({"question": "?", "world": LIBRARY, "goal": goal or {}, **more})
     return world
 
 
-def call(name: str, **arguments: Any) -> dict[str, Any]:
+def build_call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
-@pytest.mark.each("name, arguments, code, told", [
+@pytest.mark.each("name, arguments, code, message", [
     ("borrow_book", {**BORROW, "member_id": "M2"}, "refused", "card is not active"),
     ("borrow_book", {**BORROW, "book_id": "B2"}, "refused", "no copy is on the shelf"),
     ("borrow_book", {**BORROW, "book_id": "B9"}, "refused", "there is no 'B9' in books"),
@@ -39,46 +39,46 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     ("borrow_book", {"member_id": "M1"}, "arguments", "book_id: is missing"),
     ("find_member", {"email": "nobody"}, "refused", "no member has this address"),
     ("fly", {}, "unknown_tool", "there is no tool 'fly'")])
-def test_a_refused_call_does_not_change_state(name: str, arguments: Any, code: str, told: str) -> None:
-    world = begun()
+def test_a_refused_call_does_not_change_state(name: str, arguments: Any, code: str, message: str) -> None:
+    world = begin_task()
     first = world.snapshot()
-    with pytest.raises(ToolFault, match=told) as fault:
+    with pytest.raises(ToolFault, match=message) as fault:
         world.call(name, arguments)
     assert fault.value.code == code and world.snapshot() == first
 
 
-@pytest.mark.parametrize("last, code, told", [
+@pytest.mark.parametrize("last, code, message", [
     ("1 / 0", "failed", "ZeroDivisionError"), ("raise SystemExit", "failed", "SystemExit"),
     ("print('x'); loan['status'] = 3", "state", "row L1 of loans: status"),
     ("tables['loans'] = {}; return {1}", "failed", "not JSON serializable"),
     ("tables.pop('books')", "state", "the tables must be"), ("while True: pass", "failed", "processor")])
-def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code: str, told: str,
+def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code: str, message: str,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtual, "CALL_LIMITS", replace(virtual.CALL_LIMITS, cpu_s=0.5))
     ending = 'return f"{book[\'title\']} is back"'
-    bent = edited(lambda world: world.update(code=world["code"].replace(ending, last)))
+    bent = edit_world(lambda world: world.update(code=world["code"].replace(ending, last)))
     assert bent != LIBRARY
     world = Virtual()
     world.reset({"question": "?", "world": bent, "goal": {}})
     first = world.snapshot()
-    with pytest.raises(ToolFault, match=f"(?i){told}") as fault:
+    with pytest.raises(ToolFault, match=f"(?i){message}") as fault:
         world.call("return_book", {"loan_id": "L1"})
     assert fault.value.code == code and world.snapshot() == first
 
 
 def test_new_rows_are_compared_without_their_keys_and_free_columns() -> None:
     """Two books may be lent in either order, and the desk's note is nobody's goal."""
-    both = [call("borrow_book", **BORROW), call("borrow_book", **BORROW | {"book_id": "B1"})]
-    world = begun({"calls": both})
+    both = [build_call("borrow_book", **BORROW), build_call("borrow_book", **BORROW | {"book_id": "B1"})]
+    world = begin_task({"calls": both})
     for made in reversed(both):
         world.call(made["name"], made["arguments"] | {"note": "as asked"})
     assert world.score("").reward == 1
     world.call("extend_loan", {"loan_id": "L1", "due": "2026-07-07"})
-    assert world.score("").reward == 0  # nobody asked for it
+    assert world.score("").reward == 0  # a change that the task does not require
 
 
 def test_the_same_row_twice_is_not_once() -> None:
-    world = begun({"calls": [call("borrow_book", **BORROW)]})
+    world = begin_task({"calls": [build_call("borrow_book", **BORROW)]})
     for _ in range(2):
         world.call("borrow_book", BORROW)
     assert world.score("").reward == 0
@@ -87,20 +87,20 @@ def test_the_same_row_twice_is_not_once() -> None:
 def test_a_task_may_define_its_own_tables() -> None:
     rows = {"B7": {"title": "The Old Man and the Sea", "copies": 3},
             "B2": {"title": "Four Reigns", "copies": 0}}
-    world = begun(tables={"books": rows})
+    world = begin_task(tables={"books": rows})
     assert world.call("find_books", {"title": "sea"}) == [{"id": "B7", **rows["B7"]}]
     assert world.call("find_member", {"email": "mina@example.com"})["loans"] == ["L1"]
 
 
-@pytest.mark.each("task, told", [
+@pytest.mark.each("task, message", [
     ({}, "the task's world: 1 problem"), ({"world": {"name": "x"}}, "the task's world: "),
     ({"world": LIBRARY}, "has no goal"),
     ({"world": LIBRARY, "goal": {}, "tables": {"books": {"B1": {}}}}, "title: Field required"),
     ({"world": LIBRARY, "goal": {}, "tables": {"flights": {}}}, "tables must be an object of members"),
     ({"world": LIBRARY, "goal": {"answers": [1]}}, "must be a list of texts"),
-    ({"world": LIBRARY, "goal": {"calls": [call("borrow_book")]}}, r"calls\[0\] gives no result")])
-def test_invalid_tasks_are_refused(task: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+    ({"world": LIBRARY, "goal": {"calls": [build_call("borrow_book")]}}, r"calls\[0\] gives no result")])
+def test_invalid_tasks_are_refused(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Virtual().reset({"question": "?", **task})
 
 
@@ -116,13 +116,13 @@ def test_world_resumes_in_a_process_from_its_state() -> None:
         assert host.score("Done.").reward == 1
 
 
-@pytest.mark.each("said, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
+@pytest.mark.each("answer, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
                                           ("220.5", False), ("2200", False), ("A220", False)])
-def test_answers_match_complete_words(said: str, counts: bool) -> None:
-    assert begun({"answers": ["220"]}).score(said).reward == counts
+def test_answers_match_complete_words(answer: str, counts: bool) -> None:
+    assert begin_task({"answers": ["220"]}).score(answer).reward == counts
 
 
-def edited(edit: Callable[[Any], object]) -> Any:
+def edit_world(edit: Callable[[Any], object]) -> Any:
     world = copy.deepcopy(LIBRARY)
     edit(world)
     return world
@@ -134,14 +134,14 @@ def code(old: str, new: str) -> Callable[[Any], object]:
 
 def test_example_world_is_valid() -> None:
     assert find_world_problems(LIBRARY) == []
-    borrow = begun().tools()[2]["function"]
+    borrow = begin_task().tools()[2]["function"]
     assert borrow["description"] == "Lend a book to a member."
     assert borrow["parameters"]["required"] == ["member_id", "book_id", "due"]
     assert borrow["parameters"]["properties"]["book_id"] == {
         "type": "string", "description": "as find_books gives it."}
 
 
-@pytest.mark.each("told, edit", [
+@pytest.mark.each("message, edit", [
     ("rules is 'None', must be text", lambda w: w.pop("rules")),
     ("has 'state'; it may have code, examples", lambda w: w.update(state={})),
     ("'text' is no type; a type is made of", lambda w: w["tables"]["books"]["columns"].update(x="text")),
@@ -162,9 +162,9 @@ def test_example_world_is_valid() -> None:
     ("examples[0]: find_member was given wrong arguments: email",
      lambda w: w["examples"][0].update(arguments={})),
     ("examples[0]: there is no tool 'fly'", lambda w: w["examples"][0].update(name="fly"))])
-def test_broken_rules_are_reported(told: str, edit: Callable[[Any], object]) -> None:
-    problems = find_world_problems(edited(edit))
-    assert any(told in problem for problem in problems), problems
+def test_broken_rules_are_reported(message: str, edit: Callable[[Any], object]) -> None:
+    problems = find_world_problems(edit_world(edit))
+    assert any(message in problem for problem in problems), problems
 
 
 @pytest.mark.each("kind", [
@@ -172,15 +172,15 @@ def test_broken_rules_are_reported(told: str, edit: Callable[[Any], object]) -> 
 def test_no_type_of_a_world_is_evaluated_in_this_process(kind: str, tmp_path: Path) -> None:
     """Pydantic evaluates the text of a forward reference as Python."""
     kind = kind.format(f"open({str(tmp_path / 'made')!r}, chr(119)).close()".replace("'", '"'))
-    column = edited(lambda w: w["tables"]["books"]["columns"].update(x=kind))
-    for world in (column, edited(code("title: str", f"title: {kind}"))):
+    column = edit_world(lambda w: w["tables"]["books"]["columns"].update(x=kind))
+    for world in (column, edit_world(code("title: str", f"title: {kind}"))):
         assert any("is no type" in problem for problem in find_world_problems(world))
     assert not (tmp_path / "made").exists()
 
 
 def test_tool_without_a_schema_is_a_world_problem() -> None:
-    assert find_world_problems(edited(code("title: str", "title: Literal[('a',)]")))
-    assert find_world_problems(edited(lambda w: w["tables"]["books"].update(free=[["x"]])))
+    assert find_world_problems(edit_world(code("title: str", "title: Literal[('a',)]")))
+    assert find_world_problems(edit_world(lambda w: w["tables"]["books"].update(free=[["x"]])))
 
 
 @pytest.mark.each("world", [
@@ -194,5 +194,5 @@ def test_malformed_worlds_are_reported(world: Any) -> None:
 
 
 def test_all_problems_are_reported() -> None:
-    world = edited(lambda w: (w.pop("rules"), w["tables"]["books"].update(rows=[]), w["examples"].pop()))
+    world = edit_world(lambda w: (w.pop("rules"), w["tables"]["books"].update(rows=[]), w["examples"].pop()))
     assert len(find_world_problems(world)) == 3

@@ -63,12 +63,12 @@ def test_state_round_trips_through_json(name: str) -> None:
     assert made.snapshot() == first == json.loads(json.dumps(first))
 
 
-@pytest.mark.each("name, task, told", [
+@pytest.mark.each("name, task, message", [
     ("calculator", {"question": "?"}, "has no 'answer'"), ("calculator", {"answer": "1"}, "no 'question'"),
     ("files", {"question": "?", "goal": {"files": {"a": 1}}}, "has no goal"),
     ("files", {"question": "?", "goal": {"files": {}}, "files": {"../a": ""}}, "which is no path")])
-def test_invalid_tasks_are_refused(name: str, task: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_tasks_are_refused(name: str, task: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         world(name).reset(task)
 
 

@@ -79,9 +79,9 @@ def bad_files(folder: Path) -> dict[str, Path]:
 
 def test_bad_pictures_are_reported_by_code(tmp_path: Path) -> None:
     for code, file in bad_files(tmp_path).items():
-        with pytest.raises(BadRecord) as found:
+        with pytest.raises(BadRecord) as error:
             read(file)
-        assert found.value.code == code, file
+        assert error.value.code == code, file
     for name in ("empty.png", "svg.svg", "eps.eps"):  # EPS is a program and must not run
         with pytest.raises(BadRecord, match="not a picture in one of"):
             read(tmp_path / name)
@@ -121,15 +121,14 @@ def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
 @pytest.mark.each("file_format", ["WAV", "WAVEX", "RF64"])
 @pytest.mark.each("subtype", ["PCM_16", "PCM_24", "FLOAT"])
 @pytest.mark.each("share", [0.3, 0.9, 0.9999])
-def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str,
-                                                          share: float) -> None:
+def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str, share: float) -> None:
     soundfile.write(tmp_path / "a.wav", SECOND, 48_000, format=file_format, subtype=subtype)
     whole = (tmp_path / "a.wav").read_bytes()
     assert read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)[1]["duration_s"] == pytest.approx(1)
     (tmp_path / "a.wav").write_bytes(whole[:int(len(whole) * share)])
-    with pytest.raises(BadRecord, match="is cut off") as refused:
+    with pytest.raises(BadRecord, match="is cut off") as error:
         read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)
-    assert refused.value.code == "truncated"
+    assert error.value.code == "truncated"
 
 
 @pytest.mark.each("extra", ["chunks behind", "chunks before", "written into a pipe"])
@@ -169,9 +168,9 @@ def write_bad(folder: Path) -> None:
     ("gone.wav", "no_sound")])
 def test_bad_sounds_are_reported_by_code(tmp_path: Path, name: str, code: str) -> None:
     write_bad(tmp_path)
-    with pytest.raises(BadRecord) as found:
+    with pytest.raises(BadRecord) as error:
         read_sound(tmp_path / name, 16_000, SOUND_LIMITS)
-    assert found.value.code == code and str(tmp_path) not in found.value.reason
+    assert error.value.code == code and str(tmp_path) not in error.value.reason
 
 
 VIDEO_LIMITS = MediaLimits(duration_s=60.0)

@@ -70,17 +70,17 @@ def test_reader_decodes_pictures_and_sounds(reader: MediaReader) -> None:
 def test_paths_outside_the_root_are_refused(reader: MediaReader, root: Path, path: str) -> None:
     (root / "link.png").symlink_to(root.parent / "outside.png")
     (root / "links").symlink_to(root.parent)
-    with pytest.raises(BadRecord) as found:
+    with pytest.raises(BadRecord) as error:
         reader.read_picture(path, (4,))
-    assert found.value.code == "outside"
+    assert error.value.code == "outside"
 
 
 def test_missing_and_large_files_are_refused(root: Path) -> None:
     with MediaReader(root, MediaLimits(file_bytes=1000)) as reader:
         for path, code in (("gone.png", "missing"), ("deep", "missing"), ("a.wav", "size")):
-            with pytest.raises(BadRecord) as found:
+            with pytest.raises(BadRecord) as error:
                 reader.read_picture(path, (4,))
-            assert found.value.code == code
+            assert error.value.code == code
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class Recipe:
         return isinstance(self, DelayedScaling)
 
     def float8_current_scaling(self) -> bool:
-        """Return whether each tensor has one scale of its own."""
+        """Return whether each tensor has one scale."""
         return isinstance(self, Float8CurrentScaling)
 
     def float8_per_tensor_scaling(self) -> bool:
@@ -106,7 +106,7 @@ class DelayedScaling(Recipe):
 
 @lenient_dataclass
 class Float8CurrentScaling(Recipe):
-    """One scale per tensor, from its own largest value."""
+    """One scale per tensor, from the largest value of the current tensor."""
 
     use_power_2_scales: bool = False
     fp8_format: Format = Format.HYBRID

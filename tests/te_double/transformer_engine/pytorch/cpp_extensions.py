@@ -1,4 +1,4 @@
-"""Matrix products of plain tensors as the compiled extension makes them."""
+"""Matrix products of plain tensors with the interface of the compiled extension."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def general_gemm(
         use_split_accumulator: bool = False, grad: bool = False, ub: Any = None, ub_type: Any = None,
         extra_output: torch.Tensor | None = None, bulk_overlap: bool = False,
         ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return (product, gradient of the bias, None, None): B @ A of matrices, where the layout's first letter
-    says T with A transposed, where its second does with B transposed.
+    """Return (B @ A, gradient of the bias, None, None). A letter T in the layout transposes the matrix: first
+    letter A, second letter B.
 
     Sums are kept in float32.  Operands of one type, or RuntimeError; float32 ones only into float32, and in
     TF32; a bias is read as the output's type.
@@ -38,16 +38,17 @@ def general_gemm(
     if not accumulate and beta not in (0.0, None):
         raise ValueError("scale must be zero")
     require_cuda(A=A, B=B, out=out, bias=bias)
-    wanted = out_dtype or (A.dtype if out is None else out.dtype)
-    for dtype in (A.dtype, B.dtype, wanted):
+    result_dtype = out_dtype or (A.dtype if out is None else out.dtype)
+    for dtype in (A.dtype, B.dtype, result_dtype):
         if dtype not in DTYPES:
             raise KeyError(dtype)
-    if A.dtype != B.dtype or (A.dtype != wanted and (A.dtype == torch.float32 or wanted != torch.float32)):
+    if A.dtype != B.dtype or (A.dtype != result_dtype
+                              and (A.dtype == torch.float32 or result_dtype != torch.float32)):
         raise RuntimeError(f"cuBLAS Error: the requested functionality is not supported: {A.dtype} x "
-                           f"{B.dtype} -> {wanted}")
-    if bias is not None and not grad and bias.dtype != wanted:
-        raise RuntimeError(f"the double refuses a bias of {bias.dtype} for a product in {wanted}: the real "
-                           "kernel reads its bytes as the product's type")
+                           f"{B.dtype} -> {result_dtype}")
+    if bias is not None and not grad and bias.dtype != result_dtype:
+        raise RuntimeError(f"the double refuses a bias of {bias.dtype} for a product in {result_dtype}: the "
+                           "real kernel reads its bytes as the product's type")
     first, second = (A.t() if layout[0] == "T" else A), (B.t() if layout[1] == "T" else B)
     if second.shape[1] != first.shape[0]:
         raise RuntimeError(f"GEMM inputs have incompatible dimensions (A is {tuple(A.shape)}, B is "
@@ -60,9 +61,9 @@ def general_gemm(
     if accumulate:
         assert out is not None
         product = product + (1.0 if beta is None else beta) * out.float()
-    found = product.to(wanted)
+    found = product.to(result_dtype)
     if out is not None:
         if not out.is_contiguous():
             raise ValueError("Output tensor is not contiguous.")
         found = out.copy_(found)
-    return found, B.float().sum(0).to(wanted) if bias is not None and grad else None, None, None
+    return found, B.float().sum(0).to(result_dtype) if bias is not None and grad else None, None, None

@@ -24,7 +24,7 @@ def set_capture_start() -> None:
 
 
 def set_capture_end() -> None:
-    """Note that they are there."""
+    """Note that the capture has ended."""
     global _is_capturing
     _is_capturing = False
 
@@ -35,14 +35,14 @@ def is_graph_capturing() -> bool:
 
 
 def save_fp8_tensors(modules: Any, recipe: Any) -> list[Any] | None:
-    """Return what scaling remembers: nothing, but of delayed scaling."""
+    """Return the state of scaling, which only delayed scaling has."""
     if isinstance(recipe, DelayedScaling):
         raise NotImplementedError("the double captures no delayed scaling")
     return None
 
 
 def restore_fp8_tensors(modules: Any, fp8_tensors: list[Any] | None) -> None:
-    """Take back what a capture changed of that: nothing."""
+    """Restore the state that `save_fp8_tensors` returned: none."""
 
 
 class _Pass:
@@ -66,33 +66,35 @@ class _Pass:
         """Compute the outputs."""
         self.outputs, self.spec = tree_flatten(self.module(*self.args, **self.kwargs))
 
-    def run_back(self) -> list[Any]:
-        """Compute gradients of all inputs that want one, from `output_grads`, and return them."""
+    def run_backward(self) -> list[Any]:
+        """Compute gradients of all inputs and parameters that require
+        one, from `output_grads`, and return them."""
         surface = [t for t in (*self.inputs, *self.parameters) if t.requires_grad]
         before = [t.grad for t in surface]
         for t in surface:
             t.grad = None
         torch.autograd.backward(tuple(o for o in self.outputs if o is not None and o.requires_grad),
                                 tuple(g for g in self.output_grads if g is not None))
-        found = [t.grad for t in surface]
+        gradients = [t.grad for t in surface]
         for t, grad in zip(surface, before, strict=True):
             t.grad = grad
-        return found
+        return gradients
 
-    def keep_used(self, found: list[Any]) -> None:
-        """Leave out parameters that got no gradient: others compute with them."""
-        wanting = sum(t.requires_grad for t in self.inputs)
-        learning = [p for p in self.parameters if p.requires_grad]
-        self.parameters = tuple(p for p, g in zip(learning, found[wanting:], strict=True) if g is not None)
+    def drop_unused_parameters(self, gradients: list[Any]) -> None:
+        """Remove parameters without a gradient: other modules compute with them."""
+        num_inputs = sum(t.requires_grad for t in self.inputs)
+        trained = [p for p in self.parameters if p.requires_grad]
+        self.parameters = tuple(parameter for parameter, gradient
+                                in zip(trained, gradients[num_inputs:], strict=True) if gradient is not None)
 
 
 class _Graphed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graphs: _Pass, *inputs: torch.Tensor) -> tuple[Any, ...]:
         ctx.graphs = graphs
-        for memory, given in zip(graphs.inputs, inputs, strict=False):
-            if memory.data_ptr() != given.data_ptr():
-                memory.detach().copy_(given)
+        for buffer, tensor in zip(graphs.inputs, inputs, strict=False):
+            if buffer.data_ptr() != tensor.data_ptr():
+                buffer.detach().copy_(tensor)
         graphs.forward.replay()
         return tuple(o.detach() if o is not None else None for o in graphs.outputs)
 
@@ -100,21 +102,21 @@ class _Graphed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         graphs: _Pass = ctx.graphs
-        for memory, given in zip(graphs.output_grads, gradients, strict=True):
-            if memory is not None and memory.data_ptr() != given.data_ptr():
-                memory.copy_(given)
+        for buffer, gradient in zip(graphs.output_grads, gradients, strict=True):
+            if buffer is not None and buffer.data_ptr() != gradient.data_ptr():
+                buffer.copy_(gradient)
         graphs.backward.replay()
-        found = [g.clone() if g is not None and clones else g
-                 for g, clones in zip(graphs.input_grads, graphs.clones, strict=True)]
-        # another graph's memory from here on: whoever still reads them must see it
+        input_grads = [gradient.clone() if gradient is not None and is_cloned else gradient
+                       for gradient, is_cloned in zip(graphs.input_grads, graphs.clones, strict=True)]
+        # another graph may reuse this memory from now on: make late readers fail visibly
         for output in graphs.outputs:
             if output is not None and output.is_floating_point():
                 output.detach().fill_(math.nan)
-        return None, *found
+        return None, *input_grads
 
 
-def _callable(graphs: _Pass, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what replays the graphs, while its module is trained."""
+def _build_callable(graphs: _Pass, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a callable that replays the graphs in training mode, and calls `original` otherwise."""
     def replayed(*args: Any, **kwargs: Any) -> Any:
         if graphs.is_reset:
             raise RuntimeError("This graphed callable has been reset and can no longer be used.")
@@ -123,8 +125,8 @@ def _callable(graphs: _Pass, original: Callable[..., Any]) -> Callable[..., Any]
         if missing := [name for name in graphs.names if name not in kwargs]:
             raise TypeError(f"Graphed callable was initialized with kwarg {missing[0]} ,but it was not "
                             "provided in graph replay")
-        given = [*tree_flatten(args)[0], *(kwargs[name] for name in graphs.names)]
-        return tree_unflatten(_Graphed.apply(graphs, *given, *graphs.parameters), graphs.spec)
+        inputs = [*tree_flatten(args)[0], *(kwargs[name] for name in graphs.names)]
+        return tree_unflatten(_Graphed.apply(graphs, *inputs, *graphs.parameters), graphs.spec)
 
     def reset() -> None:
         graphs.is_reset = True
@@ -136,20 +138,20 @@ def _callable(graphs: _Pass, original: Callable[..., Any]) -> Callable[..., Any]
 
 
 @contextmanager
-def _quantised(modules: tuple[Any, ...], enabled: tuple[bool, ...], recipe: Any) -> Iterator[None]:
-    """Have calls of the modules quantise."""
-    on = {id(m): e for m, e in zip(modules, enabled, strict=True)}
+def _quantize_calls(modules: tuple[Any, ...], enabled: tuple[bool, ...], recipe: Any) -> Iterator[None]:
+    """Quantize the products of the enabled modules inside the context."""
+    enabled_by_id = {id(module): is_enabled for module, is_enabled in zip(modules, enabled, strict=True)}
     originals = {type(m): type(m).__call__ for m in modules}
 
-    def of(original: Any) -> Any:
+    def wrap_call(original: Any) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with autocast(enabled=on.get(id(self), False), recipe=recipe, _graph=True):
+            with autocast(enabled=enabled_by_id.get(id(self), False), recipe=recipe, _graph=True):
                 return original(self, *args, **kwargs)
 
         return call
 
     for kind, original in originals.items():
-        kind.__call__ = of(original)
+        kind.__call__ = wrap_call(original)
     try:
         yield
     finally:
@@ -167,7 +169,8 @@ def make_graphed_callables(
         retain_graph_in_backward: bool = False, _reuse_graph_input_output_buffers: bool = False,
         clone_param_grads_on_return: bool = True, pre_warmup_hook: Callable[[], None] | None = None,
         post_warmup_hook: Callable[[], None] | None = None, capture_time_hooks: Any = None) -> Any:
-    """Return, for each pass of `_order` through each module, what replays it; one warm-up stands for all.
+    """Return a replaying callable for each pass of `_order` through each module; one warm-up pass serves all
+    iterations.
 
     Args:
         modules: the layers, run after run.
@@ -200,38 +203,38 @@ def make_graphed_callables(
     save_fp8_tensors(modules, fp8_recipe if any(enabled) else None)
     set_capture_start()
     state = torch.get_rng_state()
-    with _quantised(modules, enabled, fp8_recipe or recipe):
+    with _quantize_calls(modules, enabled, fp8_recipe or recipe):
         for hook in (pre_warmup_hook, post_warmup_hook):
             if hook is not None:
                 hook()
-        _follow(_order, starts, _num_layers_per_chunk, count, passes, _warm_up, _warm_up_back)
+        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _warm_up, _warm_up_backward)
         shared: dict[Any, list[Any]] = {}
-        _follow(_order, starts, _num_layers_per_chunk, count, passes, _capture,
-                lambda graphs: _capture_back(graphs, shared, clone_param_grads_on_return))
+        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _capture,
+                      lambda graphs: _capture_backward(graphs, shared, clone_param_grads_on_return))
     torch.set_rng_state(state)
     set_capture_end()
-    return tuple(_callable(graphs, graphs.module.forward) for graphs in passes)
+    return tuple(_build_callable(graphs, graphs.module.forward) for graphs in passes)
 
 
-def _follow(order: list[int], starts: list[int], layers: list[int], count: int, passes: list[_Pass],
-            ahead: Callable[[_Pass], None], back: Callable[[_Pass], None]) -> None:
-    """Do something with each pass, in an order of runs."""
+def _run_schedule(order: list[int], starts: list[int], layers: list[int], count: int, passes: list[_Pass],
+                  forward: Callable[[_Pass], None], backward: Callable[[_Pass], None]) -> None:
+    """Apply `forward` or `backward` to each pass in the order of a pipeline schedule."""
     done = {direction: [0] * len(starts) for direction in (1, -1)}
     for chunk, direction in ((abs(c) - 1, 1 if c > 0 else -1) for c in order):
         first = starts[chunk] * count + done[direction][chunk] * layers[chunk]
         done[direction][chunk] += 1
         for graphs in passes[first:first + layers[chunk]][::direction]:
-            (ahead if direction > 0 else back)(graphs)
+            (forward if direction > 0 else backward)(graphs)
 
 
 def _warm_up(graphs: _Pass) -> None:
     graphs.run()
 
 
-def _warm_up_back(graphs: _Pass) -> None:
+def _warm_up_backward(graphs: _Pass) -> None:
     graphs.output_grads = [torch.zeros_like(o) if o is not None and o.requires_grad else None
                            for o in graphs.outputs]
-    graphs.keep_used(graphs.run_back())
+    graphs.drop_unused_parameters(graphs.run_backward())
 
 
 def _capture(graphs: _Pass) -> None:
@@ -239,17 +242,17 @@ def _capture(graphs: _Pass) -> None:
         graphs.run()
 
 
-def _capture_back(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool) -> None:
-    """Capture the way back; gradients of outputs lie in one place for all passes with such outputs."""
+def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool) -> None:
+    """Capture the backward pass; passes with equal output shapes share the buffers of output gradients."""
     key = tuple((o.shape, o.dtype) for o in graphs.outputs if o is not None and o.requires_grad)
     if key not in shared:
         shared[key] = [torch.zeros_like(o) if o is not None and o.requires_grad else None
                        for o in graphs.outputs]
     graphs.output_grads = shared[key]
     with graphs.backward.capture():
-        found = iter(graphs.run_back())
+        gradients = iter(graphs.run_backward())
     surface = [*graphs.inputs, *graphs.parameters]
-    graphs.input_grads = [next(found) if t.requires_grad else None for t in surface]
+    graphs.input_grads = [next(gradients) if t.requires_grad else None for t in surface]
     graphs.clones = [clones and i >= len(graphs.inputs) and not getattr(t, "skip_backward_post_hook", False)
                      for i, t in enumerate(surface)]
     graphs.outputs = [o.detach() if o is not None else None for o in graphs.outputs]

@@ -1,4 +1,4 @@
-"""Fusible operations, of which megatron-core names two in annotations."""
+"""Fusible operations: names that megatron-core uses in two annotations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class FusibleOperation(torch.nn.Module):
 
 
 class Sequential(torch.nn.Module):
-    """A chain of operations; nothing here builds one."""
+    """A chain of operations; never instantiated."""
 
     def __init__(self, *args: torch.nn.Module) -> None:
         raise NotImplementedError("the double has no fusible operations (use_transformer_engine_op_fuser)")

@@ -1,4 +1,4 @@
-"""Tokens in the order of their experts, and back."""
+"""Permute tokens into the order of their experts, and back."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def moe_permute_with_probs(inp: torch.Tensor, probs: torch.Tensor, routing_map: 
 def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: torch.Tensor | None = None,
                   restore_shape: torch.Size | None = None, map_type: str = "mask",
                   probs: torch.Tensor | None = None, pad_offsets: torch.Tensor | None = None) -> torch.Tensor:
-    """Return [tokens, hidden]: the sum of each token's rows, weighted where weights are given; summed at
-    least in float32, as the kernel does.  Of no rows: no rows, whatever `restore_shape` says."""
+    """Return [tokens, hidden]: the (weighted) sum of each token's rows, accumulated at least in float32 like
+    the kernel. Without rows the result has no rows, whatever `restore_shape` is."""
     if map_type != "mask" or pad_offsets is not None or probs is not None:
         raise NotImplementedError("the double takes masks without padding only")
     if not inp.numel():

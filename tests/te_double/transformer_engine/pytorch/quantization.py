@@ -1,4 +1,4 @@
-"""Which recipe is on: contexts and the state that they keep."""
+"""Quantization contexts: the active recipe, and the state of a context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors in 8 bits that torch takes for bf16 ones, and what makes them."""
+"""8-bit tensors that torch treats as bf16 tensors, and their quantizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Quantizer:
 
 
 class QuantizedTensor(torch.Tensor):
-    """A tensor in low precision with its scales, which lie in the attributes that `INNER` names."""
+    """A low-precision tensor with its scales, stored in the attributes listed in `INNER`."""
 
     INNER: tuple[str, ...] = ()
     _quantizer: Quantizer | None = None
@@ -44,7 +44,8 @@ class QuantizedTensor(torch.Tensor):
         raise NotImplementedError
 
     def _store(self, **parts: torch.Tensor) -> None:
-        """Write into the memory that is there, which other tensors may share, or take this as the memory."""
+        """Copy into the existing memory, which other tensors may share,
+        or adopt the given memory if there is none."""
         for name, part in parts.items():
             if name in vars(self):
                 vars(self)[name].copy_(part)
@@ -52,7 +53,7 @@ class QuantizedTensor(torch.Tensor):
                 setattr(self, name, part)
 
     def _values(self, columnwise: bool = False) -> torch.Tensor:
-        """Return in float32 what a product reads: rowwise bytes, or those of the other form."""
+        """Return the float32 values of a product's operand, from the rowwise or the columnwise bytes."""
         raise NotImplementedError
 
     def detach(self) -> QuantizedTensor:

@@ -110,9 +110,9 @@ class CapturedOperators:
 def _devices(args: Any, kwargs: Any) -> set[str]:
     """Return the device types of the tensors and of the requested output."""
     found = {t.device.type for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
-    wanted = kwargs.get("device")
+    device = kwargs.get("device")
     # autograd sees fake GPU tensors on `meta` and asks for gradients there
-    return found if wanted is None or wanted.type == "meta" else found | {wanted.type}
+    return found if device is None or device.type == "meta" else found | {device.type}
 
 
 def _alias(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Choosing experts in one call: scores, their largest, weights."""
+"""Expert selection in one call: scores, top-k, weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _map(like: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 
 class _KeepsChoice(torch.autograd.Function):
-    """Keeps the choice for the backward pass, as the kernels do: nobody may write into it until then."""
+    """Saves the selection for the backward pass; like in the kernels, it must not be overwritten before."""
 
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

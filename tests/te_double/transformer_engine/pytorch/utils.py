@@ -1,4 +1,4 @@
-"""What the real library has for its graphs' memory, and the version of cuDNN."""
+"""Weak references for graph memory, and the version of cuDNN."""
 
 from __future__ import annotations
 

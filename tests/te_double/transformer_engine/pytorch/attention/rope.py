@@ -1,4 +1,4 @@
-"""Rotary embeddings by one call for a whole row of packed documents."""
+"""Rotary embeddings for a row of packed documents."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def _rotated(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
 
 
 def _places(cu_seqlens: torch.Tensor, tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:
-    """Return [tokens], each token's position in its document, of which this process has two pieces of
-    2 * cp_size."""
+    """Return [tokens], each token's position in its document; with context parallelism this process has two
+    of 2 * cp_size pieces."""
     bounds = cu_seqlens.long() // cp_size
     place = torch.arange(tokens, device=bounds.device)
     document = torch.bucketize(place, bounds[1:], right=True).clamp(max=len(bounds) - 2)
@@ -32,7 +32,7 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor, tensor_format: st
                          start_positions: torch.Tensor | None = None, interleaved: bool = False,
                          fused: bool = False, cu_seqlens: torch.Tensor | None = None, cp_size: int = 1,
                          cp_rank: int = 0) -> torch.Tensor:
-    """Rotate the first channels of each head; positions begin anew with every packed document.
+    """Rotate the first channels of each head; positions restart at every packed document.
 
     Computed in float32, or float64 where the input is, as the fused kernel does.
 

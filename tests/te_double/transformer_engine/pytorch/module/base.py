@@ -1,4 +1,4 @@
-"""What all modules with quantised products share: parameters, their start, and their extra state."""
+"""Base class of modules with quantized products: parameters, their initialization, and their extra state."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _dummies: dict[Any, torch.Tensor] = {}
 
 
 def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
-    """Return what stands for the gradient of a weight whose true one was added to `main_grad`."""
+    """Return a placeholder for a weight's gradient, which has been added to `main_grad`."""
     found = _dummies.setdefault((*shape, dtype), torch.empty(shape, dtype=dtype))
     return found.zero_() if zero else found.detach()
 
 
-def _local_size(size: int, parts: int) -> int:
+def _divide_size(size: int, parts: int) -> int:
     if size % parts:
         raise ValueError(f"{size} is not divisible by {parts}")
     return size // parts
@@ -50,7 +50,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         self._delays_products = False
         self._hooks: list[Callable[[], None]] = []
 
-    def _take_group(self, tp_group: Any, tp_size: int) -> None:
+    def _set_group(self, tp_group: Any, tp_size: int) -> None:
         """Note the tensor-parallel group, or only its size where the group comes later."""
         self.tp_size = tp_size if tp_group is None else tp_group.size()
         if tp_group is not None or tp_size == 1:
@@ -60,12 +60,12 @@ class TransformerEngineBaseModule(torch.nn.Module):
         """Take the tensor-parallel group."""
         self.tp_group, self.tp_group_initialized = tp_group, True
 
-    def _local_sizes(self, in_features: int, out_features: int, parallel_mode: str | None) -> tuple[int, int]:
+    def _split_sizes(self, in_features: int, out_features: int, parallel_mode: str | None) -> tuple[int, int]:
         """Return this process's part of a weight's two sizes."""
         if parallel_mode not in ("row", "column", None):
             raise AssertionError(f"parallel_mode {parallel_mode} not supported")
         parts = {"row": (self.tp_size, 1), "column": (1, self.tp_size), None: (1, 1)}[parallel_mode]
-        return _local_size(in_features, parts[0]), _local_size(out_features, parts[1])
+        return _divide_size(in_features, parts[0]), _divide_size(out_features, parts[1])
 
     def _add_parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any,
                       start: Callable[[torch.Tensor], Any] | None) -> torch.nn.Parameter:
@@ -76,13 +76,13 @@ class TransformerEngineBaseModule(torch.nn.Module):
             with torch.no_grad():
                 start(parameter)
         if self.primary_weights_in_fp8 and len(shape) == 2:
-            parameter = self._quantized(parameter)
+            parameter = self._quantize(parameter)
             self.register_parameter(name, parameter)
         return parameter
 
     @staticmethod
-    def _quantized(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """Return a weight in 8 bits, and keep the numbers that it is made of where that is asked for."""
+    def _quantize(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        """Return a weight in 8 bits; keep its high-precision initial values if the recipe asks for them."""
         manager = FP8GlobalStateManager
         kind = KINDS[type(manager.get_fp8_recipe()).__name__]
         made: Any = torch.nn.Parameter(Quantizer(kind)(parameter.detach()))
@@ -115,7 +115,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     def register_wgrad_accumulation_and_reduce_hooks(
             self, wgrad_accumulation_and_reduce_hook: Callable[[], None]) -> None:
-        """Have a function called behind each `backward_dw`."""
+        """Register a function to call after each `backward_dw`."""
         self._hooks.append(wgrad_accumulation_and_reduce_hook)
 
     def prepare_forward(self, inp: torch.Tensor, num_gemms: int = 1, allow_non_contiguous: bool = False,
@@ -161,6 +161,6 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take what `get_extra_state` gave: nothing."""
+        """Accept the result of `get_extra_state`, which is empty."""
         if state is not None and state.numel():
             raise RuntimeError("Unsupported checkpoint format.")

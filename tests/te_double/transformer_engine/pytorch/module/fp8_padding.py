@@ -1,4 +1,4 @@
-"""Rows of zeros behind each group's rows, so that their number suits a quantised product."""
+"""Pad each group with rows of zeros to a row count that quantized products support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several linear layers of one shape, each for its own rows of the input."""
+"""Several linear layers of equal shape, each applied to its own group of input rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Products(torch.autograd.Function):
                                for g, w in zip(parts, ctx.weights, strict=True)])
         d_weights: list[Any] = [None] * len(ctx.weights)
         if ctx.needs_input_grad[4]:
-            d_weights = ctx.module._leave(ctx.weights, parts, inp.split(ctx.splits), ctx.recipe,
+            d_weights = ctx.module._compute_weight_grad(ctx.weights, parts, inp.split(ctx.splits), ctx.recipe,
                                          ctx.overwrites)
         return d_inp, None, None, None, *d_weights
 
@@ -83,7 +83,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         self.use_grouped_tensor = use_grouped_tensor
         if ub_overlap_rs or ub_overlap_ag:
             raise ValueError("GroupedLinear doesn't support Userbuffer overlap.")
-        self._take_group(tp_group, tp_size)
+        self._set_group(tp_group, tp_size)
         if self.tp_size > 1 and bias:
             raise ValueError("GroupedLinear doesn't support bias when TP > 1. Because the TP communication "
                              "is handled outside of this module.")
@@ -91,7 +91,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         self.parallel_mode, self.fuse_wgrad_accumulation = parallel_mode, fuse_wgrad_accumulation
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.save_original_input, self.ub_name = save_original_input, ub_name
-        self.in_features, self.out_features = self._local_sizes(in_features, out_features, parallel_mode)
+        self.in_features, self.out_features = self._split_sizes(in_features, out_features, parallel_mode)
         weights = []
         for i in range(num_gemms):
             # unlike Linear, the real layer leaves its weights without marks of tensor parallelism
@@ -104,8 +104,9 @@ class GroupedLinear(TransformerEngineBaseModule):
         if delay_wgrad_compute:
             self._delay_products(weights)
 
-    def _leave(self, weights: Any, grads: Any, inputs: Any, recipe: Any, overwrites: bool) -> list[Any]:
-        """Compute the weights' gradients now, or have `backward_dw` do it."""
+    def _compute_weight_grad(self, weights: Any, grads: Any, inputs: Any, recipe: Any,
+                             overwrites: bool) -> list[Any]:
+        """Compute the weight gradients now, or queue them for `backward_dw`."""
 
         def gradients() -> list[Any]:
             return [weight_gradient(self, w, g, x, recipe, overwrites)
@@ -123,8 +124,8 @@ class GroupedLinear(TransformerEngineBaseModule):
 
     def forward(self, inp: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None,
                 out: torch.Tensor | None = None, dgrad_out: torch.Tensor | None = None) -> Any:
-        """Apply layer i to the next `m_splits[i]` rows of [rows, in]; returns the list of biases beside it
-        where they are asked for."""
+        """Apply layer i to the next `m_splits[i]` rows of [rows, in]; also return the list of biases if
+        `return_bias` is set."""
         if out is not None or dgrad_out is not None:
             raise NotImplementedError("the double writes into no buffers of the caller")
         if not torch.is_tensor(m_splits):

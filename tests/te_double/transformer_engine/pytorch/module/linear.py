@@ -10,7 +10,7 @@ import torch
 
 from ..gemm import weight_gemm
 from .base import TransformerEngineBaseModule
-from .traffic import gathered, reduce_scattered, reduced
+from .traffic import gather, reduce, reduce_scatter
 from .weight_gradient import weight_gradient
 
 
@@ -35,13 +35,13 @@ class _Product(torch.autograd.Function):
         ctx.weight, ctx.has_bias = weight, bias is not None
         ctx.save_for_backward(inp)
         mode, sp, group = module.parallel_mode, module.sequence_parallel, module.tp_group
-        total = gathered(inp, group) if mode == "column" and sp else inp
+        total = gather(inp, group) if mode == "column" and sp else inp
         out = weight_gemm(total.flatten(0, -2), weight, "fprop", ctx.recipe)
         out = out.view(*total.shape[:-1], len(weight))
         if bias is not None:
             out = out + bias
         if mode == "row" and module.tp_size > 1:
-            out = reduce_scattered(out, group) if sp else reduced(out, group)
+            out = reduce_scatter(out, group) if sp else reduce(out, group)
         return out
 
     @staticmethod
@@ -49,16 +49,16 @@ class _Product(torch.autograd.Function):
         module, weight = ctx.module, ctx.weight
         mode, sp, group = module.parallel_mode, module.sequence_parallel, module.tp_group
         inp, = ctx.saved_tensors
-        grad = gathered(gradients[0], group) if mode == "row" and sp else gradients[0]
+        grad = gather(gradients[0], group) if mode == "row" and sp else gradients[0]
         flat, d_inp, d_weight = grad.flatten(0, -2), None, None
         if ctx.needs_input_grad[0]:
             d_inp = weight_gemm(flat, weight, "dgrad", ctx.recipe)
             d_inp = d_inp.view(*grad.shape[:-1], weight.shape[1])
             if mode == "column" and module.tp_size > 1:
-                d_inp = reduce_scattered(d_inp, group) if sp else reduced(d_inp, group)
+                d_inp = reduce_scatter(d_inp, group) if sp else reduce(d_inp, group)
         if ctx.needs_input_grad[1]:
-            total = (gathered(inp, group) if mode == "column" and sp else inp).flatten(0, -2)
-            d_weight = module._leave(weight, flat, total, ctx.recipe, ctx.overwrites)
+            total = (gather(inp, group) if mode == "column" and sp else inp).flatten(0, -2)
+            d_weight = module._compute_weight_grad(weight, flat, total, ctx.recipe, ctx.overwrites)
         return d_inp, d_weight, flat.sum(0) if ctx.has_bias else None, None, None
 
 
@@ -92,12 +92,12 @@ class Linear(TransformerEngineBaseModule):
         if parameters_split or symmetric_ar_type or any(
                 (ub_overlap_ag, ub_overlap_rs, ub_overlap_rs_dgrad, ub_bulk_dgrad, ub_bulk_wgrad)):
             raise NotImplementedError("the double has no split parameters and no overlapped traffic")
-        self._take_group(tp_group, tp_size)
+        self._set_group(tp_group, tp_size)
         self.parallel_mode, self.fuse_wgrad_accumulation = parallel_mode, fuse_wgrad_accumulation
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.save_original_input, self.ub_name = save_original_input, ub_name
         self.use_bias, self.return_bias, self.apply_bias = bias, return_bias, bias and not return_bias
-        self.in_features, self.out_features = self._local_sizes(in_features, out_features, parallel_mode)
+        self.in_features, self.out_features = self._split_sizes(in_features, out_features, parallel_mode)
         weight = self._add_parameter("weight", (self.out_features, self.in_features), params_dtype, device,
                                     init_method)
         mark_split(weight, int(parallel_mode == "row"))  # also one that is not split, as the real layer
@@ -115,9 +115,9 @@ class Linear(TransformerEngineBaseModule):
         elif self.parallel_mode == "column":
             mark_split(bias, 0)
 
-    def _leave(self, weight: torch.Tensor, grad: torch.Tensor, inp: torch.Tensor, recipe: Any,
+    def _compute_weight_grad(self, weight: torch.Tensor, grad: torch.Tensor, inp: torch.Tensor, recipe: Any,
               overwrites: bool) -> torch.Tensor | None:
-        """Compute the weight's gradient now, or have `backward_dw` do it."""
+        """Compute the weight gradient now, or queue it for `backward_dw`."""
         if not self._delays_products:
             return weight_gradient(self, weight, grad, inp, recipe, overwrites)
 
@@ -130,8 +130,8 @@ class Linear(TransformerEngineBaseModule):
         return None
 
     def _product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> Any:
-        """Return the layer's output, with the bias beside it if so set."""
-        # a row-parallel layer's bias is added behind the sum over processes
+        """Return the layer's output, and the bias if `return_bias` is set."""
+        # the bias of a row-parallel layer is added after the sum over processes
         fused = self.apply_bias and self.parallel_mode != "row"
         out = _Product.apply(inp, self.weight, self.bias if fused else None, self, is_first_microbatch)
         if self.apply_bias and not fused:

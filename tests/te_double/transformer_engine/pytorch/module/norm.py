@@ -1,4 +1,4 @@
-"""Normalisation, computed at least in float32 as the kernels do."""
+"""Normalization, computed at least in float32 like the kernels."""
 
 from __future__ import annotations
 

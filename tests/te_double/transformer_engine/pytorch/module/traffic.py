@@ -8,20 +8,20 @@ import torch
 import torch.distributed as dist
 
 
-def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return all processes' parts, one behind the other."""
+def gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """Gather the parts of all processes along the first dimension."""
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts)
 
 
-def reduced(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def reduce(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the sum over processes."""
     total = tensor.clone()
     dist.all_reduce(total, group=group)
     return total
 
 
-def reduce_scattered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def reduce_scatter(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """Return this process's part of the sum over processes."""
-    return reduced(tensor, group).chunk(group.size())[group.rank()].contiguous()
+    return reduce(tensor, group).chunk(group.size())[group.rank()].contiguous()

@@ -13,7 +13,7 @@ from .base import TransformerEngineBaseModule, get_dummy_wgrad
 
 def weight_gradient(module: TransformerEngineBaseModule, weight: torch.Tensor, grad: torch.Tensor,
                     inp: torch.Tensor, recipe: Recipe | None, overwrites: bool) -> torch.Tensor | None:
-    """Compute a weight's gradient; returns what autograd is given for it.
+    """Compute a weight's gradient; return the value that autograd receives for it.
 
     Args:
         module: has `fuse_wgrad_accumulation`.

@@ -1,4 +1,5 @@
-"""AdamW as the fused kernel does it: updates counted per group, moments and masters in their own dtypes."""
+"""AdamW with the semantics of the fused kernel: step counts per group;
+moments and master weights in separate dtypes."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.master_weights, self.use_decoupled_grad = master_weights, use_decoupled_grad
 
     def initialize_state(self, param: Any, store_param_remainders: bool) -> None:
-        """Make a parameter's state: zeros, and its master weights where they are kept here."""
+        """Initialize a parameter's state with zeros, and its master weight if this optimizer keeps it."""
         for name in ("exp_avg", "exp_avg_sq", *(["master_param"] if self.master_weights else [])):
             self.state[param][name] = torch.zeros_like(param, dtype=self.dtypes[name])
         if self.master_weights:
@@ -62,7 +63,7 @@ class FusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None,  # type: ignore[override]
              grad_scaler: Any = None) -> None:
-        """Update all parameters by their gradients; every group counts, also one without
+        """Update all parameters by their gradients; every group's step count advances, even without
         parameters or gradients."""
         for group in self.param_groups:
             group["step"] = group["step"] + 1 if "step" in group else 1

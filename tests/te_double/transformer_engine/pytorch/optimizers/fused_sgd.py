@@ -1,4 +1,4 @@
-"""SGD, which megatron-core imports beside Adam."""
+"""SGD: a name that megatron-core imports together with Adam."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim.optimizer import required
 
 
 class FusedSGD(torch.optim.Optimizer):
-    """SGD; nothing here makes one."""
+    """SGD; never instantiated."""
 
     def __init__(self, params: Any, lr: Any = required, momentum: float = 0.0, dampening: float = 0.0,
                  weight_decay: float = 0.0, nesterov: bool = False, *, wd_after_momentum: bool = False,

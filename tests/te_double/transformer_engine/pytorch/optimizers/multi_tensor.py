@@ -9,7 +9,7 @@ import torch
 
 
 class MultiTensorApply:
-    """Calls an operation with lists of tensors of which none is empty."""
+    """Applies an operation to lists of tensors, if no list is empty."""
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size

@@ -23,7 +23,7 @@ def _numbers(data: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
 
 
 class MXFP8Tensor(Storage, QuantizedTensor):
-    """A matrix in fp8 with a power of two per 32 values, along its rows and once more along its columns."""
+    """An fp8 matrix with a power-of-two scale per 32 values, once along rows and once along columns."""
 
     INNER = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
     _rowwise_data: torch.Tensor

@@ -11,5 +11,5 @@ class NVFP4Tensor(QuantizedTensor):
     """A tensor in fp4 with an fp8 scale per 16 values."""
 
     def quantize_(self, tensor: torch.Tensor, *, noop_flag: torch.Tensor | None = None) -> QuantizedTensor:
-        """Take the numbers of a tensor: weights in 4 bits are refused, so nothing asks for it."""
+        """Refuse to replace the values: weights in 4 bits are not supported."""
         raise NotImplementedError

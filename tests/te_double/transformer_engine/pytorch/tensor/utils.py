@@ -1,4 +1,4 @@
-"""Weights in 8 bits under a distributed optimizer: where their bytes lie, and how masters become them."""
+"""8-bit weights under a distributed optimizer: replacing their memory, and casting master weights into it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .mxfp8_tensor import MXFP8Tensor
 
 
 def replace_raw_data(tensor: QuantizedTensor, new_raw_data: torch.Tensor) -> None:
-    """Have a tensor's bytes lie in other memory."""
+    """Replace the memory of a tensor's bytes."""
     if isinstance(tensor, MXFP8Tensor):
         raise NotImplementedError("replace_raw_data for MXFP8Tensor is not supported yet")
     name = "_data" if isinstance(tensor, Float8Tensor) else "_rowwise_data"
@@ -29,15 +29,15 @@ def quantize_master_weights(model_weights: list[Any], master_weights: list[torch
                             start_offsets: list[int | None], group: Any,
                             fsdp_shard_model_weights: Any = None,
                             manual_post_all_gather_processing: bool = False) -> None:
-    """Write each master, a flat part of its weight or None, into the weight's bytes, by scales that the whole
-    group's parts give; other forms of the weight are old until `post_all_gather_processing`."""
+    """Cast each master weight (a flat part, or None) into its weight's bytes, with scales from the parts of
+    the whole group. Columnwise bytes are stale until `post_all_gather_processing`."""
     if fsdp_shard_model_weights is not None:
         raise NotImplementedError("the double shards no weights")
     rounded = [None if master is None else master.to(weight.dtype)
                for weight, master in zip(model_weights, master_weights, strict=True)]
     for weight in model_weights:
         weight.clear_high_precision_init_val()
-    for kind, cast in ((Float8Tensor, _whole), (Float8BlockwiseQTensor, _blocks)):
+    for kind, cast in ((Float8Tensor, _cast_per_tensor), (Float8BlockwiseQTensor, _cast_per_block)):
         entries = [(w, m, s) for w, m, s in zip(model_weights, rounded, start_offsets, strict=True)
                    if isinstance(w, kind)]
         cast(entries, group)
@@ -56,8 +56,8 @@ def cast_master_weights_to_fp8(model_weights: list[Any], master_weights: list[to
                             manual_post_all_gather_processing)
 
 
-def _whole(entries: list[Any], group: Any) -> None:
-    """Cast by one scale."""
+def _cast_per_tensor(entries: list[Any], group: Any) -> None:
+    """Cast with one scale per tensor, from the largest value over the whole group."""
     if not entries:
         return
     amaxes = torch.stack([torch.zeros(()) if master is None else master.abs().amax().float()
@@ -69,30 +69,30 @@ def _whole(entries: list[Any], group: Any) -> None:
             weight._data.view(-1)[start:start + master.numel()] = to_bytes(master.float() * scale).view(-1)
 
 
-def _blocks(entries: list[Any], group: Any) -> None:
-    """Cast by a scale for each block, of which a part may be another process's."""
+def _cast_per_block(entries: list[Any], group: Any) -> None:
+    """Cast with one scale per block; other processes may own parts of a block."""
     if not entries:
         return
-    found = []
+    block_amaxes = []
     for weight, master, start in entries:
-        whole = torch.zeros(weight.numel())
+        values = torch.zeros(weight.numel())
         if master is not None:
-            whole[start:start + master.numel()] = master.float().view(-1)
-        found.append(block_amax(whole.view(weight.shape)))
-    amaxes = torch.cat([amax.view(-1) for amax in found])
+            values[start:start + master.numel()] = master.float().view(-1)
+        block_amaxes.append(block_amax(values.view(weight.shape)))
+    amaxes = torch.cat([amax.view(-1) for amax in block_amaxes])
     torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
-    parts = amaxes.split([amax.numel() for amax in found])
-    for (weight, master, start), amax, flat in zip(entries, found, parts, strict=True):
+    parts = amaxes.split([amax.numel() for amax in block_amaxes])
+    for (weight, master, start), amax, flat in zip(entries, block_amaxes, parts, strict=True):
         scale = scale_of(flat.view(amax.shape), powers=True)
         weight._rowwise_scale_inv.copy_(scale.reciprocal())
         if master is not None:
-            own = spread(scale, weight.shape).reshape(-1)[start:start + master.numel()]
+            own_scale = spread(scale, weight.shape).reshape(-1)[start:start + master.numel()]
             weight._rowwise_data.view(-1)[start:start + master.numel()] = to_bytes(
-                master.float().view(-1) * own)
+                master.float().view(-1) * own_scale)
 
 
 def post_all_gather_processing(model_weights: Any) -> None:
-    """Make what products sum over rows of, when every process's bytes are there."""
+    """Build the columnwise bytes after every process's rowwise bytes have been gathered."""
     for weight in model_weights if isinstance(model_weights, list) else [model_weights]:
         if isinstance(weight, Float8Tensor) and needs_transpose():
             weight._create_transpose()

@@ -83,7 +83,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         super().__init__(name)
         if attention_dropout or softmax_type != "vanilla" or return_max_logit or cp_group:
             raise NotImplementedError("the double has plain softmax attention, without context parallelism")
-        self._take_group(tp_group, tp_size)
+        self._set_group(tp_group, tp_size)
         self.qkv_format, self.attn_mask_type = qkv_format, attn_mask_type
         self.window_size = window(attn_mask_type, window_size)
         channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
