@@ -136,6 +136,7 @@ def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
     if word in launchers["harnesses"].split():
         return ["eval", "lm", *(rest[1:] if rest[:1] == ["run"] else rest)]
     if word in launchers["programs"].split():
+        rest = rest[1:] if rest[:1] == ["run"] and rest[1:] else rest  # torchtune: tune run RECIPE
         if rest and not rest[0].startswith("-"):
             return rest
         has_row = any(word in words.split() for words in load_table()["commands"]["megatron-sov"])
@@ -173,9 +174,10 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
         number_type = find_value(typed, "--outtype", "--quantize", "--type")
         free = [word for word in typed if not word.startswith("-") and word != number_type]
         first = free[0] if free else "OWNER/NAME" if "hf download" in commands else "RUN"
-        name = Path(first).stem
+        name = Path(first).name
         second = free[1] if len(free) > 1 else f"{name}-{number_type or 'f16'}.gguf"
         holes = {"first": first, "name": name, "second": second, "type": number_type.upper(),
+                 "repo": free[1] if len(free) > 1 else "OWNER/NAME",
                  "gguf": f"{name}.gguf" if number_type else second,
                  "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
         if not number_type:

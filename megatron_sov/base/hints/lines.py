@@ -58,6 +58,7 @@ class _Proposal:
     """Faulty word that stays in the line -> valid word for the checks."""
     hidden: list[str] = field(default_factory=list)
     """Faulty options without a fix, each with its value, that the checks skip."""
+    typed_program: str = ""
     results: dict[tuple[str, ...], UserError | None] = field(default_factory=dict)
     """Program and words -> fault; a check can take seconds."""
 
@@ -68,13 +69,17 @@ class _Proposal:
     def find_fault(self) -> UserError | None:
         """Return the next fault; None: the check passes or stops at a placeholder."""
         error = self.run_check()
-        placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
-        names = [*placeholders, *(part for word in placeholders for part in word.split("=")), *self.new_paths]
         for _ in range(MAX_FAULTS):
-            if error is not None and not any(_names_word(error.sentence, word) for word in names):
+            if error is not None and not self.is_expected(error):
                 return error
             error = error and self.find_independent_fault(error)
         return self.find_path_fault(self.messages, is_named=False)
+
+    def is_expected(self, error: UserError) -> bool:
+        """Return whether a fault is about a placeholder, or a path that `before` creates."""
+        placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
+        names = [*placeholders, *(part for word in placeholders for part in word.split("=")), *self.new_paths]
+        return any(_names_word(error.sentence, word) for word in names)
 
     def find_path_fault(self, message: str, *, is_named: bool) -> UserError | None:
         """Return the first fault of a path that `message` names, or does not name; run no check."""
@@ -125,7 +130,8 @@ class _Proposal:
         unfixed = [message for message in self.unfixed if not is_repeated(message, self.fixed)]
         # a line with the fault that a fix should have corrected is useless, as is a command of another kind
         is_unfit = line[0] != self.typed[0] and any(" artifact where " in message for message in unfixed)
-        if len(unfixed) < len(self.unfixed) or (line == list(self.typed) and not self.before) or is_unfit:
+        is_same = line == list(self.typed) and not self.before and self.program == self.typed_program
+        if len(unfixed) < len(self.unfixed) or is_same or is_unfit:
             return UserError(join_sentences([*self.fixed, *unfixed]))
         lines = [*self.before, f"{self.program} {shlex.join(line)}"]
         return UserError(join_sentences(self.fixed), Fix("\n  ".join(lines)),
@@ -163,7 +169,8 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
                  find_check: FindCheck = lambda program: None) -> UserError:
     """Build one error for all faults of a command line, with the corrected line. `error` is the first fault,
     `check` runs all checks of a line of `program`."""
-    proposal, tried = _Proposal(program, typed, check, list(typed)), {(program, *typed)}
+    proposal = _Proposal(program, typed, check, list(typed), typed_program=program)
+    tried = {(program, *typed)}
     fault: UserError | None = error
     while fault is not None and len(proposal.fixed) + len(proposal.unfixed) < MAX_FAULTS:
         if fault.fix is None:
@@ -172,6 +179,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
         if fix is None:
             proposal.unfixed.append(fault.sentence)
             fault = proposal.find_independent_fault(fault)
+            fault = proposal.find_fault() if fault and proposal.is_expected(fault) else fault
             continue
         fix = use_typed_tokenizer(typed, _select_part(proposal.line, fix))
         recipe, model = proposal.line[1:2], find_value(proposal.line, "--from")
