@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -383,11 +383,7 @@ class TorchDistWeights(BlockWeights):
 def count_padded_rows(weights: TorchDistWeights) -> int:
     """Return how many vocabulary rows have no token id."""
     return max((weights.tensors.get_shape(key)[0] - weights.model.vocab_size
-                for key in _list_vocabulary_keys(weights.tensors.keys())), default=0)
-
-
-def _list_vocabulary_keys(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if key in VOCABULARY_WEIGHTS]
+                for key in VOCABULARY_WEIGHTS if key in set(weights.tensors.keys())), default=0)
 
 
 FROM_MEGATRON = "from_megatron"

@@ -21,7 +21,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -199,11 +199,6 @@ _CODECS = Name("_codecs", "encode")
 """Used by pickle protocol 2 for bytes."""
 
 
-def is_index_name(name: Name) -> bool:
-    """Return whether a name is allowed in the index."""
-    return name in _INDEX
-
-
 def is_tensor_name(name: Name) -> bool:
     """Return whether a stored tensor's header may contain a name."""
     return name in STORAGES or name in (REBUILT, PARAMETER, ORDERED)
@@ -237,7 +232,7 @@ length], None if the settings have a separate file."""
 def read_index(raw: bytes) -> Index:
     """Parse an index; raises ValueError for objects other than tensor metadata, and for invalid offsets."""
     try:
-        metadata = get_attributes(parse_pickle(raw, is_index_name), METADATA, MCORE_METADATA)
+        metadata = get_attributes(parse_pickle(raw, _INDEX.__contains__), METADATA, MCORE_METADATA)
         entries = to_text_dict(metadata["state_dict_metadata"])
         stored = _read_stored(metadata["storage_data"])
         tensors: dict[str, Any] = {}
@@ -323,11 +318,7 @@ def _parse_sizes(value: Any) -> tuple[int, ...]:
     sizes = tuple(value.arguments[0])
     if len(sizes) > MAX_AXES:
         raise ValueError(f"a tensor has {len(sizes)} axes, more than {MAX_AXES}")
-    return tuple(_parse_numbers(sizes))
-
-
-def _parse_numbers(values: Iterable[Any]) -> Iterator[int]:
-    return map(_parse_number, values)
+    return tuple(map(_parse_number, sizes))
 
 
 def _parse_number(value: Any) -> int:
