@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path, fix_missing
 from megatron_sov.base.hints.kinds import find_only_folder, list_models
@@ -144,9 +146,9 @@ class _Proposal:
         for command in self.before:
             commands += self._correct_command(command, commands, find_check)
         self.before = commands
-        trained = [command for command in commands if command.startswith("sov-tokenizer train ")]
-        if trained and self.line[0] == "pretrain":
-            size = find_value(shlex.split(trained[0]), "--vocab-size")
+        is_new = self.line[0] == "pretrain" and "--from" not in self.line
+        size = next(filter(None, map(_find_vocab_size, commands)), "") if is_new else ""
+        if size:
             fix = Fix(options=("--set", f"model.vocab_size={size}"))
             self.line = apply_fix(self.program, self.line, fix) or self.line
 
@@ -255,6 +257,19 @@ def apply_fix(program: str, line: Sequence[str], fix: Fix) -> list[str] | None:
             values.append(options.pop(0))
         changed = [*_remove_option(changed, name, values), name, *values]
     return changed
+
+
+def _find_vocab_size(command: str) -> str:
+    """Return the vocabulary size of the tokenizer that a command makes or packs with; "": unknown."""
+    words = shlex.split(command)
+    if words[:2] == ["sov-tokenizer", "train"]:
+        return find_value(words, "--vocab-size")
+    folder = words[2] if words[:2] == ["sov-tokenizer", "import"] else find_value(words, "--tokenizer")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        raw = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
+        added = [token["id"] for token in raw["added_tokens"]]
+        return str(max(*raw["model"]["vocab"].values(), *added) + 1)
+    return ""
 
 
 def _fill_placeholder(option: str, word: str) -> str:

@@ -217,6 +217,13 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("sov-data mix d d2 --ratio 1 2 --output o", ["write\n  sov-data mix d:1 d2:2 --output o"]),
     ("sov-data filter --input t.jsonl --min_size 9 --output o", ["runs it, without min_size"]),
     ("sov-tokenizer compare tok", ["--text en=FILE"]),
+    ("megatron-sov pretrain tiny-qwen3 --data mega.bin --run r", ["adopt mega --tokenizer tok"]),
+    ("megatron-sov pretrain tiny-qwen3 --data t.txt --tokenizer hf --run r",
+     ["sov-tokenizer import hf", "--run r --set model.vocab_size=4"]),
+    ("megatron-sov verify d2", ["write\n  sov-data verify d2"]),
+    ("megatron-sov push run --repo a/b", ["convert to-hf run run-hf\n  hf upload a/b run-hf"]),
+    ("megatron-sov tune run lora_finetune_single_device --from hf --data d2",
+     ["write\n  megatron-sov sft --from hf --data d2 --run new-run"]),
     ("megatron-sov dpo", ["write\n  megatron-sov prefer --from MODEL --data d2 --run new-run --method dpo"]),
     ("megatron-sov version", ["write\n  megatron-sov --version"]),
     ("megatron-sov eval", ["ACTION takes ppl, needle, pairs, passk, media, lm"]),
@@ -293,6 +300,7 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
                        "spm.vocab": "<unk>\t0", "spm.model": "x", "mega.idx": "x", "mega.bin": "x",
                        "mega_ckpt/latest_checkpointed_iteration.txt": "9",
                        "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+                       "hf/tokenizer.json": '{"model": {"vocab": {"a": 2}}, "added_tokens": [{"id": 3}]}',
                        "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
