@@ -140,8 +140,7 @@ class MediaRecordEncoder:
         rates = [*([self.sounds.sample_rate_hz] if self.sounds else []),
                  *([SAMPLE_RATE_HZ] if self._settings.sound_bank else [])]
         if not rates:
-            raise BadRecord("no_codec", "is a sound, which needs --audio-tokenizer or "
-                                        "--continuous-sounds")
+            raise BadRecord("no_codec", "is a sound, which needs --audio-tokenizer or --continuous-sounds")
         by_rate = {rate: self._reader.read_sound(path, rate) for rate in dict.fromkeys(rates)}
         return [by_rate[rate] for rate in rates]
 

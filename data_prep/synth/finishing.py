@@ -74,8 +74,7 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
 
 def sum_costs(output: Path) -> dict[str, Any]:
     """Sum the requests in `answers.sqlite`, including failures: requests, answers, requests by status,
-    tokens, and seconds without concurrency.
-    """
+    tokens, and seconds without concurrency."""
     outcomes: Counter[str] = Counter()
     sums = [0, 0, 0.0]
     if (file := output / ANSWERS).is_file():

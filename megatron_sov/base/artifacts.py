@@ -487,8 +487,7 @@ def parse_inputs(path: Path, manifest: Manifest) -> list[dict[str, str]]:
 
 def list_input_paths(path: str, owner: Path) -> list[Path]:
     """List the paths where an input may exist now: `path` itself, or next to `owner`, the artifact or run
-    built from it: its relative path, its bare name, or the last three parts of its path.
-    """
+    built from it: its relative path, its bare name, or the last three parts of its path."""
     folder = owner.parent
     return [Path(path), folder / path, folder / Path(path).name, folder / Path(*Path(path).parts[-3:])]
 

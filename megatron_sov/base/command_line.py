@@ -125,8 +125,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"{shlex.join(rest)}: nothing takes this")
 
     def _update_words(self, typed: Sequence[str]) -> Sequence[str]:
-        """Replace outdated words; a program or a group of commands leaves them to the command's own
-        parser."""
+        """Replace outdated words; a program or group of commands leaves them to the command's parser."""
         if any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
             return typed
         return translate_options(self, typed)

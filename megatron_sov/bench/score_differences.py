@@ -154,8 +154,7 @@ def format_metric_name(metric: Metric) -> str:
     return format_score_name(metric.label, metric.filter)
 
 
-def _compute_difference(task: str, metric: Metric, before: ScoredResults, after: ScoredResults
-                        ) -> Difference:
+def _compute_difference(task: str, metric: Metric, before: ScoredResults, after: ScoredResults) -> Difference:
     name = format_metric_name(metric)
     other = next((m for m in after.results.tasks[task].metrics if format_metric_name(m) == name), None)
     first, second = get_item_scores(before, task, metric), get_item_scores(after, task, metric)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import Fix, UserError, stop_check
 from megatron_sov.base.figures import NO_VALUE, align_columns
+from megatron_sov.base.hints.kinds import DATA_SUFFIXES
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AboveZero, AtLeastOne, DeclaredCommand, Flag
 from tokenizer.formats.reader import LoadedTokenizer, open_tokenizer
@@ -49,8 +50,10 @@ def run_compare(args: TokenizerCompareOptions) -> int:
         raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name a second tokenizer",
                         Fix(arguments=("DIR",)))
     if not args.text:
-        raise UserError("--text is missing; name held-out text to compare on, e.g. "
-                        "--text korean=heldout/ko.jsonl", Fix(options=("--text", "en=FILE")))
+        files = [path for path in args.tokenizers if path.suffix in DATA_SUFFIXES]
+        options = [word for path in files or ["en=FILE"] for word in ("--text", str(path))]
+        raise UserError("--text is missing; name held-out text to compare on, e.g. --text ko=heldout/ko.jsonl",
+                        Fix(left_out=tuple(map(str, files)), options=tuple(options)))
     check_output("--json", args.json)
     comparison = compare_tokenizers(args.tokenizers, read_texts(args.text, args.max_text_mb),
                                     args.hidden_size, args.body_params)

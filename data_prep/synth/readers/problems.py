@@ -50,8 +50,7 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
 
 
 def list_line_files(inputs: Sequence[Path]) -> Iterator[Path]:
-    """Yield input files, and JSONL files in input folders; from `sov-data synth` only `kept.jsonl`.
-    """
+    """Yield input files, and JSONL files in input folders; from `sov-data synth` only `kept.jsonl`."""
     for path in inputs:
         files = [path]
         if path.is_dir():

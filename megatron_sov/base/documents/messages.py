@@ -128,9 +128,8 @@ def check_depth(value: Any, levels: int = MAX_LEVELS) -> None:
 
 
 def parse_messages(messages: Any, name: str) -> Messages:
-    """Parse a record's messages. `name`: name of the field, for error
-    messages. Raises `BadRecord`: messages are malformed, a user's or assistant's turn is empty, or tool
-    results do not match tool calls."""
+    """Parse a record's messages. `name`: name of the field, for error messages. Raises `BadRecord`: messages
+    are malformed, a user's or assistant's turn is empty, or tool results do not match tool calls."""
     if not isinstance(messages, list) or not messages:
         alternative = "a string, or " if name in ("prompt", "chosen", "rejected") else ""
         advice = ""

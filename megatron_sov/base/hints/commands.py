@@ -96,8 +96,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
 
 
 def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:
-    """Return foreign command -> text with the command of ours, as the typed model and configuration file
-    decide."""
+    """Return foreign command -> text with our command, by the typed model and configuration file."""
     rows = load_table()["commands"].get(program, {})
     texts = {name: text for words, text in rows.items() for name in words.split()}
     if _names_model(typed):
@@ -161,8 +160,7 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
 
 
 def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
-    """Build the error for a foreign command: the typed words replace the placeholders in the text's template,
-    `program command --option VALUE`."""
+    """Build the error for a foreign command; the typed words replace placeholders in the text's template."""
     if code := re.search("`(python -c .*)`", text):
         folders = [word for word in typed if os.path.isdir(word)] or ["DIR"]
         rest = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]

@@ -20,8 +20,7 @@ MAX_KEYS = 2_000
 
 def read_foreign_config(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str]]:
     """Read another program's configuration file (YAML, JSON or TOML) as dotted key -> values in command-line
-    form; empty if the file is a config of this program, cannot be read, or has no key in `words.yaml`.
-    """
+    form; empty if the file is a config of this program, cannot be read, or has no key in `words.yaml`."""
     try:
         leaves = list(islice(_iter_leaves(_parse_file(file), ""), MAX_KEYS))
     except RecursionError:  # aliases that contain themselves

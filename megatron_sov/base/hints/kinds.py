@@ -63,8 +63,7 @@ def list_run_tokenizers(run: Path) -> list[Path]:
 
 
 def classify_folder(path: Path) -> str:
-    """Return a folder's kind by its file names: run, checkpoint, hf, peft, tokens, tokenizer, megatron or
-    other."""
+    """Return a folder's kind: run, checkpoint, hf, peft, tokens, tokenizer, megatron or other."""
     names = set(os.listdir(path)) if os.path.isdir(path) else set()
     if "events.jsonl" in names:
         return "run"

@@ -95,8 +95,7 @@ class _Proposal:
         return next((UserError(message, fix) for fix in fixes if fix and not fix.before), None)
 
     def find_independent_fault(self, fault: UserError) -> UserError | None:
-        """Return a further fault after one without a fix, found by checking the line without the option that
-        the fault names."""
+        """Return a further fault, found by checking the line without the option that `fault` names."""
         path_fault = self.find_path_fault(self.messages, is_named=False)
         if path_fault is not None:
             return path_fault
@@ -140,8 +139,7 @@ class _Proposal:
                          join_sentences(unfixed) if unfixed else "")
 
     def correct_commands(self, find_check: FindCheck) -> None:
-        """Check the commands of `before`, and replace each by its corrected commands; a new model has the
-        vocabulary size of its new tokenizer."""
+        """Correct the commands of `before`; a new model has the vocabulary size of its new tokenizer."""
         commands = list[str]()
         for command in self.before:
             commands += self._correct_command(command, commands, find_check)
@@ -225,8 +223,7 @@ def _select_part(line: Sequence[str], fix: Fix) -> Fix:
 
 
 def _find_advice(proposal: _Proposal, fault: UserError) -> Fix | None:
-    """Return the option that a fault's message recommends, if the line with the option passes the fault's
-    check."""
+    """Return the option that a fault's message recommends, if the line with it passes the check."""
     for match in _ADVICE.finditer(fault.sentence):
         words = (match[2], match[3]) if match[2] else ("--set", match[1])
         fix = Fix(options=words)

@@ -1,5 +1,4 @@
-"""Faults of paths in a command line that show without running it: missing files, and files or folders of the
-wrong kind."""
+"""Faults of paths in a command line: missing files, and files or folders of the wrong kind."""
 
 from __future__ import annotations
 
@@ -53,6 +52,10 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
     if line[:2] == ["convert", "from-megatron"] and classify_folder(Path("".join(line[2:3]))) == "hf":
         yield line[2], UserError(f"{line[2]}: is a Hugging Face folder; `convert from-hf` reads it",
                                  Fix(command="convert from-hf"))
+    if line[:1] == ["convert"] and len(line) > 3 and not os.path.exists(line[2]) and (
+            classify_folder(Path(line[3])) in ("hf", "run", "checkpoint")):
+        yield line[2], UserError(f"convert: {line[2]} and {line[3]} are swapped; the existing model comes first",
+                                 Fix(words={line[2]: line[3], line[3]: line[2]}))
     for path in line[2:3] if line[:2] in (["ssp", "fuse"], ["convert", "average"]) else ():
         if models := read_merge(Path(path)):
             output = find_value(line, "--output") or next(iter(line[3:]), choose_free_path("merged"))
@@ -209,8 +212,7 @@ def fix_table(file: Path) -> Fix | None:
 
 
 def _choose_tokenizer(line: Sequence[str]) -> str:
-    """Return a folder with a tokenizer: from the command's model, else the only one in the current folder,
-    else the placeholder DIR."""
+    """Return the tokenizer of the command's model, else the only one in the current folder, else DIR."""
     if typed := _find_typed_tokenizer(line):
         return typed
     # `--from MODEL`, or a positional argument as in `eval lm MODEL`

@@ -73,8 +73,7 @@ def _find_fix(program: str, successor: str, option: str, words: Sequence[str]) -
 
 
 def drop_removed_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a run's saved settings without removed settings at their defaults, which had no
-    effect."""
+    """Return a copy of a run's saved settings without removed settings at their defaults."""
     settings = copy.deepcopy(dict(raw))
     for code in settings.get("code") or ():
         if isinstance(code, dict):
@@ -98,8 +97,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_kind(path: str | Path, kind: str) -> None:
-    """Refuse an artifact of a kind that only a removed command made. Raises `UserError`: names the kind and
-    its successor."""
+    """Raise `UserError` for an artifact of a removed command, with the kind and its successor."""
     if successor := KINDS.get(kind):
         raise UserError(f"{path}: is a '{kind}' artifact, which this version cannot read; {successor}")
 

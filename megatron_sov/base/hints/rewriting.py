@@ -301,7 +301,8 @@ class Rewrite:
         find = self.find
         assert find is not None
         setting = translate_setting(key, [value], find, self.typed) if equals and find(key) else ""
-        if not self.is_setting(key) and self.apply_row(get_last_part(key), [value]):
+        if self.apply_row(key, [value]) or (
+                not self.is_setting(key) and self.apply_row(get_last_part(key), [value])):
             return
         if key == "lora.targets" and value[:1] not in ("[", ""):
             setting = f"{key}={json.dumps([name.strip() for name in value.split(',')])}"

@@ -61,8 +61,7 @@ def find_note(word: str) -> str:
 
 
 def explain_key(word: str) -> str:
-    """Return the end of a sentence about an unknown setting: `find_note`, or the option of the same
-    meaning; "": unknown word."""
+    """Return the note on an unknown setting, or the option of the same meaning; "": unknown word."""
     if note := find_note(word):
         return note
     options = index_words("options").get(normalize_word(word), ())
@@ -100,8 +99,7 @@ def split_stems(text: str) -> list[str]:
 
 
 def _has_stem(stems: set[str], query: str) -> bool:
-    """Return whether `stems` contain a stem, its beginning or its continuation (from `MIN_PREFIX`
-    letters)."""
+    """Return whether `stems` contain a stem, its beginning or continuation (from `MIN_PREFIX` letters)."""
     if query in stems:
         return True
     return len(query) >= MIN_PREFIX and any(

@@ -1,5 +1,4 @@
-"""Translation of option and setting values from other programs: computed values, GPUs as nodes, GPU names as
-cluster profiles."""
+"""Translation of other programs' values: computed values, GPUs as nodes, GPU names as cluster profiles."""
 
 from __future__ import annotations
 

@@ -95,12 +95,16 @@ def _check_pasted_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
 
 
 def _check_resume(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
-    """Refuse `--resume RUN`: the option takes no value, and the command `resume` continues a run."""
-    if "--resume" not in parser._option_string_actions or "--run" in typed:
+    """Refuse `--resume RUN`: the command `resume` continues a run, and --from takes a complete run's weights."""
+    at = next((n for n, (word, value) in enumerate(pairwise(typed)) if word == "--resume"
+               and not value.startswith("-")), -1)
+    run = re.sub(r"/checkpoints(/.*)?$", "", typed[at + 1]) if at >= 0 else ""
+    if not run or "--resume" not in parser._option_string_actions:
         return
-    run = next((value for option, value in pairwise(typed) if option == "--resume"
-                and not value.startswith("-")), "")
-    if run:
+    if "--run" in typed and "--from" not in typed and os.path.exists(os.path.join(run, "complete.json")):
+        raise UserError(f"{parser.prog}: {run}: is complete; --from begins a new run at step 1, with its weights",
+                        Fix(f"{parser.prog} {shlex.join([*typed[:at], '--from', *typed[at + 1:]])}"))
+    if "--run" not in typed or os.path.isdir(run):
         changes = [part for pair in pairwise(typed) if pair[0] == "--set" for part in pair]
         raise UserError(f"{parser.prog}: --resume takes no value; `megatron-sov resume RUN` continues a run",
                         Fix(f"megatron-sov resume {shlex.join([run, *changes])}"))
@@ -222,8 +226,7 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
 
 
 def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Sequence[str]) -> int:
-    """Write an existing option of the command, or its counterpart if the value is foreign; return how many
-    words of `rest` are read."""
+    """Write an option of the command, or the counterpart of a foreign value; return the words read."""
     option = text.partition("=")[0]
     if option == "--config" and values and not os.path.exists(values[0]) and rewrite.is_recipe(values[0]):
         rewrite.add_words(f"{option} {values[0]}: is a recipe, which takes no option")
@@ -424,8 +427,7 @@ def _rename_option(word: str, program: str, options: Sequence[str]) -> str:
 
 
 def _add_companions(rewrite: Rewrite) -> None:
-    """Write the settings and processes that written settings require: obs.wandb=true for a W&B project, two
-    processes for parallel.tp=2."""
+    """Write settings and processes that written settings require: two processes for parallel.tp=2."""
     changes = [change for option, change in pairwise(rewrite.words) if option == "--set"]
     values = dict(change.partition("=")[::2] for change in changes)
     if "--config" in rewrite.words or not values:
@@ -521,8 +523,7 @@ def _join_messages(rewrite: Rewrite) -> str:
 
 
 def _drop_repeated(parser: argparse.ArgumentParser, rewrite: Rewrite) -> list[str]:
-    """Return the words without unknown settings, and with one value for each setting and single option: the
-    typed one."""
+    """Return the words without unknown settings; each setting and single option has its typed value."""
     single = {name for action in parser._actions
               if type(action).__name__ in ("_StoreAction", "_StoreTrueAction") and action.nargs in (None, 0)
               for name in action.option_strings}

@@ -2,7 +2,7 @@
 
 Questions and few-shot examples form one split, because lm-eval passes the question to a few-shot sampler only
 within a split. Task files name these functions by `!function`; their source enters `hash_task`, so that a
-change separates new scores from old ones. """
+change separates new scores from old ones."""
 
 from __future__ import annotations
 
@@ -70,8 +70,7 @@ def rename_fields(row: Mapping[str, Any], aliases: Mapping[str, Sequence[str]]) 
 
 def find_field_problem(name: str, rule: str, row: Mapping[str, Any]) -> str:
     """Return a sentence if a field breaks its rule, such as `text`, `texts 4`, `integer 0..3`, `letter A..D`
-    or `text or null`; else "".
-    """
+    or `text or null`; else ""."""
     match = _RULE.fullmatch(rule)
     assert match is not None, rule
     kind, low, high, value = match["kind"], match["low"], match["high"], row.get(name)

@@ -114,8 +114,7 @@ class _Machine(pickle._Unpickler):
 
     dispatch = _Opcodes()
     for _name, _executed in (*zip(_PLAIN_OPCODES, _PLAIN_OPCODES, strict=True), *_CHANGED_OPCODES.items()):
-        dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[
-            getattr(pickle, _executed)[0]]
+        dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[getattr(pickle, _executed)[0]]
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Items())
 
     def __init__(self, raw: bytes, allowed: Callable[[Name], bool]) -> None:

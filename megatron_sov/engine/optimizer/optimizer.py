@@ -160,8 +160,7 @@ class Optimizer:
 
     def sync_master_weights(self) -> None:
         """Update the float32 masters after weights were loaded; masters of FP8 weights were loaded
-        themselves.
-        """
+        themselves."""
         if not self.model.fp8_placeholders:
             self.library.reload_model_params()
             return

@@ -131,8 +131,7 @@ def assign_gradients(shards: Iterable[StateShard]) -> None:
 
 def iter_state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
     """Yield the local optimizer state, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and
-    `master/KEY`.
-    """
+    `master/KEY`."""
     for block, shard in iter_shard_blocks(model, shards):
         for name, flat in shard.state().items():
             for piece in iter_pieces(block, shard, flat):
@@ -247,6 +246,5 @@ def set_update_count(shards: Iterable[StateShard], num_updates: int) -> None:
 
 def _counts_per_parameter(inner: ShardOptimizer) -> bool:
     """Return whether the optimizer counts updates per parameter (torch) or per group (Transformer Engine,
-    Apex).
-    """
+    Apex)."""
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))

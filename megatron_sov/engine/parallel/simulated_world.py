@@ -536,8 +536,7 @@ def _list_rank_attributes() -> tuple[tuple[Any, str], ...]:
 
 def _get_initial_state(previous: Sequence[Any]) -> Sequence[Any]:
     """Return initial values for `_list_rank_attributes`; objects that this process already created are not
-    shared.
-    """
+    shared."""
     initial: dict[tuple[Any, str], Any] = {
         (random, _RANDOM_STATES[0]): None, (random, _RANDOM_STATES[1]): False,
         (MTPLossLoggingHelper, "tracker"): {}}

@@ -83,8 +83,7 @@ RECIPES: dict[str, Recipe] = {
         "LGAI-EXAONE/EXAONE-4.0-1.2B, compared with Megatron-Bridge's test_exaone4_provider.py")),
     "hyperclovax-14b": Recipe(open_models.hyperclovax_14b, open_models.dense_sources(
         f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}"))}
-TINY: dict[str, str] = yaml.safe_load(
-    Path(__file__).with_name("tiny.yaml").read_text(encoding="utf-8"))
+TINY: dict[str, str] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text(encoding="utf-8"))
 """Tiny recipe -> full-size recipe with the same structure."""
 
 

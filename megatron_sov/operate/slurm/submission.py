@@ -463,8 +463,7 @@ def _copy_code(folder: Path) -> None:
             shutil.copyfile(path, temporary / name)
         # an edit during the copy: a mixture of old and new code
         if folder.name != _compute_code_name(temporary):
-            raise UserError(f"{folder}: the code changed while it was copied; submit again after the "
-                            "edit")
+            raise UserError(f"{folder}: the code changed while it was copied; submit again after the edit")
 
 
 def print_scripts(prepared: PreparedStage) -> None:

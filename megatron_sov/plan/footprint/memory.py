@@ -1,6 +1,5 @@
 """Predict a training process's GPU memory by items: exact states (`states`), saved activations
-(`activations`), quantized weights (`stage_parameters`), and estimated library buffers.
-"""
+(`activations`), quantized weights (`stage_parameters`), and estimated library buffers."""
 
 from __future__ import annotations
 

@@ -145,8 +145,7 @@ def build_tables(quotes: Sequence[Quote]) -> list[QuoteTable]:
 
 def build_stage_table(quotes: Sequence[Quote]) -> QuoteTable:
     """Build the table with time and cost per stage; several stages have a total row."""
-    head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "time", "GPU-hours",
-            "cost"]
+    head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "time", "GPU-hours", "cost"]
     rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", format_count(q.tokens),
              format_seconds(q.step_s), f"{q.tokens_per_s_per_gpu:,.0f}", format_share(q.mfu),
              format_days(q.days * SECONDS_PER_DAY), format_count(q.gpu_hours),

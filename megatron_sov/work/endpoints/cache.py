@@ -53,8 +53,7 @@ class EndpointCache:
                                                isolation_level=None)
             self._connection.executescript(_TABLES)
         except (OSError, sqlite3.Error) as e:
-            raise UserError(f"cache = {path}: is not a usable cache ({e}); name another "
-                            "file") from None
+            raise UserError(f"cache = {path}: is not a usable cache ({e}); name another file") from None
 
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:

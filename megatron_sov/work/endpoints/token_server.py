@@ -170,8 +170,7 @@ def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list
 def _check_answer(answer: TokenAnswer, where: str) -> None:
     count = len(answer.tokens)
     if len(answer.logprobs) != count:
-        raise BadAnswer(f"{where}: returned {count} tokens but {len(answer.logprobs)} "
-                        "log-probabilities")
+        raise BadAnswer(f"{where}: returned {count} tokens but {len(answer.logprobs)} log-probabilities")
     # negated comparison would accept NaN
     if not all(logprob > NO_LOGPROB for logprob in answer.logprobs):
         raise BadAnswer(f"{where}: drew a token to which it gives no probability: its model computes no "

@@ -1,6 +1,5 @@
 """Progress bars: for training, a bar on a terminal or occasional lines in a log file; for work with equal
-parts, a bar on a terminal only.
-"""
+parts, a bar on a terminal only."""
 
 from __future__ import annotations
 

@@ -148,7 +148,14 @@ def test_equal_problems_of_rows_are_one_line() -> None:
     ("sov-data pack --tokenizer tok2 --input c.jsonl --heldout 5% --output o",
      ["--heldout 0.05 --output o --text-field content"]),
     ("megatron-sov serve hf --tensor-parallel-size 2 --max-model-len 9",
-     ["in one process", "write\n  megatron-sov serve hf --max-length 9"])])
+     ["in one process", "write\n  megatron-sov serve hf --max-length 9"]),
+    ("megatron-sov serve hf --host 0.0.0.0", ["serve hf --host 0.0.0.0 --api-key-env VARIABLE"]),
+    ("megatron-sov submit --cluster h100 --account a -- megatron-sov sft --from hf --data d --run r",
+     ["--account a sft --from hf --data d --run r"]),
+    ("megatron-sov convert to-hf new hf", ["write\n  megatron-sov convert to-hf hf new"]),
+    ("megatron-sov pretrain tiny-llama --data d --run r --resume done/checkpoints/step-9",
+     ["--run r --from done/checkpoints/step-9"]),
+    ("sov-tokenizer compare tok hf t.txt", ["write\n  sov-tokenizer compare tok hf --text t.txt"])])
 def test_the_answer_has_every_fault_and_the_line(typed: str, parts: list[str], tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +163,7 @@ def test_the_answer_has_every_fault_and_the_line(typed: str, parts: list[str], t
     for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "t.jsonl": CHAT,
                        "t.txt": "a", "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
                        "d/manifest.json": "{}", "c.jsonl": '{"content": "x"}',
-                       "run/events.jsonl": "", "run/config.json": "{}",
+                       "run/events.jsonl": "", "run/config.json": "{}", "done/complete.json": "{}",
                        "own.yml": "train: {steps: 2, lr: 3e-4, warmup: 3}\noptim: {learning_rate: 3e-4}",
                        "axolotl.yml": "base_model: hf\nlora_r: 8\ndatasets: [{path: t.jsonl, type: x}]",
                        }.items():
