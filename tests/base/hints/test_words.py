@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -138,6 +139,17 @@ def test_a_folder_of_runs_lists_the_runs(command: str, tmp_path: Path,
     out = " out" if command == "convert to-hf" else ""
     assert f"it holds the runs {tmp_path / 'more/sft'}, {tmp_path / 'pretrain'}" in answer(
         f"megatron-sov {command} {tmp_path}{out}", capsys)
+
+
+def test_a_report_takes_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    for at, name in enumerate(("sft", "dpo")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        events = tmp_path / "runs" / name / "events.jsonl"
+        events.touch()
+        os.utime(events, (at, at))
+    monkeypatch.chdir(tmp_path)
+    assert "write\n  megatron-sov report runs/sft runs/dpo" in answer("megatron-sov report runs", capsys)
 
 
 AXOLOTL = """base_model: M
