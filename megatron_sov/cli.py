@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sov.base.command_line import (
     HelpFormatter, Parser, append_examples, build_program_parser, check_arguments, find_check,
-    format_command_list, format_version, import_commands, run_to_exit_code)
+    format_command_list, format_version, import_commands, order_help, run_to_exit_code)
 from megatron_sov.base.errors import ExitCode, Fix, UserError
 from megatron_sov.base.hints.commands import build_command_error, build_order_error, unwrap_launcher
 from megatron_sov.base.hints.lines import propose_line
@@ -83,10 +83,7 @@ def run_command(argv: list[str], began_s: float) -> int:
 
 def _run_once(argv: list[str], only_checks: bool = False) -> int:
     """Run a command line once; `only_checks`: see `check_arguments`."""
-    if argv[-1:] == ["help"] and len(argv) in (2, 3):
-        argv = [*argv[:-1], "--help"]
-    if argv[:1] == ["help"] and len(argv) > 1:
-        argv = [*argv[1:], "--help"]
+    argv = order_help(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         build_help_parser().print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR

@@ -105,15 +105,9 @@ def parse_input(argument: str) -> SourceGroup:
 
 
 def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[SourceGroup]:
-    """Group the arguments of `--input` by name and return the groups sorted by name.
-
-    Args:
-        arguments: see `parse_input`.
-        mixture: a key of `MIXTURES`, which sets the weights.
-
-    Raises:
-        UserError: a group has two weights, or the inputs do not fit the mixture.
-    """
+    """Group the arguments of `--input` by name and return the groups sorted by name. `arguments`: see
+    `parse_input`; `mixture`: a key of `MIXTURES`, which sets the weights. Raises `UserError`: a group has two
+    weights, or the inputs do not fit the mixture."""
     groups: dict[str, SourceGroup] = {}
     for argument in arguments:
         group = parse_input(argument)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -194,6 +195,8 @@ def compare_generation(batch: int, goal: str) -> Callable[[Bench], Comparison]:
 def compare_evaluation(bench: Bench) -> Comparison:
     num_items = write_capitals(bench.road)
     (bench.road.work / "speed/scores.json").unlink(missing_ok=True)
+    # answers of an earlier run would be read from its cache
+    shutil.rmtree(bench.road.work / "speed/scores.cache", ignore_errors=True)
     ours = bench.run("eval", sys.executable, "-m", "megatron_sov", "eval", "lm", "ck", "--tasks", "capitals",
                      "--task-dir", "tasks", "--output", "speed/scores.json")
     theirs = bench.run("eval.lm-eval", "sh", "-c", (

@@ -9,7 +9,6 @@ import errno
 import importlib
 import io
 import os
-import re
 import shlex
 import sys
 import textwrap
@@ -107,13 +106,6 @@ class Parser(argparse.ArgumentParser):
                                              namespace)
         if not rest:
             return parsed
-        # an unquoted `--set a.b=1 c.d=2`: the second word has no option
-        settings = [word for word in rest if re.match(r"[a-z]\w*(\.\w+)+=", word)]
-        if settings and "--set" in _list_options(self):
-            line = shlex.join(part for word in self._typed
-                              for part in (["--set", word] if word in settings else [word]))
-            raise UserError(f"{self.prog}: {settings[0]}: every setting needs a --set of its own",
-                            Fix(f"{self.prog} {line}"))
         if len(rest) == 1 and (option := find_text_option(self, rest[0], self._typed)):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
@@ -190,19 +182,6 @@ def _parse_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty, where a file or folder is to be named")
     return Path(text)
-
-
-def _list_options(parser: Parser) -> list[str]:
-    """Return the options for a parser and its sub-commands; for a program, only the typed command's options.
-
-    Listing a command's options imports the command.
-    """
-    parsers = [parser]
-    if parser.listing:
-        parsers = [child for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-                   for child in action.choices.values() if not getattr(child, "_module", "")]
-    commands = [command for top in parsers for command in import_commands(top)]
-    return [option for command in commands for option in command._option_string_actions]
 
 
 def import_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
@@ -330,7 +309,7 @@ def build_program_parser(program: str, description: str, commands: Mapping[str, 
 
 def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     def action() -> int:
-        typed = list(sys.argv[1:] if argv is None else argv)
+        typed = order_help(list(sys.argv[1:] if argv is None else argv))
         try:
             check_command(parser.prog, typed)
             args = parser.parse_args(typed)
@@ -340,6 +319,13 @@ def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[
             raise propose_line(parser.prog, typed, e, check, find_check) from None
 
     return run_to_exit_code(action)
+
+
+def order_help(typed: list[str]) -> list[str]:
+    """Return `help COMMAND`, `--help COMMAND` or `COMMAND help` as `COMMAND --help`."""
+    if typed[:1] and typed[0] in ("help", "-h", "--help"):
+        return [*typed[1:], "--help"]
+    return [*typed[:-1], "--help"] if typed[-1:] == ["help"] and len(typed) in (2, 3) else typed
 
 
 OMP_WAIT_POLICY = "OMP_WAIT_POLICY"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.load import raise_on_all_ranks
@@ -20,18 +21,8 @@ from megatron_sov.runs.checkpoints import check_model_path
 
 ENCODER_SECTIONS = ("vision_config", "audio_config", "thinker_config")
 """Sections in a multimodal model's `config.json` that contain an encoder's fields."""
-ENCODER_FIELDS = {
-    "siglip": {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
-               "num_attention_heads": "num_heads", "intermediate_size": "ffn_dim", "image_size": "image_size",
-               "patch_size": "patch_size"},
-    "qwen2_5_vl": {"hidden_size": "hidden_size", "depth": "num_layers", "num_heads": "num_heads",
-                   "intermediate_size": "ffn_dim", "patch_size": "patch_size",
-                   "spatial_merge_size": "merge_size", "temporal_patch_size": "temporal_patch_size",
-                   "window_size": "window_size", "out_hidden_size": "out_hidden_size",
-                   "fullatt_block_indexes": "full_attention_layers"},
-    "whisper": {"d_model": "hidden_size", "encoder_layers": "num_layers",
-                "encoder_attention_heads": "num_heads", "encoder_ffn_dim": "ffn_dim",
-                "num_mel_bins": "num_mels"}}
+ENCODER_FIELDS: dict[str, dict[str, str]] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 ENCODER_FIELDS["qwen2_audio"] = ENCODER_FIELDS["whisper"]
 """Encoder kind -> field of the transformers config -> our field. Values must agree: weight shapes alone do
 not determine `num_heads`, for example."""

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, check_output_folder, find_file_damage, read_manifest)
-from megatron_sov.base.digests import fingerprint_folder
+    MANIFEST, FileRecord, check_output_folder, find_file_damage, format_json, read_manifest, write_atomically)
+from megatron_sov.base.digests import SHA256, fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.checkpoint.safetensors_files import TensorSource, TensorSpec, write_tensors
@@ -34,10 +34,10 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names, read_json
 from megatron_sov.runs.checkpoints import (
-    ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, SOURCE, check_folder_kind, check_model_path,
-    suggest_replacement)
+    ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, OPTIMIZER, SOURCE, STATE_FILE, check_folder_kind,
+    check_model_path, suggest_replacement)
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 
@@ -115,6 +115,10 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         torch.set_num_threads(threads)
 
 
+INTEGRITY = "integrity.json"
+"""Megatron-Core's file hashes, for `dist_checkpointing.load(..., verify_integrity=True)`."""
+
+
 # Source files are hashed during the conversion. A written file counts as finished only after the file's
 # sources are verified, and the artifact is published only after every source file is verified.
 class SourceCheck:
@@ -178,6 +182,11 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
         damage = {name: pool.submit(find_file_damage, path / name, record)
                   for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
+    elif (path / INTEGRITY).is_file():
+        digests = dict(read_json(path / INTEGRITY)).get("files")
+        records = {file: FileRecord(f"{SHA256}:{digests[file.name]}", file.stat().st_size)
+                   for file in path.iterdir() if isinstance(digests, dict) and file.name in digests}
+        damage = {file.name: pool.submit(find_file_damage, file, record) for file, record in records.items()}
     check = SourceCheck(weights, damage, remedy, base)
     try:
         yield check
@@ -270,6 +279,22 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
 
 
 @dataclass(frozen=True)
+class StateBlock:
+    """A block of optimizer state to import."""
+
+    key: str
+    """Key in the part `optimizer`."""
+    link: Link
+    """Link of the weight."""
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return format_block_name(self.key, self.link.offset)
+
+
+@dataclass(frozen=True)
 class ImportSource:
     """Source for a checkpoint: weights under Hugging Face names and companion files."""
 
@@ -283,11 +308,15 @@ class ImportSource:
     """Special token ids, for tokenizer files without ids."""
     content: Mapping[str, Any]
     """Additional manifest entries."""
+    states: Sequence[StateBlock] = ()
+    """Optimizer state."""
+    loop: Mapping[str, Any] | None = None
+    """State of the training loop for `STATE_FILE`, with `step`; None: step 0."""
 
 
 def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int, overwrite: bool,
                    redo: bool) -> None:
-    """Write a checkpoint (part `model`, step 0), which appears when complete.
+    """Write a checkpoint (part `model`, and `optimizer` if `source` has states), which appears when complete.
 
     Args:
         out: checkpoint to write.
@@ -304,10 +333,17 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
     weights, folder = source.weights, source.weights.path
     links = {format_block_name(link.key, link.offset): link for link in weights.links}
     files = plan_files(links, weights.get_dtype, dtype)
+    states = {block.name: block for block in source.states}
+    state_links = {name: dataclasses.replace(block.link, key=block.key) for name, block in states.items()}
+    shards = plan_shards([TensorSpec(name, block.link.block_shape, block.dtype)
+                          for name, block in states.items()], MAX_FILE_BYTES)
+    state_files = {format_file_name(OPTIMIZER, 0, i): shard for i, shard in enumerate(shards) if shard}
     plan = {"from": fingerprint_folder(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
-            "files": hash_file_plan(files)}
+            "files": hash_file_plan(files | state_files)}
 
     def read_block(spec: TensorSpec) -> torch.Tensor:
+        if spec.name in states:
+            return convert_tensor(states[spec.name].read(), spec.dtype, folder, spec.name)
         link = links[spec.name]
         block: torch.Tensor = link.join({name: convert_tensor(weights.read(name), spec.dtype, folder, name)
                                          for name in link.hf_names})
@@ -315,14 +351,18 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
 
     with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.command}", plan,
                             overwrite=overwrite, redo=redo) as artifact:
-        write_unfinished(artifact, files, read_block, [weights], lambda spec: links[spec.name].hf_names,
-                         source.command, workers)
+        write_unfinished(artifact, files | state_files, read_block, [weights],
+                         lambda spec: (links | state_links)[spec.name].hf_names, source.command, workers)
         if (folder / MANIFEST).is_file():
             artifact.writer.add_input(folder)
         write_index(artifact.path, PART, [build_index(files, links)])
+        if source.loop is not None:
+            write_index(artifact.path, OPTIMIZER, [build_index(state_files, state_links)])
+            write_atomically(artifact.path / STATE_FILE, format_json(source.loop))
         if source.tokenizer is not None:
             copy_companions(source.tokenizer, artifact.path / "tokenizer", source.tokens)
-        artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0, **source.content}
+        parts, step = ([PART], 0) if source.loop is None else ([PART, OPTIMIZER], source.loop["step"])
+        artifact.writer.content = {"step": step, "parts": parts, "tokens": 0, **source.content}
         code = models.FAMILY_PLUGINS.code(weights.model.family)
         codes = (code,) if code else ()
         artifact.writer.settings = RunConfig(IMPORTED_RECIPE, weights.model, code=codes).to_dict()

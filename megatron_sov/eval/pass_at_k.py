@@ -217,13 +217,8 @@ def extract_final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def read_scored_responses(path: Path, group_by: str, right_from: float) -> ScoredResponses:
-    """Count the rows in a file written by `score_file`.
-
-    Args:
-        path: the file.
-        group_by: field that identifies the prompt.
-        right_from: smallest reward of a right response.
-    """
+    """Count the rows in a file written by `score_file`. `path`: the file; `group_by`: field that identifies
+    the prompt; `right_from`: smallest reward of a right response."""
     return read_scored_parts(path, None, group_by, right_from).get("", ScoredResponses())
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
@@ -30,42 +31,10 @@ ROW_TOKENS = 32
 FEW_RUNS = 4
 MOST_ROWS = 128
 """Rows per micro-batch on one process: with 64 heads and 128 experts, 15 MB per row."""
-OVERRIDES: dict[str, Any] = {
-    "train.precision": "fp64", "train.fp8": "none", "train.fp8_weights": False, "train.fp8_format": "auto",
-    "train.fp8_bf16_layers_at_start": 0, "train.fp8_bf16_layers_at_end": 0,
-    "train.fp8_pad_routed_tokens": False, "train.tokens": 0,
-    "train.epochs": 0, "train.steps": 8, "train.ramp_from_batch_size": 0, "train.hidden_dropout": 0,
-    "train.head_chunk_tokens": 24, "data.heldout_tokens": 64, "data.max_epochs": 1e9, "data.skip_steps": [],
-    # a key's bias has no gradient, and Adam would amplify its rounding errors
-    "optim.eps": 1e-4, "optim.warmup_steps": 0, "optim.rewarm": [], "model.init_std": 0.3,
-    "gpu.cuda_graphs": [], "gpu.optimizer_offload": 0,
-    "gpu.grad_dtype": "fp32", "gpu.moment_dtype": "fp32", "gpu.attention": "auto", "gpu.exchange_sms": 0,
-    "gpu.nccl_user_buffers": "off", "gpu.recompute_modules": [], "gpu.offload_modules": [],
-    "parallel.expert_overlap": "none", "parallel.delay_weight_grads": False, "lora.rank": 0,
-    "policy.router_replay": False,
-    # no background threads: watchdogs could end a proof on a slow machine
-    "guards.hang_timeout_s": 0, "data.prefetch_steps": 0}
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+OVERRIDES: dict[str, Any] = _TABLES["overrides"]
 """Settings without support for float64 on CPUs, or without effect on results. `uncovered` lists changes."""
-FP8 = ("fp8", "fp8_weights", "fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end",
-       "fp8_pad_routed_tokens")
-UNCOVERED = {**{f"train.{name}": "fp8 products" for name in FP8},
-        "train.precision": "the run's own precision, and weights in it beside those of the optimizer",
-        "train.hidden_dropout": "dropout of hidden states", "train.ramp_from_batch_size": "batches that grow",
-        "gpu.grad_dtype": "sums of gradients in bf16", "gpu.moment_dtype": "moments in bf16",
-        "gpu.offload_modules": "activations in host memory",
-        "gpu.nccl_user_buffers": "buffers that NCCL registers",
-        "optim.groups": "rules of optim.groups for layers that are not played",
-        "parallel.expert_overlap": "overlap of the experts' messages",
-        "parallel.delay_weight_grads": "overlap of the experts' messages",
-        "gpu.cuda_graphs": "CUDA graphs", "gpu.optimizer_offload": "offloaded optimizer states",
-        "parallel.expert_dispatcher": "the kernels of DeepEP and HybridEP",
-        "gpu.attention": "kernels of attention, and what Transformer Engine sends for them",
-        "gpu.recompute_modules": "selective recomputation", "lora.rank": "adapters",
-        "objective.name": "the run's own loss: that of sft is played",
-        "policy.router_replay": "replayed routes", "distillation.top_k": "more than 16 tokens of a teacher",
-        "model.vision": "the encoder of pictures", "model.audio": "the encoder of sound",
-        "model.image_tokens": "weights of the losses of media's tokens",
-        "model.audio_tokens": "weights of the losses of media's tokens"}
+UNCOVERED: dict[str, str] = _TABLES["uncovered"]
 """Changed setting -> part that the proof does not cover."""
 BUILT_IN_OBJECTIVES = ("lm", "sft", "preference", "distill", "policy")
 """Objectives with columns from `random_documents`."""

@@ -182,7 +182,8 @@ class RunFolder:
             packed_files = (COMMAND, f"{TOKENIZER}/{MANIFEST}")
             has_packed_data = any((self.path / name).is_file() for name in packed_files)
             expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, COMMAND,
-                        *((DATA, TOKENIZER) if has_packed_data else ()))
+                        *((DATA, TOKENIZER) if has_packed_data else ()),
+                        *((self.checkpoints.name,) if resume else ()))  # from `convert from-megatron`
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")

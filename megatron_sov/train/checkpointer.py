@@ -132,7 +132,8 @@ class Checkpointer:
     def load(self, path: Path, *, load_data_order: bool = True) -> TrainState:
         """Restore this run's sound checkpoint `path` and return the counters.
 
-        `load_data_order=False` leaves the data order at its position. Raises `UserError` if the data of a
+        `load_data_order=False`, or a checkpoint from another program, leaves the data order at its position.
+        Raises `UserError` if the data of a
         source changed after the checkpoint was written.
         """
         state = load.read_state(path)
@@ -147,7 +148,7 @@ class Checkpointer:
         for name, part in self._parts.items():
             if name in state:
                 part.restore(state[name])
-        if load_data_order:
+        if load_data_order and "order" in state:
             self._batches.restore(state["order"])
         return TrainState(state["step"], state["tokens"], state["wall_s"],
                           checkpoints.read_trained_tokens(path))

@@ -88,7 +88,7 @@ def test_defect_keeps_traceback() -> None:
      "a setting follows --set; write\n  megatron-sov recipes tiny-solar-open --set train.steps=3 "
      "--set 'data.phases.0.blend={\"a b\": 1}'\n"),
     ("recipes train.steps=3", "a setting follows --set; write\n  megatron-sov recipes --set train.steps=3\n"),
-    ("eval ppl t --data d train.steps=3", "every setting needs a --set of its own; write\n"
+    ("eval ppl t --data d train.steps=3", "a setting follows --set; write\n"
      "  megatron-sov eval ppl t --data d --set train.steps=3\n"),
     ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this; leave"),
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),

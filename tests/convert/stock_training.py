@@ -1,6 +1,8 @@
 """Training with Megatron-Core's own model, optimizer, scheduler and pipeline, and with our trainer: jobs for
 ranks."""
 
+import argparse
+import queue
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ TRAINING = ("optim.lr=0.01", "optim.min_lr=0.001", "optim.warmup_steps=2", "opti
             "guards.hang_timeout_s=0", "data.packing=concat")
 """Without clipping, whose norm the library sums in float32, without padding, which the library counts as
 routed tokens, and with an epsilon far above rounding errors."""
+ARGUMENTS = {
+    "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8,
+    "group_query_attention": True, "ffn_hidden_size": 48, "swiglu": True, "normalization": "RMSNorm",
+    "norm_epsilon": 1e-5, "qk_layernorm": True, "add_bias_linear": False, "position_embedding_type": "rope",
+    "rotary_base": 1_000_000, "untie_embeddings_and_output_weights": True, "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 64, "global_batch_size": BATCH_SIZE}
+"""Arguments of Megatron-LM for the model of tiny-qwen3."""
 Row = tuple[torch.Tensor, ...]
 """Tokens, labels, weights, and first tokens of documents."""
 
@@ -59,9 +68,29 @@ def train_ours(data: str, run: str, recipe: str, precision: str, first: int, ste
     return losses[first:]
 
 
+def resume_ours(data: str, run: str, recipe: str, precision: str, checkpoint: str, num_skipped: int,
+                steps: int) -> list[float]:
+    """Resume our trainer from an imported checkpoint after some batches of the data order, and return the
+    losses of the next steps."""
+    from megatron_sov.engine.parallel.world import leave_world
+    from megatron_sov.train.loop import train_step
+    from tests.tiny import tiny_trainer
+
+    trainer = tiny_trainer(data, *SIZES, *MODELS[recipe], *TRAINING, f"train.precision={precision}", run=run,
+                           recipe=recipe)
+    trainer.resume(Path(checkpoint))
+    for _ in range(num_skipped):
+        trainer.batches.skip()
+    results = [train_step(trainer) for _ in range(steps)]
+    trainer.close()
+    leave_world()
+    return [result.loss for result in results if result is not None]
+
+
 def continue_stock(folder: str, batches: str, recipe: str, precision: str, layout: dict[str, Any],
-                   distributed: bool) -> list[float]:
-    """Load weights, optimizer and schedule with the library, train on recorded rows, return the losses."""
+                   distributed: bool, saved_after: int = 0, saved: str = "") -> list[float]:
+    """Load weights, optimizer and schedule with the library, train on recorded rows, return the losses; save
+    the training after some of the steps."""
     from megatron.core import parallel_state
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -92,6 +121,8 @@ def continue_stock(folder: str, batches: str, recipe: str, precision: str, layou
             sums = torch.stack([output["sums"] for output in outputs]).sum(0)
         dist.all_reduce(sums)  # ranks of tensor parallelism add equal sums and counts
         losses.append(float(sums[0] / sums[1]))
+        if len(losses) == saved_after:
+            save_stock(Path(saved), model, optimizer, scheduler)
     leave_world()
     return losses
 
@@ -177,3 +208,22 @@ def load_stock(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None
     model.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["opt_param_scheduler"])
+
+
+def save_stock(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
+    """Save a training as Megatron-LM does, with the arguments of the loaded one."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # the library starts a process for this queue, which costs seconds
+    filesystem_async._results_queue = queue.Queue()
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    state = {"model": model.module.sharded_state_dict(metadata=metadata),
+             "opt_param_scheduler": scheduler.state_dict(), "iteration": 12,
+             "args": argparse.Namespace(**ARGUMENTS)}
+    state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=metadata)
+    folder /= "iter_0000012"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(folder), content_metadata=metadata)

@@ -1,5 +1,6 @@
 """Megatron-Core's own model, optimizer and scheduler continue from a written `torch_dist` checkpoint."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from tests.packing import Packed
 
 JOBS = str(Path(__file__).with_name("stock_training.py"))
 DENSE, EXPERTS = "tiny-qwen3", "tiny-solar-open"
-FIRST, STEPS = 4, 20
+FIRST, STEPS, SAVED_AFTER = 4, 20, 8
 TP2, PP2, EP2 = {"tp": 2, "sp": True}, {"pp": 2}, {"ep": 2}
 
 
@@ -31,6 +32,7 @@ class Case:
     """A run of our trainer, and continuations of its checkpoint."""
 
     def __init__(self, job: Any, data: Packed, folder: Path, recipe: str, precision: str) -> None:
+        self._data = data
         self._job, self.folder, self._model = job, folder, {"recipe": recipe, "precision": precision}
         self.training = job(JOBS, "train_ours", 1, {"data": str(data.text), "run": str(folder), **self._model,
                                                     "first": FIRST, "steps": STEPS})
@@ -39,10 +41,18 @@ class Case:
         report = to_megatron(self.folder / f"checkpoints/step-{FIRST}", self.folder / out, **options)
         assert (report.step, report.num_updates, report.schedule_problem) == (FIRST, FIRST, "")
 
-    def continue_from(self, out: str, num_ranks: int, layout: dict[str, Any], *, distributed: bool) -> Any:
+    def continue_from(self, out: str, num_ranks: int, layout: dict[str, Any], *, distributed: bool,
+                      saved: str = "") -> Any:
         return self._job(JOBS, "continue_stock", num_ranks, {
             "folder": str(self.folder / out), "batches": str(self.folder / "batches.pt"), **self._model,
-            "layout": layout, "distributed": distributed})
+            "layout": layout, "distributed": distributed, "saved": str(self.folder / saved),
+            "saved_after": SAVED_AFTER if saved else 0})
+
+    def resume_from(self, checkpoint: Path) -> Any:
+        """Return the job of our trainer, which begins after the steps of both programs."""
+        return self._job(JOBS, "resume_ours", 1, {
+            "data": str(self._data.text), "run": str(self.folder / "resumed"), **self._model,
+            "checkpoint": str(checkpoint), "num_skipped": FIRST + SAVED_AFTER, "steps": STEPS - SAVED_AFTER})
 
 
 @pytest.mark.distributed
@@ -54,6 +64,29 @@ def test_stock_training_continues_with_our_losses(ranks: Any, job: Any, packed_d
     (losses,), = ranks(case.continue_from("out", 1, {}, distributed=False))
     assert len(losses) == STEPS and max(expected) - min(expected) > 0.5
     assert losses == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.distributed
+@pytest.mark.deep
+def test_our_training_continues_a_stock_one(ranks: Any, te_ranks: Any, job: Any, packed_data: Packed,
+                                            tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for precision, run_stock, rel in (("fp64", ranks, 1e-12), ("fp32", te_ranks, 1e-6)):
+        case = Case(job, packed_data, tmp_path / precision, DENSE, precision)
+        (expected,), = ranks(case.training)
+        case.export("out")
+        (losses, _), = run_stock(case.continue_from("out", 2, TP2, distributed=precision == "fp32",
+                                                    saved="stock"))
+        assert losses == pytest.approx(expected, rel=rel)
+        ours = case.folder / "ours"
+        assert main(["convert", "from-megatron", str(case.folder / "stock"), str(ours)]) == 0
+        output = capsys.readouterr().out
+        assert f"with the moments of {FIRST + SAVED_AFTER} updates" in output
+        assert f"RUN/checkpoints/step-{FIRST + SAVED_AFTER}" in output
+        for setting in ("optim.lr=0.01", "optim.schedule=cosine", "optim.warmup_steps=2", "train.steps=24",
+                        "optim.beta2=0.95", "optim.weight_decay=0.1", "train.global_batch_size=4"):
+            assert f"--set {setting}" in output
+        (resumed,), = ranks(case.resume_from(ours))
+        assert resumed == pytest.approx(expected[SAVED_AFTER:], rel=rel)
 
 
 @pytest.mark.distributed
@@ -122,6 +155,10 @@ def test_weights_come_back_with_equal_bits(solar_dir: Path, tmp_path: Path,
     assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "back"),
                  "--tokenizer", str(tmp_path / "ours/tokenizer")]) == 0
     assert convert.verify(tmp_path / "ours", tmp_path / "back", load=False).passed
+    damaged = tmp_path / "out/iter_0000000/__0_5.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
+    assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert re.search(r"__0_5\.distcp: its content differs.*\(it holds \S+\)", capsys.readouterr().err)
 
 
 def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path,

@@ -116,17 +116,9 @@ class TiktokenRules:
 
 def to_tiktoken(raw: dict[str, Any], name: str,
                 named_tokens: dict[str, str | None]) -> tuple[dict[bytes, int], TiktokenRules]:
-    """Convert a tokenizer.json to ranks and rules.
-
-    Args:
-        raw: tokenizer.json.
-        name: encoding name.
-        named_tokens: bos_token, eos_token and pad_token.
-
-    Raises:
-        NotByteBpe: the tokenizer is not byte-level BPE.
-        UserError: tiktoken cannot express the normalizer or a special token.
-    """
+    """Convert a tokenizer.json to ranks and rules. `raw`: tokenizer.json; `name`: encoding name;
+    `named_tokens`: bos_token, eos_token and pad_token. Raises `NotByteBpe`: the tokenizer is not byte-level
+    BPE. `UserError`: tiktoken cannot express the normalizer or a special token."""
     normalizer = raw.get("normalizer")
     kind = normalizer["type"] if normalizer else None
     if kind not in {None, *NORMALIZATIONS}:

@@ -36,4 +36,5 @@ class _RunCommand(DeclaredCommand):
                          f"{', '.join(STEPS)}. docs/data_pipeline.md describes the file.")
 
 
-RUN = _RunCommand(DataRunOptions, run_function="data_prep.curate.pipeline.running:run_from_options")
+RUN = _RunCommand(DataRunOptions, run_function="data_prep.curate.pipeline.running:run_from_options",
+                  runs_in_checks=True)

@@ -58,11 +58,6 @@ class Ngrams:
         self._counts = np.zeros(settings.num_buckets, np.int32)
         self._classes = build_character_classes()
 
-    def split_units(self, text: str) -> list[str]:
-        buffer, starts, ends, num_units = self._split_text(text)
-        raw = buffer[: ends[num_units - 1]].tobytes() if num_units else b""
-        return [raw[starts[i]:ends[i]].decode() for i in range(num_units)]
-
     def compute_row(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return touched buckets (int32, ascending) and their values (float32), both [num_touched]."""
         touched = np.sort(self._count_text(text))

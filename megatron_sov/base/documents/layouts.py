@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_sov.base.documents.messages import EMPTY_VALUES, BadRecord, convert_sharegpt
 from megatron_sov.base.errors import UserError
@@ -302,17 +305,8 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
     return [name for name, value in record.items() if name in unread and value not in EMPTY_VALUES]
 
 
-_FIELD_WORDS = {
-    "messages": ("dialog", "dialogue", "chat", "conversation", "message", "turns"),
-    "chosen": ("chosen", "preferred", "better", "winner", "accepted", "positive", "good", "best",
-               "win", "pos"),
-    "rejected": ("rejected", "dispreferred", "worse", "loser", "negative", "bad", "worst", "lose", "neg"),
-    "prompt": ("prompt", "question", "query", "instruction", "input", "problem", "user", "human", "request",
-               "ask", "body", "post", "title"),
-    "response": ("response", "completion", "output", "reply", "answer", "solution", "target", "assistant",
-                 "gpt", "bot", "summary", "generation", "prediction", "generated"),
-    "answer": ("truth", "answer", "solution", "gold", "golden", "target", "reference", "expected", "label"),
-    "text": ("text", "content", "body", "document", "article", "passage", "story", "markdown", "code")}
+_FIELD_WORDS: dict[str, list[str]] = yaml.safe_load(
+    Path(__file__).with_name("field_words.yaml").read_text(encoding="utf-8"))
 """Target field -> words in names of fields with the same content."""
 _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
            "prompt": ("prompt",), "text": ("text",)}

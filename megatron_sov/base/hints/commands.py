@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -75,10 +76,13 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         settings = {name: ", ".join(f"{key.rpartition('.')[2]}: {value}" for option, value in values.items()
                                     for key in index.get(f"{name}.{option}", ())) for name in candidates}
         chosen = next((name for name in reversed(candidates) if settings[name]), "".join(candidates[:1]))
+        needed = load_table()["needed_steps"].get(chosen, "")
+        steps |= {needed: ""} if needed and needed not in steps else {}
         steps |= {chosen: settings[chosen]} if chosen else {}
     if not steps or not source:
         return None
-    file = choose_free_path(f"{next(iter(steps))}.yaml")
+    name = next((step for step in steps if step != "language"), "language")
+    file = choose_free_path(f"{name}.yaml")
     text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
             *(f"  - {step}: {{{settings}}}" for step, settings in steps.items())]
     output = values.get("output", values.get("o", choose_free_path("corpus")))
@@ -132,6 +136,7 @@ def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
     if word in launchers["harnesses"].split():
         return ["eval", "lm", *(rest[1:] if rest[:1] == ["run"] else rest)]
     if word in launchers["programs"].split():
+        rest = rest[1:] if rest[:1] == ["run"] and rest[1:] else rest  # torchtune: tune run RECIPE
         if rest and not rest[0].startswith("-"):
             return rest
         has_row = any(word in words.split() for words in load_table()["commands"]["megatron-sov"])
@@ -161,16 +166,18 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
     if code := re.search("`(python -c .*)`", text):
         folders = [word for word in typed if os.path.isdir(word)] or ["DIR"]
         rest = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
-        line = code[1].replace("DIR", folders[0]).replace("TEXT", " ".join(rest).replace("'", "\\'"))
+        program = code[1].replace("python", shlex.quote(sys.executable), 1)
+        line = program.replace("DIR", folders[0]).replace("TEXT", " ".join(rest).replace("'", "\\'"))
         return UserError(f"{begin}; {text.partition(': `')[0]}", Fix(line))
     if "{first}" in text:
         sentence, commands, _ = text.split("`")
         number_type = find_value(typed, "--outtype", "--quantize", "--type")
         free = [word for word in typed if not word.startswith("-") and word != number_type]
         first = free[0] if free else "OWNER/NAME" if "hf download" in commands else "RUN"
-        name = Path(first).stem
+        name = Path(first).name
         second = free[1] if len(free) > 1 else f"{name}-{number_type or 'f16'}.gguf"
         holes = {"first": first, "name": name, "second": second, "type": number_type.upper(),
+                 "repo": free[1] if len(free) > 1 else "OWNER/NAME",
                  "gguf": f"{name}.gguf" if number_type else second,
                  "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
         if not number_type:
@@ -181,8 +188,11 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
-    if match is None or not typed or at == 1:  # 1: an option of the program, e.g. --version
+    if match is None or "..." in match[1] or (typed and at == 1):  # 1: an option of the program: --version
         return UserError(f"{begin}; {text}")
+    if not typed:
+        command = " ".join(words[:max(at, 2)])
+        return UserError(f"{begin}; {text.replace(match[1], command)}", Fix(match[1]))
     values, switches = list[str](), list[str]()
     for option, value in pairwise([*words[at:], "--"]):
         is_typed = option in typed and option != "--set"

@@ -50,6 +50,17 @@ def read_merge(file: Path) -> list[str]:
     return [f"{row.get('model')}:{(row.get('parameters') or {}).get('weight', 1)}" for row in rows]
 
 
+def parse_object(text: str) -> dict[str, str]:
+    """Return dotted key -> value of a JSON object of settings; empty for other texts."""
+    import yaml  # not at the top: `--help` of a program reads no YAML
+
+    try:
+        leaves = _iter_leaves(yaml.safe_load(text), "")
+        return {key: values[0] for key, values in leaves if values and len(values) == 1}
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return {}
+
+
 def multiply_context(model: str, factor: str) -> str:
     """Return `factor` times the context length of a Hugging Face folder; "TOKENS" if unknown."""
     config = _parse_file(Path(model) / "config.json") if model else None

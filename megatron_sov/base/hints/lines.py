@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path, fix_missing
 from megatron_sov.base.hints.kinds import find_only_folder, list_models
@@ -58,6 +60,7 @@ class _Proposal:
     """Faulty word that stays in the line -> valid word for the checks."""
     hidden: list[str] = field(default_factory=list)
     """Faulty options without a fix, each with its value, that the checks skip."""
+    typed_program: str = ""
     results: dict[tuple[str, ...], UserError | None] = field(default_factory=dict)
     """Program and words -> fault; a check can take seconds."""
 
@@ -68,13 +71,17 @@ class _Proposal:
     def find_fault(self) -> UserError | None:
         """Return the next fault; None: the check passes or stops at a placeholder."""
         error = self.run_check()
-        placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
-        names = [*placeholders, *(part for word in placeholders for part in word.split("=")), *self.new_paths]
         for _ in range(MAX_FAULTS):
-            if error is not None and not any(_names_word(error.sentence, word) for word in names):
+            if error is not None and not self.is_expected(error):
                 return error
             error = error and self.find_independent_fault(error)
         return self.find_path_fault(self.messages, is_named=False)
+
+    def is_expected(self, error: UserError) -> bool:
+        """Return whether a fault is about a placeholder, or a path that `before` creates."""
+        placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
+        names = [*placeholders, *(part for word in placeholders for part in word.split("=")), *self.new_paths]
+        return any(_names_word(error.sentence, word) for word in names)
 
     def find_path_fault(self, message: str, *, is_named: bool) -> UserError | None:
         """Return the first fault of a path that `message` names, or does not name; run no check."""
@@ -125,7 +132,8 @@ class _Proposal:
         unfixed = [message for message in self.unfixed if not is_repeated(message, self.fixed)]
         # a line with the fault that a fix should have corrected is useless, as is a command of another kind
         is_unfit = line[0] != self.typed[0] and any(" artifact where " in message for message in unfixed)
-        if len(unfixed) < len(self.unfixed) or (line == list(self.typed) and not self.before) or is_unfit:
+        is_same = line == list(self.typed) and not self.before and self.program == self.typed_program
+        if len(unfixed) < len(self.unfixed) or is_same or is_unfit:
             return UserError(join_sentences([*self.fixed, *unfixed]))
         lines = [*self.before, f"{self.program} {shlex.join(line)}"]
         return UserError(join_sentences(self.fixed), Fix("\n  ".join(lines)),
@@ -138,9 +146,9 @@ class _Proposal:
         for command in self.before:
             commands += self._correct_command(command, commands, find_check)
         self.before = commands
-        trained = [command for command in commands if command.startswith("sov-tokenizer train ")]
-        if trained and self.line[0] == "pretrain":
-            size = find_value(shlex.split(trained[0]), "--vocab-size")
+        is_new = self.line[0] == "pretrain" and "--from" not in self.line
+        size = next(filter(None, map(_find_vocab_size, commands)), "") if is_new else ""
+        if size:
             fix = Fix(options=("--set", f"model.vocab_size={size}"))
             self.line = apply_fix(self.program, self.line, fix) or self.line
 
@@ -163,7 +171,8 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
                  find_check: FindCheck = lambda program: None) -> UserError:
     """Build one error for all faults of a command line, with the corrected line. `error` is the first fault,
     `check` runs all checks of a line of `program`."""
-    proposal, tried = _Proposal(program, typed, check, list(typed)), {(program, *typed)}
+    proposal = _Proposal(program, typed, check, list(typed), typed_program=program)
+    tried = {(program, *typed)}
     fault: UserError | None = error
     while fault is not None and len(proposal.fixed) + len(proposal.unfixed) < MAX_FAULTS:
         if fault.fix is None:
@@ -172,6 +181,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
         if fix is None:
             proposal.unfixed.append(fault.sentence)
             fault = proposal.find_independent_fault(fault)
+            fault = proposal.find_fault() if fault and proposal.is_expected(fault) else fault
             continue
         fix = use_typed_tokenizer(typed, _select_part(proposal.line, fix))
         recipe, model = proposal.line[1:2], find_value(proposal.line, "--from")
@@ -249,10 +259,23 @@ def apply_fix(program: str, line: Sequence[str], fix: Fix) -> list[str] | None:
     return changed
 
 
+def _find_vocab_size(command: str) -> str:
+    """Return the vocabulary size of the tokenizer that a command makes or packs with; "": unknown."""
+    words = shlex.split(command)
+    if words[:2] == ["sov-tokenizer", "train"]:
+        return find_value(words, "--vocab-size")
+    folder = words[2] if words[:2] == ["sov-tokenizer", "import"] else find_value(words, "--tokenizer")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        raw = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
+        added = [token["id"] for token in raw["added_tokens"]]
+        return str(max(*raw["model"]["vocab"].values(), *added) + 1)
+    return ""
+
+
 def _fill_placeholder(option: str, word: str) -> str:
     """Return a new path for OUT, and the only model, tokenizer or token shards here for their placeholder."""
-    if word == "OUT":
-        return choose_free_path("new-output")
+    if word == "OUT" or (word == "DIR" and option in ("--run", "--store", "--output")):
+        return choose_free_path("new-output" if word == "OUT" else f"new-{option[2:]}")
     if not word.isupper() or not is_placeholder(word):
         return word
     folders = {"--tokenizer": [find_only_folder("tokenizer")], "--data": [find_only_folder("tokens")]}

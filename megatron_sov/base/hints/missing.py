@@ -22,7 +22,7 @@ def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
     rows = load_table()["missing"]
     choices = []
     for action in lacking:
-        name = "".join(action.option_strings[:1])
+        name = "".join(action.option_strings[:1]) or str(action.metavar or action.dest)
         text = rows.get(name, {}).get("takes") or ", ".join(map(str, action.choices or ()))
         choices += [f"; {name} takes {text}"] if name and text else []
     names_ = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
-from megatron_sov.base.hints.foreign import MAX_BYTES, read_merge
+from megatron_sov.base.hints.foreign import MAX_BYTES, find_shards, read_merge
 from megatron_sov.base.hints.kinds import (
     DATA_SUFFIXES, classify_folder, find_only_folder, list_run_tokenizers)
 from megatron_sov.base.hints.table import load_table, normalize_word
@@ -91,10 +91,12 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
 
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
     source = Path(path)
+    prefix = re.sub(r"\.(bin|idx)\Z", "", path)
+    if program == "megatron-sov" and os.path.isfile(f"{prefix}.idx") and find_shards(prefix) == prefix:
+        adoption = fix_by_packing(prefix, Path(_choose_tokenizer(line)), [])
+        return UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
+                         replace(adoption, words={path: adoption.words[prefix]}))
     if not os.path.exists(source):
-        if program == "megatron-sov" and os.path.isfile(f"{path}.idx"):
-            return UserError(f"{option} {path}: is a prefix of Megatron-LM's; `sov-data adopt` takes it over",
-                             fix_by_packing(path, Path(_choose_tokenizer(line)), []))
         if files := sorted(glob.glob(path)):
             is_short = option == "--input" and len(files) <= MAX_FILES
             return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
@@ -217,7 +219,7 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
         imported = Path(choose_free_path(f"{tokenizer.name}-tokenizer"))
         commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
         tokenizer = imported
-    shards = choose_free_path(f"{Path(path).name.partition('.')[0]}-tokens")
+    shards = choose_free_path(f"{Path(path).name.partition('.')[0] or 'data'}-tokens")
     command = ["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", path, *options]
     if os.path.isfile(f"{path}.idx"):
         command = ["sov-data", "adopt", path, "--tokenizer", str(tokenizer)]

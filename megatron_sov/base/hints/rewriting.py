@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import find_nearest_name, fix_missing
-from megatron_sov.base.hints.foreign import multiply_context, parse_blend
+from megatron_sov.base.hints.foreign import multiply_context, parse_blend, parse_object
 from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
     find_by_parts, find_note, get_last_part, index_words, load_table, normalize_word)
@@ -250,6 +250,9 @@ class Rewrite:
             plain = re.sub(r"\[.*?\]", "", name)  # DIR[:WEIGHT], [NAME=]PREFIX
             self.add_words(f"{option} is {plain} here, without an option")
             return
+        if name in self.typed and name not in (*self.repeated, *self.many):
+            self.add_words(f"{option}: {name} is there already; leave it out")
+            return
         default = load_table()["values"].get(word, {}).get("")
         translated = translated or ([default] if default else [])
         if name == "--nodes" and values and values[0].isdigit() and int(values[0]) % GPUS_PER_NODE:
@@ -276,6 +279,10 @@ class Rewrite:
     def add_changes(self, texts: Sequence[str]) -> None:
         """Write settings changes, `name=value`, under our names."""
         for text in texts:
+            if text.startswith("{") and (settings := parse_object(text)):
+                self.add_words("a setting is NAME=VALUE", *(
+                    word for name, value in settings.items() for word in ("--set", f"{name}={value}")))
+                continue
             is_json = text.partition("=")[2][:1] in ("[", "{", '"', "'")
             parts = [text] if is_json else _NEXT_SETTING.split(text)
             if len(parts) > 1:
@@ -284,6 +291,9 @@ class Rewrite:
                 self._add_change(part)
 
     def _add_change(self, text: str) -> None:
+        if match := re.fullmatch(r"([a-z]\w*(?:\.\w+)+):([^=]+)", text):
+            self.add_words("a setting and its value are joined by =")
+            text = f"{match[1]}={match[2].strip()}"
         key, equals, value = text.partition("=")
         if re.fullmatch(r"\[[A-Za-z][\w-]*(\s*,\s*[A-Za-z][\w-]*)*\]", value):  # the shell took the quotes
             value = json.dumps(re.findall(r"[\w-]+", value))

@@ -39,6 +39,7 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
         _check_passed_words(parser, typed)
         return list(typed)
     _check_verb(parser, typed)
+    _check_pasted_words(parser, typed)
     if parser.prog == "sov-data run" and typed and typed[0].startswith("-") and (
             error := propose_pipeline("run", typed)):
         raise error
@@ -79,6 +80,18 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     if rewrite.messages:
         raise _build_error(parser, rewrite)
     return list(typed)
+
+
+def _check_pasted_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """Refuse the dashes of a text processor, and an option with its value in one pair of quotes."""
+    words: list[str] = []
+    for word in typed:
+        option, blank, value = re.sub(r"\A-?[\u2013\u2014]-?", "--", word).partition(" ")
+        is_option = option in parser._option_string_actions and option != word
+        words += [option, *([value] if blank else [])] if is_option else [word]
+    if words != list(typed):
+        raise UserError(f"{parser.prog}: an option must begin with two plain hyphens, and its value is a "
+                        "word of its own", Fix(f"{parser.prog} {shlex.join(words)}"))
 
 
 def _check_resume(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
@@ -241,7 +254,10 @@ def _read_change(rewrite: Rewrite, typed: Sequence[str], i: int) -> int:
     if changes and "=" not in changes[0] and i < len(typed) and not typed[i].startswith("-"):
         changes, i = [f"{changes[0]}={typed[i]}"], i + 1
         rewrite.add_words("a setting and its value are joined by =")
-    rewrite.add_changes(changes)
+    if changes and "=" not in changes[0] and os.path.isfile(changes[0]):
+        rewrite.add_words(f"{changes[0]}: a file of settings is --config here", "--config", changes[0])
+    else:
+        rewrite.add_changes(changes)
     return i
 
 
@@ -298,7 +314,8 @@ def _is_override(rewrite: Rewrite, key: str, equals: str, before: Sequence[str],
     last = name.rpartition(".")[2]
     is_foreign = "." in name and not rewrite.is_setting(name) and bool(
         find_note(last) or rewrite.find_option(last) or rewrite.find_option(name))
-    return is_free and bool(is_own or rewrite.find(name) or is_foreign)
+    is_in_group = "." in name and rewrite.is_setting(name.partition(".")[0])
+    return is_free and bool(is_own or is_in_group or rewrite.find(name) or is_foreign)
 
 
 def _count_values(words: Sequence[str]) -> int:

@@ -81,6 +81,8 @@ class FromMegatronOptions(ConversionOptions):
     """Model family (default: the single family that fits)."""
     recipe: Annotated[str, Flag(value="RECIPE")] = ""
     """Take the architecture from a recipe instead of the checkpoint."""
+    weights_only: bool = False
+    """Leave out the optimizer, for a run with --from."""
     settings: Annotated[tuple[str, ...], Flag("--set", "model.NAME=VALUE")] = ()
     """Architecture field that is missing or wrong in the checkpoint; may be repeated."""
     tokenizer: Annotated[Path | None, Flag(value="DIR")] = None

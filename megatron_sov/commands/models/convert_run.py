@@ -33,7 +33,8 @@ def export_hf(options: ToHfOptions) -> None:
 def import_megatron(request: MegatronImport) -> None:
     options = request.options
     result = from_megatron(options.megatron_dir, options.out, options.dtype, family=request.family,
-                           overrides=request.overrides, tokenizer=options.tokenizer, workers=options.workers,
+                           overrides=request.overrides, tokenizer=options.tokenizer,
+                           weights_only=options.weights_only, workers=options.workers,
                            overwrite=options.overwrite, redo=options.redo)
     iteration = "" if result.iteration is None else f", iteration {result.iteration}"
     print(f"wrote checkpoint {options.out}: a model of family {result.model.family}{iteration}")
@@ -41,7 +42,14 @@ def import_megatron(request: MegatronImport) -> None:
         print(f"left out {result.num_padded_rows} padding rows of the vocabulary's matrices, after the "
               f"{result.model.vocab_size} token ids")
     if result.num_optimizer_tensors:
-        print(f"left out {result.num_optimizer_tensors} optimizer tensors; the optimizer starts from zero")
+        print(f"left out {result.num_optimizer_tensors} optimizer tensors")
+    if result.training is None:
+        print("the optimizer starts from zero")
+        return
+    settings = "".join(f" --set {setting}" for setting in result.training.settings)
+    print(f"with the moments of {result.training.num_updates} updates; without data order and random state")
+    print(f"as RUN/checkpoints/step-{result.training.step} it continues by `megatron-sov pretrain ... --run "
+          f"RUN --resume{settings}`")
 
 
 def export_megatron(options: ToMegatronOptions) -> None:

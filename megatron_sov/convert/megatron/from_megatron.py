@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from megatron_sov.checkpoint.safetensors_files import read_block
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
-from megatron_sov.convert.hf_import import ImportSource, write_imported
-from megatron_sov.convert.megatron.inert_pickle import TorchArchive, read_in_subprocess
+from megatron_sov.convert.hf_import import ImportSource, StateBlock, write_imported
+from megatron_sov.convert.megatron.inert_pickle import STATE_KEY, TorchArchive, read_in_subprocess
 from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -173,6 +173,9 @@ _ALIASES = ((".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
 """(our key part, Megatron's key part): the norm before experts without Transformer Engine, and the layer
 inside a prediction layer in later versions."""
 EXPERTS = ".experts.experts."
+DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "inverse_sqrt": "inverse-square-root",
+                "constant": "constant"}
+"""Our name of a learning rate schedule -> Megatron's."""
 PREFIXES = ("", "module.")
 """Key prefixes; NeMo's wrapper adds `module.`."""
 HALVES = ("_w", "_v")
@@ -233,22 +236,32 @@ def _iter_candidates(key: str, expert: int | None) -> Iterator[tuple[str, tuple[
 class TorchDistTensors(StoredTensors):
     """Tensors in a `torch_dist` checkpoint under Megatron's keys."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the index; raises `UserError` for damage or forbidden names."""
+    def __init__(self, folder: Path, *, with_optimizer: bool = False) -> None:
+        """Read the index; AdamW's state has keys such as `exp_avg/KEY`. Raises `UserError` for damage or
+        forbidden names."""
         self.folder = folder
         index = read_in_subprocess("index", folder / METADATA)
-        self.num_skipped: int = index["num_skipped"]
-        """Optimizer tensors in the checkpoint."""
         tensors: dict[str, Any] = index["tensors"]
         prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
-        entries = {key.removeprefix(prefix): entry for key, entry in tensors.items()}
+        entries, states = {}, {}
+        for key, entry in tensors.items():
+            if match := STATE_KEY.fullmatch(key):
+                states[f"{match[1]}/{match[2].removeprefix(prefix)}"] = entry
+            else:
+                entries[key.removeprefix(prefix)] = entry
+        # formats that depend on the layout have other shapes
+        if with_optimizer and all(entries.get(key.partition("/")[2], ("", ()))[1] == shape
+                                  for key, (_, shape, _) in states.items()):
+            entries, states = entries | states, {}
+        self.num_skipped: int = index["num_skipped"] + len(states)
+        """Optimizer tensors that are left out."""
         super().__init__(
             folder, {key: tuple(shape) for key, (_, shape, _) in entries.items()},
             {key: getattr(torch, dtype) for key, (dtype, _, _) in entries.items()},
             {key: [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
                    for file, start, length, offset, extent in pieces]
              for key, (_, _, pieces) in entries.items()}, REMEDY)
-        for file in {piece[0] for _, _, pieces in tensors.values() for piece in pieces}:
+        for file in {piece[0] for _, _, pieces in entries.values() for piece in pieces}:
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing; according to the index it contains "
                                 f"{format_names(self.list_keys_in(file))}; {REMEDY}")
@@ -277,14 +290,16 @@ class TorchDistWeights(BlockWeights):
     Args:
         path: folder with the index.
         model: architecture.
+        with_optimizer: also read AdamW's state.
 
     Raises:
         UserError: tensors do not match the model; the message names them.
     """
 
-    def __init__(self, path: Path, model: ModelConfig) -> None:
+    def __init__(self, path: Path, model: ModelConfig, *, with_optimizer: bool = False) -> None:
         super().__init__(path, model, models.get_family(model.family).links(model))
-        self.tensors = TorchDistTensors(path)
+        self.tensors = TorchDistTensors(path, with_optimizer=with_optimizer)
+        self._stored_keys = self.tensors.keys()
         self._sources = self._match_tensors()
         self.tensors.check_complete()
 
@@ -302,7 +317,25 @@ class TorchDistWeights(BlockWeights):
     def _get_sources(self, link: Link) -> list[DistSource]:
         return self._sources[link.key, link.offset]
 
-    def _read_block(self, link: Link) -> torch.Tensor:
+    def list_states(self) -> list[StateBlock]:
+        """Return AdamW's moments, and masters if there are any; [] without state. Raises `UserError`: a
+        weight has none, although others do."""
+        keys = {key for key in self._stored_keys if "/" in key}
+        masters = "fp32_param" if any(key.startswith("fp32_param/") for key in keys) else "param"
+        names = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master": masters}
+        blocks = []
+        for ours, theirs in names.items() if keys else ():
+            if ours == "master" and not any(key.startswith(f"{theirs}/") for key in keys):
+                continue
+            for link in (link for link in self.links if not link.fp32):
+                stored = [f"{theirs}/{source.key}" for source in self._get_sources(link)]
+                if missing := [key for key in stored if key not in keys]:
+                    raise UserError(f"{self.path}: its optimizer has no {missing[0]}; pass --weights-only")
+                blocks.append(StateBlock(f"{ours}/{link.key}", link, self.tensors.get_dtype(stored[0]),
+                                         functools.partial(self._read_block, link, f"{theirs}/")))
+        return blocks
+
+    def _read_block(self, link: Link, state: str = "") -> torch.Tensor:
         parts = []
         for source in self._get_sources(link):
             offset, extent = link.offset, link.extent
@@ -311,7 +344,7 @@ class TorchDistWeights(BlockWeights):
             if len(self._get_sources(link)) > 1:  # gate or up rows
                 axis = len(extent) - len(link.block_shape)
                 extent = (*extent[:axis], extent[axis] // 2, *extent[axis + 1:])
-            parts.append(self.tensors.read(source.key, (*source.leading_indices, *offset),
+            parts.append(self.tensors.read(state + source.key, (*source.leading_indices, *offset),
                                            (*(1,) * len(source.leading_indices), *extent)))
         rows = [part.reshape(-1, *link.block_shape[1:]) for part in parts]
         joined = rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -319,7 +352,7 @@ class TorchDistWeights(BlockWeights):
 
     def _match_tensors(self) -> dict[tuple[str, tuple[int, ...]], list[DistSource]]:
         """Find each block's sources; keys and shapes must match the model exactly."""
-        stored_keys, matched = set(self.tensors.keys()), {}
+        stored_keys, matched = {key for key in self._stored_keys if "/" not in key}, {}
         missing: dict[str, tuple[int, ...]] = {}
         expected: dict[str, tuple[int, ...]] = {}
         for link in self.links:
@@ -350,15 +383,13 @@ class TorchDistWeights(BlockWeights):
 def count_padded_rows(weights: TorchDistWeights) -> int:
     """Return how many vocabulary rows have no token id."""
     return max((weights.tensors.get_shape(key)[0] - weights.model.vocab_size
-                for key in _list_vocabulary_keys(weights.tensors.keys())), default=0)
-
-
-def _list_vocabulary_keys(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if key in VOCABULARY_WEIGHTS]
+                for key in VOCABULARY_WEIGHTS if key in set(weights.tensors.keys())), default=0)
 
 
 FROM_MEGATRON = "from_megatron"
 """Manifest key for the checkpoint's origin."""
+SETTINGS = {"optim.lr": "max_lr", "optim.min_lr": "min_lr", "optim.weight_decay": "end_wd"}
+"""Our setting -> field of Megatron's scheduler."""
 
 
 @dataclass(frozen=True)
@@ -373,21 +404,35 @@ class ImportReport:
     """Dropped optimizer tensors."""
     model: ModelConfig
     """The imported model's architecture."""
+    training: TrainingState | None
+    """None: weights only."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Position and settings of the training that wrote a checkpoint."""
+
+    step: int
+    """Step at which our schedule has the next learning rate."""
+    num_updates: int
+    settings: tuple[str, ...]
+    """Settings for --set with which a run continues the schedule."""
 
 
 def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, family: str = "",
                   overrides: Mapping[str, Any] | None = None, tokenizer: Path | None = None,
-                  workers: int = DEFAULT_WORKERS, overwrite: bool = False,
+                  weights_only: bool = False, workers: int = DEFAULT_WORKERS, overwrite: bool = False,
                   redo: bool = False) -> ImportReport:
-    """Convert a Megatron-LM or Megatron-Bridge checkpoint to this project's format (part `model`, step 0).
+    """Convert a Megatron-LM or Megatron-Bridge checkpoint to this project's format, with AdamW's state.
 
     Args:
         folder: folder of an iteration, or of several iterations; NeMo 2 as well.
         out: checkpoint to write. It appears when complete; a killed command continues where it stopped.
-        dtype: see `from_hf`.
+        dtype: see `from_hf`; the optimizer keeps its dtype.
         family: family name; "" uses the only family that can express the model.
         overrides: `ModelConfig` fields that replace those of the checkpoint.
         tokenizer: tokenizer folder to copy into the checkpoint.
+        weights_only: leave out the optimizer; the checkpoint has step 0.
         workers: files written at a time.
         overwrite: replace an existing checkpoint.
         redo: start over if unfinished work with other arguments exists.
@@ -400,35 +445,61 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     check_dtype_name(dtype)
     check_output_folder(out, CHECKPOINT_KIND, overwrite)
     iteration_folder = find_iteration(Path(folder))
-    settings, iteration = _read_model_settings(iteration_folder)
+    stored, iteration = _read_settings(iteration_folder)
     try:
-        model = infer_architecture(settings, family, overrides)
+        model = infer_architecture(stored["model"], family, overrides)
     except UserError as e:
         raise UserError(f"{iteration_folder}: {e}") from None
-    weights = TorchDistWeights(iteration_folder, model)
+    weights = TorchDistWeights(iteration_folder, model, with_optimizer=not weights_only)
     check_dtypes(weights)
+    states = weights.list_states()
+    training = _describe_training(stored, iteration or 0) if states else None
     index_sha256 = hashlib.sha256((iteration_folder / METADATA).read_bytes()).hexdigest()
     origin = {"path": str(iteration_folder), "iteration": iteration, "index_sha256": index_sha256}
-    source = ImportSource(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin})
+    loop = None if training is None else {
+        "step": training.step, "tokens": 0, "wall_s": 0.0, "num_updates": training.num_updates, "data": {}}
+    source = ImportSource(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin}, states,
+                          loop)
     write_imported(out, source, dtype, workers=workers, overwrite=overwrite, redo=redo)
-    return ImportReport(iteration, count_padded_rows(weights), weights.tensors.num_skipped, model)
+    return ImportReport(iteration, count_padded_rows(weights), weights.tensors.num_skipped, model, training)
 
 
-def _read_model_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
-    """Return a checkpoint's model settings and iteration."""
+def _describe_training(stored: Mapping[str, Any], iteration: int) -> TrainingState:
+    """Return where and how to continue; counts of the library's scheduler are in samples."""
+    scheduler, group, args = (stored.get(name) or {} for name in ("scheduler", "group", "args"))
+    settings = {ours: scheduler[theirs] for ours, theirs in SETTINGS.items() if theirs in scheduler}
+    step, samples = iteration, args.get("global_batch_size")
+    if isinstance(samples, int) and samples > 0 and isinstance(scheduler.get("num_steps"), int):
+        # our first step has the rate after one step of warm-up, the library's has the rate before it
+        step = max(0, scheduler["num_steps"] // samples - 1)
+        settings |= {"train.global_batch_size": samples,
+                     "train.steps": scheduler["lr_decay_steps"] // samples,
+                     "optim.warmup_steps": scheduler["lr_warmup_steps"] // samples}
+    styles = {theirs: ours for ours, theirs in DECAY_STYLES.items()}
+    if scheduler.get("lr_decay_style") in styles:
+        settings["optim.schedule"] = styles[scheduler["lr_decay_style"]]
+    if isinstance(group.get("betas"), list):
+        settings |= dict(zip(("optim.beta1", "optim.beta2", "optim.eps"), [*group["betas"], group.get("eps")],
+                             strict=False))
+    num_updates = group.get("step")
+    return TrainingState(step, int(num_updates) if isinstance(num_updates, (int, float)) else iteration,
+                         tuple(f"{name}={value}" for name, value in settings.items()))
+
+
+def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
+    """Return a checkpoint's settings (`model`, and `read_settings`) and iteration."""
     iteration = parse_iteration(folder)
-    if (folder / RUN_CONFIG).is_file():
-        model = read_sections(folder / RUN_CONFIG).get("model")
-        if model is None:
-            raise UserError(f"{folder / RUN_CONFIG}: has no `model` section with the architecture; "
-                            "restore it from its source")
-        return model, iteration
+    settings: dict[str, Any] = {"args": {}, "iteration": None}
     if (folder / COMMON).is_file():
         settings = read_in_subprocess("settings", folder / COMMON)
     elif place := read_in_subprocess("index", folder / METADATA)["settings"]:
         file, start, length_bytes = place
         settings = read_in_subprocess("settings", folder / file, start, length_bytes)
-    else:
-        return {}, iteration
+    settings["model"] = normalize_arguments(settings["args"])
+    if (folder / RUN_CONFIG).is_file():
+        settings["model"] = read_sections(folder / RUN_CONFIG).get("model")
+        if settings["model"] is None:
+            raise UserError(f"{folder / RUN_CONFIG}: has no `model` section with the architecture; "
+                            "restore it from its source")
     stored_iteration = settings["iteration"] if isinstance(settings["iteration"], int) else None
-    return normalize_arguments(settings["args"]), iteration if stored_iteration is None else stored_iteration
+    return settings, iteration if stored_iteration is None else stored_iteration

@@ -15,12 +15,13 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,11 +70,9 @@ class InertCall:
         self.name, self.arguments = name, arguments
         self.state: Any = None
         """Argument that the pickle would pass to `__setstate__`."""
-        self.items = Items()
-        """Items that the pickle would set, if the object is a mapping."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.items[key] = value
+        """Ignore an item of a mapping."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -200,11 +199,6 @@ _CODECS = Name("_codecs", "encode")
 """Used by pickle protocol 2 for bytes."""
 
 
-def is_index_name(name: Name) -> bool:
-    """Return whether a name is allowed in the index."""
-    return name in _INDEX
-
-
 def is_tensor_name(name: Name) -> bool:
     """Return whether a stored tensor's header may contain a name."""
     return name in STORAGES or name in (REBUILT, PARAMETER, ORDERED)
@@ -226,7 +220,9 @@ MAX_SIZE = 1 << 48
 COMMON_STATE = "common_state/shard_0_1"
 """Settings key among the tensors, used by megatron-core since version 0.19."""
 TRAINING_PREFIXES = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-"""Key prefixes for training state, which is not imported."""
+"""Key prefixes for training state."""
+STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(exp_avg|exp_avg_sq|param|fp32_param)\.(.+)")
+"""Key of AdamW's state for a weight; other training state is not imported."""
 Index = dict[str, Any]
 """JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
 `num_skipped`: optimizer tensors; `num_objects`: entries that are not tensors; `settings`: [file, start,
@@ -236,7 +232,7 @@ length], None if the settings have a separate file."""
 def read_index(raw: bytes) -> Index:
     """Parse an index; raises ValueError for objects other than tensor metadata, and for invalid offsets."""
     try:
-        metadata = get_attributes(parse_pickle(raw, is_index_name), METADATA, MCORE_METADATA)
+        metadata = get_attributes(parse_pickle(raw, _INDEX.__contains__), METADATA, MCORE_METADATA)
         entries = to_text_dict(metadata["state_dict_metadata"])
         stored = _read_stored(metadata["storage_data"])
         tensors: dict[str, Any] = {}
@@ -244,7 +240,7 @@ def read_index(raw: bytes) -> Index:
         for key, value in entries.items():
             if isinstance(value, InertCall) and value.name == BYTES:
                 num_objects += 1
-            elif key.startswith(TRAINING_PREFIXES):
+            elif key.startswith(TRAINING_PREFIXES) and not STATE_KEY.fullmatch(key):
                 num_skipped += 1
             else:
                 tensors[key] = _parse_tensor(key, value, stored)
@@ -322,11 +318,7 @@ def _parse_sizes(value: Any) -> tuple[int, ...]:
     sizes = tuple(value.arguments[0])
     if len(sizes) > MAX_AXES:
         raise ValueError(f"a tensor has {len(sizes)} axes, more than {MAX_AXES}")
-    return tuple(_parse_numbers(sizes))
-
-
-def _parse_numbers(values: Iterable[Any]) -> Iterator[int]:
-    return map(_parse_number, values)
+    return tuple(map(_parse_number, sizes))
 
 
 def _parse_number(value: Any) -> int:
@@ -351,13 +343,25 @@ MAX_DEPTH = 6
 
 
 def read_settings(raw: bytes) -> dict[str, Any]:
-    """Return `args` and `iteration` of a common.pt as JSON values; raises ValueError for a malformed file."""
+    """Return `args`, `iteration`, scheduler and an optimizer's first group of a common.pt as JSON values;
+    raises ValueError for a malformed file."""
     header = TorchArchive(io.BytesIO(raw), is_settings_name).header
     settings = to_text_dict(header[0] if type(header) is list and len(header) == 1 else header)
     converter = _JsonConverter()
     args = get_attributes(settings["args"], NAMESPACE) if "args" in settings else {}
     return {"args": {name: converter.convert(value, 0) for name, value in args.items()},
-            "iteration": converter.convert(settings.get("iteration"), 0)}
+            "iteration": converter.convert(settings.get("iteration"), 0),
+            "scheduler": converter.convert(settings.get("opt_param_scheduler"), 0),
+            "group": converter.convert(_find_group(settings.get("optimizer")), 0)}
+
+
+def _find_group(value: Any) -> Any:
+    """Return the first group of the first optimizer; None if there is none."""
+    if isinstance(value, list):
+        return value[0] if value else None
+    pairs = list(value) if isinstance(value, Items) else []
+    return next((_find_group(item) for name in ("param_groups", "optimizer", 0) for key, item in pairs
+                 if type(key) is type(name) and key == name), None)
 
 
 class _JsonConverter:

@@ -27,28 +27,26 @@ from megatron_sov.checkpoint.load import read_state
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import check_space
-from megatron_sov.convert.megatron.from_megatron import BACKEND, EXPERTS, FORMAT, TRACKER, VERSIONS
+from megatron_sov.convert.hf_import import INTEGRITY
+from megatron_sov.convert.megatron.from_megatron import (
+    BACKEND, DECAY_STYLES, EXPERTS, FORMAT, TRACKER, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
 from megatron_sov.convert.sources import resolve_run
 from megatron_sov.engine.model.specs import PRECISION
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.counterparts.architecture import describe_model
 from megatron_sov.runs.checkpoints import (
-    ADAPTER, MODEL, find_damage, read_checkpoint_settings, suggest_replacement)
+    ADAPTER, MODEL, OPTIMIZER, find_damage, read_checkpoint_settings, suggest_replacement)
 from megatron_sov.schedules import Schedule
 
 KIND = "megatron_checkpoint"
-OPTIMIZER = "optimizer"
 STATES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master": "fp32_param"}
 """Our name of an optimizer tensor -> Megatron's."""
+EMPTY_STATE = "empty/shard_0_1"
 MAX_BLOCK_BYTES = 1 << 30
-INTEGRITY = "integrity.json"
-"""File hashes that `dist_checkpointing.load(..., verify_integrity=True)` checks."""
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
            "non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
 """Form of the tensors, which Megatron-LM reads before it declares its own."""
-DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "inverse_sqrt": "inverse-square-root",
-                "constant": "constant"}
 WSD_STYLES = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "minus_sqrt"}
 
 
@@ -135,18 +133,17 @@ class CheckpointPlanner(DefaultSavePlanner):
         self.set_up_planner({}, is_coordinator=True)
         plans, index = self.create_global_plan([writer.prepare_local_plan(self.create_local_plan())])
         results = writer.write_data(writer.prepare_global_plan(plans)[0], self).wait()
-        for alias, key in self._list_aliases().items():
-            index.state_dict_metadata[alias] = index.state_dict_metadata[key]
-        places = {result.index: result for result in results}
-        names = {key: alias for alias, key in self._list_aliases().items()}
-        results += [replace(result, index=replace(place, fqn=names[place.fqn]))
-                    for place, result in places.items() if place.fqn in names]
+        aliases = self._list_aliases()
+        for key, names in aliases.items():
+            index.state_dict_metadata |= dict.fromkeys(names, index.state_dict_metadata[key])
+        results += [replace(result, index=replace(result.index, fqn=name)) for result in list(results)
+                    for name in aliases.get(result.index.fqn, ())]
         writer.finish(index, [results])
 
     def create_local_plan(self) -> SavePlan:
         """Return blocks of at most `MAX_BLOCK_BYTES`, or one row."""
         self.plan = SavePlan([WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)
-                              for name in (COMMON_STATE, *self._list_module_states())])
+                              for name in (COMMON_STATE, EMPTY_STATE)])
         for key, (reader, ours) in self._sources.items():
             shape, dtype = torch.Size(reader.get_shape(ours)), reader.get_dtype(ours)
             rows = max(1, MAX_BLOCK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
@@ -166,25 +163,27 @@ class CheckpointPlanner(DefaultSavePlanner):
         reader, key = self._sources[item.index.fqn]
         return reader.read(key, item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes)
 
-    def _list_module_states(self) -> list[str]:
-        """Return the names under which modules ask for `_extra_state`, which is empty without FP8 history:
-        with Transformer Engine every module with weights, and attention."""
-        names: dict[str, None] = {}
-        for key in (key for key, (_, ours) in self._sources.items() if key == ours):
-            module = key.rpartition(".")[0]
-            num_parts = self._sources[key][0].get_shape(key)[0] if EXPERTS in key else 1
-            names |= {f"{module}._extra_state/shard_{part}_{num_parts}": None for part in range(num_parts)}
-            if module.endswith(".self_attention.linear_proj"):
-                names[f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1"] = None
-        return list(names)
+    def _list_aliases(self) -> dict[str, list[str]]:
+        """Return key -> further names of the same values.
 
-    def _list_aliases(self) -> dict[str, str]:
-        """Return the distributed optimizer's name of the weights that it updates -> key with these values:
-        the masters, or in float32 the weights themselves."""
+        The distributed optimizer asks for the weights that it updates: masters, or in float32 the weights
+        themselves. With Transformer Engine, modules with weights and attention ask for `_extra_state`, which
+        is empty without FP8 history.
+        """
+        empty: list[str] = []
         prefix, masters = "optimizer.state.exp_avg.", f"optimizer.state.{STATES['master']}."
-        keys = [key.removeprefix(prefix) for key in self._sources if key.startswith(prefix)]
-        return {f"optimizer.state.param.{key}": masters + key if masters + key in self._sources else key
-                for key in keys}
+        aliases = {EMPTY_STATE: empty}
+        for key, (reader, ours) in self._sources.items():
+            if key == ours:
+                module, num_parts = key.rpartition(".")[0], reader.get_shape(key)[0] if EXPERTS in key else 1
+                empty += [f"{module}._extra_state/shard_{part}_{num_parts}" for part in range(num_parts)]
+                if module.endswith(".linear_proj"):
+                    empty.append(f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1")
+            elif key.startswith(prefix):
+                name = key.removeprefix(prefix)
+                updated = masters + name if masters + name in self._sources else name
+                aliases[updated] = [f"optimizer.state.param.{name}"]
+        return aliases
 
 
 def _find_key(path: Path, part: str, key: str) -> str:
@@ -213,9 +212,9 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "params_dtype": PRECISION[settings.train.precision], "bf16": settings.train.precision == "bf16",
         "seq_length": min(settings.data.phases[-1].seq_len, settings.model.max_position_tokens),
-        "global_batch_size": samples, "iteration": step,
-        "consumed_train_samples": step * samples, "consumed_valid_samples": 0, "ckpt_format": BACKEND,
-        "use_distributed_optimizer": True, "data_parallel_random_init": False, "add_position_embedding": True,
+        "global_batch_size": samples, "iteration": step, "consumed_train_samples": step * samples,
+        "consumed_valid_samples": 0, "ckpt_format": BACKEND, "use_distributed_optimizer": True,
+        "data_parallel_random_init": False, "add_position_embedding": True,
         # random numbers follow from seed, step and rank, so a checkpoint has no generator state
         "no_save_rng": True, "no_save_optim": num_updates is None}
     common = {"checkpoint_version": 3.0, "iteration": step, "content_metadata": dict(CONTENT),
@@ -226,9 +225,9 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
         raise UserError(f"optim.groups: has {len(optim.groups)} groups of parameters, which a torch_dist "
                         "checkpoint cannot describe; pass --weights-only")
     scheduler, style, problem = _describe_schedule(settings, step)
-    args |= style | {"lr": optim.lr, "min_lr": optim.min_lr, "weight_decay": optim.weight_decay,
-                     "adam_beta1": optim.beta1, "adam_beta2": optim.beta2, "adam_eps": optim.eps,
-                     "clip_grad": optim.clip_grad, "optimizer": "adam"}
+    args |= style | {"lr": optim.lr, "min_lr": optim.min_lr, "weight_decay": optim.weight_decay, "optimizer":
+                     "adam", "adam_beta1": optim.beta1, "adam_beta2": optim.beta2, "adam_eps": optim.eps,
+                     "clip_grad": optim.clip_grad}
     optimizers = [_describe_optimizer(settings, num_updates, is_expert=False)]
     if settings.model.num_experts and not one_optimizer:
         optimizers.append(_describe_optimizer(settings, num_updates, is_expert=True))
@@ -246,14 +245,13 @@ def _describe_optimizer(settings: RunConfig, num_updates: int, *, is_expert: boo
     optim = settings.optim
     groups = [{
         "lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps,
-        "weight_decay": optim.weight_decay * decays, "step": num_updates, "wd_mult": decays, "lr_mult": 1.0,
+        "weight_decay": optim.weight_decay * decays, "wd_mult": decays, "lr_mult": 1.0,
         "is_decoupled_lr": False, "is_expert_parallel": is_expert, "default_config": True,
         "max_lr": optim.lr, "min_lr": optim.min_lr, "bias_correction": True, "amsgrad": False,
         "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
-        "decoupled_weight_decay": True}
-        # vectors do not decay, and experts have none
+        "decoupled_weight_decay": True}  # vectors do not decay, and experts have none
         for decays in ((1.0,) if is_expert else (1.0, 0.0))]
-    return {"optimizer": {"param_groups": groups},
+    return {"optimizer": {"param_groups": [{**group, "step": num_updates} for group in groups]},
             "param_state_sharding_type": CONTENT["distrib_optim_sharding_type"], "param_groups": groups,
             "state": {"common_step": torch.tensor(float(num_updates))}}
 

@@ -188,9 +188,8 @@ def use_plain_products(model: LanguageModel) -> Iterator[None]:
 def _multiply(linear: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the output and the bias that the caller adds."""
     output = inputs @ linear.weight.t()
-    if linear.bias is None or linear.skip_bias_add:
-        return output, linear.bias
-    return output + linear.bias, None
+    is_caller_adding = linear.bias is None or linear.skip_bias_add
+    return (output, linear.bias) if is_caller_adding else (output + linear.bias, None)
 
 
 def get_replica_rank() -> tuple[int, int]:

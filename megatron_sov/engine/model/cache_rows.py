@@ -81,8 +81,7 @@ class PackedSpans(PackedSeqParams):
 
 @dataclass(frozen=True)
 class SpanRow:
-    """Spans side by side, padded to a length that the layout can split; whole on every process of a replica.
-    """
+    """Spans side by side, padded to a length that the layout can split; whole on every process."""
 
     tokens: torch.Tensor
     """[tokens] int64."""

@@ -79,8 +79,7 @@ class CachedAttention(torch.nn.Module):
         slots, ring_index, visible = group.find_step_entries(self.capacity, query.device)
         for cache, new in zip(self.stored, (key, value), strict=False):
             cache[slots, :, ring_index] = new
-        # write before reading: a new token attends to itself. Entries after the longest sequence are never
-        # read
+        # after the write: a new token attends to itself. Entries after the longest sequence are never read
         keys, values = (cache[group.slot:group.slot + len(slots), :, :visible.shape[-1]]
                         for cache in (self.stored[0], self.stored[-1]))
         # query heads that share a key head become more queries: [sequences, kv_heads, heads / kv_heads,
@@ -124,7 +123,6 @@ class CachedAttention(torch.nn.Module):
 @contextlib.contextmanager
 def use_kv_cache(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | RecurrentCache]]:
     """Replace a `LanguageModel`'s core attention by `CachedAttention`, and yield the caches per layer.
-
     On exit the previous core attention returns."""
     config, architecture = model.config, model.architecture
     kinds = architecture.layer_types() + [architecture.mtp_layer_type()] * architecture.num_mtp_layers

@@ -280,6 +280,5 @@ def gather_hidden_states(hidden: torch.Tensor, config: Any) -> torch.Tensor:
 
 def prepare_head_input(hidden: torch.Tensor, config: Any) -> torch.Tensor:
     """Gather hidden states and scale them by `logits_multiplier`, ready for the head weight."""
-
     states = gather_hidden_states(hidden, config)
     return states if config.logits_multiplier == 1 else states * config.logits_multiplier

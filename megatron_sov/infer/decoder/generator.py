@@ -280,8 +280,7 @@ class MegatronEngine:
         cache = CacheSize(slots, longest)
         with CachedDecoder(self.forward_model, cache, with_routes=sampling.with_routes) as decoder:
             run = DecodingBatch(decoder, cache, self._batching.prefill_tokens, sequences)
-            # The first process decides when to stop: independent decisions would leave other processes in a
-            # row.
+            # the first process decides when to stop: other processes could not leave a row on their own
             while run.decode_row() and not (bounds and collectives.broadcast_flag(bounds.should_stop())):
                 continue
         local_written: list[ScoredTokens] = [([], []) for _ in prompts]

@@ -7,7 +7,7 @@ Setting names are those of Megatron-Core's `TransformerConfig` and of Bridge's p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +24,15 @@ from megatron_sov.model.families.family import COMMON_VALUES, EXPERT_GROUPS, Tok
 
 Stated = Mapping[str, Any]
 """Setting under Megatron's name -> value; a setting that the source does not mention is missing."""
-RENAMED = {
-    "num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_heads",
-    "layernorm_epsilon": "norm_eps", "add_qkv_bias": "qkv_bias", "qk_layernorm": "qk_norm",
-    "share_embeddings_and_output_weights": "tied_embeddings", "init_method_std": "init_std",
-    "rotary_base": "rope_theta"}
-"""Megatron name -> our name, for settings with equal meaning."""
-MEGATRON_DEFAULTS = {
-    "add_qkv_bias": False, "qk_layernorm": False, "share_embeddings_and_output_weights": True,
-    "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02}
-"""Megatron's defaults."""
-EXPERT_NAMES = {
-    "num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_token",
-    "moe_router_score_function": "router_score", "moe_router_enable_expert_bias": "router_bias",
-    "moe_router_bias_update_rate": "router_bias_update_rate"}
-YARN_NAMES = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-              "original_max_position_tokens": "original_max_position_embeddings"}
-"""Our name -> Megatron name without `yarn_`."""
-SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm",), "gated_linear_unit": (True,), "activation_func": ("silu", None),
-    "add_bias_linear": (False,), "position_embedding_type": ("rope", "yarn"), "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,), "layernorm_zero_centered_gamma": (False,),
-    "multi_latent_attention": (False,), "apply_residual_connection_post_layernorm": (False,),
-    "attention_output_gate": (False,), "softmax_type": ("vanilla",), "softmax_scale": (None,),
-    "qk_l2_norm": (False,), "glu_linear_offset": (0.0,), "activation_func_clamp_value": (None,),
-    "moe_shared_expert_gate": (False,), "moe_latent_size": (None,),
-    "yarn_correction_range_round_to_int": (True, None),
-    "experimental_attention_variant": (None,), "linear_attention_freq": (None,), "is_hybrid_model": (False,),
-    "hybrid_override_pattern": (None,), "heterogeneous_block_specs": (False,),
-    "rotary_scaling_factor": (None, 1.0),
-    "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,)}
-"""Megatron name -> values for which the model is supported."""
+# architecture.yaml says what each table maps
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+RENAMED: dict[str, str] = _TABLES["renamed"]
+MEGATRON_DEFAULTS: dict[str, Any] = _TABLES["megatron_defaults"]
+EXPERT_NAMES: dict[str, str] = _TABLES["expert_names"]
+YARN_NAMES: dict[str, str] = _TABLES["yarn_names"]
+SUPPORTED_VALUES: dict[str, list[Any]] = _TABLES["supported_values"]
+COUNTS: list[str] = _TABLES["counts"]
 MAX_COUNT = 1 << 53
-COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-          "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-          "vocab_size", "padded_vocab_size", "seq_length", "max_position_embeddings", "train_iters",
-          "train_samples", "global_batch_size", "lr_warmup_iters", "lr_warmup_samples", "lr_decay_iters",
-          "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "pipeline_model_parallel_size",
-          "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage")
-"""Megatron names that must be non-negative integers."""
 
 
 def check_counts(stated: Stated) -> None:
@@ -226,7 +196,7 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
     return fields, problems
 
 
-def _is_supported(value: Any, allowed: tuple[Any, ...]) -> bool:
+def _is_supported(value: Any, allowed: Sequence[Any]) -> bool:
     if isinstance(value, Mapping):  # Bridge's way to name a function: {_target_: torch.nn.functional.silu}
         value = str(value.get("_target_", value.get("class", ""))).rpartition(".")[2]
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)

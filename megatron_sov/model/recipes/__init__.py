@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+
+import yaml
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin, call_plugin
@@ -80,28 +83,8 @@ RECIPES: dict[str, Recipe] = {
         "LGAI-EXAONE/EXAONE-4.0-1.2B, compared with Megatron-Bridge's test_exaone4_provider.py")),
     "hyperclovax-14b": Recipe(open_models.hyperclovax_14b, open_models.dense_sources(
         f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}"))}
-TINY = {
-    "tiny-solar-open": "solar-open-102b", "tiny-solar-open-mid": "solar-open-102b-mid",
-    "tiny-solar-open-extend": "solar-open-102b-extend", "tiny-solar-open-sft": "solar-open-102b-sft",
-    "tiny-solar-open-dpo": "solar-open-102b-dpo", "tiny-solar-open-dpo-rounds": "solar-open-102b-dpo-rounds",
-    "tiny-solar-open-rl": "solar-open-102b-rl", "tiny-solar-open2": "solar-open2-250b",
-    "tiny-solar-open2-extend": "solar-open2-250b-extend", "tiny-k-exaone": "k-exaone-236b",
-    "tiny-k-exaone-extend": "k-exaone-236b-extend", "tiny-k-exaone-sft": "k-exaone-236b-sft",
-    "tiny-k-exaone-grouper": "k-exaone-236b-grouper", "tiny-k-exaone-rl": "k-exaone-236b-rl",
-    "tiny-k-exaone2": "k-exaone2-750b", "tiny-k-exaone2-extend": "k-exaone2-750b-extend",
-    "tiny-hyperclova-omni": "hyperclova-omni-8b",
-    "tiny-hyperclova-omni-continuous": "hyperclova-omni-8b-continuous",
-    "tiny-hyperclova-omni-sft": "hyperclova-omni-8b-sft", "tiny-typhoon-s": "typhoon-s-8b",
-    "tiny-typhoon-s-opd": "typhoon-s-8b-opd", "tiny-typhoon-s-legal": "typhoon-s-4b-legal",
-    "tiny-typhoon-s-legal-agent": "typhoon-s-4b-legal-agent", "tiny-vibethinker": "vibethinker-1.5b",
-    "tiny-vibethinker-math-16k": "vibethinker-1.5b-math-16k",
-    "tiny-vibethinker-math-32k": "vibethinker-1.5b-math-32k",
-    "tiny-vibethinker-code": "vibethinker-1.5b-code", "tiny-qwen2": "qwen2-1.5b", "tiny-qwen3-4b": "qwen3-4b",
-    "tiny-qwen3-4b-2507": "qwen3-4b-2507", "tiny-qwen3": "qwen3-8b", "tiny-qwen3-moe": "qwen3-moe-30b",
-    "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507", "tiny-llama": "llama-3.1-8b",
-    "tiny-deepseek-v3": "deepseek-v3", "tiny-kimi-k2": "kimi-k2", "tiny-gemma3": "gemma-3-1b",
-    "tiny-gemma3-27b": "gemma3-27b", "tiny-exaone4": "exaone-4.0-32b", "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
-    "tiny-hyperclovax": "hyperclovax-14b"}
+TINY: dict[str, str] = yaml.safe_load(
+    Path(__file__).with_name("tiny.yaml").read_text(encoding="utf-8"))
 """Tiny recipe -> full-size recipe with the same structure."""
 
 

@@ -134,13 +134,9 @@ class AttemptHistory:
 
 
 def measure_progress(target: Path) -> int:
-    """Return a number that grows with every new output of a stage.
-
-    Args:
-        target: a run's folder (counts the steps in each stage's newest checkpoint, and published rounds), an
-            artifact's folder (counts files in hidden, unfinished neighbours), or a rollout store (counts
-            its parts).
-    """
+    """Return a number that grows with every new output of a stage. `target`: a run's folder (counts the steps
+    in each stage's newest checkpoint, and published rounds), an artifact's folder (counts files in hidden,
+    unfinished neighbours), or a rollout store (counts its parts)."""
     parts = sum(1 for pattern in ("rollouts/*", "rewards/*/*", f"{ROUNDS}/[0-9]*")
                 for _ in target.glob(f"{pattern}/{MANIFEST}"))
     # an incomplete artifact is stored in hidden neighbours of its target
@@ -199,12 +195,8 @@ def read_last_lines(log: Path) -> str:
 
 def find_sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[str, str]:
     """Return node -> reason from the `NodeReport`s; key "all nodes": a problem without a known node.
-
-    Args:
-        folder: contains the `rank-N.json` reports.
-        nodes: the tested nodes.
-        limits: fields of `PreflightConfig`, `num_gpus` and `ranks_per_node`.
-    """
+    `folder`: contains the `rank-N.json` reports; `nodes`: the tested nodes; `limits`: fields of
+    `PreflightConfig`, `num_gpus` and `ranks_per_node`."""
     reports = [NodeReport(**json.loads(file.read_text(encoding="utf-8")))
                for file in sorted(folder.glob("rank-*.json"))]
     sick: dict[str, str] = {}

@@ -366,12 +366,8 @@ def _build_shared(stage: str, arguments: list[str], args: Any) -> StageWork:
 
 
 def check_inputs(work: StageWork, promised: set[Path]) -> None:
-    """Raise `UserError` if an input is missing and no earlier stage in the chain writes it.
-
-    Args:
-        work: the stage.
-        promised: target folders of earlier stages.
-    """
+    """Raise `UserError` if an input is missing and no earlier stage in the chain writes it. `work`: the
+    stage; `promised`: target folders of earlier stages."""
     future = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
     for path in work.inputs:
         if path not in future and not path.exists():

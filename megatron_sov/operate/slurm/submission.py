@@ -252,16 +252,9 @@ class PreparedStage:
 
 def prepare_stage(request: SubmitRequest, commands: Commands,
                   check_data: Callable[[StageWork], StageWork] = lambda work: work) -> PreparedStage:
-    """Build a stage's scripts, without writing a file or querying Slurm.
-
-    Args:
-        request: the stage.
-        commands: parsers for the stages' commands.
-        check_data: checks a stage's data, and returns the stage with settings that depend on the data.
-
-    Raises:
-        UserError: invalid stage, arguments or nodes.
-    """
+    """Build a stage's scripts, without writing a file or querying Slurm. `request`: the stage; `commands`:
+    parsers for the stages' commands; `check_data`: checks a stage's data, and returns the stage with settings
+    that depend on the data. Raises `UserError`: invalid stage, arguments or nodes."""
     # first the stage's parser, whose errors concern the user's own words
     work = build_stage_work(request.stage, list(request.arguments), commands,
                             bool(request.profile.gpus_per_node))
@@ -401,15 +394,9 @@ def check_with_slurm(prepared: PreparedStage) -> None:
 
 
 def submit_jobs(prepared: PreparedStage, after: list[str]) -> list[str]:
-    """Write and submit a stage's scripts; return the job ids. The last job completes the stage.
-
-    Args:
-        prepared: the checked stage.
-        after: jobs that must succeed first.
-
-    Raises:
-        UserError: the folder is not writable, or Slurm rejects a job.
-    """
+    """Write and submit a stage's scripts; return the job ids. The last job completes the stage. `prepared`:
+    the checked stage; `after`: jobs that must succeed first. Raises `UserError`: the folder is not writable,
+    or Slurm rejects a job."""
     records = prepared.work.records
     with translate_disk_errors(records):
         try:

@@ -9,16 +9,17 @@ process.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 from megatron_sov.model.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX, AdaptedModule, find_adapted_modules
 from megatron_sov.model.families.count import EMBEDDING, HEAD, layer_weights
 from megatron_sov.model.families.encoders import encoder_shapes
-from megatron_sov.model.process_memory import StageParams
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes per weight or activation, by `train.precision`."""
@@ -35,17 +36,7 @@ SPLIT_BY_HEADS = ("softmax_offset", "dt_bias", "A_log")
 """Parameters with one number per head."""
 SPLIT_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight", "self_attention.out_proj.weight")
 """Weights that tensor parallelism splits by columns."""
-_ORDER = (
-    "enorm", "hnorm", "eh_proj", "input_layernorm", "softmax_offset", "linear_proj.weight",
-    "linear_proj.bias", "linear_qkv.layer_norm_weight", "linear_qkv.weight", "linear_qkv.bias",
-    "q_layernorm", "k_layernorm", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj.layer_norm_weight",
-    "linear_q_up_proj.weight", "linear_kv_down_proj", "linear_kv_up_proj.layer_norm_weight",
-    "linear_kv_up_proj.weight", "dt_bias", "A_log", "in_proj.layer_norm_weight", "in_proj.weight", "conv1d",
-    "out_norm", "out_proj", "gates_down_proj", "decay_up_proj", "output_up_proj", "self_attn_bda",
-    "pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight",
-    "router.weight", "router.bias", "experts.experts.linear_fc1.weight", "experts.experts.linear_fc1.bias",
-    "experts.experts.linear_fc2.weight", "experts.experts.linear_fc2.bias", "gate_weight", "linear_fc1",
-    "linear_fc2", "mlp_bda", "final_layernorm")
+_ORDER = json.loads(Path(__file__).with_name("module_order.json").read_text(encoding="utf-8"))
 """Parts of parameter names, in the order in which Transformer Engine's modules register a layer."""
 
 
@@ -236,22 +227,6 @@ def _list_factors(module: AdaptedModule, lora: LoraConfig, p: ParallelConfig, ro
 
 def is_adapter(key: str) -> bool:
     return key.startswith(PREFIX)
-
-
-def count_stage_params(config: RunConfig) -> list[StageParams]:
-    """Count the parameters on a process, per pipeline stage."""
-    stages = []
-    for stage in range(config.parallel.pp):
-        numel = {False: 0, True: 0}
-        for chunk in list_stage_parameters(config, stage):
-            for _, parameters in chunk:
-                for part in parameters:
-                    numel[part.routed] += part.numel * part.count
-        layers = len(config.parallel.stage_layers(stage, config.model.num_layers))
-        if stage == config.parallel.pp - 1:
-            layers += config.model.num_mtp_layers
-        stages.append(StageParams(numel[False], numel[True], layers))
-    return stages
 
 
 # Transformer Engine stores quantized weights next to the bf16 weights under `train.fp8`, without bf16 weights

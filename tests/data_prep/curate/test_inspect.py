@@ -23,7 +23,7 @@ def write_summary(output: Path) -> None:
     (output / "summary.json").write_text(json.dumps({"sources": [{"name": "web", "steps": steps}]}))
 
 
-def inspect(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> list[str]:
+def run_inspect(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> list[str]:
     assert main(["inspect", *map(str, arguments)]) == code
     captured = capsys.readouterr()
     return (captured.err if code else captured.out).splitlines()
@@ -40,7 +40,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_each_step_is_a_line_with_its_most_frequent_reasons(corpus: Path,
                                                             capsys: pytest.CaptureFixture[str]) -> None:
-    lines = inspect(capsys, corpus)
+    lines = run_inspect(capsys, corpus)
     [step] = [line for line in lines if "01 rules" in line]
     assert step.split()[:6] == ["web", "01", "rules", "100", "74", "7"]
     assert step.endswith("not wanted 20, too short 3, no letters 2, 1 more reasons")
@@ -50,32 +50,33 @@ def test_each_step_is_a_line_with_its_most_frequent_reasons(corpus: Path,
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"sources": [{"name": 3}]}',
                                      '{"sources": [{"name": "a", "steps": [{"number": "x"}]}]}'])
-def test_a_damaged_summary_is_one_sentence(corpus: Path, damaged: str,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_summary_is_one_message(corpus: Path, damaged: str,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     (corpus / "summary.json").write_text(damaged)
-    [error] = inspect(capsys, corpus, code=2)
+    [error] = run_inspect(capsys, corpus, code=2)
     assert error.startswith(f"error: {corpus}/summary.json: is missing or damaged")
 
 
 def test_files_of_a_corpus_are_compared_with_its_hashes(corpus: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    inspect(capsys, corpus, "--verify")
+    run_inspect(capsys, corpus, "--verify")
     summary = corpus / "summary.json"
     summary.write_text(summary.read_text().replace("74", "75"))
-    assert "summary.json" in inspect(capsys, corpus, "--verify", code=ExitCode.GATE_FAILED)[0]
+    assert "summary.json" in run_inspect(capsys, corpus, "--verify", code=ExitCode.GATE_FAILED)[0]
 
 
 def test_a_corpus_of_another_command_has_no_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1?"}\n')
     ArtifactWriter(tmp_path, "corpus").complete()
-    lines = inspect(capsys, tmp_path)
+    lines = run_inspect(capsys, tmp_path)
     assert "artifact of kind corpus" in lines[0] and not any("documents in" in line for line in lines)
     (tmp_path / "pipeline.json").write_text("{}")
-    assert "summary.json: is missing" in inspect(capsys, tmp_path, code=2)[0]
+    assert "summary.json: is missing" in run_inspect(capsys, tmp_path, code=2)[0]
 
 
-def test_token_shards_and_strange_folders(token_shards: Path, tmp_path: Path,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
-    assert "artifact of kind tokens" in inspect(capsys, token_shards)[0]
-    assert "does not exist, and no work on it is unfinished" in inspect(capsys, tmp_path / "none", code=2)[0]
-    assert "is nothing that megatron-sov has made" in inspect(capsys, tmp_path, code=2)[0]
+def test_token_shards_and_foreign_folders_are_inspected(token_shards: Path, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    assert "artifact of kind tokens" in run_inspect(capsys, token_shards)[0]
+    assert "does not exist, and no work on it is unfinished" in run_inspect(capsys, tmp_path / "none",
+                                                                            code=2)[0]
+    assert "is nothing that megatron-sov has made" in run_inspect(capsys, tmp_path, code=2)[0]

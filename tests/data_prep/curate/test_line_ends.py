@@ -35,7 +35,7 @@ TWINS = {
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_twins_become_the_same_text(twin: str) -> None:
+def test_texts_with_other_line_ends_become_equal(twin: str) -> None:
     for seed in range(3):
         assert unify_line_ends(TWINS[twin](plain_text(seed))) == plain_text(seed)
 
@@ -51,17 +51,17 @@ def test_only_line_ends_change(text: str, unified: str) -> None:
     assert unify_line_ends(unified) == unified
 
 
-def test_code_keeps_all_but_its_line_ends() -> None:
+def test_only_the_line_ends_of_code_change() -> None:
     code = "def f():\r\n    return 'a  '  \r\n\r\n\f\n \t\nif x:\r\tpass"
     assert unify_line_ends(code, is_code=True) == ("def f():\n    return 'a  '  \n\n\f\n \t\nif x:\n\tpass")
 
 
-def test_blanks_take_linear_time() -> None:
+def test_whitespace_takes_linear_time() -> None:
     assert unify_line_ends("a" + " " * 2_000_000 + "b" + "\r" * 1_000_000).count("\n") == 1_000_000
 
 
 @pytest.mark.parametrize(("format_", "kind"), [("code", ""), ("jsonl", "math_code")])
-def test_a_run_keeps_the_blanks_of_code(tmp_path: Path, format_: str, kind: str) -> None:
+def test_a_run_keeps_the_indentation_of_code(tmp_path: Path, format_: str, kind: str) -> None:
     code = "def greet(name):\r\n    text = 'Good morning, '  \r\n\t\r\n    return text + name\r\n"
     (tmp_path / "raw").mkdir()
     if format_ == "code":

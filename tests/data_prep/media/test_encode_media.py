@@ -23,11 +23,11 @@ from megatron_sov.work.submit.arrays import WORK_FILE, Jobs
 from tests.data_prep.media.chats import Encode, build_media_chat
 
 
-def records(folder: Path) -> list[Any]:
+def read_records(folder: Path) -> list[Any]:
     return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
-def bank(folder: Path, kind: str) -> np.ndarray:
+def read_bank(folder: Path, kind: str) -> np.ndarray:
     shapes = read_bank_shapes(read_manifest(folder).content["media"], "it")
     return open_bank(folder / f"{kind}.bin", shapes[kind])
 
@@ -36,7 +36,7 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
     assert encode([build_media_chat(("image", "light.png"), ("text", "What?")),
                    build_media_chat(("audio", "long.wav"), ("image", "dark.png"), ("image", "twin.png")),
                    build_media_chat(("video", "moving.gif"))]) == 0
-    first, second, third = records(tmp_path / "corpus")
+    first, second, third = read_records(tmp_path / "corpus")
     user = first["messages"][0]["content"]
     assert parse_codebook_tokens("image", user) == [7] * 4
     assert user.count(IMAGE_PAD) == 3 and user.endswith("\nWhat?")
@@ -48,7 +48,7 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
     # the twin has the light picture's content, and shares its row
     assert second["media"] == {"pictures": [[1, 3], [0, 3]], "sounds": [[0, 5], [1, 3]]}
     assert third["messages"][0]["content"].count(VIDEO_PAD) == 6
-    pictures = bank(tmp_path / "corpus", PICTURES)
+    pictures = read_bank(tmp_path / "corpus", PICTURES)
     assert [int(p.max()) for p in pictures] == [255, 0, 0, 255] and pictures.shape[1:] == (3, 4, 4)
     content = read_manifest(tmp_path / "corpus", "media_corpus").content
     assert content["num_media"] == {"image": 3, "audio": 1, "video": 1} and content["format"] == "chat"
@@ -64,7 +64,7 @@ def test_spectrograms_equal_whisper(encode: Encode, tmp_path: Path, media: Path)
     assert encode([build_media_chat(("audio", "short.wav"))]) == 0
     samples, _ = read_sound(media / "short.wav", 16_000, MediaLimits())
     expected = WhisperFeatureExtractor(feature_size=8, chunk_length=1)(samples, sampling_rate=16_000)
-    np.testing.assert_array_equal(bank(tmp_path / "corpus", SOUNDS),
+    np.testing.assert_array_equal(read_bank(tmp_path / "corpus", SOUNDS),
                                   np.asarray(expected["input_features"], np.float16))
 
 
@@ -72,15 +72,15 @@ def test_assistant_pictures_become_calls_and_sounds_text(encode: Encode, tmp_pat
     answer = [{"type": "text", "text": "Here:"}, {"type": "image", "path": "light.png"},
               {"type": "audio", "path": "short.wav"}]
     assert encode([build_media_chat(("text", "Draw."), answer=answer)]) == 0
-    message = records(tmp_path / "corpus")[0]["messages"][1]
+    message = read_records(tmp_path / "corpus")[0]["messages"][1]
     assert message["content"] == "Here:\n<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>"
     call = message["tool_calls"][0]["function"]
     assert call["name"] == "t2i_model_generation"
     assert parse_codebook_tokens("image", call["arguments"]["discrete_image_token"]) == [7] * 4
-    assert records(tmp_path / "corpus")[0]["media"] == {}
+    assert read_records(tmp_path / "corpus")[0]["media"] == {}
     assert encode([build_media_chat(("text", "Draw."), answer=answer)], "--drawn", "content",
                   output="two") == 0
-    message = records(tmp_path / "two")[0]["messages"][1]
+    message = read_records(tmp_path / "two")[0]["messages"][1]
     assert "tool_calls" not in message and parse_codebook_tokens("image", message["content"]) == [7] * 4
 
 
@@ -132,8 +132,8 @@ def test_bad_records_stop_or_are_listed(encode: Encode, tmp_path: Path,
     (("--input", "gone.jsonl"), 'gone.jsonl": does not exist'), (("--workers", "2"), "only for --cluster"),
     (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
     (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
-def test_wrong_options_give_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                         options: tuple[str, ...], words: str) -> None:
+def test_wrong_options_are_one_message(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                       options: tuple[str, ...], words: str) -> None:
     assert encode([build_media_chat(("text", "a"))], *options) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "corpus").exists()
 

@@ -39,7 +39,7 @@ def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
                  "--workers", "1", *options])
 
 
-def columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
+def read_columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
     """Return the source's record, and ids, numbers, weights and banks of each shard."""
     source = read_manifest(folder).content["sources"][0]
     shards = []
@@ -59,7 +59,7 @@ def test_placeholders_name_features_in_the_shard(encode: Encode, omni: Path, tmp
     assert encode(CHATS) == 0
     assert pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format", "chat", "--shard-tokens",
                 shard_tokens) == 0
-    source, shards = columns(tmp_path / "shards")
+    source, shards = read_columns(tmp_path / "shards")
     token = Tokenizer.from_file(str(omni / "tokenizer.json")).token_to_id
     assert source[FEATURES]["pictures"]["placeholder_ids"] == [token(IMAGE_PAD), token(VIDEO_PAD)]
     seen: list[int] = []
@@ -79,7 +79,7 @@ def test_placeholders_name_features_in_the_shard(encode: Encode, omni: Path, tmp
 def test_assistant_media_tokens_are_learned(encode: Encode, omni: Path, tmp_path: Path) -> None:
     assert encode(CHATS[2:]) == 0 and pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format",
                                            "chat") == 0
-    _, (shard,) = columns(tmp_path / "shards")
+    _, (shard,) = read_columns(tmp_path / "shards")
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
     learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
     assert learned.startswith("<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>")
@@ -95,7 +95,7 @@ def test_drawn_picture_is_learned_as_call(encode: Encode, omni: Path, tmp_path: 
             artifact.content = read_manifest(omni).content
     assert encode([build_media_chat(("text", "Draw."), answer=[{"type": "image", "path": "light.png"}])]) == 0
     assert pack(tmp_path / "calls", tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
-    _, (shard,) = columns(tmp_path / "shards")
+    _, (shard,) = read_columns(tmp_path / "shards")
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
     learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
     assert learned.startswith("<tool_call>t2i_model_generation\n<arg_key>discrete_image_token</arg_key>\n"
@@ -112,7 +112,7 @@ def test_documents_learn_everything_except_placeholders(encode: Encode, omni: Pa
     assert encode([{"content": [{"type": "text", "text": "A <|end|> b"},
                                 {"type": "image", "path": "dark.png"}]}]) == 0
     assert pack(omni, tmp_path / "corpus", tmp_path / "shards") == 0
-    _, (shard,) = columns(tmp_path / "shards")
+    _, (shard,) = read_columns(tmp_path / "shards")
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
     assert shard["loss"].sum() == len(shard["ids"]) - 3
     assert list(shard["ids"]).count(tokenizer.token_to_id("<|end|>")) == 0  # spelled, and no token of media
@@ -145,8 +145,8 @@ def test_placeholder_count_must_equal_feature_count(omni: Path) -> None:
         vocabulary.split("<|vision09999|>")
 
 
-def test_unsuitable_corpora_give_one_sentence(encode: Encode, omni: Path, tokenizers: dict[str, Path],
-                                              tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsuitable_corpora_are_one_message(encode: Encode, omni: Path, tokenizers: dict[str, Path],
+                                            tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert encode(CHATS[:1]) == 0
     (tmp_path / "web.jsonl").write_text('{"text": "a"}\n')
     corpus, out = tmp_path / "corpus", tmp_path / "shards"

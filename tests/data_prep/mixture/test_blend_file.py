@@ -26,7 +26,7 @@ def write_blend(folder: Path, text: str) -> Path:
     return folder / "blend.yaml"
 
 
-def by(blend: Blend, tag: str) -> dict[str, float]:
+def map_weights(blend: Blend, tag: str) -> dict[str, float]:
     """Return value of a tag -> trillions of tokens over all phases."""
     found: Counter[str] = Counter()
     for phase in blend.phases:
@@ -38,7 +38,7 @@ def by(blend: Blend, tag: str) -> dict[str, float]:
 def test_solar_blend_equals_published_table() -> None:
     """Published figures: tokens of each kind; tokens of each phase with its Korean and synthetic parts."""
     blend = read_blend(find_blend("solar-open"))
-    kinds = by(blend, "kind")
+    kinds = map_weights(blend, "kind")
     assert {kind: round(t, 0 if kind == "en" else 1) for kind, t in kinds.items()} == {
         "en": 13, "math_code": 3.7, "ko": 1.1, "ja": 0.8, "multilingual": 0.8, "domain:*": 0.4}
     published = {"1": (10.8, 3.3, 10.2, "basic"), "2.A": (5.3, 3.2, 32.0, "L1"),
@@ -54,7 +54,7 @@ def test_solar_blend_equals_published_table() -> None:
         assert 100 * sum(e.share for e in entries
                          if e.where["synthetic"] == ("true",)) == pytest.approx(synthetic, abs=1e-3)
         assert {e.where["level"][0] for e in entries} == {level}
-    assert sum(by(blend, "synthetic").values()) == pytest.approx(20.0)
+    assert sum(map_weights(blend, "synthetic").values()) == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize(("blend", "recipe"),
@@ -136,26 +136,27 @@ def test_unknown_blend_is_rejected(tmp_path: Path) -> None:
             read_blend(write_blend(tmp_path, text))
 
 
-def source(name: str, tokens: int, **tags: str) -> dict[str, Any]:
+def build_source(name: str, tokens: int, **tags: str) -> dict[str, Any]:
     return {"name": name, "splits": {"train": {"num_tokens": tokens}, "heldout": {"num_tokens": 1}},
             "tags": {key: [value] for key, value in tags.items()}}
 
 
-SOURCES = [source("ko-basic", 100, kind="ko", level="basic"), source("ko-L3", 300, kind="ko", level="L3"),
-           source("en-L3", 600, kind="en", level="L3"), source("code", 1000)]
+SOURCES = [build_source("ko-basic", 100, kind="ko", level="basic"),
+           build_source("ko-L3", 300, kind="ko", level="L3"),
+           build_source("en-L3", 600, kind="en", level="L3"), build_source("code", 1000)]
 
 
-def phase(name: str, tokens: float, *entries: tuple[dict[str, str], float]) -> BlendPhase:
+def build_phase(name: str, tokens: float, *entries: tuple[dict[str, str], float]) -> BlendPhase:
     return BlendPhase(name, tokens, tuple(BlendEntry({k: (v,) for k, v in where.items()}, share)
                                           for where, share in entries))
 
 
-def blend(*phases: BlendPhase) -> Blend:
+def build_blend(*phases: BlendPhase) -> Blend:
     return Blend("test", phases)
 
 
-TWO = blend(phase("1", 800, ({"kind": "ko"}, 0.5), ({"kind": "en"}, 0.5)),
-            phase("2", 200, ({"level": "L3", "kind": "ko"}, 0.25), ({"source": "c*"}, 0.75)))
+TWO = build_blend(build_phase("1", 800, ({"kind": "ko"}, 0.5), ({"kind": "en"}, 0.5)),
+                  build_phase("2", 200, ({"level": "L3", "kind": "ko"}, 0.25), ({"source": "c*"}, 0.75)))
 
 
 def test_sources_of_an_entry_share_by_tokens() -> None:
@@ -170,7 +171,8 @@ def test_sources_of_an_entry_share_by_tokens() -> None:
 
 def test_tokens_scale_all_phases_alike() -> None:
     assert [p.tokens for p in allot_shares(TWO, SOURCES, num_tokens=1e6)] == [8e5, 2e5]
-    [alone] = allot_shares(blend(phase("main", 0, ({"kind": "ko"}, 1.0))), SOURCES, num_tokens=1e6)
+    [alone] = allot_shares(build_blend(build_phase("main", 0, ({"kind": "ko"}, 1.0))), SOURCES,
+                           num_tokens=1e6)
     assert alone.tokens == 1e6
     assert combine_phases([alone]) == {"ko-basic": 0.25, "ko-L3": 0.75}
 
@@ -182,9 +184,9 @@ def get_refusal(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> 
 
 
 def test_entries_without_source_are_listed() -> None:
-    expected = blend(phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
-                           ({"kind": "en"}, 0.7)),
-                     phase("2", 1, ({"kind": "math_code"}, 1.0)))
+    expected = build_blend(build_phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
+                                       ({"kind": "en"}, 0.7)),
+                           build_phase("2", 1, ({"kind": "math_code"}, 1.0)))
     lines = get_refusal(expected).splitlines()
     assert lines[1:] == ["  phase 1: no source is kind=ja (10 %)", "  phase 1: no source is kind=ko level=L1 "
                                                                    "(20 %)",
@@ -193,26 +195,28 @@ def test_entries_without_source_are_listed() -> None:
         "blend test: 3 problems; the sources are ko-basic, ko-L3, en-L3, code, their tags kind: en, ko; "
         "level: L3, basic; pack what is missing, change the blend, or give missing shares to the others of "
         "their phase with --missing spread")
-    assert "their tags none (pack them with --tag)" in get_refusal(expected, [source("web", 5)])
-    assert "no source is kind=ko" in get_refusal(TWO, [source("ko", 0, kind="ko"), source("code", 1),
+    assert "their tags none (pack them with --tag)" in get_refusal(expected, [build_source("web", 5)])
+    assert "no source is kind=ko" in get_refusal(TWO,
+                                                 [build_source("ko", 0, kind="ko"), build_source("code", 1),
                                                        *SOURCES[2:3]])
 
 
 def test_source_in_two_entries_is_rejected() -> None:
-    twice = blend(phase("1", 1, ({"kind": "ko"}, 0.5), ({"level": "L3"}, 0.5)))
+    twice = build_blend(build_phase("1", 1, ({"kind": "ko"}, 0.5), ({"level": "L3"}, 0.5)))
     assert ("phase 1: source ko-L3 is meant by two entries, kind=ko (50 %) and level=L3 (50 %); tell them "
             "apart"
             in get_refusal(twice))
 
 
 def test_missing_shares_may_be_spread() -> None:
-    expected = blend(phase("1", 100, ({"kind": "ja"}, 0.2), ({"kind": "en"}, 0.6), ({"source": "code"}, 0.2)))
+    expected = build_blend(build_phase("1", 100, ({"kind": "ja"}, 0.2), ({"kind": "en"}, 0.6),
+                                       ({"source": "code"}, 0.2)))
     [found] = allot_shares(expected, SOURCES, "spread")
     assert found.shares == pytest.approx({"en-L3": 0.75, "code": 0.25})
     assert "  nothing for kind=ja (20 %): its share is spread over the others" in format_shares(
         [found], SOURCES)
     with pytest.raises(UserError, match="phase 1: no source is kind=ja"):
-        allot_shares(blend(phase("1", 1, ({"kind": "ja"}, 1.0))), SOURCES, "spread")
+        allot_shares(build_blend(build_phase("1", 1, ({"kind": "ja"}, 1.0))), SOURCES, "spread")
 
 
 def test_table_shows_epochs_per_source() -> None:

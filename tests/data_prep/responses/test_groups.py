@@ -17,7 +17,7 @@ def write(path: Path, *records: Any) -> Path:
     return path
 
 
-def group(*rewards: Any, prompt: Any = "2 + 2?") -> dict[str, Any]:
+def build_group(*rewards: Any, prompt: Any = "2 + 2?") -> dict[str, Any]:
     return {"prompt": prompt, "responses": [{"content": f"answer {i}", "reward": r}
                                             for i, r in enumerate(rewards)]}
 
@@ -28,9 +28,10 @@ def test_each_response_becomes_a_chat_with_advantage(tmp_path: Path, capsys) -> 
                   {"content": "So.", "rewards": {"rule": 1, "rubric": 0.5}},
                   {"messages": [{"role": "assistant", "content": "Hm."}], "rewards": {"rule": 0}},
                   {"content": "Because.", "reward": 1.0}]}
-    file = write(tmp_path / "in.jsonl", judged, group(0.5, 0.5), group(1))
+    file = write(tmp_path / "in.jsonl", judged, build_group(0.5, 0.5), build_group(1))
     assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
-    chats = [json.loads(line) for line in (tmp_path / "out/groups.jsonl").read_text().splitlines()]
+    chats = [json.loads(line)
+             for line in (tmp_path / "out/groups.jsonl").read_text().splitlines()]
     assert [c["messages"][-1]["content"] for c in chats] == ["So.", "Hm.", "Because."]
     assert {len(c["messages"]) for c in chats} == {3}
     assert all(c["tools"] == [] for c in chats)
@@ -43,10 +44,11 @@ def test_each_response_becomes_a_chat_with_advantage(tmp_path: Path, capsys) -> 
             in capsys.readouterr().out)
 
 
-def test_packed_groups_learn_responses_only( tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_packed_groups_learn_responses_only(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Welcome back."},
              {"role": "user", "content": "2 + 2?"}]
-    file = write(tmp_path / "in.jsonl", group(1, 0, prompt=turns) | {"id": "q7"}, group(0, 1) | {"id": 8})
+    file = write(tmp_path / "in.jsonl", build_group(1, 0, prompt=turns) | {"id": "q7"},
+                 build_group(0, 1) | {"id": 8})
     assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
     assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--heldout", "0",
                  "--column", "advantage", "--column", "group_share", "--workers", "1",
@@ -62,15 +64,15 @@ def test_packed_groups_learn_responses_only( tokenizers: dict[str, Path], tmp_pa
 
 @pytest.mark.each(("record", "message"), [
     ("[1]", "in.jsonl:1: is a JSON list"),
-    (group(1, 0, prompt=3), "in.jsonl:1: prompt"),
-    (group(1, "good"), "responses[1]: reward is 'good', must be a finite number"),
+    (build_group(1, 0, prompt=3), "in.jsonl:1: prompt"),
+    (build_group(1, "good"), "responses[1]: reward is 'good', must be a finite number"),
     ('{"prompt": "a", "responses": [{"content": "b", "reward": NaN}]}', "reward is 'nan'"),
     ({"prompt": "a", "responses": [{"content": "b"}]}, "needs either a number 'reward'"),
     ({"prompt": "a", "responses": [{"messages": [{"role": "user", "content": "x"}], "reward": 1}]},
      "no message of the assistant"),
-    (group(1, 0, prompt="\ud800"), "in.jsonl:1: holds half of a surrogate pair"),
-    (group(1, 0) | {"advantage": 3}, "has 'advantage', which this step writes"),
-    (group(1, 1), "no group has two responses with different rewards (1 with equal rewards"),
+    (build_group(1, 0, prompt="\ud800"), "in.jsonl:1: holds half of a surrogate pair"),
+    (build_group(1, 0) | {"advantage": 3}, "has 'advantage', which this step writes"),
+    (build_group(1, 1), "no group has two responses with different rewards (1 with equal rewards"),
 ])
 def test_invalid_groups_are_named_and_write_no_output(record: Any, message: str, tmp_path: Path,
                                                       capsys) -> None:
@@ -84,22 +86,24 @@ def test_rewards_are_summed_exactly(tmp_path: Path) -> None:
     parts = ({"a": 0.1, "b": 0.2, "c": 0.3}, {"c": 0.3, "b": 0.2, "a": 0.1}, {"a": 0.6})
     judged = {"prompt": "p", "responses": [{"content": f"answer {i}", "rewards": rewards}
                                            for i, rewards in enumerate(parts)]}
-    file = write(tmp_path / "in.jsonl", judged, group(0.1 + 0.2, 0.3), group(1, 0))
+    file = write(tmp_path / "in.jsonl", judged, build_group(0.1 + 0.2, 0.3), build_group(1, 0))
     for step in ("pairs", "groups"):
         assert main([step, "--input", str(file), "--output", str(tmp_path / step)]) == 0
         counted = read_manifest(tmp_path / step, "corpus").content["groups"]
         assert (counted["num_groups"], counted["num_equal_rewards"]) == (1, 2)
 
 
-def line(prompt: str, response: str, reward: float | None, **more: Any) -> dict[str, Any]:
+def format_scored_line(prompt: str, response: str, reward: float | None, **more: Any) -> dict[str, Any]:
     """Return a line as `megatron-sov score` writes it."""
     return {"prompt": prompt, "response": response, "reward": reward, "status": "scored", **more}
 
 
 def test_scored_lines_become_groups_and_pairs(tmp_path: Path, capsys) -> None:
-    scored = [line("a", "so", 0.5, answer="7"), line("a", "best", 1.0), line("a", "bad", -1),
-              line("a", " ", -2), line("a", "late", None),
-              line("b", "same", 1), line("b", "other", 1), line("c", "alone", 1)]
+    scored = [format_scored_line("a", "so", 0.5, answer="7"), format_scored_line("a", "best", 1.0),
+              format_scored_line("a", "bad", -1),
+              format_scored_line("a", " ", -2), format_scored_line("a", "late", None),
+              format_scored_line("b", "same", 1), format_scored_line("b", "other", 1),
+              format_scored_line("c", "alone", 1)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, scored)))
     assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 0
     assert [json.loads(row) for row in (tmp_path / "out/pairs.jsonl").read_text().splitlines()] == [
@@ -118,17 +122,21 @@ def test_scored_lines_become_groups_and_pairs(tmp_path: Path, capsys) -> None:
 def test_equal_texts_with_two_rewards_give_no_pair(tmp_path: Path) -> None:
     """Two different token sequences may decode to the same text, and have different rewards."""
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, [
-        line("a", "x", 1), line("a", "x", 0), line("b", "x", 1), line("b", "y", 0)])))
+        format_scored_line("a", "x", 1), format_scored_line("a", "x", 0), format_scored_line("b", "x", 1),
+        format_scored_line("b", "y", 0)])))
     assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 0
     assert len((tmp_path / "out/pairs.jsonl").read_text().splitlines()) == 1
 
 
-def test_truncated_response_is_never_the_better(tmp_path: Path, capsys) -> None:
-    scored = [line("a", "cut but best", 1, finish_reason="length"),
-              line("a", "whole", 0.5, finish_reason="stop"), line("a", "cut", 0, finish_reason="length"),
-              line("b", "all cut", 1, finish_reason="length"), line("b", "too", 0, finish_reason="length"),
-              line("c", "as good but cut", 1, finish_reason="length"), line("c", "whole", 1),
-              line("c", "no", 0)]
+def test_a_truncated_response_is_never_preferred(tmp_path: Path, capsys) -> None:
+    scored = [format_scored_line("a", "cut but best", 1, finish_reason="length"),
+              format_scored_line("a", "whole", 0.5, finish_reason="stop"),
+              format_scored_line("a", "cut", 0, finish_reason="length"),
+              format_scored_line("b", "all cut", 1, finish_reason="length"),
+              format_scored_line("b", "too", 0, finish_reason="length"),
+              format_scored_line("c", "as good but cut", 1, finish_reason="length"),
+              format_scored_line("c", "whole", 1),
+              format_scored_line("c", "no", 0)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, scored)))
 
     def paired(step: str, *more: str) -> tuple[list[dict[str, Any]], dict[str, int]]:

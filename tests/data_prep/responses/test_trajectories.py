@@ -72,14 +72,15 @@ def test_invalid_queries_are_named_and_write_no_output(record: Any, arguments: l
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
+def build_chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question},
                          {"role": "assistant", "content": answer, **thought}]}
 
 
 def test_successive_chats_of_a_question_are_joined(tmp_path: Path) -> None:
-    file = write(tmp_path / "kept.jsonl", chat("One and one?", "Two.", reasoning_content="Fingers."),
-                 chat("One and one?", "It is two."), chat("Why?", "So."), QUERY, chat("One and one?", "2"))
+    file = write(tmp_path / "kept.jsonl", build_chat("One and one?", "Two.", reasoning_content="Fingers."),
+                 build_chat("One and one?", "It is two."), build_chat("Why?", "So."), QUERY,
+                 build_chat("One and one?", "2"))
     queries = list(read_queries(file, RecordTally()))
     assert [query for query, _ in queries] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
     assert queries[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]

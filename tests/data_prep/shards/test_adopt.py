@@ -58,7 +58,7 @@ def read_shards(data: Path) -> dict[str, bytes]:
             for shard in iter_shards(data, read_tokens_manifest(data).content) for suffix in ("bin", "idx")}
 
 
-def test_adopt_writes_the_same_artifact_as_pack( tokenizer: Path, pair: Path, texts: list[str],
+def test_adopt_writes_the_same_artifact_as_pack(tokenizer: Path, pair: Path, texts: list[str],
                                                 tmp_path: Path, capsys: pytest.CaptureFixture[str] ) -> None:
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--tokenizer", str(tokenizer), "--heldout", "0.1", "--output"]

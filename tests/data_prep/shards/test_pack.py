@@ -92,7 +92,7 @@ def test_megatron_reads_shards_with_counts_of_manifest(packed: Path, tokenizers:
 
 
 @pytest.mark.deep
-def test_bytes_do_not_depend_on_workers_units_or_compression( packed: Path, corpus: Path,
+def test_bytes_do_not_depend_on_workers_units_or_compression(packed: Path, corpus: Path,
                                                              tokenizers: dict[str, Path], tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.plan_units, "__defaults__", (500,))
@@ -275,7 +275,7 @@ def complete_units(output: Path) -> dict[Path, int]:
 
 
 @pytest.mark.deep
-def test_killed_pack_leaves_no_worker_and_resumes( tokenizers: dict[str, Path], tmp_path: Path,
+def test_killed_pack_leaves_no_worker_and_resumes(tokenizers: dict[str, Path], tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str],
                                                   ends: Callable[[int], bool],
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ BAD_LINES = {
     '{"id": 6, "text": "\\udc00"}': ("utf8", 8), '{"id": "first", "text": "again"}': ("duplicate_id", 9)}
 
 
-def test_quarantine_lists_bad_records_and_keeps_good_ones( tokenizers: dict[str, Path], tmp_path: Path,
+def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, Path], tmp_path: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -368,7 +368,7 @@ def test_chat_rejected_by_template_is_named(tokenizers: dict[str, Path], tmp_pat
     assert "prompts differ between training and inference" in capsys.readouterr().err
 
 
-def test_single_text_is_cut_into_documents( tokenizers: dict[str, Path], tmp_path: Path,
+def test_single_text_is_cut_into_documents(tokenizers: dict[str, Path], tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
     (tmp_path / "Korean.txt").write_text(text)
@@ -385,7 +385,7 @@ def test_single_text_is_cut_into_documents( tokenizers: dict[str, Path], tmp_pat
     assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
 
 
-def test_lines_become_documents_and_single_document_warns( tokenizers: dict[str, Path], tmp_path: Path,
+def test_lines_become_documents_and_single_document_warns(tokenizers: dict[str, Path], tmp_path: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"Line {i}\u2028 goes on." for i in range(60)]
     (tmp_path / "a.txt").write_text("\r\n".join([*lines[:30], "", "  \n"]) + "\n".join([*lines[30:], ""]))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
@@ -32,12 +33,25 @@ def test_model_is_loaded_with_gpu_settings_of_its_run(monkeypatch: pytest.Monkey
     found: list[GpuConfig] = []
     monkeypatch.setattr(loading, "build_run_model", lambda config, gpu: found.append(gpu))
     monkeypatch.setattr(loading, "ForwardModel", lambda *_: None)
+    monkeypatch.setattr(loading, "store_by_columns", lambda model: None)
     for name in ("check_weights", "load_model"):
         monkeypatch.setattr(loading.load, name, lambda *_: None)
     config: RunConfig = apply_settings(recipes.get("tiny-solar-open"), [
         "gpu.attention=fused", 'gpu.offload_modules=["core_attn"]', 'gpu.recompute_modules=["moe"]'])
     loading.load_forward_model(Path("checkpoint"), config)
     assert found == [GpuConfig(attention="fused")]
+
+
+def test_weights_by_columns_keep_their_values_and_accept_new_ones() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 7))
+    tokens = torch.tensor([4, 0, 4])
+    expected = model(tokens)
+    loading.store_by_columns(model)
+    assert [p.stride() for p in model.parameters()] == [(1, 5), (1, 7), (1,)]
+    assert torch.allclose(model(tokens), expected, atol=1e-6)
+    with torch.no_grad():
+        model[1].weight[2:4].copy_(torch.zeros(2, 3))
+    assert torch.equal(model(tokens)[:, 2:4], model[1].bias[2:4].expand(3, 2))
 
 
 def test_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path], tmp_path: Path,

@@ -12,12 +12,13 @@ from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import TABLES, count_params
 from megatron_sov.plan.footprint.gpu_capacity import (
     find_fullest_stage, find_nearest_layout, fits_gpu, list_changed_settings, refuse_too_large)
-from megatron_sov.plan.footprint.stage_parameters import count_stage_params, list_stage_parameters as held_by
+from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters as held_by
 from megatron_sov.plan.pricing import build_pricing, list_run_stages, load_machines
 from megatron_sov.plan.search.recommended_layouts import (
     RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
+from tests.plan.stage_counts import count_stage_params
 
 BIG = [name for name in RECOMMENDED if count_params(recipes.get(name).model).total > 1e11]
 SIZES = (512, 1024)

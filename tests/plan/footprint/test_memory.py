@@ -27,11 +27,11 @@ from megatron_sov.plan.footprint import gpu_capacity
 from megatron_sov.plan.footprint.activations import estimate_saved, list_layer_kinds
 from megatron_sov.plan.footprint.gpu_capacity import count_node_bytes, refuse_on_nodes, refuse_on_this_node
 from megatron_sov.plan.footprint.memory import build_account
-from megatron_sov.plan.footprint.stage_parameters import count_stage_params
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import GIB
 from tests.head_config import head_config
+from tests.plan.stage_counts import count_stage_params
 
 ROOT = Path(__file__).parents[3]
 CHUNK, WORDS = 128, 8192

@@ -112,11 +112,8 @@ class LogTail:
         self._growing = GrowingFile(file.path)
 
     def lines(self, whole: bool = False) -> Iterator[LogLine]:
-        """Yield complete new lines; from events.jsonl, only events with a text for people.
-
-        Args:
-            whole: also yield a last line without a newline.
-        """
+        """Yield complete new lines; from events.jsonl, only events with a text for people. `whole`: also
+        yield a last line without a newline."""
         for raw in self._growing.lines(whole):
             if self.file.path.name == EVENTS:
                 text = _format_event(raw)

@@ -27,13 +27,13 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("language", SENTENCES)
-def test_correct_text_stays(language: str) -> None:
+def test_correctly_decoded_text_is_unchanged(language: str) -> None:
     text = SENTENCES[language] + "\n\n  " + SENTENCES[language] + "\t\n"
     assert repair_encoding(text) == (text, 0)
 
 
 @pytest.mark.parametrize("language", ["en", "ko", "th"])
-def test_declarations_stay_and_are_restored(language: str) -> None:
+def test_declarations_survive_and_are_restored(language: str) -> None:
     text = (DECLARATION / f"{language}.txt").read_text(encoding="utf-8")
     assert repair_encoding(text) == (text, 0)
     broken = text.encode().decode("latin-1")
@@ -43,7 +43,7 @@ def test_declarations_stay_and_are_restored(language: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "macroman", "cp1251"])
 @pytest.mark.parametrize("language", ["en", "fr", "de", "ru", "emoji"])
-def test_restored_lines_are_those_of_datatrove(language: str, encoding: str) -> None:
+def test_restored_lines_equal_datatrove(language: str, encoding: str) -> None:
     try:
         broken = SENTENCES[language].encode().decode(encoding)
     except UnicodeDecodeError:
@@ -69,7 +69,7 @@ def test_pages_keep_the_bytes_that_are_needed() -> None:
     assert repair_encoding(text)[0] == "voilà tout María, softhyphen x"
 
 
-def test_code_is_left_alone() -> None:
+def test_code_is_unchanged() -> None:
     code = "def test():\n    value = fix('donâ€™t')\n    assert value == 1\n    return value\n" * 3
     step = RepairEncoding(EncodingRepairSettings())
     assert step.judge_document(doc(code)).text is None

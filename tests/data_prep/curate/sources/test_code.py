@@ -54,7 +54,7 @@ def test_languages_and_licences_can_be_chosen(read) -> None:
     ("// GNU General Public License version 2 for more information", "GPL-2.0-only"),
     ("// Permission is hereby granted, free of charge, to any person obtaining\n// a copy of this", "MIT"),
     ("# just a comment", "")])
-def test_the_head_of_a_file_names_its_licence(head: str, expected: str) -> None:
+def test_the_licence_is_found_in_the_head_of_a_file(head: str, expected: str) -> None:
     assert find_header_licence(f"#!/bin/sh\n{head}\n{CODE}") == expected
 
 
@@ -70,7 +70,7 @@ def test_the_head_of_a_file_names_its_licence(head: str, expected: str) -> None:
      "is hereby granted, provided that", "ISC"),
     ("This is free and unencumbered software released into the public domain.", "Unlicense"),
     ("All rights reserved.", "")])
-def test_the_head_of_a_licence_file_names_it(text: str, expected: str) -> None:
+def test_the_licence_is_found_in_the_head_of_a_licence_file(text: str, expected: str) -> None:
     assert find_header_licence(text) == expected
 
 

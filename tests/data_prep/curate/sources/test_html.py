@@ -23,7 +23,7 @@ and <code>code()</code>.</p><h2>List</h2><ul><li>one<ul><li>inner</li></ul></li>
     return 1
 </pre></div><p hidden>unseen</p><p style="display: none">unseen</p></main>
 <footer>Copyright by everybody</footer></body></html>"""
-def test_a_page_is_its_main_text_with_its_structure() -> None:
+def test_a_page_becomes_its_main_text_with_structure() -> None:
     text, facts = extract_page_text(PAGE)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     assert lines[:3] == ["Head", f"{(SENTENCE * 3).strip()} Bold and code().", "List"]
@@ -74,7 +74,7 @@ def test_the_encoding_of_a_page_is_detected_like_in_browsers(raw: bytes, declare
     assert "오래된 부호로" in decode_page(raw, declared)
 
 
-def test_a_wrong_declaration_gives_way_to_the_bytes() -> None:
+def test_a_wrong_encoding_declaration_is_ignored() -> None:
     text = "Die größeren Städte liegen an den großen Flüssen, und über sie führen viele schöne Brücken. " * 9
     assert decode_page(text.encode("latin-1"), "utf-8") == text
 
@@ -96,6 +96,6 @@ def test_hostile_pages_become_text_or_a_broken_record(read, content: str, code: 
         records[0].text.encode()
 
 
-def test_a_page_that_is_nested_deep_is_read_to_its_end() -> None:
+def test_a_deeply_nested_page_is_read_to_its_end() -> None:
     page = "<p>First.</p>" + "<div>" * 400 + f"<p>{SENTENCE}</p>" + "</div>" * 400 + "<p>Last.</p>"
     assert extract_page_text(page)[0].split("\n") == ["First.", "", SENTENCE.strip(), "", "Last."]

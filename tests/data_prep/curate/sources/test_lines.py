@@ -20,7 +20,7 @@ def list_codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
     return [one.code if isinstance(one, BrokenRecord) else one.text for one in found]
 
 
-def test_a_line_is_a_document_and_says_where_it_is_from(read) -> None:
+def test_a_line_is_a_document_with_its_location(read) -> None:
     assert read({"a.jsonl": LINES}) == EXPECTED
 
 
@@ -50,24 +50,24 @@ def test_a_truncated_compressed_file_is_read_up_to_the_cut(read) -> None:
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.ZstdCompressor().compress])
-def test_a_bomb_is_not_unpacked(read, pack) -> None:
+def test_a_decompression_bomb_is_refused(read, pack) -> None:
     ending = "gz" if pack is gzip.compress else "zst"
     records = read({f"a.txt.{ending}": pack(bytes(50_000_000))})
     assert list_codes(records) == ["bomb"]
 
 
-def test_a_line_above_the_limit_is_passed_over(read) -> None:
+def test_a_line_above_the_limit_is_skipped(read) -> None:
     lines = ['{"text": "good"}', '{"text": "' + "x" * 100_000 + '"}', '{"text": "next"}']
     assert list_codes(read({"a.jsonl": "\n".join(lines)}, document_bytes=10_000)) == ["good", "too_long",
                                                                                       "next"]
 
 
-def test_text_keeps_its_bytes_and_loses_its_mark(read) -> None:
+def test_text_is_unchanged_except_for_its_byte_order_mark(read) -> None:
     text = "Erste Zeile\r\n\r\n  둘째 줄\n"
     assert read({"a.txt": "\ufeff" + text}) == [RawDocument(text, "a.txt")]
 
 
-def test_long_text_is_cut_at_blank_lines(read) -> None:
+def test_long_text_is_split_at_blank_lines(read) -> None:
     text = "".join(f"paragraph {n} " + "word " * 30 + "\n\n" for n in range(8000))
     records = read({"a.txt": text}, "text", cut_bytes=50_000)
     assert "".join(one.text for one in records) == text
@@ -75,7 +75,7 @@ def test_long_text_is_cut_at_blank_lines(read) -> None:
     assert len({one.place for one in records}) == len(records)
 
 
-def test_parts_of_a_large_file_are_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_a_large_file_cover_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": f"document {n}"}) for n in range(5000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr("megatron_sov.base.documents.files.SPAN_BYTES", 20_000)

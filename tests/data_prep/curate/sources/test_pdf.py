@@ -48,13 +48,13 @@ def test_unreadable_files_are_reported(read, content: bytes, code: str | None) -
     assert code is None or record.code == code
 
 
-def test_pages_that_hold_one_another_end(read) -> None:
+def test_cyclic_pages_of_a_pdf_end(read) -> None:
     content = build_pdf([place_lines((50, 700, "text"))]).replace(b"/Kids[4 0 R]", b"/Kids[2 0 R]")
     records = read({"a.pdf": content, "b.txt": "next"}, time_s=5.0)
     assert records[-1] == RawDocument("next", "b.txt") and isinstance(records[0], BrokenRecord)
 
 
-def test_running_heads_and_page_numbers_go(read) -> None:
+def test_running_heads_and_page_numbers_are_removed(read) -> None:
     pages = [place_lines((50, 780, "The Book"), (50, 700, f"{what} are on this page."), (300, 20, str(n + 7)))
              for n, what in enumerate(("Apples", "Pears", "Plums"))]
     assert read({"a.pdf": build_pdf(pages)})[0].text == "\n\n".join(

@@ -36,14 +36,14 @@ def test_options_are_checked(tmp_path: Path, options: dict[str, object], message
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_there_and_its_defaults_are_good(name: str) -> None:
+def test_every_format_loads_with_valid_defaults(name: str) -> None:
     reader_class = load_reader_class(name)
     assert reader_class.format == name and keys_of(reader_class.Options()) == []
     assert all(f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
                for f in dataclasses.fields(reader_class.Options))
 
 
-def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
+def test_pieces_are_json_values_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a.txt", "a/b/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -107,7 +107,7 @@ def test_hidden_files_and_files_of_other_formats_are_reported(tmp_path: Path) ->
     assert mixed.notes == [".: passed over 2 hidden (.c.txt, .git)"], "b.bin is in the quarantine"
 
 
-def test_a_mixed_folder_is_read_by_endings(read) -> None:
+def test_a_mixed_folder_is_read_by_file_endings(read) -> None:
     files = {"a.txt": "text", "b.jsonl": '{"text": "line"}', "c.html": "<p>page</p>", "d.png": b"\x89PNG",
              "e.py": "x = 1\n", "f.HTM": "<p>page</p>", "g\x1b": "no ending"}
     records = read(files)

@@ -23,7 +23,7 @@ ANSWERS = [
 ]
 
 
-def archive(*, packed: bool = True) -> bytes:
+def build_archive(*, packed: bool = True) -> bytes:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=packed)
     writer.write_record(writer.create_warcinfo_record("a.warc", {"software": "test"}))
@@ -44,9 +44,9 @@ ALL = [TEXT, "type", "status", "plain ü", "pdf"]
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("a.warc.gz", archive()), ("a.warc", archive(packed=False)),
-    ("a.warc.gz", gzip.compress(archive(packed=False)))])
-def test_answers_are_documents_however_they_are_packed(read, name: str, content: bytes) -> None:
+    ("a.warc.gz", build_archive()), ("a.warc", build_archive(packed=False)),
+    ("a.warc.gz", gzip.compress(build_archive(packed=False)))])
+def test_http_responses_are_documents_in_any_compression(read, name: str, content: bytes) -> None:
     records = read({name: content})
     assert list_texts_or_codes(records) == ALL
     assert records[0].place == f"{name}:2"
@@ -55,7 +55,7 @@ def test_answers_are_documents_however_they_are_packed(read, name: str, content:
     assert [one.is_left_out for one in records if isinstance(one, BrokenRecord)] == [True, True, False]
 
 
-def test_text_made_of_an_archive_is_read(read) -> None:
+def test_extracted_text_of_an_archive_is_read(read) -> None:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=True)
     writer.write_record(writer.create_warc_record(
@@ -65,7 +65,7 @@ def test_text_made_of_an_archive_is_read(read) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_truncated_archive_is_reported_at_every_offset(read, packed: bool) -> None:
-    content = archive(packed=packed)
+    content = build_archive(packed=packed)
     name = "a.warc.gz" if packed else "a.warc"
     for length in range(len(content) - 5, 400, -407):
         texts_or_codes = list_texts_or_codes(read({name: content[:length]}))
@@ -74,7 +74,7 @@ def test_a_truncated_archive_is_reported_at_every_offset(read, packed: bool) -> 
         assert not packed or texts_or_codes[-1] == "truncated", (length, texts_or_codes)
 
 
-def test_a_record_above_the_limit_is_passed_over(read) -> None:
+def test_a_record_above_the_limit_is_skipped(read) -> None:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=True)
     for size in (2000, 20):
@@ -88,7 +88,7 @@ def test_a_file_that_is_not_an_archive_is_reported(read) -> None:
     assert "warc" in list_texts_or_codes(read({"a.warc": b"hello\r\n" * 100}))[-1]
 
 
-def raw_deflate(data: bytes) -> bytes:
+def compress_raw(data: bytes) -> bytes:
     packer = zlib.compressobj(wbits=-15)
     return packer.compress(data) + packer.flush()
 
@@ -101,7 +101,7 @@ PACKED = gzip.compress(BODY)
     ("gzip", PACKED, BODY), ("x-gzip", PACKED + PACKED, BODY + BODY), ("deflate", zlib.compress(BODY), BODY),
     ("gzip", BODY, BODY), ("br", BODY, BODY), ("", BODY, BODY), ("identity", b"\xff\0", b"\xff\0"),
     ("gzip", PACKED[:-20], "truncated"), ("gzip", PACKED[:40] + b"?" + PACKED[41:], "truncated"),
-    ("deflate", raw_deflate(BODY), BODY), ("deflate", zlib.compress(BODY)[:-9], "truncated"),
+    ("deflate", compress_raw(BODY), BODY), ("deflate", zlib.compress(BODY)[:-9], "truncated"),
     ("deflate", BODY, BODY), ("gzip, br", PACKED, "encoding"),
     ("br", b"\x8b\x1c\xff\0" + bytes(range(200)), "encoding")])
 def test_bodies_are_decompressed_or_reported(packing: str, body: bytes, expected: bytes | str) -> None:
@@ -112,7 +112,7 @@ def test_bodies_are_decompressed_or_reported(packing: str, body: bytes, expected
     assert found == expected
 
 
-def test_a_bomb_in_a_body_is_not_unpacked() -> None:
+def test_a_decompression_bomb_in_a_body_is_refused() -> None:
     assert len(decode_http_body(gzip.compress(bytes(10_000_000)), "gzip", 1000)) == 1001
 
 

@@ -13,7 +13,7 @@ from data_prep.curate.quality.pii.step import (
 from megatron_sov.base.settings import find_all_problems
 
 
-def outcome(text: str, language: str = "en", form: str = "prose", **settings) -> StepOutcome:
+def judge_text(text: str, language: str = "en", form: str = "prose", **settings) -> StepOutcome:
     document = Doc("a:0:0", text, "a", 0, 0, {"language": language, "form": form})
     return Pii(PiiSettings(**settings)).judge_document(document)
 
@@ -34,8 +34,9 @@ def outcome(text: str, language: str = "en", form: str = "prose", **settings) ->
      "[secret key]", "api_key=1"),
     ("de", "AT61 1904 3002 3457 3201 BIC BKAUATWW, BE68539007547034 DE89 3704 0044 0532 0130 00",
      "[Kontonummer] BIC BKAUATWW, [Kontonummer] [Kontonummer]", "iban=3")])
-def test_personal_data_is_masked_by_its_name(language: str, text: str, masked: str, pii: str) -> None:
-    assert outcome(text, language) == StepOutcome(text=masked, values={"pii": pii})
+def test_personal_data_is_replaced_by_the_name_of_its_kind(language: str, text: str, masked: str,
+                                                           pii: str) -> None:
+    assert judge_text(text, language) == StepOutcome(text=masked, values={"pii": pii})
 
 
 @pytest.mark.parametrize("text", [
@@ -51,19 +52,20 @@ def test_personal_data_is_masked_by_its_name(language: str, text: str, masked: s
     "US 1234567890 and 98765 43210, +14155552671.5",
     "row 10 20 30 40 50 60\nrow 11 21 31 41 51 61", "sk-learn, hf_hub and AIza"])
 @pytest.mark.parametrize("language", ["en", "ko", "th", "ja", "de", "es", "vi"])
-def test_versions_dates_and_numbers_stay(text: str, language: str) -> None:
-    assert outcome(text, language) == StepOutcome(values={"pii": ""})
+def test_versions_dates_and_numbers_are_not_masked(text: str, language: str) -> None:
+    assert judge_text(text, language) == StepOutcome(values={"pii": ""})
 
 
 def test_masking_code_leaves_its_syntax_intact() -> None:
     text = 'NAME = "jane@mail.org"  # 02-123-4567'
-    assert outcome(text, "ko", form="code").text == 'NAME = "[이메일 주소]"  # 02-123-4567'
+    assert judge_text(text, "ko", form="code").text == 'NAME = "[이메일 주소]"  # 02-123-4567'
 
 
 def test_kinds_placeholder_and_names_are_settings() -> None:
     text = "jane@mail.org 81.2.69.142"
-    assert outcome(text, mask=("ip",)).text == "jane@mail.org [IP address]"
-    assert outcome(text, "ko", placeholder="<{name}>", names_in="en").text == "<email address> <IP address>"
+    assert judge_text(text, mask=("ip",)).text == "jane@mail.org [IP address]"
+    assert judge_text(text, "ko", placeholder="<{name}>",
+                      names_in="en").text == "<email address> <IP address>"
 
 
 def test_every_kind_has_names_in_the_languages_of_the_recipes() -> None:
@@ -79,7 +81,7 @@ def test_every_broken_rule_is_reported() -> None:
     assert "email" in problems[0].sentence
 
 
-def test_spans_never_overlap_and_hostile_text_takes_no_time() -> None:
+def test_spans_never_overlap_and_hostile_text_takes_linear_time() -> None:
     draw = random.Random(5)
     pieces = ["010-1234-5678", "jane@mail.org", "4111 1111 1111 1111", "1-1017-00230-70-8", " ", ".", "-",
               "+", "7", "81.2.69.142", "DE89 3704 0044 0532 0130 00", "(", ")", "가"]
@@ -103,7 +105,7 @@ IBANS = ["DE89370400440532013000", "GB29NWBK60161331926819", "FR1420041010050500
 
 
 @pytest.mark.parametrize("number", CARDS)
-def test_issuers_test_numbers_are_cards_and_no_neighbour_is(number: str) -> None:
+def test_card_numbers_of_issuers_are_found_by_their_check_digit(number: str) -> None:
     assert is_card(number)
     assert not any(is_card(number[:-1] + d) for d in "0123456789" if d != number[-1])
 
@@ -115,7 +117,7 @@ def test_numbers_of_other_lengths_and_ranges_are_not_personal_data(digits: str) 
 
 
 @pytest.mark.parametrize("number", IBANS)
-def test_the_registrys_examples_are_ibans(number: str) -> None:
+def test_examples_of_the_iban_registry_are_found(number: str) -> None:
     assert is_iban(number)
     assert not is_iban(number[:-1] + ("1" if number[-1] != "1" else "2"))
     assert not is_iban(number + "0")
@@ -126,20 +128,21 @@ def test_ibans_have_possible_lengths() -> None:
     assert all(15 <= chars <= 34 for chars in IBAN_CHARS.values())
 
 
-def rrn(first: str, weights: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5), base: int = 11) -> str:
+def build_resident_number(first: str, weights: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5),
+                          base: int = 11) -> str:
     return first + str((base - sum(int(d) * w for d, w in zip(first, weights, strict=True)) % 11) % 10)
 
 
 def test_resident_numbers_have_a_date_and_until_2020_a_check_digit() -> None:
-    assert is_korean_rrn(rrn("900101123456"))
-    assert is_korean_rrn(rrn("900101523456", base=13))
-    assert not is_korean_rrn(rrn("901301123456"))
-    assert not is_korean_rrn(rrn("900101123456")[:-1] + "0")
+    assert is_korean_rrn(build_resident_number("900101123456"))
+    assert is_korean_rrn(build_resident_number("900101523456", base=13))
+    assert not is_korean_rrn(build_resident_number("901301123456"))
+    assert not is_korean_rrn(build_resident_number("900101123456")[:-1] + "0")
     assert is_korean_rrn("2101013000000")
     assert not is_korean_rrn("9001011")
 
 
-def test_one_of_ten_drawn_numbers_passes_a_check_digit() -> None:
+def test_one_of_ten_random_numbers_passes_a_check_digit() -> None:
     draw = random.Random(1)
     thai = sum(is_thai_id(str(draw.randrange(1, 9)) + f"{draw.randrange(10**12):012}") for _ in range(5000))
     assert 400 < thai < 600

@@ -67,7 +67,7 @@ def documents() -> list[str]:
     return texts
 
 
-def words_of(text: str, language: str = "") -> list[str]:
+def split_words(text: str, language: str = "") -> list[str]:
     words = RuleWords(text, "words", 1.0)
     return [words.vocabulary[i] for i in words.ids]
 
@@ -75,65 +75,65 @@ def words_of(text: str, language: str = "") -> list[str]:
 @pytest.fixture(autouse=True)
 def same_words(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (theirs_quality, theirs_repetition, theirs_fineweb):
-        monkeypatch.setattr(module, "split_into_words", words_of)
+        monkeypatch.setattr(module, "split_into_words", split_words)
     monkeypatch.setattr(theirs_quality, "PUNCTUATION_SET", list_punctuation())
     monkeypatch.setattr(theirs_c4, "split_into_sentences",
                         lambda line, language: [""] * count_sentences(line))
 
 
-def theirs(step, text: str) -> tuple[str, str]:
+def judge_by_datatrove(step, text: str) -> tuple[str, str]:
     """Return the text after datatrove's filter, and its verdict under our rule name ("": accepted)."""
     verdict = step.filter(document := Document(text=text, id="0"))
     return (document.text, "") if verdict is True else (text, NAMES[verdict[1]])
 
 
-def differences(step, judge) -> tuple[list[tuple[str, str, str]], set[str]]:
+def find_differences(step, judge) -> tuple[list[tuple[str, str, str]], set[str]]:
     """Return texts judged differently, and all verdicts that occurred."""
     different, seen = [], set()
     for text in filter(str.strip, documents()):
-        (_, expected), found = theirs(step, text), judge(text).partition(": ")[2]
+        (_, expected), found = judge_by_datatrove(step, text), judge(text).partition(": ")[2]
         seen.add(found)
         if found != expected:
             different.append((expected, found, text))
     return different, seen
 
 
-def test_gophers_rules_of_quality() -> None:
-    different, seen = differences(
+def test_gopher_quality_rules_equal_datatrove() -> None:
+    different, seen = find_differences(
         GopherQualityFilter(), lambda text: judge_quality(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 8
 
 
-def test_gophers_rules_of_repetition() -> None:
-    different, seen = differences(
+def test_gopher_repetition_rules_equal_datatrove() -> None:
+    different, seen = find_differences(
         GopherRepetitionFilter(), lambda text: judge_repetition(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 9
 
 
-def test_finewebs_rules() -> None:
-    different, seen = differences(
+def test_fineweb_rules_equal_datatrove() -> None:
+    different, seen = find_differences(
         FineWebQualityFilter(), lambda text: judge_fineweb(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 4
 
 
-def stripped_lines(text: str) -> list[str]:
+def strip_lines(text: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_c4s_rules_and_the_lines_that_it_takes_out(ends: bool) -> None:
+def test_c4_rules_and_removed_lines_equal_datatrove(ends: bool) -> None:
     rules = replace_thresholds(ENGLISH, {"lines_end_with_mark": ends})
     step = C4QualityFilter(filter_no_terminal_punct=ends)
     num_accepted = 0
     for text in documents():
         if text.strip():
-            expected_text, expected = theirs(step, text)
+            expected_text, expected = judge_by_datatrove(step, text)
             reason, changed = apply_c4(text, rules)
             assert reason.partition(": ")[2] == expected
             if not reason:  # datatrove loses empty lines and indentation
-                assert stripped_lines(changed) == stripped_lines(expected_text)
+                assert strip_lines(changed) == strip_lines(expected_text)
             num_accepted += not reason
     assert num_accepted > 20

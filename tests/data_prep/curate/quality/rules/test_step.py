@@ -17,14 +17,14 @@ ENGLISH, KOREAN, THAI = ((FOLDER / f"{code}.txt").read_text(encoding="utf-8").st
 SENTENCES = ENGLISH.replace(",\n", ".\n")
 
 
-def outcome(text: str, language: str | None = "en", form: str | None = "prose", **settings) -> StepOutcome:
+def judge_text(text: str, language: str | None = "en", form: str | None = "prose", **settings) -> StepOutcome:
     document = Doc("a:0:0", text, "a", 0, 0, {"language": language, "form": form})
     return Rules(RulesSettings(**settings)).judge_document(document)
 
 
 @pytest.mark.parametrize(("text", "language"), [(ENGLISH, "en"), (KOREAN, "ko"), (THAI, "th")])
-def test_good_text_stays_and_its_words_are_counted(text: str, language: str) -> None:
-    verdict = outcome(text, language)
+def test_good_text_passes_and_its_words_are_counted(text: str, language: str) -> None:
+    verdict = judge_text(text, language)
     assert verdict.reason == ""
     assert verdict.text is None
     assert verdict.values["rules_language"] == language
@@ -43,32 +43,33 @@ def test_good_text_stays_and_its_words_are_counted(text: str, language: str) -> 
     ("", "en", "empty"), ("\n \n", "ko", "empty")])
 def test_a_document_that_breaks_a_rule_is_dropped_with_the_rule_as_reason(text: str, language: str,
                                                                           reason: str) -> None:
-    assert outcome(text, language).reason == reason
+    assert judge_text(text, language).reason == reason
 
 
-def test_c4_takes_lines_out_and_leaves_the_rest() -> None:
+def test_c4_removes_single_lines() -> None:
     text = SENTENCES.replace("\n", "\n\n")
-    verdict = outcome(f"Share this page\n{text}\n\nPlease enable javascript to see more.[1]\n", preset="c4")
+    verdict = judge_text(f"Share this page\n{text}\n\nPlease enable javascript to see more.[1]\n",
+                         preset="c4")
     assert verdict.reason == ""
     assert verdict.text == text
 
 
-def test_code_and_languages_without_rules_pass_or_are_dropped_by_setting() -> None:
-    assert outcome("x = 1", form="code") == StepOutcome()
-    assert outcome("x = 1", form="code", forms=("prose", "code")).reason == "repetition: top 2-gram"
+def test_a_setting_decides_about_code_and_languages_without_rules() -> None:
+    assert judge_text("x = 1", form="code") == StepOutcome()
+    assert judge_text("x = 1", form="code", forms=("prose", "code")).reason == "repetition: top 2-gram"
     swahili = "Binadamu wote wamezaliwa huru, hadhi na haki zao ni sawa; " * 3
-    assert outcome(swahili, "sw").values == {"rules_language": "other", "rules_word_count": 30}
-    assert outcome(swahili, "sw", preset="c4").reason == "c4: few sentences"
-    assert outcome(swahili, "sw", without_rules="drop").reason == "no rules for its language"
-    assert outcome(swahili, "sw", without_rules="pass") == StepOutcome()
+    assert judge_text(swahili, "sw").values == {"rules_language": "other", "rules_word_count": 30}
+    assert judge_text(swahili, "sw", preset="c4").reason == "c4: few sentences"
+    assert judge_text(swahili, "sw", without_rules="drop").reason == "no rules for its language"
+    assert judge_text(swahili, "sw", without_rules="pass") == StepOutcome()
 
 
 def test_thresholds_change_for_all_languages_and_for_one() -> None:
     short = {"thresholds": {"min_words": 5, "max_top_ngram_char_share": {},
                             "max_duplicate_ngram_char_share": {}}}
-    assert outcome("그 마을의 시장에서 사람들이 물건을 판다.", "ko", **short).reason == ""
-    assert outcome(ENGLISH, languages={"en": {"min_words": 10_000}}).reason == "gopher: few words"
-    assert outcome(KOREAN, "ko", languages={"en": {"min_words": 10_000}}).reason == ""
+    assert judge_text("그 마을의 시장에서 사람들이 물건을 판다.", "ko", **short).reason == ""
+    assert judge_text(ENGLISH, languages={"en": {"min_words": 10_000}}).reason == "gopher: few words"
+    assert judge_text(KOREAN, "ko", languages={"en": {"min_words": 10_000}}).reason == ""
 
 
 def test_every_invalid_setting_is_reported() -> None:

@@ -20,7 +20,7 @@ def tokens(text: str, unit: str = "words") -> list[str]:
     ("a_b file.txt (x)--y", ["a_b", "file.txt", "(", "x", ")--", "y"]),
     ("हिन्दी में लिखें।", ["हिन्दी", "में", "लिखें", "।"]),
     ("", [])])
-def test_words_are_cut_at_spaces_and_signs(text: str, expected: list[str]) -> None:
+def test_words_are_split_at_spaces_and_punctuation(text: str, expected: list[str]) -> None:
     assert tokens(text) == expected
 
 
@@ -37,14 +37,14 @@ def test_characters_count_as_shares_of_words() -> None:
     assert words.count_places(2) == 3
 
 
-def test_where_characters_are_counted_the_blanks_between_words_count_as_well() -> None:
+def test_character_counts_include_the_spaces_between_words() -> None:
     """The thresholds were found on words that a dictionary cuts, joined by blanks."""
     words = ["가나", "다라", "마바", "가나", "다라", "사아", "가나", "다라", "자차"]
     measured = RuleWords("".join(words), "characters", 2.0)
     assert measured.count_top_ngram_chars(2) == 3 * len("가나 다라")
 
 
-def test_large_and_strange_texts_are_measured_in_time() -> None:
+def test_large_and_hostile_texts_take_linear_time() -> None:
     for text in ("a " * 200_000, "x" * 1_000_000, "'" * 300_000, "a'" * 200_000, "กิ่" * 100_000,
                  "1,1," * 100_000):
         start = time.process_time()
@@ -68,7 +68,7 @@ def test_a_file_loads_and_its_thresholds_are_possible(code: str) -> None:
     assert all(isinstance(word, str) for word in rules.stop_words)
 
 
-def test_the_languages_of_the_recipes_have_their_own() -> None:
+def test_languages_of_the_recipes_have_their_own_rules() -> None:
     assert set(list_languages()) >= WITH_SETTINGS
 
 
@@ -78,6 +78,6 @@ def test_a_sentence_has_stop_words_of_its_language(code: str) -> None:
     assert load_language_rules(code).count_stop_words(text, text.replace(".", " ").split()) >= 1
 
 
-def test_a_language_without_a_file_has_those_of_others() -> None:
+def test_a_language_without_a_file_gets_the_default_rules() -> None:
     assert load_language_rules("sw").code == "other"
     assert load_language_rules("common").code == "other"

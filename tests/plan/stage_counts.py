@@ -1,0 +1,21 @@
+"""Parameters on a process, counted from the predicted shapes."""
+
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.process_memory import StageParams
+from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters
+
+
+def count_stage_params(config: RunConfig) -> list[StageParams]:
+    """Count the parameters on a process, per pipeline stage."""
+    stages = []
+    for stage in range(config.parallel.pp):
+        numel = {False: 0, True: 0}
+        for chunk in list_stage_parameters(config, stage):
+            for _, parameters in chunk:
+                for part in parameters:
+                    numel[part.routed] += part.numel * part.count
+        layers = len(config.parallel.stage_layers(stage, config.model.num_layers))
+        if stage == config.parallel.pp - 1:
+            layers += config.model.num_mtp_layers
+        stages.append(StageParams(numel[False], numel[True], layers))
+    return stages
