@@ -115,9 +115,9 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
     if os.path.isfile(source) and (table := fix_table(source)):
         needs_columns = line[:1] == ["pack"] and not {"--format", "--text-field", "--columns"} & {*line}
-        options, columns = _choose_column_options(source) if needs_columns else ((), "")
+        column_options, columns = _choose_column_options(source) if needs_columns else ((), "")
         return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read{columns}",
-                         replace(table, options=options))
+                         replace(table, options=column_options))
     kind = classify_folder(source)
     what = load_table()["kinds"].get(kind, "")
     if what and option in ("--prompts", "--input", "--validation"):
