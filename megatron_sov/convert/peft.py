@@ -15,7 +15,7 @@ import torch
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, create_artifact, find_damaged_files, format_json, read_manifest,
     write_atomically)
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.checkpoint.safetensors_files import TensorFile, TensorSpec, write_tensors
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.convert.dtypes import convert_tensor
@@ -347,7 +347,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
     base = read_adapter_base(checkpoint)
     if base is None:
         raise UserError(f"{checkpoint}: contains all weights, not an adapter; use `megatron-sov convert "
-                        "to-hf`")
+                        "to-hf`", Fix(command="convert to-hf"))
     settings = read_checkpoint_settings(checkpoint)
     config = build_peft_config(settings.model, settings.lora, base_name or get_base_name(checkpoint, base))
     if problem := find_damage(checkpoint, weights_only=True):
