@@ -4,7 +4,6 @@ wrong kind."""
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
 import json
 import os
@@ -13,9 +12,8 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
 from megatron_sov.base.hints.foreign import MAX_BYTES, find_shards, read_merge
@@ -26,8 +24,6 @@ from megatron_sov.base.hints.values import find_value, pair_words
 
 MAX_FILES = 8
 """Largest number of files for which a pattern is written out."""
-NUM_ROWS, MIN_TEXT_CHARS = 20, 40
-"""Rows of a table that are read to find its texts, and their mean length from which a column is a text."""
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
 _PACK_OPTIONS = {"sft": ["--format", "chat"], "prefer": ["--format", "preference"],
@@ -114,10 +110,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         hint = "download it first" if fix.before else "take the one of a similar name"
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
     if os.path.isfile(source) and (table := fix_table(source)):
-        needs_columns = line[:1] == ["pack"] and not {"--format", "--text-field", "--columns"} & {*line}
-        column_options, columns = _choose_column_options(source) if needs_columns else ((), "")
-        return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read{columns}",
-                         replace(table, options=column_options))
+        return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read", table)
     kind = classify_folder(source)
     what = load_table()["kinds"].get(kind, "")
     if what and option in ("--prompts", "--input", "--validation"):
@@ -160,53 +153,17 @@ def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequenc
                      fix_by_packing(path, Path(_choose_tokenizer(line)), [*options, *form]))
 
 
-def _choose_column_options(file: Path) -> tuple[tuple[str, ...], str]:
-    """Return the options of `sov-data pack` for the columns of a text table, and the columns as the end of a
-    message if the user must choose one."""
-    rows: list[dict[str, str]] = []
-    with contextlib.suppress(OSError, ValueError, csv.Error), file.open(encoding="utf-8", newline="") as f:
-        rows += islice(csv.DictReader(f, delimiter="\t" if file.suffix.lower() == ".tsv" else ","), NUM_ROWS)
-    if not rows or (kinds := _list_kinds(rows[0])):
-        return (("--format", kinds[0]) if rows and kinds[0] != "text" else ()), ""
-    columns = [name for name in rows[0] if name]
-    long = [name for name in columns
-            if sum(len(row[name] or "") for row in rows) >= MIN_TEXT_CHARS * len(rows)]
-    chosen = long if len(long) == 1 else columns
-    if len(chosen) == 1:
-        return ("--text-field", chosen[0]), ""
-    return ("--text-field", "COLUMN"), f"; COLUMN is one of {', '.join(columns)}"
-
-
-def list_chats() -> list[str]:
-    """Return the token shards, then the files of JSON lines, with conversations in the current folder."""
-    folders, files = [], []
-    for path in sorted(Path().iterdir()):
-        if path.suffix == ".jsonl" and os.path.isfile(path) and _choose_format(path) == ["--format", "chat"]:
-            files.append(path.name)
-        elif classify_folder(path) == "tokens":
-            sources = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["content"]["sources"]
-            folders += [path.name] if any(source["format"] == "chat" for source in sources) else []
-    return folders + files
-
-
 def _choose_format(file: Path) -> list[str]:
     """Return the `--format` option for packing a file of JSON lines, by its first record; [] for text."""
-    with contextlib.suppress(OSError, ValueError), file.open("rb") as f:
-        kinds = _list_kinds(json.loads(f.readline(MAX_BYTES)))
-        if kinds and kinds[0] != "text":
-            return ["--format", kinds[0]]
-    return []
-
-
-def _list_kinds(record: Any) -> list[str]:
-    """Return the formats of `sov-data pack` that take a record."""
     # not at the top: needed after a mistake only
     from megatron_sov.base.documents.layouts import convert_layout
     from megatron_sov.base.documents.messages import BadRecord
     from megatron_sov.base.documents.records import list_kinds
 
-    with contextlib.suppress(ValueError, AttributeError, BadRecord):
-        return list(list_kinds(convert_layout(record, None)))
+    with contextlib.suppress(OSError, ValueError, AttributeError, BadRecord), file.open("rb") as f:
+        kinds = list_kinds(convert_layout(json.loads(f.readline(MAX_BYTES)), None))
+        if kinds and kinds[0] != "text":
+            return ["--format", kinds[0]]
     return []
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 from pathlib import Path
 
@@ -157,17 +156,6 @@ def test_a_line_is_proposed_for_a_split_name_a_long_record_and_a_setting_without
         words={"long.jsonl": "long-lines.jsonl"}, before=("jq -c . long.jsonl > long-lines.jsonl",))
     inert = SettingsProblem(ProblemCode.INERT, "lora.alpha", "has no effect", 32.0)
     assert SettingsError("", [inert]).fix == Fix(options=("--set", "lora.rank=16"))
-
-
-def test_a_report_takes_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
-    for at, name in enumerate(("sft", "dpo")):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        events = tmp_path / "runs" / name / "events.jsonl"
-        events.touch()
-        os.utime(events, (at, at))
-    monkeypatch.chdir(tmp_path)
-    assert "write\n  megatron-sov report runs/sft runs/dpo" in answer("megatron-sov report runs", capsys)
 
 
 AXOLOTL = """base_model: M
