@@ -1,5 +1,5 @@
-"""VibeThinker's spectrum phase (arXiv 2511.06221): the best checkpoint per domain, with a confidence
-interval, and a merged checkpoint's gain over the best. A probe's folder:
+"""VibeThinker's spectrum phase (arXiv 2511.06221): choose the checkpoint with the best pass@k per domain,
+and measure a merged checkpoint's gain over it, with confidence intervals. A probe's folder:
 
     asked.json       problems, reward and samples, equal for all checkpoints
     problems.jsonl   problems of all domains, the input of `eval passk`
@@ -85,12 +85,14 @@ class DomainChoice:
 def choose_checkpoint(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
     """Choose the best candidate in a domain; `candidates` are ordered from the earliest."""
     best = max(candidates, key=lambda measured: measured.mean_pass_at_k(k))  # max returns the first tie
+    # worse: the interval of (best - candidate) lies above 0
     as_good = tuple(candidate.checkpoint for candidate in candidates
                     if candidate is not best and not _compare_values(best, candidate, k)[1][0] > 0)
     return DomainChoice(best.domain, best.checkpoint, best.mean_pass_at_k(k), as_good)
 
 
 def compare_with_expert(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, k: int) -> dict[str, Any]:
+    """Return a row with the gain in pass@k of a merged checkpoint over a domain's best checkpoint."""
     value, interval = _compare_values(merged, expert, k)
     return {"checkpoint": merged.checkpoint, "domain": merged.domain, "expert": expert.checkpoint, "k": k,
             "gain": value, "interval": list(interval)}
@@ -98,8 +100,8 @@ def compare_with_expert(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, 
 
 def _compare_values(first: MeasuredCheckpoint, second: MeasuredCheckpoint, k: int
                     ) -> tuple[float, tuple[float, float]]:
-    """Return the mean difference in pass@k over common problems, and the 95 % interval; (-1, 1) without
-    common problems."""
+    """Return the mean of pass@k of `first` minus `second` over common problems, and its 95 % interval;
+    without common problems 0 and (-1, 1)."""
     differences = [share - second.solved[k][problem] for problem, share in first.solved[k].items()
                    if problem in second.solved[k]]
     if not differences:
@@ -127,7 +129,7 @@ class ProbedCheckpoint:
         return probe / CHECKPOINTS / f"{self.name.replace('/', '-')}-{digest}"
 
     def is_done(self, probe: Path) -> bool:
-        """Return whether the probe has responses by the present files in `path`."""
+        """Return whether the probe has responses from `path`, whose files have not changed since."""
         folder = self.folder(probe)
         if not (folder / MANIFEST).is_file():
             return False
@@ -219,7 +221,7 @@ def _measure_checkpoint(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[i
 
 
 def read_experts(probe: Path) -> list[tuple[Path, float]]:
-    """Return (checkpoint, weight) per best checkpoint; weight: domains with this choice."""
+    """Return each best checkpoint, with a weight: the number of domains in which it is best."""
     weights: dict[Path, float] = {}
     for path in _read_table(probe)[1]:
         weights[path] = weights.get(path, 0.0) + 1.0

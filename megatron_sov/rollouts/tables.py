@@ -20,7 +20,7 @@ RULES = ("prompt_tokens", "tokens", "logprobs", "versions", "temperature")
 _ARRAYS = {"prompt_tokens": np.int32, "tokens": np.int32, "logprobs": np.float32, "versions": np.int32}
 _OTHERS: dict[str, Any] = {"record": {}, "finish_reason": "", "response": "", "temperature": 1.0,
                            "engine": "", "began_s": 0.0, "ended_s": 0.0, "outcome": None, "routes": None}
-"""Field -> value in rows that were read without the field."""
+"""Fields besides the arrays -> value in rows that are read without the field."""
 NAMES = (*_ARRAYS, *_OTHERS)
 """Fields that a reader can select; `key`, `round` and `attempt` are always read."""
 
@@ -54,8 +54,8 @@ REPEATED = (*dict.fromkeys(column.name for column in (*ROLLOUTS, *REWARDS) if co
 
 
 def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
-    """Convert rows to columns. Raises `ValueError`: JSON cannot hold a record or an outcome, or routes have
-    another dtype."""
+    """Convert rows to a table. Raises `ValueError` if JSON cannot hold a record or outcome, or if routes have
+    another shape than [tokens, layers, K] or another dtype than uint8 and uint16."""
     list_columns = {name: build_list_column([getattr(row, name) for row in rows], dtype)
                     for name, dtype in _ARRAYS.items()}
     columns = _key_columns([row.key for row in rows]) | list_columns
@@ -78,8 +78,8 @@ def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
 
 
 def are_rows_sound(table: pa.Table, vocab_size: int) -> bool:
-    """Return whether all rows satisfy `Rollout.problems`, checked by a few numpy operations, since checks row
-    by row take longer than writing. False for tables with routes."""
+    """Return whether `Rollout.problems` finds nothing in any row. Numpy checks all rows at once, since checks
+    row by row take longer than writing. False for tables with routes, which are not checked here."""
     column = {name: table[name].combine_chunks() for name in _ARRAYS}
     flat = {name: array.flatten().to_numpy() for name, array in column.items()}
     lengths = {name: array.value_lengths().to_numpy() for name, array in column.items()}

@@ -29,9 +29,9 @@ from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, Objective, compute_total_loss, get_meters)
 
 BY_SOURCE, METERS, ROUTES = "by source", "all meters", "all routes"
-"""Entries of the all-reduced message in addition to loss terms, whose names contain no spaces."""
+"""Keys of the all-reduced sums besides loss terms, with a space, which no term's name contains."""
 REPLAYED = "replayed_routes"
-"""Meter for data with recorded routes: replayed share among expert choices."""
+"""Meter for data with recorded expert routes: share of expert choices that are replayed, not computed."""
 
 
 class ForwardBackward:
@@ -66,7 +66,7 @@ class ForwardBackward:
             local_sums = torch.zeros(size, dtype=torch.float64)
         # before the sum over ranks, which would spread a NaN to every rank
         self.is_finite = bool(local_sums.isfinite().all())
-        # not in `packed_sums`: every stage can count its rows' routes
+        # outside `packed_sums`, which only the last stage fills: every stage knows its rows' routes
         local_sums = torch.cat([local_sums, _count_replayed_routes(batch.micro_batches)])
         # only the last stage has losses: sum over the data-parallel ranks, then broadcast from the last stage
         global_sums = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local_sums))
@@ -78,7 +78,7 @@ class ForwardBackward:
         return StepSums({term: float(value) for term, value in totals.items()}, by_source, meters)
 
     def compute_local_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
-        """Compute gradients for the first micro-batches in the model, without a sum over ranks.
+        """Compute local gradients of the first micro-batches; repeated turns must give the same bits.
 
         `step` (from 1) seeds dropout, so that each `turn` (from 0) draws equal numbers. An injected
         `miscompute` fault corrupts later turns only, so that turns differ.
@@ -177,7 +177,7 @@ def _count_replayed_routes(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
     for inputs in (micro_batch.host.inputs for micro_batch in micro_batches):
         if inputs.routes is None:
             continue
-        # the first choice stands for its layer; the largest number of the dtype marks "not recorded"
+        # the dtype's largest number marks "not recorded" for all choices of a layer: the first one tells
         first_choices = inputs.routes[~inputs.padding.numpy(), :, 0]
         num_recorded = (first_choices != np.iinfo(first_choices.dtype).max).sum()
         counts += torch.tensor([num_recorded, first_choices.size])

@@ -72,7 +72,7 @@ def test_reader_returns_any_block_of_any_grid(tmp_path_factory,
 def test_write_index_rejects_gaps_and_overlaps(tmp_path_factory,
                                                grid: tuple[tuple[int, ...], list[LocalShard]],
                                                data: st.DataObject) -> None:
-    """Compare with a brute-force count of owners per element."""
+    """Drop, repeat or move a block; compare with a brute-force count of blocks per element."""
     shape, blocks = grid
     i = data.draw(st.integers(0, len(blocks) - 1))
     offset, extent = blocks[i]

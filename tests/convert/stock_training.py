@@ -1,5 +1,5 @@
-"""Training with Megatron-Core's own model, optimizer, scheduler and pipeline, and with our trainer: jobs for
-ranks."""
+"""Jobs for ranks: train with our trainer, and continue with Megatron-Core's own model, optimizer, scheduler
+and pipeline."""
 
 import argparse
 import queue
@@ -22,8 +22,8 @@ TRAINING = ("optim.lr=0.01", "optim.min_lr=0.001", "optim.warmup_steps=2", "opti
             "optim.clip_grad=0", "optim.eps=1e-4", "train.steps=24", f"train.global_batch_size={BATCH_SIZE}",
             "train.micro_batch_size=1", "train.async_save=false", "guards.skip=false",
             "guards.hang_timeout_s=0", "data.packing=concat")
-"""Without clipping, whose norm the library sums in float32, without padding, which the library counts as
-routed tokens, and with an epsilon far above rounding errors."""
+"""Settings that both sides compute alike: no clipping (the library sums the norm in float32), no padding
+(the library counts it as routed tokens), and an epsilon far above rounding errors."""
 ARGUMENTS = {
     "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8,
     "group_query_attention": True, "ffn_hidden_size": 48, "swiglu": True, "normalization": "RMSNorm",
@@ -101,7 +101,7 @@ def continue_stock(folder: str, batches: str, recipe: str, precision: str, layou
     join_world(ParallelConfig(**layout))
     dtype = {"fp64": torch.float64, "fp32": torch.float32}[precision]
     model, optimizer = build_stock(recipe, dtype, layout, distributed)
-    # other learning rates than the checkpoint's, which replace them
+    # placeholder learning rates: loading replaces them by the checkpoint's
     scheduler = OptimizerParamScheduler(optimizer, 0.0, 1.0, 0.0, 1, 2, "constant", 0.1, 0.1, 1, "constant")
     load_stock(Path(folder), model, optimizer, scheduler)
     losses, run = [], get_forward_backward_func()
@@ -128,7 +128,7 @@ def continue_stock(folder: str, batches: str, recipe: str, precision: str, layou
 
 
 def forward_step(factor: torch.Tensor, rows: Any, model: Any) -> Any:
-    """Return the logits of a row, and the function of its loss; the library takes the mean over rows."""
+    """Return a row's logits, and a function that computes its loss; the library averages over rows."""
     tokens, labels, weights, bounds = next(rows)
     index = torch.arange(len(tokens))
     document = torch.searchsorted(bounds[1:].long(), index, right=True)

@@ -15,16 +15,17 @@ from megatron_sov.base.documents.records import BadRecord
 from megatron_sov.base.errors import first_error_line
 
 _ROWS = 256
-"""Rows of a Parquet file decoded at a time (fewer if rows are long)."""
+"""Most rows in a batch; Parquet batches have fewer if rows are long."""
 _ROWS_BYTES = 64 << 20
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""End mark of an Arrow stream: a continuation mark, then length 0."""
 _JSON_TYPE = "extension<arrow.json>"
 
 
 @contextlib.contextmanager
 def open_arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
-    """Yield the column names and the batches of an Arrow file or stream, of at most `_ROWS` rows. Raises
-    `BadRecord`: another format or damage; raised also while reading batches."""
+    """Yield the column names, and batches of at most `_ROWS` rows, of an Arrow file or stream. Raises
+    `BadRecord`, here or while batches are read: the file is damaged or has another format."""
     try:
         with pyarrow.OSFile(str(file)) as opened:
             begin = opened.read(6)

@@ -6,7 +6,7 @@ tokens (int32), starts in bytes (int64), document bounds (int64). Our shards hav
 
 Routes are the experts that each token of a document visited, in every layer with experts. Routes of n tokens
 are one array [n, layers, top_k] of expert numbers, in the narrowest unsigned type that leaves its largest
-value free. That value marks an unrecorded choice and always replaces all experts of the choice. Token t's row
+value free: the mark, in place of all top_k experts of a token and layer that were not recorded. Token t's row
 holds the experts that t visited when it was read: a document's last token, generated but never read, has the
 mark.
 """
@@ -93,8 +93,8 @@ def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> 
 
 
 FEATURES, FEATURE_DTYPE = "media", "int64"
-"""Ending and dtype for the sidecar that names the encoder feature replacing a token's embedding, as record *
-slots + slot; each bank numbers records from 0. Also the key for banks in a source's record."""
+"""Ending and dtype for the sidecar with the encoder feature that replaces a token's embedding: the number
+`record * slots + slot`, with records from 0 in each bank. Also the key for banks in a source's record."""
 NO_FEATURE = -1
 """Sidecar value for a token without feature."""
 DAMAGED = "`sov-data verify` lists damaged files; pack the data again"
@@ -154,7 +154,7 @@ class RouteShape:
         return np.full((num_tokens, self.layers, self.top_k), self.mark, self.dtype)
 
     def problem(self, routes: np.ndarray) -> str:
-        """Return a sentence about invalid routes [tokens, layers, top_k] with token and layer; "": valid."""
+        """Describe the first error in routes [tokens, layers, top_k], with token and layer; "": valid."""
         if routes.shape[1:] != (self.layers, self.top_k) or routes.dtype != np.dtype(self.dtype):
             return (f"has routes of shape {list(routes.shape)} and type {routes.dtype}, must be [tokens, "
                     f"{self.layers}, {self.top_k}] of {self.dtype}")

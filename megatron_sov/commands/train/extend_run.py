@@ -20,8 +20,8 @@ from megatron_sov.train.objectives.objective import get_formats
 
 
 def run_extension(request: ExtensionRequest) -> None:
-    """Train all stages. Settings, data and folders for every stage are checked before a Hugging Face folder
-    is converted and before the first stage starts."""
+    """Train all stages; check each before converting a Hugging Face folder or starting the first stage:
+    settings, data and folders."""
     options, kind = request.options, STAGE_KINDS[request.options.stage]
     stages = plan_stages(
         request.request, options.start_from, options.run, options.nproc,
@@ -44,6 +44,7 @@ def run_extension(request: ExtensionRequest) -> None:
                    dry_run=options.dry_run,
                    memory=[estimate_memory(stage.config, num_ranks(options.nproc)) for stage in stages])
     finally:
+        # after a failed start, remove empty folders; a dry run leaves the disk unchanged
         for folder in () if options.dry_run else (options.run / STAGES, options.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun
                 folder.rmdir()

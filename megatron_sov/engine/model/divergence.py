@@ -65,7 +65,7 @@ class Teacher(Protocol):
             part: the tokens.
             student: [C, V / tp] log-probabilities, which may be overwritten.
             divergence: kind and temperature.
-            token_rows: columns that belong to token ids.
+            token_rows: number of local columns that belong to token ids; padding columns follow.
         """
         ...
 
@@ -115,7 +115,7 @@ class TeacherTopK:
         if not self.keep_remainder:
             values, derivative = _compute_divergence(chosen.log_softmax(-1), teacher.log_softmax(-1),
                                                      divergence.beta)
-            spread = student.zero_()
+            spread = student.zero_()  # no gradient for tokens outside the K
         else:
             subtracted = -chosen.exp().where(is_local, 0.0)
             remainder = probabilities.scatter_add_(1, column, subtracted).clamp_(min=0)
@@ -213,12 +213,12 @@ def _normalize_logits(logits: torch.Tensor, token_rows: int) -> torch.Tensor:
     local = logits.log_softmax(-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
-        # log-sum-exp from the largest logit, which keeps full precision
-        local_sum = logits.amax(-1) - local.amax(-1)
-        largest = local_sum.clone()
+        # log-sum-exp of the local columns, as largest logit minus its log-probability: full precision
+        local_lse = logits.amax(-1) - local.amax(-1)
+        largest = local_lse.clone()
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
-        total = _sum_over_group((local_sum - largest).exp()).log() + largest
-        local += (local_sum - total)[:, None]
+        total = _sum_over_group((local_lse - largest).exp()).log() + largest
+        local += (local_lse - total)[:, None]
     return local
 
 
@@ -244,7 +244,7 @@ def find_most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token
 
 def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_group: bool = False
                         ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values [3, C] as `Teacher.compare` does, and the derivative by the student's logits.
+    """Return values [3, C] and the derivative [C, events], as `Teacher.compare` does.
 
     Args:
         student: log p [C, events], overwritten.
@@ -261,13 +261,15 @@ def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: floa
         torch.logaddexp(student, mixture, out=mixture).add_(math.log(1 - beta))
         teacher_kl = (teacher - mixture).mul_(q).sum(-1)
         surplus = mixture.neg_().add_(student)
-    # from here on `teacher` holds log q - log p and `student` is scratch memory: a chunk's logits are the
+    # `teacher` becomes log q - log p, and `student` (after the entropy) scratch: a chunk's logits are the
     # largest tensors of the step, so nothing is copied
     difference = teacher.sub_(student)
     entropy = -student.mul_(p).sum(-1)
     scratch = student
+    # KL(q || p), which is also the divergence for beta = 0
     kl = student_kl = torch.mul(difference, q, out=scratch).sum(-1)
     if beta > 0:
+        # log p - log m; the mixture m is q for beta = 1
         surplus = surplus if beta < 1 else difference.neg_()
         student_kl = torch.mul(surplus, p, out=scratch).sum(-1)
     sums = torch.stack([student_kl, kl if teacher_kl is None else teacher_kl, kl, entropy])

@@ -1,4 +1,4 @@
-"""Builds a process's `LanguageModel` from chunks and prepares the parameters."""
+"""`LanguageModel`, a process's part of the model: build it from chunks, and prepare its parameters."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def check_device(module: torch.nn.Module, device: torch.device) -> None:
                                "gradient")
 
 
-# SwiGLU for CPUs: Megatron-Core's kernel would be compiled; its eager form adds an offset of zero, and its
-# backward pass concatenates the two halves again.
+# SwiGLU for CPUs. Megatron-Core's function would have to be compiled: run eagerly, it adds an offset of
+# zero and, in the backward pass, concatenates the two halves.
 
 
 def patch_swiglu_kernels() -> None:
@@ -188,7 +188,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def mark_parameters(chunk: torch.nn.Module) -> None:
-    """Set `allreduce` and `tensor_model_parallel`, by which Megatron-Core reduces gradients and counts
+    """Set the experts' attributes by which Megatron-Core chooses groups for gradient sums and counts
     parameters in the norm.
 
     Gradients of routed experts are summed over the expert data-parallel group. Megatron-Core marks experts
@@ -214,8 +214,8 @@ def _build_chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk
     check_layers(chunk, get_transformer_layer_offset(config, vp_stage))
     move_to_device(chunk, device)
     for parameter in chunk.parameters():
-            # parameters only: the router's bias buffer moves in steps that vanish in bf16, and its token
-            # counts would stop at 256
+        # parameters only: the router's bias buffer moves in steps that vanish in bf16, and its token
+        # counts would stop at 256
         if not quantized_weights.is_quantized(parameter):
             parameter.data = parameter.data.to(config.params_dtype)
     set_frequencies(chunk.rotary_pos_emb, model, config.params_dtype)
@@ -228,7 +228,7 @@ def _build_chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk
 
 
 def check_layers(chunk: Chunk, first: int) -> None:
-    """Raise `RuntimeError` if a layer has an unexpected number or a router is not a `BalancedRouter`.
+    """Raise `RuntimeError` for an unexpected `layer_number`, or a router that is not a `BalancedRouter`.
 
     Our per-layer lists rely on these numbers; another Megatron-Core version could silently train another
     model.

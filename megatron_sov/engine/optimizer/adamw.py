@@ -31,7 +31,7 @@ class CpuAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *lists)
-            *values, _, steps = lists
+            *values, _, steps = lists  # parameters, gradients, moments, AMSGrad's maxima (unused), steps
             if not steps:
                 continue
             torch._foreach_add_(steps, 1)
@@ -43,7 +43,7 @@ class CpuAdamW(torch.optim.AdamW):
             filled = [[torch.nn.functional.pad(r, (0, -len(r) % (VECTOR_BYTES // r.element_size())))
                        for r in tensors] for tensors in rests]
             _call_kernel(group, filled, steps)
-            for kind in (0, 2, 3):  # all but the gradient
+            for kind in (0, 2, 3):  # parameters and both moments; 1 is the gradient
                 for rest, updated in zip(rests[kind], filled[kind], strict=True):
                     rest.copy_(updated[:len(rest)])
 
@@ -108,9 +108,9 @@ def split_groups(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
     """
     sizes = {id(main): main.numel() for main in mains}
     remaining, moved = share * sum(sizes.values()), set[int]()
-    for main, size in sizes.items():
+    for main_id, size in sizes.items():
         if remaining > 0:
-            moved.add(main)
+            moved.add(main_id)
             remaining -= size
     stays: list[dict[str, Any]] = []
     moves: list[dict[str, Any]] = []

@@ -19,10 +19,11 @@ from megatron_sov.model.recipes.sources import Sources, derive_sources, ours, pu
 REPORT = "arXiv 2601.01739"
 TOKENS = 11_000_000_000_000
 OTHER_LANGUAGES = ("spanish", "german", "japanese", "vietnamese")
-"""The published six languages without Korean and English; English is the rest of the web text."""
+"""Four of the six published languages: `korean` is a source of its own, English the rest of the web text."""
 
 
 def _others(share: float) -> dict[str, float]:
+    """Divide a share of the blend equally among `OTHER_LANGUAGES`."""
     return dict.fromkeys(OTHER_LANGUAGES, share / len(OTHER_LANGUAGES))
 
 
@@ -124,7 +125,9 @@ GROUPER_SOURCES = derive_sources(SFT_SOURCES, {
 
 BRIDGE = "Megatron-Bridge, recipe exaone_moe_2_0_750b_a37_pretrain_512gpu_h100_bf16"
 LAYERS = "GL" + 19 * "LLLG"
+"""A letter per layer: G for global attention, L for a sliding window."""
 FIRST_BOUNDED, NUM_LAYERS = 62, 78
+"""First layer (from 0) with a clamped SwiGLU, and the number of layers."""
 TOKENS_2 = 2_000_000_000_000
 
 
@@ -134,7 +137,7 @@ def model_2() -> ModelConfig:
     a sliding prediction layer, applied four times."""
     return replace(
         model(), num_layers=NUM_LAYERS, num_dense_layers=2, num_experts=256,
-        attention_pattern=LAYERS[:-1],  # repeats from the start for the last layer
+        attention_pattern=LAYERS[:-1],  # the pattern repeats: its first G serves the last layer
         layer_windows=(0, 4096, *(128 if kind == "L" else 0 for kind in LAYERS[2:])),
         swiglu_limits=tuple(7.0 if i >= FIRST_BOUNDED else 0.0 for i in range(NUM_LAYERS)),
         mtp_attention="L", mtp_depths=4)

@@ -52,7 +52,7 @@ def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: di
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
     (whole,) = read_printed_rows(capsys, str(imported["solar_open"]), *ask)
-    end = whole["tokens"][3]
+    end = whole["tokens"][3]  # the fourth token plays the end of the turn
     monkeypatch.setattr("megatron_sov.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
     for folder in (imported["solar_open"], hf_models["solar_open"]):
         (found,) = read_printed_rows(capsys, str(folder), *ask)
@@ -98,6 +98,7 @@ ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
+    """Change to a folder with a model, a good and a bad file of rows, and a damaged picture."""
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(hf_models["solar_open"])
     Path("rows.jsonl").write_text(ROW)

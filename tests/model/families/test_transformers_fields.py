@@ -22,7 +22,7 @@ def build_config(recipe: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_field_table_equals_transformers_source() -> None:
-    """A release with another field fails here: regenerate the table and inspect the difference."""
+    """Fails if a transformers release changes a field: regenerate the table and inspect the difference."""
     found, table = find_fields(), json.loads(TABLE.read_text())
     assert found == table, "run python tests/freeze_fields.py"
     assert {*table} - {"shared"} == {*models.FAMILIES, *OF_EXAMPLES} - {"solar_open2"}, (
@@ -30,7 +30,7 @@ def test_field_table_equals_transformers_source() -> None:
 
 
 def test_the_table_knows_every_field_that_an_item_of_a_family_writes() -> None:
-    """Check against config objects instead of source: the table has every field of theirs."""
+    """Check the table against transformers' config objects, not source: it knows each field that they add."""
     from transformers import AutoConfig
 
     for name in ("tiny-llama", "tiny-qwen3-moe", "tiny-deepseek-v3", "tiny-gemma3", "tiny-exaone4"):

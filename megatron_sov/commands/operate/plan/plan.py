@@ -11,7 +11,7 @@ from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.work.clusters import cluster
 
 STAGES: dict[str, Stage] = {"sft": "sft", "prefer": "preference", "distill": "distill"}
-"""Stage for --from, typed instead of RECIPE -> objective."""
+"""Stage that may be typed in place of RECIPE with --from -> name of the objective."""
 CLUSTER = ("Show memory, speed, days and cost on this cluster, with the recommended layout unless parallel.* "
            f"is set ({', '.join(cluster.list_profiles())}, or your own YAML file).")
 
@@ -49,7 +49,7 @@ class PlanOptions(RecipeOptions):
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Checked options; the subclass selects the run function."""
+    """Checked options; `PLAN` names the function that runs for each subclass."""
 
     options: PlanOptions
 
@@ -63,11 +63,11 @@ class TuningPlan(PlanRequest):
 
 
 class LayoutProof(PlanRequest):
-    """--prove."""
+    """A plan with --prove: two training steps show whether the layout computes the same as one process."""
 
 
 def check_plan(options: PlanOptions) -> PlanRequest:
-    """Raise `UserError` for options that contradict each other."""
+    """Return the kind of plan that the options request. Raises `UserError`: options contradict each other."""
     if options.cluster is None and (options.nodes is not None or options.sweep):
         option, fix = (("--sweep", "") if options.sweep
                        else (f"--nodes {options.nodes}", ", or pass --nproc"))

@@ -1,4 +1,4 @@
-"""Episodes with an environment's tools, stored as rows, token for token.
+"""Play episodes in which a policy uses an environment's tools; a row stores an episode's exact tokens.
 
 `Episodes` plays episodes on an engine in this process, all turn by turn, and stops between turns at a
 deadline. `ServerEpisodePlayer` requests turns from servers, every episode at a separate pace, and stops
@@ -42,7 +42,7 @@ from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, 
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
 
 CONTINUATION = "goes_on"
-"""Key in an unfinished row's outcome: `EpisodeLines` as JSON."""
+"""Key in an unfinished row's outcome: the episode's recorded lines (see `EpisodeLines`) as JSON."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Episodes:
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]] | None:
-        """Play the attempts together; see `writers.RolloutSource.write`."""
+        """Play the attempts together, and return the rows of each; see `writers.RolloutSource.write`."""
         policy = EnginePolicy(engine, self.turn_sampling, StopRule(self.end_ids))
         rows: list[list[Rollout]] | None = run_with_policy(
             policy, lambda sampler: self.play_attempts(sampler, attempts, should_yield))
@@ -96,7 +96,7 @@ class Episodes:
         began_s, deadline_s = time.time(), self.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s
         planned = [(attempt, episode) for attempt in attempts for episode in self.plan_episodes(attempt)]
-        # Random streams depend on the response, not on the index: joined pieces must not change samples.
+        # Random streams depend on the response: playing several pieces together must not change samples.
         policy = _StreamsByKey(policy, [(attempt.piece.round, episode.key) for attempt, episode in planned])
         lines = [line for number, (_, episode) in enumerate(planned) for line in episode.lines(number)]
         episodes = play_episodes([episode.task for _, episode in planned], policy, self.table,
@@ -180,10 +180,12 @@ class _RunningEpisode:
     task: Task
     lines: list[dict[str, Any]]
     version: int
+    """Policy step of the weights, for servers that do not report it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Guards `is_aborted` and `request`: no request is sent after the abort."""
     is_aborted: bool = False
     request: str = ""
+    """Name of the latest request; "": none yet."""
 
 
 class ServerEpisodePlayer:
@@ -247,7 +249,7 @@ class ServerEpisodePlayer:
             while not episode.end:
                 answer = self._request_turn(running, episode)
                 if answer is None or not self._append_turn(running, episode, answer, host):
-                    # Otherwise the next episode would end the session, which another attempt continues.
+                    # Keep the session for another attempt: the next episode in this host would end it.
                     host.end()
                     return episode
             episode.result = score_episode(host, episode)
@@ -280,7 +282,7 @@ class ServerEpisodePlayer:
 
     def _append_turn(self, running: _RunningEpisode, episode: Episode, answer: TokenAnswer,
                      host: EnvironmentHost) -> bool:
-        """Append a turn to the episode; return False if the turn is incomplete."""
+        """Append a turn to the episode. An incomplete turn goes to `episode.begun`; then return False."""
         ids = StopRule(self._end_ids).cut(answer.tokens)
         routes = None
         if self._sampling.with_routes:
