@@ -22,7 +22,8 @@ from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel.device import is_cpu_only
 from megatron_sov.engine.parallel.world import create_groups
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.model.process_memory import StageParams, StatePlace, States
+from megatron_sov.model.process_memory import StatePlace, States
+from tests.plan.stage_counts import StageParams
 
 
 @dataclass(frozen=True)

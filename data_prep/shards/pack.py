@@ -164,6 +164,7 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
             name = os.path.basename(os.path.realpath(argument))  # unlike `resolve`, accepts circular links
             if Path(argument).is_file():
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
+            name = re.sub(r"[^\w.-]+", "-", name).lstrip(".-")
         if not path:
             raise UserError(f"--input {argument!r}: names no file or folder; write NAME=PATH")
         file, colon, weight = path.rpartition(":")

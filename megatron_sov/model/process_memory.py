@@ -6,18 +6,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class StageParams:
-    """Parameters on one process of a pipeline stage, adapters included."""
-
-    dense: int
-    """Parameters of attention, norms, routers, shared experts and embeddings."""
-    experts: int
-    """Parameters of the routed experts on this process."""
-    layers: int
-    """Layers of the trunk on this stage, and multi-token prediction layers."""
-
-
-@dataclass(frozen=True)
 class States:
     """Memory that stays allocated from step to step."""
 

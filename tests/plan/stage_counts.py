@@ -1,8 +1,21 @@
 """Parameters on a process, counted from the predicted shapes."""
 
+from dataclasses import dataclass
+
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.process_memory import StageParams
 from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters
+
+
+@dataclass(frozen=True)
+class StageParams:
+    """Parameters on one process of a pipeline stage, adapters included."""
+
+    dense: int
+    """Parameters of attention, norms, routers, shared experts and embeddings."""
+    experts: int
+    """Parameters of the routed experts on this process."""
+    layers: int
+    """Layers of the trunk on this stage, and multi-token prediction layers."""
 
 
 def count_stage_params(config: RunConfig) -> list[StageParams]:

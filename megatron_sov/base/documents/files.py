@@ -157,7 +157,10 @@ def _refuse_missing(path: Path) -> NoReturn:
                         fix if address.startswith("http") else None)
     siblings = [sibling.name for sibling in path.parent.glob("*")]
     if longer := [name for name in siblings if name.startswith(f"{path.name} ")]:
-        raise UserError(f"{path}: does not exist; {longer[0]!r} does: put a name with a blank in quotes")
+        # a shell has split the name: its other parts are words of the command line
+        rest = longer[0].removeprefix(path.name).split()
+        raise UserError(f"{path}: does not exist; {longer[0]!r} does: put a name with a blank in quotes",
+                        Fix(words={str(path): str(path.with_name(longer[0]))}, left_out=tuple(rest)))
     is_file = _is_text(path.name) or is_records(path.name) or is_json(path.name)
     hint = "" if is_file else suggest_download(path, is_data=True)
     raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "

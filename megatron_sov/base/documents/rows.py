@@ -109,12 +109,17 @@ def _fix_by_rewriting(file: Path, target: str, row: str, *before: str) -> Fix:
 
 def fix_records(file: Path, reason: str) -> Fix | None:
     """Return the commands that turn a file of records into one that can be packed, by the fault of the first
-    record: a JSON array, messages as text, or responses with scores; None: another fault."""
+    record: an object over several lines, a JSON array, messages as text, or responses with scores; None:
+    another fault."""
     if match := re.search(r"iconv -f ([\w-]+) -t UTF-8", reason):
         target = choose_free_path(f"{file.with_suffix('')}-utf8{file.suffix}")
         command = f"{shlex.join(['iconv', '-f', match[1], '-t', 'UTF-8', str(file)])} > {shlex.quote(target)}"
         return Fix(words={str(file): target}, before=(command,))
-    begin = file.open("rb").readline(MAX_LINE_BYTES) if file.suffix == ".jsonl" else b""
+    begin = file.open("rb").readline(MAX_LINE_BYTES) if file.suffix in (".jsonl", ".json") else b""
+    if begin.strip() == b"{":
+        target = choose_free_path(f"{file.with_suffix('')}-lines.jsonl")
+        return Fix(words={str(file): target}, before=(
+            f"{shlex.join(['jq', '-c', '.', str(file)])} > {shlex.quote(target)}",))
     if "an array of records" in reason:
         target = choose_free_path(f"{file.with_suffix('')}.json")
         return Fix(words={str(file): target}, before=(shlex.join(["cp", str(file), target]),))

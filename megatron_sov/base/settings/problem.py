@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.errors import Fix, UserError, format_problems, suggest_name
+from megatron_sov.base.hints.table import load_table
 
 LEFT_OUT = "leave it out for the default"
 """Fix for a word that stands for a default in other programs, such as -1 or auto."""
@@ -158,6 +159,8 @@ class SettingsError(UserError):
 
 def _fix_value(problem: SettingsProblem) -> str | Fix:
     key, value = problem.key, problem.value_to_write
+    if problem.code == ProblemCode.INERT and (needed := load_table()["acts_with"].get(key)):
+        return str(needed)
     if problem.way_out.endswith(LEFT_OUT) or problem.code == ProblemCode.INERT:
         option = f"--set {key}" if not key.startswith("--") else key
         typed = (str(problem.value), json.dumps(problem.value, default=str))

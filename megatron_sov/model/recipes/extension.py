@@ -10,17 +10,8 @@ from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import (
     ExtendStageConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, YarnConfig)
-from megatron_sov.model.recipes.sources import Sources, ours
 
 PHASE = "extend"
-PHASE_SOURCES: Sources = dict.fromkeys(
-    (f"data.phases.*.{name}"
-     for name in ("name", "tokens", "seq_len", "global_batch_size", "rewarm_steps", "lr")),
-    ours("the stage's with all its steps, so that `plan` shows it"))
-"""Sources for the values of `stage_phases`."""
-STAGE_CHOICES = tuple(
-    f"extend.stages.*.{name}" for name in ("name", "steps", "max_steps", "global_batch_size"))
-"""Stage settings that recipes must choose if only lengths and parts are published."""
 
 
 def stage_phases(stages: tuple[ExtendStageConfig, ...], optim: OptimConfig) -> tuple[PhaseConfig, ...]:

@@ -15,7 +15,7 @@ from megatron_sov.model.config import (
     TrainConfig, YarnConfig)
 from megatron_sov.model.config.model import LinearAttentionConfig
 from megatron_sov.model.recipes.extension import stage_phases
-from megatron_sov.model.recipes.sources import Sources, config_json, derive_sources, ours, read_sources
+from megatron_sov.model.recipes.sources import Sources, derive_sources, read_sources
 
 REPORT, RELEASED = "arXiv 2601.07022", "upstage/Solar-Open-100B"
 TRILLION = 1_000_000_000_000
@@ -136,13 +136,8 @@ def solar_open_102b_dpo() -> RunConfig:
 
 
 SOURCES: Sources = read_sources("solar-open-102b")
-_IN_BF16 = {"train.fp8": ours("bf16: 8 bits are published for pretraining")}
 MID_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-mid"))
 EXTEND_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-extend"))
-_OF_CONVERSATIONS: Sources = {
-    **_IN_BF16, "model.yarn.*": config_json(RELEASED), "data.phases.*": ours("not published"),
-    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
-                     "train.global_batch_size"), ours("not published"))}
 SFT_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-sft"))
 DPO_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-dpo"))
 
@@ -152,8 +147,6 @@ DPO_SOURCES = derive_sources(SOURCES, read_sources("solar-open-102b-dpo"))
 # of Solar Open 102B, which no command here copies), 10 T tokens of a mixture, about 12 T in all, and the
 # distillation of twelve specialists. Phases, blends, learning rates, batch sizes, stage lengths and layouts
 # are our choice, marked as such.
-
-CARD = "upstage/Solar-Open2-250B's card"
 
 PHASES_2 = (
     PhaseConfig("mixture", tokens=10 * TRILLION, seq_len=8192, blend={

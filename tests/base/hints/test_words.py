@@ -10,8 +10,12 @@ import pytest
 import data_prep.cli
 import tokenizer.cli
 from megatron_sov import cli
-from megatron_sov.base.errors import suggest_name
+from megatron_sov.base.documents.files import list_files
+from megatron_sov.base.documents.rows import fix_records
+from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.base.hints import words
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem
 
 PROGRAMS = {"megatron-sov": cli.main, "sov-data": data_prep.cli.main, "sov-tokenizer": tokenizer.cli.main}
 SFT = "megatron-sov sft --from M --data D --run R"
@@ -138,6 +142,20 @@ def test_a_folder_of_runs_lists_the_runs(command: str, tmp_path: Path,
     out = " out" if command == "convert to-hf" else ""
     assert f"it holds the runs {tmp_path / 'more/sft'}, {tmp_path / 'pretrain'}" in answer(
         f"megatron-sov {command} {tmp_path}{out}", capsys)
+
+
+def test_a_line_is_proposed_for_a_split_name_a_long_record_and_a_setting_without_effect(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my texts.jsonl").touch()
+    with pytest.raises(UserError) as raised:
+        list_files(Path("my"), print)
+    assert raised.value.fix == Fix(words={"my": "my texts.jsonl"}, left_out=("texts.jsonl",))
+    Path("long.jsonl").write_text('{\n "text": "a"\n}')
+    assert fix_records(Path("long.jsonl"), "is not valid JSON") == Fix(
+        words={"long.jsonl": "long-lines.jsonl"}, before=("jq -c . long.jsonl > long-lines.jsonl",))
+    inert = SettingsProblem(ProblemCode.INERT, "lora.alpha", "has no effect", 32.0)
+    assert SettingsError("", [inert]).fix == Fix(options=("--set", "lora.rank=16"))
 
 
 AXOLOTL = """base_model: M

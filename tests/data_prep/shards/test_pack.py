@@ -182,13 +182,13 @@ def test_prompts_keep_reward_fields(tokenizers: dict[str, Path], tmp_path: Path)
 
 
 def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
-    sources = parse_sources([str(corpus / "web.jsonl"), f"{corpus}/notes/", f"x.1={corpus}"])
-    assert [s.name for s in sources] == ["web", "notes", "x.1"]
+    sources = parse_sources([str(corpus / "web.jsonl"), f"{corpus}/notes/", f"x.1={corpus}",
+                             "my texts.jsonl"])
+    assert [s.name for s in sources] == ["web", "notes", "x.1", "my-texts.jsonl"]
     for arguments, rule in ((["a.txt", "b/a.txt=x"], "cannot name a source"),
                             (["a=x", "a=y"], "is given already"), (["tokenizer=x"], "cannot name a source"),
                             (["../=x"], "cannot name a source"), (["web="], "names no file or folder"),
-                            ([""], "names no file or folder"),
-                            (["a b.txt"], "e.g. --input 'web=a b.txt'")):
+                            ([""], "names no file or folder")):
         with pytest.raises(UserError, match=rule):
             parse_sources(arguments)
 

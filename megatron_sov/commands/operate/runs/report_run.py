@@ -9,4 +9,4 @@ from megatron_sov.publish.report.run_data import read_run
 def write_report(request: ReportRequest) -> None:
     page = render_report([read_run(path) for path in request.runs])
     write_output(request.output, page)
-    print(f"{request.output}: {len(page.encode()) / 1e6:.1f} MB, opens in any browser without a network")
+    print(f"{request.output}: {len(page.encode()) / 1e3:,.0f} KB, opens in any browser without a network")
