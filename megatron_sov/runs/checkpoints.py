@@ -27,7 +27,8 @@ from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model import recipes
-from megatron_sov.model.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig, apply_settings, from_dict
+from megatron_sov.model.config import (
+    LoraConfig, ModelConfig, ParallelConfig, RunConfig, apply_settings, from_dict)
 from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.launch_environment import num_ranks

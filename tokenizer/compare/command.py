@@ -50,10 +50,10 @@ def run_compare(args: TokenizerCompareOptions) -> int:
         raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name a second tokenizer",
                         Fix(arguments=("DIR",)))
     if not args.text:
-        files = [path for path in args.tokenizers if path.suffix in DATA_SUFFIXES]
-        options = [word for path in files or ["en=FILE"] for word in ("--text", str(path))]
-        raise UserError("--text is missing; name held-out text to compare on, e.g. --text ko=heldout/ko.jsonl",
-                        Fix(left_out=tuple(map(str, files)), options=tuple(options)))
+        files = [str(path) for path in args.tokenizers if path.suffix in DATA_SUFFIXES]
+        options = [word for text in files or ["en=FILE"] for word in ("--text", text)]
+        raise UserError("--text is missing; name held-out text to compare on, e.g. --text ko=ko.jsonl",
+                        Fix(left_out=tuple(files), options=tuple(options)))
     check_output("--json", args.json)
     comparison = compare_tokenizers(args.tokenizers, read_texts(args.text, args.max_text_mb),
                                     args.hidden_size, args.body_params)

@@ -54,7 +54,7 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
                                  Fix(command="convert from-hf"))
     if line[:1] == ["convert"] and len(line) > 3 and not os.path.exists(line[2]) and (
             classify_folder(Path(line[3])) in ("hf", "run", "checkpoint")):
-        yield line[2], UserError(f"convert: {line[2]} and {line[3]} are swapped; the existing model comes first",
+        yield line[2], UserError(f"convert: {line[2]} and {line[3]} are swapped; the model comes first",
                                  Fix(words={line[2]: line[3], line[3]: line[2]}))
     for path in line[2:3] if line[:2] in (["ssp", "fuse"], ["convert", "average"]) else ():
         if models := read_merge(Path(path)):

@@ -95,14 +95,14 @@ def _check_pasted_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
 
 
 def _check_resume(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
-    """Refuse `--resume RUN`: the command `resume` continues a run, and --from takes a complete run's weights."""
+    """Refuse `--resume RUN`: `resume` continues a run, and --from takes the weights of a complete run."""
     at = next((n for n, (word, value) in enumerate(pairwise(typed)) if word == "--resume"
                and not value.startswith("-")), -1)
     run = re.sub(r"/checkpoints(/.*)?$", "", typed[at + 1]) if at >= 0 else ""
     if not run or "--resume" not in parser._option_string_actions:
         return
     if "--run" in typed and "--from" not in typed and os.path.exists(os.path.join(run, "complete.json")):
-        raise UserError(f"{parser.prog}: {run}: is complete; --from begins a new run at step 1, with its weights",
+        raise UserError(f"{parser.prog}: {run}: is complete; --from takes its weights, from step 1",
                         Fix(f"{parser.prog} {shlex.join([*typed[:at], '--from', *typed[at + 1:]])}"))
     if "--run" not in typed or os.path.isdir(run):
         changes = [part for pair in pairwise(typed) if pair[0] == "--set" for part in pair]

@@ -16,17 +16,16 @@ from pathlib import Path
 from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.device import choose_inference_precision, on_gpu
-from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.config import ModelConfig, RunConfig
 from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.model.families.family import extract_text_config
 from megatron_sov.model.pretrained import CONFIG, find_weight_files
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, apply_layout, check_model_folder, check_model_path,
     find_checkpoint, read_checkpoint_settings)
-from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
+from megatron_sov.runs.launch_environment import is_first_rank
 
 HF_SEQ_LEN = 4096
 """Default context, in tokens, for evaluating Hugging Face models; their own limit may be far longer."""

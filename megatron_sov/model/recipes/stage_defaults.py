@@ -141,4 +141,5 @@ def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float, 
             options += ["--set", f"train.epochs={defaults.epochs:g}"]
         raise UserError(f"optim.lr = {config.optim.lr:g}: is the pretraining rate of recipe {config.recipe}, "
                         f"and {command} takes {rate.lr:g}; leave RECIPE out to train by the defaults of "
-                        f"{command}, or set the rate that you want, e.g. {' '.join(options)}", Fix(options=tuple(options)))
+                        f"{command}, or set the rate that you want, e.g. {' '.join(options)}",
+                        Fix(options=tuple(options)))

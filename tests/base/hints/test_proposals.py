@@ -152,7 +152,7 @@ def test_equal_problems_of_rows_are_one_line() -> None:
     ("megatron-sov serve hf --host 0.0.0.0", ["serve hf --host 0.0.0.0 --api-key-env VARIABLE"]),
     ("megatron-sov submit --cluster h100 --account a -- megatron-sov sft --from hf --data d --run r",
      ["--account a sft --from hf --data d --run r"]),
-    ("megatron-sov convert to-hf new hf", ["write\n  megatron-sov convert to-hf hf new"]),
+    ("megatron-sov convert from-hf new hf", ["write\n  megatron-sov convert from-hf hf new"]),
     ("megatron-sov pretrain tiny-llama --data d --run r --resume done/checkpoints/step-9",
      ["--run r --from done/checkpoints/step-9"]),
     ("sov-tokenizer compare tok hf t.txt", ["write\n  sov-tokenizer compare tok hf --text t.txt"])])
