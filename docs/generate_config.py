@@ -85,7 +85,8 @@ def format_type(hint: Any) -> str:
     """Format a type like Python source, with bounds and without aliases."""
     args = get_args(hint)
     if get_origin(hint) is Annotated:
-        bounds = [BOUNDS[type(bound).__name__].format(*dataclasses.astuple(bound))
+        # without ".0": Ge(0) equals Ge(0.0), and typing returns the one that a process used first
+        bounds = [BOUNDS[type(bound).__name__].format(*dataclasses.astuple(bound)).removesuffix(".0")
                   for bound in hint.__metadata__
                   if not isinstance(bound, Bound)  # described in the field's docstring
                   and (not isinstance(bound, (Lt, Gt)) or math.isfinite(*dataclasses.astuple(bound)))]

@@ -71,7 +71,7 @@ def measure(setting: Setting) -> Figures:
     yield "versions", versions(setting)
     symbols = json.loads(contract.CONTRACT.read_text(encoding="utf-8"))[LIBRARY]["symbols"]
     yield "symbols", len(symbols)
-    sources = contract.installed(LIBRARY)
+    sources = contract.find_installed(LIBRARY)
     assert sources is not None
     yield "differences", (found := list(contract.differences(symbols, sources)))
     yield "do not import", (lacking := absent(symbols))
