@@ -332,12 +332,14 @@ def _pair_options(line: Sequence[str]) -> list[str]:
 
 
 def _leave_out(words: Sequence[str], left_out: Sequence[str]) -> list[str]:
-    """Remove words from `words`; "--set a.b=1" in `left_out` stands for an option with its value."""
+    """Remove words from `words`; "--set a.b=1" in `left_out` stands for an option with its value, typed as two
+    words or joined by "="."""
     rest: list[str] = []
     for number, word in enumerate(words):
         is_option = number + 1 < len(words) and f"{word} {words[number + 1]}" in left_out
         is_value = number > 0 and f"{words[number - 1]} {word}" in left_out
-        if not (is_option or is_value or word in left_out):
+        joined = word.replace("=", " ", 1) if word.startswith("--") else word
+        if not (is_option or is_value or word in left_out or joined in left_out):
             rest.append(word)
     return rest
 

@@ -162,9 +162,9 @@ def _fix_value(problem: SettingsProblem) -> str | Fix:
     if problem.code == ProblemCode.INERT and (needed := load_table()["acts_with"].get(key)):
         return str(needed)
     if problem.way_out.endswith(LEFT_OUT) or problem.code == ProblemCode.INERT:
-        option = f"--set {key}" if not key.startswith("--") else key
+        option = f"--set {key}=" if not key.startswith("--") else f"{key} "
         typed = (str(problem.value), json.dumps(problem.value, default=str))
-        return Fix(left_out=tuple(f"{option}{sign}{value}" for sign in "= " for value in typed))
+        return Fix(left_out=tuple(f"{option}{value}" for value in typed))
     if "=" in value:  # another setting; the typed one goes
         return Fix(words={f"{key}={problem.value}": value})
     if not key.startswith("--"):

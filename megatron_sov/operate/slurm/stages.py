@@ -254,7 +254,7 @@ def _list_teachers(args: Any) -> list[Path | None]:
 def _build_training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out",
-                        Fix(left_out=("--nproc", str(args.nproc), f"--nproc={args.nproc}")))
+                        Fix(left_out=(f"--nproc {args.nproc}",)))
     if args.dry_run:  # only from a chain's file: on a command line, `submit` has --dry-run
         raise UserError(f"--dry-run: the job would train nothing; leave it out of the arguments of {stage}, "
                         "and type it to `megatron-sov submit chain`")

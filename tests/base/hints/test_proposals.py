@@ -61,8 +61,9 @@ def test_later_faults_are_found_with_a_placeholder_value() -> None:
         "this line still has a fault: reward 'mine': does not exist")
 
 
-def test_an_option_leaves_with_its_value() -> None:
-    line = ["serve", "hf", "--set", "a.b=1", "--set", "c.d=2", "--nproc", "2"]
+@pytest.mark.each("removed", [["--set", "a.b=1", "--nproc", "2"], ["--set=a.b=1", "--nproc=2"]])
+def test_an_option_leaves_with_its_value(removed: list[str]) -> None:
+    line = ["serve", "hf", *removed, "--set", "c.d=2"]
     assert apply_fix("megatron-sov", line, Fix(left_out=("--set a.b=1", "--nproc 2"))) == [
         "serve", "hf", "--set", "c.d=2"]
 

@@ -74,7 +74,7 @@ def check_plan(options: PlanOptions) -> PlanRequest:
         raise UserError(f"{option}: needs a cluster; add --cluster{fix}", Fix(options=("--cluster", "h100")))
     if options.cluster is not None and options.nproc is not None:
         raise UserError(f"--nproc {options.nproc}: --cluster {options.cluster} and --nodes decide; leave it "
-                        "out", Fix(left_out=(f"--nproc {options.nproc}", f"--nproc={options.nproc}")))
+                        "out", Fix(left_out=(f"--nproc {options.nproc}",)))
     _check_model(options)
     if options.days is not None or options.budget is not None:
         _check_budget(options)

@@ -298,7 +298,7 @@ def _read_first_record(file: Path, reading: RecordReading) -> Any:
 def _explain_judged(file: Path, location: str) -> UserError:
     """Build the error for responses with a label each: pairs of one prompt's responses, or the good ones."""
     begin = f"--data {location}: is a response judged on its own, and this command learns from pairs"
-    method = ("--method kto", "--method=kto")
+    method = ("--method kto",)
     rows = islice(read_lines(file, "--data"), MAX_JUDGED_ROWS) if file.suffix == ".jsonl" else ()
     prompts = Counter(json.dumps(json.loads(row).get("prompt")) for _, row in rows)
     if prompts and max(prompts.values()) == 1:
