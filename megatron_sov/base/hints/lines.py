@@ -275,10 +275,10 @@ def _fill_placeholder(option: str, word: str) -> str:
         return choose_free_path("new-output" if word == "OUT" else f"new-{option[2:]}")
     if not word.isupper() or not is_placeholder(word):
         return word
-    folders = {"--tokenizer": [find_only_folder("tokenizer")], "--data": [find_only_folder("tokens")]}
+    if kind := {"--tokenizer": "tokenizer", "--data": "tokens"}.get(option):
+        return find_only_folder(kind) or word
     models = list_models() if {*word.split("|")} <= {"MODEL", "CHECKPOINT", "RUN", "HF_DIR"} else []
-    names = folders.get(option, models)
-    return names[0] if len(names) == 1 and names[0] else word
+    return models[0] if len(models) == 1 else word
 
 
 def join_sentences(sentences: Sequence[str]) -> str:

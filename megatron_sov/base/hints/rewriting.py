@@ -318,8 +318,8 @@ class Rewrite:
     def _add_unknown_setting(self, key: str, value: str) -> None:
         """Write the option with the meaning of an unknown setting, or record the setting as unknown."""
         last = key.rpartition(".")[2]
-        same_name = [f"--{key}"] if f"--{key}" in self.options else [""]  # --set run=DIR
-        if option := self.find_option(key) or self.find_option(last) or same_name[0]:
+        same_name = f"--{key}" if f"--{key}" in self.options else ""  # --set run=DIR
+        if option := self.find_option(key) or self.find_option(last) or same_name:
             self.add_words(f"{key} is {option} here", option,
                            translate_value(normalize_word(last), option, value))
         elif note := find_note(last):
