@@ -324,8 +324,7 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
             not float(match[1])):
         return "a shell reads $5 as a variable; write e.g. 50000"
-    share = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
-    number = float(share[1]) / 100 if share else value
+    number = parse_percent(value)
     if expected == "int" and isinstance(number, float) and 0 < number < 1 and "steps" in key:
         return f"steps are counted, and {number:g} is a share of them; {LEFT_OUT}"
     if expected == "int" and isinstance(value, str) and re.fullmatch(r"[\d.]+ ?(s|sec|m|min|h|d)\w*", value):
@@ -340,6 +339,12 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
             return f"e.g. {json.dumps(items, ensure_ascii=False)[:60]}"
         return f"e.g. [{json.dumps(value, ensure_ascii=False)[:60]}]"
     return ""
+
+
+def parse_percent(value: Any) -> Any:
+    """Return "3 %" as 0.03, and other values unchanged."""
+    match = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
+    return float(match[1]) / 100 if match else value
 
 
 def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
@@ -362,8 +367,8 @@ def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
     if match := _SHORT_NUMBER.fullmatch(text.lstrip("$")):
         number = float(match[1]) * _THOUSANDS[match[2].lower()]
         return [f"{number:.0f}"] if number else []
-    if match := _PERCENT.fullmatch(text):
-        return [f"{float(match[1]) / 100:g}"]
+    if (share := parse_percent(text)) != text:
+        return [f"{share:g}"]
     if re.fullmatch(r"\d+,\d+", text):
         return [text.replace(",", ".")]
     if key.endswith(("days", "hours")) and (match := _SPAN.fullmatch(text.lower())):

@@ -23,7 +23,7 @@ from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_values,
     find_broken_rules, find_declaration_problems, get_field_hints, get_inner_hint, is_none_of, is_set,
-    list_fields, parse_changes, parse_settings)
+    list_fields, parse_changes, parse_percent, parse_settings)
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import (
     DataConfig, PhaseConfig, batch_size_at, find_ramp_changes, nearest_multiple, phase_steps, phase_tokens,
@@ -434,11 +434,10 @@ def _refuse_shares(raw: dict[str, Any], changes: Mapping[str, Any], option: str)
     number."""
     problems = []
     for key, value in changes.items():
-        whole = {"optim.min_lr": "optim.lr"}.get(key, "train.steps" if key.endswith("_steps") else "")
+        whole = "optim.lr" if key == "optim.min_lr" else "train.steps" if key.endswith("_steps") else ""
         total = _get_value(raw, whole) if whole else 0
-        percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value) if isinstance(value, str) else None
-        share = float(percent[1]) / 100 if percent else value
-        is_share = isinstance(share, float) and share < 1 and (percent or whole == "train.steps")
+        share = parse_percent(value)
+        is_share = isinstance(share, float) and share < 1 and (share != value or whole == "train.steps")
         if is_share and isinstance(total, (int, float)) and share * total > 0:
             number = f"{share * total:g}" if whole == "optim.lr" else str(max(1, round(share * total)))
             problems.append(SettingsProblem(
