@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from megatron_sov.base.documents.messages import EMPTY_VALUES, BadRecord, convert_sharegpt
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.table import load_table
 
 KINDS = ("text", "chat", "preference", "prompt")
 COMPLETIONS = ("completion", "response")
@@ -305,24 +303,21 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
     return [name for name, value in record.items() if name in unread and value not in EMPTY_VALUES]
 
 
-_FIELD_WORDS: dict[str, list[str]] = yaml.safe_load(
-    Path(__file__).with_name("field_words.yaml").read_text(encoding="utf-8"))
-"""Target field -> words in names of fields with the same content."""
 _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
            "prompt": ("prompt",), "text": ("text",)}
 """Kind -> targets that a record needs; a chat may have "messages" instead."""
 
 
 def propose_field(record: Mapping[str, Any], target: str) -> str:
-    """Return the field whose name contains a word of `_FIELD_WORDS[target]`: the word that comes first there,
-    then the shortest name; "": no such field."""
+    """Return the field whose name contains a word of the row `target` of the table `record_fields`: the word
+    that comes first there, then the shortest name; "": no such field."""
+    row = load_table()["record_fields"].get(target, ())
     candidates: list[tuple[int, int, str]] = []
     inner = [f"{name}.{key}" for name, value in record.items() if isinstance(value, dict) for key in value]
     for name in (*record, *inner):
         snake_case = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()  # userPrompt -> user_prompt
         words = re.findall("[a-z]+", snake_case)
-        candidates += [(rank, len(name), name) for rank, word in enumerate(_FIELD_WORDS.get(target, ()))
-                       if word in words]
+        candidates += [(rank, len(name), name) for rank, word in enumerate(row) if word in words]
     return min(candidates)[2] if candidates else ""
 
 
@@ -360,6 +355,7 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
     if kind == "text":
         return f"--text-field {guesses.get('text', 'NAME')}"
     columns = guesses or dict.fromkeys(_NEEDED[kind], "FIELD")
-    # the prompt first, then in the order of `_FIELD_WORDS`
-    ordered = [target for target in dict.fromkeys(("prompt", *_FIELD_WORDS)) if target in columns]
+    # the prompt first, then in the order of the table
+    ordered = [target for target in dict.fromkeys(("prompt", *load_table()["record_fields"]))
+               if target in columns]
     return "--columns " + ",".join(f"{target}={columns[target]}" for target in ordered)
