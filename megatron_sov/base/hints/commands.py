@@ -15,6 +15,7 @@ from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_near
 from megatron_sov.base.hints.foreign import read_foreign_config
 from megatron_sov.base.hints.kinds import classify_folder, classify_word, find_only_folder
 from megatron_sov.base.hints.lines import is_placeholder
+from megatron_sov.base.hints.paths import write_pipeline
 from megatron_sov.base.hints.table import index_words, load_table, normalize_word
 from megatron_sov.base.hints.values import find_value, pair_words
 
@@ -76,15 +77,13 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         settings = {name: ", ".join(f"{key.rpartition('.')[2]}: {value}" for option, value in values.items()
                                     for key in index.get(f"{name}.{option}", ())) for name in candidates}
         chosen = next((name for name in reversed(candidates) if settings[name]), "".join(candidates[:1]))
-        needed = load_table()["needed_steps"].get(chosen, "")
-        steps |= {needed: ""} if needed and needed not in steps else {}
+        if needed := load_table()["needed_steps"].get(chosen):
+            steps.setdefault(needed, "")
         steps |= {chosen: settings[chosen]} if chosen else {}
     if not steps or not source:
         return None
     name = next((step for step in steps if step != "language"), "language")
     file = choose_free_path(f"{name}.yaml")
-    text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
-            *(f"  - {step}: {{{settings}}}" for step, settings in steps.items())]
     output = values.get("output", values.get("o", choose_free_path("corpus")))
     unread = [name for name in values if name not in (*_PIPELINE_OPTIONS, "output", "o")
               and not any(f"{step}.{name}" in index for step in steps)]
@@ -92,7 +91,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} and their "
                      f"settings (docs/data_pipeline.md); `sov-data run` runs it{without}",
                      Fix(f"sov-data run {file} --output {shlex.quote(output)}",
-                         before=(f"printf '%s\\n' {shlex.join(text)} > {file}",)))
+                         before=(write_pipeline(file, source, steps),)))
 
 
 def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:

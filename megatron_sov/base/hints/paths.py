@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,11 +44,9 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
     if program == "sov-data" and line[:1] == ["run"] and len(line) > 1 and (
             os.path.isfile(line[1]) and line[1].endswith(DATA_SUFFIXES)):
         pipeline = choose_free_path("pipeline.yaml")
-        text = ["name: web", "sources:", f"  - {{name: web, path: {line[1]}, kind: en}}", "steps:",
-                "  - exact_dedup: {}"]
         yield line[1], UserError(f"{line[1]}: is a file of records, and a pipeline names it with its steps",
                                  Fix(words={line[1]: pipeline},
-                                     before=(f"printf '%s\\n' {shlex.join(text)} > {pipeline}",)))
+                                     before=(write_pipeline(pipeline, line[1], {"exact_dedup": ""}),)))
     if line[:2] == ["convert", "from-megatron"] and classify_folder(Path("".join(line[2:3]))) == "hf":
         yield line[2], UserError(f"{line[2]}: is a Hugging Face folder; `convert from-hf` reads it",
                                  Fix(command="convert from-hf"))
@@ -185,6 +183,13 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
         command = ["sov-data", "adopt", path, "--tokenizer", str(tokenizer)]
     commands.append([*command, "--output", shards])
     return Fix(words={path: shards}, before=tuple(map(shlex.join, commands)))
+
+
+def write_pipeline(file: str, source: str, steps: Mapping[str, str]) -> str:
+    """Return the command that writes a pipeline file; `steps`: step -> its settings in YAML."""
+    text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
+            *(f"  - {step}: {{{settings}}}" for step, settings in steps.items())]
+    return f"printf '%s\\n' {shlex.join(text)} > {file}"
 
 
 def fix_prompts(file: Path, faults: Iterable[str]) -> Fix | None:
