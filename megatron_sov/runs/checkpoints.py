@@ -22,7 +22,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing, suggest_download, warn
-from megatron_sov.base.hints.kinds import list_models
+from megatron_sov.base.hints.kinds import TRACKER, list_models
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.base.settings import SettingsError
@@ -270,7 +270,7 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
             newest = max(saved, key=lambda folder: int(folder.name[11:]))
             raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
                             Fix(words={str(path): str(newest)}))
-        if (path / "latest_checkpointed_iteration.txt").is_file():
+        if (path / TRACKER).is_file():
             converted = choose_free_path(f"{path.name}-checkpoint")
             command = shlex.join(["megatron-sov", "convert", "from-megatron", str(path), converted])
             raise UserError(f"{path}: is a checkpoint of Megatron-LM, not {wanted}; `{command}` makes it one",

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron-LM's file with the newest iteration of a checkpoint folder."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
 _FOLDER_KINDS = {"run": "model", "checkpoint": "model", "hf": "model", "peft": "model", "tokens": "tokens",
                  "tokenizer": "tokenizer"}
@@ -69,7 +71,7 @@ def classify_folder(path: Path) -> str:
         return "run"
     if "adapter_config.json" in names:
         return "peft"
-    if "latest_checkpointed_iteration.txt" in names or any(name.startswith("iter_") for name in names):
+    if TRACKER in names or any(name.startswith("iter_") for name in names):
         return "megatron"
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return "hf"

@@ -16,6 +16,7 @@ import torch
 
 from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.kinds import TRACKER
 from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.checkpoint.safetensors_files import read_block
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
@@ -35,7 +36,6 @@ from megatron_sov.model.pretrained import format_names, read_json
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
-TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG = "run_config.yaml"
 BACKEND, VERSIONS = "torch_dist", (1,)
 MAX_TRACKER_BYTES = 64

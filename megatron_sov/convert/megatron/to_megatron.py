@@ -23,13 +23,14 @@ from megatron_sov.base.artifacts import (
     FileRecord, create_artifact, format_json, read_manifest, sha256_file, write_atomically)
 from megatron_sov.base.digests import SHA256
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.kinds import TRACKER
 from megatron_sov.checkpoint.load import read_state
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import check_space
 from megatron_sov.convert.hf_import import INTEGRITY
 from megatron_sov.convert.megatron.from_megatron import (
-    BACKEND, DECAY_STYLES, EXPERTS, FORMAT, TRACKER, VERSIONS)
+    BACKEND, DECAY_STYLES, EXPERTS, FORMAT, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
 from megatron_sov.convert.sources import resolve_run
 from megatron_sov.engine.model.specs import PRECISION
