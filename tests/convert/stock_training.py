@@ -41,10 +41,8 @@ def train_ours(data: str, run: str, recipe: str, precision: str, first: int, ste
     after it, whose rows are in RUN/batches.pt."""
     from megatron_sov.engine.parallel.world import leave_world
     from megatron_sov.train.loop import train_step
-    from tests.tiny import tiny_trainer
 
-    trainer = tiny_trainer(data, *SIZES, *MODELS[recipe], *TRAINING, f"train.precision={precision}", run=run,
-                           recipe=recipe)
+    trainer = build_ours(data, run, recipe, precision)
     batches: list[list[Row]] = []
     collect = trainer.objective.collect
 
@@ -75,10 +73,8 @@ def resume_ours(data: str, run: str, recipe: str, precision: str, checkpoint: st
     losses of the next steps."""
     from megatron_sov.engine.parallel.world import leave_world
     from megatron_sov.train.loop import train_step
-    from tests.tiny import tiny_trainer
 
-    trainer = tiny_trainer(data, *SIZES, *MODELS[recipe], *TRAINING, f"train.precision={precision}", run=run,
-                           recipe=recipe)
+    trainer = build_ours(data, run, recipe, precision)
     trainer.resume(Path(checkpoint))
     for _ in range(num_skipped):
         trainer.batches.skip()
@@ -86,6 +82,14 @@ def resume_ours(data: str, run: str, recipe: str, precision: str, checkpoint: st
     trainer.close()
     leave_world()
     return [result.loss for result in results if result is not None]
+
+
+def build_ours(data: str, run: str, recipe: str, precision: str) -> Any:
+    """Return our trainer of a model, on one rank."""
+    from tests.tiny import tiny_trainer
+
+    return tiny_trainer(data, *SIZES, *MODELS[recipe], *TRAINING, f"train.precision={precision}", run=run,
+                        recipe=recipe)
 
 
 def continue_stock(folder: str, batches: str, recipe: str, precision: str, layout: dict[str, Any],
