@@ -11,6 +11,7 @@ from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.runs.checkpoints import find_damage
 from megatron_sov.runs.obs.events import read_events
+from tests.breakers import flip_bit
 from tests.run_files import read_run_events
 
 STEPS = 8
@@ -21,12 +22,6 @@ EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
 
 def truncate_file(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def delete_file(file: Path) -> None:
