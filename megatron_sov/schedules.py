@@ -134,7 +134,7 @@ def compute_learning_rate(optim: OptimConfig, at: int, end: int, warmup: int) ->
         end: steps or tokens of the run.
         warmup: steps or tokens of the warm-up.
     """
-    warmup = min(warmup, end // 2)
+    warmup, decay = bound_lengths(optim, end, warmup)
     # `at` includes the step itself: the first step has lr / warmup, not 0
     if at <= warmup:
         return optim.lr * at / warmup
@@ -143,12 +143,17 @@ def compute_learning_rate(optim: OptimConfig, at: int, end: int, warmup: int) ->
     if optim.schedule == "inverse_sqrt":
         return max(optim.min_lr, optim.lr * math.sqrt(max(1, warmup) / at))
     if optim.schedule == "wsd":
-        # a decay that began during the warm-up would make the rate jump at the end of the warm-up
-        decay = max(1, min(round(end * optim.decay_share), end - warmup))
         form, progress = optim.decay_form, max(0.0, (at - (end - decay)) / decay)
     else:
         form, progress = optim.schedule, (at - warmup) / max(1, end - warmup)
     return optim.min_lr + (optim.lr - optim.min_lr) * compute_decay_factor(form, progress)
+
+
+def bound_lengths(optim: OptimConfig, end: int, warmup: int) -> tuple[int, int]:
+    """Return the lengths of the warm-up and of a `wsd` decay in a run of `end` steps or tokens."""
+    warmup = min(warmup, end // 2)
+    # a decay that began during the warm-up would make the rate jump at the end of the warm-up
+    return warmup, max(1, min(round(end * optim.decay_share), end - warmup))
 
 
 def compute_decay_factor(form: str, progress: float) -> float:

@@ -1,4 +1,4 @@
-"""Broken command inputs for `test_mutations.py`: arguments, files, folders and weights."""
+"""Broken command inputs: arguments, files, folders and weights."""
 
 import json
 import os
@@ -20,6 +20,13 @@ LEAVES: tuple[Any, ...] = (
     [], [[]], [0], {}, {"a": 1}, "\x1b[2J", "9" * 50, float("nan"), 2 ** 31, 2 ** 63)
 TENSORS = "tensor: "
 """How a sentence on a broken tensor begins."""
+
+
+def flip_bit(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

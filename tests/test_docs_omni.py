@@ -14,6 +14,7 @@ from data_prep.cli import main as sov_data
 from megatron_sov.cli import main as megatron_sov
 from tests.omni import hf_folders
 from tests.pages_typed import blocks, list_commands, page_text
+from tests.run_files import read_run_events
 from tokenizer.cli import main as sov_tokenizer
 
 PAGE = page_text("omni.md").partition("\n## Media records and codecs\n")[0]
@@ -61,8 +62,8 @@ def test_the_page_leads_from_media_to_a_model_that_is_judged(
         program, *words = shlex.split(line)
         words += shlex.split(next((FEWER[word] for word in words[:3] if word in FEWER), ""))
         assert MAINS[program](words) == 0, line
-    events = [json.loads(line) for line in Path("runs/omni-sft/events.jsonl").read_text().splitlines()]
-    steps = [event for event in events if event["event"] == "step"]
+    run = Path("runs/omni-sft")
+    steps = read_run_events(run, "step")
     # the recipe's fine-tuning reads plain text in addition to conversations
     assert any(event["losses"].get("text", 0) > 0 for event in steps) and len(steps) == 4
-    assert {event["pair"] for event in events if event["event"] == "media"} == {"image-text", "text-audio"}
+    assert {event["pair"] for event in read_run_events(run, "media")} == {"image-text", "text-audio"}

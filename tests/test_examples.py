@@ -14,6 +14,7 @@ import pytest
 
 from megatron_sov.judge.tools.environment import ToolRefused
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
+from tests.run_files import read_run_events
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HEADER = re.compile(r"# What: (.+)\n# Run:  (.+)\n# See:  (.+)\n\n")
@@ -64,11 +65,6 @@ def typed(site: Path, run_command: Any, warm_python: str, monkeypatch: pytest.Mo
     return run
 
 
-def read_losses(run: Path) -> list[dict[str, Any]]:
-    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
-    return [event for event in events if event["event"] == "step"]
-
-
 def test_each_example_has_a_header_and_a_test() -> None:
     here = Path(__file__).read_text()
     for file in SCRIPTS:
@@ -82,7 +78,8 @@ def test_own_recipe_and_own_objective(typed: Typed, site: Path) -> None:
     assert "complete: step 3" in typed("own_recipe.py")
     assert json.loads((site / "runs/own_recipe/config.json").read_text())["model"]["num_layers"] == 2
     typed("own_objective.py")
-    plain, trimmed = (read_losses(site / "runs" / name) for name in ("own_recipe", "own_objective"))
+    plain, trimmed = (read_run_events(site / "runs" / name, "step")
+                      for name in ("own_recipe", "own_objective"))
     # the same weights and data: the difference of the losses matches the stated share
     assert 0 < trimmed[0]["losses"]["trimmed"] < plain[0]["loss"]
     assert 0 < trimmed[0]["meters"]["counted"] < 1

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.pages_typed import page_text, shell_lines, shown_files
+from tests.run_files import read_run_events
 
 PAGE = page_text("own_code.md")
 
@@ -120,8 +121,7 @@ def test_an_objective(site: Path, typed: Run) -> None:
     config = json.loads((site / "runs/focal/config.json").read_text())
     assert config["objective"] == {"name": "Focal", "text_coeff": 0.0, "loss_per": "token",
                                    "audio_weight": 1.0, "image_weight": 1.0, "options": {"gamma": 1.5}}
-    steps = [event for event in map(json.loads, (site / "runs/focal/events.jsonl").open())
-             if event["event"] == "step"]
+    steps = read_run_events(site / "runs/focal", "step")
     losses = [event["losses"]["focal"] for event in steps]
     assert all(0 < event["meters"]["confidence"] < 1 for event in steps)
     plain = [next(iter(event["losses_by_source"].values())) for event in steps]
@@ -135,8 +135,7 @@ def test_a_policy_or_a_pair(site: Path, typed: Run) -> None:
         done(site, typed, "A recipe")
     config = done(site, typed, "A policy or pair loss")
     assert (config["objective"]["name"], config["train"]["epochs"]) == ("Hinge", 1)
-    steps = [event for event in map(json.loads, (site / "runs/hinge/events.jsonl").open())
-             if event["event"] == "step"]
+    steps = read_run_events(site / "runs/hinge", "step")
     assert steps[0]["loss"] == pytest.approx(1, abs=1e-4)  # of margins of 0
     assert all("pairs_right" in event["meters"] for event in steps)
     policy = [event for event in map(json.loads, (site / "runs/reinforce/events.jsonl").open())

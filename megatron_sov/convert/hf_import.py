@@ -40,6 +40,9 @@ from megatron_sov.runs.checkpoints import (
     check_model_path, suggest_replacement)
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
+INTEGRITY = "integrity.json"
+"""Megatron-Core's file hashes, for `dist_checkpointing.load(..., verify_integrity=True)`."""
+
 
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
 # checkpoint stores each once.
@@ -115,10 +118,6 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         torch.set_num_threads(threads)
 
 
-INTEGRITY = "integrity.json"
-"""Megatron-Core's file hashes, for `dist_checkpointing.load(..., verify_integrity=True)`."""
-
-
 # Source files are hashed during the conversion. A written file counts as finished only after the file's
 # sources are verified, and the artifact is published only after every source file is verified.
 class SourceCheck:
@@ -183,9 +182,10 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
                   for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
     elif (path / INTEGRITY).is_file():
-        digests = dict(read_json(path / INTEGRITY)).get("files")
+        digests = read_json(path / INTEGRITY).get("files")
+        digests = digests if isinstance(digests, dict) else {}
         records = {file: FileRecord(f"{SHA256}:{digests[file.name]}", file.stat().st_size)
-                   for file in path.iterdir() if isinstance(digests, dict) and file.name in digests}
+                   for file in path.iterdir() if file.name in digests}
         damage = {file.name: pool.submit(find_file_damage, file, record) for file, record in records.items()}
     check = SourceCheck(weights, damage, remedy, base)
     try:

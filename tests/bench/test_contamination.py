@@ -16,7 +16,8 @@ from megatron_sov.bench.contamination import search_training_data
 from megatron_sov.bench.lm.results import read_results
 from megatron_sov.bench.score_differences import ScoredResults, read_scored_results
 from megatron_sov.cli import main
-from megatron_sov.runs.obs.events import EventLog, read_events
+from megatron_sov.runs.obs.events import EventLog
+from tests.run_files import read_run_events
 
 QUESTIONS = ["Which of the four rivers that cross the old town is the longest one of all?",
              "How many stones did the mason carry up the hill on the first day of spring?",
@@ -86,7 +87,7 @@ def test_the_command_writes_results_places_and_events(tmp_path: Path, written_sc
     assert read_results(out).tasks["quiz"].contamination.items_hit == 1
     assert (tmp_path / "out.items.jsonl").read_bytes() == before and read_scored_results(out)
     assert json.loads((tmp_path / "out.hits.json").read_text())[0]["item"] == "2"
-    (event,) = (e for e in read_events(run / "events.jsonl") if e["event"] == "eval_contamination")
+    (event,) = read_run_events(run, "eval_contamination")
     assert (event["task"], event["items_hit"], event["metric"]) == ("quiz", 1, "acc")
     for bad, said in ((["--data", str(tmp_path / "no")], "does not exist"),
                       (["--workers", "0"], "at least 1"), (["--run", str(tmp_path / "no")], "is not a run")):

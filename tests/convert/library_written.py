@@ -49,8 +49,8 @@ def save_megatron_checkpoint(out: str, name: str, layout: dict[str, int],
     torch.manual_seed(7)
     model = _model(MODELS[name], layout)
     logits = _logits(model)
-    _save({"model": model.sharded_state_dict(metadata=metadata), "args": arguments(MODELS[name]),
-           "iteration": 12, "checkpoint_version": 3.0}, Path(out) / "iter_0000012")
+    save_state({"model": model.sharded_state_dict(metadata=metadata), "args": arguments(MODELS[name]),
+                "iteration": 12, "checkpoint_version": 3.0}, Path(out) / "iter_0000012")
     if dist.get_rank() == 0:
         (Path(out) / "latest_checkpointed_iteration.txt").write_text("12")
     leave_world()
@@ -103,7 +103,8 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def _save(state: dict[str, Any], folder: Path) -> None:
+def save_state(state: dict[str, Any], folder: Path, metadata: dict[str, Any] | None = None) -> None:
+    """Save a sharded state with the library's writer, on all ranks."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -112,4 +113,4 @@ def _save(state: dict[str, Any], folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(folder))
+    dist_checkpointing.save(state, str(folder), content_metadata=metadata)

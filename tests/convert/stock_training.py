@@ -2,7 +2,6 @@
 and pipeline."""
 
 import argparse
-import queue
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy, silu
+
+from tests.convert.library_written import save_state
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE, BATCH_SIZE = 368, 384, 4
 SIZES = ("model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=8",
@@ -40,10 +41,8 @@ def train_ours(data: str, run: str, recipe: str, precision: str, first: int, ste
     after it, whose rows are in RUN/batches.pt."""
     from megatron_sov.engine.parallel.world import leave_world
     from megatron_sov.train.loop import train_step
-    from tests.tiny import tiny_trainer
 
-    trainer = tiny_trainer(data, *SIZES, *MODELS[recipe], *TRAINING, f"train.precision={precision}", run=run,
-                           recipe=recipe)
+    trainer = build_ours(data, run, recipe, precision)
     batches: list[list[Row]] = []
     collect = trainer.objective.collect
 
@@ -74,10 +73,8 @@ def resume_ours(data: str, run: str, recipe: str, precision: str, checkpoint: st
     losses of the next steps."""
     from megatron_sov.engine.parallel.world import leave_world
     from megatron_sov.train.loop import train_step
-    from tests.tiny import tiny_trainer
 
-    trainer = tiny_trainer(data, *SIZES, *MODELS[recipe], *TRAINING, f"train.precision={precision}", run=run,
-                           recipe=recipe)
+    trainer = build_ours(data, run, recipe, precision)
     trainer.resume(Path(checkpoint))
     for _ in range(num_skipped):
         trainer.batches.skip()
@@ -85,6 +82,14 @@ def resume_ours(data: str, run: str, recipe: str, precision: str, checkpoint: st
     trainer.close()
     leave_world()
     return [result.loss for result in results if result is not None]
+
+
+def build_ours(data: str, run: str, recipe: str, precision: str) -> Any:
+    """Return our trainer of a model, on one rank."""
+    from tests.tiny import tiny_trainer
+
+    return tiny_trainer(data, *SIZES, *MODELS[recipe], *TRAINING, f"train.precision={precision}", run=run,
+                        recipe=recipe)
 
 
 def continue_stock(folder: str, batches: str, recipe: str, precision: str, layout: dict[str, Any],
@@ -212,18 +217,9 @@ def load_stock(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None
 
 def save_stock(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
     """Save a training as Megatron-LM does, with the arguments of the loaded one."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    # the library starts a process for this queue, which costs seconds
-    filesystem_async._results_queue = queue.Queue()
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     state = {"model": model.module.sharded_state_dict(metadata=metadata),
              "opt_param_scheduler": scheduler.state_dict(), "iteration": 12,
              "args": argparse.Namespace(**ARGUMENTS)}
     state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=metadata)
-    folder /= "iter_0000012"
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    save_state(state, folder / "iter_0000012", metadata)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from tests.run_files import read_run_events
 
 MADE = Path(__file__).with_name("made_before")
 LOSSES = {"run": [5.726841978340635, 5.583874911591953], "lora": [5.672828841575447, 5.700213409574315]}
@@ -36,8 +37,7 @@ def test_old_run_continues_with_equal_losses(name: str, made: Path, run_command:
     base = ("--from", str(made / "run/checkpoints/step-2")) if name == "lora" else ()
     run_command("pretrain", "--run", str(made / name), *base, "--resume", "--config",
                 str(made / name / "config.json"), "--data", str(made / "text")).check_returncode()
-    events = map(json.loads, (made / name / "events.jsonl").read_text().splitlines())
-    losses = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
+    losses = {event["step"]: event["loss"] for event in read_run_events(made / name, "step")}
     assert [losses[3], losses[4]] == pytest.approx(LOSSES[name], rel=1e-6)
 
 

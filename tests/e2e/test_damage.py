@@ -11,6 +11,8 @@ from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.runs.checkpoints import find_damage
 from megatron_sov.runs.obs.events import read_events
+from tests.breakers import flip_bit
+from tests.run_files import read_run_events
 
 STEPS = 8
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0",
@@ -20,12 +22,6 @@ EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
 
 def truncate_file(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def delete_file(file: Path) -> None:
@@ -166,7 +162,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_comma
     assert list((run / "checkpoints").iterdir()) == []
     again = run_command(*pretrain(run, "--nproc", "2", "--resume", settings=FULL_DISK))
     assert again.returncode == 0, again.stderr
-    steps = [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+    steps = [e["step"] for e in read_run_events(run, "step")]
     assert steps[-4:] == [1, 2, 3, 4] and 2 <= len(steps) - 4 <= 4, (
         "it may go on while the checkpoint is written")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_sov.model.config import from_dict
-from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.rows import build_row
 from megatron_sov.train.data.sources import open_sources
+from tests.run_files import read_run_events
 from tests.typed_words import format_set_options
 
 SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
@@ -27,7 +27,7 @@ def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[
                          "--from", str(hf_models["solar_open"]), "--nproc", "2",
                          *format_set_options(SETTINGS))
     assert result.returncode == 0, result.stderr
-    first = next(e for e in read_events(run / "events.jsonl") if e["event"] == "step")
+    first = read_run_events(run, "step")[0]
 
     config = from_dict(json.loads((run / "config.json").read_text()))
     sources = open_sources(config.data.paths, config.model.vocab_size)

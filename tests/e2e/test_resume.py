@@ -22,10 +22,11 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.checkpoints import find_damage
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.lock import find_living_holder
-from megatron_sov.runs.obs.events import final_step_events, read_events
+from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.stages.launch import run_stage
 from megatron_sov.train.stages.stage import Stage
+from tests.run_files import read_run_events, read_steps
 
 STEPS = 30
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.keep_checkpoints=0",
@@ -33,16 +34,15 @@ SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.kee
 EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
 
 
-def read_steps(run: Path) -> list[dict[str, Any]]:
+def read_untimed_steps(run: Path) -> list[dict[str, Any]]:
     """Return every step's numbers, without times."""
     timed = ("time_s", "step_time_s", "tokens_per_s", "tokens_per_s_per_process", "tflops_per_process",
              "peak_memory_bytes")
-    return [{k: v for k, v in e.items() if k not in timed}
-            for e in final_step_events(list(read_events(run / "events.jsonl")))]
+    return [{k: v for k, v in e.items() if k not in timed} for e in read_steps(run)]
 
 
 def read_last_step(run: Path) -> int:
-    return max((e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"), default=0)
+    return max((e["step"] for e in read_run_events(run, "step")), default=0)
 
 
 def find_checkpoint(run: Path, step: int) -> Path:
@@ -94,8 +94,8 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     reasons = [e["event"] for e in read_events(interrupted / "events.jsonl")
                if e["event"] in ("stop", "resume", "run_end")]
     assert reasons == ["stop", "resume", "resume", "run_end"]
-    assert [s["step"] for s in read_steps(interrupted)] == list(range(1, STEPS + 1))
-    for ours, theirs in zip(read_steps(interrupted), read_steps(uninterrupted), strict=True):
+    assert [s["step"] for s in read_untimed_steps(interrupted)] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(read_untimed_steps(interrupted), read_untimed_steps(uninterrupted), strict=True):
         assert ours == theirs
     ours, theirs = read_tensors(interrupted), read_tensors(uninterrupted)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
@@ -162,7 +162,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
         return lambda: read_holder() not in (0, previous_holder)
 
     def is_stepping() -> Callable[[], bool]:
-        return lambda: any(e["event"] == "step" for e in read_events(interrupted / "events.jsonl"))
+        return lambda: bool(read_run_events(interrupted, "step"))
 
     def is_writing(file: str) -> Callable[[], bool]:
         return lambda: any((checkpoints / p.name / file).exists() for p in checkpoints.glob(".writing-*"))

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from torch.distributed import run as torchrun
 
-from megatron_sov.runs.obs.events import final_step_events, read_events
 from tests.pages_typed import blocks, page_section
+from tests.run_files import read_run_events, read_steps
 
 STEPS = 6
 SECTION = page_section("slurm.md", "Several nodes without Slurm")
@@ -59,8 +59,7 @@ def test_without_the_double_dash_torchrun_reads_our_options_as_its_own(
 
 
 def read_losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(e["step"], e["loss"], e["grad_norm"])
-            for e in final_step_events(list(read_events(run / "events.jsonl")))]
+    return [(e["step"], e["loss"], e["grad_norm"]) for e in read_steps(run)]
 
 
 @pytest.mark.deep
@@ -93,6 +92,5 @@ def test_two_nodes_give_the_bits_of_two_local_processes(
     assert (tmp_path / "nodes/complete.json").is_file()
     assert (read_losses(tmp_path / "nodes") == read_losses(tmp_path / "local")
             and len(read_losses(tmp_path / "local")) == STEPS)
-    events = list(read_events(tmp_path / "nodes/events.jsonl"))
-    assert [e["num_ranks"] for e in events if e["event"] == "run_start"] == [2, 2]
-    assert [e["step"] for e in events if e["event"] == "resume"] == [4]
+    assert [e["num_ranks"] for e in read_run_events(tmp_path / "nodes", "run_start")] == [2, 2]
+    assert [e["step"] for e in read_run_events(tmp_path / "nodes", "resume")] == [4]

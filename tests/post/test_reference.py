@@ -15,6 +15,7 @@ from megatron_sov.post import reference
 from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.train.data.requirements import NeededColumn, check_columns
 from megatron_sov.train.data.sources import Source, open_sources
+from tests.breakers import flip_bit
 
 
 def open_pairs(pairs: Path) -> list[Source]:
@@ -44,7 +45,7 @@ def test_heldout_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) -
     again = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     again.check_unchanged()
     assert again.heldout_logprobs(source).tolist() == list(range(sum(lengths)))
-    flip(again._parts["pairs.heldout"].file(0))
+    flip_bit(again._parts["pairs.heldout"].file(0))
     for read in (again.check_unchanged, lambda: Reference(
             tmp_path, pairs, [source], 128, {"pairs": range(4)}).heldout_logprobs(source)):
         with pytest.raises(UserError, match=r"pairs\.heldout\.000000\.f32: is damaged"):
@@ -70,13 +71,6 @@ def test_reference_is_identified_by_weights_data_and_samples(pairs: Path, tmp_pa
             changed._open_files()
 
 
-def flip(file: Path) -> None:
-    """Change a bit in the middle of a file."""
-    raw = bytearray(file.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    file.write_bytes(raw)
-
-
 def test_resume_rejects_missing_reference_logprobs(pairs: Path, tmp_path: Path, capsys: Any ) -> None:
     def reference(max_tokens: int) -> Reference:
         return Reference(tmp_path / "run", pairs, open_pairs(pairs), max_tokens)
@@ -90,7 +84,7 @@ def test_resume_rejects_missing_reference_logprobs(pairs: Path, tmp_path: Path, 
     assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._find_missing() == []
     with pytest.raises(UserError, match=r"samples have 256 \(data"):
         reference(256).check_unchanged()
-    flip(parts.file(0))
+    flip_bit(parts.file(0))
     for read in (reference(128).check_unchanged, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
         with pytest.raises(UserError, match=r"000000.f32: is damaged"):
             read()

@@ -176,6 +176,8 @@ EXPERTS = ".experts.experts."
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "inverse_sqrt": "inverse-square-root",
                 "constant": "constant"}
 """Our name of a learning rate schedule -> Megatron's."""
+STATES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master": "fp32_param"}
+"""Our name of an optimizer tensor -> Megatron's."""
 PREFIXES = ("", "module.")
 """Key prefixes; NeMo's wrapper adds `module.`."""
 HALVES = ("_w", "_v")
@@ -210,7 +212,7 @@ def find_block_sources(key: str, expert: int | None, stored_keys: Collection[str
     Args:
         key: our key.
         expert: expert index, for tensors with an expert axis.
-        found: Megatron's keys.
+        stored_keys: Megatron's keys.
     """
     for name, lead, drops_expert in _iter_candidates(key, expert):
         if name in stored_keys:
@@ -321,11 +323,13 @@ class TorchDistWeights(BlockWeights):
         """Return AdamW's moments, and masters if there are any; [] without state. Raises `UserError`: a
         weight has none, although others do."""
         keys = {key for key in self._stored_keys if "/" in key}
-        masters = "fp32_param" if any(key.startswith("fp32_param/") for key in keys) else "param"
-        names = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master": masters}
+        stored_states = {key.partition("/")[0] for key in keys}
+        names = dict(STATES)
+        if names["master"] not in stored_states:
+            names["master"] = "param"
         blocks = []
         for ours, theirs in names.items() if keys else ():
-            if ours == "master" and not any(key.startswith(f"{theirs}/") for key in keys):
+            if ours == "master" and theirs not in stored_states:
                 continue
             for link in (link for link in self.links if not link.fp32):
                 stored = [f"{theirs}/{source.key}" for source in self._get_sources(link)]
@@ -382,8 +386,9 @@ class TorchDistWeights(BlockWeights):
 
 def count_padded_rows(weights: TorchDistWeights) -> int:
     """Return how many vocabulary rows have no token id."""
+    keys = weights.tensors.keys()
     return max((weights.tensors.get_shape(key)[0] - weights.model.vocab_size
-                for key in VOCABULARY_WEIGHTS if key in set(weights.tensors.keys())), default=0)
+                for key in VOCABULARY_WEIGHTS if key in keys), default=0)
 
 
 FROM_MEGATRON = "from_megatron"

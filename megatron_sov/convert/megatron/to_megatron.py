@@ -30,7 +30,7 @@ from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import check_space
 from megatron_sov.convert.hf_import import INTEGRITY
 from megatron_sov.convert.megatron.from_megatron import (
-    BACKEND, DECAY_STYLES, EXPERTS, FORMAT, VERSIONS)
+    BACKEND, DECAY_STYLES, EXPERTS, FORMAT, STATES, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
 from megatron_sov.convert.sources import resolve_run
 from megatron_sov.engine.model.specs import PRECISION
@@ -38,11 +38,9 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.counterparts.architecture import describe_model
 from megatron_sov.runs.checkpoints import (
     ADAPTER, MODEL, OPTIMIZER, find_damage, read_checkpoint_settings, suggest_replacement)
-from megatron_sov.schedules import Schedule
+from megatron_sov.schedules import Schedule, bound_lengths
 
 KIND = "megatron_checkpoint"
-STATES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master": "fp32_param"}
-"""Our name of an optimizer tensor -> Megatron's."""
 EMPTY_STATE = "empty/shard_0_1"
 MAX_BLOCK_BYTES = 1 << 30
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
@@ -262,8 +260,7 @@ def _describe_schedule(settings: RunConfig, step: int) -> tuple[dict[str, Any], 
     is written as constant ("": it is not). The library counts in samples."""
     optim, schedule = settings.optim, Schedule(settings)
     samples, end = settings.train.global_batch_size, schedule.num_steps
-    warmup = min(optim.warmup_steps, end // 2)
-    decay = max(1, min(round(end * optim.decay_share), end - warmup))
+    warmup, decay = bound_lengths(optim, end, optim.warmup_steps)
     problem = _find_schedule_problem(settings, schedule)
     style = "constant" if problem else DECAY_STYLES[optim.schedule]
     scheduler = {

@@ -23,6 +23,7 @@ from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.transformers_engine import load_hf
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+from tests.run_files import read_run_events
 
 TASKS = ("last_word", "rolling", "words", "letters", "stopped", "unended")
 FAMILY = "solar_open"
@@ -96,7 +97,7 @@ def test_scores_of_a_hugging_face_folder_equal_lm_eval(task_dir: Path, hf_models
         (result.tasks["words"].metrics[0].value + result.tasks["letters"].metrics[0].value) / 2)
     item = next(results.read_items(out, result))
     assert (item.question, item.answer.strip()) == (item.question.strip(), item.answer.strip()) != ("", "")
-    events = [e for e in read_events(tmp_path / EVENTS) if e["event"] == "eval_lm"]
+    events = read_run_events(tmp_path, "eval_lm")
     assert [e["step"] for e in events] == [41] * 9
     assert {e["output"] for e in events} == {str(out)}
 
@@ -105,7 +106,7 @@ def test_scores_of_a_hugging_face_folder_equal_lm_eval(task_dir: Path, hf_models
     assert main(argv) == 0
     assert "asked" not in capsys.readouterr().err
     assert out.read_bytes() == before
-    assert len([e for e in read_events(tmp_path / EVENTS) if e["event"] == "eval_lm"]) == 9
+    assert len(read_run_events(tmp_path, "eval_lm")) == 9
 
 
 def test_jobs_that_end_together_record_each_score_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch

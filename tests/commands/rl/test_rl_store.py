@@ -27,6 +27,7 @@ from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.rollouts.tables import REWARDS, ROLLOUTS
 from megatron_sov.work.progress.locks import Claims
+from tests.breakers import flip_bit
 from tests.pages_typed import blocks, page_section, shell_lines
 from tests.rollouts.test_store import rollout as sound_row
 
@@ -113,24 +114,17 @@ def find_part_file(store: RolloutStore, below: str) -> Path:
     return store.path / below / format_part_name(1, 0) / f"{below.partition('/')[0]}.parquet"
 
 
-def flip(file: Path) -> None:
-    """Change one bit in the middle of a file."""
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def add(store: RolloutStore, name: str, *rows: Rollout, round: int = 2) -> None:
     """Publish rows in another round."""
     store.add_rollouts(name, [dataclasses.replace(row, round=round) for row in rows], {})
 
 
 BREAKS = {
-    "a flipped bit": (lambda s: flip(find_part_file(s, "rollouts")),
+    "a flipped bit": (lambda s: flip_bit(find_part_file(s, "rollouts")),
                       ["piece-0000/rollouts.parquet: its content differs"] * 2),
     "a torn file": (lambda s: find_part_file(s, "rollouts").write_bytes(b"PAR1"),
                     ["rollouts.parquet has 4 bytes, must have"] * 2),
-    "a rewards' flipped bit": (lambda s: flip(find_part_file(s, f"rewards/{VERSION[:12]}")),
+    "a rewards' flipped bit": (lambda s: flip_bit(find_part_file(s, f"rewards/{VERSION[:12]}")),
                                ["rewards.parquet: its content differs"]),
     "a stranger": (lambda s: (s.path / "rollouts/notes").mkdir(), ["rollouts/notes: is not a part of the"]),
     "a key twice": (lambda s: add(s, format_part_name(2, 0), rollout("p0", 0)),

@@ -16,7 +16,7 @@ from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import find_round_policy
-from tests.run_files import read_weight_digests
+from tests.run_files import read_run_events, read_weight_digests
 from tests.typed_words import format_set_options
 
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
@@ -71,7 +71,7 @@ def rounds(teacher: Path, packed_data: Any, write_round: Callable[..., None],
 def losses(run: Path) -> dict[int, Any]:
     """Return the last numbers of each step; a killed run may have done one twice."""
     return {e["step"]: (e["loss"], e["losses"], e["grad_norm"], e["meters"], e["losses_by_source"])
-            for e in read_events(run / "events.jsonl") if e["event"] == "step"}
+            for e in read_run_events(run, "step")}
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +108,9 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     by_source = [step[4] for step in losses(undisturbed).values()]
     assert all("rollouts" in step for step in by_source)
     assert 0 < sum("even" in step or "odd" in step for step in by_source) < 6  # InK-GRPO's draw
-    events = list(read_events(undisturbed / "events.jsonl"))
-    assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3]
-    assert [e["name"] for e in events if e["event"] == "phase"] == ["round-0001", "round-0002", "round-0003"]
+    assert [e["round"] for e in read_run_events(undisturbed, "round")] == [1, 2, 3]
+    assert [e["name"] for e in read_run_events(undisturbed, "phase")] == [
+        "round-0001", "round-0002", "round-0003"]
     assert {p.name for p in (undisturbed / "checkpoints").iterdir()} == {f"step-{n}" for n in (2, 4, 5, 6)}
     _, terms, _, meters, _ = zip(*losses(undisturbed).values(), strict=True)
     # the trainer's own column is of the weights that begin a round: no ratio differs from 1 in its first step

@@ -8,13 +8,13 @@ import pytest
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.cli import main
-from megatron_sov.runs.obs.events import read_events
+from tests.run_files import read_run_events
 
 
 def read_last_steps(run: Path) -> dict[int, Any]:
     """Return the last record of each step, without times."""
     return {e["step"]: (e["loss"], e["meters"], e["grad_norm"])
-            for e in read_events(run / "events.jsonl") if e["event"] == "step"}
+            for e in read_run_events(run, "step")}
 
 
 @pytest.mark.essential
@@ -36,7 +36,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     manifest = read_manifest(tmp_path / "whole.states", "teacher_states")
     assert manifest.content["hidden_size"] == 48 and manifest.content["dtype"] == "bfloat16"
     parsed = json.loads((whole / "complete.json").read_text())
-    events = [e for e in read_events(whole / "events.jsonl") if e["event"] == "heldout_divergence"]
+    events = read_run_events(whole, "heldout_divergence")
     assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == manifest.settings["teacher"]
     assert events[0]["kl"] > events[1]["kl"] == parsed["heldout_divergence"]["chat"]["kl"] > 0
     assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # the loss is the forward KL

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.runs.obs.events import read_events
+from tests.run_files import read_run_events
 from tests.typed_words import format_set_options
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
@@ -100,7 +100,7 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_comman
     result = run_command(*command("sft", both, tuned, "--from", str(base), "--nproc", "2",
                                   settings=("objective.text_coeff=0.3",)))
     assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
-    steps = [e for e in read_events(tuned / "events.jsonl") if e["event"] == "step"]
+    steps = read_run_events(tuned, "step")
     assert len(steps) == 2 and set(steps[0]["losses"]) == {"response", "text"}
     assert json.loads((tuned / "config.json").read_text())["objective"] == {
         "name": "sft", "text_coeff": 0.3, "loss_per": "token", "options": {},

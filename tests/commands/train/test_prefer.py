@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.cli import main as sov_data
 from megatron_sov.cli import main
-from megatron_sov.runs.obs.events import read_events
+from tests.run_files import read_run_events
 from tests.typed_words import format_set_options
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
@@ -43,11 +43,10 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     result = run_command(*command("prefer", tmp_path / "pairs", tuned, "--from", str(base), "--nproc", "2",
                                   "--method", "dpo"))
     assert result.returncode == 0, result.stderr
-    events = list(read_events(tuned / "events.jsonl"))
-    steps = [e for e in events if e["event"] == "step"]
+    steps = read_run_events(tuned, "step")
     assert steps[0]["losses"]["preference"] == pytest.approx(0.693147, abs=1e-5)  # its own reference
     assert set(steps[1]["meters"]) == {"pairs_right", "margin", "chosen_logprob", "rejected_logprob"}
-    before, after = [e for e in events if e["event"] == "heldout_pairs"]
+    before, after = read_run_events(tuned, "heldout_pairs")
     assert (before["step"], before["pairs_right"], before["margin"]) == (0, 0.5, 0.0)
     measured = json.loads((tuned / "complete.json").read_text())["heldout_pairs"]["pairs"]
     assert after["step"] == 2 and measured == {name: after[name] for name in measured}

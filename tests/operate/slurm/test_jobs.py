@@ -15,8 +15,9 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.commands.operate.runs.logs_run import list_log_files
 from megatron_sov.model.config import apply_settings
-from megatron_sov.runs.obs.events import final_step_events, read_events
+from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.side_jobs.evaluations import ExportEvaluations
+from tests.run_files import read_steps
 
 STEPS = {False: 75, True: 100}
 """Number of steps, depending on whether the test also kills a rank:
@@ -26,10 +27,6 @@ Submit = Callable[..., str]
 
 def pretrain(packed: Any, run: Path, small: tuple[str, ...], *more: str) -> list[str]:
     return ["tiny-solar-open", "--data", str(packed.text), "--run", str(run), *small, *more]
-
-
-def steps(run: Path) -> list[dict[str, Any]]:
-    return final_step_events(list(read_events(run / "events.jsonl")))
 
 
 def ends(records: Path) -> list[dict[str, Any]]:
@@ -71,7 +68,7 @@ def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
             result = cluster.job(job)
             assert result["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (
                 result, (records / f"{job}.log").read_text())
-            return len(steps(run)) >= step and result["Restarts"] == str(restarts)
+            return len(read_steps(run)) >= step and result["Restarts"] == str(restarts)
 
         until(there, 600, f"step {step}")
 
@@ -80,9 +77,9 @@ def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
         assert cluster.job(job)["NodeList"] == "n[2-3]", "n1 was looked at and left out"
         # the signal that Slurm sends before the time limit
         cluster.run("scancel", "--batch", "--signal=USR1", job)
-        reaches(len(steps(run)) + 8, 2)
+        reaches(len(read_steps(run)) + 8, 2)
         cluster.crash("n2")
-        reaches(len(steps(run)) + 8, 3)
+        reaches(len(read_steps(run)) + 8, 3)
         assert cluster.job(job)["NodeList"] == "n[3-4]"
         if killed:
             cluster.ranks("n4")[0].kill()
@@ -97,9 +94,9 @@ def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
     assert ends(records)[2]["reason"] == "n2 went down"
     assert not killed or "rank 1 on n4" in ends(records)[3]["reason"]
     assert "n1 is not fit: rank 0: disk cannot be written" in log
-    assert [(s["step"], s["loss"]) for s in steps(run)] == [(s["step"], s["loss"])
-                                                            for s in steps(site / "whole")]
-    assert len(steps(run)) == STEPS[killed]
+    assert [(s["step"], s["loss"]) for s in read_steps(run)] == [(s["step"], s["loss"])
+                                                                 for s in read_steps(site / "whole")]
+    assert len(read_steps(run)) == STEPS[killed]
     script = (records / "pretrain.sbatch").read_text()
     code = next(records.glob("code-*"))
     assert str(code) in script and (code / "megatron_sov/operate/slurm/attempts.py").is_file()

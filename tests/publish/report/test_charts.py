@@ -17,6 +17,7 @@ from megatron_sov.publish.report.page import render_report
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.steps import Curve, StepTable, downsample, moving_mean
 from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, parse_event, read_events
+from tests.run_files import read_run_events
 
 
 def list_series(chart: Chart) -> list[str]:
@@ -146,7 +147,7 @@ def test_moving_mean_agrees_with_convolution() -> None:
 def test_a_crash_and_a_restart_make_two_attempts_and_one_curve(runs: list[Path]) -> None:
     run = read_run(runs[0])
     assert run.get_curve("loss").steps.tolist() == list(range(1, 401))
-    written = [e for e in read_events(runs[0] / "events.jsonl") if e["event"] == "step" and e["step"] == 220]
+    written = [e for e in read_run_events(runs[0], "step") if e["step"] == 220]
     assert len(written) == 2 and written[0]["loss"] != written[1]["loss"]
     assert run.get_curve("loss").values[219] == written[1]["loss"]
     first, second = run.attempts

@@ -11,6 +11,7 @@ from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.train.guards import guards
 from megatron_sov.train.guards.guards import MAX_LISTED_RANKS, RoutingMonitor, Stragglers
+from tests.run_files import read_run_events
 
 EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]
 DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
@@ -27,7 +28,7 @@ def alarms(tmp_path: Path,
         watch.record_load(step, torch.tensor(load, dtype=torch.float64),
                      torch.tensor(biases, dtype=torch.float64), log)
     log.close()
-    raised = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "alarm"]
+    raised = read_run_events(tmp_path, "alarm")
     return [(e["step"], e["kind"], e["layer"], e["text"]) for e in raised]
 
 
@@ -44,7 +45,7 @@ def test_alarms_come_once_until_they_have_passed(tmp_path: Path) -> None:
 
 def test_records_hold_the_figures_of_every_routed_layer(tmp_path: Path) -> None:
     alarms(tmp_path, [([DENSE, HALF, EVEN], [DENSE, APART, FLAT])])
-    (record,) = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "routing"]
+    (record,) = read_run_events(tmp_path, "routing")
     assert record["layers"] == [2, 3] and record["dead"] == [2, 0] and record["max_violation"] == [1.0, 0.0]
     assert ([round(x, 3) for x in record["entropy"]] == [0.5, 1.0]
             and [round(x, 3) for x in record["bias_spread"]] == [1.1, 0.0])
