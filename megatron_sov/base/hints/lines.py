@@ -332,8 +332,8 @@ def _pair_options(line: Sequence[str]) -> list[str]:
 
 
 def _leave_out(words: Sequence[str], left_out: Sequence[str]) -> list[str]:
-    """Remove words from `words`; "--set a.b=1" in `left_out` stands for an option with its value, typed as two
-    words or joined by "="."""
+    """Remove words from `words`; "--set a.b=1" in `left_out` stands for an option with its value, as
+    two words or joined by "="."""
     rest: list[str] = []
     for number, word in enumerate(words):
         is_option = number + 1 < len(words) and f"{word} {words[number + 1]}" in left_out

@@ -29,6 +29,6 @@ __all__ = [
     "find_declaration_problems", "find_inert_settings", "find_rule_problems", "get_field_hints",
     "get_inner_hint", "get_setting", "is_none_of", "is_one_of", "is_set", "is_unset", "iter_conditions",
     "iter_leaves", "list_fields", "multiple_of_field", "parse_arguments", "parse_changes",
-    "parse_located_yaml", "parse_nested", "parse_percent", "parse_settings", "parse_settings_yaml", "read_command_options",
-    "read_options", "read_settings_file", "read_settings_text", "requires_field",
+    "parse_located_yaml", "parse_nested", "parse_percent", "parse_settings", "parse_settings_yaml",
+    "read_command_options", "read_options", "read_settings_file", "read_settings_text", "requires_field",
     "split_key", "to_plain_values", "to_problem", "try_parse_settings", "use_option_names"]
