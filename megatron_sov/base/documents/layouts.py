@@ -356,6 +356,5 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
         return f"--text-field {guesses.get('text', 'NAME')}"
     columns = guesses or dict.fromkeys(_NEEDED[kind], "FIELD")
     # the prompt first, then in the order of the table
-    ordered = [target for target in dict.fromkeys(("prompt", *load_table()["record_fields"]))
-               if target in columns]
+    ordered = [name for name in dict.fromkeys(("prompt", *load_table()["record_fields"])) if name in columns]
     return "--columns " + ",".join(f"{target}={columns[target]}" for target in ordered)

@@ -235,10 +235,8 @@ def _append_typed(line: str, typed: Sequence[str]) -> str:
 
 def _names_model(typed: Sequence[str]) -> bool:
     """Return whether an option, or a key of a foreign configuration file in `typed`, names a model."""
-    pairs = [word.split("=", 1) if "=" in word else [word, following]
-             for word, following in zip(typed, [*typed[1:], ""], strict=False)]
-    words = [normalize_word(name) for name, value in pairs if name.startswith("-") and not (
-        classify_word(value) == "recipe" and not os.path.exists(value))]
+    words = [normalize_word(name) for name, value in pair_words([*typed, ""])
+             if name.startswith("-") and not (classify_word(value) == "recipe" and not os.path.exists(value))]
     words += [key.lower() for key in _read_configurations(typed)]
     return any(word == "from" or "--from" in index_words("options").get(word, ()) for word in words)
 
