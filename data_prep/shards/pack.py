@@ -15,7 +15,6 @@ from annotated_types import Lt
 from data_prep.shards.foreign_tokenizer import explain_foreign_tokenizer, fix_foreign_tokenizer
 from data_prep.tags import AssignedTag, parse_tags
 from megatron_sov.base.documents import RecordReading
-from megatron_sov.base.documents.files import make_source_name
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.documents.records import find_column_problems
 from megatron_sov.base.errors import Fix, UserError
@@ -165,7 +164,7 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
             name = os.path.basename(os.path.realpath(argument))  # unlike `resolve`, accepts circular links
             if Path(argument).is_file():
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
-            name = make_source_name(name)
+            name = re.sub(r"[^\w.-]+", "-", name).lstrip(".-")
         if not path:
             raise UserError(f"--input {argument!r}: names no file or folder; write NAME=PATH")
         file, colon, weight = path.rpartition(":")

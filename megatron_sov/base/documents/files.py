@@ -323,11 +323,6 @@ def is_json(name: str) -> bool:
     return get_ending(name) == JSON_SUFFIX
 
 
-def make_source_name(stem: str) -> str:
-    """Return the name for the source of a file or folder; "-" takes the place of blanks and signs."""
-    return re.sub(r"[^\w.-]+", "-", stem).lstrip(".-")
-
-
 def get_ending(name: str) -> str:
     """Return a name's ending in lower case, without the compression's ending."""
     path = Path(name)

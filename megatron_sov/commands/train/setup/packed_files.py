@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -24,7 +25,6 @@ from typing import Any
 from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
-from megatron_sov.base.documents.files import make_source_name
 from megatron_sov.base.documents.reading import format_location
 from megatron_sov.base.documents.rows import fix_records, read_lines
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
@@ -207,7 +207,8 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
     for argument in data:
         path = split_weight(argument, f"--data {argument}")[0]
         name, typed = split_source_name(path)
-        stem = make_source_name(Path(typed.removesuffix(".gz").removesuffix(".zst")).stem)
+        stem = Path(typed.removesuffix(".gz").removesuffix(".zst")).stem
+        stem = re.sub(r"[^\w.-]+", "-", stem).lstrip(".-")
         if stem in ("", RESERVED_NAME):
             stem = "data"
         data_file = DataFile(argument, name or stem, Path(typed), bool(name), argument.removeprefix(path))
