@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_sov.base.documents.messages import EMPTY_VALUES, BadRecord, convert_sharegpt
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.table import load_package_table
 
 KINDS = ("text", "chat", "preference", "prompt")
 COMPLETIONS = ("completion", "response")
@@ -305,8 +304,7 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
     return [name for name, value in record.items() if name in unread and value not in EMPTY_VALUES]
 
 
-_FIELD_WORDS: dict[str, list[str]] = yaml.safe_load(
-    Path(__file__).with_name("field_words.yaml").read_text(encoding="utf-8"))
+_FIELD_WORDS: dict[str, list[str]] = load_package_table(Path(__file__).with_name("field_words.yaml"))
 """Target field -> words in names of fields with the same content."""
 _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
            "prompt": ("prompt",), "text": ("text",)}
