@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.checkpoint.load import raise_on_all_ranks
 from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.convert.sources import open_shards
@@ -21,8 +21,7 @@ from megatron_sov.runs.checkpoints import check_model_path
 
 ENCODER_SECTIONS = ("vision_config", "audio_config", "thinker_config")
 """Sections in a multimodal model's `config.json` that contain an encoder's fields."""
-ENCODER_FIELDS: dict[str, dict[str, str]] = yaml.safe_load(
-    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+ENCODER_FIELDS: dict[str, dict[str, str]] = load_package_table(Path(__file__).with_suffix(".yaml"))
 ENCODER_FIELDS["qwen2_audio"] = ENCODER_FIELDS["whisper"]
 """Encoder kind -> field of the transformers config -> our field. Values must agree: weight shapes alone do
 not determine `num_heads`, for example."""

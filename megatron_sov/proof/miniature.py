@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.config.model import LAYER_TYPES
@@ -31,7 +31,7 @@ ROW_TOKENS = 32
 FEW_RUNS = 4
 MOST_ROWS = 128
 """Rows per micro-batch on one process: with 64 heads and 128 experts, 15 MB per row."""
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLES = load_package_table(Path(__file__).with_suffix(".yaml"))
 OVERRIDES: dict[str, Any] = _TABLES["overrides"]
 """Settings without support for float64 on CPUs, or without effect on results. `uncovered` lists changes."""
 UNCOVERED: dict[str, str] = _TABLES["uncovered"]

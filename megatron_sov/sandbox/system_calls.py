@@ -14,10 +14,10 @@ from pathlib import Path
 
 _GROUPS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 _CONDITIONAL = _GROUPS.pop("allowed with conditions")
-FORBIDDEN_CALLS: dict[str, tuple[int | None, int | None]] = {
-    call: (x86_64, aarch64) for group in _GROUPS.values() for call, (x86_64, aarch64) in group.items()}
+FORBIDDEN_CALLS: dict[str, list[int | None]] = {
+    call: numbers for group in _GROUPS.values() for call, numbers in group.items()}
 """Calls that no program may make -> number on x86-64, and on aarch64."""
-NUMBERS = FORBIDDEN_CALLS | {call: (x86_64, aarch64) for call, (x86_64, aarch64) in _CONDITIONAL.items()}
+NUMBERS = FORBIDDEN_CALLS | _CONDITIONAL
 """Call -> number on x86-64, and on aarch64."""
 LAST_KNOWN = 450
 """Largest number in Linux 6.1, the version of `NUMBERS`."""

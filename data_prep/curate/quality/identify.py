@@ -16,11 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from annotated_types import MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
 from megatron_sov.base.documents.scripts import count_letters_by_script
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.base.settings import Share, choice_from
 
 _SPACE = re.compile(r"\s")
@@ -210,7 +210,7 @@ class LanguageTables:
 
 @lru_cache(maxsize=1)
 def load_language_tables() -> LanguageTables:
-    raw = yaml.safe_load(TABLES_FILE.read_text(encoding="utf-8"))
+    raw = load_package_table(TABLES_FILE)
     return LanguageTables(raw["main_languages"], {script: frozenset(names.split()) for script, names
                                                   in raw["shared_scripts"].items()},
                           frozenset(raw["common"].split()))

@@ -10,12 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_prep.curate.sources.encodings import DETECT, EncodingLimits, decode_text, read_unpacked
 from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece, SourceSettings
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.hints.table import load_package_table
 
 LICENCE_FILE = re.compile(r"(?:(?:un)?licen[cs]es?|copying|copyright)(?:[.-][\w.-]+)?$", re.IGNORECASE)
 HEAD_CHARS = 3000
@@ -48,7 +47,7 @@ def find_header_licence(text: str) -> str:
 
 @cache
 def _load_tables() -> dict[str, Any]:
-    tables: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("code.yaml").read_text(encoding="utf-8"))
+    tables: dict[str, Any] = load_package_table(Path(__file__).with_name("code.yaml"))
     return tables
 
 

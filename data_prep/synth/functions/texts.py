@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import regex
-import yaml
 
 from data_prep.curate.quality.identify import (
     UNKNOWN_LANGUAGE, detect_form, extract_language_text, identify_language, load_language_tables)
 from data_prep.synth.declared.parsers import parse_tagged_texts
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.documents.scripts import LANGUAGES, count_letters_by_script
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.base.settings import choice_from
 from megatron_sov.judge.rewards.surface import LanguageReward
 
@@ -63,7 +63,7 @@ IdentifiableLanguage = Annotated[str, choice_from(
 
 @lru_cache(maxsize=2)
 def _read_yaml(file: Path) -> Mapping[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content: dict[str, Any] = load_package_table(file)
     return content
 
 

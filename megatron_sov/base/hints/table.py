@@ -1,5 +1,5 @@
-"""Lookups in `words.yaml`, which maps words of Megatron-LM, Hugging Face, TRL, axolotl, lm-eval and nanochat
-to options, settings and commands."""
+"""Load the YAML tables of these packages, and look up words of Megatron-LM, Hugging Face, TRL, axolotl,
+lm-eval and nanochat in `words.yaml`, which maps them to options, settings and commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 FILE = Path(__file__).with_name("words.yaml")
 FILE_OPTIONS = ("--from", "--data", "--run", "--nproc", "--reward", "--prompts", "--nodes")
@@ -17,13 +20,18 @@ MIN_PREFIX = 4
 _ENDINGS = re.compile(r"(izations?|ations?|ings?|ers?|ed|es|e|s)\Z")
 
 
+def load_package_table(file: Path | Traversable) -> Any:
+    """Load a YAML file of these packages by libyaml if PyYAML has it: modules load tables at import, and
+    PyYAML's own parser takes ten times as long."""
+    import yaml  # not at the top: `--help` of a program reads no YAML
+
+    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 @cache
 def load_table() -> Mapping[str, Any]:
     """Load `words.yaml`: section name -> rows."""
-    import yaml  # not at the top: `--help` of a program reads no YAML
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    rows: Mapping[str, Any] = yaml.load(FILE.read_text(encoding="utf-8"), loader)
+    rows: Mapping[str, Any] = load_package_table(FILE)
     return rows
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
 from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.config.bounds import MAX_LAYERS
@@ -25,7 +26,7 @@ from megatron_sov.model.families.family import COMMON_VALUES, EXPERT_GROUPS, Tok
 Stated = Mapping[str, Any]
 """Setting under Megatron's name -> value; a setting that the source does not mention is missing."""
 # architecture.yaml says what each table maps
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLES = load_package_table(Path(__file__).with_suffix(".yaml"))
 RENAMED: dict[str, str] = _TABLES["renamed"]
 MEGATRON_DEFAULTS: dict[str, Any] = _TABLES["megatron_defaults"]
 EXPERT_NAMES: dict[str, str] = _TABLES["expert_names"]

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.base.plugins.loading import LoadedPlugin, call_plugin
 from megatron_sov.base.plugins.registry import Registry, accepts_arguments
 from megatron_sov.model.config import (
@@ -83,7 +82,7 @@ RECIPES: dict[str, Recipe] = {
         "LGAI-EXAONE/EXAONE-4.0-1.2B, compared with Megatron-Bridge's test_exaone4_provider.py")),
     "hyperclovax-14b": Recipe(open_models.hyperclovax_14b, open_models.dense_sources(
         f"naver-hyperclovax/HyperCLOVAX-SEED-Think-14B, {UNCOMPARED}"))}
-TINY: dict[str, str] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text(encoding="utf-8"))
+TINY: dict[str, str] = load_package_table(Path(__file__).with_name("tiny.yaml"))
 """Tiny recipe -> full-size recipe with the same structure."""
 
 

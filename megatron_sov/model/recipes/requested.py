@@ -29,7 +29,7 @@ from megatron_sov.model.config.learning import BUILT_IN
 from megatron_sov.model.config.run import iter_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
-from megatron_sov.model.recipes.stage_defaults import build_base_config
+from megatron_sov.model.recipes.stage_defaults import LENGTHS, build_base_config
 
 BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]
 """Built-in objectives (`objectives.BUILT_IN`)."""
@@ -224,10 +224,6 @@ def _find_changed_settings(config: RunConfig) -> set[str]:
              recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
     return {key for key in setting_names() if key not in DERIVED and not key.startswith("model.")
             and get_setting(config, key) not in [get_setting(other, key) for other in usual]}
-
-
-LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
-"""Settings for the run's length, by precedence."""
 
 
 def _refuse_two_lengths(config: RunConfig, requested: Collection[str]) -> None:

@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.model.config import RunConfig
 
 Kind = Literal["published", "config.json", "ours", "yours", "default"]
@@ -72,7 +71,8 @@ def read_sources(recipe: str) -> Sources:
 
 @cache
 def _load_tables() -> dict[str, dict[str, str]]:
-    return dict(yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")))
+    tables: dict[str, dict[str, str]] = load_package_table(Path(__file__).with_suffix(".yaml"))
+    return tables
 
 
 def derive_sources(sources: Sources, changed: Sources) -> Sources:

@@ -17,6 +17,8 @@ from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunC
 Stage = Literal["sft", "preference", "distill", "policy"]
 COMMANDS: dict[str, str] = {"sft": "sft", "preference": "prefer", "distill": "distill", "policy": "rl"}
 """Stage objective -> stage name in messages."""
+LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
+"""Settings for the run's length, by precedence."""
 MAX_DEFAULT_EPOCHS = 20.0
 """Maximum passes over the data unless the user sets the length."""
 MAX_RATE_RATIO = 5.0
@@ -137,7 +139,7 @@ def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float, 
     rate = defaults.rate(num_params, lora=config.lora.on)
     if config.optim.lr > MAX_RATE_RATIO * rate.lr and not any(phase.lr for phase in config.data.phases):
         command, options = COMMANDS[stage], ["--set", f"optim.lr={rate.lr:g}"]
-        if defaults.epochs and not {"train.steps", "train.tokens", "train.epochs"} & {*requested}:
+        if defaults.epochs and not {*LENGTHS} & {*requested}:
             options += ["--set", f"train.epochs={defaults.epochs:g}"]
         raise UserError(f"optim.lr = {config.optim.lr:g}: is the pretraining rate of recipe {config.recipe}, "
                         f"and {command} takes {rate.lr:g}; leave RECIPE out to train by the defaults of "

@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.gpu_capacity import fits_gpu
 from megatron_sov.work.clusters.chips import CHIPS
@@ -18,8 +17,7 @@ _SEPARATOR = re.compile(r" (?=[a-z])")
 """Between the settings of a layout; spaces in lists are not followed by a letter."""
 RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
     recipe: {gpu: tuple(tuple(_SEPARATOR.split(line)) for line in lines) for gpu, lines in layouts.items()}
-    for recipe, layouts in yaml.safe_load(
-        Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).items()}
+    for recipe, layouts in load_package_table(Path(__file__).with_suffix(".yaml")).items()}
 """Recipe -> GPU (`clusters.chips.CHIPS`) -> layouts, best first."""
 LAYOUT_PREFIXES = ("parallel.", "train.micro_batch_size=", "train.recompute=", "gpu.recompute_modules=")
 """Prefixes: such settings replace the recommended layout."""

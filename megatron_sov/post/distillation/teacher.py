@@ -193,7 +193,7 @@ def _read_parts(loaded: LoadedModel, reading: TeacherReading, sources: list[Sour
         longest = max(longest, *(sum(part_lengths[i] for i in row) for row in part_rows))
     part = parts[dp_rank] if dp_rank < len(parts) else None
     local_rows = rows[dp_rank] if part else []
-    documents = _read_documents(sources, part) if part else []
+    documents = _read_documents(sources, part, lengths[dp_rank]) if part else []
     micro_batches = [DocumentBatch([documents[i] for i in row], device, longest) for row in local_rows]
     micro_batches += [DocumentBatch([[0]], device, longest)] * (max(map(len, rows)) - len(local_rows))
 
@@ -218,11 +218,11 @@ def _read_part_lengths(sources: list[Source], part: StatesPart) -> list[int]:
     return [int(lengths[part.first_document + number]) for number in range(part.num_documents)]
 
 
-def _read_documents(sources: list[Source], part: StatesPart) -> list[list[int]]:
-    """Return the token ids of each document in a part."""
+def _read_documents(sources: list[Source], part: StatesPart, lengths: list[int]) -> list[list[int]]:
+    """Return the token ids of each document in a part; `lengths`: see `_read_part_lengths`."""
     shard = sources[part.source].open_split(part.split)
     return [shard.tokens(part.first_document + number, 0, length).tolist()
-            for number, length in enumerate(_read_part_lengths(sources, part))]
+            for number, length in enumerate(lengths)]
 
 
 def gather_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:

@@ -7,9 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.work.clusters.units import GIB
 
 INSIDE_LATENCY_S = 3.3e-6
@@ -109,8 +108,8 @@ class Links:
 
 
 def _read_chips() -> dict[str, Chip]:
-    text = importlib.resources.files("slurm").joinpath("chips.yaml").read_text(encoding="utf-8")
-    rows: dict[str, dict[str, Any]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    rows: dict[str, dict[str, Any]] = load_package_table(
+        importlib.resources.files("slurm").joinpath("chips.yaml"))
     # map every spelling to a key: the table's, the vendor's, CUDA's
     _aliases.update({_normalize_name(name): key for key, row in rows.items()
                      for name in (key, row["name"], *row["aliases"])})

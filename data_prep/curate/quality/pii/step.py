@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from annotated_types import MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.base.settings import Bound, ProblemCode, Violation, choice_from
 
 # Finders yield spans only if the surrounding text and the check digits confirm them: versions, dates,
@@ -294,7 +294,7 @@ class PiiSettings:
 @lru_cache(maxsize=1)
 def load_masked_names() -> dict[str, dict[str, str]]:
     """Return kind -> language -> name for placeholders."""
-    names: dict[str, dict[str, str]] = yaml.safe_load(NAMES_FILE.read_text(encoding="utf-8"))
+    names: dict[str, dict[str, str]] = load_package_table(NAMES_FILE)
     return names
 
 

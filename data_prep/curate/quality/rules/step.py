@@ -10,13 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from annotated_types import Ge, Le
 
 from data_prep.curate.line_ends import strip_lines
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
 from data_prep.curate.quality.identify import Form
 from data_prep.curate.quality.rules.words import RuleWords, Unit
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.base.settings import (
     NotNegative, NotNegativeInt, SettingsProblem, Share, choice_from, try_parse_settings)
 
@@ -139,7 +139,7 @@ class LanguageRules:
 
 @lru_cache(maxsize=1)
 def _load_languages() -> dict[str, dict[str, Any]]:
-    languages: dict[str, dict[str, Any]] = yaml.safe_load(LANGUAGES_FILE.read_text(encoding="utf-8"))
+    languages: dict[str, dict[str, Any]] = load_package_table(LANGUAGES_FILE)
     return languages
 
 

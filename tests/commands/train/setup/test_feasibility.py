@@ -44,6 +44,9 @@ def test_a_pretraining_learning_rate_is_refused_unless_set(packed_data: Any) -> 
         "optim.lr = 0.004: is the pretraining rate of recipe tiny-qwen3, and sft takes 2e-05; leave RECIPE "
         "out to train by the defaults of sft, or set the rate that you want, e.g. --set optim.lr=2e-05")
     assert "e.g. --set optim.lr=2e-05 --set train.epochs=3" in get_refusal(request(data, recipe="tiny-qwen3"))
+    rounds = request([], "rollout.rounds=2", stage="policy", recipe="tiny-qwen3")
+    with pytest.raises(UserError, match=r"--set optim\.lr=1e-06$"):  # rounds are a length of the run, too
+        refuse_recipe_rate(rounds, rounds.config(), "policy")
     check_intended_run(request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
     check_intended_run(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
 
