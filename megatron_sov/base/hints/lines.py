@@ -96,8 +96,7 @@ class _Proposal:
 
     def find_independent_fault(self, fault: UserError) -> UserError | None:
         """Return a further fault, found by checking the line without the option that `fault` names."""
-        path_fault = self.find_path_fault(self.messages, is_named=False)
-        if path_fault is not None:
+        if path_fault := self.find_path_fault(self.messages, is_named=False):
             return path_fault
         named = [pair for pair in _pair_options(self.line)
                  if pair not in self.hidden and _names_option(fault.sentence, pair)]
@@ -323,23 +322,17 @@ def _get_key(pair: str) -> str:
 
 def _pair_options(line: Sequence[str]) -> list[str]:
     """Return the options of a line, each with its first value: "--time 24h"."""
-    pairs = []
-    for number, word in enumerate(line):
-        following = line[number + 1] if number + 1 < len(line) else "-"
-        if word.startswith("--"):
-            pairs.append(word if "=" in word or following.startswith("-") else f"{word} {following}")
-    return pairs
+    return [word if "=" in word or following.startswith("-") else f"{word} {following}"
+            for word, following in pairwise([*line, "-"]) if word.startswith("--")]
 
 
 def _leave_out(words: Sequence[str], left_out: Sequence[str]) -> list[str]:
     """Remove words from `words`; "--set a.b=1" in `left_out` stands for an option with its value, as
     two words or joined by "="."""
     rest: list[str] = []
-    for number, word in enumerate(words):
-        is_option = number + 1 < len(words) and f"{word} {words[number + 1]}" in left_out
-        is_value = number > 0 and f"{words[number - 1]} {word}" in left_out
-        joined = word.replace("=", " ", 1) if word.startswith("--") else word
-        if not (is_option or is_value or word in left_out or joined in left_out):
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+        option = word.replace("=", " ", 1) if word.startswith("--") else word
+        if not {word, option, f"{word} {after}", f"{before} {word}"} & {*left_out}:
             rest.append(word)
     return rest
 

@@ -65,11 +65,9 @@ def translate_value(word: str, option: str, value: str) -> str:
 def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
     """Compute a setting from several foreign options; "", or a placeholder, if a number is missing."""
     def find_number(*names: str) -> float | None:
-        words = [word for text in typed for word in text.split("=") if word and word != "--set"]
-        for name, number in pairwise(words):
-            if get_last_part(name) in names and re.fullmatch(r"[\d.]+(e\d+)?", number):
-                return float(number)
-        return None
+        pairs = pairwise(word for text in typed for word in text.split("=") if word and word != "--set")
+        return next((float(number) for name, number in pairs
+                     if get_last_part(name) in names and re.fullmatch(r"[\d.]+(e\d+)?", number)), None)
 
     if word in ("warmup_ratio", "lr_warmup_fraction"):
         steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
