@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from model_folder import PACKAGE
 from road import QUESTIONS, Road, sets
@@ -65,8 +66,6 @@ class Bench:
         self.road, self.python = road, outside / "bin/python"
         self.folder = road.work / "speed"
         self.folder.mkdir(exist_ok=True)
-        self.products_s = 0.0
-        """Of the last of our commands."""
 
     def run(self, name: str, *words: str | Path) -> Measurement:
         """Run a process to its end; return its processor seconds with its children's, and its peak memory."""
@@ -78,13 +77,11 @@ class Bench:
             raise SystemExit(f"{self.folder / name}.log: exit status {status}")
         return Measurement(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
-    def time_ours(self, name: str, kind: str, *words: str) -> tuple[list[float], int]:
-        """Run one of our commands; return the seconds of its steps or generations, and its peak memory."""
+    def time_ours(self, name: str, *words: str) -> dict[str, Any]:
+        """Run one of our commands; return its times, see `timed_command.py`."""
         times = self.folder / f"{name}.json"
         self.run(name, sys.executable, "-W", "ignore", HERE / "timed_command.py", times, *words)
-        found = json.loads(times.read_text())
-        self.products_s = found["products"]
-        return found[kind], found["peak_bytes"]
+        return dict(json.loads(times.read_text()))
 
     def time_trl(self, name: str, kind: str, rows: str, *words: str) -> Measurement:
         """Run a trainer of TRL; return its fastest step but the first, and its peak memory."""
@@ -103,14 +100,14 @@ def train_settings(*more: str) -> list[str]:
 
 def compare_training(bench: Bench, kind: str, goal: str, data: str, command: str, lr: str,
                      *settings: str) -> Comparison:
-    steps, peak_bytes = bench.time_ours(
-        kind, "steps", command, "--from", "ck", "--data", data, "--run", f"speed/{kind}-{time.time_ns()}",
+    ours = bench.time_ours(
+        kind, command, "--from", "ck", "--data", data, "--run", f"speed/{kind}-{time.time_ns()}",
         *train_settings(f"train.steps={NUM_STEPS}", f"optim.lr={lr}", *settings))
     batch = len(bench.road.read_rows(f"{data}.jsonl"))
     theirs = bench.time_trl(kind, kind, f"{data}.jsonl", "--batch", str(batch), "--lr", lr)
     peer = "TRL and PEFT" if kind == "lora" else "TRL"
-    return Comparison(f"a step of {batch} rows", peer, Measurement(min(steps[1:]), peak_bytes),
-                      theirs, goal)
+    return Comparison(f"a step of {batch} rows", peer,
+                      Measurement(min(ours["steps"][1:]), ours["peak_bytes"]), theirs, goal)
 
 
 def compare_sft(bench: Bench) -> Comparison:
@@ -134,8 +131,8 @@ def compare_dpo(bench: Bench) -> Comparison:
 def compare_round(bench: Bench) -> Comparison:
     bench.road.write_rows("words.jsonl", WordPrompts(1, ROUND_PROMPTS * NUM_STEPS).do({}))
     store = f"speed/round-{time.time_ns()}"
-    steps, peak_bytes = bench.time_ours(
-        "round", "steps", "rl", "run", "--from", "ck", "--prompts", "words.jsonl", "--reward",
+    ours = bench.time_ours(
+        "round", "rl", "run", "--from", "ck", "--prompts", "words.jsonl", "--reward",
         f"{HERE / 'word_task.py'}:ListedWord", "--workers", "1", "--store", f"{store}.store", "--run", store,
         *train_settings("policy.method=grpo", f"rollout.rounds={NUM_STEPS}", "rollout.max_prompt_tokens=64",
                         f"rollout.prompts_per_round={ROUND_PROMPTS}",
@@ -145,7 +142,7 @@ def compare_round(bench: Bench) -> Comparison:
     theirs = bench.time_trl("round", "grpo", "words.jsonl", "--batch", str(ROUND_PROMPTS), "--samples",
                             str(ROUND_SAMPLES), "--max-new-tokens", str(ROUND_TOKENS))
     unit = f"a round of {ROUND_PROMPTS} prompts x {ROUND_SAMPLES} responses of {ROUND_TOKENS} tokens"
-    return Comparison(unit, "TRL's GRPOTrainer", Measurement(min(steps[1:]), peak_bytes),
+    return Comparison(unit, "TRL's GRPOTrainer", Measurement(min(ours["steps"][1:]), ours["peak_bytes"]),
                       theirs, "0.33")
 
 
@@ -176,8 +173,8 @@ def compare_generation(batch: int, goal: str) -> Callable[[Bench], Comparison]:
         prompts, name = bench.road.write_rows(f"speed_{batch}.jsonl", rows), f"generate-{batch}"
         out = f"speed/{name}.jsonl"
         (bench.road.work / out).unlink(missing_ok=True)
-        calls, peak_bytes = bench.time_ours(
-            name, "generations", "generate", "ck", "--chat", "--prompts", prompts, "--max-new-tokens",
+        ours = bench.time_ours(
+            name, "generate", "ck", "--chat", "--prompts", prompts, "--max-new-tokens",
             str(NEW_TOKENS), "--batch-size", str(batch), "--output", out)
         num_tokens = sum(row["num_tokens"] for row in bench.road.read_rows(out))
         theirs = bench.run(f"{name}.transformers", bench.python, "-W", "ignore", "-c", GENERATE,
@@ -185,9 +182,10 @@ def compare_generation(batch: int, goal: str) -> Callable[[Bench], Comparison]:
         seconds, their_tokens = json.loads(
             (bench.folder / f"{name}.transformers.log").read_text().splitlines()[-1])
         return Comparison(f"a token, {len(rows)} prompts at batch {batch} ({num_tokens} and {their_tokens} "
-                          "tokens)", "transformers", Measurement(sum(calls) / num_tokens, peak_bytes),
+                          "tokens)", "transformers",
+                          Measurement(sum(ours["generations"]) / num_tokens, ours["peak_bytes"]),
                           Measurement(seconds / their_tokens, theirs.peak_bytes), goal,
-                          bench.products_s / num_tokens)
+                          ours["products"] / num_tokens)
 
     return compare
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -204,7 +203,7 @@ def _iter_prompts(path: Path, renames: Renames, option: str, is_asked: bool, pro
         except UnicodeEncodeError:
             problems.add(place, "holds half of a surrogate pair, which is not valid text")
         except BadRecord as e:
-            problems.add(place, re.sub("; name yours with.*|, but --format is.*", "", e.reason))
+            problems.add(place, e.fault)
             columns += _propose_columns(record, e, renames)
         except (TypeError, ValueError) as e:  # of a table: a date, bytes, NaN
             problems.add(place, f"holds a value that JSON cannot hold ({e})")

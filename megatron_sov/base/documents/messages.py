@@ -33,7 +33,7 @@ class BadRecord(Exception):
     """A record that cannot become a document; readers report the record and continue."""
 
     def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"",
-                 options: tuple[str, ...] = ()) -> None:
+                 options: tuple[str, ...] = (), packing: str = "") -> None:
         """Keep the reason.
 
         Args:
@@ -42,10 +42,11 @@ class BadRecord(Exception):
             line: as in `Document`.
             content: beginning of the record.
             options: options of `sov-data pack` that read such records.
+            packing: end of the sentence, about options of `sov-data pack`.
         """
-        super().__init__(reason)
-        self.code, self.reason, self.line, self.content = code, reason, line, content
-        self.options = options
+        super().__init__(reason + packing)
+        self.code, self.reason, self.line, self.content = code, reason + packing, line, content
+        self.options, self.fault = options, reason
 
 
 @dataclass(frozen=True)

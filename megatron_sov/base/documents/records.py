@@ -368,8 +368,9 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
                    "prompt": "a prompt"}[kind]
         # judged responses: chats would teach the bad responses too
         if kind == "chat" and parse_label(record.get(LABEL)) is not None:
-            raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
-                                      f"{reading.kind}; turn such rows into pairs with `sov-data pairs`")
+            raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r})",
+                            packing=f", but --format is {reading.kind}; turn such rows into pairs with "
+                                    "`sov-data pairs`")
         addition = "" if kind != "prompt" else (": no response is learned then; a chat has 'messages', or "
                                                  "'prompt' and 'completion'")
         if kind == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
@@ -380,22 +381,23 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
         if kind == "prompt" and isinstance(record.get("completions"), list):
             addition = (": its 'completions' are not learned; steps with labels train reward models of "
                         "steps, which no command here trains")
-        raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
-                                  f"pack it on its own with --format {kind}{addition}",
-                        options=("--format", kind))
+        raise BadRecord("fields", f"is {article}", options=("--format", kind),
+                        packing=f", but --format is {reading.kind}; "
+                                f"pack it on its own with --format {kind}{addition}")
     expected = ({"text": f"string field {reading.text_field!r}",
                  "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
                  "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
                 + (" and no 'messages'" if reading.kind is None else ""))
-    remedy, proposed = "add one", ""
-    if reading.kind is not None and record:
-        # `sov-data pack` and `rl` read prompts with the same option
-        command = "sov-data pack " if reading.kind in ("chat", "preference") else ""
-        turns = describe_foreign_turns(record) if reading.kind == "chat" else ""
-        proposed = "" if turns else propose_columns(record, reading.kind)
-        remedy = turns or f"name yours with `{command}{proposed}`"
-    raise BadRecord("fields", f"has no {expected} (fields: {', '.join(record) or 'none'}); {remedy}",
-                    options=tuple(proposed.split()))
+    fault = f"has no {expected} (fields: {', '.join(record) or 'none'})"
+    if reading.kind is None or not record:
+        raise BadRecord("fields", f"{fault}; add one")
+    if reading.kind == "chat" and (turns := describe_foreign_turns(record)):
+        raise BadRecord("fields", f"{fault}; {turns}")
+    # `sov-data pack` and `rl` read prompts with the same option
+    command = "sov-data pack " if reading.kind in ("chat", "preference") else ""
+    proposed = propose_columns(record, reading.kind)
+    raise BadRecord("fields", fault, options=tuple(proposed.split()),
+                    packing=f"; name yours with `{command}{proposed}`")
 
 
 _SCORE = re.compile("(?=.*chosen).*(?:score|rating|reward)")
