@@ -17,8 +17,8 @@ from tests.typed_words import format_set_options
 def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"solar-open-102b: 102\.7 B parameters \(12\.1 B active\) on 20 T tokens "
-                        r"\(the recipe's\), 64 x 8 H100-80GB: 10\d days, \$3\.[67]\d M", lines[0])
+    assert lines[0] == ("solar-open-102b: 102.7 B parameters (12.1 B active) on 20 T tokens (the recipe's), "
+                        "64 x 8 H100-80GB: 102 days, $3.71 M")
     assert lines[1].startswith("layout: fastest of ") and "; the recipe's own takes " in lines[1]
     assert lines[2].startswith("512 GPUs: tp 2, pp 4, ep 16, ZeRO-1, experts by hybridep")
     assert lines[3].startswith("memory: ") and " GiB per GPU (pipeline stage 1 of 4): weights " in lines[3]
