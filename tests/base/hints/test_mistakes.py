@@ -106,6 +106,8 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov watch run", ["write\n  megatron-sov status run --follow"]),
     ("megatron-sov ssp fuse d,run --method linear --output o",
      ["write\n  megatron-sov ssp fuse d run --output"]),
+    ("megatron-sov submit pretrain --cluster h100 --nodes 2 tiny-qwen3 --data d --run r --nproc 2",
+     ["the nodes and the profile decide", "--nodes 2 tiny-qwen3 --data d --run r"]),
     ("megatron-sov submit pretrain --cluster h100 --time 2d --qos high tiny-qwen3 --data d --run r",
      ["tiny-qwen3 --data d --run r"]),
     ("megatron-sov resume missing", ["(runs there: run)"]),
