@@ -95,7 +95,8 @@ def test_kimis_layer_and_its_gradients_are_transformers_module(one_process: None
     (result * weights).sum().backward()
     (expected * weights).sum().backward()
     gate = reference.forget_gate
-    for parameter, reference_parameter in ((ours.A_log, gate.A_log.flatten()), (ours.dt_bias, gate.dt_bias),
+    for parameter, reference_parameter in (
+            (ours.A_log, gate.A_log.flatten()), (ours.dt_bias, gate.dt_bias),
                         (ours.decay_up_proj.weight, gate.f_b_proj.weight),
                         (ours.output_up_proj.weight, reference.g_b_proj.weight),
                         (ours.out_norm.weight, reference.o_norm.weight),
