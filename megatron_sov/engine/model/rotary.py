@@ -116,7 +116,7 @@ def patch_packed_rotation() -> None:
 
     The library's version copies the document lengths from the device, for queries and keys of every layer,
     and the host waits for all previously launched kernels. Test:
-    `test_rotary.py::test_a_row_is_rotated_without_a_look_at_its_documents`.
+    `test_rotary.py::test_a_row_is_rotated_without_reading_document_lengths`.
     """
     rope_utils._apply_rotary_pos_emb_thd = _rotate_rows
 
@@ -151,7 +151,7 @@ def _get_cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[to
 
 class _Rotation(torch.autograd.Function):
     """Rotation of channel pairs with the same bits as Megatron-Core's, which concatenates halves twice.
-    Test: `test_rotary.py::test_a_rotation_has_the_librarys_bits`."""
+    Test: `test_rotary.py::test_a_rotation_has_the_bits_of_megatron_core`."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
