@@ -121,9 +121,9 @@ def pack_spans(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device
         ends.append(len(tokens))
     num_padding = row_tokens - len(tokens)
     row_positions = torch.cat([*positions, torch.zeros(num_padding, dtype=torch.int64)])
-    # the library caches rotary tables by length: powers of two keep their number small
+    # Megatron-Core caches rotary tables by length: powers of two keep their number small
     max_positions = 1 << int(row_positions.max()).bit_length()
-    # on the CPU, where the library reads the bounds
+    # on the CPU, where Megatron-Core reads the bounds
     row_bounds = torch.tensor([0, row_tokens * context.get_cp_size()], dtype=torch.int32)
     packed = PackedSpans(qkv_format="thd", cu_seqlens_q=row_bounds, cu_seqlens_kv=row_bounds,
                          max_seqlen_q=max_positions, max_seqlen_kv=max_positions, groups=groups)

@@ -53,7 +53,7 @@ class HostAdamW(CpuAdamW):
 
     Megatron-Core's `HybridDeviceOptimizer` also keeps every master weight on the GPU unless Transformer
     Engine's optimizer holds it, recreates its optimizers after a checkpoint load, and runs only with a GPU.
-    This class moves the master weights themselves, so the library's copies to and from model weights, its
+    This class moves the master weights themselves, so Megatron-Core's copies to and from model weights, its
     gradient norm and our checkpoints find them in place.
     """
 
@@ -66,7 +66,7 @@ class HostAdamW(CpuAdamW):
         mains = [main for group in param_groups for main in group["params"]]
         arena = PinnedArena(2 * sum(map(count_bytes, mains)))
         for main in mains:
-            # same tensor object: the library's lists and attributes of master weights stay valid
+            # same tensor object: Megatron-Core's lists and attributes of master weights stay valid
             main.data = arena.allocate_like(main).copy_(main.data)
         super().__init__(param_groups)
         self._gradients = {main: arena.allocate_like(main) for main in mains}

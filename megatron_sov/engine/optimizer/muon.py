@@ -147,7 +147,7 @@ def split_matrix(matrix: Matrix, config: Any) -> list[torch.Tensor]:
 
     Args:
         matrix: a whole weight or one expert's slice.
-        config: the library's `TransformerConfig`.
+        config: Megatron-Core's `TransformerConfig`.
     """
     rows = torch.arange(matrix.rows)
     if matrix.key.endswith("linear_qkv.weight"):
@@ -329,7 +329,7 @@ class _MatrixPiece:
 def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     """Return the processes that together hold all parts of the local matrices. Collective over the world.
 
-    For tensor-parallel experts (`parallel.etp`) under ZeRO-1 the library has no such group; it is created
+    For tensor-parallel experts (`parallel.etp`) under ZeRO-1 Megatron-Core has no such group; it is created
     here.
     """
     if not is_expert:

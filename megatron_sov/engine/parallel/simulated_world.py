@@ -67,7 +67,7 @@ class SimulatedRanks:
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
-        """Cache for the library's rank groups, which depend only on sizes."""
+        """Cache for Megatron-Core's rank groups, which depend only on sizes."""
         self._turns = [_create_acquired_lock() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
@@ -104,7 +104,7 @@ class SimulatedRanks:
                 self._run_next()
 
         _use_single_heap()
-        # the library records a model's attention in the environment, for later readers
+        # Megatron-Core records a model's attention in the environment, for later readers
         with (self._defer_signals(), mock.patch.dict(os.environ),
               mock.patch.object(dist, "all_gather_object", _gather_objects)):
             threading.stack_size(STACK_BYTES)

@@ -113,7 +113,7 @@ def test_call_sites_are_counted() -> None:
     ranks = SimulatedRanks(2)
     ranks.run(ParallelConfig(), lambda place: dist.barrier())
 
-    assert ranks.sites == {CallSite("barrier", "WORLD", "outside of the library"): 2}
+    assert ranks.sites == {CallSite("barrier", "WORLD", "outside of Megatron-Core"): 2}
 
 
 def test_an_unreceived_message_is_reported() -> None:
