@@ -113,7 +113,8 @@ def one_process(one_rank: None) -> Iterator[None]:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(("kind", "beta"), CASES)
-def test_values_and_gradients_are_the_papers(alone: None, kind: str, beta: float, temperature: float) -> None:
+def test_values_and_gradients_are_the_papers(one_process: None, kind: str, beta: float,
+                                             temperature: float) -> None:
     scores, expected = compute_scores(kind, beta, temperature), compute_expected(kind, beta, temperature)
     for name, value in expected.items():
         torch.testing.assert_close(torch.tensor(scores[name], dtype=torch.float64), value, rtol=1e-12,
@@ -143,7 +144,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_tensor_is_larger_than_a_chunks_logits(alone: None, kind: str) -> None:
+def test_no_tensor_is_larger_than_a_chunks_logits(one_process: None, kind: str) -> None:
     random = torch.Generator().manual_seed(0)
     tensors = draw_tensors() | {name: torch.randn(200, size, generator=random).double()
                                 for name, size in (("states", HIDDEN), ("teacher states", TEACHER_HIDDEN))}
@@ -159,7 +160,7 @@ def test_no_tensor_is_larger_than_a_chunks_logits(alone: None, kind: str) -> Non
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_excluded_tokens_give_finite_values(alone: None, beta: float) -> None:
+def test_excluded_tokens_give_finite_values(one_process: None, beta: float) -> None:
     """Logits hundreds apart: probabilities underflow to 0, but values and gradients stay finite."""
     tensors = draw_tensors(torch.float32)
     tensors |= {"states": 60 * tensors["states"], "teacher states": 60 * tensors["teacher states"]}
@@ -171,7 +172,7 @@ def test_excluded_tokens_give_finite_values(alone: None, beta: float) -> None:
                                atol=5e-3)
 
 
-def test_bf16_teacher_states_equal_rounded_float32_states(alone: None) -> None:
+def test_bf16_teacher_states_equal_rounded_float32_states(one_process: None) -> None:
     """The teacher's states are cast to the dtype of its head, one chunk at a time."""
     tensors = draw_tensors(torch.float32)
     bf16 = tensors | {"teacher states": tensors["teacher states"].bfloat16()}
@@ -179,7 +180,7 @@ def test_bf16_teacher_states_equal_rounded_float32_states(alone: None) -> None:
     assert compute_scores("states", 0.0, tensors=bf16) == compute_scores("states", 0.0, tensors=rounded)
 
 
-def test_the_heads_gradient_is_summed_in_float32_under_bf16(alone: None) -> None:
+def test_the_heads_gradient_is_summed_in_float32_under_bf16(one_process: None) -> None:
     """With 256 chunks of equal sign, a bf16 sum would lose later chunks."""
     random = torch.Generator().manual_seed(0)
     n = 2048

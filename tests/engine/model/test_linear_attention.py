@@ -96,11 +96,9 @@ def test_kimis_layer_and_its_gradients_are_transformers_module(one_process: None
     (expected * weights).sum().backward()
     gate = reference.forget_gate
     for parameter, reference_parameter in (
-            (ours.A_log, gate.A_log.flatten()), (ours.dt_bias, gate.dt_bias),
-                        (ours.decay_up_proj.weight, gate.f_b_proj.weight),
-                        (ours.output_up_proj.weight, reference.g_b_proj.weight),
-                        (ours.out_norm.weight, reference.o_norm.weight),
-                        (ours.out_proj.weight, reference.o_proj.weight)):
+            (ours.dt_bias, gate.dt_bias), (ours.decay_up_proj.weight, gate.f_b_proj.weight),
+            (ours.output_up_proj.weight, reference.g_b_proj.weight),
+            (ours.out_norm.weight, reference.o_norm.weight), (ours.out_proj.weight, reference.o_proj.weight)):
         torch.testing.assert_close(parameter.grad, reference_parameter.grad, atol=1e-4, rtol=2e-4)
     torch.testing.assert_close(ours.A_log.grad, gate.A_log.grad.flatten(), atol=1e-4, rtol=2e-4)
     torch.testing.assert_close(ours.gates_down_proj.weight.grad, torch.cat(

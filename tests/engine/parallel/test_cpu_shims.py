@@ -64,7 +64,7 @@ def test_cpu_shims_create_all_tensors_on_the_cpu(ranks, job) -> None:
     assert set(state["devices"]) == {"cpu"} and state["meta"] == "meta"
     assert (state["type"], state["cast"]) == ("torch.cuda.FloatTensor", "torch.int64")
     assert state["norm_is_marked"] and state["config_is_unchanged"]
-    assert state["split"] == [1.0, 1.0] and state["same_generator"] and state["compiled"] == "torch"
+    assert state["split_sizes"] == [1.0, 1.0] and state["same_generator"] and state["compiled"] == "torch"
     assert unmarked["expert"], "Megatron-Core now marks experts itself: remove this part of mark_parameters"
     # except the weights of Transformer Engine's grouped layers
     assert not unmarked["split"], "Megatron-Core no longer marks split weights: mark_parameters has to"
@@ -117,5 +117,5 @@ def test_megatron_core_still_needs_the_patch(defect: str, defects: list[dict[str
 
 @pytest.mark.deep
 def test_defects_are_patched_without_the_cpu_shims(defects: list[dict[str, bool]]) -> None:
-    # "split sizes" stays: without a GPU, `.cpu()` of a CPU tensor returns the tensor.
+    # Only `patch_for_cpus` converts split sizes of CPU tensors to numbers.
     assert defects[1] == {"norms": False, "split sizes": True}
