@@ -38,14 +38,14 @@ def test_heldout_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) -
     reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     reference._open_files()
     assert reference._find_missing() == [("pairs", 0), ("pairs.heldout", 0)]
-    for files in reference._parts.values():
-        count = files.starts(0)[-1]
-        write_sealed(files.file(0), np.arange(count, dtype=np.float32).tobytes(), files.identify(0))
+    for files in reference._files.values():
+        count = files.compute_offsets(0)[-1]
+        write_sealed(files.get_file(0), np.arange(count, dtype=np.float32).tobytes(), files.identify(0))
     lengths = source.open_split("heldout").lengths[np.arange(4)]
     reopened = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     reopened.check_unchanged()
     assert reopened.heldout_logprobs(source).tolist() == list(range(sum(lengths)))
-    flip_bit(reopened._parts["pairs.heldout"].file(0))
+    flip_bit(reopened._files["pairs.heldout"].get_file(0))
     for failing_call in (reopened.check_unchanged, lambda: Reference(
             tmp_path, pairs, [source], 128, {"pairs": range(4)}).heldout_logprobs(source)):
         with pytest.raises(UserError, match=r"pairs\.heldout\.000000\.f32: is damaged"):
@@ -80,15 +80,16 @@ def test_resume_rejects_missing_reference_logprobs(pairs: Path, tmp_path: Path, 
     with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities"):
         open_reference(128).check_unchanged()
     open_reference(128)._open_files()
-    files = open_reference(128)._parts["pairs"]
-    write_sealed(files.file(0), np.zeros(files.starts(0)[-1], np.float32).tobytes(), files.identify(0))
+    files = open_reference(128)._files["pairs"]
+    write_sealed(files.get_file(0), np.zeros(files.compute_offsets(0)[-1], np.float32).tobytes(),
+                 files.identify(0))
     open_reference(64).check_unchanged()
-    assert files.column(0, 0, 2).tolist() == [0, 0] and open_reference(128)._find_missing() == []
+    assert files.read_logprobs(0, 0, 2).tolist() == [0, 0] and open_reference(128)._find_missing() == []
     with pytest.raises(UserError, match=r"samples have 256 \(data"):
         open_reference(256).check_unchanged()
-    flip_bit(files.file(0))
+    flip_bit(files.get_file(0))
     for failing_call in (open_reference(128).check_unchanged,
-                         lambda: open_reference(128)._parts["pairs"].column(0, 0, 2)):
+                         lambda: open_reference(128)._files["pairs"].read_logprobs(0, 0, 2)):
         with pytest.raises(UserError, match=r"000000.f32: is damaged"):
             failing_call()
     assert open_reference(128)._find_missing() == [("pairs", 0)]
