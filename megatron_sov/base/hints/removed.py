@@ -61,13 +61,14 @@ def _find_fix(program: str, successor: str, option: str, words: Sequence[str]) -
     if not option.startswith("-"):
         return build_note_error("", successor, words[2:]).fix or Fix()
     value = find_value(words, option)
-    at = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
-    # a switch may stand before a positional argument
-    has_value = value and not value.startswith("-") and any(not word.startswith("-") for word in words[2:at])
-    left_out = (f"{option} {value}" if has_value else option, f"{option}={value}")
+    index = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
+    # the word after a switch may be a positional argument, unless one precedes the switch
+    has_positional = any(not word.startswith("-") for word in words[2:index])
+    has_value = value and not value.startswith("-") and has_positional
     if has_value and "| grep" in successor:
-        rest = [word for n, word in enumerate(words) if n not in (at, at + 1)]
-        return Fix(f"{program} {shlex.join(rest)} | grep {shlex.quote(value)}")
+        remaining = [*words[:index], *words[index + 2:]]
+        return Fix(f"{program} {shlex.join(remaining)} | grep {shlex.quote(value)}")
+    left_out = (f"{option} {value}" if has_value else option, f"{option}={value}")
     renamed = re.search(r"(?:; |pass )(--[\w-]+) [A-Z]{2,}", successor)
     return Fix(options=(renamed[1], value) if renamed and value else (), left_out=left_out)
 
