@@ -1,4 +1,4 @@
-"""Errors for unknown commands, with the command of the same meaning; launchers of other programs."""
+"""Errors that name our command for an unknown or foreign one; commands behind `torchrun` and the like."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from megatron_sov.base.hints.table import index_words, load_table, normalize_wor
 from megatron_sov.base.hints.values import find_value, pair_words
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-"""Program -> module with `build_parser` and `main`."""
+"""Program -> module with `COMMANDS`, `build_parser` and `main`."""
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
 _PIPELINE_OPTIONS = ("input", "i", "data", "input_dir", "input_folder")
+"""Foreign options that name the input of a pipeline."""
 _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
+"""Keys in foreign configuration files that name the training stage."""
 _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
 
 
@@ -34,7 +36,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     if program == "sov-data" and (error := propose_pipeline(word, typed)):
         return error
     texts = _index_command_texts(program, word, typed)
-    # `convert hf RUN OUT`: a direction, although a folder hf exists
+    # in `convert hf RUN OUT`, hf is a direction even if a folder named hf exists
     is_word = classify_folder(Path(word)) == "other" or bool(typed and os.path.exists(typed[0]))
     if (text := texts.get(word.lower())) and is_word:
         return fill_template(f"{program} {word}: does not exist", text, typed)
@@ -47,7 +49,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         return UserError(f"{program}: a command comes before its options",
                          Fix(f"{program} {action} {shlex.join([word, *typed])}"))
     is_argument = word not in texts or os.path.exists(word)
-    # the action may follow its arguments: convert RUN to-hf
+    # the action may follow its arguments (`convert RUN to-hf`); `at`: its index in `typed`
     at = next((i for i, (before, other) in enumerate(pairwise([word, *typed]))
                if other in choices and not before.startswith("-")), 0)
     if typed and typed[at] in choices and is_argument and (not at or os.path.exists(word)):
@@ -66,7 +68,10 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
 
 
 def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
-    """Build the error for `sov-data STEP`, or `sov-data run` with step options; None: no step or input."""
+    """Build the error for `sov-data STEP` or `sov-data run` with step options; the fix writes a pipeline.
+
+    Returns None without a known step or an input.
+    """
     index, words = index_words("steps"), [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
     source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "")
@@ -76,6 +81,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         candidates = [name for name in index.get(normalize_word(word), ()) if "." not in name]
         settings = {name: ", ".join(f"{key.rpartition('.')[2]}: {value}" for option, value in values.items()
                                     for key in index.get(f"{name}.{option}", ())) for name in candidates}
+        # the last candidate with a typed setting, otherwise the first candidate
         chosen = next((name for name in reversed(candidates) if settings[name]), "".join(candidates[:1]))
         if needed := load_table()["needed_steps"].get(chosen):
             steps.setdefault(needed, "")
@@ -95,7 +101,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
 
 
 def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:
-    """Return foreign command -> text with our command, by the typed model and configuration file."""
+    """Return foreign command -> text with our command; typed models and configuration files change texts."""
     rows = load_table()["commands"].get(program, {})
     texts = {name: text for words, text in rows.items() for name in words.split()}
     if _names_model(typed):
@@ -107,7 +113,7 @@ def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mappi
 
 def _fill_path_lines(program: str, ways: Sequence[str], path: str, typed: Sequence[str], action: str
                      ) -> list[str]:
-    """Return the command lines for a path without an action: all `ways`, or those of a typed direction."""
+    """Return command lines for a path typed without an action: one per way, or only the typed direction's."""
     ways = [re.sub(r"(?<=--output )[a-z]\S+", lambda match: choose_free_path(match[0]),
                    way.format(path=shlex.quote(path))) for way in ways]
     directions = [value for name, value in pairwise(typed) if name in _DIRECTION_OPTIONS]
@@ -143,7 +149,9 @@ def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
 
 
 def _unwrap_starter(rest: list[str]) -> list[str]:
-    """Return the command line that `torchrun`, `accelerate launch` or `python` starts in processes."""
+    """Return our command line for the words after `torchrun`, `accelerate` or `python`; their process count
+    becomes `--nproc`."""
+    # index of the script or of -m, which follows the starter's own options
     at = next((i for i, word in enumerate(rest) if word.endswith(".py") or word in ("-m", "--module")),
               len(rest))
     options, typed = index_words("options"), list(pair_words([*rest[:at], ""]))
@@ -159,13 +167,20 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
 
 
 def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
-    """Build the error for a foreign command; the typed words replace placeholders in the text's template."""
+    """Build the error for a foreign command.
+
+    Args:
+        begin: first part of the message.
+        text: advice with our command in backticks, a template.
+        typed: words after the foreign command; they replace placeholders in the template.
+    """
     if code := re.search("`(python -c .*)`", text):
         folders = [word for word in typed if os.path.isdir(word)] or ["DIR"]
         rest = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
         program = code[1].replace("python", shlex.quote(sys.executable), 1)
         line = program.replace("DIR", folders[0]).replace("TEXT", " ".join(rest).replace("'", "\\'"))
         return UserError(f"{begin}; {text.partition(': `')[0]}", Fix(line))
+    # a template with named holes: shell commands joined by &&, the last of which is the fix
     if "{first}" in text:
         sentence, commands, _ = text.split("`")
         number_type = find_value(typed, "--outtype", "--quantize", "--type")
@@ -182,8 +197,10 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
         commands = commands.format(**{hole: shlex.quote(value) for hole, value in holes.items()})
         *before, line = commands.split(" && ")
         return UserError(f"{begin}; {sentence.rstrip(': ')}", Fix(line, before=tuple(before)))
+    # other texts quote one of our commands; typed words replace its placeholders and equal options
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []
+    # index of the first option or placeholder of our command
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
     if match is None or "..." in match[1] or (typed and at == 1):  # 1: an option of the program: --version
         return UserError(f"{begin}; {text}")
@@ -191,6 +208,7 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
         command = " ".join(words[:max(at, 2)])
         return UserError(f"{begin}; {text.replace(match[1], command)}", Fix(match[1]))
     values, switches = list[str](), list[str]()
+    # add the template's switches, and its options with a value, unless they were typed
     for option, value in pairwise([*words[at:], "--"]):
         is_typed = option in typed and option != "--set"
         if option.startswith("--") and not is_placeholder(value) and not is_typed:
@@ -203,7 +221,7 @@ def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
 
 
 def _drop_typed_options(way: str, typed: Sequence[str]) -> str:
-    """Remove options, with their values, that were typed from a line."""
+    """Remove from a command line the options that were typed, with their values."""
     words = way.split(" --")
     names = {word.partition("=")[0] for word in typed}
     return " --".join([words[0], *(word for word in words[1:] if f"--{word.split()[0]}" not in names)])

@@ -17,23 +17,6 @@ from megatron_sov.model.families.weights import (
     WeightEntry, get_latent_attention, prediction_layer_section, trunk_section)
 
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-LATENT_ATTENTION: tuple[WeightEntry, ...] = (
-    Same("input_layernorm.weight", "input_layernorm.weight", "H"),
-    Same("self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "C H"),
-    Same("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attn.kv_a_layernorm.weight", "K"),
-    Same("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", "B K"),
-    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H O"))
-"""Latent attention without queries."""
-LATENT_QUERIES: tuple[WeightEntry, ...] = (
-    Same("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", "Q H"),
-    Same("self_attention.linear_q_up_proj.layer_norm_weight", "self_attn.q_a_layernorm.weight", "Q"),
-    Same("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "A Q"))
-DIRECT_QUERIES: tuple[WeightEntry, ...] = (
-    Same("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", "A H"),
-)
-STRUCTURE: dict[str, Any] = {
-    **DEEPSEEK_ROUTER, "sliding_window_tokens": 0, "tied_embeddings": False, "qkv_bias": False,
-    "qk_norm": False}
 
 
 @dataclass(frozen=True)
@@ -111,6 +94,22 @@ class LatentRope(Rope):
         return fields | {"yarn": replace(fields["yarn"], mscale=float(mscale))}
 
 
+LATENT_ATTENTION: tuple[WeightEntry, ...] = (
+    Same("input_layernorm.weight", "input_layernorm.weight", "H"),
+    Same("self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "C H"),
+    Same("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attn.kv_a_layernorm.weight", "K"),
+    Same("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", "B K"),
+    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H O"))
+"""Latent attention without queries."""
+LATENT_QUERIES: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", "Q H"),
+    Same("self_attention.linear_q_up_proj.layer_norm_weight", "self_attn.q_a_layernorm.weight", "Q"),
+    Same("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "A Q"))
+DIRECT_QUERIES: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", "A H"),
+)
+
+
 _CONFIG: tuple[ConfigItem, ...] = (
     *DECODER_CONFIG, *EXPERTS_CONFIG, Fixed("norm_topk_prob", True),
     Fixed("scoring_func", "sigmoid", written=False), Fixed("moe_layer_freq", 1, written=False),
@@ -123,6 +122,9 @@ _CONFIG: tuple[ConfigItem, ...] = (
     # Balancing losses, and launch options of the released programs.
     Unused(("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp")),
 )
+STRUCTURE: dict[str, Any] = {
+    **DEEPSEEK_ROUTER, "sliding_window_tokens": 0, "tied_embeddings": False, "qkv_bias": False,
+    "qk_norm": False}
 
 
 # DeepSeek-V3 and R1, Kimi K2 (`deepseek_v3`): leading dense layers, DeepSeek-V3's router, a shared expert.
@@ -147,3 +149,5 @@ DEEPSEEK_V3 = Family(
     varies=("latent_attention", "mtp_experts", *EXPERT_GROUPS),
     training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1}, needs_shared_expert=True,
     copies=PREDICTION_COPIES)
+
+
