@@ -229,8 +229,8 @@ def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -
 
 
 def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
-    """Convert one of pydantic's errors to a problem in our words, with advice and a value to write. `instead`:
-    hints for unknown keys."""
+    """Convert an error of pydantic to a problem in our words, with advice and a value to write. `instead`:
+    gives hints for unknown keys."""
     kind, ctx = error["type"], error.get("ctx", {})
     place, hint = _locate_error(cls, error["loc"])
     key = ".".join(map(str, place))
