@@ -1,4 +1,4 @@
-"""Errors for unknown commands, with the command of the same meaning; launchers of other programs."""
+"""Errors that name our command for an unknown or foreign one; commands after `torchrun` and the like."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from megatron_sov.base.hints.table import index_words, load_table, normalize_wor
 from megatron_sov.base.hints.values import find_value, pair_words
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-"""Program -> module with `build_parser` and `main`."""
+"""Program -> module with `COMMANDS`, `build_parser` and `main`."""
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
 _PIPELINE_OPTIONS = ("input", "i", "data", "input_dir", "input_folder")
+"""Foreign options that name the input of a pipeline."""
 _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
+"""Keys in foreign configuration files that name the training stage."""
 _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
 
 
@@ -34,7 +36,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     if program == "sov-data" and (error := propose_pipeline(word, typed)):
         return error
     notes = _index_command_notes(program, word, typed)
-    # `convert hf RUN OUT`: a direction, although a folder hf exists
+    # in `convert hf RUN OUT`, hf is a direction even if a folder named hf exists
     is_word = classify_folder(Path(word)) == "other" or bool(typed and os.path.exists(typed[0]))
     if (note := notes.get(word.lower())) and is_word:
         return build_note_error(f"{program} {word}: does not exist", note, typed)
@@ -47,7 +49,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         return UserError(f"{program}: a command comes before its options",
                          Fix(f"{program} {action} {shlex.join([word, *typed])}"))
     is_argument = word not in notes or os.path.exists(word)
-    # the action may follow its arguments: convert RUN to-hf
+    # the action may follow its arguments: `convert RUN to-hf`
     action_index = next((i for i, (previous, other) in enumerate(pairwise([word, *typed]))
                          if other in choices and not previous.startswith("-")), 0)
     if typed and typed[action_index] in choices and is_argument and (
@@ -68,7 +70,10 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
 
 
 def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
-    """Build the error for `sov-data STEP`, or `sov-data run` with step options; None: no step or input."""
+    """Build the error for `sov-data STEP` or `sov-data run` with step options; the fix writes a pipeline.
+
+    Returns None without a known step or an input.
+    """
     words = [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
     source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "")
@@ -79,6 +84,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         if not candidates:
             continue
         settings = {name: _format_step_settings(name, values) for name in candidates}
+        # the last candidate with a typed setting, otherwise the first candidate
         step = next((name for name in reversed(candidates) if settings[name]), candidates[0])
         if required_step := load_table()["needed_steps"].get(step):
             steps.setdefault(required_step, "")
@@ -214,6 +220,7 @@ def build_note_error(begin: str, note: str, typed: Sequence[str]) -> UserError:
     if not typed:
         command = " ".join(words[:max(num_words, 2)])
         return UserError(f"{begin}; {note.replace(match[1], command)}", Fix(match[1]))
+    # add the switches of our command, and its options with a value, unless they were typed
     values, switches = list[str](), list[str]()
     for option, value in pairwise([*words[num_words:], "--"]):
         is_typed = option in typed and option != "--set"
