@@ -91,20 +91,13 @@ class Rewrite:
         return self.exists is None or bool(self.exists(key))
 
     def is_override(self, key: str, equals: str, earlier: Sequence[str], switches: Collection[str]) -> bool:
-        """Return whether a word is a setting without an option, `a.b=c`, as Hydra and NeMo take it.
-
-        Args:
-            key, equals: the word up to "=", and "=" if the word has one.
-            earlier: words before the word; after an option that takes a value, the word is the value.
-            switches: options without a value.
-        """
+        """Return whether the word `key` + `equals` + value is a setting without an option, `a.b=c`, as Hydra
+        and NeMo take it; after an option in `earlier` words, except `switches`, it is the option's value."""
         name = key.lstrip("+")
         is_own = self.exists is not None and "." in name and self.is_setting(name)
-        if self.find is None or not equals:
-            return False
-        if key.startswith("+") and is_own:
+        if key.startswith("+") and equals and is_own:
             return True
-        if not re.fullmatch(r"\+{0,2}[a-z]\w*(\.\w+)*", key):
+        if not equals or not re.fullmatch(r"\+{0,2}[a-z]\w*(\.\w+)*", key) or self.find is None:
             return False
         previous = earlier[-1] if earlier else ""
         if previous.startswith("-") and "=" not in previous and previous not in switches:

@@ -191,7 +191,7 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
         text = typed[i]
         word, equals, value = text.partition("=")
         i += 1
-        if rewrite.is_override(word, equals, typed[:i - 1], switches):
+        if rewrite.find and rewrite.is_override(word, equals, typed[:i - 1], switches):
             rewrite.add_words("a setting follows --set")
             rewrite.add_changes([text.lstrip("+")])
         elif "RECIPE" in rewrite.positionals and (option := find_recipe_option(Path(text))) in options and (
@@ -244,15 +244,8 @@ def _build_repetition_error(program: str, text: str, paths: Sequence[str], words
 
 
 def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: Sequence[str]) -> int:
-    """Write an option of the command, or the counterpart of a foreign value.
-
-    Args:
-        text: the option as typed, with its value if joined by "=".
-        values: the value of the option, if there is one.
-        following: all words after `text`.
-
-    Returns: the number of words in `following` that were read.
-    """
+    """Write an option of the command, or the counterpart of a foreign value; return how many of the words
+    `following` the option as typed (`text`) were read."""
     option = text.partition("=")[0]
     if option == "--config" and values and not os.path.exists(values[0]) and rewrite.is_recipe(values[0]):
         rewrite.add_words(f"{option} {values[0]}: is a recipe, which takes no option")

@@ -94,8 +94,8 @@ def recorded_reads() -> Iterator[dict[str, set[str]]]:
     """Record which functions read which settings, except functions that check, copy or write settings."""
     reads: dict[str, set[str]] = defaultdict(set)
 
-    def recorder(prefix: str, names: frozenset[str]) -> Any:
-        def read(settings: Any, name: str) -> Any:
+    def build_reader(prefix: str, names: frozenset[str]) -> Any:
+        def read_field(settings: Any, name: str) -> Any:
             if name in names:
                 code = sys._getframe(1).f_code
                 _, ours, file = code.co_filename.rpartition("megatron_sov/")
@@ -103,12 +103,12 @@ def recorded_reads() -> Iterator[dict[str, set[str]]]:
                 if ours and not checks and "_rules" not in code.co_qualname:
                     reads[prefix + name].add(f"{file}:{code.co_qualname}")
             return object.__getattribute__(settings, name)
-        return read
+        return read_field
 
     with pytest.MonkeyPatch.context() as patch:
         for cls, prefix in iter_setting_groups():
             names = frozenset(field.name for field in dataclasses.fields(cls))
-            patch.setattr(cls, "__getattribute__", recorder(prefix, names), raising=False)
+            patch.setattr(cls, "__getattribute__", build_reader(prefix, names), raising=False)
         yield reads
 
 
@@ -136,17 +136,17 @@ class Stages:
 
 @pytest.fixture
 def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: Any, tmp_path: Path) -> Any:
-    found, start = Stages(tmp_path), ("--from", str(tmp_path / "dense"))
-    found.train("dense", "pretrain", ["text"], packed_data.text)
-    found.train("experts", "pretrain", ["text"], packed_data.text, "tiny-solar-open")
-    found.train("sft", "sft", ["chat"], packed_data.chats, *start)
-    found.train("lora", "sft", ["chat"], packed_data.chats, *start, *format_set_options(["lora.rank=2"]))
-    found.train("distill", "distill", ["chat"], packed_data.chats, *start, "--teacher", start[1])
-    found.train("prefer", "prefer", ["preference"], _pairs(packed_data, tmp_path), *start)
-    found.train("short", "pretrain", ["text"], token_shards, "tiny-solar-open",
+    stages, start = Stages(tmp_path), ("--from", str(tmp_path / "dense"))
+    stages.train("dense", "pretrain", ["text"], packed_data.text)
+    stages.train("experts", "pretrain", ["text"], packed_data.text, "tiny-solar-open")
+    stages.train("sft", "sft", ["chat"], packed_data.chats, *start)
+    stages.train("lora", "sft", ["chat"], packed_data.chats, *start, *format_set_options(["lora.rank=2"]))
+    stages.train("distill", "distill", ["chat"], packed_data.chats, *start, "--teacher", start[1])
+    stages.train("prefer", "prefer", ["preference"], _pack_pairs(packed_data, tmp_path), *start)
+    stages.train("short", "pretrain", ["text"], token_shards, "tiny-solar-open",
                 *format_set_options(["model.vocab_size=1024",
                                      'data.phases=[{"name": "main", "seq_len": 64}]']))
-    found.run("extend", "extend", ["text"], "tiny-solar-open", "--data", str(token_shards), "--from",
+    stages.run("extend", "extend", ["text"], "tiny-solar-open", "--data", str(token_shards), "--from",
               str(tmp_path / "short"),
               *format_set_options([*LOOP, "needle.samples=1", "needle.depths=[0.5]"]))
     prompts = tmp_path / "prompts.jsonl"
@@ -156,13 +156,13 @@ def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: An
     for number in (1, 2):
         write_round(store, read_prompts(prompts), RolloutConfig(**ROLLOUT), number,
                     build_versioned_reward(request_reward("repetition", {})).version)
-    found.run("rounds", "rl train", [], "tiny-qwen3", "--store", str(store.path), "--prompts", str(prompts),
+    stages.run("rounds", "rl train", [], "tiny-qwen3", "--store", str(store.path), "--prompts", str(prompts),
               "--reward", "repetition", *start, *format_set_options([*LOOP[1:], "optim.lr=1e-6"]),
               *format_set_options((f"rollout.{name}={value}" for name, value in ROLLOUT.items())))
-    return found.found
+    return stages.found
 
 
-def _pairs(packed_data: Any, folder: Path) -> Path:
+def _pack_pairs(packed_data: Any, folder: Path) -> Path:
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(
         {"prompt": f"{i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"{i}."}) for i in range(40)))
     assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1",
