@@ -225,7 +225,7 @@ def test_calls_come_from_mark_tokens_only(family: str) -> None:
     text_tokenizer = Tokenizer.from_str(marks_tokenizer.to_str())
     text_tokenizer.encode_special_tokens = True
     added = {token.content: id_ for id_, token in marks_tokenizer.get_added_tokens_decoder().items()}
-    response_decoder = build_marks_decoder(added, [],
+    decode = build_marks_decoder(added, [],
                                  lambda ids: str(marks_tokenizer.decode(ids, skip_special_tokens=False)))
     random = Random(family)
     for _ in range(150):
@@ -238,7 +238,7 @@ def test_calls_come_from_mark_tokens_only(family: str) -> None:
         ids += text_tokenizer.encode(thought).ids if opening else []
         ids += marks_tokenizer.encode(closing).ids + text_tokenizer.encode(f"a{content}b").ids
         ids += marks_tokenizer.encode(call * num_calls).ids
-        text = response_decoder(ids)
+        text = decode(ids)
         assert unquote_marks(quote_marks(content)) == content and not find_marks(quote_marks(content))
         turn = parse_turn(text)
         assert turn == WrittenTurn(f"a{content}b", (ToolCall("g", {}),) * num_calls), (content, thought, text)

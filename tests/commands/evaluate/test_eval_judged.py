@@ -49,10 +49,11 @@ def judge_rows(rows: list[dict], capsys: pytest.CaptureFixture[str], monkeypatch
 def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     EventLog(Path(EVENTS)).close()
-    read_responses = [{"prompt": prompt, "prompt_index": i, "answer": GOLD[prompt], "response": text,
-                  "finish_reason": "stop"}
-                 for i, (prompt, texts) in enumerate(ANSWERS.items()) for text in texts]
-    result = judge_rows(read_responses, capsys, monkeypatch, hf_models["solar_open"], "--run", ".")
+    rows = []
+    for i, (prompt, responses) in enumerate(ANSWERS.items()):
+        rows += [{"prompt": prompt, "prompt_index": i, "answer": GOLD[prompt], "response": response,
+                  "finish_reason": "stop"} for response in responses]
+    result = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"], "--run", ".")
     assert (result["num_prompts"], result["num_samples"], result["num_right"]) == (2, 8, 3)
     assert result["mean_reward"] == pytest.approx((2 / 4 + 1 / 4) / 2)
     assert result["share_at_limit"] == 0.0

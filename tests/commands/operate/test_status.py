@@ -249,8 +249,8 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
 def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
                                                  expected: float | None) -> None:
     run = write_run(tmp_path / "run", start_event(100), (50, "eval", {"step": 1, "heldout": heldout}))
-    heldout = read_run_state(run, NOW_S).heldout_bits_per_byte
-    assert math.isnan(heldout) if expected is None else heldout == pytest.approx(expected)
+    bits_per_byte = read_run_state(run, NOW_S).heldout_bits_per_byte
+    assert bits_per_byte == pytest.approx(math.nan if expected is None else expected, nan_ok=True)
 
 
 def follow_without_waiting(monkeypatch: pytest.MonkeyPatch, run: Path,

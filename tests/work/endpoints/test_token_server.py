@@ -163,17 +163,17 @@ def test_wrong_number_of_answers_is_rejected() -> None:
 
 
 def test_routes_are_decoded_without_unpickling() -> None:
-    def answer(array: np.ndarray) -> dict[str, Any]:
+    def build_response(array: np.ndarray) -> dict[str, Any]:
         out = io.BytesIO()
         np.save(out, array)
         return {"choices": [{"token_ids": [], "finish_reason": "abort",
                              "routed_experts": base64.b64encode(out.getvalue()).decode()}]}
 
     routes = np.arange(12).reshape(3, 2, 2)
-    [answer] = _parse_choices(answer(routes), "http://here")
+    [answer] = _parse_choices(build_response(routes), "http://here")
     assert answer.routes is not None and (answer.routes == routes).all()
     with pytest.raises(BadAnswer, match="allow_pickle=False"):
-        _parse_choices(answer(np.array([{}], object)), "http://here")
+        _parse_choices(build_response(np.array([{}], object)), "http://here")
 
 
 def test_idle_connection_is_not_reused(vllm: VllmDouble, monkeypatch: pytest.MonkeyPatch) -> None:
