@@ -18,8 +18,8 @@ from megatron_sov.bench.lm.answers import LikelihoodRequest
 from megatron_sov.bench.lm.engine_runs import hash_model
 from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
 from megatron_sov.bench.lm.results import (
-    EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, format_scores,
-    get_items_path, read_items, read_results, write_results)
+    EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, format_scores, get_items_path,
+    read_items, read_results, write_results)
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.bench.lm.tasks import load_tasks
 

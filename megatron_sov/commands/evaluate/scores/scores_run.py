@@ -7,8 +7,7 @@ from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.figures import align_columns
 from megatron_sov.bench.contamination import ContaminationCheck, search_training_data
-from megatron_sov.bench.score_differences import (
-    compute_differences, format_differences, read_scored_results)
+from megatron_sov.bench.score_differences import compute_differences, format_differences, read_scored_results
 from megatron_sov.commands.evaluate.scores.contamination import EvalContaminationOptions
 from megatron_sov.commands.evaluate.scores.difference import EvalDifferenceOptions
 from megatron_sov.commands.shared_options import parse_task_names
