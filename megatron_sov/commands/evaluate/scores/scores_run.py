@@ -41,7 +41,8 @@ def find_contamination(options: EvalContaminationOptions) -> None:
 
 
 def _format_contamination(checked: ContaminationCheck) -> str:
-    rows = [("task", "metric", "value", "without found items", "items", "found", "too short")]
+    rows: list[tuple[str, ...]] = [
+        ("task", "metric", "value", "without found items", "items", "found", "too short")]
     for name, task in checked.tasks.items():
         values = ["not known" if value is None else f"{value:.4f}"
                   for value in (task.value, task.value_without)]
