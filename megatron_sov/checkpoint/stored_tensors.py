@@ -1,8 +1,5 @@
-"""Read any block of a global tensor by copying from overlapping stored pieces.
-
-A checkpoint stores each tensor in pieces: the shards of the layout that saved it. Another layout needs other
-blocks.
-"""
+"""Read any block of a global tensor by copying from overlapping stored pieces, the shards of the layout that
+saved the checkpoint."""
 
 from __future__ import annotations
 
@@ -42,16 +39,9 @@ class StoredBlock:
 def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Count the pieces that cover each cell of a grid, whose lines are the boundaries of all pieces.
 
-    Args:
-        shape: shape of the global tensor.
-        pieces: index entries of its pieces, with "offset" and "shape".
-
-    Returns:
-        int32 counts, with the axes of `shape`.
-
-    Raises:
-        ValueError: a piece exceeds `shape`, the grid has more than `MAX_CELLS_PER_PIECE` cells per piece, or
-            pieces overlap more than `MAX_OWNERS` times in the mean.
+    Returns int32 counts, with the axes of `shape`. Raises `ValueError`: a piece exceeds `shape`, the grid has
+    more than `MAX_CELLS_PER_PIECE` cells per piece, or pieces overlap more than `MAX_OWNERS` times in the
+    mean.
     """
     ranges = []  # [pieces][axes] of (start, stop)
     boundaries = [{0, size} for size in shape]

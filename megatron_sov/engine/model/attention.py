@@ -372,7 +372,6 @@ class _Permutation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """Permute values [n, ...]."""
         ctx.save_for_backward(order, inverse)
         return values.index_select(0, order)
 

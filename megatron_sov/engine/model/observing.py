@@ -1,9 +1,8 @@
 """Layout-independent sums over module outputs and gradients, which show where two layouts differ first.
 
 Each module has two sums per step, over all tokens, channels and micro-batches: of values and of squares. A
-part of a step lasts from one hook to the next: `forward of MODULE` until MODULE calls a submodule or
-returns, `forward behind MODULE` after it has returned, `backward of MODULE` after the gradient of its output
-has arrived. Messages are recorded by part.
+part of a step lasts from one hook to the next, for example `forward of MODULE`. Messages are recorded by
+part.
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ class ModuleSums:
     """Current part of the step."""
 
     def begin_part(self, part: str) -> None:
-        """Start a step part."""
         self.part, key = part, (self.step, part)
         if part.startswith(AFTER_BACKWARD):
             self.sent[key] = self.sent.pop(key, {})  # same order as `backward`: by last gradient
@@ -68,7 +66,6 @@ class ModuleSums:
             self.sent.setdefault(key, {})
 
     def begin_step(self, step: int) -> None:
-        """Start a step."""
         self.step = step
         self.begin_part(BEFORE_FORWARD)
 
@@ -106,11 +103,9 @@ def locate_difference(expected: ModuleSums, observed: Sequence[ModuleSums], step
         sums_by_rank = [_select_step(getattr(process, kind), step) for process in observed]
         first_modules[kind] = _find_first_difference(
             _select_step(getattr(expected, kind), step), _merge_ranks(sums_by_rank, observed), tolerance)
-    first = ""
-    if first_modules["forward"] is not None:
-        first = AFTER_FORWARD + first_modules["forward"]
-    elif first_modules["backward"] is not None:
-        first = AFTER_BACKWARD + first_modules["backward"]
+    prefixes = {"forward": AFTER_FORWARD, "backward": AFTER_BACKWARD}
+    first = next((prefixes[kind] + module for kind, module in first_modules.items() if module is not None),
+                 "")
     sites = {str(site) for process in observed for site in _iter_messages_before(process, step, first)}
     wrong_modules = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
     return wrong_modules, sorted(sites)

@@ -100,7 +100,7 @@ def wait_for_copies() -> None:
 
 def split_groups(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
                  share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Split parameter groups into GPU groups and host groups.
+    """Return GPU groups and host groups with the settings of `groups`.
 
     The first master weights that make up at least `share` of all elements move to the host.
 
@@ -108,9 +108,6 @@ def split_groups(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
         groups: AdamW's groups, each with its master weights under `params`.
         mains: all master weights, in the order in which they move.
         share: share of elements, 0 to 1.
-
-    Returns:
-        The GPU groups and the host groups, with the settings of `groups`.
     """
     sizes = {id(main): main.numel() for main in mains}
     remaining_elements, moved_ids = share * sum(sizes.values()), set[int]()

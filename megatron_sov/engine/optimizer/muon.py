@@ -1,8 +1,5 @@
-"""Muon: updates each weight matrix by its orthogonalized momentum, at any layout.
-
-Orthogonalization needs whole matrices. A piece is the rectangle of a matrix that one process holds: tensor
-parallelism and ZeRO-1 split matrices into pieces, and `MatrixExchange` gathers them for the update.
-"""
+"""Muon: updates each weight matrix by its orthogonalized momentum, gathered from the pieces (rectangles of
+the matrix) into which tensor parallelism and ZeRO-1 split it."""
 
 from __future__ import annotations
 
@@ -280,18 +277,16 @@ class MatrixExchange:
 
     def _gather_matrices(self, exchange_round: _ExchangeRound, read: Callable[[int], torch.Tensor],
                          dtype: torch.dtype) -> dict[Matrix, torch.Tensor]:
-        """Return the elements [rows, columns] of the matrices that this process computes in a round.
-
-        Only one replica of a piece is sent.
-        """
+        """Return the elements [rows, columns] of the matrices that this process computes in a round."""
         sent = [_concatenate((read(index) for index in indices if self._positions[index].owned), dtype)
                 for indices in exchange_round.sent]
+        # Only one replica of a piece is sent.
         owned_by_peer = [[position for position in positions if position.owned]
                          for positions in exchange_round.computed]
-        received = self._exchange_tensors(sent, [_count_elements(owned) for owned in owned_by_peer])
+        sizes_by_peer = [[position.size for position in owned] for owned in owned_by_peer]
+        received = self._exchange_tensors(sent, list(map(sum, sizes_by_peer)))
         matrices: dict[Matrix, torch.Tensor] = {}
-        for owned, flat in zip(owned_by_peer, received, strict=True):
-            sizes = [position.size for position in owned]
+        for owned, sizes, flat in zip(owned_by_peer, sizes_by_peer, received, strict=True):
             for position, elements in zip(owned, flat.split(sizes), strict=True):
                 matrix = position.matrix
                 if matrix not in matrices:
@@ -302,20 +297,15 @@ class MatrixExchange:
 
     def _return_results(self, exchange_round: _ExchangeRound, results: dict[Matrix, torch.Tensor],
                         write: Callable[[int, torch.Tensor], None], dtype: torch.dtype) -> None:
-        """Send each piece of the results to the processes that hold it, and write the local pieces.
-
-        Every replica of a piece receives the same bits.
-        """
-        sent = [_concatenate((position.slice_matrix(results[position.matrix]) for position in positions),
-                             dtype)
+        """Send each piece of the results to all processes that hold a replica, and write the local pieces."""
+        sent = [_concatenate((p.slice_matrix(results[p.matrix]) for p in positions), dtype)
                 for positions in exchange_round.computed]
-        positions_by_peer = [[self._positions[index] for index in indices] for indices in exchange_round.sent]
-        received = self._exchange_tensors(sent,
-                                          [_count_elements(positions) for positions in positions_by_peer])
-        for indices, positions, flat in zip(exchange_round.sent, positions_by_peer, received, strict=True):
-            sizes = [position.size for position in positions]
-            for index, position, elements in zip(indices, positions, flat.split(sizes), strict=True):
-                write(index, elements.view(position.shape))
+        sizes_by_peer = [[self._positions[index].size for index in indices]
+                         for indices in exchange_round.sent]
+        received = self._exchange_tensors(sent, list(map(sum, sizes_by_peer)))
+        for indices, sizes, flat in zip(exchange_round.sent, sizes_by_peer, received, strict=True):
+            for index, elements in zip(indices, flat.split(sizes), strict=True):
+                write(index, elements.view(self._positions[index].shape))
 
     def _exchange_tensors(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
         """Send a flat tensor to each process; return the tensors received, `counts` elements from each."""
@@ -329,9 +319,6 @@ class MatrixExchange:
                                group=self._group)
         return list(received.split(counts))
 
-
-def _count_elements(positions: Iterable[PiecePosition]) -> int:
-    return sum(position.size for position in positions)
 
 
 def _concatenate(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Packed rows, and this rank's batches of them, which a thread prepares ahead.
 
-A row has the tokens, labels, document bounds, loss weights and label types of one or more samples. A segment
-is a range of tokens of one document.
+A row has the tokens and labels of samples; a segment is a range of tokens of one document.
 """
 
 from __future__ import annotations
@@ -70,15 +69,8 @@ def build_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id:
               columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> PackedRow:
     """Build a row with `seq_len` tokens from a sample in `documents`.
 
-    The last token of a segment has a label if the document continues.
-
-    Args:
-        sample: segments of the row.
-        documents: documents of the sample's source.
-        seq_len: tokens of the row, padding included.
-        pad_id: token id of padding.
-        columns: names of the columns to read; columns that the documents lack are 0.
-        routes: shape of the documents' routes, or None.
+    The last token of a segment has a label if the document continues. `columns` missing from the documents
+    are 0. `routes` is the shape of the documents' routes.
     """
     column_values = {name: np.zeros(seq_len, np.float32) for name in columns}
     tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
@@ -127,7 +119,6 @@ def _get_positions(seq_len: int) -> np.ndarray:
 
 
 def join_rows(rows: list[PackedRow]) -> PackedRow:
-    """Concatenate rows into one."""
     if len(rows) == 1:
         return rows[0]
     starts = np.cumsum([0] + [len(r.tokens) for r in rows[:-1]])

@@ -175,11 +175,8 @@ class StoredRound:
         return [prompt for piece in self.pieces[:self.num_pieces] for prompt in piece.prompts.ids]
 
     def parts(self) -> list[RolloutPart] | str:
-        """Return the parts of the pieces in use, or a description of missing parts.
-
-        Raises:
-            UserError: a part has another number of responses than the settings make.
-        """
+        """Return the parts of the pieces in use, or a description of missing parts. Raises `UserError`: a
+        part has another number of responses than the settings make."""
         parts = self.store.parts(self.number)
         self._check_pieces(parts)
         used = [part for part in parts if part.piece < self.num_pieces]
