@@ -1,6 +1,7 @@
 """Options from settings classes: parsing, help, problems and dry runs."""
 
 import argparse
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,28 +172,33 @@ def test_every_writing_command_has_dry_run() -> None:
     assert without == []
 
 
+def write_groups(folder: Path) -> list[str]:
+    """Write a file of judged responses and return the command line that turns it into chats."""
+    row = {"prompt": "1+1?", "responses": [{"content": "2", "reward": 1.0}, {"content": "3", "reward": 0.0}]}
+    (folder / "judged.jsonl").write_text(json.dumps(row) + "\n")
+    return ["groups", "--input", str(folder / "judged.jsonl"), "--output", str(folder / "out")]
+
+
 def test_dry_run_lists_inputs_and_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shards, tokenizer, output = tmp_path / "shards", tmp_path / "tokenizer", tmp_path / "out"
-    shards.mkdir()
-    tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text("{}")
-    before = sorted(tmp_path.rglob("*"))
-    words = ["adopt", str(shards), "--tokenizer", str(tokenizer), "--output", str(output), "--heldout", "0.1"]
-    assert data_cli.main([*words, "--dry-run"]) == 0
+    words = write_groups(tmp_path)
+    assert data_cli.main([*words, "--keep-unfinished", "--dry-run"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["reads", f"{tokenizer}:", "a", "folder", "of", "1", "files,", "2", "bytes"] in lines
-    assert ["writes", f"{output}:", "new"] in lines and ["--heldout", "0.1"] in lines
-    assert sorted(tmp_path.rglob("*")) == before
+    assert ["reads", f"{tmp_path}/judged.jsonl:", "105", "bytes"] in lines
+    assert ["writes", f"{tmp_path}/out:", "new"] in lines and ["with", "--keep-unfinished"] in lines
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("more", "state"), [
-    ((), "exists: the command continues it if possible, and refuses it otherwise"),
-    (("--overwrite",), "exists, and would be replaced")])
-def test_dry_run_keeps_existing_output(more: tuple[str, ...], state: str, tmp_path: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["convert", "to-hf", str(tmp_path), str(tmp_path), "--dry-run", *more]
-    assert cli.main(words) == 0
-    assert f"writes   {tmp_path}: {state}\n" in capsys.readouterr().out
+def test_dry_run_refuses_like_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*write_groups(tmp_path), "--dry-run"]
+    assert data_cli.main(words[:-1]) == 0
+    assert data_cli.main([*words, "--overwrite"]) == 0
+    assert f"writes   {tmp_path}/out: exists, and would be replaced\n" in capsys.readouterr().out
+    assert data_cli.main(words) == 2
+    assert "out: already exists" in capsys.readouterr().err
+    assert "exists: the command continues it" in options.format_dry_run((), [tmp_path], (), overwrite=False)
+    words = ["eval", "lm", str(tmp_path), "--tasks", "a", "--output", str(tmp_path / "a.json"), "--dry-run"]
+    assert cli.main(words) == 2
+    assert f"{tmp_path}: " in capsys.readouterr().err
 
 
 def test_dry_run_reports_all_missing_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str],
