@@ -32,7 +32,6 @@ from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import (
     ExitCode, Fix, StopRequested, UserError, choose_free_path, escape_controls, format_error, format_problems)
 from megatron_sov.base.hints.removed import suggest_successor
-from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, count_cores, parse_nested, parse_settings, to_problem)
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
@@ -199,9 +198,6 @@ def create_generator(name: str, settings: Mapping[str, Any]) -> Generator:
 
 def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
     """Raise `UserError` if the output folder belongs to another command or run."""
-    check_creatable(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; name a folder")
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / RUN).is_file():

@@ -277,7 +277,7 @@ def use_typed_tokenizer(typed: Sequence[str], fix: Fix) -> Fix:
 def _find_output_fault(path: str) -> UserError | None:
     """Return the fault of a `--run` folder with other contents than a run."""
     folder, kinds = Path(path), load_table()["kinds"]
-    content = "a file" if os.path.isfile(folder) else kinds.get(classify_folder(folder), "")
+    content = kinds.get(classify_folder(folder), "")
     if content in ("", kinds["run"]):
         return None
     return UserError(f"--run {path}: is {content}; name a new folder",

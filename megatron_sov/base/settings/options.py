@@ -20,7 +20,9 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -30,6 +32,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from megatron_sov.base.command_line import Command, CommandParser, import_reference
 from megatron_sov.base.errors import DryRun, ExitCode, check_only
+from megatron_sov.base.outputs import check_place
 from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.base.settings.reading import find_rule_problems, get_field_hints, try_parse_settings
 from megatron_sov.base.settings.sources import parse_value
@@ -216,7 +219,10 @@ class DeclaredCommand:
             self.run_options(set_dry_run(options))
 
     def check_options(self, options: Any) -> Any:
-        """Return the result of `check`."""
+        """Check that the outputs can be created, and return the result of `check`."""
+        for option, paths in _iter_paths(options):
+            for path in paths if option.is_written else ():
+                check_place(option.key, path, is_file=bool(re.search(r"FILE|\.", _choose_metavar(option))))
         return (import_reference(self.check) if isinstance(self.check, str) else self.check)(options)
 
     def run_options(self, options: Any) -> int:
@@ -351,28 +357,34 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     return cast(S, settings)
 
 
+def _iter_paths(settings: Any) -> Iterator[tuple[_Option, list[Path]]]:
+    """Yield each option that takes paths, with its paths."""
+    for option in _iter_options(type(settings)):
+        value = operator.attrgetter(option.dest)(settings)
+        if option.hint is Path:
+            yield option, [path for path in (value if option.repeats else [value]) if path is not None]
+
+
 def _describe_paths(settings: Any, args: argparse.Namespace) -> str:
     """Return the plan of a dry run. Raises `SettingsError`: input paths do not exist."""
     inputs: list[Path] = []
     outputs: list[Path] = []
     changed: list[tuple[str, Any]] = []
     problems: list[SettingsProblem] = []
-    for option in _iter_options(type(settings)):
-        value = settings
-        for name in option.path:
-            value = getattr(value, name)
-        paths = [path for path in (value if option.repeats else [value]) if isinstance(path, Path)]
+    for option, paths in _iter_paths(settings):
         if option.is_written:
             outputs += paths
-        elif option.hint is Path:
+        else:
             inputs += paths
             problems += [SettingsProblem(ProblemCode.FILE, option.key, "does not exist", path,
                                          "check the path")
                          for path in paths if not (option.flag.may_be_missing or path.exists())]
-        elif hasattr(args, option.dest):
-            changed.append((option.key, "" if option.hint is bool else value))
     if problems:
         raise SettingsError("", problems)
+    for option in _iter_options(type(settings)):
+        if option.hint is not Path and hasattr(args, option.dest):
+            value = operator.attrgetter(option.dest)(settings)
+            changed.append((option.key, "" if option.hint is bool else value))
     return format_dry_run(inputs, outputs, changed, overwrite=bool(getattr(settings, "overwrite", False)))
 
 
