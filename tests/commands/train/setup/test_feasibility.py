@@ -110,7 +110,7 @@ def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settin
 
 
 def test_the_context_length_of_extend_is_no_consent_to_many_epochs(packed_data: Any) -> None:
-    asked = pretraining([packed_data.text], FITS, "data.phases.0.seq_len=64", command="extend")
+    asked = build_pretraining_request([packed_data.text], FITS, "data.phases.0.seq_len=64", command="extend")
     asked = dataclasses.replace(asked, base=apply_settings(asked.base, ["train.steps=90000"]))
     assert "epochs, and the limit is 20; set train.steps, add data" in get_pretraining_refusal(asked)
 
