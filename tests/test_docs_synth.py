@@ -73,7 +73,7 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(lines) == len(samples) > 0
     promised = re.findall(r"^\| `([\w.*/-]+)`", SYNTH[SYNTH.index("## Output"):SYNTH.index(
         "## Continue after")], re.MULTILINE)
-    assert len(promised) == 6 and all(
+    assert len(promised) == 5 and all(
         (output.parent / name if name.startswith(".") else output / name).exists() for name in promised)
 
 
