@@ -62,7 +62,7 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for line in lines:
             assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
     printed = capsys.readouterr().out
-    assert "rewrite " in printed and "rewrite (version" in printed
+    assert "rewrite " in printed and "rewrite: documents" in printed
     output = tmp_path / "work/rewritten"
     assert main(["inspect", str(output)]) == 0
     assert "kept work of `sov-data synth`" in capsys.readouterr().out

@@ -53,8 +53,8 @@ def finish(run: SynthRunRecord, options: SynthOptions, output: Path, *, is_compl
         tally = SampleTally()
         _write_samples(output, run, judged, tally)
         summary = {
-            "format": 1, "generator": run.generator, "version": run.version, "kind": run.kind,
-            "model": run.model, "judge": run.judge, "settings": dict(run.settings),
+            "format": 1, "generator": run.generator, "kind": run.kind, "model": run.model,
+            "judge": run.judge, "settings": dict(run.settings),
             "is_complete": is_complete, **tally.to_dict(), "steps": list(judged.steps),
             "costs": sum_costs(output)}
         write_atomically(output / SUMMARY, format_json(summary))
@@ -155,9 +155,9 @@ def _write_samples(output: Path, run: SynthRunRecord, judged: JudgedSamples, tal
 
 def _build_provenance(run: SynthRunRecord, item: FinishedItem, sample_id: str, sample: GeneratedSample
                       ) -> dict[str, Any]:
-    return {"sample": sample_id, "generator": run.generator, "version": run.version,
+    return {"sample": sample_id, "generator": run.generator,
             "model": ", ".join(item.writers) or run.model, "judge": run.judge, "item": item.item["id"],
-            "source": item.item["source"], "licence": item.item["licence"], "group": sample.group,
+            "source": item.item["source"], "licence": item.item["licence"],
             "asked": list(item.asked), "notes": dict(sample.notes)}
 
 
@@ -167,8 +167,8 @@ def _write_manifest(output: Path, run: SynthRunRecord, options: SynthOptions, ta
     writer.excluded_names = frozenset(path.name for path in output.iterdir()
                                       if path.name not in (ACCEPTED_SAMPLES, REJECTED_SAMPLES, SUMMARY))
     writer.content = {
-        "generator": run.generator, "generator_version": run.version, "kind": run.kind, "model": run.model,
-        "judge": run.judge, "num_kept": tally.num_kept, "num_rejected": tally.rejected.total(),
+        "generator": run.generator, "kind": run.kind, "model": run.model, "judge": run.judge,
+        "num_kept": tally.num_kept, "num_rejected": tally.rejected.total(),
         "licences": dict(sorted(tally.licences.items())), "sources": dict(sorted(tally.sources.items())),
         "models": dict(sorted(tally.models.items()))}
     writer.settings = {**asdict(run), "checks": options.checks}

@@ -24,8 +24,6 @@ class SynthRunRecord:
 
     generator: str
     """Generator name."""
-    version: int
-    """Generator version."""
     kind: Kind
     model: str
     """Writer's name at its endpoint."""

@@ -55,10 +55,9 @@ class SynthRun:
     generator: Generator
     record: SynthRunRecord
 
-    def read_items(self, report_repeated: Callable[[GeneratorItem], object] = lambda item: None
-                   ) -> Iterator[tuple[int, GeneratorItem]]:
-        """Yield (number, item) for each different id; `report_repeated` receives repeated items. Raises
-        `UserError`: the generator does not support the input, or an id is invalid."""
+    def read_items(self) -> Iterator[tuple[int | None, GeneratorItem]]:
+        """Yield (number, item); the number is None if an earlier item has the id. Raises `UserError`: the
+        generator does not support the input, or an id is invalid."""
         item_ids: set[str] = set()
         for item in self.generator.read_items(self.options.input):
             # repeated ids do not count towards the limit
@@ -68,7 +67,7 @@ class SynthRun:
                 raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and "
                                 ":._/-; mend the input")
             if item.id in item_ids:
-                report_repeated(item)
+                yield None, item
             else:
                 yield len(item_ids), item
                 item_ids.add(item.id)
@@ -108,7 +107,7 @@ def run_synth(options: SynthOptions) -> ExitCode:
 def list_settings(name: str) -> list[str]:
     """Return a line with name, default and help for each setting."""
     definition = load_generator(name)
-    lines = [f"{definition.name} (version {definition.declared.version}): {definition.declared.help}",
+    lines = [f"{definition.name}: {definition.declared.help}",
              f"prompts: {', '.join(sorted(template.name for template in definition.prompts.values()))}"]
     for setting in list_fields(definition.Settings):
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
@@ -145,7 +144,7 @@ def prepare_run(options: SynthOptions) -> SynthRun:
         raise UserError(f"--input: generator {options.generator} needs one")
     # all facts that samples depend on: a later command with another record is refused
     record = SynthRunRecord(
-        generator=generator.name, version=definition.declared.version, kind=generator.kind,
+        generator=generator.name, kind=generator.kind,
         settings=asdict(generator.settings), model=writer.name, identity=writer.compute_identity(),
         judge=judge.name, judge_identity=judge.compute_identity(), judge_max_tokens=options.judge_max_tokens,
         digests={f"{generator.name}.yaml": definition.digest},
@@ -213,8 +212,11 @@ def find_unfinished_items(run: SynthRun) -> set[str]:
     options, unfinished = run.options, set[str]()
     # digests only: the samples of all items would not fit into memory
     finished = {item.item["id"]: item.item["digest"] for item in read_finished_items(run.output)}
-    changed, repeated, num_items = [], list[GeneratorItem](), 0
-    for _, item in run.read_items(repeated.append):
+    changed, num_items, num_repeated, repeated = [], 0, 0, GeneratorItem("")
+    for number, item in run.read_items():
+        if number is None:
+            num_repeated, repeated = num_repeated + 1, item
+            continue
         num_items += 1
         if item.id not in finished:
             unfinished.add(item.id)
@@ -228,9 +230,9 @@ def find_unfinished_items(run: SynthRun) -> set[str]:
         raise UserError(f"--input: {len(changed)} items are not what they were when they were made, such as "
                         f"{changed[0]}; name another output folder, or pass --redo: answers that still "
                         "fit cost nothing")
-    if repeated:
-        print(f"{len(repeated):,} items have the id of an earlier one and are passed over, such as "
-              f"{escape_controls(repeated[0].id)} of {escape_controls(repeated[0].source)}", flush=True)
+    if num_repeated:
+        print(f"{num_repeated:,} items have the id of an earlier one and are passed over, such as "
+              f"{escape_controls(repeated.id)} of {escape_controls(repeated.source)}", flush=True)
     print(f"{options.generator}: {num_items:,} items, {num_items - len(unfinished):,} done before; model "
           f"{run.writer.name}", flush=True)
     return unfinished
@@ -249,12 +251,13 @@ def make_items(run: SynthRun, unfinished: Collection[str]) -> tuple[int, str]:
               create_bar("make", len(unfinished), "item") as bar):
             maker = ItemMaker(run, clients, draw_threads, stop)
             # numbers count the whole input: a number means the same item in every command
-            items = ((number, item) for number, item in run.read_items() if item.id in unfinished)
+            items = ((number, item) for number, item in run.read_items()
+                     if number is not None and item.id in unfinished)
             with contextlib.closing(map_in_threads(maker.make_item, items, options.threads, stop)) as results:
-                for number, item, result in results:
+                for number, result in results:
                     bar.update()
                     if isinstance(result, NoReply):
-                        num_unanswered, last_error = num_unanswered + 1, f"{item.id}: {result}"
+                        num_unanswered, last_error = num_unanswered + 1, str(result)
                     else:
                         journal.add([(number, result.to_json())])
     finally:
@@ -270,21 +273,12 @@ class ItemMaker:
                  stop: StopSignal) -> None:
         self._run, self._clients, self._draw_threads, self._stop = run, clients, draw_threads, stop
 
-    def make_item(self, numbered: tuple[int, GeneratorItem]
-                  ) -> tuple[int, GeneratorItem, FinishedItem | NoReply]:
-        """Return number, item, and the finished item or the reason for no answer. Raises `UserError`: no
+    def make_item(self, numbered: tuple[int, GeneratorItem]) -> tuple[int, FinishedItem | NoReply]:
+        """Return the item's number, and the finished item or the reason for no answer. Raises `UserError`: no
         request can succeed. Raises `StopRequested`: a signal, an exhausted budget or an unavailable
         endpoint."""
         self._stop.check()
         number, item = numbered
-        try:
-            return number, item, self._finish_item(item)
-        except EndpointUnavailable as e:  # the next item would meet the same error
-            raise StopRequested(f"{e}; nothing is lost, and the same command goes on") from None
-        except NoReply as e:
-            return number, item, e
-
-    def _finish_item(self, item: GeneratorItem) -> FinishedItem:
         generator = self._run.generator
         requester = Requester(item.id, generator.definition.prompts, self._clients, self._map_draws,
                               self._run.options.judge_max_tokens)
@@ -295,10 +289,12 @@ class ItemMaker:
             samples = tuple(map(replace_unwritable_sample, generator.make_samples(item, requester)))
         except NoUsableReply as e:
             unusable = str(e)
-        if requester.failure is not None:  # the generator caught the error
-            raise requester.failure
-        return FinishedItem.from_item(item, samples, tuple(requester.request_keys),
-                                      tuple(requester.writers), unusable)
+        except NoReply as e:
+            return number, NoReply(f"{item.id}: {e}")
+        except EndpointUnavailable as e:  # the next item would meet the same error
+            raise StopRequested(f"{e}; nothing is lost, and the same command goes on") from None
+        return number, FinishedItem.from_item(item, samples, tuple(requester.request_keys),
+                                              tuple(requester.writers), unusable)
 
     def _map_draws(self, function: Callable[[int], Draw], draws: Iterable[int]) -> Iterator[Draw]:
         numbers = list(draws)

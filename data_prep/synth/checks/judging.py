@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.damaged_files import explain_deletion
 from data_prep.synth.checks.settings import (
-    CONTEXT, INPUT, SOURCES, NoSample, choose_steps_file, extract_question, extract_texts, read_steps)
+    INPUT, SOURCES, NoSample, choose_steps_file, extract_question, extract_texts, read_steps)
 from data_prep.synth.run_records import SynthRunRecord, read_finished_items
 from data_prep.synth.samples import GeneratedSample, Kind, SampleVerdict
 from data_prep.synth.synth import SynthOptions
@@ -44,9 +43,9 @@ class JudgedSamples:
     """Documents that the steps dropped or changed, and the counts of the steps."""
 
     dropped: Mapping[str, SampleVerdict] = field(default_factory=dict)
-    """Document id (sample or context) -> reason."""
+    """Sample id -> reason."""
     changed: Mapping[str, str] = field(default_factory=dict)
-    """Document id -> text after the last step that changed the document."""
+    """Sample id -> text after the last step that changed the document."""
     steps: tuple[Mapping[str, Any], ...] = ()
     """Counts for each step and source, as in `summary.json` from a pipeline."""
 
@@ -54,15 +53,13 @@ class JudgedSamples:
         """Return why a sample is rejected, or None. The sample must have passed the generator's checks."""
         try:
             # invalid records were never sent through the steps
-            texts = extract_texts(kind, sample.record)
+            extract_texts(kind, sample.record)
         except NoSample as e:
             return SampleVerdict(FORM, False, str(e))
-        document_ids = (sample_id, _compute_context_id(texts.get(CONTEXT, "")))
-        for document_id in document_ids:
-            if document_id in self.dropped:
-                return self.dropped[document_id]
+        if sample_id in self.dropped:
+            return self.dropped[sample_id]
         # a changed text cannot be split into messages again
-        if kind != "text" and any(document_id in self.changed for document_id in document_ids):
+        if kind != "text" and sample_id in self.changed:
             return SampleVerdict("changed by a step", False,
                                  "only texts can follow; use steps that keep or drop")
         return None
@@ -91,7 +88,6 @@ def judge_samples(output: Path, run: SynthRunRecord, options: SynthOptions) -> J
 def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path) -> dict[str, Path]:
     """Write a file for each source, and return source -> folder; empty without samples."""
     files: dict[str, IO[str]] = {}
-    contexts: set[str] = set()
     with ExitStack() as stack:
         def write_text(source: str, document_id: str, text: str) -> None:
             if source not in files:
@@ -103,14 +99,7 @@ def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path)
         for item in read_finished_items(output):
             for sample_id, sample in item.iter_samples():
                 for source, text in _extract_sample_texts(kind, sample).items():
-                    if source != CONTEXT:
-                        write_text(source, sample_id, text)
-                        continue
-                    # system turns repeat: judge each once, under the hash of its text
-                    context_id = _compute_context_id(text)
-                    if context_id not in contexts:
-                        contexts.add(context_id)
-                        write_text(source, context_id, text)
+                    write_text(source, sample_id, text)
         if files:  # the input is not judged: the steps compare samples with it
             for path in inputs:
                 for place, text in iter_input_texts(path):
@@ -124,10 +113,6 @@ def _extract_sample_texts(kind: Kind, sample: GeneratedSample) -> dict[str, str]
         return {} if sample.failed_verdict else extract_texts(kind, sample.record)
     except NoSample:
         return {}
-
-
-def _compute_context_id(text: str) -> str:
-    return f"context {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
 def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from data_prep.synth.synth import SynthOptions
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.progress.journal import Journal, lock_work_folder, work_folder
 
-RUN = SynthRunRecord("facts", 2, "text", "writer-7b", judge="judge-70b", settings={"count": 1})
+RUN = SynthRunRecord("facts", "text", "writer-7b", judge="judge-70b", settings={"count": 1})
 GOOD = ("The tide gauge at the old harbour stands beside a granite wall, where two keepers note the height "
         "of the water every morning before the first ferry leaves for the islands in the west.")
 OTHER = ("In winter the potter fires her kiln with birch, since oak burns too slowly for the thin bowls that "
@@ -24,13 +24,12 @@ OTHER = ("In winter the potter fires her kiln with birch, since oak burns too sl
 def build_sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str, Any]:
     """Return a sample as a run stores it. `failed` names the generator's check that it fails, if any."""
     verdicts = [{"check": failed or "grounded", "passed": not failed, "detail": "as the generator saw it"}]
-    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "", **more}
+    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, **more}
 
 
-def build_chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, Any]:
+def build_chat(question: str, answer: str) -> dict[str, Any]:
     """Return the record of a conversation."""
-    return {"messages": [*before, {"role": "user", "content": question},
-                         {"role": "assistant", "content": answer}]}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def finish_run(output: Path, kind: Kind = "text", checks: Path | None = None, inputs: Sequence[Path] = (),

@@ -34,7 +34,7 @@ def write_steps(folder: Path, kind: str, *languages: str) -> Path:
         if "language" in step and languages:
             step["language"]["keep"] = [*languages]
     steps.append({"decontaminate": {"benchmarks": [str(folder / "benchmark.jsonl")]},
-                  "only": {"sources": ["samples", "context"]}})
+                  "only": {"sources": ["samples"]}})
     (folder / "steps.yaml").write_text(yaml.safe_dump({"steps": steps}))
     return folder / "steps.yaml"
 
@@ -53,7 +53,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [build_sample({"text": "one loop and one more loop of it " * 30})],
         [build_sample({"text": GERMAN})],
         [build_sample({"text": f"We were asked: {LEAKED} Nobody knows it now, and the door is gone."})],
-        [build_sample({"text": "\ud800 is half of a pair"}), build_sample({"text": " "})],
+        [build_sample({"text": " "})],
     ])
     return finish_run(output, "text", write_steps(folder, "text", "en"), [folder / "notes.jsonl"])
 
@@ -61,7 +61,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of conversations with tools and thoughts."""
-    system_turn = {"role": "system", "content": f"Know this: {LEAKED}"}
     called = {"messages": [
         {"role": "user", "content": "Where is order 17, please?"},
         {"role": "assistant", "content": "", "tool_calls": [
@@ -75,7 +74,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [build_sample(build_chat("How much is 3 and 4?", "7"))],
         [build_sample(build_chat(GOOD, "8"))],
         [build_sample(called)],
-        [build_sample(build_chat("Who painted it?", "Nobody knows.", system_turn))],
+        [build_sample(build_chat(f"Know this: {LEAKED}", "Nobody knows."))],
         [build_sample(build_chat("Say it again.", "say it again and say it once more to me " * 20))],
         [build_sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
     ])
@@ -86,24 +85,22 @@ def test_each_sample_is_accepted_or_rejected_with_a_reason(texts: Path) -> None:
     kept, = read_rows(texts / "kept.jsonl")
     assert (kept["id"], kept["text"]) == ("i0/0", GOOD)
     assert kept["synthetic"] == {
-        "sample": "i0/0", "generator": "facts", "version": 2, "model": "writer-7b", "judge": "judge-70b",
-        "item": "i0", "source": "notes", "licence": "", "group": "", "asked": ["key0"], "notes": {"tries": 1}}
+        "sample": "i0/0", "generator": "facts", "model": "writer-7b", "judge": "judge-70b",
+        "item": "i0", "source": "notes", "licence": "", "asked": ["key0"], "notes": {"tries": 1}}
     rejected = read_rows(texts / "rejected.jsonl")
     assert [(row["synthetic"]["sample"], row["reason"], row["detail"]) for row in rejected] == [
         ("i1/0", "near duplicate", "the same as i0/0"), ("i1/1", "numbers", "as the generator saw it"),
         ("i2/0", "near duplicate", "the same as input notes.jsonl:1"),
         ("i3/0", "repetition: top 2-gram", ""), ("i4/0", "language de", ""),
         ("i5/0", "text of a benchmark", "benchmark:q7"),
-        ("i6/0", "form", rejected[6]["detail"]),
-        ("i6/1", "form", "holds no text")]
-    assert "half of a surrogate pair" in rejected[6]["detail"]
+        ("i6/0", "form", "holds no text")]
 
 
 def test_summary_and_manifest_describe_the_output(texts: Path) -> None:
     summary = json.loads((texts / "summary.json").read_text())
     assert (summary["num_items"], summary["num_samples"], summary["num_kept"], summary["num_rejected"]) == (
-        7, 9, 1, 8)
-    assert sum(summary["rejected"].values()) == 8 and summary["rejected"]["form"] == 2
+        7, 8, 1, 7)
+    assert sum(summary["rejected"].values()) == 7 and summary["rejected"]["form"] == 1
     assert summary["costs"] | {"seconds": 0} == {
         "num_requests": 14, "num_answered": 7, "outcomes": {"200": 7, "429": 7}, "input_tokens": 700,
         "output_tokens": 350, "seconds": 0}
