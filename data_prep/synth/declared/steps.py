@@ -14,7 +14,7 @@ from annotated_types import Len, MinLen
 from data_prep.synth.declared.conversation import Player
 from data_prep.synth.declared.parsers import PARSERS, Parser
 from data_prep.synth.declared.templates import (
-    BadTemplate, collect_field_names, compile_value, compute_value, find_unknown_names)
+    BadTemplate, CompiledValue, collect_field_names, compile_value, compute_value, find_unknown_names)
 from data_prep.synth.replies import NoUsableReply, ReplyText
 from data_prep.synth.requests import Requester
 from data_prep.synth.samples import SampleVerdict
@@ -84,7 +84,8 @@ class Step:
                 continue
             problems += [(part, problem)
                          for problem in find_unknown_names(collect_field_names(value), known)]
-            if part in EXPRESSION_PARTS and isinstance(raw, str) and not value.is_expression:
+            is_expression = isinstance(value, CompiledValue) and value.is_expression
+            if part in EXPRESSION_PARTS and isinstance(raw, str) and not is_expression:
                 problems.append((part, "must be one {{ expression }}, or a value that is no text"))
             compiled[part] = value
         return replace(self, **compiled), problems
