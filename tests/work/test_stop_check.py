@@ -24,7 +24,7 @@ def build_client() -> HttpClient:
     return HttpClient("http://127.0.0.1:9/v1/chat/completions", "", 1.0, "", 1000, 1.0)
 
 
-@pytest.mark.parametrize("act", [
+@pytest.mark.parametrize("action", [
     lambda folder: start_command([sys.executable, "-c", f"open({str(folder / 'made')!r}, 'w')"]),
     lambda folder: start_interpreter([sys.executable, "-c", "0"], [], {}),
     lambda folder: run_slurm_program("sbatch", "--parsable", "job.sh"),
@@ -32,7 +32,8 @@ def build_client() -> HttpClient:
     lambda folder: next(build_client().stream({"prompt": "a"})),
     lambda folder: lock_folder(folder / "locked", folder).__enter__()],
     ids=["command", "interpreter", "sbatch", "request", "stream", "lock"])
-def test_a_check_has_no_side_effects(act: Callable[[Path], object], checking: None, tmp_path: Path) -> None:
+def test_a_check_has_no_side_effects(action: Callable[[Path], object], checking: None,
+                                     tmp_path: Path) -> None:
     with pytest.raises(DryRun):
-        act(tmp_path)
+        action(tmp_path)
     assert not list(tmp_path.iterdir())
