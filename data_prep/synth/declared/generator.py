@@ -27,8 +27,8 @@ from data_prep.synth.samples import KINDS, GeneratedSample, GeneratorItem, Kind
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.settings import (
-    UNIQUE_ITEMS, LocatedDocument, NotBlank, ProblemCode, SettingsError, SettingsProblem,
-    at_most_field, parse_located_yaml, parse_settings, read_settings_text, try_parse_settings)
+    UNIQUE_ITEMS, LocatedDocument, NotBlank, ProblemCode, SettingsError, SettingsProblem, at_most_field,
+    parse_located_yaml, parse_settings, read_settings_text, try_parse_settings)
 from megatron_sov.base.settings.options import get_field_help
 from megatron_sov.base.settings.problem import UNSET
 
