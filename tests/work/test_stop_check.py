@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.synth import finishing
 from megatron_sov.base.errors import DryRun, check_only
 from megatron_sov.work.clusters.client import run_slurm_program
 from megatron_sov.work.endpoints.http_client import HttpClient
@@ -37,13 +36,3 @@ def test_a_check_has_no_side_effects(action: Callable[[Path], object], checking:
     with pytest.raises(DryRun):
         action(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_finished_samples_keep_their_manifest(checking: None, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / finishing.MANIFEST).write_text("{}")
-    monkeypatch.setattr(finishing, "read_run_record", lambda output: None)
-    monkeypatch.setattr(finishing, "check_work_folder", lambda output: None)
-    with pytest.raises(DryRun):
-        finishing.finish(tmp_path)
-    assert (tmp_path / finishing.MANIFEST).is_file()
