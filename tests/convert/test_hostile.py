@@ -24,6 +24,7 @@ from megatron_sov.convert.megatron.inert_pickle import read_in_subprocess, read_
 from tests.convert import made_by_hand
 
 CANARY = Path("/tmp/megatron-sov-canary")
+TOUCH_CANARY = f"touch {CANARY}"
 KEY = "decoder.final_layernorm.weight"
 
 
@@ -35,10 +36,6 @@ class Calls:
 
     def __reduce__(self) -> Any:
         return self._call
-
-
-def build_touch_command() -> str:
-    return f"touch {CANARY}"
 
 
 def nest_tuples(levels: int) -> Any:
@@ -55,7 +52,7 @@ def pickle_nested_tuples(levels: int) -> bytes:
 
 
 OBJECTS: dict[str, tuple[Any, str]] = {
-    "os.system": (Calls(os.system, build_touch_command()), "it names 'posix.system'"),
+    "os.system": (Calls(os.system, TOUCH_CANARY), "it names 'posix.system'"),
     "builtins.eval": (Calls(builtins.eval, f"open({str(CANARY)!r}, 'w')"), "it names 'builtins.eval'"),
     "builtins.exec in a list": ([1, [Calls(builtins.exec, "import os")]], "it names 'builtins.exec'"),
     "subprocess.Popen": (Calls(subprocess.Popen, ["touch", str(CANARY)]), "it names 'subprocess.Popen'"),
@@ -188,7 +185,7 @@ def save_to_bytes(value: Any) -> bytes:
 
 
 @pytest.mark.each(("raw", "message"), [
-    (build_archive(pickle.dumps(Calls(os.system, build_touch_command()), 2)), "system"),
+    (build_archive(pickle.dumps(Calls(os.system, TOUCH_CANARY), 2)), "system"),
     (save_to_bytes(torch.zeros(4).numpy().tolist()), "does not describe a tensor"),
     (save_to_bytes(torch.zeros(4, 6).T), "is not contiguous"),
     (save_to_bytes({"a": torch.zeros(2)}), "does not describe a tensor"),
@@ -208,7 +205,7 @@ def test_malformed_stored_tensor_is_rejected(raw: bytes, message: str, tmp_path:
 
 def test_settings_reject_callable_names() -> None:
     with pytest.raises(ValueError, match="system"):
-        read_settings(save_to_bytes({"args": Calls(os.system, build_touch_command())}))
+        read_settings(save_to_bytes({"args": Calls(os.system, TOUCH_CANARY)}))
     with pytest.raises(ValueError, match="too many values"):
         read_settings(save_to_bytes({"args": made_by_hand.argparse.Namespace(x=nest_tuples(30))}))
     assert not CANARY.exists()
@@ -253,7 +250,7 @@ def write_with_backend(metadata: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(("write_checkpoint", "message"), [
-    (write_changed_index(lambda index: setattr(index, "planner_data", Calls(os.system, build_touch_command()))),
+    (write_changed_index(lambda index: setattr(index, "planner_data", Calls(os.system, TOUCH_CANARY))),
      "it names 'posix.system'"),
     (write_changed_index(change_stored(offset=1 << 40)), "the file ends before it does"),
     (write_changed_index(change_stored(offset=3)), "cannot be read (it is not a torch.save archive"),

@@ -14,7 +14,7 @@ from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.modality import EncoderInputs, slice_inputs
 
-CHUNK_PLACES = 64
+CHUNK_POSITIONS = 64
 """Positions whose logits fit in memory at a time."""
 
 
@@ -71,9 +71,9 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
             row_tokens = decoder.agree_row_tokens(sum(len(span.tokens) for span in step.spans))
             if not row_tokens:
                 break
-            read = decoder.read(step.spans, row_tokens)
+            output = decoder.read(step.spans, row_tokens)
             if decoder.last_stage and step.answers:
-                _record_logprobs(decoder, read, questions, step, logprobs)
+                _record_logprobs(decoder, output, questions, step, logprobs)
             if advance is not None and step.answers and step.answers[-1][0] != last_done:
                 last_done = step.answers[-1][0]
                 advance(size)
@@ -104,14 +104,15 @@ def _iter_steps(decoder: CachedDecoder, questions: Sequence[AnswerChoice], quest
                          for answer in answers], [(number, answer) for answer in answers])
 
 
-def _record_logprobs(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[AnswerChoice],
+def _record_logprobs(decoder: CachedDecoder, output: DecodeOutput, questions: Sequence[AnswerChoice],
                      step: _Step, logprobs: torch.Tensor) -> None:
-    places = [(end - len(span.tokens) + position, token, (question, answer, position))
-              for end, span, (question, answer) in zip(read.row.ends, step.spans, step.answers, strict=True)
-              for position, token in enumerate(questions[question].answers[answer])]
-    for start in range(0, len(places), CHUNK_PLACES):
-        chunk = places[start:start + CHUNK_PLACES]
-        logits = decoder.logits(read, [row for row, _, _ in chunk])
-        for (_, token, place), row_logits in zip(chunk, logits, strict=True):
+    positions = [(end - len(span.tokens) + position, token, (question, answer, position))
+                 for end, span,
+                 (question, answer) in zip(output.row.ends, step.spans, step.answers, strict=True)
+                 for position, token in enumerate(questions[question].answers[answer])]
+    for start in range(0, len(positions), CHUNK_POSITIONS):
+        chunk = positions[start:start + CHUNK_POSITIONS]
+        logits = decoder.logits(output, [row for row, _, _ in chunk])
+        for (_, token, key), row_logits in zip(chunk, logits, strict=True):
             # float64, because a trainer's log-probabilities are compared with these values
-            logprobs[place] = torch.log_softmax(row_logits.double(), dim=-1)[token]
+            logprobs[key] = torch.log_softmax(row_logits.double(), dim=-1)[token]
