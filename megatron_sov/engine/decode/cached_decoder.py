@@ -104,16 +104,15 @@ class CachedDecoder:
         return DecodeOutput(row, hidden if self.last_stage else None,
                             self._combine_routes(record, row_tokens) if self._with_routes else None)
 
-    def best_tokens(self, output: DecodeOutput, row_indices: Sequence[int]) -> tuple[torch.Tensor,
-                                                                                     torch.Tensor]:
+    def best_tokens(self, output: DecodeOutput, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the most probable next token [indices] int64 and its log-probability at row indices, on the
         last stage."""
-        tokens, logprobs = self._build_head().best_tokens(self._gather_states(output, row_indices))
+        tokens, logprobs = self._build_head().best_tokens(self._gather_states(output, indices))
         return tokens.cpu(), logprobs.cpu()
 
-    def logits(self, output: DecodeOutput, row_indices: Sequence[int]) -> torch.Tensor:
+    def logits(self, output: DecodeOutput, indices: Sequence[int]) -> torch.Tensor:
         """Return full logits [indices, vocab_size] at row indices, on the last stage."""
-        return self._build_head().logits(self._gather_states(output, row_indices))
+        return self._build_head().logits(self._gather_states(output, indices))
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
         for layer in self._layers:
@@ -152,10 +151,10 @@ class CachedDecoder:
     def _build_head(self) -> Head:
         return build_head(self._model, self._policy.head_chunk_tokens)
 
-    def _gather_states(self, output: DecodeOutput, row_indices: Sequence[int]) -> torch.Tensor:
+    def _gather_states(self, output: DecodeOutput, indices: Sequence[int]) -> torch.Tensor:
         assert output.hidden is not None
         states = prepare_head_input(output.hidden, self._model.config)
-        return states[torch.tensor(list(row_indices), device=states.device)]
+        return states[torch.tensor(list(indices), device=states.device)]
 
 
 @dataclass(frozen=True)

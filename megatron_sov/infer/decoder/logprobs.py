@@ -64,7 +64,7 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
     with CachedDecoder(model, CacheSize(slots, longest)) as decoder:
         steps = _iter_steps(decoder, questions, range(rank, len(questions), size), slots,
                             bounds.prefill_tokens)
-        last_done = -1
+        last_question = -1
         while True:
             # a finished process runs empty rows until all processes finish, because rows are collective
             step = next(steps, _Step([]))
@@ -74,8 +74,8 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
             output = decoder.read(step.spans, row_tokens)
             if decoder.last_stage and step.answers:
                 _record_logprobs(decoder, output, questions, step, logprobs)
-            if advance is not None and step.answers and step.answers[-1][0] != last_done:
-                last_done = step.answers[-1][0]
+            if advance is not None and step.answers and step.answers[-1][0] != last_question:
+                last_question = step.answers[-1][0]
                 advance(size)
         logprobs = decoder.agree(logprobs)
     table = all_reduce_replicas(logprobs).tolist()
