@@ -155,8 +155,7 @@ class ChatEncoder:
             return self._encode_segments(segments, chat, learned)
 
     def _check_extra_texts(self, chat: Conversation) -> None:
-        """Raise `BadRecord` if tools, variables or names would insert special tokens into the template's
-        text."""
+        """Raise `BadRecord` if tools, variables or names would insert special tokens into the text."""
         extra_text = "\n".join(chat.beside())
         if extra_text and (spelled := self._find_special_token([extra_text])):
             raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "

@@ -482,8 +482,7 @@ class ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill `buffer` and return the byte count, 0 at the end. Raises `EOFError`: the file is truncated or
-        damaged."""
+        """Fill `buffer` and return the byte count, 0 at the end. Raises `EOFError`: a truncated file."""
         try:
             return int(self._stream.readinto(buffer))
         except OSError as e:

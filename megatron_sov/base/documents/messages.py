@@ -119,8 +119,7 @@ def _iter_strings(value: Any) -> Iterator[str]:
 
 
 def check_depth(value: Any, levels: int = MAX_LEVELS) -> None:
-    """Refuse a JSON value with more than `levels` nested objects and lists. Raises `BadRecord`: the value is
-    nested deeper."""
+    """Raise `BadRecord` for a JSON value with more than `levels` nested objects and lists."""
     if isinstance(value, (dict, list, tuple)):
         if not levels:
             raise BadRecord("json", f"is nested more than {MAX_LEVELS} levels deep; flatten it")
@@ -174,8 +173,7 @@ def convert_sharegpt(turns: Any, name: str) -> list[dict[str, Any]]:
 
 
 def parse_tools(tools: Any) -> tuple[dict[str, Any], ...]:
-    """Parse tool descriptions from a list or JSON text. Raises `BadRecord`: the value is not a list of
-    objects."""
+    """Parse tool descriptions from a list or JSON text. Raises `BadRecord`: no list of objects."""
     descriptions = _parse_json(tools, "tools") if isinstance(tools, str) else tools
     if not isinstance(descriptions, list) or not all(isinstance(tool, dict) for tool in descriptions):
         raise BadRecord("fields", f"'tools' is {str(tools)[:40]!r}, must be a list of objects that describe "
@@ -304,8 +302,7 @@ def _parse_json(value: Any, where: str) -> Any:
 
 
 def _check_tool_results(messages: Sequence[Message], name: str) -> None:
-    """Refuse tool results without a call, results of another call, and calls without results before a later
-    turn."""
+    """Refuse tool results without a call or of another call, and calls without results before a turn."""
     open_calls: list[dict[str, Any]] = []
     answered = 0
     for i, message in enumerate(messages):

@@ -184,8 +184,7 @@ class RouteShape:
 
     @classmethod
     def from_record(cls, record: Any, where: str) -> RouteShape:
-        """Parse the result of `record`. Raises `UserError`: `record` is malformed; `where` begins the
-        message."""
+        """Parse the result of `record`. Raises `UserError`: it is malformed; `where` begins the message."""
         try:
             shape = cls(*(int(record[name]) for name in ("layers", "top_k", "num_experts")))
             if min(shape.layers, shape.top_k) < 1 or shape.top_k > shape.num_experts:

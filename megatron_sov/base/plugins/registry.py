@@ -101,8 +101,7 @@ class Registry(Generic[T]):
         return self.add(load_plugin(reference))
 
     def add(self, loaded: LoadedPlugin) -> str:
-        """Register a loaded object, and return the name. Raises `UserError`: the object is not of this kind,
-        or its name is taken."""
+        """Register an object, and return its name. Raises `UserError`: another kind, or a taken name."""
         loaded = self._adapt(loaded) if self._adapt else loaded
         self._check(loaded)
         name = self._own_name(loaded.value) if self._own_name else loaded.attribute

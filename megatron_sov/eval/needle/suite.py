@@ -118,8 +118,7 @@ class NeedleSuite:
                     yield [*slots[0], *pair.tolist()]
 
     def examples(self) -> Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]:
-        """Yield (`Haystack`, cell per example, examples) in cell order, at most `BATCH_TOKENS` prompt tokens
-        at a time."""
+        """Yield (haystack, cell per example, examples) in cell order, up to `BATCH_TOKENS` prompt tokens."""
         for kind, haystack, length in self._iter_rows():
             positions = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
             chunk_size = max(1, BATCH_TOKENS // length)
@@ -181,8 +180,7 @@ class Example:
 
 def insert_sentences(text: np.ndarray, inserts: Sequence[Sequence[int] | np.ndarray],
           places: Sequence[int]) -> np.ndarray:
-    """Insert sentences into a text, or sentence weights into text weights; equal positions keep the argument
-    order."""
+    """Insert sentences (or their weights) into a text; equal positions keep the argument order."""
     parts: list[Sequence[int] | np.ndarray] = []
     last = 0
     for i in np.argsort(np.array(places), kind="stable").tolist():

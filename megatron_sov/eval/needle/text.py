@@ -61,8 +61,7 @@ SCRIPT_SHARE = 0.3
 
 
 def fill_slots(slots: Slots, *pairs: np.ndarray) -> list[int]:
-    """Insert pairs [2] into the slots of a phrase; with fewer pairs, the phrase ends before the first empty
-    slot."""
+    """Insert pairs [2] into the slots of a phrase, which ends before the first empty slot."""
     ids = list(slots[0])
     for place, pair in enumerate(pairs, start=1):
         ids += pair.tolist()

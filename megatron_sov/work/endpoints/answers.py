@@ -35,8 +35,7 @@ class BadAnswer(Exception):
     """The endpoint's reply is unusable; another attempt may succeed."""
 
     def __init__(self, message: str, wait_s: float = 0.0, is_unavailable: bool = False) -> None:
-        """Store the message, the requested wait in seconds, and whether the endpoint is unreachable or
-        overloaded."""
+        """Store message, requested wait in seconds, and whether the endpoint is away or overloaded."""
         super().__init__(message)
         self.wait_s, self.is_unavailable = wait_s, is_unavailable
 

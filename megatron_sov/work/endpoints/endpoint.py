@@ -181,16 +181,14 @@ class Endpoint:
                 return answer
 
     def _find_substitute_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
-        """Return the name of an answering model outside `payload["model"]` and `accepted_models`, else
-        None."""
+        """Return the answering model outside `payload["model"]` and `accepted_models`; None: none."""
         if self._accepted_models is None:
             return None
         name = read_model_name(answer)
         return None if name in ("", payload.get("model"), *self._accepted_models) else name
 
     def _check_model(self, payload: Mapping[str, Any], answer: Any) -> None:
-        """Report a substitute model, once per name. Raises `UserError`: `accepted_models` do not contain
-        it."""
+        """Report a substitute model once per name. Raises `UserError`: it is not accepted."""
         name, requested = read_model_name(answer), payload.get("model")
         if name in ("", requested) or not isinstance(requested, str):
             return

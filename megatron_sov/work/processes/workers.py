@@ -30,8 +30,7 @@ START_LIMIT_S = 120.0
 END_LIMIT_S = 60.0
 """Limit for the kernel to report a worker's exit code."""
 FAST_REQUEST_S, MAX_BATCH_REQUESTS = 0.01, 64
-"""Requests faster than `FAST_REQUEST_S` are sent in batches of up to `MAX_BATCH_REQUESTS` to save round
-trips."""
+"""Requests faster than `FAST_REQUEST_S` are sent in batches of up to `MAX_BATCH_REQUESTS`."""
 _PRELOADED: dict[str, None] = {}
 """Modules that the shared fork server imports, in order."""
 Key = TypeVar("Key")

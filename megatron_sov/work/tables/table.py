@@ -128,8 +128,7 @@ class Table(Generic[P]):
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open the table in a folder. Raises `UserError`: the folder contains no table, or a newer
-        version's."""
+        """Open the table in a folder. Raises `UserError`: no table, or one of a newer version."""
         file = Path(path) / cls.HEAD
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))

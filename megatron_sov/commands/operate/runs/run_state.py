@@ -128,8 +128,7 @@ class RunState:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """Return the run in `path`, after its stages or rounds, or all runs below `path`. Raises `UserError`: no
-    run."""
+    """Return the run in `path` after its stages or rounds, or all runs below. Raises `UserError`: none."""
     if _is_run(path):
         parts = [*(path / STAGES).glob("*"), *(path / ROUNDS).glob("*/run")]
         runs = [*sorted(p for p in parts if _is_run(p)), path]
@@ -200,8 +199,7 @@ class RunStateReader:
             state.incidents[event["event"]] = state.incidents.get(event["event"], 0) + 1
 
     def state(self, now_s: float | None = None) -> RunState:
-        """Return the state at Unix time `now_s` (default: now). Raises `UserError`: damaged settings of the
-        run."""
+        """Return the state at Unix time `now_s` (default: now). Raises `UserError`: damaged settings."""
         now_s = time.time() if now_s is None else now_s
         # copies, because reasons are added to the attempts
         attempts = [replace(attempt) for attempt in self._attempts.all]

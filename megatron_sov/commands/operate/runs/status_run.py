@@ -28,8 +28,7 @@ RIGHT = frozenset(("step", "loss", "held-out", "tokens", "last change"))
 
 
 def show_status(options: StatusOptions) -> None:
-    """Print the state of the runs. Raises `UserError`: a folder without a run, or --follow with several
-    runs."""
+    """Print the state of the runs. Raises `UserError`: no run, or --follow with several runs."""
     paths = list(dict.fromkeys(run for path in options.runs for run in find_runs(path)))
     if options.follow:
         if len(paths) > 1:

@@ -136,8 +136,7 @@ def _choose_seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, 
 
 
 def _choose_batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -> int:
-    """Return a batch size up to `most`: the samples that all processes compute at once, times a power of
-    two."""
+    """Return a batch size up to `most`: the samples of all processes, times a power of two."""
     size = config.train.micro_batch_size * max(1, num_ranks(nproc) // config.parallel.ranks_per_replica)
     size *= config.parallel.pp if config.parallel.vpp > 1 else 1
     while 2 * size <= min(most, samples // MIN_EPOCH_STEPS):
