@@ -259,6 +259,7 @@ class CountedSpan:
                 yield _at_line(e, self.num_lines, b"")
 
     def _iter_lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        """Yield the documents of the span's JSON lines; an overlong line is skipped without loading it."""
         limit = self.reading.max_document_bytes
         # a compressed file is a single span, whose size does not limit the length of the text
         remaining = float("inf") if self.span.compression else self.span.stop - self.span.start
@@ -282,6 +283,7 @@ class CountedSpan:
                     yield _at_line(e, self.num_lines, line)
 
     def _iter_pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        """Yield the documents of the span's plain text, cut at blank lines. Raises `BadRecord`: no text."""
         span = self.span
         if span.suffix in TABLE_SUFFIXES and span.start == 0:
             self._refuse_table()

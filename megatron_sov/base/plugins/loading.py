@@ -214,9 +214,9 @@ def _hash_sibling_modules(path: Path) -> dict[str, str]:
     hashes = {}
     modules = dict(sys.modules)
     # check the few top-level packages before thousands of modules
-    tops = {name for name in {name.partition(".")[0] for name in modules}
-            if _is_in_folder(modules.get(name), str(path.parent))}
-    for name in sorted(name for name in modules if name.partition(".")[0] in tops):
+    packages = {name.partition(".")[0] for name in modules}
+    siblings = {name for name in packages if _is_in_folder(modules.get(name), str(path.parent))}
+    for name in sorted(name for name in modules if name.partition(".")[0] in siblings):
         module = modules[name]
         if not _has_file(module):
             continue

@@ -143,6 +143,7 @@ class Registry(Generic[T]):
         return [plugin.code.reference for plugin in self._known.values()]
 
     def _explain_unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
+        """Return the message for an unknown name: a file, a plug-in that the run recorded, or a typo."""
         if is_reference(name):
             return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
                     "itself names it; if you know it and trust it, name it with --set or --plugin")

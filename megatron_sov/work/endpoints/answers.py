@@ -68,7 +68,10 @@ def parse_json_answer(body: bytes) -> Any:
 def find_permanent_refusal(body: bytes) -> str:
     """Return the reason for a permanent refusal in an error body, or ""."""
     text = body[:10_000].decode("utf-8", "replace")
-    return next((why for why, words in PERMANENT_REFUSALS.items() if any(word in text for word in words)), "")
+    for reason, words in PERMANENT_REFUSALS.items():
+        if any(word in text for word in words):
+            return reason
+    return ""
 
 
 def read_error_text(body: bytes, secret: str = "") -> str:

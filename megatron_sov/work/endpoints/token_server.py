@@ -167,6 +167,7 @@ def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list
 
 
 def _check_answer(answer: TokenAnswer, where: str) -> None:
+    """Raise `BadAnswer` if an answer's tokens, log-probabilities and version spans are inconsistent."""
     count = len(answer.tokens)
     if len(answer.logprobs) != count:
         raise BadAnswer(f"{where}: returned {count} tokens but {len(answer.logprobs)} log-probabilities")

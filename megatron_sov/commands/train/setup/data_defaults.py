@@ -150,13 +150,14 @@ def count_epoch_samples(config: RunConfig, sources: Sequence[Source]) -> int:
 
 
 def _count_samples(config: RunConfig, source: Source) -> int:
-    packing = config.data.packing if not source.is_chat else (
-        "drop" if config.data.over_long == "drop" else "truncate")
+    packing = config.data.packing
+    if source.is_chat:  # packing splits no conversation
+        packing = "drop" if config.data.over_long == "drop" else "truncate"
     stream = DocumentStream(source.name, source.open_split("train"), config.train.seed, packing, Cursor(),
                             source.group)
     windows = max(1, min(MAX_WINDOWS, stream.num_windows))
-    counted = stream.count_samples(config.data.phases[0].seq_len, windows)
-    return math.ceil(counted * stream.num_windows / windows)
+    num_samples = stream.count_samples(config.data.phases[0].seq_len, windows)
+    return math.ceil(num_samples * stream.num_windows / windows)
 
 
 def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | None, num_prompts: int,
