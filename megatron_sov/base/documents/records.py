@@ -520,7 +520,7 @@ def _find_tied_scores(record: dict[str, Any]) -> list[str]:
     tied_scores = []
     for name in filter(_SCORE.search, record):
         other = name.replace("chosen", "rejected")
-        scores = (record[name], record.get(other))
+        scores: tuple[Any, Any] = (record[name], record.get(other))
         if other == name or not all(type(score) in (int, float) for score in scores):
             continue
         if not are_equal(scores):

@@ -16,7 +16,7 @@ from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.ledger import count_unit_tokens
 from megatron_sov.train.data.sources import Source, open_sources
-from megatron_sov.train.data.streams import Cursor, DocumentStream
+from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing
 
 MIN_SEQ_LEN, MAX_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
 """Limits for the default sample length in tokens, and the default length for text."""
@@ -150,7 +150,7 @@ def count_epoch_samples(config: RunConfig, sources: Sequence[Source]) -> int:
 
 
 def _count_samples(config: RunConfig, source: Source) -> int:
-    packing = config.data.packing
+    packing: Packing = config.data.packing
     if source.is_chat:  # packing splits no conversation
         packing = "drop" if config.data.over_long == "drop" else "truncate"
     stream = DocumentStream(source.name, source.open_split("train"), config.train.seed, packing, Cursor(),
