@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.synth import finishing
-from megatron_sov.base.errors import IS_CHECKING, DryRun
+from megatron_sov.base.errors import DryRun, check_only
 from megatron_sov.work.clusters.client import run_slurm_program
 from megatron_sov.work.endpoints.http_client import HttpClient
 from megatron_sov.work.processes.children import start_command, start_interpreter
@@ -16,9 +15,8 @@ from megatron_sov.work.progress.locks import lock_folder
 
 @pytest.fixture
 def checking() -> Iterator[None]:
-    token = IS_CHECKING.set(True)
-    yield
-    IS_CHECKING.reset(token)
+    with check_only():
+        yield
 
 
 def build_client() -> HttpClient:
@@ -38,13 +36,3 @@ def test_a_check_has_no_side_effects(action: Callable[[Path], object], checking:
     with pytest.raises(DryRun):
         action(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_finished_samples_keep_their_manifest(checking: None, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / finishing.MANIFEST).write_text("{}")
-    monkeypatch.setattr(finishing, "read_run_record", lambda output: None)
-    monkeypatch.setattr(finishing, "check_work_folder", lambda output: None)
-    with pytest.raises(DryRun):
-        finishing.finish(tmp_path)
-    assert (tmp_path / finishing.MANIFEST).is_file()
