@@ -7,13 +7,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import export_weights, to_hf
-from megatron_sov.engine.parallel.world import run_on_main
+from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_main
 from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations, open_server_engine
 from megatron_sov.infer.engines.server_process import EngineServers
@@ -120,18 +119,21 @@ class LiveServers:
             self._context = self.engine = None
 
     def _send_weights(self, view: FeedView, policy: Policy) -> None:
-        weights, problem = export_weights(view.policy.model), ""
-        if view.world.is_main:
-            assert self.engine is not None, "the servers are not open"
+        weights = export_weights(view.policy.model)
+        self._loaded_step = None
+
+        def update_engine(rank: int, _: int) -> None:
             try:
-                self.engine.update(weights, policy.step)
-                self._loaded_step = policy.step
-            except UserError as e:
-                problem = str(e)
-        else:
-            for _ in weights:  # gathers the weights with rank 0, and gets no tensor
-                pass
-        run_on_main(view.world, partial(_raise_problem, problem))
+                if rank == 0:
+                    assert self.engine is not None, "the servers are not open"
+                    self.engine.update(weights, policy.step)
+                    self._loaded_step = policy.step
+            finally:
+                # every rank gathers each weight, also after an error on rank 0
+                for _ in weights:
+                    pass
+
+        run_on_each_rank(update_engine)
 
     def _compare_logprobs(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
         assert self.engine is not None, "the servers are not open"
@@ -143,8 +145,3 @@ class LiveServers:
                             f"are {gap:.3g} nats a token from the trainer's at step {policy.step} (at most "
                             f"{MAX_GAP_NATS:g}): the server did not load the weights or computes another "
                             "model; look at its log")
-
-
-def _raise_problem(problem: str) -> None:
-    if problem:
-        raise UserError(problem)
