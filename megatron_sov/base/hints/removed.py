@@ -94,7 +94,7 @@ def update_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_block(settings: Mapping[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """Split `name`, e.g. "guards.on_sdc", into the block of saved settings ({} if absent) and the last part."""
+    """Split a setting name into its block of the saved settings ({} if absent) and its last part."""
     *groups, last = name.split(".")
     block: Any = settings
     for group in groups:
