@@ -34,6 +34,15 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """Fields in which other tools store media next to a text with references."""
 LAYOUT_FIELDS = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
 """Fields that determine a record's layout, in addition to message fields."""
+_TURN = re.compile(r"(?:\A|\n)\n?(Human|Assistant): ?")
+TARGETS = ("prompt", "response", "completion", "messages", "conversations", "chosen", "rejected", "system",
+           "tools", "label")
+"""Fields that `--columns` can assign."""
+Renames = tuple[tuple[str, tuple[str, ...]], ...]
+"""(target field, the record's fields that are joined)."""
+_NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
+           "prompt": ("prompt",), "text": ("text",)}
+"""Kind -> targets that a record needs; a chat may have "messages" instead."""
 
 
 def parse_label(value: Any) -> bool | None:
@@ -153,9 +162,6 @@ def _from_sharegpt_pair(record: dict[str, Any], kind: str | None) -> dict[str, A
             **_omit_fields(record, (chat, "prompt", *SIDES))}
 
 
-_TURN = re.compile(r"(?:\A|\n)\n?(Human|Assistant): ?")
-
-
 def _is_transcript_pair(record: Mapping[str, Any], kind: str | None) -> bool:
     return "prompt" not in record and all(
         isinstance(record.get(side), str) and record[side].lstrip().startswith("Human:") for side in SIDES)
@@ -231,13 +237,6 @@ def convert_layout(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     return record
 
 
-TARGETS = ("prompt", "response", "completion", "messages", "conversations", "chosen", "rejected", "system",
-           "tools", "label")
-"""Fields that `--columns` can assign."""
-Renames = tuple[tuple[str, tuple[str, ...]], ...]
-"""(target field, the record's fields that are joined)."""
-
-
 def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) -> Renames:
     """Parse `TARGET=FIELD[+FIELD],...` with any of `targets`, or any target if `targets` is empty. Raises
     `UserError`: malformed argument, or unknown or repeated target."""
@@ -303,11 +302,6 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
     return [name for name, value in record.items() if name in unread and value not in EMPTY_VALUES]
 
 
-_NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
-           "prompt": ("prompt",), "text": ("text",)}
-"""Kind -> targets that a record needs; a chat may have "messages" instead."""
-
-
 def propose_field(record: Mapping[str, Any], target: str) -> str:
     """Return the field whose name contains a word of the row `target` of the table `record_fields`: the word
     that comes first there, then the shortest name; "": no such field."""
@@ -352,6 +346,8 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
         # a prompt precedes its response in most files, but chosen and rejected have no usual order
         has_usual_order = kind != "preference" and len(texts) == len(_NEEDED[kind])
         guesses = dict(zip(_NEEDED[kind], texts, strict=True)) if has_usual_order else {}
+        if kind == "text" and texts:
+            guesses["text"] = max(texts, key=lambda name: len(values[name]))
     if kind == "text":
         return f"--text-field {guesses.get('text', 'NAME')}"
     columns = guesses or dict.fromkeys(_NEEDED[kind], "FIELD")

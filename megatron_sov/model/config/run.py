@@ -39,6 +39,11 @@ from megatron_sov.model.config.post_training import (
     REFERENCE_METHODS, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
+SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
+            ("preference.method", ("preference.beta", "preference.simpo_gamma")))
+"""A setting that selects a method, and the numbers that belong to the method. If the method changes, the
+recipe's numbers are reset to defaults."""
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -300,12 +305,6 @@ class RunConfig:
         """Return plain JSON types; `from_dict` restores an equal config."""
         # Convert through JSON, so that tuples become lists as in a config read from disk.
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
-            ("preference.method", ("preference.beta", "preference.simpo_gamma")))
-"""A setting that selects a method, and the numbers that belong to the method. If the method changes, the
-recipe's numbers are reset to defaults."""
 
 
 def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
