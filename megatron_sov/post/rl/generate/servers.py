@@ -125,7 +125,7 @@ class LiveServers:
         weights = export_weights(view.policy.model)
         self._loaded_step = None
 
-        def update_engine(rank: int, _: int) -> None:
+        def update_engine(rank: int, size: int) -> None:
             try:
                 if rank == 0:
                     assert self.engine is not None, "the servers are not open"
