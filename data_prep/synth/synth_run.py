@@ -28,7 +28,6 @@ from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import (
     ExitCode, Fix, StopRequested, UserError, choose_free_path, escape_controls)
 from megatron_sov.base.hints.removed import suggest_successor
-from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, parse_nested, parse_settings, to_problem)
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
@@ -193,9 +192,6 @@ def create_generator(name: str, settings: Mapping[str, Any]) -> Generator:
 
 def _check_folder(output: Path, redo: bool) -> None:
     """Raise `UserError` if the output folder belongs to another command, or has lost its items' records."""
-    check_creatable(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; name a folder")
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / ANSWERS).is_file():

@@ -7,7 +7,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -123,8 +124,7 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str = "", fix: Fix | None = None, left: str = "") -> None:
-        """Create the message: the sentence, the line of `fix` if it is a whole line, and the fault that is
-        left in that line."""
+        """Create the message: sentence, line of `fix` if it is a whole line, fault left in that line."""
         self.sentence, self.fix = sentence, fix
         line = f"; write\n  {fix.line}" if fix and fix.line else ""
         super().__init__(f"{sentence}{line}" + (f"\nthis line still has a fault: {left}" if left else ""))
@@ -138,9 +138,20 @@ IS_CHECKING = ContextVar("is_checking", default=False)
 """Whether a proposed command line is being checked: work of several seconds is skipped."""
 
 
+@contextmanager
+def check_only() -> Iterator[None]:
+    """Run the block's checks: `stop_check` ends the block."""
+    token = IS_CHECKING.set(True)
+    try:
+        with suppress(DryRun):
+            yield
+    finally:
+        IS_CHECKING.reset(token)
+
+
 def stop_check() -> None:
-    """End the check of a proposed command line before the first write, started process, submitted job or
-    paid request. Raises `DryRun`: a proposed line is being checked; it has passed all checks until here."""
+    """End the checks of a command line before the first write, started process, submitted job or paid
+    request. Raises `DryRun`: in a block of `check_only`; the line has passed all checks until here."""
     if IS_CHECKING.get():
         raise DryRun
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.errors import IS_CHECKING, DryRun
+from megatron_sov.base.errors import DryRun, check_only
 from megatron_sov.work.clusters.client import run_slurm_program
 from megatron_sov.work.endpoints.http_client import HttpClient
 from megatron_sov.work.processes.children import start_command, start_interpreter
@@ -15,9 +15,8 @@ from megatron_sov.work.progress.locks import lock_folder
 
 @pytest.fixture
 def checking() -> Iterator[None]:
-    token = IS_CHECKING.set(True)
-    yield
-    IS_CHECKING.reset(token)
+    with check_only():
+        yield
 
 
 def build_client() -> HttpClient:

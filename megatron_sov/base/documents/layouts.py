@@ -101,6 +101,7 @@ def is_alpaca(record: Mapping[str, Any], kind: str | None) -> bool:
 
 
 def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    """Convert a record of Alpaca or Dolly to messages, a prompt, or a prompt with its completion."""
     if not {"input", "output"} & record.keys():
         record = {DOLLY.get(name, name): value for name, value in record.items()}  # rename Dolly's fields
     for name in ("instruction", "input", "output"):
@@ -346,6 +347,8 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
         # a prompt precedes its response in most files, but chosen and rejected have no usual order
         has_usual_order = kind != "preference" and len(texts) == len(_NEEDED[kind])
         guesses = dict(zip(_NEEDED[kind], texts, strict=True)) if has_usual_order else {}
+        if kind == "text" and texts:
+            guesses["text"] = max(texts, key=lambda name: len(values[name]))
     if kind == "text":
         return f"--text-field {guesses.get('text', 'NAME')}"
     columns = guesses or dict.fromkeys(_NEEDED[kind], "FIELD")

@@ -57,10 +57,10 @@ def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tm
 
 def test_folders_that_hold_something_else(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    assert "notes: is a file; name a new folder" in run_refused_command(capsys, [packed_data.text],
-                                                                        tmp_path / "notes")
     assert "notes: is a file; --run needs a folder" in run_refused_command(capsys, [packed_data.text],
-                                                                           tmp_path / "notes" / "run")
+                                                                           tmp_path / "notes")
+    assert "notes is a file, so nothing can lie in it" in run_refused_command(capsys, [packed_data.text],
+                                                                              tmp_path / "notes" / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "is not empty and holds no run" in run_refused_command(capsys, [packed_data.text],

@@ -109,6 +109,12 @@ def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settin
     assert get_pretraining_refusal(build_pretraining_request([packed_data.text], FITS, *settings)) == ""
 
 
+def test_the_context_length_of_extend_is_no_consent_to_many_epochs(packed_data: Any) -> None:
+    asked = build_pretraining_request([packed_data.text], FITS, "data.phases.0.seq_len=64", command="extend")
+    asked = dataclasses.replace(asked, base=apply_settings(asked.base, ["train.steps=90000"]))
+    assert "epochs, and the limit is 20; set train.steps, add data" in get_pretraining_refusal(asked)
+
+
 @pytest.mark.each("settings", [
     (), ("optim.lr=1e-3",), ("train.global_batch_size=64",), ("data.max_epochs=4",), ("data.max_epochs=30",)])
 def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, settings: tuple[str, ...]) -> None:
