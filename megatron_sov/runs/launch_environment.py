@@ -98,6 +98,6 @@ def has_launcher() -> bool:
 
 def read_processor_name() -> str:
     """Return the processor's model, or its architecture if Linux names no model."""
-    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
+    lines = CPU_INFO.read_text(encoding="utf-8").split("\n") if CPU_INFO.is_file() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, "") or platform.processor() or platform.machine()
