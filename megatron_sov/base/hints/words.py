@@ -15,8 +15,7 @@ from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.hints.commands import PROGRAMS, propose_pipeline, unwrap_launcher
-from megatron_sov.base.hints.foreign import (
-    find_word, parse_blend, read_foreign_config, read_recipe_name)
+from megatron_sov.base.hints.foreign import find_word, parse_blend, read_foreign_config, read_recipe_name
 from megatron_sov.base.hints.kinds import classify_word, find_recipe_option
 from megatron_sov.base.hints.missing import choose_placeholder, split_positionals
 from megatron_sov.base.hints.paths import fix_address
