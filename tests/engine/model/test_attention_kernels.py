@@ -35,7 +35,7 @@ def simulate_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[
             has_fused = params.window_size[0] + 1 not in rejected_windows
             if not has_fused:
                 log.debug("Disabling FusedAttention: %s", "cuDNN Error: no engine")
-            # As Transformer Engine's: flash and its version, fused and its backend, unfused, all available ones.
+            # As Transformer Engine's: flash, its version, fused, its backend, unfused, all available.
             return has_flash, None, has_fused, None, not has_fused and not has_flash, []
 
         utils.__dict__["get_attention_backend"] = get_attention_backend
