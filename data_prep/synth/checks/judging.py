@@ -34,18 +34,16 @@ from megatron_sov.work.progress.journal import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
 """Folder in the work folder, and in it the folder for the documents."""
-FORM = "form"
-"""Name of the check that later commands can read a sample's record."""
+FORM, CHANGED = "form", "changed by a step"
+"""Names of checks: later commands can read a sample's record, and each step leaves the sample as it is."""
 
 
 @dataclass(frozen=True)
 class JudgedSamples:
-    """Documents that the steps dropped or changed, and the counts of the steps."""
+    """Verdicts and counts of the steps."""
 
-    dropped: Mapping[str, SampleVerdict] = field(default_factory=dict)
-    """Sample id -> reason."""
-    changed: Mapping[str, str] = field(default_factory=dict)
-    """Sample id -> text after the last step that changed the document."""
+    rejected: Mapping[str, SampleVerdict] = field(default_factory=dict)
+    """Sample id -> verdict of the first step that drops or would change the sample."""
     steps: tuple[Mapping[str, Any], ...] = ()
     """Counts for each step and source, as in `summary.json` from a pipeline."""
 
@@ -56,13 +54,7 @@ class JudgedSamples:
             extract_texts(kind, sample.record)
         except NoSample as e:
             return SampleVerdict(FORM, False, str(e))
-        if sample_id in self.dropped:
-            return self.dropped[sample_id]
-        # a changed text cannot be split into messages again
-        if kind != "text" and sample_id in self.changed:
-            return SampleVerdict("changed by a step", False,
-                                 "only texts can follow; use steps that keep or drop")
-        return None
+        return self.rejected.get(sample_id)
 
 
 def judge_samples(output: Path, run: SynthRunRecord, options: SynthOptions) -> JudgedSamples:
@@ -81,8 +73,8 @@ def judge_samples(output: Path, run: SynthRunRecord, options: SynthOptions) -> J
     check_libraries(pipeline, file)
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, options.workers or count_cores())
-    dropped, changed = _collect_results(plan, folder)
-    return JudgedSamples(dropped, changed, tuple(_iter_step_counts(build_summary(plan, folder))))
+    return JudgedSamples(_collect_verdicts(plan, folder),
+                         tuple(_iter_step_counts(build_summary(plan, folder))))
 
 
 def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path) -> dict[str, Path]:
@@ -134,37 +126,26 @@ def _iter_documents(file: Path) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class _StepResult:
-    """A document that a step drops or changes."""
+    """A document that a step drops or would change."""
 
     document_id: str
     step_number: int
     reason: str
-    """Why the document was dropped; "" if it was changed."""
     detail: str
     """Pipeline id of the original (duplicate), text of a benchmark (contamination), or ""."""
-    text: str | None
-    """New text, if changed."""
 
 
-def _collect_results(plan: PipelinePlan, folder: Path) -> tuple[dict[str, SampleVerdict], dict[str, str]]:
-    """Return (document id -> verdict) for dropped and (document id -> text) for changed documents."""
-    drops: list[_StepResult] = []
-    changed: dict[str, str] = {}
-    for source in plan.sources:
-        if source.settings.name == INPUT:
-            continue
-        for result in _iter_results(source, folder):
-            if result.reason:
-                drops.append(result)
-            elif result.text is not None:
-                changed[result.document_id] = result.text
-    duplicates = _describe_duplicates(plan, folder, {drop.detail for drop in drops})
-    dropped: dict[str, SampleVerdict] = {}
-    # the first step that drops a document gives the reason
-    for drop in sorted(drops, key=lambda drop: drop.step_number):
-        detail = duplicates.get(drop.detail, drop.detail)
-        dropped.setdefault(drop.document_id, SampleVerdict(drop.reason, False, detail))
-    return dropped, {key: text for key, text in changed.items() if key not in dropped}
+def _collect_verdicts(plan: PipelinePlan, folder: Path) -> dict[str, SampleVerdict]:
+    """Return document id -> verdict for documents that a step drops or would change."""
+    results = [result for source in plan.sources if source.settings.name != INPUT
+               for result in _iter_results(source, folder)]
+    duplicates = _describe_duplicates(plan, folder, {result.detail for result in results})
+    verdicts: dict[str, SampleVerdict] = {}
+    # the first step gives the reason
+    for result in sorted(results, key=lambda result: result.step_number):
+        detail = duplicates.get(result.detail, result.detail)
+        verdicts.setdefault(result.document_id, SampleVerdict(result.reason, False, detail))
+    return verdicts
 
 
 def _iter_results(source: SourcePlan, folder: Path) -> Iterator[_StepResult]:
@@ -184,7 +165,7 @@ def _iter_results(source: SourcePlan, folder: Path) -> Iterator[_StepResult]:
                     document_ids, table.column("reason").to_pylist(), table.column("text").to_pylist(),
                     details, strict=True):
                 if reason or text is not None:
-                    yield _StepResult(document_id, layer.number, reason or "", detail or "", text)
+                    yield _StepResult(document_id, layer.number, reason or CHANGED, detail or "")
 
 
 def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
