@@ -108,8 +108,7 @@ def _write_samples(output: Path, run: SynthRunRecord, judged: JudgedSamples, tal
                 provenance = _build_provenance(run, item, sample_id, sample)
                 tally.models[provenance["model"]] += 1
                 # steps judge only samples that pass the generator's checks
-                step_verdict = None if sample.failed_verdict else judged.find_verdict(
-                    run.kind, sample_id, sample)
+                step_verdict = judged.rejected.get(sample_id)
                 if failed := sample.failed_verdict or step_verdict:
                     tally.rejected[failed.check] += 1
                     verdicts = [*sample.verdicts, *([step_verdict] if step_verdict else [])]

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,7 @@ from data_prep.damaged_files import explain_deletion
 from data_prep.synth.checks.settings import (
     INPUT, SOURCES, NoSample, choose_steps_file, extract_question, extract_texts, read_steps)
 from data_prep.synth.run_records import SynthRunRecord, read_finished_items
-from data_prep.synth.samples import GeneratedSample, Kind, SampleVerdict
+from data_prep.synth.samples import Kind, SampleVerdict
 from data_prep.synth.synth import SynthOptions
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
@@ -42,19 +42,10 @@ FORM, CHANGED = "form", "changed by a step"
 class JudgedSamples:
     """Verdicts and counts of the steps."""
 
-    rejected: Mapping[str, SampleVerdict] = field(default_factory=dict)
-    """Sample id -> verdict of the first step that drops or would change the sample."""
+    rejected: Mapping[str, SampleVerdict]
+    """Sample id -> `FORM`, or verdict of the first step that drops or would change the sample."""
     steps: tuple[Mapping[str, Any], ...] = ()
     """Counts for each step and source, as in `summary.json` from a pipeline."""
-
-    def find_verdict(self, kind: Kind, sample_id: str, sample: GeneratedSample) -> SampleVerdict | None:
-        """Return why a sample is rejected, or None. The sample must have passed the generator's checks."""
-        try:
-            # invalid records were never sent through the steps
-            extract_texts(kind, sample.record)
-        except NoSample as e:
-            return SampleVerdict(FORM, False, str(e))
-        return self.rejected.get(sample_id)
 
 
 def judge_samples(output: Path, run: SynthRunRecord, options: SynthOptions) -> JudgedSamples:
@@ -63,23 +54,26 @@ def judge_samples(output: Path, run: SynthRunRecord, options: SynthOptions) -> J
     folder = work_folder(output) / FOLDER
     with translate_disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        folders = _write_texts(output, run.kind, options.input, folder / TEXTS)
+        folders, invalid = _write_texts(output, run.kind, options.input, folder / TEXTS)
     if not folders:
-        return JudgedSamples()
+        return JudgedSamples(invalid)
     file = choose_steps_file(options.checks, run.generator, run.kind)
     pipeline = read_steps(file, folders)
     if not pipeline.steps:
-        return JudgedSamples()
+        return JudgedSamples(invalid)
     check_libraries(pipeline, file)
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, options.workers or count_cores())
-    return JudgedSamples(_collect_verdicts(plan, folder),
+    return JudgedSamples({**invalid, **_collect_verdicts(plan, folder)},
                          tuple(_iter_step_counts(build_summary(plan, folder))))
 
 
-def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path) -> dict[str, Path]:
-    """Write a file for each source, and return source -> folder; empty without samples."""
+def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path
+                 ) -> tuple[dict[str, Path], dict[str, SampleVerdict]]:
+    """Write a file for each source; return source -> folder, empty without samples, and sample id -> verdict
+    for invalid records."""
     files: dict[str, IO[str]] = {}
+    invalid: dict[str, SampleVerdict] = {}
     with ExitStack() as stack:
         def write_text(source: str, document_id: str, text: str) -> None:
             if source not in files:
@@ -90,21 +84,20 @@ def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path)
 
         for item in read_finished_items(output):
             for sample_id, sample in item.iter_samples():
-                for source, text in _extract_sample_texts(kind, sample).items():
+                if sample.failed_verdict:
+                    continue
+                try:
+                    texts = extract_texts(kind, sample.record)
+                except NoSample as e:
+                    invalid[sample_id] = SampleVerdict(FORM, False, str(e))
+                    continue
+                for source, text in texts.items():
                     write_text(source, sample_id, text)
         if files:  # the input is not judged: the steps compare samples with it
             for path in inputs:
                 for place, text in iter_input_texts(path):
                     write_text(INPUT, f"input {place}", text)
-    return {name: folder / name for name in SOURCES if name in files}
-
-
-def _extract_sample_texts(kind: Kind, sample: GeneratedSample) -> dict[str, str]:
-    """Return source -> text; empty for a rejected or invalid sample."""
-    try:
-        return {} if sample.failed_verdict else extract_texts(kind, sample.record)
-    except NoSample:
-        return {}
+    return {name: folder / name for name in SOURCES if name in files}, invalid
 
 
 def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:
