@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,17 @@ class Model:
             payload[self.max_tokens_field] = request["max_tokens"]
         return payload
 
-    def compute_identity(self) -> str:
-        """Return the model's name in cache keys, equal at every address. Raises `UserError`: the model's
-        folder is missing or empty."""
+    @cached_property
+    def identity(self) -> str:
+        """Name in cache keys, equal at every address. Raises `UserError`: the folder is missing or empty."""
         if not self.is_local:
             return f"endpoint:{self.model}"
-        folder = Path(self.engine)
+        folder, option = Path(self.engine), self.options[0]
         if not folder.is_dir():
-            raise UserError(f"{self.options[0]} {folder}: is neither an address (http://...) nor a folder of "
-                            f"a model{suggest_download(folder)}")
+            raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
+                            f"{suggest_download(folder)}")
         if not any(folder.iterdir()):
-            raise UserError(f"{self.options[0]} {folder}: is empty; pass a checkpoint or a Hugging Face "
-                            "folder")
+            raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
         return f"local:{hash_model_folder(folder)}"
 
 
@@ -151,7 +151,7 @@ def open_clients(writer: Model, judge: Model, options: SynthOptions, cache: Endp
             clients[model] = Endpoint(f"{url}/chat/completions", model.key_env,
                                       EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0,
                                                      0.0, 0.0, 0.0, patience_s),
-                                      cache, cache_name=model.compute_identity(), gate=budget,
+                                      cache, cache_name=model.identity, gate=budget,
                                       sleep=stop.sleep, model=name, key=key, transform=model.build_payload,
                                       report=lambda sentence: print(sentence, flush=True),
                                       accepted_models=None if model.is_local else options.accept_model)

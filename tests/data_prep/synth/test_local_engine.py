@@ -80,9 +80,14 @@ def test_a_stop_request_does_not_wait_for_the_model_to_load(model: Path, tmp_pat
     assert not servers(tmp_path)
 
 
-def test_the_identity_of_a_local_model_depends_on_its_files_only(model: Path, tmp_path: Path) -> None:
-    before = Model(str(model), "").compute_identity()
+def test_the_identity_of_a_model_depends_on_its_files_only(model: Path, tmp_path: Path) -> None:
+    def identify(folder: Path) -> str:
+        return Model(str(folder), "").identity
+
+    before = identify(model)
     model.rename(tmp_path / "moved")
-    assert Model(str(tmp_path / "moved"), "").compute_identity() == before
+    assert identify(tmp_path / "moved") == before
+    (tmp_path / "moved" / "weights").write_bytes(b"x")
+    assert identify(tmp_path / "moved") != before
     with pytest.raises(UserError, match="is neither an address"):
-        Model(str(tmp_path / "nowhere"), "").compute_identity()
+        identify(tmp_path / "nowhere")
