@@ -111,6 +111,7 @@ _CHANGED_OPCODES = {"EMPTY_SET": "EMPTY_LIST", "ADDITEMS": "APPENDS", "FROZENSET
 class _Machine(pickle._Unpickler):
     """Python's own interpreter of pickles, in which names, calls and dicts stay data."""
 
+    stack: list[Any]
     dispatch = _Opcodes()
     for _name, _executed in (*zip(_PLAIN_OPCODES, _PLAIN_OPCODES, strict=True), *_CHANGED_OPCODES.items()):
         dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[getattr(pickle, _executed)[0]]
