@@ -7,14 +7,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import export_weights, to_hf
-from megatron_sov.engine.parallel.world import run_on_main
-from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+from megatron_sov.engine.parallel.device import get_local_device
+from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_main
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations, open_server_engine
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.engines.target import find_target
@@ -109,7 +111,7 @@ class LiveServers:
         """
         text = list(prompt[:COMPARED_TOKENS])
         if len(text) > 1:
-            [[logprobs]] = compute_answer_logprobs(view.policy, [AnswerChoice(text[:1], [text[1:]])])
+            logprobs = compute_logprobs(view.policy, text)
             run_on_main(view.world, lambda: self._compare_logprobs(text, logprobs, policy))
 
     def close(self) -> None:
@@ -120,18 +122,21 @@ class LiveServers:
             self._context = self.engine = None
 
     def _send_weights(self, view: FeedView, policy: Policy) -> None:
-        weights, problem = export_weights(view.policy.model), ""
-        if view.world.is_main:
-            assert self.engine is not None, "the servers are not open"
+        weights = export_weights(view.policy.model)
+        self._loaded_step = None
+
+        def update_engine(rank: int, size: int) -> None:
             try:
-                self.engine.update(weights, policy.step)
-                self._loaded_step = policy.step
-            except UserError as e:
-                problem = str(e)
-        else:
-            for _ in weights:  # gathers the weights with rank 0, and gets no tensor
-                pass
-        run_on_main(view.world, partial(_raise_problem, problem))
+                if rank == 0:
+                    assert self.engine is not None, "the servers are not open"
+                    self.engine.update(weights, policy.step)
+                    self._loaded_step = policy.step
+            finally:
+                # every rank gathers each weight, also after an error on rank 0
+                for _ in weights:
+                    pass
+
+        run_on_each_rank(update_engine)
 
     def _compare_logprobs(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
         assert self.engine is not None, "the servers are not open"
@@ -145,6 +150,9 @@ class LiveServers:
                             "model; look at its log")
 
 
-def _raise_problem(problem: str) -> None:
-    if problem:
-        raise UserError(problem)
+def compute_logprobs(model: ForwardModel, text: Sequence[int]) -> list[float]:
+    """Return log p(token | preceding tokens) for each token after the first, in nats (collective)."""
+    logits = model.logits(DocumentBatch([text], get_local_device()), torch.arange(len(text) - 1))
+    labels = torch.tensor(text[1:], device=logits.device)
+    logprobs: list[float] = logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0].tolist()
+    return logprobs
