@@ -413,8 +413,8 @@ def read_last_log_line(records: Path, number: str) -> str:
     """Return the last line in the logs of a Slurm job that recorded no attempt; "": no logs."""
     logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
             for file in sorted(records.glob(pattern))]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
-    return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
+    shown = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
+    return shown.splitlines()[-1].strip().removeprefix("job: ") if shown else ""
 
 
 def read_started_settings(run: Path) -> RunConfig | None:

@@ -18,6 +18,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,7 +93,8 @@ class Journal:
 
     def records(self) -> Iterator[tuple[Item, bytes]]:
         """Yield records in order of writing; with several writers, sorted by item."""
-        for item, payload, _ in heapq.merge(*map(_iter_records, _record_files(self.folder)), key=_get_item):
+        sorted_files = map(_iter_records, _record_files(self.folder))
+        for item, payload, _ in heapq.merge(*sorted_files, key=itemgetter(0)):
             yield item, payload
 
     def write_payloads(self, file: Path) -> None:
@@ -293,9 +295,6 @@ def _iter_records(file: Path, begin: int = 0) -> Iterator[tuple[Item, bytes, int
         while (record := _read_record(f)) is not None:
             yield *record, f.tell()
 
-
-def _get_item(record: tuple[Item, bytes, int]) -> Any:
-    return record[0]
 
 
 def _read_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
