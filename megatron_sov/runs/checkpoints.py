@@ -285,8 +285,8 @@ def _refuse_unknown_folder(path: Path, kinds: Collection[str], wanted: str) -> N
                         Fix(words={str(path): str(newest)}))
     if (path / TRACKER).is_file():
         fix = _fix_by_conversion(path, "from-megatron")
-        raise UserError(f"{path}: is a checkpoint of Megatron-LM, not {wanted}; `{fix.before[0]}` makes it one",
-                        fix)
+        raise UserError(f"{path}: is a checkpoint of Megatron-LM, not {wanted}; `{fix.before[0]}` makes it "
+                        "one", fix)
     has_config = CHECKPOINT_KIND not in kinds and (path / CONFIG).exists()
     is_run = (path / CHECKPOINTS_FOLDER).exists() or has_config
     if path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):
