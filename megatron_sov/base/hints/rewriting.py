@@ -44,6 +44,8 @@ class Rewrite:
     is_recipe: Callable[[str], bool] = lambda word: False
     repeated: Collection[str] = ()
     """Options that may be given several times, with a value each."""
+    required: Collection[str] = ()
+    """Options that the command requires."""
     many: Collection[str] = ()
     """Options that take several values."""
     command: str = ""
@@ -143,6 +145,8 @@ class Rewrite:
         holes = self._list_holes(value)
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
         self.target = value.rpartition("=")[2] if "target" in row else self.target
+        if "step" in row:
+            self.target = f"{holes['folder']}/checkpoints/step-{value}"
         ours = load_table()["values"]["--reward"]
         rewards = [ours.get(name, name)
                    for name in re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))]
@@ -293,8 +297,17 @@ class Rewrite:
             self._write_option(option, normalize_word(option), name, values)
         elif values and (name := find_by_parts(option, self.list_settings())):
             self.add_setting(option, f"{name}={values[0]}")
+        elif name := self._find_data_option(values):
+            self.add_words(f"{option} is {name} here", name, *values)
         else:
             self.add_words(f"{option}: nothing takes this; leave it out")
+
+    def _find_data_option(self, values: list[str]) -> str:
+        """Return the required option that takes a file of records and was not typed; "": none."""
+        if not values or classify_word(values[0]) != "data" or not os.path.exists(values[0]):
+            return ""
+        return next((name for name in load_table()["kind_options"]["data"]
+                     if name in self.required and name not in self.typed), "")
 
     def add_changes(self, texts: Sequence[str]) -> None:
         """Write settings changes, `name=value`, under our names."""
@@ -311,6 +324,7 @@ class Rewrite:
                 self._add_change(part)
 
     def _add_change(self, text: str) -> None:
+        """Write a settings change, or the option with its meaning, or the note why there is none."""
         if match := re.fullmatch(r"([a-z]\w*(?:\.\w+)+):([^=]+)", text):
             self.add_words("a setting and its value are joined by =")
             text = f"{match[1]}={match[2].strip()}"

@@ -45,7 +45,7 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
 
 def check_states(options: DistillStatesOptions) -> DistillStatesOptions:
     load_plugins(options.plugins)
-    check_model(options.teacher, "", options.settings, options.nproc)
+    check_model(options.teacher, options.settings, options.nproc)
     check_token_shards(options.data)
     return options
 
@@ -88,7 +88,7 @@ class DistillOptions(StageOptions):
             raise UserError("--teacher: is missing; pass the teacher model, or --states with its outputs for "
                             "the data", Fix(options=("--teacher", "TEACHER")))
         for teacher in self.teacher:
-            check_model(Path(split_source_name(teacher)[1]), "--teacher ")
+            check_model(Path(split_source_name(teacher)[1]), option="--teacher ")
         if not self.teacher:
             for path in self.states:
                 check_model_path(path, "--states ")
@@ -157,7 +157,7 @@ def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[Dat
 def find_unread(paths: Mapping[str, float], states: Sequence[Path]) -> dict[str, float]:
     """Return the entries of `paths` that no folder in `states` covers; the folders must exist."""
     # by hash: repacked data under the same name are different data
-    read = {source["manifest_sha256"] for folder in states
-            for source in read_manifest(folder, TEACHER_STATES).inputs}
+    read_hashes = {source["manifest_sha256"] for folder in states
+                   for source in read_manifest(folder, TEACHER_STATES).inputs}
     return {path: weight for path, weight in paths.items()
-            if manifest_sha256(Path(split_source_name(path)[1])) not in read}
+            if manifest_sha256(Path(split_source_name(path)[1])) not in read_hashes}
