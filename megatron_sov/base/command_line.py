@@ -78,10 +78,11 @@ class Parser(argparse.ArgumentParser):
             typed = list(self._typed)
             if typed[0].startswith("-") and not find_action(self.prog, typed):
                 path = next(filter(os.path.exists, typed), "")
-                at = typed.index(path) if path else 0
-                if at:
-                    rest = [*typed[:at - 1], *typed[at + 1:]]
-                    raise build_command_error(self.prog, path, list(action.choices), rest)
+                index = typed.index(path) if path else 0
+                if index:
+                    # without the option before the path: the command will take the path itself
+                    others = [*typed[:index - 1], *typed[index + 1:]]
+                    raise build_command_error(self.prog, path, list(action.choices), others)
                 raise UserError(f"{self.prog}: an action comes before the options: "
                                 f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows more)")
             start = 0 if typed[0].startswith("-") else typed.index(value)
