@@ -386,9 +386,7 @@ def run_to_exit_code(action: Callable[[], int]) -> int:
 
 def _escape_controls(message: str) -> str:
     """Escape control characters: file names and contents may come from strangers."""
-    if message.replace("\n", "").isprintable():
-        return message
-    return escape_controls(message)
+    return message if message.replace("\n", "").isprintable() else escape_controls(message)
 
 
 def _drop_output() -> None:

@@ -1,5 +1,4 @@
-"""Estimate pass@k and maj@k without bias from n samples per prompt, with confidence intervals over
-prompts."""
+"""Estimate pass@k and maj@k without bias from n samples per prompt, with intervals over prompts."""
 
 from __future__ import annotations
 
