@@ -87,7 +87,7 @@ def test_changed_files_and_unsupported_dtypes_raise_user_error(tmp_path: Path) -
         file.read("a")
 
 
-# A single safetensors file: the library reads it, and its record equals its content.
+# A single safetensors file: the safetensors package reads it, and its record equals its content.
 
 
 SHAPES = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3),

@@ -104,11 +104,11 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 def save_state(state: dict[str, Any], folder: Path, metadata: dict[str, Any] | None = None) -> None:
-    """Save a sharded state with the library's writer, on all ranks."""
+    """Save a sharded state with Megatron-Core's writer, on all ranks."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    # the library starts a process for this queue, which costs seconds; a rank writes its own files
+    # Megatron-Core starts a process for this queue, which costs seconds; a rank writes its own files
     filesystem_async._results_queue = queue.Queue()
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

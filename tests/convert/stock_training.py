@@ -23,8 +23,8 @@ TRAINING = ("optim.lr=0.01", "optim.min_lr=0.001", "optim.warmup_steps=2", "opti
             "optim.clip_grad=0", "optim.eps=1e-4", "train.steps=24", f"train.global_batch_size={BATCH_SIZE}",
             "train.micro_batch_size=1", "train.async_save=false", "guards.skip=false",
             "guards.hang_timeout_s=0", "data.packing=concat")
-"""Settings that both sides compute alike: no clipping (the library sums the norm in float32), no padding
-(the library counts it as routed tokens), and an epsilon far above rounding errors."""
+"""Settings that both sides compute alike: no clipping (Megatron-Core sums the norm in float32), no
+padding (Megatron-Core counts it as routed tokens), and an epsilon far above rounding errors."""
 ARGUMENTS = {
     "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8,
     "group_query_attention": True, "ffn_hidden_size": 48, "swiglu": True, "normalization": "RMSNorm",
@@ -94,8 +94,18 @@ def build_ours(data: str, run: str, recipe: str, precision: str) -> Any:
 
 def continue_stock(folder: str, batches: str, recipe: str, precision: str, layout: dict[str, Any],
                    distributed: bool, saved_after: int = 0, saved: str = "") -> list[float]:
-    """Load weights, optimizer and schedule with the library, train on recorded rows, return the losses; save
-    the training after some of the steps."""
+    """Load weights, optimizer and schedule with Megatron-Core, train on recorded rows and return the losses.
+
+    Args:
+        folder: Megatron's checkpoint.
+        batches: file from `train_ours`.
+        recipe: key of `MODELS`.
+        precision: fp64 or fp32.
+        layout: fields of `ParallelConfig`.
+        distributed: whether Megatron's distributed optimizer shards the state.
+        saved_after: step after which the training is saved; 0: never.
+        saved: folder to save to.
+    """
     from megatron.core import parallel_state
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -114,7 +124,7 @@ def continue_stock(folder: str, batches: str, recipe: str, precision: str, layou
     for rows in torch.load(batches):
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        # the library's own division by the count of tokens rounds to float32
+        # Megatron-Core's own division by the number of tokens rounds to float32.
         local, num_targets = rows[rank::size], sum(row[2].sum().double() for row in rows)
         outputs = run(forward_step_func=partial(forward_step, len(rows) / num_targets),
                       data_iterator=iter(local), model=[model], num_microbatches=len(local),
@@ -133,7 +143,7 @@ def continue_stock(folder: str, batches: str, recipe: str, precision: str, layou
 
 
 def forward_step(factor: torch.Tensor, rows: Any, model: Any) -> Any:
-    """Return a row's logits, and a function that computes its loss; the library averages over rows."""
+    """Return a row's logits, and a function that computes its loss; Megatron-Core averages over rows."""
     tokens, labels, weights, bounds = next(rows)
     index = torch.arange(len(tokens))
     document = torch.searchsorted(bounds[1:].long(), index, right=True)
@@ -184,7 +194,7 @@ def build_stock(recipe: str, dtype: torch.dtype, layout: dict[str, Any], distrib
                      share_embeddings_and_output_weights=False,
                      pre_process=parallel_state.is_pipeline_first_stage(),
                      post_process=parallel_state.is_pipeline_last_stage()).to(dtype)
-    # the library computes rotary frequencies in float32
+    # Megatron-Core computes rotary frequencies in float32.
     model.rotary_pos_emb.inv_freq = 1e6 ** -(torch.arange(0, 8, 2, dtype=dtype) / 8)
     settings = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
     buffers = None

@@ -354,7 +354,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
 
 
 def compute_hf_logits(folder: Path) -> torch.Tensor:
-    """Return transformers' logits for the same text as the library's."""
+    """Return transformers' logits for the text that Megatron-Core reads."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from megatron_sov.work.progress.journal import list_recorded_items, work_folder
 from megatron_sov.work.progress.resumable import CONTENT
 
 FILE_BYTES = 6_000
-KILLED = f"""
+KILLED_CONVERSIONS = f"""
     import json, os, signal, sys, threading
     from megatron_sov import convert
     from megatron_sov.convert import hf_import
@@ -47,11 +48,11 @@ for a signal to continue."""
 
 def read_content(folder: Path) -> dict[str, object]:
     """Return the bytes of every file, and the manifest without its time."""
-    found: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes()
-                                for p in folder.rglob("*") if p.is_file()}
-    found[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items()
-                       if k not in ("created_s", "sha256")}
-    return found
+    content: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes()
+                                  for p in folder.rglob("*") if p.is_file()}
+    content[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items()
+                         if k not in ("created_s", "sha256")}
+    return content
 
 
 @pytest.fixture
@@ -66,31 +67,36 @@ def test_killed_conversion_resumes_to_equal_bytes(solar_dir: Path, tmp_path: Pat
     sources = {"from_hf": solar_dir, "to_hf": tmp_path / "ckpt"}
     jobs = [(action, str(source), str(tmp_path / action), kill_after) for action, source in sources.items()
             for kill_after in (3, 5)]
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(jobs)]
-    finished: dict[str, list[set[str]]] = {action: [] for action in sources}
+    command = [sys.executable, "-c", textwrap.dedent(KILLED_CONVERSIONS), json.dumps(jobs)]
+    finished_files: dict[str, list[set[str]]] = {action: [] for action in sources}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
         assert killer.stdin is not None and killer.stdout is not None
         for action, _, out, _ in jobs:
             assert killer.stdout.readline() == f"{int(signal.SIGKILL)}\n"
             assert not Path(out).exists()
-            finished[action].append(set(map(str, list_recorded_items(work_folder(Path(out))))))
+            finished_files[action].append(set(map(str, list_recorded_items(work_folder(Path(out))))))
             killer.stdin.write("go on\n")
             killer.stdin.flush()
-    real = hf_import.write_tensors
+    write_tensors, written_files = hf_import.write_tensors, list[Path]()
+
+    def record_and_write(path: Path, *arguments: Any) -> Any:
+        written_files.append(path)
+        return write_tensors(path, *arguments)
+
+    monkeypatch.setattr(hf_import, "write_tensors", record_and_write)
     for action, source in sources.items():
-        first, second = finished[action]
-        assert first and first < second, "the second attempt went on from the first"
-        out, written = tmp_path / action, []
+        first, second = finished_files[action]
+        assert first and first < second, "the second attempt continued the first"
+        out, uninterrupted = tmp_path / action, tmp_path / "uninterrupted"
         work = work_folder(out) / CONTENT
         (work / "half-written").write_text("stray")
-        monkeypatch.setattr(hf_import, "write_tensors",
-                            lambda path, *rest, written=written: (written.append(path), real(path, *rest))[1])
         arguments = {} if action == "from_hf" else {"max_shard_bytes": FILE_BYTES}
         with pytest.raises(UserError, match=r".keep., and is .float64."):
             getattr(convert, action)(source, out, "float64", **arguments)
+        written_files.clear()
         getattr(convert, action)(source, out, **arguments)
-        assert written and not second & {p.relative_to(work).as_posix() for p in written}
-        getattr(convert, action)(source, tmp_path / "whole", **arguments)
-        assert read_content(out) == read_content(tmp_path / "whole")
-        shutil.rmtree(tmp_path / "whole")
+        assert written_files and not second & {p.relative_to(work).as_posix() for p in written_files}
+        getattr(convert, action)(source, uninterrupted, **arguments)
+        assert read_content(out) == read_content(uninterrupted)
+        shutil.rmtree(uninterrupted)
     assert not list(tmp_path.glob(".*"))

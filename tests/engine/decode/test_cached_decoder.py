@@ -1,4 +1,4 @@
-"""Linear layers of the decoder: plain products with the bits of the library's layers."""
+"""Linear layers of the decoder: plain products with the bits of Megatron-Core's layers."""
 
 from typing import Any
 from unittest import mock
@@ -13,7 +13,7 @@ from tests.tiny import tiny_model
 
 
 def read_prompt(recipe: str) -> dict[str, Any]:
-    """Decode a prompt with plain products, then with the library's layers, and count their calls."""
+    """Decode a prompt with plain products, then with Megatron-Core's layers; count the latter's calls."""
     from megatron.core.tensor_parallel import layers
 
     _, model = tiny_model(recipe, "model.qkv_bias=true", layout={})
@@ -22,21 +22,21 @@ def read_prompt(recipe: str) -> dict[str, Any]:
             torch.nn.init.normal_(weight)
     calls: list[int] = []
 
-    def read() -> list[Any]:
-        library = layers.linear_with_grad_accumulation_and_async_allreduce
-        with (mock.patch.object(layers, library.__name__, wraps=library) as counted,
+    def decode() -> list[Any]:
+        megatron_linear = layers.linear_with_grad_accumulation_and_async_allreduce
+        with (mock.patch.object(layers, megatron_linear.__name__, wraps=megatron_linear) as wrapped,
               CachedDecoder(ForwardModel(model, 50), CacheSize(1, 8)) as decoder):
             hidden = decoder.read([CacheSpan(0, 0, [5, 9, 2])], 3).hidden
-            calls.append(counted.call_count)
+            calls.append(wrapped.call_count)
         return hidden.tolist()
 
-    plain = read()
+    plain_states = decode()
     cached_decoder.ColumnParallelLinear = cached_decoder.RowParallelLinear = mock.Mock  # finds no layer
-    return {"equal": plain == read(), "calls": calls}
+    return {"equal": plain_states == decode(), "calls": calls}
 
 
 def test_unsplit_layers_are_plain_products(ranks: Any, job: Any) -> None:
     ((result,),) = ranks(job(__file__, "read_prompt", 1, {"recipe": "tiny-solar-open"}))
-    plain, library = result["calls"]
-    assert plain == 0 < library
-    assert result["equal"], "after the first decoder the library's layers run again, with the same bits"
+    plain_calls, megatron_calls = result["calls"]
+    assert plain_calls == 0 < megatron_calls
+    assert result["equal"], "both give the same bits"

@@ -13,33 +13,34 @@ from megatron_sov.engine.router import BalancedRouter
 from megatron_sov.model.config import ParallelConfig, apply_settings
 
 
-def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
-    """Return each layer's settings in the library's config and specs."""
+def list_layer_settings(recipe: str, changes: list[str]) -> dict[str, Any]:
+    """Return each layer's settings in Megatron-Core's config and specs."""
     from megatron.core.transformer.spec_utils import get_submodules
 
     config = apply_settings(recipes.get(recipe), changes)
-    library = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
-    layers = specs.build_layer_specs(library, config.model)
+    megatron_config = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
+    layers = specs.build_layer_specs(megatron_config, config.model)
     if config.model.num_mtp_layers:
-        layers.append(specs.build_mtp_layer_spec(library, config.model))
+        layers.append(specs.build_mtp_layer_spec(megatron_config, config.model))
     routers = [getattr(get_submodules(s.submodules.mlp), "router", None) for s in layers]
     names = ("window_attn_skip_freq", "no_rope_freq", "window_size", "moe_layer_freq", "qk_layernorm",
              "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
              "calculate_per_token_loss", "batch_p2p_comm", "recompute_granularity",
              "yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "mtp_num_layers", "bf16")
-    return {**{n: getattr(library, n, None) for n in names}, "dtype": str(library.params_dtype),
+    return {**{n: getattr(megatron_config, n, None) for n in names},
+            "dtype": str(megatron_config.params_dtype),
             "windows": [s.submodules.self_attention.submodules.core_attention.params["window_tokens"]
                         for s in layers],
             "routers": [r is BalancedRouter for r in routers],
-            "te": specs.uses_transformer_engine(library.params_dtype)}
+            "te": specs.uses_transformer_engine(megatron_config.params_dtype)}
 
 
 @pytest.mark.distributed
-def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
+def test_a_recipes_structure_reaches_megatron(ranks, job) -> None:
     (exaone,), (solar,) = ranks(
-        job(__file__, "settings", 1,
+        job(__file__, "list_layer_settings", 1,
             {"recipe": "tiny-k-exaone", "changes": ["model.num_layers=6", "train.recompute=true"]}),
-        job(__file__, "settings", 1, {"recipe": "tiny-solar-open", "changes": [
+        job(__file__, "list_layer_settings", 1, {"recipe": "tiny-solar-open", "changes": [
             "train.precision=bf16", 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}']}))
     # LLLG and a global MTP layer; global layers do not rotate
     assert exaone["windows"] == [32, 32, 32, 0, 32, 32, 0]

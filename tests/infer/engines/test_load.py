@@ -29,7 +29,7 @@ def test_run_forward_model_returns_the_result(one_rank: None, imported: dict[str
 
 
 def test_model_is_loaded_with_gpu_settings_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    # a gate under Slurm runs where its run has trained, and there the library refuses another attention
+    # a gate under Slurm runs where its run has trained, and there Megatron-Core refuses another attention
     found: list[GpuConfig] = []
     monkeypatch.setattr(loading, "build_run_model", lambda config, gpu: found.append(gpu))
     monkeypatch.setattr(loading, "ForwardModel", lambda *_: None)

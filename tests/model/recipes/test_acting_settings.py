@@ -26,32 +26,33 @@ STAGES = {"pretrain": ("tiny-qwen3", "lm", "pretrain"), "experts": ("tiny-solar-
 TEXT = {"data": ["text"], "validation": None}
 
 
-def request(stage: str, *settings: str) -> RecipeRequest:
+def build_request(stage: str, *settings: str) -> RecipeRequest:
     recipe, objective, command = STAGES[stage]
     base = apply_settings(recipes.get(recipe), [f"objective.name={objective}"])
     return RecipeRequest(base, settings, from_file=False, command=command)
 
 
-def find_refused(asked: RecipeRequest, **options: Any) -> list[SettingsProblem]:
+def find_refused(request: RecipeRequest, **options: Any) -> list[SettingsProblem]:
     """Return the problems of settings that cannot act."""
     try:
-        asked.refuse_inert(asked.config(), **options)
+        request.refuse_inert(request.config(), **options)
     except SettingsError as e:
         assert {problem.code for problem in e.problems} == {"inert"}, e
         return list(e.problems)
     return []
 
 
-def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
+def iter_setting_names(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
     """Yield the settings of a class and of its nested classes, and of the first item of each settings
     list."""
     for field in dataclasses.fields(cls):
         inner, key = get_inner_hint(cls, field.name), f"{prefix}{field.name}"
         if get_origin(inner) is tuple:
-            inner, key = (item,
-                f"{key}.0") if dataclasses.is_dataclass(item := get_inner_hint(inner, "0")) else (inner, key)
+            item = get_inner_hint(inner, "0")
+            if dataclasses.is_dataclass(item):
+                inner, key = item, f"{key}.0"
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from keys_below(inner, f"{key}.")
+            yield from iter_setting_names(inner, f"{key}.")
         else:
             yield prefix + field.name
 
@@ -60,13 +61,13 @@ def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
 @pytest.mark.essential
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_setting_is_taken_or_refused_by_its_decider(stage: str) -> None:
-    config = request(stage).config()
+    config = build_request(stage).config()
     acting = set()
-    for key in {*keys_below()} - {"recipe", "code", "objective.name", "data.phases.0.name"}:
-        if get_setting(config, key.rpartition(".")[0]) is None:  # of a block that is off
+    for key in {*iter_setting_names()} - {"recipe", "code", "objective.name", "data.phases.0.name"}:
+        if get_setting(config, key.rpartition(".")[0]) is None:  # in a group that is off
             continue
-        given = f"{key}={json.dumps(get_setting(config, key), default=dataclasses.asdict)}"
-        problems = find_refused(request(stage, given), **TEXT)
+        setting = f"{key}={json.dumps(get_setting(config, key), default=dataclasses.asdict)}"
+        problems = find_refused(build_request(stage, setting), **TEXT)
         if not problems:
             acting.add(key)
         for problem in problems:
@@ -74,16 +75,18 @@ def test_each_setting_is_taken_or_refused_by_its_decider(stage: str) -> None:
             deciders = problem.rule.removeprefix("has no effect with ").partition(": it acts when ")[0]
             for decider in deciders.split(" and "):
                 name, _, value = decider.partition(" = ")
-                assert "*" in name or value == format_setting(decided_by(config, stage, name))
-    own = {"prefer": {"preference.method"}, "distill": {"distillation.beta"}, "rl": {"rollout.rounds"},
-           "extend": {"extend.gate.min_accuracy", "model.num_experts_per_token"},
-           "experts": {"model.num_experts_per_token"}}
+                assert "*" in name or value == format_setting(read_decider(config, stage, name))
+    acting_in_stage = {"prefer": {"preference.method"}, "distill": {"distillation.beta"},
+                       "rl": {"rollout.rounds"},
+                       "extend": {"extend.gate.min_accuracy", "model.num_experts_per_token"},
+                       "experts": {"model.num_experts_per_token"}}
     assert {"optim.weight_decay", "train.seed", "model.hidden_size", "parallel.tp"} <= acting
-    assert acting & {key for keys in own.values() for key in keys} == own.get(stage, set())
+    assert acting & {key for keys in acting_in_stage.values() for key in keys} == acting_in_stage.get(stage,
+                                                                                                      set())
 
 
-def decided_by(config: RunConfig, stage: str, name: str) -> Any:
-    """Return the value of a deciding setting, as its method fills it in, or of an option."""
+def read_decider(config: RunConfig, stage: str, name: str) -> Any:
+    """Return the value of a setting (as its method fills it in) or option that decides about others."""
     options = {"command": STAGES[stage][2], "--data": ["text"], "--validation": None}
     if name in options:
         return options[name]
@@ -91,7 +94,7 @@ def decided_by(config: RunConfig, stage: str, name: str) -> Any:
     return get_setting(config, name) if filled_in is None else filled_in
 
 
-CANNOT_ACT = [
+INERT_SETTINGS = [
     ("sft", "lora.alpha=32", "lora.rank = 0"), ("sft", "lora.dora=true", "lora.rank = 0"),
     ("pretrain", "data.over_long=refuse", '--data = ["text"]'),
     ("pretrain", "objective.options.gamma=2", 'objective.name = "lm"'),
@@ -106,16 +109,16 @@ CANNOT_ACT = [
     ("rl", "policy.geo_reject_low=0.5", "policy.geo_reject_high = null"),
     ("rl", "policy.method=preference policy.kl=k3", 'policy.method = "preference"'),
     ("rl", "rollout.validation_samples=2", "--validation = null"),
-]
+    ]
 
 
-@pytest.mark.each(("stage", "settings", "decider"), CANNOT_ACT)
+@pytest.mark.each(("stage", "settings", "decider"), INERT_SETTINGS)
 def test_a_setting_that_cannot_act_is_refused(stage: str, settings: str, decider: str) -> None:
-    [problem] = find_refused(request(stage, *settings.split()), **TEXT)
+    [problem] = find_refused(build_request(stage, *settings.split()), **TEXT)
     assert problem.key == settings.split()[-1].partition("=")[0] and decider in problem.rule
 
 
-ACTS = [
+ACTING_SETTINGS = [
     ("prefer", "preference.method=dpo preference.beta=0.1 preference.label_smoothing=0.1"),
     ("sft", "lora.rank=4 lora.alpha=32 lora.dora=true"),
     ("sft", 'lora.rank=4 lora.targets=["q_proj"] train.max_hours=3 train.epochs=2 data.over_long=drop'),
@@ -141,13 +144,14 @@ ACTS = [
      'evaluate.lm.tasks=["x"] evaluate.lm.options=["--limit=3"]'),
     ("pretrain", 'model.audio_tokens={"first":0,"size":8} objective.audio_weight=0.5'),
     ("pretrain", "train.steps=3 train.tokens=0 train.epochs=0"),
-]
+    ]
 
 
-@pytest.mark.each(("stage", "settings"), ACTS)
+@pytest.mark.each(("stage", "settings"), ACTING_SETTINGS)
 def test_a_setting_that_acts_is_taken(stage: str, settings: str) -> None:
     formats = ["chat", "text"] if stage == "sft" else ["text"]
-    assert find_refused(request(stage, *settings.split()), data=formats, validation="prompts.jsonl") == []
+    assert find_refused(build_request(stage, *settings.split()), data=formats,
+                        validation="prompts.jsonl") == []
 
 
 def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
@@ -155,34 +159,35 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
         "class Own:\n    def __init__(self, context, *, gamma=1): ...\n"
         "    def collect(self, policy, step): ...\n    def prepare(self, batch): ...\n"
         "    def loss(self, hidden, head, batch): ...\n")
-    given = (f"objective.name={tmp_path}/own.py:Own", "objective.options.gamma=2", "preference.beta=0.5",
-             "rollout.temperature=0.5", "policy.kl=k3", "distillation.beta=1", "objective.text_coeff=0.1")
-    settings = format_set_options(given)
-    asked = request_training(parse_settings(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
-    assert asked.config().preference.beta == 0.5
+    changes = (f"objective.name={tmp_path}/own.py:Own", "objective.options.gamma=2", "preference.beta=0.5",
+               "rollout.temperature=0.5", "policy.kl=k3", "distillation.beta=1", "objective.text_coeff=0.1")
+    settings = format_set_options(changes)
+    request = request_training(parse_settings(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]),
+                               "lm")
+    assert request.config().preference.beta == 0.5
 
 
-@pytest.mark.each(("written", "refused"), [
+@pytest.mark.each(("changes", "refused_keys"), [
     ({"lora": {"alpha": 32.0}}, "lora.alpha"), ({"lora": {"alpha": 16.0}}, ""),
     ({"lora": {"alpha": 32.0, "rank": 2}}, ""), ({"preference": {"beta": 0.5, "method": "ipo"}},
                                                  "preference.beta preference.method"),
     ({"needle": {"samples": 3}}, "needle.samples"), ({"optim": {"lr": 1e-3}}, ""),
     ({"data": {"phases": [{"name": "main", "seq_len": 64, "min_lr": 0.1}]}}, "data.phases.0.min_lr"),
 ])
-def test_config_files_are_checked_for_inert_changes(written: dict[str, Any], refused: str,
+def test_config_files_are_checked_for_inert_changes(changes: dict[str, Any], refused_keys: str,
                                                     tmp_path: Path) -> None:
-    part, whole = tmp_path / "part.json", tmp_path / "whole.json"
-    part.write_text(json.dumps({"recipe": "tiny-qwen3", **written}))
-    full = json.loads(format_json(recipes.get("tiny-qwen3").to_dict()))
-    for group, values in written.items():
-        full[group] |= values
-    whole.write_text(json.dumps(full))
-    for file in (part, whole):
-        asked = request_training(parse_settings(TrainingOptions, ["--config", str(file), "--data", "d"]),
-                                 "lm")
-        found = [problem.key for problem in find_refused(asked)]
-        # the command may have derived the phases in a run's own file
-        assert found == ([] if file == whole and "data" in written else refused.split())
+    partial_file, full_file = tmp_path / "part.json", tmp_path / "whole.json"
+    partial_file.write_text(json.dumps({"recipe": "tiny-qwen3", **changes}))
+    config = json.loads(format_json(recipes.get("tiny-qwen3").to_dict()))
+    for group, values in changes.items():
+        config[group] |= values
+    full_file.write_text(json.dumps(config))
+    for file in (partial_file, full_file):
+        request = request_training(parse_settings(TrainingOptions, ["--config", str(file), "--data", "d"]),
+                                   "lm")
+        problem_keys = [problem.key for problem in find_refused(request)]
+        # A complete file may belong to a run, whose command has derived the phases.
+        assert problem_keys == ([] if file == full_file and "data" in changes else refused_keys.split())
 
 
 def test_configs_of_other_runs_and_resumed_runs_are_accepted(tmp_path: Path) -> None:
@@ -191,10 +196,10 @@ def test_configs_of_other_runs_and_resumed_runs_are_accepted(tmp_path: Path) -> 
     args = parse_settings(TrainingOptions, ["--config", str(tmp_path / "config.json")])
     assert find_refused(request_training(args, "policy", needs_data=False)) == []
     args = parse_settings(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])
-    old = apply_settings(recipes.get("tiny-qwen3"), ["lora.alpha=32"])
-    assert find_refused(request_training(args, "lm", resumed=old)) == []
+    previous = apply_settings(recipes.get("tiny-qwen3"), ["lora.alpha=32"])
+    assert find_refused(request_training(args, "lm", resumed=previous)) == []
     args = dataclasses.replace(args, settings=("lora.alpha=8",))
-    assert [p.key for p in find_refused(request_training(args, "lm", resumed=old))] == ["lora.alpha"]
+    assert [p.key for p in find_refused(request_training(args, "lm", resumed=previous))] == ["lora.alpha"]
 
 
 @pytest.mark.each("recipe", [name for name in recipes.names()
@@ -203,15 +208,18 @@ def test_train_tokens_scales_the_phases_of_every_recipe(recipe: str) -> None:
     before = recipes.get(recipe)
     after = apply_settings(before, ["train.tokens=200e9"])
     assert after.train.steps == 0 and after.train.tokens == 200_000_000_000
-    was, now = phase_tokens(before.data, before.train), phase_tokens(after.data, after.train)
-    # a phase lasts whole steps, a recipe's share is of whole steps too
+    tokens_before, tokens_after = phase_tokens(before.data, before.train), phase_tokens(after.data,
+                                                                                        after.train)
+    # Phases end with whole steps, in the recipe too.
     one_step = max((p.global_batch_size or after.train.global_batch_size) * p.seq_len
                    for p in after.data.phases)
-    assert sum(now) == pytest.approx(200e9, rel=1e-3, abs=len(now) * one_step)
-    assert now == pytest.approx([200e9 * tokens / sum(was) for tokens in was], rel=1e-3, abs=2 * one_step)
-    spent = [steps * (p.global_batch_size or after.train.global_batch_size) * p.seq_len
-             for steps, p in zip(phase_steps(after.data, after.train), after.data.phases, strict=True)]
-    assert after.train.ramp_steps or sum(spent) == pytest.approx(200e9, rel=2e-2, abs=len(now) * one_step)
+    assert sum(tokens_after) == pytest.approx(200e9, rel=1e-3, abs=len(tokens_after) * one_step)
+    assert tokens_after == pytest.approx([200e9 * tokens / sum(tokens_before) for tokens in tokens_before],
+                                         rel=1e-3, abs=2 * one_step)
+    used_tokens = [steps * (p.global_batch_size or after.train.global_batch_size) * p.seq_len
+                   for steps, p in zip(phase_steps(after.data, after.train), after.data.phases, strict=True)]
+    assert after.train.ramp_steps or sum(used_tokens) == pytest.approx(200e9, rel=2e-2,
+                                                                       abs=len(tokens_after) * one_step)
     assert apply_settings(after, ["train.tokens=200000000000"]) == after
 
 
@@ -226,16 +234,16 @@ def test_train_tokens_scales_the_phases_of_every_recipe(recipe: str) -> None:
     ("data.phases.0.tokens=1000000 train.steps=0", ""),
 ])
 def test_two_lengths_of_a_run_are_refused_with_the_winner(settings: str, message: str) -> None:
-    asked = request("pretrain", *settings.split())
+    request = build_request("pretrain", *settings.split())
     if not message:
-        asked.config()
+        request.config()
         return
     with pytest.raises(SettingsError, match="both say how long") as e:
-        asked.config()
+        request.config()
     assert message in str(e.value) and "set one of them" in str(e.value)
 
 
 def test_a_budget_of_tokens_needs_no_other_setting() -> None:
-    asked = request_recipe(parse_settings(TrainingOptions,
-                                          ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
-    assert asked.config().num_steps() == round(200e9 / (128 * 4096)) and len(setting_names()) > 300
+    request = request_recipe(parse_settings(TrainingOptions,
+                                            ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
+    assert request.config().num_steps() == round(200e9 / (128 * 4096)) and len(setting_names()) > 300

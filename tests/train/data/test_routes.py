@@ -61,13 +61,14 @@ def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
                      routes=source.routes)
     assert row.routes is not None and row.routes.shape == (7, shape.layers, shape.top_k)
     assert row.tokens[:5].tolist() == [22, 23, 24, 10, 11]
-    marked = shape.absent(1)
-    # a document's last token was written and not read; padding is nobody's
+    no_routes = shape.absent(1)
+    # A document's last token was generated and never read, so it has no routes; neither has padding.
     assert np.array_equal(row.routes, np.concatenate([
-        build_routes(1, shape)[2:], marked, build_routes(0, shape)[:2], marked, marked]))
-    plain = build_row(OrderedSample(0, (PackedSegment(2, 0, 4),)), documents, 4)
-    assert plain.routes is None and join_rows([plain, plain]).routes is None
-    joined = join_rows([plain, row]).routes
+        build_routes(1, shape)[2:], no_routes, build_routes(0, shape)[:2], no_routes, no_routes]))
+    row_without_routes = build_row(OrderedSample(0, (PackedSegment(2, 0, 4),)), documents, 4)
+    assert row_without_routes.routes is None and join_rows([row_without_routes,
+                                                            row_without_routes]).routes is None
+    joined = join_rows([row_without_routes, row]).routes
     assert joined is not None and (joined[:4] == shape.mark).all() and np.array_equal(joined[4:], row.routes)
 
 
@@ -88,15 +89,15 @@ def test_impossible_routes_are_named_with_file_and_document(tmp_path: Path) -> N
 
 
 def test_routes_of_another_model_are_refused(tmp_path: Path) -> None:
-    own = build_route_shape(MODEL)
-    for field, value in (("layers", own.layers + 1), ("top_k", own.top_k + 1),
-                         ("num_experts", own.num_experts + 1)):
-        other = dataclasses.replace(own, **{field: value})
-        sources = open_sources({str(write_shards(tmp_path / field, other)): 1.0}, 64)
+    model_shape = build_route_shape(MODEL)
+    for field, value in (("layers", model_shape.layers + 1), ("top_k", model_shape.top_k + 1),
+                         ("num_experts", model_shape.num_experts + 1)):
+        shape = dataclasses.replace(model_shape, **{field: value})
+        sources = open_sources({str(write_shards(tmp_path / field, shape)): 1.0}, 64)
         with pytest.raises(UserError, match=rf"{field}: source 'rollouts' has routes with {field} = {value}, "
-                                            rf"but the model has .* = {getattr(own, field)}"):
+                                            rf"but the model has .* = {getattr(model_shape, field)}"):
             check_routes_and_encoders(sources, MODEL)
     with pytest.raises(UserError, match="no layer has experts"):
         check_routes_and_encoders(sources, recipes.get("tiny-qwen3").model)
     with pytest.raises(UserError, match="source 'rollouts': routes"):
-        open_sources({str(write_shards(tmp_path / "unsaid", own, dtype="uint32")): 1.0}, 64)
+        open_sources({str(write_shards(tmp_path / "unsaid", model_shape, dtype="uint32")): 1.0}, 64)

@@ -23,15 +23,15 @@ def test_a_row_by_hand(numbered: Any) -> None:
     assert row.padding.tolist() == [False] * 7 + [True] * 3
     assert row.bounds.tolist() == [0, 2, 5, 7, 10]
     assert row.sources.tolist() == [2] * 10
-    # a column's numbers are its labels', as weights are
+    # Like weights, a column has the value of the label.
     score = np.float32([-10.4, 0, -20.1, -20.2, 0, -30.1, -30.2, 0, 0, 0])
     assert {name: column.tolist() for name, column in row.columns.items()} == {
         "score": score.tolist(), "unknown": [0] * 10}
 
 
-def first_visible_token(label: int, length: int, seq_len: int) -> int:
-    """Return the first token of a document that the model sees where it predicts token `label`, by the rule
-    of strided perplexity with half a window as its stride."""
+def find_first_visible_token(label: int, length: int, seq_len: int) -> int:
+    """Return the first token of a document that the model sees when it predicts token `label`: windows of
+    `seq_len` tokens move by half their length, as for strided perplexity."""
     if length <= seq_len or label <= seq_len:
         return 0
     stride = max(1, seq_len // 2)
@@ -43,17 +43,18 @@ def first_visible_token(label: int, length: int, seq_len: int) -> int:
 def test_every_label_counts_once_with_as_much_context_as_fits(numbered: Any, lengths: list[int],
                                                               seq_len: int) -> None:
     documents = numbered(lengths)
-    context_of: dict[int, int] = {}
+    first_visible: dict[int, int] = {}
     for sample in build_heldout_samples(documents, 0, seq_len, 10**9):
         row = build_row(sample, documents, seq_len)
-        counted = row.weights > 0
-        assert (row.labels[counted] == row.tokens[counted] + 1).all()  # the next token of the same document
-        assert not (counted & row.padding).any()
-        for place in np.flatnonzero(counted).tolist():
-            assert int(row.labels[place]) not in context_of
-            context_of[int(row.labels[place])] = int(row.tokens[place - row.positions[place]]) % 100
-    assert context_of == {100 * (d + 1) + label: first_visible_token(label, length, seq_len)
-                          for d, length in enumerate(lengths) for label in range(1, length)}
+        is_learned = row.weights > 0
+        # The next token of the same document.
+        assert (row.labels[is_learned] == row.tokens[is_learned] + 1).all()
+        assert not (is_learned & row.padding).any()
+        for index in np.flatnonzero(is_learned).tolist():
+            assert int(row.labels[index]) not in first_visible
+            first_visible[int(row.labels[index])] = int(row.tokens[index - row.positions[index]]) % 100
+    assert first_visible == {100 * (d + 1) + label: find_first_visible_token(label, length, seq_len)
+                             for d, length in enumerate(lengths) for label in range(1, length)}
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 40))

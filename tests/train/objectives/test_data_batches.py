@@ -29,17 +29,17 @@ PHASES = ('data.phases=[{"name": "main", "seq_len": 32}, {"name": "late", "seq_l
           '64, "global_batch_size": 16}]')
 
 
-def config(*settings: str) -> RunConfig:
+def build_config(*settings: str) -> RunConfig:
     return apply_settings(recipes.get("tiny-solar-open"),
                           [PHASES, "train.global_batch_size=8", "train.steps=4", *settings])
 
 
 def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -> None:
-    """Two batches more are ready by then; skipped steps count as given."""
-    sources, place = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)
-    settings = config("data.skip_steps=[[2, 2]]", "data.prefetch_steps=2", "train.micro_batch_size=1")
+    """Prefetched batches do not count; skipped steps do."""
+    sources, world = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)
+    settings = build_config("data.skip_steps=[[2, 2]]", "data.prefetch_steps=2", "train.micro_batch_size=1")
     order, threads = SampleOrder(settings, sources), set(threading.enumerate())
-    batches = DataBatches(settings, sources, place)
+    batches = DataBatches(settings, sources, world)
     assert batches.state() == order.state.to_dict()
     for step in range(4):
         order.next_batch()
@@ -52,8 +52,8 @@ def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -
         assert batches.consumed_tokens() == {name: cursor.tokens
                                              for name, cursor in order.state.cursors.items()}
         assert batches.epochs == order.count_epochs()
-        resumed = DataBatches(settings, sources, place)
-        resumed.next()  # which does not count, nor do its prefetched batches
+        resumed = DataBatches(settings, sources, world)
+        resumed.next()  # `restore` must undo this step and drop prefetched batches
         resumed.restore(json.loads(json.dumps(batches.state())))
         assert resumed.state() == batches.state() and resumed.next_entry() == order.ledger.get_entry(step + 1)
         resumed.close()
@@ -66,32 +66,32 @@ def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -
 
 def build_row(lengths: list[int]) -> PackedRow:
     """Return a row of documents with distinct labels; a document's last token has none."""
-    n = sum(lengths)
+    num_tokens = sum(lengths)
     ends = np.cumsum(lengths) - 1
-    labels = np.arange(100, 100 + n)
-    weights = np.linspace(0.5, 1.5, n).astype(np.float32)
+    labels = np.arange(100, 100 + num_tokens)
+    weights = np.linspace(0.5, 1.5, num_tokens).astype(np.float32)
     labels[ends], weights[ends] = 0, 0
-    return PackedRow(tokens=np.arange(n), labels=labels, weights=weights,
+    return PackedRow(tokens=np.arange(num_tokens), labels=labels, weights=weights,
                      positions=np.concatenate([np.arange(k) for k in lengths]),
-                     types=(np.arange(n) % 3).astype(np.uint8),
-                     sources=np.zeros(n, np.int64), padding=np.zeros(n, bool),
+                     types=(np.arange(num_tokens) % 3).astype(np.uint8),
+                     sources=np.zeros(num_tokens, np.int64), padding=np.zeros(num_tokens, bool),
                      bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-                     columns={"score": np.linspace(-3, 3, n, dtype=np.float32),
-                              "advantage": -np.arange(n, dtype=np.float32)})
+                     columns={"score": np.linspace(-3, 3, num_tokens, dtype=np.float32),
+                              "advantage": -np.arange(num_tokens, dtype=np.float32)})
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[int]) -> None:
     row = build_row(lengths)
-    there = shift_labels(build_micro_batch(row), depth)
+    shifted = shift_labels(build_micro_batch(row), depth)
     document = np.repeat(np.arange(len(lengths)), lengths)
     for t in range(len(row.tokens)):
         source = t + depth
-        inside = source < len(row.tokens) and document[source] == document[t]
-        for found, of_row in ((there.labels, row.labels), (there.weights, row.weights),
-                              (there.types, row.types), (there.columns["score"], row.columns["score"])):
-            assert found[t] == (of_row[source] if inside else 0)
+        is_inside = source < len(row.tokens) and document[source] == document[t]
+        for shifted_values, values in ((shifted.labels, row.labels), (shifted.weights, row.weights),
+                              (shifted.types, row.types), (shifted.columns["score"], row.columns["score"])):
+            assert shifted_values[t] == (values[source] if is_inside else 0)
 
 
 def test_a_row_arrives_as_it_was() -> None:
@@ -106,26 +106,26 @@ def test_a_row_arrives_as_it_was() -> None:
             == {name: column.tolist() for name, column in row.columns.items()})
 
 
-@pytest.mark.parametrize("of", [LanguageModelling, SupervisedFineTuning])
-def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(of: Any,
+@pytest.mark.parametrize("objective_class", [LanguageModelling, SupervisedFineTuning])
+def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(objective_class: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are meta tensors: reading their values fails here, where on a GPU it would synchronize."""
     monkeypatch.setattr(collectives, "all_reduce_dp", lambda values: values)
-    objective = of(SimpleNamespace(config=recipes.get("tiny-k-exaone"),
-                                   batches=SimpleNamespace(num_sources=1)))
+    objective = objective_class(SimpleNamespace(config=recipes.get("tiny-k-exaone"),
+                                                batches=SimpleNamespace(num_sources=1)))
     rows = [build_row([3, 1, 4]), build_row([9])]
     expected = objective.prepare(GlobalBatch(tuple(map(build_micro_batch, rows)), 8, 2, "main"))
 
-    sent = []
+    transfers = []
     monkeypatch.setattr(microbatch, "get_local_device", lambda: torch.device("meta"))
     monkeypatch.setattr(microbatch, "to_device",
-                        lambda values, device: sent.append(values) or values.to(device))
+                        lambda values, device: transfers.append(values) or values.to(device))
     micro_batches = tuple(map(build_micro_batch, rows))
-    assert len(sent) == len(rows)
+    assert len(transfers) == len(rows)
     assert micro_batches[0].labels.is_meta and micro_batches[0].inputs.tokens.is_meta
     assert micro_batches[0].inputs.host_bounds == [0, 3, 4, 8]
     for name in ("labels", "weights", "types", "sources"):
-        there, here = getattr(micro_batches[0], name), getattr(micro_batches[0].host, name)
-        assert (there.dtype, there.shape) == (here.dtype, here.shape)
+        on_device, on_host = getattr(micro_batches[0], name), getattr(micro_batches[0].host, name)
+        assert (on_device.dtype, on_device.shape) == (on_host.dtype, on_host.shape)
     result = objective.prepare(GlobalBatch(micro_batches, 8, 2, "main"))
     assert (result.targets, result.num_tokens) == (expected.targets, expected.num_tokens)

@@ -24,13 +24,13 @@ from megatron_sov.train.side_jobs.side_jobs import CheckpointExports
 TRAIN = TrainConfig(checkpoint_every_steps=10, export_every_checkpoints=2)
 
 
-class Forked:
+class ForkedCommand:
     """A `megatron-sov` command in a fork that has imported everything, with the interface of
     `BackgroundProcess`."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self._log, self.took_s = log, 0.1
-        self._ended_with: int | None = None
+        self._exit_code: int | None = None
         self._pid = os.fork()
         if not self._pid:
             code = 1
@@ -46,8 +46,8 @@ class Forked:
         if self._pid:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
-                self._pid, self._ended_with = 0, os.waitstatus_to_exitcode(status)
-        return self._ended_with
+                self._pid, self._exit_code = 0, os.waitstatus_to_exitcode(status)
+        return self._exit_code
 
     @property
     def last_words(self) -> str:
@@ -59,9 +59,9 @@ class Forked:
 
 
 @pytest.fixture
-def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_commands_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have exports run in forks."""
-    monkeypatch.setattr(exports_module, "BackgroundProcess", Forked)
+    monkeypatch.setattr(exports_module, "BackgroundProcess", ForkedCommand)
 
 
 class Run:
@@ -71,14 +71,14 @@ class Run:
         self.path, self._checkpoint = path, checkpoint
         self.events: list[dict[str, Any]] = []
 
-    def exports(self, **changes: int) -> CheckpointExports:
+    def start_exports(self, **changes: int) -> CheckpointExports:
         return CheckpointExports(self.path, dataclasses.replace(TRAIN, **changes),
                        lambda name, **fields: self.events.append({"event": name, **fields}))
 
-    def checkpoint(self, step: int) -> Path:
+    def copy_checkpoint(self, step: int) -> Path:
         return Path(shutil.copytree(self._checkpoint, self.path / f"checkpoints/step-{step}"))
 
-    def listing(self) -> list[str]:
+    def list_exports(self) -> list[str]:
         return sorted(p.name for p in (self.path / EXPORTS).iterdir())
 
 
@@ -89,71 +89,72 @@ def run(tmp_path: Path, imported: dict[str, Path]) -> Run:
 
 def test_export_process_gets_the_family_of_the_command_line(run: Run, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(exports_module, "BackgroundProcess", lambda argv, log: started.append(argv))
+    commands: list[list[str]] = []
+    monkeypatch.setattr(exports_module, "BackgroundProcess", lambda argv, log: commands.append(argv))
     monkeypatch.setattr(models.FAMILY_PLUGINS, "_known", {})
-    run.exports().offer(20, run.checkpoint(20), False)
+    run.start_exports().offer(20, run.copy_checkpoint(20), False)
     (tmp_path / "mine.py").write_text(
         "from dataclasses import replace\nfrom megatron_sov.model.families.supported import QWEN3\n"
         "MINE = replace(QWEN3, name='mine')\n")
     models.FAMILY_PLUGINS.load(f"{tmp_path}/mine.py:MINE")
-    run.exports().offer(40, run.checkpoint(40), False)
-    assert "--plugin" not in started[0]
-    assert started[1][-2:] == ["--plugin", f"{tmp_path}/mine.py:MINE"]
+    run.start_exports().offer(40, run.copy_checkpoint(40), False)
+    assert "--plugin" not in commands[0]
+    assert commands[1][-2:] == ["--plugin", f"{tmp_path}/mine.py:MINE"]
 
 
-@pytest.mark.usefixtures("forks")
+@pytest.mark.usefixtures("run_commands_in_forks")
 def test_every_second_and_the_last_checkpoint_are_exported_despite_pruning(run: Run, capsys) -> None:
-    exports = run.exports()
-    chosen = []
+    exports = run.start_exports()
+    running_and_waiting = []
     for step, last in ((10, False), (15, False), (20, False), (25, True)):
-        path = run.checkpoint(step)
+        path = run.copy_checkpoint(step)
         exports.offer(step, path, last)
         shutil.rmtree(path)
-        chosen.append((exports._running.step if exports._running else None, list(exports._waiting)))
-    assert chosen == [(None, []), (None, []), (20, []), (20, [25])]
+        running_and_waiting.append((exports._running.step if exports._running else None,
+                                    list(exports._waiting)))
+    assert running_and_waiting == [(None, []), (None, []), (20, []), (20, [25])]
     exports.wait()
-    assert run.listing() == ["step-20", "step-25"]
+    assert run.list_exports() == ["step-20", "step-25"]
     assert [(e["event"], e["step"], e["path"]) for e in run.events] == [
         ("export", s, f"exports/step-{s}") for s in (20, 25)]
-    convert.to_hf(run.checkpoint(30), run.path / "by-hand")
+    convert.to_hf(run.copy_checkpoint(30), run.path / "by-hand")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert sha256_file(run.path / EXPORTS / "step-20" / name) == sha256_file(run.path / "by-hand" / name)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.usefixtures("forks")
+@pytest.mark.usefixtures("run_commands_in_forks")
 def test_a_failed_export_is_an_event_and_the_next_export_runs(run: Run, capsys) -> None:
-    exports, bad = run.exports(), run.checkpoint(20)
-    (file,) = (bad / "model").rglob("*.safetensors")
+    exports, damaged = run.start_exports(), run.copy_checkpoint(20)
+    (file,) = (damaged / "model").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-3])
-    exports.offer(20, bad, last=False)
-    exports.offer(40, run.checkpoint(40), last=False)
-    exports.offer(60, run.checkpoint(60), last=False)
+    exports.offer(20, damaged, last=False)
+    exports.offer(40, run.copy_checkpoint(40), last=False)
+    exports.offer(60, run.copy_checkpoint(60), last=False)
     exports.wait()
     by_step = {e["step"]: e for e in run.events if e["event"] == "export"}
     assert "bytes, the manifest says" in by_step[20]["error"]
     assert "a newer checkpoint was ready" in by_step[40]["error"]
-    assert "path" in by_step[60] and run.listing() == ["step-60"]
+    assert "path" in by_step[60] and run.list_exports() == ["step-60"]
     assert sorted(e["step"] for e in run.events if e["event"] == "warning") == [20, 40]
     assert "warning: export of step 20 failed" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("forks")
+@pytest.mark.usefixtures("run_commands_in_forks")
 def test_a_stopped_run_leaves_its_export_to_the_next_start(run: Run) -> None:
-    exports = run.exports()
-    exports.offer(20, run.checkpoint(20), last=False)
+    exports = run.start_exports()
+    exports.offer(20, run.copy_checkpoint(20), last=False)
     exports.close()
-    (torn := run.path / EXPORTS / ".step-40.source/model").mkdir(parents=True)
+    (unfinished := run.path / EXPORTS / ".step-40.source/model").mkdir(parents=True)
     assert not (run.path / EXPORTS / "step-20").exists()
-    run.exports().wait()
-    assert run.listing() == ["step-20"] and not torn.exists()
+    run.start_exports().wait()
+    assert run.list_exports() == ["step-20"] and not unfinished.exists()
 
 
-@pytest.mark.usefixtures("forks")
+@pytest.mark.usefixtures("run_commands_in_forks")
 def test_checkpoints_that_cannot_be_linked_do_not_end_the_run(run: Run) -> None:
     run.path.mkdir()
     (run.path / EXPORTS).write_text("a file where the folder should be")
-    exports = run.exports(export_every_checkpoints=1)
-    exports.offer(10, run.checkpoint(10), last=False)
+    exports = run.start_exports(export_every_checkpoints=1)
+    exports.offer(10, run.copy_checkpoint(10), last=False)
     assert "cannot be linked" in run.events[0]["error"]

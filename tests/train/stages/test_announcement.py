@@ -54,22 +54,22 @@ def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -
 
 def test_summary_describes_the_end_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "a"
-    sources = [source("web", "chat"), source("code", "text"), source("pairs", "preference", 2)]
+    sources = [build_source("web", "chat"), build_source("code", "text"),
+               build_source("pairs", "preference", 2)]
     run.mkdir()
-    steps = [{"event": "step", "step": step, "loss": 9.0, "meters": {"pairs_right": right}}
-             for step, right in ((1, 0.25), (6, 0.75))]
-    ranked = [{"event": "heldout_pairs", "step": step, "source": "pairs", "pairs_right": right}
-              for step, right in ((0, 0.5), (6, 0.9))]
-    evals = [{"event": "eval", "step": step, "heldout": {
+    step_events = [{"event": "step", "step": step, "loss": 9.0, "meters": {"pairs_right": right}}
+                   for step, right in ((1, 0.25), (6, 0.75))]
+    pair_events = [{"event": "heldout_pairs", "step": step, "source": "pairs", "pairs_right": right}
+                   for step, right in ((0, 0.5), (6, 0.9))]
+    eval_events = [{"event": "eval", "step": step, "heldout": {
         "web": {"loss": web, "tokens": 10}, "code": {"loss": 1.25, "tokens": step + 1},
         "pairs": {"loss": 7.0, "tokens": 10}}} for step, web in ((0, 3.0), (3, 2.5), (6, 2.0))]
     (run / "events.jsonl").write_text("".join(
-        json.dumps(event) + "\n" for event in [*steps, *ranked, *evals]))
+        json.dumps(event) + "\n" for event in [*step_events, *pair_events, *eval_events]))
     headline = [Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.pairs_right")]
     lines = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, CONFIG, headline,
                    sources).splitlines()
-    # the loss of pairs says nothing, and is left out
-    # code: the held-out data were not the same before the first step
+    # Pairs have no comparable loss. The held-out data of `code` have changed, so its first loss is left out.
     assert lines[0] == ("complete: step 6, 1.5 M tokens in 2:05 min; held-out pairs right 50 % -> 90 %, "
                         "held-out loss web 3.0000 -> 2.0000, code 1.2500; pairs right 50 % (mean of the last "
                         "2 steps)")
@@ -88,21 +88,22 @@ def test_the_commands_that_go_on_can_be_pasted(tmp_path: Path) -> None:
     run.mkdir()
     (run / "events.jsonl").write_text("")
     lines = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1), 1.0, apply_settings(
-        CONFIG, ["lora.rank=4"]), [], [source("web", "chat")]).splitlines()
+        CONFIG, ["lora.rank=4"]), [], [build_source("web", "chat")]).splitlines()
     assert [str(run) in shlex.split(line) for line in lines[2:]] == [True] * 4
 
 
-def source(name: str, format: str, group: int = 1) -> Source:
+def build_source(name: str, format: str, group: int = 1) -> Source:
     return Source(name, None, format, {}, {"train": 100}, 1.0, group=group)
 
 
 def test_an_adapter_says_how_much_learns() -> None:
     config = apply_settings(CONFIG, ["lora.rank=4"])
-    learn = sum(math.prod(shape) for of in find_adapted_modules(config.model, config.lora)
-                for shape in of.shapes(config.lora).values())
-    total = count_params(config.model).total + learn
+    num_trained = sum(math.prod(shape) for module in find_adapted_modules(config.model, config.lora)
+                      for shape in module.shapes(config.lora).values())
+    total = count_params(config.model).total + num_trained
     lines = format_banner(config, 1, Path("r"), range(4), ENTRIES, [],
                           estimate_memory(config, 1)).splitlines()
-    learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
+    learning = f"{format_count(num_trained)} of {format_count(total)} parameters learn"
+    share = format_share(num_trained / total)
     assert lines[2] == (f"  adapter    of rank 4: {learning} "
-                        f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")
+                        f"({share}); `megatron-sov convert to-peft` writes it for PEFT")

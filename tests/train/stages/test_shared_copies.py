@@ -31,33 +31,34 @@ def start(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def converted_weights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Convert in this process, by copying; returns the weights of each conversion."""
-    made: list[str] = []
+    weights: list[str] = []
 
     def from_hf(folder: Path, out: Path, *, redo: bool) -> None:
         with create_artifact(out, CHECKPOINT_KIND) as artifact:
             time.sleep(0.05)
-            made.append((folder / "model.safetensors").read_text())
-            (artifact.path / "weights").write_text(made[-1])
+            weights.append((folder / "model.safetensors").read_text())
+            (artifact.path / "weights").write_text(weights[-1])
 
-    def apart(work: Callable[[], object]) -> int:
+    def run_here(work: Callable[[], object]) -> int:
         work()
         return 0
 
     monkeypatch.setattr(convert, "from_hf", from_hf)
-    monkeypatch.setattr(launcher, "run_in_fork", apart)
-    return made
+    monkeypatch.setattr(launcher, "run_in_fork", run_here)
+    return weights
 
 
-def test_runs_from_one_folder_share_one_copy(start: Path, tmp_path: Path, converted: list[str]) -> None:
+def test_runs_from_one_folder_share_one_copy(start: Path, tmp_path: Path,
+                                             converted_weights: list[str]) -> None:
     runs = [tmp_path / "runs" / name for name in "abc"]
     assert find_copy(start, runs[0]) is None and not (tmp_path / "runs").exists()
     [copy] = {convert_start(start, run) for run in runs}
-    assert converted == ["weights"] and (copy / "weights").read_text() == "weights"
+    assert converted_weights == ["weights"] and (copy / "weights").read_text() == "weights"
     assert copy.parent == tmp_path / "runs/.from-hf" and copy.name.startswith("my-model-")
     assert find_copy(start, runs[2]) == copy
-    assert convert_start(copy, runs[0]) == copy, "a checkpoint is taken as it is"
+    assert convert_start(copy, runs[0]) == copy, "a checkpoint needs no conversion"
 
 
 def touch(folder: Path) -> None:
@@ -93,50 +94,51 @@ CHANGES: dict[str, tuple[Callable[[Path], object], int]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_folder_whose_content_changes_gets_another_copy(change: str, start: Path, tmp_path: Path,
-                                                          converted: list[str]) -> None:
+                                                          converted_weights: list[str]) -> None:
     before = convert_start(start, tmp_path / "runs/a")
     CHANGES[change][0](start)
     after = convert_start(start, tmp_path / "runs/b")
-    assert (before == after) == (CHANGES[change][1] == 1) and len(converted) == CHANGES[change][1]
-    assert (before / MANIFEST).is_file(), "a run may stand on it"
+    assert (before == after) == (CHANGES[change][1] == 1) and len(converted_weights) == CHANGES[change][1]
+    assert (before / MANIFEST).is_file(), "a run may use the earlier copy"
     assert find_copy(start, tmp_path / "runs/b") == after
 
 
-def test_runs_that_begin_at_once_convert_once(start: Path, tmp_path: Path, converted: list[str]) -> None:
-    found: list[Path] = []
-    runs = [threading.Thread(target=lambda i=i: found.append(convert_start(start, tmp_path / f"runs/{i}")))
+def test_runs_that_begin_at_once_convert_once(start: Path, tmp_path: Path,
+                                              converted_weights: list[str]) -> None:
+    copies: list[Path] = []
+    runs = [threading.Thread(target=lambda i=i: copies.append(convert_start(start, tmp_path / f"runs/{i}")))
             for i in range(4)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
-    assert len(found) == 4 and len(set(found)) == 1 and converted == ["weights"]
+    assert len(copies) == 4 and len(set(copies)) == 1 and converted_weights == ["weights"]
 
 
-def test_a_conversion_that_fails_leaves_no_copy(start: Path, tmp_path: Path, converted: list[str],
+def test_a_conversion_that_fails_leaves_no_copy(start: Path, tmp_path: Path, converted_weights: list[str],
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs/a"
     with monkeypatch.context() as failing:
         failing.setattr(launcher, "run_in_fork", lambda work: 2)
         with pytest.raises(SystemExit):
             convert_start(start, run)
-    assert find_copy(start, run) is None and converted == []
+    assert find_copy(start, run) is None and converted_weights == []
     with monkeypatch.context() as changing:
         changing.setattr(launcher, "run_in_fork", lambda work: (work(), write_in_place(start), 0)[-1])
         with pytest.raises(UserError, match="my-model: its files changed"):
             convert_start(start, run)
     assert not list((tmp_path / "runs/.from-hf").glob("my-model-*")) and find_copy(start, run) is None
-    assert convert_start(start, run).is_dir() and converted == ["weights", "WEIGHTS"]
+    assert convert_start(start, run).is_dir() and converted_weights == ["weights", "WEIGHTS"]
 
 
-def test_a_deleted_copy_is_converted_again(start: Path, tmp_path: Path, converted: list[str]) -> None:
+def test_a_deleted_copy_is_converted_again(start: Path, tmp_path: Path, converted_weights: list[str]) -> None:
     copy = convert_start(start, tmp_path / "runs/a")
     shutil.rmtree(copy)
     assert find_copy(start, tmp_path / "runs/a") is None
-    assert convert_start(start, tmp_path / "runs/a") == copy and len(converted) == 2
+    assert convert_start(start, tmp_path / "runs/a") == copy and len(converted_weights) == 2
 
 
-def test_many_processes_may_share_an_existing_copy(start: Path, tmp_path: Path, converted: list[str],
+def test_many_processes_may_share_an_existing_copy(start: Path, tmp_path: Path, converted_weights: list[str],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs/a"
     monkeypatch.setenv("RANK", "1")
