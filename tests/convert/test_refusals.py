@@ -23,8 +23,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def sound(solar_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of several shards without a manifest, as published, and a checkpoint."""
+def sound_folders(solar_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Undamaged inputs: a folder of several shards without a manifest, as published, and a checkpoint."""
     folder = tmp_path_factory.mktemp("sound")
     convert.from_hf(solar_dir, folder / "ckpt")
     convert.to_hf(folder / "ckpt", folder / "hf", max_shard_bytes=SHARD_BYTES)
@@ -52,11 +52,11 @@ def change_shard(name: str, change: Callable[[Tensors], Any]) -> Callable[[Path]
         change(tensors)
         save_file(tensors, file, metadata={"format": "pt"})
 
-        def follow(index: dict[str, Any]) -> None:
+        def update_index(index: dict[str, Any]) -> None:
             other_files = {n: f for n, f in index["weight_map"].items() if f != file.name}
             index["weight_map"] = other_files | dict.fromkeys(tensors, file.name)
 
-        edit_json(folder / "model.safetensors.index.json", follow)
+        edit_json(folder / "model.safetensors.index.json", update_index)
 
     return damage
 
@@ -120,9 +120,9 @@ def get_refusal(call: Callable[[Path], None], out: Path) -> str:
 
 
 @pytest.mark.each("case", HF)
-def test_damaged_hf_folders_are_rejected(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_hf_folders_are_rejected(case: str, sound_folders: dict[str, Path], tmp_path: Path) -> None:
     damage, expected = HF[case]
-    folder = shutil.copytree(sound["hf"], tmp_path / "bad")
+    folder = shutil.copytree(sound_folders["hf"], tmp_path / "bad")
     damage(folder)
     assert re.search(expected, get_refusal(lambda out: convert.from_hf(folder, out), tmp_path / "out"))
 
@@ -205,15 +205,15 @@ CHECKPOINT = {
 
 
 @pytest.mark.each("case", CHECKPOINT)
-def test_damaged_checkpoints_are_rejected(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_rejected(case: str, sound_folders: dict[str, Path], tmp_path: Path) -> None:
     damage, expected = CHECKPOINT[case]
-    folder = shutil.copytree(sound["ckpt"], tmp_path / "bad")
+    folder = shutil.copytree(sound_folders["ckpt"], tmp_path / "bad")
     damage(folder)
     assert re.search(expected, get_refusal(lambda out: convert.to_hf(folder, out), tmp_path / "out"))
 
 
-def test_overflowing_value_is_rejected(sound: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(sound["ckpt"], tmp_path / "large")
+def test_overflowing_value_is_rejected(sound_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(sound_folders["ckpt"], tmp_path / "large")
     change_weights(set_value(f"{ROUTER}@0,0", 1e6))(folder)
     message = get_refusal(lambda out: convert.to_hf(folder, out, "float16"), tmp_path / "out")
     assert ("layers.1.mlp.gate.weight: its largest value 999424 does not fit float16 (65504); "
@@ -221,12 +221,12 @@ def test_overflowing_value_is_rejected(sound: dict[str, Path], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("action", ["from_hf", "to_hf"])
-def test_full_disk_during_writing_is_reported(action: str, sound: dict[str, Path], tmp_path: Path,
+def test_full_disk_during_writing_is_reported(action: str, sound_folders: dict[str, Path], tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, raw: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(safetensors_files, "_write_bytes", full)
     with pytest.raises(UserError, match="device; free some space"):
-        getattr(convert, action)(sound["hf" if action == "from_hf" else "ckpt"], tmp_path / "out")
+        getattr(convert, action)(sound_folders["hf" if action == "from_hf" else "ckpt"], tmp_path / "out")
     assert not list(tmp_path.iterdir())

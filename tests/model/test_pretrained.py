@@ -24,11 +24,11 @@ from megatron_sov.model.pretrained import find_weight_files, load_pretrained
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
                          "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
-NORM = "model.layers.0.self_attn.q_norm.weight"
-DENSE = "bert.encoder.layer.0.attention.self.query.weight"
+LM_TENSOR = "model.layers.0.self_attn.q_norm.weight"
+CLASSIFIER_TENSOR = "bert.encoder.layer.0.attention.self.query.weight"
 
 
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any],
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any],
          file: str = "model.safetensors") -> Path:
     tensors = load_file(folder / file)
     change(tensors)
@@ -36,7 +36,8 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any],
     return folder
 
 
-def changes(name: str) -> dict[str, Callable[[dict[str, torch.Tensor]], Any]]:
+def build_changes(name: str) -> dict[str, Callable[[dict[str, torch.Tensor]], Any]]:
+    """Return problem -> function that causes it for tensor `name`."""
     return {"missing": lambda t: t.pop(name),
             "unexpected": lambda t: t.update({name.replace(".0.", ".7."): t[name].clone()}),
             "mismatched": lambda t: t.update({name: torch.ones(3)})}
@@ -57,7 +58,8 @@ def classify(folder: Path) -> None:
     load_pretrained(AutoModelForSequenceClassification, folder)
 
 
-LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "a classifier": ("bert", classify, DENSE)}
+LOADERS = {"generate, eval, serve": ("lm", load_hf, LM_TENSOR),
+           "a classifier": ("bert", classify, CLASSIFIER_TENSOR)}
 
 
 @pytest.mark.each("kind", ["missing", "unexpected", "mismatched"])
@@ -65,7 +67,7 @@ LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "a classifier": ("ber
 def test_every_command_refuses_other_tensors(command: str, kind: str, models: dict[str, Path],
                                              tmp_path: Path) -> None:
     model, load, name = LOADERS[command]
-    folder = edit(shutil.copytree(models[model], tmp_path / "bad"), changes(name)[kind])
+    folder = edit_tensors(shutil.copytree(models[model], tmp_path / "bad"), build_changes(name)[kind])
     with pytest.raises(UserError, match=rf"bad: its tensors are not those of the \w+ that its config.json "
                                         rf"describes: 1 {kind} \([\w.]+\.\d\.\w+.*\); compare the") as e:
         load(folder)
@@ -101,44 +103,45 @@ def test_tensors_without_a_parameter_are_skipped(tmp_path: Path) -> None:
                          qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=2)
     DeepseekV3ForCausalLM(c).save_pretrained(tmp_path / "v3")
     norm = "model.layers.{}.input_layernorm.weight"
-    edit(tmp_path / "v3", lambda t: t.update({norm.format(1): t[norm.format(0)].clone()}))
+    edit_tensors(tmp_path / "v3", lambda t: t.update({norm.format(1): t[norm.format(0)].clone()}))
     load_hf(tmp_path / "v3")
-    edit(tmp_path / "v3", lambda t: t.update({norm.format(2): t[norm.format(0)].clone()}))
+    edit_tensors(tmp_path / "v3", lambda t: t.update({norm.format(2): t[norm.format(0)].clone()}))
     with pytest.raises(UserError, match=r"1 unexpected \(model\.layers\.2\.input_layernorm\.weight\)"):
         load_hf(tmp_path / "v3")
     tied = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
     Qwen3ForCausalLM(tied).save_pretrained(tmp_path / "tied")
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    edit(tmp_path / "tied", lambda t: t.update({buffer: torch.ones(4)}))
+    edit_tensors(tmp_path / "tied", lambda t: t.update({buffer: torch.ones(4)}))
     assert "lm_head.weight" not in load_file(tmp_path / "tied/model.safetensors")
     load_pretrained(AutoModelForCausalLM, tmp_path / "tied")
 
 
-def twice(folder: Path) -> None:
-    """Add a single file with other values next to the shards, as a second download leaves it."""
-    whole = {name: tensor * 2 for file in folder.glob("model-*.safetensors")
-             for name, tensor in load_file(file).items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+def add_second_weights(folder: Path) -> None:
+    """Add a single file with other values next to the shards, as after a second download."""
+    tensors = {name: tensor * 2 for file in folder.glob("model-*.safetensors")
+               for name, tensor in load_file(file).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-FILES = {
-    "two sets": (twice, "holds model.safetensors and model.safetensors.index.json, which names other files"),
+DAMAGES = {
+    "two sets": (add_second_weights,
+                 "holds model.safetensors and model.safetensors.index.json, which names other files"),
     "adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds adapter_config.json next to"),
     "lost shard": (lambda d: next(iter(sorted(d.glob("model-*.safetensors")))).unlink(), "it should hold"),
-    "in two shards": (lambda d: edit(d, lambda t: t.update({"model.norm.weight": torch.ones(16)}),
-                                     min(d.glob("model-*.safetensors")).name), "holds as well"),
-    "not in the index": (lambda d: edit(d, lambda t: t.update(stray=torch.ones(2)),
-                                        min(d.glob("model-*.safetensors")).name),
+    "in two shards": (lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(16)}),
+                                             min(d.glob("model-*.safetensors")).name), "holds as well"),
+    "not in the index": (lambda d: edit_tensors(d, lambda t: t.update(stray=torch.ones(2)),
+                                                min(d.glob("model-*.safetensors")).name),
                          "disagrees with the files about stray"),
-}
+    }
 
 
 @pytest.mark.each("load", [load_hf, convert.open_weights])
-@pytest.mark.each("case", FILES)
-def test_files_that_two_readers_would_take_otherwise(case: str, load: Any, models: dict[str, Path],
+@pytest.mark.each("case", DAMAGES)
+def test_ambiguous_weight_files_are_refused(case: str, load: Any, models: dict[str, Path],
                                                      tmp_path: Path) -> None:
     load_hf(models["lm"]).save_pretrained(tmp_path / "bad", max_shard_size=1500)
-    damage, expected = FILES[case]
+    damage, expected = DAMAGES[case]
     damage(tmp_path / "bad")
     with pytest.raises(UserError, match=expected):
         load(tmp_path / "bad")
@@ -156,18 +159,18 @@ def test_weights_in_other_formats_are_not_read(models: dict[str, Path], tmp_path
     assert convert.open_weights(folder).list_names()
 
 
-@pytest.mark.each("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
-def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, models: dict[str, Path],
+@pytest.mark.each("file_name", ["other.safetensors", "sub/other.safetensors.index.json", 5])
+def test_a_config_that_names_another_file_of_weights_is_refused(file_name: Any, models: dict[str, Path],
                                                                 tmp_path: Path) -> None:
     """transformers would read that file, while the tensor check reads the other one."""
     folder = Path(shutil.copytree(models["lm"], tmp_path / "lm"))
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
-    edit(folder, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()], "other.safetensors")
+    edit_tensors(folder, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()], "other.safetensors")
     config = json.loads((folder / "config.json").read_text())
     for value in (None, "model.safetensors"):
         (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": value}))
         load_hf(folder)
-    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": file_name}))
     for read in (load_hf, find_weight_files, lambda folder: convert.from_hf(folder, tmp_path / "out")):
         with pytest.raises(UserError, match=r"config.json: transformers_weights"):
             read(folder)

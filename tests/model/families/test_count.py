@@ -35,7 +35,7 @@ def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
     """Megatron-LM's count of the delta rule: four products of the size of the state (its training.py)."""
     model = get("solar-open2-250b").model
     short, long = (compute_train_flops_per_token(model, length) for length in (4096, 8192))
-    # twelve layers have 64 heads of 128 that see half as many keys more
+    # A query of the twelve attention layers, with 64 heads of 128, sees 2,048 keys more on average.
     assert long - short == 6 * 12 * 64 * 2 * 128 * 2048
     states = 36 * (4 * 64 * 128 * 128 + 4 * 24576)
     assert short == 6 * (count_multiplied_weights(model) + 12 * 64 * 2 * 128 * 2048.5 + states)
@@ -49,12 +49,12 @@ def test_solar_open_2_has_exactly_the_parameters_of_its_card() -> None:
     assert get("qwen3-8b").model.count_state_tokens() == 0
 
 
-ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
+RECIPE_BY_ARCHITECTURE = {get(name).model: name for name in reversed(names())}
 """Architecture -> one recipe of it; the stages of a model share their architecture."""
 
 
 @pytest.mark.tier1_cases(6)
-@pytest.mark.parametrize("recipe", sorted(ONE_OF_EACH.values()))
+@pytest.mark.parametrize("recipe", sorted(RECIPE_BY_ARCHITECTURE.values()))
 def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
     """transformers builds the trunk (it has no multi-token prediction layers) on meta tensors,
     which take no memory."""
@@ -71,7 +71,7 @@ def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
 # Which modules of a model an adapter adapts.
 
 
-@pytest.mark.each("recipe", sorted(r for r in ONE_OF_EACH.values() if r.startswith("tiny-")))
+@pytest.mark.each("recipe", sorted(r for r in RECIPE_BY_ARCHITECTURE.values() if r.startswith("tiny-")))
 def test_adapter_targets_are_all_linear_layers_and_embeddings(recipe: str) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,13 +80,13 @@ def test_adapter_targets_are_all_linear_layers_and_embeddings(recipe: str) -> No
     config = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds())
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    named = [(name.rpartition(".")[2], module) for name, module in reference.named_modules()]
-    theirs = {name for name, module in named
-              if name == "experts" or isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
+    hf_named_modules = [(name.rpartition(".")[2], module) for name, module in reference.named_modules()]
+    hf_modules = {name for name, module in hf_named_modules
+                  if name == "experts" or isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
     # the head of a tied model is its embedding
-    theirs -= {"lm_head"} if model.tied_embeddings else set()
-    assert find_adaptable_modules(model) == theirs
-    assert resolve_targets(LoraConfig(rank=4), model) == theirs - {"lm_head", "embed_tokens"}
+    hf_modules -= {"lm_head"} if model.tied_embeddings else set()
+    assert find_adaptable_modules(model) == hf_modules
+    assert resolve_targets(LoraConfig(rank=4), model) == hf_modules - {"lm_head", "embed_tokens"}
     assert not resolve_targets(LoraConfig(rank=0), model)
 
 
@@ -119,7 +119,7 @@ SEQ_LEN = 64
 
 @pytest.mark.parametrize("recipe", ["tiny-solar-open", "tiny-k-exaone", "tiny-qwen3", "tiny-deepseek-v3"])
 def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
-    """Eager attention multiplies every query with every key, which the formula is asked for as well."""
+    """Eager attention multiplies each query with all keys, so the expected count includes masked keys."""
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -151,12 +151,13 @@ def test_windows_limit_keys_and_prediction_layers_have_their_own_head() -> None:
     assert compute_train_flops_per_token(model, 8192) == pytest.approx(
         6 * count_multiplied_weights(model) + 12 * model.num_heads * model.head_dim * keys)
     norms = 5 * model.hidden_size + 2 * model.head_dim
-    more = count_multiplied_weights(model) - count_multiplied_weights(replace(model, num_mtp_layers=0))
-    assert more == count_params(model).mtp - norms + model.vocab_size * model.hidden_size
+    prediction_weights = count_multiplied_weights(model) - count_multiplied_weights(replace(model,
+                                                                                            num_mtp_layers=0))
+    assert prediction_weights == count_params(model).mtp - norms + model.vocab_size * model.hidden_size
 
 
 def test_the_published_rule_of_six_per_active_parameter() -> None:
-    """Active parameters count the embedding, which is looked up; norms are all that is left."""
+    """Active parameters without the embedding, which is not multiplied, differ only by norms."""
     model = get("solar-open-102b").model
     active = count_params(model).active - model.vocab_size * model.hidden_size
     assert count_multiplied_weights(model) == pytest.approx(active, rel=1e-4)

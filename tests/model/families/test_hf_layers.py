@@ -140,9 +140,9 @@ def read_latent(config: dict[str, Any]) -> ModelConfig:
 def test_widths_that_transformers_writes_are_those_that_follow() -> None:
     from transformers import AutoConfig
 
-    theirs = json.loads(AutoConfig.for_model(**build_latent_config()).to_json_string())
-    assert (theirs["head_dim"], theirs["qk_head_dim"]) == (16, 32)
-    assert read_latent(theirs) == read_latent(build_latent_config())
+    hf_config = json.loads(AutoConfig.for_model(**build_latent_config()).to_json_string())
+    assert (hf_config["head_dim"], hf_config["qk_head_dim"]) == (16, 32)
+    assert read_latent(hf_config) == read_latent(build_latent_config())
 
 
 def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> None:
@@ -153,11 +153,11 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     from megatron_sov.engine.model.rotary import compute_frequencies, compute_softmax_scale
 
     config = build_latent_config(rope_parameters=YARN)
-    model, theirs = read_latent(config), AutoConfig.for_model(**config)
+    model, hf_config = read_latent(config), AutoConfig.for_model(**config)
     assert model.yarn == YarnConfig(40.0, 4096, mscale=0.7)
     assert compute_softmax_scale(model,
-                                 "full_attention") == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
-    rotary = DeepseekV3RotaryEmbedding(theirs)
+                                 "full_attention") == pytest.approx(DeepseekV3Attention(hf_config, 0).scaling)
+    rotary = DeepseekV3RotaryEmbedding(hf_config)
     assert rotary.attention_scaling == 1.0, "cosine and sine have no factor"
     assert rotary.inv_freq.tolist() == pytest.approx(compute_frequencies(model).tolist(), rel=1e-6)
     assert read_latent(models.get_family("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
@@ -184,10 +184,10 @@ def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], message
 
 
 def test_only_deepseek_v3_has_latent_attention() -> None:
-    without = replace(recipes.get("tiny-deepseek-v3").model, latent_attention=None)
-    for ask in (models.get_family("deepseek_v3").check, models.get_family("deepseek_v3").links):
+    model_without = replace(recipes.get("tiny-deepseek-v3").model, latent_attention=None)
+    for check in (models.get_family("deepseek_v3").check, models.get_family("deepseek_v3").links):
         with pytest.raises(UserError, match=r"model\.latent_attention = null: family"):
-            ask(without)
+            check(model_without)
     latent = recipes.get("tiny-deepseek-v3").model
     problems = models.get_family("solar_open").problems(replace(latent, family="solar_open"))
     assert "model.latent_attention" in [problem.key for problem in problems]

@@ -43,7 +43,7 @@ def test_an_id_outside_of_the_vocabulary_is_refused_where_it_is_read(tmp_path: P
     assert TokenShard(tmp_path / "a", 10).tokens(1, 2, 1).tolist() == [9]
 
 
-def test_a_source_knows_the_vocabulary_that_it_was_packed_with(packed_data: Any, tmp_path: Path) -> None:
+def test_ids_are_checked_against_the_vocabulary_of_the_tokenizer(packed_data: Any, tmp_path: Path) -> None:
     text = shutil.copytree(packed_data.text, tmp_path / "text")
     (damaged,) = (text / "even").glob("train-*.bin")
     ids = np.fromfile(damaged, np.uint16)
@@ -95,26 +95,35 @@ def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) ->
         shard.tokens(0, 0, 9)
 
 
-def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
+def write_artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
              format_: str = "text", tokens: dict[str, int] | None = None, indent: int | None = None) -> str:
-    """Write an artifact whose sources have `names[source]` documents of 2 tokens; return its path."""
-    with create_artifact(path, "tokens") as a:
-        described = []
+    """Write a token artifact, and return its path.
+
+    Args:
+        path: the artifact.
+        names: source -> number of documents, each with 2 tokens.
+        tokenizer: digest in the manifest.
+        vocab_size, format_: recorded in the manifest.
+        tokens: vocabulary of the tokenizer.json.
+        indent: of the tokenizer.json.
+    """
+    with create_artifact(path, "tokens") as artifact:
+        sources = []
         for name, count in names.items():
-            write_shard(a.path / name, [[1, 2]] * count)
+            write_shard(artifact.path / name, [[1, 2]] * count)
             train = {"prefix": name, "shards": [{"prefix": name}], "num_tokens": 2 * count}
-            described.append({"name": name, "format": format_, "splits": {"train": train}})
-        (a.path / "tokenizer").mkdir()
-        (a.path / "tokenizer" / "tokenizer.json").write_text(json.dumps(
+            sources.append({"name": name, "format": format_, "splits": {"train": train}})
+        (artifact.path / "tokenizer").mkdir()
+        (artifact.path / "tokenizer" / "tokenizer.json").write_text(json.dumps(
             {"model": {"type": "BPE", "vocab": tokens or {"a": 1}, "merges": []}}, indent=indent))
-        a.content = {"content_version": 2, "tokenizer_sha256": tokenizer, "vocab_size": vocab_size,
-                     "format": format_, "sources": described}
+        artifact.content = {"content_version": 2, "tokenizer_sha256": tokenizer, "vocab_size": vocab_size,
+                            "format": format_, "sources": sources}
     return str(path)
 
 
 def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
-    paths = {artifact(tmp_path / "a", {"web": 3, "code": 1}): 3.0,
-             artifact(tmp_path / "b", {"chat": 9}, format_="chat"): 1.0}
+    paths = {write_artifact(tmp_path / "a", {"web": 3, "code": 1}): 3.0,
+             write_artifact(tmp_path / "b", {"chat": 9}, format_="chat"): 1.0}
     sources = open_sources(paths, 64)
     assert {s.name: s.share for s in sources} == {"web": 0.5625, "code": 0.1875, "chat": 0.25}
     assert [s.name for s in sources if s.is_chat] == ["chat"]
@@ -124,37 +133,38 @@ def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
 
 
 def test_a_name_before_the_folder_renames_its_sources(tmp_path: Path) -> None:
-    one, other = (artifact(tmp_path / name, {"train": 3}) for name in ("a", "b"))
-    two = artifact(tmp_path / "c=d", {"train": 1, "test": 1})
-    sources = open_sources({f"web={one}": 1, f"code={other}": 1, f"rest={two}": 1}, 64)
+    web, code = (write_artifact(tmp_path / name, {"train": 3}) for name in ("a", "b"))
+    two_sources = write_artifact(tmp_path / "c=d", {"train": 1, "test": 1})
+    sources = open_sources({f"web={web}": 1, f"code={code}": 1, f"rest={two_sources}": 1}, 64)
     assert [s.name for s in sources] == ["web", "code", "rest-train", "rest-test"]
     assert sources[1].open_split("train").tokens(2, 0, 2).tolist() == [1, 2]
     assert sources[1].artifact == tmp_path / "b"
-    assert [s.name for s in open_sources({two: 1, f"x={one}": 1}, 64)] == ["train", "test", "x"]
-    assert parse_data_paths([f"web={one}:2", f"code={other}"]) == {f"web={one}": 2.0, f"code={other}": 1.0}
-    for data, message in (([f"w b={one}"], "must be NAME=DIR; use letters"),
-                          ([f"={one}"], "must be NAME=DIR"), ([f"a={one}", f"b={one}"], "is given twice")):
+    assert [s.name for s in open_sources({two_sources: 1, f"x={web}": 1}, 64)] == ["train", "test", "x"]
+    assert parse_data_paths([f"web={web}:2", f"code={code}"]) == {f"web={web}": 2.0, f"code={code}": 1.0}
+    for data, message in (([f"w b={web}"], "must be NAME=DIR; use letters"),
+                          ([f"={web}"], "must be NAME=DIR"), ([f"a={web}", f"b={web}"], "is given twice")):
         with pytest.raises(UserError, match=message):
             parse_data_paths(data)
 
 
 def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
-    a = artifact(tmp_path / "a", {"web": 3})
+    web = write_artifact(tmp_path / "a", {"web": 3})
     with pytest.raises(UserError, match=r"data\.paths is empty"):
         open_sources({}, 64)
     with pytest.raises(UserError, match="'b' here, 'a' there"):
-        other = artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64, tokens={"b": 1})
-        open_sources({a: 1, other: 1}, 64)
-    copied = artifact(tmp_path / "copied", {"y": 1}, tokenizer="u" * 64, indent=2)
-    assert [s.name for s in open_sources({a: 1, f"z={copied}": 1}, 64)] == ["web", "z"], "written otherwise"
+        other = write_artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64, tokens={"b": 1})
+        open_sources({web: 1, other: 1}, 64)
+    reformatted = write_artifact(tmp_path / "copied", {"y": 1}, tokenizer="u" * 64, indent=2)
+    assert [s.name for s in open_sources({web: 1, f"z={reformatted}": 1}, 64)] == ["web", "z"], (
+        "the same tokenizer in another JSON layout")
     with pytest.raises(UserError, match="'web': is in --data"):
-        open_sources({a: 1, artifact(tmp_path / "same", {"web": 1}): 1}, 64)
+        open_sources({web: 1, write_artifact(tmp_path / "same", {"web": 1}): 1}, 64)
     with pytest.raises(UserError, match=r"model\.vocab_size = 32"):
-        open_sources({a: 1}, 32)
+        open_sources({web: 1}, 32)
     with pytest.raises(UserError, match="be positive"):
-        open_sources({a: 0}, 64)
+        open_sources({web: 0}, 64)
     with pytest.raises(UserError, match="holds no training tokens"):
-        open_sources({artifact(tmp_path / "none", {"x": 0}): 1}, 64)
+        open_sources({write_artifact(tmp_path / "none", {"x": 0}): 1}, 64)
 
 
 def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
@@ -175,22 +185,22 @@ def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
 def test_token_bits_and_document_values_replace_columns(tmp_path: Path) -> None:
     lengths = [3, 9, 1]
     write_shard(tmp_path / "a", [list(range(n)) for n in lengths])
-    written = np.random.default_rng(0).random(sum(lengths)) < 0.5
-    written[3:5] = True, False
-    (tmp_path / "a.written").write_bytes(pack_flags(written).tobytes())
+    is_written = np.random.default_rng(0).random(sum(lengths)) < 0.5
+    is_written[3:5] = True, False
+    (tmp_path / "a.written").write_bytes(pack_flags(is_written).tobytes())
     (tmp_path / "a.advantage.documents").write_bytes(np.float32([0.1, -2, np.inf]).tobytes())
     shard = ShardChain([tmp_path / "a"], columns=("advantage.documents",))
     assert shard.columns == ("advantage",) and not shard.is_plain
     for document, first in ((0, 0), (1, 3)):
         for start in range(lengths[document]):
-            here = written[first + start:first + lengths[document]]
-            asked = document, start, len(here)
-            assert shard.loss_weights(*asked).tolist() == here.astype(float).tolist()
-            assert shard.types(*asked).tolist() == np.where(here, 2, 1).tolist()
+            expected = is_written[first + start:first + lengths[document]]
+            span = document, start, len(expected)
+            assert shard.loss_weights(*span).tolist() == expected.astype(float).tolist()
+            assert shard.types(*span).tolist() == np.where(expected, 2, 1).tolist()
             value = np.float32([0.1, -2][document])
-            assert shard.column("advantage", *asked).tolist() == np.where(here, value, 0).tolist()
-    written[:] = True
-    (tmp_path / "a.written").write_bytes(pack_flags(written).tobytes())
+            assert shard.column("advantage", *span).tolist() == np.where(expected, value, 0).tolist()
+    is_written[:] = True
+    (tmp_path / "a.written").write_bytes(pack_flags(is_written).tobytes())
     with pytest.raises(UserError, match=r"a\.advantage\.documents: document 2"):
         TokenShard(tmp_path / "a", columns=("advantage.documents",)).column("advantage", 2, 0, 1)
     (tmp_path / "a.written").write_bytes(b"1")
@@ -202,8 +212,8 @@ def test_token_bits_and_document_values_replace_columns(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def packed(token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same chats in one shard and in many."""
+def packed_chats(token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders with the same chats in one shard, and in many."""
     folder = tmp_path_factory.mktemp("chain")
     lines = [{"messages": [{"role": "user", "content": f"{i}?"},
                            {"role": "assistant", "content": f"{i} " * (i % 9 + 1)}]}
@@ -216,34 +226,36 @@ def packed(token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder / "one", folder / "many"
 
 
-def test_a_chain_is_the_one_shard(packed: tuple[Path, Path]) -> None:
-    [one], [many] = (open_sources({str(p): 1.0}, 2000) for p in packed)
-    assert len(one.prefixes["train"]) == 1 and len(many.prefixes["train"]) > 5
-    assert one.num_tokens == many.num_tokens and one.share == many.share
+def test_a_chain_equals_one_shard(packed_chats: tuple[Path, Path]) -> None:
+    [one_shard], [many_shards] = (open_sources({str(path): 1.0}, 2000) for path in packed_chats)
+    assert len(one_shard.prefixes["train"]) == 1 and len(many_shards.prefixes["train"]) > 5
+    assert (one_shard.num_tokens, one_shard.share) == (many_shards.num_tokens, many_shards.share)
     for split in ("train", "heldout"):
-        a, b = one.open_split(split), many.open_split(split)
-        assert list(a.lengths) == list(b.lengths) == [b.lengths[i] for i in range(len(b.lengths))]
-        for document, length in enumerate(b.lengths):
+        single, chain = one_shard.open_split(split), many_shards.open_split(split)
+        lengths = list(single.lengths)
+        assert list(chain.lengths) == [chain.lengths[i] for i in range(len(chain.lengths))] == lengths
+        for document, length in enumerate(chain.lengths):
             for column in ("tokens", "loss_weights", "types"):
-                ours, theirs = (getattr(d, column)(document, 1, length - 1) for d in (b, a))
-                assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
-        for beyond in (-1, len(b.lengths)):
-            with pytest.raises(IndexError, match=f"document {beyond} of {len(b.lengths)}"):
-                b.tokens(beyond, 0, 1)
+                values, expected = (getattr(documents, column)(document, 1, length - 1)
+                                    for documents in (chain, single))
+                assert values.dtype == expected.dtype and np.array_equal(values, expected)
+        for invalid_index in (-1, len(chain.lengths)):
+            with pytest.raises(IndexError, match=f"document {invalid_index} of {len(chain.lengths)}"):
+                chain.tokens(invalid_index, 0, 1)
 
 
-def test_other_layouts_and_formats_are_refused(packed: tuple[Path, Path], tmp_path: Path) -> None:
-    raw = json.loads((packed[0] / "manifest.json").read_text())
+def test_other_layouts_and_formats_are_refused(packed_chats: tuple[Path, Path], tmp_path: Path) -> None:
+    raw = json.loads((packed_chats[0] / "manifest.json").read_text())
     del raw["content"]["content_version"]
     (tmp_path / "manifest.json").write_text(json.dumps(raw | {"sha256": ""}))
     with pytest.raises(UserError, match="version reads layout 2"):
         open_sources({str(tmp_path): 1.0}, 2000)
     with pytest.raises(UserError, match="learns from preference; `megatron-sov"):
-        open_sources({str(packed[0]): 1.0}, 2000, formats=("preference",))
+        open_sources({str(packed_chats[0]): 1.0}, 2000, formats=("preference",))
 
 
 # Opens all shards under given limits (soft, hard) on open files.
-LIMITED = """
+LIMITED_PROGRAM = """
 import resource, sys
 from pathlib import Path
 from megatron_sov.train.data.token_shards import ShardChain
@@ -261,10 +273,10 @@ except UserError as e:
     ((16, 4096), "93 documents"),
     ((16, 16), "this process may not open more than 16 files; raise `ulimit -n`, or pack into larger shards"),
 ])
-def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int],
+def test_more_shards_than_open_files_are_allowed(packed_chats: tuple[Path, Path], limits: tuple[int, int],
                                                  message: str) -> None:
     """Each mapped shard keeps a file descriptor, so the soft limit on open files is raised up to
     the hard limit."""
-    argv = [sys.executable, "-c", LIMITED, str(packed[1] / "chat"), *map(str, limits)]
+    argv = [sys.executable, "-c", LIMITED_PROGRAM, str(packed_chats[1] / "chat"), *map(str, limits)]
     completed = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert message in completed.stdout
