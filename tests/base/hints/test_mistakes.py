@@ -153,6 +153,8 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov convert to-hf run o --iteration 20", ["convert to-hf run/checkpoints/step-20 o"]),
     ("megatron-sov score --input answers.jsonl --reward length_penalty --output o.jsonl",
      ["did you mean 'length'?", "--reward length --output o.jsonl"]),
+    ("megatron-sov score --input answers.jsonl --reward math,length --output o.jsonl",
+     ["--reward composed --set parts.math.reward=math --set parts.length.reward=length --output o.jsonl"]),
     ("megatron-sov status --job-id 7", ["squeue --jobs", "write\n  megatron-sov status ."]),
     ("sov-data parse --input t.pdf --output o", ["path: t.pdf", "exact_dedup.yaml --output o"]),
     ("megatron-sov pretrain hf/config.json --data d2 --run r", ["write\n  megatron-sov pretrain --from hf"]),
