@@ -68,7 +68,8 @@ CASES = [(documents, window, 1024) for documents in ("few", "one", "many", "half
 
 
 def attend_with_double(cp: int, signature: str) -> list[dict[str, Any]]:
-    """Inside ranks: run `test_attention.attend` with the double of `varlen_attn`, and count its calls."""
+    """Inside ranks: run `test_attention.compare_attention` with a double of `varlen_attn`, and count its
+    calls."""
     calls = 0
 
     def count_and_compute(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -79,15 +80,15 @@ def attend_with_double(cp: int, signature: str) -> list[dict[str, Any]]:
     count_and_compute.__signature__ = inspect.signature(globals()[signature])  # type: ignore[attr-defined]
     attention.supports_varlen = lambda query: True
     kernel.varlen_attn = count_and_compute
-    return [*test_attention.attend(cp, CASES), {"calls": calls}]
+    return [*test_attention.compare_attention(cp, CASES), {"calls": calls}]
 
 
 @pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("cp", "signature"), [(1, "torch_here"), (2, "torch_here"), (4, "torch_2_11")])
 def test_one_call_for_each_piece_is_a_dense_softmax(ranks: Any, job: Any, cp: int, signature: str) -> None:
-    (per_rank,) = ranks(job(__file__, "attend_with_double", cp, {"cp": cp, "signature": signature}))
-    for *results, calls in per_rank:
+    (results_by_rank,) = ranks(job(__file__, "attend_with_double", cp, {"cp": cp, "signature": signature}))
+    for *results, calls in results_by_rank:
         # one call, or two with context parallelism (early and late piece), not one per document
         assert calls == {"calls": len(CASES) * (1 if cp == 1 else 2)}
         for case, result in zip(CASES, results, strict=True):
