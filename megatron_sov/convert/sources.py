@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -28,7 +28,8 @@ from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import (
     CONFIG, DAMAGED_HF, EMBEDDING, HEAD, RECOMPUTED, find_tensor_files, format_names,
     is_hf_folder as is_hf_folder, read_json)
-from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, find_checkpoint, read_checkpoint_settings
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINTS_FOLDER, OPTIMIZER, find_checkpoint, read_checkpoint_settings)
 
 HASHED_AT_A_TIME = 4
 PART = "model"
@@ -307,13 +308,20 @@ class BlockWeights:
 class CheckpointWeights(BlockWeights):
     """Checkpoint tensors, split into Hugging Face tensors."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, state: str = "") -> None:
+        """`state`: read this optimizer tensor, such as exp_avg, of the weights that have it; "": weights."""
         settings = read_checkpoint_settings(path)
         model = settings.model
-        super().__init__(path, model, models.get_family(model.family, settings.code).links(model))
-        self._reader = TensorReader(path, PART)
-        shapes = {key: self._reader.get_shape(key)
-                  for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
+        links = models.get_family(model.family, settings.code).links(model)
+        self._reader = TensorReader(path, OPTIMIZER if state else PART)
+        keys = self._reader.keys()
+        if state:
+            keys = [key for key in keys if key.startswith(f"{state}/")]
+            trained = set(keys)
+            links = [replace(link, key=f"{state}/{link.key}") for link in links
+                     if f"{state}/{link.key}" in trained]
+        super().__init__(path, model, links)
+        shapes = {key: self._reader.get_shape(key) for key in keys}
         check_shapes(path, shapes, {link.key: link.shape for link in self.links},
                      "the checkpoint is damaged or of another version")
         self._reader.check_complete()

@@ -13,7 +13,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.megatron import to_megatron as export
+from megatron_sov.convert.dcp import writer
 from megatron_sov.convert.megatron.to_megatron import build_common_state, to_megatron
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
@@ -165,7 +165,7 @@ def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     convert.from_hf(solar_dir, tmp_path / "ours")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(export, "sha256_file", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(writer, "sha256_file", Mock(side_effect=KeyboardInterrupt))
         to_megatron(tmp_path / "ours", tmp_path / "out")
     file = next((tmp_path / "ours").rglob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")

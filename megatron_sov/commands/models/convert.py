@@ -104,6 +104,32 @@ class ToMegatronOptions(WrittenOptions, WorkersOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToDcpOptions(WrittenOptions, WorkersOptions):
+    """Convert a checkpoint, with its optimizer, to a checkpoint of torch.distributed.checkpoint."""
+
+    checkpoint: CheckpointPath
+    out: Annotated[Path, Flag("OUT")]
+    """Folder to write, with step-N, config.json and tokenizer."""
+    names: Literal["hf", "torchtitan"] = "hf"
+    """Parameter names: hf, of the transformers class; torchtitan, of torchtitan 0.3."""
+    weights_only: bool = False
+    """Leave out optimizer and step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromDcpOptions(ConversionOptions):
+    """Convert a checkpoint of torch.distributed.checkpoint to a checkpoint that loads at any layout."""
+
+    dcp_dir: Annotated[Path, Flag("DCP_DIR")]
+    """Folder with .metadata, or with folders step-N (newest step)."""
+    out: CheckpointOut
+    model: Annotated[Path | None, Flag(value="MODEL_DIR")] = None
+    """Hugging Face folder with config.json and tokenizer (default: DCP_DIR)."""
+    weights_only: bool = False
+    """Leave out the optimizer, for a run with --from."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToPeftOptions(WrittenOptions):
     """Convert an adapter checkpoint to a folder that PEFT loads."""
 
@@ -264,6 +290,10 @@ CONVERT = ActionGroup({
     "to-megatron": DeclaredCommand(
         ToMegatronOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
                                         expected="a checkpoint or a run"), f"{RUN_MODULE}:export_megatron"),
+    "from-dcp": DeclaredCommand(FromDcpOptions, _check_paths(), f"{RUN_MODULE}:import_dcp"),
+    "to-dcp": DeclaredCommand(
+        ToDcpOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
+                                   expected="a checkpoint or a run"), f"{RUN_MODULE}:export_dcp"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),
     "from-peft": DeclaredCommand(FromPeftOptions, _check_from_peft, f"{RUN_MODULE}:import_peft"),
     "average": DeclaredCommand(AverageOptions, _check_paths(), f"{RUN_MODULE}:average_checkpoints"),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,11 @@ import torch
 from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints.kinds import TRACKER
-from megatron_sov.base.outputs import refuse_outside_link
-from megatron_sov.checkpoint.safetensors_files import read_block
-from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
+from megatron_sov.convert.dcp.reader import DistTensors
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, StateBlock, write_imported
-from megatron_sov.convert.megatron.inert_pickle import STATE_KEY, TorchArchive, read_in_subprocess
+from megatron_sov.convert.megatron.inert_pickle import STATE_KEY, read_in_subprocess
 from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -107,66 +103,6 @@ def _check_format(folder: Path) -> None:
         raise UserError(f"{folder}: has no {METADATA}, so it was never complete; use an earlier checkpoint")
 
 
-MAX_READ_BYTES = 1 << 20
-"""Maximum bytes per read from an archive's member list or header."""
-
-
-@dataclass(frozen=True)
-class DistTensor:
-    """Where a tensor's bytes are stored."""
-
-    path: Path
-    start: int
-    """File offset of the first byte."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self, block: Sequence[slice]) -> torch.Tensor:
-        """Read a block (slices with start and stop, one per axis); raises OSError."""
-        return read_block(self.path, self.start, self.shape, block, self.dtype)
-
-
-def find_tensor(path: Path, start: int, length_bytes: int) -> DistTensor:
-    """Locate the tensor of a `torch.save` archive inside a file; raises OSError or ValueError."""
-    with open(path, "rb") as file:
-        if start + length_bytes > os.fstat(file.fileno()).st_size:
-            raise ValueError("the file ends before it does")
-        archive = TorchArchive(_TensorWindow(file, start, length_bytes))
-        dtype, shape, first, _ = archive.locate_tensor(archive.header)
-    return DistTensor(path, start + first, shape, getattr(torch, dtype))
-
-
-class _TensorWindow(io.RawIOBase):
-    """A byte range as a read-only file object."""
-
-    def __init__(self, file: Any, start: int, length_bytes: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        """Read bytes; raises ValueError above `MAX_READ_BYTES`, more than a single-tensor archive needs."""
-        if min(size if size >= 0 else self._length, self._length - self._at) > MAX_READ_BYTES:
-            raise ValueError(f"its archive has a member list of more than {MAX_READ_BYTES:,} bytes")
-        return super().read(min(size, MAX_READ_BYTES)) or b""
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._length - self._at))
-        self._file.seek(self._start + self._at)
-        raw = self._file.read(count)
-        buffer[:len(raw)] = raw
-        self._at += len(raw)
-        return len(raw)
-
-
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
 _ALIASES = ((".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
             (".transformer_layer.", ".mtp_model_layer."))
@@ -182,9 +118,6 @@ PREFIXES = ("", "module.")
 """Key prefixes; NeMo's wrapper adds `module.`."""
 HALVES = ("_w", "_v")
 """Key suffixes for the halves of a gated matrix: gate and up."""
-REMEDY = "restore the checkpoint from its source"
-_CACHED_HEADERS = 4096
-"""Cache size for parsed archive headers."""
 
 
 # Our keys are Megatron's global names, so most keys agree. Differences: layers of one kind may be stacked
@@ -235,55 +168,23 @@ def _iter_candidates(key: str, expert: int | None) -> Iterator[tuple[str, tuple[
                 yield form.replace(EXPERTS, f"{EXPERTS}{expert}.", 1), lead, True
 
 
-class TorchDistTensors(StoredTensors):
-    """Tensors in a `torch_dist` checkpoint under Megatron's keys."""
-
-    def __init__(self, folder: Path, *, with_optimizer: bool = False) -> None:
-        """Read the index; AdamW's state has keys such as `exp_avg/KEY`. Raises `UserError` for damage or
-        forbidden names."""
-        self.folder = folder
-        index = read_in_subprocess("index", folder / METADATA)
-        tensors: dict[str, Any] = index["tensors"]
-        prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
-        entries, states = {}, {}
-        for key, entry in tensors.items():
-            if match := STATE_KEY.fullmatch(key):
-                states[f"{match[1]}/{match[2].removeprefix(prefix)}"] = entry
-            else:
-                entries[key.removeprefix(prefix)] = entry
-        # formats that depend on the layout have other shapes
-        if with_optimizer and all(entries.get(key.partition("/")[2], ("", ()))[1] == shape
-                                  for key, (_, shape, _) in states.items()):
-            entries, states = entries | states, {}
-        self.num_skipped: int = index["num_skipped"] + len(states)
-        """Optimizer tensors that are left out."""
-        super().__init__(
-            folder, {key: tuple(shape) for key, (_, shape, _) in entries.items()},
-            {key: getattr(torch, dtype) for key, (dtype, _, _) in entries.items()},
-            {key: [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
-                   for file, start, length, offset, extent in pieces]
-             for key, (_, _, pieces) in entries.items()}, REMEDY)
-        for file in {piece[0] for _, _, pieces in entries.values() for piece in pieces}:
-            if not (folder / file).is_file():
-                raise UserError(f"{folder / file}: is missing; according to the index it contains "
-                                f"{format_names(self.list_keys_in(file))}; {REMEDY}")
-            refuse_outside_link(folder, folder / file)
-        self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
-
-    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
-        try:
-            tensor = self._find(piece)
-            missing_axes = len(piece.shape) - len(tensor.shape)
-            if ((1,) * missing_axes + tensor.shape) != piece.shape or tensor.dtype != self.get_dtype(key):
-                raise ValueError(f"it is {tensor.dtype} {list(tensor.shape)} there")
-            return tensor.read(block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.folder / piece.file}: the block of {key} {list(piece.shape)} at "
-                            f"{list(piece.offset)} cannot be read ({e}); {REMEDY}") from None
-
-    def _find_uncached(self, piece: StoredBlock) -> DistTensor:
-        start, length = map(int, piece.name.split(":"))
-        return find_tensor(self.folder / piece.file, start, length)
+def _open_tensors(folder: Path, *, with_optimizer: bool) -> tuple[DistTensors, int]:
+    """Return tensors under Megatron's keys, AdamW's state under keys such as `exp_avg/KEY`, and the number of
+    optimizer tensors that are left out. Raises `UserError` for damage or forbidden names."""
+    index = read_in_subprocess("index", folder / METADATA)
+    tensors: dict[str, Any] = index["tensors"]
+    prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
+    entries, states = {}, {}
+    for key, entry in tensors.items():
+        if match := STATE_KEY.fullmatch(key):
+            states[f"{match[1]}/{match[2].removeprefix(prefix)}"] = entry
+        else:
+            entries[key.removeprefix(prefix)] = entry
+    # formats that depend on the layout have other shapes
+    if with_optimizer and all(entries.get(key.partition("/")[2], ("", ()))[1] == shape
+                              for key, (_, shape, _) in states.items()):
+        entries, states = entries | states, {}
+    return DistTensors(folder, entries), index["num_skipped"] + len(states)
 
 
 class TorchDistWeights(BlockWeights):
@@ -300,7 +201,7 @@ class TorchDistWeights(BlockWeights):
 
     def __init__(self, path: Path, model: ModelConfig, *, with_optimizer: bool = False) -> None:
         super().__init__(path, model, models.get_family(model.family).links(model))
-        self.tensors = TorchDistTensors(path, with_optimizer=with_optimizer)
+        self.tensors, self.num_skipped = _open_tensors(path, with_optimizer=with_optimizer)
         self._stored_keys = self.tensors.keys()
         self._sources = self._match_tensors()
         self.tensors.check_complete()
@@ -466,7 +367,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     source = ImportSource(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin}, states,
                           loop)
     write_imported(out, source, dtype, workers=workers, overwrite=overwrite, redo=redo)
-    return ImportReport(iteration, count_padded_rows(weights), weights.tensors.num_skipped, model, training)
+    return ImportReport(iteration, count_padded_rows(weights), weights.num_skipped, model, training)
 
 
 def _describe_training(stored: Mapping[str, Any], iteration: int) -> TrainingState:

@@ -1,0 +1,144 @@
+"""Names and blocks of a model's tensors in torch.distributed checkpoints of other trainers.
+
+`hf`: parameters of the transformers class, with a layer's experts in one tensor. `torchtitan`: parameters of
+torchtitan 0.3, whose Llama has a head's rotary pairs as neighbours, and whose optimizer has query, key and
+value in one parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import ModelConfig
+from megatron_sov.model.families.weights import Link
+
+HF, TORCHTITAN = "hf", "torchtitan"
+PREFIXES = {HF: "model.", TORCHTITAN: ""}
+"""Names -> prefix of weights in checkpoints that we write."""
+EMBEDDINGS = {HF: "model.embed_tokens.weight", TORCHTITAN: "tok_embeddings.weight"}
+"""Names -> embedding, by which a checkpoint's names are recognized."""
+MOVED_BIAS, PLACE_IN_CLASS = ".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"
+"""A name in Hugging Face folders, and the name in transformers' class."""
+TITAN_FAMILIES = ("llama", "qwen3", "qwen3_moe")
+TITAN_NAMES = {
+    "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "lm_head",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attention.qkv_linear.wq", "self_attn.k_proj": "attention.qkv_linear.wk",
+    "self_attn.v_proj": "attention.qkv_linear.wv", "self_attn.o_proj": "attention.wo",
+    "self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2", "mlp.gate": "moe.router.gate"}
+"""Hugging Face module -> torchtitan module; layer prefixes are left out."""
+TITAN_EXPERTS = {"gate": "w1_EFD", "up": "w3_EFD", "down": "w2_EDF"}
+TITAN_BIAS = ".moe.expert_bias_E"
+FUSED_QKV = "attention.qkv_linear.wqkv.weight"
+_LAYER = re.compile(r"model\.(layers\.\d+\.)(.+)\.weight")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of a tensor in the checkpoint."""
+
+    key: str
+    """Name of the tensor, without prefix."""
+    names: tuple[str, ...]
+    """Hugging Face tensors: a single one, or all of the link."""
+    shape: tuple[int, ...]
+    """Shape without expert axis."""
+    expert: int | None = None
+    """Index along the leading axis; None: the block is the whole tensor."""
+    num_experts: int = 0
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        zeros = (0,) * len(self.shape)
+        return zeros if self.expert is None else (self.expert, *zeros)
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        return self.shape if self.expert is None else (1, *self.shape)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return self.shape if self.expert is None else (self.num_experts, *self.shape)
+
+
+def check_names(names: str, model: ModelConfig) -> None:
+    """Raise `UserError` if torchtitan has no counterpart of the model's family."""
+    if names == TORCHTITAN and model.family not in TITAN_FAMILIES:
+        raise UserError(f"--names {TORCHTITAN}: torchtitan 0.3 has no model of family {model.family!r}, only "
+                        f"{', '.join(TITAN_FAMILIES)}; use --names {HF}")
+
+
+def list_parts(names: str, link: Link, is_stored: Callable[[str], bool], *, state: bool) -> list[Part]:
+    """Return the blocks that hold a link's Hugging Face tensors.
+
+    Args:
+        names: `HF` or `TORCHTITAN`.
+        link: block of a Megatron tensor.
+        is_stored: whether the checkpoint has a tensor; of several forms the first with a tensor is chosen.
+        state: the blocks of optimizer state, not of weights.
+
+    Raises:
+        UserError: torchtitan has no counterpart of a tensor.
+    """
+    list_all = _list_titan_forms if names == TORCHTITAN else _list_hf_forms
+    forms = list_all(link, state)
+    return next((parts for parts in forms if all(is_stored(part.key) for part in parts)), forms[-1])
+
+
+def _list_hf_forms(link: Link, state: bool) -> list[list[Part]]:
+    separate = [Part(name, (name,), shape) for name, shape in link.hf_shapes().items()]
+    expert = _EXPERT.fullmatch(link.hf_names[0])
+    if link.hf_names[0].endswith(MOVED_BIAS):
+        return [[replace(separate[0], key=separate[0].key.replace(MOVED_BIAS, PLACE_IN_CLASS))], separate]
+    if expert is None:
+        return [separate]
+    name = "gate_up_proj" if len(link.hf_names) > 1 else "down_proj"
+    stacked = Part(f"{expert[1]}.{name}", link.hf_names, link.block_shape, int(expert[2]), link.shape[0])
+    return [[stacked], separate]
+
+
+def _list_titan_forms(link: Link, state: bool) -> list[list[Part]]:
+    separate = [_find_titan_part(name, shape, link.shape[0]) for name, shape in link.hf_shapes().items()]
+    layer = _LAYER.fullmatch(link.hf_names[0])
+    if state and layer is not None and link.hf_names[0].endswith(".q_proj.weight"):
+        return [[Part(layer[1] + FUSED_QKV, link.hf_names, link.block_shape)], separate]
+    return [separate]
+
+
+def _find_titan_part(name: str, shape: tuple[int, ...], num_experts: int) -> Part:
+    layer = _LAYER.fullmatch(name)
+    prefix, module = (layer[1], layer[2]) if layer else ("", name.removesuffix(".weight"))
+    if expert := _EXPERT.fullmatch(name):
+        key = f"{prefix}moe.routed_experts.inner_experts.{TITAN_EXPERTS[expert[3]]}"
+        return Part(key, (name,), shape, int(expert[2]), num_experts)
+    if module not in TITAN_NAMES or name.endswith(".bias"):
+        raise UserError(f"--names {TORCHTITAN}: torchtitan 0.3 has no counterpart of {name}; use --names "
+                        f"{HF}")
+    return Part(f"{prefix}{TITAN_NAMES[module]}.weight", (name,), shape)
+
+
+class RotaryOrder:
+    """Order of the rows of a head: in Hugging Face's Llama the rotary pair of row i is row i + head_dim / 2,
+    in torchtitan's the pairs are neighbours."""
+
+    def __init__(self, names: str, model: ModelConfig) -> None:
+        self._half = model.head_dim // 2 if names == TORCHTITAN and model.family == "llama" else 0
+
+    def to_theirs(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self._transpose(name, tensor, 2, self._half)
+
+    def to_ours(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self._transpose(name, tensor, self._half, 2)
+
+    def _transpose(self, name: str, tensor: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
+        if not self._half or not name.endswith((".q_proj.weight", ".k_proj.weight")):
+            return tensor
+        return tensor.reshape(-1, outer, inner, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)

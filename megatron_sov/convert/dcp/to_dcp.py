@@ -1,0 +1,174 @@
+"""Export a checkpoint, with its optimizer, for trainers that load torch.distributed checkpoints (DCP).
+
+Optimizer state has the flat keys of `torch.distributed.checkpoint.state_dict` (option
+`flatten_optimizer_state_dict`), which do not depend on parameter groups or pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sov.base.artifacts import format_json, write_atomically
+from megatron_sov.convert import DEFAULT_WORKERS
+from megatron_sov.convert.companion_files import copy_companions, read_token_ids
+from megatron_sov.convert.dcp.names import (
+    HF, PREFIXES, TITAN_BIAS, TORCHTITAN, Part, RotaryOrder, check_names, list_parts)
+from megatron_sov.convert.dcp.writer import (
+    DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
+from megatron_sov.convert.hf_import import get_duplicates
+from megatron_sov.convert.sources import CheckpointWeights
+from megatron_sov.engine.optimizer.parameter_groups import GroupRule, find_rule
+from megatron_sov.engine.optimizer.state_shards import MASTER
+from megatron_sov.model.config import OptimConfig
+from megatron_sov.model.families import supported as models
+from megatron_sov.model.families.weights import Link
+from megatron_sov.model.pretrained import CONFIG, EMBEDDING, HEAD
+from megatron_sov.schedules import Schedule
+
+KIND = "dcp_checkpoint"
+STATE_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
+"""Our name of an optimizer tensor -> name in torch.optim.AdamW and torch.optim.Muon."""
+
+
+def to_dcp(checkpoint: str | Path, out: str | Path, *, names: str = HF, weights_only: bool = False,
+           workers: int = DEFAULT_WORKERS, overwrite: bool = False) -> TrainedModel:
+    """Write OUT/step-N for `torch.distributed.checkpoint.load`, with config.json and tokenizer in OUT.
+
+    Args:
+        checkpoint: checkpoint, or run (newest checkpoint).
+        out: folder to write (artifact kind `dcp_checkpoint`); it appears when complete.
+        names: `hf` or `torchtitan`.
+        weights_only: leave out optimizer and step.
+        workers: files written at a time, each with one block in memory.
+        overwrite: replace an existing `dcp_checkpoint` artifact.
+
+    Raises:
+        UserError: torchtitan has no such model, the checkpoint is damaged, or the disk is full.
+    """
+    source = open_trained_model(checkpoint, weights_only=weights_only)
+    check_names(names, source.settings.model)
+    content = _ExportContent(source, names)
+    planner = DcpPlanner(content.tensors, content.objects, content.aliases)
+    family, tokenizer = models.get_family(source.settings.model.family), source.path / "tokenizer"
+    tokens = read_token_ids(tokenizer)
+
+    def write_companions(folder: Path) -> None:
+        copy_companions(tokenizer, folder, tokens)
+        config = family.to_hf_config(source.settings.model, content.dtype_name, tokens)
+        write_atomically(folder / CONFIG, format_json(config))
+
+    write_export(Path(out), KIND, source, planner, f"step-{source.step}", write_companions, workers=workers,
+                 overwrite=overwrite)
+    return source
+
+
+class _ExportContent:
+    """Tensors, objects and further names of an export, see `DcpPlanner`."""
+
+    def __init__(self, source: TrainedModel, names: str) -> None:
+        self._source, self._names = source, names
+        self._prefix, self._rotary = PREFIXES[names], RotaryOrder(names, source.settings.model)
+        self._parts: dict[str, list[tuple[Part, Link]]] = {}
+        self.tensors: dict[str, DcpTensor] = {}
+        self.objects: dict[str, Any] = {}
+        self.aliases: dict[str, list[str]] = {}
+        weights = CheckpointWeights(source.path)
+        self.dtype_name = str(weights.get_dtype(EMBEDDING)).removeprefix("torch.")
+        self._add_weights(weights)
+        if source.num_updates is not None:
+            self._add_optimizer(source.num_updates)
+
+    def _list_parts(self, link: Link, *, state: bool = False) -> list[Part]:
+        return list_parts(self._names, link, lambda key: True, state=state)
+
+    def _add_weights(self, weights: CheckpointWeights) -> None:
+        """Add weights; torch's optimizers update them directly, so masters take precedence."""
+        model = self._source.settings.model
+        keys: dict[str, str] = {}
+        masters = None if self._source.num_updates is None else CheckpointWeights(self._source.path, MASTER)
+        master_names = set() if masters is None else set(masters.list_names())
+        for link in weights.links:
+            origin = masters if masters is not None and link.hf_names[0] in master_names else weights
+            for part in self._list_parts(link):
+                self._add_part(self._prefix + part.key, part, link, origin)
+                keys |= dict.fromkeys(part.names, part.key)
+        copies = get_duplicates(weights) | ({HEAD: EMBEDDING} if model.tied_embeddings else {})
+        for copy, name in copies.items():
+            self._add_alias(self._prefix + keys[name], self._prefix + copy)
+        if self._names == TORCHTITAN:  # begins to balance the experts
+            for layer in range(model.num_layers - model.num_moe_layers(), model.num_layers):
+                self.tensors[f"layers.{layer}{TITAN_BIAS}"] = DcpTensor(
+                    (model.num_experts,), torch.float32, lambda offset, extent: torch.zeros(*extent))
+
+    def _add_optimizer(self, num_updates: int) -> None:
+        optim, step = self._source.settings.optim, self._source.step
+        rate = Schedule(self._source.settings).learning_rate(step)
+        first_keys: dict[tuple[str, Any], str] = {}
+        for state, theirs in STATE_NAMES.items():
+            moments = CheckpointWeights(self._source.path, state)
+            for link in moments.links:
+                rule = find_rule(optim, link.key.partition("/")[2], len(link.block_shape))
+                for part in self._list_parts(link, state=True):
+                    self._add_part(f"optimizer.state.{part.key}.{theirs}", part, link, moments)
+                    if part.expert or state == "exp_avg_sq":
+                        continue
+                    if state == "exp_avg":
+                        self._add_step(f"optimizer.state.{part.key}.step", num_updates)
+                    for field, value in _describe_group(optim, rule, rate, self._names).items():
+                        key = f"optimizer.param_groups.{part.key}.{field}"
+                        first = first_keys.setdefault((field, value), key)
+                        self.objects[first] = value
+                        if first != key:
+                            self._add_alias(first, key)
+        self.objects |= {"lr_scheduler.last_epoch": step, "train_state.step": step,
+                         "train_state.ntokens_seen": self._source.num_tokens}
+
+    def _add_step(self, key: str, num_updates: int) -> None:
+        """Add AdamW's count of a parameter; one stored number has all the names."""
+        first = next((name for name in self.tensors if name.endswith(".step")), key)
+        self.tensors[first] = DcpTensor((), torch.float32,
+                                        lambda offset, extent: torch.tensor(float(num_updates)))
+        if first != key:
+            self._add_alias(first, key)
+
+    def _add_alias(self, key: str, alias: str) -> None:
+        self.aliases.setdefault(key, []).append(alias)
+
+    def _add_part(self, key: str, part: Part, link: Link, origin: CheckpointWeights) -> None:
+        """Add a part of tensor `key`; experts are added in order."""
+        parts = self._parts.setdefault(key, [])
+        parts.append((part, link))
+        self.tensors[key] = DcpTensor(part.tensor_shape, origin.get_dtype(part.names[0]),
+                                      partial(self._read_rows, origin, parts))
+
+    def _read_rows(self, origin: CheckpointWeights, parts: list[tuple[Part, Link]], offset: Sequence[int],
+                   extent: Sequence[int]) -> torch.Tensor:
+        rows = slice(offset[0], offset[0] + extent[0])
+        if parts[0][0].expert is None:
+            return self._read_part(origin, *parts[0])[rows]
+        return torch.stack([self._read_part(origin, part, link) for part, link in parts[rows]])
+
+    def _read_part(self, origin: CheckpointWeights, part: Part, link: Link) -> torch.Tensor:
+        tensors = {name: self._rotary.to_theirs(name, origin.read(name)) for name in part.names}
+        joined: torch.Tensor = link.join(tensors) if len(tensors) > 1 else tensors[part.names[0]]
+        return joined.contiguous()
+
+
+def _describe_group(optim: OptimConfig, rule: GroupRule, rate: float, names: str) -> dict[str, Any]:
+    """Return a parameter group of torch.optim.AdamW or torch.optim.Muon, with torchtitan's default
+    `implementation` for torchtitan."""
+    group = {"lr": rate * rule.lr_scale, "initial_lr": optim.lr * rule.lr_scale,
+             "weight_decay": rule.weight_decay}
+    if rule.algorithm == "muon":
+        return group | {"momentum": optim.muon_momentum, "nesterov": optim.muon_nesterov, "eps": 1e-7,
+                        "ns_coefficients": optim.muon_ns_coefficients, "ns_steps": optim.muon_ns_steps,
+                        "adjust_lr_fn": optim.muon_scale}
+    foreach, fused = (False, True) if names == TORCHTITAN else (None, None)
+    return group | {"betas": (optim.beta1, optim.beta2), "eps": optim.eps, "amsgrad": False,
+                    "maximize": False, "foreach": foreach, "capturable": False, "differentiable": False,
+                    "fused": fused, "decoupled_weight_decay": True}
