@@ -77,7 +77,8 @@ def build_model(folder: Path) -> tuple[Any, torch.optim.AdamW]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager",
+                                             experts_implementation="eager").double()
     module = importlib.import_module(type(model).__module__)
     module.torch = DoublePrecision()  # type: ignore[attr-defined]
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
