@@ -26,6 +26,8 @@ NUM_BYTES = 256
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _DIGITS = {"single": r"\p{N}", "triples": r"\p{N}{1,3}", "runs": r"\p{N}+"}
 _WHITESPACE = {"runs": r"\s*[\r\n]+|\s+(?!\S)|\s+", "single": r"\s"}
+CUSTOM = "custom"
+SMALLEST_MEMORY_GB = 1.0
 
 
 def _find_template_fault(template: str) -> Violation | None:
@@ -145,7 +147,6 @@ K_EXAONE = Preset(
                   "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 
 PRESETS = {p.name: p for p in (SOLAR_OPEN, K_EXAONE)}
-CUSTOM = "custom"
 KINDS = {SOLAR_OPEN.name: "BPE", K_EXAONE.name: "SuperBPE: tokens of several words too",
          CUSTOM: "the rules in --config FILE"}
 """Preset -> kind of tokenizer, for help and messages."""
@@ -206,9 +207,6 @@ def _add_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) ->
     pattern = "|".join((_CONTRACTIONS, word, _DIGITS[split.digits], punctuation,
                         _WHITESPACE[split.whitespace]))
     return {key: value for key, value in raw.items() if key not in choices} | {"split_pattern": pattern}
-
-
-SMALLEST_MEMORY_GB = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,9 @@ search. """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ from megatron_sov.base.documents import BadRecord, FileSpan, RecordReading, list
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, list_search_forms
 from megatron_sov.base.documents.overlap import RUN_WORDS, find_units
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.results import Contamination, Results
-from megatron_sov.bench.score_differences import ScoredResults, get_item_scores, is_mean_of_items
+from megatron_sov.bench.score_differences import (
+    ScoredResults, format_metric_name, get_item_scores, is_mean_of_items)
 from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.work.processes.pool import map_in_processes
@@ -31,8 +29,6 @@ MIN_WORDS = 5
 """Shorter items are not searched: they occur by chance."""
 UNIT_DOCUMENTS = 2000
 """Documents from a token shard per work unit."""
-PIECE_TOKENS, OVERLAP_TOKENS = 1 << 17, 1 << 10
-"""Longer documents are searched in pieces; the overlap keeps every run within a piece."""
 EXCERPT_CHARS = 200
 _ANY_VOCABULARY = sys.maxsize
 _FORMATS = ("text", "chat", "preference", "prompt", "rollouts")
@@ -54,13 +50,26 @@ class ItemHit:
 
 
 @dataclass(frozen=True)
+class TaskContamination:
+    """Items of a task that occur in the training data."""
+
+    items: int
+    items_hit: int
+    too_short: int
+    """Number of items that were too short for the search."""
+    metric: str | None
+    """Name of the task's first metric, from `format_metric_name`."""
+    value: float | None
+    """The metric over all items."""
+    value_without: float | None
+    """The metric over the items not found; None if the metric is no mean over items."""
+
+
+@dataclass(frozen=True)
 class ContaminationCheck:
-    results: Results
-    """With `TaskScores.contamination` for each task."""
+    tasks: dict[str, TaskContamination]
     hits: tuple[ItemHit, ...]
     """First position per item and field."""
-    too_short: Mapping[str, int]
-    """Task -> number of items that were too short for the search."""
     num_documents: int
 
 
@@ -81,17 +90,14 @@ def search_training_data(scored: ScoredResults, data: Sequence[Path], reading: R
             bar.update()
     short = set(ItemSearch(texts, RUN_WORDS, MIN_WORDS).too_short)
     searched = {(text.benchmark, text.id) for number, text in enumerate(texts) if number not in short}
-    too_short = Counter(task for task, _ in {(text.benchmark, text.id) for text in texts} - searched)
-    tasks = dict(scored.results.tasks)
-    for name in tasks:
-        if not scored.items[name]:
-            continue  # a group
-        hit_items = {item for task, item, _ in hits if task == name}
-        contamination = Contamination(", ".join(map(str, data)), len(hit_items),
-                                      _compute_value_without(scored, name, hit_items))
-        tasks[name] = dataclasses.replace(tasks[name], contamination=contamination)
-    results = dataclasses.replace(scored.results, tasks=tasks)
-    return ContaminationCheck(results, tuple(hits.values()), too_short, num_documents)
+    tasks = {}
+    for name, items in scored.items.items():
+        if items:  # a group has no items of its own
+            too_short = {text.id for text in texts if text.benchmark == name
+                         and (name, text.id) not in searched}
+            items_hit = {item for task, item, _ in hits if task == name}
+            tasks[name] = _count_contamination(scored, name, items_hit, len(too_short))
+    return ContaminationCheck(tasks, tuple(hits.values()), num_documents)
 
 
 def list_item_texts(scored: ScoredResults) -> list[SearchItem]:
@@ -143,35 +149,34 @@ def build_search(texts: list[SearchItem], reading: RecordReading
 
     def search_unit(unit: Any) -> tuple[list[ItemHit], int]:
         hits: list[ItemHit] = []
-        count = 0
+        num_documents = 0
         documents = _read_shard(unit) if isinstance(unit, _ShardUnit) else _read_files(unit, reading)
-        for where, text, is_first_piece in documents:
-            count += is_first_piece
-            for words in map(find_units, list_search_forms(text)):
+        for where, document_texts in documents:
+            num_documents += 1
+            forms = [form for text in document_texts for form in list_search_forms(text)]
+            for words in map(find_units, forms):
                 for match in search.find(words):
                     item = texts[match.item]
                     begin, end = words.span(match.begin, match.end)
                     hits.append(ItemHit(item.benchmark, item.id, item.field, where,
                                         words.folded[begin:end][:EXCERPT_CHARS]))
-        return hits, count
+        return hits, num_documents
 
     return search_unit
 
 
-def _read_files(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple[str, str, bool]]:
-    """Yield (position, text, whether the text is the document's first)."""
+def _read_files(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple[str, list[str]]]:
+    """Yield (position, texts) for each document in spans of files."""
     for span in spans:
         for document in read_span(span, reading):
-            if isinstance(document, BadRecord):
-                # a skipped record could contain an item
-                if document.code != "empty":
-                    raise UserError(f"{span.file}: {document.reason}")
-                continue
-            for i, text in enumerate(document.texts()):
-                yield document.where, text, i == 0
+            if not isinstance(document, BadRecord):
+                yield document.where, list(document.texts())
+            elif document.code != "empty":  # a skipped record could contain an item
+                raise UserError(f"{span.file}: {document.reason}")
 
 
-def _read_shard(unit: _ShardUnit) -> Iterator[tuple[str, str, bool]]:
+def _read_shard(unit: _ShardUnit) -> Iterator[tuple[str, list[str]]]:
+    """Yield (position, decoded text) for each packed document in a unit."""
     sources = open_sources({unit.folder: 1.0}, _ANY_VOCABULARY, _FORMATS)
     folder = tokenizer_folder(sources)
     if folder is None:
@@ -180,22 +185,21 @@ def _read_shard(unit: _ShardUnit) -> Iterator[tuple[str, str, bool]]:
     tokenizer = open_tokenizer(folder)
     documents = next(source for source in sources if source.name == unit.source).open_split("train")
     for number in range(unit.begin, unit.end):
-        length, begin = int(documents.lengths[number]), 0
-        # the last piece must extend beyond the previous piece
-        while begin == 0 or begin + OVERLAP_TOKENS < length:
-            ids = documents.tokens(number, begin, min(PIECE_TOKENS, length - begin)).tolist()
-            yield (f"{unit.folder}: {unit.source}, document {number}",
-                   tokenizer.decode(ids, skip_special_tokens=True), begin == 0)
-            begin += PIECE_TOKENS - OVERLAP_TOKENS
+        ids = documents.tokens(number, 0, int(documents.lengths[number])).tolist()
+        yield (f"{unit.folder}: {unit.source}, document {number}",
+               [tokenizer.decode(ids, skip_special_tokens=True)])
 
 
-def _compute_value_without(scored: ScoredResults, task: str, hit_items: set[str]) -> float | None:
-    """Compute the mean of a task's first metric without `hit_items`; None if the metric is no mean."""
+def _count_contamination(scored: ScoredResults, task: str, items_hit: set[str], too_short: int
+                         ) -> TaskContamination:
+    counts = len(scored.items[task]), len(items_hit), too_short
     metrics = scored.results.tasks[task].metrics
     if not metrics:
-        return None
-    scores = get_item_scores(scored, task, metrics[0])
-    remaining = [score for item, score in scores.items() if item not in hit_items]
-    if not remaining or not is_mean_of_items(metrics[0], scores):
-        return None
-    return math.fsum(remaining) / len(remaining)
+        return TaskContamination(*counts, None, None, None)
+    first = metrics[0]
+    scores = get_item_scores(scored, task, first)
+    remaining = [score for item, score in scores.items() if item not in items_hit]
+    value_without = None
+    if remaining and is_mean_of_items(first, scores):
+        value_without = math.fsum(remaining) / len(remaining)
+    return TaskContamination(*counts, format_metric_name(first), first.value, value_without)

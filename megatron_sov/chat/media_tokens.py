@@ -40,6 +40,9 @@ _HALF = ((1, 1), (1, 2), (3, 4), (3, 5), (4, 5), (6, 9), (9, 16))
 DIGITS = {AUDIO: 4, IMAGE: 5}
 """Zero-padded digits in a codebook token."""
 _NAMES = {AUDIO: "audio", IMAGE: "vision"}
+RATIOS = (*_HALF, *((h, w) for w, h in _HALF if w != h))
+"""Width:height ratios of the published image decoder (decoder/vision/track_b/serve.py)."""
+_ENTRY = {kind: re.compile(rf"<\|{name}(\d{{{DIGITS[kind]},}})\|>") for kind, name in _NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,6 @@ def read_blocks(record: Any, where: str) -> dict[str, VocabularyBlock]:
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{where}: {MEDIA} = {str(record)[:200]} cannot be read ({e}); make the tokenizer "
                         "again with `sov-tokenizer media`") from None
-
-
-RATIOS = (*_HALF, *((h, w) for w, h in _HALF if w != h))
-"""Width:height ratios of the published image decoder (decoder/vision/track_b/serve.py)."""
-_ENTRY = {kind: re.compile(rf"<\|{name}(\d{{{DIGITS[kind]},}})\|>") for kind, name in _NAMES.items()}
 
 
 def codebook_token(kind: str, number: int) -> str:

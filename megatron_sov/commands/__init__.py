@@ -25,7 +25,7 @@ COMMANDS = {
     "codec": Command(
         "megatron_sov.commands.models.codec:CODEC",
         "import, reconstruct: codecs for pictures and sounds", DATA, "omni.md",
-        ("codec import ta-tok ta_tok.pth ta-tok",
+        ("codec import ta-tok HyperCLOVAX-SEED-Omni-8B ta-tok",
          "codec reconstruct image-tokenizer pictures/0.png --output again")),
     "recipes": Command(
         "megatron_sov.commands.models.recipes:RECIPES",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_sov.convert.sources import is_hf_folder
 
 DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
-"""Default number of files read and written at a time; each file holds two tensors in memory."""
+"""Default number of files converted at a time: one per core, at most 4; each needs memory for two tensors."""
 MAX_SHARD_BYTES = 5_000_000_000
 """Default maximum size for written safetensors files."""
 _MODULES = {"ParityCheck": "hf_export", "average": "averaging", "export_weights": "live_import",

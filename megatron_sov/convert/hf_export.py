@@ -43,6 +43,9 @@ from megatron_sov.runs.checkpoints import (
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
+KIND = HF_MODEL
+README = "README.md"
+
 
 # Verification: two folders hold the same model, and transformers loads an export. Tensors are compared one at
 # a time under their Hugging Face names; if dtypes differ, both tensors are rounded to the narrower dtype.
@@ -218,10 +221,6 @@ def _check_memory(path: Path) -> None:
     if needed_bytes > free_bytes:
         raise UserError(f"{path}: loading takes {format_size(needed_bytes)} of memory, but "
                         f"{format_size(free_bytes)} are free; pass --no-load to compare files only")
-
-
-KIND = HF_MODEL
-README = "README.md"
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,

@@ -19,6 +19,19 @@ Stored = dict[str, torch.Tensor]
 """Name suffix -> stored tensor, for a weight."""
 Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Suffix -> shape and dtype."""
+BLOCK = 128
+"""Rows and columns per block."""
+SUFFIX = "_scale_inv"
+SCALE = "_scale"
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",), "weight_block_size": ([BLOCK, BLOCK],), "fmt": ("e4m3", None),
+    "activation_scheme": ("dynamic", None), "scale_fmt": ("ue8m0", "float", None)}
+"""Field -> values that do not change how stored bytes are interpreted."""
+MODULE_FIELDS = ("modules_to_not_convert", "ignored_layers")
+"""Fields that list unquantized modules; the dtypes in the files contain the same information."""
+TENSOR_WISE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "group_size": None,
+               "block_structure": None, "actorder": None}
+"""Field in a compressed-tensors group that determines how bytes are interpreted -> supported values."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +88,6 @@ class LowBitWeight:
 # FP8 with a scale per 128 x 128 block, DeepSeek-V3's format: value times scale, rounded to bfloat16
 # (`inference/fp8_cast_bf16.py` in DeepSeek-V3).
 
-BLOCK = 128
-"""Rows and columns per block."""
-SUFFIX = "_scale_inv"
-
 
 def _block_sizes(shape: tuple[int, ...]) -> Sizes:
     return {"": (shape, torch.float8_e4m3fn), SUFFIX: (tuple(-(-n // BLOCK) for n in shape), torch.float32)}
@@ -97,7 +106,6 @@ FP8_BLOCK = LowBitFormat("fp8-block", _block_sizes, lambda shapes: shapes[""], _
 
 # FP8 with a scale per weight: format `float-quantized` in the compressed-tensors library.
 
-SCALE = "_scale"
 FP8_TENSOR = LowBitFormat(
     "fp8-tensor", lambda shape: {"": (shape, torch.float8_e4m3fn), SCALE: ((1,), torch.float32)},
     lambda shapes: shapes[""], lambda stored: (stored[""].float() * stored[SCALE]).bfloat16())
@@ -126,14 +134,6 @@ def find_low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorF
         return _find_compressed_weights(shards)
     _check_blocks(quantised)
     return _find_block_weights(shards)
-
-
-SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
-    "quant_method": ("fp8",), "weight_block_size": ([BLOCK, BLOCK],), "fmt": ("e4m3", None),
-    "activation_scheme": ("dynamic", None), "scale_fmt": ("ue8m0", "float", None)}
-"""Field -> values that do not change how stored bytes are interpreted."""
-MODULE_FIELDS = ("modules_to_not_convert", "ignored_layers")
-"""Fields that list unquantized modules; the dtypes in the files contain the same information."""
 
 
 def _check_blocks(quantised: Mapping[str, Any]) -> None:
@@ -172,11 +172,6 @@ def _check_scales(shards: Mapping[str, TensorFile], name: str) -> None:
     if list(stored.shape) != expected or stored.dtype != "F32":
         raise UserError(f"{scale} is {stored.dtype} {list(stored.shape)} and must be F32 {expected}: one "
                         f"number per block of {BLOCK} x {BLOCK} of {name}")
-
-
-TENSOR_WISE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "group_size": None,
-               "block_structure": None, "actorder": None}
-"""Field in a compressed-tensors group that determines how bytes are interpreted -> supported values."""
 
 
 def _check_compressed(quantised: Mapping[str, Any]) -> None:

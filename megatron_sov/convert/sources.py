@@ -36,6 +36,9 @@ PART = "model"
 """Checkpoint part with the weights."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Accepted weight dtypes."""
+STACK = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
+"""A layer's stacked experts, as in transformers' memory layout."""
+IMPORTED_WEIGHTS = "the weights to take in"
 
 
 class StoredTensor(Protocol):
@@ -259,10 +262,6 @@ def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> di
     return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | low_bit
 
 
-STACK = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
-"""A layer's stacked experts, as in transformers' memory layout."""
-
-
 def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
                   ) -> dict[str, StoredTensor]:
     """Replace stacked expert tensors by a tensor per expert, if the model's `shapes` list experts
@@ -405,9 +404,6 @@ def check_export(folder: Path) -> None:
     weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
     if problems := find_damaged_files(folder, weights, HASHED_AT_A_TIME):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
-
-
-IMPORTED_WEIGHTS = "the weights to take in"
 
 
 class HasShape(Protocol):

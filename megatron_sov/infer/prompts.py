@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.model.modality import FeatureTokens, MediaEncoding
 
+
 @dataclass(frozen=True)
 class ModelPrompt:
     """A prompt with the reference answer and source record for a reward."""
@@ -141,7 +142,7 @@ class PromptEncoder:
                                           lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
     def encode_prompts(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
-        """Encode prompts, see `encode_prompts`. Raises `UserError`: a prompt is invalid, or the tokenizer has
+        """Return the token ids per prompt. Raises `UserError`: a prompt is invalid, or the tokenizer has
         ids that the model lacks."""
         _check_surrogates(prompts)
         if self.encoder is not None:
@@ -156,6 +157,7 @@ class PromptEncoder:
             pieces = self.feature_tokens.split(text) if self.feature_tokens else [(text, None)]
         except BadRecord as e:
             raise UserError(f"the prompt {text[:40]!r} {e}") from None
+        # `id_` is the id of an image or audio token; None: `piece` is text
         return [i for piece, id_ in pieces for i in (
             self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
 
@@ -217,9 +219,9 @@ def encode_prompts(target: Target, prompts: Sequence[str | Conversation], chat: 
             or a prompt is invalid.
     """
     _check_surrogates(prompts)  # before loading the tokenizer
-    asker = PromptEncoder(target, chat)
-    ids = asker.encode_prompts(prompts)
-    return EncodedPrompts(ids, asker.end_ids, asker.decode, list(map(asker.opened_thoughts, ids)))
+    encoder = PromptEncoder(target, chat)
+    ids = encoder.encode_prompts(prompts)
+    return EncodedPrompts(ids, encoder.end_ids, encoder.decode, list(map(encoder.opened_thoughts, ids)))
 
 
 def _check_surrogates(prompts: Sequence[str | Conversation]) -> None:
@@ -267,8 +269,8 @@ def check_length(target: Target, longest: int, cause: str, fix: str) -> None:
     Args:
         target: the model.
         longest: tokens of the longest sequence, prompt and answer.
-        cause: cause of the length, in the plural.
-        fix: advice.
+        cause: what makes the sequence long, as the plural subject of the message.
+        fix: advice at the end of the message.
     """
     if longest > target.max_tokens:
         raise UserError(f"{cause} make {longest} tokens, but the model has a context of {target.max_tokens}; "

@@ -27,6 +27,12 @@ PICTURES, SOUNDS = "pictures", "sounds"
 """Kinds of records; a bank holds a single kind."""
 ENCODERS = {PICTURES: "vision", SOUNDS: "audio"}
 """Record kind -> encoder field in `ModelConfig`."""
+Banks = Mapping[str, Any]
+"""Kind -> description of a source's media bank, as defined by the `Modality` implementation."""
+NO_BANKS: Banks = {}
+Rows = Mapping[str, Sequence[tuple[int, int]]]
+"""Kind -> (bank row, used slots) of a document's records, in placeholder order."""
+PROVIDER = "megatron_sov.omni.modality"
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,6 @@ def hash_inputs(inputs: EncoderInputs) -> bytes:
     return digest.digest()
 
 
-Banks = Mapping[str, Any]
-"""Kind -> description of a source's media bank, as defined by the `Modality` implementation."""
-NO_BANKS: Banks = {}
-
-
 def get_banks(documents: Any) -> Banks:
     """Return the banks of documents; {} for documents without the attribute."""
     banks: Banks = getattr(documents, "banks", NO_BANKS)
@@ -162,10 +163,6 @@ class BankReader(Protocol):
             UserError: a placeholder has no feature, or a feature that the bank does not have.
         """
         ...
-
-
-Rows = Mapping[str, Sequence[tuple[int, int]]]
-"""Kind -> (bank row, used slots) of a document's records, in placeholder order."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +230,6 @@ class Modality(Protocol):
             UserError: the tokenizer cannot be read.
         """
         ...
-
-
-PROVIDER = "megatron_sov.omni.modality"
 
 
 @cache

@@ -23,6 +23,8 @@ _OTHERS: dict[str, Any] = {"record": {}, "finish_reason": "", "response": "", "t
 """Fields besides the arrays -> value in rows that are read without the field."""
 NAMES = (*_ARRAYS, *_OTHERS)
 """Fields that a reader can select; `key`, `round` and `attempt` are always read."""
+SPLIT = ("logprobs.list.element",)
+"""Parquet leaves with byte-stream-split encoding of floats."""
 
 
 def _build_list_type(element: pa.DataType) -> pa.DataType:
@@ -46,8 +48,6 @@ ROLLOUTS = _build_schema(
 REWARDS = _build_schema(
     ("reward",), **_KEY, attempt=pa.int32(), reward_version=pa.string(), reward=pa.float64(),
     status=pa.string(), components=pa.string(), reason=pa.string())
-SPLIT = ("logprobs.list.element",)
-"""Parquet leaves with byte-stream-split encoding of floats."""
 REPEATED = (*dict.fromkeys(column.name for column in (*ROLLOUTS, *REWARDS) if column.type == pa.string()
                            and column.name != "response"), "versions.list.element")
 """Parquet leaves with dictionary encoding."""

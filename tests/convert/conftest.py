@@ -30,6 +30,7 @@ def _save(model, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def solar_dir(tmp_path_factory) -> Path:
+    """Solar Open with YaRN."""
     from transformers import SolarOpenConfig, SolarOpenForCausalLM
 
     torch.manual_seed(0)

@@ -1,8 +1,7 @@
-"""Complete configs of public models: each is read, computes what transformers computes, and is exported
-unchanged.
+"""Complete configs of public models: each is read, gives transformers' logits, and is exported unchanged.
 
-`hub_configs.json` says of each where it was found, or that it is written down from memory; those of families
-with one or two models are in `tests/model/families/published_configs.json`.
+`hub_configs.json` names the source of each config, or "from memory". Configs of families with one or two
+models are in `tests/model/families/published_configs.json`.
 """
 
 import json
@@ -40,15 +39,14 @@ SIZES = {
     "sliding_window": WINDOW, "initializer_range": 0.15}
 """Field -> its value in a tiny model, if the config has the field with a value other than null or 0."""
 PROMPTS = draw_random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
-"""Longer than a window, and than 64 positions, from which rotations are scaled."""
+"""Two prompts exceed a window; the longest exceeds the 64 positions after which rotations are scaled."""
 OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
               "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
-"""Fields of tensors that transformers' model does not write."""
+"""Fields for quantized weights and prediction layers, whose tensors transformers' models do not write."""
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with the sizes of a tiny model and otherwise
-    unchanged fields; head ratios are preserved."""
+    """Return the config with the sizes of a tiny model; its head ratios and other fields stay."""
     small = {name: value for name, value in config.items() if name not in OF_WEIGHTS}
     small |= {name: size for name, size in SIZES.items() if config.get(name)}
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -104,7 +102,7 @@ def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
     carried, passed = family.find_carried_fields(config), family.find_ignored_fields(config)
     assert {field: back[field] for field in carried} == carried
     assert back["architectures"] == [family.hf_classes[0]] and config["architectures"][0] in family.hf_classes
-    # What items read and write may be said in another way.
+    # The export may spell the fields that config items read in another way: compare their meaning.
     assert family.from_hf_config(back) == family.from_hf_config(config)
     one, other = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, tmp_path / "back"))
     answered = {field for item in family.config for field in item.names}

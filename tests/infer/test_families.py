@@ -31,14 +31,15 @@ RECIPES["tiny-solar-open2"] = ["model.num_experts=4", "model.expert_ffn_dim=16",
                                '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6, '
                                '"negative_eigenvalues": true}']
 FURTHER = ("tiny-kimi-k2", "tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3")
-"""Families whose caches have the same contents as those of another family in this list."""
+"""Families for `make deep` only: their caches have the same contents as another family's."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3",)
 """Families with tensors that two processes split in a way no other family has (latent attention, prediction
 layers). test_gradients.py compares all families with transformers."""
 
 
 def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
-    """Return, for each recipe, greedy continuations with a cache, by full forward passes."""
+    """Return per recipe: greedy continuations with a cache, the same by full forward passes, and whether a
+    parameter has a gradient."""
     import torch
 
     from megatron_sov import recipes
@@ -66,8 +67,8 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
         full = [policy.logits(DocumentBatch([[*p, *c]], torch.device("cpu")),
                               torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                 for p, c in zip(PROMPTS, written, strict=True)]
-        graphs = any(p.grad is not None for p in model.parameters())
-        found.append([written, full, graphs])
+        has_gradients = any(p.grad is not None for p in model.parameters())
+        found.append([written, full, has_gradients])
     world.leave_world()
     return found
 
@@ -89,7 +90,7 @@ def test_cached_generation_equals_full_forward_passes(ranks: Any, job: Any, furt
         job(__file__, "written_twice", 2, {"layout": {"ep": 2}, "names": experts_of}))
     of_one = dict(zip(names, alone[0], strict=True))
     for recipes, found in ((names, alone[0]), (cut, split[0]), (experts_of, experts[0])):
-        for recipe, (written, full, graphs) in zip(recipes, found, strict=True):
-            assert [written, full, graphs] == of_one[recipe], recipe
-            assert written == full and not graphs, recipe
+        for recipe, (written, full, has_gradients) in zip(recipes, found, strict=True):
+            assert [written, full, has_gradients] == of_one[recipe], recipe
+            assert written == full and not has_gradients, recipe
             assert len({token for row in written for token in row}) > 3, recipe

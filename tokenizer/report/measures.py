@@ -24,12 +24,6 @@ from tokenizer.report.check import TokenizerCheck, choose_verdict, format_token,
 
 NUM_EXAMPLES = 20
 """Maximum examples per table."""
-
-
-def get_token_bytes(tokenizer: LoadedTokenizer, text: str) -> list[bytes]:
-    return [tokenizer.tokens.get(i, b"") for i in tokenizer.encode(text)]
-
-
 CHUNK_BYTES = 100_000
 """Longer documents are cut at blank lines, because a batch waits for its longest text."""
 UNIT_BYTES = 1 << 20
@@ -37,11 +31,19 @@ DEFAULT_MB = 10.0
 _WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 """Thai, Lao, Burmese, Khmer, kana, Han."""
-
-
 TokenizerPath = Annotated[Path, Flag("TOKENIZER", help=(
     "A folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str in "
     "FILE.tiktoken.json."))]
+BLOCK = 2048
+NUM_SCALARS_SHOWN = 20
+END = 0x110000
+EMPTY_PLANES = range(0x40000, 0xE0000)
+"""Planes without letters, tried without separators only."""
+SEPARATORS = {"side by side": "", "after a letter": "a", "after a space": " "}
+
+
+def get_token_bytes(tokenizer: LoadedTokenizer, text: str) -> list[bytes]:
+    return [tokenizer.tokens.get(i, b"") for i in tokenizer.encode(text)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,14 +298,6 @@ def check_superwords(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     rows = [[format_token(tokenizer.tokens[i]), f"{i:,}", f"{words[i]}"] for i in [*longest[:10], *spread]]
     tables = [PageTable(["superwords: longest, then some of all ids", "id", "words"], rows)] if rows else []
     return TokenizerCheck("superwords", "Superwords", "good", summary, numbers, tables)
-
-
-BLOCK = 2048
-NUM_SCALARS_SHOWN = 20
-END = 0x110000
-EMPTY_PLANES = range(0x40000, 0xE0000)
-"""Planes without letters, tried without separators only."""
-SEPARATORS = {"side by side": "", "after a letter": "a", "after a space": " "}
 
 
 @dataclass

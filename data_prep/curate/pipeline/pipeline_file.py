@@ -26,6 +26,13 @@ from megatron_sov.base.settings import (
     Bound, LocatedDocument, NotBlank, Place, ProblemCode, find_rule_problems, parse_located_yaml,
     read_settings_text, split_key, try_parse_settings)
 
+PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
+    ProblemCode.BOUND, "must have no control characters", ""))]
+OPEN_COLUMNS = frozenset([*RECORD_COLUMNS, "where", "extra"])
+"""Columns with values from documents, whose number is not limited."""
+MISSING_VALUE = "none"
+"""Replaces null in a name."""
+
 
 def resolve_paths(settings: Any, folder: Path) -> Any:
     """Join relative paths in settings with a folder."""
@@ -97,10 +104,6 @@ class Pipeline:
     on_bad: str = "quarantine"
     """quarantine: list broken files and records; refuse: stop at the first."""
     output: OutputSettings = field(default_factory=OutputSettings)
-
-
-PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
-    ProblemCode.BOUND, "must have no control characters", ""))]
 
 
 @dataclass(frozen=True)
@@ -359,11 +362,6 @@ def check_libraries(pipeline: Pipeline, file: Path) -> None:
 
 
 # Names of the output's sources, made of documents' columns.
-
-OPEN_COLUMNS = frozenset([*RECORD_COLUMNS, "where", "extra"])
-"""Columns with values from documents, whose number is not limited."""
-MISSING_VALUE = "none"
-"""Replaces null in a name."""
 
 
 def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],

@@ -17,6 +17,29 @@ from megatron_sov.base.plugins.registry import load_built_in
 
 ColumnType = Literal["string", "float32", "int64", "bool", "list<string>"]
 """Type of a column; values may be null."""
+SOURCE_COLUMNS: dict[str, ColumnType] = {
+    "source": "string", "where": "string", "kind": "string", "licence": "string", "synthetic": "bool",
+    "url": "string", "title": "string", "date": "string", "language_hint": "string", "own_id": "string",
+    "extra": "string"}
+"""Column -> type before the first step; `extra` is JSON with the format's other fields."""
+RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
+"""Columns that records may set."""
+READY = Path(__file__).parents[1] / "pipelines"
+"""Folder with ready pipeline files, and in `blends` with ready blends."""
+STEPS: dict[str, str] = {
+    "code": "data_prep.curate.code_step:CodeStep",
+    "encoding": "data_prep.curate.quality.encoding:RepairEncoding",
+    "language": "data_prep.curate.quality.identify:Language",
+    "rules": "data_prep.curate.quality.rules.step:Rules", "pii": "data_prep.curate.quality.pii.step:Pii",
+    "exact_dedup": "data_prep.curate.dedup.exact:ExactDedup",
+    "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
+    "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",
+    "decontaminate": "data_prep.curate.decontamination.step:Decontaminate",
+    "quality": "data_prep.curate.scoring.scorer_steps:Quality",
+    "education": "data_prep.curate.scoring.scorer_steps:Education",
+    "level": "data_prep.curate.scoring.levels:Level",
+    "kind": "data_prep.curate.scoring.scorer_steps:DocumentKind"}
+"""Name in pipeline files -> module:class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,33 +156,6 @@ class Step(ABC):
     @abstractmethod
     def judge_document(self, document: Doc) -> StepOutcome:
         """Return a document's outcome, which must not depend on previous calls."""
-
-
-SOURCE_COLUMNS: dict[str, ColumnType] = {
-    "source": "string", "where": "string", "kind": "string", "licence": "string", "synthetic": "bool",
-    "url": "string", "title": "string", "date": "string", "language_hint": "string", "own_id": "string",
-    "extra": "string"}
-"""Column -> type before the first step; `extra` is JSON with the format's other fields."""
-RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
-"""Columns that records may set."""
-
-
-READY = Path(__file__).parents[1] / "pipelines"
-"""Folder with ready pipeline files, and in `blends` with ready blends."""
-STEPS: dict[str, str] = {
-    "code": "data_prep.curate.code_step:CodeStep",
-    "encoding": "data_prep.curate.quality.encoding:RepairEncoding",
-    "language": "data_prep.curate.quality.identify:Language",
-    "rules": "data_prep.curate.quality.rules.step:Rules", "pii": "data_prep.curate.quality.pii.step:Pii",
-    "exact_dedup": "data_prep.curate.dedup.exact:ExactDedup",
-    "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
-    "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",
-    "decontaminate": "data_prep.curate.decontamination.step:Decontaminate",
-    "quality": "data_prep.curate.scoring.scorer_steps:Quality",
-    "education": "data_prep.curate.scoring.scorer_steps:Education",
-    "level": "data_prep.curate.scoring.levels:Level",
-    "kind": "data_prep.curate.scoring.scorer_steps:DocumentKind"}
-"""Name in pipeline files -> module:class."""
 
 
 def load_step_class(kind: str) -> type[Step]:

@@ -24,6 +24,58 @@ from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.base.settings import Share, choice_from
 
 _SPACE = re.compile(r"\s")
+Form = Literal["prose", "code", "markup"]
+FORMS: tuple[Form, ...] = ("prose", "code", "markup")
+MIN_CODE_LINE_SHARE = 0.4
+"""Share of code lines, without empty lines and comments, from which a text is code."""
+MIN_CODE_LINES = 2
+MIN_TAG_CHAR_SHARE = 0.12
+"""Share of characters inside HTML or XML tags from which a text is markup."""
+MIN_COMMAND_CHAR_SHARE = 0.06
+"""Share of characters inside LaTeX commands, e.g. \\section or \\begin{...}, from which a text is markup."""
+MIN_FIELD_LINE_SHARE = 0.6
+"""Share of lines with a name, a sign and a value (JSON, YAML, TOML, properties) that makes a text markup."""
+MAX_STATEMENT_LINE_SHARE = 0.1
+"""Share of calls and statements in data files; a text with more is a program full of assignments."""
+MIN_SIGN_SHARE = 0.01
+"""Share of `_SIGNS` below which a text is no program."""
+_SIGNS = "{}()[]=;<>$#"
+_NUM_WINDOWS, _WINDOW_CHARS = 5, 1000
+_LANGUAGE_WINDOW_CHARS = 8000
+_DIRECTIVES = "include|define|if|ifdef|ifndef|endif|else|pragma|undef"
+_LINE = re.compile(r"^[^\S\n]*\S", re.MULTILINE)
+_BLOCK = re.compile(r"/\*.{0,4000}?\*/|\"{3}.{0,4000}?\"{3}|'{3}.{0,4000}?'{3}", re.DOTALL)
+"""Multi-line comments and docstrings."""
+_STATEMENT = re.compile(r"^\s*(?:def|class|import|from|return|if|for|while|var|let|const)\b|\w\(",
+                        re.MULTILINE)
+_TAG = re.compile(r"<(?:[/!?]?[A-Za-z][^<>]{0,500}|!--.{0,2000}?--)>", re.DOTALL)
+_CLOSED = re.compile(r"</[A-Za-z]|/>|<!DOCTYPE|<\?xml", re.IGNORECASE)
+"""Closing tags and headers, which the angle brackets of programs lack."""
+_SCRIPT = re.compile(r"<(script|style)\b[^<]*(?:<(?!/\1)[^<]*)*", re.IGNORECASE)
+_LATEX = re.compile(r"\\(?:begin|end|section|subsection|item|documentclass|usepackage|cite|ref|label|textbf"
+                    r"|emph|chapter)\b")
+_COMMAND = re.compile(r"\\[A-Za-z]+\*?(?:\[[^\]\n]{0,100}\])?")
+_MARKER = re.compile(r"^[^\S\n]*[#/*;%\-\"'<!]+", re.MULTILINE)
+UNKNOWN_LANGUAGE = "und"
+"""ISO 639-2 code for an undetermined language."""
+NUM_PIECES, PIECE_CHARS = 5, 300
+"""Number and length of the pieces that `identify_language` reads from a longer text."""
+TABLES_FILE = Path(__file__).with_suffix(".yaml")
+_RARE_WEIGHT = 0.2
+"""Factor on the model's probability of a language outside `LanguageTables.common`."""
+_WEIGHTS = {"ms": 0.1}
+"""Factors by label: Malay reads like Indonesian, which is some twenty times as frequent on the web."""
+PARENT_LANGUAGES = {"ary": "ar", "arz": "ar", "uzs": "uz", "sdh": "ku", "nn": "no"}
+"""Model label of a variety -> ISO 639-1 code of its language."""
+NOISE_LABEL = "zxx"
+"""Model label for text without a language: numbers, variable names."""
+_CHAR_WEIGHT = {"HANGUL": 3, "CJK": 3, "KANA": 3}
+"""Script -> Latin letters with about as much information as a character (measured in UTF-8 bytes)."""
+_MIN_KANA_SHARE = 0.1
+"""Minimum share of kana in kana and Han characters; with less kana, the text is Chinese with quotes."""
+_SETTLED_SHARE = 0.8
+"""Share of a piece from which a single-language script decides without the model."""
+_NO_WORDS = re.compile(r"\S*(?://|@|www\.|\\)\S*|[\d_]+")
 
 
 def sample_pieces(text: str, num_pieces: int, piece_chars: int) -> list[str]:
@@ -55,37 +107,12 @@ def sample_lines(text: str, num_windows: int, window_chars: int) -> str:
     return "\n".join(windows)
 
 
-Form = Literal["prose", "code", "markup"]
-FORMS: tuple[Form, ...] = ("prose", "code", "markup")
-
-MIN_CODE_LINE_SHARE = 0.4
-"""Share of code lines, without empty lines and comments, from which a text is code."""
-MIN_CODE_LINES = 2
-MIN_TAG_CHAR_SHARE = 0.12
-"""Share of characters inside HTML or XML tags from which a text is markup."""
-MIN_COMMAND_CHAR_SHARE = 0.06
-"""Share of characters inside LaTeX commands, e.g. \\section or \\begin{...}, from which a text is markup."""
-MIN_FIELD_LINE_SHARE = 0.6
-"""Share of lines with a name, a sign and a value (JSON, YAML, TOML, properties) that makes a text markup."""
-MAX_STATEMENT_LINE_SHARE = 0.1
-"""Share of calls and statements in data files; a text with more is a program full of assignments."""
-MIN_SIGN_SHARE = 0.01
-"""Share of `_SIGNS` below which a text is no program."""
-_SIGNS = "{}()[]=;<>$#"
-_NUM_WINDOWS, _WINDOW_CHARS = 5, 1000
-_LANGUAGE_WINDOW_CHARS = 8000
-
-
 def _compile_lines(*alternatives: str) -> re.Pattern[str]:
     return re.compile(rf"^[^\S\n]*(?:{'|'.join(alternatives)})[^\n]*$", re.MULTILINE)
 
 
-_DIRECTIVES = "include|define|if|ifdef|ifndef|endif|else|pragma|undef"
-_LINE = re.compile(r"^[^\S\n]*\S", re.MULTILINE)
 _COMMENT = _compile_lines(rf"#(?!!|{_DIRECTIVES})", "//", r"/\*", r"\*(?!\*)", r"--\s", ";;", "%", "<!--",
                   '"{3}', "'{3}")
-_BLOCK = re.compile(r"/\*.{0,4000}?\*/|\"{3}.{0,4000}?\"{3}|'{3}.{0,4000}?'{3}", re.DOTALL)
-"""Multi-line comments and docstrings."""
 _CODE_LINE = _compile_lines(
     # words at the start of a statement
     r"(?:async )?def \w+\(", r"class \w+[(:{ ]", r"import [\w.*{\"'(][\w., *{}\"']*;?$",
@@ -105,16 +132,6 @@ _CODE_LINE = _compile_lines(
     r"(?![^\n]*(?:[a-z]+,? ){4}[a-z])[^\n]*(?:==|!==?|\w\(\)|\w->\w|\w::\w|\+=|\bself\.\w|\bthis\.\w)")
 _FIELD_LINE = _compile_lines(r"(?:- )?(?:\"[^\"\n]*\"|[\w.-]+)\s?(?::(?:\s|$)|=)",
                              r"[\[\]{}],?$", r"\[[\w. -]+\]$", r"\"[^\"\n]*\",?$")
-_STATEMENT = re.compile(r"^\s*(?:def|class|import|from|return|if|for|while|var|let|const)\b|\w\(",
-                        re.MULTILINE)
-_TAG = re.compile(r"<(?:[/!?]?[A-Za-z][^<>]{0,500}|!--.{0,2000}?--)>", re.DOTALL)
-_CLOSED = re.compile(r"</[A-Za-z]|/>|<!DOCTYPE|<\?xml", re.IGNORECASE)
-"""Closing tags and headers, which the angle brackets of programs lack."""
-_SCRIPT = re.compile(r"<(script|style)\b[^<]*(?:<(?!/\1)[^<]*)*", re.IGNORECASE)
-_LATEX = re.compile(r"\\(?:begin|end|section|subsection|item|documentclass|usepackage|cite|ref|label|textbf"
-                    r"|emph|chapter)\b")
-_COMMAND = re.compile(r"\\[A-Za-z]+\*?(?:\[[^\]\n]{0,100}\])?")
-_MARKER = re.compile(r"^[^\S\n]*[#/*;%\-\"'<!]+", re.MULTILINE)
 
 
 def detect_form(text: str) -> Form:
@@ -165,29 +182,6 @@ def extract_language_text(text: str, form: Form) -> str:
         lines = [m.group() for m in _COMMENT.finditer(_BLOCK.sub("", text))]
         return "\n".join(_MARKER.sub("", comment) for comment in [*blocks, *lines])
     return _COMMAND.sub(" ", _TAG.sub(" ", _SCRIPT.sub(" ", text)))
-
-
-UNKNOWN_LANGUAGE = "und"
-"""ISO 639-2 code for an undetermined language."""
-NUM_PIECES, PIECE_CHARS = 5, 300
-"""Number and length of the pieces that `identify_language` reads from a longer text."""
-
-TABLES_FILE = Path(__file__).with_suffix(".yaml")
-_RARE_WEIGHT = 0.2
-"""Factor on the model's probability of a language outside `LanguageTables.common`."""
-_WEIGHTS = {"ms": 0.1}
-"""Factors by label: Malay reads like Indonesian, which is some twenty times as frequent on the web."""
-PARENT_LANGUAGES = {"ary": "ar", "arz": "ar", "uzs": "uz", "sdh": "ku", "nn": "no"}
-"""Model label of a variety -> ISO 639-1 code of its language."""
-NOISE_LABEL = "zxx"
-"""Model label for text without a language: numbers, variable names."""
-_CHAR_WEIGHT = {"HANGUL": 3, "CJK": 3, "KANA": 3}
-"""Script -> Latin letters with about as much information as a character (measured in UTF-8 bytes)."""
-_MIN_KANA_SHARE = 0.1
-"""Minimum share of kana in kana and Han characters; with less kana, the text is Chinese with quotes."""
-_SETTLED_SHARE = 0.8
-"""Share of a piece from which a single-language script decides without the model."""
-_NO_WORDS = re.compile(r"\S*(?://|@|www\.|\\)\S*|[\d_]+")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,22 @@ MAX_RATIO = 250
 FREE_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 20
 LimitBytes = Annotated[int, Ge(1000)]
+DETECT = "detect"
+"""Value of the option `encoding`: UTF-8 if the bytes are valid UTF-8, otherwise a guess from the bytes."""
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_DECLARED = re.compile(rb"""(?:<meta[^>]{0,400}?charset\s*=|<\?xml[^>]{0,200}?encoding\s*=)\s*["']?\s*"""
+                       rb"""([A-Za-z0-9_.:-]{2,40})""", re.IGNORECASE)
+_BROWSERS = {"iso-8859-1": "cp1252", "latin-1": "cp1252", "us-ascii": "cp1252", "ascii": "cp1252",
+             "euc-kr": "cp949", "ks_c_5601-1987": "cp949", "ksc5601": "cp949", "shift_jis": "cp932",
+             "x-sjis": "cp932", "gb2312": "gb18030", "gbk": "gb18030", "windows-874": "cp874",
+             "tis-620": "cp874", "x-windows-949": "cp949", "utf-16": "utf-8", "utf-16le": "utf-8",
+             "utf-16be": "utf-8"}
+"""Declared encoding -> the larger encoding that browsers use (encoding.spec.whatwg.org, 4.2). A page with a
+readable meta element is not UTF-16 (html.spec.whatwg.org, 13.2.3.2)."""
+_SAMPLE_BYTES = 1 << 16
+_MAX_REPLACED = 0.01
+"""Maximum share of undecodable characters; above this share the encoding is wrong."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +103,6 @@ def read_unpacked(file: Path, limits: EncodingLimits) -> bytes:
     """Read a file into memory; raises `BadRecord` for damaged data and above the limits."""
     with open_unpacked(file) as stream:
         return b"".join(iter_limited_blocks(stream, file.stat().st_size, limits.unpacked_bytes))
-
-
-DETECT = "detect"
-"""Value of the option `encoding`: UTF-8 if the bytes are valid UTF-8, otherwise a guess from the bytes."""
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-_DECLARED = re.compile(rb"""(?:<meta[^>]{0,400}?charset\s*=|<\?xml[^>]{0,200}?encoding\s*=)\s*["']?\s*"""
-                       rb"""([A-Za-z0-9_.:-]{2,40})""", re.IGNORECASE)
-_BROWSERS = {"iso-8859-1": "cp1252", "latin-1": "cp1252", "us-ascii": "cp1252", "ascii": "cp1252",
-             "euc-kr": "cp949", "ks_c_5601-1987": "cp949", "ksc5601": "cp949", "shift_jis": "cp932",
-             "x-sjis": "cp932", "gb2312": "gb18030", "gbk": "gb18030", "windows-874": "cp874",
-             "tis-620": "cp874", "x-windows-949": "cp949", "utf-16": "utf-8", "utf-16le": "utf-8",
-             "utf-16be": "utf-8"}
-"""Declared encoding -> the larger encoding that browsers use (encoding.spec.whatwg.org, 4.2). A page with a
-readable meta element is not UTF-16 (html.spec.whatwg.org, 13.2.3.2)."""
-_SAMPLE_BYTES = 1 << 16
-_MAX_REPLACED = 0.01
-"""Maximum share of undecodable characters; above this share the encoding is wrong."""
 
 
 def _find_encoding_problem(encoding: str) -> Violation | None:

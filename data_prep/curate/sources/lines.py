@@ -25,6 +25,9 @@ COLUMN_NAMES = {
 """Field in a record -> column; further fields keep their names."""
 MAX_FIELD_CHARS, MAX_FIELD_DEPTH = 4000, 20
 """Limits for fields other than the text; longer or deeper fields are left out."""
+TEXT_SUFFIXES = frozenset([".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log",
+                           ".srt"])
+_BLOCK_BYTES = 1 << 20
 
 
 def build_document(record: Mapping[str, Any], place: str, job: ReadingJob) -> RawDocument:
@@ -73,11 +76,6 @@ def _is_deep(value: Any, max_depth: int) -> bool:
         return False
     inner = value.values() if isinstance(value, dict) else value
     return any(max_depth == 0 or _is_deep(item, max_depth - 1) for item in inner)
-
-
-TEXT_SUFFIXES = frozenset([".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log",
-                           ".srt"])
-_BLOCK_BYTES = 1 << 20
 
 
 class _SpansReader(FileReader):

@@ -23,6 +23,46 @@ from megatron_sov.base.errors import (
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+ACCEPTED_SAMPLES, REJECTED_SAMPLES = "kept.jsonl", "rejected.jsonl"
+"""Files with samples that passed or failed the checks in `sov-data synth`."""
+WHOLE_FILE_BYTES = 1_000_000
+DOCUMENT_BYTES = 200_000
+JSONL_SUFFIXES = frozenset([".jsonl", ".ndjson"])
+TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
+    ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".py", ".pyi", ".c", ".h", ".cc",
+    ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs", ".js", ".jsx", ".ts",
+    ".tsx", ".mjs", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".swift", ".cs", ".sh", ".bash",
+    ".sql", ".cmake", ".html", ".htm", ".css", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".csv",
+    ".tsv", ".log", ".srt"])
+"""Endings read from a folder; a file passed by name may have any ending."""
+PARQUET_SUFFIX = ".parquet"
+ARROW_SUFFIXES = frozenset([".arrow", ".feather"])
+"""Endings for Arrow files and streams, as written by `save_to_disk` in Hugging Face datasets."""
+JSON_SUFFIX = ".json"
+"""Ending for a JSON list or JSON lines; other JSON is not data."""
+RECORD_SUFFIXES = JSONL_SUFFIXES | ARROW_SUFFIXES | {PARQUET_SUFFIX}
+"""Endings for record files; a folder with a record file is a dataset."""
+VERSION_CONTROL = frozenset(["CVS", "__MACOSX"])
+"""Folders without user data, in addition to hidden folders."""
+COMPRESSED_SUFFIXES = frozenset([".gz", ".zst"])
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Bytes before the text in some files; not part of the text."""
+SPAN_BYTES = 8 << 20
+"""Span size in a large file; documents in text files are cut within each span."""
+_BLOCK_BYTES = 1 << 20
+SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
+          "test": ("test", "testing", "eval", "evaluation")}
+"""Split -> words in file and folder names (from huggingface/datasets, `data_files.py`); other files belong to
+`train`."""
+_ABOUT = re.compile(r"(readme|licen[sc]e|copying|copyright|notice|citation|changelog|contributing|authors|"
+                    r"contributors|code_of_conduct|security|datasheet|data_?card|dataset_?card|requirements)"
+                    r"([-_.].*)?", re.IGNORECASE)
+"""File names that describe a dataset and contain no data."""
+_MAX_NAMES = 4
+_MAX_ENDINGS = 8
+MEDIA_CORPUS, CORPUS_RECORDS = "media_corpus", "records.jsonl"
+"""Artifact kind that `sov-data encode-media` writes, and the name of its record file."""
+
 
 def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
     """Cut a UTF-8 byte stream into pieces of at most `limit_bytes`; the joined pieces equal the stream.
@@ -61,50 +101,9 @@ def cut_text(text: str, limit_bytes: int) -> Iterator[str]:
         yield piece.decode()
 
 
-ACCEPTED_SAMPLES, REJECTED_SAMPLES = "kept.jsonl", "rejected.jsonl"
-"""Files with samples that passed or failed the checks in `sov-data synth`."""
-
-
 def is_synthesis_folder(names: Iterable[str]) -> bool:
     """Return whether the folder is from `sov-data synth`, whose only data file is `ACCEPTED_SAMPLES`."""
     return {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(names)
-
-
-WHOLE_FILE_BYTES = 1_000_000
-DOCUMENT_BYTES = 200_000
-JSONL_SUFFIXES = frozenset([".jsonl", ".ndjson"])
-TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
-    ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".py", ".pyi", ".c", ".h", ".cc",
-    ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs", ".js", ".jsx", ".ts",
-    ".tsx", ".mjs", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".swift", ".cs", ".sh", ".bash",
-    ".sql", ".cmake", ".html", ".htm", ".css", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".csv",
-    ".tsv", ".log", ".srt"])
-"""Endings read from a folder; a file passed by name may have any ending."""
-PARQUET_SUFFIX = ".parquet"
-ARROW_SUFFIXES = frozenset([".arrow", ".feather"])
-"""Endings for Arrow files and streams, as written by `save_to_disk` in Hugging Face datasets."""
-JSON_SUFFIX = ".json"
-"""Ending for a JSON list or JSON lines; other JSON is not data."""
-RECORD_SUFFIXES = JSONL_SUFFIXES | ARROW_SUFFIXES | {PARQUET_SUFFIX}
-"""Endings for record files; a folder with a record file is a dataset."""
-VERSION_CONTROL = frozenset(["CVS", "__MACOSX"])
-"""Folders without user data, in addition to hidden folders."""
-COMPRESSED_SUFFIXES = frozenset([".gz", ".zst"])
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Bytes before the text in some files; not part of the text."""
-SPAN_BYTES = 8 << 20
-"""Span size in a large file; documents in text files are cut within each span."""
-_BLOCK_BYTES = 1 << 20
-SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
-          "test": ("test", "testing", "eval", "evaluation")}
-"""Split -> words in file and folder names (from huggingface/datasets, `data_files.py`); other files belong to
-`train`."""
-_ABOUT = re.compile(r"(readme|licen[sc]e|copying|copyright|notice|citation|changelog|contributing|authors|"
-                    r"contributors|code_of_conduct|security|datasheet|data_?card|dataset_?card|requirements)"
-                    r"([-_.].*)?", re.IGNORECASE)
-"""File names that describe a dataset and contain no data."""
-_MAX_NAMES = 4
-_MAX_ENDINGS = 8
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,6 @@ class FileSpan:
     def suffix(self) -> str:
         """Return the content's ending, without the compression's ending."""
         return self.read_as or (Path(self.file.stem) if self.compression else self.file).suffix.lower()
-
-
-MEDIA_CORPUS, CORPUS_RECORDS = "media_corpus", "records.jsonl"
-"""Artifact kind that `sov-data encode-media` writes, and the name of its record file."""
 
 
 def find_media_corpus(path: Path) -> Path | None:

@@ -34,6 +34,15 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """Fields in which other tools store media next to a text with references."""
 LAYOUT_FIELDS = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
 """Fields that determine a record's layout, in addition to message fields."""
+_TURN = re.compile(r"(?:\A|\n)\n?(Human|Assistant): ?")
+TARGETS = ("prompt", "response", "completion", "messages", "conversations", "chosen", "rejected", "system",
+           "tools", "label")
+"""Fields that `--columns` can assign."""
+Renames = tuple[tuple[str, tuple[str, ...]], ...]
+"""(target field, the record's fields that are joined)."""
+_NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
+           "prompt": ("prompt",), "text": ("text",)}
+"""Kind -> targets that a record needs; a chat may have "messages" instead."""
 
 
 def parse_label(value: Any) -> bool | None:
@@ -153,9 +162,6 @@ def _from_sharegpt_pair(record: dict[str, Any], kind: str | None) -> dict[str, A
             **_omit_fields(record, (chat, "prompt", *SIDES))}
 
 
-_TURN = re.compile(r"(?:\A|\n)\n?(Human|Assistant): ?")
-
-
 def _is_transcript_pair(record: Mapping[str, Any], kind: str | None) -> bool:
     return "prompt" not in record and all(
         isinstance(record.get(side), str) and record[side].lstrip().startswith("Human:") for side in SIDES)
@@ -231,13 +237,6 @@ def convert_layout(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     return record
 
 
-TARGETS = ("prompt", "response", "completion", "messages", "conversations", "chosen", "rejected", "system",
-           "tools", "label")
-"""Fields that `--columns` can assign."""
-Renames = tuple[tuple[str, tuple[str, ...]], ...]
-"""(target field, the record's fields that are joined)."""
-
-
 def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) -> Renames:
     """Parse `TARGET=FIELD[+FIELD],...` with any of `targets`, or any target if `targets` is empty. Raises
     `UserError`: malformed argument, or unknown or repeated target."""
@@ -301,11 +300,6 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
     used = {*read} - foreign
     unread = converted.keys() - used
     return [name for name, value in record.items() if name in unread and value not in EMPTY_VALUES]
-
-
-_NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
-           "prompt": ("prompt",), "text": ("text",)}
-"""Kind -> targets that a record needs; a chat may have "messages" instead."""
 
 
 def propose_field(record: Mapping[str, Any], target: str) -> str:

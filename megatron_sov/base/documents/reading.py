@@ -23,6 +23,14 @@ from megatron_sov.base.errors import UserError
 
 _ESCAPE_CHARS = 16
 """Characters at the end of a window that may begin an escape, word or number."""
+MAX_REPORT_BYTES = 1000
+"""Bytes of a bad record quoted in the report."""
+_BLOCK_BYTES = 1 << 20
+_JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
+"""Beginning of JSON (a list, lines or an object); plain text begins differently."""
+BINARY_SUFFIXES = (".xlsx", ".xls", ".ods", ".docx", ".doc", ".pptx", ".pdf", ".epub")
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+"""Plain-text table suffix -> column separator."""
 
 
 def iter_json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
@@ -117,16 +125,6 @@ class _ByteWindow:
             raise BadRecord("utf8", f"is not UTF-8 ({e.reason}); {explain_bytes(e.object, is_begin=False)}; "
                                     "it and the rest after it are not read") from None
         self._text, self.at = "".join(parts), 0
-
-
-MAX_REPORT_BYTES = 1000
-"""Bytes of a bad record quoted in the report."""
-_BLOCK_BYTES = 1 << 20
-_JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
-"""Beginning of JSON (a list, lines or an object); plain text begins differently."""
-BINARY_SUFFIXES = (".xlsx", ".xls", ".ods", ".docx", ".doc", ".pptx", ".pdf", ".epub")
-TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-"""Plain-text table suffix -> column separator."""
 
 
 def read_documents(files: Iterable[Path], reading: RecordReading | None = None) -> Iterator[Document]:

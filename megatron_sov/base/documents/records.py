@@ -26,6 +26,25 @@ RESERVED = ("bin", "extra", "idx", "kind", "loss", "routes", "type")
 """Column names that would collide with shard files."""
 MAX_FLOAT32 = 3.4028234663852886e38
 """Largest finite float32."""
+ROLLOUTS = "rollouts"
+"""Kind for token shards with a model's responses to prompts, as published by `rl`; no record kind."""
+DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
+"""Fields for messages and tool descriptions."""
+NUM_PROMPT_FIELD = "num_prompt_messages"
+"""Chat field: number of leading messages that form a prompt shared with other chats."""
+FILE_SIGNATURES = ((b"%PDF", "a PDF; extract its text first, for example by pdftotext"),
+                   (b"PK\x03\x04", "a ZIP file, as .docx and .xlsx are; extract its text first"),
+                   (b"\x1f\x8b", "compressed by gzip; name it with the ending .gz"),
+                   (b"\x28\xb5\x2f\xfd", "compressed by zstd; name it with the ending .zst"),
+                   (b"PAR1", "a Parquet file; name it with the ending .parquet"),
+                   (b"\xff\xfe", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"),
+                   (b"\xfe\xff", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"))
+"""First bytes -> file format and how to obtain UTF-8 text."""
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SCORE = re.compile("(?=.*chosen).*(?:score|rating|reward)")
+"""Matches fields with the score of a pair's better side: chosen_score, score_chosen, chosen-rating."""
+_VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "history": []}
+"""Column -> placeholder value; the remaining columns hold text."""
 
 
 def find_column_problems(names: Iterable[str]) -> list[str]:
@@ -111,14 +130,6 @@ def is_float32(value: Any) -> bool:
     """Return whether a value is a finite number within the range of float32."""
     # compare integers without conversion: an integer of 400 digits cannot become a float
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT32
-
-
-ROLLOUTS = "rollouts"
-"""Kind for token shards with a model's responses to prompts, as published by `rl`; no record kind."""
-DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
-"""Fields for messages and tool descriptions."""
-NUM_PROMPT_FIELD = "num_prompt_messages"
-"""Chat field: number of leading messages that form a prompt shared with other chats."""
 
 
 @dataclass(frozen=True)
@@ -244,16 +255,6 @@ def decode_utf8(raw: bytes, start_bytes: int = 0) -> str:
                                 f"{explain_bytes(raw, is_begin=not start_bytes)}") from None
 
 
-FILE_SIGNATURES = ((b"%PDF", "a PDF; extract its text first, for example by pdftotext"),
-                   (b"PK\x03\x04", "a ZIP file, as .docx and .xlsx are; extract its text first"),
-                   (b"\x1f\x8b", "compressed by gzip; name it with the ending .gz"),
-                   (b"\x28\xb5\x2f\xfd", "compressed by zstd; name it with the ending .zst"),
-                   (b"PAR1", "a Parquet file; name it with the ending .parquet"),
-                   (b"\xff\xfe", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"),
-                   (b"\xfe\xff", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"))
-"""First bytes -> file format and how to obtain UTF-8 text."""
-
-
 def explain_bytes(raw: bytes, *, is_begin: bool = True) -> str:
     """Explain the format of a file that is not UTF-8, and how to convert the file; `is_begin`: whether `raw`
     is a whole file or line, not a block that may end inside a character."""
@@ -265,9 +266,6 @@ def explain_bytes(raw: bytes, *, is_begin: bool = True) -> str:
             codecs.getincrementaldecoder(encoding)().decode(raw, final=is_begin)
             return f"convert it: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
     return "convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE"
-
-
-_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: RecordParser) -> Any:
@@ -398,12 +396,6 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
     proposed = propose_columns(record, reading.kind)
     raise BadRecord("fields", fault, options=tuple(proposed.split()),
                     packing=f"; name yours with `{command}{proposed}`")
-
-
-_SCORE = re.compile("(?=.*chosen).*(?:score|rating|reward)")
-"""Matches fields with the score of a pair's better side: chosen_score, score_chosen, chosen-rating."""
-_VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "history": []}
-"""Column -> placeholder value; the remaining columns hold text."""
 
 
 def find_table_problem(names: Iterable[str], reading: RecordReading) -> BadRecord | None:

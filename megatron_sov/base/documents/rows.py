@@ -17,6 +17,14 @@ from megatron_sov.base.documents.layouts import propose_field
 from megatron_sov.base.documents.messages import MAX_LEVELS, BadRecord, check_depth
 from megatron_sov.base.errors import Fix, RowProblems, UserError, choose_free_path
 
+Row = Mapping[str, Any]
+"""A JSON object."""
+MAX_LINE_BYTES = 64 << 20
+"""Limit of a row; longer lines mean that the file lost its line ends."""
+ROW_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
+                                                  "prompt": ((str, list), "text or messages"), "": ((), "")}
+"""Required field -> accepted types, and the types' name in messages; "": no required field."""
+
 
 def reject_constant(name: str) -> NoReturn:
     """Reject NaN and Infinity with ValueError (for `parse_constant`)."""
@@ -54,17 +62,6 @@ def format_short_json(value: Any) -> str:
     """Format a value as JSON for a message, at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-Row = Mapping[str, Any]
-"""A JSON object."""
-MAX_LINE_BYTES = 64 << 20
-"""Limit of a row; longer lines mean that the file lost its line ends."""
-
-
-ROW_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
-                                                  "prompt": ((str, list), "text or messages"), "": ((), "")}
-"""Required field -> accepted types, and the types' name in messages; "": no required field."""
 
 
 def check_rows(path: Path, option: str = "--input", field: str = "response") -> int:

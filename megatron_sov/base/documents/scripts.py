@@ -10,12 +10,12 @@ from functools import lru_cache
 # Scripts whose words are not separated by blanks, or not reliably. Each user chooses rows of this table, and
 # they differ on purpose:
 # - shared runs of words (`documents.overlap`) keep Tibetan whole, because marks separate its syllables, and
-# count   Hangul in a size of its own. They work on NFKC, which has no half-width kana or compatibility
-# letters, and   count the marks of Han as characters;
+#   count Hangul in a size of its own. They work on NFKC, which has no half-width kana or compatibility
+#   letters, and count the marks of Han as characters;
 # - quality rules (`data_prep.curate.quality.rules.words`) count modern text, without letters of old Korean;
 # - n-grams of scorers (`data_prep.curate.scoring.ngrams`) keep runs of lone Hangul letters, bopomofo and
 #   half-width kana whole: as words they carry a meaning that single letters lose. A change requires training
-# all   scorers again.
+#   all scorers again.
 CODE_POINTS: dict[str, tuple[tuple[int, int], ...]] = {
     "thai": ((0x0E00, 0x0E80),), "lao": ((0x0E80, 0x0F00),), "tibetan letters": ((0x0F40, 0x0FBD),),
     "tibetan signs": ((0x0F00, 0x0F40), (0x0FBD, 0x1000)), "burmese": ((0x1000, 0x10A0),),
@@ -36,18 +36,6 @@ RULE_SCRIPTS = ("thai", "lao", "tibetan letters", "burmese", "khmer", "kana", "b
 SCORER_SCRIPTS = ("thai", "lao", "tibetan letters", "tibetan signs", "burmese", "khmer", "kana", "han",
                   "hangul", "old hangul")
 """Scripts whose characters are n-gram units in scorers."""
-
-
-def list_code_points(scripts: Sequence[str]) -> list[tuple[int, int]]:
-    """Return code point ranges (first, end exclusive) for scripts."""
-    return [span for script in scripts for span in CODE_POINTS[script]]
-
-
-def format_regex_ranges(scripts: Sequence[str]) -> str:
-    """Format the scripts' ranges for a character class in a regular expression."""
-    return "".join(f"{chr(begin)}-{chr(end - 1)}" for begin, end in list_code_points(scripts))
-
-
 LANGUAGES = {
     "ko": ("HANGUL",), "en": ("LATIN",), "th": ("THAI",), "ja": ("HIRAGANA", "KATAKANA", "CJK"),
     "zh": ("CJK",),
@@ -61,6 +49,16 @@ LANGUAGES = {
     "tr": ("LATIN",), "vi": ("LATIN",), "id": ("LATIN",), "sw": ("LATIN",), "fi": ("LATIN",)}
 """Language (ISO 639-1) -> scripts, by the first word in Unicode names."""
 _WIDE = ("FULLWIDTH", "HALFWIDTH", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "IDEOGRAPHIC", "MATHEMATICAL")
+
+
+def list_code_points(scripts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return code point ranges (first, end exclusive) for scripts."""
+    return [span for script in scripts for span in CODE_POINTS[script]]
+
+
+def format_regex_ranges(scripts: Sequence[str]) -> str:
+    """Format the scripts' ranges for a character class in a regular expression."""
+    return "".join(f"{chr(begin)}-{chr(end - 1)}" for begin, end in list_code_points(scripts))
 
 
 @lru_cache(maxsize=1 << 16)

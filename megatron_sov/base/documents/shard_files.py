@@ -30,6 +30,22 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {"int32": 4, "uint16": 8}
+FEATURES, FEATURE_DTYPE = "media", "int64"
+"""Ending and dtype for the sidecar with the encoder feature that replaces a token's embedding: the number
+`record * slots + slot`, with records from 0 in each bank. Also the key for banks in a source's record."""
+NO_FEATURE = -1
+"""Sidecar value for a token without feature."""
+DAMAGED = "`sov-data verify` lists damaged files; pack the data again"
+WRITTEN = "written"
+"""Ending for the response sidecar with a bit per token (highest bit first): whether a policy wrote the token.
+Replaces the sidecars for weights (1 or 0) and types (response or prompt)."""
+PER_DOCUMENT = ".documents"
+"""Suffix to the ending of a column with a number per document, shared by the document's written tokens."""
+ROUTES = "routes"
+"""Ending for the routes sidecar, and key for the routes' shape in a source's record."""
+NARROW, WIDE = "uint8", "uint16"
+_ROUTE_TOKENS = 1 << 10
+"""Tokens checked at a time: few enough for the processor's cache."""
 
 
 class IndexedWriter:
@@ -92,20 +108,6 @@ def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> 
         f.write(np.arange(len(lengths_tokens) + 1, dtype="<i8").tobytes())
 
 
-FEATURES, FEATURE_DTYPE = "media", "int64"
-"""Ending and dtype for the sidecar with the encoder feature that replaces a token's embedding: the number
-`record * slots + slot`, with records from 0 in each bank. Also the key for banks in a source's record."""
-NO_FEATURE = -1
-"""Sidecar value for a token without feature."""
-DAMAGED = "`sov-data verify` lists damaged files; pack the data again"
-
-WRITTEN = "written"
-"""Ending for the response sidecar with a bit per token (highest bit first): whether a policy wrote the token.
-Replaces the sidecars for weights (1 or 0) and types (response or prompt)."""
-PER_DOCUMENT = ".documents"
-"""Suffix to the ending of a column with a number per document, shared by the document's written tokens."""
-
-
 def pack_flags(flags: np.ndarray) -> np.ndarray:
     """Pack flags [tokens] into bytes for a `WRITTEN` sidecar."""
     return np.packbits(flags)
@@ -115,13 +117,6 @@ def unpack_flags(packed: np.ndarray, first: int, count: int) -> np.ndarray:
     """Unpack `count` flags (uint8), beginning at flag `first`, from a `WRITTEN` sidecar."""
     unpacked = np.unpackbits(packed[first // 8:(first + count + 7) // 8])
     return unpacked[first % 8:first % 8 + count]
-
-
-ROUTES = "routes"
-"""Ending for the routes sidecar, and key for the routes' shape in a source's record."""
-NARROW, WIDE = "uint8", "uint16"
-_ROUTE_TOKENS = 1 << 10
-"""Tokens checked at a time: few enough for the processor's cache."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Errors for unknown commands, with the command of the same meaning; launchers of other programs."""
+"""Errors that name our command for an unknown or foreign one; commands after `torchrun` and the like."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from megatron_sov.base.hints.table import index_words, load_table, normalize_wor
 from megatron_sov.base.hints.values import find_value, pair_words
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-"""Program -> module with `build_parser` and `main`."""
+"""Program -> module with `COMMANDS`, `build_parser` and `main`."""
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
 _PIPELINE_OPTIONS = ("input", "i", "data", "input_dir", "input_folder")
+"""Foreign options that name the input of a pipeline."""
 _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
+"""Keys in foreign configuration files that name the training stage."""
 _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
 
 
@@ -33,11 +35,11 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     command of the same meaning."""
     if program == "sov-data" and (error := propose_pipeline(word, typed)):
         return error
-    texts = _index_command_texts(program, word, typed)
-    # `convert hf RUN OUT`: a direction, although a folder hf exists
+    notes = _index_command_notes(program, word, typed)
+    # in `convert hf RUN OUT`, hf is a direction even if a folder named hf exists
     is_word = classify_folder(Path(word)) == "other" or bool(typed and os.path.exists(typed[0]))
-    if (text := texts.get(word.lower())) and is_word:
-        return fill_template(f"{program} {word}: does not exist", text, typed)
+    if (note := notes.get(word.lower())) and is_word:
+        return build_note_error(f"{program} {word}: does not exist", note, typed)
     for name, module in PROGRAMS.items() if program in PROGRAMS else ():
         if word in {command.partition(" ")[0] for command in importlib.import_module(module).COMMANDS}:
             return UserError(f"{program} {word}: is a command of {name}",
@@ -46,18 +48,20 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     if word.startswith("-") and action:
         return UserError(f"{program}: a command comes before its options",
                          Fix(f"{program} {action} {shlex.join([word, *typed])}"))
-    is_argument = word not in texts or os.path.exists(word)
-    # the action may follow its arguments: convert RUN to-hf
-    at = next((i for i, (before, other) in enumerate(pairwise([word, *typed]))
-               if other in choices and not before.startswith("-")), 0)
-    if typed and typed[at] in choices and is_argument and (not at or os.path.exists(word)):
-        return UserError(f"{program}: {typed[at]} comes before {word}",
-                         Fix(f"{program} {shlex.join([typed[at], word, *typed[:at], *typed[at + 1:]])}"))
-    paths = load_table()["paths"].get(program.replace("submit ", "megatron-sov ", 1))
-    if paths and (os.sep in word or os.path.exists(word)):
-        ways = paths.get(classify_folder(Path(word)), paths["other"])
+    is_argument = word not in notes or os.path.exists(word)
+    # the action may follow its arguments: `convert RUN to-hf`
+    action_index = next((i for i, (previous, other) in enumerate(pairwise([word, *typed]))
+                         if other in choices and not previous.startswith("-")), 0)
+    if typed and typed[action_index] in choices and is_argument and (
+            not action_index or os.path.exists(word)):
+        arguments = [word, *typed[:action_index], *typed[action_index + 1:]]
+        return UserError(f"{program}: {typed[action_index]} comes before {word}",
+                         Fix(f"{program} {shlex.join([typed[action_index], *arguments])}"))
+    actions_by_kind = load_table()["paths"].get(program.replace("submit ", "megatron-sov ", 1))
+    if actions_by_kind and (os.sep in word or os.path.exists(word)):
+        templates = actions_by_kind.get(classify_folder(Path(word)), actions_by_kind["other"])
         return UserError(f"{program}: {word} is a path, and an action must come before it",
-                         Fix("\n  ".join(_fill_path_lines(program, ways, word, typed, action))))
+                         Fix("\n  ".join(_fill_path_lines(program, templates, word, typed, action))))
     nearest = find_nearest_name(word, choices)
     suggestion = f"; did you mean '{nearest}'?" if nearest else ""
     fix = Fix(f"{program} {shlex.join([nearest, *typed])}") if nearest and typed else None
@@ -66,20 +70,25 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
 
 
 def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
-    """Build the error for `sov-data STEP`, or `sov-data run` with step options; None: no step or input."""
-    index, words = index_words("steps"), [part for text in typed for part in text.split("=", 1)]
+    """Build the error for `sov-data STEP` or `sov-data run` with step options; the fix writes a pipeline.
+
+    Returns None without a known step or an input.
+    """
+    words = [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
     source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "")
-    named = [command] if command != "run" else [part for word in words for part in word.split(",")]
-    steps = dict[str, str]()
-    for word in named:
+    step_words = [command] if command != "run" else [part for word in words for part in word.split(",")]
+    index, steps = index_words("steps"), dict[str, str]()
+    for word in step_words:
         candidates = [name for name in index.get(normalize_word(word), ()) if "." not in name]
-        settings = {name: ", ".join(f"{key.rpartition('.')[2]}: {value}" for option, value in values.items()
-                                    for key in index.get(f"{name}.{option}", ())) for name in candidates}
-        chosen = next((name for name in reversed(candidates) if settings[name]), "".join(candidates[:1]))
-        if needed := load_table()["needed_steps"].get(chosen):
-            steps.setdefault(needed, "")
-        steps |= {chosen: settings[chosen]} if chosen else {}
+        if not candidates:
+            continue
+        settings = {name: _format_step_settings(name, values) for name in candidates}
+        # the last candidate with a typed setting, otherwise the first candidate
+        step = next((name for name in reversed(candidates) if settings[name]), candidates[0])
+        if required_step := load_table()["needed_steps"].get(step):
+            steps.setdefault(required_step, "")
+        steps[step] = settings[step]
     if not steps or not source:
         return None
     name = next((step for step in steps if step != "language"), "language")
@@ -94,29 +103,44 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
                          before=(write_pipeline(file, source, steps),)))
 
 
-def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:
-    """Return foreign command -> text with our command, by the typed model and configuration file."""
+def _format_step_settings(step: str, values: Mapping[str, str]) -> str:
+    """Return the settings of a pipeline step for foreign options: "threshold: 0.8, num_hashes: 64"."""
+    index = index_words("steps")
+    settings = []
+    for option, value in values.items():
+        settings += [f"{key.rpartition('.')[2]}: {value}" for key in index.get(f"{step}.{option}", ())]
+    return ", ".join(settings)
+
+
+def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:
+    """Return foreign command -> note with our command. A typed model, or the stage in a typed configuration
+    file, selects a note of its own."""
     rows = load_table()["commands"].get(program, {})
-    texts = {name: text for words, text in rows.items() for name in words.split()}
+    notes = {name: note for words, note in rows.items() for name in words.split()}
     if _names_model(typed):
-        texts |= {name: texts[f"{name}+model"] for name in [*texts] if f"{name}+model" in texts}
-    if (stage := _find_stage(typed)) in texts and word.lower() in texts:
-        texts[word.lower()] = texts[stage]
-    return texts
+        notes |= {name: notes[f"{name}+model"] for name in [*notes] if f"{name}+model" in notes}
+    if (stage := _find_stage(typed)) in notes and word.lower() in notes:
+        notes[word.lower()] = notes[stage]
+    return notes
 
 
-def _fill_path_lines(program: str, ways: Sequence[str], path: str, typed: Sequence[str], action: str
+def _fill_path_lines(program: str, templates: Sequence[str], path: str, typed: Sequence[str], action: str
                      ) -> list[str]:
-    """Return the command lines for a path without an action: all `ways`, or those of a typed direction."""
-    ways = [re.sub(r"(?<=--output )[a-z]\S+", lambda match: choose_free_path(match[0]),
-                   way.format(path=shlex.quote(path))) for way in ways]
+    """Return the command lines that take `path`.
+
+    `templates` hold an action, {path} and a suggested output. If `action` or a typed direction (--to hf)
+    selects one template, its line also has the typed words.
+    """
+    lines = []
+    for template in templates:
+        line = template.format(path=shlex.quote(path))
+        lines.append(re.sub(r"(?<=--output )[a-z]\S+", lambda match: choose_free_path(match[0]), line))
     directions = [value for name, value in pairwise(typed) if name in _DIRECTION_OPTIONS]
-    wanted_actions = {action, *(f"to-{value}" for value in directions)}
-    ways = [way for way in ways if way.split()[0] in wanted_actions] or ways
-    if len(ways) == 1:
-        ways = [_drop_typed_options(ways[0], typed)]
-        ways = [_append_typed(ways[0], typed)] if typed else ways
-    return [f"{program} {way}" for way in ways]
+    typed_actions = {action, *(f"to-{value}" for value in directions)}
+    lines = [line for line in lines if line.split()[0] in typed_actions] or lines
+    if len(lines) == 1 and typed:
+        lines = [_append_typed(_drop_typed_options(lines[0], typed), typed)]
+    return [f"{program} {line}" for line in lines]
 
 
 def find_action(program: str, typed: Sequence[str]) -> str:
@@ -129,84 +153,123 @@ def find_action(program: str, typed: Sequence[str]) -> str:
 def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
     """Return the command line for `axolotl train FILE`, `torchrun ... -m megatron_sov sft ...` and the like;
     None: the first word is no launcher."""
-    word, rest = typed[0], list(typed[1:])
+    program, arguments = typed[0], list(typed[1:])
     launchers = load_table()["launchers"]
-    if word in launchers["harnesses"].split():
-        return ["eval", "lm", *(rest[1:] if rest[:1] == ["run"] else rest)]
-    if word in launchers["programs"].split():
-        rest = rest[1:] if rest[:1] == ["run"] and rest[1:] else rest  # torchtune: tune run RECIPE
-        if rest and not rest[0].startswith("-"):
-            return rest
-        has_row = any(word in words.split() for words in load_table()["commands"]["megatron-sov"])
-        return None if has_row else ["train", *rest]
-    return _unwrap_starter(rest) if word in launchers["starters"].split() else None
+    if program in launchers["harnesses"].split():
+        return ["eval", "lm", *(arguments[1:] if arguments[:1] == ["run"] else arguments)]
+    if program in launchers["programs"].split():
+        if arguments[:1] == ["run"] and arguments[1:]:  # torchtune: tune run RECIPE
+            arguments.pop(0)
+        if arguments and not arguments[0].startswith("-"):
+            return arguments
+        has_row = any(program in words.split() for words in load_table()["commands"]["megatron-sov"])
+        return None if has_row else ["train", *arguments]
+    return _unwrap_process_starter(arguments) if program in launchers["starters"].split() else None
 
 
-def _unwrap_starter(rest: list[str]) -> list[str]:
-    """Return the command line that `torchrun`, `accelerate launch` or `python` starts in processes."""
-    at = next((i for i, word in enumerate(rest) if word.endswith(".py") or word in ("-m", "--module")),
-              len(rest))
-    options, typed = index_words("options"), list(pair_words([*rest[:at], ""]))
-    processes = next((value for name, value in typed if value.isdigit() and (
-        "--nproc" in options.get(normalize_word(name), ()) or name in ("-n", "-np"))), "")
-    switches = [word for name, value in typed if name.startswith("--") and value != processes
-              for word in (name, value) if word and (word == name or not word.startswith("-"))]
-    script, *rest = rest[at + (rest[at:at + 1] in (["-m"], ["--module"])):] or ["train.py"]
+def _unwrap_process_starter(arguments: list[str]) -> list[str]:
+    """Return our command line for the arguments of `torchrun`, `accelerate launch` or `python`: [OPTION ...]
+    SCRIPT.py [ARGUMENT ...], or -m MODULE in place of the script. The starter's options go to the end, with
+    --nproc for its number of processes."""
+    is_module_option = [word in ("-m", "--module") for word in arguments]
+    script_index = next((i for i, word in enumerate(arguments)
+                         if word.endswith(".py") or is_module_option[i]), len(arguments))
+    options = list(pair_words([*arguments[:script_index], ""]))
+    translations = index_words("options")
+    num_processes = next((value for name, value in options if value.isdigit() and (
+        "--nproc" in translations.get(normalize_word(name), ()) or name in ("-n", "-np"))), "")
+    starter_words: list[str] = []
+    for name, value in options:
+        if name.startswith("--") and value != num_processes:
+            starter_words += [name, value] if value and not value.startswith("-") else [name]
+    if any(is_module_option[script_index:script_index + 1]):
+        script_index += 1
+    script, *words = arguments[script_index:] or ["train.py"]
     name = script.removesuffix(".py").replace("/", ".").rpartition(".")[2].removeprefix("run_")
-    rest = rest if name == "megatron_sov" else [name, *rest]
-    rest = unwrap_launcher(rest) or rest if rest else ["--help"]
-    return [*rest, *switches, *(["--nproc", processes] if processes and "--nproc" not in rest else [])]
+    if name != "megatron_sov":
+        words.insert(0, name)
+    if words:
+        words = unwrap_launcher(words) or words
+    else:
+        words = ["--help"]
+    if num_processes and "--nproc" not in words:
+        starter_words += ["--nproc", num_processes]
+    return [*words, *starter_words]
 
 
-def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
-    """Build the error for a foreign command; the typed words replace placeholders in the text's template."""
-    if code := re.search("`(python -c .*)`", text):
-        folders = [word for word in typed if os.path.isdir(word)] or ["DIR"]
-        rest = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
-        program = code[1].replace("python", shlex.quote(sys.executable), 1)
-        line = program.replace("DIR", folders[0]).replace("TEXT", " ".join(rest).replace("'", "\\'"))
-        return UserError(f"{begin}; {text.partition(': `')[0]}", Fix(line))
-    if "{first}" in text:
-        sentence, commands, _ = text.split("`")
-        number_type = find_value(typed, "--outtype", "--quantize", "--type")
-        free = [word for word in typed if not word.startswith("-") and word != number_type]
-        first = free[0] if free else "OWNER/NAME" if "hf download" in commands else "RUN"
-        name = Path(first).name
-        second = free[1] if len(free) > 1 else f"{name}-{number_type or 'f16'}.gguf"
-        holes = {"first": first, "name": name, "second": second, "type": number_type.upper(),
-                 "repo": free[1] if len(free) > 1 else "OWNER/NAME",
-                 "gguf": f"{name}.gguf" if number_type else second,
-                 "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
-        if not number_type:
-            commands = re.sub(r" && [^&]*{type}", "", commands)
-        commands = commands.format(**{hole: shlex.quote(value) for hole, value in holes.items()})
-        *before, line = commands.split(" && ")
-        return UserError(f"{begin}; {sentence.rstrip(': ')}", Fix(line, before=tuple(before)))
-    match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
+def build_note_error(begin: str, note: str, typed: Sequence[str]) -> UserError:
+    """Build the error for a foreign or removed command.
+
+    Args:
+        begin: beginning of the message, which names the command.
+        note: sentence with a command of ours between backquotes, as in `words.yaml` and `removed.json`.
+        typed: words after the foreign command; they replace the placeholders of our command in the fix.
+    """
+    if code := re.search("`(python -c .*)`", note):
+        return UserError(f"{begin}; {note.partition(': `')[0]}", Fix(_fill_python_line(code[1], typed)))
+    if "{first}" in note:
+        sentence, commands, _ = note.split("`")
+        return UserError(f"{begin}; {sentence.rstrip(': ')}", _fill_command_chain(commands, typed))
+    match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", note)
     words = shlex.split(match[1]) if match else []
-    at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
-    if match is None or "..." in match[1] or (typed and at == 1):  # 1: an option of the program: --version
-        return UserError(f"{begin}; {text}")
+    num_words = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)),
+                     len(words))
+    # with one word the command is an option of the program, --version, which takes no further words
+    if match is None or "..." in match[1] or (typed and num_words == 1):
+        return UserError(f"{begin}; {note}")
     if not typed:
-        command = " ".join(words[:max(at, 2)])
-        return UserError(f"{begin}; {text.replace(match[1], command)}", Fix(match[1]))
+        command = " ".join(words[:max(num_words, 2)])
+        return UserError(f"{begin}; {note.replace(match[1], command)}", Fix(match[1]))
+    # add the switches of our command, and its options with a value, unless they were typed
     values, switches = list[str](), list[str]()
-    for option, value in pairwise([*words[at:], "--"]):
+    for option, value in pairwise([*words[num_words:], "--"]):
         is_typed = option in typed and option != "--set"
-        if option.startswith("--") and not is_placeholder(value) and not is_typed:
-            (switches if value.startswith("--") else values).append(option)
-            values += [value] * (not value.startswith("--"))
+        if not option.startswith("--") or is_placeholder(value) or is_typed:
+            continue
+        if value.startswith("--"):
+            switches.append(option)
+        else:
+            values += [option, value]
     if "--list" in switches:
-        return UserError(f"{begin}; {text}", Fix(match[1]))
-    sentence = text.replace(match[1], " ".join(words[:at]))
-    return UserError(f"{begin}; {sentence}", Fix(shlex.join([*words[:at], *values, *typed, *switches])))
+        return UserError(f"{begin}; {note}", Fix(match[1]))
+    command_words = words[:num_words]
+    sentence = note.replace(match[1], " ".join(command_words))
+    return UserError(f"{begin}; {sentence}", Fix(shlex.join([*command_words, *values, *typed, *switches])))
 
 
-def _drop_typed_options(way: str, typed: Sequence[str]) -> str:
-    """Remove options, with their values, that were typed from a line."""
-    words = way.split(" --")
-    names = {word.partition("=")[0] for word in typed}
-    return " --".join([words[0], *(word for word in words[1:] if f"--{word.split()[0]}" not in names)])
+def _fill_python_line(line: str, typed: Sequence[str]) -> str:
+    """Fill DIR and TEXT in a `python -c` line by the typed folder and the other typed words."""
+    folders = [word for word in typed if os.path.isdir(word)] or ["DIR"]
+    texts = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
+    line = line.replace("python", shlex.quote(sys.executable), 1).replace("DIR", folders[0])
+    return line.replace("TEXT", " ".join(texts).replace("'", "\\'"))
+
+
+def _fill_command_chain(commands: str, typed: Sequence[str]) -> Fix:
+    """Fill the {holes} in commands joined by && for conversions to GGUF and uploads to a hub."""
+    number_type = find_value(typed, "--outtype", "--quantize", "--type")
+    arguments = [word for word in typed if not word.startswith("-") and word != number_type]
+    model = "OWNER/NAME" if "hf download" in commands else "RUN"
+    if arguments:
+        model = arguments[0]
+    name = Path(model).name
+    output = arguments[1] if len(arguments) > 1 else f"{name}-{number_type or 'f16'}.gguf"
+    holes = {"first": model, "name": name, "second": output, "type": number_type.upper(),
+             "repo": arguments[1] if len(arguments) > 1 else "OWNER/NAME",
+             "gguf": f"{name}.gguf" if number_type else output,
+             "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
+    if not number_type:  # no quantization after the conversion
+        commands = re.sub(r" && [^&]*{type}", "", commands)
+    commands = commands.format(**{hole: shlex.quote(value) for hole, value in holes.items()})
+    *first_commands, line = commands.split(" && ")
+    return Fix(line, before=tuple(first_commands))
+
+
+def _drop_typed_options(line: str, typed: Sequence[str]) -> str:
+    """Remove the options that were typed, with their values, from a proposed line."""
+    command, *options = line.split(" --")
+    typed_names = {word.partition("=")[0] for word in typed}
+    return " --".join([command, *(text for text in options if f"--{text.split()[0]}" not in typed_names)])
 
 
 def _append_typed(line: str, typed: Sequence[str]) -> str:
@@ -264,6 +327,8 @@ def _is_output(option: str) -> bool:
 def build_order_error(program: str, typed: Sequence[str], commands: Iterable[str]) -> UserError:
     """Build the error for options before the command, with the command moved to the front."""
     names = {name.split()[0] for name in commands}
-    at = next((i for i, word in enumerate(typed) if word in names), 0)
-    line = [*typed[at:], *typed[:at]] if at else ["COMMAND", *typed]
+    command_index = next((i for i, word in enumerate(typed) if word in names), 0)
+    line = ["COMMAND", *typed]
+    if command_index:
+        line = [*typed[command_index:], *typed[:command_index]]
     return UserError(f"{typed[0]}: a command comes before its options", Fix(f"{program} {shlex.join(line)}"))

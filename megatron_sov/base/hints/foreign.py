@@ -45,8 +45,10 @@ def read_merge(file: Path) -> list[str]:
     """Return the models of a mergekit file as `FOLDER:WEIGHT`; empty for other files."""
     config = _parse_file(file) if file.suffix in (".yml", ".yaml") else None
     models = config.get("models") if isinstance(config, dict) and "merge_method" in config else None
-    rows = [row for row in models if isinstance(row, dict)] if isinstance(models, list) else []
-    return [f"{row.get('model')}:{(row.get('parameters') or {}).get('weight', 1)}" for row in rows]
+    if not isinstance(models, list):
+        return []
+    return [f"{row.get('model')}:{(row.get('parameters') or {}).get('weight', 1)}"
+            for row in models if isinstance(row, dict)]
 
 
 def parse_object(text: str) -> dict[str, str]:

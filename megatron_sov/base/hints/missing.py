@@ -16,30 +16,33 @@ _TEXT_OPTIONS = ("--prompts", "--input", "--text", "--data", "--prompt")
 
 
 def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
-    """Return the choices of missing options as the end of a message, and the line with placeholders for all
-    missing arguments; `names` lists them as argparse does in its message."""
-    lacking = [action for action in parser._actions if action.required and _is_listed(action, names)
-               and not set(action.option_strings) & set(typed)]
+    """Return (choices of the missing arguments as the end of a message, line with a placeholder for each
+    missing argument). `names`: the missing arguments as argparse lists them in its message."""
     rows = load_table()["missing"]
-    choices = []
-    for action in lacking:
+    choices, new_positionals, new_options = list[str](), list[str](), list[str]()
+    for action in parser._actions:
+        is_typed = bool(set(action.option_strings) & set(typed))
+        if not action.required or is_typed or not _is_listed(action, names):
+            continue
         name = "".join(action.option_strings[:1]) or str(action.metavar or action.dest)
-        text = rows.get(name, {}).get("takes") or ", ".join(map(str, action.choices or ()))
-        choices += [f"; {name} takes {text}"] if name and text else []
-    names_ = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
-    first = [rows.get(f"{parser.prog.partition(' ')[2]} {name}", {}).get("write", name) for name in names_]
-    last = [f"{action.option_strings[0]} {choose_placeholder(action, parser.prog)}" for action in lacking
-            if action.option_strings]
+        if text := rows.get(name, {}).get("takes") or ", ".join(map(str, action.choices or ())):
+            choices.append(f"; {name} takes {text}")
+        if action.option_strings:
+            new_options.append(f"{name} {choose_placeholder(action, parser.prog)}")
+        else:
+            row = rows.get(f"{parser.prog.partition(' ')[2]} {name}", {})
+            new_positionals.append(row.get("write", name))
     # argparse fills positional arguments in their order
     positionals, options = split_positionals(parser, typed)
     has_no_positional = all(action.option_strings for action in parser._actions)
     if has_no_positional and len(positionals) == 1 and (
             option := find_text_option(parser, positionals[0], typed)):
         options, positionals = [*options, option, *positionals], []
-        last = [word for word in last if not word.startswith(f"{option} ")]
-    elif has_no_positional and len(positionals) == len(last) == 1 and os.path.isdir(positionals[0]):
-        last, positionals = [f"{last[0].split()[0]} {shlex.quote(positionals[0])}"], []
-    parts = [parser.prog, shlex.join(positionals), *first, shlex.join(options), *last]
+        new_options = [text for text in new_options if not text.startswith(f"{option} ")]
+    elif has_no_positional and len(positionals) == len(new_options) == 1 and os.path.isdir(positionals[0]):
+        new_options = [f"{new_options[0].split()[0]} {shlex.quote(positionals[0])}"]
+        positionals = []
+    parts = [parser.prog, shlex.join(positionals), *new_positionals, shlex.join(options), *new_options]
     return "".join(choices), " ".join(filter(None, parts))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError
-from megatron_sov.base.hints.commands import fill_template
+from megatron_sov.base.hints.commands import build_note_error
 from megatron_sov.base.hints.values import find_value
 
 _TABLES: Mapping[str, dict[str, Any]] = json.loads(
@@ -44,8 +44,8 @@ def check_command(program: str, words: Sequence[str]) -> None:
         if successor := COMMANDS.get(command):
             begin = f"{command}: was removed in this version"
             if "{first}" in successor:
-                raise fill_template(begin, successor, words[count:])
-            raise UserError(f"{begin}; {successor}", fill_template(begin, successor, words[count:]).fix)
+                raise build_note_error(begin, successor, words[count:])
+            raise UserError(f"{begin}; {successor}", build_note_error(begin, successor, words[count:]).fix)
         for word in words[count:]:
             option = word.partition("=")[0]
             # --model named the model at an endpoint; without endpoint it is an lm-eval option (`words.py`)
@@ -59,15 +59,16 @@ def _find_fix(program: str, successor: str, option: str, words: Sequence[str]) -
     """Return the fix for a removed option, or second word of a command: the option or the filter that the
     successor names, the command for the words after it, or the line without the option."""
     if not option.startswith("-"):
-        return fill_template("", successor, words[2:]).fix or Fix()
+        return build_note_error("", successor, words[2:]).fix or Fix()
     value = find_value(words, option)
-    at = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
-    # a switch may stand before a positional argument
-    has_value = value and not value.startswith("-") and any(not word.startswith("-") for word in words[2:at])
-    left_out = (f"{option} {value}" if has_value else option, f"{option}={value}")
+    index = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
+    # the word after a switch may be a positional argument, unless one precedes the switch
+    has_positional = any(not word.startswith("-") for word in words[2:index])
+    has_value = value and not value.startswith("-") and has_positional
     if has_value and "| grep" in successor:
-        rest = [word for n, word in enumerate(words) if n not in (at, at + 1)]
-        return Fix(f"{program} {shlex.join(rest)} | grep {shlex.quote(value)}")
+        remaining = [*words[:index], *words[index + 2:]]
+        return Fix(f"{program} {shlex.join(remaining)} | grep {shlex.quote(value)}")
+    left_out = (f"{option} {value}" if has_value else option, f"{option}={value}")
     renamed = re.search(r"(?:; |pass )(--[\w-]+) [A-Z]{2,}", successor)
     return Fix(options=(renamed[1], value) if renamed and value else (), left_out=left_out)
 

@@ -87,14 +87,18 @@ def find_by_parts(word: str, names: Iterable[str]) -> str:
     """Return the option or setting with every part of an unknown word (at least two parts) in its own name or
     in one name of another program for it; "": none or several."""
     query = set(split_stems(get_last_part(word)))
-    foreign: dict[str, list[set[str]]] = {}
+    if len(query) < 2:
+        return ""
+    foreign_stems: dict[str, list[set[str]]] = {}
     for section in ("settings", "options"):
         for theirs, ours in index_words(section).items():
             for name in ours:
-                foreign.setdefault(name.partition("=")[0], []).append(set(split_stems(theirs)))
-    matching = [name for name in names if len(query) > 1 and any(
-        all(_has_stem(stems, part) for part in query)
-        for stems in (set(split_stems(name)), *foreign.get(name, ())))]
+                foreign_stems.setdefault(name.partition("=")[0], []).append(set(split_stems(theirs)))
+    matching = []
+    for name in names:
+        spellings = [set(split_stems(name)), *foreign_stems.get(name, ())]
+        if any(all(_has_stem(stems, part) for part in query) for stems in spellings):
+            matching.append(name)
     return matching[0] if len(matching) == 1 else ""
 
 

@@ -20,24 +20,25 @@ FindSetting = Callable[[str], str]
 def translate_setting(word: str, values: list[str], find: FindSetting, typed: Sequence[str]) -> str:
     """Return `name=value` for a foreign option or setting `word` with its values; "": no counterpart. Some
     values are computed from several options in `typed`."""
-    last = get_last_part(word)
+    last_part = get_last_part(word)
     value = values[0] if values else ""
-    translated = load_table()["values"].get(last, {}).get(value.lower()) if value else None
+    translated = load_table()["values"].get(last_part, {}).get(value.lower()) if value else None
     if "=" in str(translated):
         return str(translated)
     name = find(word)
     if not name:
         return ""
-    if last == "batch_size" and any(get_last_part(text.partition("=")[0]) in load_table()["computed"]
-                                    for text in typed):
-        name = "train.micro_batch_size"
-    switch = next((setting for setting in translate_to_settings(last) if setting.startswith(f"{name}=")), "")
+    typed_parts = {get_last_part(text.partition("=")[0]) for text in typed}
+    if last_part == "batch_size" and typed_parts & {*load_table()["computed"]}:
+        name = "train.micro_batch_size"  # the other option gives the batch of a step
+    settings = translate_to_settings(last_part)
+    switch = next((setting for setting in settings if setting.startswith(f"{name}=")), "")
     # finetuning_type: lora is a switch; a number is a value of the setting itself
     is_switch = value == "1" or bool(re.fullmatch(r"[A-Za-z]*", value))
     if switch and is_switch and SWITCHES.get(value.lower(), True):
         return switch
-    if last in load_table()["computed"]:
-        computed = _compute_value(last, value, typed)
+    if last_part in load_table()["computed"]:
+        computed = _compute_value(last_part, value, typed)
         return computed and f"{name}={computed}"
     if name == "lora.targets" and "," in value and value[0] != "[":
         values = [part.strip() for part in value.split(",")]
@@ -65,19 +66,21 @@ def translate_value(word: str, option: str, value: str) -> str:
 def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
     """Compute a setting from several foreign options; "", or a placeholder, if a number is missing."""
     def find_number(*names: str) -> float | None:
-        pairs = pairwise(word for text in typed for word in text.split("=") if word and word != "--set")
+        pairs = pairwise(part for text in typed for part in text.split("=") if part and part != "--set")
         return next((float(number) for name, number in pairs
                      if get_last_part(name) in names and re.fullmatch(r"[\d.]+(e\d+)?", number)), None)
 
     if word in ("warmup_ratio", "lr_warmup_fraction"):
-        steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
-        is_known = steps and re.fullmatch(r"[\d.]+", value)
-        return str(max(int(float(value) > 0), round(float(value) * steps))) if is_known and steps else ""
+        num_steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
+        if not num_steps or not re.fullmatch(r"[\d.]+", value):
+            return ""
+        smallest = 1 if float(value) > 0 else 0  # a ratio that rounds to no step still asks for a warm-up
+        return str(max(smallest, round(float(value) * num_steps)))
     rows = load_table()["settings"]
     # DeepSpeed's train_batch_size and ours include the accumulation
-    whole = find_number("global_batch_size", *load_table()["whole_batches"])
-    if whole:
-        return str(round(whole))
+    global_batch = find_number("global_batch_size", *load_table()["whole_batches"])
+    if global_batch:
+        return str(round(global_batch))
     micro_batch = find_number("micro_batch_size", "batch_size", *rows["train.micro_batch_size"].split()) or 1
     processes = find_number("nproc", "nproc_per_node", "num_processes") or 1
     return str(round(int(value) * micro_batch * processes)) if value.isdigit() else "SAMPLES"

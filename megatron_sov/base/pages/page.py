@@ -18,6 +18,14 @@ from megatron_sov.base.errors import escape_controls
 from megatron_sov.base.pages.plots import HeatMap, LinePlot
 from megatron_sov.version import __version__
 
+MAX_OPEN_ROWS = 12
+"""Rows up to which a foldable table stays open."""
+MAX_CARDS = 16
+"""Rows up to which a table becomes cards on a phone."""
+_NUMBER = r"[-+−]?\$?\d[\d.,]*(e[-+]?\d+)?( ?%| ?[A-Za-zµ°][A-Za-z/]{0,8})?( \d[\d.,]* ?[a-z]{1,3})?"
+_FIGURE = re.compile(rf"[≈<>]?\s?{_NUMBER}((/| of | to | → ){_NUMBER})?( \([^()]*\))?")
+_FIGURE_OR_NOTHING = re.compile(rf"{_FIGURE.pattern}|[–-]|")
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -31,14 +39,6 @@ class Chart:
 
 
 # Contents of a page: chapters of sections with text, charts and tables.
-
-MAX_OPEN_ROWS = 12
-"""Rows up to which a foldable table stays open."""
-MAX_CARDS = 16
-"""Rows up to which a table becomes cards on a phone."""
-_NUMBER = r"[-+−]?\$?\d[\d.,]*(e[-+]?\d+)?( ?%| ?[A-Za-zµ°][A-Za-z/]{0,8})?( \d[\d.,]* ?[a-z]{1,3})?"
-_FIGURE = re.compile(rf"[≈<>]?\s?{_NUMBER}((/| of | to | → ){_NUMBER})?( \([^()]*\))?")
-_FIGURE_OR_NOTHING = re.compile(rf"{_FIGURE.pattern}|[–-]|")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,16 @@ from megatron_sov.base.plugins.loading import (
     Kind, LoadedPlugin, PluginCode, is_reference, load_plugin, report_plugin_errors)
 from megatron_sov.base.settings import SettingsError, find_rule_problems, parse_arguments
 
+T = TypeVar("T")
+MAX_PROPOSED = 3
+"""Number of names suggested for an unknown name."""
+UNKNOWN_WORDINGS = {"model family": ("is not supported", "families")}
+"""Kind -> (predicate for an unknown name, plural), if they are not "does not exist" and a plural with s."""
+LIST_COMMANDS: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
+"""Kind -> command that lists the names, where the names are too many for a message."""
+BuiltIn = Mapping[str, Sequence[str]]
+"""Name -> module, class and further properties, for built-in plug-ins."""
+
 
 def accepts_arguments(function: Any, names: tuple[str, ...]) -> bool:
     """Return whether a function accepts the named arguments by position."""
@@ -51,16 +61,6 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
                       for name in wrong if callable(getattr(value, name, None))]
         available = f"it has {', '.join(signatures)}" if signatures else "it has none"
         raise UserError(f"{reference}: {what} needs {', '.join(shapes[name] for name in wrong)}; {available}")
-
-
-T = TypeVar("T")
-MAX_PROPOSED = 3
-"""Number of names suggested for an unknown name."""
-UNKNOWN_WORDINGS = {"model family": ("is not supported", "families")}
-"""Kind -> (predicate for an unknown name, plural), if they are not "does not exist" and a plural with s."""
-
-LIST_COMMANDS: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
-"""Kind -> command that lists the names, where the names are too many for a message."""
 
 
 @dataclass(frozen=True)
@@ -210,10 +210,6 @@ def load_built_in(what: str, place: str, extra: str) -> Any:
     except ModuleNotFoundError as e:
         raise UserError(f"{what}: needs {e.name}, which is not installed; "
                         f"{format_install_command(extra)}") from None
-
-
-BuiltIn = Mapping[str, Sequence[str]]
-"""Name -> module, class and further properties, for built-in plug-ins."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ _TYPES = {
     "none": "must be null"}
 """Prefix of pydantic's error type -> our rule."""
 MIN_TOKEN_DIGITS = 9
-"""Digits of a number of steps that must be one of tokens."""
+"""A value of `train.steps` with at least this many digits is taken for a number of tokens."""
 _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}",
            "less_than": "must be below {lt}", "less_than_equal": "must be at most {le}",
            "finite_number": "must be a finite number",
@@ -55,16 +55,24 @@ def no_hint(key: str) -> str:
 def parse_settings(cls: type[S], raw: object, where: str, *,
                    lines: Mapping[tuple[str | int, ...], int] | None = None,
                    instead: KeyHint = no_hint, rules: bool = True) -> S:
-    """Build settings from plain values (JSON types), of the file or option `where`.
+    """Build settings from plain values (JSON types).
 
-    The only conversions are lists to tuples, integers to floats, and text to paths. `lines`: path of a value
-    in a file -> line number; `instead`: hints for unknown keys; `rules`: whether to check rules between
-    settings too. Raises `SettingsError`: lists every key that is unknown, missing, of a wrong type, or breaks
-    a rule.
+    The only conversions are lists to tuples, integers to floats, and text to paths.
+
+    Args:
+        cls: dataclass of the settings.
+        raw: plain values.
+        where: file or option with the values, for messages.
+        lines: path of a value in the file -> line number.
+        instead: gives hints for unknown keys.
+        rules: whether to check rules between settings too.
+
+    Raises:
+        SettingsError: lists every key that is unknown, missing, of a wrong type, or breaks a rule.
     """
     settings, problems = try_parse_settings(cls, raw, instead)
     if settings is not None and rules:
-        # only valid fields: rules compare values and rely on the types
+        # rules compare values, so check them only if every value has its type
         problems = find_rule_problems(settings)
     if problems:
         raise SettingsError(where, [dataclasses.replace(p, line=_find_line(p.key, lines)) for p in problems])
@@ -138,7 +146,7 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
 def _find_inner_problems(name: str, value: Any) -> list[SettingsProblem]:
     """Return violated rules in a field's value, which is a settings object or a collection."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # problems of an item in a collection get the item's index or key
+        # a problem without a key gets the name only in a collection, where it tells the item
         return [problem.with_prefix(name) if problem.key or "." in name else problem
                 for problem in find_rule_problems(value)]
     items: Iterable[tuple[Any, Any]] = ()
@@ -165,10 +173,18 @@ def _get_declared_types(made: Any) -> dict[str, Any]:
 
 def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
                     num_ours: int = 0) -> dict[str, Any]:
-    """Convert plain values, by argument name, to arguments for a class or function by the declared types.
-    `where`: subject of messages; `prefix`: precedes argument names in keys; `num_ours`: leading arguments
-    that the program passes itself. Raises `SettingsError`: lists all arguments that are unknown, missing or
-    of a wrong type."""
+    """Convert plain values to arguments for a class or function, by the declared types.
+
+    Args:
+        made: the class or function.
+        given: argument name -> plain value.
+        where: subject of messages.
+        prefix: precedes argument names in the keys of problems.
+        num_ours: leading arguments that the program passes itself.
+
+    Raises:
+        SettingsError: lists all arguments that are unknown, missing or of a wrong type.
+    """
     accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     hints = _get_declared_types(made)
@@ -213,6 +229,8 @@ def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -
 
 
 def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
+    """Convert an error of pydantic to a problem in our words, with advice and a value to write. `instead`:
+    gives hints for unknown keys."""
     kind, ctx = error["type"], error.get("ctx", {})
     place, hint = _locate_error(cls, error["loc"])
     key = ".".join(map(str, place))
@@ -234,6 +252,7 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
             removed = suggest_successor(value)
             close = (removed or _suggest_lower_case(value, choices)
                      or _suggest_equivalent(key, value) or suggest_name(value, choices))
+            # words that may mean a choice, the likeliest first
             words = re.findall(r"[\w.-]+", value.lower())
             ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices),
                     *re.findall(r"[\w.-]+", removed))
@@ -268,7 +287,7 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
 
 
 def _translate_value(problem: SettingsProblem) -> SettingsProblem:
-    """Add our value for another program's value, and leave a setting out for -1, all, none or auto."""
+    """Suggest our value for another program's value, and no value for -1, all, none or auto."""
     word = str(problem.value).lower()
     ours = _find_equivalent(problem.key, word)
     if "=" in ours:
@@ -281,7 +300,8 @@ def _translate_value(problem: SettingsProblem) -> SettingsProblem:
 
 def _find_nearest_value(value: Any, lt: float = math.inf, le: float = math.inf, ge: float | None = None,
                         **_: Any) -> str:
-    """Return the value within the bounds for a percentage or a number beyond an inclusive bound; "": none."""
+    """Return the likely value for one out of bounds: a percentage as a share, else the inclusive bound; "":
+    none."""
     if isinstance(value, (int, float)) and min(lt, le) == 1 and 2 <= value <= 100:
         return f"{value / 100:g}"
     bound = le if math.isfinite(le) else ge
@@ -309,7 +329,7 @@ def _suggest_equivalent(key: str, value: str) -> str:
 
 
 def _find_equivalent(key: str, value: str) -> str:
-    """Return what another program's value of a setting or option is here; "": unknown."""
+    """Return our value for another program's value of a setting or option; "": unknown."""
     values = load_table()["values"]
     translations = {**values.get(key.rpartition(".")[2].lstrip("-"), {}), **values.get(key, {})}
     return str(translations.get(value.lower(), ""))
@@ -323,6 +343,7 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
         return f"write {' or '.join(numbers)}"
     if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
             not float(match[1])):
+        # typed as $50k, arrived as 0k
         return "a shell reads $5 as a variable; write e.g. 50000"
     number = parse_percent(value)
     if expected == "int" and isinstance(number, float) and 0 < number < 1 and "steps" in key:

@@ -38,6 +38,9 @@ WAYS_OUT = {
 """Frequent YAML parser error -> fix."""
 Place = tuple[str | int, ...]
 """Keys and list indices on the path to a value."""
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+_MAX_INTEGER = 1e19
+"""Whole floats from here on stay floats: no count is that large."""
 
 
 @dataclass
@@ -244,11 +247,6 @@ class _NodeConverter:
     def _report(self, line: int, place: Place, rule: str, way_out: str) -> None:
         key = ".".join(map(str, place))
         self.found.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
-
-
-_PYTHON_WORDS = {"True": True, "False": False, "None": None}
-_MAX_INTEGER = 1e19
-"""Whole floats from here on stay floats: no count is that large."""
 
 
 def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:

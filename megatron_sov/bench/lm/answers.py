@@ -3,7 +3,6 @@
 Equal requests have equal keys in every evaluation. No torch here.
 
     CACHE/MODEL/records-*       answers, a journal per writing process (`progress.journal`)
-    CACHE/MODEL/asking/*        locks on chunks in progress (`progress.locks`)
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +19,9 @@ from typing import Any
 
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.work.progress.journal import Journal, iter_later_records
-from megatron_sov.work.progress.locks import try_lock_folder
 
 Answer = dict[str, float | bool | str | None]
 """`logprob` and `greedy` for a `LikelihoodRequest`, `text` and `finish_reason` for a `GenerationRequest`."""
-WAIT_S = 1.0
-"""Pause before looking again at chunks locked by other processes."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +111,18 @@ class AnswerCache(dict[str, Answer]):
         self.load_new_answers()
 
     def save_answers(self, answers: Mapping[str, Answer]) -> None:
-        """Write answers to this process's journal. Raises `UserError`: the disk is full or not writable."""
+        """Write answers to this process's journal, unless another process has answered meanwhile. Raises
+        `UserError`: the disk is full or not writable."""
         if self._journal is None:
             with translate_disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # a file per process, because a journal has a single writer
                 self._journal = Journal(self.folder, uuid.uuid4().hex)
+        self.load_new_answers()
+        new = {key: answer for key, answer in answers.items() if key not in self}
         # disk first: after a kill, answers in memory alone would be computed again
-        self._journal.add((key, json.dumps(answer).encode()) for key, answer in answers.items())
-        self.update(answers)
+        self._journal.add((key, json.dumps(answer).encode()) for key, answer in new.items())
+        self.update(new)
 
     def load_new_answers(self) -> None:
         """Read answers written since the last call, by any process."""
@@ -136,39 +133,19 @@ class AnswerCache(dict[str, Answer]):
         if self._journal is not None:
             self._journal.close()
 
-    def iter_open_chunks(self, chunks: Sequence[Sequence[Request]], should_stop: Callable[[], bool]
-                         ) -> Generator[tuple[int, list[int]], None, None]:
-        """Yield (chunk index, indices without an answer) until every request has an answer.
+    def iter_open_chunks(self, chunks: Sequence[Sequence[Request]]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (chunk index, indices without an answer) for chunks that lack answers.
 
-        The chunk stays locked until the next is requested or the process ends. While other processes hold the
-        remaining chunks, the indices are []. The jobs of a Slurm array start at different chunks.
+        A job of a Slurm array begins with its own share of the chunks. It continues with the shares of other
+        jobs from their ends, so that two jobs rarely answer the same chunk.
         """
         job, num_jobs = _read_array_index()
-        begin = job * len(chunks) // num_jobs
-        remaining = deque([*range(begin, len(chunks)), *range(begin)])
-        num_busy = 0
-        while remaining and not should_stop():
-            number = remaining.popleft()
-            chunk = chunks[number]
-            if not self._find_open(chunk):
-                continue
-            name = hashlib.sha256("".join(request.key for request in chunk).encode()).hexdigest()[:24]
-            # named by the requests, so that evaluations with an equal chunk take turns
-            with try_lock_folder(self.folder / "asking" / name) as is_locked:
-                self.load_new_answers()  # from the previous holder
-                if is_locked and (indices := self._find_open(chunk)):
-                    yield number, indices
-            if self._find_open(chunk):  # interrupted, or locked by another process
-                remaining.append(number)
-            # wait after a round without a free chunk
-            num_busy = 0 if is_locked else num_busy + 1
-            if remaining and num_busy >= len(remaining):
-                time.sleep(WAIT_S)
-                num_busy = 0
-                yield number, []  # the other ranks must not wait for minutes in a collective
-
-    def _find_open(self, chunk: Sequence[Request]) -> list[int]:
-        return [i for i, request in enumerate(chunk) if request.key not in self]
+        begin, end = (len(chunks) * share // num_jobs for share in (job, job + 1))
+        other_chunks = [*range(end, len(chunks)), *range(begin)]
+        for number in [*range(begin, end), *reversed(other_chunks)]:
+            self.load_new_answers()
+            if indices := [i for i, request in enumerate(chunks[number]) if request.key not in self]:
+                yield number, indices
 
 
 def _read_array_index() -> tuple[int, int]:

@@ -2,8 +2,8 @@
 vLLM.
 
 Chunks depend only on the requests, so that a restarted evaluation sends the same batches. Each chunk's
-answers are on disk before the next chunk starts. Evaluations with the same model and cache share chunks
-through `AnswerCache.iter_open_chunks`, and each of them ends with every answer. """
+answers are on disk before the next chunk starts. The jobs of a Slurm array share chunks through
+`AnswerCache.iter_open_chunks`, and each of them ends with every answer. """
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +211,12 @@ def _answer_chunks(model: _Model, engine: AnswerEngine, requests: Sequence[Reque
     with contextlib.ExitStack() as stack:
         if cache is not None:
             answers = stack.enter_context(contextlib.closing(AnswerCache(cache)))
-            open_chunks = stack.enter_context(contextlib.closing(
-                answers.iter_open_chunks(chunks, lambda: flag.reason is not None)))
+            open_chunks = takewhile(lambda _: flag.reason is None, answers.iter_open_chunks(chunks))
         bar = stack.enter_context(create_bar("ask", len(requests), "request", cache is not None))
         while (step := run_on_first(lambda: next(open_chunks, None))) is not None:
             number, indices = step
             unanswered = [chunks[number][i] for i in indices]
-            chunk_answers = _answer_chunk(model, engine, unanswered, flag) if unanswered else {}
+            chunk_answers = _answer_chunk(model, engine, unanswered, flag)
             num_tokens += sum(map(count_tokens, unanswered))
             num_answered += len(chunk_answers)
             if cache is not None:

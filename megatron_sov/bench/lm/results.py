@@ -79,17 +79,6 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Contamination:
-    """Items found in training data by `eval contamination`."""
-
-    checked_against: str
-    """Paths of the training data."""
-    items_hit: int
-    value_without: float | None = None
-    """The task's first metric over the remaining items."""
-
-
-@dataclass(frozen=True)
 class TaskScores:
     task_hash: str
     """Hash of definition and data, from `hash_task`."""
@@ -116,7 +105,6 @@ class TaskScores:
     """Items without a score because a reward failed."""
     at_limit: int = 0
     """Answers cut at `max_tokens`."""
-    contamination: Contamination | None = None
     notes: tuple[str, ...] = ()
     """Unknown metrics and warnings from lm-eval."""
 
@@ -220,7 +208,7 @@ def read_items(output: Path, results: Results) -> Iterator[ResultItem]:
 
 
 def _parse_object(kind: type[T], raw: Any) -> T:
-    parsed: T = _build_adapter(kind).validate_python(raw, extra="forbid")  # type: ignore[arg-type]
+    parsed: T = _build_adapter(kind).validate_python(raw)  # type: ignore[arg-type]
     return parsed
 
 

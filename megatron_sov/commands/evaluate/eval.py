@@ -10,6 +10,8 @@ from megatron_sov.commands.shared_options import ModelPath
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleKind
 
+RUN = "megatron_sov.commands.evaluate.eval_run"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PplOptions(HeldoutOptions, OutOptions, RankOptions):
@@ -52,7 +54,6 @@ class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
     target: ModelPath
 
 
-RUN = "megatron_sov.commands.evaluate.eval_run"
 PPL = DeclaredCommand(PplOptions, check_task, f"{RUN}:evaluate_ppl")
 NEEDLE = DeclaredCommand(NeedleOptions, check_task, f"{RUN}:evaluate_needle")
 PAIRS = DeclaredCommand(PairsOptions, check_task, f"{RUN}:evaluate_pairs")

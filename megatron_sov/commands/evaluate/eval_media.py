@@ -54,7 +54,7 @@ class MediaRow:
     """A prompt with the expected answer."""
 
     content: list[dict[str, Any]]
-    """See `omni.generation.prompts.Parts`."""
+    """Parts of the prompt, see `omni.generation.prompts.PromptParts`."""
     answer: str
     """Expected text, or expected judge output."""
     labels: tuple[str, ...] = ()

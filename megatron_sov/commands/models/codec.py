@@ -10,6 +10,7 @@ from megatron_sov.commands.shared_options import OverwriteOptions
 
 KIND_OPTIONS = {"codebooks": ("num_codebooks", ("mimi", "dac")), "side_pixels": ("side_pixels", ("vqmodel",))}
 """Option -> argument of `import_codec`, and the codec kinds with the argument."""
+RUN = "megatron_sov.commands.models.codec_run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,6 @@ class ReconstructOptions:
     """Folder to write files into."""
 
 
-RUN = "megatron_sov.commands.models.codec_run"
 CODEC = ActionGroup({
     "import": DeclaredCommand(CodecImportOptions, run_function=f"{RUN}:import_files"),
     "reconstruct": DeclaredCommand(ReconstructOptions, run_function=f"{RUN}:reconstruct_files")})

@@ -1,6 +1,6 @@
-"""Rows of spans: new tokens for several cached sequences, packed side by side.
+"""Pack the new tokens of several cached sequences into one row for the model.
 
-A cache has one slot per active sequence.
+A span holds one sequence's new tokens; a row holds spans side by side. A cache has a slot per sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from megatron_sov.engine.parallel import context
 from megatron_sov.model.modality import EncoderInputs, join_inputs
 
 StepEntries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Slots and ring indices [sequences, 1] int64 to write; filled entries [sequences, 1, 1, entries] bool."""
+"""Slots and ring indices to write, each [sequences, 1] int64; mask of the visible entries,
+[sequences, 1, 1, entries] bool."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,15 @@ class CacheGroup:
     past: list[int]
     """Cached tokens per sequence."""
     step_entries: dict[int, StepEntries] = field(default_factory=dict, compare=False)
-    """Per cache capacity, computed by the first layer that needs them."""
+    """Cache capacity -> entries, computed by the first layer with that capacity."""
 
     def find_step_entries(self, capacity: int, device: torch.device) -> StepEntries:
         """Return the entries that a new token per sequence writes and sees in caches of `capacity`."""
         if capacity not in self.step_entries:
             past = torch.tensor(self.past, device=device)[:, None]
             slots = torch.arange(self.slot, self.slot + len(past), device=device)[:, None]
-            # entry p of the ring holds the newest position equal to p modulo the ring size, always within the
-            # window; an entry is empty if its distance exceeds the tokens before the new one
+            # ring entry p holds the newest position equal to p modulo the capacity, always within the window;
+            # `distance` counts positions back from the new token: beyond `past`, the entry is still empty
             filled = min(capacity, max(self.past) + 1)
             distance = (past - torch.arange(filled, device=device)) % capacity
             self.step_entries[capacity] = (slots, past % capacity, (distance <= past)[:, None, None])
@@ -81,7 +82,7 @@ class PackedSpans(PackedSeqParams):
 
 @dataclass(frozen=True)
 class SpanRow:
-    """Spans side by side, padded to a length that the layout can split; whole on every process."""
+    """Spans side by side, padded to a length that the layout can split; every process has the whole row."""
 
     tokens: torch.Tensor
     """[tokens] int64."""
@@ -95,7 +96,7 @@ class SpanRow:
     """Images and audio in the row. None: no media."""
 
     def padding(self, sequence_parallel: bool) -> torch.Tensor:
-        """Return the padding mask [tokens] bool; under sequence parallelism the local part."""
+        """Return the mask [tokens] bool of padding; with sequence parallelism, this process's part of it."""
         padding_mask = torch.arange(len(self.tokens), device=self.tokens.device) >= (
             self.ends[-1] if self.ends else 0)
         if sequence_parallel:
@@ -123,7 +124,7 @@ def pack_spans(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device
     row_positions = torch.cat([*positions, torch.zeros(num_padding, dtype=torch.int64)])
     # the library caches rotary tables by length: powers of two keep their number small
     max_positions = 1 << int(row_positions.max()).bit_length()
-    # on the CPU, where the library reads the bounds
+    # on the CPU, where Megatron-Core reads the bounds; it divides them by the context-parallel size
     row_bounds = torch.tensor([0, row_tokens * context.get_cp_size()], dtype=torch.int32)
     packed = PackedSpans(qkv_format="thd", cu_seqlens_q=row_bounds, cu_seqlens_kv=row_bounds,
                          max_seqlen_q=max_positions, max_seqlen_kv=max_positions, groups=groups)

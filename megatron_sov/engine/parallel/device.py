@@ -64,7 +64,7 @@ def release_gpu_memory() -> None:
 
 
 def toggle_nsys_recording(*, on: bool) -> None:
-    """Start or stop recording in nsys, with the library's NVTX ranges. Does nothing without nsys."""
+    """Start or stop recording in nsys, with Megatron-Core's NVTX ranges. Records nothing without nsys."""
     # `prepare_megatron` needs this module before megatron may be imported
     from megatron.core.utils import configure_nvtx_profiling
 

@@ -35,6 +35,29 @@ SLOT = "{}"
 PAIR_TOKENS = 2
 Slots = tuple[tuple[int, ...], ...]
 """A sentence as token ids: before, between and after the pairs."""
+_SCRIPTS: dict[Language, Callable[[str], bool]] = {
+    "english": str.isascii, "code": str.isascii, "korean": lambda letter: "\uac00" <= letter <= "\ud7a3",
+    "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f"}
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+TEST_MODULUS = 5
+"""Every `TEST_MODULUS`-th pair or phrase is reserved for tests."""
+PHRASES: dict[Language, tuple[str, ...]] = {
+    "english": ("\nThe value of{}{}.", "\nThe code of{}{}.", "\nThe number for{}{}.", "\nThe label on{}{}.",
+                "\nThe price of{}{}.", "\nThe owner of{}{}."),
+    "korean": tuple(f"\n{noun}{{}}{{}}." for noun in (
+        "암호는", "번호는", "주소는", "비밀은", "색깔은", "가격은", "주인은", "열쇠는")),
+    "thai": tuple(f"\n{noun}{{}}{{}}." for noun in (
+        "รหัสของ", "หมายเลขของ", "ที่อยู่ของ", "ความลับของ", "สีของ", "ราคาของ", "เจ้าของ", "กุญแจของ")),
+    "code": tuple(f"\n{name}.add({{}}{{}})" for name in (
+        "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping"))}
+"""Sentences with slots for key and value; a language has enough sentences for tests and training."""
+DETECTED_TOKENS = 4096
+"""Tokens read from a source to detect the language."""
+CODE_SIGNS = set("(){}[]=<>_;\"'#*/\\&|+:")
+CODE_SHARE = 0.06
+"""Share of code characters above which a text counts as code; prose has 2 %, code 8 % and more."""
+SCRIPT_SHARE = 0.3
+"""Share of Hangul or Thai letters above which a text is Korean or Thai."""
 
 
 def fill_slots(slots: Slots, *pairs: np.ndarray) -> list[int]:
@@ -107,11 +130,6 @@ def list_special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special))
 
 
-_SCRIPTS: dict[Language, Callable[[str], bool]] = {
-    "english": str.isascii, "code": str.isascii, "korean": lambda letter: "\uac00" <= letter <= "\ud7a3",
-    "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f"}
-
-
 def _find_words(tokenizer: Tokenizer, special: tuple[int, ...],
                 of_script: Callable[[str], bool]) -> list[int]:
     vocabulary = tokenizer.get_vocab_size(with_added_tokens=False)
@@ -136,11 +154,6 @@ def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], 
             and tokenizer.encode(text, add_special_tokens=False).ids == [token])
 
 
-LANGUAGES: tuple[Language, ...] = get_args(Language)
-TEST_MODULUS = 5
-"""Every `TEST_MODULUS`-th pair or phrase is reserved for tests."""
-
-
 def is_for_tests(*parts: object) -> bool:
     """Return whether a pair or phrase is reserved for tests (`TEST_MODULUS`), by a hash that is independent
     of run and data."""
@@ -150,27 +163,6 @@ def is_for_tests(*parts: object) -> bool:
 
 def list_phrases(language: Language, *, test: bool) -> tuple[str, ...]:
     return tuple(phrase for phrase in PHRASES[language] if is_for_tests(phrase) == test)
-
-
-PHRASES: dict[Language, tuple[str, ...]] = {
-    "english": ("\nThe value of{}{}.", "\nThe code of{}{}.", "\nThe number for{}{}.", "\nThe label on{}{}.",
-                "\nThe price of{}{}.", "\nThe owner of{}{}."),
-    "korean": tuple(f"\n{noun}{{}}{{}}." for noun in (
-        "암호는", "번호는", "주소는", "비밀은", "색깔은", "가격은", "주인은", "열쇠는")),
-    "thai": tuple(f"\n{noun}{{}}{{}}." for noun in (
-        "รหัสของ", "หมายเลขของ", "ที่อยู่ของ", "ความลับของ", "สีของ", "ราคาของ", "เจ้าของ", "กุญแจของ")),
-    "code": tuple(f"\n{name}.add({{}}{{}})" for name in (
-        "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping"))}
-"""Sentences with slots for key and value; a language has enough sentences for tests and training."""
-
-
-DETECTED_TOKENS = 4096
-"""Tokens read from a source to detect the language."""
-CODE_SIGNS = set("(){}[]=<>_;\"'#*/\\&|+:")
-CODE_SHARE = 0.06
-"""Share of code characters above which a text counts as code; prose has 2 %, code 8 % and more."""
-SCRIPT_SHARE = 0.3
-"""Share of Hangul or Thai letters above which a text is Korean or Thai."""
 
 
 @dataclass(frozen=True, eq=False)

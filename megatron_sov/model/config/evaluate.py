@@ -25,6 +25,7 @@ class NeedleConfig:
     """Needle-in-a-haystack test for context extension."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
+        # "": the whole class; then conditions for single fields
         "": AnyOf(is_command("extend"), When(
             "evaluate.background.tasks", lambda tasks: "needle" in tasks, "names needle")),
         "train_share train_needles train_questions answer_weight text_weight": is_command("extend"),

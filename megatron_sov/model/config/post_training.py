@@ -18,6 +18,61 @@ from megatron_sov.base.settings import (
 from megatron_sov.model.config.data import nearest_multiple
 from megatron_sov.model.config.learning import has_objective, has_objective_or_method
 
+PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "simper", "grouper"]
+REFERENCE_METHODS = ("dpo", "ipo", "dpo-norm")
+"""Methods that compare the policy with a reference model."""
+BETAS = {"dpo": 0.1, "ipo": 0.1, "dpo-norm": 5.0, "simpo": 2.0, "orpo": 0.1}
+"""Method -> default for `preference.beta`."""
+SMOOTHING_METHODS = ("dpo", "dpo-norm", "simpo")
+"""Methods with label smoothing."""
+PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
+                       "ink_grpo", "pkpo", "opd", "gkd", "preference"]
+Ratio = Literal["token", "sequence"]
+Clip = Literal["two_sided", "cispo", "none"]
+Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k", "range", "none"]
+Aggregation = Literal["token", "sequence", "constant"]
+Kl = Literal["none", "k1", "k3", "sequence"]
+Kept = Literal["drop", "keep"]
+Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+_PPO = {"clip_low": 0.2, "clip_high": 0.2}
+"""PPO's clip bounds (arXiv 1707.06347, section 6.1), also used in GRPO implementations."""
+_DROP_EQUAL_GROUPS: dict[str, Any] = {"all_wrong": "drop", "all_right": "drop"}
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {"aggregation": "sequence", "kl": "k3", "kl_coeff": 0.0, **_PPO},
+    "dr_grpo": {"advantage": "group_no_std", "aggregation": "constant", **_PPO},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "max_gen_batches": 10, **_DROP_EQUAL_GROUPS},
+    "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence"},
+    "cispo": {"clip": "cispo", **_DROP_EQUAL_GROUPS},
+    "agapo": {"clip": "cispo", "advantage": "leave_one_out", "normalise_over_batch": True,
+              "aggregation": "sequence", "all_wrong_reward": None, **_DROP_EQUAL_GROUPS},
+    "agapo_exaone4": {"clip": "none", "advantage": "leave_one_out", "normalise_over_batch": True,
+                      "aggregation": "sequence", "kl": "sequence", "all_wrong_reward": None,
+                      "all_right": "drop"},
+    "mgpo": {"aggregation": "sequence", "mgpo_lambda": None},
+    "ink_grpo": {"clip_low": 0.2, "clip_high": 0.24, "knowledge_coeff": 0.1, "knowledge_share": 0.6,
+                 "knowledge_batch_size": 64},
+    "pkpo": {"advantage": "pass_at_k", "aggregation": "constant", **_PPO},
+    "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
+    "gkd": {"clip": "none", "advantage": "none"},
+    "preference": {"clip": "none", "advantage": "range", **_DROP_EQUAL_GROUPS}}
+"""Method -> parts that differ from the defaults in `PolicyParts`. None: a number the authors did not publish,
+which the run must set."""
+REQUIRED_NUMBERS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),
+                    ("kl", ("k1", "k3", "sequence"), "kl_coeff"), ("advantage", ("pass_at_k",), "pkpo_k"),
+                    ("all_wrong", ("keep",), "all_wrong_reward"), ("method", ("mgpo",), "mgpo_lambda"))
+"""(part, values, number): if the part has one of the values, the number is required."""
+NUMBERS_WITHOUT_DEFAULT = ("clip_low", "clip_high", "kl_coeff", "pkpo_k")
+"""Numbers without a default in `PolicyParts`; method or run must set them."""
+OVERLONG_SHARES = {"dapo": 0.2}
+"""Method -> `overlong_buffer_tokens` as a share of `rollout.max_new_tokens`: 4,096 of 20,480 tokens (arXiv
+2503.14476, section 4.1)."""
+TOKEN_TRUNCATE_HIGH = 2.0
+"""`correction_high` for token_truncate if not set, from "Your efficient RL framework secretly brings you
+off-policy RL training" (Yao et al. 2025). token_truncate is the default correction because on-policy steps
+need no extra forward pass and no response is dropped."""
+NUMBER_PARTS = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)))
+"""Number -> parts it belongs to. If the run changes such a part, the method's number no longer applies."""
+
 
 @dataclass(frozen=True)
 class DistillationConfig:
@@ -39,15 +94,6 @@ class DistillationConfig:
     teacher's top_k tokens (arXiv 2601.18129)."""
     ce_coeff: NotNegative = 0.0
     """Weight for an auxiliary cross-entropy on the data's tokens, over the same positions."""
-
-
-PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "simper", "grouper"]
-REFERENCE_METHODS = ("dpo", "ipo", "dpo-norm")
-"""Methods that compare the policy with a reference model."""
-BETAS = {"dpo": 0.1, "ipo": 0.1, "dpo-norm": 5.0, "simpo": 2.0, "orpo": 0.1}
-"""Method -> default for `preference.beta`."""
-SMOOTHING_METHODS = ("dpo", "dpo-norm", "simpo")
-"""Methods with label smoothing."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +205,6 @@ class RolloutConfig:
             deadline_s=0.0)
 
 
-PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
-                       "ink_grpo", "pkpo", "opd", "gkd", "preference"]
-Ratio = Literal["token", "sequence"]
-Clip = Literal["two_sided", "cispo", "none"]
-Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k", "range", "none"]
-Aggregation = Literal["token", "sequence", "constant"]
-Kl = Literal["none", "k1", "k3", "sequence"]
-Kept = Literal["drop", "keep"]
-Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-
-
 @dataclass(frozen=True)
 class PolicyParts:
     """Building blocks of a policy loss; `PolicyConfig` documents each field."""
@@ -196,44 +231,6 @@ class PolicyParts:
     opd_coeff: float = 0.0
 
 
-_PPO = {"clip_low": 0.2, "clip_high": 0.2}
-"""PPO's clip bounds (arXiv 1707.06347, section 6.1), also used in GRPO implementations."""
-_DROP_EQUAL_GROUPS: dict[str, Any] = {"all_wrong": "drop", "all_right": "drop"}
-METHODS: dict[str, dict[str, Any]] = {
-    "grpo": {"aggregation": "sequence", "kl": "k3", "kl_coeff": 0.0, **_PPO},
-    "dr_grpo": {"advantage": "group_no_std", "aggregation": "constant", **_PPO},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "max_gen_batches": 10, **_DROP_EQUAL_GROUPS},
-    "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence"},
-    "cispo": {"clip": "cispo", **_DROP_EQUAL_GROUPS},
-    "agapo": {"clip": "cispo", "advantage": "leave_one_out", "normalise_over_batch": True,
-              "aggregation": "sequence", "all_wrong_reward": None, **_DROP_EQUAL_GROUPS},
-    "agapo_exaone4": {"clip": "none", "advantage": "leave_one_out", "normalise_over_batch": True,
-                      "aggregation": "sequence", "kl": "sequence", "all_wrong_reward": None,
-                      "all_right": "drop"},
-    "mgpo": {"aggregation": "sequence", "mgpo_lambda": None},
-    "ink_grpo": {"clip_low": 0.2, "clip_high": 0.24, "knowledge_coeff": 0.1, "knowledge_share": 0.6,
-                 "knowledge_batch_size": 64},
-    "pkpo": {"advantage": "pass_at_k", "aggregation": "constant", **_PPO},
-    "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
-    "gkd": {"clip": "none", "advantage": "none"},
-    "preference": {"clip": "none", "advantage": "range", **_DROP_EQUAL_GROUPS}}
-"""Method -> parts that differ from the defaults in `PolicyParts`. None: a number the authors did not publish,
-which the run must set."""
-REQUIRED_NUMBERS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),
-                    ("kl", ("k1", "k3", "sequence"), "kl_coeff"), ("advantage", ("pass_at_k",), "pkpo_k"),
-                    ("all_wrong", ("keep",), "all_wrong_reward"), ("method", ("mgpo",), "mgpo_lambda"))
-"""(part, values, number): if the part has one of the values, the number is required."""
-NUMBERS_WITHOUT_DEFAULT = ("clip_low", "clip_high", "kl_coeff", "pkpo_k")
-"""Numbers without a default in `PolicyParts`; method or run must set them."""
-OVERLONG_SHARES = {"dapo": 0.2}
-"""Method -> `overlong_buffer_tokens` as a share of `rollout.max_new_tokens`: 4,096 of 20,480 tokens (arXiv
-2503.14476, section 4.1)."""
-TOKEN_TRUNCATE_HIGH = 2.0
-"""`correction_high` for token_truncate if not set, from "Your efficient RL framework secretly brings you
-off-policy RL training" (Yao et al. 2025). token_truncate is the default correction because on-policy steps
-need no extra forward pass and no response is dropped."""
-NUMBER_PARTS = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)))
-"""Number -> parts it belongs to. If the run changes such a part, the method's number no longer applies."""
 _PARTS = dataclasses.asdict(PolicyParts())
 _ADVANTAGE_SETTINGS = " ".join((
     *(name for name in _PARTS if name != "max_gen_batches"), "mask_truncated", "correction",

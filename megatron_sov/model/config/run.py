@@ -39,6 +39,14 @@ from megatron_sov.model.config.post_training import (
     REFERENCE_METHODS, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
+RENAMED = {"evaluate.beside": "evaluate.background",
+           "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
+"""Setting of an earlier version -> its current name."""
+SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
+            ("preference.method", ("preference.beta", "preference.simpo_gamma")))
+"""A setting that selects a method, and the numbers that belong to the method. If the method changes, the
+recipe's numbers are reset to defaults."""
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -300,15 +308,6 @@ class RunConfig:
         """Return plain JSON types; `from_dict` restores an equal config."""
         # Convert through JSON, so that tuples become lists as in a config read from disk.
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-RENAMED = {"evaluate.beside": "evaluate.background",
-           "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
-"""Setting of an earlier version -> its current name."""
-SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
-            ("preference.method", ("preference.beta", "preference.simpo_gamma")))
-"""A setting that selects a method, and the numbers that belong to the method. If the method changes, the
-recipe's numbers are reset to defaults."""
 
 
 def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:

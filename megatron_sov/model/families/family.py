@@ -21,6 +21,62 @@ from megatron_sov.model.families.weights import Link, WeightSection, build_links
 
 OUTER_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
 """Fields of a multimodal folder's config.json that apply to its text model."""
+ANY_VALUE = object()
+HARMLESS_FIELDS: dict[str, Any] = {
+    # Execution options, file names, classifier heads and weight initialisation.
+    **dict.fromkeys((
+        "_attn_implementation", "_attn_implementation_internal", "attn_implementation",
+        "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
+        "gradient_checkpointing", "_commit_hash", "name_or_path", "id2label", "label2id", "num_labels",
+        "problem_type", "classifier_dropout", "hidden_dropout", "token_classification_bias", "sep_token_id",
+        "init_std", "initializer_factor", "return_dict"), ANY_VALUE),
+    "chunk_size_feed_forward": 0, "is_causal": True, "is_encoder_decoder": False, "num_mtp_layers": 0,
+    "output_attentions": False, "output_hidden_states": False, "partial_rotary_factor": 1.0}
+"""Fields that transformers reads for all families -> the value (or `ANY_VALUE`) without effect on logits."""
+FOREIGN_PREFIXES = ("_", "transformers.js_", "unsloth_")
+"""Prefixes for fields that other programs write for their own use."""
+MAX_POSITIONS = Renamed("max_position_embeddings", "max_position_tokens")
+FOLDER_FIELDS = Unused((
+    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
+    "_name_or_path", "auto_map"))
+"""Fields specific to a folder, or written again by every export."""
+COMMON_CONFIG: tuple[ConfigItem, ...] = (
+    Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
+    Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
+    MAX_POSITIONS, Renamed("initializer_range", "init_std", 0.02), Fixed("attention_dropout", 0.0),
+    Encoders(), FOLDER_FIELDS)
+"""Config items for all families."""
+DECODER_CONFIG: tuple[ConfigItem, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
+"""Config items for most families."""
+KV_HEADS = Renamed("num_key_value_heads", "num_kv_heads")
+"""A required field, because transformers has a different default in each family."""
+EXPERTS_CONFIG: tuple[ConfigItem, ...] = (
+    Renamed("num_experts_per_tok", "num_experts_per_token", 8),
+    Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False))
+"""Config items for families with experts."""
+DEEPSEEK_ROUTER_CONFIG: tuple[ConfigItem, ...] = (
+    Fixed("norm_topk_prob", True),
+    Renamed("n_group", "num_expert_groups", 1), Renamed("topk_group", "num_groups_per_token", 1),
+    Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False))
+DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_prob": True}
+"""`ModelConfig` fields fixed by DeepSeek-V3's routing; `DEEPSEEK_ROUTER_CONFIG` has its config items."""
+EXPERT_GROUPS = ("num_expert_groups", "num_groups_per_token")
+"""Fields of group-limited routing, for `Family.varies`."""
+TRAINING_FIELDS = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
+"""Fields of `ModelConfig` that only affect training."""
+EXPERT_FIELDS = ("num_experts_per_token", "num_expert_groups", "num_groups_per_token", "num_shared_experts",
+                 "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias", "routed_scaling_factor")
+PREDICTION_FIELDS = ("mtp_experts", "mtp_attention", "mtp_depths")
+"""Fields without effect in models without prediction layers; `EXPERT_FIELDS` in models without experts."""
+COMMON_VALUES: dict[str, Any] = {
+    "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
+    "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
+    "logits_softcap": None, "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu",
+    "layer_windows": (), "swiglu_limits": (), "mtp_depths": 1, "num_expert_groups": 1,
+    "num_groups_per_token": 1, "mtp_experts": False, "latent_attention": None, "linear_attention": None,
+    "attention_output_gate": False}
+"""Rarely varied fields of `ModelConfig` -> the value for families that do not list the field in `varies`."""
 
 
 @dataclass(frozen=True)
@@ -98,74 +154,12 @@ def extract_text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config if inside is None else inside.extract_config(config)
 
 
-ANY_VALUE = object()
-HARMLESS_FIELDS: dict[str, Any] = {
-    # Execution options, file names, classifier heads and weight initialisation.
-    **dict.fromkeys((
-        "_attn_implementation", "_attn_implementation_internal", "attn_implementation",
-        "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
-        "gradient_checkpointing", "_commit_hash", "name_or_path", "id2label", "label2id", "num_labels",
-        "problem_type", "classifier_dropout", "hidden_dropout", "token_classification_bias", "sep_token_id",
-        "init_std", "initializer_factor", "return_dict"), ANY_VALUE),
-    "chunk_size_feed_forward": 0, "is_causal": True, "is_encoder_decoder": False, "num_mtp_layers": 0,
-    "output_attentions": False, "output_hidden_states": False, "partial_rotary_factor": 1.0}
-"""Fields that transformers reads for all families -> the value (or `ANY_VALUE`) without effect on logits."""
-FOREIGN_PREFIXES = ("_", "transformers.js_", "unsloth_")
-"""Prefixes for fields that other programs write for their own use."""
-
-
 @cache
 def load_transformers_fields() -> dict[str, frozenset[str]]:
     """Return family -> config.json fields declared or read by transformers' source for it; "shared": fields
     read for all families (`tests/freeze_fields.py` writes the table)."""
     table = Path(__file__).with_name("transformers_fields.json")
     return {name: frozenset(names) for name, names in json.loads(table.read_text(encoding="utf-8")).items()}
-
-
-MAX_POSITIONS = Renamed("max_position_embeddings", "max_position_tokens")
-FOLDER_FIELDS = Unused((
-    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
-    "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
-    "_name_or_path", "auto_map"))
-"""Fields specific to a folder, or written again by every export."""
-COMMON_CONFIG: tuple[ConfigItem, ...] = (
-    Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
-    Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
-    MAX_POSITIONS, Renamed("initializer_range", "init_std", 0.02), Fixed("attention_dropout", 0.0),
-    Encoders(), FOLDER_FIELDS)
-"""Config items for all families."""
-DECODER_CONFIG: tuple[ConfigItem, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
-"""Config items for most families."""
-KV_HEADS = Renamed("num_key_value_heads", "num_kv_heads")
-"""A required field, because transformers has a different default in each family."""
-EXPERTS_CONFIG: tuple[ConfigItem, ...] = (
-    Renamed("num_experts_per_tok", "num_experts_per_token", 8),
-    Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False))
-"""Config items for families with experts."""
-DEEPSEEK_ROUTER_CONFIG: tuple[ConfigItem, ...] = (
-    Fixed("norm_topk_prob", True),
-    Renamed("n_group", "num_expert_groups", 1), Renamed("topk_group", "num_groups_per_token", 1),
-    Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False))
-DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_prob": True}
-"""`ModelConfig` fields fixed by DeepSeek-V3's routing; `DEEPSEEK_ROUTER_CONFIG` has its config items."""
-EXPERT_GROUPS = ("num_expert_groups", "num_groups_per_token")
-"""Fields of group-limited routing, for `Family.varies`."""
-
-TRAINING_FIELDS = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
-"""Fields of `ModelConfig` that only affect training."""
-EXPERT_FIELDS = ("num_experts_per_token", "num_expert_groups", "num_groups_per_token", "num_shared_experts",
-                 "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias", "routed_scaling_factor")
-PREDICTION_FIELDS = ("mtp_experts", "mtp_attention", "mtp_depths")
-"""Fields without effect in models without prediction layers; `EXPERT_FIELDS` in models without experts."""
-
-COMMON_VALUES: dict[str, Any] = {
-    "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
-    "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
-    "logits_softcap": None, "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu",
-    "layer_windows": (), "swiglu_limits": (), "mtp_depths": 1, "num_expert_groups": 1,
-    "num_groups_per_token": 1, "mtp_experts": False, "latent_attention": None, "linear_attention": None,
-    "attention_output_gate": False}
-"""Rarely varied fields of `ModelConfig` -> the value for families that do not list the field in `varies`."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ SMALLEST_SCALE = 1e-9
 """Smallest attention scale that Gemma's integer field can express."""
 REQUIRED = object()
 """Default for fields that a config.json must have."""
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+DEFAULT_THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}
+"""Kind of layer -> transformers' default for `rope_theta`."""
 
 
 class ConfigItem(Protocol):
@@ -273,11 +276,6 @@ def _take_number(rope: dict[str, Any], name: str, default: float) -> float:
 def hidden_over_heads(config: dict[str, Any]) -> int:
     """Return transformers' head size for a config.json without `head_dim`."""
     return int(config["hidden_size"] // config["num_attention_heads"])
-
-
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
-DEFAULT_THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}
-"""Kind of layer -> transformers' default for `rope_theta`."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ experts). Latent attention: Q: query latent; K: key/value latent; C: cached; B: 
 values, all heads; O: output of all heads. Linear attention: T: value heads; U: value head; W: all value
 channels; X: all key channels; R: gate rank."""
 _TOKEN = re.compile(r"(\d*)([A-Z])")
+PREDICTION_COPIES = {"model.layers.{l}.embed_tokens.weight": "model.embed_tokens.weight",
+                 "model.layers.{l}.shared_head.head.weight": "lm_head.weight"}
+"""Copies in a DeepSeek-V3 prediction layer -> original tensor."""
 
 
 def get_latent_attention(model: ModelConfig) -> LatentAttentionConfig:
@@ -507,9 +510,6 @@ PREDICTION_AFTER_TRUNK = WeightSection("mtp layer behind", "mtp.layers.0.", "mod
     Same("eh_proj.weight", "eh_proj.weight", "H 2H"),
     Same("final_layernorm.weight", "shared_head.norm.weight", "H")))
 """Tensors around the transformer layer of multi-token prediction, under DeepSeek-V3's names."""
-PREDICTION_COPIES = {"model.layers.{l}.embed_tokens.weight": "model.embed_tokens.weight",
-                 "model.layers.{l}.shared_head.head.weight": "lm_head.weight"}
-"""Copies in a DeepSeek-V3 prediction layer -> original tensor."""
 
 
 def prediction_layer_section(*parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:

@@ -5,8 +5,7 @@ Reading a published file executes no code from the file.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +13,12 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, find_all_problems
-from megatron_sov.chat.limits import TemplateTimeout, limit_resources
 from megatron_sov.omni.codecs.folder import ARTIFACT_KIND, load_codec_class, save_codec
 from megatron_sov.omni.codecs.ta_tok import convert_ta_tok_state
 
@@ -31,9 +29,6 @@ _S3_NAME = "speech_tokenizer_v2_25hz"
 """The published model's name in the package s3tokenizer."""
 RELEASED_PREFIXES = {"ta-tok": "model.discrete_vision_model.", "cosyvoice2": "model.discrete_audio_model."}
 """Codec kind -> prefix for the tokenizer's tensors inside HyperCLOVA X 8B Omni."""
-_LOAD_TIME_S, _LOAD_BYTES, _LOAD_COPIES = 300.0, 1 << 29, 4
-"""Limits for unpickling tensors: processor time; and memory, plus `_LOAD_COPIES` times the file
-size. A hostile 100-byte pickle can ask for terabytes."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -136,14 +131,13 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
 
     Args:
         kind: key of `folder.CODEC_CLASSES`.
-        source: a file (.safetensors, .pth, .pt, .onnx), a folder of safetensors files, or a
-            `save_pretrained` folder.
+        source: a file (.safetensors, .onnx), a folder of safetensors files, or a `save_pretrained` folder.
         output: codec folder.
         overwrite: replace an existing codec.
         options: further arguments of `from_folder` in `hf_codecs`.
 
     Raises:
-        UserError: the source cannot be read without executing code, or is another network.
+        UserError: the source cannot be read, or is another network.
     """
     check_output_folder(output, ARTIFACT_KIND, overwrite)
     codec_class = load_codec_class(kind, str(source))
@@ -178,7 +172,6 @@ def _check_state(expected: Mapping[str, torch.Tensor], state: Tensors, source: P
 
 def _read_tensors(source: Path, prefix: str) -> Tensors:
     """Read tensors from a file or folder, floats as float32; see `_read_file` for `prefix`."""
-    # From folders only safetensors files, because further files may be pickles.
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
         problem = "has no safetensors files" if source.is_dir() else "does not exist"
@@ -195,55 +188,13 @@ def _read_file(file: Path, prefix: str) -> Tensors:
     if file.suffix == ".onnx":
         return _read_onnx(file)
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                names = list(opened.keys())
-                names = [name for name in names if name.startswith(prefix)] or names
-                return {name.removeprefix(prefix): opened.get_tensor(name) for name in names}
-        _check_uncompressed(file)
-        with limit_resources(_LOAD_TIME_S, _LOAD_BYTES + _LOAD_COPIES * file.stat().st_size):
-            # The restricted unpickler executes no code, but a hostile file could exhaust time and memory.
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (TemplateTimeout, MemoryError):
-        raise UserError(f"{file}: takes more memory or time to read than weights of its size can need; pass "
-                        "them as safetensors") from None
-    except Exception as e:  # malformed pickles raise arbitrary exceptions
-        raise UserError(f"{file}: cannot be read without executing code ({format_error(e)[:200]}); pass its "
-                        "weights as safetensors, e.g. from a model that contains the tokenizer") from None
-    # Published files wrap the weights, sometimes twice.
-    for key in ("model", "sd", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor)
-                                                for tensor in content.values()):
-        raise UserError(f"{file}: does not map names to tensors; pass the file with a tokenizer's weights")
-    if not _are_plain_tensors(content.values(), file.stat().st_size):
-        raise UserError(f"{file}: has tensors that are not plain numbers in the file; pass the file with a "
-                        "tokenizer's weights")
-    return {str(name): tensor for name, tensor in content.items()}
-
-
-def _check_uncompressed(file: Path) -> None:
-    """Raise ValueError if a `torch.save` archive would be larger in memory than on disk."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members) \
-                or sum(m.file_size for m in members) > file.stat().st_size:
-            raise ValueError("it is compressed, which torch.save never does")
-
-
-def _are_plain_tensors(tensors: Iterable[torch.Tensor], size_bytes: int) -> bool:
-    """Return whether all tensors are dense CPU tensors whose elements fit into the file.
-
-    Expanded views (stride 0) have more elements than the file. Twice its size is allowed, because two names
-    may share a tensor.
-    """
-    tensors = list(tensors)
-    num_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    are_dense = all(t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
-                    and not t.is_complex() for t in tensors)
-    return are_dense and num_bytes <= 2 * size_bytes
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            names = [name for name in names if name.startswith(prefix)] or names
+            return {name.removeprefix(prefix): opened.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{file}: cannot be read ({format_error(e)[:200]}); pass the weights as safetensors, "
+                        "such as the folder of a model that contains the tokenizer") from None
 
 
 def _read_onnx(file: Path) -> Tensors:

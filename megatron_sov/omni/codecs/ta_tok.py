@@ -157,8 +157,8 @@ def convert_ta_tok_state(tensors: Mapping[str, torch.Tensor],
                 "bottleneck.in_linear.weight", f"{regularizer}.embedding.weight",
                 f"{regularizer}.embedding_proj.bias", "encode_task_layer.0.weight")
     if missing := [name for name in required if name not in tensors]:
-        raise UserError(f"{where}: lacks {missing[0]}, so it is not TA-Tok; pass ta_tok.pth or the "
-                        "safetensors files of a model that contains TA-Tok")
+        raise UserError(f"{where}: lacks {missing[0]}, so it is not TA-Tok; pass the safetensors files of a "
+                        "model that contains TA-Tok")
     num_layers = 1 + max(int(name.split(".")[3]) for name in tensors
                          if name.startswith("encoder.encoder.layers.") and name.split(".")[3].isdigit())
     width, _, patch, _ = _get_shape(tensors, _PATCHES, 4, where)

@@ -38,6 +38,8 @@ Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 ENGINE_SET = "--engine-set"
 
 PROFILES = f"{', '.join(cluster.list_profiles())}, or your own YAML file"
+ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus", "pairs", "groups")}
+"""Commands in `sov-tokenizer` and `sov-data` that write a folder with a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,6 @@ STAGES = {
     "rl-reward": StageKind(
         "Reinforcement learning: judges the responses of a rollout store, on the cores of one node.",
         ("megatron_sov", "rl", "reward"), ranks=False, gpus=False, shares=True)}
-ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus", "pairs", "groups")}
-"""Commands in `sov-tokenizer` and `sov-data` that write a folder with a manifest."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ MAX_TP = 8
 """Largest proposed tensor parallel size: inside a node."""
 TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
 """Recipe -> its teacher's recipe (arXiv 2601.18129)."""
+USABLE_HOST_SHARE = 0.9
+"""Maximum pinned share of host memory; processes, data and the system need the rest. Assumed."""
+DRIVER_FILE = "/dev/nvidiactl"
+"""NVIDIA's device file: a machine with the file has GPUs, even without `nvidia-smi`."""
 
 
 def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig | None = None
@@ -168,12 +172,6 @@ def list_divisors(n: int) -> list[int]:
 def _format_sizes(p: ParallelConfig) -> str:
     sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(p, name) > 1]
     return f"the layout {', '.join([*sizes, 'with ZeRO-1' if p.zero1 else 'without ZeRO-1'])}"
-
-
-USABLE_HOST_SHARE = 0.9
-"""Maximum pinned share of host memory; processes, data and the system need the rest. Assumed."""
-DRIVER_FILE = "/dev/nvidiactl"
-"""NVIDIA's device file: a machine with the file has GPUs, even without `nvidia-smi`."""
 
 
 def count_node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:

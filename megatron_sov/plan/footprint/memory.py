@@ -29,6 +29,17 @@ hundred steps. Assumed."""
 FRAGMENTATION_SHARE = 0.05
 """Allocator gaps as a share of activations, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Assumed;
 without this setting, a tenth and more are common (GMLake, arXiv 2401.08156, figure 4)."""
+PRODUCT_ROWS = 8192
+"""Rows per product in the head's weight gradient (`engine.model.chunked_head`)."""
+LOGIT_BYTES = 4
+"""The softmax uses float32, or the model's dtype if it is wider."""
+DISTILL = "distill"
+MATRIX_ROUND = 1 << 24
+"""Matrix elements per process in a round of Muon's exchange (`engine.optimizer.muon`)."""
+ROUND_COPIES = 4
+"""Sent, received, gathered and updated matrices."""
+PASSING_COPIES = 3
+"""Temporary copies per routed token: expert input and output in token order, and output in expert order."""
 
 
 def count_communicators(config: RunConfig, num_ranks: int) -> int:
@@ -70,19 +81,6 @@ def _merge_axes(*axes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
 def count_nccl_bytes(config: RunConfig, num_ranks: int) -> int:
     """Return NCCL's buffer bytes: per communicator and channel, the buffers for three protocols."""
     return count_communicators(config, num_ranks) * CHANNELS * (SIMPLE_BYTES + LL_BYTES + LL128_BYTES)
-
-
-PRODUCT_ROWS = 8192
-"""Rows per product in the head's weight gradient (`engine.model.chunked_head`)."""
-LOGIT_BYTES = 4
-"""The softmax uses float32, or the model's dtype if it is wider."""
-DISTILL = "distill"
-MATRIX_ROUND = 1 << 24
-"""Matrix elements per process in a round of Muon's exchange (`engine.optimizer.muon`)."""
-ROUND_COPIES = 4
-"""Sent, received, gathered and updated matrices."""
-PASSING_COPIES = 3
-"""Temporary copies per routed token: expert input and output in token order, and output in expert order."""
 
 
 @dataclass(frozen=True)

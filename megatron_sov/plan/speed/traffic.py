@@ -22,6 +22,22 @@ from megatron_sov.plan.speed.workload import Block, Workload
 ATTENTION_BACKWARD = 2.5
 """Flash attention's backward FLOPs relative to its forward FLOPs: five products instead of two
 (arXiv 2205.14135, appendix B)."""
+NUMBER_BYTES = 2
+NORM, RESIDUAL = 2, 3
+"""Memory passes: a norm reads and writes; a residual sum reads two tensors and writes one."""
+LOGIT_BYTES = 14
+"""Bytes per logit, forward and backward: written in bf16, read for the maximum, read and written for the
+exponentials, read and written for the gradient in 4 or 2 bytes."""
+SCORE_BYTES = 24
+"""Bytes per router score: logits, scores, selected scores and map, in float32."""
+PERMUTED = {"alltoall": 8, "allgather": 6, "deepep": 4, "hybridep": 4}
+"""Dispatcher -> memory passes per routed token around the experts' products."""
+MAMBA_PASSES = 20
+"""Memory passes over the inner width: convolution, scan (float32 chunk states), gate and norm."""
+SCAN_CHUNK = 128
+"""Tokens per chunk in the scan (arXiv 2405.21060, section 6)."""
+Group = Literal["tp", "ep", "cp", "pp", "dp", "edp"]
+ACTIVATION_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -74,21 +90,6 @@ def count_attention_flops(w: Workload, window: int) -> float:
 
 
 # Memory traffic in bytes: memory-bound kernels in a micro-batch's forward pass.
-
-NUMBER_BYTES = 2
-NORM, RESIDUAL = 2, 3
-"""Memory passes: a norm reads and writes; a residual sum reads two tensors and writes one."""
-LOGIT_BYTES = 14
-"""Bytes per logit, forward and backward: written in bf16, read for the maximum, read and written for the
-exponentials, read and written for the gradient in 4 or 2 bytes."""
-SCORE_BYTES = 24
-"""Bytes per router score: logits, scores, selected scores and map, in float32."""
-PERMUTED = {"alltoall": 8, "allgather": 6, "deepep": 4, "hybridep": 4}
-"""Dispatcher -> memory passes per routed token around the experts' products."""
-MAMBA_PASSES = 20
-"""Memory passes over the inner width: convolution, scan (float32 chunk states), gate and norm."""
-SCAN_CHUNK = 128
-"""Tokens per chunk in the scan (arXiv 2405.21060, section 6)."""
 
 
 def _count_residual_bytes(w: Workload) -> float:
@@ -183,10 +184,6 @@ def count_adapter_bytes(products: Iterable[Product]) -> float:
 def _count_activation_bytes(w: Workload, rows: float, width: float) -> float:
     """Return an activation's traffic: read all inputs, write the output."""
     return w.shape.ffn_matrices * rows * width * NUMBER_BYTES
-
-
-Group = Literal["tp", "ep", "cp", "pp", "dp", "edp"]
-ACTIVATION_BYTES = 2
 
 
 @dataclass(frozen=True)

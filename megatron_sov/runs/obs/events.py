@@ -237,7 +237,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "validation": _JUDGED | {"domains": _Mapping(_Shape(_JUDGED))},
     "responses": {"rows": _List(_Mapping(_Any()))},
     "eval_lm": {"value": _N, "items": _N, "interval": _Pair(), "k": _Whole(), "sampling": _Mapping(_Any())},
-    "eval_contamination": {"items_hit": _N, "value_without": _N},
     "score": {"mean_reward": _N, "scored": _N, "settings": _Mapping(_Any())},
     "conversion": {"checks": _List(_Mapping(_Any()))}, "checkpoint": {"save_s": _N, "stall_s": _N}}
 """Event -> field types for fields used in computations."""
@@ -320,7 +319,7 @@ def build_score_events(results: Mapping[str, Any], step: int | None, output: Pat
                  "k": metric["k"], "value": metric["value"],
                  "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
                  "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
-                 "mode": task["mode"], "contamination": None, "output": str(output.absolute())}
+                 "mode": task["mode"], "output": str(output.absolute())}
                 for name, task in results["tasks"].items() for metric in task["metrics"]]
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{output}: holds no results of `megatron-sov eval lm`, or is damaged ({e!r:.200}); "

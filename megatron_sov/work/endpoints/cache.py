@@ -25,7 +25,7 @@ _COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
 
 @dataclass(frozen=True)
 class Usage:
-    """Billed tokens and cost of a request (`input_price`, `output_price`)."""
+    """Billed tokens of one or more requests, and their cost by `input_price` and `output_price`."""
 
     input_tokens: int
     output_tokens: int
@@ -57,11 +57,13 @@ class EndpointCache:
 
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:
+        """Return the hash of a request's address and JSON body."""
         # sorted: equal requests have equal keys in any field order
         text = json.dumps([url, payload], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> Any | None:
+        """Return the cached answer; None: not cached. Raises `UserError`: the answer is damaged."""
         rows = self._execute("SELECT answer FROM answers WHERE key = ?", (key,))
         if rows:
             try:

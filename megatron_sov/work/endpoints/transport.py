@@ -26,7 +26,7 @@ def is_url(text: str) -> bool:
 
 
 def find_address_problems(field: str, text: str, key_field: str) -> list[SettingsProblem]:
-    """Return the problems of an address up to `/v1`; the messages never quote the address (possible keys).
+    """Return the problems of an address up to `/v1`; messages never quote the address, which may hold a key.
 
     Args:
         field: name of the setting.

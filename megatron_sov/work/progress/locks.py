@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -292,33 +291,15 @@ def lock_folder(folder: Path, label: str | Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock, or the folder cannot be created.
     """
-    with _attempt_lock(folder) as is_ours:
-        if not is_ours:
-            raise UserError(f"{label}: is being written by another process ({folder} is held); wait for it, "
-                            "or name another output")
-        yield
-
-
-@contextlib.contextmanager
-def try_lock_folder(folder: Path) -> Iterator[bool]:
-    """Lock a folder that exists only while locked; yield whether the lock succeeded. Raises `UserError`: the
-    folder cannot be created."""
-    with _attempt_lock(folder) as is_ours:
-        try:
-            yield is_ours
-        finally:
-            if is_ours:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _attempt_lock(folder: Path) -> Iterator[bool]:
     with translate_disk_errors(folder):
         stop_check()
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         # closing the files releases the lock, also after an exception
-        yield _lock_until_close(folder, stack)
+        if not _lock_until_close(folder, stack):
+            raise UserError(f"{label}: is being written by another process ({folder} is held); wait for it, "
+                            "or name another output")
+        yield
 
 
 def _lock_until_close(folder: Path, stack: contextlib.ExitStack) -> bool:

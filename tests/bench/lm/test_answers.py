@@ -1,8 +1,9 @@
-"""The answer cache of `eval lm`: complete records count for every later run, and concurrent runs share
-chunks."""
+"""The answer cache of `eval lm`: complete records count for every later run, and the jobs of an array
+share chunks."""
 
-import threading
 from pathlib import Path
+
+import pytest
 
 from megatron_sov.bench.lm.answers import (
     AnswerCache, GenerationRequest, LikelihoodRequest, get_answer_folder, group_by_input)
@@ -36,49 +37,23 @@ def test_the_same_request_has_one_key() -> None:
     assert [len(group) for group in group_by_input([*SCORES, LikelihoodRequest((9,) * 5, (1, 2))])] == [1, 6]
 
 
-def stop_never() -> bool:
-    return False
+@pytest.mark.each(("job", "order"), [
+    ("0", [0, 1, 5, 4, 3, 2]), ("1", [2, 3, 1, 0, 5, 4]), ("2", [4, 5, 3, 2, 1, 0])])
+def test_array_jobs_begin_with_their_share_and_meet_from_its_end(
+        job: str, order: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", job)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    chunks = AnswerCache(tmp_path / job).iter_open_chunks([[score] for score in SCORES])
+    assert [chunk for chunk, _ in chunks] == order
 
 
-def test_several_share_the_chunks_and_end_with_all_answers(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_sov.bench.lm.answers.WAIT_S", 0.001)
-    chunks = [[score] for score in SCORES]
-    asked: list[int] = []
-    deals = []
-    for index in range(3):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(index + 1))
-        monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
-        monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
-        answers = AnswerCache(tmp_path)
-        deals.append((answers, answers.iter_open_chunks(chunks, stop_never)))
-        asked.append(next(deals[-1][1])[0])
-    assert asked == [0, 2, 4]
-
-    def work(number: int) -> None:
-        answers, deal = deals[number]
-        answers.save_answers({SCORES[asked[number]].key: ANSWER})
-        for chunk, places in deal:
-            asked.extend(chunk for _ in places)
-            answers.save_answers({SCORES[chunk].key: ANSWER} if places else {})
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(asked) == [0, 1, 2, 3, 4, 5]
-    assert set(AnswerCache(tmp_path)) == {score.key for score in SCORES}
-    assert not list((tmp_path / "asking").iterdir())
-
-
-def test_a_chunk_that_another_one_holds_is_waited_for(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_sov.bench.lm.answers.WAIT_S", 0.0)
-    answers = AnswerCache(tmp_path)
-    first = answers.iter_open_chunks([SCORES], stop_never)
-    second = AnswerCache(tmp_path).iter_open_chunks([SCORES], stop_never)
-    assert next(first) == (0, [0, 1, 2, 3, 4, 5])
-    assert next(second) == next(second) == (0, [])
-    answers.save_answers({SCORES[2].key: ANSWER})  # the rest was cut off
-    first.close()
-    assert next(second) == (0, [0, 1, 3, 4, 5])
-    assert list(AnswerCache(tmp_path).iter_open_chunks([SCORES], lambda: True)) == []
+def test_the_first_answer_of_two_jobs_counts(tmp_path: Path) -> None:
+    first, second = AnswerCache(tmp_path), AnswerCache(tmp_path)
+    chunks = first.iter_open_chunks([SCORES[:3], SCORES[3:]])
+    assert next(chunks) == (0, [0, 1, 2])
+    second.save_answers({SCORES[0].key: ANSWER, SCORES[4].key: ANSWER})
+    first.save_answers({score.key: ANSWER | {"logprob": -1.1} for score in SCORES[:3]})
+    assert next(chunks) == (1, [0, 2])
+    cache = AnswerCache(tmp_path)
+    assert [cache[score.key]["logprob"] for score in SCORES[:3]] == [-1.0, -1.1, -1.1]
+    assert cache == first

@@ -18,8 +18,8 @@ from megatron_sov.bench.lm.answers import LikelihoodRequest
 from megatron_sov.bench.lm.engine_runs import hash_model
 from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
 from megatron_sov.bench.lm.results import (
-    Contamination, EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, format_scores,
-    get_items_path, read_items, read_results, write_results)
+    EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, format_scores, get_items_path,
+    read_items, read_results, write_results)
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.bench.lm.tasks import load_tasks
 
@@ -117,7 +117,7 @@ FOUND = Results(EvaluatedModel("model", "abc", "huggingface"), {"t": TaskScores(
     "h", "generate_until", 2,
     (Metric("pass@k", 0.1 + 0.2, k=8, stderr=0.1, interval=(0.1, 0.5), clusters=2),
      Metric("f1", None, "strict")),
-    failed=1, at_limit=1, contamination=Contamination("shards", 1, None))}, {"lm_eval": "0.4.13"})
+    failed=1, at_limit=1)}, {"lm_eval": "0.4.13"})
 ITEMS = [ResultItem("t", "0", "d", "page", "Q", "A", {"pass@8": 1 / 3},
                     (ResultSample("한국어\ud800", "length", 0.5),)),
          ResultItem("t", "1", "e", failed="no answer")]

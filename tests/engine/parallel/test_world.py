@@ -13,7 +13,7 @@ from megatron_sov.model.config import ParallelConfig
 
 
 def place(layout: dict[str, int]) -> list[int | bool]:
-    """Return this process's place after it left another layout."""
+    """Return this process's ranks and sizes in `layout`, which it joins after leaving another layout."""
     world.join_world(ParallelConfig(pp=2))
     world.leave_world()
     w = world.join_world(ParallelConfig(**layout))
@@ -41,7 +41,7 @@ def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
 
 
 def joining(timeout_s: float) -> list[Any]:
-    """Return the requests for groups on a double of a GPU."""
+    """Return what `join_world` requests on a simulated GPU: GPU, default group, and the library's groups."""
     from megatron.core import parallel_state
 
     asked: list[Any] = []
@@ -68,14 +68,14 @@ def joining(timeout_s: float) -> list[Any]:
 
 @pytest.mark.distributed
 def test_gpu_groups_are_not_split_from_the_world_and_gloo_creates_none(ranks: Any, job: Any) -> None:
-    """With a default group bound to a device, every process takes part in every `new_group`."""
+    """A default group bound to a device would make every process take part in every `new_group`."""
     ((asked,),) = ranks(job(__file__, "joining", 1, {"timeout_s": 90.0}))
     assert asked == [[0, 1, 7, 90.0], ["nccl", False, 90.0], [False, 2]]
 
 
 def joined(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[Any]:
-    """Return for some ranks of a world without communication the number of groups that each creates, and the
-    members of the library's groups."""
+    """Return, for the ranks `places` in a world without communication, how many new groups have the rank, and
+    the members of the library's groups."""
     from torch import distributed as dist
 
     found = []
@@ -100,7 +100,7 @@ def members_by_name() -> dict[str, Any]:
 
 
 def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[Any]:
-    """Return the same members with one separate group each, as the library creates them."""
+    """Return the members of the library's groups if Megatron-Core creates them itself, each separately."""
     from megatron.core import parallel_state
     from torch import distributed as dist
 
@@ -131,7 +131,7 @@ def test_a_rank_joins_few_group_creations_and_has_the_library_groups(ranks: Any,
 
 
 def on_main(fail: bool) -> list[Any]:
-    """Inside ranks: rank 0 returns or raises an error; return each rank's result."""
+    """Call `run_on_main` with an action that may fail; return the result, and the rank if it acted."""
     place = world.join_world(ParallelConfig())
     asked: list[int] = []
 

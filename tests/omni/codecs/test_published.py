@@ -1,9 +1,7 @@
 """Import of published tokenizers, with doubles that have the authors' tensor names; and hostile files."""
 
-import os
 import re
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +15,6 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.codecs import published
 from megatron_sov.omni.codecs.folder import open_codec
 from megatron_sov.omni.codecs.published import import_codec
 
@@ -56,20 +53,15 @@ def published_network() -> PublishedTATok:
     return PublishedTATok().eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("form", ["pth", "safetensors", "released"])
+@pytest.mark.parametrize("form", ["safetensors", "released"])
 def test_ta_tok_ids_equal_the_authors_code(tmp_path: Path, published_network: PublishedTATok,
-                                                          form: str) -> None:
-    state = published_network.state_dict()
-    if form == "pth":
-        source = tmp_path / "ta_tok.pth"
-        torch.save({"model": {"args": {"input_size": 20}, "sd": state}}, source)
-    else:
-        source = tmp_path / "model"
-        source.mkdir()
-        begin = "model.discrete_vision_model." if form == "released" else ""
-        save_file({f"{begin}{name}": tensor.clone() for name, tensor in state.items()}
-                  | ({"model.language_model.w": torch.zeros(2)} if begin else {}),
-                  source / "model.safetensors")
+                                           form: str) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    begin = "model.discrete_vision_model." if form == "released" else ""
+    save_file({f"{begin}{name}": tensor.clone() for name, tensor in published_network.state_dict().items()}
+              | ({"model.language_model.w": torch.zeros(2)} if begin else {}),
+              source / "model.safetensors")
     import_codec("ta-tok", source, tmp_path / "codec")
     codec = open_codec(tmp_path / "codec")
     pictures = torch.rand(4, 3, 20, 20, generator=torch.Generator().manual_seed(2))
@@ -95,65 +87,17 @@ def test_other_networks_are_refused(tmp_path: Path, published_network: Published
     assert not (tmp_path / "codec").exists()
 
 
-class Evil:
-    """Runs a command when unpickled."""
-
-    def __reduce__(self) -> Any:
-        return os.system, ("touch was-run",)
-
-
-@pytest.mark.parametrize("kind", ["ta-tok", "cosyvoice2"])
-def test_pickles_that_execute_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                kind: str) -> None:
+@pytest.mark.each("kind", ["ta-tok", "cosyvoice2"])
+def test_pickles_and_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               kind: str) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": {"sd": {"a": torch.zeros(1)}, "args": Evil()}}, "evil.pth")
-    with pytest.raises(UserError, match="read without executing code"):
-        import_codec(kind, Path("evil.pth"), Path("codec"))
-    for name, content, said in [("none.pth", None, "does not exist"),
-                                ("text.pth", b"hello", "cannot be read"),
-                                ("cut.safetensors", b"\x08\0\0\0", "cannot be read")]:
-        if content is not None:
-            Path(name).write_bytes(content)
-        with pytest.raises(UserError, match=said):
+    torch.save({"a": torch.zeros(1)}, "pickled.pth")
+    Path("cut.safetensors").write_bytes(b"\x08\0\0\0")
+    for name, message in (("pickled.pth", "pass the weights as safetensors"),
+                          ("cut.safetensors", "cannot be read"), ("none.pth", "does not exist")):
+        with pytest.raises(UserError, match=message):
             import_codec(kind, Path(name), Path("codec"))
-    torch.save([1, 2], "list.pt")
-    with pytest.raises(UserError, match="does not map names to tensors"):
-        import_codec(kind, Path("list.pt"), Path("codec"))
-    assert not Path("was-run").exists() and not Path("codec").exists()
-
-
-@pytest.mark.parametrize("opcodes", [
-    b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",  # bytearray(2**31 - 1)
-    b"]" + b"]a" * 1_000_000 + b"."], ids=["one object", "many objects"])
-def test_unpickling_is_bounded_in_memory_and_time(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opcodes: bytes) -> None:
-    file = tmp_path / "small.pth"
-    torch.save({}, file)
-    with zipfile.ZipFile(file) as read:
-        members = {name: read.read(name) for name in read.namelist()}
-    with zipfile.ZipFile(file, "w") as out:
-        for name, content in members.items():
-            out.writestr(name, b"\x80\x02" + opcodes if name.endswith("data.pkl") else content)
-    monkeypatch.setattr(published, "_LOAD_TIME_S", 0.05)
-    with pytest.raises(UserError, match="takes more memory or time"):
-        import_codec("ta-tok", file, tmp_path / "codec")
-
-
-@pytest.mark.each("kind", ["spread", "sparse", "compressed"])
-def test_tensors_larger_than_their_file_are_refused(tmp_path: Path, kind: str) -> None:
-    """A file of some kilobytes would fill the memory."""
-    file = tmp_path / "small.pth"
-    many = {"spread": torch.zeros(1, dtype=torch.float16).expand(1 << 40),
-            "sparse": torch.zeros(1 << 20).to_sparse(), "compressed": torch.zeros(1 << 20)}[kind]
-    torch.save({"a": many}, file)
-    if kind == "compressed":
-        with zipfile.ZipFile(file) as read:
-            members = {name: read.read(name) for name in read.namelist()}
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
-            for name, content in members.items():
-                out.writestr(name, content)
-    with pytest.raises(UserError, match="compressed" if kind == "compressed" else "not plain numbers"):
-        import_codec("ta-tok", file, tmp_path / "codec")
+    assert not Path("codec").exists()
 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:

@@ -66,8 +66,7 @@ def _score(log: EventLog) -> None:
         for task, value in (("kmmlu", step / 1000), (f"quiz {HOSTILE}", 0.9 - step / 1000)):
             log.write("eval_lm", step=step, model_hash=f"m{step}", task=task, task_hash="t", metric="acc",
                       k=None, filter="none", mode="default", value=value, items=300, failed=0, at_limit=0,
-                      interval=[value - 0.05, value + 0.05], sampling={"temperature": 0.0},
-                      contamination=None)
+                      interval=[value - 0.05, value + 0.05], sampling={"temperature": 0.0})
 
 
 def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:

@@ -23,7 +23,7 @@ def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fiel
     return {"event": "eval_lm", "task": task, "task_hash": "t", "model_hash": f"m{step}", "metric": "acc",
             "k": None, "filter": "none", "mode": "default", "step": step, "value": value,
             "interval": [0.4, 0.6], "items": 30, "failed": 0, "at_limit": 2,
-            "sampling": {"temperature": 0.6, "samples": 4}, "contamination": None, **fields}
+            "sampling": {"temperature": 0.6, "samples": 4}, **fields}
 
 
 def test_of_one_checkpoint_the_newest_measurement_counts() -> None:

@@ -50,6 +50,8 @@ VALIDATED = {"event": "validation", "step": 2, "reward": 0.25, "truncated": 0.0,
              "components": {"math": 0.5}}
 CURVES = {"reward": 0.25, "truncated": 0.0, "response_tokens": 4.5, "pass_at_1": 0.25, "pass_at_2": 0.5,
           "component/math": 0.5, "domain/d/reward": 1.0}
+"""Curve -> value that trackers show for `VALIDATED`."""
+"""Values that trackers show for `VALIDATED`, each named validation/KEY."""
 
 
 def observe(trackers: Trackers) -> None:
@@ -85,7 +87,7 @@ def wandb_records(file: Path) -> Iterator[bytes]:
     assert data[:4] == b":W&B"
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
-            at += left
+            at += left  # too short for a header: padding
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
         parts.append(data[at + 7:at + 7 + length])

@@ -86,6 +86,11 @@ _API_KEY = re.compile(
     r"(?![A-Za-z0-9_])"
     r"|-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----[^-]{0,20000}-----END (?:[A-Z]+ ){0,3}PRIVATE KEY-----")
 """Key formats that issuers publish for secret scanning, and PEM private keys."""
+NAME = "{name}"
+"""Part of the placeholder that is replaced by the kind's name."""
+NAMES_FILE = Path(__file__).with_name("names.yaml")
+Finder = Annotated[str, choice_from(lambda: FINDERS)]
+"""Kind in `FINDERS`."""
 
 
 def find_phones(text: str, language: str) -> Iterator[Span]:
@@ -264,11 +269,6 @@ FINDERS: dict[str, Callable[[str, str], Iterator[Span]]] = {
     "api_key": find_api_keys, "email": find_emails, "iban": find_ibans, "korean_rrn": find_korean_rrns,
     "thai_id": find_thai_ids, "card": find_cards, "ip": find_ip_addresses, "phone": find_phones}
 """Kind -> finder for a text and its language; if spans overlap, the earlier kind wins."""
-NAME = "{name}"
-"""Part of the placeholder that is replaced by the kind's name."""
-NAMES_FILE = Path(__file__).with_name("names.yaml")
-Finder = Annotated[str, choice_from(lambda: FINDERS)]
-"""Kind in `FINDERS`."""
 
 
 def _find_other_braces(placeholder: str) -> Violation | None:

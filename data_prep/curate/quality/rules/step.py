@@ -28,6 +28,28 @@ _END = re.compile(rf"[{re.escape(_MARKS)}…]+[{_CLOSING}]*(?=\s|$)|[。！？�
 
 
 NgramWords = Annotated[int, Ge(1), Le(100)]
+LANGUAGES_FILE = Path(__file__).with_name("languages.yaml")
+ENGLISH, OTHER_LANGUAGES, COMMON = "en", "other", "common"
+"""Keys in `LANGUAGES_FILE`: the language without common thresholds, the fallback for languages without a key,
+and the common thresholds."""
+Preset = Literal["fineweb", "fineweb2", "gopher", "c4"]
+WithoutRules = Literal["other", "drop", "pass"]
+RULE_SETS: dict[str, tuple[str, ...]] = {
+    "gopher": ("repetition", "quality"),
+    "c4": ("c4",),
+    # without C4's terminal marks, which lose too much text (FineWeb, section 3.5)
+    "fineweb": ("repetition", "quality", "c4", "fineweb"),
+    "fineweb2": ("repetition", "fineweb", "quality"),
+}
+"""Preset -> rule sets in the order of its published pipeline."""
+PRESETS_ELSEWHERE = {"fineweb": "fineweb2"}
+"""Preset tuned on English -> its replacement for other languages."""
+RulesLanguage = Annotated[str, choice_from(lambda: (*list_languages(), OTHER_LANGUAGES))]
+_CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
+_END_MARKS = (".", "?", "!", '"', "'", "。", "！", "？", "」", "』", "”", "’", "।", "؟", "۔", "။", "។")
+_POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+_PARAGRAPHS = re.compile(r"\n{2,}")
+_LINES = re.compile(r"\n+")
 
 
 @dataclass(frozen=True)
@@ -105,12 +127,6 @@ class Thresholds:
     """FineWeb: maximum line breaks per word; lists have more."""
 
 
-LANGUAGES_FILE = Path(__file__).with_name("languages.yaml")
-ENGLISH, OTHER_LANGUAGES, COMMON = "en", "other", "common"
-"""Keys in `LANGUAGES_FILE`: the language without common thresholds, the fallback for languages without a key,
-and the common thresholds."""
-
-
 @dataclass(frozen=True)
 class LanguageRules:
     """Thresholds and word counting for a language."""
@@ -160,21 +176,6 @@ def load_language_rules(code: str) -> LanguageRules:
 
 def replace_thresholds(rules: LanguageRules, changes: dict[str, Any]) -> LanguageRules:
     return dataclasses.replace(rules, thresholds=dataclasses.replace(rules.thresholds, **changes))
-
-
-Preset = Literal["fineweb", "fineweb2", "gopher", "c4"]
-WithoutRules = Literal["other", "drop", "pass"]
-RULE_SETS: dict[str, tuple[str, ...]] = {
-    "gopher": ("repetition", "quality"),
-    "c4": ("c4",),
-    # without C4's terminal marks, which lose too much text (FineWeb, section 3.5)
-    "fineweb": ("repetition", "quality", "c4", "fineweb"),
-    "fineweb2": ("repetition", "fineweb", "quality"),
-}
-"""Preset -> rule sets in the order of its published pipeline."""
-PRESETS_ELSEWHERE = {"fineweb": "fineweb2"}
-"""Preset tuned on English -> its replacement for other languages."""
-RulesLanguage = Annotated[str, choice_from(lambda: (*list_languages(), OTHER_LANGUAGES))]
 
 
 @dataclass(frozen=True)
@@ -278,10 +279,6 @@ def _is_below(value: float, limit: float | None) -> bool:
 
 # C4's rules (Raffel et al., arXiv 1910.10683, section 2.2; its released code, c4_utils.py).
 
-_CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
-_END_MARKS = (".", "?", "!", '"', "'", "。", "！", "？", "」", "』", "”", "’", "।", "؟", "۔", "။", "។")
-_POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
-
 
 def apply_c4(text: str, rules: LanguageRules) -> tuple[str, str]:
     """Return the first broken rule or "", and the remaining lines.
@@ -331,9 +328,6 @@ def count_sentences(text: str) -> int:
 
 
 # Gopher's rules for quality and repetition (Rae et al., arXiv 2112.11446, section A1.1 and table A1).
-
-_PARAGRAPHS = re.compile(r"\n{2,}")
-_LINES = re.compile(r"\n+")
 
 
 def judge_quality(text: str, words: RuleWords, rules: LanguageRules) -> str:

@@ -7,12 +7,10 @@ from typing import Annotated
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, count_cores
-from megatron_sov.commands.shared_options import FigureOptions
-from megatron_sov.runs.folder import RunEvents
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalContaminationOptions(FigureOptions):
+class EvalContaminationOptions:
     """Find evaluation items in the training data, and compute the score without them."""
 
     results: Annotated[Path, Flag("OUT.json")]
@@ -24,11 +22,17 @@ class EvalContaminationOptions(FigureOptions):
     """Text field in JSONL and Parquet."""
     workers: AtLeastOne = field(default_factory=count_cores)
     """Search processes (default: one per core)."""
+    json: bool = False
+    """Print JSON."""
+
+    @property
+    def hits_path(self) -> Path:
+        """OUT.hits.json for OUT.json."""
+        return self.results.with_name(f"{self.results.name.removesuffix('.json')}.hits.json")
 
 
 def check_contamination(options: EvalContaminationOptions) -> EvalContaminationOptions:
-    RunEvents(options.run)
-    check_output("OUT.json", options.results)
+    check_output("OUT.hits.json", options.hits_path)
     for path in options.data:
         if not path.exists():
             raise UserError(f"--data {path}: does not exist; pass token shards or text files")

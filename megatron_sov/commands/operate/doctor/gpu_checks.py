@@ -73,7 +73,7 @@ def _check_presence(name: str, module: str, remedy: str) -> MachineCheck | None:
 
 
 def _format_reasons(reasons: dict[str, str]) -> str:
-    """Format working names, then unusable names with their reasons.
+    """Format working names, then unusable names with their reasons: "a, b; not c (reason)".
 
     Args:
         reasons: name -> why it is unusable; "": it works.

@@ -46,7 +46,7 @@ class RolloutSource(Protocol):
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool]) -> list[list[Rollout]] | None:
-        """Generate the rows per attempt; called by all engine processes, and used on the first.
+        """Generate the rows per attempt; called by all engine processes, but only the first one's rows count.
 
         Args:
             engine: generates the tokens.
@@ -57,10 +57,10 @@ class RolloutSource(Protocol):
 
 
 class RolloutWriter(Protocol):
-    """Generates pending pieces into the rollout store."""
+    """Generates the pending pieces of rounds (a piece: some of a round's prompts) into the rollout store."""
 
     completes_all: ClassVar[bool]
-    """Whether `write` completes all rounds; otherwise only the first round."""
+    """Whether `write` completes all its rounds, or only the first."""
 
     def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
@@ -114,7 +114,7 @@ class GenerationSettings:
                           provenance=self.provenance, asked_to_stop=asked_to_stop)
 
     def _find_further(self, number: int) -> tuple[int, bool]:
-        # Final for this call, because the publisher requests further prompts only after judging.
+        # True: the count is final for now, because the publisher requests more prompts only after judging.
         return read_further_pieces(self.run / ROUNDS, number), True
 
 
@@ -165,7 +165,7 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
     with create_bar("write", queue.pending.num_pieces, "piece", is_first_rank()) as bar:
         while (attempts := run_on_first(queue.next_attempts)) is not None:
             run_on_first(lambda: bar.update(queue.pending.num_complete - bar.n))
-            if isinstance(attempts, str):
+            if isinstance(attempts, str):  # `pieces.WAIT`: no piece to generate yet
                 continue
             try:
                 # Weights change between batches only: all new tokens in a row have the same version.
@@ -226,7 +226,7 @@ def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, 
 def _load_policy(engine: Engine, policy: Policy) -> None:
     """Load a checkpoint into an engine; processes of a Megatron model read local shards."""
     model = engine.forward_model.model if isinstance(engine, MegatronEngine) else None
-    # If the run trains an adapter, and the model has none, load weights with the merged adapter.
+    # Stream weights to a server engine, and the merged weights of an adapter to a model without adapter.
     if model is None or (read_adapter_base(policy.path) is not None and not model.lora.on):
         weights = convert.open_weights(policy.path)
         engine.update(((name, weights.read(name)) for link in weights.links for name in link.hf_names),

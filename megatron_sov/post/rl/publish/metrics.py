@@ -35,7 +35,7 @@ def compute_means(gathered: JudgedRound, rollout: RolloutConfig, right_from: flo
         return {"responses": 0}
     num_written = int(rows["written"].sum())
     trained_steps = (gathered.number - 1) * rollout.steps_per_round
-    # Steps between the policy that generated a token and the policy at the start of the round, summed.
+    # Optimizer steps from a token's policy to the start of the round, summed over generated tokens.
     stale_steps = trained_steps * num_written - int(rows["versions"].sum())
     rewards = defaultdict[str, list[float]](list)
     for domain, reward in zip(gathered.row_domains, rows["reward"].tolist(), strict=True):
