@@ -16,7 +16,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.cli import main
 from megatron_sov.convert.dcp import writer
-from megatron_sov.convert.dcp.names import HF, TORCHTITAN, RotaryOrder, check_names, list_parts
+from megatron_sov.convert.dcp.names import HF, TORCHTITAN, check_names, list_parts, order_rotary
 from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.model import recipes
 from megatron_sov.model.families import supported as models
@@ -106,7 +106,7 @@ def test_names_are_those_of_the_transformers_class(recipe: str, tmp_path: Path) 
 
 
 def test_names_are_those_of_torchtitan(tmp_path: Path) -> None:
-    """Recorded from torchtitan 0.3.0: the last layer of its Qwen3 with experts and fused query, key, value."""
+    """Recorded from torchtitan 0.3.0: a layer of its Qwen3 with experts and fused query, key, value."""
     model = recipes.get(EXPERTS).model
     links = [link for link in models.get_family(model.family).links(model)
              if f"layers.{model.num_layers - 1}." in link.key]
@@ -121,11 +121,11 @@ def test_names_are_those_of_torchtitan(tmp_path: Path) -> None:
 
 def test_rotary_pairs_of_torchtitans_llama_are_neighbours() -> None:
     model = recipes.get("tiny-llama").model
-    order, half = RotaryOrder(TORCHTITAN, model), model.head_dim // 2
+    name, half = "model.layers.0.self_attn.q_proj.weight", model.head_dim // 2
     rows = torch.arange(2 * model.head_dim)[:, None]
-    theirs = order.to_theirs("model.layers.0.self_attn.q_proj.weight", rows)
+    theirs = order_rotary(model, name, rows)
     assert theirs[:4, 0].tolist() == [0, half, 1, half + 1]
-    assert order.to_ours("model.layers.0.self_attn.q_proj.weight", theirs).equal(rows)
+    assert order_rotary(model, name, theirs, inverse=True).equal(rows)
 
 
 @pytest.mark.each("names", [HF, TORCHTITAN])

@@ -38,8 +38,8 @@ class Case:
                                                     "first": FIRST, "steps": STEPS})
 
     def export(self, out: str, **options: bool) -> None:
-        report = to_megatron(self.folder / f"checkpoints/step-{FIRST}", self.folder / out, **options)
-        assert (report.step, report.num_updates, report.schedule_problem) == (FIRST, FIRST, "")
+        source, problem = to_megatron(self.folder / f"checkpoints/step-{FIRST}", self.folder / out, **options)
+        assert (source.step, source.num_updates, problem) == (FIRST, FIRST, "")
 
     def continue_from(self, out: str, num_ranks: int, layout: dict[str, Any], *, distributed: bool,
                       saved: str = "") -> Any:

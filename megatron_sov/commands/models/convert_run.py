@@ -55,16 +55,16 @@ def import_megatron(request: MegatronImport) -> None:
 
 
 def export_megatron(options: ToMegatronOptions) -> None:
-    report = to_megatron(options.checkpoint, options.out, weights_only=options.weights_only,
-                         one_optimizer=options.one_optimizer, workers=options.workers,
-                         overwrite=options.overwrite)
-    print(f"wrote torch_dist checkpoint {options.out}, iteration {report.step}")
-    if report.num_updates is None:
+    source, problem = to_megatron(
+        options.checkpoint, options.out, weights_only=options.weights_only,
+        one_optimizer=options.one_optimizer, workers=options.workers, overwrite=options.overwrite)
+    print(f"wrote torch_dist checkpoint {options.out}, iteration {source.step}")
+    if source.num_updates is None:
         print("left out the optimizer: start with --finetune or --no-load-optim")
         return
-    print(f"with the moments of {report.num_updates} updates; without data order and random state")
-    if report.schedule_problem:
-        print(f"the learning rate is constant, because {report.schedule_problem}: pass "
+    print(f"with the moments of {source.num_updates} updates; without data order and random state")
+    if problem:
+        print(f"the learning rate is constant, because {problem}: pass "
               "--override-opt_param-scheduler with your schedule")
 
 

@@ -15,14 +15,14 @@ from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companion_files import read_token_ids
-from megatron_sov.convert.dcp.names import EMBEDDINGS, TITAN_BIAS, Part, RotaryOrder, check_names, list_parts
-from megatron_sov.convert.dcp.reader import DistTensors
+from megatron_sov.convert.dcp.names import (
+    EMBEDDINGS, TITAN_BIAS, TORCHTITAN, Part, check_names, list_parts, order_rotary)
+from megatron_sov.convert.dcp.reader import DistTensors, DistWeights
 from megatron_sov.convert.dtypes import DTYPES, KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, StateBlock, write_imported
 from megatron_sov.convert.megatron.from_megatron import METADATA
-from megatron_sov.convert.megatron.inert_pickle import (
-    TORCH_STATE_KEY, TRAINING_PREFIXES, read_in_subprocess)
-from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
+from megatron_sov.convert.megatron.inert_pickle import TORCH_STATE_KEY, TRAINING_PREFIXES, read_in_subprocess
+from megatron_sov.convert.sources import check_dtypes, check_shapes
 from megatron_sov.engine.optimizer.state_shards import MASTER
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.weights import Link
@@ -90,7 +90,7 @@ def _find_model_folder(step_folder: Path) -> Path:
                     "Face model with --model")
 
 
-class DcpWeights(BlockWeights):
+class DcpWeights(DistWeights):
     """Tensors of a DCP checkpoint, split into Hugging Face tensors.
 
     Args:
@@ -113,24 +113,15 @@ class DcpWeights(BlockWeights):
             raise UserError(f"{path}: {e}") from None
         check_names(self._names, model)
         super().__init__(path, model, family.links(model))
-        self.tensors, self._rotary = DistTensors(path, index), RotaryOrder(self._names, model)
+        self.tensors = DistTensors(path, index)
         self._stored = {*weights}
         self._states = {match.groups(): key for key in index if (match := TORCH_STATE_KEY.fullmatch(key))}
         """(tensor, AdamW's name of a state) -> key."""
         self._check_weights(weights)
         self.tensors.check_complete()
 
-    def get_dtype(self, name: str) -> torch.dtype:
-        part = self._list_parts(self._links_by_name[name])[0]
-        return self.tensors.get_dtype(self._prefix + part.key)
-
-    def list_keys_in(self, file: str) -> list[str]:
-        """Return the checkpoint's keys with a block in `file`."""
-        return self.tensors.list_keys_in(file)
-
-    def list_files(self, name: str) -> set[str]:
-        return {file for part in self._list_parts(self._links_by_name[name])
-                for file in self.tensors.list_files(self._prefix + part.key)}
+    def list_keys(self, link: Link) -> list[str]:
+        return [self._prefix + part.key for part in self._list_parts(link)]
 
     def list_states(self, *, with_masters: bool) -> list[StateBlock]:
         """Return AdamW's moments, and the weights as masters if asked for; [] without moments. Raises
@@ -170,8 +161,11 @@ class DcpWeights(BlockWeights):
             key = self._find_state(part, state) if state else self._prefix + part.key
             block = self.tensors.read(key, part.offset, part.extent).reshape(part.shape)
             tensors |= link.split(block) if len(part.names) > 1 else {part.names[0]: block}
-        block = link.join({name: self._rotary.to_ours(name, tensor) for name, tensor in tensors.items()})
-        return block
+        if self._names == TORCHTITAN:
+            tensors = {name: order_rotary(self.model, name, tensor, inverse=True)
+                       for name, tensor in tensors.items()}
+        joined: torch.Tensor = link.join(tensors)
+        return joined
 
     def _check_weights(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Check that the weights are those of the model; tied copies and a zero bias of torchtitan's router

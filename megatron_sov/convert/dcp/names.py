@@ -125,20 +125,11 @@ def _find_titan_part(name: str, shape: tuple[int, ...], num_experts: int) -> Par
     return Part(f"{prefix}{TITAN_NAMES[module]}.weight", (name,), shape)
 
 
-class RotaryOrder:
-    """Order of the rows of a head: in Hugging Face's Llama the rotary pair of row i is row i + head_dim / 2,
-    in torchtitan's the pairs are neighbours."""
-
-    def __init__(self, names: str, model: ModelConfig) -> None:
-        self._half = model.head_dim // 2 if names == TORCHTITAN and model.family == "llama" else 0
-
-    def to_theirs(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return self._transpose(name, tensor, 2, self._half)
-
-    def to_ours(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return self._transpose(name, tensor, self._half, 2)
-
-    def _transpose(self, name: str, tensor: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
-        if not self._half or not name.endswith((".q_proj.weight", ".k_proj.weight")):
-            return tensor
-        return tensor.reshape(-1, outer, inner, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+def order_rotary(model: ModelConfig, name: str, tensor: torch.Tensor, *, inverse: bool = False
+                 ) -> torch.Tensor:
+    """Order the rows of a query or key matrix as torchtitan's Llama, in which the rows of a rotary pair are
+    neighbours; in Hugging Face's Llama they are half a head apart."""
+    if model.family != "llama" or not name.endswith((".q_proj.weight", ".k_proj.weight")):
+        return tensor
+    axes = (model.head_dim // 2, 2) if inverse else (2, model.head_dim // 2)
+    return tensor.reshape(-1, *axes, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)

@@ -17,6 +17,8 @@ from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.checkpoint.safetensors_files import read_block
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert.megatron.inert_pickle import REMEDY, TorchArchive
+from megatron_sov.convert.sources import BlockWeights
+from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import format_names
 
 _CACHED_HEADERS = 4096
@@ -115,3 +117,24 @@ class DistTensors(StoredTensors):
     def _find_uncached(self, piece: StoredBlock) -> DistTensor:
         start, length = map(int, piece.name.split(":"))
         return find_tensor(self.folder / piece.file, start, length)
+
+
+class DistWeights(BlockWeights):
+    """Tensors in a torch.distributed checkpoint, split into Hugging Face tensors."""
+
+    tensors: DistTensors
+
+    def list_keys(self, link: Link) -> list[str]:
+        """Return the stored tensors that hold a block."""
+        raise NotImplementedError
+
+    def get_dtype(self, name: str) -> torch.dtype:
+        return self.tensors.get_dtype(self.list_keys(self._links_by_name[name])[0])
+
+    def list_keys_in(self, file: str) -> list[str]:
+        """Return the stored tensors with a block in `file`."""
+        return self.tensors.list_keys_in(file)
+
+    def list_files(self, name: str) -> set[str]:
+        return {file for key in self.list_keys(self._links_by_name[name])
+                for file in self.tensors.list_files(key)}

@@ -17,7 +17,7 @@ from megatron_sov.base.artifacts import format_json, write_atomically
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companion_files import copy_companions, read_token_ids
 from megatron_sov.convert.dcp.names import (
-    HF, PREFIXES, TITAN_BIAS, TORCHTITAN, Part, RotaryOrder, check_names, list_parts)
+    HF, PREFIXES, TITAN_BIAS, TORCHTITAN, Part, check_names, list_parts, order_rotary)
 from megatron_sov.convert.dcp.writer import (
     DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
 from megatron_sov.convert.hf_import import get_duplicates
@@ -71,8 +71,7 @@ class _ExportContent:
     """Tensors, objects and further names of an export, see `DcpPlanner`."""
 
     def __init__(self, source: TrainedModel, names: str) -> None:
-        self._source, self._names = source, names
-        self._prefix, self._rotary = PREFIXES[names], RotaryOrder(names, source.settings.model)
+        self._source, self._names, self._prefix = source, names, PREFIXES[names]
         self._parts: dict[str, list[tuple[Part, Link]]] = {}
         self.tensors: dict[str, DcpTensor] = {}
         self.objects: dict[str, Any] = {}
@@ -99,7 +98,7 @@ class _ExportContent:
                 keys |= dict.fromkeys(part.names, part.key)
         copies = get_duplicates(weights) | ({HEAD: EMBEDDING} if model.tied_embeddings else {})
         for copy, name in copies.items():
-            self._add_alias(self._prefix + keys[name], self._prefix + copy)
+            self.aliases.setdefault(self._prefix + keys[name], []).append(self._prefix + copy)
         if self._names == TORCHTITAN:  # begins to balance the experts
             for layer in range(model.num_layers - model.num_moe_layers(), model.num_layers):
                 self.tensors[f"layers.{layer}{TITAN_BIAS}"] = DcpTensor(
@@ -108,7 +107,8 @@ class _ExportContent:
     def _add_optimizer(self, num_updates: int) -> None:
         optim, step = self._source.settings.optim, self._source.step
         rate = Schedule(self._source.settings).learning_rate(step)
-        first_keys: dict[tuple[str, Any], str] = {}
+        steps: list[str] = []
+        settings: dict[tuple[str, Any], list[str]] = {}
         for state, theirs in STATE_NAMES.items():
             moments = CheckpointWeights(self._source.path, state)
             for link in moments.links:
@@ -118,26 +118,17 @@ class _ExportContent:
                     if part.expert or state == "exp_avg_sq":
                         continue
                     if state == "exp_avg":
-                        self._add_step(f"optimizer.state.{part.key}.step", num_updates)
-                    for field, value in _describe_group(optim, rule, rate, self._names).items():
-                        key = f"optimizer.param_groups.{part.key}.{field}"
-                        first = first_keys.setdefault((field, value), key)
-                        self.objects[first] = value
-                        if first != key:
-                            self._add_alias(first, key)
+                        steps.append(f"optimizer.state.{part.key}.step")
+                    for field in _describe_group(optim, rule, rate, self._names).items():
+                        settings.setdefault(field, []).append(f"optimizer.param_groups.{part.key}.{field[0]}")
+        for (_, value), (key, *others) in settings.items():
+            self.objects[key], self.aliases[key] = value, others
+        if steps:
+            self.aliases[steps[0]] = steps[1:]
+            self.tensors[steps[0]] = DcpTensor((), torch.float32,
+                                               lambda offset, extent: torch.tensor(float(num_updates)))
         self.objects |= {"lr_scheduler.last_epoch": step, "train_state.step": step,
                          "train_state.ntokens_seen": self._source.num_tokens}
-
-    def _add_step(self, key: str, num_updates: int) -> None:
-        """Add AdamW's count of a parameter; one stored number has all the names."""
-        first = next((name for name in self.tensors if name.endswith(".step")), key)
-        self.tensors[first] = DcpTensor((), torch.float32,
-                                        lambda offset, extent: torch.tensor(float(num_updates)))
-        if first != key:
-            self._add_alias(first, key)
-
-    def _add_alias(self, key: str, alias: str) -> None:
-        self.aliases.setdefault(key, []).append(alias)
 
     def _add_part(self, key: str, part: Part, link: Link, origin: CheckpointWeights) -> None:
         """Add a part of tensor `key`; experts are added in order."""
@@ -154,7 +145,9 @@ class _ExportContent:
         return torch.stack([self._read_part(origin, part, link) for part, link in parts[rows]])
 
     def _read_part(self, origin: CheckpointWeights, part: Part, link: Link) -> torch.Tensor:
-        tensors = {name: self._rotary.to_theirs(name, origin.read(name)) for name in part.names}
+        tensors = {name: origin.read(name) for name in part.names}
+        if self._names == TORCHTITAN:
+            tensors = {name: order_rotary(origin.model, name, tensor) for name, tensor in tensors.items()}
         joined: torch.Tensor = link.join(tensors) if len(tensors) > 1 else tensors[part.names[0]]
         return joined.contiguous()
 

@@ -16,11 +16,11 @@ from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints.kinds import TRACKER
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.dcp.reader import DistTensors
+from megatron_sov.convert.dcp.reader import DistTensors, DistWeights
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, StateBlock, write_imported
 from megatron_sov.convert.megatron.inert_pickle import STATE_KEY, read_in_subprocess
-from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
+from megatron_sov.convert.sources import check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.counterparts.architecture import (
@@ -187,7 +187,7 @@ def _open_tensors(folder: Path, *, with_optimizer: bool) -> tuple[DistTensors, i
     return DistTensors(folder, entries), index["num_skipped"] + len(states)
 
 
-class TorchDistWeights(BlockWeights):
+class TorchDistWeights(DistWeights):
     """Tensors in a `torch_dist` checkpoint, split into Hugging Face tensors.
 
     Args:
@@ -206,16 +206,8 @@ class TorchDistWeights(BlockWeights):
         self._sources = self._match_tensors()
         self.tensors.check_complete()
 
-    def get_dtype(self, name: str) -> torch.dtype:
-        return self.tensors.get_dtype(self._get_sources(self._links_by_name[name])[0].key)
-
-    def list_keys_in(self, file: str) -> list[str]:
-        """Return Megatron's keys with a block in `file`."""
-        return self.tensors.list_keys_in(file)
-
-    def list_files(self, name: str) -> set[str]:
-        return {file for source in self._get_sources(self._links_by_name[name])
-                for file in self.tensors.list_files(source.key)}
+    def list_keys(self, link: Link) -> list[str]:
+        return [source.key for source in self._get_sources(link)]
 
     def _get_sources(self, link: Link) -> list[DistSource]:
         return self._sources[link.key, link.offset]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_sov.base.hints.kinds import TRACKER
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dcp.writer import (
-    DcpTensor, DcpPlanner, TrainedModel, open_trained_model, write_export)
+    DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
 from megatron_sov.convert.megatron.from_megatron import (
     BACKEND, DECAY_STYLES, EXPERTS, FORMAT, STATES, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
@@ -39,22 +38,11 @@ CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_
 WSD_STYLES = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "minus_sqrt"}
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """Facts about an export, for the command's output."""
-
-    step: int
-    """Completed optimizer steps, Megatron's iteration."""
-    num_updates: int | None
-    """Updates in the moments; None: weights only."""
-    schedule_problem: str
-    """Reason why the learning rate is written as constant; "": it is not."""
-
-
 def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool = False,
                 one_optimizer: bool = False, workers: int = DEFAULT_WORKERS,
-                overwrite: bool = False) -> ExportReport:
-    """Write a checkpoint for Megatron-Core's `dist_checkpointing` (artifact kind `megatron_checkpoint`).
+                overwrite: bool = False) -> tuple[TrainedModel, str]:
+    """Write a checkpoint for Megatron-Core's `dist_checkpointing` (artifact kind `megatron_checkpoint`);
+    return its source, and why its learning rate is written as constant ("": it is not).
 
     Args:
         checkpoint: checkpoint, or run (newest checkpoint).
@@ -83,7 +71,7 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
 
     write_export(Path(out), KIND, source, planner, subfolder, write_companions, workers=workers,
                  overwrite=overwrite)
-    return ExportReport(source.step, source.num_updates, problem)
+    return source, problem
 
 
 def _list_tensors(source: TrainedModel) -> dict[str, DcpTensor]:
