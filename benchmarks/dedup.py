@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_prep.curate.dedup.exact import ExactDedup, ExactSettings, ParagraphDedup, ParagraphSettings
+from data_prep.curate.dedup.exact import ExactDedup, ExactSettings
 from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings
 from data_prep.curate.pipeline.step import Doc, ShardRef, Step
 
@@ -190,8 +190,7 @@ def measured(kind: str, num_shards: int, num_documents: int, answer: multiproces
     """Run a step on generated shards; return peak megabytes before and after it, CPU seconds, and megabytes
     of text."""
     steps: dict[str, Step] = {
-        "exact_dedup": ExactDedup(ExactSettings()), "paragraph_dedup": ParagraphDedup(ParagraphSettings()),
-        "minhash_dedup": MinhashDedup(MinhashSettings())}
+        "exact_dedup": ExactDedup(ExactSettings()), "minhash_dedup": MinhashDedup(MinhashSettings())}
     step = steps[kind]
     with tempfile.TemporaryDirectory() as folder:
         view = FolderView(Path(folder) / "in", Path(folder) / "work")
@@ -226,7 +225,7 @@ def _one(folder: Path) -> Path:
 def scaling(num_shards: int, num_documents: int) -> None:
     """Print memory and speed at so many shards and at ten times as many."""
     context = multiprocessing.get_context("spawn")
-    for kind in ("exact_dedup", "paragraph_dedup", "minhash_dedup"):
+    for kind in ("exact_dedup", "minhash_dedup"):
         for count in (num_shards, 10 * num_shards):
             answer: multiprocessing.Queue[tuple[float, ...]] = context.Queue()
             child = context.Process(target=measured, args=(kind, count, num_documents, answer))

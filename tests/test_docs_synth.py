@@ -62,7 +62,7 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for line in lines:
             assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
     printed = capsys.readouterr().out
-    assert "rewrite " in printed and "rewrite (version" in printed
+    assert "rewrite " in printed and "rewrite: documents" in printed
     output = tmp_path / "work/rewritten"
     assert main(["inspect", str(output)]) == 0
     assert "kept work of `sov-data synth`" in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(lines) == len(samples) > 0
     promised = re.findall(r"^\| `([\w.*/-]+)`", SYNTH[SYNTH.index("## Output"):SYNTH.index(
         "## Continue after")], re.MULTILINE)
-    assert len(promised) == 6 and all(
+    assert len(promised) == 5 and all(
         (output.parent / name if name.startswith(".") else output / name).exists() for name in promised)
 
 

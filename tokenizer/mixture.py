@@ -27,6 +27,7 @@ from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.documents import (
     BadRecord, Document, FileSpan, RecordReading, cut_at_blank_lines, list_files, plan_units, read_documents,
     read_span)
+from megatron_sov.base.documents.rows import fix_records
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.work.processes.pool import map_in_processes
 
@@ -252,7 +253,7 @@ def _locate_fault(span: FileSpan, item: BadRecord) -> UserError:
         for _ in read_documents([span.file]):
             continue
     except UserError as e:
-        return e
+        return UserError(e.sentence, fix_records(span.file, item.reason))
     return UserError(f"{span.file}: {item.reason}")
 
 

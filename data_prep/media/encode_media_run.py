@@ -29,7 +29,6 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import CORPUS_RECORDS, JSONL_SUFFIXES, MEDIA_CORPUS
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError, escape_controls
-from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, to_problem
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.model.modality import PICTURES, SOUNDS
@@ -113,7 +112,6 @@ def _prepare_units(options: EncodeMediaOptions) -> list[MediaUnit]:
     if p:
         raise SettingsError("", p)
     check_output_folder(options.output, MEDIA_CORPUS, options.overwrite)
-    check_creatable(options.output)
     units = list(plan_media_units(_list_files(options.input)))
     if not units:
         raise UserError("--input: holds no records; write one JSON object per line")

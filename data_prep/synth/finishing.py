@@ -9,23 +9,21 @@ import contextlib
 import os
 import sqlite3
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_prep.synth.checks.judging import JudgedSamples, judge_samples
-from data_prep.synth.checks.settings import find_check_problems
-from data_prep.synth.run_records import (
-    ANSWERS, FinishedItem, SynthRunRecord, check_work_folder, read_finished_items, read_run_record)
+from data_prep.synth.run_records import ANSWERS, FinishedItem, SynthRunRecord, read_finished_items
 from data_prep.synth.samples import GeneratedSample
+from data_prep.synth.synth import SynthOptions
 from data_prep.tags import SYNTHESIS, find_source_artifact
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, create_file, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, REJECTED_SAMPLES
 from megatron_sov.base.documents.rows import format_json_line
-from megatron_sov.base.errors import UserError, stop_check
-from megatron_sov.base.settings import SettingsError
+from megatron_sov.base.errors import UserError
 
 ANSWERED = "200"
 SUMMARY = "summary.json"
@@ -35,41 +33,39 @@ _SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(
 FROM requests GROUP BY outcome ORDER BY outcome"""
 
 
-def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_complete: bool = True) -> None:
-    """Judge a folder's samples, and write `kept.jsonl`, `rejected.jsonl`, `summary.json` and the manifest.
+def finish(run: SynthRunRecord, options: SynthOptions, output: Path, *, is_complete: bool = True) -> None:
+    """Judge the finished items' samples, and write `kept.jsonl`, `rejected.jsonl`, `summary.json` and the
+    manifest.
 
     Args:
+        run: generator, models and settings.
+        options: `input`, `checks` and `workers`; the result does not depend on the number of workers.
         output: folder of the run.
-        checks: file with pipeline steps; None: the packaged steps for the generator or kind of record.
-        workers: processes for the steps; the result does not depend on their number.
         is_complete: whether all items are finished; only then a manifest is written.
 
     Raises:
-        UserError: settings, a file in the folder, an input or the disk are wrong.
+        UserError: a file in the folder, an input or the disk is wrong.
     """
-    run = read_run_record(output)
-    check_work_folder(output)
-    if problems := find_check_problems(checks):
-        raise SettingsError("checks", problems)
-    stop_check()
     with translate_disk_errors(output):
         # from here on files change: after a kill, no manifest may describe them
         (output / MANIFEST).unlink(missing_ok=True)
-        judged = judge_samples(output, run, checks, workers)
+        judged = judge_samples(output, run, options)
         tally = SampleTally()
         _write_samples(output, run, judged, tally)
         summary = {
-            "format": 1, "generator": run.generator, "version": run.version, "kind": run.kind,
-            "model": run.model, "judge": run.judge, "settings": dict(run.settings),
+            "format": 1, "generator": run.generator, "kind": run.kind, "model": run.model,
+            "judge": run.judge, "settings": dict(run.settings),
             "is_complete": is_complete, **tally.to_dict(), "steps": list(judged.steps),
             "costs": sum_costs(output)}
         write_atomically(output / SUMMARY, format_json(summary))
         # last, because the manifest hashes the files above
         if is_complete:
-            _write_manifest(output, run, checks, tally)
+            _write_manifest(output, run, options, tally)
     account = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
     print(f"{output}: {account.describe()}\n  {output / ACCEPTED_SAMPLES}, {output / REJECTED_SAMPLES}, "
           f"{output / SUMMARY}")
+    if tally.num_unusable:
+        print(f"  {tally.num_unusable:,} items had no usable answer")
 
 
 def sum_costs(output: Path) -> dict[str, Any]:
@@ -159,23 +155,23 @@ def _write_samples(output: Path, run: SynthRunRecord, judged: JudgedSamples, tal
 
 def _build_provenance(run: SynthRunRecord, item: FinishedItem, sample_id: str, sample: GeneratedSample
                       ) -> dict[str, Any]:
-    return {"sample": sample_id, "generator": run.generator, "version": run.version,
+    return {"sample": sample_id, "generator": run.generator,
             "model": ", ".join(item.writers) or run.model, "judge": run.judge, "item": item.item["id"],
-            "source": item.item["source"], "licence": item.item["licence"], "group": sample.group,
+            "source": item.item["source"], "licence": item.item["licence"],
             "asked": list(item.asked), "notes": dict(sample.notes)}
 
 
-def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tally: SampleTally) -> None:
+def _write_manifest(output: Path, run: SynthRunRecord, options: SynthOptions, tally: SampleTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
     # without answers.sqlite, to which a later command adds answers
     writer.excluded_names = frozenset(path.name for path in output.iterdir()
                                       if path.name not in (ACCEPTED_SAMPLES, REJECTED_SAMPLES, SUMMARY))
     writer.content = {
-        "generator": run.generator, "generator_version": run.version, "kind": run.kind, "model": run.model,
-        "judge": run.judge, "num_kept": tally.num_kept, "num_rejected": tally.rejected.total(),
+        "generator": run.generator, "kind": run.kind, "model": run.model, "judge": run.judge,
+        "num_kept": tally.num_kept, "num_rejected": tally.rejected.total(),
         "licences": dict(sorted(tally.licences.items())), "sources": dict(sorted(tally.sources.items())),
         "models": dict(sorted(tally.models.items()))}
-    writer.settings = {"generator": dict(run.settings), "checks": checks}
-    for artifact in dict.fromkeys(filter(None, map(find_source_artifact, map(Path, run.inputs)))):
+    writer.settings = {**asdict(run), "checks": options.checks}
+    for artifact in dict.fromkeys(filter(None, map(find_source_artifact, options.input))):
         writer.add_input(artifact)
     writer.complete()

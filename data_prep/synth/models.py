@@ -51,11 +51,6 @@ class Model:
     def name(self) -> str:
         return self.model or Path(self.engine).resolve().name
 
-    @property
-    def location(self) -> str:
-        """Return the absolute folder or the address, for `run.json`."""
-        return str(Path(self.engine).resolve()) if self.is_local else self.engine.rstrip("/")
-
     def find_problems(self) -> list[SettingsProblem]:
         engine, name = self.options
         problems: list[SettingsProblem] = []

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sov.base.documents.messages import BadRecord, check_depth
 from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, to_hermes_form, unquote_marks
-from megatron_sov.chat.tool_calls import BadCall, parse_turn
+from megatron_sov.chat.tool_calls import BadCall, parse_turn, split_thoughts
 from megatron_sov.judge.rewards.surface import find_final_loop
 from megatron_sov.work.endpoints.answers import BadAnswer, read_model_name
 
@@ -119,15 +119,11 @@ def find_reply_fault(reply: Reply) -> str:
 def _split_thoughts(content: str) -> tuple[str, str]:
     """Return (text, thoughts). Thoughts end at the first `</think>`, or extend to the end."""
     content = to_hermes_form(content).strip()
-    opens_thoughts = content.startswith(BEGIN_THOUGHTS)
-    before, end, after = content.partition(END_THOUGHTS)
+    before, end, _ = content.partition(END_THOUGHTS)
     # Some chat templates write `<think>` into the prompt, so the opening tag may be missing. A later
     # opening tag is a quotation in a text without thoughts.
-    if end and (opens_thoughts or BEGIN_THOUGHTS not in before):
-        return unquote_marks(after).strip(), unquote_marks(before.removeprefix(BEGIN_THOUGHTS)).strip()
-    if opens_thoughts:
-        return "", unquote_marks(content.removeprefix(BEGIN_THOUGHTS)).strip()
-    return unquote_marks(content), ""
+    thoughts, text = split_thoughts(content, bool(end) and BEGIN_THOUGHTS not in before)
+    return unquote_marks(text).strip(), unquote_marks(thoughts).strip()
 
 
 def _parse_call(raw_call: Any) -> dict[str, Any]:

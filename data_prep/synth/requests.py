@@ -52,8 +52,6 @@ class Requester:
         """Hashes of used requests, in order."""
         self.writers: dict[str, None] = {}
         """Names of the models behind `request_keys`, without judges."""
-        self.failure: Exception | None = None
-        """Error from an unanswered request; the item is unfinished even if the generator continued."""
 
     def request_replies(self, prompt: str, fields: Mapping[str, Any], *, count: int = 1, first: int = 0,
                         temperature: float = 0.7, max_tokens: int = 1024, thinking: bool | None = None,
@@ -159,12 +157,10 @@ class Requester:
             return client.ask(payload, lambda answer: read_reply(answer, key, request.get("tools", ())))
         except RequestRefused as e:
             raise NoUsableReply(str(e)) from None
-        except Exception as e:
-            # A bad answer or timeout fails this item, an unavailable endpoint the whole run. The error is
-            # stored in `failure` because a generator may catch it and continue.
-            fails_item = isinstance(e, (BadAnswer, TimeoutError)) and not isinstance(e, EndpointUnavailable)
-            self.failure = NoReply(str(e)) if fails_item else e
-            raise self.failure from None
+        except EndpointUnavailable:  # fails the whole run
+            raise
+        except (BadAnswer, TimeoutError) as e:
+            raise NoReply(str(e)) from None
 
 
 def _build_request(messages: Sequence[Mapping[str, Any]], temperature: float, max_tokens: int,

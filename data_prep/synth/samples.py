@@ -48,8 +48,6 @@ class GeneratedSample:
     """Fields as required by the generator's `Kind`; the run adds `synthetic`."""
     verdicts: tuple[SampleVerdict, ...] = ()
     """Verdicts in check order; the first failed verdict gives the reason."""
-    group: str = ""
-    """Key shared by an item's samples, such as several solutions to a problem; "": no group."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Figures for readers, not for training: plain JSON values."""
 

@@ -6,14 +6,11 @@ Finished items stay in `.OUTPUT.work`, so that more input or other checks can co
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import MISSING, asdict, dataclass, field, fields as list_fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields as list_fields, replace
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -23,30 +20,26 @@ from data_prep.synth.declared.generator import PACKAGED, Generator, load_generat
 from data_prep.synth.models import Model, open_clients
 from data_prep.synth.replies import NoReply, NoUsableReply
 from data_prep.synth.requests import Draw, Requester, Role
-from data_prep.synth.run_records import (
-    ANSWERS, RUN, FinishedItem, SynthRunRecord, hash_item, read_finished_items, read_run_record)
+from data_prep.synth.run_records import ANSWERS, FinishedItem, SynthRunRecord, hash_item, read_finished_items
 from data_prep.synth.samples import GeneratedSample, GeneratorItem, replace_unwritable_sample
 from data_prep.synth.synth import SynthOptions
-from megatron_sov.base.artifacts import format_json, translate_disk_errors, write_atomically
+from megatron_sov.base.artifacts import MANIFEST, translate_disk_errors
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import (
-    ExitCode, Fix, StopRequested, UserError, choose_free_path, escape_controls, format_error, format_problems)
+    ExitCode, Fix, StopRequested, UserError, choose_free_path, escape_controls)
 from megatron_sov.base.hints.removed import suggest_successor
-from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.settings import (
-    ProblemCode, SettingsError, SettingsProblem, count_cores, parse_nested, parse_settings, to_problem)
+    ProblemCode, SettingsError, SettingsProblem, parse_nested, parse_settings, to_problem)
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.endpoint import Endpoint
 from megatron_sov.work.endpoints.transport import find_missing_libraries
 from megatron_sov.work.processes.pool import StopSignal, map_in_threads
-from megatron_sov.work.progress.journal import (
-    Journal, delete_work, describe_differences, lock_work_folder, work_folder)
+from megatron_sov.work.progress.journal import Journal, delete_work, lock_work_folder, work_folder
 from megatron_sov.work.progress.locks import lock_folder
+from megatron_sov.work.progress.progress_bar import create_bar
 
 MADE_BY = "sov-data synth"
-MIN_REPORT_S, MAX_REPORT_S = 10.0, 900.0
-"""Bounds for the time between two progress lines."""
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 
 
@@ -61,10 +54,9 @@ class SynthRun:
     generator: Generator
     record: SynthRunRecord
 
-    def read_items(self, report_repeated: Callable[[GeneratorItem], object] = lambda item: None
-                   ) -> Iterator[tuple[int, GeneratorItem]]:
-        """Yield (number, item) for each different id; `report_repeated` receives repeated items. Raises
-        `UserError`: the generator does not support the input, or an id is invalid."""
+    def read_items(self) -> Iterator[tuple[int | None, GeneratorItem]]:
+        """Yield (number, item); the number is None if an earlier item has the id. Raises `UserError`: the
+        generator does not support the input, or an id is invalid."""
         item_ids: set[str] = set()
         for item in self.generator.read_items(self.options.input):
             # repeated ids do not count towards the limit
@@ -74,7 +66,7 @@ class SynthRun:
                 raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and "
                                 ":._/-; mend the input")
             if item.id in item_ids:
-                report_repeated(item)
+                yield None, item
             else:
                 yield len(item_ids), item
                 item_ids.add(item.id)
@@ -96,22 +88,25 @@ def run_synth(options: SynthOptions) -> ExitCode:
         with lock_folder(work, output):
             delete_work(output)
     # refuses a folder with other settings before any request or write
-    with lock_work_folder(output, MADE_BY, run.record.get_fixed_settings()):
-        # reads the whole input first: a damaged input leaves run.json unchanged
-        tally = count_items(run)
+    with lock_work_folder(output, MADE_BY, asdict(run.record)):
+        unfinished = find_unfinished_items(run)
         with translate_disk_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-            write_atomically(output / RUN, format_json({**asdict(run.record),
-                                                        "num_items": tally.num_items + len(tally.todo)}))
-        if tally.todo:
-            make_items(run, tally)
-        return finish_run(run, tally)
+        num_unanswered, last_error = make_items(run, unfinished) if unfinished else (0, "")
+        from data_prep.synth import finishing  # half a second, which --list and refusals need not wait
+
+        # an incomplete source can be inspected, and has no manifest
+        finishing.finish(run.record, options, output, is_complete=not num_unanswered)
+        if num_unanswered:
+            raise StopRequested(f"{num_unanswered:,} items got no answer, the last: {last_error}; the same "
+                                "command tries them again")
+    return ExitCode.OK
 
 
 def list_settings(name: str) -> list[str]:
     """Return a line with name, default and help for each setting."""
     definition = load_generator(name)
-    lines = [f"{definition.name} (version {definition.declared.version}): {definition.declared.help}",
+    lines = [f"{definition.name}: {definition.declared.help}",
              f"prompts: {', '.join(sorted(template.name for template in definition.prompts.values()))}"]
     for setting in list_fields(definition.Settings):
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
@@ -148,14 +143,12 @@ def prepare_run(options: SynthOptions) -> SynthRun:
         raise UserError(f"--input: generator {options.generator} needs one")
     # all facts that samples depend on: a later command with another record is refused
     record = SynthRunRecord(
-        generator=generator.name, version=definition.declared.version, kind=generator.kind,
-        settings=json.loads(format_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
-        model=writer.name, engine=writer.location, identity=writer.compute_identity(),
-        judge=judge.name, judge_engine=judge.location, judge_identity=judge.compute_identity(),
-        judge_max_tokens=options.judge_max_tokens,
+        generator=generator.name, kind=generator.kind,
+        settings=asdict(generator.settings), model=writer.name, identity=writer.compute_identity(),
+        judge=judge.name, judge_identity=judge.compute_identity(), judge_max_tokens=options.judge_max_tokens,
         digests={f"{generator.name}.yaml": definition.digest},
         files={str(file): hash_file(file) for file in generator.list_files()})
-    _check_folder(output, record, options.redo)
+    _check_folder(output, options.redo)
     return SynthRun(options, output, writer, judge, generator, record)
 
 
@@ -197,79 +190,33 @@ def create_generator(name: str, settings: Mapping[str, Any]) -> Generator:
         instead=lambda key: suggest_successor(f"{name}.{key}").removeprefix("; ")))
 
 
-def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
-    """Raise `UserError` if the output folder belongs to another command or run."""
-    check_creatable(output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; name a folder")
+def _check_folder(output: Path, redo: bool) -> None:
+    """Raise `UserError` if the output folder belongs to another command, or has lost its items' records."""
     if not output.exists() or not any(output.iterdir()):
         return
-    if not (output / RUN).is_file():
+    if not (output / ANSWERS).is_file():
         raise UserError(f"--output {output}: exists and is no folder of `sov-data synth`; choose another one")
-    if redo or work_folder(output).is_dir():  # `lock_work_folder` compares the settings
-        return
-    if differences := describe_differences(read_run_record(output).get_fixed_settings(),
-                                           record.get_fixed_settings()):
-        raise UserError(format_problems(
-            f"--output {output}: was made with other settings", differences,
-            "name another folder, or pass --redo: its items are made again, and answers that still fit cost "
-            "nothing"))
+    # otherwise `lock_work_folder` compares the settings
+    if (output / MANIFEST).is_file() and not work_folder(output).is_dir() and not redo:
+        raise UserError(f"--output {output}: the records of its items ({work_folder(output)}) are gone; pass "
+                        "--redo, which makes the items again (answers that still fit cost nothing), or name "
+                        "another folder")
 
 
-@dataclass
-class RunTally:
-    """Progress counts."""
-
-    todo: set[str] = field(default_factory=set)
-    """Unfinished item ids at the start."""
-    num_items: int = 0
-    """Finished items, including earlier commands."""
-    num_passed: int = 0
-    """Samples that pass the generator's checks."""
-    num_failed: int = 0
-    """Samples that fail a generator's check."""
-    num_unusable: int = 0
-    """Items without a usable answer."""
-    num_unanswered: int = 0
-    """Items without an answer; the next command tries them again."""
-    last_error: str = ""
-    """Error for the last unanswered item."""
-    defects: list[str] = field(default_factory=list)
-    """Items that ended in a program error, with the error."""
-
-    def add_item(self, num_passed: int, num_failed: int, is_unusable: bool) -> None:
-        self.num_items += 1
-        self.num_passed += num_passed
-        self.num_failed += num_failed
-        self.num_unusable += is_unusable
-
-    def add_error(self, item: GeneratorItem, error: Exception) -> None:
-        if isinstance(error, NoReply):
-            self.num_unanswered += 1
-            self.last_error = f"{item.id}: {error}"
-            return
-        # the run continues, and the command ends with 1
-        if not self.defects:
-            traceback.print_exception(error)
-        self.defects.append(f"{item.id}: {format_error(error)}")
-
-
-def count_items(run: SynthRun) -> RunTally:
-    """Count finished and unfinished items; raises `UserError` for a damaged, empty or changed input."""
-    options, tally = run.options, RunTally()
-    # counts only: the samples of all items would not fit into memory
-    finished = {item.item["id"]: (item.item["digest"], item.counts)
-                for item in read_finished_items(run.output)}
-    changed, repeated, num_items = [], list[GeneratorItem](), 0
-    for _, item in run.read_items(repeated.append):
+def find_unfinished_items(run: SynthRun) -> set[str]:
+    """Return the ids of unfinished items; raises `UserError` for a damaged, empty or changed input."""
+    options, unfinished = run.options, set[str]()
+    # digests only: the samples of all items would not fit into memory
+    finished = {item.item["id"]: item.item["digest"] for item in read_finished_items(run.output)}
+    changed, num_items, num_repeated, repeated = [], 0, 0, GeneratorItem("")
+    for number, item in run.read_items():
+        if number is None:
+            num_repeated, repeated = num_repeated + 1, item
+            continue
         num_items += 1
         if item.id not in finished:
-            tally.todo.add(item.id)
-            continue
-        digest, counts = finished[item.id]
-        if digest == hash_item(item):
-            tally.add_item(*counts)
-        else:
+            unfinished.add(item.id)
+        elif finished[item.id] != hash_item(item):
             # the source would mix samples of both contents
             changed.append(item.id)
     if not num_items:
@@ -279,54 +226,40 @@ def count_items(run: SynthRun) -> RunTally:
         raise UserError(f"--input: {len(changed)} items are not what they were when they were made, such as "
                         f"{changed[0]}; name another output folder, or pass --redo: answers that still "
                         "fit cost nothing")
-    if repeated:
-        print(f"{len(repeated):,} items have the id of an earlier one and are passed over, such as "
-              f"{escape_controls(repeated[0].id)} of {escape_controls(repeated[0].source)}", flush=True)
-    print(f"{options.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
+    if num_repeated:
+        print(f"{num_repeated:,} items have the id of an earlier one and are passed over, such as "
+              f"{escape_controls(repeated.id)} of {escape_controls(repeated.source)}", flush=True)
+    print(f"{options.generator}: {num_items:,} items, {num_items - len(unfinished):,} done before; model "
           f"{run.writer.name}", flush=True)
-    return tally
+    return unfinished
 
 
-def make_items(run: SynthRun, tally: RunTally) -> None:
-    """Make the items in `tally.todo`; every finished item is on disk immediately."""
+def make_items(run: SynthRun, unfinished: Collection[str]) -> tuple[int, str]:
+    """Make the unfinished items; every finished item is on disk immediately. Return the number of items
+    without an answer, and the last item's error."""
     options, stop = run.options, StopSignal()
     cache, journal = EndpointCache(run.output / ANSWERS), Journal(work_folder(run.output))
-    total, began_s = tally.num_items + len(tally.todo), time.monotonic()
-    reported_s = began_s
+    num_unanswered, last_error = 0, ""
     try:
         # a separate pool for draws: items wait for draws, and could occupy every thread in a shared pool
         with (stop.stop_on_signals(), ThreadPoolExecutor(options.threads) as draw_threads,
-              open_clients(run.writer, run.judge, options, cache, stop) as clients):
+              open_clients(run.writer, run.judge, options, cache, stop) as clients,
+              create_bar("make", len(unfinished), "item") as bar):
             maker = ItemMaker(run, clients, draw_threads, stop)
             # numbers count the whole input: a number means the same item in every command
-            items = ((number, item) for number, item in run.read_items() if item.id in tally.todo)
+            items = ((number, item) for number, item in run.read_items()
+                     if number is not None and item.id in unfinished)
             with contextlib.closing(map_in_threads(maker.make_item, items, options.threads, stop)) as results:
-                for number, item, result in results:
-                    if isinstance(result, Exception):
-                        tally.add_error(item, result)
-                        continue
-                    # on disk before the progress line, which must survive a kill
-                    journal.add([(number, result.to_json())])
-                    tally.add_item(*result.counts)
-                    now_s = time.monotonic()
-                    interval_s = min(max(MIN_REPORT_S, (now_s - began_s) / 20), MAX_REPORT_S)
-                    if now_s - reported_s >= interval_s:
-                        reported_s = now_s
-                        _report_progress(options.generator, tally, total, cache)
+                for number, result in results:
+                    bar.update()
+                    if isinstance(result, NoReply):
+                        num_unanswered, last_error = num_unanswered + 1, str(result)
+                    else:
+                        journal.add([(number, result.to_json())])
     finally:
-        _report_progress(options.generator, tally, total, cache)
         journal.close()
         cache.close()
-
-
-def _report_progress(generator: str, tally: RunTally, total: int, cache: EndpointCache) -> None:
-    usage = cache.usage()
-    unusable = ""
-    if tally.num_unusable:
-        unusable = f"; the answers about {tally.num_unusable:,} items were of no use"
-    print(f"{generator}: {tally.num_items:,} of {total:,} items; {tally.num_passed:,} samples pass their own "
-          f"checks, {tally.num_failed:,} do not; "
-          f"{usage.input_tokens + usage.output_tokens:,} tokens{unusable}", flush=True)
+    return num_unanswered, last_error
 
 
 class ItemMaker:
@@ -336,23 +269,12 @@ class ItemMaker:
                  stop: StopSignal) -> None:
         self._run, self._clients, self._draw_threads, self._stop = run, clients, draw_threads, stop
 
-    def make_item(self, numbered: tuple[int, GeneratorItem]
-                  ) -> tuple[int, GeneratorItem, FinishedItem | Exception]:
-        """Return number, item, and the finished item or the item's error. Raises `UserError`: no request can
-        succeed. Raises `StopRequested`: a signal, an exhausted budget or an unavailable endpoint."""
+    def make_item(self, numbered: tuple[int, GeneratorItem]) -> tuple[int, FinishedItem | NoReply]:
+        """Return the item's number, and the finished item or the reason for no answer. Raises `UserError`: no
+        request can succeed. Raises `StopRequested`: a signal, an exhausted budget or an unavailable
+        endpoint."""
         self._stop.check()
         number, item = numbered
-        try:
-            return number, item, self._finish_item(item)
-        # the next item would meet the same error
-        except (UserError, StopRequested):
-            raise
-        except EndpointUnavailable as e:
-            raise StopRequested(f"{e}; nothing is lost, and the same command goes on") from None
-        except Exception as e:
-            return number, item, e
-
-    def _finish_item(self, item: GeneratorItem) -> FinishedItem:
         generator = self._run.generator
         requester = Requester(item.id, generator.definition.prompts, self._clients, self._map_draws,
                               self._run.options.judge_max_tokens)
@@ -363,10 +285,12 @@ class ItemMaker:
             samples = tuple(map(replace_unwritable_sample, generator.make_samples(item, requester)))
         except NoUsableReply as e:
             unusable = str(e)
-        if requester.failure is not None:  # the generator caught the error
-            raise requester.failure
-        return FinishedItem.from_item(item, samples, tuple(requester.request_keys),
-                                      tuple(requester.writers), unusable)
+        except NoReply as e:
+            return number, NoReply(f"{item.id}: {e}")
+        except EndpointUnavailable as e:  # the next item would meet the same error
+            raise StopRequested(f"{e}; nothing is lost, and the same command goes on") from None
+        return number, FinishedItem.from_item(item, samples, tuple(requester.request_keys),
+                                              tuple(requester.writers), unusable)
 
     def _map_draws(self, function: Callable[[int], Draw], draws: Iterable[int]) -> Iterator[Draw]:
         numbers = list(draws)
@@ -375,20 +299,3 @@ class ItemMaker:
         futures = [self._draw_threads.submit(function, number) for number in numbers]
         wait(futures)  # also after an error, so that no request continues unnoticed
         return iter([future.result() for future in futures])
-
-
-def finish_run(run: SynthRun, tally: RunTally) -> ExitCode:
-    """Write the source from all finished items; raises `StopRequested` if items got no answer."""
-    from data_prep.synth import finishing  # half a second, which --list and refusals need not wait
-
-    # an incomplete source can be inspected, and has no manifest
-    finishing.finish(run.output, run.options.checks, run.options.workers or count_cores(),
-                     is_complete=not tally.num_unanswered and not tally.defects)
-    if tally.defects:
-        print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
-              f"not there: {'; '.join(tally.defects[:3])}", flush=True)
-        return ExitCode.CRASH
-    if tally.num_unanswered:
-        raise StopRequested(f"{tally.num_unanswered:,} items got no answer, the last: {tally.last_error}; "
-                            "the same command tries them again")
-    return ExitCode.OK

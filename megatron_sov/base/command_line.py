@@ -132,9 +132,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
-    """Run a command's checks with parsed arguments: those of a `DeclaredCommand`, its dry run, or the command
-    itself until its first write or long work (`stop_check`). Raises `UserError`: a fault of a value that is
-    no placeholder."""
+    """Run a command's checks with parsed arguments, until its first write or long work (`stop_check`).
+    Raises `UserError`: a fault of a value that is no placeholder."""
     # not at the top: `base.settings` imports this module
     from megatron_sov.base.settings import ActionGroup, DeclaredCommand, SettingsError, read_options
     from megatron_sov.base.settings.reading import find_rule_problems
@@ -146,15 +145,10 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
         options = read_options(options_class, parsed)
         action = command.load_action(parsed) if isinstance(command, ActionGroup) else command
         if isinstance(action, DeclaredCommand):
-            action.check_proposal(options)
-        if isinstance(action, DeclaredCommand) and action.run_function and not action.runs_in_checks:
-            action.check_options(options)
-        else:
-            # some commands take --dry-run with certain options only
-            if hasattr(options, "dry_run") and not find_rule_problems(
-                    dataclasses.replace(options, dry_run=True)):
-                parsed.dry_run = True
-            command.run(parsed)  # up to its first write
+            action.run_checks(options)
+        else:  # `submit`, up to its first write
+            parsed.dry_run = not find_rule_problems(dataclasses.replace(options, dry_run=True))
+            command.run(parsed)
     except SettingsError as e:
         problems = [problem for problem in e.problems if not is_placeholder(str(problem.value))]
         if problems:

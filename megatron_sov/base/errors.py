@@ -7,7 +7,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -138,9 +139,20 @@ IS_CHECKING = ContextVar("is_checking", default=False)
 """Whether a proposed command line is being checked: work of several seconds is skipped."""
 
 
+@contextmanager
+def check_only() -> Iterator[None]:
+    """Run the block's checks: `stop_check` ends the block."""
+    token = IS_CHECKING.set(True)
+    try:
+        with suppress(DryRun):
+            yield
+    finally:
+        IS_CHECKING.reset(token)
+
+
 def stop_check() -> None:
-    """End the check of a proposed command line before the first write, started process, submitted job or
-    paid request. Raises `DryRun`: a proposed line is being checked; it has passed all checks until here."""
+    """End the checks of a command line before the first write, started process, submitted job or paid
+    request. Raises `DryRun`: in a block of `check_only`; the line has passed all checks until here."""
     if IS_CHECKING.get():
         raise DryRun
 

@@ -7,10 +7,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.errors import Fix, UserError, choose_free_path
 
 PROBE_PREFIX = ".try-"
 """Name prefix for an empty folder created briefly to test write access."""
+MAX_NAME_CHARS = 40
+"""Maximum length of a proposed name."""
 RUN_RECORDS = ("config.json", "events.jsonl")
 """Files in a training run's folder that a run cannot recreate."""
 
@@ -30,6 +32,21 @@ def check_output(option: str, path: Path | None) -> None:
     if real.name in RUN_RECORDS and all(os.path.isfile(real.parent / name) for name in RUN_RECORDS):
         raise UserError(f"{option} {path}: is a record of the run {real.parent}, which would be replaced; "
                         "choose another path")
+
+
+def check_place(option: str, path: Path, *, is_file: bool) -> None:
+    """Check that a command can write the file, or the folder, of an option. Raises `UserError`: as
+    `check_output` and `check_creatable`, or a file lies in the folder's place; proposes a new path here."""
+    try:
+        if is_file:
+            check_output(option, path)
+        elif os.path.isfile(path):
+            raise UserError(f"{path}: is a file; {option} needs a folder")
+        elif not os.path.isdir(path):
+            check_creatable(path)
+    except UserError as e:
+        fix = Fix(words={str(path): choose_free_path(path.name[:MAX_NAME_CHARS])})
+        raise UserError(e.sentence, fix if path.stem and os.access(".", os.W_OK) else None) from None
 
 
 def check_page(option: str, path: Path | None) -> None:

@@ -12,7 +12,6 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import check_rows, format_json_line, parse_row, read_lines
 from megatron_sov.base.errors import ExitCode, UserError, format_error
-from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import PluginRequest, Registry, check_methods
@@ -162,7 +161,6 @@ def map_rows(options: MapOptions) -> int:
     # `_submit_work` accepts a complete output
     if not (options.cluster and (options.output / MANIFEST).is_file()):
         check_output_folder(options.output, KIND, options.overwrite)
-    check_creatable(options.output)
     work = MapWork(options, step, hash_file(options.file), num_rows)
     if options.cluster:
         _submit_work(work)

@@ -10,7 +10,7 @@ from typing import Annotated
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, escape_controls
-from megatron_sov.base.outputs import check_output, refuse_input_as_output
+from megatron_sov.base.outputs import refuse_input_as_output
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, count_cores, parse_nested
 from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.registry import BUILT_IN, build_versioned_reward, request_reward
@@ -52,8 +52,6 @@ def score_rows(options: ScoreOptions) -> int:
     events = RunEvents(options.run)
     reward_order = request_reward(options.reward, parse_nested(options.settings))
     reward = build_versioned_reward(reward_order)
-    # before the first row, because judging may take hours
-    check_output("--output", options.output)
     if options.run is not None:
         refuse_input_as_output("--output", options.output, options.run / EVENTS)
     if options.output.exists() and options.input.exists() and options.output.samefile(options.input):

@@ -264,8 +264,10 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if not kind:
         check_folder(path)
         if RUN in kinds and (runs := find_runs(path)):
+            unfinished = [run for run in runs if not (run / "complete.json").exists()]
+            run = str((unfinished if unfinished and kinds == (RUN,) else runs)[-1])
             raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass "
-                            "one of them")
+                            f"one of them, e.g. {run}", Fix(words={str(path): run}))
         if saved := [folder for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]:
             newest = max(saved, key=lambda folder: int(folder.name[11:]))
             raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
@@ -300,8 +302,9 @@ def fix_adapter(path: Path) -> Fix:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """Return the run folders one or two levels down, sorted by name."""
-    return sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{EVENTS}"))
+    """Return the run folders one or two levels down; the run with the newest event is the last."""
+    files = [file for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{EVENTS}")]
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime)]
 
 
 def check_model_folder(path: Path) -> None:

@@ -281,9 +281,9 @@ def read_command(run: Path) -> TypedCommand:
         if not (run / CONFIG).is_file():
             if not run.exists():
                 fix = fix_missing(run)
-                near = [os.path.relpath(path) for path in find_runs(run.parent) or find_runs(Path())]
+                near = list(map(str, find_runs(run.parent) or find_runs(Path())))
                 raise UserError(
-                    f"{os.path.relpath(run)}: does not exist; pass the folder of a training command's --run "
+                    f"{run}: does not exist; pass the folder of a training command's --run "
                     + (f"(runs there: {', '.join(near)[:300]})" if near else
                        "(`megatron-sov status FOLDER` lists the runs in a folder)"),
                     fix if fix and not fix.before else None)

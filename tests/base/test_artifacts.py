@@ -29,7 +29,8 @@ BLAKE3_OF_ABC = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d8
 """As in the test vectors of other implementations."""
 
 
-def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any) -> Path:
+def write_artifact(path: Path, kind: str = "tokens", text: str = "hello", **options: Any) -> Path:
+    """Write an artifact with a file sub/data.bin that contains `text`; `options` go to `create_artifact`."""
     with create_artifact(path, kind, **options) as writer:
         writer.content["num_documents"] = 1
         writer.settings["seed"] = 7
@@ -38,7 +39,7 @@ def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any)
     return path
 
 
-def killed_in_the_middle(body: str, path: Path) -> None:
+def run_and_kill(body: str, path: Path) -> None:
     """Run `body` in a process that is killed (SIGKILL) when it prints "now"."""
     program = ("import os, sys, time\nfrom megatron_sov.base import artifacts\n"
                "path = artifacts.Path(sys.argv[1])\n")
@@ -51,7 +52,7 @@ def killed_in_the_middle(body: str, path: Path) -> None:
 
 
 def test_artifact_round_trip(tmp_path: Path) -> None:
-    source = build(tmp_path / "source", "corpus")
+    source = write_artifact(tmp_path / "source", "corpus")
     with create_artifact(tmp_path / "deep/er/a", "tokens") as writer:
         writer.content["num_tokens"] = 3
         writer.settings["seed"] = 7
@@ -68,7 +69,7 @@ def test_artifact_round_trip(tmp_path: Path) -> None:
 
 def test_killed_writer_leaves_no_artifact_and_leftovers_are_cleared(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    killed_in_the_middle("""
+    run_and_kill("""
         with artifacts.create_artifact(path, "tokens") as writer:
             (writer.path / "data.bin").write_text("half")
             print("now", flush=True)
@@ -76,13 +77,13 @@ def test_killed_writer_leaves_no_artifact_and_leftovers_are_cleared(tmp_path: Pa
     """, path)
     assert not path.exists()
     assert len(list(tmp_path.iterdir())) == 1, "the temporary folder is still there"
-    build(path)
+    write_artifact(path)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_artifact_moved_aside_by_killed_process_is_restored(tmp_path: Path) -> None:
-    path = build(tmp_path / "a", text="old")
-    killed_in_the_middle("""
+    path = write_artifact(tmp_path / "a", text="old")
+    run_and_kill("""
         rename = os.rename
         def stop_after(source, target):
             rename(source, target)
@@ -94,7 +95,7 @@ def test_artifact_moved_aside_by_killed_process_is_restored(tmp_path: Path) -> N
     """, path)
     assert not path.exists()
     with pytest.raises(UserError, match="already exists"):
-        build(path, text="new")
+        write_artifact(path, text="new")
     assert (path / "sub/data.bin").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -102,7 +103,7 @@ def test_artifact_moved_aside_by_killed_process_is_restored(tmp_path: Path) -> N
 def test_folder_of_running_process_is_not_removed(tmp_path: Path) -> None:
     other = tmp_path / f".a.tmp-{os.getppid()}"
     other.mkdir()
-    build(tmp_path / "a")
+    write_artifact(tmp_path / "a")
     assert other.exists()
 
 
@@ -111,33 +112,33 @@ def test_folder_of_zombie_process_is_cleared(tmp_path: Path) -> None:
         while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.001)
         (leftover := tmp_path / f".a.tmp-{child.pid}").mkdir()
-        build(tmp_path / "a")
+        write_artifact(tmp_path / "a")
         assert not leftover.exists()
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_leftover_with_own_pid_is_cleared(tmp_path: Path, begun: bool) -> None:
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_leftover_with_own_pid_is_cleared(tmp_path: Path, overwrites: bool) -> None:
     """In a container the first process has the number 1, every time that it is started."""
-    old = build(tmp_path / "a", text="old")
+    old = write_artifact(tmp_path / "a", text="old")
     os.rename(old, tmp_path / f".a.old-{os.getpid()}")
     (half := tmp_path / f".a.tmp-{os.getpid()}").mkdir()
     (half / "data.bin").write_text("half")
-    if begun:
-        build(tmp_path / "a", overwrite=True, text="new")
+    if overwrites:
+        write_artifact(tmp_path / "a", overwrite=True, text="new")
     else:
         with pytest.raises(UserError, match="already exists"):
-            build(tmp_path / "a")
-    assert (tmp_path / "a/sub/data.bin").read_text() == ("new" if begun else "old")
+            write_artifact(tmp_path / "a")
+    assert (tmp_path / "a/sub/data.bin").read_text() == ("new" if overwrites else "old")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("number", ["that of a process that has ended", "this process's own"])
-def test_folder_locked_from_another_container_is_not_removed(tmp_path: Path, number: str) -> None:
+@pytest.mark.parametrize("is_own_pid", [False, True])
+def test_folder_locked_from_another_container_is_not_removed(tmp_path: Path, is_own_pid: bool) -> None:
     """In this container, the process id of the lock belongs to no process, or to the test's own."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         child.wait()
-    pid = os.getpid() if number == "this process's own" else child.pid
-    killed_at = tmp_path / f".a.tmp-{pid}"
+    pid = os.getpid() if is_own_pid else child.pid
+    locked_folder = tmp_path / f".a.tmp-{pid}"
     program = """import sys
 from pathlib import Path
 from megatron_sov.base import artifacts
@@ -151,12 +152,12 @@ with artifacts.create_artifact(Path(sys.argv[1]), "tokens") as writer:
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           cwd=Path(__file__).parents[2]) as other:
         assert other.stdout is not None and other.stdout.readline() == "now\n"
-        if pid == os.getpid():
+        if is_own_pid:
             with pytest.raises(UserError, match="a: another process is making it; wait for it, choose"):
-                build(tmp_path / "a")
+                write_artifact(tmp_path / "a")
         else:
             artifacts.clear_leftovers(tmp_path / "a")
-        assert killed_at.is_dir()
+        assert locked_folder.is_dir()
         other.communicate("")
     assert other.returncode == 0 and (tmp_path / "a/data.bin").read_text() == "theirs"
 
@@ -229,13 +230,13 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 def test_overwrite_replaces_only_same_kind(tmp_path: Path) -> None:
-    path = build(tmp_path / "a", text="old")
+    path = write_artifact(tmp_path / "a", text="old")
     with pytest.raises(UserError, match="already exists; choose another output folder, or pass --overwrite"):
-        build(path, text="new")
+        write_artifact(path, text="new")
     with pytest.raises(UserError, match="is not a 'tokenizer' artifact, so it is not replaced"):
-        build(path, kind="tokenizer", text="new", overwrite=True)
+        write_artifact(path, kind="tokenizer", text="new", overwrite=True)
     assert (path / "sub/data.bin").read_text() == "old"
-    build(path, text="new", overwrite=True)
+    write_artifact(path, text="new", overwrite=True)
     assert (path / "sub/data.bin").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -246,7 +247,7 @@ def test_overwrite_refuses_foreign_folders(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     for name in ("home", "file"):
         with pytest.raises(UserError, match="so it is not replaced"):
-            build(tmp_path / name, overwrite=True)
+            write_artifact(tmp_path / name, overwrite=True)
     assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "a file"
 
@@ -261,14 +262,14 @@ def edit_manifest(path: Path, **changes: Any) -> Path:
 @pytest.mark.each("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
                                     {"size_bytes": 5}, {"digest": "", "size_bytes": 5}, []])
 def test_unknown_digest_algorithm_is_damage(tmp_path: Path, record: Any) -> None:
-    path = edit_manifest(build(tmp_path / "a"), files={"sub/data.bin": record})
+    path = edit_manifest(write_artifact(tmp_path / "a"), files={"sub/data.bin": record})
     with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make it again or restore"):
         read_manifest(path)
 
 
 @pytest.mark.each("version, fix", [(3, "update megatron-sov"), (1, "make the folder again")])
 def test_another_manifest_format_is_refused(tmp_path: Path, version: int, fix: str) -> None:
-    path = edit_manifest(build(tmp_path / "a"), format_version=version, shards=[])
+    path = edit_manifest(write_artifact(tmp_path / "a"), format_version=version, shards=[])
     with pytest.raises(UserError, match=f"has format_version {version}, not 2; {fix}"):
         read_manifest(path)
 
@@ -277,7 +278,7 @@ def test_another_manifest_format_is_refused(tmp_path: Path, version: int, fix: s
     "", "{", "[]", "{}", "null", '{"files": {}, "format_version": "x"}', '{"files": 3, "format_version": 2}',
 ])
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
-    path = build(tmp_path / "a")
+    path = write_artifact(tmp_path / "a")
     (path / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make it again or restore"):
         read_manifest(path)
@@ -285,28 +286,28 @@ def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_manifest_detects_changed_bytes(tmp_path: Path) -> None:
     """Every changed byte is detected, even if the manifest still parses."""
-    file = build(tmp_path / "a") / MANIFEST
-    sound = file.read_bytes()
-    assert read_manifest(tmp_path / "a").sha256.encode() in sound
-    for place in range(len(sound)):
-        file.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1:])
+    file = write_artifact(tmp_path / "a") / MANIFEST
+    intact = file.read_bytes()
+    assert read_manifest(tmp_path / "a").sha256.encode() in intact
+    for index in range(len(intact)):
+        file.write_bytes(intact[:index] + bytes([intact[index] ^ 1]) + intact[index + 1:])
         with pytest.raises(UserError, match=r"manifest\.json"):
             read_manifest(tmp_path / "a")
-    for length in (0, 1, len(sound) // 2, len(sound) - 1):
-        file.write_bytes(sound[:length])
+    for length in (0, 1, len(intact) // 2, len(intact) - 1):
+        file.write_bytes(intact[:length])
         with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
             read_manifest(tmp_path / "a")
-    file.write_bytes(sound)
+    file.write_bytes(intact)
     assert read_manifest(edit_manifest(tmp_path / "a", kind="tokens")).sha256 == ""
 
 
 def test_wrong_artifact_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for name, says in (("nowhere", "does not exist"), ("file", "has no manifest.json")):
-        with pytest.raises(UserError, match=f"{name}: {says}, so it is not a 'tokens' artifact"):
+    for name, reason in (("nowhere", "does not exist"), ("file", "has no manifest.json")):
+        with pytest.raises(UserError, match=f"{name}: {reason}, so it is not a 'tokens' artifact"):
             read_manifest(tmp_path / name, "tokens")
     with pytest.raises(UserError, match="is a 'tokens' artifact where a 'tokenizer' artifact is needed"):
-        read_manifest(build(tmp_path / "a"), "tokenizer")
+        read_manifest(write_artifact(tmp_path / "a"), "tokenizer")
 
 
 def test_file_hashes_match_libraries_across_blocks(tmp_path: Path) -> None:
@@ -348,18 +349,18 @@ def test_linked_output_is_written_to_target(tmp_path: Path) -> None:
     (tmp_path / "disk/real").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk/real")
     check_output_folder(tmp_path / "out", "tokens", overwrite=False)
-    build(tmp_path / "out")
+    write_artifact(tmp_path / "out")
     assert (tmp_path / "out").is_symlink() and read_manifest(tmp_path / "disk/real").kind == "tokens"
     with pytest.raises(UserError, match="already exists"):
-        build(tmp_path / "out")
-    build(tmp_path / "out", text="again", overwrite=True)
+        write_artifact(tmp_path / "out")
+    write_artifact(tmp_path / "out", text="again", overwrite=True)
     assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/real/sub/data.bin").read_text() == "again"
     assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
-    lost = tmp_path / "lost"
-    for refuse in (lambda: check_output_folder(lost, "tokens", overwrite=False), lambda: build(lost)):
-        with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
-            refuse()
+    with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
+        check_output_folder(tmp_path / "lost", "tokens", overwrite=False)
+    with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
+        write_artifact(tmp_path / "lost")
 
 
 def test_sealed_file_round_trip(tmp_path: Path) -> None:
@@ -367,10 +368,12 @@ def test_sealed_file_round_trip(tmp_path: Path) -> None:
     assert "cannot be read (No such file or directory)" in str(find_seal_damage(file))
     for content in (b"", b"1234", bytes(range(256)) * 9):
         write_sealed(file, content)
-        whole = file.read_bytes()
-        assert find_seal_damage(file) is None and whole.startswith(content)
-        for damaged in (*(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:]
-                          for place in {0, len(content) // 2, len(whole) - 1}), whole[:-1], whole + b"x"):
+        complete = file.read_bytes()
+        assert find_seal_damage(file) is None and complete.startswith(content)
+        variants = [complete[:-1], complete + b"x"]
+        for index in {0, len(content) // 2, len(complete) - 1}:
+            variants.append(complete[:index] + bytes([complete[index] ^ 16]) + complete[index + 1:])
+        for damaged in variants:
             file.write_bytes(damaged)
             assert "is damaged (it " in str(find_seal_damage(file))
 

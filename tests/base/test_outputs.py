@@ -39,22 +39,24 @@ def test_check_output_refuses_impossible_paths(tmp_path: Path) -> None:
     assert (tmp_path / "new/folders/page.html").read_text() == "x"
 
 
-@pytest.mark.parametrize("nameless", [True, False])
-def test_write_probe_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_nameless_files", [True, False])
+def test_write_probe_leaves_nothing(has_nameless_files: bool, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """`has_nameless_files`: whether the file system supports O_TMPFILE; otherwise the probe is a folder."""
     created: list[str] = []
 
-    def make(prefix: str, dir: Path) -> str:
+    def record_folder(prefix: str, dir: Path) -> str:
         created.append(mkdtemp(prefix=prefix, dir=dir))
         return created[-1]
 
     def refuse(folder: Path, flags: int) -> int:
         raise OSError(errno.EOPNOTSUPP, "this file system makes no files without names")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", make)
-    if not nameless:
+    monkeypatch.setattr(tempfile, "mkdtemp", record_folder)
+    if not has_nameless_files:
         monkeypatch.setattr(os, "open", refuse)
     refuse_unwritable(tmp_path, "--run x")
-    assert list(tmp_path.iterdir()) == [] and bool(created) != nameless
+    assert list(tmp_path.iterdir()) == [] and bool(created) != has_nameless_files
 
 
 COMMANDS = {
@@ -84,11 +86,11 @@ def test_every_command_refuses_unwritable_output(
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text('{"model_type": "qwen3"}')
     (model / "model.safetensors").touch()
-    for out, why in ((NOWHERE, "nothing can be made in /proc"), (text / "x", "even.jsonl is a file")):
+    for out, reason in ((NOWHERE, "nothing can be made in /proc"), (text / "x", "even.jsonl is a file")):
         words = line.format(data=packed_data, text=text, model=model, out=out).split()
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert why in error and len(error.splitlines()) == 1, error
+        assert reason in error.splitlines()[0] and "Traceback" not in error, error
 
 
 def test_links_out_of_foreign_folder_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
 CHATML = "{% for m in messages %}[BOS]{{ m.role }}\n{{ m.content }}[EOS]\n{% endfor %}" \
          "{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
 SPACED = "{% for m in messages %}{{ m.role }}:{{ m.content }} {{ eos_token }}{% endfor %}"
-BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast(tokenizer_object=result, bos_token="[BOS]", eos_token="[EOS]")
 
 
-def encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:
+def create_encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:
     return ChatEncoder(ChatTemplate(template, "[BOS]", "[EOS]", "tok"), tokenizer.backend_tokenizer)
 
 
@@ -47,9 +47,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, template: str, *messages: 
                                               tokenize=True, return_dict=False))
 
 
-def learned_text(tokenizer: PreTrainedTokenizerFast, template: str,
-                 *messages: tuple[str, str]) -> tuple[str, bool]:
-    chat = encoder(tokenizer, template).encode(Conversation.of(*messages))
+def decode_learned(tokenizer: PreTrainedTokenizerFast, template: str,
+                   *messages: tuple[str, str]) -> tuple[str, bool]:
+    """Return the text of the learned tokens, and whether the last turn has no end."""
+    chat = create_encoder(tokenizer, template).encode(Conversation.of(*messages))
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
 
@@ -58,50 +59,53 @@ def learned_text(tokenizer: PreTrainedTokenizerFast, template: str,
 @pytest.mark.each("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
 def test_prompt_ids_equal_inference_ids(tokenizer: PreTrainedTokenizerFast, template: str,
                                         content: str) -> None:
-    ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
+    chats = create_encoder(tokenizer, template)
+    ours = chats.encode(Conversation.of(("user", content)), awaits_response=True)
     theirs = encode_prompt(tokenizer, template, ("user", content))
     assert ours.ids == theirs
-    trained = encoder(tokenizer, template).encode(Conversation.of(("user", content), ("assistant", "there")))
+    trained = chats.encode(Conversation.of(("user", content), ("assistant", "there")))
     assert trained.ids[:len(theirs)] == theirs and trained.types[:len(theirs)].count(TYPE_RESPONSE) == 0
 
 
-@pytest.mark.each(("template", "response", "fits"), [
+@pytest.mark.each(("template", "response", "is_accepted"), [
     (PLAIN, "hello", False), (CHATML, "hello", True), (CHATML, "\n\nhello", False), (SPACED, "hello", True)])
 def test_later_turn_follows_inference_prompt(
-        tokenizer: PreTrainedTokenizerFast, template: str, response: str, fits: bool) -> None:
+        tokenizer: PreTrainedTokenizerFast, template: str, response: str, is_accepted: bool) -> None:
     """Chats whose response would merge with preceding text are refused."""
     turns = (("user", "hello"), ("assistant", response), ("user", "there"))
-    if not fits:
+    if not is_accepted:
         with pytest.raises(BadRecord, match=r"has a response .* that joins the template's"):
-            encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
+            create_encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
         return
     theirs = encode_prompt(tokenizer, template, *turns)
-    ours = encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
+    ours = create_encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
     assert ours.ids[:len(theirs)] == theirs
 
 
 def test_end_of_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = (("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
-    assert learned_text(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
-    assert learned_text(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
-    assert learned_text(tokenizer, BARE, *turns[:2]) == ("hello", True), "whatever is put behind it ends it"
-    assert learned_text(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
-    assert learned_text(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
+    assert decode_learned(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
+    assert decode_learned(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
+    # a template without an end mark leaves the turn open: the next token ends it
+    assert decode_learned(tokenizer, NO_END, *turns[:2]) == ("hello", True)
+    assert decode_learned(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
+    assert decode_learned(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
 
 
 def test_special_tokens_in_contents_are_ordinary_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    chat = encoder(tokenizer, CHATML).encode(Conversation.of(("user", "[EOS]"), ("assistant", "a[BOS]b")))
+    conversation = Conversation.of(("user", "[EOS]"), ("assistant", "a[BOS]b"))
+    chat = create_encoder(tokenizer, CHATML).encode(conversation)
     assert chat.ids.count(1) == chat.ids.count(2) == 2
     assert tokenizer.decode(chat.ids) == "[BOS]user\n[EOS][EOS]\n[BOS]assistant\na[BOS]b[EOS]\n"
 
 
 def test_end_tokens_of_turns(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert encoder(tokenizer, CHATML).end_ids() == encoder(tokenizer, SPACED).end_ids() == (2,)
-    assert encoder(tokenizer, PLAIN).end_ids() == ()
+    assert create_encoder(tokenizer, CHATML).end_ids() == create_encoder(tokenizer, SPACED).end_ids() == (2,)
+    assert create_encoder(tokenizer, PLAIN).end_ids() == ()
     opened = ("{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}"
               "{% endfor %}")
-    assert encoder(tokenizer, opened).end_ids() == (1,), "the next turn's beginning ends this one"
-    assert encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
+    assert create_encoder(tokenizer, opened).end_ids() == (1,), "the next turn's beginning ends this one"
+    assert create_encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
 
 
 def test_token_absorbing_spaces_is_rejected(tmp_path: Path) -> None:
@@ -118,11 +122,12 @@ def test_token_absorbing_spaces_is_rejected(tmp_path: Path) -> None:
         chats.encode(Conversation.of(("user", " hi")))
 
 
-THINKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
+THINKING = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
           "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content | trim }}"
           "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}"
           "</call>{% endfor %}[EOS]\n{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
-FORGETS = THINKS.replace("{{ m.reasoning_content or '' }}", "{{ m.reasoning_content if loop.last else '' }}")
+LAST_THINKING = THINKING.replace("{{ m.reasoning_content or '' }}",
+                                 "{{ m.reasoning_content if loop.last else '' }}")
 BLOCKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
           "{{ m.content | upper }}[EOS]\n{% endgeneration %}{% else %}{{ m.content }}[EOS]\n{% endif %}"
           "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
@@ -131,8 +136,9 @@ AGENT = Conversation((Message("user", " hi "), Message("assistant", "", "hm", CA
                       Message("assistant", "there", "so")))
 
 
-def learned_texts(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
-    encoded = encoder(tokenizer, template).encode(chat)
+def check_learned(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
+    """Compare the text of a chat with transformers', and return the text of its learned tokens."""
+    encoded = create_encoder(tokenizer, template).encode(chat)
     theirs = tokenizer.apply_chat_template([m.to_dict() for m in chat.messages], chat_template=template,
                                            tokenize=True, return_dict=False)
     assert tokenizer.decode(encoded.ids) == tokenizer.decode(theirs)
@@ -141,90 +147,95 @@ def learned_texts(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conve
 
 
 def test_thoughts_and_calls_are_learned_as_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert learned_texts(tokenizer, THINKS, AGENT) == (
+    assert check_learned(tokenizer, THINKING, AGENT) == (
         '<think>hm</think><call>add {"a": 1}</call>[EOS]<think>so</think>there[EOS]')
     plain = Conversation.of(("user", "hi"), ("assistant", "there"))
-    assert learned_texts(tokenizer, THINKS, plain) == "<think></think>there[EOS]", (
+    assert check_learned(tokenizer, THINKING, plain) == "<think></think>there[EOS]", (
         "a model is asked without the empty thoughts, so it has to write them")
 
 
 def test_learned_tokens_have_kinds(tokenizer: PreTrainedTokenizerFast) -> None:
-    def said(template: str, chat: Conversation) -> dict[str, str]:
-        encoded = encoder(tokenizer, template).encode(chat)
+    def decode_kinds(template: str, chat: Conversation) -> dict[str, str]:
+        encoded = create_encoder(tokenizer, template).encode(chat)
         assert [k != KIND_NONE for k in encoded.kinds] == [t == TYPE_RESPONSE for t in encoded.types]
-        return {name: tokenizer.decode([i for i, k in zip(encoded.ids, encoded.kinds, strict=True)
-                                        if k == kind]) for name, kind in KINDS.items()}
+        texts = {}
+        for name, kind in KINDS.items():
+            ids = [i for i, k in zip(encoded.ids, encoded.kinds, strict=True) if k == kind]
+            texts[name] = tokenizer.decode(ids)
+        return texts
 
-    assert said(THINKS, AGENT) == {"thought": "<think>hm</think><think>so</think>",
+    assert decode_kinds(THINKING, AGENT) == {"thought": "<think>hm</think><think>so</think>",
                                    "call": '<call>add {"a": 1}</call>[EOS]', "answer": "there[EOS]"}
     spelled = Conversation.of(("user", "<think>x</think>"), ("assistant", "<think>y</think>z"))
-    assert said(CHATML, spelled) == {"thought": "<think>y</think>", "call": "", "answer": "z[EOS]"}
-    assert said(BARE, spelled) == {"thought": "<think>y</think>", "call": "", "answer": "z"}
+    assert decode_kinds(CHATML, spelled) == {"thought": "<think>y</think>", "call": "", "answer": "z[EOS]"}
+    assert decode_kinds(NO_END, spelled) == {"thought": "<think>y</think>", "call": "", "answer": "z"}
 
 
 def test_only_marked_turns_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     first = replace(AGENT.messages[1], is_learned=False)
     chat = replace(AGENT, messages=(AGENT.messages[0], first, *AGENT.messages[2:]))
-    for template in (THINKS, FORGETS):
-        assert learned_texts(tokenizer, template, chat) == "<think>so</think>there[EOS]"
+    for template in (THINKING, LAST_THINKING):
+        assert check_learned(tokenizer, template, chat) == "<think>so</think>there[EOS]"
 
 
 def test_generation_blocks_locate_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = Conversation.of(("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
     with pytest.raises(BadRecord, match="does not show as it is: 2"):
-        encoder(tokenizer, BLOCKS).encode(chat)
-    shouts = Conversation.of(("user", "hi"), ("assistant", "HELLO"), ("user", "yo"), ("assistant", "THERE"))
-    trims = BLOCKS.replace("upper", "trim")
-    assert learned_texts(tokenizer, trims, shouts) == "HELLO[EOS]THERE[EOS]"
+        create_encoder(tokenizer, BLOCKS).encode(chat)
+    upper_case = Conversation.of(("user", "hi"), ("assistant", "HELLO"), ("user", "yo"),
+                                 ("assistant", "THERE"))
+    trimming = BLOCKS.replace("upper", "trim")
+    assert check_learned(tokenizer, trimming, upper_case) == "HELLO[EOS]THERE[EOS]"
     spaced = Conversation.of(("user", "hi"), ("assistant", " HELLO "))
-    assert learned_texts(tokenizer, trims, spaced) == "HELLO[EOS]"
+    assert check_learned(tokenizer, trimming, spaced) == "HELLO[EOS]"
 
 
-@pytest.mark.each(("template", "chat", "says"), [
-    (FORGETS, AGENT, "with turn 2 changed once others follow"),
+@pytest.mark.each(("template", "chat", "message"), [
+    (LAST_THINKING, AGENT, "with turn 2 changed once others follow"),
     (CHATML, AGENT, "has thoughts in message 2 that the chat template of tok does not show"),
     (CHATML, replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "x", tool_calls=CALLS))),
      "has calls in message 2"),
-    (THINKS, Conversation((Message("user", "[EOS]"), Message("assistant", "a", "b"))),
+    (THINKING, Conversation((Message("user", "[EOS]"), Message("assistant", "a", "b"))),
      "spells the special token '\\[EOS\\]'"),
-    (THINKS, replace(AGENT, tools=({"name": "a", "description": "[EOS]"},)), "in its tools"),
+    (THINKING, replace(AGENT, tools=({"name": "a", "description": "[EOS]"},)), "in its tools"),
     (CHATML, Conversation((Message("user", "x", other=(("name", "[BOS]"),)), Message("assistant", "a"))),
      "or a name"),
-    (THINKS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+    (THINKING.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
      Conversation((Message("user", "x"), Message("assistant", "", tool_calls=CALLS + CALLS))),
      "has calls in message 2"),
-    (THINKS.replace("{{ m.content | trim }}", "{{ '' if m.tool_calls else m.content }}"),
+    (THINKING.replace("{{ m.content | trim }}", "{{ '' if m.tool_calls else m.content }}"),
      replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "tool", tool_calls=CALLS),
                               Message("tool", "3"))),
      "has content in message 2"),
 ])
 def test_turn_without_position_is_rejected(tokenizer: PreTrainedTokenizerFast, template: str,
-                                           chat: Conversation, says: str) -> None:
-    with pytest.raises(BadRecord, match=says):
-        encoder(tokenizer, template).encode(chat)
+                                           chat: Conversation, message: str) -> None:
+    with pytest.raises(BadRecord, match=message):
+        create_encoder(tokenizer, template).encode(chat)
 
 
 def test_chat_may_begin_with_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
     """The template has no generation prompt without messages."""
     strict = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
     turns = (("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
-    assert learned_text(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
+    assert decode_learned(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
 
 
 def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     """Asked for a second turn in a row, a model would not see the end of the first, which is shown."""
-    closes = ("{% for m in messages %}{{ m.content | trim }}"
+    closing = ("{% for m in messages %}{{ m.content | trim }}"
               "{% if not (loop.last and add_generation_prompt) %}[EOS]{% endif %}{% endfor %}")
     chat = Conversation.of(("user", "hi"), ("assistant", " hello"), ("assistant", "there"))
     with pytest.raises(BadRecord, match="learned turns that overlap"):
-        encoder(tokenizer, closes).encode(chat)
+        create_encoder(tokenizer, closing).encode(chat)
 
 
 def test_turn_header_without_generation_prompt_is_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     """Trimmed contents, located by prefixes instead of marks."""
-    trims = SPACED.replace("m.content }} ", "m.content | trim }}")
+    trimming = SPACED.replace("m.content }} ", "m.content | trim }}")
     for content in ("hello", " hello"):
-        assert learned_text(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
+        turns = (("user", "hi"), ("assistant", content))
+        assert decode_learned(tokenizer, trimming, *turns) == ("hello[EOS]", False)
 
 
 QWEN3 = (Path(__file__).parent / "qwen3.jinja").read_text()
@@ -235,51 +246,56 @@ THOUGHTS = ["<think>\nb\n</think>\n\nc", "<think>b</think>c", "\n<think>\n  b\n\
 
 
 def build_conversation(*answers: Message) -> Conversation:
-    return Conversation(tuple(m for i, answer in enumerate(answers) for m in (
-        Message("user", f"q{i}"), answer)))
+    """Return a conversation with a question before each answer."""
+    messages: list[Message] = []
+    for i, answer in enumerate(answers):
+        messages += [Message("user", f"q{i}"), answer]
+    return Conversation(tuple(messages))
 
 
 @pytest.mark.each("content", THOUGHTS)
 def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokenizerFast,
                                                      content: str) -> None:
-    thoughts, said = content.split("<think>", 1)[1].split("</think>", 1)
-    apart = Message("assistant", said.lstrip("\n"), thoughts.strip("\n"))
-    whole, encode = Message("assistant", content), encoder(tokenizer, QWEN3).encode
-    assert learned_texts(tokenizer, QWEN3,
-                         build_conversation(whole)).count("<think>") == 1 + content.count("<think> d")
-    for before in ((), (whole,), (whole, Message("assistant", "no thought"))):
-        unlearned = [replace(m, is_learned=False) for m in before]
-        expected = [replace(m, is_learned=False) for m in ((apart,) if before else ())] + unlearned[1:]
-        ours, theirs = encode(build_conversation(*unlearned, whole)), encode(build_conversation(*expected,
-                                                                                                apart))
+    thoughts, decode_kinds = content.split("<think>", 1)[1].split("</think>", 1)
+    separate = Message("assistant", decode_kinds.lstrip("\n"), thoughts.strip("\n"))
+    combined, encode = Message("assistant", content), create_encoder(tokenizer, QWEN3).encode
+    assert check_learned(tokenizer, QWEN3,
+                         build_conversation(combined)).count("<think>") == 1 + content.count("<think> d")
+    # `combined` has its thoughts in the content, `separate` in a field; earlier turns are not learned
+    old_combined, old_separate = (replace(m, is_learned=False) for m in (combined, separate))
+    no_thought = Message("assistant", "no thought", is_learned=False)
+    for earlier, expected in (([], []), ([old_combined], [old_separate]),
+                              ([old_combined, no_thought], [old_separate, no_thought])):
+        ours = encode(build_conversation(*earlier, combined))
+        theirs = encode(build_conversation(*expected, separate))
         assert (ours.ids, ours.kinds, ours.is_open) == (theirs.ids, theirs.kinds, theirs.is_open)
 
 
 @pytest.mark.each("template", [
-    CHATML, BARE, THINKS, CHATML.replace("{{ m.content", "{% if m.reasoning_content %}<think>\n"
+    CHATML, NO_END, THINKING, CHATML.replace("{{ m.content", "{% if m.reasoning_content %}<think>\n"
                                          "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content")])
 @pytest.mark.each("content", THOUGHTS[:4])
 def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast,
                                               template: str, content: str) -> None:
     """The rendered white space must equal transformers' text."""
     chat = build_conversation(Message("assistant", content.strip()))
-    assert content.strip() in learned_texts(tokenizer, template, chat)
+    assert content.strip() in check_learned(tokenizer, template, chat)
 
 
-@pytest.mark.each("dropped", ["<think>b</think>c", "b\n</think>\n\nc", "<think>b</think><think>x</think>c"])
-def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast, dropped: str) -> None:
-    r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
-    cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
-    chat = build_conversation(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
-    for template in (QWEN3, r1):
-        assert "d" in learned_texts(tokenizer, template, chat)
+@pytest.mark.each("content", ["<think>b</think>c", "b\n</think>\n\nc", "<think>b</think><think>x</think>c"])
+def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast, content: str) -> None:
+    dropping = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    changing = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
+    chat = build_conversation(Message("assistant", content, is_learned=False), Message("assistant", "d"))
+    for template in (QWEN3, dropping):
+        assert "d" in check_learned(tokenizer, template, chat)
     with pytest.raises(BadRecord, match="does not show"):
-        encoder(tokenizer, r1).encode(build_conversation(Message("assistant", dropped)))
+        create_encoder(tokenizer, dropping).encode(build_conversation(Message("assistant", content)))
     with pytest.raises(BadRecord, match="does not show as it is: 2"):
-        encoder(tokenizer, cuts).encode(chat)
+        create_encoder(tokenizer, changing).encode(chat)
 
 
-FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
+WITH_CALLS = "{% for m in messages %}[BOS]{{ m.role }}\n" \
        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" \
        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}[EOS]\n" \
        "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
@@ -288,7 +304,7 @@ FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
 def test_docs_chat_has_thought_call_and_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     (example,) = blocks(page_section("data.md", "Chats"), "json")
     document = parse_record(json.loads(example), "data.md", 1, RecordReading("chat"))
-    chat = encoder(tokenizer, FULL).encode(document.conversation())
+    chat = create_encoder(tokenizer, WITH_CALLS).encode(document.conversation())
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == (
         '<think>I can add.</think>{"name": "add", "arguments": {"a": 1, "b": 2}}[EOS]3[EOS]')

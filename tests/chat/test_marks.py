@@ -26,8 +26,8 @@ def solar_call(name: str, arguments: str, end: str = "<|tool_call:end|>") -> str
     return f"<|tool_call:begin|>a1b2c3d4e5<|tool_call:name|>{name}<|tool_call:args|>{arguments}{end}"
 
 
-A, B = '{"city": "서울"}', '{"tz": "UTC"}'
-BOTH = solar_call("get_weather", A) + solar_call("get_time", B)
+CITY_JSON, ZONE_JSON = '{"city": "서울"}', '{"tz": "UTC"}'
+BOTH = solar_call("get_weather", CITY_JSON) + solar_call("get_time", ZONE_JSON)
 SECTION = "<|end|><|begin|>assistant<|tool_calls|>"
 TOOLS = ("<tool_call>", "</tool_call>")
 TOOL_LIST = [{"type": "function", "function": {"name": "get_time"}}]
@@ -35,18 +35,19 @@ TURNS = {
     "solar: thoughts and an answer": (
         "<|think|>2 + 2<|end|><|begin|>assistant<|content|>It is 4.", "2 + 2", "It is 4.", ()),
     "solar: an answer": ("<|content|>It is 4.", "", "It is 4.", ()),
-    "solar: a call": (f"<|tool_calls|>{solar_call('get_time', B)}", "", "", (UTC,)),
-    "solar: a call by itself": (solar_call("get_time", B), "", "", (UTC,)),
+    "solar: a call": (f"<|tool_calls|>{solar_call('get_time', ZONE_JSON)}", "", "", (UTC,)),
+    "solar: a call by itself": (solar_call("get_time", ZONE_JSON), "", "", (UTC,)),
     "solar: an answer and calls": (
         f"<|content|>Let me check.{SECTION}{BOTH}", "", "Let me check.", (SEOUL, UTC)),
     "solar: thoughts reopened": (
-        f"<|think|>a<|end|><|begin|>assistant<|content|>Let me.{SECTION}{solar_call('get_time', B)}",
+        f"<|think|>a<|end|><|begin|>assistant<|content|>Let me.{SECTION}{solar_call('get_time', ZONE_JSON)}",
         "a", "Let me.", (UTC,)),
     "k-exaone": ('<think>\nlook\n</think>\n\n<tool_call>{"name": "get_time", '
-                 f'"arguments": {B}}}</tool_call>', "look", "", (UTC,)),
+                 f'"arguments": {ZONE_JSON}}}</tool_call>', "look", "", (UTC,)),
     "kimi, section in the singular": (
         "Sure.<|tool_call_section_begin|><|tool_call_begin|>functions.get_time:0"
-        f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_call_section_end|>", "", "Sure.", (UTC,)),
+        f"<|tool_call_argument_begin|>{ZONE_JSON}<|tool_call_end|><|tool_call_section_end|>",
+        "", "Sure.", (UTC,)),
     "deepseek v3.1: no arguments": (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         "", "", (NOW,)),
@@ -58,7 +59,7 @@ TURNS = {
         "<|tool_call_end|><|tool_calls_section_end|>", "", "", (NOW,)),
     "solar: no arguments": (solar_call("now", ""), "", "", (NOW,)),
     "kimi": ("Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
-             f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_calls_section_end|>",
+             f"<|tool_call_argument_begin|>{ZONE_JSON}<|tool_call_end|><|tool_calls_section_end|>",
              "", "Sure.", (UTC,)),
 }
 
@@ -124,7 +125,7 @@ def build_byte_tokenizer(name: str, *more: str) -> Any:
 
 
 @pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
-def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def response_decoder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a preset's name, its encoder and its response decoder."""
     byte_tokenizer = build_byte_tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
@@ -134,8 +135,8 @@ def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return request.param, lambda text: byte_tokenizer.encode(text).ids, text_decoder
 
 
-def test_response_text_contains_marks_without_frames(decode: Any) -> None:
-    name, encode, text_of_ids = decode
+def test_response_text_contains_marks_without_frames(response_decoder: Any) -> None:
+    name, encode, text_of_ids = response_decoder
     end, pad = PRESETS[name].eos_token, PRESETS[name].pad_token
     text = {"k-exaone": '<think>I guess 7.</think>The answer is 8.<tool_call>{"name": "f"}</tool_call>',
             "solar-open": "<|think|>I guess 7.<|end|><|begin|>assistant<|content|>The answer is 8."
@@ -154,8 +155,8 @@ def test_response_text_contains_marks_without_frames(decode: Any) -> None:
 
 
 def test_first_marks_of_families_differ() -> None:
-    firsts = [family[0] for family in FAMILIES]
-    assert all(sum(first in family for family in FAMILIES) == 1 for first in firsts)
+    first_marks = [family[0] for family in FAMILIES]
+    assert all(sum(first in family for family in FAMILIES) == 1 for first in first_marks)
 
 
 SOLAR_CALL = ("<|tool_call:begin|>{{ c.id }}<|tool_call:name|>{{ c.function.name }}<|tool_call:args|>"
@@ -189,17 +190,17 @@ def test_template_with_unknown_call_form_is_rejected() -> None:
             build_turn_encoder(call)
 
 
-CALLED = '{"name": "f", "arguments": {}}'
-ALPHABET = (*MARKS, CALLED, "<\u2060tool_call>", "<\u2060\u2060|content|>", "<", "가", "{}", "f", "\n",
+CALL_JSON = '{"name": "f", "arguments": {}}'
+ALPHABET = (*MARKS, CALL_JSON, "<\u2060tool_call>", "<\u2060\u2060|content|>", "<", "가", "{}", "f", "\n",
             "assistant")
-BARE = ("<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>")
+CALL_MARKS = ("<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>")
 THINKS = ("<think>", "</think>")
 FAMILY_FORMS: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, content, and a call of g
     "hermes": ((*THINKS, *TOOLS), "<think>HERE</think>",
                '<tool_call>{"name": "g", "arguments": {}}</tool_call>'),
     "solar": (FAMILIES[1], "<|think|>HERE<|end|><|begin|>assistant<|content|>",
               f"<|end|><|begin|>assistant<|tool_calls|>{solar_call('g', '{}')}"),
-    "solar, calls in text": (tuple(m for m in FAMILIES[1] if m not in BARE),
+    "solar, calls in text": (tuple(m for m in FAMILIES[1] if m not in CALL_MARKS),
                              "<|think|>HERE<|end|><|begin|>assistant<|content|>",
                              f"<|end|><|begin|>assistant<|tool_calls|>{solar_call('g', '{}')}"),
     "deepseek v3": (FAMILIES[2], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
@@ -215,12 +216,12 @@ FAMILY_FORMS: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens,
 def test_calls_come_from_mark_tokens_only(family: str) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    special, before, call = FAMILY_FORMS[family]
+    mark_tokens, opening_text, call = FAMILY_FORMS[family]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     marks_tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     marks_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     marks_tokenizer.decoder = decoders.ByteLevel()
-    marks_tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    marks_tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in mark_tokens])
     text_tokenizer = Tokenizer.from_str(marks_tokenizer.to_str())
     text_tokenizer.encode_special_tokens = True
     added = {token.content: id_ for id_, token in marks_tokenizer.get_added_tokens_decoder().items()}
@@ -229,10 +230,10 @@ def test_calls_come_from_mark_tokens_only(family: str) -> None:
     random = Random(family)
     for _ in range(150):
         content, thought = ("".join(random.choices(ALPHABET, k=random.randrange(9))) for _ in range(2))
-        if "<think>" not in special and family.startswith("deepseek"):  # its thoughts are text
+        if "<think>" not in mark_tokens and family.startswith("deepseek"):  # its thoughts are text
             content = content.replace("think>", "")
         num_calls = random.randrange(3)
-        opening, _, closing = before.partition("HERE")
+        opening, _, closing = opening_text.partition("HERE")
         ids = marks_tokenizer.encode(opening).ids
         ids += text_tokenizer.encode(thought).ids if opening else []
         ids += marks_tokenizer.encode(closing).ids + text_tokenizer.encode(f"a{content}b").ids

@@ -45,12 +45,12 @@ def test_templates_that_drop_or_refuse_messages_are_rejected() -> None:
     chat = (("system", "be kind"), ("user", "hi"))
     template = ("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif "
                 "%}{% endfor %}")
-    drops = ChatTemplate(template, "", "", "tok")
+    dropping_template = ChatTemplate(template, "", "", "tok")
     with pytest.raises(BadRecord, match=r"is not shown by the chat template of tok with each message once"):
-        split_segments(drops, *chat)
-    refuses = ChatTemplate("{{ raise_exception('no system role') }}", "", "", "tok")
+        split_segments(dropping_template, *chat)
+    refusing_template = ChatTemplate("{{ raise_exception('no system role') }}", "", "", "tok")
     with pytest.raises(BadRecord, match=r"refused by the chat template of tok \(no system role\)"):
-        split_segments(refuses, *chat)
+        split_segments(refusing_template, *chat)
     with pytest.raises(UserError, match="is not valid Jinja"):
         ChatTemplate("{% for", "", "", "tok")
 
@@ -58,8 +58,8 @@ def test_templates_that_drop_or_refuse_messages_are_rejected() -> None:
 def test_odd_opening_is_reported() -> None:
     turns = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
     ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
-    odd = ChatTemplate(turns + ends + "<thinks>{% endif %}", "", "", "tok")
-    problem = find_odd_opening(odd)
+    odd_template = ChatTemplate(turns + ends + "<thinks>{% endif %}", "", "", "tok")
+    problem = find_odd_opening(odd_template)
     assert problem is not None
     assert "with '<user>a<assistant><thinks>', but shows responses after '<u" in problem
     assert find_odd_opening(ChatTemplate(turns + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
@@ -67,25 +67,25 @@ def test_odd_opening_is_reported() -> None:
 
 
 def test_prompt_ends_at_response() -> None:
-    form = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    template = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
                         "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
-    assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")),
+    assert [p.text for p in split_at_contents(template, Conversation.of(("user", "hi")),
                                               awaits_response=True)] == ["<user>", "hi", "<assistant>"]
 
 
 TURNS = "{% for m in messages %}<{{ m.role }}>CONTENT</>{% endfor %}"
 
 
-@pytest.mark.each(("shows", "content", "refused"), [
+@pytest.mark.each(("expression", "content", "is_rejected"), [
     ("{{ m.content | trim }}", "  hello \n", True), ("{{ m.content | trim }}", "hello", False),
     ("{{ m.content.split('</think>')[-1] }}", "<think>hm</think>yes", True),
     ("{{ m.content.split('</think>')[-1] }}", "yes", False),
     ("{{ m.content }}{% if 'x' in m.content %}!{% endif %}", "x", True),
 ])
-def test_changed_content_is_rejected(shows: str, content: str, refused: bool) -> None:
+def test_changed_content_is_rejected(expression: str, content: str, is_rejected: bool) -> None:
     """Training and inference prompts would differ."""
-    template = ChatTemplate(TURNS.replace("CONTENT", shows), "", "", "tok")
-    if refused:
+    template = ChatTemplate(TURNS.replace("CONTENT", expression), "", "", "tok")
+    if is_rejected:
         with pytest.raises(BadRecord, match="is changed by the chat template of tok"):
             split_segments(template, ("user", "hi"), ("assistant", content))
     else:
@@ -96,14 +96,14 @@ def test_changed_content_is_rejected(shows: str, content: str, refused: bool) ->
 # Thoughts, calls and answer of a turn, in the forms of released templates.
 
 
-LETTER = {KIND_THOUGHT: "t", KIND_CALL: "c", KIND_ANSWER: "a"}
+KIND_LETTERS = {KIND_THOUGHT: "t", KIND_CALL: "c", KIND_ANSWER: "a"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
-def parts(text: str, message: Message) -> list[tuple[str, str]]:
+def split_by_kind(text: str, message: Message) -> list[tuple[str, str]]:
     """Return (kind letter, text) per run of equal kinds."""
     kinds = classify_turn(text, message)
-    runs = groupby(zip(text, kinds, strict=True), key=lambda one: LETTER[one[1]])
+    runs = groupby(zip(text, kinds, strict=True), key=lambda one: KIND_LETTERS[one[1]])
     return [(letter, "".join(char for char, _ in run)) for letter, run in runs]
 
 
@@ -136,7 +136,7 @@ def build_message(content: str = "", reasoning: str = "", calls: int = 0) -> Mes
     (build_message("<b>yes</b>", "hm"), [("t", "<think>hm</think>"), ("a", "<b>yes</b>")]),
 ])
 def test_marks_belong_to_their_parts(message: Message, expected: list[tuple[str, str]]) -> None:
-    assert parts("".join(text for _, text in expected), message) == expected
+    assert split_by_kind("".join(text for _, text in expected), message) == expected
 
 
 @pytest.mark.each("expected", [
@@ -150,14 +150,14 @@ def test_marks_belong_to_their_parts(message: Message, expected: list[tuple[str,
     [("c", '<tool_call>{"a": "<think>"}</tool_call>'), ("a", "c</think>")]])
 def test_content_may_spell_thoughts_and_calls(expected: list[tuple[str, str]]) -> None:
     text = "".join(part for _, part in expected)
-    assert parts(text, build_message(text)) == expected
+    assert split_by_kind(text, build_message(text)) == expected
 
 
 def test_quoted_marks_are_part_of_answer() -> None:
     """Messages with separate thoughts and calls."""
     message = build_message("The mark is <think>, and <tool_call>.", "hm", 1)
     expected = [("t", "<think>hm</think>"), ("a", message.content), ("c", "<tool_call>add</tool_call>")]
-    assert parts("".join(text for _, text in expected), message) == expected
+    assert split_by_kind("".join(text for _, text in expected), message) == expected
 
 
 def test_empty_turn_has_no_kinds() -> None:
@@ -166,4 +166,4 @@ def test_empty_turn_has_no_kinds() -> None:
 
 def test_kinds_of_long_contents_take_linear_time() -> None:
     text = "<tool_call></tool_call>" * 2_000 + "<think>" * 50_000
-    assert parts(text, build_message(text))[1] == ("t", "<think>" * 50_000)
+    assert split_by_kind(text, build_message(text))[1] == ("t", "<think>" * 50_000)

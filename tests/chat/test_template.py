@@ -26,23 +26,23 @@ def test_templates_run_in_sandbox() -> None:
         render_text("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("user", "a"))
 
 
-@pytest.mark.each(("template", "says"), [
+@pytest.mark.each(("template", "expected"), [
     ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "hi"),
     ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "hi"),
     ("{{ strftime_now('%Y')[:2] }}{{ messages[0].content }}", "20hi"),
     ("{{ {'a': '<'} | tojson }}{{ messages[0].content }}", '{"a": "<"}hi'),
     ("{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ messages[0].content }}", "2hi"),
 ])
-def test_templates_have_functions_of_transformers(template: str, says: str) -> None:
+def test_templates_have_functions_of_transformers(template: str, expected: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     ours = render_text(template, ("user", "hi"))
     (theirs,), _ = render_jinja_template(conversations=[[{"role": "user", "content": "hi"}]],
                                          chat_template=template)
-    assert ours == theirs == says
+    assert ours == theirs == expected
 
 
-@pytest.mark.each(("template", "says"), [
+@pytest.mark.each(("template", "expected"), [
     ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 1 + 'a' }}", "TypeError"),
     ("{{ 'a' * 10**15 }}", "asked for more"),
     ("{% for i in range(10**6) %}{% endfor %}", "Range too big"),
@@ -51,10 +51,10 @@ def test_templates_have_functions_of_transformers(template: str, says: str) -> N
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took more than"),
     ("{% set ns = namespace(__class__=1) %}", "may not hold '__class__'"),
 ])
-def test_failing_or_endless_templates_raise_bad_record(template: str, says: str,
+def test_failing_or_endless_templates_raise_bad_record(template: str, expected: str,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.chat.template.CPU_S", 0.2)
-    with pytest.raises(BadRecord, match=says):
+    with pytest.raises(BadRecord, match=expected):
         render_text(template, ("user", "a"))
 
 
@@ -62,41 +62,41 @@ def test_failing_or_endless_templates_raise_bad_record(template: str, says: str,
 
 
 def test_limits_apply_inside_block_only() -> None:
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    old_limits = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(TemplateTimeout), limit_resources(0.05, 1 << 30):
         while True:
             pass
     with pytest.raises(MemoryError), limit_resources(5, 16 << 20):
         bytearray(64 << 20)
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert resource.getrlimit(resource.RLIMIT_AS) == old_limits
     assert len(bytearray(64 << 20)) == 64 << 20
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_swallowed_timeout_is_raised_again() -> None:
-    class Swallows:
+    class EndlessDestructor:
         # exceptions raised here are lost, as in a callback of the garbage collector
         def __del__(self) -> None:
             while True:
                 pass
 
     with pytest.raises(TemplateTimeout), limit_resources(0.05, 1 << 30):
-        Swallows()
+        EndlessDestructor()
         while True:
             pass
 
 
 def test_other_threads_have_no_limits() -> None:
-    done = []
+    finished = []
 
-    def work() -> None:
+    def run_with_limits() -> None:
         with limit_resources(0.0, 0):
-            done.append(1)
+            finished.append(1)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=run_with_limits)
     thread.start()
     thread.join()
-    assert done == [1]
+    assert finished == [1]
 
 
 # Chat templates on disk, in every spelling of the folder's files.
@@ -243,6 +243,6 @@ def test_first_end_mark_ends_thoughts() -> None:
     turn = parse_turn(f"a</think>b{call}c</think>d{call}")
     assert turn == WrittenTurn("bc</think>d", (ToolCall("f", {}), ToolCall("f", {})))
     text = {"text": "<think>x</think> and </think>"}
-    spelled = format_call(json.dumps({"name": "f", "arguments": text}))
-    for turn in (f"<think>so</think>{spelled}", spelled):
+    call_with_marks = format_call(json.dumps({"name": "f", "arguments": text}))
+    for turn in (f"<think>so</think>{call_with_marks}", call_with_marks):
         assert parse_turn(turn).calls == (ToolCall("f", text),)

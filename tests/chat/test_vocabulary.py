@@ -20,7 +20,8 @@ from megatron_sov.train.data.token_bytes import count_token_bytes
 from tokenizer.cli import main as sov_tokenizer
 
 
-def tokenizer(folder: Path, words: list[str], special: str = "<end>") -> Path:
+def write_tokenizer(folder: Path, words: list[str], special: str = "<end>") -> Path:
+    """Write a tokenizer with the ids of `words`, and then of a special token."""
     folder.mkdir()
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     made.add_special_tokens([special])
@@ -29,29 +30,29 @@ def tokenizer(folder: Path, words: list[str], special: str = "<end>") -> Path:
 
 
 def test_ordinary_tokens_by_id(tmp_path: Path) -> None:
-    assert read_tokenizer(tokenizer(tmp_path / "a", ["one", "two"])).ordinary == {0: "one", 1: "two"}
+    assert read_tokenizer(write_tokenizer(tmp_path / "a", ["one", "two"])).ordinary == {0: "one", 1: "two"}
 
 
 def test_equal_longer_and_renamed_vocabularies_are_accepted(tmp_path: Path) -> None:
-    data = tokenizer(tmp_path / "data", ["one", "two"])
+    data = write_tokenizer(tmp_path / "data", ["one", "two"])
     for name, words, special in (("same", ["one", "two"], "<end>"),
                                  ("longer", ["one", "two", "three"], "<end>"),
                                  ("renamed", ["one", "two"], "<stop>")):
-        other = tokenizer(tmp_path / name, words, special)
+        other = write_tokenizer(tmp_path / name, words, special)
         check_same_tokens(data, other)
         check_same_tokens(other, data)
 
 
 def test_contradicting_ids_are_rejected(tmp_path: Path) -> None:
-    data, weights = (tokenizer(tmp_path / "data", ["one", "two"]),
-                     tokenizer(tmp_path / "weights", ["one", "drei"]))
+    data, weights = (write_tokenizer(tmp_path / "data", ["one", "two"]),
+                     write_tokenizer(tmp_path / "weights", ["one", "drei"]))
     with pytest.raises(UserError, match=r"1 ids mean other tokens than in .*weights \(e.g. 1: "
                                         r"'two' here, 'drei' there\)"):
         check_same_tokens(data, weights)
 
 
 def test_missing_tokenizer_skips_comparison(tmp_path: Path) -> None:
-    data = tokenizer(tmp_path / "data", ["one"])
+    data = write_tokenizer(tmp_path / "data", ["one"])
     check_same_tokens(None, data)
     check_same_tokens(data, tmp_path)
 
@@ -84,28 +85,28 @@ def change_file(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]
     return folder
 
 
-def without_template(folder: Path) -> Path:
+def add_template(folder: Path) -> Path:
     (folder / "chat_template.jinja").write_text("{{ y }}")
     return folder
 
 
-CUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+MODEL_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {  # field -> change of tokenizer.json
     "merges": lambda r: r["model"]["merges"].reverse(), "normalizer": lambda r: r.update(normalizer=None),
     "pre_tokenizer": lambda r: r["pre_tokenizer"].update(add_prefix_space=True),
     "byte_fallback": lambda r: r["model"].update(byte_fallback=True)}
-BESIDE: dict[str, Callable[[Path], Path]] = {
+OTHER_CHANGES: dict[str, Callable[[Path], Path]] = {  # beginning of the message -> change of the folder
     "/tokenizer.json: its added_tokens": lambda d: change_file(
         d, "tokenizer.json", lambda r: r["added_tokens"][0].update(content="<stop>")),
     "/tokenizer.json: its decoder": lambda d: change_file(d, "tokenizer.json",
                                                           lambda r: r.update(decoder=None)),
     ": tokenizer_config.json: eos_token": lambda d: change_file(
         d, "tokenizer_config.json", lambda r: r.update(eos_token="a")),
-    r": chat_template.jinja \(or chat_template in tokenizer_config.json\)": without_template}
+    r": chat_template.jinja \(or chat_template in tokenizer_config.json\)": add_template}
 
 
-@pytest.mark.each("field", CUTS)
+@pytest.mark.each("field", MODEL_CHANGES)
 def test_different_tokenization_is_rejected(field: str, bpe: Path, tmp_path: Path) -> None:
-    other = change_file(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", CUTS[field])
+    other = change_file(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", MODEL_CHANGES[field])
     expected = rf"other/tokenizer.json: its {field} differs from that of .*, so the same text has other ids; "
     with pytest.raises(UserError, match=f"{expected}pack the data"):
         check_same_tokens(other, bpe)
@@ -113,9 +114,9 @@ def test_different_tokenization_is_rejected(field: str, bpe: Path, tmp_path: Pat
         check_same_tokenizer(bpe, other, "choose")
 
 
-@pytest.mark.each("where", BESIDE)
+@pytest.mark.each("where", OTHER_CHANGES)
 def test_comparison_includes_chat_format(where: str, bpe: Path, tmp_path: Path) -> None:
-    other = BESIDE[where](shutil.copytree(bpe, tmp_path / "other"))
+    other = OTHER_CHANGES[where](shutil.copytree(bpe, tmp_path / "other"))
     check_same_tokens(other, bpe)
     with pytest.raises(UserError, match=f"other{where} differs from that of .*; choose"):
         check_same_tokenizer(bpe, other, "choose")
@@ -140,24 +141,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copy_tokenizer(source: Path, target: Path, change: Callable[[dict[str, Any]], Any], **how: Any) -> Path:
+def copy_tokenizer(source: Path, target: Path, change: Callable[[dict[str, Any]], Any],
+                   **json_options: Any) -> Path:
+    """Copy a folder's tokenizer.json with a change; `json_options` go to `json.dumps`."""
     raw = json.loads((source / "tokenizer.json").read_text())
     change(raw)
     target.mkdir()
-    (target / "tokenizer.json").write_text(json.dumps(raw, **how), encoding="utf-8")
+    (target / "tokenizer.json").write_text(json.dumps(raw, **json_options), encoding="utf-8")
     return target
 
 
-def behaviour(folder: Path) -> list[Any]:
+def encode_probes(folder: Path) -> list[Any]:
     """Return ids and texts of the probes from the `tokenizers` library."""
     result = Tokenizer.from_file(str(folder / "tokenizer.json"))
     result.no_padding()
     result.no_truncation()
     ids = [result.encode(text, add_special_tokens=False).ids for text in PROBES]
-    return [ids, *(result.decode(row, skip_special_tokens=skips) for row in ids for skips in (True, False))]
+    texts = [[result.decode(row, skip_special_tokens=skip) for skip in (True, False)] for row in ids]
+    return [ids, texts]
 
 
-def update(*path: str | int, **values: Any) -> Callable[[dict[str, Any]], None]:
+def set_fields(*path: str | int, **values: Any) -> Callable[[dict[str, Any]], None]:
     """Return a change that sets fields of the object at a path."""
     def change(raw: Any) -> None:
         for key in path:
@@ -168,8 +172,8 @@ def update(*path: str | int, **values: Any) -> Callable[[dict[str, Any]], None]:
 
 def swap_merges(raw: dict[str, Any]) -> None:
     merges = raw["model"]["merges"]
-    one, other = merges.index(["d", "o"]), merges.index(["o", "v"])
-    merges[one], merges[other] = merges[other], merges[one]
+    first, other = merges.index(["d", "o"]), merges.index(["o", "v"])
+    merges[first], merges[other] = merges[other], merges[first]
 
 
 def swap_ids(raw: dict[str, Any]) -> None:
@@ -177,7 +181,7 @@ def swap_ids(raw: dict[str, Any]) -> None:
     vocab["a"], vocab["f"] = vocab["f"], vocab["a"]
 
 
-SAME: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
+EQUIVALENT: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
     "white space": (lambda r: None, {"indent": 2}),
     "no white space": (lambda r: None, {"separators": (",", ":")}),
     "characters": (lambda r: None, {"ensure_ascii": False}),
@@ -190,7 +194,7 @@ SAME: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
     "order of added tokens": (lambda r: r["added_tokens"].reverse(), {}),
     "order of the vocabulary": (lambda r: r["model"].update(
         vocab=dict(reversed(r["model"]["vocab"].items()))), {}),
-    "special tokens around a text": (update(post_processor={
+    "special tokens around a text": (set_fields(post_processor={
         "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<end>", "type_id": 0}},
                                                  {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
@@ -198,43 +202,47 @@ SAME: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
     "fields that are off": (lambda r: [r["model"].pop(name, None) for name in (
         "dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "end_of_word_suffix")], {}),
     "a field that is implied": (lambda r: [r["pre_tokenizer"].pop("use_regex")], {}),
-    "fields of offsets": (update("pre_tokenizer", trim_offsets=False), {}),
-    "fields of a decoder that it does not read": (update("decoder", add_prefix_space=False), {})}
-OTHER: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "lstrip": (update("added_tokens", 0, lstrip=True), r"added_tokens .*\(0: lstrip: True here, None there"),
-    "rstrip": (update("added_tokens", 0, rstrip=True), r"added_tokens .*\(0: rstrip"),
-    "single_word": (update("added_tokens", 0, single_word=True), r"added_tokens .*\(0: single_word"),
-    "special": (update("added_tokens", 0, special=False), r"added_tokens .*\(0: special: None here, True"),
+    "fields of offsets": (set_fields("pre_tokenizer", trim_offsets=False), {}),
+    "fields of a decoder that it does not read": (set_fields("decoder", add_prefix_space=False), {})}
+DIFFERENT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "lstrip": (set_fields("added_tokens", 0, lstrip=True),
+               r"added_tokens .*\(0: lstrip: True here, None there"),
+    "rstrip": (set_fields("added_tokens", 0, rstrip=True), r"added_tokens .*\(0: rstrip"),
+    "single_word": (set_fields("added_tokens", 0, single_word=True), r"added_tokens .*\(0: single_word"),
+    "special": (set_fields("added_tokens", 0, special=False),
+                r"added_tokens .*\(0: special: None here, True"),
     "no added token": (lambda r: r["added_tokens"].pop(), "ids mean other tokens|added_tokens"),
-    "normalizer": (update(normalizer={"type": "NFC"}), r"normalizer differs from .*None there"),
+    "normalizer": (set_fields(normalizer={"type": "NFC"}), r"normalizer differs from .*None there"),
     "one merge": (swap_merges, r"merges differs from .* \(\d+: \d: '\w+' here, '\w+' there\)"),
     "two ids": (swap_ids, r"2 ids mean other tokens than in .*'[af]' here, '[af]' there"),
-    "splitter": (update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+    "splitter": (set_fields(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"String": "o"}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}),
         "pre_tokenizer differs"),
-    "regular expression": (update("pre_tokenizer", use_regex=False),
+    "regular expression": (set_fields("pre_tokenizer", use_regex=False),
                            r"pre_tokenizer .*\(use_regex: None here, True"),
-    "space in front": (update("pre_tokenizer", add_prefix_space=True), r"pre_tokenizer .*add_prefix_space"),
-    "decoder": (update(decoder={"type": "Fuse"}), r"decoder differs .*\(type: 'Fuse' here, 'ByteLevel'"),
-    "end of a word": (update("model", end_of_word_suffix="s"), "end_of_word_suffix differs")}
+    "space in front": (set_fields("pre_tokenizer", add_prefix_space=True),
+                       r"pre_tokenizer .*add_prefix_space"),
+    "decoder": (set_fields(decoder={"type": "Fuse"}), r"decoder differs .*\(type: 'Fuse' here, 'ByteLevel'"),
+    "end of a word": (set_fields("model", end_of_word_suffix="s"), "end_of_word_suffix differs")}
 
 
-@pytest.mark.each("name", SAME)
+@pytest.mark.each("name", EQUIVALENT)
 def test_identity_ignores_file_layout(name: str, trained: Path, tmp_path: Path) -> None:
-    other = copy_tokenizer(trained, tmp_path / "other", *SAME[name][:1], **SAME[name][1])
-    assert behaviour(other) == behaviour(trained), "the library agrees"
+    other = copy_tokenizer(trained, tmp_path / "other", *EQUIVALENT[name][:1], **EQUIVALENT[name][1])
+    assert encode_probes(other) == encode_probes(trained), "`tokenizers` sees no difference"
     assert hash_file(other / "tokenizer.json") != hash_file(trained / "tokenizer.json")
     assert tokenizer_digest(other) == tokenizer_digest(trained) and find_difference(other, trained) is None
 
 
-@pytest.mark.each("name", OTHER)
+@pytest.mark.each("name", DIFFERENT)
 def test_difference_names_first_field(name: str, trained: Path, tmp_path: Path) -> None:
-    change, told = OTHER[name]
+    change, message = DIFFERENT[name]
     other = copy_tokenizer(trained, tmp_path / "other", change)
-    assert name == "regular expression" or behaviour(other) != behaviour(trained), "the library agrees"
+    # these probes split equally with another regular expression
+    assert name == "regular expression" or encode_probes(other) != encode_probes(trained)
     assert tokenizer_digest(other) != tokenizer_digest(trained)
-    assert re.search(told, str(find_difference(other, trained))), find_difference(other, trained)
+    assert re.search(message, str(find_difference(other, trained))), find_difference(other, trained)
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -344,8 +352,8 @@ def test_sentencepiece_pieces_are_characters(kind: str, tmp_path: Path) -> None:
         input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tiny"), vocab_size=380,
         byte_fallback=True, model_type=kind, character_coverage=0.98, normalization_rule_name="identity",
         remove_extra_whitespaces=False, minloglevel=2)
-    taken_over = ["import", str(tmp_path / "tiny.model"), "--eos", "</s>", "--output", str(tmp_path / "out")]
-    assert sov_tokenizer(taken_over) == 0
+    arguments = ["import", str(tmp_path / "tiny.model"), "--eos", "</s>", "--output", str(tmp_path / "out")]
+    assert sov_tokenizer(arguments) == 0
     sizes = count_token_bytes(tmp_path / "out", 500)
     tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     for text in ("The naïve fox", "한국어 문장입니다", "🦊 ☃"):

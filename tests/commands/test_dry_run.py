@@ -23,7 +23,7 @@ ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_pe
 
 
 @dataclass(frozen=True)
-class Start:
+class TrainingSetup:
     """Common arguments of the runs."""
 
     folder: Path
@@ -36,7 +36,7 @@ class Start:
 
 @pytest.fixture(scope="module")
 def start(teacher: Path, packed_data: Any, run_command: Any, tiny: list[str],
-          tmp_path_factory: pytest.TempPathFactory) -> Start:
+          tmp_path_factory: pytest.TempPathFactory) -> TrainingSetup:
     folder = tmp_path_factory.mktemp("start")
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(
         {"prompt": f"{i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"{i}, sure."}) for i in range(40)))
@@ -49,10 +49,10 @@ def start(teacher: Path, packed_data: Any, run_command: Any, tiny: list[str],
     data = {"pretrain": packed_data.text, "sft": packed_data.chats,
             "prefer": folder / "pairs", "distill": packed_data.text, "rl train": packed_data.text,
             "rl run": packed_data.text}
-    return Start(folder, data, {"run": teacher, "hf": folder / "hf"}, tiny)
+    return TrainingSetup(folder, data, {"run": teacher, "hf": folder / "hf"}, tiny)
 
 
-def words_beside_start(command: str, start: Start) -> Iterator[str]:
+def iter_common_arguments(command: str, start: TrainingSetup) -> Iterator[str]:
     """Yield the arguments of a command besides its start."""
     yield from (*command.split(), "tiny-solar-open", "--data", str(start.data[command]), *start.settings,
                 "--set", "model.hidden_size=48")
@@ -65,13 +65,13 @@ def words_beside_start(command: str, start: Start) -> Iterator[str]:
                     "--reward", "repetition", *format_set_options(ROUNDS))
 
 
-def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
+def run_dry(capsys: Any, folder: Path, *words: object) -> list[str]:
     """Run a command that must not change a folder, and return its printed lines."""
-    before = sorted(folder.rglob("*"))
+    old_files = sorted(folder.rglob("*"))
     code = main([*map(str, words), "--dry-run"])
     out, err = capsys.readouterr()
     assert code == 0, err
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == old_files
     lines: list[str] = out.splitlines()
     assert lines[-1] == "dry run: nothing was written, and nothing ran"
     return lines
@@ -79,17 +79,18 @@ def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
 
 @pytest.mark.each("kind", ["run", "hf"])
 @pytest.mark.each("command", ["pretrain", "sft", "prefer", "distill", "rl train", "rl run"])
-def test_dry_run_describes_a_run_without_starting_it(capsys: Any, start: Start, command: str,
+def test_dry_run_describes_a_run_without_starting_it(capsys: Any, start: TrainingSetup, command: str,
                                                      kind: str) -> None:
     run = start.folder / "new"
-    lines = dry(capsys, start.folder, *words_beside_start(command, start), "--from", start.starts[kind],
+    arguments = iter_common_arguments(command, start)
+    lines = run_dry(capsys, start.folder, *arguments, "--from", start.starts[kind],
                 "--run", run)
-    found = start.starts[kind]
+    printed = start.starts[kind]
     if kind == "hf":
-        assert f"  converts   {found} into {run.parent}/.from-hf first" in lines
+        assert f"  converts   {printed} into {run.parent}/.from-hf first" in lines
     else:
-        found = found / "checkpoints/step-2"
-    assert f"  start      {found}" in lines
+        printed = printed / "checkpoints/step-2"
+    assert f"  start      {printed}" in lines
     assert any(line.startswith("tiny-solar-open: ") and " steps 1 to " in line for line in lines)
     assert any(line.startswith("  processes  1; fp32, ") for line in lines)
     assert any(line.startswith(f"  run        {run}, a checkpoint ") and " every " in line for line in lines)
@@ -104,7 +105,7 @@ def test_dry_run_describes_each_extension_stage_and_its_needles(capsys: Any, hf_
     stages = [{"name": name, "seq_len": seq_len, "steps": 2} for name, seq_len in (("a", 640), ("b", 768))]
     settings = ("train.global_batch_size=4", "train.micro_batch_size=4", "needle.train_share=0.25",
                 f"extend.stages={json.dumps(stages)}")
-    lines = dry(capsys, tmp_path, "extend", "tiny-solar-open", "--data", token_shards, "--from",
+    lines = run_dry(capsys, tmp_path, "extend", "tiny-solar-open", "--data", token_shards, "--from",
                 tmp_path / "hf", "--run", tmp_path / "run",
                 *format_set_options(settings))
     assert sum(line.startswith("  data ") and "needle" in line for line in lines) == 2

@@ -140,8 +140,8 @@ def test_commands_of_the_page_work(capsys: pytest.CaptureFixture[str]) -> None:
     page = page_section("watching.md", "Inspect artifacts")
     os.rename("a", "shards")
     with (pytest.raises(KeyboardInterrupt),
-          open_journal(Path("scored.jsonl"), "megatron-sov score", {}) as kept):
-        kept.add([(0, b"a")])
+          open_journal(Path("scored.jsonl"), "megatron-sov score", {}) as journal):
+        journal.add([(0, b"a")])
         raise KeyboardInterrupt
     lines = [line for block in page.split("```sh\n")[1:] for line in block.split("```")[0].splitlines()]
     for program, *words in map(str.split, lines):

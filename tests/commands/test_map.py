@@ -61,7 +61,7 @@ def run_map(*more: str, step: str = "mine.py:Step", rows: str = "rows.jsonl", ou
     return main(["map", rows, step, "--output", output, "--workers", "2", *more])
 
 
-def read(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
+def read_rows(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / name).read_text().split("\n")[:-1]]
 
 
@@ -69,7 +69,7 @@ def read(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
 def test_rows_are_written_in_order_with_a_manifest_of_their_origin(
         capsys: pytest.CaptureFixture[str]) -> None:
     assert run_map() == 0
-    assert read() == EXPECTED and not find_damaged_files("out") and sorted(os.listdir("out")) == [
+    assert read_rows() == EXPECTED and not find_damaged_files("out") and sorted(os.listdir("out")) == [
         "manifest.json", "rows.jsonl"]
     assert "out: 400 rows in, 400 out" in capsys.readouterr().out
     manifest = read_manifest("out", "rows")
@@ -123,14 +123,14 @@ def test_a_step_that_ends_the_process_fails(raised: str, threads: str,
     assert main(words) == 2
     error = capsys.readouterr().err
     assert re.search(r"line 1: .* raises \((System|Generator)Exit: ", error) and not Path("out").exists()
-    assert main([*words, "--skip-failures"]) == 0 and len(read(name="failed.jsonl")) == 1
+    assert main([*words, "--skip-failures"]) == 0 and len(read_rows(name="failed.jsonl")) == 1
 
 
 def test_rows_that_fail_may_be_listed() -> None:
     assert run_map("--set", "factor=10", "--skip-failures") == 0
-    (failed,) = read(name="failed.jsonl")
+    (failed,) = read_rows(name="failed.jsonl")
     assert failed["line"] == 11 and failed["row"]["n"] == 10 and "TypeError" in failed["error"]
-    assert len(read()) == 399
+    assert len(read_rows()) == 399
 
 
 def test_unfinished_work_of_other_settings_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +140,7 @@ def test_unfinished_work_of_other_settings_is_refused(capsys: pytest.CaptureFixt
     assert run_map("--set", "factor=3") == 2
     assert "settings.factor was null, and is 3" in capsys.readouterr().err
     assert run_map("--set", "factor=3", "--redo", "--skip-failures") == 0
-    assert [row["n"] for row in read()] == [3 * n for n in range(20, 90)]
+    assert [row["n"] for row in read_rows()] == [3 * n for n in range(20, 90)]
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -163,4 +163,4 @@ def test_threads_do_rows_of_a_batch_at_a_time() -> None:
                                 "        self.together.wait()  # for three others\n"
                                 "        return {'n': row['n']}\n")
     assert run_map("--threads", "4", step="waits.py:Step") == 0
-    assert read() == [{"n": n} for n in range(400)]
+    assert read_rows() == [{"n": n} for n in range(400)]

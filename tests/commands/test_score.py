@@ -27,26 +27,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with rows, and no reward of another test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(REWARD_PLUGINS, "_known", {})
-    write(ROWS)
+    write_rows(ROWS)
     return tmp_path
 
 
-def write(rows: list[dict], name: str = "rows.jsonl") -> None:
+def write_rows(rows: list[dict], name: str = "rows.jsonl") -> None:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read(name: str = "out.jsonl") -> list[dict]:
+def read_rows(name: str = "out.jsonl") -> list[dict]:
     return [json.loads(line) for line in Path(name).read_text().splitlines()]
 
 
-def score(*more: str, reward: str = "language", output: str = "out.jsonl") -> int:
+def run_score(*more: str, reward: str = "language", output: str = "out.jsonl") -> int:
     return main(["score", "--reward", reward, "--input", "rows.jsonl", "--output", output, "--workers", "1",
                  *more])
 
 
 def test_rows_are_written_in_order_with_their_input_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    assert score("--set", "language=ko") == 0
-    rows = read()
+    assert run_score("--set", "language=ko") == 0
+    rows = read_rows()
     assert [row["id"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["reward"] for row in rows] == [0.0, 0.0, pytest.approx(0.7), pytest.approx(0.95), 1.0]
     assert {row["status"] for row in rows} == {"scored"}
@@ -57,11 +57,11 @@ def test_rows_are_written_in_order_with_their_input_fields(capsys: pytest.Captur
 
 
 def test_the_mean_is_recorded_in_the_events_of_the_generating_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert score("--set", "language=ko", "--run", "none") == 2
+    assert run_score("--set", "language=ko", "--run", "none") == 2
     assert "--run none: holds no events.jsonl" in capsys.readouterr().err and not Path("out.jsonl").exists()
     Path("run").mkdir()
     Path("run/events.jsonl").write_text('{"event": "step", "step": 7}\n')
-    assert score("--set", "language=ko", "--run", "run") == 0
+    assert run_score("--set", "language=ko", "--run", "run") == 0
     event = json.loads(Path("run/events.jsonl").read_text().splitlines()[-1])
     assert (event["event"], event["step"], event["reward"], event["settings"], event["rows"], event["scored"],
             event["mean_reward"]) == ("score", 7, "language", {"language": "ko"}, 5, 5, pytest.approx(0.53))
@@ -70,20 +70,20 @@ def test_the_mean_is_recorded_in_the_events_of_the_generating_run(capsys: pytest
 def test_records_of_a_run_are_refused_as_output(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run").mkdir()
     Path("run/events.jsonl").write_text('{"event": "step", "step": 7}\n')
-    assert score("--set", "language=ko", "--run", "run", output="run/../run/events.jsonl") == 2
+    assert run_score("--set", "language=ko", "--run", "run", output="run/../run/events.jsonl") == 2
     assert "is run/events.jsonl itself, which is read" in capsys.readouterr().err
     Path("run/config.json").write_text("{}")
     Path("link").symlink_to("run/events.jsonl")
     for output in ("run/events.jsonl", "run/config.json", "link"):
-        assert score("--set", "language=ko", output=output) == 2
+        assert run_score("--set", "language=ko", output=output) == 2
         assert "is a record of the run" in capsys.readouterr().err
-    assert score("--set", "language=ko", "--run", "run", output="run/scored.jsonl") == 0
-    assert [e["event"] for e in read("run/events.jsonl")] == ["step", "score"]
+    assert run_score("--set", "language=ko", "--run", "run", output="run/scored.jsonl") == 0
+    assert [e["event"] for e in read_rows("run/events.jsonl")] == ["step", "score"]
 
 
 def test_question_hash_ignores_responses() -> None:
     def questions(*rows: dict[str, object]) -> str:
-        write(list(rows))
+        write_rows(list(rows))
         return hash_questions(Path("rows.jsonl"))
 
     first = questions({"prompt": "1 + 1", "response": "2"}, {"prompt": "2 + 2", "response": "4"})
@@ -94,17 +94,17 @@ def test_question_hash_ignores_responses() -> None:
 
 
 def test_a_row_without_a_field_of_its_reward_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:
-    write([{"response": "a"}, {"response": "a", "language": "en"}])
-    assert score() == 0
-    assert [(row["reward"], row["status"]) for row in read()] == [(None, "refused"), (1.0, "scored")]
+    write_rows([{"response": "a"}, {"response": "a", "language": "en"}])
+    assert run_score() == 0
+    assert [(row["reward"], row["status"]) for row in read_rows()] == [(None, "refused"), (1.0, "scored")]
     assert "line 1: refused: has no 'language'" in capsys.readouterr().err
 
 
 def test_rows_without_any_reward_are_written_and_the_command_fails(
         capsys: pytest.CaptureFixture[str]) -> None:
-    write([{"response": "a"}, {"response": "b"}])
-    assert score() == 3
-    assert [row["status"] for row in read()] == ["refused", "refused"]
+    write_rows([{"response": "a"}, {"response": "b"}])
+    assert run_score() == 3
+    assert [row["status"] for row in read_rows()] == ["refused", "refused"]
     assert "out.jsonl: none of its 2 rows has a reward; see their" in capsys.readouterr().err
 
 
@@ -122,7 +122,7 @@ def test_rows_without_any_reward_are_written_and_the_command_fails(
 def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, messages: list[str],
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     Path("rows.jsonl").write_bytes(lines)
-    assert score("--set", "language=ko") == 2
+    assert run_score("--set", "language=ko") == 2
     error = capsys.readouterr().err
     assert [text for text in messages if text not in error] == []
     assert sorted(os.listdir()) == ["rows.jsonl"]
@@ -137,14 +137,14 @@ def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, message
 ])
 def test_mistakes_are_one_sentence(arguments: list[str], message: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
-    assert score(*arguments) == 2
+    assert run_score(*arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_pipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     os.remove("rows.jsonl")
     os.mkfifo("rows.jsonl")
-    assert score("--set", "language=ko") == 2
+    assert run_score("--set", "language=ko") == 2
     assert "is not a regular file, and it is read more than once" in capsys.readouterr().err
 
 
@@ -167,7 +167,7 @@ class Counts:
 
 def test_a_killed_command_resumes(capsys: pytest.CaptureFixture[str]) -> None:
     Path("own.py").write_text(OWN_REWARD)
-    write([{"id": i, "response": ""} for i in range(400)])
+    write_rows([{"id": i, "response": ""} for i in range(400)])
     command = ["score", "--reward", "own.py:Counts", "--input", "rows.jsonl", "--output", "out.jsonl",
                "--workers", "1"]
     program = ("import os, sys; open('pid', 'w').write(str(os.getpid()))\n"
@@ -179,13 +179,13 @@ def test_a_killed_command_resumes(capsys: pytest.CaptureFixture[str]) -> None:
         f.write(b'[2, 5000, 7]\n{"id": 256, "resp')  # the kernel may have written a part of a row
     time.sleep(0.1)
     Path("judged").write_text("")
-    assert score("--set", "language=ko") == 2
+    assert run_score("--set", "language=ko") == 2
     assert main(command) == 0
     captured = capsys.readouterr()
     assert 'reward was "Counts", and is "language"' in captured.err
     assert "400 rows read: 400 scored, 0 set aside; mean reward 199.5000" in captured.out
     assert "256 rows were already scored" in captured.out
-    assert [row["reward"] for row in read()] == list(range(400))
+    assert [row["reward"] for row in read_rows()] == list(range(400))
     again = set(map(int, Path("judged").read_text().split()))
     assert again == set(range(256, 400))
     assert not work_folder(Path("out.jsonl")).exists()
@@ -200,7 +200,7 @@ def test_commands_of_the_page_run() -> None:
         program, *arguments = shlex.split(line)
         assert (program, main([*arguments, "--workers", "1"])) == ("megatron-sov", 0), line
         name = arguments[arguments.index("--output") + 1]
-        outputs[name] = [row["reward"] for row in read(name)]
+        outputs[name] = [row["reward"] for row in read_rows(name)]
     assert outputs["language.jsonl"] == [1.0, 1.0, 0.0]
     assert outputs["format.jsonl"] == [1.0, 0.0, 0.0]
     assert outputs["length.jsonl"] == [-0.625, 0.0, -1.0]

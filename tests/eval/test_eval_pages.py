@@ -27,10 +27,10 @@ def write_files(text: str, folder: Path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(("page", "heading", "count", "message"), [
+@pytest.mark.parametrize(("page", "heading", "num_commands", "message"), [
     ("serve.md", "Complete prompts", 5, ""), ("eval.md", "", 5, ""),
     ("eval_lm.md", "", 3, r"(?s)task +metric +value .* at limit\n.*aime24  avg@1 +0.0000")])
-def test_commands_of_the_page_run(page: str, heading: str, count: int, message: str, one_rank: None,
+def test_commands_of_the_page_run(page: str, heading: str, num_commands: int, message: str, one_rank: None,
                                   imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
                                   tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,18 +45,18 @@ def test_commands_of_the_page_run(page: str, heading: str, count: int, message: 
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     # that one: tests/train
     lines = [line for line in commands if not line.startswith("megatron-sov pretrain")]
-    assert len(lines) == count
+    assert len(lines) == num_commands
     for line in lines:
         program, *arguments = shlex.split(line.split(" --nproc")[0])  # several processes: tests/infer
         assert (program, main(arguments)) == ("megatron-sov", 0), line
     assert re.search(message, capsys.readouterr().out)
     if page == "eval_lm.md":
         [code] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-        found: dict[str, object] = {}
-        exec(code, found)
-        assert found["accuracy"].clusters == 2  # type: ignore[attr-defined]
-        wrong = 3 - round(3 * found["accuracy"].value)  # type: ignore[attr-defined]
-        assert len(found["wrong"]) == wrong  # type: ignore[arg-type]
+        namespace: dict[str, object] = {}
+        exec(code, namespace)
+        assert namespace["accuracy"].clusters == 2  # type: ignore[attr-defined]
+        wrong = 3 - round(3 * namespace["accuracy"].value)  # type: ignore[attr-defined]
+        assert len(namespace["wrong"]) == wrong  # type: ignore[arg-type]
 
 
 def test_table_of_the_page_matches_task_files() -> None:
@@ -64,24 +64,28 @@ def test_table_of_the_page_matches_task_files() -> None:
     table = {name: (suite, items, protocol) for name, suite, items, _, protocol in rows}
     catalog = find_tasks([TaskFolder(SUITES, trusted=True)])
     tasks = {name: definition.config for name, definition in catalog.definitions.items()}
-    assert table == {name: (config["metadata"]["sov"]["suite"], _items(config["metadata"]["sov"]),
-                            _protocol(config)) for name, config in tasks.items()}
+    assert table == {name: (config["metadata"]["sov"]["suite"], _format_items(config["metadata"]["sov"]),
+                            _format_protocol(config)) for name, config in tasks.items()}
     files = {name: cell for name, _, _, cell, _ in rows}
     assert "`mmlu/dev.jsonl`, `mmlu/test.jsonl`" in files["mmlu"]
     assert files["mmmlu"] == "`mmmlu/`: 14 files"
 
 
-def _items(sov: dict[str, Any]) -> str:
-    return f"{sov['items']:,}" if "items" in sov else "yours" if sov.get("kind") == "like" else "-"
+def _format_items(sov: dict[str, Any]) -> str:
+    if "items" in sov:
+        return f"{sov['items']:,}"
+    return "yours" if sov.get("kind") == "like" else "-"
 
 
-def _protocol(config: dict[str, Any]) -> str:
+def _format_protocol(config: dict[str, Any]) -> str:
     judging = parse_judging(config, allow_code=True)
     if judging is None:
         return "log-likelihood of the choices"
-    how = config["generation_kwargs"]
-    drawn = f"T {how['temperature']:g}, top_p {how['top_p']:g}" if how.get("do_sample") else "greedy"
-    return (f"{judging.samples} x {how['max_gen_toks']:,} tokens, {drawn}; {judging.reward}: "
+    sampling = config["generation_kwargs"]
+    sampling_text = "greedy"
+    if sampling.get("do_sample"):
+        sampling_text = f"T {sampling['temperature']:g}, top_p {sampling['top_p']:g}"
+    return (f"{judging.samples} x {sampling['max_gen_toks']:,} tokens, {sampling_text}; {judging.reward}: "
             f"{', '.join(judging.metric_names)}")
 
 

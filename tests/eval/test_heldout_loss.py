@@ -57,7 +57,7 @@ def test_data_without_heldout_documents_are_rejected(one_rank: None, imported: d
     assert "has no held-out documents" in capsys.readouterr().err
 
 
-CUT = ["--seq-len", "100", "--max-tokens", "1500"]
+LIMITS = ["--seq-len", "100", "--max-tokens", "1500"]
 
 
 def read_printed_result(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
@@ -70,7 +70,7 @@ def test_checkpoint_and_export_have_equal_loss(family: str, one_rank: None, impo
                                                hf_models: dict[str, Path], token_shards: Path,
                                                capsys) -> None:
     ours, theirs = (read_printed_result(capsys, "ppl", str(folders[family]), "--data", str(token_shards),
-                                        *CUT)
+                                        *LIMITS)
                     for folders in (imported, hf_models))
     assert set(ours) == {"first", "second"}
     for name, result in ours.items():
@@ -92,26 +92,26 @@ def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None,
     result = read_printed_result(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards),
                                  "--seq-len", str(seq_len), "--max-tokens", "1500")
     for source in open_sources({str(token_shards): 1.0}, 1024):
-        shard, left, nats, labels = source.open_split("heldout"), 1500, 0.0, 0
+        shard, budget, total_loss, num_labels = source.open_split("heldout"), 1500, 0.0, 0
         for document, length in enumerate(shard.lengths):
             # the document's first tokens within the budget, and the label of the last one
-            ids = torch.from_numpy(shard.tokens(document, 0, min(int(length), left + 1)).astype(np.int64))
-            left -= min(int(length), left)
+            ids = torch.from_numpy(shard.tokens(document, 0, min(int(length), budget + 1)).astype(np.int64))
+            budget -= min(int(length), budget)
             predicted = 1
             while predicted < len(ids):
-                new = seq_len if predicted == 1 else seq_len // 2
-                end = min(predicted + new, len(ids))
+                num_new = seq_len if predicted == 1 else seq_len // 2
+                end = min(predicted + num_new, len(ids))
                 window = ids[max(0, end - 1 - seq_len):end]
                 with torch.no_grad():
                     logits = model(window[None, :-1]).logits[0]
                 losses = torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
-                nats += float(losses[-(end - predicted):].double().sum())
-                labels += end - predicted
+                total_loss += float(losses[-(end - predicted):].double().sum())
+                num_labels += end - predicted
                 predicted = end
-            if not left:
+            if not budget:
                 break
-        assert result[source.name]["tokens"] == labels
-        assert result[source.name]["loss"] == pytest.approx(nats / labels, abs=2e-6)
+        assert result[source.name]["tokens"] == num_labels
+        assert result[source.name]["loss"] == pytest.approx(total_loss / num_labels, abs=2e-6)
 
 
 def test_heldout_losses_are_recorded_as_events(one_rank: None, imported: dict[str, Path],
@@ -124,9 +124,9 @@ def test_heldout_losses_are_recorded_as_events(one_rank: None, imported: dict[st
                                           "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
               "data": {"phases": [{"name": "a", "seq_len": 100}], "heldout_tokens": 1500}}
     write_atomically(tmp_path / "config.json", format_json(config))
-    run = ["--data", str(token_shards), "--run", str(tmp_path)]
-    ours = read_printed_result(capsys, "ppl", str(imported["solar_open"]), *run, *CUT)
-    theirs = read_printed_result(capsys, "ppl", str(hf_models["solar_open"]), *run, *CUT)
+    run_options = ["--data", str(token_shards), "--run", str(tmp_path)]
+    ours = read_printed_result(capsys, "ppl", str(imported["solar_open"]), *run_options, *LIMITS)
+    theirs = read_printed_result(capsys, "ppl", str(hf_models["solar_open"]), *run_options, *LIMITS)
     checkpoint, export = [e for e in read_events(tmp_path / EVENTS) if e["event"] != "step"]
     assert (checkpoint["event"], checkpoint["step"], checkpoint["heldout"]) == ("eval", 0, ours)
     assert (export["event"], export["step"], export["heldout"]) == ("eval", 41, theirs)

@@ -28,11 +28,11 @@ def test_logits_agree_for_packed_documents(family: str, imported: dict[str, Path
     assert difference.limit > 2e-4, "logits of this size would agree whatever the model does"
 
 
-PLAIN = {"rope_type": "default", "rope_theta": 1e6}
-WRONG = [
-    ("solar_open", {"rope_parameters": PLAIN | {"rope_type": "yarn", "factor": 4.0,
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+WRONG_CONFIGS = [
+    ("solar_open", {"rope_parameters": DEFAULT_ROPE | {"rope_type": "yarn", "factor": 4.0,
                                                 "original_max_position_embeddings": 256}}),
-    ("solar_open", {"rope_parameters": PLAIN}),
+    ("solar_open", {"rope_parameters": DEFAULT_ROPE}),
     ("solar_open", {"routed_scaling_factor": 1.6}),
     ("solar_open", {"num_experts_per_tok": 3}),
     ("exaone_moe", {"sliding_window": 9}),
@@ -41,7 +41,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("family", "change"), WRONG, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("family", "change"), WRONG_CONFIGS, ids=lambda x: str(x)[:40])
 def test_wrong_detail_is_detected(family: str, change: dict, imported: dict[str, Path],
                                   hf_models: dict[str, Path], one_rank: None, tmp_path: Path) -> None:
     other = shutil.copytree(hf_models[family], tmp_path / "other")
@@ -60,19 +60,19 @@ LENGTHS = [1, 5, 40, 100_000]
 """The last one is longer than the models can take."""
 
 
-def figures(a: Path, b: Path) -> tuple[dict[str, bool], dict[str, object]]:
+def prove(a: Path, b: Path) -> tuple[dict[str, bool], dict[str, object]]:
     proof = prove_logits(a, b, LENGTHS)
     return {check.name: check.passed for check in proof.checks}, proof.method
 
 
-SAME = {"largest difference of a logit": True, "greedy tokens that differ": True}
+ALL_PASSED = {"largest difference of a logit": True, "greedy tokens that differ": True}
 
 
 def test_both_sides_use_the_narrower_dtype(imported: dict[str, Path], hf_models: dict[str, Path],
                                            one_rank: None, tmp_path: Path) -> None:
     checkpoint, hf = imported["exaone_moe"], hf_models["exaone_moe"]
-    found, method = figures(checkpoint, hf)
-    assert found == SAME and "weights" not in method
+    checks, method = prove(checkpoint, hf)
+    assert checks == ALL_PASSED and "weights" not in method
     assert method["run by"] == {str(checkpoint): "megatron-core", str(hf): "transformers"}
     assert method["prompts"] == {"lengths": [1, 5, 40], "tokens": "random", "seed": 0}
     convert.to_hf(checkpoint, tmp_path / "bf16", "bfloat16")
@@ -83,8 +83,8 @@ def test_both_sides_use_the_narrower_dtype(imported: dict[str, Path], hf_models:
         assert [check.passed for check in proof.checks] == [True, True]
         assert proof.method["weights"] == f"of the narrower side, {narrower}"
         assert all(check.detail.endswith("weights of both in bfloat16") for check in proof.checks)
-    assert "equal weights, equal logits" in str(figures(hf, tmp_path / "bf16"))
-    assert "equal weights, equal logits" in str(figures(checkpoint, tmp_path / "narrow"))
+    assert "equal weights, equal logits" in str(prove(hf, tmp_path / "bf16"))
+    assert "equal weights, equal logits" in str(prove(checkpoint, tmp_path / "narrow"))
 
 
 def test_card_is_complete_and_recorded(imported: dict[str, Path], hf_models: dict[str, Path], one_rank: None,

@@ -30,10 +30,10 @@ def test_clustered_error_equals_robust_regression() -> None:
     values = draw.normal(0, 1, 60) + draw.normal(0, 1, 12)[clusters]
     column = np.ones((60, 1))
     residual = values - values.mean()
-    inside = sum(np.outer(score, score) for c in range(12)
+    meat = sum(np.outer(score, score) for c in range(12)
                  if (score := column[clusters == c].T @ residual[clusters == c]).size)
     bread = np.linalg.inv(column.T @ column)
-    expected = float(np.sqrt(12 / 11 * (bread @ inside @ bread)[0, 0]))
+    expected = float(np.sqrt(12 / 11 * (bread @ meat @ bread)[0, 0]))
     result = estimate_mean(values.tolist(), clusters.tolist())
     assert result.num_clusters == 12
     assert result.standard_error == pytest.approx(expected, rel=1e-12)
@@ -50,14 +50,14 @@ def test_single_cluster_has_no_standard_error() -> None:
 def test_paired_interval_equals_bonett_and_price() -> None:
     """Their equation, from the counts of a 2 x 2 table."""
     won, lost, both, neither = 9, 3, 20, 8
-    before = [0.0] * won + [1.0] * lost + [1.0] * both + [0.0] * neither
-    after = [1.0] * won + [0.0] * lost + [1.0] * both + [0.0] * neither
-    n = len(before)
+    old_scores = [0.0] * won + [1.0] * lost + [1.0] * both + [0.0] * neither
+    new_scores = [1.0] * won + [0.0] * lost + [1.0] * both + [0.0] * neither
+    n = len(old_scores)
     p12, p21 = (won + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = stats.t.ppf(0.975, n + 1) * np.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
-    result = estimate_difference(before, after)
+    half_width = stats.t.ppf(0.975, n + 1) * np.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
+    result = estimate_difference(old_scores, new_scores)
     assert result.value == pytest.approx((won - lost) / n)
-    assert result.interval == pytest.approx((p12 - p21 - half, p12 - p21 + half), rel=1e-5)
+    assert result.interval == pytest.approx((p12 - p21 - half_width, p12 - p21 + half_width), rel=1e-5)
 
 
 def test_paired_intervals_have_coverage_at_every_rate() -> None:
@@ -66,15 +66,15 @@ def test_paired_intervals_have_coverage_at_every_rate() -> None:
     tables = [(won, lost) for won in range(n + 1) for lost in range(n + 1 - won)]
     intervals = {}
     for won, lost in tables:
-        before = [0.0] * won + [1.0] * (n - won)
-        after = [1.0] * won + [0.0] * lost + [1.0] * (n - won - lost)
-        intervals[won, lost] = estimate_difference(before, after).interval
+        old_scores = [0.0] * won + [1.0] * (n - won)
+        new_scores = [1.0] * won + [0.0] * lost + [1.0] * (n - won - lost)
+        intervals[won, lost] = estimate_difference(old_scores, new_scores).interval
     for p_won, p_lost in ((0.02, 0.02), (0.1, 0.1), (0.05, 0.2), (0.3, 0.1), (0.0, 0.15), (0.4, 0.4)):
         probabilities = stats.multinomial(n, [p_won, p_lost, 1 - p_won - p_lost]).pmf(
             np.array([(won, lost, n - won - lost) for won, lost in tables]))
-        held = sum(p for p, (low, high) in zip(probabilities, intervals.values(), strict=True)
+        coverage = sum(p for p, (low, high) in zip(probabilities, intervals.values(), strict=True)
                    if low <= p_won - p_lost <= high)
-        assert held > 0.93, (p_won, p_lost)
+        assert coverage > 0.93, (p_won, p_lost)
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
@@ -100,11 +100,11 @@ def test_wilson_interval_of_zero_and_all() -> None:
 
 
 def test_wilson_interval_has_nominal_coverage() -> None:
-    held = []
+    coverage = []
     for truth in (k / 50 for k in range(3, 48)):
-        held.append(sum(math.comb(20, k) * truth**k * (1 - truth)**(20 - k) for k in range(21)
+        coverage.append(sum(math.comb(20, k) * truth**k * (1 - truth)**(20 - k) for k in range(21)
                         if compute_wilson_interval(k, 20)[0] <= truth <= compute_wilson_interval(k, 20)[1]))
-    assert 0.94 < sum(held) / len(held) < 0.97 and min(held) > 0.9
+    assert 0.94 < sum(coverage) / len(coverage) < 0.97 and min(coverage) > 0.9
 
 
 @pytest.mark.each(("correct", "samples"), [(0, 0), (3, 2), (-1, 5)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.commands.train.setup.training import check_chats
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, world
@@ -110,6 +111,17 @@ def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[s
     sources: Any = [SimpleNamespace(name=n, is_chat=n in chats) for n in [*chats, *texts]]
     with pytest.raises(UserError, match=message):
         check_chats(build_config(f"objective.text_coeff={coeff}"), sources)
+
+
+def test_data_without_chats_proposes_the_chats_in_the_folder(tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text('{"messages": []}\n')
+    Path("texts.jsonl").write_text('{"text": "a"}\n')
+    sources: Any = [SimpleNamespace(name="web", is_chat=False)]
+    with pytest.raises(UserError, match=r"conversations here: chats.jsonl\Z") as raised:
+        check_chats(build_config("objective.text_coeff=0.1"), sources)
+    assert raised.value.fix == Fix(options=("--data", "chats.jsonl"))
 
 
 def a_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> PackedRow:

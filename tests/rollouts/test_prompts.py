@@ -24,18 +24,18 @@ def build_prompts(count: int) -> PromptList:
     return PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(count))
 
 
-def file_with(path: Path, *lines: str) -> Path:
+def write_lines(path: Path, *lines: str) -> Path:
     path.write_text("".join(line + "\n" for line in lines))
     return path
 
 
 def test_prompts_are_identified_by_content(tmp_path: Path) -> None:
-    given_ = file_with(tmp_path / "a.jsonl", '{"prompt": "1+1", "answer": "2"}', "",
+    file = write_lines(tmp_path / "a.jsonl", '{"prompt": "1+1", "answer": "2"}', "",
                        '{"messages": [{"role": "user", "content": "hi"}], "tools": []}')
-    plain, chat = read_prompts(given_)
-    other, _ = read_prompts(file_with(tmp_path / "b.jsonl", '{"answer": "2",   "prompt": "1+1"}',
+    plain, chat = read_prompts(file)
+    reordered, _ = read_prompts(write_lines(tmp_path / "b.jsonl", '{"answer": "2",   "prompt": "1+1"}',
                                       '{"question": "a task"}'))
-    assert plain == other and plain.id != chat.id and len(plain.id) == 16
+    assert plain == reordered and plain.id != chat.id and len(plain.id) == 16
     assert (plain.place, chat.place) == ("line 1", "line 3")
     assert [m.content for m in (*plain.conversation().messages, *chat.conversation().messages)] == ["1+1",
                                                                                                     "hi"]
@@ -43,15 +43,15 @@ def test_prompts_are_identified_by_content(tmp_path: Path) -> None:
 
 def test_duplicate_prompts_are_used_once_and_broken_lines_named(tmp_path: Path) -> None:
     lines = ('{"prompt": "a"}', '{"prompt": "b"}', '{ "prompt":"a"}', '{"prompt": "c"}')
-    prompts = read_prompts(file_with(tmp_path / "twice.jsonl", *lines))
+    prompts = read_prompts(write_lines(tmp_path / "twice.jsonl", *lines))
     assert [(p.record["prompt"], p.place, prompts.repeats.get(p.id, [])) for p in prompts] == [
         ("a", "line 1", ["line 3"]), ("b", "line 2", []), ("c", "line 4", [])]
     with pytest.raises(UserError, match="line 2: holds half"):
-        read_prompts(file_with(tmp_path / "half.jsonl", '{"prompt": "a"}', r'{"prompt": "\ud800"}'))
+        read_prompts(write_lines(tmp_path / "half.jsonl", '{"prompt": "a"}', r'{"prompt": "\ud800"}'))
     with pytest.raises(UserError, match="line 2: is not JSON"):
-        read_prompts(file_with(tmp_path / "broken.jsonl", '{"prompt": "a"}', "{"))
+        read_prompts(write_lines(tmp_path / "broken.jsonl", '{"prompt": "a"}', "{"))
     with pytest.raises(UserError, match=r"JSON object$"):
-        read_prompts(file_with(tmp_path / "empty.jsonl"))
+        read_prompts(write_lines(tmp_path / "empty.jsonl"))
 
 
 @pytest.mark.each("form", ["parquet", "arrow", "folder", "json"])
@@ -75,7 +75,7 @@ def test_tables_and_dataset_folders_use_their_column_names(form: str, tmp_path: 
             writer.write_table(table)
     if form == "folder":
         (path / "state.json").write_text('{"_data_files": []}')
-    expected = read_prompts(file_with(
+    expected = read_prompts(write_lines(
         tmp_path / "a.jsonl", '{"prompt": "1+1", "answer": "2", "tests": ["assert 1"]}',
         '{"prompt": "2+2", "answer": "4", "tests": [], "target_tokens": 7}'))
     result = read_prompts(path, parse_renames(["prompt=question,answer=solution"], ()))
@@ -127,39 +127,39 @@ def test_suspicious_files_of_a_folder_are_reported(tmp_path: Path,
 
 
 def test_excluded_prompts_are_listed_and_shared_through_the_store(tmp_path: Path) -> None:
-    prompts = read_prompts(file_with(tmp_path / "p.jsonl", *(f'{{"prompt": "{c}"}}' for c in "abac")))
-    long = {prompts[2].id: 1212}
-    aside = find_unused_rows(prompts, long, 1024)
-    assert aside.account.describe() == ("4 prompts read: 2 asked, 2 set aside (1 longer than "
+    prompts = read_prompts(write_lines(tmp_path / "p.jsonl", *(f'{{"prompt": "{c}"}}' for c in "abac")))
+    too_long = {prompts[2].id: 1212}
+    unused = find_unused_rows(prompts, too_long, 1024)
+    assert unused.account.describe() == ("4 prompts read: 2 asked, 2 set aside (1 longer than "
                                         "rollout.max_prompt_tokens = 1,024, 1 same as another one)")
-    assert [row["why"] for row in aside.rows] == [
+    assert [row["why"] for row in unused.rows] == [
         "is the same as line 1", "has 1,212 tokens, more than rollout.max_prompt_tokens = 1,024"]
     assert read_too_long(tmp_path) == set()
     for _ in range(2):  # another job sets the same aside
-        write_unused_rows(tmp_path, aside)
-    assert read_too_long(tmp_path) == set(long)
+        write_unused_rows(tmp_path, unused)
+    assert read_too_long(tmp_path) == set(too_long)
     assert json.loads((tmp_path / "set_aside.json").read_text())["prompts"][1]["place"] == "line 4"
-    none = find_unused_rows(PromptList.from_prompts(prompts[:2]), {}, 1024)
+    nothing_unused = find_unused_rows(PromptList.from_prompts(prompts[:2]), {}, 1024)
     with pytest.raises(UserError, match=r"set_aside.json: other prompts"):
-        write_unused_rows(tmp_path, none)
-    assert none.account.describe() == "2 prompts read: 2 asked, 0 set aside"
+        write_unused_rows(tmp_path, nothing_unused)
+    assert nothing_unused.account.describe() == "2 prompts read: 2 asked, 0 set aside"
     with pytest.raises(RuntimeError, match="4 prompts read: 1"):
         find_unused_rows(prompts[1:2], {}, 1024)
 
 
 def test_prompts_are_read_on_demand_and_sent_to_other_processes() -> None:
     prompts = build_prompts(7)
-    some = prompts[1:6].exclude([prompts[3].id])
-    assert some.ids == [prompts[i].id for i in (1, 2, 4, 5)] == pickle.loads(pickle.dumps(some)).ids
-    assert pickle.loads(pickle.dumps(some)) == some == [prompts[i] for i in (1, 2, 4, 5)]
-    assert some.read_record(prompts[4].id) == {"prompt": "4"}
-    for other in (prompts[0].id, prompts[3].id, "f" * 16):
+    selected = prompts[1:6].exclude([prompts[3].id])
+    assert selected.ids == [prompts[i].id for i in (1, 2, 4, 5)] == pickle.loads(pickle.dumps(selected)).ids
+    assert pickle.loads(pickle.dumps(selected)) == selected == [prompts[i] for i in (1, 2, 4, 5)]
+    assert selected.read_record(prompts[4].id) == {"prompt": "4"}
+    for reordered in (prompts[0].id, prompts[3].id, "f" * 16):
         with pytest.raises(KeyError):
-            some.read_record(other)
+            selected.read_record(reordered)
 
 
 def test_unusable_prompts_are_named(tmp_path: Path) -> None:
-    path = file_with(tmp_path / "p.jsonl", '{"prompt": "a"}', '{"task": "a"}', '{"prompt": 3}',
+    path = write_lines(tmp_path / "p.jsonl", '{"prompt": "a"}', '{"task": "a"}', '{"prompt": 3}',
                      '{"prompt": "a", "messages": []}')
     with pytest.raises(UserError, match=r"(?s)3 bad rows.*line 2: has no 'prompt'.*line 3: .*"
                                         r"line 4: has 'prompt' and 'messages'"):
@@ -179,17 +179,17 @@ def test_every_prompt_once_in_an_epoch_and_never_twice_in_a_round(count: int, ro
     num_epochs = 5
     num_rounds = math.ceil(num_epochs * count / round_size)
     rounds = [select_round_prompts(prompts, rollout, n + 1) for n in range(num_rounds)]
-    assert all(len({p.id for p in found}) == round_size for found in rounds)
-    in_order = [p.id for found in rounds for p in found][:num_epochs * count]
+    assert all(len({p.id for p in round_prompts}) == round_size for round_prompts in rounds)
+    prompt_ids = [p.id for round_prompts in rounds for p in round_prompts][:num_epochs * count]
     for epoch in range(num_epochs):
-        assert Counter(in_order[epoch * count:(epoch + 1) * count]) == Counter(p.id for p in prompts)
+        assert Counter(prompt_ids[epoch * count:(epoch + 1) * count]) == Counter(p.id for p in prompts)
 
 
 def test_ids_are_the_records_own_hash(tmp_path: Path) -> None:
     record = {"prompt": "물", "n": 1.5}
-    (found,) = read_prompts(file_with(tmp_path / "p.jsonl", json.dumps(record)))
+    (round_prompts,) = read_prompts(write_lines(tmp_path / "p.jsonl", json.dumps(record)))
     canonical = '{"n":1.5,"prompt":"물"}'
-    assert found.id == hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    assert round_prompts.id == hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @pytest.mark.each("name", ["prompt", "messages", "dialog"])

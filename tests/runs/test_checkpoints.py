@@ -121,29 +121,35 @@ def test_run_with_only_damaged_checkpoints_is_rejected(run: Path) -> None:
 
 def test_delete_leftovers_keeps_checkpoints(run: Path) -> None:
     folder = run / "checkpoints"
-    before = sorted(folder.iterdir())
+    files_before = sorted(folder.iterdir())
     for name in (".writing-step-200-1f", ".deleting-step-1-2e", ".try-ab"):
         (folder / name / "model").mkdir(parents=True)
     delete_leftovers(folder)
-    assert sorted(folder.iterdir()) == before
+    assert sorted(folder.iterdir()) == files_before
 
 
 @given(st.sets(st.integers(1, 40), max_size=12), st.sets(st.integers(1, 40)), st.integers(0, 4),
        st.integers(0, 7))
-def test_prune_agrees_with_brute_force(tmp_path_factory, steps: set[int], torn: set[int], keep: int,
-                                       every: int) -> None:
-    """Newest `keep` complete checkpoints, multiples of `every`, and all incomplete folders."""
+def test_prune_agrees_with_brute_force(tmp_path_factory, steps: set[int], incomplete: set[int],
+                                       num_newest: int, every_steps: int) -> None:
+    """The newest `num_newest` complete checkpoints (0: all), multiples of `every_steps`, and all incomplete
+    folders stay."""
     folder = tmp_path_factory.mktemp("run")
     for step in steps:
         (folder / f"step-{step}").mkdir()
-        if step not in torn:
+        if step not in incomplete:
             (folder / f"step-{step}" / "manifest.json").write_text("{}")
     (folder / ".writing-step-41-aa").mkdir()
     (folder / "damaged-step-1").mkdir()
-    prune_checkpoints(folder, keep, every)
-    complete = steps - torn
-    expected = {s for s in steps if s in torn or keep == 0 or sum(o > s for o in complete) < keep
-                or (every and s % every == 0)}
+    prune_checkpoints(folder, num_newest, every_steps)
+    complete = steps - incomplete
+    expected = set()
+    for step in steps:
+        num_newer = sum(other > step for other in complete)
+        is_newest = num_newest == 0 or num_newer < num_newest
+        is_multiple = bool(every_steps) and step % every_steps == 0
+        if step in incomplete or is_newest or is_multiple:
+            expected.add(step)
     assert ({p.name for p in folder.iterdir()}
             == {f"step-{s}" for s in expected} | {".writing-step-41-aa", "damaged-step-1"})
 
@@ -172,8 +178,8 @@ def test_rollback_renames_adapter_bases(run: Path) -> None:
     assert latest_checkpoint(folder) == folder / "step-5", "the run goes on from what is good"
     adapter = folder.parent / "adapter"
     assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
-    with create_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
-        again.content = {"step": 100}
+    with create_artifact(folder / "step-100", "checkpoint") as repeated:  # the run comes by once more
+        repeated.content = {"step": 100}
     assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
     assert find_adapter_base(adapter, AdapterBase.from_checkpoint(folder / "step-100")) == folder / "step-100"
     protect_adapter_base(folder / "step-100")
@@ -187,11 +193,11 @@ def test_rollback_renames_adapter_bases(run: Path) -> None:
 
 def test_kill_during_deletion_leaves_no_partial_checkpoint(
         run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(path: Path, **options: bool) -> None:
+    def delete_manifest_then_stop(path: Path, **options: bool) -> None:
         (path / "manifest.json").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", delete_manifest_then_stop)
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoints(run / "checkpoints", 2)
     monkeypatch.undo()
@@ -229,11 +235,11 @@ UNKNOWN = {"empty": ((), "is empty"), "read": (("README.md",), "holds README.md 
 
 @pytest.mark.each("command", COMMANDS)
 def test_unknown_folder_error_describes_content(command: str, tmp_path: Path) -> None:
-    for name, (files, said) in UNKNOWN.items():
+    for name, (files, description) in UNKNOWN.items():
         (tmp_path / name).mkdir()
         for file in files:
             (tmp_path / name / file).write_text("{}")
-        with pytest.raises(UserError, match=rf"{name}: {said}.* pass (the folder|RUN|a folder|what)"):
+        with pytest.raises(UserError, match=rf"{name}: {description}.* pass (the folder|RUN|a folder|what)"):
             COMMANDS[command][1](tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +249,7 @@ def test_other_folder_kind_error_names_command(command: str, tmp_path: Path) -> 
     kinds, call = COMMANDS[command]
     for kind in sorted(set(KIND_CONSUMERS) - set(kinds)):
         folder = create_kind_folder(tmp_path / kind, kind)
-        before = sorted(tmp_path.rglob("*"))
+        files_before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError, match=rf"{kind}: is {KIND_CONSUMERS[kind][0]}, not an? .*; ."):
             call(folder, tmp_path / "out")
-        assert sorted(tmp_path.rglob("*")) == before
+        assert sorted(tmp_path.rglob("*")) == files_before

@@ -17,10 +17,10 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 CONFIG_OF_RUN = recipes.get("tiny-solar-open")
 
 
-def start_run(path: Path, config: RunConfig = CONFIG_OF_RUN) -> RunFolder:
+def start_run(path: Path, build_lora_config: RunConfig = CONFIG_OF_RUN) -> RunFolder:
     folder = RunFolder(path)
     folder.create()
-    folder.declare(config)
+    folder.declare(build_lora_config)
     return folder
 
 
@@ -62,14 +62,14 @@ def test_start_records_previous_settings_and_command(tmp_path: Path, monkeypatch
     folder.declare(CONFIG_OF_RUN, 3)
     assert list(read_events(folder.path / EVENTS)) == [], "nothing has changed"
 
-    longer = apply_settings(CONFIG_OF_RUN, ["train.steps=9", "parallel.tp=2", "obs.wandb=true"])
+    changed_config = apply_settings(CONFIG_OF_RUN, ["train.steps=9", "parallel.tp=2", "obs.wandb=true"])
     monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(["resume", "run"]))
-    folder.declare(longer, 4)
-    [told] = read_events(folder.path / EVENTS)
-    assert (told["step"], told["was"]) == (4, {
+    folder.declare(changed_config, 4)
+    [event] = read_events(folder.path / EVENTS)
+    assert (event["step"], event["was"]) == (4, {
         "train.steps": [CONFIG_OF_RUN.train.steps, 9], "parallel.tp": [1, 2]}), "how it is watched counts not"
-    assert told["command"]["words"] == ["pretrain", "tiny-solar-open"]
-    assert "parallel.tp was 1, is 2" in told["text"]
+    assert event["command"]["words"] == ["pretrain", "tiny-solar-open"]
+    assert "parallel.tp was 1, is 2" in event["text"]
 
 
 @pytest.mark.each("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7",
@@ -82,8 +82,8 @@ def test_resume_rejects_changed_fixed_settings(tmp_path: Path, setting: str) -> 
 
 
 def test_resume_accepts_run_of_earlier_defaults(tmp_path: Path) -> None:
-    before = apply_settings(CONFIG_OF_RUN, ["preference.beta=0.1", "policy.correction=none"])
-    folder = start_run(tmp_path / "run", before)
+    old_config = apply_settings(CONFIG_OF_RUN, ["preference.beta=0.1", "policy.correction=none"])
+    folder = start_run(tmp_path / "run", old_config)
     folder.enter(CONFIG_OF_RUN, resume=True)
     with pytest.raises(UserError, match=r"preference.beta = 0.1, now"):
         folder.enter(apply_settings(CONFIG_OF_RUN, ["preference.beta=0.2"]), resume=True)
@@ -105,17 +105,17 @@ def test_resume_accepts_changed_machine_settings(tmp_path: Path, setting: str) -
 
 
 def test_adapter_targets_compare_equal_in_any_spelling(tmp_path: Path) -> None:
-    def config(*targets: str, rank: int = 4) -> RunConfig:
+    def build_lora_config(*targets: str, rank: int = 4) -> RunConfig:
         return apply_settings(CONFIG_OF_RUN, [f"lora.rank={rank}", f"lora.targets={json.dumps(targets)}"])
 
-    folder = start_run(tmp_path / "run", config("v_proj", "experts", "q_proj"))
-    folder.enter(config("q_proj", "q_proj", "v_proj", "experts"), resume=True)
+    folder = start_run(tmp_path / "run", build_lora_config("v_proj", "experts", "q_proj"))
+    folder.enter(build_lora_config("q_proj", "q_proj", "v_proj", "experts"), resume=True)
     with pytest.raises(UserError, match=r"lora.targets = \['experts', 'q_proj'"):
-        folder.enter(config("v_proj", "q_proj"), resume=True)
+        folder.enter(build_lora_config("v_proj", "q_proj"), resume=True)
     with pytest.raises(UserError, match=r"lora.rank = 4, now"):
-        folder.enter(config("q_proj", rank=0), resume=True)
-    every = start_run(tmp_path / "every", config("all-linear"))
-    every.enter(config("down_proj", "all-linear", "q_proj"), resume=True)
+        folder.enter(build_lora_config("q_proj", rank=0), resume=True)
+    every = start_run(tmp_path / "every", build_lora_config("all-linear"))
+    every.enter(build_lora_config("down_proj", "all-linear", "q_proj"), resume=True)
 
 
 def test_complete_run_rejects_more_steps(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_complete_run_rejects_more_steps(tmp_path: Path) -> None:
     folder.complete({"step": 200})
     assert folder.completion() == {"step": 200}
     folder.enter(CONFIG_OF_RUN, resume=True)
-    longer = dataclasses.replace(CONFIG_OF_RUN, train=dataclasses.replace(CONFIG_OF_RUN.train, steps=300))
+    changed_config = apply_settings(CONFIG_OF_RUN, ["train.steps=300"])
     with pytest.raises(UserError, match=r"train.steps = 300 asks"):
-        folder.enter(longer, resume=True)
+        folder.enter(changed_config, resume=True)
 
 
 @pytest.mark.each("content", ["{", "[]", '{"recipe": 3}', '{"step": [0]}', '{"step": 1, "gate": [1]}'])
@@ -149,7 +149,8 @@ def test_remove_unstarted_keeps_used_folders(tmp_path: Path) -> None:
     assert (tmp_path / "run" / CONFIG).is_file()
 
 
-def config_with_code(kind: str, files: dict[str, str], reference: str = "/home/me/mine.py:Mine") -> RunConfig:
+def build_config_with_code(kind: str, files: dict[str, str],
+                           reference: str = "/home/me/mine.py:Mine") -> RunConfig:
     code = PluginCode(kind, "mine", reference, files=files)  # type: ignore[arg-type]
     return dataclasses.replace(CONFIG_OF_RUN, code=(code,))
 
@@ -157,22 +158,22 @@ def config_with_code(kind: str, files: dict[str, str], reference: str = "/home/m
 @pytest.mark.each("kind", ["recipe", "model family", "objective"])
 def test_resume_rejects_changed_user_code(tmp_path: Path, kind: str) -> None:
     files = {"mine.py": "a" * 64, "beside.py": "b" * 64}
-    folder = start_run(tmp_path / "run", config_with_code(kind, files))
-    folder.enter(config_with_code(kind, files), resume=True)
+    folder = start_run(tmp_path / "run", build_config_with_code(kind, files))
+    folder.enter(build_config_with_code(kind, files), resume=True)
     for changed in files:
         with pytest.raises(UserError, match=rf"was started with {kind} mine of /home/me/mine.py:Mine, "
                                             rf"and {changed} has changed since \(sha256 .{{12}}, "
                                             r"now c{12}\); put it back as it was") as e:
-            folder.enter(config_with_code(kind, files | {changed: "c" * 64}), resume=True)
+            folder.enter(build_config_with_code(kind, files | {changed: "c" * 64}), resume=True)
         assert ("pass --config" in str(e.value)) == (kind == "recipe")
 
 
 def test_resume_accepts_moved_user_code(tmp_path: Path) -> None:
-    folder = start_run(tmp_path / "run", config_with_code("objective", {"mine.py": "a" * 64}))
-    folder.enter(config_with_code("objective", {"renamed.py": "a" * 64, "new.py": "d" * 64},
+    folder = start_run(tmp_path / "run", build_config_with_code("objective", {"mine.py": "a" * 64}))
+    folder.enter(build_config_with_code("objective", {"renamed.py": "a" * 64, "new.py": "d" * 64},
                                   "/else/renamed.py:Mine"), resume=True)
     with pytest.raises(UserError, match=r"mine.py has changed since"):
-        folder.enter(config_with_code("objective", {"other.py": "e" * 64}, "/else/other.py:Mine"),
+        folder.enter(build_config_with_code("objective", {"other.py": "e" * 64}, "/else/other.py:Mine"),
                      resume=True)
 
 
@@ -192,9 +193,9 @@ def test_run_events_append_to_run(tmp_path: Path) -> None:
 
 
 def test_run_events_reject_folder_without_run(tmp_path: Path) -> None:
-    none = RunEvents(None)
-    none.add("sample", prompt="a")
-    assert none.last_step() is None
+    run_less = RunEvents(None)
+    run_less.add("sample", prompt="a")
+    assert run_less.last_step() is None
     with pytest.raises(UserError, match=r"holds no events\.jsonl,"):
         RunEvents(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,7 @@ def test_process_start_equals_that_of_psutil() -> None:
 # What the driver says of this machine's GPUs, by a program that stands for `nvidia-smi`.
 
 
-PROGRAM = """#!/bin/sh
+NVIDIA_SMI = """#!/bin/sh
 case "$1" in
   *memory.used) echo "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 4"
                 echo "1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, 70000" ;;
@@ -45,29 +45,29 @@ esac
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with two GPUs, the second one in use and ill."""
-    (tmp_path / "nvidia-smi").write_text(PROGRAM)
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
 
 
-def test_visible_gpus_follow_cuda_visible_devices(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_gpus_follow_cuda_visible_devices(two_gpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(g.index, g.uuid, g.memory_bytes >> 20, g.used_bytes >> 20) for g in list_visible_gpus()] == [
         (0, "GPU-aa", 81559, 4), (1, "GPU-bb", 81559, 70000)]
-    for chosen, uuids in (("1", ["GPU-bb"]), ("1,0", ["GPU-bb", "GPU-aa"]), ("GPU-a", ["GPU-aa"]), ("", [])):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    for visible, uuids in (("1", ["GPU-bb"]), ("1,0", ["GPU-bb", "GPU-aa"]), ("GPU-a", ["GPU-aa"]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert [g.uuid for g in list_visible_gpus()] == uuids
 
 
-def test_gpu_fault_is_reported(machine: Path) -> None:
+def test_gpu_fault_is_reported(two_gpus: Path) -> None:
     """A field unknown to the driver is ignored."""
     assert find_gpu_fault("GPU-aa") == ""
     assert find_gpu_fault("GPU-bb") == "3 uncorrected memory errors (ECC)"
 
 
-def test_missing_nvidia_smi_gives_no_gpus(machine: Path) -> None:
-    (machine / "nvidia-smi").unlink()
+def test_missing_nvidia_smi_gives_no_gpus(two_gpus: Path) -> None:
+    (two_gpus / "nvidia-smi").unlink()
     assert list_visible_gpus() == [] and find_gpu_fault("GPU-aa") == ""

@@ -20,14 +20,14 @@ from megatron_sov.runs.lock import LOCK, RunLock, find_living_holder
 from megatron_sov.work.progress.locks import process_table
 
 
-def write_record(run: Path, **changed: Any) -> None:
+def write_record(run: Path, **fields: Any) -> None:
     me = psutil.Process()
     record = {"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
               "beat": 1, "process_table": process_table(), "token": "another"}
-    (run / LOCK).write_text(json.dumps(record | changed))
+    (run / LOCK).write_text(json.dumps(record | fields))
 
 
-def acquire_lock(run: Path) -> None:
+def acquire_and_release(run: Path) -> None:
     run_lock = RunLock(run)
     run_lock.acquire()
     run_lock.release()
@@ -41,14 +41,14 @@ def test_lock_error_names_living_holder(tmp_path: Path) -> None:
                        match=rf"held by a living run \(process {os.getpid()} on {socket.gethostname()}\)"):
         RunLock(tmp_path).acquire()
     run_lock.release()
-    acquire_lock(tmp_path)
+    acquire_and_release(tmp_path)
 
 
 def test_dead_local_holder_frees_lock_at_once(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     write_record(tmp_path, pid=child.pid)
-    acquire_lock(tmp_path)
+    acquire_and_release(tmp_path)
 
 
 def test_zombie_holder_frees_lock(tmp_path: Path) -> None:
@@ -57,12 +57,12 @@ def test_zombie_holder_frees_lock(tmp_path: Path) -> None:
         while zombie.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.001)
         write_record(tmp_path, pid=child.pid, started_s=zombie.create_time())
-        acquire_lock(tmp_path)
+        acquire_and_release(tmp_path)
 
 
 def test_reused_pid_does_not_hold_lock(tmp_path: Path) -> None:
     write_record(tmp_path, started_s=psutil.Process().create_time() - 3600)
-    acquire_lock(tmp_path)
+    acquire_and_release(tmp_path)
 
 
 def test_clock_correction_does_not_free_lock(tmp_path: Path) -> None:
@@ -71,43 +71,47 @@ def test_clock_correction_does_not_free_lock(tmp_path: Path) -> None:
         RunLock(tmp_path).acquire()
 
 
-ELSEWHERE: list[dict[str, Any]] = [
+REMOTE_HOLDERS: list[dict[str, Any]] = [
     {"host": "elsewhere"}, {"process_table": "the same boot, another namespace"},
     {"pid": 2 ** 22 + 1, "process_table": "the same boot, another namespace"}]
 """Same host name and pid in a different namespace: unknown state."""
 
 
+SetAction = Callable[[Callable[[], object]], None]
+"""Function that sets what the remote holder of the lock does while another run waits."""
+
+
 @pytest.fixture
-def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Actions of a remote holder during the wait; each look takes a second."""
+def set_remote_action(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SetAction:
+    """Return the function that sets the remote holder's action; each look at the lock takes a second."""
     now_s = itertools.count()
     monkeypatch.setattr(lock.time, "monotonic", lambda: float(next(now_s)))
 
-    def shows(does: Callable[[], object]) -> None:
-        monkeypatch.setattr(lock.time, "sleep", lambda s: does())
+    def set_action(action: Callable[[], object]) -> None:
+        monkeypatch.setattr(lock.time, "sleep", lambda process: action())
 
-    shows(lambda: None)
-    return shows
+    set_action(lambda: None)
+    return set_action
 
 
-@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+@pytest.mark.parametrize("remote_fields", REMOTE_HOLDERS)
 def test_remote_holder_keeps_lock_while_heartbeats_arrive(
-        tmp_path: Path, life: Callable[[Callable[[], object]], None], elsewhere: dict[str, Any],
+        tmp_path: Path, set_remote_action: SetAction, remote_fields: dict[str, Any],
         capsys: pytest.CaptureFixture[str]) -> None:
-    write_record(tmp_path, **elsewhere)
-    life(lambda: write_record(tmp_path, **elsewhere, beat=2))
+    write_record(tmp_path, **remote_fields)
+    set_remote_action(lambda: write_record(tmp_path, **remote_fields, beat=2))
     with pytest.raises(UserError, match="held by a living run"):
         RunLock(tmp_path).acquire()
     assert "waiting up to 60 s for its heartbeat" in capsys.readouterr().err
-    life(lambda: None)
-    acquire_lock(tmp_path)  # independent of other clocks: a whole lease has passed on this one
+    set_remote_action(lambda: None)
+    acquire_and_release(tmp_path)  # independent of other clocks: a whole lease has passed on this one
 
 
 def test_lock_released_while_waiting_is_acquired(
-        tmp_path: Path, life: Callable[[Callable[[], object]], None]) -> None:
+        tmp_path: Path, set_remote_action: SetAction) -> None:
     write_record(tmp_path, host="elsewhere")
-    life((tmp_path / LOCK).unlink)
-    acquire_lock(tmp_path)
+    set_remote_action((tmp_path / LOCK).unlink)
+    acquire_and_release(tmp_path)
 
 
 def test_remote_holder_is_judged_by_file_time(tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_containers_with_equal_host_names_differ(tmp_path: Path) -> None:
 @pytest.mark.each("content", ["", "[]", "null", '{"host": 1}', '{"host": "a", "pid": "x", "started_s": 1}'])
 def test_damaged_lock_is_free(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
-    acquire_lock(tmp_path)
+    acquire_and_release(tmp_path)
 
 
 def test_holder_writes_heartbeats(tmp_path: Path) -> None:
@@ -173,18 +177,18 @@ def test_concurrent_starts_give_single_holder(tmp_path: Path) -> None:
             "try:\n    RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); "
             "sys.stdin.readline()\n"
             "except UserError: print('refused', flush=True)")
-    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    for s in starts:
-        assert s.stdout is not None and s.stdout.readline() == "ready\n"
-    for s in starts:
-        assert s.stdin is not None
-        s.stdin.write("\n")
-        s.stdin.flush()
-    answers = [s.stdout.readline().strip() for s in starts if s.stdout is not None]
-    for s in starts:
-        s.communicate("\n", timeout=600)
-    assert sorted(answers) == ["held", "refused", "refused", "refused"]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outcomes = [process.stdout.readline().strip() for process in processes if process.stdout is not None]
+    for process in processes:
+        process.communicate("\n", timeout=600)
+    assert sorted(outcomes) == ["held", "refused", "refused", "refused"]
 
 
 def test_earlier_restart_of_slurm_job_does_not_hold_lock(tmp_path: Path,
@@ -197,4 +201,4 @@ def test_earlier_restart_of_slurm_job_does_not_hold_lock(tmp_path: Path,
         with pytest.raises(UserError, match="held by a living run"):
             RunLock(tmp_path).acquire()
     write_record(tmp_path, host="elsewhere", slurm_job="7", slurm_restart=0)
-    acquire_lock(tmp_path)
+    acquire_and_release(tmp_path)

@@ -17,42 +17,42 @@ def test_rounds_with_results_reject_other_settings(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     note = folder / "rounds" / "rounds.json"
 
-    def enter(samples: int) -> None:
+    def record_settings(samples: int) -> None:
         # an option that repeats is a tuple, which the note has as a list
         record_or_check_settings(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)},
                                  "--run")
 
-    enter(4)
+    record_settings(4)
     (folder / "rounds/.answers.work").mkdir()
     (folder / "rounds/.answers.work/0.bin").touch()
-    enter(8)  # a corrected command, before any work
+    record_settings(8)  # a corrected command, before any work
     (folder / "rounds/answers").touch()
-    enter(8)
+    record_settings(8)
     with pytest.raises(UserError, match="samples = 8, now"):
-        enter(4)
+        record_settings(4)
     note.write_text("[1")
     with pytest.raises(UserError, match="choose another --run"):
-        enter(8)
+        record_settings(8)
     note.unlink()
     with pytest.raises(UserError, match="rounds; choose another --run"):
-        enter(8)
+        record_settings(8)
     with pytest.raises(UserError, match=r"--run .*answers:"):
         record_or_check_settings(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {},
                                  "--run")
 
 
 def test_rewritten_files_do_not_count_as_results(tmp_path: Path) -> None:
-    folder, made = tmp_path / "probe", tmp_path / "probe/problems.jsonl"
+    folder, input_file = tmp_path / "probe", tmp_path / "probe/problems.jsonl"
 
-    def enter(k: int) -> None:
-        record_or_check_settings(folder, folder / "asked.json", {"k": k}, "--output", "answers", {made})
+    def record_settings(k: int) -> None:
+        record_or_check_settings(folder, folder / "asked.json", {"k": k}, "--output", "answers", {input_file})
 
-    enter(4)
-    made.touch()
-    enter(8)
+    record_settings(4)
+    input_file.touch()
+    record_settings(8)
     (folder / "answers.jsonl").touch()
     with pytest.raises(UserError, match="begun with k"):
-        enter(4)
+        record_settings(4)
 
 
 # Which checkpoint writes a round.
@@ -91,17 +91,17 @@ def create_policies(run: Path, start: Path, **settings: Any) -> RunPolicies:
 
 def train_rounds(policies: RunPolicies, rounds: range) -> list[Policy]:
     """Train rounds; return the policy before each round."""
-    found = []
+    round_policies = []
     for number in rounds:
-        found.append(policies.at(2 * number - 2))
+        round_policies.append(policies.at(2 * number - 2))
         policies.begin(2 * number - 2, f"documents of round {number}")
-    return found
+    return round_policies
 
 
 def test_policy_digests_survive_resume_from_any_checkpoint(tmp_path: Path) -> None:
     start, run = write_checkpoint(tmp_path / "start"), tmp_path / "run"
-    whole = create_policies(run, start, lr=1)
-    expected = train_rounds(whole, range(1, 6))
+    policies = create_policies(run, start, lr=1)
+    expected = train_rounds(policies, range(1, 6))
     assert expected[0] == build_start_policy(start) and len({policy.sha256 for policy in expected}) == 5
     assert [(policy.path, policy.step) for policy in expected[1:]] == [(run, 2 * n) for n in range(1, 5)]
     assert train_rounds(create_policies(tmp_path / "elsewhere", start, lr=1),
@@ -109,18 +109,18 @@ def test_policy_digests_survive_resume_from_any_checkpoint(tmp_path: Path) -> No
     assert train_rounds(create_policies(run, start, lr=2), range(1, 3))[1].sha256 != expected[1].sha256
     # a kill, and the checkpoints after step 3, in the middle of round 2, and after step 4
     for step in (3, 4):
-        before = create_policies(run, start, lr=1)
-        train_rounds(before, range(1, 3))
+        killed = create_policies(run, start, lr=1)
+        train_rounds(killed, range(1, 3))
         checkpoint = write_checkpoint(run / "checkpoints" / f"step-{step}",
-                                      feed=json.loads(json.dumps(before.state())))
-        again = create_policies(run, start, lr=1)
-        again.restore(json.loads((checkpoint / "state.json").read_text())["feed"])
+                                      feed=json.loads(json.dumps(killed.state())))
+        resumed = create_policies(run, start, lr=1)
+        resumed.restore(json.loads((checkpoint / "state.json").read_text())["feed"])
         if step == 3:
-            again.begin(3, "documents of round 2")
-        assert train_rounds(again, range(3, 6)) == expected[2:]
+            resumed.begin(3, "documents of round 2")
+        assert train_rounds(resumed, range(3, 6)) == expected[2:]
         # which may have started the next round
-        assert [again.is_own(p.step, p.sha256) for p in expected[3:]] == [True, True]
-        assert not again.is_own(6, expected[1].sha256) and again.is_own(2, "pruned long ago")
+        assert [resumed.is_own(p.step, p.sha256) for p in expected[3:]] == [True, True]
+        assert not resumed.is_own(6, expected[1].sha256) and resumed.is_own(2, "pruned long ago")
     # other jobs identify the checkpoint in the same way
     assert find_round_policy(run, start, 3, RolloutConfig(steps_per_round=2)) == Policy(
         run / "checkpoints/step-4", 4, expected[2].sha256)
@@ -129,9 +129,9 @@ def test_policy_digests_survive_resume_from_any_checkpoint(tmp_path: Path) -> No
 def test_rollback_gives_another_policy(tmp_path: Path) -> None:
     start = write_checkpoint(tmp_path / "start")
     policies = create_policies(tmp_path / "run", start)
-    before = train_rounds(policies, range(1, 3))
+    killed = train_rounds(policies, range(1, 3))
     state = policies.state()
     train_rounds(policies, range(3, 5))
     policies.restore(state)
-    assert policies.at(8).sha256 not in {policy.sha256 for policy in before}
+    assert policies.at(8).sha256 not in {policy.sha256 for policy in killed}
     assert policies.at(8).sha256 != create_policies(tmp_path / "run", start).at(0).sha256

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.synth import finishing
-from megatron_sov.base.errors import IS_CHECKING, DryRun
+from megatron_sov.base.errors import DryRun, check_only
 from megatron_sov.work.clusters.client import run_slurm_program
 from megatron_sov.work.endpoints.http_client import HttpClient
 from megatron_sov.work.processes.children import start_command, start_interpreter
@@ -16,16 +15,15 @@ from megatron_sov.work.progress.locks import lock_folder
 
 @pytest.fixture
 def checking() -> Iterator[None]:
-    token = IS_CHECKING.set(True)
-    yield
-    IS_CHECKING.reset(token)
+    with check_only():
+        yield
 
 
 def build_client() -> HttpClient:
     return HttpClient("http://127.0.0.1:9/v1/chat/completions", "", 1.0, "", 1000, 1.0)
 
 
-@pytest.mark.parametrize("act", [
+@pytest.mark.parametrize("action", [
     lambda folder: start_command([sys.executable, "-c", f"open({str(folder / 'made')!r}, 'w')"]),
     lambda folder: start_interpreter([sys.executable, "-c", "0"], [], {}),
     lambda folder: run_slurm_program("sbatch", "--parsable", "job.sh"),
@@ -33,17 +31,8 @@ def build_client() -> HttpClient:
     lambda folder: next(build_client().stream({"prompt": "a"})),
     lambda folder: lock_folder(folder / "locked", folder).__enter__()],
     ids=["command", "interpreter", "sbatch", "request", "stream", "lock"])
-def test_a_check_has_no_side_effects(act: Callable[[Path], object], checking: None, tmp_path: Path) -> None:
+def test_a_check_has_no_side_effects(action: Callable[[Path], object], checking: None,
+                                     tmp_path: Path) -> None:
     with pytest.raises(DryRun):
-        act(tmp_path)
+        action(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_finished_samples_keep_their_manifest(checking: None, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / finishing.MANIFEST).write_text("{}")
-    monkeypatch.setattr(finishing, "read_run_record", lambda output: None)
-    monkeypatch.setattr(finishing, "check_work_folder", lambda output: None)
-    with pytest.raises(DryRun):
-        finishing.finish(tmp_path)
-    assert (tmp_path / finishing.MANIFEST).is_file()

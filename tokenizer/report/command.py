@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import format_json, sha256_file, write_output
 from megatron_sov.base.errors import UserError, stop_check, suggest_name
-from megatron_sov.base.outputs import check_output, check_page
+from megatron_sov.base.outputs import check_page
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from tokenizer.formats.reader import LoadedTokenizer, open_tokenizer
@@ -235,7 +235,6 @@ def run_report(args: TokenizerReportOptions) -> int:
             raise UserError(f"--skip {name}: is no check{suggest_name(name, CHECKS)} (checks: "
                             f"{', '.join(CHECKS)})")
     check_page("--output", args.output)
-    check_output("--json", args.json)
     tokenizer = open_tokenizer(args.tokenizer)
     checks = check_all(tokenizer, read_texts(args.text, args.max_text_mb), args.skip)
     for check in checks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 import traceback
 from collections import deque
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Self
 
 from data_prep.curate.pipeline.command import DataRunOptions
 from data_prep.curate.pipeline.counts import DocumentCounts
@@ -26,7 +24,6 @@ from data_prep.damaged_files import explain_deletion
 from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.figures import format_duration
 from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.sealed import read_sealed_json
 from megatron_sov.work.clusters.cluster import ClusterProfile
@@ -39,7 +36,6 @@ from megatron_sov.work.submit.arrays import (
 
 MAX_NAMED_TASKS = 8
 """Tasks that the error after a lost worker names."""
-PROGRESS_LINE_S = 60.0
 
 
 def run_from_options(options: DataRunOptions) -> None:
@@ -156,55 +152,16 @@ def _run_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: Pipeli
             yield stage, task
 
     try:
-        with StageProgress(stage, len(open_tasks)) as progress:
+        with create_bar(stage.name, len(open_tasks), "task") as bar:
             for _ in pool.each(iter_items()):
                 running.popleft()
-                progress.advance()
+                bar.update()
     except WorkerLost:
         names = ", ".join(f"{number} of source {source}"
                           for source, number in islice(running, MAX_NAMED_TASKS))
         more = f" and {len(running) - MAX_NAMED_TASKS} more" if len(running) > MAX_NAMED_TASKS else ""
         raise UserError(f"step {stage.kind}: {LOST_WORKER}; these tasks are not finished: {names}{more}; "
                         "take fewer --workers or smaller shard_bytes, and run the command again") from None
-
-
-class StageProgress:
-    """Progress of a stage: a bar on a terminal; in a log file a line every `PROGRESS_LINE_S` seconds from a
-    thread, so that a long task prints lines too."""
-
-    def __init__(self, stage: PipelineStage, num_tasks: int) -> None:
-        self._stage, self._num_tasks, self._num_done = stage, num_tasks, 0
-        self._start_s = time.monotonic()
-        self._stopped = threading.Event()
-        self._printer = threading.Thread(target=self._print_lines, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._bar = create_bar(self._stage.name, self._num_tasks, "task")
-        if self._bar.disable:
-            self._printer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        if self._bar.disable:
-            self._printer.join()
-        self._bar.close()
-
-    def advance(self) -> None:
-        self._num_done += 1
-        self._bar.update(1)
-
-    def _print_lines(self) -> None:
-        while not self._stopped.wait(PROGRESS_LINE_S):
-            print(self.format_line(time.monotonic() - self._start_s), flush=True)
-
-    def format_line(self, wall_s: float) -> str:
-        num_done, num_tasks = self._num_done, self._num_tasks
-        line = (f"  {self._stage.name}: {num_done:,} of {num_tasks:,} {self._stage.task_noun} after "
-                f"{format_duration(wall_s)}")
-        if not num_done:
-            return line
-        return f"{line}, about {format_duration(wall_s / num_done * (num_tasks - num_done))} left"
 
 
 def _create_task_runner(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]], None]:

@@ -33,7 +33,6 @@ STEPS: dict[str, str] = {
     "rules": "data_prep.curate.quality.rules.step:Rules", "pii": "data_prep.curate.quality.pii.step:Pii",
     "exact_dedup": "data_prep.curate.dedup.exact:ExactDedup",
     "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
-    "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",
     "decontaminate": "data_prep.curate.decontamination.step:Decontaminate",
     "quality": "data_prep.curate.scoring.scorer_steps:Quality",
     "education": "data_prep.curate.scoring.scorer_steps:Education",

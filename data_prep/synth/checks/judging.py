@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +19,17 @@ from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.damaged_files import explain_deletion
 from data_prep.synth.checks.settings import (
-    CONTEXT, INPUT, SOURCES, NoSample, choose_steps_file, extract_question, extract_texts, read_steps)
+    INPUT, SOURCES, NoSample, choose_steps_file, extract_question, extract_texts, read_steps)
 from data_prep.synth.run_records import SynthRunRecord, read_finished_items
 from data_prep.synth.samples import GeneratedSample, Kind, SampleVerdict
+from data_prep.synth.synth import SynthOptions
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, contains_records, get_ending, iter_spans
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import open_sealed_parquet
+from megatron_sov.base.settings import count_cores
 from megatron_sov.work.progress.journal import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
@@ -42,9 +43,9 @@ class JudgedSamples:
     """Documents that the steps dropped or changed, and the counts of the steps."""
 
     dropped: Mapping[str, SampleVerdict] = field(default_factory=dict)
-    """Document id (sample or context) -> reason."""
+    """Sample id -> reason."""
     changed: Mapping[str, str] = field(default_factory=dict)
-    """Document id -> text after the last step that changed the document."""
+    """Sample id -> text after the last step that changed the document."""
     steps: tuple[Mapping[str, Any], ...] = ()
     """Counts for each step and source, as in `summary.json` from a pipeline."""
 
@@ -52,44 +53,41 @@ class JudgedSamples:
         """Return why a sample is rejected, or None. The sample must have passed the generator's checks."""
         try:
             # invalid records were never sent through the steps
-            texts = extract_texts(kind, sample.record)
+            extract_texts(kind, sample.record)
         except NoSample as e:
             return SampleVerdict(FORM, False, str(e))
-        document_ids = (sample_id, _compute_context_id(texts.get(CONTEXT, "")))
-        for document_id in document_ids:
-            if document_id in self.dropped:
-                return self.dropped[document_id]
+        if sample_id in self.dropped:
+            return self.dropped[sample_id]
         # a changed text cannot be split into messages again
-        if kind != "text" and any(document_id in self.changed for document_id in document_ids):
+        if kind != "text" and sample_id in self.changed:
             return SampleVerdict("changed by a step", False,
                                  "only texts can follow; use steps that keep or drop")
         return None
 
 
-def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, workers: int) -> JudgedSamples:
-    """Run the samples that passed the generator's checks through pipeline steps. Raises `UserError`: a step,
-    an input or the disk is wrong."""
+def judge_samples(output: Path, run: SynthRunRecord, options: SynthOptions) -> JudgedSamples:
+    """Run the samples that passed the generator's checks through the steps in `options.checks`, or the
+    packaged ones. Raises `UserError`: a step, an input or the disk is wrong."""
     folder = work_folder(output) / FOLDER
     with translate_disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        folders = _write_texts(output, run, folder / TEXTS)
+        folders = _write_texts(output, run.kind, options.input, folder / TEXTS)
     if not folders:
         return JudgedSamples()
-    file = choose_steps_file(checks, run.generator, run.kind)
+    file = choose_steps_file(options.checks, run.generator, run.kind)
     pipeline = read_steps(file, folders)
     if not pipeline.steps:
         return JudgedSamples()
     check_libraries(pipeline, file)
     plan = make_plan(pipeline, folder)
-    judge_documents(plan, folder, workers)
+    judge_documents(plan, folder, options.workers or count_cores())
     dropped, changed = _collect_results(plan, folder)
     return JudgedSamples(dropped, changed, tuple(_iter_step_counts(build_summary(plan, folder))))
 
 
-def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, Path]:
+def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path) -> dict[str, Path]:
     """Write a file for each source, and return source -> folder; empty without samples."""
     files: dict[str, IO[str]] = {}
-    contexts: set[str] = set()
     with ExitStack() as stack:
         def write_text(source: str, document_id: str, text: str) -> None:
             if source not in files:
@@ -100,18 +98,11 @@ def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, P
 
         for item in read_finished_items(output):
             for sample_id, sample in item.iter_samples():
-                for source, text in _extract_sample_texts(run.kind, sample).items():
-                    if source != CONTEXT:
-                        write_text(source, sample_id, text)
-                        continue
-                    # system turns repeat: judge each once, under the hash of its text
-                    context_id = _compute_context_id(text)
-                    if context_id not in contexts:
-                        contexts.add(context_id)
-                        write_text(source, context_id, text)
+                for source, text in _extract_sample_texts(kind, sample).items():
+                    write_text(source, sample_id, text)
         if files:  # the input is not judged: the steps compare samples with it
-            for path in run.inputs:
-                for place, text in iter_input_texts(Path(path)):
+            for path in inputs:
+                for place, text in iter_input_texts(path):
                     write_text(INPUT, f"input {place}", text)
     return {name: folder / name for name in SOURCES if name in files}
 
@@ -122,10 +113,6 @@ def _extract_sample_texts(kind: Kind, sample: GeneratedSample) -> dict[str, str]
         return {} if sample.failed_verdict else extract_texts(kind, sample.record)
     except NoSample:
         return {}
-
-
-def _compute_context_id(text: str) -> str:
-    return f"context {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
 def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:

@@ -15,14 +15,12 @@ from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import (
     LocatedDocument, ProblemCode, SettingsProblem, parse_located_yaml, read_settings_text, to_problem)
 
-SAMPLES, ANSWERS, CONTEXT, INPUT = "samples", "answers", "context", "input"
-SOURCES = (SAMPLES, ANSWERS, CONTEXT, INPUT)
-"""samples: a record's text without system turns; answers: assistant turns in chats; context: system turns,
-deduplicated; input: the generator's input."""
+SAMPLES, ANSWERS, INPUT = "samples", "answers", "input"
+SOURCES = (SAMPLES, ANSWERS, INPUT)
+"""samples: a record's text without system turns; answers: assistant turns in chats; input: the generator's
+input."""
 TASK_FIELDS = ("prompt", "question", "problem", "query", "instruction", "request", "user", "text", "messages")
 """Fields in tasks and inputs that may hold the question."""
-MAX_TEXT_BYTES = 32 << 20
-"""Longer samples are rejected."""
 DEFAULTS = Path(__file__).parent / "defaults"
 """Step files named by generator or `Kind`."""
 SHARD_BYTES = 64_000_000
@@ -33,17 +31,12 @@ class NoSample(Exception):
 
 
 def extract_texts(kind: Kind, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return source -> text for a record's non-empty texts. Raises `NoSample`: the record is malformed, empty
-    or too long."""
+    """Return source -> text for a record's non-empty texts. Raises `NoSample`: the record is malformed or
+    empty."""
     try:
         texts = dict(_iter_texts(kind, record))
-        size_bytes = sum(len(text.encode()) for text in texts.values())
     except BadRecord as e:
         raise NoSample(str(e)) from None
-    except UnicodeEncodeError:
-        raise NoSample("holds half of a surrogate pair, which is no character") from None
-    if size_bytes > MAX_TEXT_BYTES:
-        raise NoSample(f"has {size_bytes:,} bytes of text, at most {MAX_TEXT_BYTES:,} are taken")
     if not texts.get(SAMPLES, "").strip() and kind != "task":  # a task may consist of a world
         raise NoSample("holds no text")
     return {name: text for name, text in texts.items() if text.strip()}
@@ -53,14 +46,11 @@ def _iter_texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, st
     if kind == "task":
         yield SAMPLES, extract_question(record)
         return
-    # read pairs as preferences, to judge the chosen answer
-    is_pair = kind == "prompt" and {"chosen", "rejected"} <= record.keys()
-    document = parse_record(dict(record), "", 0, RecordReading("preference" if is_pair else kind))
+    document = parse_record(dict(record), "", 0, RecordReading(kind))
     if kind == "text":
         yield SAMPLES, document.text
         return
-    yield SAMPLES, _join_turns((*document.messages, *document.chosen), "user", "assistant", "tool")
-    yield CONTEXT, _join_turns(document.messages, "system")
+    yield SAMPLES, _join_turns(document.messages, "user", "assistant", "tool")
     if kind == "chat":
         if not any(message.role == "assistant" for message in document.messages):
             raise NoSample("has no message of an assistant, so nothing could be learned from it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields as list_fields, make_dataclass
+from dataclasses import dataclass, field, fields as list_fields, make_dataclass, replace
 from functools import lru_cache
 from keyword import iskeyword
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Le, MinLen
 
-from data_prep.synth.declared.steps import VERBS, CompiledStep, Draft, EveryStep, Step, compile_step
+from data_prep.synth.declared.steps import VERBS, Draft, EveryStep, Step
 from data_prep.synth.declared.templates import (
     PROMPTS, BadTemplate, Prompt, PromptTemplate, add_functions, collect_field_names, compile_value,
     compute_record, find_unknown_names)
@@ -27,8 +27,8 @@ from data_prep.synth.samples import KINDS, GeneratedSample, GeneratorItem, Kind
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.settings import (
-    UNIQUE_ITEMS, AtLeastOne, LocatedDocument, NotBlank, ProblemCode, SettingsError, SettingsProblem,
-    at_most_field, parse_located_yaml, parse_settings, read_settings_text, try_parse_settings)
+    UNIQUE_ITEMS, LocatedDocument, NotBlank, ProblemCode, SettingsError, SettingsProblem, at_most_field,
+    parse_located_yaml, parse_settings, read_settings_text, try_parse_settings)
 from megatron_sov.base.settings.options import get_field_help
 from megatron_sov.base.settings.problem import UNSET
 
@@ -90,11 +90,7 @@ class GeneratorFile:
     """Field -> value; or kind -> record, if `makes` names a setting."""
     makes: str = "text"
     """Record kind (`KINDS`), or a setting that holds the kind."""
-    version: AtLeastOne = 1
-    """Raised when equal answers would give other samples."""
     settings: dict[str, DeclaredSetting] = field(default_factory=dict)
-    group: str = ""
-    """Key shared by an item's samples."""
     libraries: tuple[str, ...] = ()
     """Python modules that may be missing from an installation."""
 
@@ -107,11 +103,9 @@ class GeneratorDefinition:
     """File name without suffix."""
     declared: GeneratorFile
     reader: Reader
-    steps: Sequence[CompiledStep]
+    steps: Sequence[Step]
     record: Any
     """Compiled `record`."""
-    group: Any
-    """Compiled `group`."""
     prompts: Mapping[str, PromptTemplate]
     Settings: type[Any]
     """Frozen dataclass with settings from reader and file."""
@@ -158,7 +152,7 @@ class Generator:
                   "item_id": item.id, "part": 0}
         yield from self._run_steps(self.definition.steps, Draft(fields), requester)
 
-    def _run_steps(self, steps: Sequence[CompiledStep], draft: Draft, requester: Requester
+    def _run_steps(self, steps: Sequence[Step], draft: Draft, requester: Requester
                    ) -> Iterator[GeneratedSample]:
         for number, step in enumerate(steps, 1):
             parts = step.run_step(draft, requester)
@@ -171,9 +165,7 @@ class Generator:
         record = compute_record(self._record, draft.fields)
         if draft.unparsed_reply:
             record = {**record, "text": draft.unparsed_reply}
-        group = self.definition.group
-        group_key = str(group.compute(draft.fields)) if group.field_names <= draft.fields.keys() else ""
-        yield GeneratedSample(record, tuple(draft.verdicts), group_key, dict(draft.notes))
+        yield GeneratedSample(record, tuple(draft.verdicts), dict(draft.notes))
 
 
 def load_generator(name: str) -> GeneratorDefinition:
@@ -198,24 +190,19 @@ def read_generator(file: Path) -> GeneratorDefinition:
     located = parse_located_yaml(text)
     if located.problems:
         raise SettingsError(str(file), located.problems)
-    declared = parse_settings(GeneratorFile, located.value or {}, str(file), lines=located.lines)
+    declared = parse_settings(
+        GeneratorFile, located.value or {}, str(file), lines=located.lines,
+        instead=lambda key: suggest_successor(f"generator file.{key}").removeprefix("; "))
     return _Compiler(file, located, declared).compile_file(hashlib.sha256(text.encode()).hexdigest())
-
-
-@dataclass(frozen=True)
-class _ParsedStep:
-    """A step with valid form, and its place in the file."""
-
-    step: Step
-    place: Place
-    inner: list[_ParsedStep]
-    """Steps inside `every`."""
 
 
 class _Compiler:
     def __init__(self, file: Path, located: LocatedDocument, declared: GeneratorFile) -> None:
         self._file, self._located, self._declared = file, located, declared
         self._problems: list[SettingsProblem] = []
+        self._step_problems: list[tuple[Place, str]] = []
+        """Problems in templates and names; reported if each step has a valid form, because a later step may
+        read the fields that an invalid step sets."""
         self._prompt_fields: dict[str, set[str]] = {}
         """Prompt -> fields available in every step that sends the prompt."""
 
@@ -231,17 +218,19 @@ class _Compiler:
         self._check_function_names(("items",), reader.fields)
         self._raise_problems()
         settings = self._compile_settings(reader)
-        parsed_steps = self._parse_steps(declared.steps, ("steps",))
-        self._raise_problems()  # without the step that sets a name, later names cannot be checked
         setting_names = [setting.name for setting in list_fields(settings)]
-        steps, names = self._compile_steps(parsed_steps, [*ITEM_FIELDS, *setting_names, *reader.fields])
-        record, group = self._compile_key("record", names), self._compile_key("group", names)
+        steps, names = self._compile_steps(declared.steps, ("steps",),
+                                           [*ITEM_FIELDS, *setting_names, *reader.fields])
+        self._raise_problems()
+        for place, rule in self._step_problems:
+            self._add_problem(place, rule)
+        record = self._compile_record(names)
         if declared.makes not in (*KINDS, *setting_names):
             self._add_problem(("makes",), f"must be one of {', '.join(KINDS)}, or a setting", declared.makes)
         prompts = self._compile_prompts()
         self._raise_problems()
         declared_help = {key: setting.help for key, setting in declared.settings.items() if setting.help}
-        return GeneratorDefinition(name, declared, reader, steps, record, group, prompts, settings,
+        return GeneratorDefinition(name, declared, reader, steps, record, prompts, settings,
                                    {**get_field_help(reader.Settings), **declared_help}, digest)
 
     def _raise_problems(self) -> None:
@@ -301,43 +290,22 @@ class _Compiler:
                               problem.way_out)
         return settings
 
-    def _parse_steps(self, entries: Sequence[Mapping[str, Any]], place: Place) -> list[_ParsedStep]:
-        """Return the steps with valid form, and add problems for invalid steps."""
-        parsed: list[_ParsedStep] = []
+    def _compile_steps(self, entries: Sequence[Mapping[str, Any]], place: Place, names: Sequence[str]
+                       ) -> tuple[tuple[Step, ...], list[str]]:
+        """Return the compiled steps and the fields known after the last step."""
+        compiled_steps: list[Step] = []
+        names = list(names)
         for number, entry in enumerate(entries):
             step_place = (*place, number)
-            verbs = [name for name in VERBS if name in entry]
-            if len(verbs) != 1:
-                keys = ", ".join(map(str, entry))
-                self._add_problem(step_place, f"must have one of the keys {', '.join(VERBS)}", keys,
-                                  "" if verbs else suggest_name(keys, list(VERBS)).removeprefix("; "))
+            step = self._parse_step(entry, step_place)
+            if step is None:
                 continue
-            step, problems = try_parse_settings(VERBS[verbs[0]], entry)
-            self._add_problems(step_place, problems)
-            rules = list(step.find_problems(self._declared.prompts)) if step else []
-            for part, rule in rules:
-                self._add_problem((*step_place, part), rule)
-            if step is None or rules:
-                continue
-            self._check_function_names((*step_place, verbs[0]), step.list_set_fields())
-            if step.divides_sample and place != ("steps",):
-                self._add_problem(step_place, "would divide the sample, which steps of `every` may not",
-                                  way_out="move it to `steps`")
-            inner = self._parse_steps(step.do, (*step_place, "do")) if isinstance(step, EveryStep) else []
-            parsed.append(_ParsedStep(step, step_place, inner))
-        return parsed
-
-    def _compile_steps(self, steps: Sequence[_ParsedStep], names: Sequence[str]
-                       ) -> tuple[tuple[CompiledStep, ...], list[str]]:
-        """Return the compiled steps and the fields known after the last step."""
-        compiled_steps: list[CompiledStep] = []
-        names = list(names)
-        for parsed in steps:
-            step = parsed.step
-            inner, names_after = self._compile_steps(parsed.inner, [*names, *step.list_set_fields()])
-            compiled, problems = compile_step(step, inner, names)
-            for part, rule in problems:
-                self._add_problem((*parsed.place, part), rule)
+            names_after = [*names, *step.list_set_fields()]
+            if isinstance(step, EveryStep):
+                inner, names_after = self._compile_steps(step.do, (*step_place, "do"), names_after)
+                step = replace(step, do=inner)  # type: ignore[arg-type]
+            compiled, problems = step.compile_parts(names)
+            self._step_problems += [((*step_place, part), rule) for part, rule in problems]
             prompt = getattr(step, "ask", "") or getattr(step, "user", "")
             if prompt:
                 self._prompt_fields[prompt] = self._prompt_fields.get(prompt, set(names)) & set(names)
@@ -345,15 +313,36 @@ class _Compiler:
             compiled_steps.append(compiled)
         return tuple(compiled_steps), names
 
-    def _compile_key(self, key: str, names: Sequence[str]) -> Any:
-        try:
-            value = compile_value(getattr(self._declared, key))
-        except BadTemplate as e:
-            self._add_problem((key,), str(e))
+    def _parse_step(self, entry: Mapping[str, Any], place: Place) -> Step | None:
+        """Return a step with valid form; otherwise add its problems."""
+        verbs = [name for name in VERBS if name in entry]
+        if len(verbs) != 1:
+            keys = ", ".join(map(str, entry))
+            self._add_problem(place, f"must have one of the keys {', '.join(VERBS)}", keys,
+                              "" if verbs else suggest_name(keys, list(VERBS)).removeprefix("; "))
             return None
-        for problem in find_unknown_names(collect_field_names(value), names):
-            self._add_problem((key,), problem)
-        return value
+        step, problems = try_parse_settings(VERBS[verbs[0]], entry)
+        self._add_problems(place, problems)
+        rules = list(step.find_problems(self._declared.prompts)) if step else []
+        for part, rule in rules:
+            self._add_problem((*place, part), rule)
+        if step is None or rules:
+            return None
+        self._check_function_names((*place, verbs[0]), step.list_set_fields())
+        if step.divides_sample and place[:-1] != ("steps",):
+            self._add_problem(place, "would divide the sample, which steps of `every` may not",
+                              way_out="move it to `steps`")
+        return step
+
+    def _compile_record(self, names: Sequence[str]) -> Any:
+        try:
+            record = compile_value(self._declared.record)
+        except BadTemplate as e:
+            self._add_problem(("record",), str(e))
+            return None
+        for problem in find_unknown_names(collect_field_names(record), names):
+            self._add_problem(("record",), problem)
+        return record
 
     def _compile_prompts(self) -> dict[str, PromptTemplate]:
         templates = {}

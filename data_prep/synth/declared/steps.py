@@ -6,15 +6,15 @@ The first failed check ends a draft, so that no further requests are sent for it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Self, cast
 
 from annotated_types import Len, MinLen
 
 from data_prep.synth.declared.conversation import Player
 from data_prep.synth.declared.parsers import PARSERS, Parser
 from data_prep.synth.declared.templates import (
-    BadTemplate, collect_field_names, compile_value, compute_value, find_unknown_names)
+    BadTemplate, CompiledValue, collect_field_names, compile_value, compute_value, find_unknown_names)
 from data_prep.synth.replies import NoUsableReply, ReplyText
 from data_prep.synth.requests import Requester
 from data_prep.synth.samples import SampleVerdict
@@ -53,7 +53,7 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One entry in `steps`."""
+    """One entry in `steps`; `compile_parts` replaces the texts in its parts by compiled values."""
 
     when: bool | str = True
     """Condition for running the step: an expression."""
@@ -69,6 +69,38 @@ class Step:
     def find_problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Yield (part, problem sentence), except problems in compiled values."""
         yield from ()
+
+    def compile_parts(self, known: Sequence[str]) -> tuple[Self, list[tuple[str, str]]]:
+        """Return the step with compiled parts, and (part, sentence) for each problem. `known`: fields from
+        settings, items and earlier steps."""
+        compiled: dict[str, Any] = {}
+        problems = [("parse", problem) for problem in find_unknown_names(self.required_fields, known)]
+        for part in ("when", *self.computed_parts):
+            raw = getattr(self, part)
+            try:
+                value = compile_value(raw)
+            except BadTemplate as e:
+                problems.append((part, str(e)))
+                continue
+            problems += [(part, problem)
+                         for problem in find_unknown_names(collect_field_names(value), known)]
+            is_expression = isinstance(value, CompiledValue) and value.is_expression
+            if part in EXPRESSION_PARTS and isinstance(raw, str) and not is_expression:
+                problems.append((part, "must be one {{ expression }}, or a value that is no text"))
+            compiled[part] = value
+        return replace(self, **compiled), problems
+
+    def run_step(self, draft: Draft, requester: Requester) -> Sequence[Draft] | None:
+        """Run the compiled step on a draft; return replacement drafts if the step divides the sample. Raises
+        `UserError`: a value has the wrong type for the step."""
+        if not compute_value(self.when, draft.fields):
+            return None
+        values = {part: compute_value(getattr(self, part), draft.fields) for part in self.computed_parts}
+        try:
+            return self.apply_step(values, draft, requester)
+        except (TypeError, ValueError, AttributeError, KeyError) as e:
+            raise UserError(f"a step with {', '.join(values)} cannot run ({type(e).__name__}: {e}); mend the "
+                            "step in the generator's file") from None
 
     def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester
                    ) -> Sequence[Draft] | None:
@@ -191,16 +223,25 @@ class EachStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class EveryStep(Step):
-    """Run the steps `do` for each list value, on the same sample (`CompiledStep.run_step`)."""
+    """Run the steps `do` for each list value, on the same sample."""
 
     every: Annotated[dict[str, Any], Len(1, 1)]
     """Field -> list."""
     do: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
-    """Steps that divide no sample."""
+    """Steps that divide no sample; in a compiled step, compiled steps."""
     computed_parts: ClassVar[tuple[str, ...]] = ("every",)
 
     def list_set_fields(self) -> list[str]:
         return list(self.every)
+
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
+        (name, items), = values["every"].items()
+        for item in _check_list(name, items):
+            draft.fields[name] = item
+            for step in cast("tuple[Step, ...]", self.do):
+                step.run_step(draft, requester)
+                if draft.has_failed:
+                    return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,60 +355,3 @@ def _check_list(name: str, value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{name} = {str(value)[:60]!r} must be a list; mend the step in the generator's file")
     return value
-
-
-@dataclass(frozen=True)
-class CompiledStep:
-    """A step with its compiled values."""
-
-    step: Step
-    values: Mapping[str, Any]
-    inner: tuple[CompiledStep, ...] = ()
-    """Steps inside `every`."""
-
-    def run_step(self, draft: Draft, requester: Requester) -> Sequence[Draft] | None:
-        """Run the step on a draft; return replacement drafts if the step divides the sample. Raises
-        `UserError`: a value has the wrong type for the step."""
-        if not compute_value(self.values["when"], draft.fields):
-            return None
-        values = {part: compute_value(value, draft.fields)
-                  for part, value in self.values.items() if part != "when"}
-        if not isinstance(self.step, EveryStep):
-            try:
-                return self.step.apply_step(values, draft, requester)
-            except (TypeError, ValueError, AttributeError, KeyError) as e:
-                raise UserError(f"a step with {', '.join(values)} cannot run ({type(e).__name__}: {e}); mend "
-                                "the step in the generator's file") from None
-        (name, items), = values["every"].items()
-        for item in _check_list(name, items):
-            draft.fields[name] = item
-            for step in self.inner:
-                step.run_step(draft, requester)
-                if draft.has_failed:
-                    return None
-        return None
-
-
-def compile_step(step: Step, inner: tuple[CompiledStep, ...], known: Sequence[str]
-                 ) -> tuple[CompiledStep, list[tuple[str, str]]]:
-    """Compile a step with valid form; return the step and (part, sentence) for each problem.
-
-    Args:
-        step: the step.
-        inner: compiled steps inside `every`.
-        known: fields from settings, items and earlier steps.
-    """
-    values: dict[str, Any] = {}
-    problems = [("parse", problem) for problem in find_unknown_names(step.required_fields, known)]
-    for part in ("when", *step.computed_parts):
-        raw = getattr(step, part)
-        try:
-            values[part] = compile_value(raw)
-        except BadTemplate as e:
-            problems.append((part, str(e)))
-            continue
-        problems += [(part, problem)
-                     for problem in find_unknown_names(collect_field_names(values[part]), known)]
-        if part in EXPRESSION_PARTS and isinstance(raw, str) and not values[part].is_expression:
-            problems.append((part, "must be one {{ expression }}, or a value that is no text"))
-    return CompiledStep(step, values, inner), problems

@@ -37,8 +37,6 @@ SIMPLE_VALUES: Mapping[str, Sequence[Any]] = {
     "number": (0, 1, 2, 3, 7, -1, 100, 0.5), "null": (None,), "object": ({},)}
 WORLD_FAULTS = ("failed", "state")
 """Fault codes that blame the world if the call keeps to the types."""
-BATCH_CALLS = 32
-"""Calls that are repeated together."""
 DRAFT_FIELDS = {"question", "calls", "answers"}
 """Fields in a task from a model."""
 DrawnCall = tuple[Tables, str, dict[str, Any]]
@@ -98,30 +96,11 @@ def check_world(world: Mapping[str, Any], name: str, calls_per_tool: int) -> lis
             f"tool {tool}: none of its calls gave a result, also with arguments that fit the tables"
             for tool in spec.tools if tool not in trial.successful]),
         _build_verdict("size", [f"world: has {count} {noun}, fewer than {least}"
-                                for noun, count, least in counts if count < least]),
-        _build_verdict("distinct tools", _find_repeated_tools(spec))]
+                                for noun, count, least in counts if count < least])]
 
 
 def _build_verdict(check: str, problems: Sequence[str]) -> SampleVerdict:
     return SampleVerdict(check, not problems, "\n".join(problems))
-
-
-def _find_repeated_tools(spec: VirtualWorld) -> list[str]:
-    """Return a sentence for each tool that repeats an earlier tool's description or code."""
-    problems, tools = [], dict[str, str]()
-    for name, tool in spec.tools.items():
-        function = spec.functions[name]
-        try:
-            code = ast.dump(ast.Module([ast.Expr(ast.Constant(ast.dump(function.args))), *function.body[1:]],
-                                       []))
-        except RecursionError:
-            problems.append(f"tool {name}: is nested too deeply")
-            continue
-        for verb, value in (("says", " ".join(tool.description.casefold().split())), ("does", code)):
-            if value in tools:
-                problems.append(f"tool {name}: {verb} the same as {tools[value]}")
-            tools.setdefault(value, name)
-    return problems
 
 
 @dataclass
@@ -135,26 +114,21 @@ class Trial:
     changing: set[str] = field(default_factory=set)
     """Tools with a call that changed a table."""
     faults: dict[str, str] = field(default_factory=dict)
-    """Tool -> a call that the types allow and the code refuses, or that returns two results."""
+    """Tool -> a call that the types allow and the code refuses."""
 
     def run_calls(self, calls_per_tool: int) -> None:
         """Run the world's examples, and then `calls_per_tool` drawn calls for each tool."""
         states = [self.spec.copy_first_tables()]
         calls: list[DrawnCall] = [(states[0], call["name"], call["arguments"]) for call in self.spec.examples]
-        successful: list[tuple[DrawnCall, CallOutcome]] = []
         for _ in range(calls_per_tool + 1):
             # a fitting value may have a wrong type
             calls = [call for call in calls if self._is_allowed(call)]
             for call, outcome in zip(calls, call_tools(self.spec, calls), strict=True):
                 self._record_outcome(call, outcome)
-                if outcome.fault is not None:
-                    continue
-                successful.append((call, outcome))
                 # some tools need a state created by other tools
-                if outcome.tables != call[0] and len(states) < MAX_STATES:
+                if outcome.fault is None and outcome.tables != call[0] and len(states) < MAX_STATES:
                     states.append(outcome.tables)
             calls = [self._draw_call(tool, self.random.choice(states)) for tool in self.spec.tools]
-        self._repeat_calls(successful)
 
     def find_unused_arguments(self) -> list[str]:
         """Return a sentence for each argument that the tool's code ignores."""
@@ -174,16 +148,6 @@ class Trial:
         elif outcome.fault.code in WORLD_FAULTS:
             self.faults.setdefault(name, f"tool {name}: its types allow {format_json_text(arguments)[:160]}, "
                                          f"and the call {outcome.fault.reason}")
-
-    def _repeat_calls(self, successful: Sequence[tuple[DrawnCall, CallOutcome]]) -> None:
-        """Repeat calls in other processes: results must not depend on time or chance."""
-        for start in range(0, len(successful), BATCH_CALLS):
-            batch = successful[start:start + BATCH_CALLS]
-            repeated = call_tools(self.spec, [call for call, _ in batch])
-            for ((_, name, arguments), first), second in zip(batch, repeated, strict=True):
-                if second.fault is not None or (first.result, first.tables) != (second.result, second.tables):
-                    self.faults.setdefault(name, f"tool {name}: the same call "
-                                                 f"{format_json_text(arguments)[:160]} gives something else")
 
     def _is_allowed(self, call: DrawnCall) -> bool:
         try:

@@ -17,13 +17,11 @@ from data_prep.synth.requests import Temperature
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, list_files
 from megatron_sov.base.documents.reading import read_records
-from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.errors import RowProblems, UserError
 from megatron_sov.base.settings import AtLeastOne, SettingsProblem, at_most_field, find_broken_rules
 from megatron_sov.judge.rewards.constraint import get_functions
 from megatron_sov.judge.rewards.reward import Refused
 
-MAX_LISTED = 10
-"""Faulty lines in an error message."""
 CONVERSATION_FIELDS = ("conversation", "messages", "conversations", "prompt")
 """Fields that may hold turns; WildChat uses the first."""
 QUERY_FIELDS = ("prompt", "query", "question", "instruction")
@@ -74,17 +72,17 @@ class TestedConstraint:
 
 def read_constraints(file: Path) -> list[TestedConstraint]:
     """Read `kept.jsonl` from the generator `constraints`. Raises `UserError`: the file is unreadable or
-    empty, or constraints are invalid; up to `MAX_LISTED` lines are listed."""
-    constraints, problems = [], []
+    empty, or constraints are invalid."""
+    constraints, problems = [], RowProblems()
     for place, record in read_records(file):
         constraint, descriptions = record.get("prompt"), record.get("back", [])
         try:
             functions = get_functions(record, ())
         except Refused as e:
-            problems.append(f"{place}: {e}")
+            problems.add(place, str(e))
             continue
         if not isinstance(constraint, str) or find_wording_problem(constraint):
-            problems.append(f"{place}: prompt must be the constraint, a line of text")
+            problems.add(place, "prompt must be the constraint, a line of text")
             continue
         wordings = [constraint]
         for description in descriptions if isinstance(descriptions, list) else []:
@@ -92,7 +90,7 @@ def read_constraints(file: Path) -> list[TestedConstraint]:
                 wordings.append(description.strip())
         constraints.append(TestedConstraint(tuple(dict.fromkeys(wordings)), tuple(functions)))
     if problems:
-        raise UserError(format_problems("constraints", problems[:MAX_LISTED]))
+        raise UserError(problems.format(f"constraints = {file}", "correct or remove these lines"))
     if not constraints:
         raise UserError(f"constraints = {file}: has none; make some with `sov-data synth constraints`")
     return constraints
@@ -117,22 +115,20 @@ def get_first_user_turn(record: dict[str, Any], place: str) -> str:
 
 
 def read_query_items(inputs: Sequence[Path], settings: QuerySettings) -> Iterator[GeneratorItem]:
-    """Yield each different query in JSONL and Parquet files with a constraint.
+    """Yield the queries in JSONL and Parquet files with a constraint each.
 
     The hash of the query chooses the constraint, so that a query keeps its constraint in every run and input
     order. Raises `UserError`: constraints or queries are unreadable, or a record has no prompt.
     """
     constraints = read_constraints(get_constraints_file(settings))
-    digests: set[str] = set()
     for file in (file for path in inputs for file in list_files(path)):
         for place, record in read_records(file):
             if record.get("toxic") is True and not settings.toxic:
                 continue
             text = get_first_user_turn(record, place).strip()
-            digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-            if digest in digests or not settings.min_query_chars <= len(text) <= settings.max_query_chars:
+            if not settings.min_query_chars <= len(text) <= settings.max_query_chars:
                 continue
-            digests.add(digest)
+            digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
             constraint = draw_choice(constraints, digest)
             fields = {"query": text, "constraint": draw_choice(constraint.wordings, digest, "wording"),
                       "functions": list(constraint.functions)}

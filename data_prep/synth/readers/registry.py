@@ -129,9 +129,9 @@ class DocumentSettings:
 
 
 def read_document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[GeneratorItem]:
-    """Yield document pieces as items with the field `text`, without repetitions. Raises `UserError`: a file
-    is unreadable or holds other records, or no piece is long enough."""
-    hashes: set[int] = set()
+    """Yield document pieces as items with the field `text`; equal pieces have equal ids. Raises `UserError`:
+    a file is unreadable or holds other records, or no piece is long enough."""
+    has_piece = False
     reading = RecordReading(kind="text", text_field=settings.text_field)
     for path in inputs:
         for document in _read_documents(path, reading):
@@ -139,13 +139,10 @@ def read_document_items(inputs: Sequence[Path], settings: DocumentSettings) -> I
                 text = piece.strip()
                 if len(text.encode()) < settings.min_piece_bytes:
                     continue
-                digest = hashlib.sha256(text.encode()).hexdigest()
-                # 64 bits of the hash keep the set small over millions of pieces
-                number = int(digest[:16], 16)
-                if number not in hashes:
-                    hashes.add(number)
-                    yield GeneratorItem(digest[:ID_CHARS], {"text": text}, path.name, settings.licence)
-    if not hashes:
+                has_piece = True
+                item_id = hashlib.sha256(text.encode()).hexdigest()[:ID_CHARS]
+                yield GeneratorItem(item_id, {"text": text}, path.name, settings.licence)
+    if not has_piece:
         raise UserError(f"--input {', '.join(map(str, inputs))}: holds no document of "
                         f"{settings.min_piece_bytes} bytes or more; pass documents, or lower min_piece_bytes")
 
@@ -175,14 +172,13 @@ class TextSettings(DocumentSettings):
 
 
 def _read_text_items(inputs: Sequence[Path], settings: TextSettings) -> Iterator[GeneratorItem]:
-    """Yield documents, or chats or prompts without repetitions."""
+    """Yield documents, chats or prompts."""
     if not settings.language:
         raise UserError("generator: language is empty; name the language of the output, such as "
                         "--set language=ko")
     if settings.form == "text":
         yield from read_document_items(inputs, settings)
         return
-    hashes: set[str] = set()
     reading = RecordReading(kind=settings.form)
     for path in inputs:
         for document in read_documents(list_files(path), reading):
@@ -190,9 +186,7 @@ def _read_text_items(inputs: Sequence[Path], settings: TextSettings) -> Iterator
                       "beside": json.loads(document.extra or "{}"), "has_tools": bool(document.tools)}
             content = json.dumps(fields, ensure_ascii=False, sort_keys=True)
             item_id = hashlib.sha256(content.encode()).hexdigest()[:ID_CHARS]
-            if item_id not in hashes:
-                hashes.add(item_id)
-                yield GeneratorItem(item_id, fields, path.name, settings.licence)
+            yield GeneratorItem(item_id, fields, path.name, settings.licence)
 
 
 def _prepare_texts(item: GeneratorItem, settings: TextSettings) -> dict[str, Any]:

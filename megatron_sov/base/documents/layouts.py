@@ -346,6 +346,8 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
         # a prompt precedes its response in most files, but chosen and rejected have no usual order
         has_usual_order = kind != "preference" and len(texts) == len(_NEEDED[kind])
         guesses = dict(zip(_NEEDED[kind], texts, strict=True)) if has_usual_order else {}
+        if kind == "text" and texts:
+            guesses["text"] = max(texts, key=lambda name: len(values[name]))
     if kind == "text":
         return f"--text-field {guesses.get('text', 'NAME')}"
     columns = guesses or dict.fromkeys(_NEEDED[kind], "FIELD")

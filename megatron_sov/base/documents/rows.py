@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.documents.files import refuse_tables
-from megatron_sov.base.documents.layouts import propose_field
+from megatron_sov.base.documents.layouts import propose_columns, propose_field
 from megatron_sov.base.documents.messages import MAX_LEVELS, BadRecord, check_depth
 from megatron_sov.base.errors import Fix, RowProblems, UserError, choose_free_path
 
@@ -106,8 +106,8 @@ def _fix_by_rewriting(file: Path, target: str, row: str, *before: str) -> Fix:
 
 def fix_records(file: Path, reason: str) -> Fix | None:
     """Return the commands that turn a file of records into one that can be packed, by the fault of the first
-    record: an object over several lines, a JSON array, messages as text, or responses with scores; None:
-    another fault."""
+    record: an object over several lines, a JSON array, a text in another field, messages as text, or
+    responses with scores; None: another fault."""
     if match := re.search(r"iconv -f ([\w-]+) -t UTF-8", reason):
         target = choose_free_path(f"{file.with_suffix('')}-utf8{file.suffix}")
         command = f"{shlex.join(['iconv', '-f', match[1], '-t', 'UTF-8', str(file)])} > {shlex.quote(target)}"
@@ -123,7 +123,11 @@ def fix_records(file: Path, reason: str) -> Fix | None:
     if match := re.search(r"jq -c '\.(\w+) \|= fromjson'", reason):
         row = f"json.loads(line) | {{{match[1]!r}: json.loads(json.loads(line)[{match[1]!r}])}}"
         return _fix_by_rewriting(file, choose_free_path(f"{file.with_suffix('')}-parsed.jsonl"), row)
-    record = json.loads(begin) if "has no 'chosen' and 'rejected'" in reason and begin else {}
+    record = json.loads(begin) if "has no " in reason and begin else {}
+    field = propose_columns(record, "text").split()[1]
+    if "has no string field 'text'" in reason and field in record:
+        return _fix_by_rewriting(file, choose_free_path(f"{file.with_suffix('')}-text.jsonl"),
+                                 f"{{'text': json.loads(line)[{field!r}]}}")
     lists = {name: value for name, value in record.items() if isinstance(value, list) and value}
     texts = next((name for name, value in lists.items() if isinstance(value[0], str)), "")
     scores = next((name for name, value in lists.items() if isinstance(value[0], (int, float))), "")

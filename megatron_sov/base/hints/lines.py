@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path, fix_missing
+from megatron_sov.base.errors import Fix, UserError, check_only, choose_free_path, fix_missing
 from megatron_sov.base.hints.kinds import find_only_folder, list_models
 from megatron_sov.base.hints.paths import find_path_faults, use_typed_tokenizer
 from megatron_sov.base.hints.values import find_value
@@ -370,16 +370,12 @@ def _remove_option(words: Sequence[str], name: str, values: Sequence[str]) -> li
 
 def _run_check(check: Check, words: list[str]) -> UserError | None:
     """Return the fault that a check raises; None: no fault."""
-    token = IS_CHECKING.set(True)
     try:
-        with _discard_output(), contextlib.suppress(DryRun):
+        # SystemExit: from a command that the check started and that printed the reason
+        with check_only(), _discard_output(), contextlib.suppress(SystemExit):
             check(words)
     except UserError as e:
         return e
-    except SystemExit:  # from a command that the check started and that printed the reason
-        pass
-    finally:
-        IS_CHECKING.reset(token)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
 import json
 import os
@@ -110,8 +111,13 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         # a fix with commands downloads the data set; any other fix names a similar path that exists
         hint = "download it first" if fix.before else "take the one of a similar name"
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
-    if os.path.isfile(source) and (table := fix_table(source)):
-        return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read", table)
+    is_pack = line[0] == "pack"
+    takes_text = is_pack or line[0] in ("train", "pretrain", "extend")
+    has_columns = bool({"--format", "--text-field", "--columns"} & {*line})
+    if os.path.isfile(source) and (table := fix_table(source, takes_text and not has_columns)):
+        form = choose_pack_options(source) if is_pack and not has_columns else []
+        return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read",
+                         replace(table, options=tuple(form) if form[:1] == ["--format"] else ()))
     kind = classify_folder(source)
     what = load_table()["kinds"].get(kind, "")
     if what and option in ("--prompts", "--input", "--validation"):
@@ -149,22 +155,40 @@ def _find_windows_path(path: str) -> str:
 
 def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequence[str], option: str = ""
                      ) -> UserError:
-    form = _choose_format(Path(path)) if os.path.isfile(path) else []
+    form = choose_pack_options(Path(path)) if os.path.isfile(path) else []
     return UserError(f"{option}{path}: {what}; pack it first",
                      fix_by_packing(path, Path(_choose_tokenizer(line)), [*options, *form]))
 
 
-def _choose_format(file: Path) -> list[str]:
-    """Return the `--format` option for packing a file of JSON lines, by its first record; [] for text."""
+def list_chats() -> list[str]:
+    """Return the token shards, then the files of JSON lines, with conversations in the current folder."""
+    folders, files = [], []
+    for path in sorted(Path().iterdir()):
+        if path.suffix == ".jsonl" and choose_pack_options(path) == ["--format", "chat"]:
+            files.append(path.name)
+        elif classify_folder(path) == "tokens":
+            sources = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["content"]["sources"]
+            folders += [path.name] if any(source["format"] == "chat" for source in sources) else []
+    return folders + files
+
+
+def choose_pack_options(file: Path) -> list[str]:
+    """Return the options with which `sov-data pack` reads a file of JSON lines or a text table, by its first
+    record; [] for records with `text`."""
     # not at the top: needed after a mistake only
-    from megatron_sov.base.documents.layouts import convert_layout
+    from megatron_sov.base.documents.layouts import convert_layout, propose_columns
     from megatron_sov.base.documents.messages import BadRecord
     from megatron_sov.base.documents.records import list_kinds
 
-    with contextlib.suppress(OSError, ValueError, AttributeError, BadRecord), file.open("rb") as f:
-        kinds = list_kinds(convert_layout(json.loads(f.readline(MAX_BYTES)), None))
-        if kinds and kinds[0] != "text":
-            return ["--format", kinds[0]]
+    separator = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower(), "")
+    faults = (OSError, ValueError, AttributeError, TypeError, StopIteration, BadRecord, csv.Error)
+    with contextlib.suppress(*faults), file.open(encoding="utf-8", newline="") as f:
+        record = next(csv.DictReader(f, delimiter=separator)) if separator else (
+            json.loads(f.readline(MAX_BYTES)))
+        if kinds := list_kinds(convert_layout(record, None)):
+            return [] if kinds[0] == "text" else ["--format", kinds[0]]
+        columns = propose_columns(record, "text").split()
+        return columns if columns[1] in record else []
     return []
 
 
@@ -201,8 +225,9 @@ def fix_prompts(file: Path, faults: Iterable[str]) -> Fix | None:
     return Fix(words={str(file): target}, before=(command,)) if program else None
 
 
-def fix_table(file: Path) -> Fix | None:
-    """Return the commands that convert a spreadsheet or text table to Parquet; None for other files."""
+def fix_table(file: Path, takes_text: bool = False) -> Fix | None:
+    """Return the commands that convert a spreadsheet or text table to Parquet; None for other files.
+    `takes_text`: the column with the texts becomes `text`."""
     suffix, target = file.suffix.lower(), str(file.with_suffix(".parquet"))
     if suffix not in (".csv", ".tsv", ".xlsx", ".xls", ".ods"):
         return None
@@ -210,8 +235,10 @@ def fix_table(file: Path) -> Fix | None:
     table = file if is_text else Path(f"{file.stem}.csv")
     commands = [] if is_text else [f"soffice --headless --convert-to csv {shlex.quote(str(file))}"]
     options = ", parse_options=c.ParseOptions('\\t')" if suffix == ".tsv" else ""
+    columns = choose_pack_options(file) if is_text and takes_text else []
+    renaming = f".select([{columns[1]!r}]).rename_columns(['text'])" if "--text-field" in columns else ""
     code = ("import pyarrow.csv as c, pyarrow.parquet as p; "
-            f"p.write_table(c.read_csv({str(table)!r}{options}), {target!r})")
+            f"p.write_table(c.read_csv({str(table)!r}{options}){renaming}, {target!r})")
     commands.append(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
     return Fix(words={str(file): target}, before=tuple(commands))
 
@@ -250,7 +277,7 @@ def use_typed_tokenizer(typed: Sequence[str], fix: Fix) -> Fix:
 def _find_output_fault(path: str) -> UserError | None:
     """Return the fault of a `--run` folder with other contents than a run."""
     folder, kinds = Path(path), load_table()["kinds"]
-    content = "a file" if os.path.isfile(folder) else kinds.get(classify_folder(folder), "")
+    content = kinds.get(classify_folder(folder), "")
     if content in ("", kinds["run"]):
         return None
     return UserError(f"--run {path}: is {content}; name a new folder",

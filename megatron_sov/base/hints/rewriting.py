@@ -90,6 +90,26 @@ class Rewrite:
     def is_setting(self, key: str) -> bool:
         return self.exists is None or bool(self.exists(key))
 
+    def is_override(self, key: str, equals: str, earlier: Sequence[str], switches: Collection[str]) -> bool:
+        """Return whether the word `key` + `equals` + value is a setting without an option, `a.b=c`, as Hydra
+        and NeMo take it; after an option in `earlier` words, except `switches`, it is the option's value."""
+        name = key.lstrip("+")
+        is_own = self.exists is not None and "." in name and self.is_setting(name)
+        if key.startswith("+") and equals and is_own:
+            return True
+        if not equals or not re.fullmatch(r"\+{0,2}[a-z]\w*(\.\w+)*", key) or self.find is None:
+            return False
+        previous = earlier[-1] if earlier else ""
+        if previous.startswith("-") and "=" not in previous and previous not in switches:
+            return False
+        if is_own or self.find(name):
+            return True
+        if "." not in name:
+            return False
+        group, last_part = name.partition(".")[0], name.rpartition(".")[2]
+        has_counterpart = find_note(last_part) or self.find_option(last_part) or self.find_option(name)
+        return self.is_setting(group) or (not self.is_setting(name) and bool(has_counterpart))
+
     def find_option(self, word: str) -> str:
         """Return the command's option for a foreign word; "": none."""
         return next((option for option in index_words("options").get(normalize_word(word), ())

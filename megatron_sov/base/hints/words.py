@@ -20,7 +20,7 @@ from megatron_sov.base.hints.foreign import (
 from megatron_sov.base.hints.kinds import classify_word, find_recipe_option
 from megatron_sov.base.hints.missing import choose_placeholder, split_positionals
 from megatron_sov.base.hints.rewriting import FOLDER, Rewrite
-from megatron_sov.base.hints.table import find_note, get_last_part, index_words, load_table, normalize_word
+from megatron_sov.base.hints.table import get_last_part, index_words, load_table, normalize_word
 from megatron_sov.base.hints.values import find_value
 
 RECIPE_COMMANDS = ("pretrain", "extend", "plan")
@@ -45,41 +45,46 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
         raise error
     typed = [_rename_option(word, parser.prog, options) for word in typed]
     # lm-eval: --model names a kind, --model_args the model
-    kind = ""
+    model_kind = ""
     if any(normalize_word(word.partition("=")[0]) == "model_args" for word in typed) and "--model" in typed:
         if any("base_url=" in word for word in typed):
             raise UserError(f"{parser.prog}: weights are read here; lm-eval's own command asks an address",
                             Fix(f"lm_eval {shlex.join(typed)}"))
-        at = typed.index("--model")
-        kind, typed = " ".join(typed[at:at + 2]), [*typed[:at], *typed[at + 2:]]
-    optional = {name for action in parser._actions if not action.required for name in action.option_strings}
-    cls = parser.get_default("options_class")
-    positionals = [str(action.metavar or action.dest) for action in parser._actions
-                   if not action.option_strings]
+        index = typed.index("--model")
+        model_kind, typed = " ".join(typed[index:index + 2]), [*typed[:index], *typed[index + 2:]]
     _check_resume(parser, typed)
-    # an optional --run is not an output folder: `eval` adds its figures to the run's events
-    kinds = {name: action for action in parser._actions for name in action.option_strings}
-    rewrite = Rewrite(
-        [name for name in options if name != "--run" or name not in optional], positionals,
-        getattr(cls, "find_setting", None) if "--set" in options else None, typed,
-        list_settings=getattr(cls, "list_settings", list) if "--set" in options else list,
-        is_recipe=getattr(cls if "RECIPE" in positionals else None, "is_recipe", lambda word: False),
-        repeated=[name for name, action in kinds.items() if type(action).__name__ == "_AppendAction"],
-        many=[name for name, action in kinds.items() if action.nargs in ("+", "*")],
-        command=parser.prog.removeprefix("megatron-sov "), exists=getattr(cls, "is_setting", None))
-    if kind:
-        rewrite.add_words(f"{kind}: lm-eval's kind of model; leave it out")
-    short = _find_short_options(rewrite.command, typed)
-    for word, name in short.items():
+    rewrite = _create_rewrite(parser, typed)
+    if model_kind:
+        rewrite.add_words(f"{model_kind}: lm-eval's kind of model; leave it out")
+    long_names = _find_short_options(rewrite.command, typed)
+    for word, name in long_names.items():
         if name in options:
             rewrite.add_words(f"{word} is {name} here")
-    rewrite.typed = [short.get(word, word) for word in typed]
+    rewrite.typed = [long_names.get(word, word) for word in typed]
     _read_words(parser, rewrite)
     _move_model(parser, rewrite)
     _place_free_words(parser, rewrite)
     if rewrite.messages:
         raise _build_error(parser, rewrite)
     return list(typed)
+
+
+def _create_rewrite(parser: argparse.ArgumentParser, typed: Sequence[str]) -> Rewrite:
+    """Create the rewrite of a line with the options, positional arguments and settings of its command."""
+    actions = {name: action for action in parser._actions for name in action.option_strings}
+    positionals = [str(action.metavar or action.dest) for action in parser._actions
+                   if not action.option_strings]
+    cls = parser.get_default("options_class")
+    takes_settings = "--set" in actions
+    return Rewrite(
+        # an optional --run is not an output folder: `eval` adds its figures to the run's events
+        [name for name, action in actions.items() if name != "--run" or action.required], positionals,
+        getattr(cls, "find_setting", None) if takes_settings else None, typed,
+        list_settings=getattr(cls, "list_settings", list) if takes_settings else list,
+        is_recipe=getattr(cls if "RECIPE" in positionals else None, "is_recipe", lambda word: False),
+        repeated=[name for name, action in actions.items() if type(action).__name__ == "_AppendAction"],
+        many=[name for name, action in actions.items() if action.nargs in ("+", "*")],
+        command=parser.prog.removeprefix("megatron-sov "), exists=getattr(cls, "is_setting", None))
 
 
 def _check_pasted_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
@@ -96,14 +101,17 @@ def _check_pasted_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
 
 def _check_resume(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
     """Refuse `--resume RUN`: `resume` continues a run, and --from takes the weights of a complete run."""
-    at = next((n for n, (word, value) in enumerate(pairwise(typed)) if word == "--resume"
-               and not value.startswith("-")), -1)
-    run = re.sub(r"/checkpoints(/.*)?$", "", typed[at + 1]) if at >= 0 else ""
-    if not run or "--resume" not in parser._option_string_actions:
+    index = next((n for n, (word, value) in enumerate(pairwise(typed)) if word == "--resume"
+                  and not value.startswith("-")), -1)
+    if index < 0 or "--resume" not in parser._option_string_actions:
+        return
+    run = re.sub(r"/checkpoints(/.*)?$", "", typed[index + 1])
+    if not run:
         return
     if "--run" in typed and "--from" not in typed and os.path.exists(os.path.join(run, "complete.json")):
+        words = [*typed[:index], "--from", *typed[index + 1:]]
         raise UserError(f"{parser.prog}: {run}: is complete; --from takes its weights, from step 1",
-                        Fix(f"{parser.prog} {shlex.join([*typed[:at], '--from', *typed[at + 1:]])}"))
+                        Fix(f"{parser.prog} {shlex.join(words)}"))
     if "--run" not in typed or os.path.isdir(run):
         changes = [part for pair in pairwise(typed) if pair[0] == "--set" for part in pair]
         raise UserError(f"{parser.prog}: --resume takes no value; `megatron-sov resume RUN` continues a run",
@@ -112,33 +120,37 @@ def _check_resume(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None
 
 def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
     """Refuse an option in place of the first argument, for a command that passes its words on."""
-    first = next((str(action.metavar) for action in parser._actions if not action.option_strings), "")
+    argument = next((str(action.metavar) for action in parser._actions if not action.option_strings), "")
     if not typed or not typed[0].startswith("-") or typed[0] in parser._option_string_actions:
         return
     name, equals, value = typed[0].partition("=")
-    value, rest = (value, typed[1:]) if equals else ("".join(typed[1:2]), typed[2:])
-    word = normalize_word(name)
-    if value and (word == first.lower() or first in index_words("options").get(word, ())):
-        raise UserError(f"{parser.prog}: {name} is {first} here, without an option",
-                        Fix(f"{parser.prog} {shlex.join([value, *rest])}"))
+    words = [value, *typed[1:]] if equals else list(typed[1:])
+    option = normalize_word(name)
+    is_argument = option == argument.lower() or argument in index_words("options").get(option, ())
+    if words and words[0] and is_argument:
+        raise UserError(f"{parser.prog}: {name} is {argument} here, without an option",
+                        Fix(f"{parser.prog} {shlex.join(words)}"))
 
 
 def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
     """Refuse sbatch's short options, and options of a stage before its name, for `submit`."""
-    short = _find_short_options(parser.prog.rpartition(" ")[2], typed)
-    words = [short.get(word, word) for word in typed]
-    messages = [f"{word} is {name}" for word, name in short.items()]
-    start = next((n for n, word in enumerate(words) if word in ("--", *PROGRAMS)), len(words))
-    launched = words[start + (words[start:][:1] == ["--"]):]
-    if launched and parser.get_default("stages"):
-        launched[0] = launched[0].removeprefix("sov-")  # the stages data and tokenizer
-        words = [*words[:start], *(unwrap_launcher(launched) or launched)]
+    long_names = _find_short_options(parser.prog.rpartition(" ")[2], typed)
+    words = [long_names.get(word, word) for word in typed]
+    messages = [f"{word} is {name}" for word, name in long_names.items()]
+    stages = parser.get_default("stages") or ()
+    command_index = next((n for n, word in enumerate(words) if word in ("--", *PROGRAMS)), len(words))
+    command = words[command_index:]
+    if command[:1] == ["--"]:
+        command.pop(0)
+    if command and stages:
+        command[0] = command[0].removeprefix("sov-")  # the stages data and tokenizer
+        words = [*words[:command_index], *(unwrap_launcher(command) or command)]
         messages.append("the stage's name takes the place of -- and of its program")
-    at = next((n for n, word in enumerate(words) if word in (parser.get_default("stages") or ())), 0)
-    unknown = [word for word in words[:at]
+    stage_index = next((n for n, word in enumerate(words) if word in stages), 0)
+    unknown = [word for word in words[:stage_index]
                if word.startswith("-") and word.partition("=")[0] not in parser._option_string_actions]
     if unknown:
-        words = [words[at], *words[:at], *words[at + 1:]]
+        words.insert(0, words.pop(stage_index))
         messages.append(f"{words[0]} comes before {unknown[0]}")
     if messages:
         raise UserError(f"{parser.prog}: {'; '.join(messages)}", Fix(f"{parser.prog} {shlex.join(words)}"))
@@ -166,7 +178,7 @@ def _check_verb(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
 
 
 def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
-    """Read the typed words in order and write their counterparts."""
+    """Read `rewrite.typed` in order and write the counterpart of each word to `rewrite.words`."""
     typed, options = rewrite.typed, list(parser._option_string_actions)
     if FOLDER in rewrite.positionals and (blend := parse_blend(typed)):
         rewrite.add_words("a weight follows its folder behind a colon",
@@ -179,7 +191,7 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
         text = typed[i]
         word, equals, value = text.partition("=")
         i += 1
-        if rewrite.find and _is_override(rewrite, word, equals, typed[:i - 1], switches):
+        if rewrite.find and rewrite.is_override(word, equals, typed[:i - 1], switches):
             rewrite.add_words("a setting follows --set")
             rewrite.add_changes([text.lstrip("+")])
         elif "RECIPE" in rewrite.positionals and (option := find_recipe_option(Path(text))) in options and (
@@ -194,16 +206,11 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
             rewrite.words += typed[i - 1:]
             return
         elif not _OPTION.match(word):
-            parts = _split_files("", [text])
-            if len(parts) > 1 and not takes_several:
-                rest = [*typed[:i - 1], *typed[i:]]
-                output = find_value(rest, "--output")
-                lines = [shlex.join([part, *(f"{Path(part).name}-{word}" if word == output else word
-                                             for word in rest)]) for part in parts]
-                raise UserError(f"{parser.prog}: {text}: takes one path at a time",
-                                Fix("\n  ".join(f"{parser.prog} {line}" for line in lines)))
-            if len(parts) > 1:
-                rewrite.add_words(f"{text}: several paths are words of their own", *parts)
+            paths = _split_files("", [text])
+            if len(paths) > 1 and not takes_several:
+                raise _build_repetition_error(parser.prog, text, paths, [*typed[:i - 1], *typed[i:]])
+            if len(paths) > 1:
+                rewrite.add_words(f"{text}: several paths are words of their own", *paths)
             else:
                 rewrite.words.append(text)
         elif word == "--set" and rewrite.find is not None:
@@ -225,8 +232,20 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
             i += num_values
 
 
-def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Sequence[str]) -> int:
-    """Write an option of the command, or the counterpart of a foreign value; return the words read."""
+def _build_repetition_error(program: str, text: str, paths: Sequence[str], words: Sequence[str]) -> UserError:
+    """Build the error for comma-separated `paths` in one argument `text`, with a line for each path: its
+    `--output` is prefixed by the path's name. `words`: the other words of the line."""
+    output = find_value(words, "--output")
+    lines = []
+    for path in paths:
+        others = [f"{Path(path).name}-{word}" if word == output else word for word in words]
+        lines.append(f"{program} {shlex.join([path, *others])}")
+    return UserError(f"{program}: {text}: takes one path at a time", Fix("\n  ".join(lines)))
+
+
+def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: Sequence[str]) -> int:
+    """Write an option of the command, or the counterpart of a foreign value; return how many of the words
+    `following` the option as typed (`text`) were read."""
     option = text.partition("=")[0]
     if option == "--config" and values and not os.path.exists(values[0]) and rewrite.is_recipe(values[0]):
         rewrite.add_words(f"{option} {values[0]}: is a recipe, which takes no option")
@@ -242,31 +261,35 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], rest: Seque
         rewrite.add_words(f"{option} is given once for each",
                           *(word for path in files for word in (option, path)))
         return 1
-    if option == "--data" and (blend := parse_blend(rest)):
+    if option == "--data" and (blend := parse_blend(following)):
         rewrite.add_words("--data is given once for each, with its weight behind a colon", *blend)
-        return _count_values(rest)
-    full = option if option in rewrite.options or not option.startswith("--") else next(
-        (name for name in rewrite.options if name.startswith(option)), option)
-    rewrite.words.append(full + text[len(option):])
+        return _count_values(following)
+    full_name = option
+    if option.startswith("--") and option not in rewrite.options:  # argparse accepts abbreviations
+        full_name = next((name for name in rewrite.options if name.startswith(option)), option)
+    rewrite.words.append(full_name + text[len(option):])
     return 0
 
 
 def _read_change(rewrite: Rewrite, typed: Sequence[str], i: int) -> int:
     """Read the words after `--set` from index `i`; return the index of the next word."""
-    _, equals, value = typed[i - 1].partition("=")
-    changes, i = ([value] if equals else list(typed[i:i + 1])), i + (not equals)
+    _, equals, change = typed[i - 1].partition("=")
+    if not equals:
+        if i == len(typed):
+            return i + 1
+        change, i = typed[i], i + 1
     following = "".join(typed[i:i + 2])
-    if changes and "[" not in changes[0] and (changes[0].endswith("=") or following.startswith("=")):
+    if "[" not in change and (change.endswith("=") or following.startswith("=")):
         num_parts = 1 + (typed[i:i + 1] == ["="])  # blanks around =
-        changes, i = ["".join([changes[0], *typed[i:i + num_parts]])], i + num_parts
+        change, i = "".join([change, *typed[i:i + num_parts]]), i + num_parts
         rewrite.add_words("a setting and its value are joined by =, without blanks")
-    if changes and "=" not in changes[0] and i < len(typed) and not typed[i].startswith("-"):
-        changes, i = [f"{changes[0]}={typed[i]}"], i + 1
+    if "=" not in change and i < len(typed) and not typed[i].startswith("-"):
+        change, i = f"{change}={typed[i]}", i + 1
         rewrite.add_words("a setting and its value are joined by =")
-    if changes and "=" not in changes[0] and os.path.isfile(changes[0]):
-        rewrite.add_words(f"{changes[0]}: a file of settings is --config here", "--config", changes[0])
+    if "=" not in change and os.path.isfile(change):
+        rewrite.add_words(f"{change}: a file of settings is --config here", "--config", change)
     else:
-        rewrite.add_changes(changes)
+        rewrite.add_changes([change])
     return i
 
 
@@ -277,18 +300,19 @@ def _read_foreign(rewrite: Rewrite, file: str) -> dict[str, list[str]]:
 
 def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mapping[str, list[str]]) -> None:
     """Write the counterparts of another program's configuration file."""
-    messages, lost = list(rewrite.messages), []
+    messages = list(rewrite.messages)
     has_data = "--data" in rewrite.typed
     # computed values, e.g. of accumulated micro-batches, need the numbers in the file
-    rewrite.typed = [*rewrite.typed, *(word for key, values in config.items()
-                                       for word in (f"--{get_last_part(key)}", *values[:1]))]
-    renamed = []
+    rewrite.typed = list(rewrite.typed)
+    for key, values in config.items():
+        rewrite.typed += [f"--{get_last_part(key)}", *values[:1]]
+    renamed, untranslated = list[str](), list[str]()
     counts = Counter(name.partition(".")[2] for name in rewrite.list_settings())
     own_names = [name for name, count in counts.items() if count == 1]
     # a file with our sections only is the user's own, with keys in wrong sections
     is_own = rewrite.exists is not None and all(rewrite.exists(key.partition(".")[0]) for key in config)
     for key, values in config.items():
-        num_words = len(rewrite.words) + len(rewrite.first)
+        num_words, num_first = len(rewrite.words), len(rewrite.first)
         is_switch = any("=" in name for name in index_words("settings").get(get_last_part(key), ()))
         values = [value for value in values if is_switch or value.lower() not in load_table()["defaults"]]
         if values and "." in key and rewrite.is_setting(key):
@@ -297,34 +321,20 @@ def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mappin
             name = ".".join(key.split(".")[-2:])  # torchtune: checkpointer.checkpoint_dir
             name = name if name in index_words("options") else get_last_part(key)
             rewrite.replace_option(f"--{name}", values)
-            added = rewrite.words[num_words - len(rewrite.first):]
-            if has_data and added[:1] == ["--data"]:
-                del rewrite.words[num_words - len(rewrite.first):]
+            added = rewrite.words[num_words:]
+            if has_data and added[:1] == ["--data"]:  # the typed shards win
+                del rewrite.words[num_words:]
             renamed.append(f"{key} is {' '.join(added).removeprefix('--set ')}")
-        if len(rewrite.words) + len(rewrite.first) == num_words:
-            lost.append(key)
+        if len(rewrite.words) == num_words and len(rewrite.first) == num_first:
+            untranslated.append(key)
     rewrite.messages, rewrite.is_changed = messages, True
-    without = f", without {', '.join(lost[:12])}{' ...' if len(lost) > 12 else ''}" if lost else ""
     text = "is another program's configuration; its settings follow"
     if is_own:
         text = f"has keys in wrong places: {', '.join(renamed)} here; correct the file, or pass its settings"
-    rewrite.messages.append(f"{option} {file}: {text}{without}")
-
-
-def _is_override(rewrite: Rewrite, key: str, equals: str, before: Sequence[str], switches: set[str]) -> bool:
-    """Return whether a word is a setting without an option, `a.b=c`, as Hydra and NeMo take it."""
-    name = key.lstrip("+")
-    is_own = rewrite.exists is not None and "." in name and rewrite.is_setting(name)
-    if key.startswith("+") and equals and is_own:
-        return True
-    if not equals or not re.fullmatch(r"\+{0,2}[a-z]\w*(\.\w+)*", key) or rewrite.find is None:
-        return False
-    is_free = not before or not before[-1].startswith("-") or "=" in before[-1] or before[-1] in switches
-    last = name.rpartition(".")[2]
-    is_foreign = "." in name and not rewrite.is_setting(name) and bool(
-        find_note(last) or rewrite.find_option(last) or rewrite.find_option(name))
-    is_in_group = "." in name and rewrite.is_setting(name.partition(".")[0])
-    return is_free and bool(is_own or is_in_group or rewrite.find(name) or is_foreign)
+    if untranslated:
+        more = " ..." if len(untranslated) > 12 else ""
+        text += f", without {', '.join(untranslated[:12])}{more}"
+    rewrite.messages.append(f"{option} {file}: {text}")
 
 
 def _count_values(words: Sequence[str]) -> int:
@@ -333,74 +343,78 @@ def _count_values(words: Sequence[str]) -> int:
 
 
 def _split_files(option: str, values: Sequence[str]) -> list[str]:
-    """Return the files in a comma-separated list, if every file exists."""
-    parts = values[0].split(",") if values and option in ("", "--data", "--input", "--prompts") else []
-    all_exist = bool(parts) and not os.path.exists(values[0]) and all(
-        part and os.path.exists(re.sub(r":[\d.]+$", "", part)) for part in parts)
-    return parts if all_exist else []
+    """Return the files in a comma-separated list, FILE[:WEIGHT] each; empty unless every file exists."""
+    if not values or option not in ("", "--data", "--input", "--prompts") or os.path.exists(values[0]):
+        return []
+    items = values[0].split(",")
+    files = [re.sub(r":[\d.]+$", "", item) for item in items]
+    return items if all(map(os.path.exists, files)) else []
 
 
 def _move_model(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
     """Move the value of `--model`, if the option has another meaning, or of an adapter's option to TARGET."""
+    positionals, options = split_positionals(parser, rewrite.words)
     if rewrite.target:
-        free, others = split_positionals(parser, rewrite.words)
-        at = others.index("--model") if "--model" in others else len(others)
-        rewrite.first, rewrite.words = [rewrite.target], [*free[1:], *others[:at], *others[at + 2:]]
+        index = options.index("--model") if "--model" in options else len(options)
+        rewrite.first = [rewrite.target]
+        rewrite.words = [*positionals[1:], *options[:index], *options[index + 2:]]
         rewrite.first_by_name[rewrite.positionals[0]] = rewrite.first
         return
-    if "TARGET" not in rewrite.positionals or "--model" not in rewrite.words or (
-            split_positionals(parser, rewrite.words)[0]):
+    if "TARGET" not in rewrite.positionals or "--model" not in rewrite.words or positionals:
         return
-    at = rewrite.words.index("--model")
-    if not rewrite.first and at + 1 < len(rewrite.words):
-        rewrite.first = [rewrite.words[at + 1]]
-        rewrite.words = [*rewrite.words[:at], *rewrite.words[at + 2:]]
+    index = rewrite.words.index("--model")
+    if not rewrite.first and index + 1 < len(rewrite.words):
+        rewrite.first = [rewrite.words[index + 1]]
+        rewrite.words = [*rewrite.words[:index], *rewrite.words[index + 2:]]
         rewrite.add_words("--model is TARGET here, without an option")
 
 
 def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
     """Write free words that no positional argument takes after the option for their kind: model folder, data
     file, tokenizer, or a new path for the output."""
-    positionals = [action for action in parser._actions if not action.option_strings]
-    if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in positionals):
+    arguments = [action for action in parser._actions if not action.option_strings]
+    if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in arguments):
         return
-    free, others = split_positionals(parser, rewrite.words)
-    output = rewrite.first_by_name.get("OUT", free[2:] and free[-1:])
-    if output and len(free) > 1 and (command := load_table()["several"].get(rewrite.command)):
-        sources = free if rewrite.first_by_name.pop("OUT", None) else free[:-1]
+    free_words, option_words = split_positionals(parser, rewrite.words)
+    output = rewrite.first_by_name.get("OUT", free_words[-1:] if len(free_words) > 2 else [])
+    if output and len(free_words) > 1 and (command := load_table()["several"].get(rewrite.command)):
+        sources = free_words if rewrite.first_by_name.pop("OUT", None) else free_words[:-1]
         rewrite.first = []
-        rewrite.words, rewrite.other_command = [*sources, *others, "--output", *output], command
+        rewrite.words, rewrite.other_command = [*sources, *option_words, "--output", *output], command
         rewrite.add_words(f"several checkpoints are taken by `megatron-sov {command}`")
         return
-    room = max(0, len(positionals) - len(rewrite.first))
-    written = {word.partition("=")[0] for word in others}
+    num_arguments = max(0, len(arguments) - len(rewrite.first))
+    written = {word.partition("=")[0] for word in option_words}
     takes_recipe = bool(rewrite.positionals) and rewrite.positionals[0] == "RECIPE"
-    if len(free) <= room:
-        is_misplaced = takes_recipe and {"model", "data", "tokens", "hub"} & set(map(classify_word, free))
-        is_lacking = any(action.required and not set(action.option_strings) & written
-                         for action in parser._actions if action.option_strings)
-        num_required = sum(bool(action.required) for action in positionals)
-        if not is_misplaced and not (is_lacking and len(free) > num_required):
+    # words that fit the positional arguments stay, unless a recipe is another kind of word, or a required
+    # option is missing and a word may be its value
+    if len(free_words) <= num_arguments:
+        kinds = set(map(classify_word, free_words))
+        is_misplaced = takes_recipe and kinds & {"model", "data", "tokens", "hub"}
+        lacks_option = any(action.required and not set(action.option_strings) & written
+                           for action in parser._actions if action.option_strings)
+        num_required = sum(bool(action.required) for action in arguments)
+        if not is_misplaced and not (lacks_option and len(free_words) > num_required):
             return
     unplaced: list[str] = []
-    for number, word in enumerate(free):
+    for index, word in enumerate(free_words):
         kind = classify_word(word)
         if kind == "recipe" and not takes_recipe and "=" not in word:
             kind = "absent"
         elif kind == "absent" and re.fullmatch("[a-z]+", word) and "--reward" not in written:
             kind = "name"
         # TARGET, RUN and the like come first and take any kind
-        is_taken = number < room and not (takes_recipe and kind not in ("recipe", "code"))
+        is_argument = index < num_arguments and not (takes_recipe and kind not in ("recipe", "code"))
         options = [option for option in load_table()["kind_options"][kind] if option in rewrite.options
                    and (option not in written or option == "--data")]
-        if is_taken or not options:
+        if is_argument or not options:
             unplaced.append(word)
             continue
         written.add(options[0])
-        others += [options[0], word]
+        option_words += [options[0], word]
         rewrite.add_words(f"{word} is {options[0]} here")
-    if len(unplaced) < len(free):
-        rewrite.words = [*unplaced, *others]
+    if len(unplaced) < len(free_words):
+        rewrite.words = [*unplaced, *option_words]
 
 
 def _is_unknown(word: str, rewrite: Rewrite) -> bool:
@@ -409,21 +423,22 @@ def _is_unknown(word: str, rewrite: Rewrite) -> bool:
     if not word.startswith("--"):
         return True
     completions = [option for option in rewrite.options if option.startswith(word)]
-    ours = rewrite.find_option(name)
-    is_foreign = (rewrite.find is not None and name in index_words("settings")) or bool(
-        ours and ours not in completions)
-    return is_foreign or len(completions) != 1
+    if len(completions) != 1 or (rewrite.find is not None and name in index_words("settings")):
+        return True
+    return rewrite.find_option(name) not in ("", *completions)
 
 
 def _rename_option(word: str, program: str, options: Sequence[str]) -> str:
     """Return an option under its present name, with a warning, if the release before used another."""
     name, equals, value = word.partition("=")
-    rows = load_table()["renamed"] if name.startswith("--") and name not in options else {}
-    present = {**rows.get("*", {}), **rows.get(program, {})}.get(name, "")
-    if present not in options:
+    if not name.startswith("--") or name in options:
         return word
-    warn(f"{name} is called {present} now; the old name goes with the next release")
-    return f"{present}{equals}{value}"
+    rows = load_table()["renamed"]
+    new_name = {**rows.get("*", {}), **rows.get(program, {})}.get(name, "")
+    if new_name not in options:
+        return word
+    warn(f"{name} is called {new_name} now; the old name goes with the next release")
+    return f"{new_name}{equals}{value}"
 
 
 def _add_companions(rewrite: Rewrite) -> None:
@@ -437,11 +452,12 @@ def _add_companions(rewrite: Rewrite) -> None:
             rewrite.add_words(f"{name} acts with {required}", "--set", required)
     if "--nproc" not in rewrite.options or rewrite.command.startswith(("submit", "plan")):
         return
-    sizes = {axis: int(size) for axis in ("tp", "pp", "cp", "ep", "etp")
-             if (size := values.get(f"parallel.{axis}", "1")).isdigit()}
-    num_processes = sizes.get("pp", 1) * max(sizes.get("tp", 1) * sizes.get("cp", 1),
-                                             sizes.get("ep", 1) * sizes.get("etp", 1))
-    if num_processes > 1 and "--nproc" not in rewrite.words and len(sizes) == 5:
+    sizes = [values.get(f"parallel.{axis}", "1") for axis in ("tp", "pp", "cp", "ep", "etp")]
+    if "--nproc" in rewrite.words or not all(size.isdigit() for size in sizes):
+        return
+    tp, pp, cp, ep, etp = map(int, sizes)
+    num_processes = pp * max(tp * cp, ep * etp)
+    if num_processes > 1:
         rewrite.add_words(f"this layout needs {num_processes} processes", "--nproc", str(num_processes))
 
 
@@ -474,18 +490,22 @@ def _order_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite, words:
                        ) -> tuple[list[str], list[str]]:
     """Return the positional arguments to write first, and the remaining words."""
     first = list(rewrite.first)
-    free, others = split_positionals(parser, words)
+    free_words, option_words = split_positionals(parser, words)
     if rewrite.first_by_name:
-        rest, words = list(free), others
+        remaining, words = list(free_words), option_words
         required = {str(action.metavar or action.dest) for action in parser._actions if action.required}
         first = []
         for name in rewrite.positionals:
-            placeholders = [name] if name in required else []
-            first += rewrite.first_by_name.get(name) or ([rest.pop(0)] if rest else placeholders)
-        first += rest
-    folders = first or free
+            if values := rewrite.first_by_name.get(name):
+                first += values
+            elif remaining:
+                first.append(remaining.pop(0))
+            elif name in required:
+                first.append(name)
+        first += remaining
+    folders = first or free_words
     if rewrite.weights and len(rewrite.weights) == len(folders):
-        words = words if first else others
+        words = words if first else option_words
         first = [f"{folder}:{weight}" for folder, weight in zip(folders, rewrite.weights, strict=True)]
     return first, words
 
@@ -494,15 +514,18 @@ def _find_missing_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite,
                               ) -> list[str]:
     """Return placeholders for missing positional arguments, or the recipe of the run in `--from`."""
     options = {word.partition("=")[0] for word in words}
-    needs_recipe = rewrite.command in RECIPE_COMMANDS and "--config" not in options and not (
-        rewrite.command == "plan" and "--from" in options)
-    missing = [str(action.metavar or action.dest) for action in parser._actions
-               if not action.option_strings and (action.required or (
-                   action.dest == "recipe" and needs_recipe))]
+    needs_recipe = rewrite.command in RECIPE_COMMANDS and "--config" not in options
+    if rewrite.command == "plan" and "--from" in options:
+        needs_recipe = False
+    missing = [str(action.metavar or action.dest) for action in parser._actions if not action.option_strings
+               and (action.required or (action.dest == "recipe" and needs_recipe))]
     recipe = read_recipe_name(Path(find_value(words, "--from")))
-    # for a model that is not a run the command proposes a recipe
-    first = [recipe if name == "RECIPE" and recipe else name for name in missing
-             if name != "RECIPE" or recipe or "--from" not in options]
+    first = []
+    for name in missing:
+        if name != "RECIPE":
+            first.append(name)
+        elif recipe or "--from" not in options:  # for a model that is not a run the command proposes a recipe
+            first.append(recipe or name)
     if missing and "RECIPE" in [*first, *missing[1:]]:
         rewrite.messages.append(f"{_list_missing(missing)}; `megatron-sov recipes` lists the recipes")
     return first

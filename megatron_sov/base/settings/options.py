@@ -20,7 +20,9 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -29,14 +31,15 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from megatron_sov.base.command_line import Command, CommandParser, import_reference
-from megatron_sov.base.errors import DryRun, ExitCode
+from megatron_sov.base.errors import DryRun, ExitCode, check_only
+from megatron_sov.base.outputs import check_place
 from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.base.settings.reading import find_rule_problems, get_field_hints, try_parse_settings
 from megatron_sov.base.settings.sources import parse_value
 
 MAX_FILES = 10_000
 """Maximum counted files in a folder: a file costs a request on a shared disk."""
-NOTHING_DONE = "dry run: options and paths were checked, not --set nor files; nothing was written or run"
+NOTHING_DONE = "dry run: nothing was written, and nothing ran"
 S = TypeVar("S")
 _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 """Type -> value placeholder in help."""
@@ -190,22 +193,36 @@ class DeclaredCommand:
     """`module:function`, or class of `check`'s result -> `module:function`, imported after the checks. It
     returns an exit code, or None for 0. "": `check` does the whole work."""
     runs_in_checks: bool = False
-    """Whether the function runs in checks of proposed lines, up to `stop_check`: it has no heavy import."""
+    """Whether checks include the function, up to `stop_check`: it has no heavy import."""
     proposal_function: str = ""
-    """`module:function` with further checks of proposed lines; receives the options."""
+    """`module:function` with checks of file contents that take seconds, for dry runs and proposed lines;
+    receives the options."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_options(parser, self.options)
 
     def run(self, typed: argparse.Namespace) -> int:
-        return self.run_options(read_options(self.options, typed))
+        options: Any = read_options(self.options, typed)
+        if hasattr(typed, "dry_run") and _has_derived_dry_run(self.options):
+            with check_only():
+                self.run_checks(options)
+            raise DryRun(_describe_paths(options, typed))
+        return self.run_options(options)
 
-    def check_proposal(self, options: Any) -> None:
+    def run_checks(self, options: Any) -> None:
+        """Run the checks before the first write, started process or import of torch (`stop_check`)."""
         if self.proposal_function:
             import_reference(self.proposal_function)(options)
+        if self.run_function and not self.runs_in_checks:
+            self.check_options(options)
+        else:
+            self.run_options(set_dry_run(options))
 
     def check_options(self, options: Any) -> Any:
-        """Return the result of `check`."""
+        """Check that the outputs can be created, and return the result of `check`."""
+        for option, paths in _iter_paths(options):
+            for path in paths if option.is_written else ():
+                check_place(option.key, path, is_file=bool(re.search(r"FILE|\.", _choose_metavar(option))))
         return (import_reference(self.check) if isinstance(self.check, str) else self.check)(options)
 
     def run_options(self, options: Any) -> int:
@@ -216,6 +233,14 @@ class DeclaredCommand:
         function = self.run_function
         reference = function if isinstance(function, str) else function[type(request)]
         return import_reference(reference)(request) or ExitCode.OK
+
+
+def set_dry_run(options: Any) -> Any:
+    """Return the options with --dry-run, if the command takes it with them."""
+    if not hasattr(options, "dry_run"):
+        return options
+    dry = dataclasses.replace(options, dry_run=True)
+    return options if find_rule_problems(dry) else dry
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -327,46 +352,40 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     problems += further_problems
     if settings is not None and not problems:
         problems = find_rule_problems(settings)
-    # a dry run comes last: it reports every mistake in the options first
-    if settings is not None and not problems and hasattr(args, "dry_run") and _has_derived_dry_run(cls):
-        problems = _end_dry_run(settings, raw)
     if problems:
         raise SettingsError("", [_use_option_name(problem, names) for problem in problems])
     return cast(S, settings)
 
 
-def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]:
-    """Return a problem for each missing input path. Raises `DryRun`: all input paths exist."""
+def _iter_paths(settings: Any) -> Iterator[tuple[_Option, list[Path]]]:
+    """Yield each option that takes paths, with its paths."""
+    for option in _iter_options(type(settings)):
+        value = operator.attrgetter(option.dest)(settings)
+        if option.hint is Path:
+            yield option, [path for path in (value if option.repeats else [value]) if path is not None]
+
+
+def _describe_paths(settings: Any, args: argparse.Namespace) -> str:
+    """Return the plan of a dry run. Raises `SettingsError`: input paths do not exist."""
     inputs: list[Path] = []
     outputs: list[Path] = []
     changed: list[tuple[str, Any]] = []
     problems: list[SettingsProblem] = []
-    for option in _iter_options(type(settings)):
-        value = settings
-        for name in option.path:
-            value = getattr(value, name)
-        paths = [path for path in (value if option.repeats else [value]) if isinstance(path, Path)]
+    for option, paths in _iter_paths(settings):
         if option.is_written:
             outputs += paths
-        elif option.hint is Path:
+        else:
             inputs += paths
-            problems += [SettingsProblem(ProblemCode.FILE, option.dest, "does not exist", path,
+            problems += [SettingsProblem(ProblemCode.FILE, option.key, "does not exist", path,
                                          "check the path")
                          for path in paths if not (option.flag.may_be_missing or path.exists())]
-        elif _has_path(raw, option.path):
-            changed.append((option.key, "" if option.hint is bool else value))
     if problems:
-        return problems
-    raise DryRun(format_dry_run(inputs, outputs, changed,
-                                overwrite=bool(getattr(settings, "overwrite", False))))
-
-
-def _has_path(raw: Any, path: tuple[str, ...]) -> bool:
-    for name in path:
-        if not isinstance(raw, dict) or name not in raw:
-            return False
-        raw = raw[name]
-    return True
+        raise SettingsError("", problems)
+    for option in _iter_options(type(settings)):
+        if option.hint is not Path and hasattr(args, option.dest):
+            value = operator.attrgetter(option.dest)(settings)
+            changed.append((option.key, "" if option.hint is bool else value))
+    return format_dry_run(inputs, outputs, changed, overwrite=bool(getattr(settings, "overwrite", False)))
 
 
 @dataclasses.dataclass(frozen=True)

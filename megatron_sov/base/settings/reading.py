@@ -81,10 +81,10 @@ def parse_settings(cls: type[S], raw: object, where: str, *,
 
 def _find_line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
     """Return a key's line, or the nearest enclosing value's line."""
-    place = split_key(key)
-    while lines and place and place not in lines:
-        place = place[:-1]
-    return (lines or {}).get(place, 0)
+    path = split_key(key)
+    while lines and path and path not in lines:
+        path = path[:-1]
+    return (lines or {}).get(path, 0)
 
 
 def split_key(key: str) -> tuple[str | int, ...]:
@@ -162,22 +162,22 @@ def find_all_problems(settings: Any) -> list[SettingsProblem]:
     return find_declaration_problems(settings) or find_rule_problems(settings)
 
 
-def _get_declared_types(made: Any) -> dict[str, Any]:
+def _get_declared_types(target: Any) -> dict[str, Any]:
     """Return the types of a class's `__init__` or fields; empty if a type's name is unknown."""
     # try the fields too: a dataclass's `__init__` does not know names from its base class's module
-    for declared in (vars(made).get("__init__", made), made):
+    for declaration in (vars(target).get("__init__", target), target):
         with contextlib.suppress(NameError, TypeError):
-            return get_type_hints(declared, include_extras=True)
+            return get_type_hints(declaration, include_extras=True)
     return {}
 
 
-def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
+def parse_arguments(target: Any, values: Mapping[str, Any], where: str, *, prefix: str = "",
                     num_ours: int = 0) -> dict[str, Any]:
     """Convert plain values to arguments for a class or function, by the declared types.
 
     Args:
-        made: the class or function.
-        given: argument name -> plain value.
+        target: the class or function.
+        values: argument name -> plain value.
         where: subject of messages.
         prefix: precedes argument names in the keys of problems.
         num_ours: leading arguments that the program passes itself.
@@ -185,17 +185,18 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
     Raises:
         SettingsError: lists all arguments that are unknown, missing or of a wrong type.
     """
-    accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
-                if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    hints = _get_declared_types(made)
+    parameters = [*inspect.signature(target).parameters.items()][num_ours:]
+    accepted = {name: p for name, p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    hints = _get_declared_types(target)
     arguments: dict[str, Any] = {}
-    problems = [unknown_key_problem(name, accepted) for name in given if name not in accepted]
+    problems = [unknown_key_problem(name, accepted) for name in values if name not in accepted]
     for name, parameter in accepted.items():
-        if name not in given:
-            problems += [_missing_problem(name)] if parameter.default is parameter.empty else []
+        if name not in values:
+            if parameter.default is parameter.empty:
+                problems.append(_missing_problem(name))
             continue
         hint = hints.get(name, Any)
-        arguments[name], error = _build_validator(hint)(json.dumps(given[name]))
+        arguments[name], error = _build_validator(hint)(json.dumps(values[name]))
         if error is not None:
             problems += [problem.with_prefix(name) for problem in explain_validation_error(hint, error)]
     if problems:
@@ -232,11 +233,11 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     """Convert an error of pydantic to a problem in our words, with advice and a value to write. `instead`:
     gives hints for unknown keys."""
     kind, ctx = error["type"], error.get("ctx", {})
-    place, hint = _locate_error(cls, error["loc"])
-    key = ".".join(map(str, place))
+    path, hint = _locate_error(cls, error["loc"])
+    key = ".".join(map(str, path))
     value = error.get("input", UNSET)
     # a key has no value of its own; never show secrets or the whole file
-    if error["loc"][-1:] == ("[key]",) or place[:1] == ("secrets",) or kind == "json_invalid":
+    if error["loc"][-1:] == ("[key]",) or path[:1] == ("secrets",) or kind == "json_invalid":
         value = UNSET
     if kind == "json_invalid":
         return SettingsProblem(ProblemCode.TYPE, key, f"holds a text that is not valid JSON ({ctx['error']})")
@@ -246,44 +247,64 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     if kind in _MISSING:
         return _missing_problem(key)
     if kind in ("literal_error", "enum"):
-        choices = [word for word in _list_choices(hint) if isinstance(word, str)]
-        close, nearest = "", ""
-        if isinstance(value, str):
-            removed = suggest_successor(value)
-            close = (removed or _suggest_lower_case(value, choices)
-                     or _suggest_equivalent(key, value) or suggest_name(value, choices))
-            # words that may mean a choice, the likeliest first
-            words = re.findall(r"[\w.-]+", value.lower())
-            ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices),
-                    *re.findall(r"[\w.-]+", removed))
-            # another program's word with a command of its own is not a misspelt choice
-            ours = ours if "`megatron-sov" not in close else ()
-            nearest = next((word for word in ours if words and word in choices), "")
-            close += f"; {LEFT_OUT}" if not nearest and (removed or not close) else ""
-        return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
-                               value, close.removeprefix("; "), value_to_write=nearest)
+        return _choice_problem(key, value, hint, ctx.get("expected", "another word"))
     if kind == "bound":
         return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
     # `Lt(math.inf)` declares finite numbers
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
-        bounds = {name: _format_number(number) for name, number in ctx.items()}
-        nearest = _find_nearest_value(value, **ctx)
-        return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**bounds), value,
-                               LEFT_OUT if kind == "greater_than" and value == 0
-                               else f"write {nearest}" if "." in nearest else "", value_to_write=nearest)
-    for begin, rule in _TYPES.items():
-        if kind.startswith(f"{begin}_"):
-            numbers = _suggest_numbers(begin, value.strip(), key) if isinstance(value, str) else []
-            way_out, written = _suggest_value(begin, value, key), "".join(numbers[:1])
-            if f"train.{key.rpartition('.')[2]}" == "train.steps" and len(written) >= MIN_TOKEN_DIGITS:
-                written = f"{TOKENS_KEY}{written}"
-                way_out = f"a step is a batch; the tokens of the whole run are {written}"
-            return SettingsProblem(ProblemCode.TYPE, key, rule, value, way_out, value_to_write=written)
+        return _bound_problem(key, value, kind, ctx)
+    expected = next((begin for begin in _TYPES if kind.startswith(f"{begin}_")), "")
+    if expected:
+        return _type_problem(key, value, expected)
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
     return SettingsProblem(code, key, rule, value)
+
+
+def _choice_problem(key: str, value: Any, hint: Any, expected: str) -> SettingsProblem:
+    """Return the problem for a value outside the choices of the type `hint`; `expected` lists the choices."""
+    rule = f"must be {expected}"
+    if not isinstance(value, str):
+        return SettingsProblem(ProblemCode.CHOICE, key, rule, value)
+    choices = [word for word in _list_choices(hint) if isinstance(word, str)]
+    removed = suggest_successor(value)
+    advice = (removed or _suggest_lower_case(value, choices)
+              or _suggest_equivalent(key, value) or suggest_name(value, choices))
+    nearest = ""
+    # neither another program's word with a command of its own nor a blank value is a misspelt choice
+    if "`megatron-sov" not in advice and re.search(r"[\w.-]", value):
+        # words that may mean a choice, the likeliest first
+        candidates = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices),
+                      *re.findall(r"[\w.-]+", removed))
+        nearest = next((word for word in candidates if word in choices), "")
+    if not nearest and (removed or not advice):
+        advice += f"; {LEFT_OUT}"
+    return SettingsProblem(ProblemCode.CHOICE, key, rule, value, advice.removeprefix("; "),
+                           value_to_write=nearest)
+
+
+def _bound_problem(key: str, value: Any, kind: str, ctx: Mapping[str, Any]) -> SettingsProblem:
+    """Return the problem for a value outside a bound; `kind` and `ctx`: pydantic's error type and bounds."""
+    bounds = {name: _format_number(number) for name, number in ctx.items()}
+    nearest = _find_nearest_value(value, **ctx)
+    advice = f"write {nearest}" if "." in nearest else ""
+    if kind == "greater_than" and value == 0:
+        advice = LEFT_OUT
+    return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**bounds), value, advice,
+                           value_to_write=nearest)
+
+
+def _type_problem(key: str, value: Any, expected: str) -> SettingsProblem:
+    """Return the problem for a value of a wrong type; `expected` is a key in `_TYPES`."""
+    numbers = _suggest_numbers(expected, value.strip(), key) if isinstance(value, str) else []
+    advice, value_to_write = _suggest_value(expected, value, key), "".join(numbers[:1])
+    if key.rpartition(".")[2] == "steps" and len(value_to_write) >= MIN_TOKEN_DIGITS:
+        value_to_write = f"{TOKENS_KEY}{value_to_write}"
+        advice = f"a step is a batch; the tokens of the whole run are {value_to_write}"
+    return SettingsProblem(ProblemCode.TYPE, key, _TYPES[expected], value, advice,
+                           value_to_write=value_to_write)
 
 
 def _translate_value(problem: SettingsProblem) -> SettingsProblem:
@@ -305,9 +326,11 @@ def _find_nearest_value(value: Any, lt: float = math.inf, le: float = math.inf, 
     if isinstance(value, (int, float)) and min(lt, le) == 1 and 2 <= value <= 100:
         return f"{value / 100:g}"
     bound = le if math.isfinite(le) else ge
+    if bound is None:
+        return ""
     if bound == 0 and isinstance(value, (int, float)) and value < 0:  # a sign too many
         bound = -value
-    return "" if bound is None else f"{bound:g}" if isinstance(bound, float) else str(bound)
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def _suggest_lower_case(value: str, known: Collection[str]) -> str:
@@ -409,9 +432,10 @@ def unknown_key_problem(key: str, known: Iterable[str], instead: str = "") -> Se
     suggestion of the nearest name."""
     group, dot, name = key.rpartition(".")
     names = list(known)
-    close = suggest_name(name, names, group + dot).removeprefix("; ")
-    return SettingsProblem(ProblemCode.UNKNOWN, key, "no such setting", way_out=instead or close or (
-        f"there are {', '.join(names[:30])}" if names else "there are none"))
+    advice = instead or suggest_name(name, names, group + dot).removeprefix("; ")
+    if not advice:
+        advice = f"there are {', '.join(names[:30])}" if names else "there are none"
+    return SettingsProblem(ProblemCode.UNKNOWN, key, "no such setting", way_out=advice)
 
 
 def _missing_problem(key: str) -> SettingsProblem:
@@ -423,22 +447,22 @@ def _locate_error(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]
 
     For an unknown key, the type is the enclosing class.
     """
-    place: list[Any] = []
+    path: list[Any] = []
     hint = _strip_bounds(cls)
     # pydantic inserts names of union members between the keys; walking along the types distinguishes them
     for i, part in enumerate(loc):
         if dataclasses.is_dataclass(hint):
-            place.append(part)
+            path.append(part)
             if part not in list_fields(cast(Any, hint)):
                 break
             hint = get_inner_hint(hint, part)
         elif get_origin(hint) in (tuple, list, dict, set, frozenset, Mapping):
             if part != "[key]":
-                place.append(part)
+                path.append(part)
             hint = get_inner_hint(hint, part)
         elif i == 0 or not isinstance(part, str):
-            place.append(part)
-    return tuple(place), hint
+            path.append(part)
+    return tuple(path), hint
 
 
 def _list_choices(hint: Any) -> tuple[Any, ...]:
@@ -448,15 +472,16 @@ def _list_choices(hint: Any) -> tuple[Any, ...]:
 
 
 def get_inner_hint(hint: Any, part: Any) -> Any:
-    """Return the type of a field, an item or a value inside a type; None if unknown."""
+    """Return the type of a field, an item or a value inside the type `hint`; None if unknown. `part`: name of
+    the field, index of the item, or key of the value."""
     if dataclasses.is_dataclass(hint):
         return _strip_bounds(get_field_hints(cast(Any, hint)).get(part))
     args = get_args(hint)
     if get_origin(hint) is dict or get_origin(hint) is Mapping:
         return _strip_bounds(args[1])
     if get_origin(hint) is tuple and len(args) > 1 and args[1] is not Ellipsis:
-        at = int(part) if str(part).isdecimal() else 0
-        return _strip_bounds(args[at] if at < len(args) else None)
+        index = int(part) if str(part).isdecimal() else 0
+        return _strip_bounds(args[index] if index < len(args) else None)
     return _strip_bounds(args[0]) if args else None
 
 
@@ -506,19 +531,19 @@ _get_validator = cache(_build_validator)
 
 def _sort_by_field(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:
     """Sort problems by field order, unknown keys last."""
-    def position(problem: SettingsProblem) -> tuple[float, ...]:
-        positions, hint = [], cls
+    def index_fields(problem: SettingsProblem) -> tuple[float, ...]:
+        indices, hint = [], cls
         for part in problem.key.split("."):
             if dataclasses.is_dataclass(hint):
                 # index of the part among the fields of its class; unknown names go last
                 names = list_fields(cast(Any, hint))
-                positions.append(float(names.index(part)) if part in names else float("inf"))
+                indices.append(float(names.index(part)) if part in names else float("inf"))
             else:
-                positions.append(float(part) if part.isdecimal() else 0.0)
+                indices.append(float(part) if part.isdecimal() else 0.0)
             hint = get_inner_hint(hint, part) if hint is not None else None
-        return tuple(positions)
+        return tuple(indices)
 
-    return sorted(problems, key=position)
+    return sorted(problems, key=index_fields)
 
 
 def iter_leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

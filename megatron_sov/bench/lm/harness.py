@@ -8,7 +8,9 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from megatron_sov.base.errors import UserError, escape_controls, format_install_
 
 MAX_WARNINGS = 10
 """Maximum number of lm-eval warnings printed in one `suppress_output` block."""
+HUB, HUB_TIMEOUT_S = "https://huggingface.co", 10
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Environment variables, and constants in the libraries, that forbid downloads."""
 
@@ -29,24 +32,42 @@ def configure_downloads(allow_download: bool, cache: Path) -> Path:
     """Forbid downloads by the Hugging Face libraries unless allowed, and return their cache: a private folder
     in `cache`."""
     if not allow_download:
-        for name in OFFLINE_VARIABLES:
-            os.environ[name] = "1"
+        forbid_downloads()
     private = cache / "datasets"
     private.mkdir(parents=True, exist_ok=True, mode=0o700)
     # private, because `datasets` loads files from its cache without checks
     os.environ["HF_DATASETS_CACHE"] = str(private)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # libraries that are already loaded have read the environment: set their constants too
-    settings: dict[str, Any] = {} if allow_download else dict.fromkeys(OFFLINE_VARIABLES, True)
-    settings |= {"HF_DATASETS_CACHE": private, "DOWNLOADED_DATASETS_PATH": str(private / "downloads"),
-                 "EXTRACTED_DATASETS_PATH": str(private / "downloads" / "extracted"),
-                 "HF_DATASETS_DISABLE_PROGRESS_BARS": True}
+    _set_constants({"HF_DATASETS_CACHE": private, "DOWNLOADED_DATASETS_PATH": str(private / "downloads"),
+                    "EXTRACTED_DATASETS_PATH": str(private / "downloads" / "extracted"),
+                    "HF_DATASETS_DISABLE_PROGRESS_BARS": True})
+    return private
+
+
+def forbid_downloads() -> None:
+    """Let the Hugging Face libraries read their caches only."""
+    os.environ.update(dict.fromkeys(OFFLINE_VARIABLES, "1"))
+    _set_constants(dict.fromkeys(OFFLINE_VARIABLES, True))
+
+
+def _set_constants(settings: Mapping[str, Any]) -> None:
+    """Set constants in loaded Hugging Face libraries, which have read the environment already."""
     for module in ("datasets.config", "huggingface_hub.constants"):
         for name, value in settings.items():
             if hasattr(sys.modules.get(module), name):
                 setattr(sys.modules[module], name, value)
-    return private
+
+
+def can_reach_hub() -> bool:
+    """Return whether the Hugging Face hub answers within `HUB_TIMEOUT_S` seconds."""
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT") or HUB, timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError:  # a refusal is an answer too
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

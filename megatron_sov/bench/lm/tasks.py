@@ -27,7 +27,7 @@ from lm_eval.tasks._yaml_loader import _import_func_in_yml
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.errors import Fix, UserError, format_error
 from megatron_sov.base.settings import parse_nested
-from megatron_sov.bench.lm.harness import suppress_output
+from megatron_sov.bench.lm.harness import can_reach_hub, forbid_downloads, suppress_output
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.bench.lm.task_files import (
     DATA, SUITES, FunctionReference, TaskDefinition, find_source_tasks, iter_values, resolve_path)
@@ -66,7 +66,12 @@ def load_tasks(names: Sequence[str], sources: TaskSources, settings: LmEvalSetti
         built_in = dict(manager.task_index)
     files: dict[str, list[Path]] = {}
     judges: dict[str, AnswerJudge] = {}
-    for name in catalog.list_required(names, built_in):
+    required = catalog.list_required(names, built_in)
+    needs_hub = sources.allow_download and any(name not in catalog.definitions for name in required)
+    is_offline = needs_hub and not can_reach_hub()
+    if is_offline:  # else the libraries would try again for minutes
+        forbid_downloads()
+    for name in required:
         if name not in catalog.definitions:
             continue
         definition = catalog.definitions[name]
@@ -79,7 +84,7 @@ def load_tasks(names: Sequence[str], sources: TaskSources, settings: LmEvalSetti
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for name in names:
-        loaded = _load_task(manager, name)
+        loaded = _load_task(manager, name, is_offline)
         # a task and its group would run the task twice
         if repeated := sorted(set(loaded["tasks"]) & set(tasks)):
             raise UserError(f"--tasks {','.join(names)}: {repeated[0]} is named twice; name it once")
@@ -110,8 +115,8 @@ def _build_judge(config: Mapping[str, Any], definition: TaskDefinition, settings
     return AnswerJudge(replace(judging, mode=settings.mode or judging.mode), settings.workers)
 
 
-def _load_task(manager: Any, name: str) -> Any:
-    """Return lm-eval's tasks and groups for a name."""
+def _load_task(manager: Any, name: str, is_offline: bool) -> Any:
+    """Return lm-eval's tasks and groups for a name; `is_offline`: the Hugging Face hub does not answer."""
     try:
         with suppress_output():
             loaded = manager.load([name])
@@ -120,6 +125,9 @@ def _load_task(manager: Any, name: str) -> Any:
     except UserError:
         raise
     except Exception as e:  # various errors from definition, templates and data
+        if is_offline:
+            raise UserError(f"task {name!r}: its data are on the Hugging Face hub, which does not answer; it "
+                            "needs a network; without one pass a task with local data by --task-dir") from e
         raise UserError(f"task {name!r}: cannot be loaded ({format_error(e):.300}); check its definition and "
                         "its data") from e
     if unknown:

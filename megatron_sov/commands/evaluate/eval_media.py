@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import check_output
 from megatron_sov.base.plugins.loading import call_plugin, load_plugin
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.commands.models.generate import CodecsOptions, ReplySampling, check_decoders
@@ -77,7 +76,6 @@ def check_media(options: EvalMediaOptions) -> MediaEvaluation:
     events = RunEvents(options.run)
     check_model(options.target, "", options.settings, options.nproc)
     rows = [_read_pair(argument) for argument in options.data]
-    check_output("--output", options.output)
     judges = _load_judges(options, {PAIRS[name][1] for name, _ in rows})
     kinds = [PAIRS[name][1] for name, _ in rows if PAIRS[name][1] != TEXT]
     if kinds and options.files is None:

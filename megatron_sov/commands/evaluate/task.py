@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.commands.shared_options import FigureOptions, check_token_shards
 from megatron_sov.runs.checkpoints import check_model
@@ -30,9 +29,8 @@ class HeldoutOptions(FigureOptions):
 
 
 def check_task(options: Any) -> Any:
-    """Check --run, --output and TARGET, and return the options."""
+    """Check --run and TARGET, and return the options."""
     RunEvents(options.run)
-    check_output("--output", options.out)
     check_model(options.target, "", options.settings, options.nproc)
     check_token_shards(getattr(options, "data", ()))
     return options

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
     AtLeastOne, DeclaredCommand, Flag, NotNegativeInt, ProblemCode, SettingsProblem)
 from megatron_sov.base.settings.problem import UNSET
@@ -153,7 +152,6 @@ def check_generate(options: GenerateOptions) -> GenerateRequest | MediaRequest:
     prompts = [prompt for prompt in read_prompts(options.prompt, options.prompts)
                for _ in range(options.samples)]
     check_model(options.target, "", options.settings, options.nproc)
-    check_output("--output", options.output)
     return GenerateRequest(options, prompts, RunEvents(options.run))
 
 

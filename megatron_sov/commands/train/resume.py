@@ -34,8 +34,7 @@ REPLACED = ("run", "resume", "recipe", "configs", "plugins", "data", "dry_run", 
 
 def resume_run(options: ResumeOptions) -> int:
     """Repeat the command that started a run, and return its exit code."""
-    folder = options.run.absolute()
-    first = read_command(folder)
+    folder, first = options.run.absolute(), read_command(options.run)
     name, parser = _build_parser(first)
     _check_arguments(name, options, first)
     first_options = _parse_options(parser, [*first.words[len(name.split()):], "--resume"])

@@ -235,6 +235,9 @@ def build_stage_work(stage: str, arguments: list[str], commands: Commands,
     parser = Parser(prog=f"submit {stage}")
     commands[stage](parser)
     typed = parser.parse_args(arguments)
+    if getattr(typed, "dry_run", False):  # from a chain's file: `submit` itself takes --dry-run
+        raise UserError(f"--dry-run: the job would do nothing; leave it out of the arguments of {stage}, "
+                        "and type it to `megatron-sov submit chain`")
     if STAGES[stage].shares:
         return _build_shared(stage, arguments, read_command_options(typed))
     if stage == "convert":
@@ -255,9 +258,6 @@ def _build_training(stage: str, arguments: list[str], args: Any, has_gpus: bool 
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out",
                         Fix(left_out=(f"--nproc {args.nproc}",)))
-    if args.dry_run:  # only from a chain's file: on a command line, `submit` has --dry-run
-        raise UserError(f"--dry-run: the job would train nothing; leave it out of the arguments of {stage}, "
-                        "and type it to `megatron-sov submit chain`")
     has_rounds = STAGES[stage].objective == "policy"
     objective = STAGES[stage].objective
     request = request_training(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",

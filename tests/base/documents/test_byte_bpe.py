@@ -18,7 +18,8 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 
 
-def byte_level(**model: Any) -> dict[str, Any]:
+def build_tokenizer(**model: Any) -> dict[str, Any]:
+    """Return a tokenizer.json of byte-level BPE with two merges; `model` replaces fields of its model."""
     vocab = dict(byte_alphabet()) | {"ab": 256, "abc": 257, "<e>": 258}
     return {"added_tokens": [{"content": "<e>", "special": True}], "pre_tokenizer": {
         "type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "model": {
@@ -32,19 +33,19 @@ def test_byte_alphabet_matches_transformers() -> None:
 
 
 def test_byte_level_uses_gpt2_pattern() -> None:
-    assert parse_split_pattern(byte_level()) == GPT2_PATTERN
+    assert parse_split_pattern(build_tokenizer()) == GPT2_PATTERN
     text = "It's 2026,  don't\n\n  panic: 한국어 ไทย x=1 \t"
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
     assert [text[a:b] for _, (a, b) in pieces] == [m.group() for m in regex.finditer(GPT2_PATTERN, text)]
 
 
 def test_ranks_are_ids_of_bytes_and_merges() -> None:
-    assert parse_merges(byte_level()) == [("a", "b"), ("ab", "c")]
-    ranks_by_bytes = build_ranks(byte_level())
+    assert parse_merges(build_tokenizer()) == [("a", "b"), ("ab", "c")]
+    ranks_by_bytes = build_ranks(build_tokenizer())
     assert ranks_by_bytes == {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
-    whole = byte_level(ignore_merges=True)
-    whole["model"]["vocab"] |= {"xyz": 259}
-    assert build_ranks(whole)[b"xyz"] == 259
+    tokenizer = build_tokenizer(ignore_merges=True)
+    tokenizer["model"]["vocab"] |= {"xyz": 259}
+    assert build_ranks(tokenizer)[b"xyz"] == 259
 
 
 @pytest.mark.each(("model", "reason"), [
@@ -55,7 +56,7 @@ def test_ranks_are_ids_of_bytes_and_merges() -> None:
 ])
 def test_tokenizers_without_ranks_are_refused(model: dict[str, Any], reason: str) -> None:
     with pytest.raises(NotByteBpe, match=reason):
-        build_ranks(byte_level(**model))
+        build_ranks(build_tokenizer(**model))
 
 
 def test_compilation_works_without_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,10 +78,10 @@ def test_reading_does_not_import_numba() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=600).returncode == 0
 
 
-@pytest.mark.each(("experts", "dtype", "mark"), [
+@pytest.mark.each(("num_experts", "dtype", "mark"), [
     (128, "uint8", 255), (255, "uint8", 255), (256, "uint16", 65535), (512, "uint16", 65535)])
-def test_route_dtype_leaves_value_for_mark(experts: int, dtype: str, mark: int) -> None:
-    shape = RouteShape(48, 8, experts)
+def test_route_dtype_leaves_value_for_mark(num_experts: int, dtype: str, mark: int) -> None:
+    shape = RouteShape(48, 8, num_experts)
     assert (shape.dtype, shape.mark) == (dtype, mark)
     assert shape.bytes_per_token == 48 * 8 * (1 if dtype == "uint8" else 2)
     assert shape.absent(3).nbytes == 3 * shape.bytes_per_token

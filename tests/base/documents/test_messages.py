@@ -15,13 +15,14 @@ RESULT = {"role": "tool", "content": "3", "tool_call_id": "c1"}
 ANSWER = {"role": "assistant", "content": "3"}
 
 
-def calling(*calls: Any) -> dict[str, Any]:
+def build_call(*calls: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": None, "tool_calls": list(calls)}
 
 
 def test_reasoning_calls_and_train_flags_are_parsed() -> None:
-    thinks = {"role": "assistant", "content": "It is 3.", "reasoning_content": "add them", "train": False}
-    messages = parse_messages([USER, calling(CALL), RESULT, thinks], "messages")
+    reasoning_message = {"role": "assistant", "content": "It is 3.", "reasoning_content": "add them",
+                         "train": False}
+    messages = parse_messages([USER, build_call(CALL), RESULT, reasoning_message], "messages")
     assert messages[1].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 1}}
     assert messages[2].to_dict() == {"role": "tool", "content": "3", "tool_call_id": "c1"}
     assert messages[3].reasoning == "add them" and not messages[3].is_learned and messages[0].is_learned
@@ -36,10 +37,10 @@ def test_sharegpt_equals_openai_format() -> None:
              {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
              {"from": "observation", "value": "3"}, {"from": "gpt", "value": "3"}]
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
-    same = parse_messages([{"role": "user", "content": "1 + 2?"},
+    openai_messages = parse_messages([{"role": "user", "content": "1 + 2?"},
                           {"role": "assistant", "content": "", "tool_calls": [call]},
                           {"role": "tool", "content": "3"}, ANSWER], "messages")
-    assert parse_sharegpt(turns, "conversations") == same
+    assert parse_sharegpt(turns, "conversations") == openai_messages
     record = {"conversations": turns, "tools": json.dumps([{"name": "add"}]),
               "chat_template_kwargs": {"enable_thinking": False}}
     document = parse_record(record, "a.jsonl", 1, RecordReading())
@@ -63,20 +64,20 @@ def test_text_parts_are_joined_by_line_feeds(content: list[str], text: str) -> N
     parts = [{"type": "text", "text": part} for part in content]
     for role in ("system", "developer", "user", "assistant"):
         assert parse_messages([{"role": role, "content": parts}], "m")[0].content == text
-    messages = parse_messages([USER, calling(CALL), {**RESULT, "content": parts}], "m")
+    messages = parse_messages([USER, build_call(CALL), {**RESULT, "content": parts}], "m")
     assert messages[2].content == text
 
 
 def test_old_openai_calls_and_roles_are_converted() -> None:
-    older = [{"role": "developer", "content": "Be short."}, USER, {
+    old_messages = [{"role": "developer", "content": "Be short."}, USER, {
         "role": "assistant", "content": "I look.", "function_call": {"name": "add", "arguments": '{"a": 1}'}},
         {"role": "function", "name": "add", "content": "3"}, ANSWER]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    today = [{"role": "system", "content": "Be short."}, USER,
+    current_messages = [{"role": "system", "content": "Be short."}, USER,
              {"role": "assistant", "content": "I look.", "tool_calls": [call]},
              {"role": "tool", "name": "add", "content": "3"}, ANSWER]
-    assert parse_messages(older, "m") == parse_messages(today, "m")
-    assert not any(m.unread for m in parse_messages(older, "m"))
+    assert parse_messages(old_messages, "m") == parse_messages(current_messages, "m")
+    assert not any(m.unread for m in parse_messages(old_messages, "m"))
 
 
 @pytest.mark.each("call", [
@@ -86,9 +87,9 @@ def test_old_openai_calls_and_roles_are_converted() -> None:
 def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
     """JSON lines keep nulls; serve is sent them too."""
     nulls = dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content", "train", "weight"))
-    messages = parse_messages([{**nulls, **USER}, {**nulls, "role": "assistant", "content": None,
-                                               "tool_calls": [call]}, {**nulls, **RESULT}], "messages")
-    assert messages == parse_messages([USER, calling({"function": {"name": "add"}}), RESULT], "m")
+    null_call = {**nulls, "role": "assistant", "content": None, "tool_calls": [call]}
+    messages = parse_messages([{**nulls, **USER}, null_call, {**nulls, **RESULT}], "messages")
+    assert messages == parse_messages([USER, build_call({"function": {"name": "add"}}), RESULT], "m")
     mixed = [{"from": None, "value": None, **USER}, {"role": None, "content": None, "from": "gpt",
                                                      "value": "3"}]
     assert parse_sharegpt(mixed, "conversations") == parse_messages([USER, ANSWER], "messages")
@@ -96,15 +97,15 @@ def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
 
 @pytest.mark.each(("messages", "reason"), [
     ([USER, RESULT], "result without a call: m\\[1\\]"),
-    ([USER, calling(CALL), {**RESULT, "tool_call_id": "c9"}], "result of another call: .* is 'c9'"),
-    ([USER, calling(CALL), ANSWER], "1 tool calls and 0 results before m\\[2\\]"),
-    ([USER, calling({"function": {"name": "add", "arguments": "{a"}})], "is '{a', which is not JSON"),
-    ([USER, calling({"function": {"name": "add", "arguments": [1]}})], "must be a JSON object"),
-    ([USER, calling({"function": {"name": "add", "arguments": '{"a": NaN}'}})],
+    ([USER, build_call(CALL), {**RESULT, "tool_call_id": "c9"}], "result of another call: .* is 'c9'"),
+    ([USER, build_call(CALL), ANSWER], "1 tool calls and 0 results before m\\[2\\]"),
+    ([USER, build_call({"function": {"name": "add", "arguments": "{a"}})], "is '{a', which is not JSON"),
+    ([USER, build_call({"function": {"name": "add", "arguments": [1]}})], "must be a JSON object"),
+    ([USER, build_call({"function": {"name": "add", "arguments": '{"a": NaN}'}})],
      r"arguments is no JSON \(Out of range"),
-    ([USER, calling({"function": {"name": "add", "arguments": '{"a":' * 70 + "1" + "}" * 70}})],
+    ([USER, build_call({"function": {"name": "add", "arguments": '{"a":' * 70 + "1" + "}" * 70}})],
      "nested more than 64 levels"),
-    ([USER, calling({"function": {}})], "has no function with a name"),
+    ([USER, build_call({"function": {}})], "has no function with a name"),
     ([USER, {"role": "assistant", "content": " "}], "empty turn: m\\[1\\] \\(assistant\\)"),
     ([{"role": "user", "content": "a", "reasoning_content": "b"}], "which only an assistant's message has"),
     ([USER, {**ANSWER, "train": "yes"}], "m\\[1\\].train is 'yes', must be True or False"),
@@ -113,7 +114,7 @@ def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
     ([{"role": "user", "content": [{"type": "text", "text": None}]}], "must be a string"),
     ([{"role": "user", "content": ["a"]}], "must be a string"),
     ([{"role": "user", "content": []}], "empty turn"), ([{"role": ["user"], "content": "a"}], "has role"),
-    ([USER, {**calling(CALL), "function_call": {"name": "add"}}], "'tool_calls' and 'function_call'"),
+    ([USER, {**build_call(CALL), "function_call": {"name": "add"}}], "'tool_calls' and 'function_call'"),
     ([{**USER, "function_call": {"name": "add"}}], "which only an assistant's message has"),
     ([USER, {"role": "function", "content": "3"}], "result without a call"),
 ])

@@ -39,10 +39,10 @@ def list_units(text: str) -> list[str]:
 def test_runs_match_brute_force() -> None:
     other = "It says: WHOEVER by fraud obtains a “licence” under this act, shall be warned and told to leave."
     ours, theirs = list_units(LAW), list_units(other)
-    windows = [{tuple(words[i:i + RUN_WORDS]) for i in range(len(words) - RUN_WORDS + 1)}
-               for words in (ours, theirs)]
-    assert len(windows[0]) == len(set(hash_runs(LAW))) == len(ours) - RUN_WORDS + 1
-    assert count_shared_runs(LAW, other) == len(windows[0] & windows[1]) == 2
+    our_runs = {tuple(ours[i:i + RUN_WORDS]) for i in range(len(ours) - RUN_WORDS + 1)}
+    their_runs = {tuple(theirs[i:i + RUN_WORDS]) for i in range(len(theirs) - RUN_WORDS + 1)}
+    assert len(our_runs) == len(set(hash_runs(LAW))) == len(ours) - RUN_WORDS + 1
+    assert count_shared_runs(LAW, other) == len(our_runs & their_runs) == 2
     assert count_shared_runs(LAW,
                              "Whoever by fraud obtains a licence under this Decree shall be liable.") == 0
 
@@ -116,7 +116,7 @@ def test_unit_spans_match_text(text: str) -> None:
         assert find_units(units_of_text.folded[start:stop]).hashes.tolist() == [units_of_text.hashes[i]]
 
 
-def read(text: str) -> object:
+def parse_json(text: str) -> object:
     return json.loads(text, parse_constant=reject_constant, parse_float=parse_finite)
 
 
@@ -125,7 +125,7 @@ def read(text: str) -> object:
     ('{"a": 1e999}', "1e999 is more than")])
 def test_nan_and_infinity_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read(text)
+        parse_json(text)
 
 
 # Control characters in text of strangers.
@@ -174,32 +174,32 @@ SCRIPT_NAMES = {"thai": "THAI", "lao": "LAO", "tibetan letters": "TIBETAN", "tib
 def test_script_ranges_contain_only_the_script(script: str) -> None:
     names = [unicodedata.name(chr(code)) for begin, end in scripts.CODE_POINTS[script]
              for code in range(begin, end) if unicodedata.category(chr(code))[0] in "LM"]
-    odd = [name for name in names if not re.match(SCRIPT_NAMES[script], name)]
-    assert names and odd in ([], ["COMBINING KATAKANA-HIRAGANA VOICED SOUND MARK",
+    unexpected = [name for name in names if not re.match(SCRIPT_NAMES[script], name)]
+    assert names and unexpected in ([], ["COMBINING KATAKANA-HIRAGANA VOICED SOUND MARK",
                                   "COMBINING KATAKANA-HIRAGANA SEMI-VOICED SOUND MARK"])
 
 
 def test_script_ranges_are_complete() -> None:
     spans = sorted(itertools.chain.from_iterable(scripts.CODE_POINTS.values()))
-    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "each is of one script"
-    everything = re.compile(f"[{scripts.format_regex_ranges(tuple(scripts.CODE_POINTS))}]")
+    assert all(span[1] <= following[0] for span, following in pairwise(spans)), "a character has one script"
+    all_scripts = re.compile(f"[{scripts.format_regex_ranges(tuple(scripts.CODE_POINTS))}]")
     missing = {unicodedata.name(chr(code)) for code in range(0x20000)
-               if unicodedata.category(chr(code)) == "Lo" and not everything.match(chr(code))
+               if unicodedata.category(chr(code)) == "Lo" and not all_scripts.match(chr(code))
                and re.match("THAI |LAO |TIBETAN |KHMER |HIRAGANA |KATAKANA |CJK UNI|HANGUL ",
                             unicodedata.name(chr(code), ""))}
     assert {name.split()[0] for name in missing} <= {"HIRAGANA", "KATAKANA"}, "archaic and small kana"
 
 
-@pytest.mark.each(("text", "takes"), [
+@pytest.mark.each(("text", "users"), [
     ("ไ", "runs rules scorers"), ("བ", "rules scorers"), ("ㅋ", "hangul rules"), ("ꥠ", "hangul scorers"),
     ("ㄅ", "rules"), ("ｶ", "rules"), ("々", "runs"), ("한", "hangul rules scorers"),
     ("漢", "runs rules scorers")])
-def test_script_choices_of_each_user(text: str, takes: str) -> None:
-    decisions = {"runs": scripts.RUN_SCRIPTS, "hangul": scripts.RUN_HANGUL_SCRIPTS,
+def test_script_choices_of_each_user(text: str, users: str) -> None:
+    scripts_by_user = {"runs": scripts.RUN_SCRIPTS, "hangul": scripts.RUN_HANGUL_SCRIPTS,
                  "rules": scripts.RULE_SCRIPTS,
                  "scorers": scripts.SCORER_SCRIPTS}
-    assert [name for name, taken in decisions.items()
-            if re.match(f"[{scripts.format_regex_ranges(taken)}]", text)] == takes.split()
+    assert [name for name, user_scripts in scripts_by_user.items()
+            if re.match(f"[{scripts.format_regex_ranges(user_scripts)}]", text)] == users.split()
 
 
 # The search equals a comparison of word lists.
@@ -207,27 +207,28 @@ def test_script_choices_of_each_user(text: str, takes: str) -> None:
 
 NGRAM, MIN_WORDS = 4, 2
 TEXTS = st.lists(st.sampled_from(["a", "b", "c", "ภ", "한", "字"]), min_size=1, max_size=25).map(" ".join)
-SIZES = {"ภ": 3, "字": 3, "한": 4}
+WEIGHTS = {"ภ": 3, "字": 3, "한": 4}
+"""Weight of a character in a script without blanks, for `find_shortest_runs`; a word weighs 12."""
 
 
-def shortest_runs(words: list[str], size: int) -> set[tuple[str, ...]]:
-    """Return the shortest stretches from each word on that reach a size."""
-    stretches = set()
+def find_shortest_runs(words: list[str], min_weight: int) -> set[tuple[str, ...]]:
+    """Return, for each word, the shortest run of words that begins with it and reaches `min_weight`."""
+    word_runs = set()
     for begin in range(len(words)):
         for end in range(begin + 1, len(words) + 1):
-            if sum(SIZES.get(word, 12) for word in words[begin:end]) >= size:
-                stretches.add(tuple(words[begin:end]))
+            if sum(WEIGHTS.get(word, 12) for word in words[begin:end]) >= min_weight:
+                word_runs.add(tuple(words[begin:end]))
                 break
-    return stretches
+    return word_runs
 
 
-def holds(text: list[str], item: list[str]) -> bool:
+def contains_item(text: list[str], item: list[str]) -> bool:
     """Return whether a text contains the protected part of an item."""
-    size = sum(SIZES.get(word, 12) for word in item)
-    if size >= NGRAM * 12:
-        return not shortest_runs(text, NGRAM * 12).isdisjoint(shortest_runs(item, NGRAM * 12))
-    stretches = (text[i:i + len(item)] for i in range(len(text) - len(item) + 1))
-    return size >= MIN_WORDS * 12 and item in stretches
+    min_weight = sum(WEIGHTS.get(word, 12) for word in item)
+    if min_weight >= NGRAM * 12:
+        return not find_shortest_runs(text, NGRAM * 12).isdisjoint(find_shortest_runs(item, NGRAM * 12))
+    word_runs = (text[i:i + len(item)] for i in range(len(text) - len(item) + 1))
+    return min_weight >= MIN_WORDS * 12 and item in word_runs
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=5), TEXTS)
@@ -236,6 +237,6 @@ def test_item_search_matches_word_comparison(texts: list[str], text: str) -> Non
                         MIN_WORDS)
     matches = search.find(find_units(text))
     assert {hit.item for hit in matches} == {i for i, item in enumerate(texts)
-                                           if holds(list_units(text), list_units(item))}
+                                           if contains_item(list_units(text), list_units(item))}
     assert all(hit.begin < hit.end <= len(list_units(text)) for hit in matches)
     assert search.find(find_units("")) == []

@@ -26,19 +26,20 @@ from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.errors import UserError
 
 
-def read(path: Path) -> list[str]:
+def read_texts(path: Path) -> list[str]:
+    """Return the texts of the documents in a file or folder."""
     return [d.text for d in read_documents(list_files(path))]
 
 
 def test_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n  two\t\n")
-    assert read(tmp_path / "a.txt") == ["one\r\n\r\n  two\t\n"]
+    assert read_texts(tmp_path / "a.txt") == ["one\r\n\r\n  two\t\n"]
 
 
 def test_large_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     paragraph = "x" * 999 + "\n\n"
     (tmp_path / "big.txt").write_text(paragraph * 1200)
-    pieces = read(tmp_path / "big.txt")
+    pieces = read_texts(tmp_path / "big.txt")
     assert "".join(pieces) == paragraph * 1200
     assert all(len(t) <= documents.DOCUMENT_BYTES and t.endswith("\n\n") for t in pieces)
     assert len(pieces) == -(-1200 // (documents.DOCUMENT_BYTES // len(paragraph)))
@@ -57,12 +58,12 @@ def test_jsonl_skips_blank_texts(tmp_path: Path) -> None:
 def test_other_encodings_and_missing_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cp949.txt").write_bytes("abc 한국어".encode("cp949"))
     with pytest.raises(UserError, match=r"cp949.txt: is not UTF-8 \(byte 0xc7 at offset 4\)"):
-        read(tmp_path / "cp949.txt")
+        read_texts(tmp_path / "cp949.txt")
     with pytest.raises(UserError, match="nowhere: does not exist"):
-        read(tmp_path / "nowhere")
+        read_texts(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: holds no text file"):
-        read(tmp_path / "empty")
+        read_texts(tmp_path / "empty")
 
 
 def test_compressed_files_equal_plain_files(tmp_path: Path) -> None:
@@ -71,14 +72,14 @@ def test_compressed_files_equal_plain_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(raw)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(raw[:777]) + gzip.compress(raw[777:]))
     (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(raw[:777]) + zstandard.compress(raw[777:]))
-    plain = read(tmp_path / "a.txt")
+    plain = read_texts(tmp_path / "a.txt")
     assert "".join(plain) == text and len(plain) > 5
-    assert plain == read(tmp_path / "b.txt.gz") == read(tmp_path / "c.txt.zst")
+    assert plain == read_texts(tmp_path / "b.txt.gz") == read_texts(tmp_path / "c.txt.zst")
     assert [p.name for p in list_files(tmp_path)] == ["a.txt", "b.txt.gz", "c.txt.zst"]
     for name in ("b.txt.gz", "c.txt.zst"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
         with pytest.raises(UserError, match=f"{name}: is cut off or damaged"):
-            read(tmp_path / name)
+            read_texts(tmp_path / name)
 
 
 def test_parquet_rows_have_numbers(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_folder_is_read_recursively_in_order(tmp_path: Path) -> None:
     for name in ("b.md", "a/z.py", "a/y.txt", ".git/config.txt", "picture.png", "manifest.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert read(tmp_path) == ["a/y.txt", "a/z.py", "b.md"]
+    assert read_texts(tmp_path) == ["a/y.txt", "a/z.py", "b.md"]
 
 
 @pytest.mark.each("span_bytes", [150, 1000, 2_000_000])
@@ -113,7 +114,8 @@ def test_spans_cover_all_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("megatron_sov.base.documents.files.WHOLE_FILE_BYTES", 100)
     [*units] = plan_units([tmp_path / "a.jsonl"], span_bytes)
     assert (len(units) > 10) == (span_bytes <= 1000)
-    items = [item for unit in units for span in unit for item in read_span(span, RecordReading("text"))]
+    spans = [span for unit in units for span in unit]
+    items = [item for span in spans for item in read_span(span, RecordReading("text"))]
     assert [d.text for d in items if isinstance(d, Document)] == texts and len(items) == len(texts)
 
 
@@ -162,7 +164,7 @@ def test_bad_line_is_named(tmp_path: Path, line: str | bytes, rule: str) -> None
     raw = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + raw + b"\n")
     with pytest.raises(UserError, match=rule) as e:
-        read(tmp_path / "a.jsonl")
+        read_texts(tmp_path / "a.jsonl")
     assert f"{tmp_path}/a.jsonl:2" in str(e.value)
 
 
@@ -220,10 +222,10 @@ def test_compressed_frames_are_joined(frames: list[bytes], size: int) -> None:
             assert b"".join(iter(lambda: f.read(size), b"")) == b"".join(frames)
 
 
-@pytest.mark.each("cut", [1, 5, 500])
-def test_truncated_compressed_file_is_detected(tmp_path: Path, cut: int) -> None:
+@pytest.mark.each("num_missing_bytes", [1, 5, 500])
+def test_truncated_compressed_file_is_detected(tmp_path: Path, num_missing_bytes: int) -> None:
     raw = zstandard.compress(b"first") + zstandard.compress(bytes(range(256)) * 40, 1)
-    (tmp_path / "a.zst").write_bytes(raw[: len(raw) - min(cut, len(raw) // 3)])
+    (tmp_path / "a.zst").write_bytes(raw[: len(raw) - min(num_missing_bytes, len(raw) // 3)])
     with (pytest.raises(EOFError, match="Truncated"), io.BufferedReader(ZstdFile(tmp_path / "a.zst")) as f):
         f.read()
     (tmp_path / "b.zst").write_bytes(b"no zstd at all")
@@ -237,7 +239,7 @@ def test_truncated_compressed_file_is_detected(tmp_path: Path, cut: int) -> None
 
 ZEROS_BYTES = 400_000_000
 MAX_GROWTH_MB = 120
-READ = """
+MEASURE_READING = """
 import re, sys
 from pathlib import Path
 import pyarrow.parquet
@@ -253,13 +255,13 @@ print(peak_mb() - before, *codes)
 """
 
 
-def zeros_gz(file: Path) -> None:
+def write_zeros_gz(file: Path) -> None:
     with gzip.open(file, "wb", compresslevel=1) as f:
         for _ in range(ZEROS_BYTES // 4_000_000):
             f.write(bytes(4_000_000))
 
 
-def zeros_zst(file: Path) -> None:
+def write_zeros_zst(file: Path) -> None:
     with zstandard.open(file, "wb") as f:
         for _ in range(ZEROS_BYTES // 4_000_000):
             f.write(bytes(4_000_000))
@@ -273,13 +275,13 @@ def write_one_string_in_many_rows(file: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("name", "write"), [
-    ("a.jsonl.gz", zeros_gz), pytest.param("a.jsonl.zst", zeros_zst, marks=pytest.mark.deep),
+    ("a.jsonl.gz", write_zeros_gz), pytest.param("a.jsonl.zst", write_zeros_zst, marks=pytest.mark.deep),
     ("a.parquet", write_one_string_in_many_rows)])
 def test_memory_is_bounded_by_record_limit(name: str, write, tmp_path: Path) -> None:
     write(tmp_path / name)
     assert (tmp_path / name).stat().st_size < 2_000_000
-    completed = subprocess.run([sys.executable, "-c", READ, str(tmp_path / name)], capture_output=True,
-                               text=True, check=True)
+    completed = subprocess.run([sys.executable, "-c", MEASURE_READING, str(tmp_path / name)],
+                               capture_output=True, text=True, check=True)
     growth_mb, *codes = completed.stdout.split()
     assert codes == ["too_long"] and int(growth_mb) < MAX_GROWTH_MB, completed.stdout
 

@@ -21,7 +21,7 @@ from megatron_sov.base.documents.records import decode_utf8
 from megatron_sov.base.errors import UserError
 
 ROWS = [{"text": f"line {i}\u2028 \x85 \x1c 한국어"} for i in range(5)]
-ASK, SAY = [{"role": "user", "content": "2 + 2?"}], [{"role": "assistant", "content": "4"}]
+QUESTION, ANSWER = [{"role": "user", "content": "2 + 2?"}], [{"role": "assistant", "content": "4"}]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
     "type": "object", "properties": {name[0]: {"type": "string"}}}}} for name in ("add", "find")]
 
@@ -43,7 +43,7 @@ def write_json_lines(rows: list[dict[str, Any]]) -> bytes:
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
 
 
-STORED: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "a.jsonl": write_json_lines, "a.json": lambda rows: json.dumps(rows, indent=1).encode(),
     "bom.json": lambda rows: b"\xef\xbb\xbf" + json.dumps(rows).encode(), "lines.json": write_json_lines,
     "a.json.gz": lambda rows: gzip.compress(json.dumps(rows).encode()),
@@ -51,55 +51,60 @@ STORED: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "a.jsonl.gz": lambda rows: gzip.compress(write_json_lines(rows)), "a.parquet": write_parquet,
     "stream.arrow": write_arrow, "file.arrow": lambda rows: write_arrow(rows, True), "a.feather": write_arrow,
 }
-CALLS = [*ASK, {"role": "assistant", "content": "", "tool_calls": [
+CALL_MESSAGES = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [
     {"type": "function", "function": {"name": "add", "arguments": {"a": "1"}}},
     {"type": "function", "function": {"name": "find", "arguments": {"f": "x"}}}]},
-    {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, *SAY]
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "text": ("text", ROWS[0]), "messages": ("chat", {"messages": [*ASK, *SAY]}),
-    "tools": ("chat", {"messages": CALLS, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": True}}),
+    {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, *ANSWER]
+RECORDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": ("text", ROWS[0]), "messages": ("chat", {"messages": [*QUESTION, *ANSWER]}),
+    "tools": ("chat", {"messages": CALL_MESSAGES, "tools": TOOLS,
+                       "chat_template_kwargs": {"enable_thinking": True}}),
     "sharegpt": ("chat", {"conversations": [{"from": "human", "value": "2?"},
                                             {"from": "gpt", "value": "2"}]}),
     "prompt and completion": ("chat", {"prompt": "2 + 2?", "completion": "4"}),
-    "messages of both": ("chat", {"prompt": ASK, "completion": SAY}),
+    "messages of both": ("chat", {"prompt": QUESTION, "completion": ANSWER}),
     "pair of strings": ("preference", {"prompt": "2?", "chosen": "2", "rejected": "3"}),
-    "pair of messages": ("preference", {"prompt": ASK, "chosen": SAY, "rejected": ASK + SAY}),
-    "pair that begins alike": ("preference", {"chosen": ASK + SAY, "rejected": [
-        *ASK, {"role": "assistant", "content": "5"}]}),
-    "prompt": ("prompt", {"prompt": ASK, "answer": "4"}),
+    "pair of messages": ("preference", {"prompt": QUESTION, "chosen": ANSWER, "rejected": QUESTION + ANSWER}),
+    "pair that begins alike": ("preference", {"chosen": QUESTION + ANSWER, "rejected": [
+        *QUESTION, {"role": "assistant", "content": "5"}]}),
+    "prompt": ("prompt", {"prompt": QUESTION, "answer": "4"}),
 }
 
 
-@pytest.mark.each("kind", KINDS)
+@pytest.mark.each("kind", RECORDS)
 def test_records_are_equal_in_all_formats(tmp_path: Path, kind: str) -> None:
-    form, row = KINDS[kind]
+    form, row = RECORDS[kind]
     records = {}
-    for name, stored in STORED.items():
-        (tmp_path / name).write_bytes(stored([row, row]))
-        records[name] = [{**vars(d), "where": "", "line": 0} for d in read_documents([tmp_path / name],
-                                                                                   RecordReading(form))]
+    for name, format_rows in WRITERS.items():
+        (tmp_path / name).write_bytes(format_rows([row, row]))
+        documents = read_documents([tmp_path / name], RecordReading(form))
+        # all fields but the position in the file
+        records[name] = [{**vars(document), "where": "", "line": 0} for document in documents]
     assert all(rows == records["a.jsonl"] and len(rows) == 2 for rows in records.values())
 
 
-def calling(arguments: Any, tools: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {"messages": [*ASK, {"role": "assistant", "content": "", "tool_calls": [
-        {"type": "function", "function": {"name": "get", "arguments": arguments}}], **more},
-        {"role": "tool", "content": "r"}, *SAY], "tools": tools}
+def build_call_record(arguments: Any, tools: list[dict[str, Any]], **message_fields: Any) -> dict[str, Any]:
+    """Return a chat record with a call of the function `get`; `message_fields` go to the calling message."""
+    call = {"type": "function", "function": {"name": "get", "arguments": arguments}}
+    call_message = {"role": "assistant", "content": "", "tool_calls": [call], **message_fields}
+    return {"messages": [*QUESTION, call_message, {"role": "tool", "content": "r"}, *ANSWER], "tools": tools}
 
 
-def parameters(**properties: Any) -> dict[str, Any]:
+def build_tool(**properties: Any) -> dict[str, Any]:
+    """Return the declaration of the function `get` with these properties of its parameters."""
     return {"type": "function", "function": {"name": "get", "parameters": {"properties": properties}}}
 
 
-UNIT = parameters(unit={"anyOf": [{"type": "string"}, {"type": "null"}], "default": None})
+UNIT = build_tool(unit={"anyOf": [{"type": "string"}, {"type": "null"}], "default": None})
+STRICT = {"type": "function", "function": {"name": "get", "strict": None}}
 NULLS: dict[str, dict[str, Any]] = {
-    "argument and default": calling({"unit": None}, [UNIT]),
-    "one argument of two": calling({"city": "Seoul", "unit": None}, [UNIT]),
-    "deep": calling({"a": {"b": [{"c": None}, {"c": None}]}}, [UNIT]),
-    "list": calling({"a": [{"b": None}]}, [UNIT]),
-    "JSON text": calling('{"unit": null, "n": 1}', [UNIT]),
-    "constant": calling({"x": "y"}, [parameters(unit={"const": None, "default": None})]),
-    "strict": calling({"x": "y"}, [{"type": "function", "function": {"name": "get", "strict": None}}]),
+    "argument and default": build_call_record({"unit": None}, [UNIT]),
+    "one argument of two": build_call_record({"city": "Seoul", "unit": None}, [UNIT]),
+    "deep": build_call_record({"a": {"b": [{"c": None}, {"c": None}]}}, [UNIT]),
+    "list": build_call_record({"a": [{"b": None}]}, [UNIT]),
+    "JSON text": build_call_record('{"unit": null, "n": 1}', [UNIT]),
+    "constant": build_call_record({"x": "y"}, [build_tool(unit={"const": None, "default": None})]),
+    "strict": build_call_record({"x": "y"}, [STRICT]),
 }
 
 
@@ -109,40 +114,43 @@ def test_written_nulls_stay(tmp_path: Path, name: str) -> None:
     function = row["messages"][1]["tool_calls"][0]["function"]
     arguments = function["arguments"]
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    for stored, write in STORED.items():
-        (tmp_path / stored).write_bytes(write([row, row]))
-        for document in read_documents([tmp_path / stored], RecordReading("chat")):
-            assert document.messages[1].tool_calls[0]["function"]["arguments"] == arguments, stored
-            assert list(document.tools) == row["tools"], stored
+    for file_name, format_rows in WRITERS.items():
+        (tmp_path / file_name).write_bytes(format_rows([row, row]))
+        for document in read_documents([tmp_path / file_name], RecordReading("chat")):
+            assert document.messages[1].tool_calls[0]["function"]["arguments"] == arguments, file_name
+            assert list(document.tools) == row["tools"], file_name
 
 
 @pytest.mark.parametrize("renames", [(), (("messages", ("dialog",)), ("tools", ("functions",)))])
 def test_table_padding_nulls_are_removed(tmp_path: Path, renames: Any) -> None:
     """Nulls in JSON lines, and in JSON inside a string, are not padding and stay."""
-    rows = [calling({"city": "Seoul"}, [parameters(city={"type": "string"})], reasoning_content="hm"),
-            calling({"unit": "C", "flat": ["x"]}, [parameters(unit={"type": "string", "default": "K"})])]
-    named = [{"dialog": row["messages"], "functions": row["tools"]} if renames else row for row in rows]
-    for stored, write in STORED.items():
-        (tmp_path / stored).write_bytes(write(named))
-        items = list(read_documents([tmp_path / stored], RecordReading("chat", renames=renames)))
-        assert [list(d.tools) for d in items] == [row["tools"] for row in rows], stored
+    city, unit = build_tool(city={"type": "string"}), build_tool(unit={"type": "string", "default": "K"})
+    rows = [build_call_record({"city": "Seoul"}, [city], reasoning_content="hm"),
+            build_call_record({"unit": "C", "flat": ["x"]}, [unit])]
+    records = rows
+    if renames:
+        records = [{"dialog": row["messages"], "functions": row["tools"]} for row in rows]
+    for file_name, format_rows in WRITERS.items():
+        (tmp_path / file_name).write_bytes(format_rows(records))
+        items = list(read_documents([tmp_path / file_name], RecordReading("chat", renames=renames)))
+        assert [list(d.tools) for d in items] == [row["tools"] for row in rows], file_name
         assert [d.messages[1].tool_calls[0]["function"]["arguments"] for d in items] == [
-            {"city": "Seoul"}, {"unit": "C", "flat": ["x"]}], stored
+            {"city": "Seoul"}, {"unit": "C", "flat": ["x"]}], file_name
 
 
 def test_reward_columns_keep_nulls(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [{"prompt": ASK, "tests": [{"a": 1, "b": None}]},
-                                  {"prompt": ASK, "tests": [{"a": None, "b": 2}]}]
-    for stored, write in STORED.items():
-        (tmp_path / stored).write_bytes(write(rows))
-        items = read_documents([tmp_path / stored], RecordReading("prompt"))
-        assert [json.loads(d.extra)["tests"] for d in items] == [row["tests"] for row in rows], stored
+    rows: list[dict[str, Any]] = [{"prompt": QUESTION, "tests": [{"a": 1, "b": None}]},
+                                  {"prompt": QUESTION, "tests": [{"a": None, "b": 2}]}]
+    for file_name, write in WRITERS.items():
+        (tmp_path / file_name).write_bytes(write(rows))
+        items = read_documents([tmp_path / file_name], RecordReading("prompt"))
+        assert [json.loads(d.extra)["tests"] for d in items] == [row["tests"] for row in rows], file_name
 
 
 def test_only_completion_is_trained_on(tmp_path: Path) -> None:
-    earlier = [*ASK, *SAY, {"role": "user", "content": "and 3 + 3?"}]
+    earlier = [*QUESTION, *ANSWER, {"role": "user", "content": "and 3 + 3?"}]
     rows = [{"prompt": "2 + 2?", "completion": "4"}, {"prompt": "2 + 2?", "response": "4"},
-            {"prompt": ASK, "completion": SAY}, {"prompt": earlier, "completion": [
+            {"prompt": QUESTION, "completion": ANSWER}, {"prompt": earlier, "completion": [
                 {"role": "assistant", "content": "6"}]}]
     (tmp_path / "a.jsonl").write_bytes(write_json_lines(rows))
     *short, long = read_documents([tmp_path / "a.jsonl"], RecordReading("chat"))
@@ -157,9 +165,9 @@ def test_only_completion_is_trained_on(tmp_path: Path) -> None:
     ({"prompt": "p", "completion": "c"}, "text", "is a chat.*--format chat"),
     ({"prompt": "p", "completion": "c"}, "preference", "is a chat.*--format chat"),
     ({"prompt": "p", "answer": "4"}, "chat", "no response is learned then; a chat has 'messages', or"),
-    ({"prompt": "p", "chosen": "a", "rejected": "b", "messages": ASK}, "prompt", "--format preference"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "messages": QUESTION}, "prompt", "--format preference"),
     ({"prompt": "p", "completion": "c", "label": False}, "chat", "`sov-data pairs`"),
-    ({"prompt": "p", "completion": ASK}, "chat", "no message of the assistant"),
+    ({"prompt": "p", "completion": QUESTION}, "chat", "no message of the assistant"),
     ({"prompt": "p", "completion": 4}, "chat", "must be a string, or a non-empty list"),
     ({"prompt": [], "completion": "c"}, "chat", "'prompt' must be a string, or a non-empty list"),
     ({"prompt": 5}, "prompt", "'prompt' must be a string, or a non-empty list"),
@@ -168,7 +176,7 @@ def test_only_completion_is_trained_on(tmp_path: Path) -> None:
 ])
 def test_suggestions_keep_answers(tmp_path: Path, row: dict[str, Any], kind: str, messages: str) -> None:
     for name in ("a.jsonl", "a.parquet"):
-        (tmp_path / name).write_bytes(STORED[name]([row]))
+        (tmp_path / name).write_bytes(WRITERS[name]([row]))
         if name == "a.jsonl":
             with pytest.raises(UserError, match=messages):
                 list(read_documents([tmp_path / name], RecordReading(kind)))
@@ -177,7 +185,7 @@ def test_suggestions_keep_answers(tmp_path: Path, row: dict[str, Any], kind: str
                 list(read_documents([tmp_path / name], RecordReading(kind)))
 
 
-def fill(folder: Path, **files: bytes) -> Path:
+def write_files(folder: Path, **files: bytes) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -200,7 +208,7 @@ HUB = {"README.md": CARD, "LICENSE": b"MIT", "LICENSE.txt": b"MIT", ".gitattribu
 ])
 def test_dataset_descriptions_are_skipped(tmp_path: Path, data: dict[str, bytes]) -> None:
     messages: list[str] = []
-    files = list_files(fill(tmp_path, **HUB, **data), messages.append)
+    files = list_files(write_files(tmp_path, **HUB, **data), messages.append)
     assert [d.text for d in read_documents(files)] == [row["text"] for row in ROWS]
     [sentence] = messages
     assert "passed over" in sentence and "plain text" not in sentence
@@ -208,14 +216,14 @@ def test_dataset_descriptions_are_skipped(tmp_path: Path, data: dict[str, bytes]
 
 def test_text_folder_keeps_readme_and_reports_skipped_files(tmp_path: Path) -> None:
     messages: list[str] = []
-    fill(tmp_path, **{"README.md": b"# A", "b.txt": b"text", "c.png": b"",
+    write_files(tmp_path, **{"README.md": b"# A", "b.txt": b"text", "c.png": b"",
                       "d.json": json.dumps(ROWS).encode()})
     assert [file.name for file in list_files(tmp_path, messages.append)] == ["README.md", "b.txt"]
     assert messages == [f"{tmp_path}: passed over 2 files (c.png, d.json)"]
     for name in ("c.png", "d.json"):
         (tmp_path / name).unlink()
     assert list_files(tmp_path, messages.append) and len(messages) == 1
-    fill(tmp_path, **{".env": b"", ".git/config": b"", "c\x1b[2J.png": b""})
+    write_files(tmp_path, **{".env": b"", ".git/config": b"", "c\x1b[2J.png": b""})
     list_files(tmp_path, messages.append)
     assert messages[1:] == [f"{tmp_path}: passed over 1 file (c\\x1b[2J.png) and 2 hidden (.env, .git)"]
 
@@ -229,7 +237,7 @@ def test_many_skipped_files_are_counted_by_ending() -> None:
 
 def test_mixed_text_and_splits_are_reported(tmp_path: Path) -> None:
     messages: list[str] = []
-    fill(tmp_path, **{f"data/{split}-0.parquet": write_parquet(ROWS) for split in ("train", "test")},
+    write_files(tmp_path, **{f"data/{split}-0.parquet": write_parquet(ROWS) for split in ("train", "test")},
          **{"docs/guide.md": b"text"})
     assert len(list_files(tmp_path, messages.append)) == 3
     assert "1 files of plain text (docs/guide.md)" in messages[0] and "splits train, test" in messages[0]
@@ -246,7 +254,7 @@ def test_missing_hub_dataset_suggests_download(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.each("name", ["a.txt", "data", "a.data", "a.txt.gz"])
-@pytest.mark.each("content", [json.dumps(ROWS), json.dumps({"messages": ASK}, indent=2),
+@pytest.mark.each("content", [json.dumps(ROWS), json.dumps({"messages": QUESTION}, indent=2),
                                      '\n [\n {"a": 1}, {"b": 2}]', '{"a\\"b": 1}\n{"a": 2}'])
 def test_json_in_text_file_is_refused(tmp_path: Path, name: str, content: str) -> None:
     raw = content.encode()

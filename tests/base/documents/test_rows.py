@@ -28,9 +28,10 @@ def test_rows_may_be_any_objects(tmp_path: Path) -> None:
 
 
 def test_changed_values_have_dotted_names() -> None:
-    before = {"settings": {"min_score": 0.5, "keep": ["ko"]}, "version": 1, "old": 1}
-    now = {"settings": {"min_score": 0.6, "keep": ["ko"]}, "version": 1}
-    assert list(iter_changes(before, now)) == [("settings.min_score", "0.5", "0.6"), ("old", "1", "null")]
+    old_settings = {"settings": {"min_score": 0.5, "keep": ["ko"]}, "version": 1, "old": 1}
+    new_settings = {"settings": {"min_score": 0.6, "keep": ["ko"]}, "version": 1}
+    assert list(iter_changes(old_settings, new_settings)) == [
+        ("settings.min_score", "0.5", "0.6"), ("old", "1", "null")]
 
 
 @pytest.mark.each(("account", "line"), [
@@ -61,10 +62,10 @@ def test_pair_has_best_ended_and_worst_response() -> None:
         for ended in product((True, False), repeat=4):
             pair, passed_over = choose_pair(rewards, ended, lambda i, j: texts[i] == texts[j])
             worst = rewards.index(min(rewards))
-            whole = [i for i in range(4) if ended[i]]
-            best = max(whole, key=lambda i: (rewards[i], -i), default=worst)
-            learns = rewards[best] > rewards[worst] and texts[best] != texts[worst]
-            assert pair == ((best, worst) if learns else None)
+            ended_indices = [i for i in range(4) if ended[i]]
+            best = max(ended_indices, key=lambda i: (rewards[i], -i), default=worst)
+            has_pair = rewards[best] > rewards[worst] and texts[best] != texts[worst]
+            assert pair == ((best, worst) if has_pair else None)
             # a better one that did not end
             assert passed_over == (not any(ended[i] for i in range(4) if rewards[i] == max(rewards)))
 
@@ -72,18 +73,18 @@ def test_pair_has_best_ended_and_worst_response() -> None:
 def test_group_advantages_follow_k_exaone() -> None:
     assert compute_group_advantages([3.0, 1.0, 2.0, 1.5]) == pytest.approx([1.0, -1.0, 0.0, -0.5])
     # a good response that did not end, alone, is not learned
-    assert [should_train(place, False) for place in (1.0, 0.5, 0.0, -1.0)] == [False, False, True, True]
-    assert should_train(1.0, True)
+    assert not should_train(1.0, False) and not should_train(0.5, False) and should_train(1.0, True)
+    assert should_train(0.0, False) and should_train(-1.0, False)
 
 
-RESIDUES = [(0.1 + 0.2 + 0.3, 0.6), (0.1 + 0.2, 0.3), (0.7 + 0.1, 0.8), (1.1 + 2.2, 3.3), (0.1 * 3, 0.3),
+ROUNDED_PAIRS = [(0.1 + 0.2 + 0.3, 0.6), (0.1 + 0.2, 0.3), (0.7 + 0.1, 0.8), (1.1 + 2.2, 3.3), (0.1 * 3, 0.3),
             (sum([0.1] * 10), 1.0), (1e9 * (0.1 + 0.2), 3e8), (-0.1 - 0.2, -0.3), (1e-17, 0.0), (5.0, 5.0)]
 """Two rewards that differ by the rounding of floats, if at all."""
-DIFFERENT = [(0.6, 0.60001), (0.0, 1e-6), (1.0, -1.0), (1e9, 1e9 + 1e3), (3, 4), (-1e-3, 1e-3)]
+DIFFERENT_PAIRS = [(0.6, 0.60001), (0.0, 1e-6), (1.0, -1.0), (1e9, 1e9 + 1e3), (3, 4), (-1e-3, 1e-3)]
 
 
-@pytest.mark.each(("first", "second", "equal"), [*((*pair, True) for pair in RESIDUES),
-                                                        *((*pair, False) for pair in DIFFERENT)])
+@pytest.mark.each(("first", "second", "equal"), [*((*pair, True) for pair in ROUNDED_PAIRS),
+                                                        *((*pair, False) for pair in DIFFERENT_PAIRS)])
 def test_rounding_is_not_a_preference(first: float, second: float, equal: bool) -> None:
     for rewards in ((first, second), (second, first)):
         assert are_equal(rewards) is equal
@@ -99,6 +100,6 @@ def test_rounding_is_not_a_preference(first: float, second: float, equal: bool) 
 def test_rounding_does_not_make_a_good_response() -> None:
     rewards = [0.0, math.fsum((0.1, 0.2)), 0.1 + 0.2 + 0.3]
     for order in ((0, 1, 2), (2, 1, 0)):
-        places = compute_group_advantages([rewards[i] for i in order])
-        assert places[1] == pytest.approx(0) and should_train(places[1], False)
+        advantages = compute_group_advantages([rewards[i] for i in order])
+        assert advantages[1] == pytest.approx(0) and should_train(advantages[1], False)
     assert should_train(4e-16, False) and not should_train(1e-3, False)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -133,15 +134,21 @@ def test_a_path_in_the_place_of_an_action_names_the_action(files: dict[str, str]
     assert [line.strip() for line in lines[1:]] == [f"megatron-sov {line.format(tmp_path)}" for line in write]
 
 
-@pytest.mark.parametrize("command", ["report", "resume", "chat", "convert to-hf"])
-def test_a_folder_of_runs_lists_the_runs(command: str, tmp_path: Path,
+@pytest.mark.parametrize(("typed", "proposed"), [
+    ("report runs", "report runs/pretrain runs/more/sft"), ("resume runs", "resume runs/more/sft"),
+    ("chat runs", "chat runs/more/sft"), ("convert to-hf runs out", "convert to-hf runs/more/sft out")])
+def test_a_folder_of_runs_lists_the_runs(typed: str, proposed: str, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("pretrain", "more/sft"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "events.jsonl").touch()
-    out = " out" if command == "convert to-hf" else ""
-    assert f"it holds the runs {tmp_path / 'more/sft'}, {tmp_path / 'pretrain'}" in answer(
-        f"megatron-sov {command} {tmp_path}{out}", capsys)
+    for at, name in enumerate(("pretrain", "more/sft")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        events = tmp_path / "runs" / name / "events.jsonl"
+        events.touch()
+        os.utime(events, (at, at))
+    monkeypatch.chdir(tmp_path)
+    message = answer(f"megatron-sov {typed}", capsys)
+    assert "runs: is not " in message and "it holds the runs runs/pretrain, runs/more/sft" in message
+    assert f"write\n  megatron-sov {proposed}\n" in message
 
 
 def test_a_line_is_proposed_for_a_split_name_a_long_record_and_a_setting_without_effect(

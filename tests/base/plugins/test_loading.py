@@ -10,33 +10,33 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import call_plugin, is_reference, load_plugin
 
 
-def sha256(path: Path) -> str:
+def hash_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def plugin_file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.py"
     path.write_text("answer = 42\n")
     return path
 
 
-def test_load_plugin_records_path_and_hash(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(file.parent)
-    for reference in ("mine.py:answer", "./mine.py:answer", f"{file}:answer",
-                      "../" + file.parent.name + "/mine.py:answer"):
+def test_load_plugin_records_path_and_hash(plugin_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(plugin_file.parent)
+    for reference in ("mine.py:answer", "./mine.py:answer", f"{plugin_file}:answer",
+                      "../" + plugin_file.parent.name + "/mine.py:answer"):
         loaded = load_plugin(reference)
-        assert (loaded.value, loaded.attribute, loaded.reference) == (42, "answer", f"{file}:answer")
-        assert loaded.files == {"mine.py": sha256(file)}
+        assert (loaded.value, loaded.attribute, loaded.reference) == (42, "answer", f"{plugin_file}:answer")
+        assert loaded.files == {"mine.py": hash_sha256(plugin_file)}
 
 
-def test_file_executes_again_only_after_change(file: Path) -> None:
-    file.write_text("import sys\nanswer = object()\n")
-    first = load_plugin(f"{file}:answer").value
-    assert load_plugin(f"{file}:answer").value is first
-    file.write_text("import sys\nanswer = 'other!'\n")
-    assert load_plugin(f"{file}:answer").value == "other!"
-    assert not (file.parent / "__pycache__").exists()
+def test_file_executes_again_only_after_change(plugin_file: Path) -> None:
+    plugin_file.write_text("import sys\nanswer = object()\n")
+    first = load_plugin(f"{plugin_file}:answer").value
+    assert load_plugin(f"{plugin_file}:answer").value is first
+    plugin_file.write_text("import sys\nanswer = 'other!'\n")
+    assert load_plugin(f"{plugin_file}:answer").value == "other!"
+    assert not (plugin_file.parent / "__pycache__").exists()
 
 
 def test_sibling_modules_are_imported_and_recorded(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_sibling_modules_are_imported_and_recorded(tmp_path: Path) -> None:
     loaded = load_plugin(f"{tmp_path}/uses.py:three")
     names = ["uses.py", "beside_mine.py", "package_mine/__init__.py", "package_mine/part.py"]
     assert loaded.value == 3
-    assert loaded.files == {name: sha256(tmp_path / name) for name in names}
+    assert loaded.files == {name: hash_sha256(tmp_path / name) for name in names}
     assert next(iter(loaded.files)) == "uses.py"
     assert str(tmp_path) not in sys.path
 
@@ -79,8 +79,8 @@ def test_load_plugin_from_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(tmp_path)
     loaded = load_plugin("named_pack.deep:answer")
     assert (loaded.value, loaded.reference) == (7, "named_pack.deep:answer")
-    assert loaded.files == {"deep.py": sha256(tmp_path / "named_pack/deep.py"),
-                           "__init__.py": sha256(tmp_path / "named_pack/__init__.py")}
+    assert loaded.files == {"deep.py": hash_sha256(tmp_path / "named_pack/deep.py"),
+                           "__init__.py": hash_sha256(tmp_path / "named_pack/__init__.py")}
     assert load_plugin("math:pi").files == {} or "math" in next(iter(load_plugin("math:pi").files))
 
 
@@ -94,17 +94,17 @@ def test_load_plugin_from_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("from . import x\n", r"mine.py:1: ImportError: attempted relative import"),
     ("x = 1\0\n", r"mine.py: .*source code string cannot contain null bytes"),
 ])
-def test_plugin_errors_name_the_line(file: Path, text: str, message: str) -> None:
-    file.write_text(text)
+def test_plugin_errors_name_the_line(plugin_file: Path, text: str, message: str) -> None:
+    plugin_file.write_text(text)
     with pytest.raises(UserError, match=message):
-        load_plugin(f"{file}:wanted")
+        load_plugin(f"{plugin_file}:wanted")
 
 
-def test_failed_plugin_leaves_no_module(file: Path) -> None:
-    file.write_text("1 / 0\n")
+def test_failed_plugin_leaves_no_module(plugin_file: Path) -> None:
+    plugin_file.write_text("1 / 0\n")
     before = set(sys.modules)
     with pytest.raises(UserError):
-        load_plugin(f"{file}:answer")
+        load_plugin(f"{plugin_file}:answer")
     assert set(sys.modules) == before
 
 

@@ -1,7 +1,7 @@
 """Options from settings classes: parsing, help, problems and dry runs."""
 
 import argparse
-import re
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +16,7 @@ from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, options,
     read_options)
 from megatron_sov.base.settings.options import count_cores, iter_core_quotas
+from megatron_sov.commands.rl.options import RlGenerateOptions
 from tokenizer import cli as tokenizer_cli
 
 
@@ -171,47 +172,52 @@ def test_every_writing_command_has_dry_run() -> None:
     assert without == []
 
 
+def write_groups(folder: Path) -> list[str]:
+    """Write a file of judged responses and return the command line that turns it into chats."""
+    row = {"prompt": "1+1?", "responses": [{"content": "2", "reward": 1.0}, {"content": "3", "reward": 0.0}]}
+    (folder / "judged.jsonl").write_text(json.dumps(row) + "\n")
+    return ["groups", "--input", str(folder / "judged.jsonl"), "--output", str(folder / "out")]
+
+
 def test_dry_run_lists_inputs_and_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shards, tokenizer, output = tmp_path / "shards", tmp_path / "tokenizer", tmp_path / "out"
-    shards.mkdir()
-    tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text("{}")
-    before = sorted(tmp_path.rglob("*"))
-    words = ["adopt", str(shards), "--tokenizer", str(tokenizer), "--output", str(output), "--heldout", "0.1"]
-    assert data_cli.main([*words, "--dry-run"]) == 0
+    words = write_groups(tmp_path)
+    assert data_cli.main([*words, "--keep-unfinished", "--dry-run"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["reads", f"{tokenizer}:", "a", "folder", "of", "1", "files,", "2", "bytes"] in lines
-    assert ["writes", f"{output}:", "new"] in lines and ["--heldout", "0.1"] in lines
-    assert sorted(tmp_path.rglob("*")) == before
+    assert ["reads", f"{tmp_path}/judged.jsonl:", "100", "bytes"] in lines
+    assert ["writes", f"{tmp_path}/out:", "new"] in lines and ["with", "--keep-unfinished"] in lines
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("more", "state"), [
-    ((), "exists: the command continues it if possible, and refuses it otherwise"),
-    (("--overwrite",), "exists, and would be replaced")])
-def test_dry_run_keeps_existing_output(more: tuple[str, ...], state: str, tmp_path: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["convert", "to-hf", str(tmp_path), str(tmp_path), "--dry-run", *more]
-    assert cli.main(words) == 0
-    assert f"writes   {tmp_path}: {state}\n" in capsys.readouterr().out
+def test_dry_run_refuses_like_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*write_groups(tmp_path), "--dry-run"]
+    assert data_cli.main(words[:-1]) == 0
+    assert data_cli.main([*words, "--overwrite"]) == 0
+    assert f"writes   {tmp_path}/out: exists, and would be replaced\n" in capsys.readouterr().out
+    assert data_cli.main(words) == 2
+    assert "out: already exists" in capsys.readouterr().err
+    assert "exists: the command continues it" in options.format_dry_run((), [tmp_path], (), overwrite=False)
+    words = ["eval", "lm", str(tmp_path), "--tasks", "a", "--output", str(tmp_path / "a.json"), "--dry-run"]
+    assert cli.main(words) == 2
+    assert f"{tmp_path}: " in capsys.readouterr().err
 
 
-def test_dry_run_reports_all_missing_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_reports_a_missing_input(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert tokenizer_cli.main(["media", "gone", "--image-tokens", "4", "--output", "out", "--dry-run"]) == 2
-    output = capsys.readouterr().err
-    assert 'TOKENIZER = "gone" does not exist' in output
+    assert "gone: does not exist" in capsys.readouterr().err
+    # a command whose checks need torch
+    assert cli.main(["codec", "import", "mimi", "gone", "out", "--dry-run"]) == 2
+    assert 'FILE_OR_DIR = "gone" does not exist' in capsys.readouterr().err
 
 
-def test_dry_run_accepts_an_input_that_another_job_creates(tmp_path: Path, capsys: pytest.CaptureFixture[str]
-                                                           ) -> None:
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1?"}\n')
-    words = ["rl", "generate", "--from", str(tmp_path), "--prompts", str(tmp_path / "prompts.jsonl"),
-             "--store", str(tmp_path / "store"), "--run", str(tmp_path / "new"), "--dry-run"]
-    assert cli.main(words) == 0
-    assert f"{tmp_path}/new: does not exist yet\n" in capsys.readouterr().out
-    assert cli.main([*words[:2], *words[4:], "--from", str(tmp_path / "gone")]) == 2
-    assert re.search("--from .*gone.*: does not exist", capsys.readouterr().err)
+def test_dry_run_accepts_an_input_that_another_job_creates(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, RlGenerateOptions)
+    typed = parser.parse_args(["--from", str(tmp_path), "--prompts", str(tmp_path), "--store",
+                               str(tmp_path / "store"), "--run", str(tmp_path / "new"), "--dry-run"])
+    plan = options._describe_paths(read_options(RlGenerateOptions, typed), typed)
+    assert f"{tmp_path}/new: does not exist yet\n" in plan
 
 
 def test_dry_run_checks_options_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

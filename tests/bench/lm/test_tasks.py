@@ -37,6 +37,15 @@ def test_a_plain_task_is_loaded_with_the_hashes_of_its_data(folder: Path) -> Non
     assert list(loaded.files["plain"]) == ["tasks/d.jsonl"]
 
 
+def test_a_task_of_the_hub_needs_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.bench.lm.tasks.can_reach_hub", lambda: False)
+    monkeypatch.setattr("megatron_sov.bench.lm.tasks.forbid_downloads", lambda: None)
+    manager = SimpleNamespace(task_index={"hellaswag": None}, load=lambda names: {}["data"])
+    monkeypatch.setattr("megatron_sov.bench.lm.tasks.TaskManager", lambda **_: manager)
+    with pytest.raises(UserError, match="'hellaswag': its data are on the Hugging Face hub"):
+        load_tasks(["hellaswag"], TaskSources((folder,), allow_download=True))
+
+
 EVIL = [
     ("process_docs: !function evil.run", "process_docs is !function evil.run"),
     ("doc_to_text: !function evil.run", "doc_to_text is !function"),

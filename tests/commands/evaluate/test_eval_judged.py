@@ -28,11 +28,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(name: str, rows: list[dict]) -> None:
+def write_rows(name: str, rows: list[dict]) -> None:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def passk(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+def run_passk(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     assert main(["eval", "passk", *JUDGE, *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -40,19 +40,20 @@ def passk(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 def judge_rows(rows: list[dict], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
                model: Path, *more: str) -> dict:
     """Return the figures of rows in place of a model's responses."""
-    write("prompts.jsonl", [{"prompt": "x"}])
-    write("sampled.jsonl", rows)
+    write_rows("prompts.jsonl", [{"prompt": "x"}])
+    write_rows("sampled.jsonl", rows)
     monkeypatch.setattr(eval_passk, "_sample", lambda plan: Path("sampled.jsonl"))
-    return passk(capsys, str(model), "--input", "prompts.jsonl", "--output", "out", *more)
+    return run_passk(capsys, str(model), "--input", "prompts.jsonl", "--output", "out", *more)
 
 
 def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     EventLog(Path(EVENTS)).close()
-    responses = [{"prompt": prompt, "prompt_index": i, "answer": GOLD[prompt], "response": text,
-                  "finish_reason": "stop"}
-                 for i, (prompt, texts) in enumerate(ANSWERS.items()) for text in texts]
-    result = judge_rows(responses, capsys, monkeypatch, hf_models["solar_open"], "--run", ".")
+    rows = []
+    for i, (prompt, responses) in enumerate(ANSWERS.items()):
+        rows += [{"prompt": prompt, "prompt_index": i, "answer": GOLD[prompt], "response": response,
+                  "finish_reason": "stop"} for response in responses]
+    result = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"], "--run", ".")
     assert (result["num_prompts"], result["num_samples"], result["num_right"]) == (2, 8, 3)
     assert result["mean_reward"] == pytest.approx((2 / 4 + 1 / 4) / 2)
     assert result["share_at_limit"] == 0.0
@@ -93,9 +94,9 @@ def test_a_response_without_a_reward_is_not_counted_as_wrong(hf_models: dict[str
 ])
 def test_mistakes_are_one_sentence(arguments: list[str], message: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
-    write("prompts.jsonl", [{"prompt": "x"}])
-    write("empty.jsonl", [{"answer": "1"}])
-    write("half.jsonl", [{"prompt": "a \ud800", "answer": "1"}])
+    write_rows("prompts.jsonl", [{"prompt": "x"}])
+    write_rows("empty.jsonl", [{"answer": "1"}])
+    write_rows("half.jsonl", [{"prompt": "a \ud800", "answer": "1"}])
     Path("model").mkdir()
     for name in ("config.json", "model.safetensors"):
         Path("model", name).touch()
@@ -106,10 +107,10 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str,
 
 
 PROMPTS = [{"prompt": f"{word} ", "answer": "x"} for word in ("The", "def", "import", "return", "class")]
-ASK = ["--input", "prompts.jsonl", "--samples", "4", "--max-new-tokens", "3", "--seed", "3"]
+SAMPLING_OPTIONS = ["--input", "prompts.jsonl", "--samples", "4", "--max-new-tokens", "3", "--seed", "3"]
 
 
-def responses(folder: str) -> list[dict]:
+def read_responses(folder: str) -> list[dict]:
     rows = [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
     return [{name: row[name] for name in ("prompt", "sample", "response", "num_tokens")} for row in rows]
 
@@ -117,7 +118,7 @@ def responses(folder: str) -> list[dict]:
 @pytest.mark.deep
 def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
-    write("prompts.jsonl", PROMPTS)
+    write_rows("prompts.jsonl", PROMPTS)
     calls: list[int] = []
     generate = HfEngine.generate
 
@@ -128,29 +129,29 @@ def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytes
         return generate(engine, prompts, *rest, **more)
 
     monkeypatch.setattr(HfEngine, "generate", counted)
-    command = [str(hf_models["solar_open"]), *ASK, "--batch-size", "2"]  # two prompts a call
+    command = [str(hf_models["solar_open"]), *SAMPLING_OPTIONS, "--batch-size", "2"]  # two prompts a call
     assert main(["eval", "passk", *JUDGE, *command, "--output", "out"]) == ExitCode.INTERRUPTED
     assert not Path("out").exists()
     capsys.readouterr()
     assert main(["eval", "passk", *JUDGE, *command, "--seed", "4", "--output", "out"]) == 2
     assert "model.sampling.seed was 3, and is 4" in capsys.readouterr().err
-    result = passk(capsys, *command, "--output", "out")
+    result = run_passk(capsys, *command, "--output", "out")
     assert calls == [8, 8, 8, 4]
     assert (result["num_prompts"], result["num_samples"], result["share_at_limit"]) == (5, 20, 1.0)
-    whole = passk(capsys, *command, "--output", "whole")
-    assert responses("out") == responses("whole") and whole["pass_at_k"] == result["pass_at_k"]
-    assert len({row["response"] for row in responses("out")[:4]}) > 1
+    complete = run_passk(capsys, *command, "--output", "whole")
+    assert read_responses("out") == read_responses("whole") and complete["pass_at_k"] == result["pass_at_k"]
+    assert len({row["response"] for row in read_responses("out")[:4]}) > 1
     assert read_manifest("out").settings["model"]["sampling"]["temperature"] == 1.0
     assert sorted(p.name for p in Path().iterdir()) == ["out", "prompts.jsonl", "whole"]
 
 
 def test_a_checkpoint_on_two_processes_generates_the_same_as_on_one(
         one_rank: None, imported: dict[str, Path], run_command, capsys: pytest.CaptureFixture[str]) -> None:
-    write("prompts.jsonl", PROMPTS[:2])
-    command = [str(imported["solar_open"]), *ASK]
-    passk(capsys, *command, "--output", "one")
+    write_rows("prompts.jsonl", PROMPTS[:2])
+    command = [str(imported["solar_open"]), *SAMPLING_OPTIONS]
+    run_passk(capsys, *command, "--output", "one")
     two = run_command("eval", "passk", *JUDGE, *command, "--output", "two", "--nproc", "2", "--set",
                       "parallel.ep=2")
     assert two.returncode == 0, two.stderr
-    assert responses("one") == responses("two")
+    assert read_responses("one") == read_responses("two")
     assert read_manifest("one").inputs[0]["kind"] == "checkpoint"

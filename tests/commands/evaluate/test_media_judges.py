@@ -22,8 +22,8 @@ def test_pairs_of_modalities_equal_those_of_the_model_card() -> None:
 def test_error_rates_count_recognized_words() -> None:
     """Case and punctuation are ignored; rates are over all words and characters together."""
     rows = [MediaRow(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
-    heard = ["hello world", "yell oh", ""]
-    figures = compute_media_figures(rows, heard)
+    transcripts = ["hello world", "yell oh", ""]
+    figures = compute_media_figures(rows, transcripts)
     assert (figures["num_rows"], figures["accuracy"], figures["chance"]) == (3, 1 / 3, 0.25)
     assert figures["accuracy_interval"] == list(compute_wilson_interval(1, 3))
     assert figures["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])

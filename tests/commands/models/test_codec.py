@@ -43,9 +43,9 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     for line in typed:
         assert cli.main(shlex.split(line)[1:]) == 0, line
     printed = capsys.readouterr().out
-    for said in ("wrote codec image-tokenizer", "wrote codec speech-tokenizer", "wrote again/1.png",
+    for output in ("wrote codec image-tokenizer", "wrote codec speech-tokenizer", "wrote again/1.png",
                  "wrote again/0.wav"):
-        assert said in printed
+        assert output in printed
     assert Image.open("again/0.png").size == (16, 16)
     sound, rate_hz = soundfile.read("again/0.wav")
     assert rate_hz == 16_000 and 7900 < len(sound) <= 8000 and sound.ndim == 1

@@ -14,7 +14,7 @@ from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 from tests.typed_words import format_set_options
 
-ASK = ["--prompt", "def parse(self", "--prompt", "The ", "--max-new-tokens", "9"]
+PROMPT_OPTIONS = ["--prompt", "def parse(self", "--prompt", "The ", "--max-new-tokens", "9"]
 
 
 def read_printed_rows(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
@@ -27,7 +27,8 @@ def read_printed_rows(capsys: pytest.CaptureFixture, *arguments: str) -> list[di
                          ids=["ep", "tp"])
 def test_two_processes_sample_the_same_as_one(layout: list[str], one_rank: None, imported: dict[str, Path],
                                               run_command: Any, capsys) -> None:
-    ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
+    ask = [str(imported["solar_open"]), *PROMPT_OPTIONS, "--temperature", "0.8", "--top-p", "0.95",
+           "--seed", "5"]
     settings = format_set_options(layout)
     two = run_command("generate", *ask, "--json", "--nproc", "2", *settings)
     assert two.returncode == 0, two.stderr
@@ -51,20 +52,20 @@ def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: di
                                                     hf_models: dict[str, Path], capsys,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
-    (whole,) = read_printed_rows(capsys, str(imported["solar_open"]), *ask)
-    end = whole["tokens"][3]  # the fourth token plays the end of the turn
+    (complete,) = read_printed_rows(capsys, str(imported["solar_open"]), *ask)
+    end = complete["tokens"][3]  # the fourth token plays the end of the turn
     monkeypatch.setattr("megatron_sov.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
     for folder in (imported["solar_open"], hf_models["solar_open"]):
-        (found,) = read_printed_rows(capsys, str(folder), *ask)
-        assert found["tokens"] == whole["tokens"][:whole["tokens"].index(end) + 1]
+        (continuation,) = read_printed_rows(capsys, str(folder), *ask)
+        assert continuation["tokens"] == complete["tokens"][:complete["tokens"].index(end) + 1]
 
 
 def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
                                     capsys) -> None:
-    plain = read_printed_rows(capsys, str(imported["solar_open"]), *ASK)
+    plain = read_printed_rows(capsys, str(imported["solar_open"]), *PROMPT_OPTIONS)
     part = plain[0]["text"][4:7]
     for folder in (imported["solar_open"], hf_models["solar_open"]):
-        stopped = read_printed_rows(capsys, str(folder), *ASK, "--stop", part, "--batch-size", "1",
+        stopped = read_printed_rows(capsys, str(folder), *PROMPT_OPTIONS, "--stop", part, "--batch-size", "1",
                                     "--prefill-tokens", "2")
         assert [s["text"] for s in stopped] == [p["text"].split(part)[0] for p in plain]
         assert len(stopped[0]["tokens"]) < 9
@@ -97,7 +98,7 @@ ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
     """Change to a folder with a model, a good and a bad file of rows, and a damaged picture."""
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(hf_models["solar_open"])
@@ -119,9 +120,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, P
     ("eval media model --data text-image=rows.jsonl --media-root . --files f --image-judge 'a b'",
      "must have the form FILE.py:NAME"),
 ])
-def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], line: str,
+def test_a_bad_command_line_is_one_sentence(work_folder: Path, capsys: pytest.CaptureFixture[str], line: str,
                                             message: str) -> None:
     assert cli.main(shlex.split(line)) == 2
     errors = capsys.readouterr().err
     assert message in errors and "Traceback" not in errors
-    assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "model", "rows.jsonl"]
+    assert sorted(p.name for p in work_folder.iterdir()) == ["a.png", "bad.jsonl", "model", "rows.jsonl"]

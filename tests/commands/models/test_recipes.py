@@ -54,13 +54,13 @@ def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) 
 
 def test_values_from_a_file_and_from_the_recipe_are_distinguished(tmp_path: Path,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    file, whole = tmp_path / "mine.yaml", tmp_path / "whole.json"
+    file, printed = tmp_path / "mine.yaml", tmp_path / "whole.json"
     file.write_text("recipe: k-exaone-236b\noptim: {weight_decay: 0.25}\nmodel: {num_layers: 24}\n")
     config = apply_settings(recipes.get("k-exaone-236b"), ["optim.weight_decay=0.25", "model.num_layers=24"])
-    whole.write_text(format_json(config))
+    printed.write_text(format_json(config))
     pages = []
     for words in (["k-exaone-236b", "--config", str(file)], ["--config", str(file)],
-                  ["--config", str(whole)]):
+                  ["--config", str(printed)]):
         assert main(["recipes", *words, "--set", "optim.lr=1e-3"]) == 0
         pages.append(capsys.readouterr().out)
     assert pages[0] == pages[1] == pages[2]
@@ -68,8 +68,8 @@ def test_values_from_a_file_and_from_the_recipe_are_distinguished(tmp_path: Path
     for key, value in {"optim.weight_decay": "0.25", "model.num_layers": "24", "optim.lr": "0.001"}.items():
         assert lines[key] == [value, "yours", "--config or --set"]
     assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
-    whole.write_text(format_json(config).replace('"k-exaone-236b"', '"gone"'))
-    assert main(["recipes", "--config", str(whole)]) == 0
+    printed.write_text(format_json(config).replace('"k-exaone-236b"', '"gone"'))
+    assert main(["recipes", "--config", str(printed)]) == 0
     assert "published" not in capsys.readouterr().out
 
 

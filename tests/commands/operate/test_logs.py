@@ -80,23 +80,23 @@ def follow(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     """Return `follow(happens, *arguments)`: the printed lines, while `happens[n]()` runs at the end of the
     n-th pause. Time passes only in the command's sleeps; after the last pause the reader presses Ctrl-C."""
 
-    def followed(happens: list[Callable[[], object]], *arguments: str) -> list[str]:
+    def follow_run(actions: list[Callable[[], object]], *arguments: str) -> list[str]:
         slept_s: list[float] = []
 
         def sleep(seconds: float) -> None:
             slept_s.append(seconds)
-            if len(slept_s) > len(happens):
+            if len(slept_s) > len(actions):
                 raise KeyboardInterrupt
-            happens[len(slept_s) - 1]()
+            actions[len(slept_s) - 1]()
 
         clock = {"sleep": sleep, "monotonic": lambda: sum(slept_s)}
         monkeypatch.setattr(logs, "time", SimpleNamespace(**vars(time) | clock))
         return read_printed_lines(capsys, str(run), "--follow", *arguments)
 
-    return followed
+    return follow_run
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """Let nothing happen."""
 
 
@@ -115,7 +115,7 @@ def test_following_prints_new_lines_files_and_events_until_the_run_is_quiet(run:
         log.close()
 
     pauses = int(logs.SILENCE_S / logs.POLL_S)
-    lines = follow([nothing] * (pauses - 1) + [goes_on] + [lambda: happened.append("quiet")] * 10 * pauses,
+    lines = follow([do_nothing] * (pauses - 1) + [goes_on] + [lambda: happened.append("quiet")] * 10 * pauses,
                    "--tail", "1")
     assert happened == ["goes on"] + ["quiet"] * (pauses + 1)
     assert "[job 17 rank 0] connection lost" in lines and "[job 17 rank 0] step 2/9" not in lines
@@ -132,7 +132,7 @@ def test_a_run_that_may_resume_is_followed_until_the_reader_leaves(state: str, r
     monkeypatch.setattr(logs, "read_run_state", lambda run: SimpleNamespace(state=state))
     pauses = int(10 * logs.SILENCE_S / logs.POLL_S)
     file = run / "slurm/logs/17-0/rank-2.log"
-    lines = follow([*[nothing] * pauses, lambda: file.write_text("two\ngoes on\n")])
+    lines = follow([*[do_nothing] * pauses, lambda: file.write_text("two\ngoes on\n")])
     assert lines[-1] == "[job 17 rank 2] goes on"
 
 

@@ -79,9 +79,9 @@ def test_pinned_optimizer_memory_must_fit_the_profile(tmp_path: Path,
     profile = tmp_path / "small.yaml"
     profile.write_text("description: nodes with little memory\ngpu: h200\naccount: ''\nmemory: 16G\n"
                        "network_gbits_per_gpu: 400\n")
-    asked = ["plan", "solar-open-102b", "--cluster", str(profile), "--nodes", "64"]
-    assert main([*asked, "--set", "gpu.optimizer_offload=0.1"]) == 0
-    assert main([*asked, "--set", "gpu.optimizer_offload=1"]) == 2
+    options = ["plan", "solar-open-102b", "--cluster", str(profile), "--nodes", "64"]
+    assert main([*options, "--set", "gpu.optimizer_offload=0.1"]) == 0
+    assert main([*options, "--set", "gpu.optimizer_offload=1"]) == 2
     assert ("of the 16.0 GiB that it has; the nearest share that fits: --set gpu.optimizer_offload=0.52"
             in capsys.readouterr().err)
 
@@ -97,9 +97,9 @@ def test_search_without_a_fit_names_the_shortfall_and_the_nodes_needed(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
     monkeypatch.setattr(space, "VPP", (1,))
-    asked = ["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--set", "parallel.ep=1",
+    options = ["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--set", "parallel.ep=1",
              "--set", "parallel.pp=1", "--set", "parallel.tp=1"]
-    assert main(asked) == 2
+    assert main(options) == 2
     errors = capsys.readouterr().err
     assert "qwen3-moe-30b on 1 node of 8 H100-80GB: fits nowhere; the nearest layout lacks" in errors
     assert "no number of nodes up to 4,096 is enough: set less of the layout" in errors
@@ -115,7 +115,7 @@ SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 3
 NUM_PARAMS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096) + 2 * 128256 * 4096 + 4096
 
 
-def adapter_params(rank: int) -> int:
+def count_adapter_params(rank: int) -> int:
     """Return the elements of A and B of all linear layers of a decoder of these sizes."""
     inputs_and_outputs = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336),
                           (4096, 14336), (14336, 4096)]
@@ -131,7 +131,7 @@ def own_model(tmp_path: Path) -> Path:
     return folder
 
 
-def own_plan(own_model: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+def plan_own_model(own_model: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert main(["plan", "sft", "--from", str(own_model), "--cluster", "h100", "--json",
                  "--set", "train.tokens=100000000", "--set", "parallel.zero1=true", *words]) == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -141,8 +141,8 @@ def own_plan(own_model: Path, capsys: pytest.CaptureFixture[str], *words: str) -
 @pytest.mark.parametrize("rank", [1, 4, 16, 64, 256])
 def test_an_adapter_has_gradients_and_optimizer_states_only_for_its_weights(
         rank: int, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = own_plan(own_model, capsys, "--set", f"lora.rank={rank}")
-    memory, trained = plan["memory_bytes"], adapter_params(rank)
+    plan = plan_own_model(own_model, capsys, "--set", f"lora.rank={rank}")
+    memory, trained = plan["memory_bytes"], count_adapter_params(rank)
     assert plan["parameters"]["total"] == NUM_PARAMS
     assert memory["weights"] == pytest.approx(2 * (NUM_PARAMS + trained), rel=0.01)
     assert memory["gradients"] == pytest.approx(4 * trained, rel=0.01)
@@ -152,13 +152,13 @@ def test_an_adapter_has_gradients_and_optimizer_states_only_for_its_weights(
 
 def test_an_adapter_saves_the_products_of_weight_gradients(own_model: Path,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
-    whole, adapter = (
-        own_plan(own_model, capsys, "--set", "train.recompute=true", *more)["stages"][0]["seconds"]
+    full_time, adapter = (
+        plan_own_model(own_model, capsys, "--set", "train.recompute=true", *more)["stages"][0]["seconds"]
         for more in ((), ("--set", "lora.rank=16")))
     # forward twice, since it is recomputed, and gradients of inputs: three products of four
-    assert adapter["dense"] / whole["dense"] == pytest.approx(3 / 4, rel=0.03)
-    assert whole["dp"] > 0 and whole["optimizer"] > 0
-    assert not {"dp", "optimizer"} & {part for part, seconds in adapter.items() if seconds}
+    assert adapter["dense"] / full_time["dense"] == pytest.approx(3 / 4, rel=0.03)
+    assert full_time["dp"] > 0 and full_time["optimizer"] > 0
+    assert not {"dp", "optimizer"} & {adapter_time for adapter_time, seconds in adapter.items() if seconds}
 
 
 @pytest.mark.parametrize(("settings", "source", "tokens"), [

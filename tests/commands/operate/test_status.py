@@ -35,18 +35,18 @@ def write_run(path: Path, *events: tuple[float, str, dict[str, Any]], settings: 
     return path
 
 
-def steps(first: int, last: int, first_ago_s: float,
+def step_events(first: int, last: int, first_ago_s: float,
           every_s: float = 2.0) -> list[tuple[float, str, dict[str, Any]]]:
     fields = {"loss": 3.0, "tokens_per_s": 500.0, "step_time_s": every_s, "phase": "main"}
     return [(first_ago_s - every_s * (step - first), "step", {"step": step, "tokens": 1000 * step, **fields})
             for step in range(first, last + 1)]
 
 
-def build_start_event(ago_s: float, resumed_from: int = 0) -> tuple[float, str, dict[str, Any]]:
+def start_event(ago_s: float, resumed_from: int = 0) -> tuple[float, str, dict[str, Any]]:
     return ago_s, "run_start", {**STARTED, "resumed_from": resumed_from, "began_s": NOW_S - ago_s - 10}
 
 
-def hold(path: Path) -> None:
+def write_lock(path: Path) -> None:
     """Write the lock that a living process of this machine holds."""
     (path / "lock.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(),
                                                 "beat": 1,
@@ -55,12 +55,12 @@ def hold(path: Path) -> None:
 
 def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_path: Path) -> None:
     run = write_run(
-        tmp_path / "run", build_start_event(100), *steps(1, 5, 98),
+        tmp_path / "run", start_event(100), *step_events(1, 5, 98),
         (89, "checkpoint", {"step": 4, "stall_s": 0.0}),
         (85, "restart", {"step": 4, "text": "rank 1 was ended by SIGKILL; all processes are started again"}),
-        build_start_event(70, 4), *steps(5, 20, 31), (0.5, "warning", {"text": "x"}))
+        start_event(70, 4), *step_events(5, 20, 31), (0.5, "warning", {"text": "x"}))
     (run / "checkpoints/step-4").mkdir(parents=True)
-    hold(run)
+    write_lock(run)
     state = read_run_state(run, NOW_S)
     assert (state.state, state.step, state.num_steps, state.stage, state.phase) == (
         "running", 20, 40, "pretrain", "main")
@@ -76,15 +76,15 @@ def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_p
 
 
 @pytest.mark.each(("events", "files", "state", "reason"), [
-    ([build_start_event(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})],
+    ([start_event(100), *step_events(1, 40, 90), (5, "run_end", {"step": 40})],
      {"complete.json": {"step": 40}},
      "complete", "at step 40"),
-    ([build_start_event(100), *steps(1, 9, 90), (5, "stop", {"step": 9, "reason": "SIGUSR1"})], {},
+    ([start_event(100), *step_events(1, 9, 90), (5, "stop", {"step": 9, "reason": "SIGUSR1"})], {},
      "stopped", "SIGUSR1, everything is saved"),
-    ([build_start_event(100), *steps(1, 9, 90)], {}, "ended", "killed, or its machine went down"),
-    ([build_start_event(100), *steps(1, 9, 90), (5, "hang", {"step": 10})], {}, "ended",
+    ([start_event(100), *step_events(1, 9, 90)], {}, "ended", "killed, or its machine went down"),
+    ([start_event(100), *step_events(1, 9, 90), (5, "hang", {"step": 10})], {}, "ended",
      "stood still in step 10"),
-    ([build_start_event(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})],
+    ([start_event(100), *step_events(1, 40, 90), (5, "run_end", {"step": 40})],
      {"gate_failed.json": {"failure": "row x\nmore"}}, "gate failed", "row x"),
     ([], {}, "not started", ""),
 ])
@@ -106,8 +106,8 @@ echo "17 $STATE"
 
 def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path / "run", build_start_event(300), *steps(1, 9, 290), build_start_event(100, 4),
-                    *steps(5, 9, 95))
+    run = write_run(tmp_path / "run", start_event(300), *step_events(1, 9, 290), start_event(100, 4),
+                    *step_events(5, 9, 95))
     (run / "slurm").mkdir()
     records = [{"event": "submitted", "job": "17", "time_s": NOW_S - 400},
                {"event": "end", "job": "17", "outcome": "cut_off", "reason": "node-3 went down",
@@ -153,17 +153,17 @@ def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: 
 
 
 def test_a_locked_run_without_new_events_is_silent(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", build_start_event(300), *steps(1, 9, 200))
-    hold(run)
+    run = write_run(tmp_path / "run", start_event(300), *step_events(1, 9, 200))
+    write_lock(run)
     assert read_run_state(run, NOW_S).state == "silent"
 
 
 def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    extension = write_run(tmp_path / "runs/extend", build_start_event(100),
+    extension = write_run(tmp_path / "runs/extend", start_event(100),
                           settings=("extend.gate.every_steps=5",))
-    write_run(extension / "stages/1-first", build_start_event(100), *steps(1, 3, 90))
-    write_run(tmp_path / "runs/pretrain", build_start_event(100), *steps(1, 3, 90),
+    write_run(extension / "stages/1-first", start_event(100), *step_events(1, 3, 90))
+    write_run(tmp_path / "runs/pretrain", start_event(100), *step_events(1, 3, 90),
               (84, "stop", {"step": 3, "reason": "SIGTERM"}))
     (tmp_path / "runs/data").mkdir()
     (tmp_path / "runs/data/config.json").write_text("{}")  # another artifact's settings
@@ -174,8 +174,8 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
         ("extend/stages/1-first", "extend", "tiny-solar-open", "3/40", "ended"),
         ("pretrain", "pretrain", "tiny-solar-open", "3/40", "stopped")]
     assert cli.main(["status", str(tmp_path / "runs"), "--json"]) == 0
-    assert [(one["recipe"], one["loss"], one["heldout_bits_per_byte"])
-            for one in json.loads(capsys.readouterr().out)][1:] == [("tiny-solar-open", 3.0, None)] * 2
+    assert [(lone_run["recipe"], lone_run["loss"], lone_run["heldout_bits_per_byte"])
+            for lone_run in json.loads(capsys.readouterr().out)][1:] == [("tiny-solar-open", 3.0, None)] * 2
     assert cli.main(["status", str(tmp_path / "runs/pretrain"), "--json"]) == 0
     (raw,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert (raw["state"], raw["step"], raw["eta_s"], raw["checkpoint_age_s"]) == ("stopped", 3, None, None)
@@ -188,7 +188,7 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
 def test_an_extension_without_stages_or_gate_is_called_one(
         tmp_path: Path, phase: str, events: tuple[tuple[float, str, dict[str, Any]], ...]) -> None:
     phases = json.dumps([{"name": phase, "seq_len": 128}])
-    run = write_run(tmp_path / "long", build_start_event(100), *events, settings=(f"data.phases={phases}",))
+    run = write_run(tmp_path / "long", start_event(100), *events, settings=(f"data.phases={phases}",))
     assert read_run_state(run, NOW_S).stage == "extend"
 
 
@@ -248,14 +248,15 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
     ({"en": 5}, None)])
 def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
                                                  expected: float | None) -> None:
-    run = write_run(tmp_path / "run", build_start_event(100), (50, "eval", {"step": 1, "heldout": heldout}))
-    found = read_run_state(run, NOW_S).heldout_bits_per_byte
-    assert math.isnan(found) if expected is None else found == pytest.approx(expected)
+    run = write_run(tmp_path / "run", start_event(100), (50, "eval", {"step": 1, "heldout": heldout}))
+    bits_per_byte = read_run_state(run, NOW_S).heldout_bits_per_byte
+    assert bits_per_byte == pytest.approx(math.nan if expected is None else expected, nan_ok=True)
 
 
-def follow_without_waiting(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, Any]]) -> None:
+def follow_without_waiting(monkeypatch: pytest.MonkeyPatch, run: Path,
+                           *new_events: list[dict[str, Any]]) -> None:
     """Make `--follow` find new events at every sleep, and Ctrl-C when none remain."""
-    pieces = iter(later)
+    pieces = iter(new_events)
 
     def sleep(_: float) -> None:
         piece = next(pieces, None)
@@ -270,8 +271,8 @@ def follow_without_waiting(monkeypatch: pytest.MonkeyPatch, run: Path, *later: l
 
 def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", build_start_event(100), *steps(1, 3, 98))
-    hold(run)
+    run = write_run(tmp_path / "run", start_event(100), *step_events(1, 3, 98))
+    write_lock(run)
     step = {"event": "step", "step": 4, "loss": 2.5, "tokens": 4000, "phase": "main"}
     follow_without_waiting(monkeypatch, run, [step, {"event": "memory", "step": 4}],
                            [{"event": "eval", "step": 4,
@@ -288,18 +289,18 @@ def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.Mo
                               "saved checkpoints/step-4", "warning: loss rose", "the run is complete"]
 
 
-@pytest.mark.each("later", [
+@pytest.mark.each("new_events", [
     {"event": "eval", "heldout": 7}, {"event": "eval"}, {"event": "eval", "heldout": {"web": 3}},
     {"event": "eval", "heldout": {"web": {"loss": "x"}}}, {"event": "checkpoint"},
     {"event": "warning", "text": "\x1b[2J"}, {"event": "stop", "time_s": "x"},
     {"event": "stop", "time_s": 1e300},
     {"event": "unheard"}])
-def test_unknown_events_are_ignored_and_ctrl_c_ends_the_command(later: dict[str, Any], tmp_path: Path,
+def test_unknown_events_are_ignored_and_ctrl_c_ends_the_command(new_events: dict[str, Any], tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", build_start_event(100), *steps(1, 3, 98))
-    hold(run)
-    follow_without_waiting(monkeypatch, run, [later])
+    run = write_run(tmp_path / "run", start_event(100), *step_events(1, 3, 98))
+    write_lock(run)
+    follow_without_waiting(monkeypatch, run, [new_events])
     assert cli.main(["status", str(run), "--follow"]) == 0
     captured = capsys.readouterr()
     assert captured.err == "" and "\x1b" not in captured.out
@@ -307,9 +308,9 @@ def test_unknown_events_are_ignored_and_ctrl_c_ends_the_command(later: dict[str,
 
 def test_one_run_is_followed_and_not_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
-        write_run(tmp_path / name, build_start_event(100))
+        write_run(tmp_path / name, start_event(100))
     assert cli.main(["status", str(tmp_path), "--follow"]) == 2
     assert "--follow: follows one run, not 2 (" in capsys.readouterr().err
     assert cli.main(["status", str(tmp_path / "a"), "--follow", "--json"]) == 2
-    assert "--json" in (told := capsys.readouterr().err) and "goes without --follow" in told
+    assert "--json" in (printed := capsys.readouterr().err) and "goes without --follow" in printed
     assert cli.main(["status", str(tmp_path / "none"), "--follow"]) == 2

@@ -12,7 +12,7 @@ from megatron_sov.cli import main
 from megatron_sov.commands.rl.engines_run import keep_server
 
 
-class Scripted:
+class ScriptedServer:
     """A server with scripted starts: "ends", "fails", or "stays" until it is asked to stop."""
 
     log = Path("engine-0.log")
@@ -41,7 +41,7 @@ class Scripted:
 def test_an_ended_server_restarts_and_a_failed_restart_is_reported(
         starts: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     is_over = threading.Event()
-    server = Scripted(*starts, is_over=is_over)
+    server = ScriptedServer(*starts, is_over=is_over)
     assert keep_server(server, "n2:8000", 2, is_over, poll_s=0, restart_s=0) == message
     assert server.done == [*starts, "end"]
     captured = capsys.readouterr()

@@ -43,26 +43,26 @@ def student(folder: Path, packed_data: Any, tiny: list[str], run_command: Any) -
 
 
 @pytest.fixture(scope="module")
-def command(folder: Path, student: Path, teacher: Path, tiny: list[str], packed_data: Any) -> Command:
+def build_command(folder: Path, student: Path, teacher: Path, tiny: list[str], packed_data: Any) -> Command:
     """Return `command(run, *more)`."""
-    def command(run: str, *more: str) -> list[str]:
+    def build_command(run: str, *more: str) -> list[str]:
         return ["rl", "run", "tiny-solar-open", *tiny,
                 *format_set_options((*SETTINGS, *DIVERGENCE)), "--prompts",
                 str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from", str(student),
                 "--teacher", str(teacher), "--data", str(packed_data.chats), "--run", str(folder / run),
                 "--store", str(folder / f"{run}-store"), *more]
 
-    return command
+    return build_command
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, command: Command, run_command: Any) -> Path:
-    result = run_command(*command("whole"))
+def complete_run(folder: Path, build_command: Command, run_command: Any) -> Path:
+    result = run_command(*build_command("whole"))
     assert result.returncode == 0, result.stderr
     return folder / "whole"
 
 
-def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Path) -> tuple[float, float]:
+def compute_reference_divergence(run: Path, number: int, folder: Path, teacher: Path) -> tuple[float, float]:
     """Return mean generalized JSD and forward KL over the student's text of a round, with torch's KL of the
     two models' logits, as in TRL's GKD trainer."""
     import torch
@@ -78,52 +78,54 @@ def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Pa
     shard, sums, count = source.open_split("train"), np.zeros(2), 0
     for document, length in enumerate(np.asarray(shard.lengths[np.arange(len(shard.lengths))]).tolist()):
         ids = torch.tensor(shard.tokens(document, 0, length).tolist())[None]
-        written = torch.tensor(shard.loss_weights(document, 0, length)[1:] > 0)
+        is_student = torch.tensor(shard.loss_weights(document, 0, length)[1:] > 0)
         with torch.no_grad():
-            q, p = ((model(ids).logits[0, :-1].double()[written] / TEMPERATURE).log_softmax(-1)
+            q, p = ((model(ids).logits[0, :-1].double()[is_student] / TEMPERATURE).log_softmax(-1)
                     for model in models)
         m = torch.log(BETA * q.exp() + (1 - BETA) * p.exp())
 
-        def kl(of: torch.Tensor, to: torch.Tensor) -> float:
-            return float(kl_div(to, of, reduction="sum", log_target=True))
+        def compute_kl(source: torch.Tensor, target: torch.Tensor) -> float:
+            return float(kl_div(target, source, reduction="sum", log_target=True))
 
-        sums += BETA * kl(q, m) + (1 - BETA) * kl(p, m), kl(q, p)
-        count += int(written.sum())
+        sums += BETA * compute_kl(q, m) + (1 - BETA) * compute_kl(p, m), compute_kl(q, p)
+        count += int(is_student.sum())
     return tuple(sums / count)
 
 
-def test_answers_are_learned_by_the_papers_divergence(whole: Path, folder: Path, teacher: Path) -> None:
-    step = read_steps(whole)[1]
-    loss, kl = divergence_of_transformers(whole, 2, folder, teacher)
+def test_answers_are_learned_by_the_papers_divergence(complete_run: Path, folder: Path,
+                                                      teacher: Path) -> None:
+    step = read_steps(complete_run)[1]
+    loss, kl = compute_reference_divergence(complete_run, 2, folder, teacher)
     assert step["loss"] == pytest.approx(loss, rel=2e-4) and loss > 1e-4
     assert step["meters"]["kl"] == pytest.approx(kl, rel=2e-4)
-    assert [list(e["losses_by_source"]) for e in read_steps(whole)] == [["chat"], ["rollouts"]] * 2
-    assert sorted(p.name for p in (whole / "rounds").glob("????")) == ["0002", "0004"]
+    assert [list(e["losses_by_source"]) for e in read_steps(complete_run)] == [["chat"], ["rollouts"]] * 2
+    assert sorted(p.name for p in (complete_run / "rounds").glob("????")) == ["0002", "0004"]
     # one schedule over the whole run
-    rates = [e["lr"] for e in read_steps(whole)]
+    rates = [e["lr"] for e in read_steps(complete_run)]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) > 2
 
 
 @pytest.mark.distributed
-def test_data_are_learned_as_distill_learns_them(whole: Path, folder: Path, student: Path, teacher: Path,
-                                                 tiny: list[str], packed_data: Any, run_command: Any) -> None:
+def test_data_are_learned_as_distill_learns_them(complete_run: Path, folder: Path, student: Path,
+                                                 teacher: Path, tiny: list[str], packed_data: Any,
+                                                 run_command: Any) -> None:
     result = run_command("distill", "tiny-solar-open", *tiny, "--from", str(student), "--teacher",
                          str(teacher),
                          "--data", str(packed_data.chats), "--run", str(folder / "kept"), "--states-dtype",
                          "float32", *format_set_options((*DIVERGENCE, "train.steps=1")))
     assert result.returncode == 0, result.stderr
-    assert list_losses(whole)[0] == pytest.approx(list_losses(folder / "kept")[0], rel=1e-5)
-    before, kept = (read_run_events(run, "heldout_divergence")[0] for run in (whole, folder / "kept"))
-    assert before["kl"] == pytest.approx(kept["kl"], rel=1e-5)
+    assert list_losses(complete_run)[0] == pytest.approx(list_losses(folder / "kept")[0], rel=1e-5)
+    old, saved = (read_run_events(run, "heldout_divergence")[0] for run in (complete_run, folder / "kept"))
+    assert old["kl"] == pytest.approx(saved["kl"], rel=1e-5)
     assert read_manifest(folder / "kept.states", "teacher_states").settings["teacher"]
 
 
 def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     policy = PolicyConfig("gkd", on_policy_share=0.25)
-    drawn = [[policy.is_on_policy(seed, number) for number in range(1, 4001)] for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
+    drawn_rounds = [[policy.is_on_policy(seed, number) for number in range(1, 4001)] for seed in (0, 0, 1)]
+    assert drawn_rounds[0] == drawn_rounds[1] != drawn_rounds[2]
     # four standard deviations of a binomial
-    assert all(abs(sum(of) / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5 for of in drawn)
+    assert all(abs(sum(choices) / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5 for choices in drawn_rounds)
     assert all(PolicyConfig("gkd").is_on_policy(0, number) for number in range(1, 100))
 
 
@@ -133,8 +135,8 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),
 ])
 def test_impossible_runs_are_refused_before_work_starts(more: list[str], message: str, folder: Path,
-                                                        command: Command,
+                                                        build_command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command("refused", *more)) == 2
+    assert main(build_command("refused", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()

@@ -43,7 +43,7 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
+def sft_run(folder: Path, tiny: list[str], run_command: Any) -> Path:
     """Return a run that fine-tuned the folder `base`."""
     result = run_command("sft", "tiny-solar-open", *tiny,
                          *format_set_options(["train.steps=1", "model.hidden_size=48"]),
@@ -55,11 +55,11 @@ def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
 
 @pytest.mark.deep
 def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
-        folder: Path, sft: Path, tiny: list[str], run_command: Any) -> None:
+        folder: Path, sft_run: Path, tiny: list[str], run_command: Any) -> None:
     store, parts = folder / "store", []
     for start, run, more in (
-            (folder / "base", "opd", ("policy.method=opd", "none", "--teacher", str(sft))),
-            (sft, "grpo", ("policy.method=grpo", "repetition"))):
+            (folder / "base", "opd", ("policy.method=opd", "none", "--teacher", str(sft_run))),
+            (sft_run, "grpo", ("policy.method=grpo", "repetition"))):
         method, reward, *teacher = more
         result = run_command("rl", "run", "tiny-solar-open", *tiny, *format_set_options([*SETTINGS, method]),
                              "--prompts",
@@ -69,14 +69,14 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
         parts.append([part.name for part in RolloutStore.open(store).parts()])
     assert parts[0] == parts[1] != [], "the responses of the base were there"
     assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs share the conversion"
-    own, its = (place / "tokenizer.json" for place in (folder / "base", sft / "checkpoints/step-1/tokenizer"))
-    assert hash_file(own) != hash_file(its), "the files differ, the tokenizer does not"
+    base_file = folder / "base/tokenizer.json"
+    trained_file = sft_run / "checkpoints/step-1/tokenizer/tokenizer.json"
+    assert hash_file(base_file) != hash_file(trained_file), "the files differ, the tokenizer does not"
 
 
-def test_a_fine_tuned_folder_gives_back_the_settings_of_its_base(folder: Path, sft: Path) -> None:
+def test_a_fine_tuned_folder_gives_back_the_settings_of_its_base(folder: Path, sft_run: Path) -> None:
     """Generation defaults, and all that `sov-tokenizer import` does not carry."""
-    to_hf(sft, folder / "export")
+    to_hf(sft_run, folder / "export")
     for name in ("generation_config.json", "tokenizer_config.json"):
-        own, its = (json.loads((folder / place / name).read_text(encoding="utf-8"))
-                    for place in ("export", "base"))
-        assert own == its, name
+        exported = json.loads((folder / "export" / name).read_text(encoding="utf-8"))
+        assert exported == json.loads((folder / "base" / name).read_text(encoding="utf-8")), name

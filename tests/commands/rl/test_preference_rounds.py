@@ -47,36 +47,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
+def build_command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
     """Return `command(run, *settings, store=, more=)`."""
-    def command(run: str, *settings: str, store: str = "", more: tuple[str, ...] = ()) -> list[str]:
+    def build_command(run: str, *settings: str, store: str = "", more: tuple[str, ...] = ()) -> list[str]:
         every = (*SETTINGS, "model.hidden_size=48", *settings)
         return ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(every), "--prompts",
                 str(folder / "prompts.jsonl"), "--reward", f"{folder}/early.py:Early", "--reward-set",
                 "threads=1", "--plain", "--from", str(teacher), "--run", str(folder / run), "--store",
                 str(folder / (store or f"{run}-store")), *more]
 
-    return command
+    return build_command
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, command: Command, run_command: Any) -> Path:
-    result = run_command(*command("whole", f"preference.beta={BETA}"))
+def complete_run(folder: Path, build_command: Command, run_command: Any) -> Path:
+    result = run_command(*build_command("whole", f"preference.beta={BETA}"))
     assert result.returncode == 0, result.stderr
     return folder / "whole"
 
 
-def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], dict[str, float]]]]:
+def read_documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], dict[str, float]]]]:
     """Return the documents of each step of a round: tokens, label mask, and kind."""
     path = run / f"rounds/{number:04d}"
     [source] = open_sources({str(path): 1.0}, 368, ("rollouts",))
-    shard, found = source.open_split("train"), []
+    shard, rows = source.open_split("train"), []
     for document, length in enumerate(np.asarray(shard.lengths[np.arange(len(shard.lengths))]).tolist()):
-        found.append((shard.tokens(document, 0, length).tolist(),
+        rows.append((shard.tokens(document, 0, length).tolist(),
                       (shard.loss_weights(document, 0, length) > 0).tolist(),
                       {name: float(shard.column(name, document, length - 1, 1)[0])
                        for name in shard.columns if name != "behaviour_logprobs"}))
-    return [found[first:first + count] for first, count in read_manifest(path).content["steps"]]
+    return [rows[first:first + count] for first, count in read_manifest(path).content["steps"]]
 
 
 def read_judged_responses(store: Path, version: str,
@@ -95,24 +95,26 @@ def read_judged_responses(store: Path, version: str,
     return [[response for _, response in sorted(group)] for group in groups.values()]
 
 
-def test_a_round_has_the_best_and_the_worst_of_each_group(whole: Path, folder: Path) -> None:
+def test_a_round_has_the_best_and_the_worst_of_each_group(complete_run: Path, folder: Path) -> None:
     for number in (1, 2):
-        content = read_manifest(whole / f"rounds/{number:04d}").content
+        content = read_manifest(complete_run / f"rounds/{number:04d}").content
         expected = []
         for group in read_judged_responses(folder / "whole-store", content["reward_version"], number):
             rewards = [reward for _, reward, _ in group]
             if max(rewards) > min(rewards):
-                # of equal ones the first that ended is the best, and the first is the worst
-                best = [t for t, reward, ended in group if reward == max(rewards) and ended] or [
-                    t for t, reward, _ in group if reward == max(rewards)]
-                expected.append([best[0], next(t for t, reward, _ in group if reward == min(rewards))])
-        there = [d for step in documents(whole, number) for d in step]
-        assert sorted([there[i][0], there[i + 1][0]] for i in range(0, len(there), 2)) == sorted(expected)
-        assert [columns["advantage"] for _, _, columns in there] == [1.0, -1.0] * (len(there) // 2)
+                # of equal rewards the first response that ended is the best, and the first is the worst
+                best = [(tokens, ended) for tokens, reward, ended in group if reward == max(rewards)]
+                chosen = next((tokens for tokens, ended in best if ended), best[0][0])
+                rejected = next(tokens for tokens, reward, _ in group if reward == min(rewards))
+                expected.append([chosen, rejected])
+        samples = [document for step in read_documents(complete_run, number) for document in step]
+        pairs = [[samples[i][0], samples[i + 1][0]] for i in range(0, len(samples), 2)]
+        assert sorted(pairs) == sorted(expected)
+        assert [columns["advantage"] for _, _, columns in samples] == [1.0, -1.0] * (len(samples) // 2)
         assert content["groups"]["learns"] == len(expected) > 1
 
 
-def means_of_transformers(run: Path, step: int, taken: list[Any], start: Path,
+def compute_reference_logprobs(run: Path, step: int, documents: list[Any], start: Path,
                           folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return [documents] log-probability sums of learned tokens after `steps` steps and the token counts,
     from transformers' model."""
@@ -123,7 +125,7 @@ def means_of_transformers(run: Path, step: int, taken: list[Any], start: Path,
     to_hf(checkpoint, folder / f"hf-{run.name}-{step}", "float32")
     model = AutoModelForCausalLM.from_pretrained(folder / f"hf-{run.name}-{step}", dtype=torch.float32)
     sums, counts = [], []
-    for tokens, learned, _ in taken:
+    for tokens, learned, _ in documents:
         with torch.no_grad():
             logits = model(torch.tensor(tokens)[None]).logits[0, :-1].double()
         labels = torch.tensor(tokens[1:])
@@ -133,56 +135,57 @@ def means_of_transformers(run: Path, step: int, taken: list[Any], start: Path,
     return np.array(sums), np.array(counts)
 
 
-def dpo(policy: np.ndarray, reference: np.ndarray) -> float:
+def compute_dpo_loss(policy: np.ndarray, reference: np.ndarray) -> float:
     """Return the mean loss of pairs, as TRL's DPO trainer has it."""
-    apart = policy - reference
+    log_ratios = policy - reference
     return float(np.mean([-math.log(1 / (1 + math.exp(-BETA * (c - r))))
-                          for c, r in zip(apart[0::2], apart[1::2], strict=True)]))
+                          for c, r in zip(log_ratios[0::2], log_ratios[1::2], strict=True)]))
 
 
-def test_pairs_are_learned_against_the_weights_that_begin_the_round(whole: Path, folder: Path,
+def test_pairs_are_learned_against_the_weights_that_begin_the_round(complete_run: Path, folder: Path,
                                                                     teacher: Path) -> None:
-    taken = [*documents(whole, 1), *documents(whole, 2)]
+    documents = [*read_documents(complete_run, 1), *read_documents(complete_run, 2)]
     for step in (1, 3):
         # the second step of each round, after the first
-        now, then = (means_of_transformers(whole, at, taken[step], teacher, folder)[0]
+        now, then = (compute_reference_logprobs(complete_run, at, documents[step], teacher, folder)[0]
                      for at in (step, step - 1))
-        assert read_steps(whole)[step]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)
-        assert read_steps(whole)[step]["meters"]["margin"] != 0
-    assert [read_steps(whole)[i]["loss"] for i in (0, 2)] == pytest.approx([math.log(2)] * 2, rel=1e-6)
+        assert read_steps(complete_run)[step]["loss"] == pytest.approx(compute_dpo_loss(now, then), rel=1e-3)
+        assert read_steps(complete_run)[step]["meters"]["margin"] != 0
+    assert [read_steps(complete_run)[i]["loss"] for i in (0, 2)] == pytest.approx([math.log(2)] * 2, rel=1e-6)
     # one schedule over the whole run
-    rates = [e["lr"] for e in read_steps(whole)]
+    rates = [e["lr"] for e in read_steps(complete_run)]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) > 2
 
 
 @pytest.mark.deep
-def test_pairs_are_learned_against_the_start_of_the_run(whole: Path, folder: Path, teacher: Path,
-                                                        command: Command, run_command: Any) -> None:
-    result = run_command(*command("fixed", f"preference.beta={BETA}", "policy.reference=run",
+def test_pairs_are_learned_against_the_start_of_the_run(complete_run: Path, folder: Path, teacher: Path,
+                                                        build_command: Command, run_command: Any) -> None:
+    result = run_command(*build_command("fixed", f"preference.beta={BETA}", "policy.reference=run",
                                   store="whole-store"))
     assert result.returncode == 0, result.stderr
     run = folder / "fixed"
-    taken = documents(run, 2)[1]
-    now, then = (means_of_transformers(run, at, taken, teacher, folder)[0] for at in (3, 0))
-    assert read_steps(run)[3]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)
+    documents = read_documents(run, 2)[1]
+    now, then = (compute_reference_logprobs(run, at, documents, teacher, folder)[0] for at in (3, 0))
+    assert read_steps(run)[3]["loss"] == pytest.approx(compute_dpo_loss(now, then), rel=1e-3)
     # of round 1 both are the start
-    assert list_losses(run)[1] == pytest.approx(list_losses(whole)[1], rel=1e-5)
+    assert list_losses(run)[1] == pytest.approx(list_losses(complete_run)[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["simper", "grouper"])
-def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, folder: Path, teacher: Path,
-                                                  command: Command, run_command: Any) -> None:
-    result = run_command(*command(method, f"preference.method={method}", "rollout.rounds=1",
+def test_inverse_perplexities_of_pairs_and_groups(method: str, complete_run: Path, folder: Path,
+                                                  teacher: Path,
+                                                  build_command: Command, run_command: Any) -> None:
+    result = run_command(*build_command(method, f"preference.method={method}", "rollout.rounds=1",
                                   store="whole-store"))
     assert result.returncode == 0, result.stderr
     run = folder / method
-    for step, taken in enumerate(documents(run, 1)):
-        sums, counts = means_of_transformers(run, step, taken, teacher, folder)
+    for step, documents in enumerate(read_documents(run, 1)):
+        sums, counts = compute_reference_logprobs(run, step, documents, teacher, folder)
         inverse = np.exp(sums / counts)
         if method == "simper":
             expected = float(np.mean(inverse[1::2] - inverse[0::2]))
         else:
-            advantages, shares = (np.array([columns[name] for _, _, columns in taken])
+            advantages, shares = (np.array([columns[name] for _, _, columns in documents])
                                   for name in ("advantage", "group_share"))
             assert (shares == 0.25).all() and {-1.0, 1.0} < set(advantages) | {0.5}
             expected = float(-(advantages * inverse * shares).sum() / shares.sum())
@@ -196,8 +199,8 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
     (("policy.method=gspo",), 'keep_unfinished = true has no effect with policy.method = "gspo"'),
 ])
 def test_impossible_runs_are_refused_before_work_starts(settings: tuple[str, ...], message: str, folder: Path,
-                                                        command: Command,
+                                                        build_command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command("refused", *settings)) == 2
+    assert main(build_command("refused", *settings)) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()

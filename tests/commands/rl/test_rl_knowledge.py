@@ -36,11 +36,11 @@ COMMAND = ["rl", "knowledge", "--input", "rows.jsonl", "--tests", "tests.jsonl",
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write("rows.jsonl", ROWS)
-    write("tests.jsonl", [{"answer": ANSWER}, {"answer": "Section 2."}])
+    write_rows("rows.jsonl", ROWS)
+    write_rows("tests.jsonl", [{"answer": ANSWER}, {"answer": "Section 2."}])
 
 
-def write(name: str, rows: list[dict]) -> None:
+def write_rows(name: str, rows: list[dict]) -> None:
     Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -60,7 +60,7 @@ def test_each_section_occurs_once_as_a_single_assistant_turn(capsys: pytest.Capt
 
 
 def test_of_chats_the_assistants_turns_are_taken_and_it_can_be_packed(packed_data) -> None:
-    write("rows.jsonl", [{"document": "Act", "section": "1", "messages": [
+    write_rows("rows.jsonl", [{"document": "Act", "section": "1", "messages": [
         {"role": "user", "content": "What does section 1 say?"},
         {"role": "assistant", "content": "This act may be cited."}]}])
     assert main([*COMMAND[:6], "--output", "out"]) == 0

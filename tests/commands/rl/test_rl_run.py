@@ -51,25 +51,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
+def build_command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
     """Return `command(run, *more, store=, lot=, word=)`, which returns the arguments of `rl run`.
 
     `store` is the store's name (default: next to the run), `lot` a setting of the reward, and `word` "run" or
     "train".
     """
-    def command(run: str, *more: str, store: str = "", lot: int = 1, word: str = "run") -> list[str]:
+    def build_command(run: str, *more: str, store: str = "", lot: int = 1, word: str = "run") -> list[str]:
         return ["rl", word, "tiny-solar-open", *tiny, *format_set_options(SETTINGS),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", f"{REWARD}:Exact",
                 "--reward-set", f"by_lot={lot}", "--from", str(teacher), "--run", str(folder / run),
                 "--store", str(folder / (store or f"{run}-store")), *more]
 
-    return command
+    return build_command
 
 
 @pytest.fixture(scope="module")
-def undisturbed_run(folder: Path, command: Command, run_command: Any) -> Path:
+def undisturbed_run(folder: Path, build_command: Command, run_command: Any) -> Path:
     """Return an undisturbed run of three rounds."""
-    result = run_command(*command("whole", "--plain", "--workers", "1", "--set", "obs.tensorboard=true"))
+    result = run_command(*build_command("whole", "--plain", "--workers", "1", "--set",
+                                        "obs.tensorboard=true"))
     assert result.returncode == 0, result.stderr
     assert ("11 prompts read: 9 asked, 2 set aside (1 longer than rollout.max_prompt_tokens = 8, "
             "1 same as another one)") in result.stderr
@@ -95,7 +96,7 @@ def kill_claim_holder(claim: Path) -> Iterator[list[int]]:
     the file exists; yield a list with its id."""
     killed_pids: list[int] = []
 
-    def watch() -> None:
+    def kill_when_claimed() -> None:
         deadline_s = time.monotonic() + 600
         while not killed_pids and time.monotonic() < deadline_s:
             try:
@@ -105,17 +106,17 @@ def kill_claim_holder(claim: Path) -> Iterator[list[int]]:
             except (FileNotFoundError, ValueError):
                 time.sleep(0.001)
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=kill_when_claimed)
     thread.start()
     yield killed_pids
     thread.join()
 
 
 @pytest.fixture(scope="module")
-def killed_run(folder: Path, command: Command, run_command: Any) -> Path:
+def killed_run(folder: Path, build_command: Command, run_command: Any) -> Path:
     """Return the same run with validations, killed while it wrote the first checkpoint, and in round 3."""
     with kill_claim_holder(folder / "killed-store/claims/round-0003-piece-0001/1.json") as pids:
-        result = run_command(*command("killed", "--plain", "--workers", "1", "--inject", "kill@save=4",
+        result = run_command(*build_command("killed", "--plain", "--workers", "1", "--inject", "kill@save=4",
                                       *validation_options(folder)))
     assert result.returncode == 0 and pids, result.stderr
     option = f"--validation {folder / 'heldout.jsonl'}"
@@ -137,10 +138,9 @@ def check_same_bits(ours: Path, undisturbed_run: Path) -> None:
         assert our_row.tokens.tolist() == their_row.tokens.tolist()
         assert our_row.logprobs.tolist() == their_row.logprobs.tolist()
     for name in ("0001", "0002", "0003"):
-        published, expected = (
-            {file: record.digest for file, record in read_manifest(run / "rounds" / name).files.items()}
-            for run in (ours, undisturbed_run))
-        assert published == expected
+        files, expected = (read_manifest(run / "rounds" / name).files for run in (ours, undisturbed_run))
+        assert {file: files[file].digest for file in files} == {
+            file: expected[file].digest for file in expected}
     assert main(["inspect", str(stores[0]), "--verify"]) == 0
 
 
@@ -180,7 +180,7 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed_run: Pat
 
 @pytest.mark.deep
 def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
-        undisturbed_run: Path, folder: Path, command: Command, run_command: Any) -> None:
+        undisturbed_run: Path, folder: Path, build_command: Command, run_command: Any) -> None:
     store = RolloutStore.open(folder / "whole-store")
 
     def digest_parts() -> dict[str, str]:
@@ -188,7 +188,7 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
 
     before, (first,) = digest_parts(), store.versions()
     assert len(before) == 6
-    result = run_command(*command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
+    result = run_command(*build_command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
     assert result.returncode == 0, result.stderr
     assert digest_parts() == before, "responses were generated again"
     (second,) = set(store.versions()) - {first}
@@ -197,7 +197,7 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
     assert list_losses(folder / "other") != list_losses(undisturbed_run)
     assert "began responses of round 2 and does not" in result.stderr
     # `rl train`, which generates nothing, computes the same from the same rounds
-    result = run_command(*command("trained", store="whole-store", word="train"))
+    result = run_command(*build_command("trained", store="whole-store", word="train"))
     assert result.returncode == 0, result.stderr
     assert list_losses(folder / "trained") == list_losses(undisturbed_run)
     assert read_weight_digests(folder / "trained", 6) == read_weight_digests(undisturbed_run, 6)
@@ -215,9 +215,10 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
 
 
 @pytest.mark.deep
-def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path, command: Command,
+def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path, build_command: Command,
                                                                    run_command: Any) -> None:
-    result = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
+    result = run_command(*build_command("stale", "--plain", "--workers", "1", "--set",
+                                        "rollout.max_staleness=1",
                                   "--set", "rollout.steps_per_round=1",
                                   "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
                                   "--set", "train.precision=bf16"))
@@ -236,45 +237,45 @@ def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path,
         assert step["meters"]["engine_kl"] > 0
 
 
-def test_invalid_runs_are_refused_before_work_starts(folder: Path, command: Command, teacher: Path,
+def test_invalid_runs_are_refused_before_work_starts(folder: Path, build_command: Command, teacher: Path,
                                                      capsys: Any, run_command: Any) -> None:
-    def refused(*more: str) -> str:
+    def get_refusal(*more: str) -> str:
         """Run the command with further options, and return its error."""
-        assert main(command("refused", *more)) == 2
+        assert main(build_command("refused", *more)) == 2
         return str(capsys.readouterr().err)
 
-    assert "add --environment" in refused("--reward", "environment", "--plain")
-    assert "--reward-set by_lot=1: --reward environment copies" in refused(
+    assert "add --environment" in get_refusal("--reward", "environment", "--plain")
+    assert "--reward-set by_lot=1: --reward environment copies" in get_refusal(
         "--reward", "environment", "--environment", "calculator")
-    assert "--reward-set: 'lot' must have the form key=value" in refused("--reward-set", "lot")
-    result = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
+    assert "--reward-set: 'lot' must have the form key=value" in get_refusal("--reward-set", "lot")
+    result = run_command(*build_command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
     assert result.returncode == 2, result.stderr
     assert ("all 10 prompts have more tokens than rollout.max_prompt_tokens = 1, the shortest 2"
             in result.stderr)
     prompts = str(folder / "prompts.jsonl")
     assert (f"--validation {prompts}: 10 of 10 prompts are also training prompts (line 1, line 2, line 3, "
-            "...); pass prompts outside --prompts") in refused("--plain", "--validation", prompts)
-    assert main(command("refused", *validation_options(folder), word="train")) == 2
+            "...); pass prompts outside --prompts") in get_refusal("--plain", "--validation", prompts)
+    assert main(build_command("refused", *validation_options(folder), word="train")) == 2
     assert "use `rl run`, or measure its checkpoints by `megatron-sov eval passk`" in capsys.readouterr().err
-    assert "validation_samples" in refused("--plain", *validation_options(folder), "--set",
+    assert "validation_samples" in get_refusal("--plain", *validation_options(folder), "--set",
                                            "rollout.validation_temperature=0")
-    words = command("refused", "--plain", "--reward", "math")
+    words = build_command("refused", "--plain", "--reward", "math")
     place = words.index("--reward-set")
     del words[place:place + 2]
     assert main(words) == 2
     error = str(capsys.readouterr().err)
     assert " has no 'answer', which --reward math needs, and no prompt of round 1 has" in error, error
-    assert "/no/python is not an executable program; set the interpreter with vLLM" in refused(
+    assert "/no/python is not an executable program; set the interpreter with vLLM" in get_refusal(
         "--plain", "--engine", "vllm", "--engine-python", "/no/python")
-    assert "has no vLLM; install it" in refused(
+    assert "has no vLLM; install it" in get_refusal(
         "--plain", "--engine", "vllm", "--engine-python", sys.executable)
     (folder / "file").touch()
-    result = run_command(*command("refused", "--plain", store="file"))
+    result = run_command(*build_command("refused", "--plain", store="file"))
     assert result.returncode == 2 and "file: is no rollout store" in result.stderr, result.stderr
     without_tokenizer = folder / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", without_tokenizer,
                     ignore=shutil.ignore_patterns("tokenizer"))
-    result = run_command(*command("refused", "--plain", "--from", str(without_tokenizer)))
+    result = run_command(*build_command("refused", "--plain", "--from", str(without_tokenizer)))
     assert result.returncode == 2, result.stderr
     assert f"--from {without_tokenizer}: has no tokenizer, which" in result.stderr, result.stderr
     assert not (folder / "refused").exists() and not (folder / "refused-store").exists()

@@ -29,12 +29,12 @@ from megatron_sov.rollouts.tables import REWARDS, ROLLOUTS
 from megatron_sov.work.progress.locks import Claims
 from tests.breakers import flip_bit
 from tests.pages_typed import blocks, page_section, shell_lines
-from tests.rollouts.test_store import rollout as sound_row
+from tests.rollouts.test_store import create_rollout as sound_row
 
 VERSION = "8c1d22ab90e4f00d"
 
 
-def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
+def create_rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
     """A sound row of round 1, with a tool's result between two tokens of policies."""
     return sound_row(sample, **{"key": Key(prompt, sample, "f" * 64, "s" * 64), "response": "it is\x1b[2J 4",
                                 "record": {"prompt": "2 + 2?", "domain": "sums"},
@@ -44,17 +44,18 @@ def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
 def fill_store(path: Path) -> RolloutStore:
     """Return a store of one round: two pieces, one continued response, and a reward."""
     store = RolloutStore.create(path, "sha256:ab", 100)
-    late = rollout("p1", 0, finish_reason=UNFINISHED)
-    parts = {format_part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
-             format_part_name(1, 1): [late, rollout("p1", 1, record={"prompt": "Hi"})],
+    late = create_rollout("p1", 0, finish_reason=UNFINISHED)
+    parts = {format_part_name(1, 0): [create_rollout("p0", 0), create_rollout("p0", 1)],
+             format_part_name(1, 1): [late, create_rollout("p1", 1, record={"prompt": "Hi"})],
              format_part_name(1, 1, 1): [dataclasses.replace(late, attempt=1, finish_reason="length")]}
     for name, rows in parts.items():
         store.add_rollouts(name, rows, {})
-        store.add_rewards(VERSION, name, [
-            RewardRow(row.key, row.attempt, VERSION,
-                      None if row.finish_reason == UNFINISHED else row.key.sample,
-                      "failed" if row.finish_reason == UNFINISHED else "scored", {"format": 0.5})
-            for row in rows])
+        rewards = []
+        for row in rows:
+            is_scored = row.finish_reason != UNFINISHED
+            reward, status = (row.key.sample, "scored") if is_scored else (None, "failed")
+            rewards.append(RewardRow(row.key, row.attempt, VERSION, reward, status, {"format": 0.5}))
+        store.add_rewards(VERSION, name, rewards)
     return store
 
 
@@ -67,22 +68,22 @@ def run_store_command(*words: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that tests read, or copy."""
     return fill_store(tmp_path_factory.mktemp("sound") / "store").path
 
 
 @pytest.fixture
-def store(sound: Path, tmp_path: Path) -> RolloutStore:
+def store(complete_store: Path, tmp_path: Path) -> RolloutStore:
     """A copy of the store, for damage."""
-    shutil.copytree(sound, tmp_path / "store")
+    shutil.copytree(complete_store, tmp_path / "store")
     return RolloutStore.open(tmp_path / "store")
 
 
-def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_the_page_is_true(complete_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(sound, "work/store")
+    shutil.copytree(complete_store, "work/store")
     text = page_section("rl.md", "The rollout store")
     (program,) = blocks(text, "python")
     exec(program, {})
@@ -94,19 +95,22 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
     columns = page_section("formats.md", "Rollout store")
     for kind, schema in (("rollouts", ROLLOUTS), ("rewards", REWARDS)):
         table = columns.partition(f"`{kind}.parquet`:")[2].partition("\n`rewards")[0]
-        named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
-                 for name in re.findall(r"`(\w+)`", row)]
-        assert sorted(named) == sorted(schema.names)
-        assert sorted(parquet.read_schema(next(sound.rglob(f"{kind}.parquet"))).names) == sorted(named)
+        columns_named: list[str] = []
+        for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+            columns_named += re.findall(r"`(\w+)`", row)
+        assert sorted(columns_named) == sorted(schema.names)
+        file = next(complete_store.rglob(f"{kind}.parquet"))
+        assert sorted(parquet.read_schema(file).names) == sorted(columns_named)
 
 
-def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
-    code, out, _ = run_store_command("show", str(sound), format_part_name(1, 0), "1")
+def test_show_prints_a_row_without_its_control_characters(complete_store: Path) -> None:
+    code, out, _ = run_store_command("show", str(complete_store), format_part_name(1, 0), "1")
     assert code == 0 and out.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in out
-    parsed = json.loads(run_store_command("show", str(sound), format_part_name(1, 0), "1", "--json")[1])
+    _, out, _ = run_store_command("show", str(complete_store), format_part_name(1, 0), "1", "--json")
+    parsed = json.loads(out)
     assert parsed["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
                                {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
-    assert [(said["reward_version"], said["reward"]) for said in parsed["rewards"]] == [(VERSION, 1.0)]
+    assert [(row["reward_version"], row["reward"]) for row in parsed["rewards"]] == [(VERSION, 1.0)]
 
 
 def find_part_file(store: RolloutStore, below: str) -> Path:
@@ -114,12 +118,12 @@ def find_part_file(store: RolloutStore, below: str) -> Path:
     return store.path / below / format_part_name(1, 0) / f"{below.partition('/')[0]}.parquet"
 
 
-def add(store: RolloutStore, name: str, *rows: Rollout, round: int = 2) -> None:
+def add_rows(store: RolloutStore, name: str, *rows: Rollout, round: int = 2) -> None:
     """Publish rows in another round."""
     store.add_rollouts(name, [dataclasses.replace(row, round=round) for row in rows], {})
 
 
-BREAKS = {
+DAMAGES = {
     "a flipped bit": (lambda s: flip_bit(find_part_file(s, "rollouts")),
                       ["piece-0000/rollouts.parquet: its content differs"] * 2),
     "a torn file": (lambda s: find_part_file(s, "rollouts").write_bytes(b"PAR1"),
@@ -127,28 +131,30 @@ BREAKS = {
     "a rewards' flipped bit": (lambda s: flip_bit(find_part_file(s, f"rewards/{VERSION[:12]}")),
                                ["rewards.parquet: its content differs"]),
     "a stranger": (lambda s: (s.path / "rollouts/notes").mkdir(), ["rollouts/notes: is not a part of the"]),
-    "a key twice": (lambda s: add(s, format_part_name(2, 0), rollout("p0", 0)),
+    "a key twice": (lambda s: add_rows(s, format_part_name(2, 0), create_rollout("p0", 0)),
                     [r"round-0002-piece-0000/rollouts.parquet: row 0 has the key and the attempt of .*"
                      r"round-0001-piece-0000/rollouts.parquet: row 0$"]),
-    "nothing before": (lambda s: add(s, format_part_name(2, 0), rollout("p9", 0, attempt=1)),
+    "no attempt before": (lambda s: add_rows(s, format_part_name(2, 0), create_rollout("p9", 0, attempt=1)),
                        ["row 0 continues an attempt that is not there$"]),
-    "behind a finished one": (lambda s: add(s, format_part_name(2, 0), rollout("p0", 0, attempt=1)),
-                              ["row 0 continues a finished one: .*round-0001-piece-0000.*row 0$"]),
-    "a row's problem": (lambda s: add(s, format_part_name(2, 0), rollout("q", 0, temperature=0.0)),
-                        ["round-0002-piece-0000/rollouts.parquet: row 0 has temperature 0.0$"]),
+    "after a finished one": (
+        lambda s: add_rows(s, format_part_name(2, 0), create_rollout("p0", 0, attempt=1)),
+        ["row 0 continues a finished one: .*round-0001-piece-0000.*row 0$"]),
+    "a row's problem": (
+        lambda s: add_rows(s, format_part_name(2, 0), create_rollout("q", 0, temperature=0.0)),
+        ["round-0002-piece-0000/rollouts.parquet: row 0 has temperature 0.0$"]),
     "a reward of no part": (lambda s: shutil.rmtree(s.path / "rollouts" / format_part_name(1, 0)),
                             ["judges rows that cannot be read: .*does not exist"]),
     "a reward of no row": (
         lambda s: s.add_rewards("w" * 16, format_part_name(1, 0), [
-            RewardRow(rollout("p0", i).key, 0, "w" * 16, 1.0, "scored") for i in (0, 7, 0)]),
+            RewardRow(create_rollout("p0", i).key, 0, "w" * 16, 1.0, "scored") for i in (0, 7, 0)]),
         ["row 1 judges sample 7 of prompt p0, attempt 0, which round-0001-piece-0000 does not hold",
          "row 2 judges a row a second time"]),
 }
 
 
-@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("name", DAMAGES)
 def test_verify_names_every_problem(name: str, store: RolloutStore) -> None:
-    broke, sentences = BREAKS[name]
+    broke, sentences = DAMAGES[name]
     broke(store)
     for line, sentence in zip(check_with_progress(store).problems, sentences, strict=True):
         assert re.search(sentence, line), (line, sentence)
@@ -190,15 +196,15 @@ def test_gc_removes_only_unused_files(store: RolloutStore) -> None:
     (["show", "STORE", format_part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),
     (["show", "STORE", format_part_name(1, 0), "2"], "ROW 2: round-0001-piece-0000 has 2 rows"),
     (["gc", "STORE", "--rounds", "4-2"], "--rounds 4-2: must be a round, or the first and the last one")])
-def test_mistakes_are_one_sentence(words: list[str], message: str, sound: Path) -> None:
-    code, out, err = run_store_command(*[str(sound) if word == "STORE" else word for word in words])
+def test_mistakes_are_one_sentence(words: list[str], message: str, complete_store: Path) -> None:
+    code, out, err = run_store_command(*[str(complete_store) if word == "STORE" else word for word in words])
     assert code == 2 and out == "" and re.search(message, err) and len(err.splitlines()) == 1
 
 
 def test_a_foreign_part_is_not_listed(store: RolloutStore, tmp_path: Path,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     other = RolloutStore.create(tmp_path / "other", "sha256:cd", 100)
-    other.add_rollouts(format_part_name(1, 7), [rollout("p7", 0)], {})
+    other.add_rollouts(format_part_name(1, 7), [create_rollout("p7", 0)], {})
     path = store.part_path(format_part_name(1, 7))
     shutil.copytree(other.part_path(format_part_name(1, 7)), path)
     Claims(store.claims, 60).take("round-0002-piece-0000")

@@ -49,31 +49,31 @@ def server() -> Iterator[VllmDouble]:
 
 
 @pytest.fixture(scope="module")
-def command(folder: Path, teacher: Path, tiny: list[str], server: VllmDouble) -> Command:
+def build_command(folder: Path, teacher: Path, tiny: list[str], server: VllmDouble) -> Command:
     """Return `command(run, *more)`: the run starts from a checkpoint;
     the checkpoint before it teaches domain a."""
-    def command(run: str, *more: str) -> list[str]:
+    def build_command(run: str, *more: str) -> list[str]:
         return ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(SETTINGS),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from",
                 str(teacher), "--run", str(folder / run), "--store", str(folder / f"{run}-store"),
                 "--teacher", f"a={teacher / 'checkpoints/step-1'}", "--teacher-url", server.url, *more]
 
-    return command
+    return build_command
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, command: Command, run_command: Any) -> Path:
-    result = run_command(*command("whole"))
+def complete_run(folder: Path, build_command: Command, run_command: Any) -> Path:
+    result = run_command(*build_command("whole"))
     assert result.returncode == 0, result.stderr
     return folder / "whole"
 
 
 def read_teacher_logprobs(run: Path, number: int = 1) -> np.ndarray:
-    count = sum(len(ids) for ids, _ in documents(run, number))
+    count = sum(len(ids) for ids, _ in read_documents(run, number))
     return np.fromfile(run / f"rounds/{number:04d}.teacher_logprobs.f32", np.float32, count)
 
 
-def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
+def read_documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
     """Return the tokens of each document of a round, and which the student wrote."""
     [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
     split = source.open_split("train")
@@ -81,7 +81,7 @@ def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
             for d, n in enumerate(np.asarray(split.lengths[np.arange(len(split.lengths))]).tolist())]
 
 
-def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list[np.ndarray]:
+def compute_hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list[np.ndarray]:
     """Return transformers' log-probabilities of each token of texts but the first."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -90,43 +90,48 @@ def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list
 
     to_hf(checkpoint, folder, "float32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = []
+    logprobs_by_text = []
     with torch.no_grad():
         for ids in tokens:
             logprobs = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-            found.append(logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy())
-    return found
+            logprobs_by_text.append(logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy())
+    return logprobs_by_text
 
 
-def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, teacher: Path,
+def test_token_advantage_is_teacher_minus_student_log_probability(complete_run: Path, teacher: Path,
                                                                   folder: Path) -> None:
-    there, domains = documents(whole, 1), []
-    for name, count in read_manifest(whole / "rounds/0001").content["document_domains"]:
+    documents, domains = read_documents(complete_run, 1), []
+    for name, count in read_manifest(complete_run / "rounds/0001").content["document_domains"]:
         domains += [name] * count
-    assert len(domains) == len(there) == 4 and set(domains) == {"a", "b"}
-    texts = [ids for ids, _ in there]
-    student = hf_logprobs(teacher / "checkpoints/step-2", folder / "hf-2", texts)
-    teachers = [found if domain == "a" else -np.array(ids[1:]) / 100 for domain, found, ids in zip(
-        domains, hf_logprobs(teacher / "checkpoints/step-1", folder / "hf-1", texts), texts, strict=True)]
-    expected = np.concatenate([[0.0, *found] for found in teachers])
-    assert np.allclose(read_teacher_logprobs(whole), expected, atol=2e-5)
+    assert len(domains) == len(documents) == 4 and set(domains) == {"a", "b"}
+    texts = [ids for ids, _ in documents]
+    student_logprobs = compute_hf_logprobs(teacher / "checkpoints/step-2", folder / "hf-2", texts)
+    checkpoint_logprobs = compute_hf_logprobs(teacher / "checkpoints/step-1", folder / "hf-1", texts)
+    teacher_logprobs = []
+    for domain, ids, logprobs in zip(domains, texts, checkpoint_logprobs, strict=True):
+        # the server teaches domain b: see `server`
+        teacher_logprobs.append(logprobs if domain == "a" else -np.array(ids[1:]) / 100)
+    expected = np.concatenate([[0.0, *logprobs] for logprobs in teacher_logprobs])
+    assert np.allclose(read_teacher_logprobs(complete_run), expected, atol=2e-5)
 
-    advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
-        teachers, student, there, strict=True)]
-    told, step = read_run_events(whole, "round")[0], read_run_events(whole, "step")[0]
+    advantages = []
+    for theirs, ours, (_, is_student) in zip(teacher_logprobs, student_logprobs, documents, strict=True):
+        advantages.append((theirs - ours)[is_student[1:]])
+    round_event = read_run_events(complete_run, "round")[0]
+    step = read_run_events(complete_run, "step")[0]
     # --reward none: no reward of 0 is printed, but the figure that the run optimizes
-    assert "reward" not in told["means"] and "reward" not in step["meters"]
-    headline, _ = read_headline(read_run_events(whole, "run_start")[0])
+    assert "reward" not in round_event["means"] and "reward" not in step["meters"]
+    headline, _ = read_headline(read_run_events(complete_run, "run_start")[0])
     assert format_step(step, headline, comparable=False).startswith("KL to the teacher ")
-    assert told["reverse_kl"] == pytest.approx(-np.concatenate(advantages).mean(), abs=2e-5)
-    for domain, apart in told["reverse_kl_domains"].items():
-        own = np.concatenate([a for a, name in zip(advantages, domains, strict=True) if name == domain])
-        assert apart == pytest.approx(-own.mean(), abs=2e-5)
+    assert round_event["reverse_kl"] == pytest.approx(-np.concatenate(advantages).mean(), abs=2e-5)
+    for domain, reverse_kl in round_event["reverse_kl_domains"].items():
+        of_domain = [values for values, name in zip(advantages, domains, strict=True) if name == domain]
+        assert reverse_kl == pytest.approx(-np.concatenate(of_domain).mean(), abs=2e-5)
     # the first step has half of the prompts: of these each token counts the same, at ratios of 1
-    first = np.concatenate(advantages[:2])
-    assert step["meters"]["reverse_kl"] == pytest.approx(-first.mean(), abs=2e-5)
-    assert step["losses"]["policy"] == pytest.approx(-first.mean(), abs=2e-5)
-    assert abs(told["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
+    first_step = np.concatenate(advantages[:2])
+    assert step["meters"]["reverse_kl"] == pytest.approx(-first_step.mean(), abs=2e-5)
+    assert step["losses"]["policy"] == pytest.approx(-first_step.mean(), abs=2e-5)
+    assert abs(round_event["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
 
 
 @pytest.mark.each(("more", "message"), [
@@ -136,15 +141,16 @@ def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, t
     (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])
 def test_impossible_runs_are_refused_before_work_starts(more: list[str], message: str, folder: Path,
-                                                        command: Command,
+                                                        build_command: Command,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command("refused", *more)) == 2
+    assert main(build_command("refused", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()
 
 
-def test_prompts_without_a_teacher_are_refused(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    words = command("refused")
+def test_prompts_without_a_teacher_are_refused(build_command: Command,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    words = build_command("refused")
     assert main(words[:-2]) == 2  # without the server
     assert "line 2 has domain 'b', and the teachers have 'a'; add" in capsys.readouterr().err
     assert main(words[:-4]) == 2
@@ -157,18 +163,18 @@ def test_prompts_without_a_teacher_are_refused(command: Command, capsys: pytest.
 def test_a_mismatched_teacher_is_refused_by_its_first_wrong_field(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
     config = recipes.get("tiny-solar-open")
-    own = config.model
+    student = config.model
 
-    def refused(model: ModelConfig, tokenizer: Path, *, is_hf: bool = False) -> str:
+    def get_refusal(model: ModelConfig, tokenizer: Path, *, is_hf: bool = False) -> str:
         target: Any = SimpleNamespace(is_hf=is_hf, model=model, tokenizer_folder=tokenizer)
         with pytest.raises(UserError) as error:
             check_teacher_model("here", target, config, tmp_path)
         return str(error.value)
 
-    assert refused(replace(own, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(
-        f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights temp")
+    assert get_refusal(replace(student, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(
+        f"--teacher here: has model.rope_theta = 5.0, the run {student.rope_theta}, and its weights temp")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "c": 1}}}')
     assert re.search(r"has a different tokenizer .*1: 'c' here, 'b' there.*choose a teacher with the model's",
-                     refused(replace(own, init_std=9.0), tmp_path / "other"))
-    assert "convert from-hf`, or serve it (`" in refused(own, tmp_path, is_hf=True)
+                     get_refusal(replace(student, init_std=9.0), tmp_path / "other"))
+    assert "convert from-hf`, or serve it (`" in get_refusal(student, tmp_path, is_hf=True)

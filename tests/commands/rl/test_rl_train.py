@@ -68,14 +68,14 @@ def rounds(teacher: Path, packed_data: Any, write_round: Callable[..., None],
     return Rounds(folder, teacher, packed_data.text, write_round)
 
 
-def losses(run: Path) -> dict[int, Any]:
+def read_step_numbers(run: Path) -> dict[int, Any]:
     """Return the last numbers of each step; a killed run may have done one twice."""
     return {e["step"]: (e["loss"], e["losses"], e["grad_norm"], e["meters"], e["losses_by_source"])
             for e in read_run_events(run, "step")}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
+def undisturbed_run(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
     """Return an undisturbed run over the three rounds of the store "whole"."""
     store = rounds.store("whole", range(1, 4))
     result = run_command(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
@@ -87,8 +87,8 @@ def undisturbed(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, rounds: Rounds, run_command: Any,
-                                                         tiny: list[str]) -> None:
+def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed_run: Path, rounds: Rounds,
+                                                         run_command: Any, tiny: list[str]) -> None:
     settings = [*tiny, *WORDS]
     later = rounds.store("later", range(1, 3))
     result = run_command(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"))
@@ -103,16 +103,18 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     assert result.returncode == 0, result.stderr
 
     disturbed = rounds.folder / "disturbed"
-    assert losses(disturbed) == losses(undisturbed) and list(losses(disturbed)) == [1, 2, 3, 4, 5, 6]
-    assert read_weight_digests(disturbed, 6) == read_weight_digests(undisturbed, 6) != {}
-    by_source = [step[4] for step in losses(undisturbed).values()]
+    assert read_step_numbers(disturbed) == read_step_numbers(undisturbed_run)
+    assert list(read_step_numbers(disturbed)) == [1, 2, 3, 4, 5, 6]
+    assert read_weight_digests(disturbed, 6) == read_weight_digests(undisturbed_run, 6) != {}
+    by_source = [step[4] for step in read_step_numbers(undisturbed_run).values()]
     assert all("rollouts" in step for step in by_source)
     assert 0 < sum("even" in step or "odd" in step for step in by_source) < 6  # InK-GRPO's draw
-    assert [e["round"] for e in read_run_events(undisturbed, "round")] == [1, 2, 3]
-    assert [e["name"] for e in read_run_events(undisturbed, "phase")] == [
+    assert [e["round"] for e in read_run_events(undisturbed_run, "round")] == [1, 2, 3]
+    assert [e["name"] for e in read_run_events(undisturbed_run, "phase")] == [
         "round-0001", "round-0002", "round-0003"]
-    assert {p.name for p in (undisturbed / "checkpoints").iterdir()} == {f"step-{n}" for n in (2, 4, 5, 6)}
-    _, terms, _, meters, _ = zip(*losses(undisturbed).values(), strict=True)
+    assert {p.name for p in (undisturbed_run / "checkpoints").iterdir()} == {
+        "step-2", "step-4", "step-5", "step-6"}
+    _, terms, _, meters, _ = zip(*read_step_numbers(undisturbed_run).values(), strict=True)
     # the trainer's own column is of the weights that begin a round: no ratio differs from 1 in its first step
     assert [abs(of_step["ratio"] - 1) < 1e-6 for of_step in meters] == [True, False] * 3
     # the reference is the start, also when the run's weights are others
@@ -121,16 +123,16 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
 
 def test_mistakes_are_reported_before_work_starts(rounds: Rounds, tmp_path: Path, capsys: Any,
                                                   tiny: list[str]) -> None:
-    def refused(*more: str) -> str:
+    def get_refusal(*more: str) -> str:
         assert main(rounds.command(tmp_path / "no store", str(tmp_path / "run"), *tiny, *more)) == 2
         return str(capsys.readouterr().err)
 
-    assert "rollout.rounds = 0: nothing to train" in refused()
-    long = refused("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
-    assert "data.phases.0.seq_len = 128: a row must hold a whole response, up to" in long
+    assert "rollout.rounds = 0: nothing to train" in get_refusal()
+    too_long = get_refusal("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
+    assert "data.phases.0.seq_len = 128: a row must hold a whole response, up to" in too_long
     small = format_set_options((*SETTINGS[:8], *SETTINGS[-2:]))
-    assert "rollout.prompts_per_round = 20: there are 9 prompts" in refused(
+    assert "rollout.prompts_per_round = 20: there are 9 prompts" in get_refusal(
         *small, "--set", "rollout.prompts_per_round=20")
-    assert "--wait -1" in refused(*small, "--wait", "-1")
-    assert "reward 'nothing': does not exist" in refused(*small, "--reward", "nothing")
+    assert "--wait -1" in get_refusal(*small, "--wait", "-1")
+    assert "reward 'nothing': does not exist" in get_refusal(*small, "--reward", "nothing")
     assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ ROLLOUT = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_p
 
 
 @pytest.fixture
-def asked(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
+def words(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
     """Return the arguments of `rl generate`, with a start, a run of nothing and three prompts."""
     records = [{"prompt": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(2)]
     records.append({"messages": [{"role": "user", "content": "Name a river."}], "answer": "Rhine"})
@@ -38,18 +38,18 @@ def asked(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_two_policies_write_two_rounds_and_a_reward_judges_them(asked: list[str], teacher: Path,
+def test_two_policies_write_two_rounds_and_a_reward_judges_them(words: list[str], teacher: Path,
                                                                 run_command: Any, tmp_path: Path,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [*asked, "--set", "policy.router_replay=true"]
-    result = run_command(*asked)
+    words = [*words, "--set", "policy.router_replay=true"]
+    result = run_command(*words)
     assert result.returncode == 75, result.stderr
     assert "2 parts with 4 responses" in result.stdout
     assert "round 2 waits for a policy that round 1 has trained" in result.stderr
     first, second = sorted((teacher / "checkpoints").glob("step-*"))
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-1").symlink_to(second)
-    result = run_command(*asked, "--nproc", "2", "--engine-set", "parallel.ep=2")
+    result = run_command(*words, "--nproc", "2", "--engine-set", "parallel.ep=2")
     assert result.returncode == 0, result.stderr
     assert "2 parts with 4 responses" in result.stdout and "rounds 1 to 2 are written" in result.stdout
     store = RolloutStore.open(tmp_path / "store")
@@ -60,7 +60,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(asked: list[str]
         rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
         assert len(rows) == 4 and {row.key.policy for row in rows} == {sha256}
         assert {int(v) for row in rows for v in row.versions} == {number - 1}
-        greedy = _greedy(run_command, checkpoint, tmp_path / "asked.jsonl")
+        greedy = _generate_greedily(run_command, checkpoint, tmp_path / "asked.jsonl")
         for row in rows:
             assert row.record == prompts[row.key.prompt].record
             text = row.record.get("prompt") or row.record["messages"][0]["content"]
@@ -75,7 +75,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(asked: list[str]
     assert "0 parts, 0 responses" in capsys.readouterr().out
 
 
-def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
+def _generate_greedily(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
     """Return the greedy output of `generate` for each prompt."""
     texts = [f"What is {i} plus 1?" for i in range(2)] + ["Name a river."]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -85,7 +85,7 @@ def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[l
     return {row["prompt"]: (row["tokens"], row["text"]) for row in json.loads(result.stdout)}
 
 
-WRONG = {
+WRONG_OPTIONS = {
     "rounds": (["--rounds", "3-2"], "must be a round, or the first and the last one"),
     "later": (["--rounds", "2-9"], "--rounds 2-9: rollout.rounds = 2, and no later round"),
     "task": (["--env-set", "a=1"], "is only for --environment"),
@@ -95,39 +95,39 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_invalid_prompts_are_reported_before_torch_is_imported(case: str, asked: list[str], tmp_path: Path,
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_invalid_prompts_are_reported_before_torch_is_imported(case: str, words: list[str], tmp_path: Path,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
-    more, message = WRONG[case]
-    assert main([*asked, *more]) == 2
+    more, message = WRONG_OPTIONS[case]
+    assert main([*words, *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 
-def test_problems_of_the_start_name_its_option(asked: list[str], teacher: Path, run_command: Any,
+def test_problems_of_the_start_name_its_option(words: list[str], teacher: Path, run_command: Any,
                                                tmp_path: Path) -> None:
-    def refused(*more: str) -> str:
-        result = run_command(*asked, *more)
+    def get_refusal(*more: str) -> str:
+        result = run_command(*words, *more)
         *before, error = result.stderr.splitlines()
         assert result.returncode == 2 and all("prompts read" in line for line in before), result.stderr
         return str(error)
 
     bare = tmp_path / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
-    assert f"--from {bare}: has no tokenizer, which" in refused("--from", str(bare))
-    assert "--engine-set: parallel.epp: no such setting" in refused("--engine-set", "parallel.epp=2")
-    assert "--engine-set lora.rank=2: the adapters of" in refused("--engine-set", "lora.rank=2")
-    assert "rollout.max_new_tokens = 6000 make 6064 tokens, but the model has a context of" in refused(
+    assert f"--from {bare}: has no tokenizer, which" in get_refusal("--from", str(bare))
+    assert "--engine-set: parallel.epp: no such setting" in get_refusal("--engine-set", "parallel.epp=2")
+    assert "--engine-set lora.rank=2: the adapters of" in get_refusal("--engine-set", "lora.rank=2")
+    assert "rollout.max_new_tokens = 6000 make 6064 tokens, but the model has a context of" in get_refusal(
         "--set", "rollout.max_new_tokens=6000")
     assert not (tmp_path / "store").exists()
 
 
-def test_other_rounds_than_those_of_the_run_are_refused(asked: list[str], tmp_path: Path,
+def test_other_rounds_than_those_of_the_run_are_refused(words: list[str], tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     run = RunFolder(tmp_path / "run")
     run.create()
     run.declare(recipes.get("tiny-solar-open"))  # one step in a round, at temperature 1
-    assert main([*asked, "--set", "rollout.steps_per_round=2"]) == 2
+    assert main([*words, "--set", "rollout.steps_per_round=2"]) == 2
     errors = capsys.readouterr().err
     assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; use equal" in errors
     assert "rollout.temperature = 0.0001: --run" in errors and "rollout.rounds" not in errors

@@ -26,8 +26,9 @@ PLANTED = {"first": {"algebra": [4, 0], "geometry": [1, 1]},
            "step-200": {"algebra": [1, 1], "geometry": [2, 2]},
            "merged": {"algebra": [4, 4], "geometry": [2, 2]}}
 """Checkpoint -> domain -> right answers of four to each of two problems."""
-ASK = ["--problems", "algebra=algebra.jsonl", "geometry=geometry.jsonl", "--reward", "stem", "--workers", "1",
-       "--samples", str(SAMPLES), "--k", "2", "--max-new-tokens", "12", "--output", "probe"]
+PROBE_OPTIONS = [
+    "--problems", "algebra=algebra.jsonl", "geometry=geometry.jsonl", "--reward", "stem", "--workers", "1",
+    "--samples", str(SAMPLES), "--k", "2", "--max-new-tokens", "12", "--output", "probe"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,53 +45,55 @@ def models(tmp_path: Path, hf_models: dict[str, Path], monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[str]:
+def probed(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[str]:
     """List of probed checkpoints. Commands run in this process with a
     double of the engine, which writes planted answers."""
     names: list[str] = []
     encode = Tokenizer.from_file(str(hf_models["solar_open"] / "tokenizer.json")).encode
 
-    def planted(kind: str, target: Any, work: Callable[[Any], int], **_: object) -> None:
+    def run_planted_engine(kind: str, target: Any, work: Callable[[Any], int], **_: object) -> None:
         rows = [(domain, i) for domain in ("algebra", "geometry") for i in range(2)]
 
         def generate(prompts: list, sampling: object, *, stop: object, streams: list[int]) -> SimpleNamespace:
-            right = [PLANTED[target.path.name][rows[s // SAMPLES][0]][rows[s // SAMPLES][1]] for s in streams]
-            texts = [f"The answer is {4 if s % SAMPLES < count else 5}"
-                     for s, count in zip(streams, right, strict=True)]
-            return SimpleNamespace(continuations=list(map(tokens, texts)),
+            texts = []
+            for stream in streams:
+                domain, problem = rows[stream // SAMPLES]
+                num_right = PLANTED[target.path.name][domain][problem]
+                texts.append(f"The answer is {4 if stream % SAMPLES < num_right else 5}")
+            return SimpleNamespace(continuations=list(map(encode_text, texts)),
                                    finish_reasons=["stop"] * len(texts))
 
         work(SimpleNamespace(generate=generate))
 
-    def tokens(text: str) -> list[int]:
+    def encode_text(text: str) -> list[int]:
         return list(encode(text, add_special_tokens=False).ids)
 
-    def in_this_process(argv: list[str], go_on_by: str) -> int:
+    def run_in_this_process(argv: list[str], go_on_by: str) -> int:
         names.append(Path(argv[3]).name)
         return main(argv[1:])
 
-    monkeypatch.setattr(eval_passk, "run_with_engine", planted)
-    monkeypatch.setattr(probe_run, "run_command", in_this_process)
+    monkeypatch.setattr(eval_passk, "run_with_engine", run_planted_engine)
+    monkeypatch.setattr(probe_run, "run_command", run_in_this_process)
     return names
 
 
-def probe(*arguments: str) -> dict[str, Any]:
-    assert main(["ssp", "probe", *arguments, *ASK]) == 0
+def run_probe(*arguments: str) -> dict[str, Any]:
+    assert main(["ssp", "probe", *arguments, *PROBE_OPTIONS]) == 0
     assert find_damaged_files("probe/table") == []
     return dict(read_manifest("probe/table", "ssp_probe").content)
 
 
 def test_planted_best_checkpoint_of_each_domain_is_found_without_repeating_requests(
-        asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        probed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     EventLog(Path(EVENTS)).close()
-    result = probe("first", "second")
-    assert asked == ["first", "second"]
+    result = run_probe("first", "second")
+    assert probed == ["first", "second"]
     # of 6 pairs of four samples with one right answer three hold it, so both solve half of algebra: the
     # earlier one is taken
     assert [(c["domain"], c["checkpoint"], c["value"], c["as_good"]) for c in result["choice"]] == [
         ("algebra", "first", 0.5, ["second"]), ("geometry", "first", 0.5, [])]
-    result = probe("third", "--run", ".")
-    assert asked == ["first", "second", "third"]
+    result = run_probe("third", "--run", ".")
+    assert probed == ["first", "second", "third"]
     assert [(c["domain"], c["checkpoint"], c["value"]) for c in result["choice"]] == [
         ("algebra", "first", 0.5), ("geometry", "third", 1.0)]
     assert [c["name"] for c in result["checkpoints"]] == ["first", "second", "third"]
@@ -101,45 +104,45 @@ def test_planted_best_checkpoint_of_each_domain_is_found_without_repeating_reque
     assert event["event"] == "ssp_probe" and [c["checkpoint"] for c in event["choice"]] == ["first", "third"]
 
 
-def test_a_killed_probe_resumes_at_its_checkpoint(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_probe_resumes_at_its_checkpoint(probed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = probe_run.run_command
     with monkeypatch.context() as killed:
         killed.setattr(probe_run, "run_command",
-                       lambda argv, go_on_by: run(argv, go_on_by) if not asked else ExitCode.STOPPED)
-        assert main(["ssp", "probe", "first", "second", *ASK]) == ExitCode.STOPPED
+                       lambda argv, go_on_by: run(argv, go_on_by) if not probed else ExitCode.STOPPED)
+        assert main(["ssp", "probe", "first", "second", *PROBE_OPTIONS]) == ExitCode.STOPPED
     assert not Path("probe/table").exists()
-    probe("first", "second")
-    assert asked == ["first", "second"]
+    run_probe("first", "second")
+    assert probed == ["first", "second"]
     Path("second/config.json").unlink()  # another model comes to lie there
     Path("second/config.json").write_text(Path("first/config.json").read_text())
-    probe("second")
-    assert asked == ["first", "second", "second"]
+    run_probe("second")
+    assert probed == ["first", "second", "second"]
 
 
-def test_probe_and_fuse_also_run_separately(asked: list[str], capsys: pytest.CaptureFixture[str],
+def test_probe_and_fuse_also_run_separately(probed: list[str], capsys: pytest.CaptureFixture[str],
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main(["ssp", "probe", "first", "second", *ASK, "--dry-run"]) == 0
+    assert main(["ssp", "probe", "first", "second", *PROBE_OPTIONS, "--dry-run"]) == 0
     for line in capsys.readouterr().out.splitlines():
         program, *words = shlex.split(line)
         assert (program, main(words)) == ("megatron-sov", 0)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    probe("first", "second")
-    assert asked == []
+    run_probe("first", "second")
+    assert probed == []
 
 
-def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str], imported: dict[str, Path],
+def test_experts_of_a_run_are_merged_and_compared_with_the_merge(probed: list[str], imported: dict[str, Path],
                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     for step in (100, 200):
         shutil.copytree(imported["solar_open"], f"run/checkpoints/step-{step}")
     EventLog(Path("run", EVENTS)).close()
     Path("run/checkpoints/.writing-step-300").mkdir()
-    result = probe("run")
+    result = run_probe("run")
     assert [c["name"] for c in result["checkpoints"]] == ["run/step-100", "run/step-200"]
     assert main(["ssp", "fuse", "probe", "--output", "merged"]) == 0
     assert "0.5 of" in capsys.readouterr().out
-    result = probe("merged", "--run", "run")
-    assert asked == ["step-100", "step-200", "merged"]
+    result = run_probe("merged", "--run", "run")
+    assert probed == ["step-100", "step-200", "merged"]
     # never the merged checkpoint
     assert [c["checkpoint"] for c in result["choice"]] == ["run/step-100", "run/step-200"]
     gains = {(g["domain"], g["k"]): g["gain"] for g in result["merged"]}
@@ -152,7 +155,7 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str
     # a checkpoint that is best in every domain is the merge, bit for bit, so that the next stage always has a
     # start
     first = "run/checkpoints/step-100"
-    assert main(["ssp", "probe", first, *ASK[:-1], "alone"]) == 0
+    assert main(["ssp", "probe", first, *PROBE_OPTIONS[:-1], "alone"]) == 0
     assert main(["ssp", "fuse", "alone", "--output", "same"]) == 0
     assert "1 of" in capsys.readouterr().out
     for name in read_manifest("same").files:
@@ -175,7 +178,7 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str
 def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], message: str,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty.jsonl").touch()
-    assert main(["ssp", "probe", "first", *ASK, *arguments]) == 2
+    assert main(["ssp", "probe", "first", *PROBE_OPTIONS, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not Path("probe").exists()
 
@@ -184,23 +187,23 @@ def test_generated_problems_name_their_domains_and_are_unchanged(capsys: pytest.
     problem = {"prompt": "2 + 2?", "answer": "4", "domain": "statistics"}
     with create_artifact("sets", "synthesis") as artifact:
         (artifact.path / "kept.jsonl").write_text(json.dumps(problem))
-    assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 0
+    assert main(["ssp", "probe", "first", *PROBE_OPTIONS, "--problems", "sets", "--dry-run"]) == 0
     assert '"probe_domain": "statistics"' in Path("probe/problems.jsonl").read_text()
     Path("sets/kept.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
-    assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 2
+    assert main(["ssp", "probe", "first", *PROBE_OPTIONS, "--problems", "sets", "--dry-run"]) == 2
     assert "the files have changed since" in capsys.readouterr().err
     with create_artifact("more", "synthesis") as artifact:
         (artifact.path / "kept.jsonl").write_text(json.dumps({**problem, "domain": ""}))
-    assert main(["ssp", "probe", "first", *ASK, "--problems", "more", "--dry-run"]) == 2
+    assert main(["ssp", "probe", "first", *PROBE_OPTIONS, "--problems", "more", "--dry-run"]) == 2
     assert "kept.jsonl: line 1 has no text in 'domain'" in capsys.readouterr().err
 
 
-def test_incomparable_checkpoints_are_refused(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    probe("first")
-    assert main(["ssp", "probe", "second", *ASK, "--temperature", "0.5"]) == 2
+def test_incomparable_checkpoints_are_refused(probed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run_probe("first")
+    assert main(["ssp", "probe", "second", *PROBE_OPTIONS, "--temperature", "0.5"]) == 2
     assert "its answers were begun with temperature = 1.0, now it is 0.5" in capsys.readouterr().err
     (samples,) = Path("probe/checkpoints").glob("first-*/samples.jsonl")
     samples.write_bytes(samples.read_bytes().replace(b'"reward": 0', b'"reward": 1'))
-    assert main(["ssp", "probe", "second", *ASK]) == 2
+    assert main(["ssp", "probe", "second", *PROBE_OPTIONS]) == 2
     assert "samples.jsonl: its content differs from the hash in the manifest; delete" in capsys.readouterr(
     ).err

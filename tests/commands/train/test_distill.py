@@ -21,32 +21,32 @@ def read_last_steps(run: Path) -> dict[int, Any]:
 @pytest.mark.distributed
 def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: list[str], run_command: Any,
                                          tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, top = tmp_path / "whole", tmp_path / "top"
+    complete, top = tmp_path / "whole", tmp_path / "top"
 
     def command(run: Path, *more: str) -> list[str]:
         return ["distill", "tiny-solar-open", "--data", str(packed_data.chats), "--run", str(run), *tiny,
                 "--set", "train.steps=2", *more]
 
     # killed, and started again by its launcher
-    result = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--inject",
+    result = run_command(*command(complete, "--teacher", str(teacher), "--nproc", "2", "--inject",
                                   "kill@step=2"))
     assert result.returncode == 0, result.stderr
     assert "all processes are started again, from step-1" in result.stderr
-    assert list(read_last_steps(whole)) == [1, 2]
+    assert list(read_last_steps(complete)) == [1, 2]
     manifest = read_manifest(tmp_path / "whole.states", "teacher_states")
     assert manifest.content["hidden_size"] == 48 and manifest.content["dtype"] == "bfloat16"
-    parsed = json.loads((whole / "complete.json").read_text())
-    events = read_run_events(whole, "heldout_divergence")
+    parsed = json.loads((complete / "complete.json").read_text())
+    events = read_run_events(complete, "heldout_divergence")
     assert [e["step"] for e in events] == [0, 2] and parsed["teacher"] == manifest.settings["teacher"]
     assert events[0]["kl"] > events[1]["kl"] == parsed["heldout_divergence"]["chat"]["kl"] > 0
     assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # the loss is the forward KL
 
-    states = ("--teacher", str(teacher), "--states", f"{whole}.states")
+    states = ("--teacher", str(teacher), "--states", f"{complete}.states")
     # complete: its states are not needed any more
-    Path(f"{whole}.states").rename(tmp_path / "elsewhere")
-    result = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--resume"))
-    assert (result.returncode, result.stdout) == (0, f"{whole}: is complete at step 2\n")
-    (tmp_path / "elsewhere").rename(f"{whole}.states")
+    Path(f"{complete}.states").rename(tmp_path / "elsewhere")
+    result = run_command(*command(complete, "--teacher", str(teacher), "--nproc", "2", "--resume"))
+    assert (result.returncode, result.stdout) == (0, f"{complete}: is complete at step 2\n")
+    (tmp_path / "elsewhere").rename(f"{complete}.states")
 
     result = run_command(*command(top, "--teacher", str(teacher), "--top-k", "8", "--set", "train.steps=1",
                                   "--set", "distillation.temperature=2.0"))
@@ -57,7 +57,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
 
     beside = (*states, "--data", str(packed_data.text), "--states", str(tmp_path / "never"))
     for more, text in (
-            (("--teacher", str(teacher / "checkpoints/step-1"), "--states", f"{whole}.states"),
+            (("--teacher", str(teacher / "checkpoints/step-1"), "--states", f"{complete}.states"),
              "step-1 is a different model; choose"),
             ((*states, "--top-k", "4"), "asks for the 4 most probable tokens"),
             ((*beside, "--states-dtype", "float32"), "whole.states is in bfloat16, and all folders of a run"),
@@ -83,8 +83,8 @@ def test_each_teacher_scores_the_data_with_its_name(packed_data: Any, teacher: P
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.distillation import teacher as teaching
 
-    read: list[tuple[str, list[str], str]] = []
-    monkeypatch.setattr(teaching, "write_outputs", lambda reading, out, *_, redo: read.append(
+    readings: list[tuple[str, list[str], str]] = []  # teacher, its data, the folder of its states
+    monkeypatch.setattr(teaching, "write_outputs", lambda reading, out, *_, redo: readings.append(
         (str(reading.target.path), list(reading.data), out.name)))
     talk, text, first = f"talk={packed_data.chats}", str(packed_data.text), teacher / "checkpoints/step-1"
 
@@ -94,16 +94,20 @@ def test_each_teacher_scores_the_data_with_its_name(packed_data: Any, teacher: P
         return str(capsys.readouterr().err)
 
     run("--teacher", str(teacher), "--teacher", f"talk={first}")  # ends where the states are not there
-    (newest, *rest), of_talk = read
-    assert rest == [[text], "run.states"] and of_talk == (str(first), [talk], "run.states.talk")
+    (newest, newest_data, newest_states), talk_reading = readings
+    assert (newest_data, newest_states) == ([text], "run.states")
+    assert talk_reading == (str(first), [talk], "run.states.talk")
     assert newest != str(first) and newest.startswith(str(teacher))
-    for given, told in (
+    for teachers, message in (
             ([f"talk={first}"], f"--data {text}: no --teacher reads it; add a teacher without NAME"),
             ([f"talk={first}", f"talk={teacher}"], "another teacher reads the data talk; give every"),
             ([str(teacher), str(first)], "another teacher reads the remaining data; give every"),
             ([str(teacher), f"code={first}"], "has no data in --data talk="),
             (["talk=gone"], "--teacher gone: does not exist")):
-        assert told in run(*(word for one in given for word in ("--teacher", one)))
+        words: list[str] = []
+        for name in teachers:
+            words += ["--teacher", name]
+        assert message in run(*words)
     assert "never: does not exist; make it with" in run(
         "--teacher", str(teacher), "--teacher", f"talk={first}", "--states", str(tmp_path / "never"))
-    assert len(read) == 2
+    assert len(readings) == 2

@@ -22,17 +22,17 @@ LONG = {name: value for name, value in SMALL.items() if not name.startswith("mod
 @pytest.fixture
 def short_run(request, one_rank: None, token_shards: Path, tmp_path: Path) -> Path:
     """A run of two steps at 64 tokens, of the recipe named by the test."""
-    more = {"data.phases": '[{"name":"main","seq_len":64}]', "train.micro_batch_size": 4}
+    changes = {"data.phases": '[{"name":"main","seq_len":64}]', "train.micro_batch_size": 4}
     if request.param == "tiny-k-exaone":
-        more |= {"model.dense_ffn_dim": 32, "model.sliding_window_tokens": 8}
+        changes |= {"model.dense_ffn_dim": 32, "model.sliding_window_tokens": 8}
     run = tmp_path / "short"
     assert main(["pretrain", request.param, "--data", str(token_shards), "--run", str(run),
-                 *format_set_options(SMALL | more)]) == 0
+                 *format_set_options(SMALL | changes)]) == 0
     return run
 
 
-def extend(recipe: str, short_run: Path, token_shards: Path, run: Path, **more: Any) -> int:
-    settings = LONG | {name.replace("__", "."): value for name, value in more.items()}
+def run_extend(recipe: str, short_run: Path, token_shards: Path, run: Path, **changes: Any) -> int:
+    settings = LONG | {name.replace("__", "."): value for name, value in changes.items()}
     return main(["extend", recipe, "--from", str(short_run), "--data", str(token_shards), "--run", str(run),
                  *format_set_options(settings)])
 
@@ -41,16 +41,17 @@ def extend(recipe: str, short_run: Path, token_shards: Path, run: Path, **more: 
 def test_a_run_becomes_a_longer_one_with_needles(short_run: Path, token_shards: Path, tmp_path: Path,
                                                  capsys) -> None:
     run = tmp_path / "long"
-    assert extend("tiny-solar-open", short_run, token_shards, run, needle__train_share=0.5) == 0
+    assert run_extend("tiny-solar-open", short_run, token_shards, run, needle__train_share=0.5) == 0
     config = json.loads((run / "config.json").read_text())
     assert [(p["name"], p["seq_len"]) for p in config["data"]["phases"]] == [("extend", 128)]
     assert config["model"]["yarn"]["factor"] == 2.0
     assert config["model"]["yarn"]["original_max_position_tokens"] == 64
     assert (config["model"]["hidden_size"], config["needle"]["lengths_tokens"]) == (32, [64, 128])
     before, after = read_run_events(run, "needle")
-    cells = [[(c["length_tokens"], c["depth"], c["samples"]) for c in e["cells"]] for e in (before, after)]
-    assert [(e["when"], e["step"]) for e in (before, after)] == [("before", 0), ("after", 3)]
-    assert cells == [[(length, depth, 2) for length in (64, 128) for depth in (0.0, 0.9)]] * 2
+    assert [(event["when"], event["step"]) for event in (before, after)] == [("before", 0), ("after", 3)]
+    for event in (before, after):
+        cells = [(cell["length_tokens"], cell["depth"], cell["samples"]) for cell in event["cells"]]
+        assert cells == [(64, 0.0, 2), (64, 0.9, 2), (128, 0.0, 2), (128, 0.9, 2)]
     completion = json.loads((run / "complete.json").read_text())
     assert (completion["needle"]["score"], completion["needle"]["cells"]) == (after["score"], after["cells"])
     consumed = read_run_events(run, "data_consumed")[-1]["tokens"]
@@ -65,7 +66,7 @@ def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: P
                                                                     tmp_path: Path, capsys) -> None:
     blend = '[{"name":"a","seq_len":96,"blend":{"first":2.0,"second":1.0}}]'
     run = tmp_path / "long"
-    assert extend("tiny-solar-open", short_run, token_shards, run, needle__train_share=0.25,
+    assert run_extend("tiny-solar-open", short_run, token_shards, run, needle__train_share=0.25,
                   data__phases=blend) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["data"]["phases"][0]["blend"] == {"first": 2.0, "second": 1.0, "needle": 1.0}
@@ -78,6 +79,6 @@ def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: P
         ({"data__phases": '[{"name":"a","seq_len":32}]'},
          "data.phases: seq_len = 32 is shorter than the 64 tokens that"),
     ):
-        assert extend("tiny-solar-open", short_run, token_shards, tmp_path / "other", **settings) == 2
+        assert run_extend("tiny-solar-open", short_run, token_shards, tmp_path / "other", **settings) == 2
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "other").exists()

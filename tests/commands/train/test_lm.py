@@ -17,12 +17,12 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
 
 def run_refused_command(capsys: Any, data: list[Path | str], run: Path, *arguments: str,
                         recipe: str = "tiny-solar-open",
-                        command: str = "pretrain", settings: tuple[str, ...] = ()) -> str:
+                        build_command: str = "pretrain", settings: tuple[str, ...] = ()) -> str:
     """Run a command that must be refused; returns its message."""
     chosen = format_set_options((*SMALL, *settings))
     shards = [part for d in data for part in ("--data", str(d))]
     before = sorted(run.parent.rglob("*"))
-    assert main([command, recipe, *shards, "--run", str(run), *arguments, *chosen]) == 2
+    assert main([build_command, recipe, *shards, "--run", str(run), *arguments, *chosen]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and "Traceback" not in err
     assert sorted(run.parent.rglob("*")) == before
@@ -57,10 +57,10 @@ def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tm
 
 def test_folders_that_hold_something_else(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    assert "notes: is a file; name a new folder" in run_refused_command(capsys, [packed_data.text],
-                                                                        tmp_path / "notes")
     assert "notes: is a file; --run needs a folder" in run_refused_command(capsys, [packed_data.text],
-                                                                           tmp_path / "notes" / "run")
+                                                                           tmp_path / "notes")
+    assert "notes is a file, so nothing can lie in it" in run_refused_command(capsys, [packed_data.text],
+                                                                              tmp_path / "notes" / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "is not empty and holds no run" in run_refused_command(capsys, [packed_data.text],
@@ -85,7 +85,8 @@ MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
          "model.num_experts=4")
 
 
-def command(name: str, data: list[Path], run: Path, *arguments: str, settings: tuple[str, ...]) -> list[str]:
+def build_command(name: str, data: list[Path], run: Path, *arguments: str,
+                  settings: tuple[str, ...]) -> list[str]:
     shards = [part for d in data for part in ("--data", str(d))]
     chosen = format_set_options((*SMALL_CHATS, *settings))
     return [name, "tiny-solar-open", *shards, "--run", str(run), *arguments, *chosen]
@@ -95,9 +96,9 @@ def command(name: str, data: list[Path], run: Path, *arguments: str, settings: t
 def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_command: Any,
                                     capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned = tmp_path / "base", tmp_path / "tuned"
-    assert run_command(*command("pretrain", [packed_data.text], base, settings=MODEL)).returncode == 0
-    both = [packed_data.chats, packed_data.text]
-    result = run_command(*command("sft", both, tuned, "--from", str(base), "--nproc", "2",
+    assert run_command(*build_command("pretrain", [packed_data.text], base, settings=MODEL)).returncode == 0
+    results = [packed_data.chats, packed_data.text]
+    result = run_command(*build_command("sft", results, tuned, "--from", str(base), "--nproc", "2",
                                   settings=("objective.text_coeff=0.3",)))
     assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
     steps = read_run_events(tuned, "step")
@@ -108,11 +109,11 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_comman
     assert json.loads((tuned / "complete.json").read_text())["step"] == 2
 
     def run_refused_command(data: list[Path], *settings: str) -> str:
-        argv = command("sft", data, tmp_path / "no", "--from", str(base), settings=settings)
+        argv = build_command("sft", data, tmp_path / "no", "--from", str(base), settings=settings)
         assert main(argv) == 2 and not (tmp_path / "no").exists()
         return capsys.readouterr().err
 
-    assert "set objective.text_coeff (e.g. 0.1) or leave the text out" in run_refused_command(both)
+    assert "set objective.text_coeff (e.g. 0.1) or leave the text out" in run_refused_command(results)
     assert "contains conversations; pack some with `sov-data pack" in run_refused_command([packed_data.text])
     assert "use `megatron-sov pretrain`" in run_refused_command([packed_data.chats], "objective.name=lm")
     assert main(["sft", "tiny-solar-open", "--data", str(packed_data.chats), "--run",

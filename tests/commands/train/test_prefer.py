@@ -16,7 +16,7 @@ MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
          "train.micro_batch_size=2", "train.steps=2", "optim.lr=0.004")
 
 
-def command(name: str, data: Path, run: Path, *more: str) -> list[str]:
+def build_command(name: str, data: Path, run: Path, *more: str) -> list[str]:
     settings = format_set_options(MODEL)
     return [name, "tiny-solar-open", "--data", str(data), "--run", str(run), *settings, *more]
 
@@ -39,8 +39,9 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     assert sov_data([*pack, "--format", "chat", "--column", "advantage", "--column", "group_share", "--input",
                      str(tmp_path / "judged/groups.jsonl"), "--output", str(tmp_path / "groups")]) == 0
     base, tuned, grouped = (tmp_path / name for name in ("base", "tuned", "grouped"))
-    assert run_command(*command("pretrain", packed_data.text, base)).returncode == 0
-    result = run_command(*command("prefer", tmp_path / "pairs", tuned, "--from", str(base), "--nproc", "2",
+    assert run_command(*build_command("pretrain", packed_data.text, base)).returncode == 0
+    result = run_command(*build_command("prefer", tmp_path / "pairs", tuned, "--from", str(base),
+                                        "--nproc", "2",
                                   "--method", "dpo"))
     assert result.returncode == 0, result.stderr
     steps = read_run_events(tuned, "step")
@@ -62,16 +63,18 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
         assert json.loads((tmp_path / "judged.json").read_text()) == {
             "pairs": {name: measured[name] for name in ("pairs", "chosen_likelier")}}
 
-    result = run_command(*command("prefer", tmp_path / "groups", grouped, "--from", str(base), "--method",
+    result = run_command(*build_command("prefer", tmp_path / "groups", grouped, "--from", str(base),
+                                        "--method",
                                   "grouper"))
     assert result.returncode == 0, result.stderr
     assert not (grouped / "reference").exists()
 
     exports = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]')
-    assert main(command("prefer", tmp_path / "pairs", tmp_path / "no", "--from", str(base), *exports)) == 2
+    words = build_command("prefer", tmp_path / "pairs", tmp_path / "no", "--from", str(base), *exports)
+    assert main(words) == 2
     assert "ppl cannot use source 'pairs', which holds data of format 'preference'; use pairs" in (
         capsys.readouterr().err)
-    words = command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
+    words = build_command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
     assert main(words) == 2 and "holds data of format 'chat'" in capsys.readouterr().err
     assert main([*words, "--method", "grouper"]) == 2
     assert "has no column 'advantage'" in capsys.readouterr().err

@@ -15,18 +15,20 @@ from megatron_sov.runs import launch_environment
 from megatron_sov.runs.folder import COMMAND, RunFolder, read_command
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 
-BEGAN = ("pretrain", "tiny-qwen3", "--data", "tokens:2", "--run", "runs/a", "--nproc", "2", "--set",
+BEGIN_COMMAND = ("pretrain", "tiny-qwen3", "--data", "tokens:2", "--run", "runs/a", "--nproc", "2", "--set",
          "train.steps=9")
-Begin = Callable[..., Path]
+BeginRun = Callable[..., Path]
+Parsed = list[argparse.Namespace]
+"""Arguments of each `pretrain` that `resume` runs."""
 
 
 @pytest.fixture
-def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
+def begin_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BeginRun:
     """Return a function that creates a run's folder for a command line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
 
-    def begin(*words: str, settings: Sequence[str] = (), has_config: bool = True) -> Path:
+    def create_run(*words: str, settings: Sequence[str] = (), has_config: bool = True) -> Path:
         run = tmp_path / "runs/a"
         monkeypatch.setenv(launch_environment.COMMAND_VARIABLE, json.dumps(words))
         config = apply_settings(recipes.get("tiny-qwen3"), ["train.steps=9", *settings])
@@ -36,30 +38,30 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
             (run / "config.json").unlink()
         return run
 
-    return begin
+    return create_run
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
-    """Return the arguments of `pretrain`."""
-    found: list[argparse.Namespace] = []
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Parsed:
+    """Record the arguments of `pretrain` instead of running it."""
+    recorded: Parsed = []
     run = DeclaredCommand.run
 
     def run_or_record(self: DeclaredCommand, args: argparse.Namespace) -> int:
         if self is not PRETRAIN:
             return run(self, args)
-        found.append(args)
+        recorded.append(args)
         return 0
 
     monkeypatch.setattr(DeclaredCommand, "run", run_or_record)
-    return found
+    return recorded
 
 
-def test_everything_comes_from_the_folder(begun: Begin, given: list[argparse.Namespace],
+def test_everything_comes_from_the_folder(begin_run: BeginRun, parsed: Parsed,
                                           capsys: pytest.CaptureFixture[str]) -> None:
-    run = begun(*BEGAN)
+    run = begin_run(*BEGIN_COMMAND)
     assert cli.main(["resume", "runs/a"]) == 0
-    args = vars(given[0])
+    args = vars(parsed[0])
     assert (args["run"], args["resume"], args["nproc"], args["configs"]) == (
         str(run), True, "2", [f"{run}/config.json"])
     assert "recipe" not in args and "settings" not in args and "data" not in args
@@ -67,11 +69,11 @@ def test_everything_comes_from_the_folder(begun: Begin, given: list[argparse.Nam
         f"resume: megatron-sov pretrain --run {run} --nproc 2 --resume --config {run}/config.json\n")
 
 
-def test_words_after_the_folder_override_the_recorded_command(begun: Begin, given: list[argparse.Namespace],
+def test_words_after_the_folder_override_the_recorded_command(begin_run: BeginRun, parsed: Parsed,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
-    begun(*BEGAN)
+    begin_run(*BEGIN_COMMAND)
     assert cli.main(["resume", "runs/a", "--nproc", "4", "--set", "train.steps=12"]) == 0
-    assert given[0].nproc == "4" and given[0].settings == ["train.steps=12"]
+    assert parsed[0].nproc == "4" and parsed[0].settings == ["train.steps=12"]
     output = capsys.readouterr().out.splitlines()[1:]
     assert sorted(output) == ["resume: --nproc was 2, is 4", "resume: --set train.steps=12"]
 
@@ -81,63 +83,63 @@ def test_words_after_the_folder_override_the_recorded_command(begun: Begin, give
     ("--run b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --from runs/a --run b"),
     ("--set optim.lr=1 --from b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --set "
                                   "optim.lr=1 --run runs/a-2 --from b")])
-def test_other_weights_and_other_folders_are_a_new_run(typed: str, line: str, begun: Begin,
-                                                       given: list[argparse.Namespace],
+def test_other_weights_and_other_folders_are_a_new_run(typed: str, line: str, begin_run: BeginRun,
+                                                       parsed: Parsed,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    begun(*BEGAN)
-    assert cli.main(["resume", "runs/a", *typed.split()]) == 2 and not given
+    begin_run(*BEGIN_COMMAND)
+    assert cli.main(["resume", "runs/a", *typed.split()]) == 2 and not parsed
     assert f"write\n  megatron-sov {line}\n" in capsys.readouterr().err
 
 
-def test_a_launched_run_resumes_with_the_same_number_of_processes(begun: Begin,
-                                                                  given: list[argparse.Namespace],
+def test_a_launched_run_resumes_with_the_same_number_of_processes(begin_run: BeginRun,
+                                                                  parsed: Parsed,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "1")
-    begun(*BEGAN[:6])
+    begin_run(*BEGIN_COMMAND[:6])
     monkeypatch.delenv("RANK")
     assert cli.main(["resume", "runs/a"]) == 0
-    assert given[0].nproc == "8"
+    assert parsed[0].nproc == "8"
 
 
 def test_from_another_folder_paths_are_read_where_the_run_was_begun(
-        begun: Begin, given: list[argparse.Namespace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        begin_run: BeginRun, parsed: Parsed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    run = begun(*BEGAN)
+    run = begin_run(*BEGIN_COMMAND)
     monkeypatch.chdir("/")
     assert cli.main(["resume", str(run)]) == 0
     assert Path.cwd() == tmp_path
     assert capsys.readouterr().out.startswith(f"resume: relative paths start at {tmp_path}, where")
 
 
-def test_a_command_that_went_on_can_go_on_again(begun: Begin, given: list[argparse.Namespace]) -> None:
-    run = begun(*BEGAN)
+def test_a_command_that_went_on_can_go_on_again(begin_run: BeginRun, parsed: Parsed) -> None:
+    run = begin_run(*BEGIN_COMMAND)
     assert cli.main(["resume", "runs/a"]) == 0
     RunFolder(run).declare(recipes.get("tiny-qwen3"))
     assert read_command(run).words[0] == "pretrain" and "--config" in read_command(run).words
     assert cli.main(["resume", "runs/a", "--dry-run"]) == 0
-    assert given[1].dry_run and given[1].configs == given[0].configs
+    assert parsed[1].dry_run and parsed[1].configs == parsed[0].configs
 
 
-def test_a_multi_stage_run_is_planned_again_from_its_command(begun: Begin, given: list[argparse.Namespace],
+def test_a_multi_stage_run_is_planned_again_from_its_command(begin_run: BeginRun, parsed: Parsed,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
-    begun(*BEGAN, has_config=False)
+    begin_run(*BEGIN_COMMAND, has_config=False)
     assert cli.main(["resume", "runs/a"]) == 0
-    assert (given[0].recipe, given[0].data, given[0].settings) == ("tiny-qwen3", ["tokens:2"],
+    assert (parsed[0].recipe, parsed[0].data, parsed[0].settings) == ("tiny-qwen3", ["tokens:2"],
                                                                    ["train.steps=9"])
 
 
-def test_code_that_only_the_folder_names_is_not_run(begun: Begin, given: list[argparse.Namespace],
+def test_code_that_only_the_folder_names_is_not_run(begin_run: BeginRun, parsed: Parsed,
                                                     tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
-    run = begun(*BEGAN, "--plugin", "evil.py:X")
+    run = begin_run(*BEGIN_COMMAND, "--plugin", "evil.py:X")
     (tmp_path / "evil.py").write_text("open('ran', 'w')\n")
     assert cli.main(["resume", "runs/a"]) == 2
     errors = capsys.readouterr().err
     assert f"type `megatron-sov resume {run} --plugin {tmp_path}/evil.py:X`" in errors
-    assert not given and not (tmp_path / "ran").exists()
+    assert not parsed and not (tmp_path / "ran").exists()
     assert cli.main(["resume", "runs/a", "--plugin", "evil.py:X"]) == 0
-    assert given[0].plugins == ["evil.py:X"]
+    assert parsed[0].plugins == ["evil.py:X"]
 
 
 @pytest.mark.parametrize(("command", "objective", "more"), [
@@ -145,12 +147,12 @@ def test_code_that_only_the_folder_names_is_not_run(begun: Begin, given: list[ar
     ("distill", "distill", ("--teacher", "gone")),
     ("rl run", "policy", ("--prompts", "gone", "--store", "gone", "--reward", "math")),
     ("rl train", "policy", ("--prompts", "gone", "--store", "gone", "--reward", "math"))])
-def test_a_complete_run_needs_none_of_its_inputs(begun: Begin, command: str, objective: str,
+def test_a_complete_run_needs_none_of_its_inputs(begin_run: BeginRun, command: str, objective: str,
                                                  more: Sequence[str],
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     data = () if objective == "policy" else ("--data", "gone")
     words = [*command.split(), "tiny-qwen3", *data, "--from", "gone", "--run", "runs/a", *more]
-    run = begun(*words, settings=[f"objective.name={objective}"])
+    run = begin_run(*words, settings=[f"objective.name={objective}"])
     assert cli.main(["resume", "runs/a"]) == 2
     RunFolder(run).complete({"step": 9})
     EventLog(run / EVENTS).close()
@@ -168,9 +170,9 @@ def test_a_complete_run_needs_none_of_its_inputs(begun: Begin, command: str, obj
     ('{"words": ["doctor"], "folder": "/", "processes": 1}', "started the run and is not a training command"),
     ('{"words": ["rm", "-r"], "folder": "/", "processes": 1}', "started the run and is not a command of"),
 ])
-def test_a_folder_that_does_not_say_how_it_was_begun(begun: Begin, content: str | None, message: str,
+def test_a_folder_that_does_not_say_how_it_was_begun(begin_run: BeginRun, content: str | None, message: str,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    run = begun(*BEGAN)
+    run = begin_run(*BEGIN_COMMAND)
     (run / COMMAND).unlink()
     if content is not None:
         (run / COMMAND).write_text(content)

@@ -94,8 +94,8 @@ def recorded_reads() -> Iterator[dict[str, set[str]]]:
     """Record which functions read which settings, except functions that check, copy or write settings."""
     reads: dict[str, set[str]] = defaultdict(set)
 
-    def recorder(prefix: str, names: frozenset[str]) -> Any:
-        def read(settings: Any, name: str) -> Any:
+    def build_reader(prefix: str, names: frozenset[str]) -> Any:
+        def read_field(settings: Any, name: str) -> Any:
             if name in names:
                 code = sys._getframe(1).f_code
                 _, ours, file = code.co_filename.rpartition("megatron_sov/")
@@ -103,21 +103,21 @@ def recorded_reads() -> Iterator[dict[str, set[str]]]:
                 if ours and not checks and "_rules" not in code.co_qualname:
                     reads[prefix + name].add(f"{file}:{code.co_qualname}")
             return object.__getattribute__(settings, name)
-        return read
+        return read_field
 
     with pytest.MonkeyPatch.context() as patch:
         for cls, prefix in iter_setting_groups():
             names = frozenset(field.name for field in dataclasses.fields(cls))
-            patch.setattr(cls, "__getattribute__", recorder(prefix, names), raising=False)
+            patch.setattr(cls, "__getattribute__", build_reader(prefix, names), raising=False)
         yield reads
 
 
-class Stages:
+class StageRunner:
     """Runs tiny stages in this process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.found: dict[str, StageReads] = {}
+        self.finished: dict[str, StageReads] = {}
 
     def run(self, name: str, command: str, formats: list[str], *argv: str) -> None:
         run = self.folder / name
@@ -125,7 +125,7 @@ class Stages:
             assert main([*command.split(), *argv, "--run", str(run)]) == 0
         config = from_dict(json.loads((run / "config.json").read_text()))
         facts = {"command": command, **({"--data": formats} if formats else {"--validation": None})}
-        self.found[name] = StageReads(config, facts, dict(reads))
+        self.finished[name] = StageReads(config, facts, dict(reads))
 
     def train(self, name: str, command: str, formats: list[str], data: Path, *more: str) -> None:
         """Run a stage on data, of the dense model unless `more` names another recipe first."""
@@ -136,17 +136,18 @@ class Stages:
 
 @pytest.fixture
 def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: Any, tmp_path: Path) -> Any:
-    found, start = Stages(tmp_path), ("--from", str(tmp_path / "dense"))
-    found.train("dense", "pretrain", ["text"], packed_data.text)
-    found.train("experts", "pretrain", ["text"], packed_data.text, "tiny-solar-open")
-    found.train("sft", "sft", ["chat"], packed_data.chats, *start)
-    found.train("lora", "sft", ["chat"], packed_data.chats, *start, *format_set_options(["lora.rank=2"]))
-    found.train("distill", "distill", ["chat"], packed_data.chats, *start, "--teacher", start[1])
-    found.train("prefer", "prefer", ["preference"], _pairs(packed_data, tmp_path), *start)
-    found.train("short", "pretrain", ["text"], token_shards, "tiny-solar-open",
+    """Return stage -> the settings that it read."""
+    runner, start = StageRunner(tmp_path), ("--from", str(tmp_path / "dense"))
+    runner.train("dense", "pretrain", ["text"], packed_data.text)
+    runner.train("experts", "pretrain", ["text"], packed_data.text, "tiny-solar-open")
+    runner.train("sft", "sft", ["chat"], packed_data.chats, *start)
+    runner.train("lora", "sft", ["chat"], packed_data.chats, *start, *format_set_options(["lora.rank=2"]))
+    runner.train("distill", "distill", ["chat"], packed_data.chats, *start, "--teacher", start[1])
+    runner.train("prefer", "prefer", ["preference"], _pack_pairs(packed_data, tmp_path), *start)
+    runner.train("short", "pretrain", ["text"], token_shards, "tiny-solar-open",
                 *format_set_options(["model.vocab_size=1024",
                                      'data.phases=[{"name": "main", "seq_len": 64}]']))
-    found.run("extend", "extend", ["text"], "tiny-solar-open", "--data", str(token_shards), "--from",
+    runner.run("extend", "extend", ["text"], "tiny-solar-open", "--data", str(token_shards), "--from",
               str(tmp_path / "short"),
               *format_set_options([*LOOP, "needle.samples=1", "needle.depths=[0.5]"]))
     prompts = tmp_path / "prompts.jsonl"
@@ -156,13 +157,13 @@ def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: An
     for number in (1, 2):
         write_round(store, read_prompts(prompts), RolloutConfig(**ROLLOUT), number,
                     build_versioned_reward(request_reward("repetition", {})).version)
-    found.run("rounds", "rl train", [], "tiny-qwen3", "--store", str(store.path), "--prompts", str(prompts),
+    runner.run("rounds", "rl train", [], "tiny-qwen3", "--store", str(store.path), "--prompts", str(prompts),
               "--reward", "repetition", *start, *format_set_options([*LOOP[1:], "optim.lr=1e-6"]),
               *format_set_options((f"rollout.{name}={value}" for name, value in ROLLOUT.items())))
-    return found.found
+    return runner.finished
 
 
-def _pairs(packed_data: Any, folder: Path) -> Path:
+def _pack_pairs(packed_data: Any, folder: Path) -> Path:
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(
         {"prompt": f"{i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"{i}."}) for i in range(40)))
     assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1",
@@ -177,11 +178,16 @@ def find_unlisted_keys(keys: set[str], reasons: dict[str, str]) -> set[str]:
 
 @pytest.mark.deep
 def test_stages_read_exactly_the_settings_with_effect(stages: dict[str, StageReads]) -> None:
-    read_idly = {key: (name, stage.reads[key]) for name, stage in stages.items()
-                 for key in stage.inert() & stage.reads.keys()}
+    read_idly: dict[str, tuple[str, set[str]]] = {}
+    acts: set[str] = set()
+    read: set[str] = set()
+    for name, stage in stages.items():
+        inert = stage.inert()
+        read_idly |= {key: (name, stage.reads[key]) for key in inert & stage.reads.keys()}
+        acts |= {*setting_names()} - inert
+        read |= stage.reads.keys()
     assert find_unlisted_keys({*read_idly}, READ_WITHOUT_EFFECT) == set(), read_idly
-    acts = {key for stage in stages.values() for key in {*setting_names()} - stage.inert()}
-    unread = {key for key in acts if not any(key in stage.reads for stage in stages.values())}
+    unread = acts - read
     assert find_unlisted_keys(unread, NEVER_READ) == set()
     # no reason outlives its setting
     assert [pattern for pattern in READ_WITHOUT_EFFECT if not fnmatch.filter(read_idly, pattern)] == []

@@ -3,14 +3,18 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.synth.finishing import finish
+from data_prep.synth.run_records import SynthRunRecord
+from data_prep.synth.samples import Kind
+from data_prep.synth.synth import SynthOptions
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.progress.journal import Journal, lock_work_folder, work_folder
 
-RUN = {"generator": "facts", "version": 2, "kind": "text", "model": "writer-7b", "judge": "judge-70b",
-       "settings": {"count": 1}, "inputs": []}
+RUN = SynthRunRecord("facts", "text", "writer-7b", judge="judge-70b", settings={"count": 1})
 GOOD = ("The tide gauge at the old harbour stands beside a granite wall, where two keepers note the height "
         "of the water every morning before the first ferry leaves for the islands in the west.")
 OTHER = ("In winter the potter fires her kiln with birch, since oak burns too slowly for the thin bowls that "
@@ -20,19 +24,25 @@ OTHER = ("In winter the potter fires her kiln with birch, since oak burns too sl
 def build_sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str, Any]:
     """Return a sample as a run stores it. `failed` names the generator's check that it fails, if any."""
     verdicts = [{"check": failed or "grounded", "passed": not failed, "detail": "as the generator saw it"}]
-    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "", **more}
+    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, **more}
 
 
-def build_chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, Any]:
+def build_chat(question: str, answer: str) -> dict[str, Any]:
     """Return the record of a conversation."""
-    return {"messages": [*before, {"role": "user", "content": question},
-                         {"role": "assistant", "content": answer}]}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def write_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], **run: Any) -> Path:
+def finish_run(output: Path, kind: Kind = "text", checks: Path | None = None, inputs: Sequence[Path] = (),
+               *, is_complete: bool = True) -> Path:
+    """Finish a folder of `write_run` and return it."""
+    finish(replace(RUN, kind=kind), SynthOptions(checks=checks, input=tuple(inputs), workers=1), output,
+           is_complete=is_complete)
+    return output
+
+
+def write_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]]) -> Path:
     """Write a folder whose items have these samples; item i is called i0, i1, ..."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "run.json").write_text(json.dumps({**RUN, **run}))
     with lock_work_folder(output, "sov-data synth", {}):
         add_records(output, [(i, {
             "item": {"id": f"i{i}", "source": "notes", "licence": "CC-BY-4.0" if i else "", "digest": ""},

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 sys.path.append(str(Path(__file__).parent))
-from made_runs import GOOD, OTHER, add_records, build_chat, build_sample, copy_run, read_rows, write_run
+from made_runs import (
+    GOOD, OTHER, add_records, build_chat, build_sample, copy_run, finish_run, read_rows, write_run)
 
 from data_prep.cli import main
 from data_prep.synth import finishing
 from data_prep.synth.checks.settings import DEFAULTS
-from data_prep.synth.finishing import finish
 from megatron_sov.base.artifacts import find_damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, read_documents
 from megatron_sov.base.errors import UserError
@@ -34,7 +34,7 @@ def write_steps(folder: Path, kind: str, *languages: str) -> Path:
         if "language" in step and languages:
             step["language"]["keep"] = [*languages]
     steps.append({"decontaminate": {"benchmarks": [str(folder / "benchmark.jsonl")]},
-                  "only": {"sources": ["samples", "context"]}})
+                  "only": {"sources": ["samples"]}})
     (folder / "steps.yaml").write_text(yaml.safe_dump({"steps": steps}))
     return folder / "steps.yaml"
 
@@ -53,16 +53,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [build_sample({"text": "one loop and one more loop of it " * 30})],
         [build_sample({"text": GERMAN})],
         [build_sample({"text": f"We were asked: {LEAKED} Nobody knows it now, and the door is gone."})],
-        [build_sample({"text": "\ud800 is half of a pair"}), build_sample({"text": " "})],
-    ], inputs=[str(folder / "notes.jsonl")])
-    finish(output, write_steps(folder, "text", "en"))
-    return output
+        [build_sample({"text": " "})],
+    ])
+    return finish_run(output, "text", write_steps(folder, "text", "en"), [folder / "notes.jsonl"])
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of conversations with tools and thoughts."""
-    system_turn = {"role": "system", "content": f"Know this: {LEAKED}"}
     called = {"messages": [
         {"role": "user", "content": "Where is order 17, please?"},
         {"role": "assistant", "content": "", "tool_calls": [
@@ -76,36 +74,33 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [build_sample(build_chat("How much is 3 and 4?", "7"))],
         [build_sample(build_chat(GOOD, "8"))],
         [build_sample(called)],
-        [build_sample(build_chat("Who painted it?", "Nobody knows.", system_turn))],
+        [build_sample(build_chat(f"Know this: {LEAKED}", "Nobody knows."))],
         [build_sample(build_chat("Say it again.", "say it again and say it once more to me " * 20))],
         [build_sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
-    ], kind="chat")
-    finish(output, write_steps(folder, "chat"))
-    return output
+    ])
+    return finish_run(output, "chat", write_steps(folder, "chat"))
 
 
 def test_each_sample_is_accepted_or_rejected_with_a_reason(texts: Path) -> None:
     kept, = read_rows(texts / "kept.jsonl")
     assert (kept["id"], kept["text"]) == ("i0/0", GOOD)
     assert kept["synthetic"] == {
-        "sample": "i0/0", "generator": "facts", "version": 2, "model": "writer-7b", "judge": "judge-70b",
-        "item": "i0", "source": "notes", "licence": "", "group": "", "asked": ["key0"], "notes": {"tries": 1}}
+        "sample": "i0/0", "generator": "facts", "model": "writer-7b", "judge": "judge-70b",
+        "item": "i0", "source": "notes", "licence": "", "asked": ["key0"], "notes": {"tries": 1}}
     rejected = read_rows(texts / "rejected.jsonl")
     assert [(row["synthetic"]["sample"], row["reason"], row["detail"]) for row in rejected] == [
         ("i1/0", "near duplicate", "the same as i0/0"), ("i1/1", "numbers", "as the generator saw it"),
         ("i2/0", "near duplicate", "the same as input notes.jsonl:1"),
         ("i3/0", "repetition: top 2-gram", ""), ("i4/0", "language de", ""),
         ("i5/0", "text of a benchmark", "benchmark:q7"),
-        ("i6/0", "form", rejected[6]["detail"]),
-        ("i6/1", "form", "holds no text")]
-    assert "half of a surrogate pair" in rejected[6]["detail"]
+        ("i6/0", "form", "holds no text")]
 
 
 def test_summary_and_manifest_describe_the_output(texts: Path) -> None:
     summary = json.loads((texts / "summary.json").read_text())
     assert (summary["num_items"], summary["num_samples"], summary["num_kept"], summary["num_rejected"]) == (
-        7, 9, 1, 8)
-    assert sum(summary["rejected"].values()) == 8 and summary["rejected"]["form"] == 2
+        7, 8, 1, 7)
+    assert sum(summary["rejected"].values()) == 7 and summary["rejected"]["form"] == 1
     assert summary["costs"] | {"seconds": 0} == {
         "num_requests": 14, "num_answered": 7, "outcomes": {"200": 7, "429": 7}, "input_tokens": 700,
         "output_tokens": 350, "seconds": 0}
@@ -125,15 +120,8 @@ def test_output_does_not_depend_on_the_order_of_finished_items(texts: Path, tmp_
         add_records(again, records[:4][::-1], "1")
         add_records(again, records[4:][::-1], "0")
     (again / "kept.jsonl").write_text("half of")
-    finish(again, texts.parent / "steps.yaml")
+    finish_run(again, "text", texts.parent / "steps.yaml", [texts.parent / "notes.jsonl"])
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
-
-
-def test_a_run_without_its_records_is_not_emptied(texts: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(texts, tmp_path / "moved"))
-    with pytest.raises(UserError, match=r"the records of its items .* are gone; run the same"):
-        finish(moved)
-    assert (moved / "kept.jsonl").read_bytes() == (texts / "kept.jsonl").read_bytes()
 
 
 def test_an_interrupted_finish_leaves_the_previous_files(texts: Path, tmp_path: Path,
@@ -146,7 +134,7 @@ def test_an_interrupted_finish_leaves_the_previous_files(texts: Path, tmp_path: 
 
     monkeypatch.setattr(finishing, "format_json_line", killed)
     with pytest.raises(KeyboardInterrupt):
-        finish(again, texts.parent / "steps.yaml")
+        finish_run(again, "text", texts.parent / "steps.yaml")
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
     assert not (again / "manifest.json").exists() and not list(again.glob(".*.tmp-*"))
 
@@ -171,29 +159,24 @@ def test_accepted_text_can_be_packed(texts: Path, tokenizers: dict[str, Path], t
 def test_accepted_prompts_are_readable_by_rl(tmp_path: Path) -> None:
     output = write_run(tmp_path / "prompts",
                        [[build_sample({"prompt": "How much is 3 and 4?", "answer": "7"})],
-                                              [build_sample({"prompt": GOOD, "answer": "8"})]], kind="prompt")
-    finish(output)
-    prompts = read_prompts(output / "kept.jsonl", is_asked=True)
+                                              [build_sample({"prompt": GOOD, "answer": "8"})]])
+    prompts = read_prompts(finish_run(output, "prompt") / "kept.jsonl", is_asked=True)
     assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
 
 
 def test_a_run_without_accepted_samples_writes_a_summary(tmp_path: Path) -> None:
     output = write_run(tmp_path / "out", [[build_sample({"text": GOOD}, "numbers")], []])
-    finish(output, is_complete=False)
+    finish_run(output, is_complete=False)
     assert read_rows(output / "kept.jsonl") == [] and not (output / "manifest.json").exists()
     summary = json.loads((output / "summary.json").read_text())
     assert summary["num_kept"] == 0 and summary["is_complete"] is False
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "run.json: is damaged"),
-    ("answers.sqlite", "no database at all" * 100, "answers.sqlite: cannot be read")])
-def test_a_damaged_folder_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_a_damaged_store_of_answers_is_refused(tmp_path: Path) -> None:
     output = write_run(tmp_path / "out", [[build_sample({"text": GOOD}, "numbers")]])
-    (output / name).parent.mkdir(exist_ok=True)
-    (output / name).write_text(text)
-    with pytest.raises(UserError, match="(?s)" + message.replace("(", r"\(")):
-        finish(output)
+    (output / "answers.sqlite").write_text("no database at all" * 100)
+    with pytest.raises(UserError, match=r"answers\.sqlite: cannot be read"):
+        finish_run(output)
 
 
 def test_provenance_can_be_a_tag_of_documents(texts: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_file_is_a_generator(tmp_path: Path) -> None:
     made = build(tmp_path, tone="lively")
     ask = ScriptedRequester(build_queue_model("Well: <summary>A day.</summary>"), "a", made.definition)
     sample, = made.make_samples(ITEM, ask)
-    assert (made.name, made.kind, made.definition.declared.version, sample.reason) == ("own", "chat", 1, "")
+    assert (made.name, made.kind, sample.reason) == ("own", "chat", "")
     assert ask.requests[0]["messages"] == [{"role": "system", "content": "You write in a lively tone."},
                                            {"role": "user", "content": "In 9 words: A {{ tone }} day."}]
     assert sample.record == {"messages": [{"role": "user", "content": "A {{ tone }} day."},
@@ -110,11 +110,10 @@ def test_each_makes_samples_and_every_makes_checks(tmp_path: Path) -> None:
                             {"ask": "write", "into": "told", "temperature": 0.0, "max_tokens": 5},
                             {"that": "{{ told == 'yes' }}", "name": "agrees", "detail": "{{ other }}"}]},
                         {"set": {"text2": "{{ word }}!"}}],
-              "record": {"text": "{{ text2 }}"}, "makes": "text", "group": "{{ item_id }}",
+              "record": {"text": "{{ text2 }}"}, "makes": "text",
               "prompts": {"write": {"user": "Is {{ word }} {{ other }}?"}}}
     samples = collect_samples(build(tmp_path, change), ITEM, build_queue_model("yes", "no", "yes", "yes"))
-    assert [(s.reason, dict(s.record), s.group) for s in samples] == [
-        ("agrees", {}, "a"), ("", {"text": "b!"}, "a")]
+    assert [(s.reason, dict(s.record)) for s in samples] == [("agrees", {}), ("", {"text": "b!"})]
     assert samples[0].verdicts[-1].detail == "c"
 
 
@@ -187,7 +186,7 @@ def test_a_file_with_a_mistake_is_refused_with_file_key_and_rule(what: str, tmp_
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("place", ["prompts.write.user", "steps.2.that", "record", "group"])
+@pytest.mark.parametrize("place", ["prompts.write.user", "steps.2.that", "record"])
 def test_a_template_that_accesses_attributes_is_refused(attack: str, place: str, tmp_path: Path) -> None:
     file = write_generator(tmp_path, {place: {"text": attack} if place == "record" else attack})
     with pytest.raises(UserError, match=re.escape(str(file))):

@@ -23,10 +23,10 @@ def find_statements(form: NeedleForm, ids: list[int]) -> list[tuple[int, tuple[i
     for sentences in form.sentences[False]:
         opening, _, closing = sentences
         size, width = len(opening), len(opening) + 4 + len(closing)
-        found = [(i + size, tuple(ids[i + size:i + size + 4])) for i in range(len(ids) - width + 1)
+        statements = [(i + size, tuple(ids[i + size:i + size + 4])) for i in range(len(ids) - width + 1)
                  if tuple(ids[i:i + size]) == opening and tuple(ids[i + size + 4:i + width]) == closing]
-        if len(found) > 1 and set(found[-1][1]) <= set(form.words):
-            return found
+        if len(statements) > 1 and set(statements[-1][1]) <= set(form.words):
+            return statements
     raise AssertionError("no sentence of a training form")
 
 
@@ -35,18 +35,20 @@ def test_training_documents_have_a_question_per_needle(form: NeedleForm, documen
     counts = set()
     for i in range(40):
         ids, weights = documents.tokens(i, 0, 256).tolist(), documents.loss_weights(i, 0, 256)
-        result = find_statements(form, ids)
-        num = len(result) // 2
-        counts.add(num)
-        stated, asked = ({words for _, words in half} for half in (result[:num], result[num:]))
-        assert stated == asked and len(stated) == num
-        assert all(s[:2] in train and s[2:] in train for s in stated)
-        answers = {p + k for p, _ in result[num:] for k in (2, 3)}
+        statements = find_statements(form, ids)
+        num_needles = len(statements) // 2
+        counts.add(num_needles)
+        needles, questions = statements[:num_needles], statements[num_needles:]
+        stated_words = {words for _, words in needles}
+        assert stated_words == {words for _, words in questions} and len(stated_words) == num_needles
+        assert all(words[:2] in train and words[2:] in train for words in stated_words)
+        # a statement is two words of the key and two of the value: only the value of a question is an answer
+        answers = {position + k for position, _ in questions for k in (2, 3)}
         assert {int(k) for k in np.flatnonzero(weights == 30)} == answers
-        unforeseeable = {p + k for p, _ in result[:num] for k in range(4)} | {p + k for p, _ in result[num:]
-                                                                              for k in (0, 1)}
-        assert {int(k) for k in np.flatnonzero(weights == 0)} == unforeseeable
-        assert (weights == 0.5).sum() == 256 - len(answers) - len(unforeseeable)
+        random_words = {position + k for position, _ in needles for k in range(4)}
+        random_words |= {position + k for position, _ in questions for k in (0, 1)}
+        assert {int(k) for k in np.flatnonzero(weights == 0)} == random_words
+        assert (weights == 0.5).sum() == 256 - len(answers) - len(random_words)
     assert min(counts) == 1 and max(counts) == documents.max_needles(form) >= 8
 
 
@@ -56,10 +58,10 @@ def test_needles_and_weights_follow_settings(form: NeedleForm, haystacks: dict[s
     counts = set()
     for i in range(40):
         ids, weights = needle_documents.tokens(i, 0, 256), needle_documents.loss_weights(i, 0, 256)
-        asked = int((weights == 7).sum()) // 2
-        assert (weights > 0).sum() == 2 * asked and len(ids) == 256
-        if asked < 3:  # then every needle is asked for
-            assert len(find_statements(form, ids.tolist())) == 2 * asked
+        asked_words = int((weights == 7).sum()) // 2
+        assert (weights > 0).sum() == 2 * asked_words and len(ids) == 256
+        if asked_words < 3:  # then every needle is asked for
+            assert len(find_statements(form, ids.tolist())) == 2 * asked_words
         else:
             counts.add(len(find_statements(form, ids.tolist())) - 3)
     assert min(counts) >= 3 and max(counts) == 10 == needle_documents.max_needles(form)
@@ -67,7 +69,7 @@ def test_needles_and_weights_follow_settings(form: NeedleForm, haystacks: dict[s
 
 def test_languages_are_drawn_by_text_size(token_shards: Path) -> None:
     sources = open_sources({str(token_shards): 1.0}, 1024)
-    code, other = (next(s for s in sources if s.name == name) for name in ("first", "second"))
+    code, reseeded = (next(s for s in sources if s.name == name) for name in ("first", "second"))
     haystacks = open_haystacks(sources, "train", token_shards / "tokenizer",
                                source_languages={"second": "english"})
     needle_documents = NeedleDocuments(haystacks, 256, seed=1)
@@ -78,23 +80,23 @@ def test_languages_are_drawn_by_text_size(token_shards: Path) -> None:
         ids = needle_documents.tokens(i, 0, 256).tolist()
         for name, starts in opening.items():
             counts[name] += any(ids[k:k + len(o)] == list(o) for o in starts for k in range(256))
-    share = code.num_tokens["train"] / (code.num_tokens["train"] + other.num_tokens["train"])
+    share = code.num_tokens["train"] / (code.num_tokens["train"] + reseeded.num_tokens["train"])
     assert counts["code"] + counts["english"] >= 60 and counts["code"] / 60 == pytest.approx(share, abs=0.2)
 
 
 def test_document_is_a_function_of_seed_and_index(haystacks: dict[str, Haystack],
                                                   documents: NeedleDocuments) -> None:
-    again, other = (NeedleDocuments((haystacks["train"],), 256, seed=s) for s in (5, 6))
-    far = len(documents.lengths) - 1
-    for i in (0, 1, far):
+    equal, reseeded = (NeedleDocuments((haystacks["train"],), 256, seed=s) for s in (5, 6))
+    last = len(documents.lengths) - 1
+    for i in (0, 1, last):
         assert documents.lengths[i] == len(documents.tokens(i, 0, 256)) == 256
-        assert np.array_equal(documents.tokens(i, 0, 256), again.tokens(i, 0, 256))
-        assert np.array_equal(documents.tokens(i, 100, 30), again.tokens(i, 0, 256)[100:130])
-        assert not np.array_equal(documents.tokens(i, 0, 256), other.tokens(i, 0, 256))
+        assert np.array_equal(documents.tokens(i, 0, 256), equal.tokens(i, 0, 256))
+        assert np.array_equal(documents.tokens(i, 100, 30), equal.tokens(i, 0, 256)[100:130])
+        assert not np.array_equal(documents.tokens(i, 0, 256), reseeded.tokens(i, 0, 256))
     assert not np.array_equal(documents.tokens(0, 0, 256), documents.tokens(1, 0, 256))
 
 
-class Numbers:
+class CountingText:
     """Text whose tokens count up from a random number."""
 
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
@@ -103,17 +105,17 @@ class Numbers:
 
 def test_single_needle_documents_are_unchanged() -> None:
     """Runs resume with equal documents, and earlier results stay comparable: bits are pinned."""
-    def sentence(k: int) -> Slots:
+    def build_slots(k: int) -> Slots:
         return (k, k + 1), (), (k + 2,)
 
-    form = NeedleForm("english", {True: (sentence(10), sentence(30)), False: (sentence(50), sentence(70))},
-                      tuple(range(100, 164)))
-    haystack = Haystack(form, (Numbers(), Numbers()), (3.0, 1.0))
-    few = NeedleConfig(train_needles=9, train_questions=4, answer_weight=3.0, text_weight=0.25)
-    result = hashlib.sha256()
-    for length, seed, settings in ((128, 0, NeedleConfig()), (500, 7, few)):
+    test_slots, train_slots = (build_slots(10), build_slots(30)), (build_slots(50), build_slots(70))
+    form = NeedleForm("english", {True: test_slots, False: train_slots}, tuple(range(100, 164)))
+    haystack = Haystack(form, (CountingText(), CountingText()), (3.0, 1.0))
+    few_questions = NeedleConfig(train_needles=9, train_questions=4, answer_weight=3.0, text_weight=0.25)
+    statements = hashlib.sha256()
+    for length, seed, settings in ((128, 0, NeedleConfig()), (500, 7, few_questions)):
         needle_documents = NeedleDocuments((haystack, haystack), length, seed, settings)
         for i in range(30):
-            result.update(needle_documents.tokens(i, 0, length).astype("<i8").tobytes())
-            result.update(needle_documents.loss_weights(i, 0, length).astype("<f4").tobytes())
-    assert result.hexdigest()[:16] == "0baa4718680e8a29"
+            statements.update(needle_documents.tokens(i, 0, length).astype("<i8").tobytes())
+            statements.update(needle_documents.loss_weights(i, 0, length).astype("<f4").tobytes())
+    assert statements.hexdigest()[:16] == "0baa4718680e8a29"

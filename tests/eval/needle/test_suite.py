@@ -26,35 +26,35 @@ from megatron_sov.infer.request import GenerationResult, Sampling, StopRule
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 
-def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
+def answer_by_lookup(prompts: list[list[int]], count: int) -> list[list[int]]:
     """A perfect reader: repeat the tokens after an earlier occurrence of the longest suffix."""
-    def shared(ids: list[int], end: int) -> int:
+    def count_shared(ids: list[int], end: int) -> int:
         """Count the tokens before `end` that equal those at the end of the text."""
         size = 0
         while size < end and ids[end - 1 - size] == ids[-1 - size]:
             size += 1
         return size
 
-    def follow(ids: list[int]) -> int:
-        return ids[max(range(1, len(ids)), key=lambda end: shared(ids, end))]
+    def find_next_token(ids: list[int]) -> int:
+        return ids[max(range(1, len(ids)), key=lambda end: count_shared(ids, end))]
 
-    answers = []
+    generate_answers = []
     for prompt in prompts:
         ids = list(prompt)
         for _ in range(count):
-            ids.append(follow(ids))
-        answers.append(ids[len(prompt):])
-    return answers
+            ids.append(find_next_token(ids))
+        generate_answers.append(ids[len(prompt):])
+    return generate_answers
 
 
 @dataclasses.dataclass(frozen=True)
-class Looking:
+class LookupEngine:
     """Engine that answers by looking, and may corrupt its answers."""
 
-    spoil: Callable[[list[list[int]]], list[list[int]]] = lambda found: found
+    corrupt: Callable[[list[list[int]]], list[list[int]]] = lambda needles: needles
 
-    def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> GenerationResult:
-        result = self.spoil(answer_by_looking(prompts, sampling.max_new_tokens))
+    def generate(self, prompts: Any, sampling: Sampling, **extra_options: Any) -> GenerationResult:
+        result = self.spoil(answer_by_lookup(prompts, sampling.max_new_tokens))
         written = [(tokens, [0.0] * len(tokens)) for tokens in result]
         return GenerationResult.of(written, sampling, StopRule(), 0)
 
@@ -65,10 +65,10 @@ def suite(haystacks: dict[str, Haystack]) -> NeedleSuite:
 
 
 def test_perfect_reader_scores_one_in_every_cell(suite: NeedleSuite) -> None:
-    told: list[int] = []
-    result = run_suite(suite, Looking(), told.append)
+    progress: list[int] = []
+    result = run_suite(suite, LookupEngine(), progress.append)
     assert result.score == 1.0
-    assert sum(told) == suite.num_examples == 4 * len(result.cells), "who waits is told how far it is"
+    assert sum(progress) == suite.num_examples == 4 * len(result.cells), "who waits is told how far it is"
     assert ([(c.kind, c.language, c.length_tokens, c.depth) for c in result.cells]
             == [(kind, "code", length, depth) for kind in suite.kinds for length in suite.lengths
                 for depth in suite.depths])
@@ -79,14 +79,14 @@ def test_perfect_reader_scores_one_in_every_cell(suite: NeedleSuite) -> None:
 
 
 def test_answer_with_one_wrong_token_is_wrong(suite: NeedleSuite) -> None:
-    def spoil(found: list[list[int]]) -> list[list[int]]:
-        for number, answer in enumerate(found):
+    def corrupt(needles: list[list[int]]) -> list[list[int]]:
+        for number, answer in enumerate(needles):
             # of each cell the first sample's first token and the second one's second are wrong
             if number % 4 < 2:
                 answer[number % 4] = -1
-        return found
+        return needles
 
-    result = run_suite(suite, Looking(spoil))
+    result = run_suite(suite, LookupEngine(corrupt))
     assert {c.correct for c in result.cells} == {2} and result.score == 0.5
     record = result.to_dict()
     assert json.loads(json.dumps(record)) == record and parse_result(record) == result
@@ -115,32 +115,32 @@ def test_batches_are_bounded_and_lazy(haystacks: dict[str, Haystack]) -> None:
 
 
 def test_invalid_values_raise_user_error(haystacks: dict[str, Haystack]) -> None:
-    def make(lengths: tuple[int, ...] = (128,), depths: tuple[float, ...] = (0.5,), samples: int = 4,
+    def create_suite(lengths: tuple[int, ...] = (128,), depths: tuple[float, ...] = (0.5,), samples: int = 4,
              share: float = 0.0) -> NeedleSuite:
         return NeedleSuite((haystacks["heldout"],), ("multi-key",), lengths, depths, samples, share)
 
     with pytest.raises(UserError, match="needle length 12:"):
-        make(lengths=(128, 12))
+        create_suite(lengths=(128, 12))
     with pytest.raises(UserError, match=r"depths \[1.5\]"):
-        make(depths=(1.5,))
+        create_suite(depths=(1.5,))
     with pytest.raises(UserError, match=r"distractor_share = 1\.0"):
-        make(share=1.0)
+        create_suite(share=1.0)
 
 
 def test_questions_cover_all_test_sentences(haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
     suite = NeedleSuite((haystack,), ("multi-key",), (200,), (0.5,), 6, 0.3)
-    asked = {tuple(q) for q in suite.questions()}
-    assert len(asked) == len(haystack.form.pairs[True]) * len(haystack.form.sentences[True])
+    questions = {tuple(q) for q in suite.questions()}
+    assert len(questions) == len(haystack.form.pairs[True]) * len(haystack.form.sentences[True])
     for _, _, examples in suite.examples():
         for example in examples:
-            ends = {tuple(example.prompt[i:i + size]) for size in {len(q) for q in asked}
+            ends = {tuple(example.prompt[i:i + size]) for size in {len(q) for q in questions}
                     for i in range(len(example.prompt))}
-            assert len(ends & asked) >= 4
+            assert len(ends & questions) >= 4
     train = haystacks["train"].form
     statements = {tuple(fill_slots(slots, pair)) for slots in train.sentences[False]
                   for pair in train.pairs[False]}
-    assert not statements & asked
+    assert not statements & questions
 
 
 Pair = tuple[int, int]
@@ -148,7 +148,7 @@ Pair = tuple[int, int]
 
 def find_needles(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]:
     """Return (position, key, value) of all needles in a text."""
-    found = []
+    needles = []
     for slots in form.sentences[True]:
         opening, between, closing = slots
         width = len(opening) + len(between) + len(closing) + 4
@@ -156,8 +156,8 @@ def find_needles(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair
             key = ids[i + len(opening):][:2]
             value = ids[i + len(opening) + 2 + len(between):][:2]
             if ids[i:i + width] == fill_slots(slots, np.array(key), np.array(value)):
-                found.append((i, (key[0], key[1]), (value[0], value[1])))
-    return found
+                needles.append((i, (key[0], key[1]), (value[0], value[1])))
+    return needles
 
 
 @pytest.mark.each("distractors", [0, 5])
@@ -169,22 +169,22 @@ def test_question_refers_to_one_of_the_needles(distractors: int, depth: float,
     needles = find_needles(haystack.form, example.prompt)
     keys = [key for _, key, _ in needles]
     assert len(set(keys)) == len(keys) == 1 + distractors
-    asked = example.prompt[-2:]
-    (place,) = [p for p, key, value in needles if list(key) == asked and list(value) == example.answer]
+    questions = example.prompt[-2:]
+    (position,) = [p for p, key, value in needles if list(key) == questions and list(value) == example.answer]
     if not distractors:
         room = len(example.prompt) - 2 * haystack.form.needle_tokens(test=True)
-        assert place == pytest.approx(depth * room, abs=4)
+        assert position == pytest.approx(depth * room, abs=4)
     assert len(example.prompt) + len(example.answer) == 300
 
 
-def batches(haystack: Haystack) -> list[list[Example]]:
+def build_batches(haystack: Haystack) -> list[list[Example]]:
     """Examples longer than K-EXAONE's window (8) and Solar's original context (256)."""
     suite = NeedleSuite((haystack,), ("single", "multi-key"), (140, 300), (0.4,), 2, 0.2)
     return [examples for _, _, examples in suite.examples()]
 
 
 @torch.no_grad()
-def plain_answer(model: Any, example: Example) -> list[int]:
+def generate_answer(model: Any, example: Example) -> list[int]:
     """Return transformers' answer to one prompt, without our code."""
     ids = torch.tensor([example.prompt])
     result = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2,
@@ -196,16 +196,16 @@ def plain_answer(model: Any, example: Example) -> list[int]:
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
 def test_answers_equal_plain_transformers(family: str, imported: dict[str, Path], hf_models: dict[str, Path],
                                           haystacks: dict[str, Haystack], one_rank: None) -> None:
-    examples = batches(haystacks["heldout"])
+    examples = build_batches(haystacks["heldout"])
     model = AutoModelForCausalLM.from_pretrained(hf_models[family]).eval()
-    reference = [[plain_answer(model, example) for example in batch] for batch in examples]
+    reference = [[generate_answer(model, example) for example in batch] for batch in examples]
 
-    def answers(engine: Engine) -> list[list[list[int]]]:
+    def generate_answers(engine: Engine) -> list[list[list[int]]]:
         return [engine.generate([e.prompt for e in batch], Sampling(2)).continuations for batch in examples]
 
-    assert answers(HfEngine(load_hf(hf_models[family]))) == reference
+    assert generate_answers(HfEngine(load_hf(hf_models[family]))) == reference
     assert run_forward_model(Target(imported[family], False), [], None,
-                             lambda loaded: answers(MegatronEngine(loaded.policy))) == reference
+                             lambda loaded: generate_answers(MegatronEngine(loaded.policy))) == reference
 
 
 @pytest.mark.deep
@@ -213,22 +213,23 @@ def test_command_scores_checkpoint_and_export_equally(one_rank: None, imported: 
                                                       hf_models: dict[str, Path], token_shards: Path,
                                                       tmp_path: Path, capsys) -> None:
     EventLog(tmp_path / EVENTS).close()
-    ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3",
-           "--run", str(tmp_path)]
-    printed = []
+    options = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9",
+               "--samples", "3", "--run", str(tmp_path)]
+    results = []
     for folder in (imported["exaone_moe"], hf_models["exaone_moe"]):
-        assert main(["eval", "needle", str(folder), *ask, "--kinds", "single", "multi-key", "--json"]) == 0
-        printed.append(json.loads(capsys.readouterr().out))
-    assert printed[0] == printed[1]
-    assert ({(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in printed[0]["cells"]}
+        kinds = ["--kinds", "single", "multi-key", "--json"]
+        assert main(["eval", "needle", str(folder), *options, *kinds]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0] == results[1]
+    assert ({(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in results[0]["cells"]}
             == {(kind, length, depth, 3) for kind in ("single", "multi-key") for length in (96, 128)
                 for depth in (0.0, 0.9)})
     events = list(read_events(tmp_path / EVENTS))
     assert [(e["event"], e["when"], e["step"], e["cells"]) for e in events] \
-        == [("needle", "eval", step, printed[0]["cells"]) for step in (0, None)]
-    for more, sentence in (
+        == [("needle", "eval", step, results[0]["cells"]) for step in (0, None)]
+    for extra_options, sentence in (
         (["--nproc", "2", "--set", "a=1"], "--set a=1, --nproc 2: is for checkpoints, and"),
         (["--language", "first=perl"], "--language first=perl: must be SOURCE=LANGUAGE"),
     ):
-        assert main(["eval", "needle", str(hf_models["exaone_moe"]), *ask, *more]) == 2
+        assert main(["eval", "needle", str(hf_models["exaone_moe"]), *options, *extra_options]) == 2
         assert sentence in capsys.readouterr().err

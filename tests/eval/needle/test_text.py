@@ -33,8 +33,8 @@ def test_pairs_and_sentences_of_test_and_training_are_disjoint(form: NeedleForm)
     assert not test & train
     assert len(test) + len(train) == 64 * 63
     assert 0.15 < len(test) / (64 * 63) < 0.25
-    fewer = NeedleForm(form.language, form.sentences, form.words[::-2])
-    assert {tuple(p) for p in fewer.pairs[True].tolist()} < test, (
+    fewer_words = NeedleForm(form.language, form.sentences, form.words[::-2])
+    assert {tuple(p) for p in fewer_words.pairs[True].tolist()} < test, (
         "the split must not depend on which words there are")
     assert not set(form.sentences[True]) & set(form.sentences[False])
 
@@ -45,14 +45,14 @@ THAI = ["น้ำ", "ภูเขา", "ต้นไม้", "บ้าน", "�
         "เรือ", "นก", "ปลา", "แมว", "หมา"]
 
 
-def word_tokenizer(folder: Path, words: list[str]) -> Path:
+def write_word_tokenizer(folder: Path, words: list[str]) -> Path:
     """A tokenizer of single bytes and whole words with a leading space."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocabulary = {sign: i for i, sign in enumerate(alphabet)}
     merges = []
     for word in words:
-        signs = spell.pre_tokenize_str(" " + word)[0][0]
+        signs = byte_level.pre_tokenize_str(" " + word)[0][0]
         for end in range(2, len(signs) + 1):
             if signs[:end] not in vocabulary:
                 vocabulary[signs[:end]] = len(vocabulary)
@@ -67,12 +67,13 @@ def word_tokenizer(folder: Path, words: list[str]) -> Path:
 
 @pytest.mark.parametrize(("language", "words"), [("korean", KOREAN), ("thai", THAI)])
 def test_words_are_of_the_language(language: str, words: list[str], tmp_path: Path) -> None:
-    folder = word_tokenizer(tmp_path / "tokenizer", [*words, *(f"word{chr(97 + i)}" for i in range(20))])
+    other_words = [f"word{chr(97 + i)}" for i in range(20)]
+    folder = write_word_tokenizer(tmp_path / "tokenizer", [*words, *other_words])
     form = build_needle_form(folder, language)  # type: ignore[arg-type]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    found = {tokenizer.decode([w]) for w in form.words}
-    assert {" " + word for word in words} <= found, "and parts of them that are words to the tokenizer"
-    assert not any(word.isascii() for word in found)
+    words_found = {tokenizer.decode([w]) for w in form.words}
+    assert {" " + word for word in words} <= words_found, "and parts of them that are words to the tokenizer"
+    assert not any(word.isascii() for word in words_found)
 
 
 @pytest.mark.each("language", LANGUAGES)
@@ -94,9 +95,9 @@ def test_invalid_values_raise_user_error(token_shards: Path, tmp_path: Path) -> 
 
 @pytest.mark.each("language", LANGUAGES)
 def test_test_and_training_phrases_are_disjoint(language: Language) -> None:
-    sides = [list_phrases(language, test=test) for test in (True, False)]
-    assert all(sides) and not set(sides[0]) & set(sides[1])
-    openings = [{text.split("{}")[0] for text in side} for side in sides]
+    phrases = [list_phrases(language, test=test) for test in (True, False)]
+    assert all(phrases) and not set(phrases[0]) & set(phrases[1])
+    openings = [{text.split("{}")[0] for text in side} for side in phrases]
     assert not openings[0] & openings[1], "a model that learned what stands before a key would know the test"
 
 
@@ -113,16 +114,16 @@ PROSE = {
 
 def test_text_spans_documents_without_special_tokens(form: NeedleForm, haystacks: dict[str, Haystack],
                                                      token_shards: Path) -> None:
-    stored = []
+    source_texts = []
     for source in open_sources({str(token_shards): 1.0}, 1024):
         shard = source.open_split("heldout")
         ids = np.concatenate([shard.tokens(i, 0, int(n)) for i, n in enumerate(shard.lengths)] * 2)
         assert set(form.special) & set(ids.tolist())
-        stored.append(" ".join(map(str, ids[~np.isin(ids, form.special)])))
-    found = [haystacks["heldout"].text(np.random.default_rng(seed), 400) for seed in range(12)]
-    texts = [" ".join(map(str, ids)) for ids in found]
-    assert all(len(ids) == 400 for ids in found)
-    sources = {next(k for k, s in enumerate(stored) if text in s) for text in texts}
+        source_texts.append(" ".join(map(str, ids[~np.isin(ids, form.special)])))
+    words_found = [haystacks["heldout"].text(np.random.default_rng(seed), 400) for seed in range(12)]
+    texts = [" ".join(map(str, ids)) for ids in words_found]
+    assert all(len(ids) == 400 for ids in words_found)
+    sources = {next(k for k, s in enumerate(source_texts) if text in s) for text in texts}
     assert sources == {0, 1} and len(set(texts)) == 12
 
 
@@ -135,9 +136,9 @@ def test_language_is_detected_or_given(token_shards: Path) -> None:
     assert [h.language for h in haystacks] == ["english", "code"]
     assert [h.sizes for h in haystacks] == [(sources[1].num_tokens["heldout"],),
                                             (sources[0].num_tokens["heldout"],)]
-    (only,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"],
+    (code_haystack,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"],
                              source_languages={"second": "english"})
-    assert only.language == "code"
+    assert code_haystack.language == "code"
 
 
 def test_invalid_haystacks_raise_user_error(token_shards: Path) -> None:

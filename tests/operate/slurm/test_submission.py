@@ -233,5 +233,5 @@ def test_a_job_after_one_that_failed_is_taken_away(site: Path, cluster: Any) -> 
 
 
 def test_a_dry_run_among_the_arguments_of_a_chains_stage_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--dry-run: the job would train nothing; leave it out"):
+    with pytest.raises(UserError, match=r"--dry-run: the job would do nothing; leave it out"):
         build_stage_work("pretrain", [*SOLAR, "--dry-run"], STAGE_PARSERS)

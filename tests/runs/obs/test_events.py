@@ -95,8 +95,9 @@ def test_last_event_of_repeated_step_counts() -> None:
 
 def test_events_with_invalid_steps_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
-    odd = ['"x"', "NaN", "[1]", "1.5", "1e308", "1" * 400, f"{1 << 63}", "[" * 100_000]
-    file.write_text("".join(f'{{"event": "step", "step": {step}}}\n' for step in [*odd, "null", "7"]))
+    invalid_steps = ['"x"', "NaN", "[1]", "1.5", "1e308", "1" * 400, f"{1 << 63}", "[" * 100_000]
+    lines = [f'{{"event": "step", "step": {step}}}\n' for step in [*invalid_steps, "null", "7"]]
+    file.write_text("".join(lines))
     assert [e["step"] for e in read_events(file)] == [None, 7]  # a folder that is judged is at no step
 
 
@@ -104,9 +105,9 @@ def test_load_statistics_of_layers() -> None:
     load = np.array([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0], [4.0, 2.0, 2.0, 0.0]])
     assert max_violation(load) == pytest.approx([0, 8 / 2 - 1, 4 / 2 - 1])
     assert count_dead_experts(load).tolist() == [0, 3, 1]
-    third = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25)) / math.log(4)
-    assert load_entropy(load) == pytest.approx([1, 0, third])
-    assert load_entropy(10 * load) == pytest.approx([1, 0, third]), "shares or counts"
+    expected_entropy = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25)) / math.log(4)
+    assert load_entropy(load) == pytest.approx([1, 0, expected_entropy])
+    assert load_entropy(10 * load) == pytest.approx([1, 0, expected_entropy]), "shares or counts"
 
 
 def test_single_expert_is_balanced() -> None:

@@ -29,39 +29,39 @@ def test_tensorboard_reads_back_logged_values(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["tensors"]) == ["learning_rate", "loss"]
 
-    def value(event: TensorEvent) -> float:
+    def read_scalar(event: TensorEvent) -> float:
         return float(event.tensor_proto.float_val[0])
 
-    assert [(e.step, value(e)) for e in events.Tensors("learning_rate")] == [(s, pytest.approx(1e-3 * s))
-                                                                             for s in (1, 2, 3)]
+    rates = [(event.step, read_scalar(event)) for event in events.Tensors("learning_rate")]
+    assert rates == [(step, pytest.approx(1e-3 * step)) for step in (1, 2, 3)]
     loss = events.Tensors("loss")
-    assert [value(e) for e in loss[:3]] == pytest.approx([1, 0.5, 1 / 3])
-    assert math.isnan(value(loss[3])) and loss[3].step == 4
+    assert [read_scalar(e) for e in loss[:3]] == pytest.approx([1, 0.5, 1 / 3])
+    assert math.isnan(read_scalar(loss[3])) and loss[3].step == 4
 
 
-ROUND = {"event": "responses", "step": 2, "of": "round", "rows": [
+RESPONSES_EVENT = {"event": "responses", "step": 2, "of": "round", "rows": [
     {"prompt": "2 + 2?", "response": "a | b\n\n4 \u0635", "reward": None, "components": {}, "tokens": 3,
      "ended": "stop"},
     {"prompt": "3?", "response": "3", "reward": 0.5, "components": {"math": 1.0}, "tokens": 1,
      "ended": "length"}]}
-VALIDATED = {"event": "validation", "step": 2, "reward": 0.25, "truncated": 0.0, "response_tokens": 4.5,
-             "pass_at_k": [{"k": 1, "value": 0.25}, {"k": 2, "value": 0.5}],
-             "domains": {"a,b:c": {"reward": None, "pass_at_k": []}, "d": {"reward": 1.0}},
-             "components": {"math": 0.5}}
+VALIDATION_EVENT = {
+    "event": "validation", "step": 2, "reward": 0.25, "truncated": 0.0, "response_tokens": 4.5,
+    "pass_at_k": [{"k": 1, "value": 0.25}, {"k": 2, "value": 0.5}],
+    "domains": {"a,b:c": {"reward": None, "pass_at_k": []}, "d": {"reward": 1.0}},
+    "components": {"math": 0.5}}
 CURVES = {"reward": 0.25, "truncated": 0.0, "response_tokens": 4.5, "pass_at_1": 0.25, "pass_at_2": 0.5,
           "component/math": 0.5, "domain/d/reward": 1.0}
-"""Curve -> value that trackers show for `VALIDATED`."""
-"""Values that trackers show for `VALIDATED`, each named validation/KEY."""
+"""Curve validation/KEY -> value that trackers show for `VALIDATION_EVENT`."""
 
 
-def observe(trackers: Trackers) -> None:
-    for event in (ROUND, VALIDATED, {"event": "step", "step": 3}):
+def send_events(trackers: Trackers) -> None:
+    for event in (RESPONSES_EVENT, VALIDATION_EVENT, {"event": "step", "step": 3}):
         trackers.observe(event)
     trackers.close()
 
 
 def test_tensorboard_shows_responses_and_validations(tmp_path: Path) -> None:
-    observe(Trackers(ObsConfig(tensorboard=True), tmp_path, {}))
+    send_events(Trackers(ObsConfig(tensorboard=True), tmp_path, {}))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -77,21 +77,21 @@ def test_tensorboard_shows_responses_and_validations(tmp_path: Path) -> None:
     assert texts.SummaryMetadata("samples/round").plugin_data.plugin_name == "text"
 
 
-def wandb_records(file: Path) -> Iterator[bytes]:
-    """Yield the records of an offline run: LevelDB's log format after a 7-byte header, blocks of 32 KB.
+def iter_wandb_records(file: Path) -> Iterator[bytes]:
+    """Yield the records of an offline run in LevelDB's log format: a header of 7 bytes, then blocks of 32 KB.
 
     A chunk is crc32 (4 bytes), length (2), type (1: whole record, 2: first part, 3: middle,
     4: last), payload.
     """
-    data, at, parts = file.read_bytes(), 7, []
+    data, offset, parts = file.read_bytes(), 7, []
     assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:
-            at += left  # too short for a header: padding
+    while offset + 7 <= len(data):
+        if (block_rest := 32768 - offset % 32768) < 7:
+            offset += block_rest  # too short for a header: padding
             continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        parts.append(data[at + 7:at + 7 + length])
-        at += 7 + length
+        length, kind = struct.unpack_from("<HB", data, offset + 4)
+        parts.append(data[offset + 7:offset + 7 + length])
+        offset += 7 + length
         if kind in (1, 4):
             yield b"".join(parts)
             parts = []
@@ -102,7 +102,7 @@ def read_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     run_id, history = "", []
-    for data in wandb_records(file):
+    for data in iter_wandb_records(file):
         record = Record.FromString(data)
         if record.WhichOneof("record_type") == "run":
             run_id = record.run.run_id
@@ -123,18 +123,18 @@ def test_wandb_offline_continues_run_with_repeated_steps(tmp_path: Path,
                             {"recipe": "tiny-solar-open"})
         for step in steps:
             trackers.log_step(step, {"loss": 1.0 / step})
-        observe(trackers)
+        send_events(trackers)
         (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-        until_s = time.monotonic() + 600
-        while not (found := read_wandb(file))[1] and time.monotonic() < until_s:
+        deadline_s = time.monotonic() + 600
+        while not (decoded := read_wandb(file))[1] and time.monotonic() < deadline_s:
             time.sleep(0.1)  # a process of wandb's writes it
-        attempts.append(found)
+        attempts.append(decoded)
         (table,) = (tmp_path / "wandb").rglob("*.table.json")
         assert json.loads(table.read_text())["data"][1] == ["3?", "3", "0.5", '{"math": 1.0}', "1", "length"]
         shutil.rmtree(tmp_path / "wandb")  # an attempt's folder is named by the second in which it began
     run_id = (tmp_path / "wandb-id").read_text()
-    for (own_id, history), steps in zip(attempts, ((1, 2, 3), (2, 3, 4)), strict=True):
-        assert own_id == run_id
+    for (attempt_id, history), steps in zip(attempts, ((1, 2, 3), (2, 3, 4)), strict=True):
+        assert attempt_id == run_id
         assert history[:3] == [{"step": s, "loss": 1.0 / s} for s in steps]
         samples, validated = history[3:]
         assert samples.keys() == {"step", "samples/round"} and samples["step"] == 2
@@ -163,10 +163,10 @@ def test_failing_tracker_is_reported_once_and_dropped(tmp_path: Path, monkeypatc
 def test_wandb_start_failure_does_not_stop_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb")
-    def unreachable(**kwargs: object) -> None:
+    def fail_to_connect(**kwargs: object) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("wandb.init", unreachable)
+    monkeypatch.setattr("wandb.init", fail_to_connect)
     Trackers(ObsConfig(wandb=True), tmp_path, {}).log_step(1, {"loss": 1.0})
     assert "Weights & Biases failed (ConnectionError: no route to host)" in capsys.readouterr().err
 

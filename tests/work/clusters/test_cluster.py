@@ -104,14 +104,14 @@ def test_profile_links() -> None:
 
 
 def test_missing_network_bandwidth_is_rejected_beyond_domain() -> None:
-    silent = replace(cluster.load_profile("h100", needs_account=False), network_gbits_per_gpu=0.0)
-    assert cluster.compute_links(silent, 8).between_bytes_per_s == 0
+    profile = replace(cluster.load_profile("h100", needs_account=False), network_gbits_per_gpu=0.0)
+    assert cluster.compute_links(profile, 8).between_bytes_per_s == 0
     with pytest.raises(UserError, match=r"^network_gbits_per_gpu is missing in the profile, and 16 GPUs are "
                                         r"more than the 8 that NVLink joins; set it \(H100-80GB in servers "
                                         r"of its maker: 400\), or plan with at most 8 GPUs$"):
-        cluster.compute_links(silent, 16)
-    for name, lacks in (("one-node", "gpu is empty"), ("local", "gpus_per_node is 0")):
-        with pytest.raises(UserError, match=f"{lacks} in the profile, .* use a profile with gpu set to one "
+        cluster.compute_links(profile, 16)
+    for name, reason in (("one-node", "gpu is empty"), ("local", "gpus_per_node is 0")):
+        with pytest.raises(UserError, match=f"{reason} in the profile, .* use a profile with gpu set to one "
                                             "of a100, "):
             cluster.compute_links(cluster.load_profile(name, needs_account=False), 1)
 
@@ -125,16 +125,16 @@ FIGURES = {"tflops", "hbm", "nvlink", "memory", "network", "power", "price"}
 
 @pytest.mark.each("key", CHIPS)
 def test_chip_figures_have_sources_and_are_plausible(key: str) -> None:
-    found = CHIPS[key]
-    assert set(found.sources) == FIGURES and all(len(source) > 8 for source in found.sources.values())
+    chip = CHIPS[key]
+    assert set(chip.sources) == FIGURES and all(len(source) > 8 for source in chip.sources.values())
     # tensor cores double with each halving of the width, or have no such products; B300 trebles for FP4
-    assert found.fp8_flops_per_s in (0, pytest.approx(2 * found.bf16_flops_per_s, rel=1e-3))
-    assert found.fp4_flops_per_s in (0, 2 * found.fp8_flops_per_s, 3 * found.fp8_flops_per_s)
+    assert chip.fp8_flops_per_s in (0, pytest.approx(2 * chip.bf16_flops_per_s, rel=1e-3))
+    assert chip.fp4_flops_per_s in (0, 2 * chip.fp8_flops_per_s, 3 * chip.fp8_flops_per_s)
     # memory as CUDA has it is a little less than the name says
-    said_gb = int(found.name.split("-")[1].removesuffix("GB"))
-    assert 0.95 < found.memory_bytes / (said_gb * 1e9) < 1.08
-    assert found.price.low < found.price.typical < found.price.high and found.price.date >= "2024-12"
-    assert found.network_bytes_per_s < found.nvlink_bytes_per_s < found.hbm_bytes_per_s
+    named_gb = int(chip.name.split("-")[1].removesuffix("GB"))
+    assert 0.95 < chip.memory_bytes / (named_gb * 1e9) < 1.08
+    assert chip.price.low < chip.price.typical < chip.price.high and chip.price.date >= "2024-12"
+    assert chip.network_bytes_per_s < chip.nvlink_bytes_per_s < chip.hbm_bytes_per_s
 
 
 def test_chip_figures_match_datasheets() -> None:
@@ -148,12 +148,12 @@ def test_chip_figures_match_datasheets() -> None:
     assert (CHIPS["h100"].memory_bytes, CHIPS["h200"].memory_bytes) == (79 * GIB, 139 * GIB)
 
 
-@pytest.mark.each(("written", "key"), [
+@pytest.mark.each(("name", "key"), [
     ("H100-80GB", "h100"), ("h100", "h100"), ("A100-40GB", "a100-40"), ("A100", "a100"), ("GB300", "gb300"),
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B300 SXM6 AC", "b300"),
     ("H100-96GB(HBM2e500W)", "h100-96"), ("AMD Instinct MI300X", "mi300x")])
-def test_chip_is_resolved_by_every_alias(written: str, key: str) -> None:
-    assert find_device_chip(written) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
+def test_chip_is_resolved_by_every_alias(name: str, key: str) -> None:
+    assert find_device_chip(name) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
 
 
 def test_unknown_chips_are_rejected() -> None:

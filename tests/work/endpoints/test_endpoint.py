@@ -25,17 +25,17 @@ from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.transport import Transport
 
 LIMITS = EndpointLimits(600.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
-ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+REQUEST = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 
 
-class Hostile(BaseHTTPRequestHandler):
-    """Answers according to the server's `way`."""
+class HostileHandler(BaseHTTPRequestHandler):
+    """Answers with a compressed body, an endless body or a byte at a time, by the server's `behaviour`."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
-        way = self.server.way  # type: ignore[attr-defined]
-        self.send_response(500 if way.endswith("500") else 200)
-        if way == "packed":
+        behaviour = self.server.way  # type: ignore[attr-defined]
+        self.send_response(500 if behaviour.endswith("500") else 200)
+        if behaviour == "packed":
             body = gzip.compress(b" " * 10_000_000)
             self.send_header("content-encoding", "gzip")
             self.send_header("content-length", str(len(body)))
@@ -45,9 +45,9 @@ class Hostile(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             while True:
-                self.wfile.write(b" " * (1 if way.startswith("dripping") else 1 << 16))
+                self.wfile.write(b" " * (1 if behaviour.startswith("dripping") else 1 << 16))
                 self.wfile.flush()
-                time.sleep(0.05 if way.startswith("dripping") else 0)
+                time.sleep(0.05 if behaviour.startswith("dripping") else 0)
         except OSError:
             pass  # the client has gone
 
@@ -56,47 +56,51 @@ class Hostile(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hostile() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+def hostile_server() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HostileHandler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize(("way", "message"), [
+@pytest.mark.parametrize(("behaviour", "message"), [
     ("packed", "packed answer, which was not asked for"), ("endless", "sent more than 1 MiB"),
     ("endless 500", "sent more than 1 MiB"), ("dripping", "longer than 0.3 s"),
     ("dripping 500", "longer than 0.3 s")])
-def test_answers_are_limited_in_time_and_size(way: str, message: str, hostile: ThreadingHTTPServer,
+def test_answers_are_limited_in_time_and_size(behaviour: str, message: str,
+                                              hostile_server: ThreadingHTTPServer,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MAX_BODY_BYTES", 1 << 20)
-    hostile.way = way  # type: ignore[attr-defined]
+    hostile_server.way = behaviour  # type: ignore[attr-defined]
     importlib.import_module("openai")  # seconds on a busy machine
-    asked = Transport(f"http://127.0.0.1:{hostile.server_port}/v1/chat/completions", "",
-                      0.3 if "dripping" in way else 600.0)
+    client = Transport(f"http://127.0.0.1:{hostile_server.server_port}/v1/chat/completions", "",
+                      0.3 if "dripping" in behaviour else 600.0)
     with pytest.raises((BadAnswer, TimeoutError), match=message):
-        asked.post({})
+        client.post({})
 
 
 def test_concurrent_equal_requests_are_sent_once(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(lambda request: "yes", slow_s=0.1)) as server:
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a"))
-        found: list[str] = []
-        threads = [threading.Thread(target=lambda: found.append(
-            endpoint.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]))) for _ in range(4)]
+        answers: list[str] = []
+
+        def ask() -> None:
+            answers.append(endpoint.ask(REQUEST, lambda raw: raw["choices"][0]["message"]["content"]))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert (found, len(server.requests)) == (["yes"] * 4, 1)
+        assert (answers, len(server.requests)) == (["yes"] * 4, 1)
 
 
 def test_localhost_bypasses_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a")).ask(
-            ASKED, lambda raw: None)
+            REQUEST, lambda raw: None)
         assert len(server.requests) == 1
 
 
@@ -104,7 +108,7 @@ def test_answer_without_usage_is_billed_at_maximum(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
-        endpoint.ask(ASKED, lambda raw: None)
+        endpoint.ask(REQUEST, lambda raw: None)
         assert cache.usage() == Usage(8, 9, pytest.approx(26e-6))
         for usage in ({}, {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": 1}):
             assert endpoint._read_billing({"usage": usage}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
@@ -115,10 +119,10 @@ def test_unusable_answer_is_billed(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         server.next = ["garbage"]
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
-        endpoint.ask(ASKED, lambda raw: None)
-        most = endpoint._max_usage(ASKED)
-        assert cache.usage().input_tokens == 8 + most.input_tokens
-        assert cache.usage().output_tokens == 9 + most.output_tokens
+        endpoint.ask(REQUEST, lambda raw: None)
+        max_usage = endpoint._max_usage(REQUEST)
+        assert cache.usage().input_tokens == 8 + max_usage.input_tokens
+        assert cache.usage().output_tokens == 9 + max_usage.output_tokens
 
 
 @pytest.mark.each(("body", "problem"), [
@@ -150,15 +154,16 @@ def test_answer_is_cached_together_with_its_bill(tmp_path: Path) -> None:
 
 def test_overloaded_endpoint_is_retried_until_patience_ends(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        patient = EndpointLimits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=600.0)
+        patient_limits = EndpointLimits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=600.0)
         server.next = ["429"] * 6
-        ask = Endpoint(f"{server.url}/chat/completions", "", patient, EndpointCache(tmp_path / "a"))
-        assert ask.ask(ASKED, lambda raw: "read") == "read"
+        url = f"{server.url}/chat/completions"
+        endpoint = Endpoint(url, "", patient_limits, EndpointCache(tmp_path / "a"))
+        assert endpoint.ask(REQUEST, lambda raw: "read") == "read"
         server.next = ["503"] * 1000
-        short = EndpointLimits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
-        away = Endpoint(f"{server.url}/chat/completions", "", short, EndpointCache(tmp_path / "b"))
+        impatient_limits = EndpointLimits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
+        unavailable_endpoint = Endpoint(url, "", impatient_limits, EndpointCache(tmp_path / "b"))
         with pytest.raises(EndpointUnavailable, match="HTTP 503, for"):
-            away.ask(ASKED, lambda raw: "read")
+            unavailable_endpoint.ask(REQUEST, lambda raw: "read")
 
 
 REFUSALS = {  # as these servers word them
@@ -179,19 +184,20 @@ def test_permanent_refusal_is_reported_without_retry(
         name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message, kind, sentence = REFUSALS[name]
     monkeypatch.setenv("A_KEY", "sk-1")
-    ask = Endpoint("http://127.0.0.1:9/v1/chat/completions", "A_KEY", LIMITS, EndpointCache(tmp_path / "a"))
+    endpoint = Endpoint("http://127.0.0.1:9/v1/chat/completions", "A_KEY", LIMITS,
+                        EndpointCache(tmp_path / "a"))
     for body in ({"error": {"message": message}}, {"object": "error", "message": message}):
         with pytest.raises(kind, match=sentence):
-            ask._check_status(400, None, json.dumps(body).encode())
+            endpoint._check_status(400, None, json.dumps(body).encode())
 
 
 def test_cache_name_replaces_address_in_keys(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, cache_name="m").ask(ASKED,
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, cache_name="m").ask(REQUEST,
                                                                                           lambda raw: 1)
-    moved = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, cache_name="m")
-    assert moved.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]) == "yes"
+    moved_endpoint = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, cache_name="m")
+    assert moved_endpoint.ask(REQUEST, lambda raw: raw["choices"][0]["message"]["content"]) == "yes"
 
 
 def test_wait_for_unreachable_endpoint_is_reported_once(monkeypatch: pytest.MonkeyPatch,
@@ -205,7 +211,7 @@ def test_wait_for_unreachable_endpoint_is_reported_once(monkeypatch: pytest.Monk
         server.next = ["503"] * 4
         limits = EndpointLimits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0, 60.0)
         endpoint = Endpoint(f"{server.url}/chat/completions", "", limits, cache, report=messages.append)
-        assert endpoint.ask(ASKED, lambda answer: answer)["choices"]
+        assert endpoint.ask(REQUEST, lambda answer: answer)["choices"]
     cache.close()
     assert messages == [f"{server.url}/chat/completions: the endpoint answered HTTP 503; waiting up to 60 s "
                         "for it"]
@@ -216,15 +222,15 @@ def test_substitute_model_is_reported_once(tmp_path: Path) -> None:
     endpoint = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
                         report=messages.append)
     for name in ("m", "other", "other", None, 3):
-        endpoint._check_model(ASKED, {"model": name})
+        endpoint._check_model(REQUEST, {"model": name})
     assert messages == ["http://127.0.0.1:9/v1/completions: was asked for model 'm', and 'other' answers; "
                         "the answers are recorded with that name"]
     strict = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
                       report=messages.append, accepted_models=("other",))
     for name in ("m", "", "other", None, 3):
-        strict._check_model(ASKED, {"model": name})
+        strict._check_model(REQUEST, {"model": name})
     with pytest.raises(UserError, match=r"'third' answered; its answer is not used.* --accept-model third"):
-        strict._check_model(ASKED, {"model": "third"})
+        strict._check_model(REQUEST, {"model": "third"})
 
 
 @pytest.mark.each(("text", "low", "high"), [

@@ -22,7 +22,7 @@ PROMPT = [5, 6, 7]
 
 
 @pytest.fixture
-def double() -> Iterator[VllmDouble]:
+def vllm() -> Iterator[VllmDouble]:
     vllm_double = VllmDouble()
     yield vllm_double
     vllm_double.close()
@@ -30,15 +30,15 @@ def double() -> Iterator[VllmDouble]:
 
 def compute_answer(count: int, version: int = 0) -> list[int]:
     """Return the first tokens that the double generates for PROMPT."""
-    return [compute_token(PROMPT, place, version) for place in range(count)]
+    return [compute_token(PROMPT, position, version) for position in range(count)]
 
 
-def test_answers_contain_sampled_tokens_logprobs_and_versions(double: VllmDouble) -> None:
-    server = VllmServer(double.url)
+def test_answers_contain_sampled_tokens_logprobs_and_versions(vllm: VllmDouble) -> None:
+    server = VllmServer(vllm.url)
     [answer] = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
     tokens = compute_answer(4)
     assert answer == TokenAnswer(tokens, [-t / 100 for t in tokens], "length", (VersionSpan(0, 0, 4),))
-    sent = double.generate_bodies[0]["sampling_params"]
+    sent = vllm.generate_bodies[0]["sampling_params"]
     # vLLM crashes with a seed on a CPU, and stops at the config's eos unless disabled
     assert "seed" not in sent and sent["ignore_eos"] and sent["top_k"] == -1 and sent["temperature"] == 0.7
     [stopped] = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(compute_answer(3)[2],)))
@@ -46,15 +46,15 @@ def test_answers_contain_sampled_tokens_logprobs_and_versions(double: VllmDouble
     assert server.score([4, 9, 8]) == [-0.09, -0.08]
 
 
-def test_tokens_report_version_across_weight_update(double: VllmDouble) -> None:
-    double.stall_at, server = 4, VllmServer(double.url)
+def test_tokens_report_version_across_weight_update(vllm: VllmDouble) -> None:
+    vllm.stall_at, server = 4, VllmServer(vllm.url)
     answers: list[TokenAnswer] = []
     thread = threading.Thread(target=lambda: answers.extend(server.write(TokenRequest("a", PROMPT, 20))))
     thread.start()
-    while double.num_generated < 4:
+    while vllm.num_generated < 4:
         time.sleep(0.001)
     server.pause()
-    double.stall_at = None
+    vllm.stall_at = None
     server.update(["/weights"], 3)
     server.resume()
     thread.join()
@@ -62,31 +62,31 @@ def test_tokens_report_version_across_weight_update(double: VllmDouble) -> None:
     assert (before.version, after.version, before.end, after.end) == (0, 3, after.start, 20)
     assert answers[0].tokens == compute_answer(before.end) + compute_answer(20, 3)[before.end:]
     # without a cache reset, vLLM would continue with keys and values of the old weights
-    assert double.control_paths[-2:] == ["/reset_prefix_cache?reset_running_requests=true", "/resume"]
-    assert double.control_paths[0] == "/pause?mode=keep&clear_cache=false"
+    assert vllm.control_paths[-2:] == ["/reset_prefix_cache?reset_running_requests=true", "/resume"]
+    assert vllm.control_paths[0] == "/pause?mode=keep&clear_cache=false"
 
 
-def test_open_update_of_killed_trainer_is_finished_first(double: VllmDouble) -> None:
-    killed = VllmServer(double.url)
+def test_open_update_of_killed_trainer_is_finished_first(vllm: VllmDouble) -> None:
+    killed = VllmServer(vllm.url)
     killed.pause()
     killed._calls.tell("/start_weight_update")
-    server = VllmServer(double.url)
+    server = VllmServer(vllm.url)
     server.pause()
     server.update(["/weights/3"], 3)
     server.resume()
-    assert double.control_paths.count("/start_weight_update") == 3  # the second one is refused
+    assert vllm.control_paths.count("/start_weight_update") == 3  # the second one is refused
     [answer] = server.write(TokenRequest("a", PROMPT, 2))
     assert answer.tokens == compute_answer(2, 3)
 
 
 @pytest.mark.parametrize("route", ["/inference/v1/generate", "/v1/completions"])
-def test_aborted_request_returns_partial_answer(double: VllmDouble, route: str) -> None:
-    double.refuses = lambda path: path == "/inference/v1/generate" != route
-    double.token_s, server = 0.01, VllmServer(double.url)
+def test_aborted_request_returns_partial_answer(vllm: VllmDouble, route: str) -> None:
+    vllm.refuses = lambda path: path == "/inference/v1/generate" != route
+    vllm.token_s, server = 0.01, VllmServer(vllm.url)
     answers: list[TokenAnswer] = []
     thread = threading.Thread(target=lambda: answers.extend(server.write(TokenRequest("a", PROMPT, 500))))
     thread.start()
-    while not double.num_generated:
+    while not vllm.num_generated:
         time.sleep(0.01)
     server.abort([TokenRequest("a", PROMPT, 500)])
     thread.join()
@@ -94,44 +94,44 @@ def test_aborted_request_returns_partial_answer(double: VllmDouble, route: str) 
 
 
 @pytest.mark.parametrize("route", ["/inference/v1/generate", "/v1/completions"])
-def test_several_answers_per_request(double: VllmDouble, route: str) -> None:
-    double.refuses = lambda path: path == "/inference/v1/generate" != route
-    server = VllmServer(double.url)
+def test_several_answers_per_request(vllm: VllmDouble, route: str) -> None:
+    vllm.refuses = lambda path: path == "/inference/v1/generate" != route
+    server = VllmServer(vllm.url)
     answers = server.write(TokenRequest("a", PROMPT, 4, count=3))
     assert [answer.tokens for answer in answers] == [compute_answer(4)] * 3
-    assert len(double.generate_bodies) == 1
-    double.max_answers = 2
+    assert len(vllm.generate_bodies) == 1
+    vllm.max_answers = 2
     with pytest.raises(RequestRefused, match="at most 2, got 3"):
         server.write(TokenRequest("b", PROMPT, 4, count=3))
 
 
-def test_prompts_of_request_are_answered_in_order(double: VllmDouble) -> None:
+def test_prompts_of_request_are_answered_in_order(vllm: VllmDouble) -> None:
     request = TokenRequest("a", PROMPT, 4, count=2, others=([8, 9], [4]))
     assert request.num_answers == 6
-    answers = VllmServer(double.url).write(request)
+    answers = VllmServer(vllm.url).write(request)
     assert [answer.tokens for answer in answers] == [
-        [compute_token(prompt, place, 0) for place in range(4)]
+        [compute_token(prompt, position, 0) for position in range(4)]
         for prompt in (PROMPT, [8, 9], [4]) for _ in range(2)]
     # the completions path reports no versions, and servers without a tokenizer return token ids only
     assert not answers[0].versions
-    assert all(body["return_tokens_as_token_ids"] for body in double.generate_bodies)
-    [single] = VllmServer(double.url).write(TokenRequest("b", PROMPT, 4))
+    assert all(body["return_tokens_as_token_ids"] for body in vllm.generate_bodies)
+    [single] = VllmServer(vllm.url).write(TokenRequest("b", PROMPT, 4))
     assert single.versions == (VersionSpan(0, 0, 4),)
 
 
-def test_server_without_token_route_uses_completions(double: VllmDouble) -> None:
-    double.refuses = lambda path: path == "/inference/v1/generate"
-    [answer] = VllmServer(double.url + "/v1").write(TokenRequest("a", PROMPT, 4))
+def test_server_without_token_route_uses_completions(vllm: VllmDouble) -> None:
+    vllm.refuses = lambda path: path == "/inference/v1/generate"
+    [answer] = VllmServer(vllm.url + "/v1").write(TokenRequest("a", PROMPT, 4))
     assert answer == TokenAnswer(compute_answer(4), [-t / 100 for t in compute_answer(4)], "length")
-    assert VllmServer(double.url).score([4, 9, 8]) == [-0.09, -0.08]
+    assert VllmServer(vllm.url).score([4, 9, 8]) == [-0.09, -0.08]
 
 
-def test_temporary_and_permanent_failures_differ(double: VllmDouble) -> None:
-    double.refuses = lambda path: path != "/health"
+def test_temporary_and_permanent_failures_differ(vllm: VllmDouble) -> None:
+    vllm.refuses = lambda path: path != "/health"
     with pytest.raises(RequestRefused, match=r"/pause.* answered HTTP 404: Not Found"):
-        VllmServer(double.url).pause()
-    double.is_dead = True
-    server = VllmServer(double.url)
+        VllmServer(vllm.url).pause()
+    vllm.is_dead = True
+    server = VllmServer(vllm.url)
     with pytest.raises(BadAnswer, match="HTTP 500: EngineCore") as error:
         server.write(TokenRequest("a", PROMPT, 4))
     assert error.value.is_unavailable and not server.is_healthy()
@@ -163,32 +163,32 @@ def test_wrong_number_of_answers_is_rejected() -> None:
 
 
 def test_routes_are_decoded_without_unpickling() -> None:
-    def answer(array: np.ndarray) -> dict[str, Any]:
+    def build_response(array: np.ndarray) -> dict[str, Any]:
         out = io.BytesIO()
         np.save(out, array)
         return {"choices": [{"token_ids": [], "finish_reason": "abort",
                              "routed_experts": base64.b64encode(out.getvalue()).decode()}]}
 
     routes = np.arange(12).reshape(3, 2, 2)
-    [found] = _parse_choices(answer(routes), "http://here")
-    assert found.routes is not None and (found.routes == routes).all()
+    [answer] = _parse_choices(build_response(routes), "http://here")
+    assert answer.routes is not None and (answer.routes == routes).all()
     with pytest.raises(BadAnswer, match="allow_pickle=False"):
-        _parse_choices(answer(np.array([{}], object)), "http://here")
+        _parse_choices(build_response(np.array([{}], object)), "http://here")
 
 
-def test_idle_connection_is_not_reused(double: VllmDouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    places: list[Any] = []
-    answer = double._answer
-    monkeypatch.setattr(double, "_answer", lambda handler, body: (
-        places.append(handler.client_address), answer(handler, body)))
-    for kept_s, connections in ((30.0, 1), (0.02, 2)):
-        monkeypatch.setattr(transport, "KEEPALIVE_S", kept_s)
-        places.clear()
-        calls = transport.Transport(f"{double.url}/v1/models", "", 20)
+def test_idle_connection_is_not_reused(vllm: VllmDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    client_addresses: list[Any] = []
+    answer = vllm._answer
+    monkeypatch.setattr(vllm, "_answer", lambda handler, body: (
+        client_addresses.append(handler.client_address), answer(handler, body)))
+    for keepalive_s, num_connections in ((30.0, 1), (0.02, 2)):
+        monkeypatch.setattr(transport, "KEEPALIVE_S", keepalive_s)
+        client_addresses.clear()
+        calls = transport.Transport(f"{vllm.url}/v1/models", "", 20)
         assert calls.get().status == 200
         time.sleep(0.1)
         assert calls.get().status == 200
-        assert len(set(places)) == connections
+        assert len(set(client_addresses)) == num_connections
 
 
 def _npy(save: Any, *parts: Any) -> str:
@@ -197,7 +197,7 @@ def _npy(save: Any, *parts: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-@pytest.mark.each("lie", [
+@pytest.mark.each("fields", [
     {"token_ids": [5, 1e999]}, {"token_ids": [5, 6.7]}, {"token_ids": [5, True]},
     {"token_ids": [5, 1 << 31]}, {"token_ids": [5, -1]},
     {"weight_versions": [{"version": 1 << 31, "start": 0, "end": 2}]},
@@ -205,11 +205,12 @@ def _npy(save: Any, *parts: Any) -> str:
     {"routed_experts": _npy(np.savez, np.zeros(2))},
     {"routed_experts": _npy(np.save, np.full((2, 1, 1), np.nan))},
     {"weight_versions": [{"version": 1, "start": 0, "end": -1}, {"version": 2, "start": -1, "end": 2}]}])
-def test_hostile_answers_are_rejected(lie: dict[str, Any]) -> None:
-    told = {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}] * 2}, "finish_reason": "stop"}
-    check_answers(_parse_choices({"choices": [told]}, "http://x"), 1, "http://x")
+def test_hostile_answers_are_rejected(fields: dict[str, Any]) -> None:
+    valid_choice = {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}] * 2},
+                    "finish_reason": "stop"}
+    check_answers(_parse_choices({"choices": [valid_choice]}, "http://x"), 1, "http://x")
     with pytest.raises(BadAnswer, match="http://x"):
-        check_answers(_parse_choices({"choices": [told | lie]}, "http://x"), 1, "http://x")
+        check_answers(_parse_choices({"choices": [valid_choice | fields]}, "http://x"), 1, "http://x")
 
 
 def test_deeply_nested_json_is_rejected() -> None:

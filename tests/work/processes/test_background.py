@@ -74,7 +74,7 @@ def test_background_environment_has_no_rank_or_job(monkeypatch: pytest.MonkeyPat
 # A command in its own process: its exit code, and signals that are forwarded to it.
 
 
-COMMAND = """
+CHILD_COMMAND = """
 import os, re, signal, sys, time
 if sys.argv[-1] == "code":
     sys.exit(3)
@@ -98,11 +98,12 @@ while number != signal.SIGINT and not asked:
 def test_run_command_returns_exit_code_and_forwards_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          capfd
                                                       ) -> None:
-    (tmp_path / "child.py").write_text(COMMAND)
+    (tmp_path / "child.py").write_text(CHILD_COMMAND)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    # one that came too early would end the tests
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGINT)}
+    # the child sends these signals to this process, and one that came too early would end the tests
+    old_handlers = {number: signal.signal(number, signal.SIG_IGN)
+                    for number in (signal.SIGUSR1, signal.SIGINT)}
     try:
         assert children.run_command(["child", "code"], "x") == 3
         assert capfd.readouterr() == ("", "")
@@ -110,12 +111,12 @@ def test_run_command_returns_exit_code_and_forwards_stop(tmp_path: Path, monkeyp
         assert children.run_command(["child", "SIGUSR1"], "continue with --resume") == 75
         assert capfd.readouterr() == (f"asked by {int(signal.SIGUSR1)}\n",
                                       "stopped; continue with --resume\n")
-        # a terminal has sent it to the command, too
+        # SIGINT is not forwarded: a terminal sends it to the command, too
         assert children.run_command(["child", "SIGINT"], "x") == 75
         assert capfd.readouterr().out == ""
-        assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in old_handlers)
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 
@@ -138,6 +139,6 @@ def test_pool_yields_results_in_order(workers: int) -> None:
 def test_pool_reports_errors_and_killed_workers() -> None:
     with pytest.raises(AttributeError, match="no attribute 'index'"):
         list(map_in_processes(operator.methodcaller, ("index", "a"), ["a", 1], 2))
-    ends_its_worker = [0, 0, signal.SIGKILL, *[0] * 40]  # signal 0 does nothing
+    signals = [0, 0, signal.SIGKILL, *[0] * 40]  # signal 0 does nothing
     with pytest.raises(UserError, match="run the same command again"):
-        list(map_in_processes(functools.partial, (signal.raise_signal,), ends_its_worker, 2))
+        list(map_in_processes(functools.partial, (signal.raise_signal,), signals, 2))

@@ -43,10 +43,10 @@ def read_pids() -> list[int]:
     return pids
 
 
-def wait_until(is_so: Any) -> None:
-    ends_s = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < ends_s
+def wait_until(condition: Any) -> None:
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
 
@@ -96,9 +96,9 @@ def test_the_library_path_of_this_python_reaches_only_the_keeper(monkeypatch: py
     Path("python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(Path("python").resolve()))
     monkeypatch.setenv("LD_LIBRARY_PATH", "/ours")
-    for environment, passed in (({}, "none"), ({"LD_LIBRARY_PATH": "/theirs"}, "/theirs")):
+    for environment, expected in (({}, "none"), ({"LD_LIBRARY_PATH": "/theirs"}, "/theirs")):
         command = SupervisedCommand(["/bin/sh", "-c", "echo ${LD_LIBRARY_PATH-none}"], environment, None)
-        assert command.stdout.read().decode() == f"{passed}\n"
+        assert command.stdout.read().decode() == f"{expected}\n"
         command.end()
 
 

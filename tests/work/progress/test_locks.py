@@ -30,28 +30,28 @@ def test_folder_lock_lasts_until_end_of_block(tmp_path: Path) -> None:
         assert folder.is_dir()
 
 
-@pytest.mark.parametrize("another_one", [False, True])
+@pytest.mark.parametrize("is_recreated", [False, True])
 def test_folder_removed_before_locking_is_not_locked(
-        another_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        is_recreated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / ".out"
 
-    def holds(fd: int) -> bool:
+    def lock_after_removal(fd: int) -> bool:
         folder.rename(tmp_path / "removed")
-        if another_one:
+        if is_recreated:
             folder.mkdir()
         return True
 
-    monkeypatch.setattr(locks, "try_lock", holds)
+    monkeypatch.setattr(locks, "try_lock", lock_after_removal)
     with pytest.raises(UserError, match="another process"), lock_folder(folder, tmp_path / "out"):
         raise AssertionError("two hold the output")
 
 
 def test_folder_removed_before_opening_is_not_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(path: Path, flags: int) -> int:
+    def remove_then_fail(path: Path, flags: int) -> int:
         path.rmdir()
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "open", remove_then_fail)
     with pytest.raises(UserError, match="being written by another process"), \
             lock_folder(tmp_path / ".out", tmp_path / "out"):
         raise AssertionError("nobody holds what is gone")
@@ -64,10 +64,10 @@ print(try_lock(os.open(sys.argv[1], os.O_RDONLY)), flush=True)
 sys.stdin.read()
 """
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as other:
-        assert other.stdout is not None and other.stdout.readline() == "True\n"
+                          stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as observer:
+        assert observer.stdout is not None and observer.stdout.readline() == "True\n"
         assert is_locked(tmp_path)
-        other.kill()
+        observer.kill()
     assert not is_locked(tmp_path)
     assert not is_locked(tmp_path / "missing")
 
@@ -84,20 +84,20 @@ def test_file_system_without_locks_is_tolerated(tmp_path: Path, monkeypatch: pyt
         (artifact.path / "model.safetensors").touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "tokens"]
     # of a container that was killed, or of one at work that has the same number
-    (other := tmp_path / f".more.tmp-{os.getpid()}").mkdir()
-    with (pytest.raises(UserError, match=f"or delete {other} if it is what a killed one left"),
+    (observer := tmp_path / f".more.tmp-{os.getpid()}").mkdir()
+    with (pytest.raises(UserError, match=f"or delete {observer} if it is what a killed one left"),
           create_artifact(tmp_path / "more", "tokens")):
         raise AssertionError("unreachable")
-    assert other.is_dir()
+    assert observer.is_dir()
 
 
 def test_lock_file_replaces_unlockable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = artifacts.try_lock
+    try_lock = artifacts.try_lock
 
-    def holds_files(fd: int) -> bool | None:  # as NFS does
-        return None if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd)
+    def lock_files_only(fd: int) -> bool | None:  # as NFS does
+        return None if os.path.isdir(f"/proc/self/fd/{fd}") else try_lock(fd)
 
-    monkeypatch.setattr(locks, "try_lock", holds_files)
+    monkeypatch.setattr(locks, "try_lock", lock_files_only)
     with (lock_folder(tmp_path / "a", "a"), pytest.raises(UserError, match="is held"),
           lock_folder(tmp_path / "a", "a")):
         raise AssertionError("two hold it")
@@ -128,23 +128,23 @@ def test_claim_lasts_until_release(tmp_path: Path) -> None:
     assert second.take("a") is None and first.take("a") is None
     take_claim(second, "b")
     claim.release()
-    taken = take_claim(second)
-    assert not claim.renew() and taken.renew()
+    new_claim = take_claim(second)
+    assert not claim.renew() and new_claim.renew()
     assert [(h.name, h.pid, h.is_released) for h in list_holders(tmp_path)] == [
         ("a", os.getpid(), False), ("b", os.getpid(), False)]
 
 
 def test_claim_without_heartbeat_expires(tmp_path: Path) -> None:
     clock = Clock()
-    dead, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
-    assert other.take("a") is None  # the lease runs from the first look
+    dead, observer = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    assert observer.take("a") is None  # the lease runs from the first look
     clock.now_s += 59
-    assert other.take("a") is None
+    assert observer.take("a") is None
     clock.now_s += 1
-    taken = take_claim(other)
-    assert not dead.renew() and taken.renew()
+    new_claim = take_claim(observer)
+    assert not dead.renew() and new_claim.renew()
     dead.release()  # its content no longer counts
-    assert Claims(tmp_path, 60).take("a") is None and taken.renew()
+    assert Claims(tmp_path, 60).take("a") is None and new_claim.renew()
 
 
 def test_claim_of_dead_local_process_is_free_at_once(tmp_path: Path) -> None:
@@ -165,38 +165,38 @@ def test_claim_of_dead_local_process_is_free_at_once(tmp_path: Path) -> None:
 
 def test_claim_may_be_dead_until_heartbeat(tmp_path: Path) -> None:
     clock = Clock()
-    living, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    live_claim, observer = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     dead = take_claim(Claims(tmp_path, 60), "dead")
-    assert not other.may_be_dead("a")  # nobody asked for it
-    assert other.take("a") is None and other.take("dead") is None
-    assert other.may_be_dead("a") and other.may_be_dead("dead")
-    assert living.renew() and other.take("a") is None and other.take("dead") is None
-    assert not other.may_be_dead("a") and other.may_be_dead("dead")
+    assert not observer.may_be_dead("a")  # nobody asked for it
+    assert observer.take("a") is None and observer.take("dead") is None
+    assert observer.may_be_dead("a") and observer.may_be_dead("dead")
+    assert live_claim.renew() and observer.take("a") is None and observer.take("dead") is None
+    assert not observer.may_be_dead("a") and observer.may_be_dead("dead")
     clock.now_s += 60
-    assert take_claim(other, "dead").renew() and not dead.renew() and not other.may_be_dead("dead")
+    assert take_claim(observer, "dead").renew() and not dead.renew() and not observer.may_be_dead("dead")
 
 
 def test_heartbeat_is_change_of_content(tmp_path: Path) -> None:
     clock = Clock()
-    living, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    live_claim, observer = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     for _ in range(4):
-        assert other.take("a") is None
-        assert living.renew()
+        assert observer.take("a") is None
+        assert live_claim.renew()
         for file in (tmp_path / "a").iterdir():  # the clocks of the holder and the disk show 1970
             os.utime(file, (0, 0))
         clock.now_s += 1e6
-    assert other.take("a") is None
+    assert observer.take("a") is None
 
 
 def test_empty_claim_file_expires(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.json").write_bytes(b'{"beat":')
-    other = Claims(tmp_path, 60, clock)
-    assert other.take("a") is None
+    observer = Claims(tmp_path, 60, clock)
+    assert observer.take("a") is None
     assert [(h.host, h.pid) for h in list_holders(tmp_path)] == [("", 0)]
     clock.now_s += 60
-    assert take_claim(other).renew()
+    assert take_claim(observer).renew()
 
 
 def test_deleted_claim_is_lost(tmp_path: Path) -> None:
@@ -210,18 +210,18 @@ def test_deleted_claim_is_lost(tmp_path: Path) -> None:
 
 def test_renewal_thread_writes_heartbeats(tmp_path: Path) -> None:
     # a lease of another length may be watched: the thread has its own
-    claim, other = take_claim(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
+    claim, observer = take_claim(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
     with claim.renew_while_open():
         before = (tmp_path / "a/1.json").read_bytes()
         deadline_s = time.monotonic() + 600
         while (tmp_path / "a/1.json").read_bytes() == before and time.monotonic() < deadline_s:
             time.sleep(0.01)
         assert (tmp_path / "a/1.json").read_bytes() != before
-        assert other.take("a") is None
-    assert take_claim(other).renew()
+        assert observer.take("a") is None
+    assert take_claim(observer).renew()
 
 
-def take_all(number: int, folder: Path, log: Path, names: list[str], started: Any) -> None:
+def take_all(number: int, folder: Path, log: Path, names: list[str], barrier: Any) -> None:
     """Take all claims concurrently with other processes, then die: the claims become free.
 
     Args:
@@ -232,12 +232,12 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], started: An
         started: barrier at the beginning and at the end.
     """
     claims = Claims(folder, 60)
-    started.wait()
+    barrier.wait()
     for name in names[number % 3:] + names[:number % 3]:
         if claims.take(name) is not None:
             with open(log, "a", encoding="utf-8") as f:
                 f.write(f"{name} {number}\n")
-    started.wait()  # none is dead before all have looked
+    barrier.wait()  # none is dead before all have looked
     os._exit(0)
 
 
@@ -246,14 +246,14 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], started: An
 def test_single_process_wins_claim_and_takeover(tmp_path: Path) -> None:
     names, fork = [f"piece-{i}" for i in range(40)], multiprocessing.get_context("fork")
     for holder in (1, 2, 3):
-        log, started = tmp_path / f"{holder}.log", fork.Barrier(4)
-        arguments = (tmp_path / "claims", log, names, started)
+        log, barrier = tmp_path / f"{holder}.log", fork.Barrier(4)
+        arguments = (tmp_path / "claims", log, names, barrier)
         processes = [fork.Process(target=take_all, args=(number, *arguments)) for number in range(4)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         assert [process.exitcode for process in processes] == [0] * 4
-        taken = [line.split()[0] for line in log.read_text().splitlines()]
-        assert sorted(taken) == sorted(names), "each by exactly one of the four"
+        new_claim = [line.split()[0] for line in log.read_text().splitlines()]
+        assert sorted(new_claim) == sorted(names), "each by exactly one of the four"
         assert all((tmp_path / f"claims/{name}/{holder}.json").is_file() for name in names)

@@ -12,7 +12,7 @@ from megatron_sov.base.figures import format_value
 from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.runs.obs.figures import parse_number
 from megatron_sov.work.progress import progress_bar
-from megatron_sov.work.progress.progress_bar import ProgressBar, create_bar as bar_of
+from megatron_sov.work.progress.progress_bar import ProgressBar, create_bar as create_bar
 
 
 class Terminal(io.StringIO):
@@ -77,16 +77,16 @@ def test_close_before_first_step_writes_nothing() -> None:
 # The bar of long work: on a terminal, once it takes longer than a moment.
 
 
-@pytest.mark.each(("delay_s", "shows", "screen", "seen"), [
+@pytest.mark.each(("delay_s", "is_enabled", "screen", "is_shown"), [
     (0.0, True, Terminal(), True), (60.0, True, Terminal(), False), (0.0, False, Terminal(), False),
     (0.0, True, io.StringIO(), False)])
-def test_progress_files_show_completed_work(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_files_show_completed_work(delay_s: float, is_enabled: bool, screen: io.StringIO,
+                                            is_shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_bar, "SHOWN_AFTER_S", delay_s)
     monkeypatch.setattr("sys.stderr", screen)
-    with bar_of("hashing", 2_000_000, "B", shows) as bar:
+    with create_bar("hashing", 2_000_000, "B", is_enabled) as bar:
         bar.update(2_000_000)
-    assert ("hashing: 100%" in screen.getvalue() and "2.00M/2.00M" in screen.getvalue()) == seen
+    assert ("hashing: 100%" in screen.getvalue() and "2.00M/2.00M" in screen.getvalue()) == is_shown
 
 
 def test_invalid_numbers_are_ignored() -> None:
@@ -102,7 +102,9 @@ def test_warning_is_printed_and_recorded_equally(tmp_path: Path, capsys: pytest.
     warn("the disk is slow", events.write, step=3)
     warn("weights went back", events.write, "rollback", step=4, back_to=2)
     events.close()
-    told = [{k: v for k, v in e.items() if k != "time_s"} for e in read_events(tmp_path / "events.jsonl")]
-    assert told == [{"event": "warning", "step": 3, "text": "the disk is slow"},
+    recorded = [*read_events(tmp_path / "events.jsonl")]
+    for event in recorded:
+        event.pop("time_s")
+    assert recorded == [{"event": "warning", "step": 3, "text": "the disk is slow"},
                     {"event": "rollback", "step": 4, "back_to": 2, "text": "weights went back"}]
     assert capsys.readouterr().err == "warning: the disk is slow\nwarning: weights went back\n"

@@ -17,26 +17,26 @@ from megatron_sov.work.progress.resumable import (
 def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
     out, work = tmp_path / "out", work_folder(tmp_path / "out")
 
-    def attempt(plan: int, end: type[BaseException] = KeyboardInterrupt, *, redo: bool = False) -> list[str]:
-        """Finish files "a" and "b", then raise `end`; return the files finished before."""
+    def build(plan: int, end: type[BaseException] = KeyboardInterrupt, *, redo: bool = False) -> list[str]:
+        """Finish files "a" and "b", then raise `end`; return the files that an earlier attempt finished."""
         with pytest.raises(end, match="no"), \
                 resumable_artifact(out, "kind", "sov make", {"p": plan}, redo=redo) as artifact:
-            before = sorted(artifact.finished)
+            finished = sorted(artifact.finished)
             for name in {"a", "b"} - artifact.finished.keys():
                 (artifact.path / name).write_bytes(b"1234")
                 artifact.finish(name, FileRecord.of(artifact.path / name))
             (artifact.path / "half").touch()
             raise end("no")
-        return before
+        return finished
 
-    assert (attempt(1), attempt(1), attempt(1, UserError)) == ([], ["a", "b"], ["a", "b"])
+    assert (build(1), build(1), build(1, UserError)) == ([], ["a", "b"], ["a", "b"])
     message = r"another command: .* discard the work .--redo.*\n  p was 1, and is 2"
     with pytest.raises(UserError, match=message), \
             resumable_artifact(out, "kind", "sov make", {"p": 2}):
         raise AssertionError("unreachable")
-    assert (attempt(1), attempt(2, redo=True), attempt(2, redo=True)) == (["a", "b"], [], ["a", "b"])
+    assert (build(1), build(2, redo=True), build(2, redo=True)) == (["a", "b"], [], ["a", "b"])
     (work / CONTENT / "a").write_bytes(b"123")
-    assert attempt(2) == ["b"]
+    assert build(2) == ["b"]
     with resumable_artifact(out, "kind", "sov make", {"p": 2}) as artifact:
         assert not (artifact.path / "half").exists()
         with (pytest.raises(UserError, match="is being written by another process"),
@@ -50,19 +50,19 @@ def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
 
 def test_fingerprint_detects_rewritten_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    before = fingerprint_folder(tmp_path)
+    finished = fingerprint_folder(tmp_path)
     os.utime(tmp_path / "file", ns=(1, 1))
-    assert fingerprint_folder(tmp_path) != before
+    assert fingerprint_folder(tmp_path) != finished
 
 
 def build_parts(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[str]:
     """Build parts, then raise; return the parts found at the start."""
     with pytest.raises(KeyboardInterrupt), open_parts(output, made_by) as work:
-        there = [key for key in keys if part_folder(work, key).is_dir()]
+        existing = [key for key in keys if part_folder(work, key).is_dir()]
         for key in keys:
             part_folder(work, key).mkdir(parents=True, exist_ok=True)
         raise KeyboardInterrupt
-    return there
+    return existing
 
 
 def test_matching_parts_are_reused(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ class Step:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    with two_nodes() as made:
-        yield made
+    with two_nodes() as local_cluster:
+        yield local_cluster
 
 
 @pytest.fixture(autouse=True)
@@ -47,19 +47,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_map(cluster: Any, output: str, *rows: dict[str, Any], workers: int = 2) -> int:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = ["--ray", cluster.address] if cluster else []
-    return main(["map", "rows.jsonl", "mine.py:Step", "--output", output, "--workers", str(workers), *where])
+    ray_options = ["--ray", cluster.address] if cluster else []
+    words = ["map", "rows.jsonl", "mine.py:Step", "--output", output, "--workers", str(workers)]
+    return main([*words, *ray_options])
 
 
-def nodes() -> set[str]:
+def read_node_ids() -> set[str]:
     return {line.split()[1] for line in Path("nodes").read_text().split("\n") if line}
 
 
-def run_when_started(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
+def run_when_started(condition: Callable[[], bool], do: Callable[[], None]) -> Thread:
     """Run an action when the step's marker file appears."""
 
     def wait() -> None:
-        while not Path("nodes").exists() or not has_come():
+        while not Path("nodes").exists() or not condition():
             time.sleep(0.01)
         do()
 
@@ -69,13 +70,13 @@ def run_when_started(has_come: Callable[[], bool], do: Callable[[], None]) -> Th
 
 @pytest.mark.deep  # the test below has nodes, too
 @pytest.mark.distributed
-def test_two_nodes_give_output_of_single_process(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_local_clustergive_output_of_single_process(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"n": n, "until": "both"} for n in range(200)]
     Path("both").touch()
     assert run_map(None, "here", *rows, workers=1) == 0
     for name in ("nodes", "both"):
         Path(name).unlink()
-    run_when_started(lambda: len(nodes()) == 2, Path("both").touch)  # tasks on the first node wait
+    run_when_started(lambda: len(read_node_ids()) == 2, Path("both").touch)  # tasks on the first node wait
     assert run_map(cluster, "there", *rows, workers=5) == 0  # more than there are cores: they wait for ever
     assert Path("there/rows.jsonl").read_bytes() == Path("here/rows.jsonl").read_bytes()
     assert run_map(cluster, "bad", *rows[:100], {"n": "bad"}, workers=1) == 2
@@ -87,17 +88,17 @@ def test_two_nodes_give_output_of_single_process(cluster: Any, capsys: pytest.Ca
 def test_lost_node_loses_no_items(cluster: Any) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
-    def lose() -> None:
+    def lose_node() -> None:
         cluster.remove_node(node, allow_graceful=False)
         Path("lost").touch()
 
-    thread = run_when_started(lambda: node.node_id in nodes(), lose)
+    thread = run_when_started(lambda: node.node_id in read_node_ids(), lose_node)
     rows = [{"n": n, "until": "lost"} for n in range(400)]  # each node waits with its unfinished items
     assert run_map(cluster, "out", *rows, workers=3) == 0
     thread.join(0)
     assert not thread.is_alive(), "the node was lost while it worked"
-    made = Path("out/rows.jsonl").read_text().split("\n")[:-1]
-    assert [json.loads(line)["n"] for line in made] == [2 * n for n in range(400)]
+    local_cluster = Path("out/rows.jsonl").read_text().split("\n")[:-1]
+    assert [json.loads(line)["n"] for line in local_cluster] == [2 * n for n in range(400)]
 
 
 def build_marker(marker: str) -> Callable[[int], bytes]:
@@ -145,14 +146,14 @@ def test_missing_cluster_raises_user_error(capsys: pytest.CaptureFixture[str],
     assert "exclude each other" in capsys.readouterr().err
 
 
-class SlowFirst:
+class NewestFirstRay:
     """Ray double: the newest pending task finishes first."""
 
     exceptions = ray.exceptions
 
-    def wait(self, under_way: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
-        *rest, newest = under_way
-        return [newest], rest
+    def wait(self, pending: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        *others, newest = pending
+        return [newest], others
 
     def get(self, reference: list[Any]) -> bytes:
         return str(reference).encode()
@@ -161,6 +162,6 @@ class SlowFirst:
 def test_slow_item_does_not_end_iteration() -> None:
     actor = SimpleNamespace(is_there=SimpleNamespace(remote=object),
                             do=SimpleNamespace(remote=lambda item: f"done {item}"))
-    processes = ray_executor._RayProcesses(SlowFirst(), lambda: actor, 2)
+    processes = ray_executor._RayProcesses(NewestFirstRay(), lambda: actor, 2)
     assert list(ray_executor._iter_records(processes, enumerate(range(40)))) == [
         (number, f"done {number}".encode()) for number in range(40)]

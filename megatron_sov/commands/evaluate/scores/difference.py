@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import check_output, refuse_input_as_output
+from megatron_sov.base.outputs import refuse_input_as_output
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.commands.shared_options import parse_task_names
 
@@ -28,7 +28,6 @@ class EvalDifferenceOptions:
 
 def check_difference(options: EvalDifferenceOptions) -> EvalDifferenceOptions:
     if options.out is not None:
-        check_output("--output", options.out)
         refuse_input_as_output("--output", options.out, options.first, options.second)
     if options.tasks is not None and not parse_task_names(options.tasks):
         raise UserError(f"--tasks {options.tasks!r}: names no task; pass task names, separated by commas")

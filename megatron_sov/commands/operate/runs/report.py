@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.outputs import check_page
 from megatron_sov.base.settings import DeclaredCommand, Flag
+from megatron_sov.runs.checkpoints import find_runs
+from megatron_sov.runs.obs.events import EVENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,11 @@ def check_report(options: ReportOptions) -> ReportRequest:
     if repeated := [path for path in options.runs if resolved.count(path.resolve()) > 1]:
         raise UserError(f"{repeated[0]}: is passed twice, so its tokens would count twice; pass every run "
                         "once")
+    for path in options.runs:
+        if not (path / EVENTS).exists() and (runs := find_runs(path)):
+            names = tuple(map(str, runs))
+            raise UserError(f"{path}: is not a run; it holds the runs {', '.join(names)}: pass them in order",
+                            Fix(arguments=names, left_out=(str(path), f"{path}/")))
     check_page("--output", options.out)
     return ReportRequest(options.runs, options.out or options.runs[-1] / "report.html")
 

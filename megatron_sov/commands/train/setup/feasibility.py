@@ -71,12 +71,14 @@ def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequen
         _refuse_small_vocabulary(config, sources)
     if config.rollout.rounds:  # prompts are drawn, not read in epochs
         return
-    is_length_set = any(key in (*CONSENTS, "data.phases") or key.startswith("extend.stages")
-                        for key in requested)
+    # `extend` takes the new context length by seq_len
+    context_key = "data.phases.0.seq_len" if request.command == "extend" else ""
+    is_length_set = any(key in CONSENTS or key.startswith(("data.phases", "extend.stages"))
+                        for key in request.requested_keys if key != context_key)
     if (is_recipe and not is_length_set) or (request.is_model_only and "train.epochs" not in requested):
         lengths = [setting for setting in request.settings
                    if setting.startswith(("train.steps=", "train.tokens="))]
-        _refuse_many_epochs(config, sources, lengths)
+        _refuse_many_epochs(config, sources, lengths, request.command)
 
 
 def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> None:
@@ -100,18 +102,22 @@ def count_epochs(config: RunConfig, sources: Sequence[Source]) -> float:
     return count_tokens(config) / (count_epoch_samples(config, sources) * config.data.phases[0].seq_len)
 
 
-def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: Sequence[str]) -> None:
+def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: Sequence[str],
+                        command: str) -> None:
     """Raise `UserError` for data that would be read very often; `lengths`: settings that determine the run's
     length."""
     limit = max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     if not config.data.max_epochs or (epochs := count_epochs(config, sources)) <= limit:
         return
     tokens = sum(source.num_tokens.get("train", 0) for source in sources)
+    shorter = "train.epochs=1"
+    if command == "extend":  # takes no epochs
+        shorter = f"train.steps={max(1, int(config.num_steps() / epochs))}"
     raise UserError(f"train.steps = {config.num_steps():,}: reads the {format_count(tokens)} tokens of the "
-                    f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set train.epochs, add data, "
-                    f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}",
-                    Fix(options=("--set", f"data.max_epochs={math.ceil(epochs)}" if lengths else
-                                 "train.epochs=1")))
+                    f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set "
+                    f"{shorter.partition('=')[0]}, add data, or allow the epochs by "
+                    f"--set data.max_epochs={math.ceil(epochs)}", Fix(options=(
+                        "--set", f"data.max_epochs={math.ceil(epochs)}" if lengths else shorter)))
 
 
 def _refuse_many_passes(config: RunConfig, num_prompts: int, requested: Collection[str]) -> None:

@@ -29,7 +29,7 @@ class StageOptions(TrainingOptions):
     stage: ClassVar[str] = ""
     """Key in `commands.train.kinds.STAGE_KINDS`."""
 
-    run: Annotated[Path, Flag(value="DIR")]
+    run: Annotated[Path, Flag(value="DIR", writes=True)]
     """Run folder."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
     """Start from these weights and their architecture."""

@@ -22,7 +22,7 @@ from megatron_sov.train.data.sources import open_sources
 MODEL = dataclasses.replace(recipes.get("tiny-qwen3").model, vocab_size=368, max_position_tokens=512)
 
 
-def request(paths: list[Path], *settings: str, stage: Stage = "sft", recipe: str = "") -> RecipeRequest:
+def build_request(paths: list[Path], *settings: str, stage: Stage = "sft", recipe: str = "") -> RecipeRequest:
     base = recipes.get(recipe) if recipe else build_base_config("mine", MODEL, "fp32", stage)
     base = apply_settings(base, ["model.vocab_size=368", f"objective.name={stage}"])
     data = dataclasses.replace(base.data, paths=dict.fromkeys(map(str, paths), 1.0))
@@ -30,13 +30,13 @@ def request(paths: list[Path], *settings: str, stage: Stage = "sft", recipe: str
     return RecipeRequest(base, settings, from_file=False, is_model_only=not recipe)
 
 
-def complete_config(asked: RecipeRequest, stage: Stage = "sft", **more: Any) -> tuple[RunConfig, str]:
-    result = complete_stage(asked, asked.config(), stage, None, **more)
+def complete_config(request: RecipeRequest, stage: Stage = "sft", **facts: Any) -> tuple[RunConfig, str]:
+    result = complete_stage(request, request.config(), stage, None, **facts)
     return result.config, ", ".join(result.notes)
 
 
 def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) -> None:
-    config, notes = complete_config(request([packed_data.chats]))
+    config, notes = complete_config(build_request([packed_data.chats]))
     samples = count_epoch_samples(config, open_sources(config.data.paths, 368))
     assert (config.optim.lr, config.optim.schedule, config.optim.min_lr) == (2e-5, "cosine", 0.0)
     assert config.data.phases[0].seq_len == 256 and config.train.global_batch_size == max(
@@ -47,7 +47,7 @@ def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) 
 
 
 def test_user_settings_override_the_table(packed_data: Any) -> None:
-    config, notes = complete_config(request(
+    config, notes = complete_config(build_request(
         [packed_data.chats], "optim.lr=1e-3", "train.steps=7", "train.global_batch_size=4",
         'data.phases=[{"name": "main", "seq_len": 128}]', "optim.schedule=constant", "optim.warmup_steps=2"))
     assert (config.optim.lr, config.num_steps(), config.train.global_batch_size) == (1e-3, 7, 4)
@@ -57,7 +57,8 @@ def test_user_settings_override_the_table(packed_data: Any) -> None:
 
 
 def test_an_epoch_ends_when_the_order_exhausts_a_source(packed_data: Any) -> None:
-    config, _ = complete_config(request([packed_data.chats], "train.epochs=1", "train.global_batch_size=1"))
+    request = build_request([packed_data.chats], "train.epochs=1", "train.global_batch_size=1")
+    config, _ = complete_config(request)
     sources = open_sources(config.data.paths, 368)
     order = SampleOrder(config, sources)
     for _ in range(config.num_steps()):
@@ -85,30 +86,32 @@ def test_every_default_has_a_source_and_rates_fall_with_size() -> None:
 
 
 def test_epochs_are_a_setting_of_any_recipe(packed_data: Any) -> None:
-    asked = request([packed_data.chats], "train.epochs=2", "train.global_batch_size=2", recipe="tiny-qwen3")
-    config, notes = complete_config(asked)
+    request = build_request([packed_data.chats], "train.epochs=2", "train.global_batch_size=2",
+                            recipe="tiny-qwen3")
+    config, notes = complete_config(request)
     samples = count_epoch_samples(config, open_sources(config.data.paths, 368))
     assert config.num_steps() == math.ceil(2 * samples / 2) and config.optim.lr == 4e-3
     assert notes == f"2 epochs = {config.num_steps()} step{'' if config.num_steps() == 1 else 's'}"
     with pytest.raises(UserError, match=r"train.epochs = 2.0: both"):
-        complete_config(request([packed_data.chats], "train.epochs=2", "train.steps=3"))
+        complete_config(build_request([packed_data.chats], "train.epochs=2", "train.steps=3"))
 
 
 def test_rounds_follow_from_prompts() -> None:
-    asked = request([], stage="policy")
-    config, notes = complete_config(asked, "policy", num_prompts=40)
+    request = build_request([], stage="policy")
+    config, notes = complete_config(request, "policy", num_prompts=40)
     assert (config.rollout.prompts_per_round, config.rollout.rounds) == (40, 3)
     assert (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens) == (256, 256)
     assert config.data.phases[0].seq_len == 512 and config.optim.lr == 1e-6
     assert "3 passes over 40 prompts = 3 rounds of 40" in notes
-    for asked in (request([], "train.steps=9", stage="policy"),
-                  dataclasses.replace(request([], stage="policy"), changed=frozenset({"train.steps"}))):
+    for request in (build_request([], "train.steps=9", stage="policy"),
+                  dataclasses.replace(build_request([], stage="policy"), changed=frozenset({"train.steps"}))):
         with pytest.raises(UserError, match=r'objective\.name = "policy":'):
-            complete_config(asked, "policy", num_prompts=40)
+            complete_config(request, "policy", num_prompts=40)
     with pytest.raises(UserError, match=r"^train\.epochs = 3\.0"):
-        complete_config(request([], "rollout.rounds=9", "train.epochs=3", stage="policy"), "policy",
+        complete_config(build_request([], "rollout.rounds=9", "train.epochs=3", stage="policy"), "policy",
                         num_prompts=40)
-    config, _ = complete_config(request([], "rollout.rounds=9", stage="policy"), "policy", num_prompts=200)
+    request = build_request([], "rollout.rounds=9", stage="policy")
+    config, _ = complete_config(request, "policy", num_prompts=200)
     # no default of so many passes stays in the settings, by which a resumed run would count its rounds
     assert (config.rollout.prompts_per_round, config.rollout.rounds, config.train.epochs) == (64, 9, 0)
 
@@ -129,7 +132,7 @@ LENGTHS = ("rollout.max_prompt_tokens=64", "rollout.max_new_tokens=64", "rollout
 def test_rows_of_rounds_follow_from_lengths_and_responses(settings: tuple[str, ...], row: int, rows: int,
                                                           batch: int) -> None:
     """Responses share their prompt, so a micro-batch has room for the longest responses to one prompt."""
-    config, notes = complete_config(request([], *LENGTHS, *settings, stage="policy"), "policy",
+    config, notes = complete_config(build_request([], *LENGTHS, *settings, stage="policy"), "policy",
                                     num_prompts=40)
     assert (config.data.phases[0].seq_len, config.train.micro_batch_size) == (row, rows)
     assert config.train.global_batch_size == batch
@@ -141,17 +144,18 @@ def test_rows_of_rounds_follow_from_lengths_and_responses(settings: tuple[str, .
     ((), 1, 4, 4), ((), 2, 4, 8), ((), 3, 4, 12), (("parallel.tp=2",), 2, 1, 1),
     (("parallel.pp=2",), 2, 1, 1), (("parallel.cp=2",), 2, 1, 1), (("parallel.zero1=true",), 2, 4, 8)])
 def test_rows_of_rounds_suit_the_layout(layout: tuple[str, ...], nproc: int, rows: int, batch: int) -> None:
-    asked = request([], *LENGTHS, *layout, stage="policy")
-    config = complete_stage(asked, asked.config(), "policy", nproc, 40).config
+    request = build_request([], *LENGTHS, *layout, stage="policy")
+    config = complete_stage(request, request.config(), "policy", nproc, 40).config
     assert (config.data.phases[0].seq_len, config.train.micro_batch_size) == (256, rows)
     assert config.train.global_batch_size == batch and not add_rounds(config).problems(nproc)
 
 
 def test_rows_of_a_recipe_stay_where_they_hold_a_response() -> None:
-    def rows(*settings: str, **more: Any) -> tuple[int, int, int]:
-        asked = request([], *LENGTHS, *settings, stage="policy", recipe="tiny-qwen3")
-        base = apply_settings(asked.base, ["data.phases.0.seq_len=192", "train.micro_batch_size=1"])
-        config, _ = complete_config(dataclasses.replace(asked, base=base, **more), "policy", num_prompts=40)
+    def rows(*settings: str, **facts: Any) -> tuple[int, int, int]:
+        request = build_request([], *LENGTHS, *settings, stage="policy", recipe="tiny-qwen3")
+        base = apply_settings(request.base, ["data.phases.0.seq_len=192", "train.micro_batch_size=1"])
+        request = dataclasses.replace(request, base=base, **facts)
+        config, _ = complete_config(request, "policy", num_prompts=40)
         return config.data.phases[0].seq_len, config.train.micro_batch_size, config.train.global_batch_size
 
     assert recipes.get("tiny-qwen3").train.global_batch_size == 16
@@ -196,5 +200,5 @@ def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: in
     rows = config.train.micro_batch_size
     most, bound = activations(rows)
     assert rows == 1 or most <= bound
-    more, bound = activations(rows + 1)
-    assert rows == stage_defaults.MAX_SEQ_LEN // 256 or more > bound
+    facts, bound = activations(rows + 1)
+    assert rows == stage_defaults.MAX_SEQ_LEN // 256 or facts > bound

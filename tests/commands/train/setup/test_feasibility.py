@@ -21,61 +21,64 @@ from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.footprint import gpu_capacity
 from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.train.data.sources import open_sources
-from tests.commands.train.setup.test_data_defaults import complete_config, request
+from tests.commands.train.setup.test_data_defaults import build_request, complete_config
 
 
-def get_refusal(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
-    config, _ = complete_config(asked, stage)
+def get_refusal(request: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
+    config, _ = complete_config(request, stage)
     with pytest.raises(UserError) as e:
-        refuse_recipe_rate(asked, config, stage)
-        refuse_unfit(asked, config, stage, None, is_initial=False, dry_run=dry_run)
+        refuse_recipe_rate(request, config, stage)
+        refuse_unfit(request, config, stage, None, is_initial=False, dry_run=dry_run)
     return str(e.value)
 
 
-def check_intended_run(asked: RecipeRequest, stage: Stage = "sft") -> None:
-    config, _ = complete_config(asked, stage)
-    refuse_recipe_rate(asked, config, stage)
-    refuse_unfit(asked, config, stage, None, is_initial=False, dry_run=False)
+def check_intended_run(request: RecipeRequest, stage: Stage = "sft") -> None:
+    config, _ = complete_config(request, stage)
+    refuse_recipe_rate(request, config, stage)
+    refuse_unfit(request, config, stage, None, is_initial=False, dry_run=False)
 
 
 def test_a_pretraining_learning_rate_is_refused_unless_set(packed_data: Any) -> None:
     data = [packed_data.chats]
-    assert get_refusal(request(data, "train.steps=2", recipe="tiny-qwen3")) == (
+    assert get_refusal(build_request(data, "train.steps=2", recipe="tiny-qwen3")) == (
         "optim.lr = 0.004: is the pretraining rate of recipe tiny-qwen3, and sft takes 2e-05; leave RECIPE "
         "out to train by the defaults of sft, or set the rate that you want, e.g. --set optim.lr=2e-05")
-    assert "e.g. --set optim.lr=2e-05 --set train.epochs=3" in get_refusal(request(data, recipe="tiny-qwen3"))
-    rounds = request([], "rollout.rounds=2", stage="policy", recipe="tiny-qwen3")
+    refusal = get_refusal(build_request(data, recipe="tiny-qwen3"))
+    assert "e.g. --set optim.lr=2e-05 --set train.epochs=3" in refusal
+    rounds = build_request([], "rollout.rounds=2", stage="policy", recipe="tiny-qwen3")
     with pytest.raises(UserError, match=r"--set optim\.lr=1e-06$"):  # rounds are a length of the run, too
         refuse_recipe_rate(rounds, rounds.config(), "policy")
-    check_intended_run(request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
-    check_intended_run(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
+    check_intended_run(build_request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
+    # a recipe of fine-tuning has its own rate
+    check_intended_run(build_request(data, "train.steps=2", recipe="tiny-typhoon-s"))
 
 
 def test_many_epochs_are_refused_unless_set(packed_data: Any) -> None:
     data = [packed_data.chats]
-    of_recipe = request(data, "optim.lr=1e-3", recipe="tiny-qwen3")
+    of_recipe = build_request(data, "optim.lr=1e-3", recipe="tiny-qwen3")
     assert "epochs, and the limit is 20; set train.epochs, add data, or allow the epochs " \
         "by --set data.max_epochs=" in get_refusal(of_recipe)
-    assert "train.steps = 90,000: reads the " in get_refusal(request(data, "train.steps=90000"))
-    check_intended_run(request(data, "train.epochs=30"))
-    check_intended_run(request(data, "train.steps=900", "data.max_epochs=0"))
+    assert "train.steps = 90,000: reads the " in get_refusal(build_request(data, "train.steps=90000"))
+    check_intended_run(build_request(data, "train.epochs=30"))
+    check_intended_run(build_request(data, "train.steps=900", "data.max_epochs=0"))
 
 
 def test_runs_of_days_are_refused_unless_set(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility, "CPU_FLOPS_PER_S", 1.0)
     monkeypatch.setattr(feasibility, "list_visible_gpus", list)
-    asked = request([packed_data.chats])
-    config, _ = complete_config(asked)
+    request = build_request([packed_data.chats])
+    config, _ = complete_config(request)
     hours = least_hours(config, 1)
-    assert get_refusal(asked) == (
+    assert get_refusal(request) == (
         f"train.steps = {config.num_steps():,}: take at least {hours / 24:,.0f} days on this machine, and "
         "train.max_hours = 48; make the run shorter, or allow it by "
         f"--set train.max_hours={math.ceil(hours)}")
-    check_intended_run(request([packed_data.chats], f"train.max_hours={math.ceil(hours)}"))
-    refuse_unfit(asked, config, "sft", None, is_initial=False, dry_run=True)  # which may mean another machine
+    check_intended_run(build_request([packed_data.chats], f"train.max_hours={math.ceil(hours)}"))
+    # a dry run may be for another machine
+    refuse_unfit(request, config, "sft", None, is_initial=False, dry_run=True)
 
 
-def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3",
+def build_pretraining_request(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3",
                 **changes: Any) -> RecipeRequest:
     """Return the request of `pretrain RECIPE --data ... --set ...`."""
     base = recipes.get(recipe)
@@ -84,11 +87,11 @@ def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3",
     return dataclasses.replace(RecipeRequest(base, settings, from_file=False), **changes)
 
 
-def get_pretraining_refusal(asked: RecipeRequest, *, is_initial: bool = True) -> str:
+def get_pretraining_refusal(request: RecipeRequest, *, is_initial: bool = True) -> str:
     """Return the refusal of a pretraining run; "" if it may run."""
-    config = complete_stage(asked, asked.config(), None, None).config
+    config = complete_stage(request, request.config(), None, None).config
     try:
-        refuse_unfit(asked, config, None, None, is_initial=is_initial, dry_run=True)
+        refuse_unfit(request, config, None, None, is_initial=is_initial, dry_run=True)
     except UserError as e:
         return str(e)
     return ""
@@ -103,28 +106,34 @@ FITS = "model.vocab_size=368"
     ("data.max_epochs=100000",), ('data.phases=[{"name": "main", "seq_len": 64, "tokens": 9000000}]',),
     ("data.phases.0.seq_len=64",)])
 def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settings: tuple[str, ...]) -> None:
-    assert get_pretraining_refusal(pretraining([packed_data.text], FITS, *settings)) == ""
+    assert get_pretraining_refusal(build_pretraining_request([packed_data.text], FITS, *settings)) == ""
+
+
+def test_the_context_length_of_extend_is_no_consent_to_many_epochs(packed_data: Any) -> None:
+    asked = build_pretraining_request([packed_data.text], FITS, "data.phases.0.seq_len=64", command="extend")
+    asked = dataclasses.replace(asked, base=apply_settings(asked.base, ["train.steps=90000"]))
+    assert "epochs, and the limit is 20; set train.steps, add data" in get_pretraining_refusal(asked)
 
 
 @pytest.mark.each("settings", [
     (), ("optim.lr=1e-3",), ("train.global_batch_size=64",), ("data.max_epochs=4",), ("data.max_epochs=30",)])
 def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, settings: tuple[str, ...]) -> None:
-    asked = pretraining([packed_data.text], FITS, "train.seed=1", *settings)
-    asked = dataclasses.replace(asked, base=apply_settings(asked.base, ["train.steps=90000"]))
-    config = complete_stage(asked, asked.config(), None, None).config
+    request = build_pretraining_request([packed_data.text], FITS, "train.seed=1", *settings)
+    request = dataclasses.replace(request, base=apply_settings(request.base, ["train.steps=90000"]))
+    config = complete_stage(request, request.config(), None, None).config
     epochs = count_epochs(config, open_sources(config.data.paths, 368))
-    refusal = get_pretraining_refusal(asked)
+    refusal = get_pretraining_refusal(request)
     assert refusal.startswith("train.steps = 90,000: reads the ") and refusal.endswith(
         f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}")
-    assert get_pretraining_refusal(dataclasses.replace(asked, from_file=True)) == ""
-    allowed = (*asked.settings, f"data.max_epochs={math.ceil(epochs)}")
-    assert get_pretraining_refusal(dataclasses.replace(asked, settings=allowed)) == ""
+    assert get_pretraining_refusal(dataclasses.replace(request, from_file=True)) == ""
+    allowed = (*request.settings, f"data.max_epochs={math.ceil(epochs)}")
+    assert get_pretraining_refusal(dataclasses.replace(request, settings=allowed)) == ""
 
 
 def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
     phases = ('data.phases=[{"name": "a", "seq_len": 32, "tokens": 64000}, '
               '{"name": "b", "seq_len": 64, "tokens": 32000, "global_batch_size": 4}]')
-    config = pretraining([packed_data.text], FITS, phases, "train.steps=0").config()
+    config = build_pretraining_request([packed_data.text], FITS, phases, "train.steps=0").config()
     sources = open_sources(config.data.paths, 368)
     tokens = sum(source.num_tokens["train"] for source in sources)
     assert count_epochs(config, sources) == pytest.approx(96_000 / tokens, rel=0.05)
@@ -134,18 +143,18 @@ def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
     (368, True), (369, True), (384, True), (400, True), (512, True), (736, True), (737, False), (1024, False),
     (2048, False), (151_936, False), (262_144, False)])
 def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, allowed: bool) -> None:
-    asked = pretraining([packed_data.text], "train.steps=2")
-    asked = dataclasses.replace(asked, base=apply_settings(asked.base, [f"model.vocab_size={rows}"]))
-    refusal = get_pretraining_refusal(asked)
+    request = build_pretraining_request([packed_data.text], "train.steps=2")
+    request = dataclasses.replace(request, base=apply_settings(request.base, [f"model.vocab_size={rows}"]))
+    refusal = get_pretraining_refusal(request)
     assert refusal == ("" if allowed else (
         f"{packed_data.text}: its tokenizer has 368 ids, model.vocab_size = {rows:,}: recipe tiny-qwen3 is "
         "for a different tokenizer; pack the data with the recipe's tokenizer, or pass --set "
         "model.vocab_size=368 to train from scratch with this tokenizer"))
     # a checkpoint has the rows that it has; a setting or a whole file is the user's word
-    assert get_pretraining_refusal(asked, is_initial=False) == ""
-    consent = (*asked.settings, f"model.vocab_size={rows}")
-    assert get_pretraining_refusal(dataclasses.replace(asked, settings=consent)) == ""
-    assert get_pretraining_refusal(dataclasses.replace(asked, from_file=True)) == ""
+    assert get_pretraining_refusal(request, is_initial=False) == ""
+    consent = (*request.settings, f"model.vocab_size={rows}")
+    assert get_pretraining_refusal(dataclasses.replace(request, settings=consent)) == ""
+    assert get_pretraining_refusal(dataclasses.replace(request, from_file=True)) == ""
 
 
 @pytest.mark.each(("settings", "count"), [

@@ -34,10 +34,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Run no command: each writes the artifact of its --output; returns the words of each."""
-    made: list[list[str]] = []
+    commands_run: list[list[str]] = []
 
     def run_command(words: list[str], go_on_by: str) -> int:
-        made.append(words)
+        commands_run.append(words)
         kind = "tokenizer" if words[1] == "import" else "tokens"
         with create_artifact(Path(words[words.index("--output") + 1]), kind,
                              overwrite="--overwrite" in words):
@@ -45,17 +45,17 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return 0
 
     monkeypatch.setattr(packed_files, "run_command", run_command)
-    return made
+    return commands_run
 
 
-def write(name: str, *records: object) -> str:
+def write_records(name: str, *records: object) -> str:
     text = "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return name
 
 
-def pack(run: Path, *data: str, formats: tuple[str, ...] = SFT, dry_run: bool = False) -> list[str]:
+def pack_files(run: Path, *data: str, formats: tuple[str, ...] = SFT, dry_run: bool = False) -> list[str]:
     """Return --data as the trainer reads it."""
     packed = FilePacking(run, find_files(data, run, formats), Path("model"), dry_run).pack()
     return [packed.get(argument, argument) for argument in data]
@@ -63,18 +63,19 @@ def pack(run: Path, *data: str, formats: tuple[str, ...] = SFT, dry_run: bool = 
 
 def test_a_file_is_packed_once_by_the_commands_that_are_printed(run: Path, commands: list[list[str]],
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    write("chats.jsonl", CHAT)
-    assert pack(run, "chats.jsonl:0.5") == ["runs/a/data/chats:0.5"]
+    write_records("chats.jsonl", CHAT)
+    assert pack_files(run, "chats.jsonl:0.5") == ["runs/a/data/chats:0.5"]
     printed = ["sov-tokenizer import model --output runs/a/tokenizer",
                "sov-data pack --tokenizer runs/a/tokenizer --format chat --heldout 0.02 --input "
                "chats=chats.jsonl --output runs/a/data/chats"]
     assert capsys.readouterr().out.splitlines()[1:] == printed
     assert [words[1:] for words in commands] == [line.split()[1:] for line in printed]
     assert (run / COMMAND).is_file(), "`megatron-sov resume` knows the command after a kill"
-    assert pack(run, "chats.jsonl:2") == ["runs/a/data/chats:2"] and len(commands) == 2
+    assert pack_files(run, "chats.jsonl:2") == ["runs/a/data/chats:2"] and len(commands) == 2
     (run / CONFIG).write_text("{}")
     Path("chats.jsonl").unlink()
-    assert pack(run, "chats.jsonl") == ["runs/a/data/chats"] and len(commands) == 2, "its shards are enough"
+    assert pack_files(run, "chats.jsonl") == ["runs/a/data/chats"]
+    assert len(commands) == 2, "its shards are enough"
 
 
 @pytest.mark.parametrize(("file", "records", "formats", "expected"), [
@@ -88,7 +89,7 @@ def test_a_file_is_packed_once_by_the_commands_that_are_printed(run: Path, comma
     ("tokenizer.jsonl", [CHAT], SFT, ("data", "chat"))])
 def test_name_and_format_follow_from_the_file(run: Path, file: str, records: list[object],
                                               formats: tuple[str, ...], expected: tuple[str, str]) -> None:
-    [found] = find_files([write(file, *records)], run, formats)
+    [found] = find_files([write_records(file, *records)], run, formats)
     assert (found.name, found.format) == expected
     [named] = find_files([f"own={file}:3"], run, formats)
     assert named.packed_argument(run) == "own=runs/a/data/own:3"
@@ -111,10 +112,10 @@ def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(run: Pat
     for name, record in {"a.jsonl": CHAT, "deep/a.jsonl": CHAT, "turns.jsonl": {"turns": []},
                          "torn.jsonl": '{"messages": [', "pair.jsonl": PAIR,
                          "table.csv": "prompt,response"}.items():
-        write(name, record)
+        write_records(name, record)
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError) as error:
-        pack(run, *data)
+        pack_files(run, *data)
     assert message in str(error.value) and not commands and not run.exists()
 
 
@@ -122,7 +123,7 @@ def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(run: Pat
 def test_a_killed_packing_continues_with_missing_files(run: Path, commands: list[list[str]],
                                                        monkeypatch: pytest.MonkeyPatch,
                                                        killed_in: int) -> None:
-    data = [write("a.jsonl", CHAT), write("b.jsonl", CHAT)]
+    data = [write_records("a.jsonl", CHAT), write_records("b.jsonl", CHAT)]
     whole = packed_files.run_command
 
     def killed(words: list[str], go_on_by: str) -> int:
@@ -132,48 +133,48 @@ def test_a_killed_packing_continues_with_missing_files(run: Path, commands: list
 
     monkeypatch.setattr(packed_files, "run_command", killed)
     with pytest.raises(KeyboardInterrupt):
-        pack(run, *data)
+        pack_files(run, *data)
     assert RunFolder(run).check_available(resume=False) is None, "the same command may enter"
     monkeypatch.setattr(packed_files, "run_command", whole)
-    assert pack(run, *data) == ["runs/a/data/a", "runs/a/data/b"]
+    assert pack_files(run, *data) == ["runs/a/data/a", "runs/a/data/b"]
     assert [words[1] for words in commands] == ["import", "pack", "pack"], "nothing is made twice"
 
 
 def test_exit_code_of_a_failed_packing_is_returned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_files, "run_command", lambda words, go_on_by: 2)
     with pytest.raises(SystemExit) as ended:
-        pack(run, write("a.jsonl", CHAT))
+        pack_files(run, write_records("a.jsonl", CHAT))
     assert ended.value.code == 2
 
 
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize(("change", "named"), [
-    (lambda: write("a.jsonl", CHAT, CHAT), "a.jsonl has changed"),
-    (lambda: write("a.jsonl", {"text": "A text."}), "a.jsonl has changed"),
+    (lambda: write_records("a.jsonl", CHAT, CHAT), "a.jsonl has changed"),
+    (lambda: write_records("a.jsonl", {"text": "A text."}), "a.jsonl has changed"),
     (lambda: Path("model/tokenizer.json").write_text("[]"), "tokenizer of model has changed"),
     (lambda: Path("model/chat_template.jinja").write_text("hi"), "tokenizer of model has changed")])
 def test_a_changed_file_is_packed_again_until_the_run_has_begun(run: Path, commands: list[list[str]],
                                                                 change: Callable[[], object], named: str,
                                                                 begun: bool) -> None:
-    pack(run, write("a.jsonl", CHAT))
+    pack_files(run, write_records("a.jsonl", CHAT))
     if begun:
         (run / CONFIG).write_text("{}")
     change()
     if begun:
         with pytest.raises(UserError, match=f"--data a.jsonl: {named} since runs/a packed it.*resume runs/a"):
-            pack(run, "a.jsonl")
+            pack_files(run, "a.jsonl")
     else:
-        pack(run, "a.jsonl")
+        pack_files(run, "a.jsonl")
         assert commands[-1][-1] == "--overwrite" and commands[-1][1] == "pack"
     assert [words[1] for words in commands].count("pack") == 2 - begun
 
 
 def test_resume_warns_of_a_file_that_has_changed(run: Path, commands: list[list[str]],
                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    folders = pack(run, write("a.jsonl", CHAT), write("b.jsonl", CHAT))
+    folders = pack_files(run, write_records("a.jsonl", CHAT), write_records("b.jsonl", CHAT))
     warn_of_changed_files(run, [*folders, "elsewhere/data/a"])
     assert not capsys.readouterr().err
-    write("a.jsonl", CHAT, CHAT)
+    write_records("a.jsonl", CHAT, CHAT)
     Path("b.jsonl").unlink()
     warn_of_changed_files(run, folders)
     assert capsys.readouterr().err == ("warning: " + str(Path("a.jsonl").absolute()) + ": has changed since "
@@ -181,27 +182,27 @@ def test_resume_warns_of_a_file_that_has_changed(run: Path, commands: list[list[
 
 
 def test_a_dry_run_writes_no_files(run: Path, commands: list[list[str]]) -> None:
-    write("a.jsonl", CHAT)
-    [argument] = pack(run, "a.jsonl", dry_run=True)
+    write_records("a.jsonl", CHAT)
+    [argument] = pack_files(run, "a.jsonl", dry_run=True)
     assert Path(argument).name == "a" and Path(argument).is_dir() and not run.exists()
 
 
 def test_multi_process_runs_print_the_packing_commands(run: Path, commands: list[list[str]],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    write("a.jsonl", CHAT)
+    write_records("a.jsonl", CHAT)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"--data runs/a/data/a:2 --data runs/a/data/b$"):
-        pack(run, "a.jsonl:2", write("b.jsonl", CHAT))
+        pack_files(run, "a.jsonl:2", write_records("b.jsonl", CHAT))
     assert not commands and not run.exists()
     monkeypatch.delenv("WORLD_SIZE")
-    pack(run, "a.jsonl")
+    pack_files(run, "a.jsonl")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert pack(run, "a.jsonl") == ["runs/a/data/a"], "packed before, all of them read it"
+    assert pack_files(run, "a.jsonl") == ["runs/a/data/a"], "packed before, all of them read it"
 
 
 def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
-    write("project/data/chats.jsonl", CHAT)
+    write_records("project/data/chats.jsonl", CHAT)
     Path("project/tokenizer").mkdir()
     with pytest.raises(UserError, match="project: is not empty"):
         RunFolder(Path("project")).check_available(resume=False)
@@ -215,18 +216,18 @@ def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
                                     "data/tokenizer.json"])
 def test_user_files_are_not_replaced(run: Path, commands: list[list[str]], theirs: str) -> None:
     file = run / theirs
-    write(str(file), json.dumps(PAIR))
-    data = str(file) if theirs == "data/chats.json" else write("chats.json", json.dumps([CHAT]))
+    write_records(str(file), json.dumps(PAIR))
+    data = str(file) if theirs == "data/chats.json" else write_records("chats.json", json.dumps([CHAT]))
     with pytest.raises(UserError, match="runs/a, which would replace"):
-        pack(run, data, formats=("preference", "chat"))
+        pack_files(run, data, formats=("preference", "chat"))
     assert file.read_text() == f"{json.dumps(PAIR)}\n" and not commands
 
 
 @pytest.mark.parametrize("record", ["1", "[]", '{"file": 1, "tokenizer": ""}', '{"tokenizer": ""}',
                                     "[" * 99999])
 def test_a_damaged_packing_record_is_ignored(run: Path, record: str) -> None:
-    chats = write("chats.jsonl", CHAT)
-    write(str(run / "data/chats.json"), record)
+    chats = write_records("chats.jsonl", CHAT)
+    write_records(str(run / "data/chats.json"), record)
     warn_of_changed_files(run, [str(run / "data/chats")])
     [found] = find_files([chats], run, SFT)
     assert not found.recorded(run)

@@ -2,20 +2,14 @@
 
 import json
 import os
-import re
 import shutil
-import threading
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from data_prep import cli
 from data_prep.curate.inspect_run import iter_step_lines
-from data_prep.curate.pipeline import running, tasks
-from data_prep.curate.pipeline.running import StageProgress
-from data_prep.curate.pipeline.tasks import PipelineStage
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 
 Done = list[tuple[str, str, int]]
@@ -204,39 +198,3 @@ def test_a_dry_run_lists_the_remaining_shards(small_run: Path, capsys: pytest.Ca
     text = run_dry(small_run, capsys)
     assert "01-shorten: 4 of 4 shards done" in text and "03-shorten: 0 of 4 shards done" in text
     assert (small_run / "out/manifest.json").is_file(), "nothing is taken back"
-
-
-def test_a_long_task_prints_its_progress(small_run: Path, monkeypatch: pytest.MonkeyPatch,
-                                         capsys: pytest.CaptureFixture[str]) -> None:
-    """The last task of a stage ends as soon as a line has been printed while it ran."""
-    printed = threading.Event()
-
-    class Told(StageProgress):
-        def format_line(self, wall_s: float) -> str:
-            printed.set()
-            return super().format_line(wall_s)
-
-    really = tasks._run_open_task
-
-    def run_slowly(plan: Any, file: Path, output: Path, stage: Any, task: Any, mark: Path) -> None:
-        if (stage.kind, task) == ("parse", ("books", 1)):
-            printed.clear()
-            assert printed.wait(60)
-        really(plan, file, output, stage, task, mark)
-
-    monkeypatch.setattr(running, "StageProgress", Told)
-    monkeypatch.setattr(running, "PROGRESS_LINE_S", 0.05)
-    monkeypatch.setattr(tasks, "_run_open_task", run_slowly)
-    run_pipeline(small_run)
-    assert re.search(r"^  00-parse: 3 of 4 shards after [\d.]+ s, about [\d.]+ s left$",
-                     capsys.readouterr().out, re.MULTILINE)
-
-
-@pytest.mark.each(("num_done", "line"), [
-    (0, "  00-parse: 0 of 4 shards after 30.0 s"),
-    (3, "  00-parse: 3 of 4 shards after 30.0 s, about 10.0 s left")])
-def test_a_progress_line_tells_the_time_left(num_done: int, line: str) -> None:
-    with StageProgress(PipelineStage(0, "parse"), 4) as progress:
-        for _ in range(num_done):
-            progress.advance()
-        assert progress.format_line(30.0) == line

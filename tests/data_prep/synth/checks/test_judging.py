@@ -4,25 +4,20 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
-from made_runs import GOOD, build_chat, build_sample, read_rows, write_run
-
-from data_prep.synth.finishing import finish
+from made_runs import GOOD, build_chat, build_sample, finish_run, read_rows, write_run
 
 ADDRESS = "Write to jane.doe@mail.org about it."
 
 
 def test_masked_texts_pass_and_masked_conversations_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "steps.yaml").write_text("steps:\n  - pii: {mask: [email]}\n")
-    system_turn = {"role": "system", "content": f"You know this. {ADDRESS}"}
     text = write_run(tmp_path / "text",
                      [[build_sample({"text": f"{GOOD} {ADDRESS}"})], [build_sample({"text": GOOD})]])
     chats = write_run(tmp_path / "chats", [[build_sample(build_chat("Where?", ADDRESS))],
-                                           [build_sample(build_chat("Where?", "Here."))],
-                                           [build_sample(build_chat("Where?", "There.", system_turn))]],
-                      kind="chat")
-    for folder in (text, chats):
-        finish(folder, tmp_path / "steps.yaml")
+                                           [build_sample(build_chat("Where?", "Here."))]])
+    finish_run(text, "text", tmp_path / "steps.yaml")
+    finish_run(chats, "chat", tmp_path / "steps.yaml")
     masked, other = read_rows(text / "kept.jsonl")
     assert "[email address]" in masked["text"] and "jane" not in masked["text"] and other["text"] == GOOD
     assert [row["synthetic"]["item"] for row in read_rows(chats / "kept.jsonl")] == ["i1"]
-    assert [row["reason"] for row in read_rows(chats / "rejected.jsonl")] == ["changed by a step"] * 2
+    assert [row["reason"] for row in read_rows(chats / "rejected.jsonl")] == ["changed by a step"]

@@ -66,13 +66,10 @@ TOLD = {"messages": [
 def test_each_kind_has_its_texts() -> None:
     assert extract_texts("text", {"text": "A tide."}) == {"samples": "A tide."}
     assert extract_texts("chat", TOLD) == {
-        "samples": "Where is it?\n\nBusan\n\nThe tool told me.\n\nIn Busan.", "context": "Be short.",
+        "samples": "Where is it?\n\nBusan\n\nThe tool told me.\n\nIn Busan.",
         "answers": "The tool told me.\n\nIn Busan."}
     assert extract_texts("prompt", {"prompt": "1 + 1?", "answer": "2"}) == {"samples": "1 + 1?"}
-    assert extract_texts("prompt", {"prompt": TOLD["messages"][:2]}) == {
-        "samples": "Where is it?", "context": "Be short."}
-    assert extract_texts("prompt", {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}) == {
-        "samples": "1 + 1?\n\n2"}
+    assert extract_texts("prompt", {"prompt": TOLD["messages"][:2]}) == {"samples": "Where is it?"}
     assert extract_texts("task", {"question": "Mend it.", "files": {"a": "b"}}) == {"samples": "Mend it."}
     assert extract_texts("task", {"world": {"tables": {}}}) == {}
 
@@ -82,14 +79,8 @@ def test_each_kind_has_its_texts() -> None:
     ("text", {"text": 3}, "no string field"),
     ("chat", {"messages": []}, "non-empty list"), ("chat", {"text": "no chat"}, "is plain text"),
     ("prompt", {}, "prompt"),
-    ("chat", {"messages": [{"role": "user", "content": "Alone?"}]}, "assistant"),
-    ("text", {"text": "\udc80"}, "surrogate"), ("task", {"question": "\udc80"}, "surrogate")])
+    ("chat", {"messages": [{"role": "user", "content": "Alone?"}]}, "assistant")])
 def test_records_that_later_commands_refuse_are_rejected(kind: Any, record: dict[str, Any],
                                                          message: str) -> None:
     with pytest.raises(NoSample, match=message):
         extract_texts(kind, record)
-
-
-def test_text_longer_than_the_limit_is_rejected() -> None:
-    with pytest.raises(NoSample, match="at most"):
-        extract_texts("text", {"text": "x" * (33 << 20)})

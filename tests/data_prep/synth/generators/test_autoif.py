@@ -72,7 +72,7 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     generator = build_generator(constraints=str(write_constraint(tmp_path, back=["Leave out commas.", 3])))
     rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i == 0} for i in range(20)]
     file = tmp_path / "queries.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3], {"prompt": "짧"}]))
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "짧"}]))
     items = list(generator.read_items([file]))
     assert [item.fields["query"] for item in items] == [f"물음 {i}" for i in range(1, 20)]
     assert {item.fields["constraint"] for item in items} == {"No commas.", "Leave out commas."}

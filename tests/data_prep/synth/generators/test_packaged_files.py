@@ -110,7 +110,7 @@ def test_a_refusal_and_the_answer_to_its_harmless_twin_pass(more: dict[str, Any]
 def test_safe_completions_in_two_languages() -> None:
     item = GeneratorItem("x.1", {**CATEGORY, "number": 1, "strategy": "safe-complete"})
     samples = collect_samples(build_generator("safety", languages=["en", "ko"]), item, build_careful_model())
-    assert [(sample.reason, sample.group) for sample in samples] == [
+    assert [(sample.reason, sample.record.get("pair")) for sample in samples] == [
         ("", "x.1.en.0"), ("", "x.1.en.0"), *[("request language", "x.1.ko.0")] * 2]
     assert samples[0].record["strategy"] == "safe-complete" and samples[1].notes == {"twin": True}
 

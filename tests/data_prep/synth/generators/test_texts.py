@@ -101,7 +101,8 @@ def test_each_text_is_one_item_known_by_its_content(tmp_path: Path) -> None:
     settings = DocumentSettings(min_piece_bytes=10, licence="CC0-1.0")
     file = write(tmp_path, "a first document", "a second one", "a first document", "x")
     items = list(read_document_items([file], settings))
-    assert [item.fields["text"] for item in items] == ["a first document", "a second one"]
+    assert [item.fields["text"] for item in items] == ["a first document", "a second one", "a first document"]
+    assert items[0].id == items[2].id != items[1].id
     assert {(item.source, item.licence) for item in items} == {("documents.jsonl", "CC0-1.0")}
     again = list(read_document_items([write(tmp_path, "a second one")], settings))
     assert again[0].id == items[1].id

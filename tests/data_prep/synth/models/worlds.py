@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,14 +46,6 @@ def _replace_code(old: str, new: str) -> Callable[[World], World]:
     return replace
 
 
-def _copy_tool(world: World) -> World:
-    """Add a tool with the code of another one."""
-    [code] = re.findall(r"def find_\w+s\(.*?(?=\n\n\ndef )", world["code"], flags=re.DOTALL)
-    code = re.sub(r"find_\w+s", "look_up", code, count=1)
-    return {**world, "code": f"{world['code']}\n\n{code}\n",
-            "examples": [*world["examples"], {"name": "look_up", "arguments": {"title": "a"}}]}
-
-
 def _remove_last_tools(world: World) -> World:
     return {**world, "code": world["code"][:world["code"].index("def make_")],
             "examples": world["examples"][:-2]}
@@ -66,9 +57,6 @@ FAULTS: dict[str, Callable[[World], World]] = {
     "fails for arguments that it allows": _replace_code(
         'raise Refused(f"there is no {key[:40]!r} in {table}")', "raise KeyError(key)"),
     "never comes through": _replace_code('if order["status"] != "open":', "if True:"),
-    "differs from call to call": _replace_code(
-        '"name": person["name"]}', '"name": str(__import__("random").random())}'),
-    "two tools alike": _copy_tool,
     "too few tools": _remove_last_tools,
     "program that may not run": lambda world: {**world, "code": "import os\n" + world["code"]},
     "no tools at all": lambda world: {**world, "code": None},
