@@ -90,30 +90,33 @@ class FromMegatronOptions(ConversionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMegatronOptions(WrittenOptions, WorkersOptions):
-    """Convert a checkpoint, with its optimizer, to a torch_dist checkpoint of Megatron-Core."""
+class TrainedOptions(WrittenOptions, WorkersOptions):
+    """Options for exports with the optimizer."""
 
     checkpoint: CheckpointPath
+    weights_only: bool = False
+    """Leave out optimizer, step and schedule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMegatronOptions(TrainedOptions):
+    """Convert a checkpoint, with its optimizer, to a torch_dist checkpoint of Megatron-Core."""
+
     out: Annotated[Path, Flag("OUT")]
     """Folder to write, for Megatron-LM's --load."""
-    weights_only: bool = False
-    """Leave out moments, master weights and learning rate schedule."""
     one_optimizer: bool = False
     """The run that loads the optimizer has expert-parallel size 1, and expert-tensor-parallel size equal to
     tensor-parallel size: Megatron-Core then has no second optimizer for experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToDcpOptions(WrittenOptions, WorkersOptions):
+class ToDcpOptions(TrainedOptions):
     """Convert a checkpoint, with its optimizer, to a checkpoint of torch.distributed.checkpoint."""
 
-    checkpoint: CheckpointPath
     out: Annotated[Path, Flag("OUT")]
     """Folder to write, with step-N, config.json and tokenizer."""
     names: Literal["hf", "torchtitan"] = "hf"
     """Parameter names: hf, of the transformers class; torchtitan, of torchtitan 0.3."""
-    weights_only: bool = False
-    """Leave out optimizer and step."""
 
 
 @dataclass(frozen=True, kw_only=True)

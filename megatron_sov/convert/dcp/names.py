@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families.weights import Link
 
@@ -24,17 +27,8 @@ EMBEDDINGS = {HF: "model.embed_tokens.weight", TORCHTITAN: "tok_embeddings.weigh
 """Names -> embedding, by which a checkpoint's names are recognized."""
 MOVED_BIAS, PLACE_IN_CLASS = ".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"
 """A name in Hugging Face folders, and the name in transformers' class."""
-TITAN_FAMILIES = ("llama", "qwen3", "qwen3_moe")
-TITAN_NAMES = {
-    "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "lm_head",
-    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attention.qkv_linear.wq", "self_attn.k_proj": "attention.qkv_linear.wk",
-    "self_attn.v_proj": "attention.qkv_linear.wv", "self_attn.o_proj": "attention.wo",
-    "self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm",
-    "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2", "mlp.gate": "moe.router.gate"}
-"""Hugging Face module -> torchtitan module; layer prefixes are left out."""
-TITAN_EXPERTS = {"gate": "w1_EFD", "up": "w3_EFD", "down": "w2_EDF"}
+_TITAN: dict[str, Any] = load_package_table(Path(__file__).with_suffix(".yaml"))
+TITAN_FAMILIES, TITAN_MODULES, TITAN_EXPERTS = (_TITAN[name] for name in ("families", "modules", "experts"))
 TITAN_BIAS = ".moe.expert_bias_E"
 FUSED_QKV = "attention.qkv_linear.wqkv.weight"
 _LAYER = re.compile(r"model\.(layers\.\d+\.)(.+)\.weight")
@@ -77,17 +71,8 @@ def check_names(names: str, model: ModelConfig) -> None:
 
 
 def list_parts(names: str, link: Link, is_stored: Callable[[str], bool], *, state: bool) -> list[Part]:
-    """Return the blocks that hold a link's Hugging Face tensors.
-
-    Args:
-        names: `HF` or `TORCHTITAN`.
-        link: block of a Megatron tensor.
-        is_stored: whether the checkpoint has a tensor; of several forms the first with a tensor is chosen.
-        state: the blocks of optimizer state, not of weights.
-
-    Raises:
-        UserError: torchtitan has no counterpart of a tensor.
-    """
+    """Return the blocks that hold a link's Hugging Face tensors, or their optimizer state, in the first form
+    whose keys `is_stored` accepts. Raises `UserError`: torchtitan has no counterpart."""
     list_all = _list_titan_forms if names == TORCHTITAN else _list_hf_forms
     forms = list_all(link, state)
     return next((parts for parts in forms if all(is_stored(part.key) for part in parts)), forms[-1])
@@ -119,10 +104,10 @@ def _find_titan_part(name: str, shape: tuple[int, ...], num_experts: int) -> Par
     if expert := _EXPERT.fullmatch(name):
         key = f"{prefix}moe.routed_experts.inner_experts.{TITAN_EXPERTS[expert[3]]}"
         return Part(key, (name,), shape, int(expert[2]), num_experts)
-    if module not in TITAN_NAMES or name.endswith(".bias"):
+    if module not in TITAN_MODULES or name.endswith(".bias"):
         raise UserError(f"--names {TORCHTITAN}: torchtitan 0.3 has no counterpart of {name}; use --names "
                         f"{HF}")
-    return Part(f"{prefix}{TITAN_NAMES[module]}.weight", (name,), shape)
+    return Part(f"{prefix}{TITAN_MODULES[module]}.weight", (name,), shape)
 
 
 def order_rotary(model: ModelConfig, name: str, tensor: torch.Tensor, *, inverse: bool = False

@@ -120,21 +120,9 @@ class DcpPlanner(DefaultSavePlanner):
 
 def write_export(out: Path, kind: str, source: TrainedModel, planner: DcpPlanner, subfolder: str,
                  write_companions: Callable[[Path], None], *, workers: int, overwrite: bool) -> None:
-    """Write an artifact with a DCP checkpoint and its hashes in a subfolder; it appears when complete.
-
-    Args:
-        out: folder to write.
-        kind: kind of artifact.
-        source: the checkpoint, which is verified first.
-        planner: tensors.
-        subfolder: folder in `out` for the tensors.
-        write_companions: write the other files into a folder; files in `subfolder` are hashed too.
-        workers: files written at a time, each with one block in memory.
-        overwrite: replace an existing artifact of this kind.
-
-    Raises:
-        UserError: the checkpoint is damaged, or the disk is full.
-    """
+    """Write an artifact with a DCP checkpoint, and the hashes of its files, in `subfolder`; it appears when
+    complete. `write_companions` writes other files into a folder. Raises `UserError`: the source is damaged,
+    or the disk is full."""
     check_space(out, planner.size_bytes)
     if damage := find_damage(source.path, weights_only=source.num_updates is None):
         raise UserError(f"{damage}; {suggest_replacement(source.path)}")
