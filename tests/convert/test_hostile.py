@@ -19,7 +19,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.dcp.reader import find_tensor
+from megatron_sov.convert.megatron.from_megatron import find_tensor
 from megatron_sov.convert.megatron.inert_pickle import read_in_subprocess, read_index, read_settings
 from tests.convert import made_by_hand
 

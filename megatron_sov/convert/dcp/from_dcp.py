@@ -17,10 +17,9 @@ from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companion_files import read_token_ids
 from megatron_sov.convert.dcp.names import (
     EMBEDDINGS, TITAN_BIAS, TORCHTITAN, Part, check_names, list_parts, order_rotary)
-from megatron_sov.convert.dcp.reader import DistTensors, DistWeights
 from megatron_sov.convert.dtypes import DTYPES, KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, StateBlock, write_imported
-from megatron_sov.convert.megatron.from_megatron import METADATA
+from megatron_sov.convert.megatron.from_megatron import METADATA, DistTensors, DistWeights
 from megatron_sov.convert.megatron.inert_pickle import TORCH_STATE_KEY, TRAINING_PREFIXES, read_in_subprocess
 from megatron_sov.convert.sources import check_dtypes, check_shapes
 from megatron_sov.engine.optimizer.state_shards import MASTER
