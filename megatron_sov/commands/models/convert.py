@@ -281,22 +281,17 @@ def parse_model_settings(settings: Sequence[str]) -> dict[str, Any]:
     return dict(values)
 
 
+_check_trained = _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN), expected="a checkpoint or a run")
 CONVERT = ActionGroup({
     "from-hf": DeclaredCommand(
         FromHfOptions, _check_paths("hf_dir", kinds=(HF_MODEL,), expected="a Hugging Face folder"),
         f"{RUN_MODULE}:import_hf"),
-    "to-hf": DeclaredCommand(
-        ToHfOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
-                                  expected="a checkpoint or a run"), f"{RUN_MODULE}:export_hf"),
+    "to-hf": DeclaredCommand(ToHfOptions, _check_trained, f"{RUN_MODULE}:export_hf"),
     "from-megatron": DeclaredCommand(FromMegatronOptions, _check_from_megatron,
                                      f"{RUN_MODULE}:import_megatron"),
-    "to-megatron": DeclaredCommand(
-        ToMegatronOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
-                                        expected="a checkpoint or a run"), f"{RUN_MODULE}:export_megatron"),
+    "to-megatron": DeclaredCommand(ToMegatronOptions, _check_trained, f"{RUN_MODULE}:export_megatron"),
     "from-dcp": DeclaredCommand(FromDcpOptions, _check_paths(), f"{RUN_MODULE}:import_dcp"),
-    "to-dcp": DeclaredCommand(
-        ToDcpOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
-                                   expected="a checkpoint or a run"), f"{RUN_MODULE}:export_dcp"),
+    "to-dcp": DeclaredCommand(ToDcpOptions, _check_trained, f"{RUN_MODULE}:export_dcp"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),
     "from-peft": DeclaredCommand(FromPeftOptions, _check_from_peft, f"{RUN_MODULE}:import_peft"),
     "average": DeclaredCommand(AverageOptions, _check_paths(), f"{RUN_MODULE}:average_checkpoints"),

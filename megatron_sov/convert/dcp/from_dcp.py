@@ -34,21 +34,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def from_dcp(folder: str | Path, out: str | Path, dtype: str = KEEP, *, model_dir: Path | None = None,
              weights_only: bool = False, workers: int = DEFAULT_WORKERS, overwrite: bool = False,
              redo: bool = False) -> int | None:
-    """Convert a DCP checkpoint to this project's format, with AdamW's moments; return the completed steps, or
-    None for weights only.
+    """Convert a DCP checkpoint to this project's format; return the updates in AdamW's moments, None without
+    optimizer.
 
-    Args:
-        folder: folder with `.metadata`, or with folders `step-N`, the newest of which is taken.
-        out: checkpoint to write. It appears when complete; a killed command continues where it stopped.
-        dtype: see `from_hf`; moments keep their dtype, and rounded weights are kept as masters.
-        model_dir: folder with config.json and tokenizer; None: `folder` or its parent folder.
-        weights_only: leave out the optimizer; the checkpoint has step 0.
-        workers: files written at a time.
-        overwrite: replace an existing checkpoint.
-        redo: start over if unfinished work with other arguments exists.
-
-    Raises:
-        UserError: the index contains forbidden names, or a tensor is missing, unexpected or damaged.
+    A killed command continues where it stopped. `folder` has `.metadata` or folders `step-N`; `model_dir` has
+    config.json and tokenizer (default: `folder` or its parent folder). Rounded weights are kept as masters.
+    For the other arguments see `from_hf`. Raises `UserError`: the index contains forbidden names, or a tensor
+    is missing, unexpected or damaged.
     """
     out = Path(out)
     check_dtype_name(dtype)
@@ -90,15 +82,8 @@ def _find_model_folder(step_folder: Path) -> Path:
 
 
 class DcpWeights(DistWeights):
-    """Tensors of a DCP checkpoint, split into Hugging Face tensors.
-
-    Args:
-        path: folder with the index.
-        config: parsed config.json.
-
-    Raises:
-        UserError: the tensors do not match the model; the message names them.
-    """
+    """Tensors of a DCP checkpoint, split into Hugging Face tensors. Raises `UserError`: the tensors do not
+    match the model of config.json; the message names them."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         index = read_in_subprocess("index", path / METADATA)["tensors"]

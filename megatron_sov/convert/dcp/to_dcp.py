@@ -37,18 +37,12 @@ STATE_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "mo
 
 def to_dcp(checkpoint: str | Path, out: str | Path, *, names: str = HF, weights_only: bool = False,
            workers: int = DEFAULT_WORKERS, overwrite: bool = False) -> TrainedModel:
-    """Write OUT/step-N for `torch.distributed.checkpoint.load`, with config.json and tokenizer in OUT.
+    """Write OUT/step-N for `torch.distributed.checkpoint.load`, with config.json and tokenizer in OUT; return
+    its source.
 
-    Args:
-        checkpoint: checkpoint, or run (newest checkpoint).
-        out: folder to write (artifact kind `dcp_checkpoint`); it appears when complete.
-        names: `hf` or `torchtitan`.
-        weights_only: leave out optimizer and step.
-        workers: files written at a time, each with one block in memory.
-        overwrite: replace an existing `dcp_checkpoint` artifact.
-
-    Raises:
-        UserError: torchtitan has no such model, the checkpoint is damaged, or the disk is full.
+    `checkpoint` is a checkpoint or a run, `names` are `HF` or `TORCHTITAN`; for the other arguments see
+    `to_megatron`. Raises `UserError`: torchtitan has no such model, the checkpoint is damaged, or the disk is
+    full.
     """
     source = open_trained_model(checkpoint, weights_only=weights_only)
     check_names(names, source.settings.model)
