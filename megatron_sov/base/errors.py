@@ -124,8 +124,7 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str = "", fix: Fix | None = None, left: str = "") -> None:
-        """Create the message: the sentence, the line of `fix` if it is a whole line, and the fault that is
-        left in that line."""
+        """Create the message: sentence, line of `fix` if it is a whole line, fault left in that line."""
         self.sentence, self.fix = sentence, fix
         line = f"; write\n  {fix.line}" if fix and fix.line else ""
         super().__init__(f"{sentence}{line}" + (f"\nthis line still has a fault: {left}" if left else ""))

@@ -101,8 +101,7 @@ class Registry(Generic[T]):
         return self.add(load_plugin(reference))
 
     def add(self, loaded: LoadedPlugin) -> str:
-        """Register a loaded object, and return the name. Raises `UserError`: the object is not of this kind,
-        or its name is taken."""
+        """Register an object, and return its name. Raises `UserError`: another kind, or a taken name."""
         loaded = self._adapt(loaded) if self._adapt else loaded
         self._check(loaded)
         name = self._own_name(loaded.value) if self._own_name else loaded.attribute
@@ -144,6 +143,7 @@ class Registry(Generic[T]):
         return [plugin.code.reference for plugin in self._known.values()]
 
     def _explain_unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
+        """Return the message for an unknown name: a file, a plug-in that the run recorded, or a typo."""
         if is_reference(name):
             return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
                     "itself names it; if you know it and trust it, name it with --set or --plugin")
