@@ -1,7 +1,6 @@
-"""Torch's loader and optimizer continue from a written checkpoint on a transformers model, and back."""
+"""Torch's loader and optimizer continue from a written checkpoint on a transformers model."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -34,12 +33,6 @@ def continue_torch(case: Case, job: Any, num_ranks: int, saved: str = "") -> Any
         "saved": str(case.folder / saved), "saved_after": SAVED_AFTER if saved else 0})
 
 
-def import_theirs(case: Case, saved: str) -> Path:
-    assert main(["convert", "from-dcp", str(case.folder / saved), str(case.folder / f"from-{saved}"),
-                 "--model", str(case.folder / "out")]) == 0
-    return case.folder / f"from-{saved}"
-
-
 @pytest.mark.distributed
 def test_torch_loop_continues_with_our_losses(ranks: Any, job: Any, packed_data: Packed, tmp_path: Path
                                               ) -> None:
@@ -54,17 +47,14 @@ def test_torch_loop_continues_with_our_losses(ranks: Any, job: Any, packed_data:
 
 @pytest.mark.distributed
 @pytest.mark.deep
-def test_sharded_torch_loop_continues_and_comes_back(ranks: Any, job: Any, packed_data: Packed,
+def test_sharded_torch_loop_continues(ranks: Any, job: Any, packed_data: Packed,
                                                      tmp_path: Path) -> None:
     for recipe in (DENSE, EXPERTS):
         case = Case(job, packed_data, tmp_path / recipe, recipe, "fp64")
         (expected,), = ranks(case.training)
         to_dcp(case.folder / f"checkpoints/step-{FIRST}", case.folder / "out")
-        for losses in ranks(continue_torch(case, job, 1, "one"), continue_torch(case, job, 2, "two")):
+        for losses in ranks(continue_torch(case, job, 1), continue_torch(case, job, 2)):
             assert losses[0] == pytest.approx(expected, rel=1e-12)
-        for saved in ("one", "two"):
-            (resumed,), = ranks(case.resume_from(import_theirs(case, saved)))
-            assert resumed == pytest.approx(expected[SAVED_AFTER:], rel=1e-12)
 
 
 @pytest.mark.distributed
@@ -78,11 +68,6 @@ def test_masters_are_the_weights_of_the_torch_loop(ranks: Any, job: Any, packed_
     dcp.load(weight, checkpoint_id=out / f"step-{FIRST}")
     masters = TensorReader(ours, "optimizer")
     assert weight["model.model.norm.weight"].equal(masters.read("master/decoder.final_layernorm.weight"))
-    assert main(["convert", "from-dcp", str(out), str(tmp_path / "back"), "--dtype", "bfloat16"]) == 0
-    for part in ("model", "optimizer"):
-        before, after = TensorReader(ours, part), TensorReader(tmp_path / "back", part)
-        assert set(before.keys()) == set(after.keys())
-        assert all(before.read(key).equal(after.read(key)) for key in before.keys())  # noqa: SIM118
 
 
 @pytest.mark.each("recipe", [
@@ -127,29 +112,18 @@ def test_rotary_pairs_of_torchtitans_llama_are_neighbours() -> None:
     assert order_rotary(model, name, theirs, inverse=True).equal(rows)
 
 
-@pytest.mark.each("names", [HF, TORCHTITAN])
-def test_weights_come_back_with_equal_bits(names: str, solar_dir: Path, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
-    folder = solar_dir
-    if names == TORCHTITAN:
-        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-        folder = tmp_path / "hf"
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(
-            vocab_size=96, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-            num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
-            tie_word_embeddings=True)).save_pretrained(folder)
-    convert.from_hf(folder, tmp_path / "ours")
+def test_written_files_have_the_weights_of_the_checkpoint(solar_dir: Path, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    convert.from_hf(solar_dir, tmp_path / "ours")
     out = tmp_path / "out"
-    assert main(["convert", "to-dcp", str(tmp_path / "ours"), str(out), "--names", names]) == 0
+    assert main(["convert", "to-dcp", str(tmp_path / "ours"), str(out)]) == 0
     assert "without optimizer" in capsys.readouterr().out
     assert find_damaged_files(out) == []
-    assert main(["convert", "from-dcp", str(out), str(tmp_path / "back")]) == 0
-    assert convert.verify(tmp_path / "ours", tmp_path / "back", load=False).passed
-    damaged = out / "step-0/__0_5.distcp"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
-    assert main(["convert", "from-dcp", str(out), str(tmp_path / "again")]) == 2
-    assert re.search(r"__0_5\.distcp: its content differs.*\(it holds \S+", capsys.readouterr().err)
+    weights = convert.open_weights(solar_dir)
+    experts = torch.zeros(8, 32, 24, dtype=torch.bfloat16)
+    dcp.load({"model.model.layers.1.mlp.experts.down_proj": experts}, checkpoint_id=out / "step-0")
+    for expert in range(8):
+        assert experts[expert].equal(weights.read(f"model.layers.1.mlp.experts.{expert}.down_proj.weight"))
 
 
 def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path,
@@ -159,44 +133,6 @@ def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path
         patch.setattr(writer, "sha256_file", Mock(side_effect=KeyboardInterrupt))
         to_dcp(tmp_path / "ours", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
-CONFIG = {"model_type": "qwen3", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "head_dim": 8,
-          "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-          "tie_word_embeddings": False, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 8}
-SHAPES = {"embed_tokens": (8, 8), "norm": (8,), "layers.0.input_layernorm": (8,),
-          "layers.0.post_attention_layernorm": (8,), "layers.0.self_attn.q_norm": (8,),
-          "layers.0.self_attn.k_norm": (8,),
-          **{f"layers.0.{name}_proj": (8, 8) for name in ("self_attn.q", "self_attn.k", "self_attn.v",
-                                                          "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}}
-WEIGHTS = {"lm_head.weight": torch.ones(8, 8),
-           **{f"model.{name}.weight": torch.ones(shape) for name, shape in SHAPES.items()}}
-MOMENT = {"optimizer": {"state.model.norm.weight.exp_avg": torch.ones(8)}}
-
-
-@pytest.mark.each(("state", "config", "sentence"), [
-    ({"w": torch.ones(2)}, CONFIG, "has no weight model.embed_tokens.weight or tok_embeddings.weight"),
-    (WEIGHTS, None, "has no config.json with the architecture; pass the folder .* with --model"),
-    (WEIGHTS | {"model.norm.bias": torch.ones(8)}, CONFIG, r"model\.norm\.bias.*--model"),
-    (WEIGHTS | {"model.norm.weight": torch.ones(4)}, CONFIG, r"model\.norm\.weight.*\[4\].*--model"),
-    (WEIGHTS | MOMENT, CONFIG, "optimizer has no exp_avg of model.embed_tokens.weight.*--weights-only"),
-    ({"tok_embeddings.weight": torch.ones(8, 8)}, CONFIG | {"model_type": "qwen2"},
-     "torchtitan 0.3 has no model of family 'qwen2'")])
-def test_other_checkpoints_are_refused(state: dict[str, Any], config: dict[str, Any] | None, sentence: str,
-                                       tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dcp.save(state, checkpoint_id=tmp_path / "theirs", no_dist=True)
-    if config is not None:
-        (tmp_path / "theirs/config.json").write_text(json.dumps(config))
-    assert main(["convert", "from-dcp", str(tmp_path / "theirs"), str(tmp_path / "out")]) == 2
-    assert re.search(sentence, capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()
-
-
-def test_weights_alone_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dcp.save({"app": WEIGHTS, **MOMENT}, checkpoint_id=tmp_path / "step-7", no_dist=True)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert main(["convert", "from-dcp", str(tmp_path), str(tmp_path / "out"), "--weights-only"]) == 0
-    assert "the optimizer starts from zero" in capsys.readouterr().out
 
 
 def test_families_without_counterpart_are_refused() -> None:

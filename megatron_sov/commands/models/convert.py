@@ -120,19 +120,6 @@ class ToDcpOptions(TrainedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromDcpOptions(ConversionOptions):
-    """Convert a checkpoint of torch.distributed.checkpoint to a checkpoint that loads at any layout."""
-
-    dcp_dir: Annotated[Path, Flag("DCP_DIR")]
-    """Folder with .metadata, or with folders step-N (newest step)."""
-    out: CheckpointOut
-    model: Annotated[Path | None, Flag(value="MODEL_DIR")] = None
-    """Hugging Face folder with config.json and tokenizer (default: DCP_DIR)."""
-    weights_only: bool = False
-    """Leave out the optimizer, for a run with --from."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ToPeftOptions(WrittenOptions):
     """Convert an adapter checkpoint to a folder that PEFT loads."""
 
@@ -290,7 +277,6 @@ CONVERT = ActionGroup({
     "from-megatron": DeclaredCommand(FromMegatronOptions, _check_from_megatron,
                                      f"{RUN_MODULE}:import_megatron"),
     "to-megatron": DeclaredCommand(ToMegatronOptions, _check_trained, f"{RUN_MODULE}:export_megatron"),
-    "from-dcp": DeclaredCommand(FromDcpOptions, _check_paths(), f"{RUN_MODULE}:import_dcp"),
     "to-dcp": DeclaredCommand(ToDcpOptions, _check_trained, f"{RUN_MODULE}:export_dcp"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),
     "from-peft": DeclaredCommand(FromPeftOptions, _check_from_peft, f"{RUN_MODULE}:import_peft"),

@@ -7,10 +7,9 @@ from typing import Any
 
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.commands.models.convert import (
-    AverageOptions, ConvertInspectOptions, FromDcpOptions, FromHfOptions, FromPeftOptions, MegatronImport,
+    AverageOptions, ConvertInspectOptions, FromHfOptions, FromPeftOptions, MegatronImport,
     ToDcpOptions, ToHfOptions, ToMegatronOptions, ToPeftOptions)
 from megatron_sov.convert.averaging import average, choose_checkpoints
-from megatron_sov.convert.dcp.from_dcp import from_dcp
 from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
@@ -67,18 +66,6 @@ def export_megatron(options: ToMegatronOptions) -> None:
     if problem:
         print(f"the learning rate is constant, because {problem}: pass "
               "--override-opt_param-scheduler with your schedule")
-
-
-def import_dcp(options: FromDcpOptions) -> None:
-    step = from_dcp(options.dcp_dir, options.out, options.dtype, model_dir=options.model,
-                    weights_only=options.weights_only, workers=options.workers, overwrite=options.overwrite,
-                    redo=options.redo)
-    print(f"wrote checkpoint {options.out}")
-    if step is None:
-        print("the optimizer starts from zero")
-        return
-    print(f"with the moments of {step} updates; without learning rate schedule, data order and random state")
-    print(f"as RUN/checkpoints/step-{step} it continues by `megatron-sov pretrain ... --run RUN --resume`")
 
 
 def export_dcp(options: ToDcpOptions) -> None:

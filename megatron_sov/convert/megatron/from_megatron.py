@@ -23,7 +23,7 @@ from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, StateBlock, write_imported
-from megatron_sov.convert.megatron.inert_pickle import REMEDY, STATE_KEY, TorchArchive, read_in_subprocess
+from megatron_sov.convert.megatron.inert_pickle import STATE_KEY, TorchArchive, read_in_subprocess
 from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -107,8 +107,6 @@ def _check_format(folder: Path) -> None:
         raise UserError(f"{folder}: has no {METADATA}, so it was never complete; use an earlier checkpoint")
 
 
-_CACHED_HEADERS = 4096
-"""Cache size for parsed archive headers."""
 MAX_READ_BYTES = 1 << 20
 """Maximum bytes per read from an archive's member list or header."""
 
@@ -169,63 +167,6 @@ class _TensorWindow(io.RawIOBase):
         return len(raw)
 
 
-class DistTensors(StoredTensors):
-    """Tensors in a torch.distributed checkpoint."""
-
-    def __init__(self, folder: Path, entries: Mapping[str, Sequence[Any]]) -> None:
-        """Check that the files exist; `entries`: key -> [dtype, shape, pieces] (see `inert_pickle.Index`).
-        Raises `UserError`: a file is missing, or a link out of the folder."""
-        self.folder = folder
-        super().__init__(
-            folder, {key: tuple(shape) for key, (_, shape, _) in entries.items()},
-            {key: getattr(torch, dtype) for key, (dtype, _, _) in entries.items()},
-            {key: [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
-                   for file, start, length, offset, extent in pieces]
-             for key, (_, _, pieces) in entries.items()}, REMEDY)
-        for file in {piece[0] for _, _, pieces in entries.values() for piece in pieces}:
-            if not (folder / file).is_file():
-                raise UserError(f"{folder / file}: is missing; according to the index it contains "
-                                f"{format_names(self.list_keys_in(file))}; {REMEDY}")
-            refuse_outside_link(folder, folder / file)
-        self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
-
-    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
-        try:
-            tensor = self._find(piece)
-            missing_axes = len(piece.shape) - len(tensor.shape)
-            if ((1,) * missing_axes + tensor.shape) != piece.shape or tensor.dtype != self.get_dtype(key):
-                raise ValueError(f"it is {tensor.dtype} {list(tensor.shape)} there")
-            return tensor.read(block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.folder / piece.file}: the block of {key} {list(piece.shape)} at "
-                            f"{list(piece.offset)} cannot be read ({e}); {REMEDY}") from None
-
-    def _find_uncached(self, piece: StoredBlock) -> DistTensor:
-        start, length = map(int, piece.name.split(":"))
-        return find_tensor(self.folder / piece.file, start, length)
-
-
-class DistWeights(BlockWeights):
-    """Tensors in a torch.distributed checkpoint, split into Hugging Face tensors."""
-
-    tensors: DistTensors
-
-    def list_keys(self, link: Link) -> list[str]:
-        """Return the stored tensors that hold a block."""
-        raise NotImplementedError
-
-    def get_dtype(self, name: str) -> torch.dtype:
-        return self.tensors.get_dtype(self.list_keys(self._links_by_name[name])[0])
-
-    def list_keys_in(self, file: str) -> list[str]:
-        """Return the stored tensors with a block in `file`."""
-        return self.tensors.list_keys_in(file)
-
-    def list_files(self, name: str) -> set[str]:
-        return {file for key in self.list_keys(self._links_by_name[name])
-                for file in self.tensors.list_files(key)}
-
-
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
 _ALIASES = ((".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
             (".transformer_layer.", ".mtp_model_layer."))
@@ -241,6 +182,9 @@ PREFIXES = ("", "module.")
 """Key prefixes; NeMo's wrapper adds `module.`."""
 HALVES = ("_w", "_v")
 """Key suffixes for the halves of a gated matrix: gate and up."""
+REMEDY = "restore the checkpoint from its source"
+_CACHED_HEADERS = 4096
+"""Cache size for parsed archive headers."""
 
 
 # Our keys are Megatron's global names, so most keys agree. Differences: layers of one kind may be stacked
@@ -291,26 +235,58 @@ def _iter_candidates(key: str, expert: int | None) -> Iterator[tuple[str, tuple[
                 yield form.replace(EXPERTS, f"{EXPERTS}{expert}.", 1), lead, True
 
 
-def _open_tensors(folder: Path, *, with_optimizer: bool) -> tuple[DistTensors, int]:
-    """Return tensors under Megatron's keys, AdamW's state under keys such as `exp_avg/KEY`, and the number of
-    optimizer tensors that are left out. Raises `UserError` for damage or forbidden names."""
-    index = read_in_subprocess("index", folder / METADATA)
-    tensors: dict[str, Any] = index["tensors"]
-    prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
-    entries, states = {}, {}
-    for key, entry in tensors.items():
-        if match := STATE_KEY.fullmatch(key):
-            states[f"{match[1]}/{match[2].removeprefix(prefix)}"] = entry
-        else:
-            entries[key.removeprefix(prefix)] = entry
-    # formats that depend on the layout have other shapes
-    if with_optimizer and all(entries.get(key.partition("/")[2], ("", ()))[1] == shape
-                              for key, (_, shape, _) in states.items()):
-        entries, states = entries | states, {}
-    return DistTensors(folder, entries), index["num_skipped"] + len(states)
+class TorchDistTensors(StoredTensors):
+    """Tensors in a `torch_dist` checkpoint under Megatron's keys."""
+
+    def __init__(self, folder: Path, *, with_optimizer: bool = False) -> None:
+        """Read the index; AdamW's state has keys such as `exp_avg/KEY`. Raises `UserError` for damage or
+        forbidden names."""
+        self.folder = folder
+        index = read_in_subprocess("index", folder / METADATA)
+        tensors: dict[str, Any] = index["tensors"]
+        prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
+        entries, states = {}, {}
+        for key, entry in tensors.items():
+            if match := STATE_KEY.fullmatch(key):
+                states[f"{match[1]}/{match[2].removeprefix(prefix)}"] = entry
+            else:
+                entries[key.removeprefix(prefix)] = entry
+        # formats that depend on the layout have other shapes
+        if with_optimizer and all(entries.get(key.partition("/")[2], ("", ()))[1] == shape
+                                  for key, (_, shape, _) in states.items()):
+            entries, states = entries | states, {}
+        self.num_skipped: int = index["num_skipped"] + len(states)
+        """Optimizer tensors that are left out."""
+        super().__init__(
+            folder, {key: tuple(shape) for key, (_, shape, _) in entries.items()},
+            {key: getattr(torch, dtype) for key, (dtype, _, _) in entries.items()},
+            {key: [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
+                   for file, start, length, offset, extent in pieces]
+             for key, (_, _, pieces) in entries.items()}, REMEDY)
+        for file in {piece[0] for _, _, pieces in entries.values() for piece in pieces}:
+            if not (folder / file).is_file():
+                raise UserError(f"{folder / file}: is missing; according to the index it contains "
+                                f"{format_names(self.list_keys_in(file))}; {REMEDY}")
+            refuse_outside_link(folder, folder / file)
+        self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
+
+    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+        try:
+            tensor = self._find(piece)
+            missing_axes = len(piece.shape) - len(tensor.shape)
+            if ((1,) * missing_axes + tensor.shape) != piece.shape or tensor.dtype != self.get_dtype(key):
+                raise ValueError(f"it is {tensor.dtype} {list(tensor.shape)} there")
+            return tensor.read(block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.folder / piece.file}: the block of {key} {list(piece.shape)} at "
+                            f"{list(piece.offset)} cannot be read ({e}); {REMEDY}") from None
+
+    def _find_uncached(self, piece: StoredBlock) -> DistTensor:
+        start, length = map(int, piece.name.split(":"))
+        return find_tensor(self.folder / piece.file, start, length)
 
 
-class TorchDistWeights(DistWeights):
+class TorchDistWeights(BlockWeights):
     """Tensors in a `torch_dist` checkpoint, split into Hugging Face tensors.
 
     Args:
@@ -324,13 +300,21 @@ class TorchDistWeights(DistWeights):
 
     def __init__(self, path: Path, model: ModelConfig, *, with_optimizer: bool = False) -> None:
         super().__init__(path, model, models.get_family(model.family).links(model))
-        self.tensors, self.num_skipped = _open_tensors(path, with_optimizer=with_optimizer)
+        self.tensors = TorchDistTensors(path, with_optimizer=with_optimizer)
         self._stored_keys = self.tensors.keys()
         self._sources = self._match_tensors()
         self.tensors.check_complete()
 
-    def list_keys(self, link: Link) -> list[str]:
-        return [source.key for source in self._get_sources(link)]
+    def get_dtype(self, name: str) -> torch.dtype:
+        return self.tensors.get_dtype(self._get_sources(self._links_by_name[name])[0].key)
+
+    def list_keys_in(self, file: str) -> list[str]:
+        """Return Megatron's keys with a block in `file`."""
+        return self.tensors.list_keys_in(file)
+
+    def list_files(self, name: str) -> set[str]:
+        return {file for source in self._get_sources(self._links_by_name[name])
+                for file in self.tensors.list_files(source.key)}
 
     def _get_sources(self, link: Link) -> list[DistSource]:
         return self._sources[link.key, link.offset]
@@ -482,7 +466,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     source = ImportSource(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin}, states,
                           loop)
     write_imported(out, source, dtype, workers=workers, overwrite=overwrite, redo=redo)
-    return ImportReport(iteration, count_padded_rows(weights), weights.num_skipped, model, training)
+    return ImportReport(iteration, count_padded_rows(weights), weights.tensors.num_skipped, model, training)
 
 
 def _describe_training(stored: Mapping[str, Any], iteration: int) -> TrainingState:

@@ -221,9 +221,7 @@ COMMON_STATE = "common_state/shard_0_1"
 TRAINING_PREFIXES = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 """Key prefixes for training state."""
 STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(exp_avg|exp_avg_sq|param|fp32_param)\.(.+)")
-"""Megatron's key of AdamW's state for a weight; other training state is not imported."""
-TORCH_STATE_KEY = re.compile(r"(?:.+\.)?optim(?:izer)?\.state\.(.+)\.(exp_avg|exp_avg_sq|step)")
-"""Torch's key of AdamW's state for a weight, as in `get_optimizer_state_dict`."""
+"""Key of AdamW's state for a weight; other training state is not imported."""
 Index = dict[str, Any]
 """JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
 `num_skipped`: optimizer tensors; `num_objects`: entries that are not tensors; `settings`: [file, start,
@@ -241,8 +239,7 @@ def read_index(raw: bytes) -> Index:
         for key, value in entries.items():
             if isinstance(value, InertCall) and value.name == BYTES:
                 num_objects += 1
-            elif key.startswith(TRAINING_PREFIXES) and not (STATE_KEY.fullmatch(key)
-                                                            or TORCH_STATE_KEY.fullmatch(key)):
+            elif key.startswith(TRAINING_PREFIXES) and not STATE_KEY.fullmatch(key):
                 num_skipped += 1
             else:
                 tensors[key] = _parse_tensor(key, value, stored)
