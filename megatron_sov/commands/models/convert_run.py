@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.commands.models.convert import (
-    AverageOptions, ConvertInspectOptions, FromHfOptions, FromPeftOptions, MegatronImport,
-    ToDcpOptions, ToHfOptions, ToMegatronOptions, ToPeftOptions)
+    AverageOptions, ConvertInspectOptions, FromHfOptions, FromPeftOptions, MegatronImport, ToDcpOptions,
+    ToHfOptions, ToMegatronOptions, ToPeftOptions)
 from megatron_sov.convert.averaging import average, choose_checkpoints
 from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.convert.hf_export import to_hf
