@@ -333,7 +333,8 @@ class CheckpointWeights(BlockWeights):
         return self._reader.list_keys_in(file)
 
     def list_files(self, name: str) -> set[str]:
-        return self._reader.list_files(self._links_by_name[name].key)
+        link = self._links_by_name[name]
+        return self._reader.list_files(link.key, link.offset, link.extent)
 
     def _read_block(self, link: Link) -> torch.Tensor:
         return self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape)

@@ -313,8 +313,9 @@ class TorchDistWeights(BlockWeights):
         return self.tensors.list_keys_in(file)
 
     def list_files(self, name: str) -> set[str]:
-        return {file for source in self._get_sources(self._links_by_name[name])
-                for file in self.tensors.list_files(source.key)}
+        link = self._links_by_name[name]
+        return {file for source in self._get_sources(link)
+                for file in self.tensors.list_files(source.key, *self._locate_block(link, source))}
 
     def _get_sources(self, link: Link) -> list[DistSource]:
         return self._sources[link.key, link.offset]
@@ -340,19 +341,21 @@ class TorchDistWeights(BlockWeights):
         return blocks
 
     def _read_block(self, link: Link, state: str = "") -> torch.Tensor:
-        parts = []
-        for source in self._get_sources(link):
-            offset, extent = link.offset, link.extent
-            if source.has_one_expert:
-                offset, extent = offset[1:], extent[1:]
-            if len(self._get_sources(link)) > 1:  # gate or up rows
-                axis = len(extent) - len(link.block_shape)
-                extent = (*extent[:axis], extent[axis] // 2, *extent[axis + 1:])
-            parts.append(self.tensors.read(state + source.key, (*source.leading_indices, *offset),
-                                           (*(1,) * len(source.leading_indices), *extent)))
+        parts = [self.tensors.read(state + source.key, *self._locate_block(link, source))
+                 for source in self._get_sources(link)]
         rows = [part.reshape(-1, *link.block_shape[1:]) for part in parts]
         joined = rows[0] if len(rows) == 1 else torch.cat(rows)
         return joined.reshape(link.block_shape)
+
+    def _locate_block(self, link: Link, source: DistSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return offset and shape of a block's part in Megatron's tensor."""
+        offset, extent = link.offset, link.extent
+        if source.has_one_expert:
+            offset, extent = offset[1:], extent[1:]
+        if len(self._get_sources(link)) > 1:  # gate or up rows
+            axis = len(extent) - len(link.block_shape)
+            extent = (*extent[:axis], extent[axis] // 2, *extent[axis + 1:])
+        return (*source.leading_indices, *offset), (*(1,) * len(source.leading_indices), *extent)
 
     def _match_tensors(self) -> dict[tuple[str, tuple[int, ...]], list[DistSource]]:
         """Find each block's sources; keys and shapes must match the model exactly."""

@@ -11,13 +11,13 @@ from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.removed import RENAMED
 from megatron_sov.base.hints.table import find_note
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import (
     DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
     RunConfig, TrainConfig, apply_settings, from_dict, parse_data_paths)
 from megatron_sov.model.config.post_training import METHODS
-from megatron_sov.model.config.run import RENAMED
 from tests.te_double.library_shapes import CONTRACT
 
 Small = Callable[..., RunConfig]
@@ -89,11 +89,20 @@ def test_all_problems_of_a_file_are_named_in_field_order(small: Small ) -> None:
 def test_a_renamed_setting_is_refused_with_its_new_name(old: str, now: str, small: Small ) -> None:
     with pytest.raises(SettingsError, match=f"{old}: no such setting; it is now called {now}$"):
         apply_settings(small(), [f"{old}=1"])
+
+
+def test_a_run_of_an_earlier_version_opens_with_its_values(small: Small) -> None:
     raw = small().to_dict()
-    group, _, name = old.partition(".")
-    raw[group] |= {name: 1} if "." not in name else {name.split(".")[0]: {name.split(".")[1]: 1}}
-    with pytest.raises(SettingsError, match=f"it is now called {now}"):
-        from_dict(raw)
+    evaluation, guards = raw["evaluate"], raw["guards"]
+    evaluation["beside"] = evaluation.pop("background") | {"judges": ["ppl"], "max_waiting": 3}
+    del evaluation["beside"]["tasks"], guards["on_sdc"]
+    guards["on_corruption"] = "record"
+    config = from_dict(raw)
+    assert (config.evaluate.background.tasks, config.evaluate.background.max_waiting) == (("ppl",), 3)
+    assert config.guards.on_sdc == "record"
+    assert "on_corruption" in guards, "the caller's settings stay as they are"
+    with pytest.raises(SettingsError, match="it is now called guards"):
+        from_dict(raw | {"guards": {"on_corruption": "record", "on_sdc": "exit"}})
 
 
 @pytest.fixture
