@@ -102,7 +102,6 @@ ALONE = {
     "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,
     "data_prep/synth/readers/queries.py": "queries with constraints; other readers are another subject",
     "data_prep/synth/functions/registry.py": "names of functions; compiling a file is another subject",
-    "megatron_sov/convert/dcp/names.py": "names of other trainers, by which checkpoints are read too",
     "megatron_sov/convert/encoder_weights.py": "encoders of other models; whole models are another subject",
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/train/recovery.py": "rejects steps and restores weights; the loop is another subject",

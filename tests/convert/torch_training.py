@@ -28,9 +28,8 @@ class DoublePrecision:
         return getattr(torch, name)
 
 
-def continue_torch(folder: str, batches: str, saved: str = "", saved_after: int = 0) -> list[float]:
-    """Load weights, optimizer and step, train on recorded rows, return the losses; save the training after
-    some of the steps."""
+def continue_torch(folder: str, batches: str) -> list[float]:
+    """Load weights, optimizer and step, train on recorded rows, return the losses."""
     from megatron_sov.engine.parallel.world import join_world, leave_world
     from megatron_sov.model.config import ParallelConfig
 
@@ -58,9 +57,6 @@ def continue_torch(folder: str, batches: str, saved: str = "", saved_after: int 
         scheduler.step()
         dist.all_reduce(total)
         losses.append(float(total / num_targets))
-        if len(losses) == saved_after:
-            dcp.save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(
-                model, optimizer, options=FLAT)}, checkpoint_id=saved)
     leave_world()
     return losses
 
