@@ -30,7 +30,7 @@ class CodecsOptions:
     audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
     """Codec that encodes prompt sounds: the codec used in training."""
     image_decoder: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that decodes generated picture tokens (vqmodel, janus-vq)."""
+    """Codec that decodes generated picture tokens (vqmodel)."""
     vocoder: Annotated[Path | None, Flag(value="CODEC")] = None
     """Codec that decodes generated sound tokens (mimi, dac)."""
     no_features: bool = False
