@@ -111,7 +111,9 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     """
     out = Path(out)
     check_output_folder(out, CHECKPOINT_KIND, overwrite)
-    paths = [_find_start(path) for path, _ in checkpoints]
+    for path, _ in checkpoints:
+        check_model_path(path)
+    paths = [find_checkpoint(path) for path, _ in checkpoints]
     if len(paths) < min_checkpoints:
         raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
                         "checkpoints; pass another checkpoint")
@@ -181,11 +183,6 @@ def _iter_slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]
         rows = min(step, link.extent[axis] - low)
         yield ((*link.offset[:axis], link.offset[axis] + low, *link.offset[axis + 1:]),
                (*link.extent[:axis], rows, *link.extent[axis + 1:]))
-
-
-def _find_start(path: Path) -> Path:
-    check_model_path(path)
-    return find_checkpoint(path)
 
 
 def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[float]:

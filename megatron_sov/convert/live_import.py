@@ -73,19 +73,13 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
             for link in by_key[key]:
                 model_dtype = get_merged_dtype(whole.dtype) if model.lora.on else whole.dtype
                 target = choose_export_dtype(dtype, link.fp32, model_dtype)
-                for name, tensor in _split_block(link, whole):
+                place = tuple(slice(o, o + n) for o, n in zip(link.offset, link.extent, strict=True))
+                for name, tensor in link.split(whole[place]).items():
                     yield name, (merge_adapter(tensor, adapted_places[name], factors, model.lora)
                                  if name in adapted_places else tensor).to(target)
             factors.clear()
     finally:
         tensors.close()
-
-
-def _split_block(link: Link, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the Hugging Face tensors in a block of a whole tensor."""
-    block = whole[tuple(slice(o, o + n) for o, n in zip(link.offset, link.extent, strict=True))].reshape(
-        link.block_shape)
-    yield from link.split(block).items()
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ class LiveImport:
         """Hugging Face name -> local regions. Interleaved tensors (query, key, value) share the entry of the
         first name in their block."""
         for link in links:
-            local = [shard for group in _list_groups(link) for shard in shards.get(group, ())]
+            local = shards.get(_get_group(link.key, link.offset), [])
             for name, (first, count) in link.rows().items():
                 offset, self._extents[name] = _locate_rows(link, first, count)
                 self._regions[name] = _find_regions(local, offset, self._extents[name])
@@ -171,13 +165,6 @@ def import_weights(model: LanguageModel, weights: Iterable[tuple[str, torch.Tens
 def _get_group(key: str, offset: tuple[int, ...]) -> tuple[str, int]:
     """Return a shard's lookup group: the key and, for stacked experts, the expert index."""
     return key, offset[0] if ".experts.experts." in key else 0
-
-
-def _list_groups(link: Link) -> list[tuple[str, int]]:
-    """Return the groups with shards of a block; stacked experts have a group per expert."""
-    if ".experts.experts." not in link.key:
-        return [(link.key, 0)]
-    return [(link.key, link.offset[0] + expert) for expert in range(link.extent[0])]
 
 
 def _locate_rows(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

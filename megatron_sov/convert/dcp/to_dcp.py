@@ -73,11 +73,10 @@ class Part:
     """A block of a written tensor."""
 
     key: str
-    """Name of the tensor."""
     names: tuple[str, ...]
     """Hugging Face tensors: a single one, or all of the link."""
     shape: tuple[int, ...]
-    """Shape of the whole tensor."""
+    """Of the whole tensor."""
     expert: int | None = None
     """Index along the leading axis; None: the block is the whole tensor."""
 

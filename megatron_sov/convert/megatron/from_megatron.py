@@ -431,23 +431,13 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
                   overrides: Mapping[str, Any] | None = None, tokenizer: Path | None = None,
                   weights_only: bool = False, workers: int = DEFAULT_WORKERS, overwrite: bool = False,
                   redo: bool = False) -> ImportReport:
-    """Convert a Megatron-LM or Megatron-Bridge checkpoint to this project's format, with AdamW's state.
+    """Convert a Megatron-LM, Megatron-Bridge or NeMo 2 checkpoint to this project's format, with AdamW's
+    state.
 
-    Args:
-        folder: folder of an iteration, or of several iterations; NeMo 2 as well.
-        out: checkpoint to write. It appears when complete; a killed command continues where it stopped.
-        dtype: see `from_hf`; the optimizer keeps its dtype.
-        family: family name; "" uses the only family that can express the model.
-        overrides: `ModelConfig` fields that replace those of the checkpoint.
-        tokenizer: tokenizer folder to copy into the checkpoint.
-        weights_only: leave out the optimizer; the checkpoint has step 0.
-        workers: files written at a time.
-        overwrite: replace an existing checkpoint.
-        redo: start over if unfinished work with other arguments exists.
-
-    Raises:
-        UserError: the format is not supported, the index contains forbidden names, no family can express the
-            model, or a tensor is missing or damaged.
+    `folder` is an iteration or holds several; `family` "" finds the only family that can express the model;
+    `overrides` replace `ModelConfig` fields of the checkpoint; `weights_only` leaves out the optimizer (step
+    0). For the other arguments see `from_hf`. Raises `UserError`: the format is not supported, the index
+    contains forbidden names, no family can express the model, or a tensor is missing or damaged.
     """
     out = Path(out)
     check_dtype_name(dtype)

@@ -41,21 +41,13 @@ WSD_STYLES = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "minus_s
 def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool = False,
                 one_optimizer: bool = False, workers: int = DEFAULT_WORKERS,
                 overwrite: bool = False) -> tuple[TrainedModel, str]:
-    """Write a checkpoint for Megatron-Core's `dist_checkpointing` (artifact kind `megatron_checkpoint`);
-    return its source, and why its learning rate is written as constant ("": it is not).
+    """Write a checkpoint for Megatron-LM's `--load` (artifact kind `megatron_checkpoint`), which appears when
+    complete; return its source, and why its learning rate is written as constant ("": it is not).
 
-    Args:
-        checkpoint: checkpoint, or run (newest checkpoint).
-        out: folder to write, for Megatron-LM's `--load`; it appears when complete.
-        weights_only: leave out moments, master weights and schedule.
-        one_optimizer: the loading run has one optimizer for experts and other weights, as Megatron-Core has
-            without expert parallelism if tensor parallelism splits both alike.
-        workers: files written at a time, each with one block in memory.
-        overwrite: replace an existing `megatron_checkpoint` artifact.
-
-    Raises:
-        UserError: Megatron-Core cannot build the model or its optimizer, the checkpoint is damaged, or the
-            disk is full.
+    `one_optimizer`: the loading run has one optimizer for experts and other weights, as Megatron-Core has
+    without expert parallelism if tensor parallelism splits both alike. `workers`: files written at a time,
+    each with one block in memory. Raises `UserError`: Megatron-Core cannot build the model or its optimizer,
+    the checkpoint is damaged, or the disk is full.
     """
     source = open_trained_model(checkpoint, weights_only=weights_only)
     common, problem = build_common_state(source.settings, source.step, source.num_updates,
