@@ -198,10 +198,12 @@ def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[floa
 
 def _check_compatible(first: Path, path: Path) -> None:
     """Raise `UserError` if architecture, tokenizer or base differ."""
-    first_model, other_model = read_checkpoint_settings(first).model, read_checkpoint_settings(path).model
-    for name, value, other_value in _iter_differences(first_model, other_model):
-        raise UserError(f"{path}: has model.{name} = {other_value}, but {first} has {value}; only "
-                        "checkpoints of one architecture can be averaged")
+    models = [read_checkpoint_settings(folder).model for folder in (first, path)]
+    for name in (field.name for field in dataclasses.fields(ModelConfig) if field.name not in TRAINING_FIELDS):
+        value, other_value = (getattr(model, name) for model in models)
+        if value != other_value:
+            raise UserError(f"{path}: has model.{name} = {other_value}, but {first} has {value}; only "
+                            "checkpoints of one architecture can be averaged")
     bases = [read_adapter_base(p) for p in (first, path)]
     digests = [None if base is None else base.sha256 for base in bases]
     if digests[0] != digests[1]:
@@ -210,10 +212,3 @@ def _check_compatible(first: Path, path: Path) -> None:
                         "adapters to full checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
     check_same_tokenizer(first / "tokenizer", path / "tokenizer",
                          "only checkpoints with the same tokenizer can be averaged")
-
-
-def _iter_differences(first: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    for field in dataclasses.fields(first):
-        pair = getattr(first, field.name), getattr(other, field.name)
-        if pair[0] != pair[1] and field.name not in TRAINING_FIELDS:
-            yield field.name, *pair

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,7 @@ from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manif
 from megatron_sov.base.errors import UserError, suggest_spelling
 from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.convert.low_bit import FIELD, find_low_bit_weights
+from megatron_sov.convert.low_bit import FIELD, LowBitWeight, find_low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import NESTED_TEXT_MODELS, extract_text_config
@@ -39,29 +39,6 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STACK = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 """A layer's stacked experts, as in transformers' memory layout."""
 IMPORTED_WEIGHTS = "the weights to take in"
-
-
-class StoredTensor(Protocol):
-    """A tensor in a Hugging Face folder, stored plain or packed in several tensors."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape after unpacking."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype after unpacking."""
-
-    @property
-    def files(self) -> Set[str]:
-        """Return the file names that store the tensor."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Return the stored tensors' names, for example packed values and scales."""
-
-    def read(self) -> torch.Tensor:
-        """Read the tensor; raises `UserError` if a file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +84,10 @@ class ExpertPart(FileTensor):
     def read(self) -> torch.Tensor:
         inputs = slice(0, self.shape[1])
         return self.file.read(self.name, [slice(self.expert, self.expert + 1), self.rows, inputs])[0]
+
+
+StoredTensor = FileTensor | LowBitWeight
+"""A tensor in a Hugging Face folder, stored plain or in FP8."""
 
 
 class Weights(Protocol):
@@ -259,7 +240,7 @@ def has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return name -> stored tensor; raises `UserError` for an unknown storage format."""
-    low_bit: dict[str, StoredTensor] = {**find_low_bit_weights(config, shards)}
+    low_bit = find_low_bit_weights(config, shards)
     parts = {part for tensor in low_bit.values() for part in tensor.parts}
     return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | low_bit
 
@@ -410,16 +391,8 @@ def check_export(folder: Path) -> None:
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
 
 
-class HasShape(Protocol):
-    """A tensor, or a message that announces a tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the whole tensor's shape."""
-        ...
-
-
-_Tensor = TypeVar("_Tensor", bound=HasShape)
+_Tensor = TypeVar("_Tensor", bound=Any)
+"""A tensor, or a message that announces one: has a `shape`."""
 
 
 def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],

@@ -55,11 +55,6 @@ def find_iteration(folder: Path) -> Path:
     return iteration_folder
 
 
-def parse_iteration(folder: Path) -> int | None:
-    number = re.fullmatch(r"iter_(\d{7,12})", folder.name)
-    return int(number[1]) if number else None
-
-
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / METADATA).exists() or (folder / FORMAT).exists() or any(folder.glob("mp_rank_*"))
 
@@ -486,7 +481,8 @@ def _describe_training(stored: Mapping[str, Any], iteration: int) -> TrainingSta
 
 def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     """Return a checkpoint's settings (`model`, and `read_settings`) and iteration."""
-    iteration = parse_iteration(folder)
+    number = re.fullmatch(r"iter_(\d{7,12})", folder.name)
+    iteration = int(number[1]) if number else None
     settings: dict[str, Any] = {"args": {}, "iteration": None}
     if (folder / COMMON).is_file():
         settings = read_in_subprocess("settings", folder / COMMON)
