@@ -1,8 +1,7 @@
 """Average checkpoints with equal architectures, tensor by tensor, in float64.
 
 Memory holds two output tensors and a million elements of each checkpoint. Adapters of one base are averaged
-as merged
-models: tensors without an adapter keep the base's bits, and adapted tensors are merged for each checkpoint.
+as merged models: tensors without an adapter keep the base's bits, the others are merged for each checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -117,7 +115,8 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     if len(paths) < min_checkpoints:
         raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
                         "checkpoints; pass another checkpoint")
-    weights = _check_weights(paths, [weight for _, weight in checkpoints])
+    weights = [weight for _, weight in checkpoints]
+    _check_weights(paths, weights)
     sources = [open_checkpoint_weights(path) for path in paths]
     links = {format_block_name(link.key, link.offset): link for link in sources[0].links}
     files = plan_files(links, sources[0].get_dtype, KEEP)
@@ -185,24 +184,22 @@ def _iter_slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]
                (*link.extent[:axis], rows, *link.extent[axis + 1:]))
 
 
-def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[float]:
-    """Check headers, and return the opened weights."""
+def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> None:
     for path, weight in zip(paths, weights, strict=True):
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{path}: its weight {weight:g} must be a positive number; omit the checkpoint, "
                             "or increase its weight")
     for path in paths[1:]:
         _check_compatible(paths[0], path)
-    return list(weights)
 
 
 def _check_compatible(first: Path, path: Path) -> None:
     """Raise `UserError` if architecture, tokenizer or base differ."""
     models = [read_checkpoint_settings(folder).model for folder in (first, path)]
-    for name in (field.name for field in dataclasses.fields(ModelConfig) if field.name not in TRAINING_FIELDS):
-        value, other_value = (getattr(model, name) for model in models)
-        if value != other_value:
-            raise UserError(f"{path}: has model.{name} = {other_value}, but {first} has {value}; only "
+    for field in dataclasses.fields(ModelConfig):
+        value, other_value = (getattr(model, field.name) for model in models)
+        if value != other_value and field.name not in TRAINING_FIELDS:
+            raise UserError(f"{path}: has model.{field.name} = {other_value}, but {first} has {value}; only "
                             "checkpoints of one architecture can be averaged")
     bases = [read_adapter_base(p) for p in (first, path)]
     digests = [None if base is None else base.sha256 for base in bases]

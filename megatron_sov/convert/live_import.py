@@ -6,7 +6,6 @@ Exports equal the files of `to_hf` bit for bit. Imports are the inverse, with th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -82,14 +81,8 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
         tensors.close()
 
 
-@dataclass(frozen=True)
-class _Region:
-    """Overlap between a block and a local shard."""
-
-    target: torch.Tensor
-    """View into the shard."""
-    source: tuple[slice, ...]
-    """Slices into the block, per axis of the global tensor."""
+_Region = tuple[torch.Tensor, tuple[slice, ...]]
+"""Overlap between a block and a local shard: view into the shard, and slices into the block."""
 
 
 class LiveImport:
@@ -186,8 +179,8 @@ def _find_regions(shards: list[LocalShard], offset: tuple[int, ...],
                 for a, n, b, m in zip(shard.offset, shard.shape, offset, extent, strict=True)]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             continue
-        target = _to_slices(starts, ends, shard.offset)
-        regions.append(_Region(shard.data.view(shard.shape)[target], _to_slices(starts, ends, offset)))
+        target = shard.data.view(shard.shape)[_to_slices(starts, ends, shard.offset)]
+        regions.append((target, _to_slices(starts, ends, offset)))
     return regions
 
 
@@ -196,7 +189,6 @@ def _to_slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]
 
 
 def _copy_block(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:
-    if regions:
-        block = block.reshape(extent)
-    for region in regions:
-        region.target.copy_(block[region.source])
+    block = block.reshape(extent)
+    for target, place in regions:
+        target.copy_(block[place])

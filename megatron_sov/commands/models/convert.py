@@ -190,17 +190,6 @@ class ConvertInspectOptions(PluginOptions):
     """Print JSON."""
 
 
-@dataclass(frozen=True)
-class MegatronImport:
-    """Checked input for `convert_run.import_megatron`."""
-
-    options: FromMegatronOptions
-    family: str
-    """"": the single family that fits."""
-    overrides: dict[str, Any]
-    """`ModelConfig` fields."""
-
-
 OptionsT = TypeVar("OptionsT", bound=PluginOptions)
 
 
@@ -224,18 +213,22 @@ def _check_paths(*names: str, kinds: tuple[str, ...] = (), expected: str = ""
     return check
 
 
-def _check_from_megatron(options: FromMegatronOptions) -> MegatronImport:
+def _check_from_megatron(options: FromMegatronOptions) -> FromMegatronOptions:
     load_plugins(options.plugins)
+    resolve_architecture(options)
+    if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer {options.tokenizer}: has no tokenizer.json; pass a tokenizer folder")
+    return options
+
+
+def resolve_architecture(options: FromMegatronOptions) -> tuple[str, dict[str, Any]]:
+    """Return the family ("": the only one that fits) and the `ModelConfig` fields of recipe and --set."""
     overrides, family = parse_model_settings(options.settings), options.family
-    # --set overrides the recipe
     if options.recipe:
         model = dataclasses.asdict(recipes.get(options.recipe).model)
         recipe_family = model.pop("family")
-        family = family or recipe_family
-        overrides = model | overrides
-    if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer {options.tokenizer}: has no tokenizer.json; pass a tokenizer folder")
-    return MegatronImport(options, family, overrides)
+        return family or recipe_family, model | overrides
+    return family, overrides
 
 
 def _check_from_peft(options: FromPeftOptions) -> FromPeftOptions:

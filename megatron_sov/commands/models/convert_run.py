@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.commands.models.convert import (
-    AverageOptions, ConvertInspectOptions, FromHfOptions, FromPeftOptions, MegatronImport, ToDcpOptions,
-    ToHfOptions, ToMegatronOptions, ToPeftOptions)
+    AverageOptions, ConvertInspectOptions, FromHfOptions, FromMegatronOptions, FromPeftOptions, ToDcpOptions,
+    ToHfOptions, ToMegatronOptions, ToPeftOptions, resolve_architecture)
 from megatron_sov.convert.averaging import average, choose_checkpoints
 from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.convert.hf_export import to_hf
@@ -31,11 +31,11 @@ def export_hf(options: ToHfOptions) -> None:
     print(f"wrote Hugging Face folder {options.out}")
 
 
-def import_megatron(request: MegatronImport) -> None:
+def import_megatron(options: FromMegatronOptions) -> None:
     """Convert a torch_dist checkpoint, and print the parts left out and the command that continues it."""
-    options = request.options
-    result = from_megatron(options.megatron_dir, options.out, options.dtype, family=request.family,
-                           overrides=request.overrides, tokenizer=options.tokenizer,
+    family, overrides = resolve_architecture(options)
+    result = from_megatron(options.megatron_dir, options.out, options.dtype, family=family,
+                           overrides=overrides, tokenizer=options.tokenizer,
                            weights_only=options.weights_only, workers=options.workers,
                            overwrite=options.overwrite, redo=options.redo)
     iteration = "" if result.iteration is None else f", iteration {result.iteration}"

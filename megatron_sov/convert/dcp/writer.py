@@ -39,11 +39,9 @@ class TrainedModel:
     path: Path
     settings: RunConfig
     step: int
-    """Completed optimizer steps."""
     num_updates: int | None
     """Updates in the moments; None: weights only."""
     num_tokens: int
-    """Tokens of the completed steps."""
 
 
 def open_trained_model(checkpoint: str | Path, *, weights_only: bool) -> TrainedModel:

@@ -382,13 +382,6 @@ class TorchDistWeights(BlockWeights):
         return (*(self.model.num_layers,) * len(source.leading_indices), *shape)
 
 
-def count_padded_rows(weights: TorchDistWeights) -> int:
-    """Return how many vocabulary rows have no token id."""
-    keys = weights.tensors.keys()
-    return max((weights.tensors.get_shape(key)[0] - weights.model.vocab_size
-                for key in VOCABULARY_WEIGHTS if key in keys), default=0)
-
-
 FROM_MEGATRON = "from_megatron"
 """Manifest key for the checkpoint's origin."""
 SETTINGS = {"optim.lr": "max_lr", "optim.min_lr": "min_lr", "optim.weight_decay": "end_wd"}

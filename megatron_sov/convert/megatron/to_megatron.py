@@ -73,8 +73,13 @@ def _list_tensors(source: TrainedModel) -> dict[str, DcpTensor]:
         reader = TensorReader(source.path, part)
         reader.check_complete()
         for key in reader.keys():  # noqa: SIM118  (a method of the reader, not a dict)
-            tensors[_find_key(source.path, part, key)] = DcpTensor(
-                reader.get_shape(key), reader.get_dtype(key), partial(reader.read, key))
+            state, _, name = key.partition("/")
+            if part == OPTIMIZER and state not in STATES:
+                raise UserError(f"{source.path}: {key} is Muon's state, for which Megatron-Core needs "
+                                "another package (emerging_optimizers); pass --weights-only")
+            theirs = key if part == MODEL else f"optimizer.state.{STATES[state]}.{name}"
+            tensors[theirs] = DcpTensor(reader.get_shape(key), reader.get_dtype(key),
+                                        partial(reader.read, key))
     return tensors
 
 
@@ -99,17 +104,6 @@ def _list_aliases(tensors: Mapping[str, DcpTensor]) -> dict[str, list[str]]:
             updated = masters + name if masters + name in tensors else name
             aliases[updated] = [f"optimizer.state.param.{name}"]
     return aliases
-
-
-def _find_key(path: Path, part: str, key: str) -> str:
-    """Return Megatron's key; raises `UserError` for Muon's state."""
-    if part == MODEL:
-        return key
-    state, _, name = key.partition("/")
-    if state not in STATES:
-        raise UserError(f"{path}: {key} is Muon's state, for which Megatron-Core needs another package "
-                        "(emerging_optimizers); pass --weights-only")
-    return f"optimizer.state.{STATES[state]}.{name}"
 
 
 def build_common_state(settings: RunConfig, step: int, num_updates: int | None, *,
