@@ -447,7 +447,10 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     source = ImportSource(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin}, states,
                           loop)
     write_imported(out, source, dtype, workers=workers, overwrite=overwrite, redo=redo)
-    return ImportReport(iteration, count_padded_rows(weights), weights.tensors.num_skipped, model, training)
+    tensors = weights.tensors
+    num_padded_rows = max(tensors.get_shape(key)[0] - model.vocab_size
+                          for key in VOCABULARY_WEIGHTS if key in tensors.keys())  # noqa: SIM118
+    return ImportReport(iteration, num_padded_rows, tensors.num_skipped, model, training)
 
 
 def _describe_training(stored: Mapping[str, Any], iteration: int) -> TrainingState:
