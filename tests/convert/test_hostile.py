@@ -7,6 +7,8 @@ import os
 import pickle
 import struct
 import subprocess
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -229,6 +231,56 @@ def test_reply_is_bounded_by_the_memory_limit(tmp_path: Path) -> None:
     assert file.stat().st_size < 2 << 20
     with pytest.raises(UserError, match="needs more memory"):
         read_in_subprocess("settings", file)
+
+
+def build_schedule(**fields: Any) -> dict[str, Any]:
+    return {"opt_param_scheduler": {"max_lr": 1e-3, "num_steps": 16, "lr_decay_steps": 400} | fields}
+
+
+@pytest.mark.each(("training", "message"), [
+    (build_schedule(max_lr="1; touch x"), "its max_lr = '1; touch x' must be a number from 0"),
+    (build_schedule(min_lr=float("nan")), "its min_lr = 'nan' must be a number"),
+    (build_schedule(num_steps=-4), "its num_steps = '-4' must be a number"),
+    (build_schedule(lr_decay_steps=[1]), "its lr_decay_steps = '[1]' must be a number"),
+    ({"optimizer": {"param_groups": [{"step": float("inf")}]}}, "its step = 'inf' must be a number"),
+    ({"optimizer": {"param_groups": [{"betas": ["a", 1], "eps": 1}]}}, "its beta1 = 'a' must be a number"),
+    ({"iteration": -1}, "its iteration = '-1' must be a number"),
+    ({"opt_param_scheduler": [1], "optimizer": [7]}, ""),
+    (build_schedule(lr_decay_style=["cosine"], lr_decay_steps=None), ""),
+])
+def test_state_that_is_no_number_is_refused(training: dict[str, Any], message: str, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints these numbers as `--set`, which users paste into a shell."""
+    made_by_hand.checkpoint(tmp_path / "from", training)
+    code = main(["convert", "from-megatron", str(tmp_path / "from"), str(tmp_path / "out")])
+    assert code == (2 if message else 0) and (tmp_path / "out").exists() != bool(message)
+    assert message in capsys.readouterr().err
+
+
+def pickle_tensor(shape: bytes, strides: bytes) -> bytes:
+    """Return a header as `torch.save` writes it, with pickles of shape and strides."""
+    storage = b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x10tQ"
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + shape + strides + b"tR."
+
+
+HEADERS = {
+    "20,000 axes": pickle_tensor(b"(" + b"K\x01" * 20_000 + b"tq\x01", b"h\x01"),
+    # a list with a tuple of 200,000 items, a name, and 2,000 calls with this tuple
+    "calls with many arguments": pickle_tensor(
+        b"](" + b"N" * 200_000 + b"tq\x01accollections\nOrderedDict\nq\x02a" + b"h\x02h\x01Ra" * 2000, b")"),
+}
+
+
+@pytest.mark.each("name", HEADERS)
+def test_a_small_header_takes_neither_time_nor_memory(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(raw := build_archive(HEADERS[name]))
+    began_s = time.process_time()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="its header has invalid sizes"):
+        find_tensor(tmp_path / "x", 0, len(raw))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - began_s < 1 and peak_bytes < 64 << 20
 
 
 def write_link_outside(folder: Path) -> None:
