@@ -36,14 +36,8 @@ OpenCheckpoint = CheckpointWeights | AdaptedWeights
 
 
 def compute_weights(count: int, kind: str, decay: float) -> list[float]:
-    """Return averaging weights for checkpoints, oldest first.
-
-    Args:
-        count: number of checkpoints.
-        kind: "uniform"; "linear": 1, 2, 3, ...; "ema": each weight is `decay` times the next, which
-            approximates an exponential moving average that starts at the first checkpoint.
-        decay: 0 to 1.
-    """
+    """Return averaging weights for checkpoints, oldest first. linear: 1, 2, 3, ...; ema: each weight is
+    `decay` times the next, an exponential moving average that starts at the first checkpoint."""
     if kind == "uniform":
         return [1.0] * count
     if kind == "linear":
@@ -53,17 +47,10 @@ def compute_weights(count: int, kind: str, decay: float) -> list[float]:
 
 def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] = (None, None),
                        kind: str = "uniform", decay: float = 0.5) -> list[tuple[Path, float]]:
-    """Return a run's complete checkpoints to average, with averaging weights.
+    """Return a run's complete checkpoints to average, with averaging weights (see `compute_weights`).
 
-    Args:
-        run: folder of the run.
-        last: number of newest checkpoints; None uses all.
-        steps: first and last step; None means unbounded.
-        kind: see `weights_of`.
-        decay: decay of "ema".
-
-    Raises:
-        UserError: there are fewer than two checkpoints, or fewer than `last`.
+    `last` is the number of newest checkpoints, `steps` are first and last step; None means all. Raises
+    `UserError`: there are fewer than two checkpoints, or fewer than `last`.
     """
     check_model_path(run)
     first, end = steps

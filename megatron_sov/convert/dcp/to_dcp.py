@@ -46,12 +46,8 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 def to_dcp(checkpoint: str | Path, out: str | Path, *, names: str = HF, weights_only: bool = False,
            workers: int = DEFAULT_WORKERS, overwrite: bool = False) -> TrainedModel:
     """Write OUT/step-N for `torch.distributed.checkpoint.load`, with config.json and tokenizer in OUT; return
-    its source.
-
-    `checkpoint` is a checkpoint or a run, `names` are `HF` or `TORCHTITAN`; for the other arguments see
-    `to_megatron`. Raises `UserError`: torchtitan has no such model, the checkpoint is damaged, or the disk is
-    full.
-    """
+    its source. `names` are `HF` or `TORCHTITAN`; for the other arguments see `to_megatron`. Raises
+    `UserError`: torchtitan has no such model, the checkpoint is damaged, or the disk is full."""
     source = open_trained_model(checkpoint, weights_only=weights_only)
     content = _ExportContent(source, names)
     planner = DcpPlanner(content.tensors, content.objects, content.aliases)
@@ -60,7 +56,8 @@ def to_dcp(checkpoint: str | Path, out: str | Path, *, names: str = HF, weights_
 
     def write_companions(folder: Path) -> None:
         copy_companions(tokenizer, folder, tokens)
-        config = family.to_hf_config(source.settings.model, content.dtype_name, tokens)
+        dtype = next(iter(content.tensors.values())).dtype
+        config = family.to_hf_config(source.settings.model, str(dtype).removeprefix("torch."), tokens)
         write_atomically(folder / CONFIG, format_json(config))
 
     write_export(Path(out), KIND, source, planner, f"step-{source.step}", write_companions, workers=workers,
@@ -130,9 +127,7 @@ class _ExportContent:
         self.tensors: dict[str, DcpTensor] = {}
         self.objects: dict[str, Any] = {}
         self.aliases: dict[str, list[str]] = {}
-        weights = CheckpointWeights(source.path)
-        self.dtype_name = str(weights.get_dtype(EMBEDDING)).removeprefix("torch.")
-        self._add_weights(weights)
+        self._add_weights(CheckpointWeights(source.path))
         if source.num_updates is not None:
             self._add_optimizer(source.num_updates)
 
