@@ -322,6 +322,7 @@ class Rewrite:
                 self._add_change(part)
 
     def _add_change(self, text: str) -> None:
+        """Write a settings change, or the option with its meaning, or the note why there is none."""
         if match := re.fullmatch(r"([a-z]\w*(?:\.\w+)+):([^=]+)", text):
             self.add_words("a setting and its value are joined by =")
             text = f"{match[1]}={match[2].strip()}"
