@@ -145,6 +145,8 @@ class Rewrite:
         holes = self._list_holes(value)
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
         self.target = value.rpartition("=")[2] if "target" in row else self.target
+        if "step" in row:
+            self.target = f"{holes['folder']}/checkpoints/step-{value}"
         ours = load_table()["values"]["--reward"]
         rewards = [ours.get(name, name)
                    for name in re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))]

@@ -50,7 +50,7 @@ def to_dcp(checkpoint: str | Path, out: str | Path, *, names: str = HF, weights_
     `UserError`: torchtitan has no such model, the checkpoint is damaged, or the disk is full."""
     source = open_trained_model(checkpoint, weights_only=weights_only)
     content = _ExportContent(source, names)
-    planner = DcpPlanner(content.tensors, content.objects, content.aliases)
+    planner = DcpPlanner(source.path, content.tensors, content.objects, content.aliases)
     family, tokenizer = models.get_family(source.settings.model.family), source.path / "tokenizer"
     tokens = read_token_ids(tokenizer)
 

@@ -1,6 +1,6 @@
 """Write torch.distributed checkpoints (DCP) from our checkpoints.
 
-Torch's writer reads one block per thread and gives each its own file, so a damaged file names its tensor.
+Torch's writer gives each block its own file, so a damaged file names its tensor.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import SHA256
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.load import read_state
-from megatron_sov.convert.dtypes import check_space
+from megatron_sov.convert.dtypes import check_space, convert_tensor
 from megatron_sov.convert.hf_import import INTEGRITY
 from megatron_sov.convert.sources import resolve_run
 from megatron_sov.model.config import RunConfig
@@ -70,20 +71,29 @@ class DcpTensor:
 class DcpPlanner(DefaultSavePlanner):
     """Gives torch's writer a checkpoint's tensors, a block at a time."""
 
-    def __init__(self, tensors: Mapping[str, DcpTensor], objects: Mapping[str, Any],
+    def __init__(self, path: Path, tensors: Mapping[str, DcpTensor], objects: Mapping[str, Any],
                  aliases: Mapping[str, Sequence[str]]) -> None:
-        """`objects`: pickled values; `aliases`: key -> further keys of the same stored bytes."""
+        """`path`: the checkpoint; `objects`: pickled values; `aliases`: key -> further keys of the same stored bytes."""
         super().__init__(flatten_state_dict=False)
-        self._tensors, self._objects, self._aliases = tensors, objects, aliases
+        self._path, self._tensors, self._objects, self._aliases = path, tensors, objects, aliases
         self.size_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
 
     def write(self, folder: Path, workers: int) -> None:
-        """Write files and index; raises OSError."""
-        writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=workers)
+        """Write files and index, with a block per worker in memory. Raises `UserError`: a value is not finite
+        or cannot be read; OSError: a file cannot be written."""
+        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         writer.set_up_storage_writer(True)
         self.set_up_planner({}, is_coordinator=True)
-        plans, index = self.create_global_plan([writer.prepare_local_plan(self.create_local_plan())])
-        results = writer.write_data(writer.prepare_global_plan(plans)[0], self).wait()
+        plans, index = self.create_global_plan([writer.prepare_local_plan(SavePlan([item]))
+                                                for item in self.create_local_plan().items])
+        # a plan per block, because errors in threads of torch's writer are lost
+        pool = ThreadPoolExecutor(workers)
+        try:
+            blocks = [pool.submit(writer.write_data, plan, self)
+                      for plan in writer.prepare_global_plan(plans)]
+            results = [result for block in blocks for result in block.result().wait()]
+        finally:
+            pool.shutdown(cancel_futures=True)
         for key, names in self._aliases.items():
             index.state_dict_metadata |= dict.fromkeys(names, index.state_dict_metadata[key])
         results += [replace(result, index=replace(result.index, fqn=name)) for result in list(results)
@@ -112,8 +122,8 @@ class DcpPlanner(DefaultSavePlanner):
         if item.tensor_data is None:
             torch.save(self._objects[item.index.fqn], raw := io.BytesIO())
             return raw
-        chunk = item.tensor_data.chunk
-        return self._tensors[item.index.fqn].read(chunk.offsets, chunk.sizes)
+        chunk, tensor = item.tensor_data.chunk, self._tensors[item.index.fqn]
+        return convert_tensor(tensor.read(chunk.offsets, chunk.sizes), tensor.dtype, self._path, item.index.fqn)
 
 
 def write_export(out: Path, kind: str, source: TrainedModel, planner: DcpPlanner, subfolder: str,
