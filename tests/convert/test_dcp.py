@@ -11,11 +11,10 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_sov import convert
 from megatron_sov.base.artifacts import find_damaged_files
-from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.cli import main
 from megatron_sov.convert.dcp import writer
-from megatron_sov.convert.dcp.to_dcp import HF, TORCHTITAN, list_parts, order_rotary, to_dcp
+from megatron_sov.convert.dcp.to_dcp import list_parts, to_dcp
 from megatron_sov.model import recipes
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
@@ -79,34 +78,12 @@ def test_names_are_those_of_the_transformers_class(recipe: str, tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps(family.to_hf_config(model, "float32", TokenIds())))
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).state_dict()
-    ours = {part.key: part.shape for link in family.links(model)
-            for part in list_parts(HF, link, state=False)}
+    ours = {part.key: part.tensor_shape for link in family.links(model)
+            for part in list_parts(link)}
     if model.tied_embeddings:  # both names are written
         ours["lm_head.weight"] = ours["model.embed_tokens.weight"]
     # transformers has no prediction layer
     assert {key: tuple(tensor.shape) for key, tensor in theirs.items()}.items() <= ours.items()
-
-
-def test_names_are_those_of_torchtitan(tmp_path: Path) -> None:
-    """Recorded from torchtitan 0.3.0: a layer of its Qwen3 with experts and fused query, key, value."""
-    model = recipes.get(EXPERTS).model
-    links = [link for link in models.get_family(model.family).links(model)
-             if f"layers.{model.num_layers - 1}." in link.key]
-    last = f"layers.{model.num_layers - 1}."
-    parameters = {part.key.removeprefix(last) for link in links
-                  for part in list_parts(TORCHTITAN, link, state=True)}
-    assert parameters == {
-        "attention.qkv_linear.wqkv.weight", "attention.wo.weight", "attention.q_norm.weight",
-        "attention.k_norm.weight", "attention_norm.weight", "ffn_norm.weight", "moe.router.gate.weight",
-        *(f"moe.routed_experts.inner_experts.{name}" for name in ("w1_EFD", "w2_EDF", "w3_EFD"))}
-
-
-def test_rotary_pairs_of_torchtitans_llama_are_neighbours() -> None:
-    model = recipes.get("tiny-llama").model
-    name, half = "model.layers.0.self_attn.q_proj.weight", model.head_dim // 2
-    rows = torch.arange(2 * model.head_dim)[:, None]
-    theirs = order_rotary(model, name, rows)
-    assert theirs[:4, 0].tolist() == [0, half, 1, half + 1]
 
 
 def test_written_files_have_the_weights_of_the_checkpoint(solar_dir: Path, tmp_path: Path,
@@ -130,9 +107,3 @@ def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path
         patch.setattr(writer, "sha256_file", Mock(side_effect=KeyboardInterrupt))
         to_dcp(tmp_path / "ours", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
-def test_families_without_counterpart_are_refused(solar_dir: Path, tmp_path: Path) -> None:
-    convert.from_hf(solar_dir, tmp_path / "ours")
-    with pytest.raises(UserError, match="no model of family 'solar_open', only llama, qwen3, qwen3_moe"):
-        to_dcp(tmp_path / "ours", tmp_path / "out", names=TORCHTITAN)

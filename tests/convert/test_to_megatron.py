@@ -230,14 +230,14 @@ def test_an_error_in_any_worker_ends_the_export(solar_dir: Path, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors in the threads of torch's writer are lost, and the index would lack their tensors."""
     convert.from_hf(solar_dir, tmp_path / "ours")
-    serialize = export.CheckpointPlanner.resolve_data
+    serialize = writer.DcpPlanner.resolve_data
 
     def fail_outside_the_main_thread(planner: Any, item: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             raise OSError(errno.ENOSPC, "No space left on device")
         return serialize(planner, item)
 
-    monkeypatch.setattr(export.CheckpointPlanner, "resolve_data", fail_outside_the_main_thread)
+    monkeypatch.setattr(writer.DcpPlanner, "resolve_data", fail_outside_the_main_thread)
     with pytest.raises(UserError, match="no space left"):
         to_megatron(tmp_path / "ours", tmp_path / "out", workers=4)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]

@@ -115,8 +115,6 @@ class ToDcpOptions(TrainedOptions):
 
     out: Annotated[Path, Flag("OUT")]
     """Folder to write, with step-N, config.json and tokenizer."""
-    names: Literal["hf", "torchtitan"] = "hf"
-    """Parameter names: hf, of the transformers class; torchtitan, of torchtitan 0.3."""
 
 
 @dataclass(frozen=True, kw_only=True)

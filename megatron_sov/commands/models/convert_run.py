@@ -69,13 +69,11 @@ def export_megatron(options: ToMegatronOptions) -> None:
 
 
 def export_dcp(options: ToDcpOptions) -> None:
-    source = to_dcp(options.checkpoint, options.out, names=options.names, weights_only=options.weights_only,
+    source = to_dcp(options.checkpoint, options.out, weights_only=options.weights_only,
                     workers=options.workers, overwrite=options.overwrite)
     print(f"wrote torch.distributed checkpoint {options.out}/step-{source.step}")
-    if source.num_updates is None:
-        print("without optimizer")
-    else:
-        print(f"with the moments of {source.num_updates} updates; without data order and random state")
+    print("without optimizer" if source.num_updates is None else
+          f"with the moments of {source.num_updates} updates; without data order and random state")
 
 
 def export_peft(options: ToPeftOptions) -> None:

@@ -1,7 +1,4 @@
-"""Write torch.distributed checkpoints (DCP) from our checkpoints.
-
-Torch's writer gives each block its own file, so a damaged file names its tensor.
-"""
+"""Write torch.distributed checkpoints (DCP) with a file per block, so that a damaged file names its tensor."""
 
 from __future__ import annotations
 
@@ -42,7 +39,6 @@ class TrainedModel:
     step: int
     num_updates: int | None
     """Updates in the moments; None: weights only."""
-    num_tokens: int
 
 
 def open_trained_model(checkpoint: str | Path, *, weights_only: bool) -> TrainedModel:
@@ -54,8 +50,8 @@ def open_trained_model(checkpoint: str | Path, *, weights_only: bool) -> Trained
         raise UserError(f"{path}: is an adapter, but the export needs a whole model; merge it with "
                         "`megatron-sov convert to-hf`, then `from-hf`")
     has_optimizer = OPTIMIZER in parts and not weights_only
-    state = read_state(path) if has_optimizer else {}
-    return TrainedModel(path, settings, content["step"], state.get("num_updates"), state.get("tokens", 0))
+    return TrainedModel(path, settings, content["step"],
+                        read_state(path)["num_updates"] if has_optimizer else None)
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class DcpPlanner(DefaultSavePlanner):
 
     def __init__(self, path: Path, tensors: Mapping[str, DcpTensor], objects: Mapping[str, Any],
                  aliases: Mapping[str, Sequence[str]]) -> None:
-        """`path`: the checkpoint; `objects`: pickled values; `aliases`: key -> further keys of the same stored bytes."""
+        """`path`: the checkpoint; `objects`: pickled values; `aliases`: key -> further keys of its bytes."""
         super().__init__(flatten_state_dict=False)
         self._path, self._tensors, self._objects, self._aliases = path, tensors, objects, aliases
         self.size_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
@@ -108,10 +104,9 @@ class DcpPlanner(DefaultSavePlanner):
             rows, *columns = tensor.shape or (1,)
             rows_per_block = max(1, MAX_BLOCK_BYTES // max(1, math.prod(columns) * tensor.dtype.itemsize))
             for first in range(0, rows, rows_per_block):
-                num_axes = len(tensor.shape)  # 0 for a number
-                chunk = ChunkStorageMetadata(
-                    torch.Size([first, *[0] * len(columns)][:num_axes]),
-                    torch.Size([min(rows_per_block, rows - first), *columns][:num_axes]))
+                offset, extent = [first, *[0] * len(columns)], [min(rows_per_block, rows - first), *columns]
+                chunk = ChunkStorageMetadata(*(torch.Size(sizes[:len(tensor.shape)])  # none for a number
+                                               for sizes in (offset, extent)))
                 self.plan.items.append(WriteItem(
                     MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(
                         chunk, TensorProperties(tensor.dtype), torch.Size(tensor.shape))))
@@ -122,8 +117,9 @@ class DcpPlanner(DefaultSavePlanner):
         if item.tensor_data is None:
             torch.save(self._objects[item.index.fqn], raw := io.BytesIO())
             return raw
-        chunk, tensor = item.tensor_data.chunk, self._tensors[item.index.fqn]
-        return convert_tensor(tensor.read(chunk.offsets, chunk.sizes), tensor.dtype, self._path, item.index.fqn)
+        key, chunk = item.index.fqn, item.tensor_data.chunk
+        block = self._tensors[key].read(chunk.offsets, chunk.sizes)
+        return convert_tensor(block, block.dtype, self._path, key)
 
 
 def write_export(out: Path, kind: str, source: TrainedModel, planner: DcpPlanner, subfolder: str,

@@ -53,7 +53,8 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
     common, problem = build_common_state(source.settings, source.step, source.num_updates,
                                          one_optimizer=one_optimizer)
     tensors = _list_tensors(source)
-    planner = DcpPlanner(source.path, tensors, {COMMON_STATE: [common], EMPTY_STATE: [None]}, _list_aliases(tensors))
+    planner = DcpPlanner(source.path, tensors, {COMMON_STATE: [common], EMPTY_STATE: [None]},
+                         _list_aliases(tensors))
     subfolder = f"iter_{source.step:07d}"
 
     def write_companions(folder: Path) -> None:
