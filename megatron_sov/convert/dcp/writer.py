@@ -1,4 +1,4 @@
-"""Write torch.distributed checkpoints (DCP) with a file per block, so that a damaged file names its tensor."""
+"""Write torch.distributed checkpoints (DCP), a file per block, so that a damaged file names its tensor."""
 
 from __future__ import annotations
 
