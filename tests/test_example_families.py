@@ -21,7 +21,8 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.count import count_params
 from megatron_sov.model.families.family import TokenIds
 from tests.layouts import test_exactness as exactness
-from tests.model.families.test_family import PUBLISHED, of_prediction, our_tensors, transformers_tensors
+from tests.model.families.test_family import (
+    PUBLISHED, is_in_prediction_layer, list_our_tensors, list_transformers_tensors)
 
 ROOT = Path(__file__).parents[1]
 HEADER = re.compile(r"# What: .+\n# Run:  megatron-sov (convert from-hf .+ --plugin "
@@ -141,11 +142,11 @@ def test_a_recipe_is_the_released_model(family: str) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
 def test_full_size_tensors_are_those_of_transformers(family: str) -> None:
     model = recipe_model(family)
-    ours: dict[str, tuple[tuple[int, ...], torch.dtype]] = our_tensors(model)
-    theirs = transformers_tensors(model)
+    ours: dict[str, tuple[tuple[int, ...], torch.dtype]] = list_our_tensors(model)
+    theirs = list_transformers_tensors(model)
     if family == "mixtral":
         theirs = {names_on_disk(name): value for name, value in theirs.items()}
-    assert {name: value for name, value in ours.items() if not of_prediction(name, model)} == theirs
+    assert {name: value for name, value in ours.items() if not is_in_prediction_layer(name, model)} == theirs
 
 
 def test_names_that_transformers_gives_dense_layers_are_read_too(tmp_path: Path) -> None:
