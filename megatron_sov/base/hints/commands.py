@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign_config
@@ -87,7 +88,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         # the last candidate with a typed setting, otherwise the first candidate
         step = next((name for name in reversed(candidates) if settings[name]), candidates[0])
         if required_step := load_table()["needed_steps"].get(step):
-            steps.setdefault(required_step, "")
+            steps.setdefault(required_step, _format_step_settings(required_step, values))
         steps[step] = settings[step]
     if not steps or not source:
         return None
@@ -105,11 +106,15 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
 
 def _format_step_settings(step: str, values: Mapping[str, str]) -> str:
     """Return the settings of a pipeline step for foreign options: "threshold: 0.8, num_hashes: 64"."""
-    index = index_words("steps")
-    settings = []
+    import yaml  # not at the top: `--help` of a program reads no YAML
+
+    settings: dict[str, Any] = {}
     for option, value in values.items():
-        settings += [f"{key.rpartition('.')[2]}: {value}" for key in index.get(f"{step}.{option}", ())]
-    return ", ".join(settings)
+        for key in index_words("steps").get(f"{step}.{option}", ()):
+            *groups, name = key.split(".")[1:]  # rules.thresholds.min_words, language.keep[]
+            block = settings.setdefault(groups[0], {}) if groups else settings
+            block[name.removesuffix("[]")] = value.split(",") if name.endswith("[]") else yaml.safe_load(value)
+    return str(yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1_000)).strip()[1:-1]
 
 
 def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:

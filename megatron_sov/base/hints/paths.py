@@ -12,11 +12,11 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
-from megatron_sov.base.hints.foreign import MAX_BYTES, find_shards, read_merge
+from megatron_sov.base.hints.foreign import MAX_BYTES, find_shards, read_data_registry, read_merge
 from megatron_sov.base.hints.kinds import (
     DATA_SUFFIXES, classify_folder, find_only_folder, list_run_tokenizers)
 from megatron_sov.base.hints.table import load_table, normalize_word
@@ -61,6 +61,8 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
             fuse = shlex.join(["megatron-sov", "ssp", "fuse", *models, "--output", output])
             yield path, UserError(f"{path}: is a mergekit file; its models are arguments here, and their "
                                   "weighted mean is written", Fix(fuse))
+    if line[:1] == ["decontaminate"] and (fault := _find_benchmark_fault(line)):
+        yield fault
     model, data = Path(find_value(line, "--from")), Path(find_value(line, "--data"))
     if classify_folder(model) == "tokens" and classify_folder(data) in ("hf", "run", "checkpoint", "peft"):
         yield str(model), UserError(f"--from {model}, --data {data}: are swapped; --from takes a model",
@@ -94,6 +96,12 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         adoption = fix_by_packing(prefix, Path(_choose_tokenizer(line)), [])
         return UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
                          replace(adoption, words={path: adoption.words[prefix]}))
+    if line[:1] == ["pack"] and option == "--input" and os.path.isfile(f"{prefix}.idx"):
+        return UserError(f"--input {path}: is data of Megatron-LM (.bin, .idx); `sov-data adopt` takes it over",
+                         Fix(command="adopt", arguments=(prefix,), left_out=(f"--input {path}",)))
+    if source.suffix == ".json" and (listed := read_data_registry(source)):
+        return UserError(f"{option} {path}: is LLaMA-Factory's list of data sets; pass their files: "
+                         f"{', '.join(listed)}", Fix(words={path: listed[0]}))
     if not os.path.exists(source):
         if files := sorted(glob.glob(path)):
             is_short = option == "--input" and len(files) <= MAX_FILES
@@ -143,6 +151,26 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     options = _PACK_OPTIONS.get(line[0], [])
     return _ask_for_packing(path, line, "is a file" if is_unpacked_file else "is a folder of text", options,
                             "--data ")
+
+
+def _find_benchmark_fault(line: Sequence[str]) -> tuple[str, UserError] | None:
+    """Return the first missing file of --benchmarks with its fault; known names of benchmarks are downloaded."""
+    rest = list(line[line.index("--benchmarks") + 1:]) if "--benchmarks" in line else []
+    words = list(takewhile(lambda word: not word.startswith("-"), rest))
+    names = [name for word in words for name in ([word] if os.path.exists(word) else word.split(","))]
+    missing = [name for name in names if not os.path.exists(name)]
+    sources = load_table()["benchmarks"]
+    if not missing or not all(name.lower() in sources for name in missing):
+        return None
+    files = [name if os.path.exists(name) else f"{name}.jsonl" for name in names]
+    commands = []
+    for name in missing:
+        code = f"import datasets; datasets.load_dataset({sources[name.lower()]}).to_json('{name}.jsonl')"
+        commands.append(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
+    error = UserError(f"--benchmarks {' '.join(words)}: files are passed; download {', '.join(missing)} first",
+                      Fix(options=("--benchmarks", *files), left_out=("--benchmarks", *words),
+                          words={name: f"{name}.jsonl" for name in missing}, before=tuple(commands)))
+    return words[0], error
 
 
 def _find_windows_path(path: str) -> str:

@@ -257,8 +257,9 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: 
     if translated:
         rewrite.add_words(f"{option} {values[0]} is {translated} here", option, str(translated))
         return 1
-    if len(files := _split_files(option, values)) > 1:
-        rewrite.add_words(f"{option} is given once for each",
+    files = _split_files(option, values)
+    if files and files != list(values[:1]):
+        rewrite.add_words(f"{option} is given once for each, as FOLDER:WEIGHT",
                           *(word for path in files for word in (option, path)))
         return 1
     if option == "--data" and (blend := parse_blend(following)):
@@ -313,18 +314,20 @@ def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mappin
     is_own = rewrite.exists is not None and all(rewrite.exists(key.partition(".")[0]) for key in config)
     for key, values in config.items():
         num_words, num_first = len(rewrite.words), len(rewrite.first)
+        name = ".".join(key.split(".")[-2:])  # torchtune: checkpointer.checkpoint_dir
         is_switch = any("=" in name for name in index_words("settings").get(get_last_part(key), ()))
         values = [value for value in values if is_switch or value.lower() not in load_table()["defaults"]]
         if values and "." in key and rewrite.is_setting(key):
             rewrite.words += ["--set", f"{key}={values[0] if len(values) == 1 else json.dumps(values)}"]
         elif values and (has_translation(key) or get_last_part(key) in own_names):
-            name = ".".join(key.split(".")[-2:])  # torchtune: checkpointer.checkpoint_dir
             name = name if name in index_words("options") else get_last_part(key)
             rewrite.replace_option(f"--{name}", values)
             added = rewrite.words[num_words:]
             if has_data and added[:1] == ["--data"]:  # the typed shards win
                 del rewrite.words[num_words:]
             renamed.append(f"{key} is {' '.join(added).removeprefix('--set ')}")
+        elif values and any(rewrite.apply_row(part, values) for part in (name, get_last_part(key))):
+            messages.append(rewrite.messages[-1])
         if len(rewrite.words) == num_words and len(rewrite.first) == num_first:
             untranslated.append(key)
     rewrite.messages, rewrite.is_changed = messages, True
@@ -343,10 +346,11 @@ def _count_values(words: Sequence[str]) -> int:
 
 
 def _split_files(option: str, values: Sequence[str]) -> list[str]:
-    """Return the files in a comma-separated list, FILE[:WEIGHT] each; empty unless every file exists."""
+    """Return the files in a comma-separated list of FILE[:WEIGHT] or WEIGHT:FILE as FILE[:WEIGHT]; empty unless
+    every file exists."""
     if not values or option not in ("", "--data", "--input", "--prompts") or os.path.exists(values[0]):
         return []
-    items = values[0].split(",")
+    items = [re.sub(r"\A([\d.]+):(?!\d)(.+)", r"\2:\1", item) for item in values[0].split(",")]
     files = [re.sub(r":[\d.]+$", "", item) for item in items]
     return items if all(map(os.path.exists, files)) else []
 
@@ -540,7 +544,7 @@ def _join_messages(rewrite: Rewrite) -> str:
     options: dict[tuple[str, str], list[str]] = {}
     for message in dict.fromkeys([*rewrite.messages, *rewrite.unknown_settings.values()]):
         word, colon, reason = message.partition(": ")
-        key = (colon + reason, "" if word.startswith("-") else word)
+        key = (colon + reason, "" if colon or word.startswith("-") else word)
         options.setdefault(key, []).append(word)
     return "; ".join(f"{', '.join(words)}{reason}" for (reason, _), words in options.items())
 
