@@ -95,7 +95,6 @@ ALONE = {
     "megatron_sov/plan/budget.py": "tokens within a budget; the plan of one recipe is another subject",
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
-    "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
     "megatron_sov/commands/rl/teacher_models.py": "finds teachers; imports torch",
     "megatron_sov/post/extend/contamination.py": "searches data; training stages is another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,14 +22,11 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, REJECTED_SAMPLES
 from megatron_sov.base.documents.rows import format_json_line
-from megatron_sov.base.errors import UserError
+from megatron_sov.work.endpoints.cache import EndpointCache
 
-ANSWERED = "200"
 SUMMARY = "summary.json"
 PROVENANCE = "synthetic"
 """Field in an accepted record with generator, models and origin."""
-_SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(wall_s)
-FROM requests GROUP BY outcome ORDER BY outcome"""
 
 
 def finish(run: SynthRunRecord, options: SynthOptions, output: Path, *, is_complete: bool = True) -> None:
@@ -52,11 +48,12 @@ def finish(run: SynthRunRecord, options: SynthOptions, output: Path, *, is_compl
         judged = judge_samples(output, run, options)
         tally = SampleTally()
         _write_samples(output, run, judged, tally)
+        with contextlib.closing(EndpointCache(output / ANSWERS)) as cache:
+            costs = cache.summarize_requests()
         summary = {
-            "format": 1, "generator": run.generator, "kind": run.kind, "model": run.model,
-            "judge": run.judge, "settings": dict(run.settings),
-            "is_complete": is_complete, **tally.to_dict(), "steps": list(judged.steps),
-            "costs": sum_costs(output)}
+            "format": 1, "generator": run.generator, "kind": run.kind, "model": run.model, "judge": run.judge,
+            "settings": dict(run.settings), "is_complete": is_complete, **tally.to_dict(),
+            "steps": list(judged.steps), "costs": costs}
         write_atomically(output / SUMMARY, format_json(summary))
         # last, because the manifest hashes the files above
         if is_complete:
@@ -66,26 +63,6 @@ def finish(run: SynthRunRecord, options: SynthOptions, output: Path, *, is_compl
           f"{output / SUMMARY}")
     if tally.num_unusable:
         print(f"  {tally.num_unusable:,} items had no usable answer")
-
-
-def sum_costs(output: Path) -> dict[str, Any]:
-    """Sum the requests in `answers.sqlite`, including failures: requests, answers, requests by status,
-    tokens, and seconds without concurrency."""
-    outcomes: Counter[str] = Counter()
-    sums = [0, 0, 0.0]
-    if (file := output / ANSWERS).is_file():
-        try:
-            with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True,
-                                                    timeout=60)) as connection:
-                for outcome, count, *row in connection.execute(_SUMS):
-                    outcomes[str(outcome)] += count
-                    sums = [total + (value or 0) for total, value in zip(sums, row, strict=True)]
-        except sqlite3.Error as e:
-            raise UserError(f"{file}: cannot be read ({e}); restore it from a copy, or delete it: then its "
-                            "answers are asked, and paid, again") from None
-    return {"num_requests": outcomes.total(), "num_answered": outcomes[ANSWERED],
-            "outcomes": dict(sorted(outcomes.items())),
-            **dict(zip(("input_tokens", "output_tokens", "seconds"), sums, strict=True))}
 
 
 @dataclass

@@ -280,8 +280,7 @@ class ArtifactWriter:
         """Excluded names directly inside the folder."""
 
     def add_input(self, path: Path, *, for_export: bool = False) -> None:
-        """Record `path` as an input; with `for_export` (other machines will read the artifact) by folder name
-        alone."""
+        """Record `path` as an input; by folder name alone if `for_export` (for other machines)."""
         name = path.resolve().name if for_export else str(path)
         self.inputs.append({"kind": read_manifest(path).kind, "path": name,
                             "manifest_sha256": manifest_sha256(path)})

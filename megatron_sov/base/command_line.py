@@ -102,27 +102,29 @@ class Parser(argparse.ArgumentParser):
                    namespace: Any = None) -> argparse.Namespace:
         """Parse the command line. Raises `UserError`: the first mistake, with the corrected line; it names
         all unknown words (`translate_options`)."""
-        parsed, rest = self.parse_known_args(self._update_words(list(sys.argv[1:] if args is None else args)),
-                                             namespace)
-        if not rest:
+        words = self._update_words(list(sys.argv[1:] if args is None else args))
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if not unknown:
             return parsed
-        if len(rest) == 1 and (option := find_text_option(self, rest[0], self._typed)):
-            line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
-            raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
-                            Fix(f"{self.prog} {line}"))
-        before = [word for word in self._typed if word not in rest]
-        if all(map(os.path.exists, rest)) and (first := list(filter(os.path.exists, before))):
-            lines = [shlex.join([path if word == first[0] else word for word in before])
-                     for path in (first[0], *rest)]
-            raise UserError(f"{self.prog}: takes {first[0]} or {rest[0]}, one at a time",
-                            Fix("\n  ".join(f"{self.prog} {line}" for line in lines)))
-        if not Counter(rest) - Counter(self._typed):
+        known = [word for word in self._typed if word not in unknown]
+        if len(unknown) == 1 and (option := find_text_option(self, unknown[0], self._typed)):
+            raise UserError(f"{self.prog}: {unknown[0]}: takes an option before it, {option}",
+                            Fix(f"{self.prog} {shlex.join([*known, option, unknown[0]])}"))
+        paths = list(filter(os.path.exists, known))
+        if paths and all(map(os.path.exists, unknown)):
+            lines = []
+            for path in (paths[0], *unknown):
+                words = [path if word == paths[0] else word for word in known]
+                lines.append(f"{self.prog} {shlex.join(words)}")
+            raise UserError(f"{self.prog}: takes {paths[0]} or {unknown[0]}, one at a time",
+                            Fix("\n  ".join(lines)))
+        if not Counter(unknown) - Counter(self._typed):
             remaining = list(self._typed)
-            for word in reversed(rest):
+            for word in reversed(unknown):  # remove its last occurrence
                 del remaining[len(remaining) - 1 - remaining[::-1].index(word)]
-            raise UserError(f"{self.prog}: {shlex.join(rest)}: nothing takes this; leave it out",
+            raise UserError(f"{self.prog}: {shlex.join(unknown)}: nothing takes this; leave it out",
                             Fix(f"{self.prog} {shlex.join(remaining)}".rstrip()))
-        self.error(f"{shlex.join(rest)}: nothing takes this")
+        self.error(f"{shlex.join(unknown)}: nothing takes this")
 
     def _update_words(self, typed: Sequence[str]) -> Sequence[str]:
         """Replace outdated words; a program or group of commands leaves them to the command's parser."""

@@ -124,8 +124,7 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str = "", fix: Fix | None = None, left: str = "") -> None:
-        """Create the message: the sentence, the line of `fix` if it is a whole line, and the fault that is
-        left in that line."""
+        """Create the message: sentence, line of `fix` if it is a whole line, fault left in that line."""
         self.sentence, self.fix = sentence, fix
         line = f"; write\n  {fix.line}" if fix and fix.line else ""
         super().__init__(f"{sentence}{line}" + (f"\nthis line still has a fault: {left}" if left else ""))
@@ -279,7 +278,7 @@ def suggest_download(path: str | os.PathLike[str], is_bare: bool = False, is_dat
 
 def choose_free_path(name: str) -> str:
     """Return the first of NAME, NAME-2, NAME-3, ... that does not exist; of a file, NAME-2.json."""
-    stem, suffix = re.fullmatch(r"(?s)(.*?)(\.(?:jsonl?|yaml|html))?", name).groups("")  # type: ignore[union-attr]
+    stem, suffix = re.fullmatch(r"(?s)(.*?)(\.(?:jsonl?|yaml|html|py))?", name).groups("")  # type: ignore[union-attr]
     paths = (f"{stem}-{n}{suffix}" if n > 1 else name for n in count(1))
     return next(path for path in paths if not Path(path).exists())
 

@@ -60,8 +60,7 @@ def check_page(option: str, path: Path | None) -> None:
 
 
 def refuse_input_as_output(option: str, path: Path, *inputs: Path) -> None:
-    """Check that an output does not overwrite an input. Raises `UserError`: `path` and an input are the same
-    file, also through links."""
+    """Raise `UserError` if `path` and an input are the same file, also through links."""
     for source in inputs:
         if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
             raise UserError(f"{option} {path}: is {source} itself, which is read; choose another path")

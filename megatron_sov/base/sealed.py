@@ -53,8 +53,7 @@ def seal_bytes(data: bytes, owner: str = "") -> bytes:
 
 
 def seal_file(file: Path, owner: str = "") -> str:
-    """Write a complete file's checksum over the last `SEAL_PLACEHOLDER` or after the last byte; return the
-    checksum."""
+    """Write a file's checksum over the last `SEAL_PLACEHOLDER` or after the end; return the checksum."""
     with open(file, "r+b") as f:
         start = _find_mark(f, SEAL_PLACEHOLDER.encode())
         if start is None:
@@ -194,8 +193,7 @@ def write_sealed_json(file: Path, value: Any, owner: str = "") -> None:
 
 
 def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, seal: str | None = None) -> Any:
-    """Return the value written by `write_sealed_json`. Raises `UserError`: the file is missing, unreadable or
-    damaged."""
+    """Return the value written by `write_sealed_json`. Raises `UserError`: missing or damaged file."""
     try:
         value = json.loads(_read_checked(file, remedy, owner, seal))
         del value[SEAL]
@@ -205,8 +203,7 @@ def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, se
 
 
 def try_read_sealed_json(file: Path, owner: str = "") -> Any:
-    """Return the value written by `write_sealed_json`, or None if the file is missing or damaged (for
-    caches)."""
+    """Return the value written by `write_sealed_json`; None: missing or damaged file (for caches)."""
     with suppress(UserError):
         return read_sealed_json(file, owner=owner)
     return None
@@ -228,8 +225,7 @@ def _read_checked(file: Path, remedy: str, owner: str, seal: str | None = None) 
 
 
 def seal_parquet(writer: Any) -> None:
-    """Reserve space for a seal in a Parquet footer under construction; `seal_file` fills the space
-    afterwards."""
+    """Reserve space for the seal in a Parquet footer; `seal_file` fills the space afterwards."""
     writer.add_key_value_metadata({SEAL: SEAL_PLACEHOLDER})
 
 

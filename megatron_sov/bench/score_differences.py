@@ -68,16 +68,10 @@ class Difference:
         """Compare the second model with the first by the whole interval."""
         if self.interval is None:
             return UNKNOWN
-        low, high = self.oriented_interval
-        if low > 0:
-            return BETTER
-        return WORSE if high < 0 else TIED
-
-    @property
-    def oriented_interval(self) -> tuple[float, float]:
-        """The interval, negated if lower values are better; (nan, nan) without an interval."""
-        low, high = self.interval or (math.nan, math.nan)
-        return (low, high) if self.higher_is_better else (-high, -low)
+        low, high = self.interval
+        if low <= 0 <= high:
+            return TIED
+        return BETTER if (low > 0) == self.higher_is_better else WORSE
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict}

@@ -155,8 +155,7 @@ class ChatEncoder:
             return self._encode_segments(segments, chat, learned)
 
     def _check_extra_texts(self, chat: Conversation) -> None:
-        """Raise `BadRecord` if tools, variables or names would insert special tokens into the template's
-        text."""
+        """Raise `BadRecord` if tools, variables or names would insert special tokens into the text."""
         extra_text = "\n".join(chat.beside())
         if extra_text and (spelled := self._find_special_token([extra_text])):
             raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
@@ -216,25 +215,23 @@ class ChatEncoder:
         text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
         return text
 
-    def text_after_turn(self, before: Conversation, chat: Conversation) -> str:
-        """Return the template's text of `chat` after the last turn end in `before`, up to the generation
-        prompt.
-
-        Returns "" if the position is unknown. Raises `BadRecord`: the template refuses a conversation.
-        """
-        prefix, full_text = self._template.render(before), self._template.render(chat, awaits_response=True)
+    def text_after_turn(self, beginning: Conversation, chat: Conversation) -> str:
+        """Return the template's text of `chat` after the last turn end in its `beginning`, up to the
+        generation prompt; "": the position is unknown. Raises `BadRecord`: the template refuses a chat."""
+        prefix = self._template.render(beginning)
+        full_text = self._template.render(chat, awaits_response=True)
         ends = [self._special[id_] for id_ in self.end_ids()]
-        cut = max((prefix.rfind(end) + len(end) for end in ends if end in prefix), default=0)
-        return full_text[cut:] if cut and full_text.startswith(prefix[:cut]) else ""
+        position = max((prefix.rfind(end) + len(end) for end in ends if end in prefix), default=0)
+        return full_text[position:] if position and full_text.startswith(prefix[:position]) else ""
 
     def encode_text(self, text: str) -> list[int]:
         """Encode a text, interpreting spelled special tokens as special."""
         ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
         return ids
 
-    def opened_thoughts(self, asked: Sequence[int]) -> str:
+    def opened_thoughts(self, prompt_ids: Sequence[int]) -> str:
         """Return the thought mark (`<think>`) at the end of a prompt, or ""."""
-        end = self.decode(asked[-MAX_MARK_TOKENS:]).rstrip()
+        end = self.decode(prompt_ids[-MAX_MARK_TOKENS:]).rstrip()
         return next((mark for mark in THOUGHT_MARKS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
@@ -262,8 +259,9 @@ class ChatEncoder:
                 return None, ""
             form = _find_form(full_text)
             return form, full_text if form else ""
-        visible = response if SAMPLE_CALL["function"]["name"] in response else full_text
-        return (_find_form(visible), visible) if SAMPLE_CALL["function"]["name"] in visible else (None, "")
+        name = SAMPLE_CALL["function"]["name"]
+        visible = response if name in response else full_text
+        return (_find_form(visible), visible) if name in visible else (None, "")
 
     def special_texts(self) -> tuple[str, ...]:
         return tuple(self._special.values())
@@ -305,7 +303,7 @@ class ChatEncoder:
         last, is_open = len(segments) - 1, False
         last_message = max((i for i, s in enumerate(segments) if s.message is not None), default=-1)
         for i, segment in enumerate(segments):
-            later = i < last_message
+            is_repeated = i < last_message  # a later message's prompt contains the segment
             # A turn may be two segments, an opening and a content; only the first starts its own text.
             begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
             kinds = bytes(len(segment.text))
@@ -313,30 +311,31 @@ class ChatEncoder:
                 kinds = classify_turn(segment.text, chat.messages[segment.message])
             # a complete turn from the template: its special tokens are real
             if segment.is_turn:
-                split, place = self._split_at_special(segment.text), 0
+                split, start = self._split_at_special(segment.text), 0
                 for n, (text, special) in enumerate(split):
-                    parts.append(_ChatPart(text, special, kinds[place:place + len(text)], n == 0,
-                                           n == 0 and later and special is None))
-                    place += len(text)
+                    parts.append(_ChatPart(text, special, kinds[start:start + len(text)], n == 0,
+                                           n == 0 and is_repeated and special is None))
+                    start += len(text)
                 is_open = split[-1][1] is None
                 continue
             if segment.message is not None:
-                place = 0
+                start = 0
                 for n, (text, special) in enumerate(self._split_content(segment.text)):
-                    first = begins and n == 0
-                    parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
-                                           first and later and special is None))
-                    place += len(text)
+                    is_first = begins and n == 0
+                    parts.append(_ChatPart(text, special, kinds[start:start + len(text)], is_first,
+                                           is_first and is_repeated and special is None))
+                    start += len(text)
                 # a content has no end token; the following template text may contain an end
                 is_open = learned[i]
                 continue
-            split = (self._split if len(segment.text) < MAX_CACHED_CHARS
-                     else self._split_at_special)(segment.text)
+            is_cached = len(segment.text) < MAX_CACHED_CHARS
+            split = self._split(segment.text) if is_cached else self._split_at_special(segment.text)
             # a turn that already contains its end does not receive the template's following text
             follows_response = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
             end = _find_turn_end(split, i == last) if follows_response else 0
-            ended = (parts[-1].kinds[-1:] or bytes([KIND_ANSWER])) if end else b""
-            parts += [_ChatPart(text, special, (ended if n < end else bytes([KIND_NONE])) * len(text))
+            # the turn's end has the kind of its last character
+            end_kind = (parts[-1].kinds[-1:] or bytes([KIND_ANSWER])) if end else b""
+            parts += [_ChatPart(text, special, (end_kind if n < end else bytes([KIND_NONE])) * len(text))
                       for n, (text, special) in enumerate(split)]
             is_open = is_open and all(special is None for _, special in split[:end])
         return parts, is_open
@@ -354,9 +353,12 @@ class ChatEncoder:
             ids = self._encode_plain(text)
             return ids, bytes(distinct_kinds or {KIND_NONE}) * len(ids)
         encoding = self._plain.encode(text, add_special_tokens=False)
-        # a token across a border takes the kind of its first learned character
-        return encoding.ids, bytes((kinds[start:max(end, start + 1)].lstrip(bytes([KIND_NONE]))
-                                    or bytes([KIND_NONE]))[0] for start, end in encoding.offsets)
+        token_kinds = bytearray()
+        for start, end in encoding.offsets:
+            # a token across a border takes the kind of its first learned character
+            learned_kinds = kinds[start:max(end, start + 1)].lstrip(bytes([KIND_NONE]))
+            token_kinds.append(learned_kinds[0] if learned_kinds else KIND_NONE)
+        return encoding.ids, bytes(token_kinds)
 
     def _check_joint(self, previous: Run, run: Run, ids: list[int]) -> None:
         """Raise `_JointTokenError` if the response's first token would merge with preceding template text.
@@ -400,10 +402,11 @@ class ChatEncoder:
 
 def _find_turn_end(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
     """Return how many leading parts of the template text after a response belong to the turn."""
-    first = next((n for n, (_, special) in enumerate(split) if special is not None), None)
-    if first is None:
+    first_special = next((n for n, (_, special) in enumerate(split) if special is not None), None)
+    if first_special is None:
         return len(split) if is_last else 0
-    return first + 1 if is_last or not "".join(text for text, _ in split[:first]).strip() else 0
+    is_blank = not "".join(text for text, _ in split[:first_special]).strip()
+    return first_special + 1 if is_last or is_blank else 0
 
 
 def _find_form(text: str) -> CallForm | None:
@@ -466,7 +469,7 @@ class TurnEncoder:
         added = encoder.added_ids()
         # If the tokenizer (of another family) has no tokens for the template's marks, text marks count.
         text_marks = [mark for mark in (BEGIN_CALL, END_CALL) if mark in call_text and mark not in added]
-        self._text = build_marks_decoder(added, self.end_ids, encoder.decode, text_marks)
+        self._decode_turn = build_marks_decoder(added, self.end_ids, encoder.decode, text_marks)
 
     def opening(self, chat: Conversation) -> list[int]:
         """Encode the first prompt for the model. Raises `BadRecord`: the template refuses the conversation.
@@ -545,16 +548,17 @@ class TurnEncoder:
             result = result.replace(special, f"{special[0]} {special[1:]}")
         return result.strip()
 
-    def opened_thoughts(self, asked: Sequence[int]) -> str:
-        return self._encoder.opened_thoughts(asked)
+    def opened_thoughts(self, prompt_ids: Sequence[int]) -> str:
+        return self._encoder.opened_thoughts(prompt_ids)
 
-    def text(self, written: Sequence[int]) -> str:
+    def text(self, turn_ids: Sequence[int]) -> str:
         """Decode a model's turn without the end token."""
-        return self._text(list(written))
+        return self._decode_turn(list(turn_ids))
 
     def encode(self, text: str) -> list[int]:
         """Encode a text followed by the end token `end_ids[0]`."""
         return [*self._encoder.encode_text(text), self.end_ids[0]]
 
-    def differs(self, written: Sequence[int]) -> bool:
-        return self._encoder.encode_text(self._encoder.decode(written)) != list(written)
+    def differs(self, turn_ids: Sequence[int]) -> bool:
+        """Return whether the turn's text has other ids than the model sampled."""
+        return self._encoder.encode_text(self._encoder.decode(turn_ids)) != list(turn_ids)

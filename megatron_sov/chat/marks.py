@@ -153,8 +153,7 @@ def to_hermes_form(text: str, *, in_thoughts: bool = False, form: CallForm | Non
 
 
 def _is_bare_call(text: str) -> bool:
-    """Return whether a turn without marks is a Llama 3 call, complete or malformed, rather than a JSON
-    answer."""
+    """Return whether a turn without marks is a Llama 3 call, complete or malformed: no JSON answer."""
     if not _BARE_CALL.match(text):
         return False
     try:
@@ -285,8 +284,7 @@ def _find_calls_begin(text: str, message: Message, start: int) -> int:
 
 
 def _classify_text(text: str, message: Message) -> bytes:
-    """Classify an answer that may spell thoughts or calls; calls inside thoughts are thoughts, and vice
-    versa."""
+    """Classify an answer with spelled thoughts or calls; the outer one of nested ones counts."""
     kinds = bytearray([KIND_ANSWER]) * len(text)
     patterns = [*([] if message.reasoning.strip() else [_THOUGHT]), *([] if message.tool_calls else [_CALL])]
     # a joint pattern: the earlier begin wins, and a call inside thoughts stays a thought

@@ -192,8 +192,7 @@ def split_at_turns(template: ChatTemplate, conversation: Conversation, learned: 
 
 def _check_contents_shown(template: ChatTemplate, conversation: Conversation, text: str,
                           learned: Collection[int]) -> None:
-    """Raise `BadRecord` if a content is missing or out of order. Turns that are not learned may lose
-    thoughts."""
+    """Raise `BadRecord` if a content is missing or out of order; unlearned turns may lose thoughts."""
     place = 0
     for i, message in enumerate(conversation.messages):
         content = message.content.strip()
@@ -230,8 +229,7 @@ def _contains_in_order(pieces: Sequence[str], text: str) -> bool:
 
 def _find_generation_spans(template: ChatTemplate, conversation: Conversation, awaits_response: bool,
                            text: str, ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
-    """Return message index -> (begin, end) by generation blocks; None unless all assistant turns have
-    blocks."""
+    """Return message index -> (begin, end) by generation blocks; None: an assistant turn has none."""
     parts = _GENERATED.split(template.render(conversation, awaits_response, marks_generation=True))
     turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
     # each assistant turn needs a block, and the text without marks must equal the real text

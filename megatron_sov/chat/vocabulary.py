@@ -94,8 +94,7 @@ def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonicalize(value: Any, idle: dict[str, set[str]] = INEFFECTIVE_FIELDS) -> Any:
-    """Normalize a part of a `tokenizer.json`: drop ineffective, empty and false fields, add implied
-    defaults."""
+    """Normalize a part of a `tokenizer.json`: drop fields without effect, add implied defaults."""
     if isinstance(value, list):
         return [_canonicalize(part, idle) for part in value]
     if not isinstance(value, dict):

@@ -28,15 +28,15 @@ class TensorGatherer:
             # skip replicas: each element must arrive exactly once
             if block.owned:
                 self._local_shards.setdefault(block.key, []).append(block)
-        places = [_BlockPosition(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
-                  for shards in self._local_shards.values() for b in shards]
-        self._places: dict[str, dict[int, list[_BlockPosition]]] = {}
-        for owner, remote in enumerate(gather_objects(places)):
-            for place in remote:
-                self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
+        positions = [_BlockPosition(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
+                     for shards in self._local_shards.values() for b in shards]
+        self._positions: dict[str, dict[int, list[_BlockPosition]]] = {}
+        for owner, rank_positions in enumerate(gather_objects(positions)):
+            for position in rank_positions:
+                self._positions.setdefault(position.key, {}).setdefault(owner, []).append(position)
 
     def get_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: next(iter(owners.values()))[0].global_shape for key, owners in self._places.items()}
+        return {key: next(iter(owners.values()))[0].global_shape for key, owners in self._positions.items()}
 
     @torch.no_grad()
     def gather(self, key: str) -> torch.Tensor | None:
@@ -46,31 +46,33 @@ class TensorGatherer:
         Each owner sends its blocks in one message, so peak memory is the tensor plus the largest share.
         """
         receives = self._everywhere or self._rank == 0
-        owners = self._places[key]
+        owners = self._positions[key]
         first = next(iter(owners.values()))[0]
-        whole = (torch.empty(first.global_shape, dtype=first.dtype, device=get_local_device())
-                 if receives else None)
+        tensor = (torch.empty(first.global_shape, dtype=first.dtype, device=get_local_device())
+                  if receives else None)
         # every process visits the owners in the same order, so sends and receives pair up without tags
-        for owner, places in owners.items():
-            share = self._send_share(key, owner, places)
-            if whole is None or share is None:
+        for owner, positions in owners.items():
+            share = self._send_share(key, owner, positions)
+            if tensor is None or share is None:
                 continue
             start = 0
-            for place in places:
-                part = whole[place.slices]
-                part.copy_(share[start:start + part.numel()].view(part.shape))
-                start += part.numel()
-        return whole
+            for position in positions:
+                block = tensor[position.slices]
+                block.copy_(share[start:start + block.numel()].view(block.shape))
+                start += block.numel()
+        return tensor
 
-    def _send_share(self, key: str, owner: int, places: list[_BlockPosition]) -> torch.Tensor | None:
-        """Send the blocks of `owner` to the receiving ranks; return the flat blocks on the receiving
-        ranks."""
+    def _send_share(self, key: str, owner: int, positions: list[_BlockPosition]) -> torch.Tensor | None:
+        """Send the blocks of `owner` to the receiving ranks.
+
+        Returns the flat blocks on `owner` and the receiving ranks, else None.
+        """
         share: torch.Tensor | None = None
         if self._rank == owner:
             share = torch.cat([block.data.detach().flatten() for block in self._local_shards[key]])
         elif self._everywhere or self._rank == 0:
-            num_elements = sum(torch.Size(place.shape).numel() for place in places)
-            share = torch.empty(num_elements, dtype=places[0].dtype, device=get_local_device())
+            num_elements = sum(torch.Size(position.shape).numel() for position in positions)
+            share = torch.empty(num_elements, dtype=positions[0].dtype, device=get_local_device())
         if self._everywhere:
             assert share is not None, "every process sends or receives"
             dist.broadcast(share, src=owner)
@@ -100,12 +102,12 @@ class _BlockPosition:
 def iter_gathered(gatherer: TensorGatherer,
                   keys: Sequence[str]) -> Generator[tuple[str, torch.Tensor | None]]:
     """Yield (key, tensor). If the caller stops early, the remaining tensors are still gathered."""
-    left = iter(keys)
+    remaining = iter(keys)
     try:
-        for key in left:
+        for key in remaining:
             yield key, gatherer.gather(key)
     except GeneratorExit:
         # other processes are in the same loop and wait for this process's remaining blocks
-        for key in left:
+        for key in remaining:
             gatherer.gather(key)
         raise

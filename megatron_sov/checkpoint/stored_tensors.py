@@ -1,4 +1,5 @@
-"""Read any block of a global tensor by copying from overlapping stored pieces."""
+"""Read any block of a global tensor by copying from overlapping stored pieces, the shards of the layout that
+saved the checkpoint."""
 
 from __future__ import annotations
 
@@ -36,22 +37,32 @@ class StoredBlock:
 
 
 def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Count the pieces that cover each cell in the grid of piece boundaries; int32, with the axes of `shape`.
-    Raises `ValueError`: a piece exceeds `shape`, the grid has more than `MAX_CELLS_PER_PIECE` cells per
-    piece, or pieces overlap more than `MAX_OWNERS` times in the mean."""
-    spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
-    if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
-        raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
-    # piece boundaries along each axis: the same pieces cover every element in a grid cell
-    cuts = [sorted({0, n, *(c for span in spans for c in span[axis])}) for axis, n in enumerate(shape)]
-    if math.prod(len(c) - 1 for c in cuts) > MAX_CELLS_PER_PIECE * (len(pieces) + MAX_CELLS_PER_PIECE):
+    """Count the pieces that cover each cell of a grid, whose lines are the boundaries of all pieces.
+
+    Returns int32 counts, with the axes of `shape`. Raises `ValueError`: a piece exceeds `shape`, the grid has
+    more than `MAX_CELLS_PER_PIECE` cells per piece, or pieces overlap more than `MAX_OWNERS` times in the
+    mean.
+    """
+    ranges = []  # [pieces][axes] of (start, stop)
+    boundaries = [{0, size} for size in shape]
+    for piece in pieces:
+        ranges.append([(start, start + size) for start,
+                       size in zip(piece["offset"], piece["shape"], strict=True)])
+        for (start, stop), size, axis_boundaries in zip(ranges[-1], shape, boundaries, strict=True):
+            if start < 0 or stop > size:
+                raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
+            axis_boundaries |= {start, stop}
+    grid_shape = [len(axis_boundaries) - 1 for axis_boundaries in boundaries]
+    if math.prod(grid_shape) > MAX_CELLS_PER_PIECE * (len(pieces) + MAX_CELLS_PER_PIECE):
         raise ValueError(f"its {len(pieces)} blocks are cut in a way that no layout cuts")
-    cell_indices = [{c: i for i, c in enumerate(axis)} for axis in cuts]
-    num_owners = np.zeros([len(c) - 1 for c in cuts], np.int32)
+    # The same pieces cover every element of a cell, so a count per cell is enough.
+    cell_indices = [{boundary: i for i, boundary in enumerate(sorted(axis))} for axis in boundaries]
+    num_owners = np.zeros(grid_shape, np.int32)
     num_counted = 0
-    for span in spans:
-        cells = [slice(index[a], index[b]) for (a, b), index in zip(span, cell_indices, strict=True)]
-        # the index is untrusted: fully overlapping pieces would make this loop quadratic
+    for piece_ranges in ranges:
+        cells = [slice(indices[start], indices[stop])
+                 for (start, stop), indices in zip(piece_ranges, cell_indices, strict=True)]
+        # The index is untrusted: fully overlapping pieces would make this loop quadratic.
         num_counted += math.prod(cell.stop - cell.start for cell in cells)
         if num_counted > MAX_OWNERS * num_owners.size:
             raise ValueError(f"its {len(pieces)} blocks overlap")
@@ -76,10 +87,10 @@ class StoredTensors(ABC):
         self._where, self._remedy = where, remedy
         self._shapes, self._dtypes = dict(shapes), dict(dtypes)
         self._pieces = {key: sorted(blocks, key=lambda p: p.offset) for key, blocks in pieces.items()}
-        self._first = {key: [p.offset[0] if p.offset else 0 for p in blocks]
-                       for key, blocks in self._pieces.items()}
-        self._longest = {key: max((p.shape[0] for p in blocks if p.shape), default=0)
-                         for key, blocks in self._pieces.items()}
+        self._first_indices = {key: [p.offset[0] if p.offset else 0 for p in blocks]
+                               for key, blocks in self._pieces.items()}
+        self._longest_extents = {key: max((p.shape[0] for p in blocks if p.shape), default=0)
+                                 for key, blocks in self._pieces.items()}
 
     @abstractmethod
     def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
@@ -132,6 +143,7 @@ class StoredTensors(ABC):
         out = torch.empty(extent, dtype=self._dtypes[key])
         num_read = 0
         for piece in candidates:
+            # Intersection of block and piece, in indices of the global tensor.
             low = [max(a, b) for a, b in zip(start, piece.offset, strict=True)]
             high = [min(a + n, b + m)
                     for a, n, b, m in zip(start, extent, piece.offset, piece.shape, strict=True)]
@@ -151,7 +163,7 @@ class StoredTensors(ABC):
         """Return pieces that can overlap a block along the first axis (layers or experts)."""
         if not start:
             return self._pieces[key]
-        first = self._first[key]
+        first = self._first_indices[key]
         # a piece that starts before the block overlaps the block only if long enough
-        low = bisect.bisect_right(first, start[0] - self._longest[key])
+        low = bisect.bisect_right(first, start[0] - self._longest_extents[key])
         return self._pieces[key][low:bisect.bisect_left(first, start[0] + extent[0])]

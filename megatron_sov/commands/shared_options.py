@@ -91,7 +91,8 @@ def check_token_shards(data: Sequence[str]) -> None:
 
 def parse_task_names(names: str | None) -> list[str]:
     """Split a `--tasks` value at commas."""
-    return [name for name in (part.strip() for part in (names or "").split(",")) if name]
+    parts = (names or "").split(",")
+    return [part.strip() for part in parts if part.strip()]
 
 
 def get_target_step(target: Target, events: RunEvents) -> int | None:

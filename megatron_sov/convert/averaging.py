@@ -142,7 +142,6 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
 
 def average_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link: Link,
                   dtype: torch.dtype) -> torch.Tensor:
-    """Compute a block's mean."""
     if any(isinstance(source, AdaptedWeights) for source in sources):
         block = link.join({name: _average_adapted(sources, weights, name) for name in link.hf_names})
         return torch.as_tensor(block).to(dtype)

@@ -32,10 +32,9 @@ def choose_export_dtype(dtype: str, fp32: bool, stored_dtype: torch.dtype) -> to
     return choose_dtype(dtype, fp32, torch.float32 if stored_dtype == torch.float64 else stored_dtype)
 
 
-def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str,
-                   fix: str = "use --dtype bfloat16 or keep") -> torch.Tensor:
-    """Cast a tensor to `dtype`; `fix` is the advice in the overflow message. Raises `UserError`: `tensor` has
-    NaN or infinity, or a value overflows `dtype` (float16: above 65504)."""
+def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str) -> torch.Tensor:
+    """Cast a tensor to `dtype`. Raises `UserError`: `tensor` has NaN or infinity, or a value overflows
+    `dtype` (float16: above 65504)."""
     if not _is_finite(tensor):
         kind = "NaN" if bool(tensor.isnan().any()) else "infinity"
         raise UserError(f"{path}: {name} contains {kind} ({int((~tensor.isfinite()).sum())} of "
@@ -44,7 +43,7 @@ def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: s
     if result is not tensor and not _is_finite(result):
         largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
         raise UserError(f"{name}: its largest value {largest:g} does not fit {kind} "
-                        f"({torch.finfo(dtype).max:g}); {fix}")
+                        f"({torch.finfo(dtype).max:g}); use --dtype bfloat16 or keep")
     return result
 
 

@@ -384,7 +384,6 @@ def plan_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
 
 
 def build_index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
-    """Return the index for the blocks in `files`."""
     index: Index = {}
     for file, blocks in files.items():
         for spec in blocks:

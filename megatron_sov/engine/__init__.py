@@ -1,4 +1,4 @@
-"""The only package that imports megatron-core. Importing it prepares the process for the library."""
+"""The only package that imports megatron-core. Importing it prepares the process for Megatron-Core."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ import sys
 import types
 from typing import Any
 
-os.environ.setdefault("NO_VCS_VERSION", "1")  # otherwise the library reads a commit from this repository
+os.environ.setdefault("NO_VCS_VERSION", "1")  # otherwise Megatron-Core reads a commit from this repository
 
 # Megatron-Core always imports the kernels of the paged expert stash. The kernels need triton, which only
 # torch's CUDA builds include; no setting of this project uses them.

@@ -69,7 +69,7 @@ def choose_experts_fused(config: Any, logits: torch.Tensor,
         group_topk=config.moe_router_group_topk,
         scaling_factor=config.moe_router_topk_scaling_factor,
         score_function=config.moe_router_score_function, expert_bias=bias)
-    # the kernels save the map for the backward pass, and the library's dispatcher pads it in place
+    # the kernels save the map for the backward pass, and Megatron-Core's dispatcher pads it in place
     return weights, chosen.clone() if config.moe_router_padding_for_quantization else chosen
 
 

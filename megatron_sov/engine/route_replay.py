@@ -22,7 +22,7 @@ def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[li
     """Replay recorded routes (`RouteTable`) inside the context.
 
     Args:
-        config: the library's config, with `routing_step`.
+        config: Megatron-Core's config, with `routing_step`.
         rows: routes of each row of the step. None: routers choose.
 
     Yields:
@@ -44,9 +44,9 @@ class RouteTable:
     each token in one table per step.
 
     The only tensor that reaches a router for the tokens of a micro-batch at any layout, under pipelines and
-    in recomputation is the library's padding mask. The mask therefore carries each token's index in the
-    table: its first row is the padding, the further rows are the bits of the index, since the library casts
-    the mask to bool. A counter per router, as in the library's `RouterReplay`, would fail with interleaved
+    in recomputation is Megatron-Core's padding mask. The mask therefore carries each token's index in the
+    table: its first row is the padding, the further rows are the bits of the index, since Megatron-Core casts
+    the mask to bool. A counter per router, as in Megatron-Core's `RouterReplay`, would fail with interleaved
     pipelines or out-of-order recomputation.
     """
 
@@ -55,7 +55,7 @@ class RouteTable:
 
         Args:
             routes: [tokens, layers, top_k] uint8 or uint16, see `documents.shard_files`.
-            first_layer: the library's number (from 1) of the first MoE layer.
+            first_layer: Megatron-Core's number (from 1) of the first MoE layer.
         """
         self._first_layer = first_layer
         self._mark = np.iinfo(np.uint8).max if routes.dtype == np.uint8 else UINT16_MARK

@@ -1,9 +1,9 @@
 """Top-k routing with layout-independent expert counts and balancing loss; `ExpertLoad` updates the biases.
 
-`BalancedRouter` replaces the router of Megatron-Core 0.19.2 for three reasons. With per-token losses the
-library multiplies auxiliary losses by the tokens of the micro-batch, for a division by all tokens that our
-losses do not make; its expert counts cannot take a padding mask (shapes [tokens] and [tokens, experts] do not
-broadcast); and it does not normalize the weight of a single chosen expert. Test:
+`BalancedRouter` replaces the router of Megatron-Core 0.19.2 for three reasons. With per-token losses
+Megatron-Core multiplies auxiliary losses by the tokens of the micro-batch, for a division by all tokens that
+our losses do not make; its expert counts cannot take a padding mask (shapes [tokens] and [tokens, experts]
+do not broadcast); and it does not normalize the weight of a single chosen expert. Test:
 `test_router.py::test_routing_is_the_formula_at_every_layout_without_padding`.
 """
 
@@ -40,7 +40,7 @@ class BalancedRouter(TopKRouter):
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         super().__init__(config, pg_collection, **kwargs)
-        if self.local_tokens_per_expert is None:  # the library counts only for a selection bias
+        if self.local_tokens_per_expert is None:  # Megatron-Core counts only for a selection bias
             del self.local_tokens_per_expert
             zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=get_local_device())
             self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
@@ -67,7 +67,7 @@ class BalancedRouter(TopKRouter):
         """
         logits = logits.view(-1, self.config.num_moe_experts)
         if padding_mask is None and self.config.routing_step.padding is not None:
-            # the library transposes the mask that layers receive, see `_local_padding`
+            # Megatron-Core transposes the mask that layers receive, see `_local_padding`
             padding_mask = self.config.routing_step.padding.T
         mask = None if padding_mask is None else padding_mask.reshape(len(logits), -1)
         valid = None if mask is None else ~mask[:, 0]
@@ -263,7 +263,7 @@ def patch_dispatcher_combine() -> None:
 
 def _combine_and_free_routes(dispatcher: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     output: torch.Tensor = _original_combine(dispatcher, *args, **kwargs)
-    # a graph replay does not set the weights again, and the library reads their dtype
+    # a graph replay does not set the weights again, and Megatron-Core reads their dtype
     dispatcher.probs = dispatcher.probs.new_empty(0)
     dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
     return output

@@ -177,8 +177,7 @@ def compute_row_losses(model: Any, row: PackedRow) -> np.ndarray:
 
 
 def group_into_rows(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
-    """Group documents (by index, in order) into rows of at most `row_tokens`, unless one document is
-    longer."""
+    """Group document indices in order into rows of at most `row_tokens`; a longer document is a row."""
     rows: list[list[int]] = []
     filled = 0
     for index, length in enumerate(lengths):

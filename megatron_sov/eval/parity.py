@@ -122,8 +122,7 @@ def _compute_hf_logits(model: Any, prompt: Sequence[int]) -> torch.Tensor:
 
 
 def _count_different_tokens(ours: torch.Tensor, reference: torch.Tensor) -> int:
-    """Count positions with different greedy tokens, except near ties between transformers' best two
-    logits."""
+    """Count positions with different greedy tokens, except near ties of transformers' best logits."""
     best = reference.topk(2, dim=-1).values
         # Each of the two logits may be off by the limit, hence the factor 2.
     clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))

@@ -87,8 +87,7 @@ def compute_majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: 
 
 
 def _count_draws(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> dict[int, int]:
-    """Return number of tied answers -> ways to draw wrong and silent samples, no answer more than `votes`
-    times."""
+    """Return tied answers -> ways to draw wrong and silent samples, an answer at most `votes` times."""
     # answers too rare to tie count like silent samples
     num_free = num_silent + sum(size * count for size, count in sizes.items() if size < votes)
     # draws_by_ties[ties][number drawn] = ways
@@ -208,8 +207,7 @@ def _to_json(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
 
 
 def extract_final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
-    """Return whether reward components (or a nested part) have an extracted answer, and the normalized
-    answer."""
+    """Return whether reward components (or a nested part) have an answer, and the normalized answer."""
     for values in (components, *(part for part in components.values() if isinstance(part, Mapping))):
         if EXTRACTED in values:
             return True, normalize_answer(str(values[EXTRACTED] or ""))

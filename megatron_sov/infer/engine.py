@@ -94,7 +94,6 @@ class ServerOptions:
 
 
 def choose_engine(target: Target) -> EngineName:
-    """Return the default engine for a model."""
     return TRANSFORMERS if target.is_hf else MEGATRON
 
 

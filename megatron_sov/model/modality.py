@@ -104,7 +104,6 @@ def slice_inputs(inputs: EncoderInputs | None, start: int, count: int) -> dict[s
 
 
 def hash_inputs(inputs: EncoderInputs) -> bytes:
-    """Return a hash of records and positions."""
     digest = hashlib.blake2b()
     for kind, part in sorted(inputs.items()):
         digest.update(f"{kind} {part.slots} {len(part.places)} {len(part.records)}\n".encode())

@@ -46,8 +46,7 @@ class RunningLogprobs(Protocol):
 
 
 def score_documents(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
-                    rows_per_batch: int, temperature: float = 1.0,
-                    routes: RouteShape | None = None) -> np.ndarray:
+                    rows_per_batch: int) -> np.ndarray:
     """Return log p(token | previous tokens), [document tokens] float32, on every process; 0 for the
     first token in a document and for tokens beyond `seq_len`.
 
@@ -57,8 +56,6 @@ def score_documents(model: RunningLogprobs, documents: Documents, chosen: range,
         chosen: indices of the scored documents.
         seq_len: tokens of a row, the longest sample.
         rows_per_batch: maximum rows per micro-batch.
-        temperature: divisor of logits before the softmax.
-        routes: shape of the expert routes of documents, which are replayed; None: no replay.
     """
     numbers = np.zeros(_compute_starts(documents, chosen)[-1], np.float32)
 
@@ -66,8 +63,7 @@ def score_documents(model: RunningLogprobs, documents: Documents, chosen: range,
         filled, size = _pad_rows(model.world, rows, rows_per_batch)
         values = torch.zeros(len(filled) // size, size * seq_len, dtype=torch.float64)
         # Processes leave zeros for the micro-batches of other processes, and the sum joins the values.
-        local = _compute_local_logprobs(model, documents, filled, size, seq_len=seq_len,
-                                        temperature=temperature, routes=routes)
+        local = _compute_local_logprobs(model, documents, filled, size, seq_len=seq_len)
         if local:
             values[model.world.dp_rank::model.world.dp_size] = torch.stack(local).double().cpu()
         summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
@@ -211,7 +207,7 @@ def _pad_rows(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tup
 
 
 def _compute_local_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row], size: int, *,
-                            seq_len: int, temperature: float, routes: RouteShape | None
+                            seq_len: int, temperature: float = 1.0, routes: RouteShape | None = None
                             ) -> list[torch.Tensor]:
     """Return log p(label) for micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage, []
     on other stages."""

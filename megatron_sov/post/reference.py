@@ -1,4 +1,4 @@
-"""Log-probabilities for packed documents by a reference model, computed once before the first training step.
+"""Log-probabilities of packed documents by a reference model, computed once before the first training step.
 
 The reference is the initial model, or another checkpoint that computes the numbers before the run starts; no
 second model stays in memory. RUN/reference contains the log-probabilities in parts of `PART_DOCUMENTS`
@@ -60,28 +60,28 @@ class Reference:
         self._identity: dict[str, Any] = {
             "reference_sha256": hash_checkpoint_files(start), "max_tokens": max_tokens,
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
-        self._parts = {s.name: ReferenceFiles(self._folder, s.name, s.open_split("train")) for s in sources}
+        self._files = {s.name: ReferenceFiles(self._folder, s.name, s.open_split("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
-            s, train_documents=ReferencedDocuments(self._parts[s.name])) for s in sources)
+            s, train_documents=ReferencedDocuments(self._files[s.name])) for s in sources)
         """Sources with the column `COLUMN`; `score_heldout` computes the values."""
         self._heldout = {s.name: ReferenceFiles(self._folder, f"{s.name}.heldout", s.open_split("heldout"),
                                                 len(heldout[s.name]))
                          for s in sources if heldout.get(s.name)}
         # Held-out documents are computed and checked like training documents.
-        self._parts |= {f"{name}.heldout": parts for name, parts in self._heldout.items()}
+        self._files |= {f"{name}.heldout": files for name, files in self._heldout.items()}
 
     def heldout_logprobs(self, source: Source) -> np.ndarray | None:
         """Return log p for the tokens of a source's measured held-out documents, float32; None without
         held-out documents."""
-        parts = self._heldout.get(source.name)
-        return None if parts is None else parts.numbers()
+        files = self._heldout.get(source.name)
+        return None if files is None else files.read_all()
 
     def score_heldout(self, view: GateView) -> None:
         """Compute missing parts by the trained model, whose weights must equal the reference; called by all
         processes. Raises `UserError`: RUN/reference belongs to another reference, or the disk is full."""
         begin_s = time.monotonic()
-        parts, num_tokens = self._compute_missing(view, view.config.train.micro_batch_size)
-        view.events.write("reference", parts=parts, tokens=num_tokens,
+        num_parts, num_tokens = self._compute_missing(view, view.config.train.micro_batch_size)
+        view.events.write("reference", parts=num_parts, tokens=num_tokens,
                           seconds=time.monotonic() - begin_s, **self._identity)
 
     def score_in_processes(self, checkpoint: Path, config: RunConfig, nproc: int | None) -> None:
@@ -104,8 +104,8 @@ class Reference:
                           lambda loaded: self._compute_missing(loaded, config.train.micro_batch_size))
 
     def _refuse_too_long(self, target: Target) -> None:
-        for name, parts in self._parts.items():
-            lengths = parts.documents.lengths
+        for name, files in self._files.items():
+            lengths = files.documents.lengths
             longest = min(int(np.asarray(lengths[np.arange(len(lengths))]).max(initial=0)), self._max_tokens)
             if longest > target.max_tokens:
                 raise UserError(f"--reference {target.path}: reads at most {target.max_tokens} tokens, and "
@@ -115,11 +115,11 @@ class Reference:
     def _find_missing(self) -> list[tuple[str, int]]:
         """Return (source, part) of missing and damaged parts, and warn about damaged parts."""
         missing: list[tuple[str, int]] = []
-        for name, parts in self._parts.items():
-            for part in range(len(parts)):
-                if damage := parts.damage(part):
+        for name, files in self._files.items():
+            for part in range(len(files)):
+                if damage := files.find_damage(part):
                     missing.append((name, part))
-                    if parts.file(part).exists():
+                    if files.get_file(part).exists():
                         warn(f"{damage}; it is computed again")
         return missing
 
@@ -131,11 +131,11 @@ class Reference:
         missing, num_tokens = run_on_main(model.world, self._find_missing), 0
         with create_bar("reference", len(missing), "part", model.world.is_main) as bar:
             for name, part in missing:
-                parts = self._parts[name]
-                numbers = score_documents(model, parts.documents, parts.find_range(part), self._max_tokens,
+                files = self._files[name]
+                numbers = score_documents(model, files.documents, files.find_range(part), self._max_tokens,
                                           rows_per_batch)
-                run_on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
-                                                 parts.identify(part)))
+                run_on_main(model.world, partial(write_sealed, files.get_file(part), numbers.tobytes(),
+                                                 files.identify(part)))
                 num_tokens += len(numbers)
                 bar.update(1)
         return len(missing), num_tokens
@@ -153,9 +153,9 @@ class Reference:
             raise UserError(f"{file}: its log-probabilities reach to token {max_tokens} of a document, and "
                             f"samples have {self._identity['max_tokens']} (data.phases); resume with samples "
                             "of at most that length, or start a new --run --from the last checkpoint")
-        for parts in self._parts.values():
-            for part in range(len(parts)):
-                if damage := parts.damage(part):
+        for files in self._files.values():
+            for part in range(len(files)):
+                if damage := files.find_damage(part):
                     raise UserError(f"{damage}; the run no longer has the weights that computed it: "
                                     "start a new --run --from the last checkpoint")
 
@@ -203,67 +203,68 @@ class ReferenceFiles:
     def __len__(self) -> int:
         return -(-self._num_documents // PART_DOCUMENTS)
 
-    def file(self, part: int) -> Path:
+    def get_file(self, part: int) -> Path:
         return self._folder / f"{self._name}.{part:06d}.f32"
 
     def find_range(self, part: int) -> range:
         return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, self._num_documents))
 
-    def starts(self, part: int) -> np.ndarray:
-        """Return document offsets in a part, [documents + 1] int64."""
+    def compute_offsets(self, part: int) -> np.ndarray:
+        """Return the first token of each document in a part, and the end, as [documents + 1] int64."""
         lengths = self.documents.lengths[np.asarray(self.find_range(part))]
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
-    def column(self, document: int, start: int, count: int) -> np.ndarray:
+    def read_logprobs(self, document: int, start: int, count: int) -> np.ndarray:
         """Return log p for `count` tokens in a document from `start`, float32. Raises `UserError`: the file
         is missing or damaged."""
         part, index = divmod(document, PART_DOCUMENTS)
-        starts, numbers = self._open(part)
-        logprobs: np.ndarray = numbers[starts[index] + start:starts[index] + start + count]
+        offsets, part_logprobs = self._open(part)
+        first = offsets[index] + start
+        logprobs: np.ndarray = part_logprobs[first:first + count]
         return logprobs
 
-    def numbers(self) -> np.ndarray:
-        """Return log p for all documents' tokens, joined; errors as in `column`."""
+    def read_all(self) -> np.ndarray:
+        """Return log p for the tokens of all documents, concatenated; errors as in `read_logprobs`."""
         return np.concatenate([self._open(part)[1] for part in range(len(self))])
 
-    def damage(self, part: int) -> str | None:
+    def find_damage(self, part: int) -> str | None:
         """Return the problem if a part's file is missing or damaged, otherwise None."""
-        return find_seal_damage(self.file(part), self.identify(part))
+        return find_seal_damage(self.get_file(part), self.identify(part))
 
     def identify(self, part: int) -> str:
         """Return the text that a part's checksum covers: the content of `IDENTITY` and the file name."""
         file = self._folder / IDENTITY
         identity = file.read_text(encoding="utf-8") if file.is_file() else ""
-        return f"{identity}{self.file(part).name}"
+        return f"{identity}{self.get_file(part).name}"
 
     def _open_part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
-        starts = self.starts(part)
+        offsets = self.compute_offsets(part)
         # Verified once per process, because the checksum reads the whole file.
-        if part not in self._verified and (damage := self.damage(part)):
+        if part not in self._verified and (damage := self.find_damage(part)):
             raise UserError(f"{damage}; start the run again in another folder")
         self._verified.add(part)
-        count = int(starts[-1])
+        count = int(offsets[-1])
         if not count:
-            return starts, np.zeros(0, np.float32)
-        return starts, np.memmap(self.file(part), np.float32, "r", shape=(count,))
+            return offsets, np.zeros(0, np.float32)  # an empty file cannot be mapped
+        return offsets, np.memmap(self.get_file(part), np.float32, "r", shape=(count,))
 
 
 class ReferencedDocuments(DocumentView):
     """Documents in a split, with the column `COLUMN`."""
 
-    def __init__(self, parts: ReferenceFiles) -> None:
-        self._documents, self._parts = parts.documents, parts
-        self.lengths, self.is_plain = parts.documents.lengths, parts.documents.is_plain
-        self.columns = (*parts.documents.columns, COLUMN)
-        self.banks = get_banks(parts.documents)
+    def __init__(self, files: ReferenceFiles) -> None:
+        self._documents, self._files = files.documents, files
+        self.lengths, self.is_plain = files.documents.lengths, files.documents.is_plain
+        self.columns = (*files.documents.columns, COLUMN)
+        self.banks = get_banks(files.documents)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ReferencedDocuments, (self._parts,)
+        return ReferencedDocuments, (self._files,)
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
         return self._documents, document, 0
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
         if name == COLUMN:
-            return self._parts.column(document, start, count)
+            return self._files.read_logprobs(document, start, count)
         return super().column(name, document, start, count)

@@ -160,7 +160,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
 
     def record_site(rank: int, site: CallSite) -> None:
         if rank in sums_by_rank:
-            sums_by_rank[rank].note(site)
+            sums_by_rank[rank].record_message(site)
 
     ranks.watch = record_site
     # cached: hundreds of simulated processes read the same index
@@ -192,7 +192,7 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
     sums = sums_by_rank[place.rank] = observe_modules(trainer.model)
     try:
         for step in range(STEPS):
-            sums.begin(step + 1)
+            sums.begin_step(step + 1)
             if (numbers := _run_step(trainer)) is None:
                 comparison.numbers[f"step {step + 1}: a guard refuses it"] = float("inf")
             else:
@@ -200,7 +200,7 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
             torch.distributed.barrier()
             if comparison.differs:
                 return  # an error in one step affects everything in the next
-        sums.begin(STEPS + 1)
+        sums.begin_step(STEPS + 1)
         _write_checkpoint(trainer, place, folder)
         _read_checkpoint(trainer, comparison.reference.checkpoint, num_updates=1)
         comparison.add_read(trainer)
@@ -383,7 +383,7 @@ def _run_reference_steps(config: RunConfig, place: ParallelWorld, checkpoint: Pa
     observed = observe_modules(trainer.model)
     numbers, tensors = [], []
     for step in range(STEPS):
-        observed.begin(step + 1)
+        observed.begin_step(step + 1)
         step_numbers = _run_step(trainer)
         assert step_numbers is not None, "no guard refuses what one process does"
         numbers.append(step_numbers)

@@ -107,8 +107,7 @@ class RolloutStore(Table[RolloutPart]):
 
     def read_rows_with_problems(self, name: str, fields: Sequence[str] | None = None
                                 ) -> tuple[list[Rollout], list[str]]:
-        """Return all rows in a part, and a problem per row ("" for sound rows); arguments as in
-        `read_rollouts`."""
+        """Return a part's rows, and a problem per row ("": none); arguments as in `read_rollouts`."""
         part, names = self.part(name), NAMES if fields is None else fields
         table = self.read_columns(part, names)
         rows = _convert_rows(part.file, lambda: table_to_rollouts(table, names))

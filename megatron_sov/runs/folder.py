@@ -216,8 +216,7 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
 
     def _record_settings_change(self, config: RunConfig, step: int) -> None:
-        """Record the previous settings and command as an event, because both files are about to be
-        replaced."""
+        """Record the previous settings and command as an event, before both files are replaced."""
         before = self.config()
         if before is None or not (self.path / EVENTS).is_file():
             return
@@ -331,8 +330,7 @@ def _read_completion(file: Path) -> dict[str, Any]:
 
 
 def _comparable_settings(config: RunConfig) -> dict[str, Any]:
-    """Return settings in comparable form: equal adapters have equal entries, and unused new defaults are
-    removed."""
+    """Return settings in comparable form: equal adapters are equal, and new defaults are removed."""
     # `all-linear` equals the list of modules it expands to.
     settings = config.to_dict() | {"lora": adapter_identity(config.lora, config.model)}
     has_beta = config.preference.method in BETAS
@@ -410,8 +408,7 @@ def list_submitted_jobs(records: Path) -> list[str]:
 
 
 def read_last_log_line(records: Path, number: str) -> str:
-    """Return the last line in the logs of a Slurm job ("" without logs), for jobs that recorded no
-    attempt."""
+    """Return the last line in the logs of a Slurm job that recorded no attempt; "": no logs."""
     logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
             for file in sorted(records.glob(pattern))]
     shown = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()

@@ -180,6 +180,7 @@ def _read_rows(path: Path, count: int) -> Iterator[Any]:
 
 
 def _format_facts(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of a report: artifact, content and settings, origins, and unfinished work."""
     size = f", {facts['size_bytes']:,} bytes" if "size_bytes" in facts else ""
     if "created_s" in facts:
         created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["created_s"]))

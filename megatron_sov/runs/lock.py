@@ -65,8 +65,7 @@ class RunLock:
         return json.dumps({**process_identity(), "beat": self._beat, "token": self._token, **_slurm_job()})
 
     def _has_living_holder(self, record: dict[str, Any]) -> bool:
-        """Return whether the process in `record` is alive; if it cannot be looked up, wait for a
-        heartbeat."""
+        """Return whether the process in `record` is alive; wait for a heartbeat of one elsewhere."""
         # The local process table is exact and fast; watching takes up to a minute.
         if (lives := _is_alive(record)) is not None:
             return lives

@@ -118,8 +118,7 @@ def build_start_policy(start: Path) -> Policy:
 
 
 def can_generate_round(step: int, number: int, rollout: RolloutConfig) -> bool:
-    """Return whether the policy after `step` is at most `rollout.max_staleness` rounds older than the round
-    needs."""
+    """Return whether the policy after `step` is at most `rollout.max_staleness` rounds too old."""
     return step // rollout.steps_per_round >= number - 1 - rollout.max_staleness
 
 

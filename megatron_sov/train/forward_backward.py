@@ -40,7 +40,7 @@ class ForwardBackward:
     def __init__(self, config: RunConfig, model: LanguageModel, optimizer: Optimizer, expert_load: ExpertLoad,
                  num_sources: int, faults: FaultInjector, clock: ComputeClock | None) -> None:
         self._config, self._model, self._optimizer, self._expert_load = config, model, optimizer, expert_load
-        self._graphs = RouterGraphs(model, optimizer.wrapped, optimizer.library)
+        self._graphs = RouterGraphs(model, optimizer.wrapped, optimizer.megatron_optimizer)
         self._num_sources, self._faults, self._clock = num_sources, faults, clock
         self._step = 0
         self.is_finite = True

@@ -15,15 +15,15 @@ from megatron_sov.engine.model.local_shards import LocalShard
 
 
 def split_into_blocks(whole: dict[str, torch.Tensor]) -> list[LocalShard]:
-    """Return two owned halves of each tensor, and one half that another process owns."""
-    found = []
+    """Return both halves of each tensor, owned by this process, and the second half again as a replica."""
+    blocks = []
     for key, tensor in whole.items():
         middle = len(tensor) // 2
-        rest = (0,) * (tensor.dim() - 1)
-        found += [LocalShard(key, tensor[:middle], tuple(tensor.shape), (0, *rest), (0,)),
-                  LocalShard(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), (0,)),
-                  LocalShard(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), (1,))]
-    return found
+        zeros = (0,) * (tensor.dim() - 1)
+        blocks += [LocalShard(key, tensor[:middle], tuple(tensor.shape), (0, *zeros), (0,)),
+                   LocalShard(key, tensor[middle:], tuple(tensor.shape), (middle, *zeros), (0,)),
+                   LocalShard(key, tensor[middle:], tuple(tensor.shape), (middle, *zeros), (1,))]
+    return blocks
 
 
 @pytest.fixture
@@ -39,21 +39,21 @@ def test_snapshot_is_independent_of_live_tensors(tmp_path: Path, tensors: dict[s
     monkeypatch.setattr(host_snapshot, "MIN_FILE_BYTES", 1)
     monkeypatch.setattr(host_snapshot, "count_writers", lambda: 3)
     before = {key: t.clone() for key, t in tensors.items()}
-    copy = HostSnapshot()
-    copy.copy_blocks({"model": split_into_blocks(tensors)})
+    snapshot = HostSnapshot()
+    snapshot.copy_blocks({"model": split_into_blocks(tensors)})
     for tensor in tensors.values():
         tensor.zero_()
-    copy.write(tmp_path, rank=300)
-    written = SnapshotRecord.read(tmp_path, 300)
-    assert len(written.files) >= 3 and all(name.startswith("model/00001/rank-00300-")
-                                           for name in written.files)
-    write_index(tmp_path, "model", written.indices["model"])
+    snapshot.write(tmp_path, rank=300)
+    record_of_rank = SnapshotRecord.read(tmp_path, 300)
+    assert len(record_of_rank.files) >= 3 and all(name.startswith("model/00001/rank-00300-")
+                                                  for name in record_of_rank.files)
+    write_index(tmp_path, "model", record_of_rank.indices["model"])
     reader = TensorReader(tmp_path)
     for key, tensor in before.items():
         assert reader.read(key).equal(tensor), key
-    for name, record in written.files.items():
+    for name, record in record_of_rank.files.items():
         assert record == FileRecord.of(tmp_path / name)
-        assert load_file(tmp_path / name), "the library reads it as well"
+        assert load_file(tmp_path / name), "the safetensors package reads the file as well"
 
 
 def test_unchanged_tensors_are_written_without_copy(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -72,29 +72,29 @@ def test_unchanged_tensors_are_written_without_copy(tmp_path: Path, tensors: dic
 def test_snapshot_memory_is_reused_and_freed_with_its_block(tensors: dict[str, torch.Tensor]) -> None:
     copy = HostSnapshot()
 
-    def addresses(whole: dict[str, torch.Tensor]) -> dict[tuple[object, ...], int]:
+    def copy_and_list_addresses(whole: dict[str, torch.Tensor]) -> dict[tuple[object, ...], int]:
         copy.copy_blocks({"model": split_into_blocks(whole)})
         return {key: t.data_ptr() for key, t in copy._memory.items()}
 
-    first = addresses(tensors)
-    assert addresses(tensors) == first and all(address % 64 == 0 for address in first.values())
-    fewer = addresses({"w": tensors["w"]})
+    first = copy_and_list_addresses(tensors)
+    assert copy_and_list_addresses(tensors) == first and all(address % 64 == 0 for address in first.values())
+    fewer = copy_and_list_addresses({"w": tensors["w"]})
     assert fewer.items() < first.items() and len(fewer) == 2
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in copy._memory.values())
     assert all(a[1] <= b[0] for a, b in pairwise(spans)), "no two blocks share memory"
 
 
 def test_run_in_threads_raises_the_first_error_at_the_end() -> None:
-    done: list[int] = []
+    completed: list[int] = []
 
-    def fails() -> None:
+    def raise_no_space() -> None:
         raise OSError("no space")
 
-    run_in_threads([lambda i=i: done.append(i) for i in range(20)], 3)  # type: ignore[misc]
-    assert sorted(done) == list(range(20))
+    run_in_threads([lambda i=i: completed.append(i) for i in range(20)], 3)  # type: ignore[misc]
+    assert sorted(completed) == list(range(20))
     with pytest.raises(OSError, match="no space"):
-        run_in_threads([fails, *(lambda: done.append(99) for _ in range(20))], 1)
-    assert 99 not in done, "nothing is begun after a failure"
+        run_in_threads([raise_no_space, *(lambda: completed.append(99) for _ in range(20))], 1)
+    assert 99 not in completed, "no task starts after a failure"
 
 
 def test_writer_threads_share_cores_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

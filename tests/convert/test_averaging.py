@@ -28,8 +28,8 @@ def read_hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model.safetensors")
 
 
-def read_parts(experts: list[Path]) -> list[dict[str, torch.Tensor]]:
-    """Return the source tensors."""
+def read_source_tensors(experts: list[Path]) -> list[dict[str, torch.Tensor]]:
+    """Return the tensors of the Hugging Face folders from which the checkpoints were imported."""
     return [load_file(path.with_name(f"hf-{path.name}") / "model.safetensors") for path in experts]
 
 
@@ -52,11 +52,11 @@ def test_equal_weights_give_the_bit_exact_mean(experts: list[Path], tmp_path: Pa
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averaging, "MAX_SLAB_ELEMENTS", 700)  # less than a matrix, not a multiple of a row
     convert.average([(path, 1.0) for path in experts], tmp_path / "merged")
-    found, parts = read_hf_tensors(tmp_path / "merged"), read_parts(experts)
-    assert any("e_score_correction_bias" in name for name in found) and "mtp.fc.weight" in found
-    for name, tensor in found.items():
-        mean = torch.stack([part[name] for part in parts]).double().mean(dim=0)
-        assert tensor.equal(mean.to(parts[0][name].dtype)), name
+    merged, sources = read_hf_tensors(tmp_path / "merged"), read_source_tensors(experts)
+    assert any("e_score_correction_bias" in name for name in merged) and "mtp.fc.weight" in merged
+    for name, tensor in merged.items():
+        mean = torch.stack([source[name] for source in sources]).double().mean(dim=0)
+        assert tensor.equal(mean.to(sources[0][name].dtype)), name
     assert find_damaged_files(tmp_path / "merged") == []
     manifest = read_manifest(tmp_path / "merged", "checkpoint")
     assert [m["manifest_sha256"] for m in manifest.content["merged"]] == list(map(manifest_sha256, experts))
@@ -65,7 +65,7 @@ def test_equal_weights_give_the_bit_exact_mean(experts: list[Path], tmp_path: Pa
 
 
 class ShownBar(tqdm):
-    """The last progress bar, shown although no terminal is there."""
+    """A progress bar that is shown without a terminal; `last` is the newest one."""
 
     last: ShownBar
 
@@ -78,30 +78,30 @@ def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path]
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [3.0, 0.5]
     monkeypatch.setattr(hf_import, "MAX_FILE_BYTES", 100_000)
-    read, blocks = averaging.average_block, 0
+    average_block, blocks = averaging.average_block, 0
 
-    def killed(*arguments: object) -> torch.Tensor:
+    def average_until_killed(*arguments: object) -> torch.Tensor:
         nonlocal blocks
         if (blocks := blocks + 1) == 40:
             raise KeyboardInterrupt
-        return read(*arguments)
+        return average_block(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(averaging, "average_block", killed)
+        patched.setattr(averaging, "average_block", average_until_killed)
         with pytest.raises(KeyboardInterrupt):
             convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
     assert (tmp_path / ".merged.work/records").read_bytes()
     monkeypatch.setattr(hf_import, "tqdm", ShownBar)
     convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
     assert 0 < ShownBar.last.initial < ShownBar.last.n == ShownBar.last.total
-    found, parts = read_hf_tensors(tmp_path / "merged"), read_parts(experts[:2])
-    for name, tensor in found.items():
-        one, two = (part[name].double() for part in parts)
-        assert tensor.equal(((3 * one + 0.5 * two) / 3.5).to(tensor.dtype)), name
+    merged, sources = read_hf_tensors(tmp_path / "merged"), read_source_tensors(experts[:2])
+    for name, tensor in merged.items():
+        first, second = (source[name].double() for source in sources)
+        assert tensor.equal(((3 * first + 0.5 * second) / 3.5).to(tensor.dtype)), name
 
 
-def adapter(folder: Path, base: Path, seed: int) -> Path:
-    """Write an adapter of the queries in PEFT's format."""
+def write_adapter(folder: Path, base: Path, seed: int) -> Path:
+    """Write a random adapter of the query projections in PEFT's format and import it."""
     generator, peft = torch.Generator().manual_seed(seed), folder / f"peft-{seed}"
     peft.mkdir()
     name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
@@ -114,9 +114,9 @@ def adapter(folder: Path, base: Path, seed: int) -> Path:
     return folder / f"adapter-{seed}"
 
 
-def check_refused(said: str, *paths: Path) -> None:
+def check_refused(message: str, *paths: Path) -> None:
     out = paths[0].with_name("never")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         convert.average([(path, 1.0) for path in paths], out)
     assert not out.exists() and not out.with_name(".never.work").exists()
 
@@ -155,13 +155,13 @@ def test_damaged_source_writes_no_checkpoint(experts: list[Path], tmp_path: Path
 
 def test_adapters_are_averaged_as_merged_models(solar_dir: Path, tmp_path: Path) -> None:
     convert.from_hf(solar_dir, tmp_path / "base")
-    paths = [adapter(tmp_path, tmp_path / "base", seed) for seed in range(2)]
+    paths = [write_adapter(tmp_path, tmp_path / "base", seed) for seed in range(2)]
     convert.average([(path, 1.0) for path in paths], tmp_path / "merged")
-    found, base = read_hf_tensors(tmp_path / "merged"), read_hf_tensors(tmp_path / "base")
-    parts = [read_hf_tensors(path) for path in paths]
-    for name, tensor in found.items():
+    merged, base = read_hf_tensors(tmp_path / "merged"), read_hf_tensors(tmp_path / "base")
+    sources = [read_hf_tensors(path) for path in paths]
+    for name, tensor in merged.items():
         if "q_proj" in name:
-            mean = torch.stack([part[name] for part in parts]).double().mean(dim=0).float()
+            mean = torch.stack([source[name] for source in sources]).double().mean(dim=0).float()
             assert tensor.equal(mean) and not mean.equal(base[name].float())
         else:
             assert tensor.equal(base[name].float()), name
@@ -174,12 +174,12 @@ def test_adapters_are_averaged_as_merged_models(solar_dir: Path, tmp_path: Path)
 
 
 def test_ema_weights_equal_a_moving_average() -> None:
-    values, decay, moving = [float(i % 7) for i in range(60)], 0.8, 0.0
+    values, decay, moving_average = [float(i % 7) for i in range(60)], 0.8, 0.0
     for value in values:
-        moving = decay * moving + (1 - decay) * value
+        moving_average = decay * moving_average + (1 - decay) * value
     weights = compute_weights(len(values), "ema", decay)
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-    assert mean == pytest.approx(moving, rel=1e-5)
+    assert mean == pytest.approx(moving_average, rel=1e-5)
     assert compute_weights(3, "uniform", decay) == [1, 1, 1]
     assert compute_weights(3, "linear", decay) == [1, 2, 3]
 

@@ -24,11 +24,11 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             for name, tensor in load_file(file).items()}
 
 
-def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_bits(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def test_shards_are_bounded_and_load_in_transformers(exaone_dir: Path, tmp_path: Path) -> None:
@@ -57,12 +57,12 @@ def test_dtype_is_cast_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Pa
                                                       dtype: torch.dtype) -> None:
     expected = {name: t if "correction" in name else t.to(dtype) for name, t in read_tensors(hf_dir).items()}
     assert sum("correction" in name for name in expected) >= 2
-    cast = str(dtype).removeprefix("torch.")
-    for number, (imported, exported) in enumerate(((cast, "keep"), ("keep", cast))):
+    dtype_name = str(dtype).removeprefix("torch.")
+    for number, (imported, exported) in enumerate(((dtype_name, "keep"), ("keep", dtype_name))):
         convert.from_hf(hf_dir, checkpoint := tmp_path / f"checkpoint-{number}", imported)
         convert.to_hf(checkpoint, hf := tmp_path / f"hf-{number}", exported)
         assert_same_bits(read_tensors(hf), expected)
-        assert json.loads((hf / "config.json").read_text())["dtype"] == cast
+        assert json.loads((hf / "config.json").read_text())["dtype"] == dtype_name
 
 
 # Files that from-hf writes, their dtype, and files that it does not overwrite.
@@ -107,10 +107,11 @@ def test_float32_routers_of_transformers_round_trip(solar_dir: Path, tmp_path: P
     model.save_pretrained(tmp_path / "saved")
     convert.from_hf(tmp_path / "saved", tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    saved, back = read_tensors(tmp_path / "saved"), read_tensors(tmp_path / "hf")
-    assert_same_bits(back, saved)
-    wide = {name for name, tensor in saved.items() if tensor.dtype == torch.float32}
-    assert wide == {*routers, *(name.replace("weight", "e_score_correction_bias") for name in routers)}
+    saved, exported = read_tensors(tmp_path / "saved"), read_tensors(tmp_path / "hf")
+    assert_same_bits(exported, saved)
+    float32_names = {name for name, tensor in saved.items() if tensor.dtype == torch.float32}
+    assert float32_names == {*routers,
+                             *(name.replace("weight", "e_score_correction_bias") for name in routers)}
     convert.to_hf(tmp_path / "ckpt", tmp_path / "narrow", "bfloat16")
     narrow = read_tensors(tmp_path / "narrow")
     assert_same_bits({name: narrow[name] for name in routers},
@@ -128,10 +129,10 @@ def test_stacked_experts_are_split_on_import(tmp_path: Path) -> None:
                 for name, shape in link.hf_shapes().items()}
     stacked = {name: tensor for name, tensor in separate.items() if ".experts." not in name}
     for layer in (1, 2):
-        at = f"model.layers.{layer}.mlp.experts."
-        gate, up, down = (torch.stack([separate[f"{at}{e}.{part}_proj.weight"] for e in range(4)])
-                          for part in ("gate", "up", "down"))
-        stacked |= {f"{at}gate_up_proj": torch.cat([gate, up], 1), f"{at}down_proj": down}
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (torch.stack([separate[f"{prefix}{e}.{projection}_proj.weight"] for e in range(4)])
+                          for projection in ("gate", "up", "down"))
+        stacked |= {f"{prefix}gate_up_proj": torch.cat([gate, up], 1), f"{prefix}down_proj": down}
     (tmp_path / "hf").mkdir()
     save_file(stacked, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
     (tmp_path / "hf/config.json").write_text(json.dumps(family.to_hf_config(model, "float32", TokenIds())))

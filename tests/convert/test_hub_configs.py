@@ -1,7 +1,7 @@
-"""Complete configs of public models: each is read, gives transformers' logits, and is exported unchanged.
+"""Public models' config.json files: import and export preserve the fields, and logits equal transformers'.
 
-`hub_configs.json` names the source of each config, or "from memory". Configs of families with one or two
-models are in `tests/model/families/published_configs.json`.
+`hub_configs.json` has the source of each config. Configs of families with one or two models are in
+`tests/model/families/published_configs.json`.
 """
 
 import json
@@ -18,13 +18,13 @@ from megatron_sov.model.families import supported as models
 HUB: dict[str, dict[str, Any]] = {name: entry["config"] for name, entry in json.loads(
     Path(__file__).with_name("hub_configs.json").read_text()).items()}
 PUBLISHED = json.loads((Path(__file__).parents[1] / "model/families/published_configs.json").read_text())
-NOT_TEXT_ALONE = ("gemma3",)
+MULTIMODAL = ("gemma3",)
 NOT_IN_TRANSFORMERS = ("solar_open2", "kimi_k2")
 EXAMPLES = ("mistral", "mixtral", "glm4_moe", "kimi_linear")
 """Families in examples/families, whose configs test_example_families.py reads."""
 CONFIGS = {
     name: config for name, config in (HUB | PUBLISHED).items()
-    if config["model_type"] not in (*NOT_TEXT_ALONE, *NOT_IN_TRANSFORMERS, *EXAMPLES)
+    if config["model_type"] not in (*MULTIMODAL, *NOT_IN_TRANSFORMERS, *EXAMPLES)
     and "swiglu_limits" not in config}  # of K-EXAONE 2.0: this release of transformers ignores them
 QUICK = {config["model_type"]: name for name, config in reversed(CONFIGS.items())}
 """Family -> its first model, which `make test` compares; `make deep` compares all."""
@@ -39,15 +39,21 @@ SIZES = {
     "sliding_window": WINDOW, "initializer_range": 0.15}
 """Field -> its value in a tiny model, if the config has the field with a value other than null or 0."""
 PROMPTS = draw_random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
-"""Two prompts exceed a window; the longest exceeds the 64 positions after which rotations are scaled."""
-OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
-              "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
-"""Fields for quantized weights and prediction layers, whose tensors transformers' models do not write."""
+"""The second prompt is longer than the attention window, the third than the 64 positions after which a shrunk
+config scales its rotary frequencies."""
+FIELDS_OF_UNWRITTEN_TENSORS = (
+    "quantization_config", "num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
+    "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
+"""Fields that describe tensors which transformers' `save_pretrained` does not write."""
 
 
-def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config with the sizes of a tiny model; its head ratios and other fields stay."""
-    small = {name: value for name, value in config.items() if name not in OF_WEIGHTS}
+def shrink_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Replace the sizes in a config by those of a tiny model.
+
+    The kind of attention (multi-head, grouped-query, multi-query) does not change, nor whether heads *
+    head_dim equals the hidden size.
+    """
+    small = {name: value for name, value in config.items() if name not in FIELDS_OF_UNWRITTEN_TENSORS}
     small |= {name: size for name, size in SIZES.items() if config.get(name)}
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     small["num_key_value_heads"] = {heads: 4, 1: 1}.get(kv_heads, 2)
@@ -58,7 +64,9 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
             small |= {name: 2, "topk_group": 1}
     for name, value in config.items():
         if isinstance(value, list) and len(value) == config["num_hidden_layers"]:
-            small[name] = [min(one, WINDOW) if name == "sliding_windows" else one for one in value[:LAYERS]]
+            small[name] = value[:LAYERS]  # one entry per layer
+            if name == "sliding_windows":
+                small[name] = [min(window, WINDOW) for window in small[name]]
         elif name.endswith("_token_id") and value is not None:
             small[name] = [3] if isinstance(value, list) else 3
         elif isinstance(value, dict) and "original_max_position_embeddings" in value:
@@ -69,13 +77,17 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def write(config: dict[str, Any], folder: Path) -> Path:
-    """Write a random model of a shrunk config as transformers does, with the config.json unchanged."""
+def save_random_model(config: dict[str, Any], folder: Path) -> None:
+    """Save a random transformers model of a shrunk config, and `config` itself as config.json.
+
+    transformers would write its own default fields into config.json.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    large = {"initializer_range": SIZES["initializer_range"]}  # else all logits are small, and so are errors
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | large), dtype=torch.float32)
+    # With the usual 0.02 all logits are near 0, and a wrong model would stay within the limit.
+    wide_init = {"initializer_range": SIZES["initializer_range"]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | wide_init), dtype=torch.float32)
     if "logits_scaling" in config:
         model.lm_head.weight.data *= 10 / config["logits_scaling"]
     for name, tensor in model.named_parameters():
@@ -84,33 +96,25 @@ def write(config: dict[str, Any], folder: Path) -> Path:
             tensor.data = torch.randn_like(tensor) * 0.6 - 1.5
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
-def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
-    """Import and export a shrunk model; return the largest logit
-    difference, its limit, and the ignored fields."""
+def check_exported_config(config: dict[str, Any], hf_folder: Path, exported_folder: Path) -> None:
+    """Fail unless the exported config.json describes the same model as `config`."""
     from transformers import AutoConfig
 
-    config = shrink(CONFIGS[name])
-    folder = write(config, tmp_path / "hf")
-    convert.from_hf(folder, tmp_path / "ckpt")
-    difference, greedy = compare_logits(tmp_path / "ckpt", folder, PROMPTS)
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
-    back = json.loads((tmp_path / "back/config.json").read_text())
+    exported = json.loads((exported_folder / "config.json").read_text())
     family = models.get_family(config["model_type"])
-    carried, passed = family.find_carried_fields(config), family.find_ignored_fields(config)
-    assert {field: back[field] for field in carried} == carried
-    assert back["architectures"] == [family.hf_classes[0]] and config["architectures"][0] in family.hf_classes
-    # The export may spell the fields that config items read in another way: compare their meaning.
-    assert family.from_hf_config(back) == family.from_hf_config(config)
-    one, other = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, tmp_path / "back"))
-    answered = {field for item in family.config for field in item.names}
-    differing = {field for field in {**one, **other} if one.get(field) != other.get(field)} - answered
-    assert not differing, {field: (one.get(field), other.get(field)) for field in differing}
-    assert difference.passed and greedy.passed, (difference, greedy)
-    assert difference.limit > 1.5e-4, "logits too small to tell models apart"
-    return difference.value, difference.limit, list(passed)
+    carried = family.find_carried_fields(config)
+    assert {field: exported[field] for field in carried} == carried
+    assert exported["architectures"] == [family.hf_classes[0]]
+    assert config["architectures"][0] in family.hf_classes
+    # The family's own fields may be exported in another spelling, so the parsed ModelConfigs are compared.
+    assert family.from_hf_config(exported) == family.from_hf_config(config)
+    original_fields = AutoConfig.from_pretrained(hf_folder).to_dict()
+    exported_fields = AutoConfig.from_pretrained(exported_folder).to_dict()
+    family_fields = {field for item in family.config for field in item.names}
+    for field in {**original_fields, **exported_fields}.keys() - family_fields:
+        assert original_fields.get(field) == exported_fields.get(field), field
 
 
 def test_hub_configs_name_their_sources() -> None:
@@ -136,5 +140,13 @@ def test_public_config_is_parsed(name: str) -> None:
     *QUICK.values(),
     *(pytest.param(name, marks=pytest.mark.deep) for name in CONFIGS if name not in QUICK.values())])
 def test_public_model_equals_transformers(name: str, tmp_path: Path) -> None:
-    value, _, passed = compare(name, tmp_path)
-    print(f"{name} | imported | {value:.1e} | {', '.join(passed) or '-'}")
+    config, hf_folder, checkpoint = shrink_config(CONFIGS[name]), tmp_path / "hf", tmp_path / "ckpt"
+    save_random_model(config, hf_folder)
+    convert.from_hf(hf_folder, checkpoint)
+    difference, greedy = compare_logits(checkpoint, hf_folder, PROMPTS)
+    convert.to_hf(checkpoint, tmp_path / "exported")
+    check_exported_config(config, hf_folder, tmp_path / "exported")
+    assert difference.passed and greedy.passed, (difference, greedy)
+    assert difference.limit > 1.5e-4, "logits too small to tell models apart"
+    ignored = models.get_family(config["model_type"]).find_ignored_fields(config)
+    print(f"{name} | imported | {difference.value:.1e} | {', '.join(ignored) or '-'}")

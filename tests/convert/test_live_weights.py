@@ -32,19 +32,23 @@ LAYOUTS = {
 }
 RECIPES = {"tiny-k-exaone": ("bf16", tuple(LAYOUTS)), "tiny-solar-open": ("fp32", ("TP2+SP",)),
            "tiny-qwen2": ("bf16", ("TP2+SP", "PP2"))}
-"""Recipe -> precision and layouts. tiny-qwen2 ties its head to its
-embedding: first and last pipeline stage have a copy."""
+"""Recipe -> precision and layouts. tiny-qwen2 ties its head to its embedding: the first and the last pipeline
+stage each have a copy."""
 
 
-def bits(tensor: Any) -> str:
+def describe_tensor(tensor: Any) -> str:
     """Return dtype, shape and hash of a tensor."""
     raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 
 def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
-    """Write a checkpoint, and return live exports: to rank 0, to all
-    ranks, in another dtype, and stopped early."""
+    """Inside ranks: save a random model, and export it without files.
+
+    Returns:
+        Exports to rank 0 ("main"), to all ranks ("everywhere") and in bfloat16; the names of an export that
+        stops after three tensors; and whether exported tensors are copies of the parameters.
+    """
     experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
     config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
                                layout=layout)
@@ -52,17 +56,17 @@ def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], pat
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
     save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
-    result = {"main": {name: bits(t) for name, t in export_weights(model)},
+    result = {"main": {name: describe_tensor(t) for name, t in export_weights(model)},
               "bf16": {name: str(t.dtype) for name, t in export_weights(model, "bfloat16")}}
-    early = export_weights(model)
-    result["early"] = [name for _, (name, _) in zip(range(3), early, strict=False)]
-    early.close()
+    interrupted = export_weights(model)
+    result["early"] = [name for _, (name, _) in zip(range(3), interrupted, strict=False)]
+    interrupted.close()
     exported = dict(export_weights(model, everywhere=True))
-    result["everywhere"] = {name: bits(t) for name, t in exported.items()}
+    result["everywhere"] = {name: describe_tensor(t) for name, t in exported.items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    result["own memory"] = {name: bits(t) for name, t in exported.items()} == result["everywhere"]
+    result["own memory"] = {name: describe_tensor(t) for name, t in exported.items()} == result["everywhere"]
     dist.barrier()
     world.leave_world()
     return result
@@ -70,46 +74,52 @@ def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], pat
 
 @pytest.mark.essential
 @pytest.mark.distributed
-@pytest.mark.parametrize("chosen", [
+@pytest.mark.parametrize("layouts_by_recipe", [
     {"tiny-k-exaone": ("one", "EP2 x PP2 of two chunks", "TP2+SP x EP2 x PP2"), "tiny-qwen2": ("PP2",)},
     pytest.param({recipe: names for recipe, (_, names) in RECIPES.items()}, marks=pytest.mark.deep)],
     ids=["all at once", "each"])
 def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
-                                        chosen: dict[str, tuple[str, ...]]) -> None:
-    cases = [(recipe, RECIPES[recipe][0], name) for recipe, names in chosen.items() for name in names]
+                                        layouts_by_recipe: dict[str, tuple[str, ...]]) -> None:
+    cases = [(recipe, RECIPES[recipe][0], name) for recipe,
+             names in layouts_by_recipe.items() for name in names]
     results = ranks(*(job(__file__, "export_live_weights", LAYOUTS[name][0], {
         "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
         "path": str(tmp_path / f"{recipe}-{name}")})
                       for recipe, precision, name in cases))
     for (recipe, _, name), per_rank in zip(cases, results, strict=True):
         convert.to_hf(tmp_path / f"{recipe}-{name}", tmp_path / f"{recipe}-{name}-hf")
-        written = {key: bits(t)
-                   for key, t in load_file(tmp_path / f"{recipe}-{name}-hf/model.safetensors").items()}
-        assert per_rank[0]["main"] == written, name
+        file_tensors = {key: describe_tensor(t)
+                        for key, t in load_file(tmp_path / f"{recipe}-{name}-hf/model.safetensors").items()}
+        assert per_rank[0]["main"] == file_tensors, name
         assert all(result["main"] == {} for result in per_rank[1:]), name
-        assert all(result["everywhere"] == written and result["own memory"] for result in per_rank), name
+        assert all(result["everywhere"] == file_tensors and result["own memory"] for result in per_rank), name
         assert ({dtype for key, dtype in per_rank[0]["bf16"].items() if "correction" not in key}
                 == {"torch.bfloat16"})
         assert all(dtype == "torch.float32" for key, dtype in per_rank[0]["bf16"].items()
                    if "correction" in key)
         assert [len(result["early"]) for result in per_rank] == [3] + [0] * (len(per_rank) - 1), name
-    first = results[0][0]["main"]
-    assert all(per_rank[0]["main"] == first for (recipe, *_), per_rank in zip(cases, results, strict=True)
+    expected = results[0][0]["main"]
+    assert all(per_rank[0]["main"] == expected for (recipe, *_), per_rank in zip(cases, results, strict=True)
                if recipe == "tiny-k-exaone"), ("initial weights are the same at every layout, "
                                                "and so are exports")
-    assert len(first) > 100
+    assert len(expected) > 100
 
 
 # Live import is the inverse of live export, at every layout.
 
 
-TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-open", 2, {"ep": 2}, "bf16"),
-            ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
+IMPORT_CASES = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"),
+                ("tiny-solar-open", 2, {"ep": 2}, "bf16"),
+                ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
 """tiny-qwen2 ties its head to its embedding: first and last pipeline stage have a copy."""
 
 
 def import_live_weights(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Return the weights of a model after importing another model, and the errors of invalid imports."""
+    """Inside ranks: import the exported weights of one model into another, change the first, and import
+    again.
+
+    Returns whether the weights agree at each point, and the errors of invalid imports.
+    """
     sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]
     if recipes.get(recipe).model.num_experts:
         sizes += ["model.expert_ffn_dim=16", "model.num_experts=4"]
@@ -124,33 +134,33 @@ def import_live_weights(recipe: str, layout: dict[str, Any], precision: str) -> 
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
 
-    def same() -> list[bool]:
+    def compare_shards() -> list[bool]:
         return [torch.equal(a.data, b.data)
                 for a, b in zip(list_local_shards(source), list_local_shards(target), strict=True)]
 
     @torch.no_grad()
-    def drift() -> None:
-        for block in list_local_shards(source):  # copies of one block drift alike
+    def change_source() -> None:
+        for block in list_local_shards(source):  # seeded by name: replicas of a shard change equally
             torch.manual_seed(zlib.crc32(repr((block.key, block.offset)).encode()))
             block.data.add_(torch.randn(block.data.shape).to(block.data), alpha=1e-4)
 
-    result: dict[str, Any] = {"before": all(same())}
-    weights, way = dict(export_weights(source, everywhere=True)), LiveImport(target)
-    way.import_all(weights.items())
-    result["after"] = all(same())
-    drift()
-    result["drifted"] = all(same())
-    way.import_all(export_weights(source, everywhere=True))
-    result["again"] = all(same())
-    result["refused"] = []
-    some = next(name for name in weights if "k_proj" in name)
-    for spoilt in ([(n, t) for n, t in weights.items() if n != some],
-                   [(n, t[:3] if n == some else t) for n, t in weights.items()],
-                   [*weights.items(), (some, weights[some])], [("model.odd", weights[some])]):
+    result: dict[str, Any] = {"before": all(compare_shards())}
+    weights, live_import = dict(export_weights(source, everywhere=True)), LiveImport(target)
+    live_import.import_all(weights.items())
+    result["after"] = all(compare_shards())
+    change_source()
+    result["after_change"] = all(compare_shards())
+    live_import.import_all(export_weights(source, everywhere=True))
+    result["after_second_import"] = all(compare_shards())
+    result["errors"] = []
+    one_name = next(name for name in weights if "k_proj" in name)
+    for invalid_weights in ([(n, t) for n, t in weights.items() if n != one_name],
+                   [(n, t[:3] if n == one_name else t) for n, t in weights.items()],
+                   [*weights.items(), (one_name, weights[one_name])], [("model.odd", weights[one_name])]):
         try:
-            import_weights(target, iter(spoilt))
+            import_weights(target, iter(invalid_weights))
         except UserError as e:
-            result["refused"].append(str(e))
+            result["errors"].append(str(e))
     world.leave_world()
     return result
 
@@ -158,16 +168,16 @@ def import_live_weights(recipe: str, layout: dict[str, Any], precision: str) -> 
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_live_import_equals_live_export(ranks, job) -> None:
-    outcome = ranks(*(job(__file__, "import_live_weights", n,
+    results = ranks(*(job(__file__, "import_live_weights", n,
                           {"recipe": recipe, "layout": x, "precision": precision})
-                      for recipe, n, x, precision in TAKEN_IN))
-    for where, per_rank in zip(TAKEN_IN, outcome, strict=True):
+                      for recipe, n, x, precision in IMPORT_CASES))
+    for case, per_rank in zip(IMPORT_CASES, results, strict=True):
         for result in per_rank:
-            assert (result["before"], result["after"]) == (False, True), where
-            assert (result["drifted"], result["again"]) == (False, True), where
-            missing, shape, twice, unknown = result["refused"]
+            assert (result["before"], result["after"]) == (False, True), case
+            assert (result["after_change"], result["after_second_import"]) == (False, True), case
+            missing, shape, repeated, unknown = result["errors"]
             assert "1 missing (model.layers.0.self_attn.k_proj" in missing and "of another shape" in shape
-            assert "is given twice" in twice and "1 unexpected (model.odd)" in unknown
+            assert "is given twice" in repeated and "1 unexpected (model.odd)" in unknown
 
 
 def test_live_import_rejects_a_model_with_adapter() -> None:

@@ -6,15 +6,15 @@ import pytest
 
 EXPERTS, TOKENS, SEQ_LEN = 8, 24, 8
 CASES = [
-    # score, normalization, K, bias, whether the kernels compute the same
+    # score, normalization, K, bias, is_supported: whether the kernels compute the router's formula
     ("sigmoid", True, 2, True, True), ("sigmoid", True, 2, False, True), ("sigmoid", False, 1, True, True),
     ("softmax", True, 2, False, True), ("softmax", False, 2, False, True), ("softmax", True, 1, False, True),
-    # a single sigmoid weight is never normalized, several always are
+    # The kernels never normalize a single sigmoid weight, and always normalize several.
     ("sigmoid", True, 1, True, False), ("sigmoid", False, 2, True, False),
 ]
 
 
-def _kernels(calls: list[str]) -> dict[str, Any]:
+def build_kernel_doubles(calls: list[str]) -> dict[str, Any]:
     """Return plain torch doubles of Transformer Engine's simple kernels."""
     import torch
 
@@ -49,8 +49,12 @@ def _kernels(calls: list[str]) -> dict[str, Any]:
     return {"fused_topk_with_score_function": topk, "fused_compute_score_for_moe_aux_loss": balance}
 
 
-def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
-    """Route by the router's formula and by the doubles; return the differences."""
+def compare_fused_routing(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
+    """Route by the router's formula and by the doubles of the kernels.
+
+    Returns the calls of the doubles, whether the chosen experts agree, and the largest differences of
+    weights, choices, gradients of the logits and balancing loss.
+    """
     import torch
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -78,26 +82,28 @@ def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
     padding = (torch.arange(TOKENS) % 7 == 6)[:, None]
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     calls: list[str] = []
-    for name, double in _kernels(calls).items():
+    for name, double in build_kernel_doubles(calls).items():
         setattr(transformer_engine, name, double)
-    found = []
+    results = []
     for model.config.moe_router_fusion in (False, True):
         assert bool(calls) <= model.config.moe_router_fusion
         local, step.aux_loss = logits.clone().requires_grad_(), {}
         weights, chosen = router.routing(local[:, None], padding)
         (weights * upstream).sum().backward()
-        found.append((weights.detach(), chosen, local.grad, step.aux_loss[1]))
-    return {"calls": calls, "same choice": torch.equal(found[0][1], found[1][1]),
-            "difference": [float((a.double() - b.double()).abs().max()) for a, b in zip(*found, strict=True)]}
+        results.append((weights.detach(), chosen, local.grad, step.aux_loss[1]))
+    formula, fused = results
+    differences = [float((a.double() - b.double()).abs().max()) for a, b in zip(formula, fused, strict=True)]
+    return {"calls": calls, "same choice": torch.equal(formula[1], fused[1]), "difference": differences}
 
 
 @pytest.mark.distributed
 def test_fused_kernels_route_like_the_router_or_are_not_called(ranks: Any, job: Any) -> None:
-    results = ranks(*(job(__file__, "compare", 1, dict(zip(("score", "norm", "top_k", "biased"), case[:4],
-                                                           strict=True))) for case in CASES))
-    for case, (found,) in zip(CASES, results, strict=True):
-        same = case[-1]
-        assert ("choice" in found["calls"]) == same, case
-        assert found["same choice"] and max(found["difference"]) < 2e-6, case
-        if same:
-            assert found["calls"] == ["choice", "balance"], case
+    arguments = ("score", "norm", "top_k", "biased")
+    results = ranks(*(job(__file__, "compare_fused_routing", 1, dict(zip(arguments, case[:4], strict=True)))
+                      for case in CASES))
+    for case, (result,) in zip(CASES, results, strict=True):
+        is_supported = case[-1]
+        assert ("choice" in result["calls"]) == is_supported, case
+        assert result["same choice"] and max(result["difference"]) < 2e-6, case
+        if is_supported:
+            assert result["calls"] == ["choice", "balance"], case

@@ -17,15 +17,19 @@ EXPERTS, TOP_K, SEQ_LEN, SEQUENCES, FACTOR, COEFF = 8, 2, 8, 3, 2.5, 0.3
 PADDING = [7, 22, 23]
 
 
-def whole() -> tuple[Any, Any, Any]:
-    """Return logits, selection bias, and the upstream gradient of the weights."""
+def draw_inputs() -> tuple[Any, Any, Any]:
+    """Return logits [tokens, experts], selection bias [experts], and the upstream gradient of the weights."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator), torch.randn(
-        EXPERTS, generator=generator) * 0.3, torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator))
+    logits = torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator)
+    bias = torch.randn(EXPERTS, generator=generator) * 0.3
+    return logits, bias, torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator)
 
 
 def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = False) -> dict[str, Any]:
-    """Route this process's tokens through the first router of a tiny model."""
+    """Route this process's tokens through the first router of a tiny model.
+
+    `other_padding` changes the logits of padding tokens, which must change nothing.
+    """
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
@@ -36,21 +40,21 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     step = model.config.routing_step
     step.seq_len, step.num_sequences = SEQ_LEN, SEQUENCES
-    logits, bias, upstream = whole()
+    logits, bias, upstream = draw_inputs()
     mask = torch.zeros(len(logits), dtype=torch.bool)
     mask[padding] = True
     if other_padding:
         logits[mask] = 50.0
     router.expert_bias.copy_(bias)
-    mine = context.compute_row_index(len(logits), layout.get("sp", False), logits.device)
-    local = logits[mine].clone().requires_grad_()
+    row_index = context.compute_row_index(len(logits), layout.get("sp", False), logits.device)
+    local = logits[row_index].clone().requires_grad_()
     with torch.no_grad():  # the first pass of recomputation counts no tokens
-        router.routing(local[:, None], mask[mine][:, None])
+        router.routing(local[:, None], mask[row_index][:, None])
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    weights, chosen = router.routing(local[:, None], mask[mine][:, None])
-    (weights * upstream[mine]).sum().backward()
+    weights, chosen = router.routing(local[:, None], mask[row_index][:, None])
+    (weights * upstream[row_index]).sum().backward()
     return {"weights": weights.tolist(), "chosen": chosen.tolist(), "grad": local.grad.tolist(),
-            "loss": float(step.aux_loss[1]), "index": mine.tolist(),
+            "loss": float(step.aux_loss[1]), "index": row_index.tolist(),
             "counts": router.local_tokens_per_expert.tolist()}
 
 
@@ -69,8 +73,8 @@ def gate_bf16() -> dict[str, Any]:
             "dtypes": [str(t.dtype) for t in (router.weight, logits, router.expert_bias)]}
 
 
-def left_by_a_pass() -> list[bool]:
-    """Return for each dispatcher whether it holds no routes after a recomputed pass."""
+def find_freed_routes() -> list[bool]:
+    """Return, for each token dispatcher, whether it has freed its routes after a recomputed pass."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     _, model = tiny_model("tiny-solar-open", "train.recompute=true")
@@ -84,9 +88,9 @@ def left_by_a_pass() -> list[bool]:
             and d.probs.numel() == 0 and d.probs.grad_fn is None for d in dispatchers]
 
 
-def expected(padding: list[int]) -> dict[str, Any]:
-    """Return the same by plain formulas in float64."""
-    logits, bias, upstream = (t.double() for t in whole())
+def compute_expected_routes(padding: list[int]) -> dict[str, Any]:
+    """Compute the results of `route` for all tokens by plain formulas in float64."""
+    logits, bias, upstream = (t.double() for t in draw_inputs())
     logits.requires_grad_()
     scores = logits.sigmoid()
     index = (scores + bias).topk(TOP_K).indices
@@ -108,70 +112,74 @@ def expected(padding: list[int]) -> dict[str, Any]:
             "counts": chosen[valid].sum(0).tolist()}
 
 
-def joined(results: list[dict[str, Any]], name: str) -> Any:
-    """Concatenate the tokens of all processes in row order, as float64."""
-    rows = {i: row for r in results for i, row in zip(r["index"], r[name], strict=True)}
-    values = torch.tensor([rows[i] for i in sorted(rows)])
+def join_tokens(results: list[dict[str, Any]], name: str) -> Any:
+    """Return a result of `route` for all tokens in the order of the row, given those of all processes."""
+    by_position = {}
+    for result in results:
+        by_position |= dict(zip(result["index"], result[name], strict=True))
+    values = torch.tensor([by_position[position] for position in sorted(by_position)])
     return values.double() if values.is_floating_point() else values
 
 
-def grouped_choices() -> list[Any]:
-    """Return [groups, chosen groups, our weights, transformers' weights] for random scores, with large biases
-    and groups of two experts."""
+def route_in_groups() -> list[Any]:
+    """Route random scores with large biases within the best groups of experts.
+
+    Returns [number of groups, number of kept groups, our weights, transformers' weights] for each case.
+    """
     from transformers.models.solar_open.modeling_solar_open import SolarOpenConfig, SolarOpenTopkRouter
 
     world.join_world(ParallelConfig())
-    found, generator = [], torch.Generator().manual_seed(5)
-    for groups, kept, chosen in ((4, 2, 3), (2, 1, 4), (8, 3, 5)):
+    cases, generator = [], torch.Generator().manual_seed(5)
+    for num_groups, num_kept, top_k in ((4, 2, 3), (2, 1, 4), (8, 3, 5)):
         config = apply_settings(recipes.get("tiny-solar-open"), [
-            "model.num_experts=16", f"model.num_experts_per_token={chosen}",
-            f"model.num_expert_groups={groups}", f"model.num_groups_per_token={kept}"])
+            "model.num_experts=16", f"model.num_experts_per_token={top_k}",
+            f"model.num_expert_groups={num_groups}", f"model.num_groups_per_token={num_kept}"])
         router = next(m for m in build_model(config.model, ParallelConfig(), config.train).modules()
                       if isinstance(m, BalancedRouter)).eval()
         hidden, weight = (torch.randn(n, config.model.hidden_size, generator=generator) for n in (200, 16))
-        theirs = SolarOpenTopkRouter(SolarOpenConfig(
-            hidden_size=config.model.hidden_size, n_routed_experts=16, num_experts_per_tok=chosen,
-            n_group=groups, topk_group=kept))
-        theirs.weight.data.copy_(weight)
-        theirs.e_score_correction_bias.copy_(torch.randn(16, generator=generator) - 2)
-        router.expert_bias.copy_(theirs.e_score_correction_bias)
-        logits, weights, index = theirs(hidden)
+        reference = SolarOpenTopkRouter(SolarOpenConfig(
+            hidden_size=config.model.hidden_size, n_routed_experts=16, num_experts_per_tok=top_k,
+            n_group=num_groups, topk_group=num_kept))
+        reference.weight.data.copy_(weight)
+        reference.e_score_correction_bias.copy_(torch.randn(16, generator=generator) - 2)
+        router.expert_bias.copy_(reference.e_score_correction_bias)
+        logits, weights, index = reference(hidden)
         ours, _ = router.routing(logits[:, None])
-        found.append([groups, kept, ours.tolist(),
+        cases.append([num_groups, num_kept, ours.tolist(),
                       torch.zeros_like(logits).scatter(1, index, weights).tolist()])
-    return found
+    return cases
 
 
 def test_experts_are_chosen_within_the_best_groups_as_in_transformers(ranks: Any, job: Any) -> None:
-    ((cases,),) = ranks(job(__file__, "grouped_choices", 1, {}))
-    for groups, kept, ours, theirs in cases:
-        ours, theirs = torch.tensor(ours), torch.tensor(theirs)
-        assert torch.allclose(ours, theirs, atol=1e-6)
-        reached = (ours.unflatten(1, (groups, -1)) > 0).any(-1).sum(-1)
-        assert int(reached.max()) == kept and ours.count_nonzero() == theirs.count_nonzero()
+    ((cases,),) = ranks(job(__file__, "route_in_groups", 1, {}))
+    for num_groups, num_kept, ours, expected in cases:
+        ours, expected = torch.tensor(ours), torch.tensor(expected)
+        assert torch.allclose(ours, expected, atol=1e-6)
+        num_reached = (ours.unflatten(1, (num_groups, -1)) > 0).any(-1).sum(-1)
+        assert int(num_reached.max()) == num_kept and ours.count_nonzero() == expected.count_nonzero()
 
 
 @pytest.mark.distributed
 def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> None:
     sp = {"tp": 2, "sp": True}
-    plain, padded, other, split, cut, both = ranks(
+    plain, padded, other_padding, sequence_parallel, context_parallel, both = ranks(
         job(__file__, "route", 1, {"layout": {}, "padding": []}),
         job(__file__, "route", 1, {"layout": {}, "padding": PADDING}),
         job(__file__, "route", 1, {"layout": {}, "padding": PADDING, "other_padding": True}),
-        # the boundary is inside the second sequence
+        # both layouts split the row inside the second sequence
         job(__file__, "route", 2, {"layout": sp, "padding": PADDING}),
         job(__file__, "route", 2, {"layout": {"cp": 2}, "padding": PADDING}),
         job(__file__, "route", 4, {"layout": sp | {"cp": 2}, "padding": PADDING}))
-    assert other[0]["loss"] == padded[0]["loss"] != plain[0]["loss"]
-    assert other[0]["counts"] == padded[0]["counts"]
-    for padding, result in (([], plain), (PADDING, padded), (PADDING, split), (PADDING, cut),
-                            (PADDING, both)):
-        formula = expected(padding)
-        assert joined(result, "chosen").equal(formula["chosen"])
-        assert torch.allclose(joined(result, "weights"), formula["weights"], atol=1e-6)
-        assert torch.allclose(joined(result, "grad"), formula["grad"], atol=1e-6)
-        assert sum(r["loss"] for r in result) == pytest.approx(formula["loss"], rel=1e-6)
-        assert [sum(c) for c in zip(*(r["counts"] for r in result), strict=True)] == formula["counts"]
+    assert other_padding[0]["loss"] == padded[0]["loss"] != plain[0]["loss"]
+    assert other_padding[0]["counts"] == padded[0]["counts"]
+    for padding, result in (([], plain), (PADDING, padded), (PADDING, sequence_parallel),
+                            (PADDING, context_parallel), (PADDING, both)):
+        expected = compute_expected_routes(padding)
+        assert join_tokens(result, "chosen").equal(expected["chosen"])
+        assert torch.allclose(join_tokens(result, "weights"), expected["weights"], atol=1e-6)
+        assert torch.allclose(join_tokens(result, "grad"), expected["grad"], atol=1e-6)
+        assert sum(r["loss"] for r in result) == pytest.approx(expected["loss"], rel=1e-6)
+        assert [sum(c) for c in zip(*(r["counts"] for r in result), strict=True)] == expected["counts"]
 
 
 @pytest.mark.distributed
@@ -179,20 +187,20 @@ def test_bf16_logits_are_summed_in_float32_as_in_transformers(ranks, job) -> Non
     from transformers import SolarOpenConfig
     from transformers.models.solar_open.modeling_solar_open import SolarOpenTopkRouter
 
-    ((found,),) = ranks(job(__file__, "gate_bf16"))
-    assert found["dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
-    hidden, weight, logits = (torch.tensor(found[name]) for name in ("hidden", "weight", "logits"))
+    ((result,),) = ranks(job(__file__, "gate_bf16"))
+    assert result["dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
+    hidden, weight, logits = (torch.tensor(result[name]) for name in ("hidden", "weight", "logits"))
     router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=len(weight),
                                                  hidden_size=hidden.shape[1])).bfloat16()
     router.e_score_correction_bias = router.e_score_correction_bias.float()
     with torch.no_grad():
         router.weight.copy_(weight)
-        theirs, _, _ = router(hidden.bfloat16())
-    assert theirs.dtype == torch.float32
-    assert (logits - theirs).abs().max() < 1e-5, "in bf16 they would be some 1e-2 apart"
+        expected, _, _ = router(hidden.bfloat16())
+    assert expected.dtype == torch.float32
+    assert (logits - expected).abs().max() < 1e-5, "sums in bf16 would differ by some 1e-2"
     assert (logits - logits.bfloat16()).abs().max() > 1e-3
 
 
 def test_routes_are_freed_after_a_pass(ranks: Any, job: Any) -> None:
-    ((found,),) = ranks(job(__file__, "left_by_a_pass"))
-    assert len(found) >= 2 and all(found)
+    ((are_freed,),) = ranks(job(__file__, "find_freed_routes"))
+    assert len(are_freed) >= 2 and all(are_freed)

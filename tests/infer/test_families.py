@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 PROMPTS = [[5, 9, 2, 70], list(range(20, 60)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
-NEW = 6
+MAX_TOKENS = 6
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.init_std=0.3",
             "model.dense_ffn_dim=24", "train.precision=fp64"]
 RECIPES = {"tiny-deepseek-v3": ["model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
@@ -30,16 +30,20 @@ RECIPES["tiny-solar-open2"] = ["model.num_experts=4", "model.expert_ffn_dim=16",
                                'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, '
                                '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6, '
                                '"negative_eigenvalues": true}']
-FURTHER = ("tiny-kimi-k2", "tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3")
-"""Families for `make deep` only: their caches have the same contents as another family's."""
-CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3",)
-"""Families with tensors that two processes split in a way no other family has (latent attention, prediction
-layers). test_gradients.py compares all families with transformers."""
+DEEP_RECIPES = ("tiny-kimi-k2", "tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3")
+"""Recipes whose caches hold the same kinds of tensors as the cache of another recipe in `RECIPES`."""
+TENSOR_PARALLEL_RECIPES = ("tiny-deepseek-v3", "tiny-k-exaone2")
+"""Recipes to repeat with tp = 2: tp splits latent attention and prediction layers as no other layers.
+test_gradients.py compares all families with transformers."""
+EXPERT_PARALLEL_RECIPES = ("tiny-deepseek-v3",)
 
 
-def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
-    """Return per recipe: greedy continuations with a cache, the same by full forward passes, and whether a
-    parameter has a gradient."""
+def generate_and_recompute(layout: dict[str, Any], names: list[str]) -> list[list[Any]]:
+    """Decode the prompts greedily with each recipe's model.
+
+    Returns, for each recipe: the continuations that the cached decoder generates, the greedy tokens of full
+    forward passes over the same sequences, and whether a parameter has a gradient.
+    """
     import torch
 
     from megatron_sov import recipes
@@ -52,45 +56,46 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     from megatron_sov.infer.request import Batching, Sampling
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
-    parallel, found = ParallelConfig(**layout), []
+    parallel, results = ParallelConfig(**layout), []
     world.join_world(parallel)
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
         model = build_model(config.model, parallel, config.train, lora=config.lora)
         initial_weights.initialize_weights(model, config.model, 1)
-        with torch.no_grad():
-            for factors in (m for m in model.modules() if isinstance(m, AdapterFactors)):
-                factors.B.normal_(generator=torch.Generator().manual_seed(1))
+        for module in model.modules():
+            if isinstance(module, AdapterFactors):  # B is initialized to 0, and the adapter would add nothing
+                torch.nn.init.normal_(module.B, generator=torch.Generator().manual_seed(1))
         policy = ForwardModel(model, 50)
         engine = MegatronEngine(policy, Batching(2, 5))
-        written = engine.generate(PROMPTS, Sampling(NEW)).continuations
-        full = [policy.logits(DocumentBatch([[*p, *c]], torch.device("cpu")),
-                              torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
-                for p, c in zip(PROMPTS, written, strict=True)]
-        has_gradients = any(p.grad is not None for p in model.parameters())
-        found.append([written, full, has_gradients])
+        continuations = engine.generate(PROMPTS, Sampling(MAX_TOKENS)).continuations
+        recomputed = []
+        for prompt, continuation in zip(PROMPTS, continuations, strict=True):
+            positions = torch.arange(len(prompt) - 1, len(prompt) + MAX_TOKENS - 1)
+            document = DocumentBatch([[*prompt, *continuation]], torch.device("cpu"))
+            recomputed.append(policy.logits(document, positions).argmax(-1).tolist())
+        has_gradient = any(parameter.grad is not None for parameter in model.parameters())
+        results.append([continuations, recomputed, has_gradient])
     world.leave_world()
-    return found
+    return results
 
 
 @pytest.mark.distributed
 @pytest.mark.essential
-@pytest.mark.parametrize(("further", "cut"), [
-    ((), ()), pytest.param(FURTHER, (*CUT_IN_ITS_OWN_WAY, "tiny-k-exaone2"), marks=pytest.mark.deep)],
-    ids=["caches of their own", "further"])
-def test_cached_generation_equals_full_forward_passes(ranks: Any, job: Any, further: tuple[str, ...],
-                                                      cut: tuple[str, ...]) -> None:
-    names = [*dict.fromkeys([*further, *cut, "tiny-deepseek-v3"])] if further else [
-        name for name in RECIPES if name not in FURTHER]
-    experts_of = ["tiny-deepseek-v3"]
-    alone, split, experts = ranks(
-        job(__file__, "written_twice", 1, {"layout": {}, "names": names}),
-        job(__file__, "written_twice", 2, {"layout": {"tp": 2, "sp": True}, "names": cut}),
-        # the processes have two prompts and one: they reach the experts together
-        job(__file__, "written_twice", 2, {"layout": {"ep": 2}, "names": experts_of}))
-    of_one = dict(zip(names, alone[0], strict=True))
-    for recipes, found in ((names, alone[0]), (cut, split[0]), (experts_of, experts[0])):
-        for recipe, (written, full, has_gradients) in zip(recipes, found, strict=True):
-            assert [written, full, has_gradients] == of_one[recipe], recipe
-            assert written == full and not has_gradients, recipe
-            assert len({token for row in written for token in row}) > 3, recipe
+@pytest.mark.parametrize(("recipes", "tp_recipes"), [
+    ([name for name in RECIPES if name not in DEEP_RECIPES], []),
+    pytest.param([*DEEP_RECIPES, *TENSOR_PARALLEL_RECIPES], TENSOR_PARALLEL_RECIPES, marks=pytest.mark.deep)],
+    ids=["one recipe per kind of cache", "other recipes and tp"])
+def test_cached_generation_equals_full_forward_passes(ranks: Any, job: Any, recipes: list[str],
+                                                      tp_recipes: list[str]) -> None:
+    one_rank, tp_ranks, ep_ranks = ranks(
+        job(__file__, "generate_and_recompute", 1, {"layout": {}, "names": recipes}),
+        job(__file__, "generate_and_recompute", 2, {"layout": {"tp": 2, "sp": True}, "names": tp_recipes}),
+        # One rank has two of the three prompts, the other has one: both must call the experts equally often.
+        job(__file__, "generate_and_recompute", 2, {
+            "layout": {"ep": 2}, "names": EXPERT_PARALLEL_RECIPES}))
+    results = dict(zip(recipes, one_rank[0], strict=True))
+    for recipe, (continuations, recomputed, has_gradient) in results.items():
+        assert continuations == recomputed and not has_gradient, recipe
+        assert len({token for continuation in continuations for token in continuation}) > 3, recipe
+    for names, split_results in ((tp_recipes, tp_ranks[0]), (EXPERT_PARALLEL_RECIPES, ep_ranks[0])):
+        assert split_results == [results[name] for name in names]

@@ -14,57 +14,62 @@ class Echo:
     """Engine that repeats the last token of each prompt, and records its prompts."""
 
     def __init__(self) -> None:
-        self.asked: list[Any] = []
+        self.calls: list[Any] = []
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> GenerationResult:
         assert stop is not None
-        self.asked.append([[list(p) for p in prompts], sampling.max_new_tokens, sampling.seed, stop.ids,
+        self.calls.append([[list(p) for p in prompts], sampling.max_new_tokens, sampling.seed, stop.ids,
                            streams])
-        written = [([p[-1]] * sampling.max_new_tokens, [-1.0] * sampling.max_new_tokens) for p in prompts]
-        return GenerationResult.of(written, sampling, stop, 0)
+        completions = [([p[-1]] * sampling.max_new_tokens, [-1.0] * sampling.max_new_tokens) for p in prompts]
+        return GenerationResult.of(completions, sampling, stop, 0)
 
 
-def play() -> dict[str, Any]:
-    """Play two rounds; runs on each rank."""
+def play_two_rounds() -> dict[str, Any]:
+    """Inside ranks: sample two batches of turns; return the responses and the calls of the engine."""
     world.join_world(ParallelConfig())
     engine = Echo()
 
     def work(policy: Any) -> list[Any]:
-        return [[w.ids for w in policy.sample(*asked)]
-                for asked in (([[1, 2], [3]], 2, [7, 8]), ([[4]], 1, [9]))]
+        rounds = [policy.sample([[1, 2], [3]], 2, [7, 8]), policy.sample([[4]], 1, [9])]
+        return [[response.ids for response in responses] for responses in rounds]
 
     result = run_with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
     world.leave_world()
-    return {"result": result, "asked": engine.asked}
+    return {"result": result, "calls": engine.calls}
 
 
-def fail() -> list[str]:
-    """Fail on the first process, between turns, and in the engine of all processes; runs on each rank."""
-    class Refusing(Echo):
-        def generate(self, *asked: Any, **more: Any) -> GenerationResult:
-            raise UserError("the engine refuses")
+def fail_at_each_place() -> list[str]:
+    """Inside ranks: raise an error on the main process between turns, then in the engine of all processes.
+
+    Returns the error of each run, and the result of a run after them.
+    """
+    class FailingEngine(Echo):
+        def generate(self, *args: Any, **options: Any) -> GenerationResult:
+            raise UserError("the engine fails")
 
     def bad_task(policy: Any) -> Any:
         policy.sample([[1]], 1, [1])
         raise UserError("the task is too long")
 
     world.join_world(ParallelConfig())
-    told = []
-    for engine, work in ((Echo(), bad_task), (Refusing(), bad_task)):
+    outcomes = []
+    for engine, work in ((Echo(), bad_task), (FailingEngine(), bad_task)):
         try:
             run_with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
         except UserError as e:
-            told.append(str(e))
+            outcomes.append(str(e))
     policy = EnginePolicy(Echo(), Sampling(seed=5), StopRule((9,)))
-    told.append(run_with_policy(policy, lambda policy: "goes on"))
+    outcomes.append(run_with_policy(policy, lambda policy: "goes on"))
     world.leave_world()
-    return told
+    return outcomes
 
 
 def test_tools_run_once_while_all_processes_sample(ranks: Any, job: Any) -> None:
-    (first, second), failed = ranks(job(__file__, "play", nproc=2), job(__file__, "fail", nproc=2))
-    assert first["result"] == [[[2, 2], [3, 3]], [[4]]] and second["result"] is None
-    assert first["asked"] == second["asked"] == [[[[1, 2], [3]], 2, 5, [9], [7, 8]], [[[4]], 1, 5, [9], [9]]]
-    said = ["the task is too long", "the engine refuses"]  # on all processes, so that none continues alone
-    assert failed == [[*said, "goes on"], [*said, None]]
+    (main_rank, other_rank), outcomes = ranks(job(__file__, "play_two_rounds", nproc=2),
+                                              job(__file__, "fail_at_each_place", nproc=2))
+    assert main_rank["result"] == [[[2, 2], [3, 3]], [[4]]] and other_rank["result"] is None
+    assert main_rank["calls"] == other_rank["calls"] == [[[[1, 2], [3]], 2, 5, [9], [7, 8]],
+                                                         [[[4]], 1, 5, [9], [9]]]
+    errors = ["the task is too long", "the engine fails"]  # on all processes, so that none waits for another
+    assert outcomes == [[*errors, "goes on"], [*errors, None]]

@@ -36,7 +36,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
 STEPS = 2
 ALL_MASKED = ["policy.correction_low=5", "policy.correction_high=6", "policy.knowledge_coeff=0",
               "policy.kl=none", "model.mtp_loss_coeff=0", "model.seq_aux_loss_coeff=0"]
-"""A step without anything to learn must not end the run."""
+"""Settings that mask all tokens: a step without a loss must not end the run."""
 
 
 class Rollouts:
@@ -50,7 +50,7 @@ class Rollouts:
         self.lengths = np.array([12 + 7 * i % 31 for i in range(num_documents)], np.int32)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._drawn(document, 0).integers(5, 360, self.lengths[document])[start:start + count]
+        return self._draw(document, 0).integers(5, 360, self.lengths[document])[start:start + count]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         result = np.full(self.lengths[document], 2, np.uint8)
@@ -60,22 +60,22 @@ class Rollouts:
         return result[start:start + count]
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        learns = document % 7 != 6  # the others' groups were left out
-        return (self.types(document, start, count) == 2).astype(np.float32) * learns
+        is_learned = document % 7 != 6  # as if the group of every seventh response had been left out
+        return (self.types(document, start, count) == 2).astype(np.float32) * is_learned
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
         if name == "advantage":
             return np.full(count, (1.2, -0.7, 0.4, -1.1)[document % 4], np.float32)
         number = self.columns.index(name)
-        spread = self._drawn(document, number).uniform(-0.4, 0.4, self.lengths[document])
+        spread = self._draw(document, number).uniform(-0.4, 0.4, self.lengths[document])
         return (spread - math.log(368))[start:start + count].astype(np.float32)
 
-    def _drawn(self, document: int, number: int) -> np.random.Generator:
+    def _draw(self, document: int, number: int) -> np.random.Generator:
         return np.random.default_rng([document, number])
 
 
 class Texts:
-    """Text of made-up tokens."""
+    """Text of random tokens."""
 
     is_plain, columns = True, ()
     lengths = np.full(40, 30, np.int32)
@@ -84,28 +84,30 @@ class Texts:
         return np.random.default_rng([document, 9]).integers(5, 360, 30)[start:start + count]
 
 
-def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
+def build_trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
 
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
     place = world.join_world(config.parallel)
     config.check(place.size)
     documents: Any = (rollouts or Rollouts(60), Texts())
-    sources = [Source(name, None, name, {}, {"train": int(made.lengths.sum()), "heldout": 0}, share,
-                      train_documents=made, columns=made.columns)
-               for name, made, share in zip((ROLLOUTS, "text"), documents, (0.75, 0.25), strict=True)]
+    sources = [Source(name, None, name, {}, {"train": int(dataset.lengths.sum()), "heldout": 0}, share,
+                      train_documents=dataset, columns=dataset.columns)
+               for name, dataset, share in zip((ROLLOUTS, "text"), documents, (0.75, 0.25), strict=True)]
     check_sources(config, sources)
     return Trainer(config, place, RunFolder(Path(run)), sources, build_policy_objective(config))
 
 
-def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
-    """Train; return losses, meters and gradient norm of each step, preceded
-    by the first step computed with `_written_out`."""
-    trainer, results = _trainer(settings, run), []
+def train_steps(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
+    """Train `STEPS` steps; return the losses, meters and gradient norm of each.
+
+    With `write_out`, the first entry has the terms of the first step by `compute_terms_by_hand`.
+    """
+    trainer, results = build_trainer(settings, run), []
     if write_out:
         collect = trainer.objective.collect
-        first = collect(trainer.policy, 0)
-        results.append(_written_out(trainer.policy, first))
-        trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first
+        first_batch = collect(trainer.policy, 0)
+        results.append(compute_terms_by_hand(trainer.policy, first_batch))
+        trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first_batch
     for _ in range(STEPS):
         result = train_step(trainer)
         results.append({"loss": result.loss, "grad_norm": result.grad_norm, **result.losses, **result.meters})
@@ -114,43 +116,47 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
     return results
 
 
-def _written_out(model: Any, batch: Any) -> dict[str, float]:
-    """Return the terms of a batch, each document passed through the model alone."""
-    gained, divergences, texts = [], [], []
-    for m in batch.micro_batches:
-        for first, end in zip(m.inputs.host_bounds, m.inputs.host_bounds[1:], strict=False):
-            if m.inputs.padding[first]:
+def compute_terms_by_hand(model: Any, batch: Any) -> dict[str, float]:
+    """Compute the loss terms of a batch by formula, with one forward pass per document."""
+    objectives, divergences, text_losses = [], [], []
+    for micro_batch in batch.micro_batches:
+        for first, end in zip(micro_batch.inputs.host_bounds, micro_batch.inputs.host_bounds[1:],
+                              strict=False):
+            if micro_batch.inputs.padding[first]:
                 continue
-            ids, here = m.inputs.tokens[first:end].tolist(), slice(first, end)
+            ids, span = micro_batch.inputs.tokens[first:end].tolist(), slice(first, end)
             logits = model.logits(DocumentBatch([ids], torch.device("cpu")), torch.arange(len(ids))).double()
-            at, labels = torch.arange(len(ids)), m.labels[here]
-            if m.sources[first] == 1:
-                texts += (-logits.log_softmax(-1)[at, labels])[m.weights[here] > 0].tolist()
+            positions, labels = torch.arange(len(ids)), micro_batch.labels[span]
+            if micro_batch.sources[first] == 1:
+                text_losses += (-logits.log_softmax(-1)[positions,
+                                                        labels])[micro_batch.weights[span] > 0].tolist()
                 continue
-            x = (logits / TEMPERATURE).log_softmax(-1)[at, labels].tolist()
-            old, engine, reference, advantage = (m.columns[name][here].tolist() for name in (
+            logprobs = (logits / TEMPERATURE).log_softmax(-1)[positions, labels].tolist()
+            old, engine, reference, advantage = (micro_batch.columns[name][span].tolist() for name in (
                 "old_logprobs", "behaviour_logprobs", "reference_logprobs", "advantage"))
-            factor = [w if LOW <= (w := math.exp(a - b)) <= HIGH else 0.0
-                      for a, b in zip(old, engine, strict=True)]
-            learned = [t for t in range(len(ids)) if m.weights[here][t] > 0]
-            if not learned:
+            corrections = [w if LOW <= (w := math.exp(a - b)) <= HIGH else 0.0
+                           for a, b in zip(old, engine, strict=True)]
+            learned_positions = [t for t in range(len(ids)) if micro_batch.weights[span][t] > 0]
+            if not learned_positions:
                 continue
-            ratio = math.exp(sum(x[t] - old[t] for t in learned) / len(learned))
-            divergences.append(sum(x[t] - reference[t] for t in learned))
-            a = advantage[learned[0]]
-            one = min(ratio * a, min(max(ratio, 1 - CLIP), 1 + CLIP) * a)
-            gained.append(one * sum(factor[t] for t in learned) / len(learned))
-    return {"policy": -sum(gained) / len(gained), "kl": sum(divergences) / len(gained),
-            "knowledge": sum(texts) / len(texts)}
+            ratio = math.exp(sum(logprobs[t] - old[t] for t in learned_positions) / len(learned_positions))
+            divergences.append(sum(logprobs[t] - reference[t] for t in learned_positions))
+            a = advantage[learned_positions[0]]
+            clipped = min(ratio * a, min(max(ratio, 1 - CLIP), 1 + CLIP) * a)
+            objectives.append(clipped * sum(corrections[t]
+                                            for t in learned_positions) / len(learned_positions))
+    return {"policy": -sum(objectives) / len(objectives), "kl": sum(divergences) / len(objectives),
+            "knowledge": sum(text_losses) / len(text_losses)}
 
 
 @pytest.mark.distributed
 def test_terms_equal_the_formulas_and_masked_steps_have_no_gradient(ranks: Any, job: Any,
                                                                     tmp_path: Path) -> None:
-    (alone,), (masked,) = ranks(*(job(__file__, "curve", 1, {"settings": settings, "run": str(tmp_path),
-                                                             "write_out": not settings})
-                                  for settings in ([], ALL_MASKED)))
-    expected, first, *_ = alone
+    (trained,), (masked,) = ranks(*(job(__file__, "train_steps", 1,
+                                        {"settings": settings, "run": str(tmp_path),
+                                         "write_out": not settings})
+                                    for settings in ([], ALL_MASKED)))
+    expected, first, *_ = trained
     for term, value in expected.items():
         assert first[term] == pytest.approx(value, rel=1e-10, abs=1e-12), term
     assert 0 < first["clip_share"] < 1 and abs(first["policy"]) > 1e-3
@@ -158,17 +164,17 @@ def test_terms_equal_the_formulas_and_masked_steps_have_no_gradient(ranks: Any, 
 
 
 def test_the_objective_requires_the_columns_of_its_settings() -> None:
-    def made(*settings: str) -> Any:
+    def build_objective(*settings: str) -> Any:
         return build_policy_objective(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))
 
-    least = ("advantage", "behaviour_logprobs", "old_logprobs")
-    assert tuple(get_columns(made("policy.method=gspo"))) == least
-    assert tuple(get_columns(made("policy.method=grpo"))) == least
-    assert tuple(get_columns(made("policy.method=grpo", "policy.kl_coeff=0.04"))) == (
-        *least, "reference_logprobs")
-    assert get_formats(made("policy.method=gspo")) == (ROLLOUTS,)
-    assert get_formats(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
-    assert get_formats(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)
+    required = ("advantage", "behaviour_logprobs", "old_logprobs")
+    assert tuple(get_columns(build_objective("policy.method=gspo"))) == required
+    assert tuple(get_columns(build_objective("policy.method=grpo"))) == required
+    assert tuple(get_columns(build_objective("policy.method=grpo", "policy.kl_coeff=0.04"))) == (
+        *required, "reference_logprobs")
+    assert get_formats(build_objective("policy.method=gspo")) == (ROLLOUTS,)
+    assert get_formats(build_objective("policy.method=ink_grpo")) == (ROLLOUTS, "text")
+    assert get_formats(build_objective("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)
     config = apply_settings(recipes.get("tiny-k-exaone"), ["policy.method=ink_grpo"])
     with pytest.raises(UserError, match=r"policy.knowledge_coeff = 0.1 needs"):
         check_sources(config, [])
@@ -197,13 +203,13 @@ def test_chats_are_text_of_which_the_assistants_turns_are_learned(packed_data: A
     (text,) = open_text_sources(config)
     check_sources(config, [text])
     (chats,) = open_sources(paths, config.model.vocab_size)
-    ours, packed = text.open_split("train"), chats.open_split("train")
-    assert text.format == "text" and not text.num_tokens["heldout"] and len(ours.lengths) > 3
-    for document, count in enumerate(map(int, ours.lengths)):
-        weights = ours.loss_weights(document, 0, count)
-        assert (weights == packed.loss_weights(document, 0, count)).all() and 0 < weights.sum() < count
-        assert (ours.types(document, 0, count) == TYPE_TEXT).all()
-        assert (ours.tokens(document, 0, count) == packed.tokens(document, 0, count)).all()
-    # a method without text loss has no gradient from them
+    text_split, chat_split = text.open_split("train"), chats.open_split("train")
+    assert text.format == "text" and not text.num_tokens["heldout"] and len(text_split.lengths) > 3
+    for document, count in enumerate(map(int, text_split.lengths)):
+        weights = text_split.loss_weights(document, 0, count)
+        assert (weights == chat_split.loss_weights(document, 0, count)).all() and 0 < weights.sum() < count
+        assert (text_split.types(document, 0, count) == TYPE_TEXT).all()
+        assert (text_split.tokens(document, 0, count) == chat_split.tokens(document, 0, count)).all()
+    # A method without a loss on text would train on nothing.
     with pytest.raises(UserError, match="holds data of format 'chat'"):
         open_text_sources(replace(config, policy=PolicyConfig(method="dapo")))

@@ -27,8 +27,8 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 12
 STEPS = 3
 
 
-def _trainer(settings: list[str], data: str, run: Path) -> Any:
-    """Return a trainer with its reference made."""
+def build_trainer(settings: list[str], data: str, run: Path) -> Any:
+    """Return a trainer whose reference log-probabilities are computed by its own initial weights."""
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [data], "preference")
     place = world.join_world(config.parallel)
     config.check(place.size)
@@ -41,35 +41,38 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     return trainer
 
 
-class Picked:
-    """Some documents of a split, in an order of their own."""
+class SelectedDocuments:
+    """The documents of a split with the given indices, in the order of the indices."""
 
-    def __init__(self, documents: Any, chosen: list[int]) -> None:
-        self._documents, self._chosen, self.lengths = documents, chosen, documents.lengths[chosen]
+    def __init__(self, documents: Any, indices: list[int]) -> None:
+        self._documents, self._indices, self.lengths = documents, indices, documents.lengths[indices]
 
     def __getattr__(self, name: str) -> Any:
-        result = getattr(self._documents, name)
+        attribute = getattr(self._documents, name)
         if name in ("tokens", "types", "loss_weights", "routes", "encoder_inputs"):
-            return lambda document, *rest: result(self._chosen[document], *rest)
-        return result
+            return lambda document, *rest: attribute(self._indices[document], *rest)
+        return attribute
 
 
 def evaluate_heldout_pairs(trainer: Any, batch: Any) -> dict[str, float]:
-    """Return the held-out figures of the pairs of a training batch."""
+    """Measure the pairs of a training batch as if they were held out."""
     origins = [origin for m in batch.micro_batches for origin in m.origins]
     with_reference = trainer.sources[0].open_split("train")
-    documents = Picked(with_reference, [origin.segment.document for origin in origins])
-    numbers = np.concatenate([with_reference.column("reference_logprobs", o.segment.document, 0, n)
-                              for o, n in zip(origins, documents.lengths.tolist(), strict=True)])
+    documents = SelectedDocuments(with_reference, [origin.segment.document for origin in origins])
+    reference_logprobs = np.concatenate([with_reference.column("reference_logprobs", o.segment.document, 0, n)
+                                         for o, n in zip(origins, documents.lengths.tolist(), strict=True)])
     source: Any = SimpleNamespace(name="pairs", num_tokens={"heldout": 1}, open_split=lambda split: documents)
-    asked = trainer.config.preference
-    (found,) = preference.measure_pairs(
-        [source], lambda d, chosen: preference.score_documents(trainer, d, chosen, 128, 2), 128, asked,
-        (lambda source: numbers) if asked.method in preference.REFERENCE_METHODS else None).values()
-    return found
+    preference_config = trainer.config.preference
+    (figures,) = preference.measure_pairs(
+        [source], lambda d, chosen: preference.score_documents(trainer, d, chosen, 128, 2), 128,
+        preference_config,
+        (lambda source: reference_logprobs)
+        if preference_config.method in preference.REFERENCE_METHODS else None).values()
+    return figures
 
 
-def trl_meters(method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str, float]:
+def compute_trl_meters(method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str,
+                                                                                                      float]:
     """Return rewards/accuracies and rewards/margins of TRL's DPOTrainer (SimPO and ORPO: of CPOTrainer and
     ORPOTrainer without their beta), except that a tie counts half.
 
@@ -91,65 +94,68 @@ def trl_meters(method: str, pairs: list[tuple[float, float, float, float, int, i
             "chosen_likelier": sum(c / nc > r / nr for c, r, _, _, nc, nr in pairs) / len(margins)}
 
 
-def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]:
-    """Return, for each of the methods, loss and meters of a batch after a step, and the same with each
-    response passed through the model alone, in numpy."""
+def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]:
+    """Compute each method's loss and meters of a batch after one step, and the same by formula.
 
-    def sums(policy: Any, batch: Any) -> list[tuple[float, int]]:
-        """Return each response's log-probability and tokens."""
+    The formulas use one forward pass per response, by the policy and by the initial weights as the reference.
+    """
+
+    def sum_logprobs(policy: Any, batch: Any) -> list[tuple[float, int]]:
+        """Return the log-probability and the number of tokens of each response."""
         found = []
-        for first, end in zip(batch.inputs.host_bounds, batch.inputs.host_bounds[1:], strict=False):
-            if batch.inputs.padding[first]:
+        for start, end in zip(batch.inputs.host_bounds, batch.inputs.host_bounds[1:], strict=False):
+            if batch.inputs.padding[start]:
                 continue
-            ids = batch.inputs.tokens[first:end].tolist()
+            ids = batch.inputs.tokens[start:end].tolist()
             micro_batch = DocumentBatch([ids], torch.device("cpu"))
             logits = policy.logits(micro_batch, torch.arange(len(ids))).double().log_softmax(-1)
-            learned = (batch.types[first:end] == 2) & (batch.weights[first:end] > 0)
-            picked = logits[torch.arange(len(ids)), batch.labels[first:end]][learned]
-            found.append((float(picked.sum()), int(learned.sum())))
+            is_learned = (batch.types[start:end] == 2) & (batch.weights[start:end] > 0)
+            logprobs = logits[torch.arange(len(ids)), batch.labels[start:end]][is_learned]
+            found.append((float(logprobs.sum()), int(is_learned.sum())))
         return found
 
-    def odds(mean: float) -> float:
+    def compute_odds(mean: float) -> float:
         return math.exp(mean) / (1 - math.exp(mean))
 
     results = []
     for method in methods:
-        trainer = _trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
+        trainer = build_trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
                             "preference.beta=0.3", "optim.lr=0.002"], data, Path(run))  # of one reference
         objective = trainer.objective
-        held = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
-        initial = [tensor.detach().clone() for tensor in held]
+        tensors = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
+        initial = [tensor.detach().clone() for tensor in tensors]
         train_step(trainer)
         batch = objective.prepare(objective.collect(trainer.policy, 1))
-        now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
-        measured = evaluate_heldout_pairs(trainer, batch)
-        # which moves the routers' biases
+        current = [s for m in batch.micro_batches for s in sum_logprobs(trainer.policy, m)]
+        heldout = evaluate_heldout_pairs(trainer, batch)
+        # Computing the loss changes the biases of the routers, so it comes after the measurement.
         sums_of_batch = trainer.forward_backward.compute_gradients(batch, objective, 2)
         loss = sums_of_batch.terms["preference"] / batch.targets["preference"]
         with torch.no_grad():
-            for tensor, value in zip(held, initial, strict=True):
+            for tensor, value in zip(tensors, initial, strict=True):
                 tensor.copy_(value)
-        then = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
+        reference = [s for m in batch.micro_batches for s in sum_logprobs(trainer.policy, m)]
         losses = []
-        for i in range(0, len(now), 2):
-            (c, nc), (r, nr), (rc, _), (rr, _) = now[i], now[i + 1], then[i], then[i + 1]
+        for i in range(0, len(current), 2):
+            (c, nc), (r, nr), (rc, _), (rr, _) = current[i], current[i + 1], reference[i], reference[i + 1]
             losses.append({
                 "dpo": lambda c=c, r=r, rc=rc, rr=rr: math.log1p(math.exp(-0.3 * ((c - rc) - (r - rr)))),
                 "ipo": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
-                    ((c - rc) / nc - (r - rr) / nr - 1 / 0.6) ** 2,
+                ((c - rc) / nc - (r - rr) / nr - 1 / 0.6) ** 2,
                 "dpo-norm": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
-                    math.log1p(math.exp(-0.3 * ((c - rc) / nc - (r - rr) / nr))),
+                math.log1p(math.exp(-0.3 * ((c - rc) / nc - (r - rr) / nr))),
                 "simper": lambda c=c, r=r, nc=nc, nr=nr: math.exp(r / nr) - math.exp(c / nc),
                 "simpo": lambda c=c, r=r, nc=nc, nr=nr: math.log1p(math.exp(-0.3 * (c / nc - r / nr) + 0.5)),
                 "orpo": lambda c=c, r=r, nc=nc, nr=nr:
-                    math.log1p(odds(r / nr) / odds(c / nc)),
-            }[method]())
-        results.append({"method": method, "ours": loss, "written_out": float(np.mean(losses)),
+                math.log1p(compute_odds(r / nr) / compute_odds(c / nc)),
+                }[method]())
+        results.append({"method": method, "loss": loss, "compare_losses": float(np.mean(losses)),
                         "pairs": len(losses), "spread": float(np.std(losses)),
-                        "meters": sums_of_batch.meters, "measured": measured,
-                        "trl": trl_meters(method, [
-                            (now[i][0], now[i + 1][0], then[i][0], then[i + 1][0], now[i][1], now[i + 1][1])
-                            for i in range(0, len(now), 2)])})
+                        "meters": sums_of_batch.meters, "measured": heldout,
+                        "trl": compute_trl_meters(method, [
+                            (current[i][0], current[i + 1][0], reference[i][0], reference[i + 1][0],
+                             current[i][1], current[i + 1][1])
+                            for i in range(0, len(current), 2)])})
         trainer.close()
         world.leave_world()
     return results
@@ -159,18 +165,18 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
 @pytest.mark.parametrize("methods", [["dpo", "simpo"], pytest.param(["ipo", "dpo-norm", "simper", "orpo"],
                                                                     marks=pytest.mark.deep)])
 def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path, methods: list[str]) -> None:
-    ((results,),) = ranks(job(__file__, "written_out", 1, {"data": str(pairs), "run": str(tmp_path),
-                                                           "methods": methods}))
+    ((results,),) = ranks(job(__file__, "compare_losses", 1, {"data": str(pairs), "run": str(tmp_path),
+                                                              "methods": methods}))
     assert len(results) == len(methods)
-    for found in results:
-        assert found["pairs"] >= 4 and found["spread"] > 1e-6, found
-        # the reference keeps float32: some 40 numbers of 1e-7 each
-        assert found["ours"] == pytest.approx(found["written_out"], rel=1e-5, abs=2e-6), found
-        # One definition in training, held out and in TRL.
+    for result in results:
+        assert result["pairs"] >= 4 and result["spread"] > 1e-6, result
+        # Reference log-probabilities are stored in float32: sums of some 40 values with errors of 1e-7.
+        assert result["loss"] == pytest.approx(result["compare_losses"], rel=1e-5, abs=2e-6), result
+        # Training, held-out evaluation and TRL define the meters in the same way.
         for name in ("pairs_right", "margin"):
-            assert found["meters"][name] == pytest.approx(found["trl"][name], rel=1e-4, abs=1e-5), found
-        assert found["measured"] == pytest.approx(
-            found["trl"] | {"pairs": found["pairs"]}, rel=1e-4, abs=1e-5), found
+            assert result["meters"][name] == pytest.approx(result["trl"][name], rel=1e-4, abs=1e-5), result
+        assert result["measured"] == pytest.approx(
+            result["trl"] | {"pairs": result["pairs"]}, rel=1e-4, abs=1e-5), result
 
 
 MARGINS = (-30.0, -1.5, 0.0, 0.25, 4.0)
@@ -181,21 +187,22 @@ MARGINS = (-30.0, -1.5, 0.0, 0.25, 4.0)
 def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
     margins = torch.tensor(MARGINS, dtype=torch.float64, requires_grad=True)
     losses = dpo(margins, beta, smoothing)
-    (slopes,) = torch.autograd.grad(losses.sum(), margins)
-    for x, loss, slope in zip(MARGINS, losses.tolist(), slopes.tolist(), strict=True):
-        right = 1 / (1 + math.exp(-beta * x))  # sigma(beta x): how likely the pair is the right way round
-        assert loss == pytest.approx(-(1 - smoothing) * math.log(right) - smoothing * math.log(1 - right),
-                                     abs=1e-12)
-        assert slope == pytest.approx(beta * (right - (1 - smoothing)), abs=1e-12)
+    (gradient,) = torch.autograd.grad(losses.sum(), margins)
+    for margin, loss, slope in zip(MARGINS, losses.tolist(), gradient.tolist(), strict=True):
+        probability = 1 / (1 + math.exp(-beta * margin))  # that the chosen response is the better one
+        assert loss == pytest.approx(
+            -(1 - smoothing) * math.log(probability) - smoothing * math.log(1 - probability),
+            abs=1e-12)
+        assert slope == pytest.approx(beta * (probability - (1 - smoothing)), abs=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_simpo_asks_for_a_lead(smoothing: float) -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
-    # r = beta * mean log p; the chosen one has to lead by gamma
-    right = [1 / (1 + math.exp(-(2.5 * lead - 1.5))) for lead in (2.0, -1.5)]
+    # With rewards beta * mean log p, the chosen response must lead by gamma = 1.5.
+    probabilities = [1 / (1 + math.exp(-(2.5 * lead - 1.5))) for lead in (2.0, -1.5)]
     assert simpo(chosen, rejected, 2.5, 1.5, smoothing).tolist() == pytest.approx(
-        [-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) for p in right], abs=1e-12)
+        [-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) for p in probabilities], abs=1e-12)
 
 
 def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None:
@@ -206,14 +213,14 @@ def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None
         [-math.log((c / r) / (1 + c / r)) for c, r in odds], abs=1e-12)
     certain = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     losses = orpo(certain, rejected) + orpo(rejected, certain)
-    (slopes,) = torch.autograd.grad(losses.sum(), certain)
-    assert losses.isfinite().all() and slopes.isfinite().all()
+    (gradient,) = torch.autograd.grad(losses.sum(), certain)
+    assert losses.isfinite().all() and gradient.isfinite().all()
 
 
 def test_simper_and_grouper_weigh_inverse_perplexities() -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
     expected = [math.exp(-3) - math.exp(-1), math.exp(-0.5) - math.exp(-2)]
     assert simper(chosen, rejected).tolist() == pytest.approx(expected, abs=1e-12)
-    both = torch.stack([chosen, rejected], dim=1).flatten()
-    assert grouper(both, torch.tensor([1.0, -1.0, 1.0, -1.0])).tolist() == pytest.approx(
+    interleaved = torch.stack([chosen, rejected], dim=1).flatten()
+    assert grouper(interleaved, torch.tensor([1.0, -1.0, 1.0, -1.0])).tolist() == pytest.approx(
         [-math.exp(-1), math.exp(-3), -math.exp(-2), math.exp(-0.5)], abs=1e-12)

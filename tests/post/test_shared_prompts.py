@@ -28,7 +28,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             "rollout.max_new_tokens=64", "policy.method=grpo", "policy.kl=none",
             "model.seq_aux_loss_coeff=0.01", "model.router_bias_update_rate=0.001",
             "train.micro_batch_size=4"]
-STEPS, GROUP, KEPT = 2, 20, "kept"
+STEPS, GROUP, COMPUTED_SHARE = 2, 20, "kept"
 SPANS = [(0, 0, 9), (9, 14, 20), (20, 25, 27), (27, 27, 31), (31, 36, 42)]
 """Documents of a row of 42 tokens; the second, third and last have the prompt of the first."""
 CASES = [(window, block) for window in (0, 3, 7, 64) for block in (1024, 2)]
@@ -66,40 +66,46 @@ class Groups:
         return (spread - np.log(368))[start:start + count].astype(np.float32)
 
 
-def curve(shares: bool, run: str) -> list[dict[str, Any]]:
-    """Train; return each step's losses, meters, gradient norm, loads of
-    experts, and the share of tokens that were computed."""
+def train_steps(shares: bool, run: str) -> list[dict[str, Any]]:
+    """Train `STEPS` steps with or without shared prompts.
+
+    Returns, for each step: loss, meters, gradient norm, loads of the experts, and the share of tokens that
+    remains after sharing.
+    """
     config = small_config("tiny-solar-open", [*SETTINGS, f"policy.share_prompts={str(shares).lower()}"], [],
                           "policy")
-    made: Any = Groups(60)
-    source = Source(ROLLOUTS, None, ROLLOUTS, {}, {"train": int(made.lengths.sum()), "heldout": 0}, 1.0,
-                    train_documents=made, columns=made.columns)
+    groups: Any = Groups(60)
+    source = Source(ROLLOUTS, None, ROLLOUTS, {}, {"train": int(groups.lengths.sum()), "heldout": 0}, 1.0,
+                    train_documents=groups, columns=groups.columns)
     trainer = Trainer(config, world.join_world(config.parallel), RunFolder(Path(run)), [source],
                       build_policy_objective(config))
-    prepare, shares_of = trainer.objective.prepare, list[float]()
+    prepare, computed_shares = trainer.objective.prepare, list[float]()
 
-    def noted(batch: Any) -> Any:
+    def prepare_and_measure(batch: Any) -> Any:
         result = prepare(batch)
         before, after = (sum(len(m.labels) for m in b.micro_batches) for b in (batch, result))
-        shares_of.append(after / before)
+        computed_shares.append(after / before)
         return result
 
-    setattr(trainer.objective, "prepare", noted)  # noqa: B010
+    setattr(trainer.objective, "prepare", prepare_and_measure)  # noqa: B010
     results = []
     for _ in range(STEPS):
         result = train_step(trainer)
         assert result is not None
         results.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
                         **result.meters, "load": trainer.expert_load.gather().flatten().tolist(),
-                        KEPT: shares_of[-1]})
+                        COMPUTED_SHARE: computed_shares[-1]})
     trainer.close()
     world.leave_world()
     return results
 
 
 def compare_attention() -> list[float]:
-    """Return, for each window and block, the largest difference of outputs and gradients from a row in which
-    each document has its own prompt."""
+    """Compare attention over shared prompts with attention over a row in which each document has its own
+    prompt.
+
+    Returns the largest difference of outputs and gradients for each of `CASES`.
+    """
     from megatron.core.transformer import TransformerConfig
 
     world.join_world(ParallelConfig())
@@ -108,53 +114,54 @@ def compare_attention() -> list[float]:
     source = torch.arange(42)
     for start, first, _ in SPANS:
         source[start:first] = torch.arange(first - start)
-    places = torch.searchsorted(positions, source)
+    sharing_source = torch.searchsorted(positions, source)
     bounds = torch.tensor([0, *(stop for _, _, stop in SPANS)], dtype=torch.int32)
-    generator, found = torch.Generator().manual_seed(0), []
+    generator, differences = torch.Generator().manual_seed(0), []
     for window, block in CASES:
         attention.QUERY_BLOCK = block
         layer = attention.DocumentAttention(config, 1, None, "self", window_tokens=window)
         row = [torch.randn(len(positions), heads, 8, dtype=torch.float64, generator=generator)
                for heads in (4, 2, 2)]
         upstream = torch.randn(len(positions), 32, dtype=torch.float64, generator=generator)
-        ours = [t.clone().requires_grad_() for t in row]
-        shared = attention.SharedPrompts(places, SPANS, torch.zeros(42, dtype=torch.bool))
-        out = layer(*ours, None,
+        inputs = [t.clone().requires_grad_() for t in row]
+        shared = attention.SharedPrompts(sharing_source, SPANS, torch.zeros(42, dtype=torch.bool))
+        out = layer(*inputs, None,
                     packed_seq_params=attention.pack_documents(bounds, 11, len(positions), shared=shared))
         out.backward(upstream)
-        theirs = [t.clone().requires_grad_() for t in row]
-        whole = layer(*(t[places] for t in theirs), None,
-                      packed_seq_params=attention.pack_documents(bounds, 11, 42))
-        whole[positions].backward(upstream)
-        found.append(max(float((a - b).abs().max()) for a, b in [
-            (out, whole[positions]), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]))
+        separate = [t.clone().requires_grad_() for t in row]
+        expected = layer(*(t[sharing_source] for t in separate), None,
+                         packed_seq_params=attention.pack_documents(bounds, 11, 42))
+        expected[positions].backward(upstream)
+        differences.append(max(float((a - b).abs().max()) for a, b in [
+            (out, expected[positions]), *((a.grad, b.grad) for a, b in zip(inputs, separate, strict=True))]))
     world.leave_world()
-    return found
+    return differences
 
 
-def both(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[float]]:
-    """Return `curve` with shared prompts and without, and `attention`."""
-    return curve(True, run), curve(False, run), compare_attention()
+def run_comparisons(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[float]]:
+    """Return `train_steps` with and without shared prompts, and `compare_attention`."""
+    return train_steps(True, run), train_steps(False, run), compare_attention()
 
 
 def test_shared_prompts_do_not_change_gradients(ranks: Any, job: Any, tmp_path: Path) -> None:
-    ((shared, own, attended),), = ranks(job(__file__, "both", 1, {"run": str(tmp_path)}))
-    assert [step.pop(KEPT) for step in own] == [1.0] * STEPS
-    assert max(step.pop(KEPT) for step in shared) < 0.9
-    for ours, theirs in zip(shared, own, strict=True):
-        assert ours["load"] == theirs.pop("load") and sum(ours.pop("load")) > 0
-        assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13)
-    assert max(attended) < 1e-12, dict(zip(CASES, attended, strict=True))
+    ((shared_steps, separate_steps, attention_differences),), = ranks(job(__file__, "run_comparisons", 1,
+                                                                          {"run": str(tmp_path)}))
+    assert [step.pop(COMPUTED_SHARE) for step in separate_steps] == [1.0] * STEPS
+    assert max(step.pop(COMPUTED_SHARE) for step in shared_steps) < 0.9
+    for shared_step, separate_step in zip(shared_steps, separate_steps, strict=True):
+        assert shared_step["load"] == separate_step.pop("load") and sum(shared_step.pop("load")) > 0
+        assert shared_step == pytest.approx(separate_step, rel=1e-12, abs=1e-13)
+    assert max(attention_differences) < 1e-12, dict(zip(CASES, attention_differences, strict=True))
 
 
 def test_sharing_removes_only_prompt_tokens() -> None:
     """Two responses to a prompt of four tokens, one to another prompt that begins alike, text, padding."""
     documents = [[7, 8, 9, 1, 4, 4], [7, 8, 9, 1, 5], [7, 8, 9, 2, 4], [7, 8], [0, 0]]
-    learned = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [1, 1], [0, 0]]
+    loss_weights = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [1, 1], [0, 0]]
     tokens = torch.tensor(list(chain(*documents)))
     bounds = torch.tensor([0, *map(len, documents)]).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(len(d)) for d in documents])
-    weights = torch.tensor(list(chain(*learned)), dtype=torch.float32)
+    weights = torch.tensor(list(chain(*loss_weights)), dtype=torch.float32)
     inputs = ModelInputs(tokens, positions, bounds, 6, torch.arange(20) >= 18, bounds.tolist())
     batch = MicroBatch(inputs, tokens.roll(-1), weights, torch.full((20,), 2, dtype=torch.uint8),
                        torch.zeros(20, dtype=torch.int64), {"advantage": weights * 3})
@@ -170,7 +177,7 @@ def test_sharing_removes_only_prompt_tokens() -> None:
         assert torch.equal(result.labels[first:stop], batch.labels[begins:end])
         assert torch.equal(result.columns["advantage"][first:stop], batch.columns["advantage"][begins:end])
         assert not weights[start:begins].any()
-    assert remove_repeated_prompts(result) is result, "what is left is there once"
+    assert remove_repeated_prompts(result) is result, "the result has no repeated prompt"
 
 
 @pytest.mark.each("settings", [
@@ -178,10 +185,10 @@ def test_sharing_removes_only_prompt_tokens() -> None:
     "train.hidden_dropout=0.1", "policy.router_replay=true", "train.fp8=tensorwise",
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
 def test_prompts_are_not_shared_if_results_would_change(settings: str) -> None:
-    alone = recipes.get("tiny-solar-open")
-    assert not find_sharing_problem(alone) and not find_sharing_problem(apply_settings(alone,
-                                                                                       ["parallel.ep=2"]))
-    (reason,) = find_sharing_problem(apply_settings(alone, settings.split()))
+    base = recipes.get("tiny-solar-open")
+    assert not find_sharing_problem(base) and not find_sharing_problem(apply_settings(base,
+                                                                                      ["parallel.ep=2"]))
+    (reason,) = find_sharing_problem(apply_settings(base, settings.split()))
     assert settings.split()[-1].split("=")[0].split(".")[-1] in reason
 
 

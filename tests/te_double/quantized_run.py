@@ -218,14 +218,14 @@ def compare_moments(recipe: str, settings: list[str], path: str, before: str) ->
     old = {(s.parameter, s.start): {n: t.clone() for n, t in s.state().items()}
            for s in trainer.optimizer.shards}
     gradients: dict[Any, torch.Tensor] = {}
-    inner_step = trainer.optimizer.library.step_with_ready_grads
+    inner_step = trainer.optimizer.megatron_optimizer.step_with_ready_grads
 
     def step() -> Any:
         gradients.update({(s.parameter, s.start): s.main.grad.flatten().clone()
                           for s in trainer.optimizer.shards})
         return inner_step()
 
-    trainer.optimizer.library.step_with_ready_grads = step
+    trainer.optimizer.megatron_optimizer.step_with_ready_grads = step
     loss = train_step(trainer).loss
     optim, wrong, dtypes = trainer.config.optim, 0, set()
     for shard in trainer.optimizer.shards:

@@ -21,7 +21,7 @@ def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, An
     COUNTS.clear()
     train_step(trainer)
     modules = Counter(type(m).__name__ for m in trainer.model.modules())
-    optimizers = {type(o.optimizer).__name__ for o in trainer.optimizer.library.chained_optimizers}
+    optimizers = {type(o.optimizer).__name__ for o in trainer.optimizer.megatron_optimizer.chained_optimizers}
     world.leave_world()
     return {"modules": modules, "optimizers": sorted(optimizers),
             "products": {f"{kind} {recipe}".strip(): count for (kind, recipe), count in COUNTS.items()}}

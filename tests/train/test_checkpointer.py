@@ -1,5 +1,5 @@
-"""Media encoders start from Hugging Face folders, alone or inside a larger model; a run inherits tokenizer
-settings from its start."""
+"""Starting a run: weights of media encoders from Hugging Face folders, and settings of the base's
+tokenizer."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ WHISPER = AudioEncoderConfig(kind="whisper", placeholder_ids=(6,), num_mels=4, n
                              num_layers=1, num_heads=2, ffn_dim=24)
 
 
-def model(**encoders: Any) -> ModelConfig:
+def build_model_config(**encoders: Any) -> ModelConfig:
     """Return a tiny model with encoders."""
     return dataclasses.replace(recipes.get("tiny-qwen3").model, **encoders)
 
@@ -39,11 +39,11 @@ def siglip(tmp_path: Path) -> Path:
 
 
 def test_every_tensor_is_loaded_by_its_name(siglip: Path) -> None:
-    files, found = open_encoder(siglip, VISION, model(vision=SIGLIP))
+    files, names = open_encoder(siglip, VISION, build_model_config(vision=SIGLIP))
     stored = load_file(siglip / "model.safetensors")
-    assert len(found) == len({*found.values()}) == sum(not name.startswith(("head.", "vision_model.head."))
+    assert len(names) == len({*names.values()}) == sum(not name.startswith(("head.", "vision_model.head."))
                                                        for name in stored)
-    name = found["vision.encoder.embeddings.patch_embedding.weight"]
+    name = names["vision.encoder.embeddings.patch_embedding.weight"]
     assert files[name].read(name).equal(stored[name])
 
 
@@ -54,10 +54,10 @@ def test_an_encoder_inside_a_larger_model(tmp_path: Path) -> None:
         num_mel_bins=4, max_source_positions=10, d_model=16, encoder_layers=1, encoder_attention_heads=2,
         encoder_ffn_dim=24, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24, vocab_size=64,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)).save_pretrained(tmp_path)
-    _, found = open_encoder(tmp_path, AUDIO, model(audio=WHISPER))
-    assert found["audio.encoder.conv1.weight"] == "model.encoder.conv1.weight"
+    _, names = open_encoder(tmp_path, AUDIO, build_model_config(audio=WHISPER))
+    assert names["audio.encoder.conv1.weight"] == "model.encoder.conv1.weight"
     with pytest.raises(UserError, match=r"num_mel_bins = 4|conv1\.weight"):
-        open_encoder(tmp_path, AUDIO, model(audio=dataclasses.replace(WHISPER, num_mels=8)))
+        open_encoder(tmp_path, AUDIO, build_model_config(audio=dataclasses.replace(WHISPER, num_mels=8)))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -67,19 +67,19 @@ def test_an_encoder_inside_a_larger_model(tmp_path: Path) -> None:
     ({"kind": "qwen2_5_vl", "full_attention_layers": (0,)}, "holds 0 encoders of kind 'qwen2_5_vl'")])
 def test_another_encoder_is_refused(siglip: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        open_encoder(siglip, VISION, model(vision=dataclasses.replace(SIGLIP, **change)))
+        open_encoder(siglip, VISION, build_model_config(vision=dataclasses.replace(SIGLIP, **change)))
 
 
 def test_two_encoders_are_refused(siglip: Path) -> None:
     stored = load_file(siglip / "model.safetensors")
-    twice = {prefix + name: tensor.clone() for prefix in ("a.", "b.") for name, tensor in stored.items()}
-    save_file(twice, siglip / "model.safetensors")
+    two_encoders = {prefix + name: tensor.clone() for prefix in ("a.", "b.") for name,
+                    tensor in stored.items()}
+    save_file(two_encoders, siglip / "model.safetensors")
     with pytest.raises(UserError, match="holds 2 encoders"):
-        open_encoder(siglip, VISION, model(vision=SIGLIP))
+        open_encoder(siglip, VISION, build_model_config(vision=SIGLIP))
 
 
-# Settings that a run inherits from the tokenizer folder of its start, in addition to the tokenizer of its
-# data.
+# A run has the tokenizer of its data; further settings come from the tokenizer folder of its base model.
 
 VOCAB = {"model": {"vocab": {"<s>": 0, "</s>": 1, "<end>": 2}}}
 BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "top_p": 0.9},
@@ -90,52 +90,52 @@ IMPORTED = {"tokenizer.json": VOCAB, "tokenizer_config.json": {
     "tokenizer_class": "PreTrainedTokenizerFast"}}
 
 
-def written(folder: Path, files: dict[str, Any], **more: Any) -> Path:
+def write_files(folder: Path, files: dict[str, Any], **more_files: Any) -> Path:
     folder.mkdir()
-    for name, content in (files | more).items():
+    for name, content in (files | more_files).items():
         (folder / name).write_text(json.dumps(content, indent=len(files) % 3))
     return folder
 
 
-def taken_over(start: Path, data: Path) -> dict[str, Any]:
+def read_companions(start: Path, data: Path) -> dict[str, Any]:
     return {name: json.loads(content) for name, content in _read_companions(start, data).items()}
 
 
 def test_settings_of_the_base_are_taken_over(tmp_path: Path) -> None:
-    base = written(tmp_path / "base", BASE)
-    data = written(tmp_path / "data", IMPORTED)
-    beside = {name: content for name, content in BASE.items() if name != "tokenizer.json"}
-    assert taken_over(base, data) == beside
-    assert taken_over(data, data) == {"tokenizer_config.json": IMPORTED["tokenizer_config.json"]}
+    base = write_files(tmp_path / "base", BASE)
+    data = write_files(tmp_path / "data", IMPORTED)
+    other_files = {name: content for name, content in BASE.items() if name != "tokenizer.json"}
+    assert read_companions(base, data) == other_files
+    assert read_companions(data, data) == {"tokenizer_config.json": IMPORTED["tokenizer_config.json"]}
 
 
-@pytest.mark.each(("own", "config", "defaults"), [
+@pytest.mark.each(("data_settings", "expected_settings", "expected_generation"), [
     ({"chat_template": "{{ y }}"}, {"chat_template": "{{ y }}"}, {"eos_token_id": 1, "top_p": 0.9}),
     ({"eos_token": "<end>"}, {"eos_token": "<end>"}, {"top_p": 0.9}),
     ({"bos_token": "<s>"}, {"bos_token": "<s>"}, {"eos_token_id": 1, "top_p": 0.9}),
     ({"eos_token": None}, {}, {"eos_token_id": 1, "top_p": 0.9}),
     ({"chat_template": None}, {}, {"eos_token_id": 1, "top_p": 0.9})])
-def test_chat_template_comes_from_the_data(own: dict[str, Any], config: dict[str, Any],
-                                           defaults: dict[str, Any], tmp_path: Path) -> None:
-    base = written(tmp_path / "base", BASE)
-    data = written(tmp_path / "data", IMPORTED | {
-        "tokenizer_config.json": IMPORTED["tokenizer_config.json"] | own})
-    result = taken_over(base, data)
-    assert result["tokenizer_config.json"] == BASE["tokenizer_config.json"] | config
-    assert result["generation_config.json"] == defaults
+def test_chat_template_comes_from_the_data(data_settings: dict[str, Any], expected_settings: dict[str, Any],
+                                           expected_generation: dict[str, Any], tmp_path: Path) -> None:
+    base = write_files(tmp_path / "base", BASE)
+    data = write_files(tmp_path / "data", IMPORTED | {
+        "tokenizer_config.json": IMPORTED["tokenizer_config.json"] | data_settings})
+    result = read_companions(base, data)
+    assert result["tokenizer_config.json"] == BASE["tokenizer_config.json"] | expected_settings
+    assert result["generation_config.json"] == expected_generation
 
 
 def test_a_template_of_the_data_replaces_the_base_template(tmp_path: Path) -> None:
-    base = written(tmp_path / "base", BASE)
+    base = write_files(tmp_path / "base", BASE)
     (base / "chat_template.jinja").write_text("{{ z }}")
-    result = taken_over(base, written(tmp_path / "data", IMPORTED))
+    result = read_companions(base, write_files(tmp_path / "data", IMPORTED))
     assert result["tokenizer_config.json"]["chat_template"] == "{{ x }}"
     assert "chat_template.jinja" not in result
 
 
 def test_settings_of_another_tokenizer_are_not_inherited(tmp_path: Path) -> None:
-    base = written(tmp_path / "base", BASE)
+    base = write_files(tmp_path / "base", BASE)
     other = {"model": {"vocab": {"<s>": 0, "</s>": 2, "<end>": 1}}}
-    assert taken_over(base, written(tmp_path / "data", IMPORTED | {"tokenizer.json": other})) == {}
+    assert read_companions(base, write_files(tmp_path / "data", IMPORTED | {"tokenizer.json": other})) == {}
     (tmp_path / "none").mkdir()
-    assert taken_over(tmp_path / "none", base) == {}
+    assert read_companions(tmp_path / "none", base) == {}

@@ -22,16 +22,15 @@ from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, check_has_targets, compute_total_loss, get_checkpoint_parts, per_source)
 from tests.head_config import Logits
 
-# The loss term for multi-token prediction (MTP) in `DataObjective`, against explicit loops over
-# documents.
+# The loss term of multi-token prediction (MTP) against loops over documents.
 
 
 BOUNDS, VOCAB = [0, 7, 8, 20, 24], 11
 
 
-def objective_with(depths: int) -> DataObjective:
+def build_objective(depths: int) -> DataObjective:
     config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_loss_coeff=0.3"])
-    # set without validation: recipes allow fewer depths
+    # `replace` skips the validation, which allows this recipe one depth.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_mtp_layers=depths))
     batches: Any = SimpleNamespace(num_sources=1, next=lambda: "the next batch")
     context: Any = SimpleNamespace(config=config, batches=batches)
@@ -54,23 +53,23 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
                                         padding=np.zeros(n, bool), bounds=np.array(BOUNDS, np.int32)))
     logits = [torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(depth))
               for depth in range(depths + 1)]
-    expected = counted = 0.0
+    expected = num_targets = 0.0
     for depth, (first, end) in itertools.product(range(1, depths + 1), itertools.pairwise(BOUNDS)):
-        # at position p, depth d predicts token p + 1 + d, if the document has that token
-        # the last token of a document has no label, and each depth looks one token further
-        for place in range(first, end - 1 - depth):
-            weight, wanted = weights[place + depth], tokens[place + 1 + depth]
-            counted += weight
-            expected -= weight * float(logits[depth][place].log_softmax(-1)[wanted])
-    result = objective_with(depths)
-    assert result._mtp_coefficient == {MTP: 0.3}
-    assert result._count_mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * counted)} and counted > 3
-    assert (float(result._compute_mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
+        # At position p, depth d predicts token p + 1 + d, if the document has that token.
+        for position in range(first, end - 1 - depth):
+            weight, target = weights[position + depth], tokens[position + 1 + depth]
+            num_targets += weight
+            expected -= weight * float(logits[depth][position].log_softmax(-1)[target])
+    objective = build_objective(depths)
+    assert objective._mtp_coefficient == {MTP: 0.3}
+    assert objective._count_mtp_targets([batch,
+                                         batch]) == {MTP: pytest.approx(2 * num_targets)} and num_targets > 3
+    assert (float(objective._compute_mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
             == pytest.approx(expected, rel=1e-5))
 
 
 def test_without_prediction_layers_there_is_no_mtp_term() -> None:
-    result = objective_with(0)
+    result = build_objective(0)
     batch: Any = SimpleNamespace(weights=torch.ones(1))
     assert result._mtp_coefficient == {} and result._count_mtp_targets([]) == {}
     assert result._compute_mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
@@ -82,14 +81,14 @@ def test_without_prediction_layers_there_is_no_mtp_term() -> None:
 AUDIO, IMAGE = IdBlock(4, 3), IdBlock(7, 2)
 
 
-def config(**objective: Any) -> Any:
-    made = recipes.get("tiny-qwen3")
-    return replace(made, model=replace(made.model, audio_tokens=AUDIO, image_tokens=IMAGE),
-                   objective=replace(made.objective, **objective))
+def build_config(**objective: Any) -> Any:
+    base = recipes.get("tiny-qwen3")
+    return replace(base, model=replace(base.model, audio_tokens=AUDIO, image_tokens=IMAGE),
+                   objective=replace(base.objective, **objective))
 
 
 def random_batch(seed: int) -> MicroBatch:
-    """24 random labels with random types and weights, some of them 0."""
+    """Return a batch of 24 random labels with random types and weights, some of them 0."""
     rng = np.random.default_rng(seed)
     return build_micro_batch(PackedRow(
         tokens=rng.integers(0, 9, 24), labels=rng.integers(0, 9, 24),
@@ -101,21 +100,21 @@ def random_batch(seed: int) -> MicroBatch:
 @pytest.mark.parametrize("kind", [LanguageModelling, SupervisedFineTuning])
 def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    # one process here; tests/layouts tests the sum of counts over processes
+    # Without the sum of counts over processes, which tests/layouts tests.
     monkeypatch.setattr(sys.modules[kind.__module__], "with_denominators",
                         lambda batch, targets: replace(batch, targets=targets))
-    learner = kind(SimpleNamespace(config=config(audio_weight=0.25, image_weight=3.0),
-                                   batches=SimpleNamespace(num_sources=1)))
+    objective = kind(SimpleNamespace(config=build_config(audio_weight=0.25, image_weight=3.0),
+                                     batches=SimpleNamespace(num_sources=1)))
     batches = [random_batch(seed) for seed in range(2)]
     logits = [torch.randn(24, 9, generator=torch.Generator().manual_seed(s)) for s in range(2)]
-    prepared = learner.prepare(GlobalBatch(tuple(batches), 24, 2, "p"))
+    prepared = objective.prepare(GlobalBatch(tuple(batches), 24, 2, "p"))
     term = "lm" if kind is LanguageModelling else "response"
     total = count = 0.0
     by_type = {"text_loss": [0.0, 0], "audio_loss": [0.0, 0], "image_loss": [0.0, 0]}
-    for one, scores in zip(batches, logits, strict=True):
+    for batch, scores in zip(batches, logits, strict=True):
         logprobs = scores.log_softmax(-1)
         for i in range(24):
-            label, weight = int(one.labels[i]), float(one.weights[i])
+            label, weight = int(batch.labels[i]), float(batch.weights[i])
             name, factor = ("text_loss", 1.0)
             if 4 <= label < 7:
                 name, factor = "audio_loss", 0.25
@@ -125,25 +124,25 @@ def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
             if weight:
                 by_type[name][0] += loss
                 by_type[name][1] += 1
-            if term == "lm" or int(one.types[i]) == 2:
+            if term == "lm" or int(batch.types[i]) == 2:
                 total += weight * factor * loss
                 count += weight * factor
-    sums = [learner.loss([scores], Logits(), m)
+    sums = [objective.loss([scores], Logits(), m)
             for scores, m in zip(logits, prepared.micro_batches, strict=True)]
     assert prepared.targets[term] == pytest.approx(count)
     assert sum(float(s.terms[term]) for s in sums) == pytest.approx(total, rel=1e-5)
-    for name, (summed, number) in by_type.items():
-        assert sum(float(s.meters[name][0]) for s in sums) == pytest.approx(summed, rel=1e-5)
-        assert sum(int(s.meters[name][1]) for s in sums) == number
+    for name, (expected_sum, expected_count) in by_type.items():
+        assert sum(float(s.meters[name][0]) for s in sums) == pytest.approx(expected_sum, rel=1e-5)
+        assert sum(int(s.meters[name][1]) for s in sums) == expected_count
 
 
 def test_without_blocks_no_loss_is_measured_or_copied() -> None:
-    made = recipes.get("tiny-qwen3")
-    learner = LanguageModelling(SimpleNamespace(config=made,
+    config = recipes.get("tiny-qwen3")
+    objective = LanguageModelling(SimpleNamespace(config=config,
                                                 batches=SimpleNamespace(num_sources=1)))  # type: ignore[arg-type]
-    one = random_batch(0)
-    assert learner.meters == () and learner._typed.scale_weights(one) is one
-    assert learner._typed.compute_meters(torch.zeros(24), one) == {}
+    batch = random_batch(0)
+    assert objective.meters == () and objective._typed.scale_weights(batch) is batch
+    assert objective._typed.compute_meters(torch.zeros(24), batch) == {}
 
 
 # Sums, denominators and the total loss.

@@ -32,29 +32,29 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def found(run: RunFolder, place: Any, **options: int) -> str | None:
-    """Return the name of the checkpoint to go on from."""
+def get_resumable_name(run: RunFolder, place: Any, **options: int) -> str | None:
+    """Return the name of the checkpoint from which a run resumes, or None."""
     checkpoint = find_sound_checkpoint(run, place, **options)
     return checkpoint.name if checkpoint is not None else None
 
 
-def names(run: RunFolder) -> list[str]:
+def list_checkpoints(run: RunFolder) -> list[str]:
     return sorted(p.name for p in run.checkpoints.iterdir())
 
 
 def test_newest_checkpoint_up_to_a_step_is_loaded_without_changes(run: RunFolder, alone: Any) -> None:
-    assert found(run, alone) == "step-6"
-    assert [found(run, alone, last_step=step) for step in (6, 5, 2, 1)] == [
+    assert get_resumable_name(run, alone) == "step-6"
+    assert [get_resumable_name(run, alone, last_step=step) for step in (6, 5, 2, 1)] == [
         "step-6", "step-4", "step-2", None]
-    assert names(run) == ["step-2", "step-4", "step-6"] and not (run.path / EVENTS).exists()
+    assert list_checkpoints(run) == ["step-2", "step-4", "step-6"] and not (run.path / EVENTS).exists()
 
 
 def test_damaged_checkpoints_are_set_aside_with_a_warning(run: RunFolder, alone: Any,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     (run.checkpoint(6) / "state.json").write_text("6 stepS")
     (run.checkpoint(4) / MANIFEST).unlink()
-    assert found(run, alone) == "step-2"
-    assert names(run) == ["damaged-step-4", "damaged-step-6", "step-2"]
+    assert get_resumable_name(run, alone) == "step-2"
+    assert list_checkpoints(run) == ["damaged-step-4", "damaged-step-6", "step-2"]
     assert (run.checkpoints / "damaged-step-6/state.json").read_text() == "6 stepS", "it may be looked into"
     reasons = [f"{run.checkpoint(6)}/state.json: its content differs from the hash in the manifest",
                f"{run.checkpoint(4)}/{MANIFEST}: is missing"]
@@ -68,153 +68,166 @@ def test_damaged_checkpoints_are_set_aside_with_a_warning(run: RunFolder, alone:
         {"event": "damaged_checkpoint", "path": f"checkpoints/step-{step}", "reason": reason,
          "renamed_to": f"checkpoints/damaged-step-{step}"}
         for step, reason in zip((6, 4), reasons, strict=True)]
-    assert found(run, alone) == "step-2" and len(list(read_events(run.path / EVENTS))) == 4, "once is enough"
+    assert get_resumable_name(run,
+                              alone) == "step-2" and len(
+                                  list(read_events(run.path / EVENTS))) == 4, "once is enough"
 
 
 def test_checkpoints_after_the_requested_step_are_not_checked(run: RunFolder, alone: Any) -> None:
     (run.checkpoint(6) / "state.json").unlink()
-    assert found(run, alone, last_step=4) == "step-4"
-    assert names(run) == ["step-2", "step-4", "step-6"]
+    assert get_resumable_name(run, alone, last_step=4) == "step-4"
+    assert list_checkpoints(run) == ["step-2", "step-4", "step-6"]
 
 
 def test_no_checkpoint_is_loaded_if_all_are_damaged(run: RunFolder, alone: Any) -> None:
     for step in (2, 4, 6):
         (run.checkpoint(step) / MANIFEST).write_text("{")
-    assert found(run, alone) is None
-    assert names(run) == [f"damaged-step-{step}" for step in (2, 4, 6)]
+    assert get_resumable_name(run, alone) is None
+    assert list_checkpoints(run) == [f"damaged-step-{step}" for step in (2, 4, 6)]
 
 
-# The all-reduce at the end of a step: one signal is everybody's, and a checkpoint appears when all have
-# written it.
+# `Checkpointer.sync` at the end of a step: all ranks learn of a stop signal of one rank, and a checkpoint is
+# completed when all ranks have written it.
 
 
-def synced(run: str) -> dict[str, Any]:
-    """Inside ranks: save a checkpoint, and continue with empty
-    steps; only rank 1 receives the stop request."""
+def save_and_restore(run: str) -> dict[str, Any]:
+    """Inside ranks: save a checkpoint during empty steps, then load it. Only rank 1 receives a stop signal.
+
+    Returns:
+        "reports": whether `sync` reports a stop request during the save, the completed checkpoints, and
+        whether it reports one after the signal; "state": the restored step, tokens and seconds; "went on"
+        and "resumed": the words of both stateful objects after loading without and with the data order;
+        "made_copies": whether an asynchronous and a synchronous save copied the tensors.
+    """
     config, model = tiny_model("tiny-solar-open", "model.num_layers=1")
     folder, optimizer = RunFolder(Path(run)), Optimizer(model, config.optim)
-    parts = {name: Memory(name) for name in ("order", "guard")}
+    stateful = {name: Memory(name) for name in ("order", "guard")}
     saved: list[Any] = []
-    checkpointer = Checkpointer(config, folder, [], model, optimizer, parts["order"],
-                                {"guard": parts["guard"]}, saved.append)
+    checkpointer = Checkpointer(config, folder, [], model, optimizer, stateful["order"],
+                                {"guard": stateful["guard"]}, saved.append)
     stop: Any = SimpleNamespace(reason=None)
     checkpointer.save(TrainState(3, 77, 0.5))
     steps = 0
     while not saved and steps < 10_000:
-        asked = checkpointer.sync(stop)
+        stop_requested = checkpointer.sync(stop)
         steps += 1
         time.sleep(0.01)
-    told = [asked, [s.path.name for s in saved]]
+    reports = [stop_requested, [s.path.name for s in saved]]
     stop.reason = "SIGTERM" if torch.distributed.get_rank() == 1 else None
-    told.append(checkpointer.sync(stop))
+    reports.append(checkpointer.sync(stop))
 
-    for part in parts.values():
-        part.value = "changed"
-    result = checkpointer.load(folder.checkpoint(3), load_data_order=False)
-    went_on = [part.value for part in parts.values()]
+    for memory in stateful.values():
+        memory.value = "changed"
+    state = checkpointer.load(folder.checkpoint(3), load_data_order=False)
+    values_without_data_order = [memory.value for memory in stateful.values()]
     checkpointer.load(folder.checkpoint(3))
-    waiting = Checkpointer(apply_settings(config, ["train.async_save=false"]), folder, [], model, optimizer,
-                           parts["order"], {"guard": parts["guard"]}, saved.append)
-    waiting.save(TrainState(4, 88, 0.5))
-    waiting.finish()
-    copied = [bool(c._saver._snapshot._memory) for c in (checkpointer, waiting)]
+    synchronous = Checkpointer(apply_settings(config, ["train.async_save=false"]), folder, [], model,
+                               optimizer,
+                               stateful["order"], {"guard": stateful["guard"]}, saved.append)
+    synchronous.save(TrainState(4, 88, 0.5))
+    synchronous.finish()
+    made_copies = [bool(c._saver._snapshot._memory) for c in (checkpointer, synchronous)]
     world.leave_world()
-    return {"told": told, "done": [result.step, result.tokens, result.wall_s], "went on": went_on,
-            "copied": copied, "resumed": [part.value for part in parts.values()]}
+    return {"reports": reports, "state": [state.step, state.tokens, state.wall_s],
+            "went on": values_without_data_order,
+            "made_copies": made_copies, "resumed": [memory.value for memory in stateful.values()]}
 
 
 class Memory:
-    """A stateful object that remembers one word."""
+    """A stateful object whose state is one word."""
 
     def __init__(self, value: str) -> None:
         self.value = value
 
     def state(self) -> dict[str, Any]:
-        """Return the word."""
         return {"value": self.value}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take a word back."""
         self.value = state["value"]
 
 
 @pytest.mark.distributed
 def test_a_step_merges_reports_of_all_processes(ranks: Any, job: Any, tmp_path: Path) -> None:
-    (found,) = ranks(job(__file__, "synced", 2, {"run": str(tmp_path / "run")}))
-    copied = [any(of_rank) for of_rank in zip(*(one["copied"] for one in found), strict=True)]
-    assert copied == [True, False], "nothing changes while a run waits: no copy is needed"
-    for one in found:
-        assert one["told"] == [False, ["step-3"], True], ("no call but `sync` completes a checkpoint "
-                                                          "while a run trains")
-        assert one["done"] == [3, 77, 0.5]
-        assert one["went on"] == ["changed", "guard"] and one["resumed"] == ["order", "guard"]
+    (results,) = ranks(job(__file__, "save_and_restore", 2, {"run": str(tmp_path / "run")}))
+    assert any(result["made_copies"][0] for result in results)
+    assert not any(result["made_copies"][1] for result in results), (
+        "tensors cannot change during a synchronous save: no copy is needed")
+    for result in results:
+        assert result["reports"] == [False, ["step-3"], True], ("no call but `sync` completes a checkpoint "
+                                                                "while a run trains")
+        assert result["state"] == [3, 77, 0.5]
+        assert result["went on"] == ["changed", "guard"] and result["resumed"] == ["order", "guard"]
 
 
-# Where weights are taken back to: the last good checkpoint, never the same one twice, and a clear end where
-# none is left.
+# Rollbacks of weights: to the last good checkpoint, never twice to the same; an error if no checkpoint is
+# left.
 
 
-class Run:
-    """Stands for a trainer with checkpoints at some steps; records calls."""
+class TrainerDouble:
+    """Double of a trainer with checkpoints at some steps, after `num_rejections` rejected steps in a row."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, checkpoints: list[int], now: int, refused: int,
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, checkpoints: list[int], step: int,
+                 num_rejections: int,
                  rollbacks: list[dict[str, int]]) -> None:
         self.checkpoints = checkpoints
-        self.step = now
+        self.step = step
         self.guard = StepGuard(GuardConfig(), is_main=True)
         self.guard.rejection = StepRejection("the loss is nan", 0.0, 0.0, finite=False, weights_suspect=True)
-        self.guard.consecutive_rejections, self.guard.rollbacks = refused, rollbacks
+        self.guard.consecutive_rejections, self.guard.rollbacks = num_rejections, rollbacks
         self.guards = SimpleNamespace(step_guard=self.guard)
         self.checkpointer = SimpleNamespace(finish=lambda: None)
         self.folder = SimpleNamespace(checkpoints=Path("checkpoints"))
         self.world = SimpleNamespace(is_main=True)
         self.config = SimpleNamespace(optim=SimpleNamespace(lr=0.1))
         self.batches = SimpleNamespace(ledger=Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0})]))
-        self.told: list[dict[str, Any]] = []
+        self.written_events: list[dict[str, Any]] = []
         self.events = SimpleNamespace(
-            write=lambda event, **fields: self.told.append({"event": event, **fields}))
-        monkeypatch.setattr(recovery, "find_sound_checkpoint", self.newest_sound)
+            write=lambda event, **fields: self.written_events.append({"event": event, **fields}))
+        monkeypatch.setattr(recovery, "find_sound_checkpoint", self.find_newest)
         monkeypatch.setattr(recovery, "run_on_main", lambda place, action: action())
-        monkeypatch.setattr(recovery.checkpoints, "delete_checkpoints_after", self.drop_after)
+        monkeypatch.setattr(recovery.checkpoints, "delete_checkpoints_after", self.delete_after)
 
-    def newest_sound(self, folder: Any, place: Any, not_after: int) -> Path | None:
-        found = [step for step in self.checkpoints if step <= not_after]
-        return Path(f"step-{max(found)}") if found else None
+    def find_newest(self, folder: Any, place: Any, not_after: int) -> Path | None:
+        steps = [step for step in self.checkpoints if step <= not_after]
+        return Path(f"step-{max(steps)}") if steps else None
 
-    def drop_after(self, folder: Path, step: int) -> None:
+    def delete_after(self, folder: Path, step: int) -> None:
         self.checkpoints = [s for s in self.checkpoints if s <= step]
 
     def restore_weights(self, path: Path) -> int:
-        self.guard.rollbacks = []  # the state in the checkpoint
+        self.guard.rollbacks = []  # loading a checkpoint restores its (empty) guard state
         return int(path.name.removeprefix("step-"))
 
 
 def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(monkeypatch, [10, 20, 30], now=33, refused=4, rollbacks=[])
-    recovery.rollback_weights(run)  # type: ignore[arg-type]
-    assert run.checkpoints == [10, 20], "step 30 was taken when step 30 was refused"
-    assert run.guard.rollbacks == [{"at": 33, "to": 20}] and run.guard.consecutive_rejections == 0
-    assert [(e.first_step, e.skip) for e in run.batches.ledger.entries] == [
+    trainer = TrainerDouble(monkeypatch, [10, 20, 30], step=33, num_rejections=4, rollbacks=[])
+    recovery.rollback_weights(trainer)  # type: ignore[arg-type]
+    assert trainer.checkpoints == [10, 20], "step 30 was taken when step 30 was refused"
+    assert trainer.guard.rollbacks == [{"at": 33, "to": 20}] and trainer.guard.consecutive_rejections == 0
+    assert [(e.first_step, e.skip) for e in trainer.batches.ledger.entries] == [
         (0, False), (20, True), (33, False)]
-    assert run.told[0] == {"event": "rollback", "step": 33, "back_to": 20, "refused": 4, "text":
+    assert trainer.written_events[0] == {"event": "rollback", "step": 33, "back_to": 20, "refused": 4, "text":
                            "steps 30 to 33 were rejected in a row (the loss is nan): weights and optimizer "
                            "are restored from step 20, and the samples of steps 21 to 33 are skipped"}
 
 
 def test_a_second_rollback_goes_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(monkeypatch, [5, 10, 20, 33], now=37, refused=4, rollbacks=[{"at": 33, "to": 20}])
-    recovery.rollback_weights(run)  # type: ignore[arg-type]
-    assert run.guard.rollbacks == [{"at": 33, "to": 20}, {"at": 37, "to": 10}]
-    again = Run(monkeypatch, [5, 10, 37], now=41, refused=4, rollbacks=run.guard.rollbacks)
-    recovery.rollback_weights(again)  # type: ignore[arg-type]
-    assert again.guard.rollbacks[-1] == {"at": 41, "to": 5}
+    trainer = TrainerDouble(monkeypatch, [5, 10, 20, 33], step=37, num_rejections=4,
+                            rollbacks=[{"at": 33, "to": 20}])
+    recovery.rollback_weights(trainer)  # type: ignore[arg-type]
+    assert trainer.guard.rollbacks == [{"at": 33, "to": 20}, {"at": 37, "to": 10}]
+    next_trainer = TrainerDouble(monkeypatch, [5, 10, 37], step=41, num_rejections=4,
+                                 rollbacks=trainer.guard.rollbacks)
+    recovery.rollback_weights(next_trainer)  # type: ignore[arg-type]
+    assert next_trainer.guard.rollbacks[-1] == {"at": 41, "to": 5}
 
 
 def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(monkeypatch, [10, 20, 33, 40], now=47, refused=4, rollbacks=[{"at": 33, "to": 20}])
-    recovery.rollback_weights(run)  # type: ignore[arg-type]
-    assert run.guard.rollbacks[-1] == {"at": 47, "to": 40}
+    trainer = TrainerDouble(monkeypatch, [10, 20, 33, 40], step=47, num_rejections=4,
+                            rollbacks=[{"at": 33, "to": 20}])
+    recovery.rollback_weights(trainer)  # type: ignore[arg-type]
+    assert trainer.guard.rollbacks[-1] == {"at": 47, "to": 40}
 
 
 @pytest.mark.parametrize(("checkpoints", "rollbacks", "message"), [
@@ -222,9 +235,9 @@ def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
     ([20, 33], [{"at": 33, "to": 20}], "no checkpoint exists before step 20, which was tried")])
 def test_the_run_ends_if_no_rollback_is_possible(monkeypatch: pytest.MonkeyPatch, checkpoints: list[int],
                                                  rollbacks: list[dict[str, int]], message: str) -> None:
-    run = Run(monkeypatch, checkpoints, now=37, refused=4, rollbacks=rollbacks)
+    trainer = TrainerDouble(monkeypatch, checkpoints, step=37, num_rejections=4, rollbacks=rollbacks)
     with pytest.raises(UserError) as e:
-        recovery.rollback_weights(run)  # type: ignore[arg-type]
+        recovery.rollback_weights(trainer)  # type: ignore[arg-type]
     assert str(e.value).startswith("steps 34 to 37 were rejected in a row (the last: the loss is nan)")
     assert message in str(e.value)
-    assert run.checkpoints == checkpoints and run.told == [], "nothing was changed"
+    assert trainer.checkpoints == checkpoints and trainer.written_events == [], "nothing was changed"

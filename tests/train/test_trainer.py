@@ -1,4 +1,4 @@
-"""The trainer: refused settings, and figures of a step."""
+"""The trainer: state of an objective in checkpoints, token counts, and errors."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 
-def refusals(data: str, run: str) -> dict[str, Any]:
-    """Runs inside a rank: the trainer's errors for a NaN loss, and for data that was packed again."""
+def train_and_fail(data: str, run: str) -> dict[str, Any]:
+    """Inside a rank: take a step, resume from its checkpoint, then resume with other data and take a NaN
+    step."""
     from megatron_sov import recipes
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine.parallel import world
@@ -24,13 +25,14 @@ def refusals(data: str, run: str) -> dict[str, Any]:
         "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
         'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=2",
         "train.micro_batch_size=2", "train.steps=10", "guards.skip=false"])
-    before = set(sys.modules)
+    imported_before = set(sys.modules)
     place = world.join_world(config.parallel)
     folder = RunFolder(Path(run))
     folder.create()
     folder.declare(config)
     sources = open_sources({data: 1.0}, 368)
-    class Remembering(LanguageModelling):
+
+    class CountingObjective(LanguageModelling):
         """Counts the batches that it has collected."""
 
         comparable_loss = False
@@ -54,41 +56,42 @@ def refusals(data: str, run: str) -> dict[str, Any]:
         def restore(self, state: dict[str, Any]) -> None:
             self.collected = state["collected"]
 
-    trainer = Trainer(config, place, folder, sources, Remembering)
+    trainer = Trainer(config, place, folder, sources, CountingObjective)
     trainer.open_records()
-    probed: list[int] = []
-    trainer.guards.sdc.is_probe_due = probed.append  # type: ignore[method-assign, assignment]
+    probed_steps: list[int] = []
+    trainer.guards.sdc.is_probe_due = probed_steps.append  # type: ignore[method-assign, assignment]
     trainer.guards.watchdog.begin(1)
     train_step(trainer)
     planned, consumed = trainer.batches.planned_tokens(), trainer.batches.consumed_tokens()
     trainer.save()
     trainer.checkpointer.finish()
-    saved = folder.checkpoint(1)
-    said = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens, "path": saved.name,
-            "probed": probed,
-            "imported": sorted(set(sys.modules) - before)}
-    again = Trainer(config, place, folder, sources, Remembering)
-    again.resume(saved)
+    checkpoint = folder.checkpoint(1)
+    results = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens,
+               "path": checkpoint.name,
+               "probed": probed_steps,
+               "imported": sorted(set(sys.modules) - imported_before)}
+    resumed = Trainer(config, place, folder, sources, CountingObjective)
+    resumed.resume(checkpoint)
     objective: Any = trainer.objective
-    said |= {"watched": [objective.watched, trainer.guards.watchdog._watched[0]],  # type: ignore[index]
+    results |= {"watched": [objective.watched, trainer.guards.watchdog._watched[0]],  # type: ignore[index]
              "events": [e["event"] for e in read_events(folder.path / EVENTS)],
-             "remembers": again.objective.collected,  # type: ignore[attr-defined]
+             "remembers": resumed.objective.collected,  # type: ignore[attr-defined]
              "compares": trainer.guards.step_guard.compares_losses}
-    again.checkpointer._data = dict.fromkeys(again.checkpointer._data, "0" * 64)
-    for name, action in (("packed again", lambda: again.resume(saved)),
-                         ("no number", lambda: _spoil(trainer))):
+    resumed.checkpointer._data = dict.fromkeys(resumed.checkpointer._data, "0" * 64)
+    for name, action in (("packed again", lambda: resumed.resume(checkpoint)),
+                         ("no number", lambda: take_nan_step(trainer))):
         try:
             action()
         except UserError as e:
-            said[name] = str(e)
-    said["saved"] = sorted(p.name for p in folder.checkpoints.iterdir())
+            results[name] = str(e)
+    results["saved"] = sorted(p.name for p in folder.checkpoints.iterdir())
     trainer.close()
-    again.close()
+    resumed.close()
     world.leave_world()
-    return said
+    return results
 
 
-def _spoil(trainer: Any) -> None:
+def take_nan_step(trainer: Any) -> None:
     from megatron_sov.train.loop import train_step
 
     with torch.no_grad():
@@ -98,16 +101,18 @@ def _spoil(trainer: Any) -> None:
 
 def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed_data: Any,
                                                     tmp_path: Path) -> None:
-    ((said,),) = ranks(job(__file__, "refusals", 1,
-                           {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
-    assert "source 'even': its data was packed again after" in said["packed again"]
-    assert "step 2: the loss is nan" in said["no number"] and "lower optim.lr = 0.004" in said["no number"]
-    assert (said["remembers"], said["compares"]) == (1, False), "what an objective knows is in the checkpoint"
-    assert said["watched"] == [None, 1] and "collected" in said["events"]
-    assert said["saved"] == ["step-1"], "the spoilt step is not saved"
-    assert said["probed"] == [1, 2], "each step is probed if it is due"
-    assert sum(said["planned"].values()) == 2 * 32
-    assert sum(said["consumed"].values()) == said["counted"] < 2 * 32, (
-        "what is padding was planned and not consumed")
-    assert not [name for name in said["imported"] if name.startswith("torch._dynamo")], (
-        "every rank imports for itself what its launcher could have imported for all")
+    ((results,),) = ranks(job(__file__, "train_and_fail", 1,
+                              {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
+    assert "source 'even': its data was packed again after" in results["packed again"]
+    assert "step 2: the loss is nan" in results["no number"] and "lower optim.lr = 0.004" in results[
+        "no number"]
+    assert results["remembers"] == 1, "the checkpoint has the state of the objective"
+    assert results["compares"] is False
+    assert results["watched"] == [None, 1] and "collected" in results["events"]
+    assert results["saved"] == ["step-1"], "the spoilt step is not saved"
+    assert results["probed"] == [1, 2], "each step is probed if it is due"
+    assert sum(results["planned"].values()) == 2 * 32
+    assert sum(results["consumed"].values()) == results["counted"] < 2 * 32, (
+        "padding tokens are planned, but not consumed")
+    assert not [name for name in results["imported"] if name.startswith("torch._dynamo")], (
+        "a step must import no module: every rank would import it again, instead of its launcher for all")

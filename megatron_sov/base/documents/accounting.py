@@ -12,8 +12,7 @@ from megatron_sov.base.errors import escape_controls
 
 @dataclass(frozen=True)
 class RecordAccount:
-    """Numbers of records read, written and set aside; raises RuntimeError if they do not add up (a
-    defect)."""
+    """Numbers of records read, written and set aside. Raises RuntimeError (a defect): wrong sum."""
 
     num_read: int
     """Counted at reading, independently of the counts for written and set-aside records."""

@@ -84,8 +84,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def iter_adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
-    """Yield texts on which two encoders for a tokenizer would differ: every token, character kinds, long
-    runs."""
+    """Yield texts on which two encoders may differ: every token, character kinds, long runs."""
     characters = byte_alphabet()
     spelled = []
     for token in raw["model"]["vocab"]:

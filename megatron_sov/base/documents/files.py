@@ -333,9 +333,9 @@ def format_skipped(others: Sequence[str], hidden: Sequence[str]) -> str:
         examples = sorted(others)
     else:
         endings = Counter(Path(name).suffix.lower() or "no ending" for name in others).most_common()
-        rest = sum(count for _, count in endings[_MAX_ENDINGS:])
+        num_others = sum(count for _, count in endings[_MAX_ENDINGS:])
         examples = [f"{count:,} {ending}" for ending, count in endings[:_MAX_ENDINGS]]
-        examples += [f"{rest:,} others"] if rest else []
+        examples += [f"{num_others:,} others"] if num_others else []
     parts = []
     if others:
         noun = "file" if len(others) == 1 else "files"
@@ -482,8 +482,7 @@ class ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill `buffer` and return the byte count, 0 at the end. Raises `EOFError`: the file is truncated or
-        damaged."""
+        """Fill `buffer` and return the byte count, 0 at the end. Raises `EOFError`: a truncated file."""
         try:
             return int(self._stream.readinto(buffer))
         except OSError as e:

@@ -131,8 +131,7 @@ def list_search_forms(text: str) -> list[str]:
 
 def _replace_matches(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str]], str]
               ) -> tuple[str, _Step]:
-    """Replace matches of a pattern; return the new text and a function that computes the characters'
-    origins."""
+    """Replace matches of a pattern; return the new text, and new position -> old position."""
     parts: list[str] = []
     begins, stops = [0], []  # origins of the parts, alternately unchanged and replaced
     at = 0

@@ -101,6 +101,7 @@ def is_alpaca(record: Mapping[str, Any], kind: str | None) -> bool:
 
 
 def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    """Convert a record of Alpaca or Dolly to messages, a prompt, or a prompt with its completion."""
     if not {"input", "output"} & record.keys():
         record = {DOLLY.get(name, name): value for name, value in record.items()}  # rename Dolly's fields
     for name in ("instruction", "input", "output"):

@@ -119,8 +119,7 @@ def _iter_strings(value: Any) -> Iterator[str]:
 
 
 def check_depth(value: Any, levels: int = MAX_LEVELS) -> None:
-    """Refuse a JSON value with more than `levels` nested objects and lists. Raises `BadRecord`: the value is
-    nested deeper."""
+    """Raise `BadRecord` for a JSON value with more than `levels` nested objects and lists."""
     if isinstance(value, (dict, list, tuple)):
         if not levels:
             raise BadRecord("json", f"is nested more than {MAX_LEVELS} levels deep; flatten it")
@@ -174,8 +173,7 @@ def convert_sharegpt(turns: Any, name: str) -> list[dict[str, Any]]:
 
 
 def parse_tools(tools: Any) -> tuple[dict[str, Any], ...]:
-    """Parse tool descriptions from a list or JSON text. Raises `BadRecord`: the value is not a list of
-    objects."""
+    """Parse tool descriptions from a list or JSON text. Raises `BadRecord`: no list of objects."""
     descriptions = _parse_json(tools, "tools") if isinstance(tools, str) else tools
     if not isinstance(descriptions, list) or not all(isinstance(tool, dict) for tool in descriptions):
         raise BadRecord("fields", f"'tools' is {str(tools)[:40]!r}, must be a list of objects that describe "
@@ -214,17 +212,18 @@ def check_is_json(value: Any, where: str, allow_nan: bool = True) -> None:
 
 
 def _parse_message(message: Any, where: str) -> Message:
+    """Parse a message of OpenAI's form; `where` names it in errors. Raises `BadRecord`."""
     role = message.get("role") if isinstance(message, dict) else message
     if isinstance(role, str):
         role = ROLE_ALIASES.get(role, role)
     if not isinstance(message, dict) or role not in ROLES:
         raise BadRecord("fields", f"{where} has role {role!r}, must be one of {', '.join(ROLES)}")
     calls = _parse_calls(message.get("tool_calls"), f"{where}.tool_calls")
-    if older := message.get("function_call"):
+    if old_call := message.get("function_call"):  # OpenAI's form before tool_calls
         if calls:
             raise BadRecord("tool_call", f"{where} has 'tool_calls' and 'function_call'; leave out one of "
                                          "them")
-        calls = _parse_calls([older], f"{where}.function_call")
+        calls = _parse_calls([old_call], f"{where}.function_call")
     content = _join_content(message.get("content"), where, optional=bool(calls))
     reasoning = next((message[key] for key in REASONING_FIELDS if message.get(key)), "")
     if not isinstance(reasoning, str):
@@ -235,7 +234,7 @@ def _parse_message(message: Any, where: str) -> Message:
     if role in ("user", "assistant") and not (content.strip() or calls):
         raise BadRecord("empty_turn", f"has an empty turn: {where} ({role}) says nothing; remove it")
     more_fields = tuple((key, message[key]) for key in ("name", "tool_call_id")
-                  if isinstance(message.get(key), str) and message[key])
+                        if isinstance(message.get(key), str) and message[key])
     unread = tuple(name for name, value in message.items()
                    if name not in MESSAGE_FIELDS and value not in EMPTY_VALUES)
     return Message(role, content, reasoning, calls, _is_learned(message, where), more_fields, unread)
@@ -304,8 +303,7 @@ def _parse_json(value: Any, where: str) -> Any:
 
 
 def _check_tool_results(messages: Sequence[Message], name: str) -> None:
-    """Refuse tool results without a call, results of another call, and calls without results before a later
-    turn."""
+    """Refuse tool results without a call or of another call, and calls without results before a turn."""
     open_calls: list[dict[str, Any]] = []
     answered = 0
     for i, message in enumerate(messages):

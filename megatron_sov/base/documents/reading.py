@@ -176,8 +176,7 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
 
 
 def find_unread_fields(span: FileSpan, reading: RecordReading) -> list[str]:
-    """Return the non-empty unread fields of a span's first record (chat or preference); [] without a
-    record."""
+    """Return the non-empty unread fields of a span's first chat or preference record; []: none."""
     def parse(record: dict[str, Any], where: str, number: int, _: RecordReading) -> list[str]:
         return unread_fields(record, reading.kind or "chat", reading.renames, list_read_fields(reading))
 
@@ -202,8 +201,7 @@ def read_span(span: FileSpan, reading: RecordReading) -> Iterator[Document | Bad
 
 
 class CountedSpan:
-    """Iterates over a span's documents and bad records; afterwards, `num_lines` is the number of lines or
-    rows."""
+    """Iterates over a span's documents and bad records, then has the number of lines in `num_lines`."""
 
     def __init__(self, span: FileSpan, reading: RecordReading, parse: RecordParser = parse_record) -> None:
         self.span, self.reading, self.parse = span, reading, parse
@@ -261,6 +259,7 @@ class CountedSpan:
                 yield _at_line(e, self.num_lines, b"")
 
     def _iter_lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        """Yield the documents of the span's JSON lines; an overlong line is skipped without loading it."""
         limit = self.reading.max_document_bytes
         # a compressed file is a single span, whose size does not limit the length of the text
         remaining = float("inf") if self.span.compression else self.span.stop - self.span.start
@@ -284,6 +283,7 @@ class CountedSpan:
                     yield _at_line(e, self.num_lines, line)
 
     def _iter_pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        """Yield the documents of the span's plain text, cut at blank lines. Raises `BadRecord`: no text."""
         span = self.span
         if span.suffix in TABLE_SUFFIXES and span.start == 0:
             self._refuse_table()
@@ -370,8 +370,7 @@ def _open_span(span: FileSpan) -> IO[bytes]:
 
 
 def _read_guarded(read: Callable[[int], bytes], size: int) -> bytes:
-    """Read from a possibly compressed stream. Raises `BadRecord`: the compressed data is truncated or
-    damaged."""
+    """Read from a possibly compressed stream. Raises `BadRecord`: truncated or damaged data."""
     try:
         return read(size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:

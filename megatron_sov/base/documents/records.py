@@ -517,12 +517,16 @@ def _parse_preference(record: dict[str, Any]) -> dict[str, Messages]:
 
 def _find_tied_scores(record: dict[str, Any]) -> list[str]:
     """Return a pair's scores as "field = value" if both sides have equal scores, else []."""
-    pairs = [(name, other) for name in record if _SCORE.search(name)
-             if (other := name.replace("chosen", "rejected")) in record and other != name]
-    numbers = [(name, record[name], record[other]) for name, other in pairs
-               if all(type(record[field]) in (int, float) for field in (name, other))]
-    is_tied = all(are_equal((first, second)) for _, first, second in numbers)
-    return [f"{name!r} = {first:g}" for name, first, _ in numbers] if is_tied else []
+    tied_scores = []
+    for name in filter(_SCORE.search, record):
+        other = name.replace("chosen", "rejected")
+        scores: tuple[Any, Any] = (record[name], record.get(other))
+        if other == name or not all(type(score) in (int, float) for score in scores):
+            continue
+        if not are_equal(scores):
+            return []
+        tied_scores.append(f"{name!r} = {scores[0]:g}")
+    return tied_scores
 
 
 def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:

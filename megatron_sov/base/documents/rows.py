@@ -48,8 +48,7 @@ def format_json_line(row: Any, *, allow_nan: bool = True) -> bytes:
 
 
 def iter_changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (dotted name, old value, new value) per difference between two trees, with values formatted by
-    `format_short_json`."""
+    """Yield (dotted name, old value, new value) per difference between two trees, as short JSON."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         # keys in the new order, then removed keys
         for key in [*now, *(k for k in before if k not in now)]:

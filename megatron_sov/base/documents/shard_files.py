@@ -160,20 +160,21 @@ class RouteShape:
         return ""
 
     def _block_problem(self, routes: np.ndarray, begin: int) -> str:
+        """Return the fault of routes [tokens, layers, K] from token `begin` on; "": none."""
         # a contiguous column per choice: comparing columns is faster than sorting the few experts per token
         choices = np.ascontiguousarray(routes.reshape(-1, self.top_k).T)
         present = ~np.logical_and.reduce(choices == self.mark)
-        beyond = np.logical_or.reduce(choices >= self.num_experts) & present
-        twice = np.zeros(len(present), bool)
+        is_too_large = np.logical_or.reduce(choices >= self.num_experts) & present
+        is_repeated = np.zeros(len(present), bool)
         for i in range(1, self.top_k):
             for j in range(i):
-                twice |= choices[i] == choices[j]
-        for wrong, rule in (
-                (beyond, f"expert numbers must lie below {self.num_experts}, or all be {self.mark} (not "
-                         "recorded)"),
-                (twice & present, "a token visits an expert of a layer once")):
-            if wrong.any():
-                token, layer = divmod(int(wrong.argmax()), self.layers)
+                is_repeated |= choices[i] == choices[j]
+        for is_wrong, rule in (
+                (is_too_large, f"expert numbers must lie below {self.num_experts}, or all be {self.mark} "
+                               "(not recorded)"),
+                (is_repeated & present, "a token visits an expert of a layer once")):
+            if is_wrong.any():
+                token, layer = divmod(int(is_wrong.argmax()), self.layers)
                 return (f"sends token {begin + token} in layer {layer} of those with experts to "
                         f"{routes[token, layer].tolist()}; {rule}")
         return ""
@@ -184,8 +185,7 @@ class RouteShape:
 
     @classmethod
     def from_record(cls, record: Any, where: str) -> RouteShape:
-        """Parse the result of `record`. Raises `UserError`: `record` is malformed; `where` begins the
-        message."""
+        """Parse the result of `record`. Raises `UserError`: it is malformed; `where` begins the message."""
         try:
             shape = cls(*(int(record[name]) for name in ("layers", "top_k", "num_experts")))
             if min(shape.layers, shape.top_k) < 1 or shape.top_k > shape.num_experts:

@@ -184,8 +184,7 @@ def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int)
 @jit_compile
 def _skip_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
                  at: int) -> int:
-    """Return the index after a separator, or after the tag, entity or formatting command that begins
-    there."""
+    """Return the index after a separator, or after a tag, entity or formatting command."""
     code, after = codes[at], at + 1
     if after == len(codes):
         return after

@@ -101,9 +101,13 @@ def find_shards(path: str) -> str:
     return str(next(artifacts, path))
 
 
-def has_translation(key: str) -> bool:
-    """Return whether `words.yaml` has the last part of a dotted key as a setting or an option."""
-    return bool(translate_to_settings(get_last_part(key)) or get_last_part(key) in index_words("options"))
+def find_word(key: str) -> str:
+    """Return the word in `words.yaml` for a dotted key, by its last two parts (torchtune's
+    checkpointer.checkpoint_dir, DeepSpeed's zero_optimization.stage) or its last part; "": none."""
+    pair = ".".join(key.split(".")[-2:])
+    words = (pair, pair.replace(".", "_"), get_last_part(key))
+    return next((word for word in words if word in index_words("options") or (
+        "." not in word and translate_to_settings(word))), "")
 
 
 def _parse_file(file: Path) -> Any:

@@ -82,7 +82,8 @@ class _Proposal:
     def is_expected(self, error: UserError) -> bool:
         """Return whether a fault is about a placeholder, or a path that `before` creates."""
         placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
-        names = [*placeholders, *(part for word in placeholders for part in word.split("=")), *self.new_paths]
+        names = [*placeholders, *(part for word in placeholders for part in word.split("=")),
+                 *self.new_paths, *map(os.path.abspath, self.new_paths)]
         return any(_names_word(error.sentence, word) for word in names)
 
     def find_path_fault(self, message: str, *, is_named: bool) -> UserError | None:
@@ -216,8 +217,9 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             break
         tried.add((proposal.program, *line))
         proposal.line = line
-        proposal.stand_ins |= fix.stand_ins
-        (proposal.unfixed if fix.stand_ins else proposal.fixed).append(fault.sentence)
+        proposal.stand_ins |= {} if fix.words else fix.stand_ins
+        is_fixed = bool(fix.words) or not fix.stand_ins
+        (proposal.fixed if is_fixed else proposal.unfixed).append(fault.sentence)
         if fix.before:
             proposal.before += [command for command in fix.before if command not in proposal.before]
             outputs = [shlex.split(command)[-1] for command in fix.before]

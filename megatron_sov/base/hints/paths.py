@@ -129,8 +129,10 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     kind = classify_folder(source)
     what = load_table()["kinds"].get(kind, "")
     if what and option in ("--prompts", "--input", "--validation"):
+        kind = "prompt" if option == "--prompts" else "text"
+        files = [*list_records(kind), *list_records("chat"), "FILE.jsonl"]
         return UserError(f"{option} {path}: is {what}; pass a file of records or text",
-                         Fix(options=(option, "FILE.jsonl")))
+                         Fix(options=(option, files[0])))
     if option != "--data" or program != "megatron-sov":
         return None
     if source.name == "manifest.json" and classify_folder(source.parent) == "tokens":
@@ -190,14 +192,17 @@ def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequenc
 
 def list_chats() -> list[str]:
     """Return the token shards, then the files of JSON lines, with conversations in the current folder."""
-    folders, files = [], []
+    folders = []
     for path in sorted(Path().iterdir()):
-        if path.suffix == ".jsonl" and choose_pack_options(path) == ["--format", "chat"]:
-            files.append(path.name)
-        elif classify_folder(path) == "tokens":
+        if classify_folder(path) == "tokens":
             sources = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["content"]["sources"]
             folders += [path.name] if any(source["format"] == "chat" for source in sources) else []
-    return folders + files
+    return folders + list_records("chat")
+
+
+def list_records(kind: str) -> list[str]:
+    """Return the files of JSON lines in the current folder whose records `sov-data pack` reads as `kind`."""
+    return [path.name for path in sorted(Path().glob("*.jsonl")) if choose_pack_options(path)[1:] == [kind]]
 
 
 def choose_pack_options(file: Path) -> list[str]:
@@ -235,6 +240,30 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
         command = ["sov-data", "adopt", path, "--tokenizer", str(tokenizer)]
     commands.append([*command, "--output", shards])
     return Fix(words={path: shards}, before=tuple(map(shlex.join, commands)))
+
+
+def fix_address(word: str, program: str) -> Fix | None:
+    """Return the command that downloads an address in a bucket or on the Hugging Face hub, and packs it for
+    a `program` that reads shards; None for other words."""
+    match = re.fullmatch(r"(?:(s3|gs)|hf|https?(?=://huggingface\.co/))://(?:huggingface\.co/)?(.+?)/?", word)
+    if match is None:
+        return None
+    scheme, path = match[1], re.sub(r"/(?:blob|resolve|tree)/[^/]+", "", match[2])
+    name, is_file = Path(path).name, path.endswith(DATA_SUFFIXES)
+    if scheme:
+        copies = {"s3": ("aws s3 sync", "aws s3 cp"), "gs": ("gcloud storage cp -r", "gcloud storage cp")}
+        return Fix(words={word: name}, before=(f"{copies[scheme][is_file]} {shlex.join([word, name])}",))
+    is_data = path.startswith("datasets/")
+    owner, name, *parts = path.removeprefix("datasets/").split("/") if "/" in path else (path, path)
+    file = ["/".join(parts)] if is_file else []
+    kind = ["--repo-type", "dataset"] if is_data else []
+    command = ["hf", "download", f"{owner}/{name}", *file, *kind, "--local-dir", name]
+    local = "/".join([name, *parts])
+    fix = Fix(words={word: local}, before=(shlex.join(command),))
+    if program not in [f"sov-data {command}" for command in _SHARD_COMMANDS]:
+        return fix
+    packing = fix_by_packing(local, Path(_choose_tokenizer([])), [])
+    return Fix(words={word: packing.words[local]}, before=(*fix.before, *packing.before))
 
 
 def write_pipeline(file: str, source: str, steps: Mapping[str, str]) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.hints.commands import PROGRAMS, propose_pipeline, unwrap_launcher
-from megatron_sov.base.hints.foreign import (
-    has_translation, parse_blend, read_foreign_config, read_recipe_name)
+from megatron_sov.base.hints.foreign import find_word, parse_blend, read_foreign_config, read_recipe_name
 from megatron_sov.base.hints.kinds import classify_word, find_recipe_option
 from megatron_sov.base.hints.missing import choose_placeholder, split_positionals
+from megatron_sov.base.hints.paths import fix_address
 from megatron_sov.base.hints.rewriting import FOLDER, Rewrite
 from megatron_sov.base.hints.table import get_last_part, index_words, load_table, normalize_word
 from megatron_sov.base.hints.values import find_value
@@ -43,6 +43,11 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     if parser.prog == "sov-data run" and typed and typed[0].startswith("-") and (
             error := propose_pipeline("run", typed)):
         raise error
+    addresses = [fix for word in typed if (fix := fix_address(word.partition("=")[2] or word, parser.prog))]
+    if addresses:
+        raise UserError(f"{parser.prog}: addresses are not read; download their files first", Fix(
+            words={word: path for fix in addresses for word, path in fix.words.items()},
+            before=tuple(command for fix in addresses for command in fix.before)))
     typed = [_rename_option(word, parser.prog, options) for word in typed]
     # lm-eval: --model names a kind, --model_args the model
     model_kind = ""
@@ -314,19 +319,18 @@ def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mappin
     is_own = rewrite.exists is not None and all(rewrite.exists(key.partition(".")[0]) for key in config)
     for key, values in config.items():
         num_words, num_first = len(rewrite.words), len(rewrite.first)
-        name = ".".join(key.split(".")[-2:])  # torchtune: checkpointer.checkpoint_dir
         is_switch = any("=" in name for name in index_words("settings").get(get_last_part(key), ()))
         values = [value for value in values if is_switch or value.lower() not in load_table()["defaults"]]
         if values and "." in key and rewrite.is_setting(key):
             rewrite.words += ["--set", f"{key}={values[0] if len(values) == 1 else json.dumps(values)}"]
-        elif values and (has_translation(key) or get_last_part(key) in own_names):
-            name = name if name in index_words("options") else get_last_part(key)
+        elif values and (name := find_word(key) or get_last_part(key)) in (find_word(key), *own_names):
             rewrite.replace_option(f"--{name}", values)
             added = rewrite.words[num_words:]
             if has_data and added[:1] == ["--data"]:  # the typed shards win
                 del rewrite.words[num_words:]
             renamed.append(f"{key} is {' '.join(added).removeprefix('--set ')}")
-        elif values and any(rewrite.apply_row(part, values) for part in (name, get_last_part(key))):
+        elif values and any(rewrite.apply_row(part, values)
+                            for part in (".".join(key.split(".")[-2:]), get_last_part(key))):
             messages.append(rewrite.messages[-1])
         if len(rewrite.words) == num_words and len(rewrite.first) == num_first:
             untranslated.append(key)

@@ -70,7 +70,7 @@ class PageTable:
 def build_tables(items: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
     """Build a table with a row per item; without items return no table. `items`: events or other items;
     `columns`: heading -> function that returns an item's cell."""
-    rows = [[cell(thing) for cell in columns.values()] for thing in items]
+    rows = [[format_cell(item) for format_cell in columns.values()] for item in items]
     return [PageTable(list(columns), rows)] if rows else []
 
 

@@ -145,14 +145,14 @@ class LinePlot:
         ends = [end for series in self.series for interval in series.intervals for end in interval]
         across = Scale(self.x, self._list_x_values())
         up = Scale(self.y, [*(y for series in self.series for y in series.y), *ends], 0.04)
-        grid = "".join(f"M0 {GRID - round(GRID * at)}h{GRID}" for at, _ in up.ticks())
+        grid = "".join(f"M0 {GRID - round(GRID * fraction)}h{GRID}" for fraction, _ in up.ticks())
         parts = [Markup('<path class="lines" d="{}"/>').format(grid)]
         parts += [Markup('<rect class="band" x="{}" width="{}" height="{}"><title>{}</title></rect>').format(
             round(GRID * across.to_fraction(low)),
             round(GRID * (across.to_fraction(high) - across.to_fraction(low))), GRID, escape_controls(name))
             for name, low, high in self.bands[1::2]]
         parts += [Markup('<path class="rule" d="M{} 0v{}"><title>{}</title></path>').format(
-            round(GRID * across.to_fraction(at)), GRID, escape_controls(text)) for text, at in self.rules]
+            round(GRID * across.to_fraction(x)), GRID, escape_controls(text)) for text, x in self.rules]
         parts += [part for series in self.series for part in _draw_series(series, across, up)]
         # a name may not fit above the band on the narrowest screen: then show numbers and a legend
         numbered = any(
@@ -183,6 +183,7 @@ class LinePlot:
 
 
 def _draw_series(series: Series, across: Scale, up: Scale) -> list[Markup]:
+    """Return intervals, line and dots as SVG; few dots have a note each, and many have none."""
     points = [(round(GRID * across.to_fraction(x)), GRID - round(GRID * up.to_fraction(y)))
               for x, y in zip(series.x, series.y, strict=True)]
     style = Markup('class="{}" style="--c:{}"').format("stroke faint" if series.is_faint else "stroke",
@@ -292,8 +293,8 @@ class HeatMap:
             for j, value in enumerate(row):
                 text = self.shown[i][j] if self.shown else ""
                 note = self.notes[i][j] if self.notes else ""
-                tone = "strong" if self._choose_shade(value if math.isfinite(value)
-                                                      else 0) > SHADES / 2 else "weak"
+                shade = self._choose_shade(value if math.isfinite(value) else 0)
+                tone = "strong" if shade > SHADES / 2 else "weak"
                 spans.append(Markup('<span class="{}" title="{}" style="left:{:.2f}%;top:{:.2f}%;width:{:.2f}'
                                     '%">{}</span>').format(
                     Markup(tone), escape_controls(note), 100 * j / len(self.columns),

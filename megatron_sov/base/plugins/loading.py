@@ -105,8 +105,7 @@ def call_plugin(reference: str, action: Callable[[], Any]) -> Any:
 
 
 def hash_module_files(module: ModuleType) -> dict[str, str]:
-    """Return file -> sha256 for an imported module and the loaded modules in the module's package; {} without
-    files."""
+    """Return file -> sha256 for an imported module and loaded modules in its package; {}: no files."""
     main = getattr(module, "__file__", None)
     if main is None:
         return {}
@@ -172,8 +171,7 @@ def _import_module(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def report_plugin_errors(where: str) -> Iterator[None]:
-    """Turn an exception in a user's code into a `UserError` that names the line in the user's file or
-    `where`."""
+    """Turn an exception in a user's code into a `UserError` that names the line there, or `where`."""
     try:
         yield
     except UserError:
@@ -212,14 +210,13 @@ def _get_reference_file(reference: str) -> Path | None:
 
 
 def _hash_sibling_modules(path: Path) -> dict[str, str]:
-    """Return file -> sha256 for loaded modules and packages in the folder of `path`, except
-    `OUR_PACKAGES`."""
+    """Return file -> sha256 for loaded modules in the folder of `path`, except `OUR_PACKAGES`."""
     hashes = {}
     modules = dict(sys.modules)
     # check the few top-level packages before thousands of modules
-    tops = {name for name in {name.partition(".")[0] for name in modules}
-            if _is_in_folder(modules.get(name), str(path.parent))}
-    for name in sorted(name for name in modules if name.partition(".")[0] in tops):
+    packages = {name.partition(".")[0] for name in modules}
+    siblings = {name for name in packages if _is_in_folder(modules.get(name), str(path.parent))}
+    for name in sorted(name for name in modules if name.partition(".")[0] in siblings):
         module = modules[name]
         if not _has_file(module):
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 from megatron_sov.base.errors import (
-    Fix, UserError, find_nearest_name, format_install_command, suggest_name, suggest_spelling)
+    Fix, UserError, choose_free_path, find_nearest_name, format_install_command, suggest_name,
+    suggest_spelling)
 from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.hints.table import load_table
 from megatron_sov.base.plugins.loading import (
@@ -101,8 +103,7 @@ class Registry(Generic[T]):
         return self.add(load_plugin(reference))
 
     def add(self, loaded: LoadedPlugin) -> str:
-        """Register a loaded object, and return the name. Raises `UserError`: the object is not of this kind,
-        or its name is taken."""
+        """Register an object, and return its name. Raises `UserError`: another kind, or a taken name."""
         loaded = self._adapt(loaded) if self._adapt else loaded
         self._check(loaded)
         name = self._own_name(loaded.value) if self._own_name else loaded.attribute
@@ -128,7 +129,17 @@ class Registry(Generic[T]):
         nearest = find_nearest_name(name, names) or _find_same_size(name, names)
         if meant := load_table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
             raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
-        raise UserError(self._explain_unknown(name, recorded), Fix(words={name: nearest}) if nearest else
+        sentence = self._explain_unknown(name, recorded)
+        if nearest:
+            raise UserError(sentence, Fix(words={name: nearest}))
+        if self.kind == "recipe" and not is_reference(name):
+            nearest = _find_nearest_size(name, names)
+            raise UserError(f"{sentence}; the nearest in size is {nearest!r}; weights of a published model "
+                            "are --from HF_DIR (`hf download OWNER/NAME --local-dir HF_DIR`)",
+                            Fix(words={name: nearest}, stand_ins={name: nearest}))
+        if (lines := load_table()["skeletons"].get(self.kind)) and not is_reference(name):
+            raise UserError(f"{sentence}; begin yours with this file", _fix_by_skeleton(name, lines))
+        raise UserError(sentence,
                         Fix(stand_ins={name: max(self._built_in, key=lambda n: "tiny" in n, default=name)}))
 
     def code(self, name: str) -> PluginCode | None:
@@ -144,6 +155,7 @@ class Registry(Generic[T]):
         return [plugin.code.reference for plugin in self._known.values()]
 
     def _explain_unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
+        """Return the message for an unknown name: a file, a plug-in that the run recorded, or a typo."""
         if is_reference(name):
             return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
                     "itself names it; if you know it and trust it, name it with --set or --plugin")
@@ -186,6 +198,24 @@ def _find_same_size(name: str, known: Iterable[str]) -> str:
                and _split_name(other)[-2:] == parts[-2:]]
     matches = matches or _find_by_prefix(parts, known)  # 1b: gemma-3-1b
     return matches[0] if len(matches) == 1 else ""
+
+
+def _find_nearest_size(name: str, known: Iterable[str]) -> str:
+    """Return the name of the model with the nearest number of parameters; of several, the shortest name."""
+    matches = [re.fullmatch(r"(?!tiny)(.*)-([\d.]+)b", other) for other in known]
+    sizes = {match[0]: float(match[2]) for match in matches if match}
+    match = re.search(r"(\d[\d.]*)([bm])(?![a-z])", name.lower())
+    size = float(match[1]) * (1 if match[2] == "b" else 0.001) if match else min(sizes.values())
+    return min(sizes, key=lambda other: (abs(math.log(sizes[other] / size)), len(other)))
+
+
+def _fix_by_skeleton(name: str, lines: Sequence[str]) -> Fix:
+    """Return the command that writes a file with the user's own code, in the place of an unknown name."""
+    word = re.sub(r"\W", "_", name)
+    word = word if word.isidentifier() else f"my_{word}"
+    file = choose_free_path(f"{word}.py")
+    text = shlex.join(line.format(name=word) for line in lines)
+    return Fix(words={name: f"{file}:{word}"}, before=(f"printf '%s\\n' {text} > {file}",))
 
 
 def _find_by_prefix(parts: Sequence[str], known: Iterable[str]) -> list[str]:

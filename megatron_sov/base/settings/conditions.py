@@ -48,8 +48,7 @@ class When:
     """Fix, as the end of the error message; "": leave the setting out, or change the deciding setting."""
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
-        """Return the violated condition, declared by the settings at the key `owner` of `root`; None: no
-        violation."""
+        """Return the violated condition, declared by the settings at the key `owner`; None: it holds."""
         key = _resolve_key(self.key, owner)
         if key in DECIDING_FACTS:
             if key not in facts:

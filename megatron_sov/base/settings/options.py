@@ -468,8 +468,7 @@ def _parse_typed(text: Any, hint: Any) -> Any:
 
 
 def _use_option_name(problem: SettingsProblem, names: Mapping[str, str]) -> SettingsProblem:
-    """Replace fields by options in a problem; booleans lose the value, which the command line does not
-    show."""
+    """Replace fields by options in a problem; drop the value of a switch, which is not typed."""
     key = problem.key
     while key and key not in names:
         # a problem of a list item or nested field belongs to the option that sets the whole

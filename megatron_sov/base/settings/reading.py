@@ -321,8 +321,7 @@ def _translate_value(problem: SettingsProblem) -> SettingsProblem:
 
 def _find_nearest_value(value: Any, lt: float = math.inf, le: float = math.inf, ge: float | None = None,
                         **_: Any) -> str:
-    """Return the likely value for one out of bounds: a percentage as a share, else the inclusive bound; "":
-    none."""
+    """Return the likely value in the bounds: a percentage as a share, else an inclusive bound; "": none."""
     if isinstance(value, (int, float)) and min(lt, le) == 1 and 2 <= value <= 100:
         return f"{value / 100:g}"
     bound = le if math.isfinite(le) else ge
@@ -339,8 +338,7 @@ def _suggest_lower_case(value: str, known: Collection[str]) -> str:
 
 
 def _suggest_equivalent(key: str, value: str) -> str:
-    """Suggest our equivalent of another program's value: a value, a setting, a note or a command; "":
-    unknown."""
+    """Suggest our value, setting, note or command for another program's value; "": unknown."""
     is_method = key.rpartition(".")[2].lstrip("-") == "method"
     command_notes = load_table()["commands"]["megatron-sov"] if is_method else {}
     command = next((text for words, text in command_notes.items() if value.lower() in words.split()), "")

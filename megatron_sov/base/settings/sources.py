@@ -323,8 +323,7 @@ def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
 
 def assign_values(settings: Any, given: Mapping[str, Any], option: str, instead: KeyHint = no_hint
                ) -> dict[str, Any]:
-    """Convert settings to plain values and assign the given values by dotted key. Raises `SettingsError`:
-    lists all unknown keys."""
+    """Return plain settings with values assigned by dotted key. Raises `SettingsError`: unknown keys."""
     raw = to_plain_values(settings)
     results = [_assign_value(type(settings), raw, key, value, instead) for key, value in given.items()]
     problems = [problem for problem in results if problem]

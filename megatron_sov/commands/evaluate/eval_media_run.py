@@ -17,21 +17,22 @@ from megatron_sov.omni.generation.replies import MediaGeneration, MediaReply, ge
 
 
 def evaluate_media(request: MediaEvaluation) -> None:
+    """Measure each pair of modalities; on the first rank, write, record and print the figures."""
     options = request.options
     target = find_target(options.target)
     results = dict[str, Any]()
     for name, rows in request.rows:
         result = _evaluate_pair(options, target, name, rows, request.judges)
-        if result is not None:
+        if result is not None:  # on the first rank
             results[name] = result
     if not results:
-        return  # the first rank prints
+        return
     if options.output is not None:
         write_output(options.output, format_json(results))
     step = get_target_step(target, request.events)
-    figures = {name: {key: value for key, value in result.items() if key != "samples"}
-               for name, result in results.items()}
-    for name, row in figures.items():
+    figures: dict[str, dict[str, Any]] = {}
+    for name, result in results.items():
+        figures[name] = row = {key: value for key, value in result.items() if key != "samples"}
         request.events.add("media", step=step, pair=name, **row)
     if options.json:
         print(format_json(figures).rstrip())

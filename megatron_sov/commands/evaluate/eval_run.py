@@ -35,6 +35,7 @@ DEFAULT_HELDOUT_TOKENS = 65536
 
 
 def evaluate_ppl(options: PplOptions) -> None:
+    """Measure the loss of each source's held-out documents, print the losses and add them to the run."""
     events = RunEvents(options.run)
     target = find_target(options.target)
     seq_len = options.seq_len or target.trained_tokens
@@ -71,6 +72,7 @@ def evaluate_needle(options: NeedleOptions) -> None:
 
 
 def evaluate_pairs(options: PairsOptions) -> None:
+    """Measure how often the model prefers the chosen response of held-out pairs, per source."""
     events = RunEvents(options.run)
     target = find_target(options.target)
     seq_len = options.seq_len or target.trained_tokens

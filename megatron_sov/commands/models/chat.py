@@ -115,6 +115,7 @@ class Terminal:
             "help": lambda: self.note(HELP), "think": self._show_thoughts, "clear": session.clear}
 
     def talk(self) -> None:
+        """Read messages and commands until /quit or the end of the input, and answer each."""
         if self._is_tty:
             with contextlib.suppress(ImportError):
                 # makes the line of `input` editable

@@ -31,6 +31,7 @@ def export_hf(options: ToHfOptions) -> None:
 
 
 def import_megatron(request: MegatronImport) -> None:
+    """Convert a torch_dist checkpoint, and print the parts left out and the command that continues it."""
     options = request.options
     result = from_megatron(options.megatron_dir, options.out, options.dtype, family=request.family,
                            overrides=request.overrides, tokenizer=options.tokenizer,

@@ -54,6 +54,7 @@ def _generate(options: GenerateOptions, target: Target, encoded: EncodedPrompts,
 
 def _print_texts(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str],
                  result: GenerationResult) -> None:
+    """Print the continuations as JSON rows, or as text: the prompt goes on, or a chat with roles."""
     if options.json:
         rows: list[dict[str, object]] = [
             {"prompt": prompt.text, "text": text, "tokens": tokens}

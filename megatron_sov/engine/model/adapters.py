@@ -24,7 +24,7 @@ from megatron_sov.model.families.adapters import MAGNITUDE, A, AdaptedModule, B,
 # processes have shape [tokens, rank].
 #
 # Each process computes a partial gradient of a replicated factor in two cases: under sequence parallelism
-# (its own tokens), where the library sums the gradient as it does for norms; and in split experts and the
+# (its own tokens), where Megatron-Core sums the gradient as it does for norms; and in split experts and the
 # head (its own rows), where `copy_to_tensor_model_parallel_region` on the factor sums it. In all other cases
 # every process computes the full gradient.
 
@@ -109,7 +109,7 @@ class LinearAdapter(torch.nn.Module):
         Args:
             modules: the adapted modules inside the layer.
             lora: rank, scale and kind.
-            config: the library's `TransformerConfig`.
+            config: Megatron-Core's `TransformerConfig`.
             expert: index of the routed expert. None: not a routed expert.
             rows: local rows of the head, padding included.
         """
@@ -272,7 +272,7 @@ class EmbeddingAdapter(torch.nn.Module):
         Args:
             of: the adapted embedding module.
             lora: rank and scale.
-            config: the library's `TransformerConfig`.
+            config: Megatron-Core's `TransformerConfig`.
             rows: local embedding rows, padding included.
         """
         super().__init__()
@@ -326,7 +326,7 @@ class AdapterFactors(torch.nn.Module):
                         sequence_parallel: bool) -> None:
         """Set the attributes that control gradient reduction and the gradient norm."""
         if self.expert is not None:
-            # the first process of the expert's group counts replicated factors; the library would take the
+            # the first process of the expert's group counts replicated factors; Megatron-Core would take the
             # first process of the attention's tensor-parallel group, a different group
             set_tensor_model_parallel_attributes(parameter, True, axis, 1)
             parameter.shared = not split and self.group().rank() > 0  # type: ignore[attr-defined]

@@ -154,9 +154,9 @@ class DocumentAttention(MegatronModule):
 class PackedDocuments(PackedSeqParams):
     """`PackedSeqParams` with a row's documents.
 
-    If `DocumentAttention` serves, `max_seqlen_q` is the row length, so that the library's rotary table covers
-    every position. The library's class has cumulative lengths on the device alone, and no shared prompts.
-    Test: `test_attention.py::test_each_document_attends_to_itself_alone`.
+    If `DocumentAttention` serves, `max_seqlen_q` is the row length, so that Megatron-Core's rotary table
+    covers every position. Megatron-Core's class has cumulative lengths on the device alone, and no shared
+    prompts. Test: `test_attention.py::test_each_document_attends_to_itself_alone`.
     """
 
     bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
@@ -221,10 +221,10 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
         bounds: [documents + 1] int32 cumulative lengths, from 0 to `row_tokens`.
         max_document_tokens: length of the longest document.
         row_tokens: length of the row.
-        own: True: for `DocumentAttention`; False: for the library's attention.
+        own: True: for `DocumentAttention`; False: for Megatron-Core's attention.
         host_bounds: `bounds` on the host. None: copied from the device, which makes the host wait.
         shared: shared prompts; requires `own` and no context parallelism.
-        bucketed: round number and length of documents to powers of two for the library. Its unfused
+        bucketed: round number and length of documents to powers of two for Megatron-Core. Its unfused
             attention allocates scores of documents x longest ** 2, which would grow up to eightfold.
     """
     if shared is not None:
@@ -372,7 +372,6 @@ class _Permutation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """Permute values [n, ...]."""
         ctx.save_for_backward(order, inverse)
         return values.index_select(0, order)
 

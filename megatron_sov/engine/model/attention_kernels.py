@@ -63,7 +63,7 @@ def get_head_sizes(model: ModelConfig) -> tuple[int, int]:
     if latent is None:
         return model.head_dim, model.head_dim
     keys = latent.qk_nope_head_dim + latent.qk_rope_head_dim
-    # the library pads the values of packed rows to the query size
+    # Megatron-Core pads the values of packed rows to the query size
     return keys, max(keys, latent.v_head_dim)
 
 
@@ -118,7 +118,7 @@ def _query_backends(heads: int, groups: int, size: tuple[int, int], window: int,
 
 @contextmanager
 def _capture_log(name: str, levels: Any) -> Iterator[list[str]]:
-    """Collect Transformer Engine's log messages without printing; every call of the library sets the log
+    """Collect Transformer Engine's log messages without printing. Each of its calls sets the log
     level from `levels._log_level`."""
     messages: list[str] = []
     handler = logging.Handler(logging.DEBUG)

@@ -122,7 +122,7 @@ def pack_spans(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device
         ends.append(len(tokens))
     num_padding = row_tokens - len(tokens)
     row_positions = torch.cat([*positions, torch.zeros(num_padding, dtype=torch.int64)])
-    # the library caches rotary tables by length: powers of two keep their number small
+    # Megatron-Core caches rotary tables by length: powers of two keep their number small
     max_positions = 1 << int(row_positions.max()).bit_length()
     # on the CPU, where Megatron-Core reads the bounds; it divides them by the context-parallel size
     row_bounds = torch.tensor([0, row_tokens * context.get_cp_size()], dtype=torch.int32)

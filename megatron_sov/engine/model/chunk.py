@@ -53,7 +53,7 @@ class Chunk(LanguageModule):
         """Create this pipeline stage's modules from `build_layer_specs`.
 
         Args:
-            config: the library's `TransformerConfig`.
+            config: Megatron-Core's `TransformerConfig`.
             model: the architecture.
             vp_stage: index of the chunk in an interleaved pipeline. None: the stage has one chunk.
         """
@@ -258,7 +258,7 @@ class LayerInputs(NamedTuple):
     rotary: torch.Tensor
     """Rotary angles [local tokens, 1, 1, channels], or a table by position for the fused kernel."""
     packed: Any
-    """`PackedDocuments` or the library's `PackedSeqParams`."""
+    """`PackedDocuments` or Megatron-Core's `PackedSeqParams`."""
     padding: torch.Tensor
     """[1 or 1 + bits, local tokens] padding mask, see `Chunk._local_padding`."""
 
@@ -326,7 +326,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
     post_process: Any
 
     def __init__(self, chunk: Chunk, inputs: ModelInputs, first_route: int | None) -> None:
-        # without inputs: the library's first and last node, which would read them, are replaced below
+        # without inputs: Megatron-Core's first and last node, which would read them, are replaced below
         super().__init__(chunk, None, None, None)
         state, stream = self.state, self.pre_process.stream
 

@@ -119,7 +119,6 @@ class HeadGradients:
     @classmethod
     def allocate(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
                  of_states: bool, of_weight: bool) -> HeadGradients:
-        """Allocate the needed gradients."""
         dtype = torch.promote_types(states.dtype, torch.float32)
         return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
                    tuple(torch.zeros_like(weight, dtype=dtype) for _ in token_weights) if of_weight else ())

@@ -32,7 +32,7 @@ class ExpertLoad:
 
     def finalize_gradients(self, chunks: list[Any], num_tokens: torch.Tensor | None = None,
                            pg_collection: Any = None, force_all_reduce: bool | None = False) -> None:
-        """Reduce gradients and update router biases (the library's `finalize_model_grads_func`).
+        """Reduce gradients and update router biases (Megatron-Core's `finalize_model_grads_func`).
 
         `num_tokens` is ignored: losses are already divided by their global denominators.
         """

@@ -34,8 +34,8 @@ class RouterGraphs:
 
         Args:
             model: a `LanguageModel`; its config names the captured parts.
-            wrapped: its chunks in the library's data-parallel wrapper.
-            optimizer: the library's optimizer, whose gradients the capture zeroes.
+            wrapped: its chunks in Megatron-Core's data-parallel wrapper.
+            optimizer: Megatron-Core's optimizer, whose gradients the capture zeroes.
         """
         self._model, self._wrapped, self._optimizer = model, wrapped, optimizer
         self._helper: Any = None
@@ -73,7 +73,7 @@ class RouterGraphs:
         step.shared = None  # belongs to the last row
         # the backward pass reads the scale in place, and before the first pass it does not exist
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=get_local_device()))
-        # the library reads the number of micro-batches from its own calculator
+        # Megatron-Core reads the number of micro-batches from its own calculator
         reconfigure_num_microbatches_calculator(0, None, num_micro_batches, 1, 1)
         self._helper = TECudaGraphHelper(self._wrapped, model.config, row_tokens, 1, [self._optimizer])
         with _disable_rng_states():
@@ -126,7 +126,7 @@ def build_graphed_layer(layer: Any) -> Any:
     """Return an MoE layer subclass whose graphs receive the padding mask, which Megatron-Core drops.
 
     Args:
-        layer: the library's layer class, or a subclass.
+        layer: Megatron-Core's layer class, or a subclass.
     """
     class GraphedLayer(layer):
         _padding: torch.Tensor | None = None

@@ -50,7 +50,7 @@ class LanguageModel(torch.nn.ModuleList):
         self.chunks: tuple[Any, ...] = tuple(chunks)
         """Chunks in layer order."""
         self.config = chunks[0].config
-        """The library's `TransformerConfig`."""
+        """Megatron-Core's `TransformerConfig`."""
         self.vocab_size = architecture.vocab_size
         """Token ids; a chunk's `vocab_size` is padded to a multiple of the tensor-parallel size."""
         self.fp8_placeholders = quantized_weights.create_placeholders(self)

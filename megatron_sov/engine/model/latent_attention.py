@@ -95,8 +95,8 @@ class LatentAttention(MLASelfAttention):
     def _run_core_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                             attention_mask: None, packed_seq_params: Any = None, attn_mask_type: Any = None,
                             **kwargs: Any) -> torch.Tensor:
-        # the library pads values and slices the result; `LatentDocumentAttention` does both itself, and for
-        # values wider than queries the library would slice off channels
+        # Megatron-Core pads values and slices the result; `LatentDocumentAttention` does both itself, and for
+        # values wider than queries Megatron-Core would slice off channels
         attend = super()._run_core_attention
         if isinstance(self.core_attention, DocumentAttention) or value.shape[-1] > query.shape[-1]:
             attend = self.core_attention
@@ -178,7 +178,7 @@ class LatentDocumentAttention(DocumentAttention):
     def __init__(self, config: Any, *args: Any, k_channels: int = 0, v_channels: int = 0,
                  **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        # ignore k_channels and v_channels: the library constructs the module once without them, then again
+        # ignore k_channels and v_channels: Megatron-Core constructs the module once without them, then again
         self.value_width = config.v_head_dim
         self.width = max(config.qk_head_dim + config.qk_pos_emb_head_dim, self.value_width)
 

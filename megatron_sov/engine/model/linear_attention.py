@@ -46,11 +46,11 @@ class LinearAttention(MegatronModule):
         """Create this process's part of the layer.
 
         Args:
-            config: the library's `TransformerConfig`.
+            config: Megatron-Core's `TransformerConfig`.
             layer_number: number of the layer, from 1.
             projections: classes of the input, output and low-rank up projections.
             sizes: sizes of the whole layer.
-            pg_collection: the library's process groups.
+            pg_collection: Megatron-Core's process groups.
             cp_comm_type: unused.
         """
         super().__init__(config)
@@ -280,7 +280,7 @@ class ReplicatedLinear(torch.nn.Module):
     def __init__(self, inputs: int, outputs: int, config: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        # the gradient covers local tokens; the library sums over processes as for a norm
+        # the gradient covers local tokens; Megatron-Core sums over processes as for a norm
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -300,7 +300,7 @@ def set_linear_attention(config: Any, spec: Any, sizes: LinearAttentionConfig, t
         layer.input_layernorm = TENorm
     layer.self_attention = ModuleSpec(module=LinearAttention,
                                       params={"projections": projections, "sizes": sizes})
-    # checkpoint names as in other layers: the library's map for latent attention lacks them
+    # checkpoint names as in other layers: Megatron-Core's map for latent attention lacks them
     names = layer.sharded_state_dict_keys_map
     names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     names.pop("input_layernorm.", None)

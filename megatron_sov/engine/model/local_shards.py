@@ -90,7 +90,7 @@ def list_declared_blocks(model: LanguageModel) -> list[LocalShard]:
                        for block in factors.blocks()]
     # vocabulary padding depends on tensor parallelism; checkpoints must not depend on the layout
     blocks = [_remove_padding_rows(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
-    # the library's order of declaration differs between layouts
+    # Megatron-Core's order of declaration differs between layouts
     return sorted((b for b in blocks if b.data.numel()), key=lambda b: (b.key, b.offset))
 
 

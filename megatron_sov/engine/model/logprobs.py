@@ -42,7 +42,7 @@ class Head:
     weight: torch.Tensor
     """[V / tp, H] local rows; V is padded to a multiple of tp."""
     config: Any
-    """The library's `TransformerConfig`."""
+    """Megatron-Core's `TransformerConfig`."""
     chunk_tokens: int
     """C."""
     vocab_size: int

@@ -1,7 +1,7 @@
 """Encoders for images and audio, at any layout: their features replace placeholder embeddings.
 
 The first pipeline stage replicates the encoders on every process. A process encodes the records that the
-local tokens need (context and sequence parallelism). Under sequence parallelism the library sums the
+local tokens need (context and sequence parallelism). Under sequence parallelism Megatron-Core sums the
 gradient over the tensor-parallel group as for norms; otherwise every process computes the full gradient.
 """
 
@@ -31,7 +31,7 @@ class MediaEncoders(torch.nn.Module):
 
         Args:
             model: the architecture.
-            config: the library's `TransformerConfig`.
+            config: Megatron-Core's `TransformerConfig`.
         """
         super().__init__()
         create_encoder = load_modality().encoder

@@ -1,6 +1,9 @@
-"""Layout-independent sums over module outputs and gradients, for finding where two layouts differ.
+"""Layout-independent sums over module outputs and gradients, which show where two layouts differ first.
 
-Each module has two sums per step, over all tokens, channels and micro-batches: of values and of squares."""
+Each module has two sums per step, over all tokens, channels and micro-batches: of values and of squares. A
+part of a step lasts from one hook to the next, for example `forward of MODULE`. Messages are recorded by
+part.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.parallel.simulated_messages import CallSite
 
 Sums = tuple[float, float]
-Place = tuple[int, str]
+StepModule = tuple[int, str]
+"""(step, name of a module or part)."""
 BEFORE_FORWARD = "before the first module"
 AFTER_FORWARD, AFTER_BACKWARD = "forward behind ", "backward of "
 """Prefixes for step parts: a module has returned, or the gradient for a module's output has arrived."""
@@ -43,30 +47,29 @@ class ModuleSums:
     """Ranks in the expert tensor-parallel group."""
     step: int = 1
     """Current step, set by the caller."""
-    forward: dict[Place, Sums] = field(default_factory=dict)
+    forward: dict[StepModule, Sums] = field(default_factory=dict)
     """(step, module) -> output sums, in the order of first calls."""
-    backward: dict[Place, Sums] = field(default_factory=dict)
+    backward: dict[StepModule, Sums] = field(default_factory=dict)
     """(step, module) -> sums over the gradients of the module's outputs, ordered by the last gradient's
     arrival: a module called twice, for example an embedding with MTP layers, is complete only after the
     last."""
-    sent: dict[Place, dict[CallSite, None]] = field(default_factory=dict)
-    """(step, part), for example part `forward of MODULE` -> call sites, in the order of first messages."""
+    sent: dict[StepModule, dict[CallSite, None]] = field(default_factory=dict)
+    """(step, part) -> call sites, in the order of their first messages."""
     part: str = "building"
+    """Current part of the step."""
 
-    def enter(self, part: str) -> None:
-        """Start a step part."""
-        self.part, place = part, (self.step, part)
+    def begin_part(self, part: str) -> None:
+        self.part, key = part, (self.step, part)
         if part.startswith(AFTER_BACKWARD):
-            self.sent[place] = self.sent.pop(place, {})  # same order as `backward`: by last gradient
+            self.sent[key] = self.sent.pop(key, {})  # same order as `backward`: by last gradient
         else:
-            self.sent.setdefault(place, {})
+            self.sent.setdefault(key, {})
 
-    def begin(self, step: int) -> None:
-        """Start a step."""
+    def begin_step(self, step: int) -> None:
         self.step = step
-        self.enter(BEFORE_FORWARD)
+        self.begin_part(BEFORE_FORWARD)
 
-    def note(self, site: CallSite) -> None:
+    def record_message(self, site: CallSite) -> None:
         """Record a message's call site."""
         self.sent.setdefault((self.step, self.part), {})[site] = None
 
@@ -76,8 +79,8 @@ def observe_modules(model: LanguageModel) -> ModuleSums:
     sums = ModuleSums(_get_ranks(parallel_state.get_tensor_model_parallel_group()),
                       _get_ranks(parallel_state.get_expert_tensor_parallel_group()))
     for name, module in _iter_named_modules(model):
-        module.register_forward_pre_hook(_Enter(sums, name))
-        module.register_forward_hook(_Leave(sums, name))
+        module.register_forward_pre_hook(_BeginPartHook(sums, name))
+        module.register_forward_hook(_RecordOutputHook(sums, name))
     return sums
 
 
@@ -97,14 +100,15 @@ def locate_difference(expected: ModuleSums, observed: Sequence[ModuleSums], step
     """
     first_modules = {}
     for kind in ("forward", "backward"):
-        parts = [_select_step(getattr(process, kind), step) for process in observed]
+        sums_by_rank = [_select_step(getattr(process, kind), step) for process in observed]
         first_modules[kind] = _find_first_difference(
-            _select_step(getattr(expected, kind), step), _merge_ranks(parts, observed), tolerance)
-    first = next(((AFTER_FORWARD if kind == "forward" else AFTER_BACKWARD) + module for kind,
-                  module in first_modules.items() if module is not None), "")
+            _select_step(getattr(expected, kind), step), _merge_ranks(sums_by_rank, observed), tolerance)
+    prefixes = {"forward": AFTER_FORWARD, "backward": AFTER_BACKWARD}
+    first = next((prefixes[kind] + module for kind, module in first_modules.items() if module is not None),
+                 "")
     sites = {str(site) for process in observed for site in _iter_messages_before(process, step, first)}
-    wrong = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
-    return wrong, sorted(sites)
+    wrong_modules = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
+    return wrong_modules, sorted(sites)
 
 
 def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterator[CallSite]:
@@ -120,17 +124,19 @@ def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterato
     if first and first not in names:
         return  # another pipeline stage
     end = names.index(first) if first else len(names)
-    start = max((i for i, name in enumerate(names[:end])
-                 if name.startswith((AFTER_FORWARD, AFTER_BACKWARD) if first else AFTER_BACKWARD)),
-                default=0)
-    if first.startswith(AFTER_BACKWARD) and (left := AFTER_FORWARD
-                                             + first.removeprefix(AFTER_BACKWARD)) in names:
-        first_use = names.index(left)  # a message at the use may be wrong only in its gradient
-        stop = next((i for i, name in enumerate(names) if i > first_use and name.startswith(AFTER_FORWARD)),
-                    first_use + 1)
-        yield from (site for _, sites in parts[first_use:stop] for site in sites)
-    if first.startswith(AFTER_BACKWARD) and not names[start].startswith(AFTER_BACKWARD):
-        yield from dict(parts).get(BEFORE_FORWARD, {})  # the divisor of the loss may be wrong
+    checked_prefixes = (AFTER_FORWARD, AFTER_BACKWARD) if first else (AFTER_BACKWARD,)
+    start = max((i for i, name in enumerate(names[:end]) if name.startswith(checked_prefixes)), default=0)
+    if first.startswith(AFTER_BACKWARD):
+        forward_part = AFTER_FORWARD + first.removeprefix(AFTER_BACKWARD)
+        if forward_part in names:
+            # A message at the first use of the module's output may be wrong only in its gradient.
+            first_use = names.index(forward_part)
+            stop = next((i for i,
+                         name in enumerate(names) if i > first_use and name.startswith(AFTER_FORWARD)),
+                        first_use + 1)
+            yield from (site for _, sites in parts[first_use:stop] for site in sites)
+        if not names[start].startswith(AFTER_BACKWARD):
+            yield from dict(parts).get(BEFORE_FORWARD, {})  # the divisor of the loss may be wrong
     if not first:
         yield from (site for _, sites in parts[:start] for site in sites if REDUCTION_GROUP in site.group)
     # a missing reduction looks like a split tensor until it is used: name the last message
@@ -140,21 +146,22 @@ def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterato
         yield from sites
 
 
-def _select_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
+def _select_step(sums: Mapping[StepModule, Sums], step: int) -> dict[str, Sums]:
     return {name: value for (number, name), value in sums.items() if number == step}
 
 
-def _merge_ranks(parts: Sequence[Mapping[str, Sums]], observed: Sequence[ModuleSums]) -> dict[str, Sums]:
+def _merge_ranks(sums_by_rank: Sequence[Mapping[str, Sums]], observed: Sequence[ModuleSums]) -> dict[str,
+                                                                                                     Sums]:
     """Add up the processes' sums, counting replicas once."""
-    joined: dict[str, Sums] = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
+    merged: dict[str, Sums] = {}
+    for name in dict.fromkeys(name for rank_sums in sums_by_rank for name in rank_sums):
         groups: dict[tuple[int, ...], list[Sums]] = defaultdict(list)
-        for process, part in zip(observed, parts, strict=True):
-            if name in part:
-                groups[process.expert_group if ".experts" in name else process.group].append(part[name])
-        totals = [_merge_group(parts) for parts in groups.values()]
-        joined[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
-    return joined
+        for process, rank_sums in zip(observed, sums_by_rank, strict=True):
+            if name in rank_sums:
+                groups[process.expert_group if ".experts" in name else process.group].append(rank_sums[name])
+        totals = [_merge_group(sums_by_rank) for sums_by_rank in groups.values()]
+        merged[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
+    return merged
 
 
 def _find_first_difference(expected: Mapping[str, Sums], observed: Mapping[str, Sums],
@@ -173,32 +180,33 @@ def _find_first_difference(expected: Mapping[str, Sums], observed: Mapping[str, 
     return None
 
 
-def _merge_group(parts: list[Sums]) -> Sums:
-    first = parts[0]
-    is_replica = len(parts) > 1 and all(
-        abs(part[i] - first[i]) <= _REPLICA_TOLERANCE * max(abs(first[i]), 1e-300)
-        for part in parts for i in (0, 1))
-    return first if is_replica else (sum(part[0] for part in parts), sum(part[1] for part in parts))
+def _merge_group(group_sums: list[Sums]) -> Sums:
+    first = group_sums[0]
+    is_replica = len(group_sums) > 1 and all(
+        abs(rank_sums[i] - first[i]) <= _REPLICA_TOLERANCE * max(abs(first[i]), 1e-300)
+        for rank_sums in group_sums for i in (0, 1))
+    return first if is_replica else (sum(rank_sums[0] for rank_sums in group_sums),
+                                     sum(rank_sums[1] for rank_sums in group_sums))
 
 
-class _Enter:
-    """Forward pre-hook: starts the part of a module."""
+class _BeginPartHook:
+    """Forward pre-hook: begins the part `forward of MODULE`."""
 
     def __init__(self, sums: ModuleSums, name: str) -> None:
         self._sums, self._name = sums, name
 
     def __call__(self, module: Any, args: Any) -> None:
-        self._sums.enter(f"forward of {self._name}")
+        self._sums.begin_part(f"forward of {self._name}")
 
 
-class _Leave:
+class _RecordOutputHook:
     """Forward hook: adds up a module's output and, on its arrival, the gradient."""
 
     def __init__(self, sums: ModuleSums, name: str) -> None:
         self._sums, self._name = sums, name
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self._sums.enter(AFTER_FORWARD + self._name)
+        self._sums.begin_part(AFTER_FORWARD + self._name)
         if not torch.is_grad_enabled():
             return  # recomputation will call the module again with gradients
         # the second output is a bias added later, complete on each process
@@ -211,15 +219,15 @@ class _Leave:
                 tensor.register_hook(self._record_gradient)
 
     def _record_gradient(self, gradient: torch.Tensor) -> None:
-        self._sums.enter(AFTER_BACKWARD + self._name)
-        sums, place = self._sums.backward, (self._sums.step, self._name)
-        sums[place] = sums.pop(place, (0.0, 0.0))  # move to the end
-        _add_sums(sums, place, gradient)
+        self._sums.begin_part(AFTER_BACKWARD + self._name)
+        sums, key = self._sums.backward, (self._sums.step, self._name)
+        sums[key] = sums.pop(key, (0.0, 0.0))  # move to the end
+        _add_sums(sums, key, gradient)
 
 
-def _add_sums(sums: dict[Place, Sums], place: Place, tensor: torch.Tensor) -> None:
-    total, squares = sums.get(place, (0.0, 0.0))
-    sums[place] = total + float(tensor.sum()), squares + float(tensor.square().sum())
+def _add_sums(sums: dict[StepModule, Sums], key: StepModule, tensor: torch.Tensor) -> None:
+    total, squares = sums.get(key, (0.0, 0.0))
+    sums[key] = total + float(tensor.sum()), squares + float(tensor.square().sum())
 
 
 def _iter_named_modules(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -227,22 +235,23 @@ def _iter_named_modules(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Mo
     for chunk in model.chunks:
         layers = {name: module for name, module in chunk.named_modules()
                   if isinstance(module, TransformerLayer)}
-        holders = {"", *(layer[:dot.start()] for layer in layers for dot in re.finditer(r"\.", layer))}
+        containers = {"", *(layer[:dot.start()] for layer in layers for dot in re.finditer(r"\.", layer))}
         for name, module in chunk.named_modules():
             # containers of layers return the next stage's input, and each stage computes its own angles
-            if name in holders or "rotary" in name:
+            if name in containers or "rotary" in name:
                 continue
-            # with many local experts only their joint output is observed
-            if (expert_match := _EXPERT.search(name)) and len(chunk.get_submodule(name[:expert_match.start()])
-                                                              .local_experts) > MAX_EXPERTS:
-                continue
+            expert_match = _EXPERT.search(name)
+            if expert_match:
+                experts = chunk.get_submodule(name[:expert_match.start()]).local_experts
+                if len(experts) > MAX_EXPERTS:
+                    continue  # only the joint output of many local experts is observed
             # partial output, summed only when it returns to the token
             if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:
                 continue
-            parent = name
-            while parent and parent not in layers:
-                parent = parent.rpartition(".")[0]
-            layer_name = parent or None
+            layer_prefix = name
+            while layer_prefix and layer_prefix not in layers:
+                layer_prefix = layer_prefix.rpartition(".")[0]
+            layer_name = layer_prefix or None
             if layer_name is not None:
                 kind = "prediction layer" if ".mtp." in f".{layer_name}" else "layer"
                 name = f"{kind} {layers[layer_name].layer_number}{name[len(layer_name):]}"

@@ -1,9 +1,9 @@
 """FP8 weights (`train.fp8_weights`), and access to their values outside a training step.
 
-Transformer Engine quantizes such a weight from bf16 values and keeps the bf16 values in host memory until the
-library's distributed optimizer creates float32 masters from them. From then on the masters are the weights:
-each data-parallel process owns a range of every master, and the FP8 values are quantized from all ranges. The
-blocks of an FP8 weight are therefore views of the bf16 values first, and of the masters later.
+Transformer Engine quantizes such a weight from bf16 values and keeps the bf16 values in host memory until
+Megatron-Core's distributed optimizer creates float32 masters from them. From then on the masters are the
+weights: each data-parallel process owns a range of every master, and the FP8 values are quantized from all
+ranges. The blocks of an FP8 weight are therefore views of the bf16 values first, and of the masters later.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def get_raw_data(parameter: torch.Tensor) -> torch.Tensor:
 
 def shares_gradient_memory(config: Any) -> bool:
     """Return whether parameter gathers use bf16 values in gradient memory: with MXFP8, Transformer Engine
-    quantizes both layouts of a weight from the values, not from the library's buffer."""
+    quantizes both layouts of a weight from the values, not from Megatron-Core's buffer."""
     return bool(config.fp8_param and config.fp8_recipe == "mxfp8")
 
 
@@ -96,7 +96,7 @@ def quantize_local_ranges(optimizers: list[Any]) -> None:
     """Quantize local FP8 weight ranges from the masters; a gather then completes the weights.
 
     Args:
-        optimizers: the library's distributed optimizers.
+        optimizers: Megatron-Core's distributed optimizers.
     """
     for optimizer in optimizers:
         if optimizer.optimizer is None:

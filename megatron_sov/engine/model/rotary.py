@@ -58,9 +58,9 @@ def _scale_llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tenso
 def set_frequencies(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     """Set the frequencies in Megatron-Core's rotary embedding by `compute_frequencies`.
 
-    float64 models get float64 frequencies, which the library would round; scalings that the library lacks get
-    float32. If no layer rotates, the table has one entry per position but no channels, instead of half a GiB
-    for 1M positions.
+    float64 models get float64 frequencies, which Megatron-Core would round; scalings that Megatron-Core
+    lacks get float32. If no layer rotates, the table has one entry per position but no channels, instead of
+    half a GiB for 1M positions.
     """
     if not model.rotates():
         embedding.dim = 0  # read by YaRN's module
@@ -114,9 +114,9 @@ def compute_softmax_scale(model: ModelConfig, kind: str) -> float:
 def patch_packed_rotation() -> None:
     """Patch Megatron-Core's unfused rotation of packed rows to take per-token angles.
 
-    The library's version copies the document lengths from the device, for queries and keys of every layer,
+    Megatron-Core's version copies the document lengths from the device, for queries and keys of every layer,
     and the host waits for all previously launched kernels. Test:
-    `test_rotary.py::test_a_row_is_rotated_without_a_look_at_its_documents`.
+    `test_rotary.py::test_a_row_is_rotated_without_reading_document_lengths`.
     """
     rope_utils._apply_rotary_pos_emb_thd = _rotate_rows
 
@@ -151,7 +151,7 @@ def _get_cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[to
 
 class _Rotation(torch.autograd.Function):
     """Rotation of channel pairs with the same bits as Megatron-Core's, which concatenates halves twice.
-    Test: `test_rotary.py::test_a_rotation_has_the_librarys_bits`."""
+    Test: `test_rotary.py::test_a_rotation_has_the_bits_of_megatron_core`."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

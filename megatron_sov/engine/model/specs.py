@@ -57,7 +57,7 @@ class BlockOutput(torch.nn.Module):
         """Create the norm.
 
         Args:
-            config: the library's `TransformerConfig`.
+            config: Megatron-Core's `TransformerConfig`.
             norm: class of the norm. None: no norm.
             multiplier: factor on the block's output.
         """
@@ -117,7 +117,7 @@ class BlockOutputLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self._frequency_ratios = frequency_ratios
-        # not a buffer: the library casts buffers to the weights' dtype
+        # not a buffer: Megatron-Core casts buffers to the weights' dtype
         self._cached_ratios: torch.Tensor | None = None
 
     def _get_frequency_ratios(self, angles: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
 
 def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                              gpu: GpuConfig = DEFAULT_GPU) -> Any:
-    """Build the library's `TransformerConfig` from model, layout, training and GPU settings."""
+    """Build Megatron-Core's `TransformerConfig` from model, layout, training and GPU settings."""
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
     kernel_context = KernelContext(te, model, parallel)
@@ -195,7 +195,7 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, train
         # losses are sums divided once by global counts; the wrapper reads this when it wraps the model
         "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te,
-        # the library would synchronize with the host at every message to support an older torch
+        # Megatron-Core would synchronize with the host at every message to support an older torch
         "hetereogenous_dist_checkpoint": True, "cuda_graph_modules": [], "batch_p2p_sync": False,
         **transformer_settings(gpu, train, kernel_context),
     }
@@ -204,7 +204,7 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, train
     if parallel.pipeline_layout:
         settings["pipeline_model_parallel_layout"] = _build_pipeline_layout(model, parallel)
     if model.sliding_window_tokens:
-        # the library's window is (keys to the left, keys to the right) without the current token
+        # Megatron-Core's window is (keys to the left, keys to the right) without the current token
         settings["window_size"] = (model.sliding_window_tokens - 1, 0)
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
@@ -249,7 +249,7 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.router_bias,
         "moe_router_bias_update_rate": model.router_bias_update_rate,
-        # a softmax does not change the top-k; without pre-softmax the library refuses top-1 routing
+        # a softmax does not change the top-k; without pre-softmax Megatron-Core refuses top-1 routing
         "moe_router_pre_softmax": model.router_score == "softmax",
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
         "moe_grouped_gemm": te,
@@ -291,7 +291,7 @@ def _set_yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None
         config.yarn_rotary_scaling_factor = yarn.factor
         config.yarn_original_max_position_embeddings = yarn.original_max_position_tokens
         config.yarn_beta_fast, config.yarn_beta_slow = yarn.beta_fast, yarn.beta_slow
-        # equal values make the library's factor on cosine and sine 1; our softmax scale contains the factor
+        # equal values make Megatron-Core's factor on cosine and sine 1; our softmax scale contains the factor
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
         config.yarn_correction_range_round_to_int = True
 
@@ -370,7 +370,7 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
         attention.core_attention = _set_window(attention.core_attention, window)
     if latent:
         set_latent_attention(spec)
-    # the library computes a different scale for latent attention
+    # Megatron-Core computes a different scale for latent attention
     if latent or config.softmax_scale not in (None, compute_softmax_scale(model, kind)):
         attention.core_attention = _set_softmax_scale(attention.core_attention,
                                                       compute_softmax_scale(model, kind))

@@ -35,17 +35,16 @@ class CpuAdamW(torch.optim.AdamW):
             if not steps:
                 continue
             torch._foreach_add_(steps, 1)
-            whole = [[t.view(-1)[:_count_vector_elements(t)] for t in tensors] for tensors in values]
-            _call_kernel(group, whole, steps)
+            whole_vectors = [[t.view(-1)[:_count_vector_elements(t)] for t in tensors] for tensors in values]
+            _call_kernel(group, whole_vectors, steps)
             if all(p.numel() == _count_vector_elements(p) for p in values[0]):
                 continue
-            rests = [[t.view(-1)[_count_vector_elements(t):] for t in tensors] for tensors in values]
-            filled = [[torch.nn.functional.pad(r, (0, -len(r) % (VECTOR_BYTES // r.element_size())))
-                       for r in tensors] for tensors in rests]
-            _call_kernel(group, filled, steps)
+            remainders = [[t.view(-1)[_count_vector_elements(t):] for t in tensors] for tensors in values]
+            padded = [[_pad_to_vector(t) for t in tensors] for tensors in remainders]
+            _call_kernel(group, padded, steps)
             for kind in (0, 2, 3):  # parameters and both moments; 1 is the gradient
-                for rest, updated in zip(rests[kind], filled[kind], strict=True):
-                    rest.copy_(updated[:len(rest)])
+                for remainder, updated in zip(remainders[kind], padded[kind], strict=True):
+                    remainder.copy_(updated[:len(remainder)])
 
 
 class HostAdamW(CpuAdamW):
@@ -53,7 +52,7 @@ class HostAdamW(CpuAdamW):
 
     Megatron-Core's `HybridDeviceOptimizer` also keeps every master weight on the GPU unless Transformer
     Engine's optimizer holds it, recreates its optimizers after a checkpoint load, and runs only with a GPU.
-    This class moves the master weights themselves, so the library's copies to and from model weights, its
+    This class moves the master weights themselves, so Megatron-Core's copies to and from model weights, its
     gradient norm and our checkpoints find them in place.
     """
 
@@ -66,7 +65,7 @@ class HostAdamW(CpuAdamW):
         mains = [main for group in param_groups for main in group["params"]]
         arena = PinnedArena(2 * sum(map(count_bytes, mains)))
         for main in mains:
-            # same tensor object: the library's lists and attributes of master weights stay valid
+            # same tensor object: Megatron-Core's lists and attributes of master weights stay valid
             main.data = arena.allocate_like(main).copy_(main.data)
         super().__init__(param_groups)
         self._gradients = {main: arena.allocate_like(main) for main in mains}
@@ -81,12 +80,16 @@ def _count_vector_elements(tensor: torch.Tensor) -> int:
     return tensor.numel() - tensor.numel() % (VECTOR_BYTES // tensor.element_size())
 
 
+def _pad_to_vector(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, -len(tensor) % (VECTOR_BYTES // tensor.element_size())))
+
+
 def _call_kernel(group: dict[str, Any], values: Sequence[list[torch.Tensor]],
                  steps: list[torch.Tensor]) -> None:
     """Call the kernel with parameters, gradients and both moments."""
     beta1, beta2 = group["betas"]
-    parameters, gradients, first, second = values
-    torch._fused_adamw_(parameters, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1,
+    parameters, gradients, exp_avg, exp_avg_sq = values
+    torch._fused_adamw_(parameters, gradients, exp_avg, exp_avg_sq, [], steps, lr=group["lr"], beta1=beta1,
                         beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
                         maximize=False)
 
@@ -97,29 +100,29 @@ def wait_for_copies() -> None:
 
 def split_groups(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
                  share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Split parameter groups into GPU groups and host groups.
+    """Return GPU groups and host groups with the settings of `groups`.
 
     The first master weights that make up at least `share` of all elements move to the host.
 
     Args:
-        groups: AdamW's groups.
-        mains: their master weights.
+        groups: AdamW's groups, each with its master weights under `params`.
+        mains: all master weights, in the order in which they move.
         share: share of elements, 0 to 1.
     """
     sizes = {id(main): main.numel() for main in mains}
-    remaining, moved = share * sum(sizes.values()), set[int]()
+    remaining_elements, moved_ids = share * sum(sizes.values()), set[int]()
     for main_id, size in sizes.items():
-        if remaining > 0:
-            moved.add(main_id)
-            remaining -= size
-    stays: list[dict[str, Any]] = []
-    moves: list[dict[str, Any]] = []
+        if remaining_elements > 0:
+            moved_ids.add(main_id)
+            remaining_elements -= size
+    gpu_groups: list[dict[str, Any]] = []
+    host_groups: list[dict[str, Any]] = []
     for group in groups:
-        on_gpu = [p for p in group["params"] if id(p) not in moved]
-        on_host = [p for p in group["params"] if id(p) in moved]
+        on_gpu = [p for p in group["params"] if id(p) not in moved_ids]
+        on_host = [p for p in group["params"] if id(p) in moved_ids]
         # torch refuses groups without parameters
         if on_gpu:
-            stays.append({**group, "params": on_gpu})
+            gpu_groups.append({**group, "params": on_gpu})
         if on_host:
-            moves.append({**group, "params": on_host})
-    return stays, moves
+            host_groups.append({**group, "params": on_host})
+    return gpu_groups, host_groups

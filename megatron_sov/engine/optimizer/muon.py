@@ -1,4 +1,5 @@
-"""Muon: updates each weight matrix by its orthogonalized momentum, at any layout."""
+"""Muon: updates each weight matrix by its orthogonalized momentum, gathered from the pieces (rectangles of
+the matrix) into which tensor parallelism and ZeRO-1 split it."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ class Muon:
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
         self._config, self._model, self._dtype = config, model.config, model.config.params_dtype
         self._pieces: list[_MatrixPiece] = []
-        self._places: list[MatrixPlace] = []
+        self._positions: list[PiecePosition] = []
         for block, shard in iter_shard_blocks(model, shards):
             flat = shard.main.detach().view(-1)
             matrix = Matrix(block.key, block.offset[:-2], *block.global_shape[-2:])
@@ -58,9 +59,9 @@ class Muon:
                                                  int(piece.data.storage_offset() - flat.storage_offset()),
                                                  shape))
                 row, column = piece.offset[-2:]
-                self._places.append(MatrixPlace(matrix, row, column, shape,
-                                                owned=not any(piece.replica[:-1])))
-        self._exchange = MatrixExchange(self._places, group)
+                self._positions.append(PiecePosition(matrix, row, column, shape,
+                                                     owned=not any(piece.replica[:-1])))
+        self._exchange = MatrixExchange(self._positions, group)
         self._parts: dict[Matrix, list[torch.Tensor]] = {}
         self._scales: dict[Matrix, torch.Tensor] = {}
 
@@ -83,11 +84,11 @@ class Muon:
         """Return a piece's update before orthogonalization: momentum, or Nesterov's combination."""
         piece = self._pieces[number]
         main = piece.shard.main
-        momentum = piece.slice_of(self.state[main][MOMENTUM])
+        momentum = piece.slice_shard(self.state[main][MOMENTUM])
         if not self._config.muon_nesterov:
             return momentum.to(self._dtype)
         assert main.grad is not None, "gradients are taken before the step"
-        return piece.slice_of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
+        return piece.slice_shard(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
 
     def _orthogonalize_matrix(self, matrix: Matrix, update: torch.Tensor) -> torch.Tensor:
         """Return the orthogonalized update of a matrix, part by part."""
@@ -98,10 +99,11 @@ class Muon:
         return result
 
     def _apply_update(self, number: int, update: torch.Tensor) -> None:
-        piece, place = self._pieces[number], self._places[number]
+        piece, position = self._pieces[number], self._positions[number]
         main = piece.shard.main
-        scale = self._get_row_scales(place.matrix)[place.row:place.row + place.shape[0], None].to(main.dtype)
-        piece.slice_of(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
+        scale = self._get_row_scales(position.matrix)[position.row:position.row + position.shape[0],
+                                                      None].to(main.dtype)
+        piece.slice_shard(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
 
     def _get_part_rows(self, matrix: Matrix) -> list[torch.Tensor]:
         if matrix not in self._parts:
@@ -147,7 +149,7 @@ def split_matrix(matrix: Matrix, config: Any) -> list[torch.Tensor]:
 
     Args:
         matrix: a whole weight or one expert's slice.
-        config: the library's `TransformerConfig`.
+        config: Megatron-Core's `TransformerConfig`.
     """
     rows = torch.arange(matrix.rows)
     if matrix.key.endswith("linear_qkv.weight"):
@@ -190,8 +192,8 @@ def compute_update_scale(kind: str, rows: int, columns: int) -> float:
 
 
 @dataclass(frozen=True)
-class MatrixPlace:
-    """A piece's position in the matrix."""
+class PiecePosition:
+    """Position of a piece in its matrix."""
 
     matrix: Matrix
     row: int
@@ -204,19 +206,19 @@ class MatrixPlace:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the piece's view of a whole matrix [rows, columns]."""
-        return whole[self.row:self.row + self.shape[0], self.column:self.column + self.shape[1]]
+    def slice_matrix(self, elements: torch.Tensor) -> torch.Tensor:
+        """Return the piece's view of the elements [rows, columns] of its matrix."""
+        return elements[self.row:self.row + self.shape[0], self.column:self.column + self.shape[1]]
 
 
 @dataclass(frozen=True)
 class _ExchangeRound:
-    """Pieces that a process sends and receives in a round, by process in the group."""
+    """Pieces that a process sends and receives in a round, by rank in the group."""
 
     sent: list[list[int]]
-    """Local piece indices, by the process that computes the matrix."""
-    computed: list[list[MatrixPlace]]
-    """Places of the pieces whose matrices this process computes, by the holding process."""
+    """Indices of local pieces, by the rank that computes their matrix."""
+    computed: list[list[PiecePosition]]
+    """Positions of the pieces whose matrices this process computes, by the rank that holds the piece."""
 
 
 class MatrixExchange:
@@ -229,32 +231,33 @@ class MatrixExchange:
     a piece.)
     """
 
-    def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
-        """Exchange the pieces' places and plan the rounds.
+    def __init__(self, positions: list[PiecePosition], group: dist.ProcessGroup) -> None:
+        """Exchange the pieces' positions and plan the rounds.
 
         Args:
-            places: places of the local pieces.
+            positions: positions of the local pieces.
             group: processes that together hold all pieces of their matrices.
         """
-        self._places, self._group = places, group
+        self._positions, self._group = positions, group
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        places_by_rank: list[list[MatrixPlace]] = gather_objects(places, group)
+        positions_by_rank: list[list[PiecePosition]] = gather_objects(positions, group)
         # sorted by cost, then name: equal on all processes, and matrices of a round take equally long
-        matrices = sorted({p.matrix for rank_places in places_by_rank for p in rank_places},
+        matrices = sorted({p.matrix for rank_positions in positions_by_rank for p in rank_positions},
                           key=lambda m: (-m.cost, m))
         largest = max((m.rows * m.columns for m in matrices), default=1)
-        in_round = size * max(1, ROUND_ELEMENTS // largest)
-        number = {matrix: index for index, matrix in enumerate(matrices)}
+        round_size = size * max(1, ROUND_ELEMENTS // largest)
+        matrix_numbers = {matrix: index for index, matrix in enumerate(matrices)}
         self._rounds = [_ExchangeRound([[] for _ in range(size)], [[] for _ in range(size)])
-                        for _ in range(0, len(matrices), in_round)]
-        for index, piece in enumerate(places):
-            position = number[piece.matrix]
-            self._rounds[position // in_round].sent[position % in_round % size].append(index)
-        for peer, rank_places in enumerate(places_by_rank):
-            for piece in rank_places:
-                position = number[piece.matrix]
-                if position % in_round % size == rank:
-                    self._rounds[position // in_round].computed[peer].append(piece)
+                        for _ in range(0, len(matrices), round_size)]
+        # Each round has `round_size` consecutive matrices, dealt to the ranks of the group in turn.
+        for index, piece in enumerate(positions):
+            number = matrix_numbers[piece.matrix]
+            self._rounds[number // round_size].sent[number % round_size % size].append(index)
+        for peer, rank_positions in enumerate(positions_by_rank):
+            for piece in rank_positions:
+                number = matrix_numbers[piece.matrix]
+                if number % round_size % size == rank:
+                    self._rounds[number // round_size].computed[peer].append(piece)
 
     def run(self, read: Callable[[int], torch.Tensor],
             compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
@@ -268,29 +271,41 @@ class MatrixExchange:
             dtype: dtype of the messages.
         """
         for exchange_round in self._rounds:
-            sent = [_concatenate((read(n) for n in numbers if self._places[n].owned), dtype)
-                    for numbers in exchange_round.sent]
-            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.computed]
-            received = self._exchange_tensors(sent, counts)
-            matrices: dict[Matrix, torch.Tensor] = {}
-            for peer_places, flat in zip(exchange_round.computed, received, strict=True):
-                # only one replica of a piece is sent; every replica receives the result and keeps equal bits
-                owned = [p for p in peer_places if p.owned]
-                for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
-                    matrix_key = place.matrix
-                    if matrix_key not in matrices:
-                        matrices[matrix_key] = torch.empty(matrix_key.rows, matrix_key.columns, dtype=dtype,
-                                                           device=get_local_device())
-                    place.slice_of(matrices[matrix_key]).copy_(part.view(place.shape))
-            results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
-            returned = [_concatenate((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
-                        for peer_places in exchange_round.computed]
-            counts = [sum(self._places[n].size for n in numbers) for numbers in exchange_round.sent]
-            for numbers, flat in zip(exchange_round.sent, self._exchange_tensors(returned, counts),
-                                     strict=True):
-                places = [self._places[n] for n in numbers]
-                for n, place, part in zip(numbers, places, flat.split([p.size for p in places]), strict=True):
-                    write(n, part.view(place.shape))
+            matrices = self._gather_matrices(exchange_round, read, dtype)
+            results = {matrix: compute(matrix, elements) for matrix, elements in matrices.items()}
+            self._return_results(exchange_round, results, write, dtype)
+
+    def _gather_matrices(self, exchange_round: _ExchangeRound, read: Callable[[int], torch.Tensor],
+                         dtype: torch.dtype) -> dict[Matrix, torch.Tensor]:
+        """Return the elements [rows, columns] of the matrices that this process computes in a round."""
+        sent = [_concatenate((read(index) for index in indices if self._positions[index].owned), dtype)
+                for indices in exchange_round.sent]
+        # Only one replica of a piece is sent.
+        owned_by_peer = [[position for position in positions if position.owned]
+                         for positions in exchange_round.computed]
+        sizes_by_peer = [[position.size for position in owned] for owned in owned_by_peer]
+        received = self._exchange_tensors(sent, list(map(sum, sizes_by_peer)))
+        matrices: dict[Matrix, torch.Tensor] = {}
+        for owned, sizes, flat in zip(owned_by_peer, sizes_by_peer, received, strict=True):
+            for position, elements in zip(owned, flat.split(sizes), strict=True):
+                matrix = position.matrix
+                if matrix not in matrices:
+                    matrices[matrix] = torch.empty(matrix.rows, matrix.columns, dtype=dtype,
+                                                   device=get_local_device())
+                position.slice_matrix(matrices[matrix]).copy_(elements.view(position.shape))
+        return matrices
+
+    def _return_results(self, exchange_round: _ExchangeRound, results: dict[Matrix, torch.Tensor],
+                        write: Callable[[int, torch.Tensor], None], dtype: torch.dtype) -> None:
+        """Send each piece of the results to all processes that hold a replica, and write the local pieces."""
+        sent = [_concatenate((p.slice_matrix(results[p.matrix]) for p in positions), dtype)
+                for positions in exchange_round.computed]
+        sizes_by_peer = [[self._positions[index].size for index in indices]
+                         for indices in exchange_round.sent]
+        received = self._exchange_tensors(sent, list(map(sum, sizes_by_peer)))
+        for indices, sizes, flat in zip(exchange_round.sent, sizes_by_peer, received, strict=True):
+            for index, elements in zip(indices, flat.split(sizes), strict=True):
+                write(index, elements.view(self._positions[index].shape))
 
     def _exchange_tensors(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
         """Send a flat tensor to each process; return the tensors received, `counts` elements from each."""
@@ -303,6 +318,7 @@ class MatrixExchange:
                                [item * n for n in counts], [item * len(t) for t in to_each],
                                group=self._group)
         return list(received.split(counts))
+
 
 
 def _concatenate(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -320,7 +336,7 @@ class _MatrixPiece:
     """First element's index in the shard."""
     shape: tuple[int, int]
 
-    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def slice_shard(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the piece's view of a tensor with the shard's layout."""
         count = self.shape[0] * self.shape[1]
         return tensor.view(-1)[self.start:self.start + count].view(self.shape)
@@ -329,7 +345,7 @@ class _MatrixPiece:
 def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     """Return the processes that together hold all parts of the local matrices. Collective over the world.
 
-    For tensor-parallel experts (`parallel.etp`) under ZeRO-1 the library has no such group; it is created
+    For tensor-parallel experts (`parallel.etp`) under ZeRO-1 Megatron-Core has no such group; it is created
     here.
     """
     if not is_expert:
@@ -339,10 +355,12 @@ def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
         return parallel_state.get_expert_tensor_parallel_group()
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
-    place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+    coordinates = (parallel_state.get_pipeline_model_parallel_rank(),
+                   parallel_state.get_expert_model_parallel_rank())
     # not `gather_objects` as imported above: `tests.meta_memory` replaces that name, and this call must stay
-    places = values.gather_objects(place)
-    ranks = [[rank for rank, other in enumerate(places) if other == group_place]
-             for group_place in sorted(set(places))]
+    coordinates_by_rank = values.gather_objects(coordinates)
+    ranks = [[rank for rank,
+              other_coordinates in enumerate(coordinates_by_rank) if other_coordinates == group_coordinates]
+             for group_coordinates in sorted(set(coordinates_by_rank))]
     group, _ = dist.new_subgroups_by_enumeration(ranks)
     return group

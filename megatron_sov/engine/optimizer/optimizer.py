@@ -49,11 +49,13 @@ class Optimizer:
             overlap_param_gather=parallel.overlap_param_gather,
             **{**moment_settings(gpu), **quantized_weights.optimizer_settings(model.config)})
         with state_shards.allow_float64, _select_adamw(model.config.params_dtype), warnings.catch_warnings():
-            # warning from an unused model class that the library imports
+            # warning from an unused model class that Megatron-Core imports
             warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
-            # gloo groups are needed only for the library's own checkpoints
-            self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
-        self.shards = parameter_groups.assign_shards(self.library, model, rules, config, zero1=parallel.zero1,
+            # gloo groups are needed only for Megatron-Core's own checkpoints
+            self.megatron_optimizer = get_megatron_optimizer(settings, self.wrapped,
+                                                             use_gloo_process_groups=False)
+        self.shards = parameter_groups.assign_shards(self.megatron_optimizer, model, rules, config,
+                                                     zero1=parallel.zero1,
                                                      on_host=gpu.optimizer_offload)
         """Shards that this process updates."""
         self._shard_of = {id(shard.parameter): shard for shard in self.shards}
@@ -67,11 +69,11 @@ class Optimizer:
     def zero_grad(self) -> None:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
-        self.library.zero_grad()
+        self.megatron_optimizer.zero_grad()
         # with shared buffers, the next forward pass gathers from gradient memory, once per update
         if self._shares_gradients and self._gather is not None and not parameter_groups.has_gathered(
                 self.wrapped):
-            quantized_weights.fill_gather_buffers(self.library.chained_optimizers)
+            quantized_weights.fill_gather_buffers(self.megatron_optimizer.chained_optimizers)
 
     def step(self, lr: float, accept: Callable[[float], bool] = lambda grad_norm: True) -> float:
         """Clip gradients, update with learning rate `lr`, and return the global gradient norm before
@@ -80,7 +82,7 @@ class Optimizer:
         Args:
             accept: called with the norm; must return the same on every process. False: no update.
         """
-        for group in self.library.param_groups:
+        for group in self.megatron_optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         state_shards.assign_gradients(self.shards)
         grad_norm = self._compute_grad_norm()
@@ -101,9 +103,9 @@ class Optimizer:
         gradients of the second (experts), so all updates come first.
         """
         if not self._shares_gradients:
-            self.library.step_with_ready_grads()
+            self.megatron_optimizer.step_with_ready_grads()
             return
-        for optimizer in self.library.chained_optimizers:
+        for optimizer in self.megatron_optimizer.chained_optimizers:
             if optimizer.optimizer is not None:
                 optimizer.optimizer.step()
         if self._gather is None:
@@ -117,7 +119,7 @@ class Optimizer:
                                                                            self.wrapped)
 
     def _gather_masters(self) -> None:
-        quantized_weights.fill_gather_buffers(self.library.chained_optimizers)
+        quantized_weights.fill_gather_buffers(self.megatron_optimizer.chained_optimizers)
         parameter_groups.gather_parameters(self.wrapped)
 
     def _iter_masters(self, block: LocalShard, parameter: torch.nn.Parameter | None) -> Iterator[LocalShard]:
@@ -129,7 +131,7 @@ class Optimizer:
     @torch.no_grad()
     def _quantize_masters(self) -> None:
         """Quantize FP8 weights from the masters on every process (`quantized_weights`). Collective."""
-        quantized_weights.quantize_local_ranges(self.library.chained_optimizers)
+        quantized_weights.quantize_local_ranges(self.megatron_optimizer.chained_optimizers)
         parameter_groups.gather_parameters(self.wrapped)
 
     @torch.no_grad()
@@ -139,7 +141,7 @@ class Optimizer:
         Megatron-Core sums squares in float32, where the result depends on the layout for many parameters.
         """
         total = torch.zeros((), dtype=torch.float64, device=get_local_device())
-        for optimizer in self.library.chained_optimizers:
+        for optimizer in self.megatron_optimizer.chained_optimizers:
             norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
                      for gradient in optimizer.get_grads_for_grad_norm()
                      for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
@@ -153,7 +155,7 @@ class Optimizer:
     def _clip_gradients(self, grad_norm: float) -> None:
         """Scale all gradients to a norm of at most `clip_grad` (1e-6 as in torch's clip_grad_norm_)."""
         if 0 < self._clip_grad < grad_norm + 1e-6:
-            for optimizer in self.library.chained_optimizers:
+            for optimizer in self.megatron_optimizer.chained_optimizers:
                 gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
                 if gradients:  # empty if all parameters of a stage are frozen
                     torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
@@ -162,7 +164,7 @@ class Optimizer:
         """Update the float32 masters after weights were loaded; masters of FP8 weights were loaded
         themselves."""
         if not self.model.fp8_placeholders:
-            self.library.reload_model_params()
+            self.megatron_optimizer.reload_model_params()
             return
         with torch.no_grad():
             for shard in self.shards:
@@ -192,7 +194,7 @@ def _select_adamw(dtype: torch.dtype) -> Iterator[None]:
         yield
         return
     optimizer_class = torch.optim.AdamW if on_gpu() else CpuAdamW
-    # with the flag at True the library would ignore this attribute
+    # with the flag at True Megatron-Core would ignore this attribute
     library_optimizer.Adam = lambda adam_w_mode, **settings: optimizer_class(**settings)
     library_optimizer.USING_PYTORCH_OPTIMIZER = False
     try:

@@ -60,14 +60,14 @@ def wrap_chunks(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig =
 
 
 def _zero1_layout(chunk: Any, settings: DistributedDataParallelConfig, *, is_first: bool) -> Any:
-    """Return the places of a chunk's parameters in the buffers of ZeRO-1, which the library asks of its
+    """Return the places of a chunk's parameters in the buffers of ZeRO-1, which Megatron-Core asks of its
     callers; None without ZeRO-1."""
     if not settings.use_distributed_optimizer:
         return None
     size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     bucket_size = None
     if settings.overlap_grad_reduce and is_first and parallel_state.get_pipeline_model_parallel_rank() == 0:
-        # the library's own default
+        # Megatron-Core's own default
         bucket_size = settings.bucket_size or max(40_000_000, 1_000_000 * size)
     return DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad], bucket_size, size,
@@ -189,7 +189,7 @@ def assign_shards(library: Any, model: LanguageModel, rules: Rules, config: Opti
                   zero1: bool, on_host: float = 0.0) -> list[StateShard]:
     """Assign every `StateShard` to the optimizer of its `GroupRule` and return the shards. Collective.
 
-    The library creates AdamW for all shards; `ChainedOptimizer` adds Muon or `HostAdamW` for some shards.
+    Megatron-Core creates AdamW for all shards; `ChainedOptimizer` adds Muon or `HostAdamW` for some shards.
 
     Args:
         on_host: share of AdamW's parameters whose masters, moments and update are in host memory.
@@ -230,7 +230,8 @@ def _offload_shards(optimizer: Any, local_shards: list[StateShard], share: float
 
 def _split_by_rule(groups: list[dict[str, Any]],
                    rule_of: dict[int, GroupRule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return AdamW's and Muon's groups: parameters with equal rules, in the order of the library's groups."""
+    """Return AdamW's and Muon's groups: parameters with equal rules, in the order of Megatron-Core's
+    groups."""
     rule_groups: dict[tuple[int, GroupRule], dict[str, Any]] = {}
     for number, group in enumerate(groups):
         for main in group["params"]:

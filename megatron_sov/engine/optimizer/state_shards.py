@@ -90,7 +90,7 @@ def list_shards(optimizer: Any) -> list[StateShard]:
 
 
 def _iter_ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
-    """Yield ranges of parameters in this process's part of the library's buffers (ZeRO-1)."""
+    """Yield ranges of parameters in this process's part of Megatron-Core's buffers (ZeRO-1)."""
     for models, mains in ((optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
                           (optimizer.model_fp32_groups, optimizer.shard_fp32_groups)):
         for model_group, main_group in zip(models, mains, strict=True):
@@ -114,7 +114,7 @@ def _iter_parameters(optimizer: Any) -> Iterator[StateShard]:
 def assign_gradients(shards: Iterable[StateShard]) -> None:
     """Set `grad` of every shard to its part of the reduced gradients.
 
-    As in the library, gradients reduced in bf16 are converted to float32 first.
+    As in Megatron-Core, gradients reduced in bf16 are converted to float32 first.
     """
     to_host = False
     for shard in shards:
@@ -225,14 +225,14 @@ class _AllowFloat64:
 
 
 allow_float64 = _AllowFloat64()
-"""`with allow_float64:` Megatron-Core also creates the distributed optimizer for float64; the library knows
+"""`with allow_float64:` Megatron-Core also creates the distributed optimizer for float64; Megatron-Core knows
 three dtypes by type name."""
 
 
 def set_update_count(shards: Iterable[StateShard], num_updates: int) -> None:
     """Set the number of updates in the state, for AdamW's bias correction.
 
-    Each parameter gets its own counter: the library's loading shares one tensor among all parameters, which
+    Each parameter gets its own counter: Megatron-Core's loading shares one tensor among all parameters, which
     torch's AdamW would then increment once per parameter.
     """
     for shard in shards:

@@ -1,9 +1,9 @@
 """Patches of torch that let unmodified megatron-core run on CPUs (`prepare_megatron`).
 
 `megatron_sov.engine` calls `prepare_megatron()` before any of its modules imports megatron. Each patch is a
-function whose docstring names the library's assumption; patches of the library itself are in
+function whose docstring names Megatron-Core's assumption; patches of Megatron-Core itself are in
 `library_patches`. No part is reimplemented: model, schedules, dispatchers, optimizers and process groups are
-the library's, on CPU tensors.
+Megatron-Core's, on CPU tensors.
 """
 
 from __future__ import annotations

@@ -84,7 +84,6 @@ class PinnedArena:
     """Allocates pinned host memory in few large pieces: torch rounds each allocation up to a power of two."""
 
     def __init__(self, total_bytes: int) -> None:
-        """Prepare for tensors with `total_bytes` in total."""
         self._piece_bytes = min(ARENA_BYTES, total_bytes + _ALIGN_BYTES)
         self._free = torch.empty(0, dtype=torch.uint8)
 

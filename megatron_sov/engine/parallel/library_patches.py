@@ -23,9 +23,10 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 @functools.cache
 def patch_defects() -> None:
-    """Fix the library's defects in this process; call it before building a model.
+    """Fix Megatron-Core's defects in this process; call it before building a model.
 
-    `test_cpu_shims.py::test_the_library_still_needs_the_patch` fails when the library no longer has a defect.
+    `test_cpu_shims.py::test_megatron_core_still_needs_the_patch` fails when Megatron-Core no longer has a
+    defect.
     """
     _patch_norm_marks()
     _patch_empty_experts()

@@ -102,7 +102,7 @@ def find_call_site(kind: str, group: str) -> CallSite:
         if is_sender_file(frame.f_code.co_filename):
             return _build_call_site(kind, group, frame.f_code, frame.f_lineno)
         frame = frame.f_back
-    return CallSite(kind, group, "outside of the library")
+    return CallSite(kind, group, "outside of Megatron-Core")
 
 
 @functools.cache

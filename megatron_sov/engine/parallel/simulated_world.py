@@ -1,4 +1,4 @@
-"""Simulates a layout's processes: a thread per rank, and only a single thread runs at a time.
+"""Simulates the processes of a layout by threads: one per rank, and only one of them runs at a time.
 
 Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
 are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
@@ -52,14 +52,14 @@ _ProcessGroup: Any = dist.ProcessGroup
 class SimulatedRanks:
     """The simulated ranks and their schedule; `run` plays a layout."""
 
-    def __init__(self, size: int, meddle: MessageFault | None = None) -> None:
+    def __init__(self, size: int, fault: MessageFault | None = None) -> None:
         """Store the settings; `run` starts the threads.
 
         Args:
             size: number of ranks.
-            meddle: replaces the work of collective calls, for tests.
+            fault: changes the messages of calls, for tests.
         """
-        self.size, self.meddle = size, meddle
+        self.size, self.fault = size, fault
         self.sites: dict[CallSite, int] = {}
         """Call site -> message count over ranks."""
         self.watch: Callable[[int, CallSite], None] | None = None
@@ -67,12 +67,12 @@ class SimulatedRanks:
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
-        """Cache for the library's rank groups, which depend only on sizes."""
+        """Cache for Megatron-Core's rank groups, which depend only on sizes."""
         self._turns = [_create_acquired_lock() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
         self._states: list[Sequence[Any]] = []
-        self._num_left = size
+        self._num_running = size
         self._is_over = _create_acquired_lock()
         self._failure: BaseException | None = None
 
@@ -89,7 +89,7 @@ class SimulatedRanks:
         suppress_library_warnings()
         results: list[Any] = [None] * self.size
         previous = _read_rank_state()
-        self._states = [_get_initial_state(previous) for _ in range(self.size)]
+        self._states = [_copy_initial_state(previous) for _ in range(self.size)]
 
         def run_rank(rank: int) -> None:
             self._turns[rank].acquire()
@@ -100,11 +100,11 @@ class SimulatedRanks:
             except BaseException as e:
                 self._failure = self._failure or e
             finally:
-                self._num_left -= 1
+                self._num_running -= 1
                 self._run_next()
 
         _use_single_heap()
-        # the library records a model's attention in the environment, for later readers
+        # Megatron-Core records a model's attention in the environment, for later readers
         with (self._defer_signals(), mock.patch.dict(os.environ),
               mock.patch.object(dist, "all_gather_object", _gather_objects)):
             threading.stack_size(STACK_BYTES)
@@ -162,12 +162,12 @@ class SimulatedRanks:
         for number in received[:1]:
             callable_handlers[number](number, None)
 
-    def wait(self, rank: int, holds: Callable[[], bool], what: str) -> None:
+    def wait(self, rank: int, condition: Callable[[], bool], description: str) -> None:
         """Let other ranks run until `holds()` is true."""
         if self._failure is not None:
             raise SystemExit
-        while not holds():
-            self._waiting[rank] = what
+        while not condition():
+            self._waiting[rank] = description
             self._states[rank] = _read_rank_state()
             self._run_next()
             self._turns[rank].acquire()
@@ -184,12 +184,12 @@ class SimulatedRanks:
 
     def _run_next(self) -> None:
         """Let the next ready rank run."""
-        if self._num_left == 0:
+        if self._num_running == 0:
             self._is_over.release()
             return
         if not self._ready and self._failure is None:
-            waiting = [f"rank {rank} in {what}"
-                       for rank, what in sorted(self._waiting.items())[:MAX_NAMED_RANKS]]
+            waiting = [f"rank {rank} in {description}"
+                       for rank, description in sorted(self._waiting.items())[:MAX_NAMED_RANKS]]
             self._failure = Deadlock(f"{len(self._waiting)} of {self.size} processes wait for each other: "
                                      + "; ".join(waiting))
         if self._failure is not None:
@@ -225,16 +225,17 @@ def _add_call_site(site: CallSite) -> Iterator[None]:
 class _PendingWork(dist.Work):
     """`Work` handle for a pending message."""
 
-    def __init__(self, ranks: SimulatedRanks, rank: int, holds: Callable[[], bool], what: str) -> None:
+    def __init__(self, ranks: SimulatedRanks, rank: int, condition: Callable[[], bool],
+                 description: str) -> None:
         super().__init__()
-        self._ranks, self._rank, self._holds, self._what = ranks, rank, holds, what
+        self._ranks, self._rank, self._condition, self._description = ranks, rank, condition, description
 
     def wait(self, timeout: Any = None) -> bool:
-        self._ranks.wait(self._rank, self._holds, self._what)
+        self._ranks.wait(self._rank, self._condition, self._description)
         return True
 
     def is_completed(self) -> bool:
-        return self._holds()
+        return self._condition()
 
 
 class SimulatedGroup(_ProcessGroup):
@@ -282,7 +283,7 @@ class SimulatedGroup(_ProcessGroup):
         if len(call.parts) == len(self._members):
             parts = [call.parts[index] for index in range(len(self._members))]
             with torch.no_grad(), _add_call_site(site):
-                if self._ranks.meddle is None or not self._ranks.meddle(site, parts, work):
+                if self._ranks.fault is None or not self._ranks.fault(site, parts, work):
                     work(parts)
             call.is_done = True
             del self._ranks.calls[key]
@@ -318,8 +319,8 @@ class SimulatedGroup(_ProcessGroup):
 
         def copy_from_root(parts: list[CallPart]) -> None:
             for part in (part for index, part in enumerate(parts) if index != root):
-                for mine, sent in zip(part.outputs, parts[root].inputs, strict=True):
-                    copy_message(mine, sent)
+                for output, sent in zip(part.outputs, parts[root].inputs, strict=True):
+                    copy_message(output, sent)
 
         part = CallPart(detached, detached, how=f"from {self._members[root]}")
         return self._call("broadcast", part, copy_from_root)
@@ -328,8 +329,8 @@ class SimulatedGroup(_ProcessGroup):
                   opts: Any = None) -> dist.Work:
         def copy_to_all(parts: list[CallPart]) -> None:
             for part in parts:
-                for mine, sender in zip(part.outputs, parts, strict=True):
-                    copy_message(mine, sender.inputs[0])
+                for output, sender in zip(part.outputs, parts, strict=True):
+                    copy_message(output, sender.inputs[0])
 
         return self._call("allgather", CallPart(detach_tensors(inputs), detach_tensors(outputs[0])),
                           copy_to_all)
@@ -384,22 +385,22 @@ class SimulatedGroup(_ProcessGroup):
         def exchange_rows(parts: list[CallPart]) -> None:
             sent = [part.inputs[0].split(part.input_sizes) for part in parts]
             for index, part in enumerate(parts):
-                for sender, mine in enumerate(part.outputs[0].split(part.output_sizes)):
-                    copy_message(mine, sent[sender][index])
+                for sender, output_rows in enumerate(part.outputs[0].split(part.output_sizes)):
+                    copy_message(output_rows, sent[sender][index])
 
         return self._call("alltoall", part, exchange_rows)
 
-    def _sizes(self, given: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
+    def _sizes(self, sizes_or_none: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
         """Return the rows per member; equal parts by default."""
-        sizes = [int(size) for size in given] if given is not None else []
+        sizes = [int(size) for size in sizes_or_none] if sizes_or_none is not None else []
         return sizes or [len(tensor) // self.size()] * self.size()
 
     def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor],
                  opts: Any = None) -> dist.Work:
         def exchange_tensors(parts: list[CallPart]) -> None:
             for index, part in enumerate(parts):
-                for mine, sender in zip(part.outputs, parts, strict=True):
-                    copy_message(mine, sender.inputs[index])
+                for output, sender in zip(part.outputs, parts, strict=True):
+                    copy_message(output, sender.inputs[index])
 
         return self._call("alltoall", CallPart(detach_tensors(inputs), detach_tensors(outputs)),
                           exchange_tensors)
@@ -415,8 +416,8 @@ class SimulatedGroup(_ProcessGroup):
         root = int(opts.rootRank)
 
         def copy_to_root(parts: list[CallPart]) -> None:
-            for mine, sender in zip(parts[root].outputs, parts, strict=True):
-                copy_message(mine, sender.inputs[0])
+            for output, sender in zip(parts[root].outputs, parts, strict=True):
+                copy_message(output, sender.inputs[0])
 
         targets = detach_tensors(outputs[0]) if outputs else []
         part = CallPart(detach_tensors(inputs), targets, how=f"to {self._members[root]}")
@@ -443,17 +444,17 @@ class SimulatedGroup(_ProcessGroup):
     def recv(self, tensors: list[torch.Tensor], sender: int, tag: int = 0) -> dist.Work:
         site = self._site("recv")
         box = self._ranks.mail.setdefault((self._key, sender, self._index, tag), deque())
-        mine = detach_tensors(tensors)
+        outputs = detach_tensors(tensors)
         message: list[torch.Tensor] = []
 
         def has_message() -> bool:
             if not message and box:
                 message.extend(box.popleft()[1])
                 with _add_call_site(site):
-                    for tensor, sent in zip(mine, message, strict=True):
+                    for tensor, sent in zip(outputs, message, strict=True):
                         copy_message(tensor, sent)
-                if self._ranks.meddle is not None:
-                    self._ranks.meddle(site, [CallPart(mine, mine)], lambda parts: None)
+                if self._ranks.fault is not None:
+                    self._ranks.fault(site, [CallPart(outputs, outputs)], lambda parts: None)
             return bool(message)
 
         return _PendingWork(self._ranks, self._rank, has_message,
@@ -534,21 +535,22 @@ def _list_rank_attributes() -> tuple[tuple[Any, str], ...]:
     return *groups, *states, (MTPLossLoggingHelper, "tracker"), (distributed_c10d, "_world")
 
 
-def _get_initial_state(previous: Sequence[Any]) -> Sequence[Any]:
+def _copy_initial_state(previous: Sequence[Any]) -> Sequence[Any]:
     """Return initial values for `_list_rank_attributes`; objects that this process already created are not
     shared."""
     initial: dict[tuple[Any, str], Any] = {
         (random, _RANDOM_STATES[0]): None, (random, _RANDOM_STATES[1]): False,
         (MTPLossLoggingHelper, "tracker"): {}}
-    return [initial.get(place, value) for place, value in zip(_list_rank_attributes(), previous, strict=True)]
+    return [initial.get(attribute, value) for attribute,
+            value in zip(_list_rank_attributes(), previous, strict=True)]
 
 
 def _read_rank_state() -> Sequence[Any]:
     return [getattr(owner, name) for owner, name in _list_rank_attributes()]
 
 
-def _write_rank_state(own: Sequence[Any]) -> None:
-    for (owner, name), value in zip(_list_rank_attributes(), own, strict=True):
+def _write_rank_state(state: Sequence[Any]) -> None:
+    for (owner, name), value in zip(_list_rank_attributes(), state, strict=True):
         setattr(owner, name, value)
 
 

@@ -1,6 +1,6 @@
 """The C++ extension with which megatron-core recomputes norms and expert activations.
 
-The library compiles it in the first backward pass: on all ranks at once, in one folder of the user's home,
+Megatron-Core compiles it in the first backward pass: on all ranks at once, in one folder of the user's home,
 under a lock file of torch that a killed rank leaves there, so that later runs wait without end.  Here the
 first rank of each node compiles it before the first step, in a temporary folder; the finished file is then
 renamed, which needs no lock.
@@ -32,7 +32,7 @@ from megatron_sov.engine.parallel.world import run_on_each_rank
 
 NAME = "share_storage_ext"
 RECOMPUTED_BY_EXTENSION = {"layernorm", "moe_act"}
-"""`gpu.recompute_modules` values whose outputs the library frees and recomputes in place."""
+"""`gpu.recompute_modules` values whose outputs Megatron-Core frees and recomputes in place."""
 TOOLS_COMMAND = "apt-get install g++ ninja-build"
 OTHER_MODULES = 'recompute other modules (gpu.recompute_modules=["moe"])'
 

@@ -98,7 +98,7 @@ def join_world(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
 
 def suppress_library_warnings() -> None:
     """Suppress library warnings that a user cannot act on."""
-    # the library uses deprecated torch names
+    # Megatron-Core uses deprecated torch names
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # experts have their own tensor-parallel size, which may be 1
     warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model")
@@ -139,7 +139,7 @@ def create_groups(parallel: ParallelConfig) -> None:
             parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
             expert_tensor_parallel_size=parallel.etp,
-            # gloo groups are needed only for the library's own checkpoints
+            # gloo groups are needed only for Megatron-Core's own checkpoints
             create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
 

@@ -43,13 +43,16 @@ class NeedleDocuments:
 
     def max_needles(self, form: NeedleForm) -> int:
         """Return the maximum needles in a document in a language, with at least a question."""
-        room, questions = self.length_tokens // form.needle_tokens(test=False), self.settings.train_questions
+        num_sentences = self.length_tokens // form.needle_tokens(test=False)
+        questions = self.settings.train_questions
         # by default, needles fill the share that distractors have in the test
-        densest = max(MIN_DENSEST, int(self.settings.distractor_share * room))
+        densest = max(MIN_DENSEST, int(self.settings.distractor_share * num_sentences))
         num_needles = self.settings.train_needles or densest
         # a question repeats a needle; up to `train_questions` needles have a question
-        return min(num_needles, room // 2 if room // 2 <= questions else room - questions,
-                   len(form.pairs[False]))
+        num_fitting = num_sentences - questions
+        if num_sentences // 2 <= questions:
+            num_fitting = num_sentences // 2
+        return min(num_needles, num_fitting, len(form.pairs[False]))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -93,19 +96,19 @@ def _build_document(documents: NeedleDocuments, document: int) -> tuple[np.ndarr
     num_questions = min(num_needles, settings.train_questions)
     sentence_tokens = (num_needles + num_questions) * len(statements[0])
     text = haystack.text(generator, documents.length_tokens - sentence_tokens)
-    places = np.sort(generator.integers(0, len(text) + 1, num_needles))
+    positions = np.sort(generator.integers(0, len(text) + 1, num_needles))
     # shuffle the questions: copying the context in order must not suffice
     question_order = generator.permutation(num_needles)
     if generator.random() < LAST_NEEDLE_SHARE:
         # Positions are sorted: move the last needle to the end of the text, and ask for it first.
-        places[-1] = len(text)
+        positions[-1] = len(text)
         others = question_order[question_order != num_needles - 1]
         question_order = np.concatenate([[num_needles - 1], others])
     statement_weights = _compute_weights(settings, slots, (0.0, 0.0))
     question_weights = _compute_weights(settings, slots, (0.0, settings.answer_weight))
     text_weights = np.full(len(text), settings.text_weight, np.float32)
-    tokens = insert_sentences(text, statements, places.tolist())
-    weights = insert_sentences(text_weights, [statement_weights] * num_needles, places.tolist())
+    tokens = insert_sentences(text, statements, positions.tolist())
+    weights = insert_sentences(text_weights, [statement_weights] * num_needles, positions.tolist())
     questions = (statements[i] for i in question_order[:num_questions])
     weights_of_questions = [question_weights] * num_questions
     return np.concatenate([tokens, *questions]), np.concatenate([weights, *weights_of_questions])

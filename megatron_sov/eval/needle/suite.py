@@ -28,7 +28,7 @@ BATCH_TOKENS = 1 << 21
 
 @dataclass(frozen=True)
 class Cell:
-    """Result for a `Cell`. Gates and reports read the field names."""
+    """Result for a kind, language, length and depth. Gates and reports read the field names."""
 
     kind: NeedleKind
     language: Language
@@ -118,8 +118,7 @@ class NeedleSuite:
                     yield [*slots[0], *pair.tolist()]
 
     def examples(self) -> Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]:
-        """Yield (`Haystack`, cell per example, examples) in cell order, at most `BATCH_TOKENS` prompt tokens
-        at a time."""
+        """Yield (haystack, cell per example, examples) in cell order, up to `BATCH_TOKENS` prompt tokens."""
         for kind, haystack, length in self._iter_rows():
             positions = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
             chunk_size = max(1, BATCH_TOKENS // length)
@@ -180,15 +179,14 @@ class Example:
 
 
 def insert_sentences(text: np.ndarray, inserts: Sequence[Sequence[int] | np.ndarray],
-          places: Sequence[int]) -> np.ndarray:
-    """Insert sentences into a text, or sentence weights into text weights; equal positions keep the argument
-    order."""
+                     positions: Sequence[int]) -> np.ndarray:
+    """Insert sentences (or their weights) into a text; equal positions keep the argument order."""
     parts: list[Sequence[int] | np.ndarray] = []
-    last = 0
-    for i in np.argsort(np.array(places), kind="stable").tolist():
-        parts += [text[last:places[i]], inserts[i]]
-        last = places[i]
-    return np.concatenate([*parts, text[last:]])
+    start = 0
+    for i in np.argsort(np.array(positions), kind="stable").tolist():
+        parts += [text[start:positions[i]], inserts[i]]
+        start = positions[i]
+    return np.concatenate([*parts, text[start:]])
 
 
 def build_example(haystack: Haystack, generator: np.random.Generator, length: int, depth: float,
@@ -210,8 +208,8 @@ def build_example(haystack: Haystack, generator: np.random.Generator, length: in
     # The text fills the remaining length.
     text = haystack.text(generator, length - sum(map(len, needles)) - len(question) - PAIR_TOKENS)
     # `depth` places the requested needle; distractors are anywhere.
-    places = [round(depth * len(text)), *generator.integers(0, len(text) + 1, num_distractors).tolist()]
-    return Example([*insert_sentences(text, needles, places).tolist(), *question], values[0].tolist())
+    positions = [round(depth * len(text)), *generator.integers(0, len(text) + 1, num_distractors).tolist()]
+    return Example([*insert_sentences(text, needles, positions).tolist(), *question], values[0].tolist())
 
 
 def count_distractors(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
@@ -219,10 +217,11 @@ def count_distractors(kind: NeedleKind, form: NeedleForm, length: int, share: fl
     the context is too short for the kind."""
     min_distractors = 0 if kind == "single" else MIN_DISTRACTORS
     needle_tokens = form.needle_tokens(test=True)
-    fixed = 2 * needle_tokens + PAIR_TOKENS
-    if length < fixed + min_distractors * needle_tokens:
+    fixed_tokens = 2 * needle_tokens + PAIR_TOKENS  # requested needle, question and answer
+    min_tokens = fixed_tokens + min_distractors * needle_tokens
+    if length < min_tokens:
         raise UserError(f"needle length {length}: needles and question of kind {kind} in {form.language} "
-                        f"need {fixed + min_distractors * needle_tokens} tokens; test longer contexts")
-    keys = len(form.pairs[True]) // 2 - 8
+                        f"need {min_tokens} tokens; test longer contexts")
+    max_keys = len(form.pairs[True]) // 2 - 8
     num_distractors = 0 if kind == "single" else max(min_distractors, int(share * length) // needle_tokens)
-    return min(num_distractors, (length - fixed) // needle_tokens, max(min_distractors, keys))
+    return min(num_distractors, (length - fixed_tokens) // needle_tokens, max(min_distractors, max_keys))

@@ -61,13 +61,12 @@ SCRIPT_SHARE = 0.3
 
 
 def fill_slots(slots: Slots, *pairs: np.ndarray) -> list[int]:
-    """Insert pairs [2] into the slots of a phrase; with fewer pairs, the phrase ends before the first empty
-    slot."""
+    """Insert pairs [2] into the slots of a phrase, which ends before the first empty slot."""
     ids = list(slots[0])
-    for place, pair in enumerate(pairs, start=1):
+    for i, pair in enumerate(pairs, start=1):
         ids += pair.tolist()
-        if place < len(pairs) or place == len(slots) - 1:
-            ids += slots[place]
+        if i < len(pairs) or i == len(slots) - 1:
+            ids += slots[i]
     return ids
 
 
@@ -117,13 +116,12 @@ def build_needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
         raise UserError(f"{tokenizer_folder}: only {len(words)} of its tokens are whole words, "
                         f"needles need {MIN_WORDS}; train a tokenizer with a larger vocabulary")
 
-    def slots(text: str) -> Slots:
+    def encode_phrase(text: str) -> Slots:
         return tuple(tuple(tokenizer.encode(part, add_special_tokens=False).ids) if part else ()
                      for part in text.split(SLOT))
 
-    return NeedleForm(language,
-                      {test: tuple(map(slots, list_phrases(language, test=test))) for test in (True, False)},
-                      tuple(words), special)
+    sentences = {test: tuple(map(encode_phrase, list_phrases(language, test=test))) for test in (True, False)}
+    return NeedleForm(language, sentences, tuple(words), special)
 
 
 def list_special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -295,7 +295,6 @@ class Fleet:
                 self._start_thread(self._run_tasks)
 
     def _run_tasks(self) -> None:
-        """Run assigned tasks in sequence."""
         while (assigned := self._assigned.get()) is not None:
             self._run_task(*assigned)
 

@@ -84,7 +84,7 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
         config = build_inference_config(path, settings, nproc, option)
         report_precision(target.path, "megatron", config.train.precision)
 
-        def rank() -> int:
+        def run_rank() -> int:
             place = world.join_world(config.parallel)
             try:
                 value = work(LoadedModel(load_forward_model(path, config), config, place))
@@ -97,7 +97,7 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
                 world.leave_world()
             return 0
 
-        code = launcher.launch_ranks(rank, nproc, config.train.num_threads)
+        code = launcher.launch_ranks(run_rank, nproc, config.train.num_threads)
         if code != 0:
             raise SystemExit(code)
         if not is_first_rank():

@@ -216,7 +216,6 @@ class ServerProcess:
             self._process.end(patience_s)
 
     def build_command(self, port: int) -> list[str]:
-        """Return the server's command line."""
         settings = self._settings
         words = [*self._command, str(self._folder), "--served-model-name", "policy", "--host",
                  self._host, "--port", str(port), "--enable-scale-out",

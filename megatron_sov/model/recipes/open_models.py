@@ -166,7 +166,6 @@ TRAINING_SOURCES: Sources = read_sources("training of open models")
 
 
 def moe_sources(released: str) -> Sources:
-    """Return the sources for a model with experts."""
     return {
         "model.*": config_json(released), "model.router_bias_update_rate": DEFAULT,
         "model.seq_aux_loss_coeff": ours("router_aux_loss_coef in config.json, for our form of the loss"),

@@ -38,7 +38,6 @@ def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
 
 
 def _sources(base: Sources, values: Values) -> Sources:
-    """Return the sources for such a recipe."""
     return derive_sources(base, {
         **{key: source for key, (_, source) in values.items()}, "data.phases.*": DEFAULT,
         "data.phases.*.name": ours("rounds are the phases"),

@@ -37,15 +37,13 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 _REMEDY = "make the codec again, or restore it from a copy"
 
 
-def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, Any] | None = None,
-               overwrite: bool = False) -> None:
+def save_codec(path: Path, kind: str, codec: nn.Module, *, overwrite: bool = False) -> None:
     """Write a codec folder.
 
     Args:
         path: output folder.
         kind: key of `CODEC_CLASSES`.
         codec: network with `.settings`.
-        facts: further manifest content, such as figures on held-out media.
         overwrite: replace an existing codec.
 
     Raises:
@@ -56,7 +54,7 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
         state = {name: tensor.detach().cpu().clone().contiguous()
                  for name, tensor in codec.state_dict().items()}
         save_file(state, writer.path / WEIGHTS)
-        writer.content = {"codec": kind, "config": to_plain_values(codec.settings), **(facts or {})}
+        writer.content = {"codec": kind, "config": to_plain_values(codec.settings)}
 
 
 def open_codec(folder: str | Path, device: str | torch.device = "cpu") -> Any:

@@ -9,7 +9,7 @@ a reply becomes a single sound, as in the authors' serving code (OmniServe, `ext
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,8 +225,6 @@ class ImagePart:
 
     tokens: tuple[int, ...]
     """Image codebook entries, row by row."""
-    ratio: tuple[int, int] = (1, 1)
-    """Aspect ratio, (width, height)."""
     complete: bool = True
     """The end mark followed the entries."""
 
@@ -243,9 +241,7 @@ class MarkIds:
     audio: tuple[int | None, ...] = (None, None)
     """Start and end mark around discrete speech; None: missing from the vocabulary."""
     in_image: frozenset[int] = frozenset()
-    """End-of-line and end-of-frame marks."""
-    ratios: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Token id -> aspect ratio, (width, height)."""
+    """Aspect ratios, end-of-line and end-of-frame marks."""
 
     @staticmethod
     def from_vocabulary(find_token_id: Callable[[str], int | None]) -> MarkIds:
@@ -254,11 +250,10 @@ class MarkIds:
         Args:
             find_token_id: function from a token to its id; None for unknown tokens.
         """
-        ratios = {token_id: ratio for ratio in media_tokens.RATIOS
-                  if (token_id := find_token_id(media_tokens.ratio_token(*ratio))) is not None}
-        line_marks = map(find_token_id, (media_tokens.END_OF_LINE, media_tokens.END_OF_FRAME))
+        ratios = [media_tokens.ratio_token(width, height) for width, height in media_tokens.RATIOS]
+        in_image = map(find_token_id, (*ratios, media_tokens.END_OF_LINE, media_tokens.END_OF_FRAME))
         return MarkIds(tuple(map(find_token_id, DISCRETE_IMAGE)), tuple(map(find_token_id, DISCRETE_AUDIO)),
-                       frozenset(mark for mark in line_marks if mark is not None), ratios)
+                       frozenset(mark for mark in in_image if mark is not None))
 
 
 def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: MarkIds) -> list[ReplyPart]:
@@ -278,7 +273,6 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
     parts = list[ReplyPart]()
     start, end = marks.image
     picture: list[int] | None = None
-    ratio = (1, 1)
     run_part: type[TextPart] | type[AudioPart] = TextPart
     run = list[int]()  # text or speech: a tuple extended per token would copy all earlier tokens
 
@@ -288,11 +282,11 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
             run.clear()
 
     def end_picture(complete: bool) -> None:
-        nonlocal picture, ratio
+        nonlocal picture
         if picture is not None:
             end_run()
-            parts.append(ImagePart(tuple(picture), ratio, complete))
-        picture, ratio = None, (1, 1)
+            parts.append(ImagePart(tuple(picture), complete))
+        picture = None
 
     for token_id in ids:
         # An entry without start mark opens a picture too, because a vocabulary may have no marks.
@@ -304,8 +298,7 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
             end_picture(complete=False)
             picture = []
             continue
-        if picture is not None and (token_id in marks.in_image or token_id in marks.ratios):
-            ratio = marks.ratios.get(token_id, ratio)
+        if picture is not None and token_id in marks.in_image:
             continue
         # Any other token ends an open picture, which only the end mark makes complete.
         end_picture(complete=token_id == end)

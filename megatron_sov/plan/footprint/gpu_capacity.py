@@ -39,19 +39,16 @@ DRIVER_FILE = "/dev/nvidiactl"
 """NVIDIA's device file: a machine with the file has GPUs, even without `nvidia-smi`."""
 
 
-def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig | None = None
-                       ) -> tuple[int, MemoryAccount]:
+def find_fullest_stage(config: RunConfig, num_ranks: int) -> tuple[int, MemoryAccount]:
     """Return the pipeline stage (0-based) with the fullest processes, and their `MemoryAccount`, at the
     longest samples.
 
-    Args:
-        config: the run.
-        num_ranks: number of processes.
-        teacher: model on the same GPUs; None: the recipe's teacher, or one as large as the student, if rounds
-            learn distributions.
+    Rounds that learn distributions have a teacher on the same GPUs: the recipe's teacher, or one as large as
+    the student.
     """
     longest = max(phase.seq_len for phase in config.data.phases)
-    if teacher is None and config.objective.name == "policy" and config.policy.learns_distributions:
+    teacher = None
+    if config.objective.name == "policy" and config.policy.learns_distributions:
         teacher_recipe = TEACHERS.get(config.recipe)
         teacher = recipes.get(teacher_recipe).model if teacher_recipe else config.model
     best: tuple[int, MemoryAccount] | None = None

@@ -206,9 +206,9 @@ def select_steps(schedule: Schedule, num_even_steps: int) -> list[int]:
     return sorted(steps | {step for turn in turns for step in (turn - 1, turn) if 0 <= step <= last})
 
 
-def build_timetable(config: RunConfig, num_even_steps: int = NUM_EVEN_STEPS) -> list[TimetableRow]:
+def build_timetable(config: RunConfig) -> list[TimetableRow]:
     schedule = Schedule(config)
-    steps = select_steps(schedule, num_even_steps)
+    steps = select_steps(schedule, NUM_EVEN_STEPS)
     rates = [schedule.learning_rate(step) for step in steps]
     # A run with a single step may have rate 0, the end of its decay.
     highest = max(rates) or 1.0

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_sov.base.figures import format_count, format_days, format_money, format_seconds, format_share
+from megatron_sov.base.figures import (
+    align_columns, format_count, format_days, format_money, format_seconds, format_share)
 from megatron_sov.work.clusters.units import GIB, HOURS_PER_DAY, SECONDS_PER_DAY
 
 COMPONENTS = {"memory": "memory-bound", "launch": "kernel launches", "bubble": "pipeline bubble"} | {
@@ -229,13 +230,8 @@ def list_notes(quotes: Sequence[Quote]) -> list[str]:
 
 def format_table(table: QuoteTable) -> str:
     """Format a table for a terminal: names left-aligned, figures right-aligned."""
-    rows = [table.head, *table.rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(table.head))]
-    lines = [f"{table.title}:"]
-    for row in rows:
-        figures = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  " + "  ".join([row[0].ljust(widths[0]), *figures]).rstrip())
-    return "\n".join(lines)
+    lines = align_columns([table.head, *table.rows], left=(0,)).split("\n")
+    return "\n".join([f"{table.title}:", *(f"  {line}" for line in lines)])
 
 
 def label_groups(groups: list[list[Quote]]) -> list[str]:

@@ -178,7 +178,6 @@ def plan_parts(sources: list[Source], splits: tuple[str, ...], part_tokens: int)
 
 def build_content(parts: list[StatesPart], hidden_size: int, vocab_size: int, state_format: StateFormat,
                   logits_softcap: float | None = None) -> dict[str, Any]:
-    """Return the manifest content."""
     return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
             **asdict(state_format),
             "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}

@@ -15,8 +15,7 @@ def max_violation(load: ExpertLoads) -> npt.NDArray[np.float64]:
 
 
 def load_entropy(load: ExpertLoads) -> npt.NDArray[np.float64]:
-    """Return the load entropy per layer divided by ``ln(experts)``: 1 for uniform load, 0 for a single
-    expert."""
+    """Return the load entropy per layer over ``ln(experts)``: 1 for uniform load, 0 for one expert."""
     if load.shape[1] < 2:
         return np.ones(len(load))
     share = load / load.sum(axis=1, keepdims=True)

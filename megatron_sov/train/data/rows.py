@@ -1,5 +1,7 @@
-"""Packed rows: tokens, labels, document bounds, loss weights and types of samples, joined to this rank's
-batches, which a thread prepares ahead."""
+"""Packed rows, and this rank's batches of them, which a thread prepares ahead.
+
+A row has the tokens and labels of samples; a segment is a range of tokens of one document.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from megatron_sov.train.data.token_shards import Documents
 
 
 class RowOrigin(NamedTuple):
-    """Source and document for a row's segment."""
+    """Source and document of a segment in a row."""
 
     first: int
     """Row index of the segment's first token."""
@@ -70,7 +72,7 @@ def build_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id:
     The last token of a segment has a label if the document continues. `columns` missing from the documents
     are 0. `routes` is the shape of the documents' routes.
     """
-    numbers = {name: np.zeros(seq_len, np.float32) for name in columns}
+    column_values = {name: np.zeros(seq_len, np.float32) for name in columns}
     tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
     weights, types = np.zeros(seq_len, np.float32), np.zeros(seq_len, np.uint8)
     positions, indices = np.empty(seq_len, np.int64), _get_positions(seq_len)
@@ -80,32 +82,32 @@ def build_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id:
     for document, start, count in sample.segments:
         first, end = bounds[-1], bounds[-1] + count
         length = documents.lengths[document]
-        # one more token if the document has it: the label of the segment's last token
+        # Read one more token if the document has it: the label of the segment's last token.
         has_next = start + count < length
         ids = documents.tokens(document, start, count + 1 if has_next else count)
-        labelled = slice(first, first + len(ids) - 1)
-        tokens[first:end], labels[labelled], positions[first:end] = ids[:count], ids[1:], indices[:count]
+        label_range = slice(first, first + len(ids) - 1)
+        tokens[first:end], labels[label_range], positions[first:end] = ids[:count], ids[1:], indices[:count]
         if documents.is_plain:
-            weights[labelled] = 1
+            weights[label_range] = 1
         else:
-            weights[labelled] = documents.loss_weights(document, start + 1, len(ids) - 1)
-            types[labelled] = documents.types(document, start + 1, len(ids) - 1)
+            weights[label_range] = documents.loss_weights(document, start + 1, len(ids) - 1)
+            types[label_range] = documents.types(document, start + 1, len(ids) - 1)
         for name in columns:
             if name in documents.columns:
-                numbers[name][labelled] = documents.column(name, document, start + 1, len(ids) - 1)
+                column_values[name][label_range] = documents.column(name, document, start + 1, len(ids) - 1)
         if token_routes is not None:  # routes belong to tokens, columns to labels
             token_routes[first:end] = documents.routes(document, start, count)
         encoder_inputs.append((first, get_encoder_inputs(documents, document, start, count)))
         bounds.append(end)
-    for first, context in zip(bounds, sample.contexts, strict=False):
-        weights[first:first + context] = 0
-    filled = bounds[-1]
-    if filled < seq_len:
-        positions[filled:] = indices[:seq_len - filled]
+    for first, num_context in zip(bounds, sample.contexts, strict=False):
+        weights[first:first + num_context] = 0  # another sample has these labels
+    num_filled = bounds[-1]
+    if num_filled < seq_len:
+        positions[num_filled:] = indices[:seq_len - num_filled]
         bounds.append(seq_len)
     return PackedRow(tokens, labels, weights, positions, types,
                      sources=np.full(seq_len, sample.source, np.int64),
-                     padding=indices >= filled, bounds=np.array(bounds, np.int32), columns=numbers,
+                     padding=indices >= num_filled, bounds=np.array(bounds, np.int32), columns=column_values,
                      routes=token_routes, encoder_inputs=join_inputs(encoder_inputs) or None,
                      origins=tuple(RowOrigin(first, sample.source, segment) for first, segment in zip(
                          bounds, sample.segments, strict=False)))
@@ -117,7 +119,6 @@ def _get_positions(seq_len: int) -> np.ndarray:
 
 
 def join_rows(rows: list[PackedRow]) -> PackedRow:
-    """Concatenate rows into one."""
     if len(rows) == 1:
         return rows[0]
     starts = np.cumsum([0] + [len(r.tokens) for r in rows[:-1]])
@@ -126,20 +127,22 @@ def join_rows(rows: list[PackedRow]) -> PackedRow:
     fields = {name: np.concatenate([getattr(r, name) for r in rows])
               for name in ("tokens", "labels", "weights", "positions", "types", "sources", "padding")}
     columns = {name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns}
-    origins = tuple(o._replace(first=o.first + int(s)) for r, s in zip(rows, starts, strict=True)
-                    for o in r.origins)
-    return PackedRow(**fields, bounds=bounds, columns=columns, origins=origins, routes=_join_routes(rows),
+    origins: list[RowOrigin] = []
+    for row, start in zip(rows, starts, strict=True):
+        origins += [origin._replace(first=origin.first + int(start)) for origin in row.origins]
+    return PackedRow(**fields, bounds=bounds, columns=columns, origins=tuple(origins),
+                     routes=_join_routes(rows),
                      encoder_inputs=join_inputs((int(s), r.encoder_inputs)
                                                 for r, s in zip(rows, starts, strict=True)) or None)
 
 
 def _join_routes(rows: list[PackedRow]) -> np.ndarray | None:
     """Concatenate the rows' routes, marking missing routes as unknown; return None if no row has routes."""
-    first = next((row.routes for row in rows if row.routes is not None), None)
-    if first is None:
+    routes = next((row.routes for row in rows if row.routes is not None), None)
+    if routes is None:
         return None
-    unknown = np.iinfo(first.dtype).max
-    return np.concatenate([np.full((len(row.tokens), *first.shape[1:]), unknown, first.dtype)
+    unknown_expert = np.iinfo(routes.dtype).max
+    return np.concatenate([np.full((len(row.tokens), *routes.shape[1:]), unknown_expert, routes.dtype)
                            if row.routes is None else row.routes for row in rows])
 
 
@@ -152,27 +155,27 @@ def build_heldout_samples(documents: Documents, source: int, seq_len: int,
     perplexity), so that labels after the first window have at least half a window of context.
     """
     contexts: dict[PackedSegment, int] = {}
-    for part in _iter_first_documents(documents, max_tokens):
-        contexts.update(_iter_windows(part, int(documents.lengths[part.document]), seq_len))
+    for beginning in _iter_first_documents(documents, max_tokens):
+        contexts.update(_iter_windows(beginning, int(documents.lengths[beginning.document]), seq_len))
     return [OrderedSample(source, row, tuple(contexts[window] for window in row))
             for row in pack_best_fit(contexts, seq_len)]
 
 
-def _iter_windows(part: PackedSegment, length: int, seq_len: int) -> Iterator[tuple[PackedSegment, int]]:
+def _iter_windows(beginning: PackedSegment, length: int, seq_len: int) -> Iterator[tuple[PackedSegment, int]]:
     """Yield windows with at most `seq_len` tokens over `part`, and the number of labels in earlier windows.
 
     `part` begins a document of `length` tokens.
     """
-    if part.count <= seq_len:
-        yield part, 0
+    if beginning.count <= seq_len:
+        yield beginning, 0
         return
-    num_labels = min(part.count, length - 1)
-    yield PackedSegment(part.document, 0, seq_len), 0
+    num_labels = min(beginning.count, length - 1)
+    yield PackedSegment(beginning.document, 0, seq_len), 0
     stride, num_counted = max(1, seq_len // 2), seq_len
     while num_counted < num_labels:
         # the last window has full length, too, for the context
         end = min(num_counted + stride, num_labels)
-        yield PackedSegment(part.document, end - seq_len, seq_len), num_counted - (end - seq_len)
+        yield PackedSegment(beginning.document, end - seq_len, seq_len), num_counted - (end - seq_len)
         num_counted = end
 
 
@@ -188,10 +191,10 @@ def _iter_first_documents(documents: Documents, max_tokens: int) -> Iterator[Pac
 
 @dataclass(frozen=True)
 class RankBatch:
-    """This rank's part in a global batch."""
+    """This rank's part of a global batch."""
 
     entry: LedgerEntry
-    """Ledger entry."""
+    """Ledger entry (settings of the data order) that holds for the step."""
     rows: tuple[PackedRow, ...]
     """One joined row per micro-batch; () if `entry.skip` is set."""
     num_samples: int
@@ -229,16 +232,16 @@ class BatchStream:
         self._multiple = dp_size * (config.parallel.pp if config.parallel.vpp > 1 else 1)
         self._prefetch = config.data.prefetch_steps
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._ahead: deque[Future[RankBatch]] = deque()
+        self._futures: deque[Future[RankBatch]] = deque()
 
     def next(self) -> RankBatch:
         """Return the next batch, and start preparing later batches."""
         # submits the next batch and `prefetch_steps` more, unless their round is not open
-        while (self._remaining > 0 and len(self._ahead) <= self._prefetch
+        while (self._remaining > 0 and len(self._futures) <= self._prefetch
                and self.order.is_ready(self._num_steps - self._remaining)):
-            self._ahead.append(self._worker.submit(self._prepare_batch))
+            self._futures.append(self._worker.submit(self._prepare_batch))
             self._remaining -= 1
-        return self._ahead.popleft().result()
+        return self._futures.popleft().result()
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
@@ -251,10 +254,10 @@ class BatchStream:
             # empty samples at the end give every rank an equal number of micro-batches, or a collective
             # would hang
             num_empty = -len(samples) % (size * self._multiple)
-            filled = samples + [OrderedSample(samples[0].source, ())] * num_empty
-            micro_batches = self._select_local(filled, size)
-            rows = tuple(join_rows([self._build_row(sample, entry.seq_len) for sample in part])
-                         for part in micro_batches)
+            padded_samples = samples + [OrderedSample(samples[0].source, ())] * num_empty
+            micro_batches = self._select_local(padded_samples, size)
+            rows = tuple(join_rows([self._build_row(sample, entry.seq_len) for sample in micro_batch])
+                         for micro_batch in micro_batches)
         return RankBatch(entry, rows, len(samples), self.order.state.to_dict(), self.order.count_epochs())
 
     def _select_local(self, samples: list[OrderedSample], size: int) -> list[list[OrderedSample]]:

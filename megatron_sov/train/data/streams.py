@@ -32,7 +32,7 @@ each row; truncate: whole units, longer units lose their tail; drop: whole units
 
 
 class PackedSegment(NamedTuple):
-    """A contiguous document part in a row."""
+    """A contiguous range of tokens of one document in a row."""
 
     document: int
     """Document index in the source."""
@@ -118,8 +118,8 @@ class DocumentStream:
 
     def _replay_cursor(self) -> None:
         """Repeat taking the rows that `cursor.taken` counts in the current window."""
-        # rows are not stored: repeating the calls reproduces them. Packing counts over-long units a second
-        # time, so their number is restored
+        # Rows are not stored: repeating the calls reproduces them. Packing counts over-long units a second
+        # time, so their number is restored.
         taken, self.cursor.taken, over_long = self.cursor.taken, [], self.cursor.over_long
         for seq_len, rows in taken:
             for _ in range(rows):
@@ -137,7 +137,7 @@ class DocumentStream:
         taken = self.cursor.taken
         # a new length packs the rest of the window again, so that no document is repeated or lost
         if not taken or taken[-1][0] != seq_len:
-            rows = self._pack_rows(self._join_rest() if taken else self._shuffle_window(), seq_len)
+            rows = self._pack_rows(self._join_remaining() if taken else self._shuffle_window(), seq_len)
             if not rows:
                 return None
             self._rows = rows
@@ -159,35 +159,36 @@ class DocumentStream:
         documents = (permutation.permute(first, last)[:, None] * group + np.arange(group)).reshape(-1)
         lengths = np.asarray(self.documents.lengths[documents])
         # an empty document removes its unit, because half a pair is useless
-        filled = (lengths.reshape(-1, group) > 0).all(axis=1).repeat(group)
-        return [PackedSegment(d, 0, n) for d, n in zip(documents[filled].tolist(), lengths[filled].tolist(),
+        is_used = (lengths.reshape(-1, group) > 0).all(axis=1).repeat(group)
+        return [PackedSegment(d, 0, n) for d, n in zip(documents[is_used].tolist(), lengths[is_used].tolist(),
                                                        strict=True)]
 
-    def _join_rest(self) -> list[PackedSegment]:
-        """Return the window's remaining documents, shuffled, with their parts joined."""
-        rest = sorted(segment for row in self._rows for segment in row)
-        # documents get their tails back, because the unit may fit whole at the new length
+    def _join_remaining(self) -> list[PackedSegment]:
+        """Return the window's remaining documents, shuffled, with adjacent segments of a document joined."""
+        remaining = sorted(segment for row in self._rows for segment in row)
+        # Truncated documents become whole again, because the unit may fit at the new length.
         if self._packing in ("truncate", "drop"):
-            whole = [PackedSegment(s.document, 0, int(self.documents.lengths[s.document])) for s in rest]
-            units = [whole[i:i + self._group] for i in range(0, len(whole), self._group)]
-            return [part for unit in self._shuffle_items(units, "left") for part in unit]
-        parts: list[PackedSegment] = []
-        for s in rest:
-            last = parts[-1] if parts else None
+            documents = [PackedSegment(s.document, 0, int(self.documents.lengths[s.document]))
+                         for s in remaining]
+            units = [documents[i:i + self._group] for i in range(0, len(documents), self._group)]
+            return [segment for unit in self._shuffle_items(units, "left") for segment in unit]
+        joined: list[PackedSegment] = []
+        for s in remaining:
+            last = joined[-1] if joined else None
             if last and last.document == s.document and last.start + last.count == s.start:
-                parts[-1] = PackedSegment(s.document, last.start, last.count + s.count)
+                joined[-1] = PackedSegment(s.document, last.start, last.count + s.count)
             else:
-                parts.append(s)
-        return self._shuffle_items(parts, "left")
+                joined.append(s)
+        return self._shuffle_items(joined, "left")
 
-    def _pack_rows(self, parts: list[PackedSegment], seq_len: int) -> list[Row]:
-        """Pack parts into rows, in reverse order, because `_take_row` takes the last row."""
+    def _pack_rows(self, segments: list[PackedSegment], seq_len: int) -> list[Row]:
+        """Pack segments into rows, in reverse order, because `_take_row` takes the last row."""
         if self._packing == "concat":
-            return concatenate_segments(parts, seq_len)[::-1]
+            return concatenate_segments(segments, seq_len)[::-1]
         if self._packing == "best_fit":
-            rows = pack_best_fit(cut_segments(parts, seq_len), seq_len)
+            rows = pack_best_fit(cut_segments(segments, seq_len), seq_len)
         else:
-            units, over_long = fit_units(parts, self._group, seq_len, drop=self._packing == "drop")
+            units, over_long = fit_units(segments, self._group, seq_len, drop=self._packing == "drop")
             self.cursor.over_long += over_long
             rows = pack_units(units, seq_len)
         # best fit sorts rows by length: shuffled, so that length and position are independent
@@ -200,13 +201,13 @@ class DocumentStream:
         return [items[i] for i in permutation.permute(0, len(items))]
 
 
-def cut_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
+def cut_segments(segments: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
     """Split long segments, so that none exceeds `seq_len` tokens."""
     short: list[PackedSegment] = []
-    for part in parts:
-        document, first, count = part
+    for segment in segments:
+        document, first, count = segment
         if count <= seq_len:
-            short.append(part)
+            short.append(segment)
         else:
             end = first + count
             short += [PackedSegment(document, start, min(seq_len, end - start))
@@ -214,7 +215,7 @@ def cut_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSeg
     return short
 
 
-def fit_units(parts: Sequence[PackedSegment], group: int, seq_len: int, *,
+def fit_units(segments: Sequence[PackedSegment], group: int, seq_len: int, *,
               drop: bool) -> tuple[list[Row], int]:
     """Return units (`group` documents) that fit `seq_len` tokens, and the number of longer units.
 
@@ -223,8 +224,8 @@ def fit_units(parts: Sequence[PackedSegment], group: int, seq_len: int, *,
     """
     units: list[Row] = []
     over_long = 0
-    for i in range(0, len(parts), group):
-        unit = tuple(parts[i:i + group])
+    for i in range(0, len(segments), group):
+        unit = tuple(segments[i:i + group])
         if sum(p.count for p in unit) > seq_len:
             over_long += 1
             if drop:
@@ -236,25 +237,26 @@ def fit_units(parts: Sequence[PackedSegment], group: int, seq_len: int, *,
 
 def _shorten_unit(unit: Row, seq_len: int) -> Row:
     """Cut the tails of a unit's longest documents to one length, so that the unit fits `seq_len`."""
-    limit, room = 0, seq_len
+    limit, free_tokens = 0, seq_len
     for num_longer, count in zip(range(len(unit), 0, -1), sorted(p.count for p in unit), strict=True):
-        limit = room // num_longer
+        limit = free_tokens // num_longer
         if count > limit:
             break
-        room -= count
+        free_tokens -= count
     return tuple(PackedSegment(p.document, p.start, min(p.count, limit)) for p in unit)
 
 
 def pack_units(units: Sequence[Row], seq_len: int) -> list[Row]:
     """Pack whole units into rows with at most `seq_len` tokens by `pack_best_fit`."""
     # a segment stands for each unit, with the unit's index as its document
-    segments = (PackedSegment(i, 0, sum(part.count for part in unit)) for i, unit in enumerate(units))
+    segments = (PackedSegment(i, 0, sum(segment_of_unit.count for segment_of_unit in unit)) for i,
+                unit in enumerate(units))
     rows: list[Row] = []
     for row in pack_best_fit(segments, seq_len):
-        parts: list[PackedSegment] = []
+        row_segments: list[PackedSegment] = []
         for segment in row:
-            parts += units[segment.document]
-        rows.append(tuple(parts))
+            row_segments += units[segment.document]
+        rows.append(tuple(row_segments))
     return rows
 
 
@@ -265,17 +267,17 @@ def pack_units_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list
     enough room among the last `num_open` rows.
     """
     rows: list[list[PackedSegment]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     for unit in units:
-        count = sum(part.count for part in unit)
-        candidates = [i for i in range(max(0, len(rows) - num_open), len(rows)) if room[i] >= count]
+        count = sum(segment.count for segment in unit)
+        candidates = [i for i in range(max(0, len(rows) - num_open), len(rows)) if free_tokens[i] >= count]
         if not candidates:
             candidates = [len(rows)]
             rows.append([])
-            room.append(seq_len)
-        row = min(candidates, key=room.__getitem__)
+            free_tokens.append(seq_len)
+        row = min(candidates, key=free_tokens.__getitem__)
         rows[row] += unit
-        room[row] -= count
+        free_tokens[row] -= count
     return [tuple(row) for row in rows]
 
 
@@ -288,36 +290,36 @@ def pack_best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     Modeling", arXiv 2404.10830).
     """
     rows: list[list[PackedSegment]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    free_spaces: list[tuple[int, int]] = []  # (free tokens, row), ascending
     # a stable sort: segments of equal length keep their shuffled order
     for segment in sorted(segments, key=lambda s: -s.count):
         count = segment.count
-        i = bisect.bisect_left(room, (count, -1))
-        if i < len(room):
-            free, row = room.pop(i)
+        i = bisect.bisect_left(free_spaces, (count, -1))
+        if i < len(free_spaces):
+            free, row = free_spaces.pop(i)
             rows[row].append(segment)
         else:
             free, row = seq_len, len(rows)
             rows.append([segment])
         if free > count:
-            bisect.insort(room, (free - count, row))
+            bisect.insort(free_spaces, (free - count, row))
     return [tuple(row) for row in rows]
 
 
-def concatenate_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[Row]:
+def concatenate_segments(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     """Pack documents into full rows in order, cut at each row's end; the last row may be shorter."""
     rows: list[Row] = []
     row: list[PackedSegment] = []
-    room = seq_len
-    for part in parts:
-        start, end = part.start, part.start + part.count
+    free_tokens = seq_len
+    for segment in segments:
+        start, end = segment.start, segment.start + segment.count
         while start < end:
-            count = min(room, end - start)
-            row.append(PackedSegment(part.document, start, count))
-            start, room = start + count, room - count
-            if room == 0:
+            count = min(free_tokens, end - start)
+            row.append(PackedSegment(segment.document, start, count))
+            start, free_tokens = start + count, free_tokens - count
+            if free_tokens == 0:
                 rows.append(tuple(row))
-                row, room = [], seq_len
+                row, free_tokens = [], seq_len
     return [*rows, tuple(row)] if row else rows
 
 

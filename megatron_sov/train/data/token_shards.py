@@ -44,7 +44,7 @@ class TokenShard:
         is damaged or this process has too many open files.
         """
         self.prefix, self._vocab_size = prefix, vocab_size
-        self._opened_by = prefix, vocab_size, columns, routes, banks
+        self._arguments = prefix, vocab_size, columns, routes, banks
         try:
             index = read_index(self._get_file(".idx"))
             self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers
@@ -52,10 +52,10 @@ class TokenShard:
             self._tokens = self._map_sidecar(".bin", self.dtype)
             self._loss = self._map_optional(".loss", np.float32)
             self._type = self._map_optional(".type", np.uint8)
-            written = self._get_file(f".{WRITTEN}")
+            flags_file = self._get_file(f".{WRITTEN}")
             self._written = None
-            if written.exists():
-                self._written = map_numbers(written, np.dtype(np.uint8), -(-self._num_tokens // 8))
+            if flags_file.exists():
+                self._written = map_numbers(flags_file, np.dtype(np.uint8), -(-self._num_tokens // 8))
             self._columns: dict[str, np.ndarray] = {}
             self._document_columns: dict[str, np.ndarray] = {}
             for name in columns:
@@ -84,7 +84,7 @@ class TokenShard:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
-        return TokenShard, self._opened_by
+        return TokenShard, self._arguments
 
     def _get_file(self, suffix: str) -> Path:
         return self.prefix.with_name(self.prefix.name + suffix)
@@ -223,14 +223,14 @@ class ShardChain(DocumentView):
                  columns: tuple[str, ...] = (), routes: RouteShape | None = None,
                  banks: Banks = NO_BANKS) -> None:
         raise_open_file_limit()
-        self._opened_by = prefixes, vocab_size, columns, routes, banks
+        self._arguments = prefixes, vocab_size, columns, routes, banks
         self._shards = [TokenShard(prefix, vocab_size, columns, routes, banks) for prefix in prefixes]
         self.columns, self.banks = list_column_names(columns), banks
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
         self.is_plain = all(shard.is_plain for shard in self._shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardChain, self._opened_by
+        return ShardChain, self._arguments
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
         shard, index = self.lengths.locate(document)

@@ -50,7 +50,6 @@ def digest_tokenizer(folder: Path) -> str:
 
 
 def digest_files(files: Sequence[Path]) -> str:
-    """Digest file names and contents."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(hash_file, files))
     return hashlib.sha256(format_json([[file.name for file in files], digests]).encode()).hexdigest()[:16]

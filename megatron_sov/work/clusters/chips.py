@@ -108,6 +108,7 @@ class Links:
 
 
 def _read_chips() -> dict[str, Chip]:
+    """Return key -> chip of the table `chips.yaml`, with SI units, and fill `_aliases`."""
     rows: dict[str, dict[str, Any]] = load_package_table(
         importlib.resources.files("slurm").joinpath("chips.yaml"))
     # map every spelling to a key: the table's, the vendor's, CUDA's

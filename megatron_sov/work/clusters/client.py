@@ -88,8 +88,7 @@ def submit_script(script: Path, *, after: list[str]) -> str:
 
 
 def read_active_states(jobs: list[str]) -> dict[str, str]:
-    """Return job number -> state from `squeue` for waiting and running jobs; for an array, the state of a
-    task."""
+    """Return job number -> state of waiting and running jobs by `squeue`; of an array, a task's state."""
     if not jobs:
         return {}
     # squeue fails if a job is long gone

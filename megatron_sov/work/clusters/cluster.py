@@ -249,8 +249,7 @@ def list_profiles() -> list[str]:
 
 
 def parse_time_limit(text: str) -> float:
-    """Parse a time limit in any sbatch format; return seconds, infinity for no limit. Raises `UserError`:
-    unknown format."""
+    """Parse a time limit in any sbatch format to seconds; infinity: none. Raises `UserError`."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
     match = TIME_LIMIT.fullmatch(text)

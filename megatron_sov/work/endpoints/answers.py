@@ -35,8 +35,7 @@ class BadAnswer(Exception):
     """The endpoint's reply is unusable; another attempt may succeed."""
 
     def __init__(self, message: str, wait_s: float = 0.0, is_unavailable: bool = False) -> None:
-        """Store the message, the requested wait in seconds, and whether the endpoint is unreachable or
-        overloaded."""
+        """Store message, requested wait in seconds, and whether the endpoint is away or overloaded."""
         super().__init__(message)
         self.wait_s, self.is_unavailable = wait_s, is_unavailable
 
@@ -69,7 +68,10 @@ def parse_json_answer(body: bytes) -> Any:
 def find_permanent_refusal(body: bytes) -> str:
     """Return the reason for a permanent refusal in an error body, or ""."""
     text = body[:10_000].decode("utf-8", "replace")
-    return next((why for why, words in PERMANENT_REFUSALS.items() if any(word in text for word in words)), "")
+    for reason, words in PERMANENT_REFUSALS.items():
+        if any(word in text for word in words):
+            return reason
+    return ""
 
 
 def read_error_text(body: bytes, secret: str = "") -> str:

@@ -20,7 +20,8 @@ CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,
                                      output_tokens INTEGER, cost REAL, wall_s REAL DEFAULT 0);
 """
-_COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
+ANSWERED = "200"
+"""Outcome of an answered request: the HTTP status."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class EndpointCache:
                                                isolation_level=None)
             self._connection.executescript(_TABLES)
         except (OSError, sqlite3.Error) as e:
-            raise UserError(f"cache = {path}: is not a usable cache ({e}); name another file") from None
+            raise UserError(f"{path}: is no usable store of answers ({e}); name another file, restore it "
+                            "from a copy, or delete it to request, and pay for, its answers again") from None
 
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:
@@ -104,6 +106,15 @@ class EndpointCache:
 
     def num_requests(self) -> int:
         return int(self._execute("SELECT count(*) FROM requests", ())[0][0])
+
+    def summarize_requests(self) -> dict[str, Any]:
+        """Return counts of requests by outcome, failures included, and their tokens and seconds."""
+        rows = self._execute("SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(wall_s) "
+                             "FROM requests GROUP BY outcome ORDER BY outcome", ())
+        outcomes = {str(outcome): count for outcome, count, *_ in rows}
+        return {"num_requests": sum(outcomes.values()), "num_answered": outcomes.get(ANSWERED, 0),
+                "outcomes": outcomes, "input_tokens": sum(row[2] for row in rows),
+                "output_tokens": sum(row[3] for row in rows), "seconds": sum((row[4] for row in rows), 0.0)}
 
     def close(self) -> None:
         self._connection.close()

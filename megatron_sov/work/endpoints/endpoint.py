@@ -98,20 +98,21 @@ class Endpoint:
                  accepted_models: Collection[str] | None = None) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
         self.model = model
-        self._known_as, self._gate, self._sleep = cache_name or url, gate or OpenGate(), sleep
+        self._cache_name, self._gate, self._sleep = cache_name or url, gate or OpenGate(), sleep
         self._transport = Transport(url, key_env, limits.timeout_s, key)
-        self._sent = transform
+        self._transform = transform
         self._lock = threading.Lock()
         self._next_s = 0.0
-        self._asking: dict[str, tuple[threading.Lock, int]] = {}
+        self._locks_by_key: dict[str, tuple[threading.Lock, int]] = {}
+        """Cache key of a request under way -> (lock, threads that wait for the answer)."""
         self.answered_s = time.monotonic()
         """Time of the last answer (or creation), by the monotonic clock."""
-        self._told, self._told_s = report, float("-inf")
+        self._report, self._reported_s = report, float("-inf")
         self._accepted_models = accepted_models
-        self._names: set[str] = set()
+        self._reported_models: set[str] = set()
 
     def key(self, payload: Mapping[str, Any]) -> str:
-        return self._cache.key(self._known_as, payload)
+        return self._cache.key(self._cache_name, payload)
 
     def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         """Return `read` applied to the endpoint's answer, from the cache if possible.
@@ -143,18 +144,19 @@ class Endpoint:
         """Lock a request key: the first thread sends the request, waiting threads read `EndpointCache`."""
         with self._lock:
             # one lock per request in progress, dropped with its last waiter, so that the table does not grow
-            lock, num_waiting = self._asking.get(key, (threading.Lock(), 0))
-            self._asking[key] = lock, num_waiting + 1
+            lock, num_waiting = self._locks_by_key.get(key, (threading.Lock(), 0))
+            self._locks_by_key[key] = lock, num_waiting + 1
         try:
             with lock:
                 yield
         finally:
             with self._lock:
-                lock, num_waiting = self._asking.pop(key)
+                lock, num_waiting = self._locks_by_key.pop(key)
                 if num_waiting > 1:
-                    self._asking[key] = lock, num_waiting - 1
+                    self._locks_by_key[key] = lock, num_waiting - 1
 
     def _ask_until_answered(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
+        """Send a request until the answer is read, for `max_attempts` or while the endpoint may return."""
         limits, began_s, attempt = self._limits, time.monotonic(), 0
         while True:
             attempt += 1
@@ -181,16 +183,14 @@ class Endpoint:
                 return answer
 
     def _find_substitute_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
-        """Return the name of an answering model outside `payload["model"]` and `accepted_models`, else
-        None."""
+        """Return the answering model outside `payload["model"]` and `accepted_models`; None: none."""
         if self._accepted_models is None:
             return None
         name = read_model_name(answer)
         return None if name in ("", payload.get("model"), *self._accepted_models) else name
 
     def _check_model(self, payload: Mapping[str, Any], answer: Any) -> None:
-        """Report a substitute model, once per name. Raises `UserError`: `accepted_models` do not contain
-        it."""
+        """Report a substitute model once per name. Raises `UserError`: it is not accepted."""
         name, requested = read_model_name(answer), payload.get("model")
         if name in ("", requested) or not isinstance(requested, str):
             return
@@ -200,19 +200,19 @@ class Endpoint:
                             f"{requested!r}, or pass --accept-model {shlex.quote(name[:200])} to use the "
                             "answers of both")
         with self._lock:
-            if name in self._names:
+            if name in self._reported_models:
                 return
-            self._names.add(name)
-        self._told(f"{self._url}: was asked for model {requested!r}, and {name[:200]!r} answers; the answers "
-                   "are recorded with that name")
+            self._reported_models.add(name)
+        self._report(f"{self._url}: was asked for model {requested!r}, and {name[:200]!r} answers; the "
+                     "answers are recorded with that name")
 
     def _report_wait(self, why: str) -> None:
         """Report a wait once, when the endpoint has not answered any request for `REPORT_AFTER_S`."""
         with self._lock:
-            if time.monotonic() - self.answered_s < REPORT_AFTER_S or self._told_s > self.answered_s:
+            if time.monotonic() - self.answered_s < REPORT_AFTER_S or self._reported_s > self.answered_s:
                 return
-            self._told_s = time.monotonic()
-        self._told(f"{self._url}: {why}; waiting up to {self._limits.patience_s:.0f} s for it")
+            self._reported_s = time.monotonic()
+        self._report(f"{self._url}: {why}; waiting up to {self._limits.patience_s:.0f} s for it")
 
     def _wait_for_turn(self) -> None:
         """Wait for the next slot of `requests_per_minute`. Raises `UserError`: the cost limit is reached."""
@@ -237,7 +237,7 @@ class Endpoint:
         self._gate.enter(most)
         outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:
-            response = self._transport.post(self._sent(payload))
+            response = self._transport.post(self._transform(payload))
             outcome = str(response.status)
             self._check_status(response.status, response.headers.get("retry-after"), response.body)
             usage = most  # also if the answer was truncated in transit

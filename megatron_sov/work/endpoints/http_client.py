@@ -114,6 +114,7 @@ def _limit_response(max_bytes: int, response: httpx.Response) -> None:
 
 
 def _limit_stream(response: Any, max_bytes: int) -> Any:
+    """Return a response's stream, which raises after `max_bytes` or after the request's deadline."""
     inner, request = response.stream, response.request
 
     class BoundedStream(httpx.SyncByteStream):

@@ -90,8 +90,7 @@ class TokenAnswer:
     """Expert indices, shape [prompt and answer tokens, layers, experts per token]."""
 
     def token_versions(self, count: int, otherwise: int) -> list[int]:
-        """Return the weights version of the first `count` tokens; `otherwise` if the engine does not report
-        it."""
+        """Return the weights version of the first `count` tokens; `otherwise`: the engine reports none."""
         versions = [otherwise] * count
         for span in self.versions:
             versions[span.start:span.end] = [span.version] * (min(span.end, count) - span.start)
@@ -168,6 +167,7 @@ def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list
 
 
 def _check_answer(answer: TokenAnswer, where: str) -> None:
+    """Raise `BadAnswer` if an answer's tokens, log-probabilities and version spans are inconsistent."""
     count = len(answer.tokens)
     if len(answer.logprobs) != count:
         raise BadAnswer(f"{where}: returned {count} tokens but {len(answer.logprobs)} log-probabilities")

@@ -93,10 +93,11 @@ class VllmServer:
     def abort(self, requests: Sequence[TokenRequest]) -> None:
         """Abort requests; blocked `write` calls return the partial answers."""
         # each route prefixes request ids; vLLM ignores unknown ids
-        self._calls.tell("/abort_requests", {
-            "request_ids": [name for request in requests for name in (
-                f"generate-tokens-{request.name}",
-                *(f"cmpl-{request.name}-{place}" for place in range(len(request.prompts))))]})
+        request_ids: list[str] = []
+        for request in requests:
+            request_ids.append(f"generate-tokens-{request.name}")
+            request_ids += [f"cmpl-{request.name}-{index}" for index in range(len(request.prompts))]
+        self._calls.tell("/abort_requests", {"request_ids": request_ids})
 
     def pause(self) -> None:
         """Suspend running requests."""

@@ -47,6 +47,7 @@ class ProcessTreeUsage:
         os.close(self._proc)
 
     def totals(self) -> ProcessTotals:
+        """Read the totals of the process and all descendants; a process that just ended adds nothing."""
         totals = ProcessTotals()
         queue = self._read_children(self._root)[0] if self._forks else [self._root]
         # a process reparented during the walk must not count twice

@@ -143,7 +143,9 @@ def _supervise_command(until: int, command: Sequence[str], environment: Mapping[
         while _list_children() and not watched.poll(_POLL_MS):
             pass
     kill_descendants()
-    return 128 + signal.SIGKILL if code is None else code if code >= 0 else 128 - code
+    if code is None:
+        return 128 + signal.SIGKILL
+    return code if code >= 0 else 128 - code  # a shell's code for a command that a signal ended
 
 
 def main() -> None:

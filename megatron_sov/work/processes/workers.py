@@ -30,8 +30,7 @@ START_LIMIT_S = 120.0
 END_LIMIT_S = 60.0
 """Limit for the kernel to report a worker's exit code."""
 FAST_REQUEST_S, MAX_BATCH_REQUESTS = 0.01, 64
-"""Requests faster than `FAST_REQUEST_S` are sent in batches of up to `MAX_BATCH_REQUESTS` to save round
-trips."""
+"""Requests faster than `FAST_REQUEST_S` are sent in batches of up to `MAX_BATCH_REQUESTS`."""
 _PRELOADED: dict[str, None] = {}
 """Modules that the shared fork server imports, in order."""
 Key = TypeVar("Key")
@@ -61,9 +60,9 @@ class _WorkerProcess(Child):
         """Working time without waiting for a CPU."""
         self.limit_s = START_LIMIT_S
         self.is_ready = False
-        self.given: deque[tuple[Any, Any]] = deque()
-        """Queue of (key, request); the first is being worked on."""
-        self.most = 1
+        self.queue: deque[tuple[Any, Any]] = deque()
+        """Sent (key, request) pairs without an answer; the worker is at the first."""
+        self.batch_size = 1
         """Batch size for requests."""
         self._num_given, self._given_s = 0, 0.0
 
@@ -76,7 +75,7 @@ class _WorkerProcess(Child):
 
     def give(self, requests: Sequence[tuple[Any, Any]], limit_s: float) -> None:
         """Send requests, each to be answered within `limit_s` seconds, in order."""
-        self.given.extend(requests)
+        self.queue.extend(requests)
         self.limit_s, self._num_given, self._given_s = limit_s, len(requests), time.monotonic()
         self.begin_again()
         with contextlib.suppress(OSError):  # the worker has just ended; the next poll reports it
@@ -84,13 +83,13 @@ class _WorkerProcess(Child):
 
     def pop_answered(self) -> Any:
         """Remove the answered request from the queue; return its key."""
-        key, _ = self.given.popleft()
-        if self.given:
+        key, _ = self.queue.popleft()
+        if self.queue:
             # skip reading totals: earlier answers in the batch took little time
             self._time.begin()
         else:
             is_quick = time.monotonic() - self._given_s <= FAST_REQUEST_S * self._num_given
-            self.most = min(2 * self.most, MAX_BATCH_REQUESTS) if is_quick else 1
+            self.batch_size = min(2 * self.batch_size, MAX_BATCH_REQUESTS) if is_quick else 1
         return key
 
     def is_late(self) -> bool:
@@ -151,9 +150,9 @@ class Workers:
             UserError: `make` or the answer function failed with it, or a process cannot be started.
         """
         try:
-            while waiting or any(worker.given for worker in self._workers):
+            while waiting or any(worker.queue for worker in self._workers):
                 self._send_requests(waiting, limit_s)
-                busy = [worker for worker in self._workers if worker.given or not worker.is_ready]
+                busy = [worker for worker in self._workers if worker.queue or not worker.is_ready]
                 # sleep until a message arrives or a worker's resources are due for a check
                 remaining_s = min(worker.look_at_s for worker in busy) - time.monotonic()
                 ready_channels = connection.wait([worker.channel for worker in busy], max(remaining_s, 0.0))
@@ -162,20 +161,20 @@ class Workers:
                         for answer in self._receive_answers(worker, worker.channel in ready_channels):
                             key = worker.pop_answered()
                             if isinstance(answer, LostAnswer):  # requeue the other requests in the batch
-                                waiting.extendleft(reversed(worker.given))
+                                waiting.extendleft(reversed(worker.queue))
                             yield key, answer
         finally:
             # a busy worker would send its answer to the next caller
-            for worker in [worker for worker in self._workers if worker.given]:
+            for worker in [worker for worker in self._workers if worker.queue]:
                 self._stop_worker(worker)
 
     def _send_requests(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> None:
-        num_needed = len(waiting) + sum(bool(worker.given) for worker in self._workers)
+        num_needed = len(waiting) + sum(bool(worker.queue) for worker in self._workers)
         while len(self._workers) < min(self._num, num_needed):
             self._workers.append(_WorkerProcess(self._make, self._arguments, self._may_start_processes))
         for worker in self._workers:
-            if waiting and worker.is_ready and not worker.given:
-                count = min(worker.most, -(-len(waiting) // self._num))
+            if waiting and worker.is_ready and not worker.queue:
+                count = min(worker.batch_size, -(-len(waiting) // self._num))
                 worker.give([waiting.popleft() for _ in range(count)], limit_s)
 
     def _receive_answers(self, worker: _WorkerProcess, has_sent: bool) -> list[Any]:

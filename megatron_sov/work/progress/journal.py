@@ -118,8 +118,7 @@ def slurm_folder(output: Path) -> Path:
 
 
 def delete_work(output: Path) -> None:
-    """Rename and delete the work folder of a finished output; a kill leaves no partial work under the old
-    name."""
+    """Rename, then delete the work folder of a finished output: a kill leaves no partial work."""
     # `create_artifact` deletes folders with this name after a kill
     delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
 
@@ -149,8 +148,7 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
 
 
 def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False) -> None:
-    """Create an output's journal for jobs that compute shares; see `open_journal` for arguments and
-    errors."""
+    """Create an output's journal for jobs that compute shares; arguments as in `open_journal`."""
     with lock_work_folder(output, made_by, identity, redo):
         return
 

@@ -164,13 +164,11 @@ class Claims:
             return Claim(self._folder, name, number + 1, self._lease_s)
 
     def may_be_dead(self, name: str) -> bool:
-        """Return whether a refused claim has shown no heartbeat yet: the holder may be dead, keep
-        watching."""
+        """Return whether a refused claim has shown no heartbeat yet: the holder may be dead."""
         return name in self._watched
 
     def _is_available(self, name: str, number: int) -> bool:
-        """Return whether a claim's last holder released it, has ended, or missed a whole lease of
-        heartbeats."""
+        """Return whether a claim's last holder released it, ended, or showed no heartbeat for a lease."""
         try:
             content = _claim_file(self._folder, name, number).read_bytes()
         except FileNotFoundError:

@@ -216,6 +216,7 @@ class _Array:
     number: str = ""
 
     def submit(self, profile: ClusterProfile) -> str:
+        """Write the job script of the array, submit it to Slurm, and return the job number."""
         # a job's share of a node's memory by cores, in MiB
         memory = profile.memory_bytes // profile.cpus_per_node >> 20
         options = {

@@ -95,7 +95,7 @@ class _RayProcesses:
     Ray's own restarts the item would wait for an occupied slot."""
 
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int) -> None:
-        self._ray, self._start, self.most = ray, start, WAITING_PER_WORKER * workers
+        self._ray, self._start, self.max_waiting = ray, start, WAITING_PER_WORKER * workers
         self.pending: dict[Any, tuple[Any, _RayTask | None]] = {}
         self.idle: list[Any] = []
         self._lost: deque[_RayTask] = deque()
@@ -137,12 +137,13 @@ class _RayProcesses:
 
 
 def _iter_records(processes: _RayProcesses, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, record) in the order of the items while the processes compute later items."""
     remaining = iter(items)
     order: deque[_RayTask] = deque()
     is_exhausted = False
     while True:
         # bounded: finished records wait in `order` for the slowest earlier item
-        while not is_exhausted and len(order) < processes.most and processes.idle:
+        while not is_exhausted and len(order) < processes.max_waiting and processes.idle:
             number, item = next(remaining, (-1, None))
             is_exhausted = number < 0
             if not is_exhausted:

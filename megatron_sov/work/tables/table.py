@@ -128,8 +128,7 @@ class Table(Generic[P]):
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open the table in a folder. Raises `UserError`: the folder contains no table, or a newer
-        version's."""
+        """Open the table in a folder. Raises `UserError`: no table, or one of a newer version."""
         file = Path(path) / cls.HEAD
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
@@ -359,6 +358,8 @@ class Table(Generic[P]):
         return clearables
 
     def _iter_deletable(self, folders: set[str], firsts: Collection[int]) -> Iterator[tuple[Path, str]]:
+        """Yield (path, reason) to delete the versions in `folders`, and parts whose first number is in
+        `firsts`."""
         remaining_versions = ["", *(folder for folder in self.versions() if folder not in folders)]
         for folder in (self.path / self.ADDED, self.claims, *map(self._version_folder, remaining_versions)):
             for path in sorted(folder.iterdir()):

@@ -62,7 +62,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("import ta-tok a b --codebooks 2", "--codebooks 2: is for mimi and dac; leave it out for ta-tok"),
     ("import dac sounds x", "sounds/config.json: cannot be read as JSON"),
     ("import mimi4 none x", "mimi4"),
-    ("import ta-tok bad/no.png x", "cannot be read without executing code"),
+    ("import ta-tok bad/no.png x", "pass the weights as safetensors"),
     ("import cosyvoice2 none x", "none: does not exist")])
 def test_a_bad_command_line_is_one_sentence(media: Path, capsys: pytest.CaptureFixture[str], line: str,
                                             message: str) -> None:

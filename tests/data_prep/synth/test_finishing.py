@@ -175,7 +175,7 @@ def test_a_run_without_accepted_samples_writes_a_summary(tmp_path: Path) -> None
 def test_a_damaged_store_of_answers_is_refused(tmp_path: Path) -> None:
     output = write_run(tmp_path / "out", [[build_sample({"text": GOOD}, "numbers")]])
     (output / "answers.sqlite").write_text("no database at all" * 100)
-    with pytest.raises(UserError, match=r"answers\.sqlite: cannot be read"):
+    with pytest.raises(UserError, match=r"answers\.sqlite: is no usable store of answers"):
         finish_run(output)
 
 

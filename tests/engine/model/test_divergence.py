@@ -1,4 +1,4 @@
-"""Divergence from a teacher against the paper's formula over whole vocabularies in float64."""
+"""Divergence from a teacher against the formula of arXiv 2306.13649 over whole vocabularies in float64."""
 
 import math
 from collections.abc import Iterator
@@ -18,31 +18,31 @@ from tests.head_config import head_config
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCABULARY, K = 12, 8, 6, 40, 5
 BETAS = (0.0, 0.1, 0.5, 1.0)
 KINDS = ("states", "top-k with the rest", "top-k alone")
-ALL = list(product(KINDS, BETAS))
+CASES = list(product(KINDS, BETAS))
 
 
-def whole(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+def draw_tensors(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """Return hidden states and head weights of both models, and the weights of two terms."""
     random = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def draw_normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
-    return {"states": normal(TOKENS, HIDDEN), "weight": normal(VOCABULARY, HIDDEN),
-            "teacher states": normal(TOKENS, TEACHER_HIDDEN),
-            "teacher weight": normal(VOCABULARY, TEACHER_HIDDEN),
+    return {"states": draw_normal(TOKENS, HIDDEN), "weight": draw_normal(VOCABULARY, HIDDEN),
+            "teacher states": draw_normal(TOKENS, TEACHER_HIDDEN),
+            "teacher weight": draw_normal(VOCABULARY, TEACHER_HIDDEN),
             "first": torch.rand(TOKENS, generator=random, dtype=torch.float64),
             "second": (torch.rand(TOKENS, generator=random) > 0.5).double()}
 
 
-def teacher_logprobs(tensors: dict[str, torch.Tensor], temperature: float) -> torch.Tensor:
-    """Return [T, V] float64."""
+def compute_teacher_logprobs(tensors: dict[str, torch.Tensor], temperature: float) -> torch.Tensor:
+    """Return the teacher's log-probabilities [tokens, vocabulary] in float64."""
     logits = tensors["teacher states"].double() @ tensors["teacher weight"].double().T
     return (logits / temperature).log_softmax(-1)
 
 
-def reference(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return [T]: equation 1 of arXiv 2306.13649, with its limits at 0 and 1."""
+def compute_divergence(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return the divergence of each token: equation 1 of arXiv 2306.13649, and its limits at beta 0 and 1."""
     def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a.exp() * (a - b)).sum(-1)
 
@@ -52,128 +52,135 @@ def reference(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Te
     return beta * kl(log_q, mixture) + (1 - beta) * kl(log_p, mixture)
 
 
-def over_events(kind: str, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both models' log-probabilities [T, events]: all tokens, or the teacher's top K."""
+def select_events(kind: str, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both models' log-probabilities [tokens, events]: of all tokens, or of the teacher's top K.
+
+    The last event of "top-k with the rest" is any other token; "top-k alone" normalizes over the top K.
+    """
     if kind == "states":
         return log_p, log_q
     ids = log_q.topk(K).indices
-    found = [log.gather(1, ids) for log in (log_p, log_q)]
+    top_p, top_q = (log.gather(1, ids) for log in (log_p, log_q))
     if kind == "top-k alone":
-        return found[0].log_softmax(-1), found[1].log_softmax(-1)
-    return tuple(torch.cat([f, (1 - f.exp().sum(-1, keepdim=True)).log()], 1) for f in found)  # type: ignore
+        return top_p.log_softmax(-1), top_q.log_softmax(-1)
+
+    def append_rest(top: torch.Tensor) -> torch.Tensor:
+        return torch.cat([top, (1 - top.exp().sum(-1, keepdim=True)).log()], 1)
+
+    return append_rest(top_p), append_rest(top_q)
 
 
-def expected(kind: str, beta: float, temperature: float = 1.0,
+def compute_expected(kind: str, beta: float, temperature: float = 1.0,
              tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Return the statistics of each position, and the gradients of ``first / 7 + 3 * second``."""
-    tensors = tensors or whole()
+    tensors = tensors or draw_tensors()
     states, weight = (tensors[name].double().clone().requires_grad_() for name in ("states", "weight"))
     log_p = (states @ weight.T / temperature).log_softmax(-1)
-    events = over_events(kind, log_p, teacher_logprobs(tensors, temperature))
-    values = reference(*events, beta)
+    events = select_events(kind, log_p, compute_teacher_logprobs(tensors, temperature))
+    values = compute_divergence(*events, beta)
     ((values * tensors["first"]).sum() / 7 + 3 * (values * tensors["second"]).sum()).backward()
-    return {"divergence": values.detach(), "kl": reference(*events, 0.0).detach(),
+    return {"divergence": values.detach(), "kl": compute_divergence(*events, 0.0).detach(),
             "entropy": -(log_p.exp() * log_p).sum(-1).detach(), "states": states.grad,
             "weight": weight.grad}
 
 
-def score(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float64",
+def compute_scores(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float64",
           tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """Return the statistics and gradients of one process; test_split_heads.py covers split heads."""
-    tensors = tensors or whole(getattr(torch, dtype))
+    tensors = tensors or draw_tensors(getattr(torch, dtype))
     states = tensors["states"][:, None].clone().requires_grad_()
     weight = tensors["weight"].clone().requires_grad_()
     if kind == "states":
         teacher: Any = TeacherStates(tensors["teacher states"], tensors["teacher weight"])
     else:
-        top = teacher_logprobs(tensors, temperature).topk(K)
+        top = compute_teacher_logprobs(tensors, temperature).topk(K)
         teacher = TeacherTopK(top.indices, top.values, keep_remainder=kind == "top-k with the rest")
     head = Head(weight, head_config(), 5, VOCABULARY)
     terms = {name: tensors[name].to(weight.dtype) for name in ("first", "second")}
-    sums, found = head.divergence(states, teacher, terms, Divergence(beta, temperature))
+    sums, statistics = head.divergence(states, teacher, terms, Divergence(beta, temperature))
     (sums["first"] / 7 + 3 * sums["second"]).backward()
-    return {"divergence": found.divergence.tolist(), "kl": found.kl.tolist(),
-            "entropy": found.entropy.tolist(), "states": states.grad[:, 0].tolist(),
+    return {"divergence": statistics.divergence.tolist(), "kl": statistics.kl.tolist(),
+            "entropy": statistics.entropy.tolist(), "states": states.grad[:, 0].tolist(),
             "weight": weight.grad.tolist(), "sums": [sums[name].item() for name in terms]}
 
 
 @pytest.fixture
-def alone(one_rank: None) -> Iterator[None]:
+def one_process(one_rank: None) -> Iterator[None]:
     world.join_world(ParallelConfig())
     yield
     world.leave_world()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize(("kind", "beta"), ALL)
-def test_values_and_gradients_are_the_papers(alone: None, kind: str, beta: float, temperature: float) -> None:
-    found, wanted = score(kind, beta, temperature), expected(kind, beta, temperature)
-    for name, value in wanted.items():
-        torch.testing.assert_close(torch.tensor(found[name], dtype=torch.float64), value, rtol=1e-12,
+@pytest.mark.parametrize(("kind", "beta"), CASES)
+def test_values_and_gradients_are_the_papers(one_process: None, kind: str, beta: float,
+                                             temperature: float) -> None:
+    scores, expected = compute_scores(kind, beta, temperature), compute_expected(kind, beta, temperature)
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.tensor(scores[name], dtype=torch.float64), value, rtol=1e-12,
                                    atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
-    first = float((wanted["divergence"] * whole()["first"]).sum())
-    assert found["sums"][0] == pytest.approx(first, rel=1e-12)
+    expected_sum = float((expected["divergence"] * draw_tensors()["first"]).sum())
+    assert scores["sums"][0] == pytest.approx(expected_sum, rel=1e-12)
 
 
-def near(found: Any, wanted: torch.Tensor, tolerance: float, what: str) -> None:
-    """Compare with a tolerance relative to the largest value."""
-    difference = (torch.as_tensor(found, dtype=torch.float64) - wanted).abs().max() / wanted.abs().max()
-    assert difference <= tolerance, f"{what}: {difference:.1e}"
+def check_relative(result: Any, expected: torch.Tensor, tolerance: float, name: str) -> None:
+    """Fail unless two tensors agree within `tolerance`, relative to the largest expected value."""
+    difference = (torch.as_tensor(result, dtype=torch.float64) - expected).abs().max() / expected.abs().max()
+    assert difference <= tolerance, f"{name}: {difference:.1e}"
 
 
-class Largest(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):
     """Records the largest tensor that an operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers = 0
+        self.num_elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if torch.is_tensor(out):
-            self.numbers = max(self.numbers, out.numel())
+            self.num_elements = max(self.num_elements, out.numel())
         return out
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_tensor_is_larger_than_a_chunks_logits(alone: None, kind: str) -> None:
+def test_no_tensor_is_larger_than_a_chunks_logits(one_process: None, kind: str) -> None:
     random = torch.Generator().manual_seed(0)
-    tensors = whole() | {name: torch.randn(200, size, generator=random).double()
-                         for name, size in (("states", HIDDEN), ("teacher states", TEACHER_HIDDEN))}
-    top = teacher_logprobs(tensors, 1.0).topk(K)
+    tensors = draw_tensors() | {name: torch.randn(200, size, generator=random).double()
+                                for name, size in (("states", HIDDEN), ("teacher states", TEACHER_HIDDEN))}
+    top = compute_teacher_logprobs(tensors, 1.0).topk(K)
     teacher = (TeacherStates(tensors["teacher states"], tensors["teacher weight"]) if kind == "states"
                else TeacherTopK(top.indices, top.values, kind == "top-k with the rest"))
     head = Head(tensors["weight"].requires_grad_(), head_config(), 50, VOCABULARY)
-    with Largest() as seen:
+    with LargestTensor() as largest:
         sums, _ = head.divergence(tensors["states"][:, None].requires_grad_(), teacher,
                                   {"sum": torch.ones(200)}, Divergence(0.5))
         sums["sum"].backward()
-    assert seen.numbers == 50 * VOCABULARY
+    assert largest.num_elements == 50 * VOCABULARY
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_excluded_tokens_give_finite_values(alone: None, beta: float) -> None:
+def test_excluded_tokens_give_finite_values(one_process: None, beta: float) -> None:
     """Logits hundreds apart: probabilities underflow to 0, but values and gradients stay finite."""
-    tensors = whole(torch.float32)
+    tensors = draw_tensors(torch.float32)
     tensors |= {"states": 60 * tensors["states"], "teacher states": 60 * tensors["teacher states"]}
-    result = score("states", beta, dtype="float32", tensors=tensors)
-    wanted = expected("states", beta, tensors={name: t.double() for name, t in tensors.items()})
-    near(result["divergence"], wanted["divergence"], 1e-6, "divergence")
-    # with disjoint distributions mixtures have zero gradient, and float32 has rounding errors around 0
-    torch.testing.assert_close(torch.tensor(result["weight"]).double(), wanted["weight"], rtol=5e-3,
+    result = compute_scores("states", beta, dtype="float32", tensors=tensors)
+    expected = compute_expected("states", beta, tensors={name: t.double() for name, t in tensors.items()})
+    check_relative(result["divergence"], expected["divergence"], 1e-6, "divergence")
+    # Mixtures of disjoint distributions have gradient 0, and float32 differs from 0 by rounding errors.
+    torch.testing.assert_close(torch.tensor(result["weight"]).double(), expected["weight"], rtol=5e-3,
                                atol=5e-3)
 
 
-def test_bf16_teacher_states_equal_rounded_float32_states(alone: None) -> None:
-    """Its states are copied a chunk at a time in the dtype of its head; log-probabilities are compared in the
-    student's dtype."""
-    tensors = whole(torch.float32)
-    as_kept = tensors | {"teacher states": tensors["teacher states"].bfloat16()}
-    rounded = tensors | {"teacher states": as_kept["teacher states"].float()}
-    assert score("states", 0.0, tensors=as_kept) == score("states", 0.0, tensors=rounded)
+def test_bf16_teacher_states_equal_rounded_float32_states(one_process: None) -> None:
+    """The teacher's states are cast to the dtype of its head, one chunk at a time."""
+    tensors = draw_tensors(torch.float32)
+    bf16 = tensors | {"teacher states": tensors["teacher states"].bfloat16()}
+    rounded = tensors | {"teacher states": bf16["teacher states"].float()}
+    assert compute_scores("states", 0.0, tensors=bf16) == compute_scores("states", 0.0, tensors=rounded)
 
 
-def test_the_heads_gradient_is_summed_in_float32_under_bf16(alone: None) -> None:
+def test_the_heads_gradient_is_summed_in_float32_under_bf16(one_process: None) -> None:
     """With 256 chunks of equal sign, a bf16 sum would lose later chunks."""
     random = torch.Generator().manual_seed(0)
     n = 2048
@@ -185,7 +192,7 @@ def test_the_heads_gradient_is_summed_in_float32_under_bf16(alone: None) -> None
     sums["sum"].backward()
     exact = weight.double().requires_grad_()
     log_p, log_q = ((states.double() @ w.T).log_softmax(-1) for w in (exact, teacher.double()))
-    reference(log_p, log_q, 0.0).sum().backward()
+    compute_divergence(log_p, log_q, 0.0).sum().backward()
     assert head.weight.grad is not None and exact.grad is not None
     error = (head.weight.grad.double() - exact.grad).norm() / exact.grad.norm()
     assert error < 4e-3, f"{error:.1e}"

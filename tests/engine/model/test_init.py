@@ -19,22 +19,28 @@ from megatron_sov.model.config import ParallelConfig, apply_settings
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16"]
 
 
-def numbers() -> dict[str, Any]:
-    """Return statistics of the normal distribution, and whether ranges equal slices of the whole."""
-    whole = generate_normals(5, "w", 0, 200_003)
+def compare_normals() -> dict[str, Any]:
+    """Return statistics of generated normals, and whether generated ranges equal slices of the whole
+    tensor."""
+    values = generate_normals(5, "w", 0, 200_003)
     ranges = [(0, 1), (1, 1), (7, 2), (8, 8), (1001, 50_000), (199_990, 13)]
-    with_itself = float(np.corrcoef(whole[:-1], whole[1:])[0, 1])
-    with_other = float(np.corrcoef(whole, generate_normals(5, "v", 0, 200_003))[0, 1])
-    return {"slices": all((generate_normals(5, "w", a, n) == whole[a:a + n]).all() for a, n in ranges),
-            "dtype": str(whole.dtype), "mean": float(whole.mean()), "std": float(whole.std()),
-            "kurtosis": float((whole.astype(float) ** 4).mean()), "beyond_2": float((abs(whole) > 2).mean()),
+    with_itself = float(np.corrcoef(values[:-1], values[1:])[0, 1])
+    with_other = float(np.corrcoef(values, generate_normals(5, "v", 0, 200_003))[0, 1])
+    return {"slices": all((generate_normals(5, "w", a, n) == values[a:a + n]).all() for a, n in ranges),
+            "dtype": str(values.dtype), "mean": float(values.mean()), "std": float(values.std()),
+            "kurtosis": float((values.astype(float) ** 4).mean()),
+            "beyond_2": float((abs(values) > 2).mean()),
             "with_itself": with_itself, "with_other": with_other,
             "same": bool((generate_normals(5, "w", 0, 99) == generate_normals(5, "w", 0, 99)).all()),
             "seeds": int((generate_normals(5, "w", 0, 99) == generate_normals(6, "w", 0, 99)).sum())}
 
 
-def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool = False) -> dict[str, Any]:
-    """Initialize a model. The reference writes its tensors; other layouts count differing blocks."""
+def initialize_model(recipe: str, layout: dict[str, Any], folder: str, *,
+                     reference: bool = False) -> dict[str, Any]:
+    """Inside ranks: initialize a model and compare its shards with the tensors of the reference layout.
+
+    With `reference`, this rank has the whole model, and writes its tensors to a file in `folder`.
+    """
     config = apply_settings(recipes.get(recipe), SETTINGS)
     world.join_world(ParallelConfig(**layout))
     model = build_model(config.model, ParallelConfig(**layout), config.train)
@@ -45,19 +51,19 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     local = list_local_shards(model)
     file = Path(folder) / f"{recipe}.safetensors"
     if reference:
-        whole: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for b in local:
-            whole.setdefault(b.key,
-                             torch.full(b.global_shape, torch.nan))[_place(b)] = b.data.reshape(b.shape)
-        save_file(whole, file)
+            tensors.setdefault(b.key,
+                               torch.full(b.global_shape, torch.nan))[get_slices(b)] = b.data.reshape(b.shape)
+        save_file(tensors, file)
     expected = load_file(file)
-    differing = [b.key for b in local if not b.data.reshape(b.shape).equal(expected[b.key][_place(b)])]
+    differing = [b.key for b in local if not b.data.reshape(b.shape).equal(expected[b.key][get_slices(b)])]
     return {"blocks": len(local), "differing": differing,
             "unset": [n for n, p in model.named_parameters() if not p.isfinite().all()],
             "std": {k: float(t.std()) for k, t in expected.items() if t.dim() > 1} if reference else {}}
 
 
-def with_threads(num_threads: int) -> dict[str, Any]:
+def initialize_with_threads(num_threads: int) -> dict[str, Any]:
     """Return a hash of a model's initial weights, and the number of threads that generated them."""
     import hashlib
     import itertools
@@ -67,15 +73,15 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     world.join_world(ParallelConfig())
     torch.set_num_threads(num_threads)
     threads, normals = set(), initial_weights.generate_normals
-    calls, meeting = itertools.count(), threading.Barrier(num_threads)
+    calls, barrier = itertools.count(), threading.Barrier(num_threads)
 
-    def noted(*args: Any) -> Any:
+    def record_thread(*args: Any) -> Any:
         threads.add(threading.get_ident())
         if next(calls) < num_threads:
-            meeting.wait(600)  # otherwise one fast thread might generate all
+            barrier.wait(600)  # else one fast thread could generate all tensors
         return normals(*args)
 
-    initial_weights.generate_normals, initial_weights._PART_VALUES = noted, 1000
+    initial_weights.generate_normals, initial_weights._PART_VALUES = record_thread, 1000
     model = build_model(config.model, ParallelConfig(), config.train)
     initial_weights.initialize_weights(model, config.model, 11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
@@ -83,16 +89,17 @@ def with_threads(num_threads: int) -> dict[str, Any]:
 
 
 def test_threads_make_the_same_weights(ranks: Any, job: Any) -> None:
-    (alone,), (together,) = ranks(*(job(__file__, "with_threads", 1, {"num_threads": n}) for n in (1, 4)))
-    assert alone["threads"] == 1 and together["threads"] == 4
-    assert together["digest"] == alone["digest"]
+    (one_thread,), (four_threads,) = ranks(*(job(__file__, "initialize_with_threads", 1, {"num_threads": n})
+                                             for n in (1, 4)))
+    assert one_thread["threads"] == 1 and four_threads["threads"] == 4
+    assert four_threads["digest"] == one_thread["digest"]
 
 
-def _place(block: Any) -> tuple[slice, ...]:
+def get_slices(block: Any) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
 
 
-def unknown() -> str:
+def find_unknown_rule() -> str:
     """Return the error for a tensor without an initialization rule."""
     try:
         return find_init_rule("decoder.layers.0.mystery.weight")
@@ -102,22 +109,22 @@ def unknown() -> str:
 
 @pytest.mark.distributed
 def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path) -> None:
-    """Numbers first, then whole models at several layouts, then a tensor without a rule."""
+    """Tests the generated normals, models at several layouts, and the error for a tensor without a rule."""
     sp = {"tp": 2, "sp": True}
     layouts = [(2, sp), (2, {"ep": 2}), (2, {"pp": 2}), (2, {**sp, "etp": 2}), (4, {**sp, "pp": 2, "ep": 2})]
     arguments = {"recipe": "tiny-k-exaone", "folder": str(tmp_path)}
-    (normal,), (said,), (reference,), *results = ranks(
-        job(__file__, "numbers"), job(__file__, "unknown"),
-        job(__file__, "initial", 1, {**arguments, "layout": {}, "reference": True}),
-        *(job(__file__, "initial", n, {**arguments, "layout": x}) for n, x in layouts))
+    (statistics,), (error,), (reference,), *results = ranks(
+        job(__file__, "compare_normals"), job(__file__, "find_unknown_rule"),
+        job(__file__, "initialize_model", 1, {**arguments, "layout": {}, "reference": True}),
+        *(job(__file__, "initialize_model", n, {**arguments, "layout": x}) for n, x in layouts))
 
-    assert normal["slices"] and normal["same"] and normal["seeds"] == 0
-    assert normal["dtype"] == "float32"
-    assert abs(normal["mean"]) < 4 / 200_003 ** 0.5
-    assert normal["std"] == pytest.approx(1, abs=4 * (2 * 200_003) ** -0.5)
-    assert normal["kurtosis"] == pytest.approx(3, abs=4 * (96 / 200_003) ** 0.5)
-    assert normal["beyond_2"] == pytest.approx(0.0455, abs=0.002)
-    assert max(abs(normal["with_itself"]), abs(normal["with_other"])) < 4 / 200_003 ** 0.5
+    assert statistics["slices"] and statistics["same"] and statistics["seeds"] == 0
+    assert statistics["dtype"] == "float32"
+    assert abs(statistics["mean"]) < 4 / 200_003 ** 0.5
+    assert statistics["std"] == pytest.approx(1, abs=4 * (2 * 200_003) ** -0.5)
+    assert statistics["kurtosis"] == pytest.approx(3, abs=4 * (96 / 200_003) ** 0.5)
+    assert statistics["beyond_2"] == pytest.approx(0.0455, abs=0.002)
+    assert max(abs(statistics["with_itself"]), abs(statistics["with_other"])) < 4 / 200_003 ** 0.5
 
     assert reference["unset"] == [] and reference["blocks"] > 40
     for key, std in reference["std"].items():
@@ -127,5 +134,5 @@ def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path
         for result in per_rank:
             assert result["differing"] == [] and result["unset"] == [], layout
 
-    assert said == ("decoder.layers.0.mystery.weight: 0 rules of checkpoint/initial_weights.py match this "
-                    "name, needs exactly one")
+    assert error == ("decoder.layers.0.mystery.weight: 0 rules of checkpoint/initial_weights.py match this "
+                     "name, needs exactly one")

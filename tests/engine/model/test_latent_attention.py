@@ -13,7 +13,7 @@ from megatron_sov.engine.model.latent_attention import LatentDocumentAttention
 from megatron_sov.engine.parallel import context, world
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching, Sampling
-from tests.engine.model.test_adapters import LATENT, Learning, build_config
+from tests.engine.model.test_adapters import LATENT_SETTINGS, AdapterTraining, build_config
 
 HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 
@@ -41,35 +41,38 @@ def test_values_of_any_width_are_attended_to_inside_documents(nope: int, rope: i
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], int]]:
-    """Return tokens generated before and after a training step of a `kv_b_proj` adapter, tokens by full
-    forward passes, and the number of merges of the weight."""
-    config = build_config("tiny-deepseek-v3", {}, [*LATENT, "model.num_mtp_layers=0",
+def generate_while_training() -> list[tuple[list[list[int]], list[list[int]], int]]:
+    """Inside a rank: generate before and after a training step of a `kv_b_proj` adapter.
+
+    Returns, for each: generated tokens, greedy tokens of full forward passes, and how often the adapter was
+    merged into the weight.
+    """
+    config = build_config("tiny-deepseek-v3", {}, [*LATENT_SETTINGS, "model.num_mtp_layers=0",
                                                    'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])
     world.join_world(config.parallel)
-    learning, made, found = Learning(config), [], []
-    make = LinearAdapter.compute_effective_weight
+    training, merges, results = AdapterTraining(config), [], []
+    compute_weight = LinearAdapter.compute_effective_weight
     LinearAdapter.compute_effective_weight = (  # type: ignore[method-assign]
-        lambda *args: made.append(1) or make(*args))
-    policy = ForwardModel(learning.model, 50)
+        lambda *args: merges.append(1) or compute_weight(*args))
+    policy = ForwardModel(training.model, 50)
     engine, prompts = MegatronEngine(policy, Batching(1, 5)), [[5, 9, 2, 70], list(range(20, 32))]
     for _ in range(2):
-        written = engine.generate(prompts, Sampling(6)).continuations
-        full = [policy.logits(DocumentBatch([[*p, *c]], torch.device("cpu")),
-                              torch.arange(len(p) - 1, len(p) + 5)).argmax(-1).tolist()
-                for p, c in zip(prompts, written, strict=True)]
-        found.append((written, full, len(made)))
-        made.clear()
-        learning.gradients()
-        learning.optimizer.step(2.0)
+        continuations = engine.generate(prompts, Sampling(6)).continuations
+        recomputed = [policy.logits(DocumentBatch([[*p, *c]], torch.device("cpu")),
+                                    torch.arange(len(p) - 1, len(p) + 5)).argmax(-1).tolist()
+                      for p, c in zip(prompts, continuations, strict=True)]
+        results.append((continuations, recomputed, len(merges)))
+        merges.clear()
+        training.compute_gradients()
+        training.optimizer.step(2.0)
     world.leave_world()
-    return found
+    return results
 
 
 @pytest.mark.distributed
 def test_merged_adapter_weight_is_built_once_per_generation(ranks: Any, job: Any) -> None:
-    (before, after), = ranks(job(__file__, "generated_while_trained", 1, {}))[0]
-    layers = 2
-    assert before[2] == after[2] == layers
+    (before, after), = ranks(job(__file__, "generate_while_training", 1, {}))[0]
+    num_layers = 2
+    assert before[2] == after[2] == num_layers
     assert before[0] == before[1] and after[0] == after[1]
     assert before[0] != after[0], "the step changed nothing"

@@ -1,5 +1,5 @@
-"""Encoder features in place of placeholders: documents stay separate, and cached spans give the same
-results."""
+"""Image features replace placeholder tokens: documents do not mix, and reading in spans gives the same
+states."""
 
 import json
 from typing import Any
@@ -14,12 +14,15 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", 
             "model.head_dim=8", "model.dense_ffn_dim=48", "model.init_std=0.3", "train.precision=fp64",
             f"model.vision={json.dumps(VISION)}"]
 DOCUMENT = [11, 5, 5, 5, 5, 12, 13, 5, 5, 14, 15, 16]
-"""An image, and the first half of another."""
+"""Four placeholders (5) for an image, and two for the first half of a second image."""
 
 
-def states(layout: dict[str, Any]) -> dict[str, Any]:
-    """Return the differences of a document's hidden states from the document alone: after other documents,
-    after documents with another image, with another image of its own, and read in spans."""
+def compare_hidden_states(layout: dict[str, Any]) -> dict[str, Any]:
+    """Return the largest differences of a document's hidden states from those of the document alone.
+
+    "after_documents" and "behind another": after another document, with other images; "other": with another
+    second image; "spans": read in spans of 3 tokens through a cache.
+    """
     import dataclasses
 
     import numpy as np
@@ -36,42 +39,44 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     bank = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), dtype=np.uint8)
     policy = ForwardModel(model, 64)
 
-    def shown(first: int, second: int) -> Any:
-        places = np.flatnonzero(np.array(DOCUMENT) == 5)
-        numbers = np.array([4 * first + i for i in range(4)] + [4 * second, 4 * second + 1])
-        return {"pictures": take_records(places, numbers, bank, 4)}
+    def show_images(first: int, second: int) -> Any:
+        positions = np.flatnonzero(np.array(DOCUMENT) == 5)
+        features = np.array([4 * first + i for i in range(4)] + [4 * second, 4 * second + 1])
+        return {"pictures": take_records(positions, features, bank, 4)}
 
-    def last(pictures: list[tuple[int, int]]) -> torch.Tensor:
+    def compute_last_document(pictures: list[tuple[int, int]]) -> torch.Tensor:
         row = DocumentBatch([DOCUMENT] * len(pictures), torch.device("cpu"), 4 * len(DOCUMENT))
         row.inputs = dataclasses.replace(row.inputs, encoder_inputs=join_inputs(
-            (i * len(DOCUMENT), shown(*of)) for i, of in enumerate(pictures)))
+            (i * len(DOCUMENT), show_images(*images)) for i, images in enumerate(pictures)))
         end = len(pictures) * len(DOCUMENT)
-        found = policy.map([row], lambda depths, *_: context.gather_row(
+        others = policy.map([row], lambda depths, *_: context.gather_row(
             gather_hidden_states(depths[0], model.config))[end - len(DOCUMENT):end])
         return collectives.broadcast_from_last_stage(
-            found[0] if found else torch.zeros(len(DOCUMENT), 32, dtype=torch.float64))
+            others[0] if others else torch.zeros(len(DOCUMENT), 32, dtype=torch.float64))
 
-    alone = last([(0, 1)])
-    found = {"behind": last([(2, 2), (0, 1)]), "behind another": last([(1, 0), (0, 1)]),
-             "other": last([(0, 2)])}
-    pieces = []
+    expected = compute_last_document([(0, 1)])
+    others = {"after_documents": compute_last_document([(2, 2), (0, 1)]),
+              "behind another": compute_last_document([(1, 0), (0, 1)]),
+              "other": compute_last_document([(0, 2)])}
+    states_by_span = []
     with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
         for start in range(0, 12, 3):
-            read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3],
-                                           slice_inputs(shown(0, 1), start, 3))],
-                                decoder.agree_row_tokens(3))
-            pieces.append(collectives.broadcast_from_last_stage(
-                gather_hidden_states(read.hidden, model.config)[:3] if read.hidden is not None
+            output = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3],
+                                             slice_inputs(show_images(0, 1), start, 3))],
+                                  decoder.agree_row_tokens(3))
+            states_by_span.append(collectives.broadcast_from_last_stage(
+                gather_hidden_states(output.hidden, model.config)[:3] if output.hidden is not None
                 else torch.zeros(3, 32, dtype=torch.float64)))
-    found["pieces"] = torch.cat(pieces)
-    return {name: float((other - alone).abs().max()) for name, other in found.items()}
+    others["spans"] = torch.cat(states_by_span)
+    return {name: float((other - expected).abs().max()) for name, other in others.items()}
 
 
 @pytest.mark.distributed
 def test_documents_are_separate_and_cached_spans_equal_whole_rows(ranks: Any, job: Any) -> None:
     layouts = ((1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"cp": 2}))
-    results = ranks(*(job(__file__, "states", n, {"layout": layout}) for n, layout in layouts))
+    results = ranks(*(job(__file__, "compare_hidden_states", n, {"layout": layout}) for n, layout in layouts))
     for (_, layout), per_rank in zip(layouts, results, strict=True):
-        for apart in per_rank:
-            assert max(apart["behind"], apart["behind another"], apart["pieces"]) < 1e-12, layout
-            assert apart["other"] > 1e-3, "the second picture is seen"
+        for differences in per_rank:
+            assert max(differences["after_documents"], differences["behind another"],
+                       differences["spans"]) < 1e-12, layout
+            assert differences["other"] > 1e-3, "the second image has an effect"

@@ -1,5 +1,7 @@
-"""Bounds for torch's flash attention, checked with a plain torch double against a dense float64 softmax: at
-every split of a row, and for the signatures of this torch and torch 2.11."""
+"""Attention through torch's `varlen_attn`, with a double in plain torch, against a dense float64 softmax.
+
+Tests every split of a row, and the signatures of the installed torch and of torch 2.11.
+"""
 
 import inspect
 from typing import Any
@@ -11,68 +13,72 @@ from torch.nn.attention import varlen as kernel
 from megatron_sov.engine.model import attention
 from tests.engine.model import test_attention
 
-REAL = kernel.varlen_attn
+INSTALLED_VARLEN = kernel.varlen_attn
 
 
 def torch_2_11(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
                cu_seq_k: torch.Tensor, max_q: int, max_k: int, *, return_aux: Any = None,
                scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
-    """Signature of torch 2.11.0's varlen_attn, which requires as many key heads as query heads."""
+    """Double of torch 2.11.0's varlen_attn, which requires as many key heads as query heads."""
     assert query.shape[1] == key.shape[1]
-    return _double(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+    return compute_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
 def torch_here(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Signature of the installed torch's varlen_attn."""
-    call = inspect.signature(REAL).bind(*args, **kwargs)
+    """Double of the installed torch's varlen_attn."""
+    call = inspect.signature(INSTALLED_VARLEN).bind(*args, **kwargs)
     call.apply_defaults()
     a = call.arguments
     assert a["enable_gqa"] == (a["query"].shape[1] != a["key"].shape[1])
     key, value = (a[n].repeat_interleave(a["query"].shape[1] // a[n].shape[1], 1) for n in ("key", "value"))
-    return _double(a["query"], key, value, a["cu_seq_q"], a["cu_seq_k"], a["max_q"], a["max_k"], a["scale"],
-                   a["window_size"])
+    return compute_varlen(a["query"], key, value, a["cu_seq_q"], a["cu_seq_k"], a["max_q"], a["max_k"],
+                          a["scale"],
+                          a["window_size"])
 
 
-torch_here.__signature__ = inspect.signature(REAL)  # type: ignore[attr-defined]
+torch_here.__signature__ = inspect.signature(INSTALLED_VARLEN)  # type: ignore[attr-defined]
 
 
-def _double(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
+def compute_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
             cu_seq_k: torch.Tensor, max_q: int, max_k: int, scale: float | None,
             window_size: tuple[int, int]) -> torch.Tensor:
-    """Compute flash attention in plain torch: sequences side by side, the last query of each aligned with its
-    last key, `window_size` (left, right) without the current token, -1 unbounded."""
+    """Compute flash attention over concatenated sequences in plain torch.
+
+    The last query of a sequence is aligned with its last key. `window_size` is (left, right), without the
+    current token; -1 is unbounded.
+    """
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
     assert int(cu_seq_q[0]) == int(cu_seq_k[0]) == 0
     assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key)), "tokens of no document"
     assert (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max())) == (max_q, max_k)
     left, right = window_size
     assert right == 0
-    parts = []
+    outputs = []
     for q, k, v in zip(*(t.split(b.diff().tolist()) for t, b in
                          ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))), strict=True):
         distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
         mask = (distance >= 0) & ((distance <= left) if left >= 0 else True)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v))
-    return torch.cat(parts)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
 
 
 CASES = [(documents, window, 1024) for documents in ("few", "one", "many", "half")
          for window in (0, 1, 5, 17)]
 
 
-def attend(cp: int, signature: str) -> list[dict[str, Any]]:
-    """Run `test_attention.attend` with the double and count its calls."""
+def attend_with_double(cp: int, signature: str) -> list[dict[str, Any]]:
+    """Inside ranks: run `test_attention.attend` with the double of `varlen_attn`, and count its calls."""
     calls = 0
 
-    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def count_and_compute(*args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return globals()[signature](*args, **kwargs)
 
-    counted.__signature__ = inspect.signature(globals()[signature])  # type: ignore[attr-defined]
+    count_and_compute.__signature__ = inspect.signature(globals()[signature])  # type: ignore[attr-defined]
     attention.supports_varlen = lambda query: True
-    kernel.varlen_attn = counted
+    kernel.varlen_attn = count_and_compute
     return [*test_attention.attend(cp, CASES), {"calls": calls}]
 
 
@@ -80,7 +86,7 @@ def attend(cp: int, signature: str) -> list[dict[str, Any]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("cp", "signature"), [(1, "torch_here"), (2, "torch_here"), (4, "torch_2_11")])
 def test_one_call_for_each_piece_is_a_dense_softmax(ranks: Any, job: Any, cp: int, signature: str) -> None:
-    (per_rank,) = ranks(job(__file__, "attend", cp, {"cp": cp, "signature": signature}))
+    (per_rank,) = ranks(job(__file__, "attend_with_double", cp, {"cp": cp, "signature": signature}))
     for *results, calls in per_rank:
         # one call, or two with context parallelism (early and late piece), not one per document
         assert calls == {"calls": len(CASES) * (1 if cp == 1 else 2)}
@@ -90,25 +96,27 @@ def test_one_call_for_each_piece_is_a_dense_softmax(ranks: Any, job: Any, cp: in
 
 
 def test_bounds_are_sent_once_for_a_row_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = []
-    monkeypatch.setattr(attention, "to_device", lambda values, device: sent.append(values) or values)
-    # the third of four processes: tokens 16 to 24 and 40 to 48 of 64, documents of 20 and 44 tokens
+    sent_values = []
+    monkeypatch.setattr(attention, "to_device", lambda values, device: sent_values.append(values) or values)
+    # Rank 2 of 4 has tokens 16 to 24 and 40 to 48 of a row with documents of 20 and 44 tokens.
     packed = attention.PackedDocuments(bounds=torch.tensor([0, 20, 64]),
                                        spans=[[(0, 16, 20), (20, 20, 24)], [(20, 40, 48)]])
-    whole, sliding = packed.get_piece_bounds(0), packed.get_piece_bounds(5)
-    assert packed.get_piece_bounds(0) is whole and packed.get_piece_bounds(5) is sliding and len(sent) == 2
-    assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in whole] == [
+    full_bounds, sliding_bounds = packed.get_piece_bounds(0), packed.get_piece_bounds(5)
+    assert packed.get_piece_bounds(0) is full_bounds and packed.get_piece_bounds(5) is sliding_bounds and len(
+        sent_values) == 2
+    assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in full_bounds] == [
         ([0, 4, 8], [0, 20, 24], 4, 20), ([0, 8], [0, 28], 8, 28)]
-    assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in sliding] == [
+    assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in sliding_bounds] == [
         ([0, 4, 8], [0, 8, 12], 4, 8), ([0, 8], [0, 12], 8, 12)]
 
 
-def test_it_serves_16_bits_on_a_gpu_alone() -> None:
-    def heads(device: str, dtype: torch.dtype, size: int) -> Any:
+def test_varlen_is_used_only_for_16_bits_on_a_gpu() -> None:
+    def build_heads(device: str, dtype: torch.dtype, size: int) -> Any:
         from types import SimpleNamespace
         return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=(7, 2, size))
 
-    assert attention.supports_varlen(heads("cuda", torch.bfloat16, 128))
-    for other in (("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128), ("cuda", torch.bfloat16, 12),
-                  ("cuda", torch.bfloat16, 264)):
-        assert not attention.supports_varlen(heads(*other)), other
+    assert attention.supports_varlen(build_heads("cuda", torch.bfloat16, 128))
+    for unsupported in (("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128),
+                        ("cuda", torch.bfloat16, 12),
+                        ("cuda", torch.bfloat16, 264)):
+        assert not attention.supports_varlen(build_heads(*unsupported)), unsupported

@@ -1,6 +1,7 @@
 """Muon at any layout: each gathered matrix follows torch.optim.Muon step by step."""
 
 import dataclasses
+import hashlib
 import math
 import re
 from typing import Any
@@ -26,31 +27,34 @@ OVERLAP = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel
            "parallel.bucket_params=9000")
 
 
-def gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
-    """Return the gradient of a global tensor, a function of its name and the seed."""
-    import hashlib
-
-    generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:12],
-                                                  16))
+def draw_gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Draw the gradient of a global tensor; the same key and seed give the same gradient on every rank."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
+    generator = torch.Generator().manual_seed(int(digest[:12], 16))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
-    """Write this process's parts of all gradients, as if reduced over data-parallel processes."""
+def write_gradients(optimizer: Any, model: Any, seed: int) -> None:
+    """Write this process's shards of all gradients, as if reduced over data-parallel processes."""
     lookup = ParameterLookup(model)
     for block in list_local_shards(model):
         parameter = lookup.find_parameter(block)
         if parameter is None:
             continue
-        whole = gradient(block.key, block.global_shape, seed)
-        part = whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))].reshape(
-            block.data.shape)
+        gradient = draw_gradient(block.key, block.global_shape, seed)
+        slices = tuple(slice(start, start + size) for start,
+                       size in zip(block.offset, block.shape, strict=True))
+        local_gradient = gradient[slices].reshape(block.data.shape)
+        # The block may be a view of a part of the parameter, such as one expert or the gate of a fused
+        # weight.
         start = block.data.storage_offset() - parameter.storage_offset()
         with torch.no_grad():
-            parameter.main_grad.view(-1)[start:start + part.numel()].view(part.shape).copy_(part)
+            parameter.main_grad.view(-1)[start:start
+                                         + local_gradient.numel()].view(local_gradient.shape).copy_(
+                                             local_gradient)
 
 
-def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
+def gather_weights(model: Any, optimizer: Any) -> dict[str, Any]:
     """Gather the updated weights (under bf16 the masters) on every process."""
     blocks = list_local_shards(model)
     if model.config.params_dtype == torch.bfloat16:
@@ -65,12 +69,12 @@ def split_into_matrices(key: str, tensor: Any) -> list[Any]:
     if "experts.experts" in key:
         return [part for expert in tensor
                 for part in split_into_matrices(key.replace("experts.experts", "expert"), expert)]
-    # per key head (2): its 4 queries, the key, the value, 8 rows each
-    if key.endswith("linear_qkv.weight"):
+    if key.endswith("linear_qkv.weight"):  # per key head (2): its 4 queries, the key, the value, 8 rows each
         groups = tensor.view(2, 6, 8, -1)
         return [groups[:, a:b].reshape(-1, tensor.shape[1]) for a, b in ((0, 4), (4, 5), (5, 6))]
-    return ([part.clone() for part in tensor.chunk(2)] if key.endswith("linear_fc1.weight")
-            else [tensor.clone()])
+    if key.endswith("linear_fc1.weight"):  # gate and up
+        return [matrix.clone() for matrix in tensor.chunk(2)]
+    return [tensor.clone()]
 
 
 def is_matrix(key: str, tensor: Any, optim: Any) -> bool:
@@ -81,11 +85,11 @@ def is_matrix(key: str, tensor: Any, optim: Any) -> bool:
 class Reference:
     """torch.optim.Muon and torch.optim.AdamW over the whole matrices of a model."""
 
-    def __init__(self, weights: dict[str, Any], optim: Any, full: Any) -> None:
-        self.full, self.shapes = full, {key: tuple(w.shape) for key, w in weights.items()}
-        self.matrices = {key: [torch.nn.Parameter(m.to(full)) for m in split_into_matrices(key, w)]
+    def __init__(self, weights: dict[str, Any], optim: Any, dtype: Any) -> None:
+        self.dtype, self.shapes = dtype, {key: tuple(w.shape) for key, w in weights.items()}
+        self.matrices = {key: [torch.nn.Parameter(m.to(dtype)) for m in split_into_matrices(key, w)]
                          for key, w in weights.items() if is_matrix(key, w, optim)}
-        self.rest = {key: torch.nn.Parameter(w.to(full, copy=True)) for key, w in weights.items()
+        self.rest = {key: torch.nn.Parameter(w.to(dtype, copy=True)) for key, w in weights.items()
                      if key not in self.matrices and not key.endswith("expert_bias")}
         scale = None if optim.muon_scale == "original" else optim.muon_scale
         matrices = [m for ms in self.matrices.values() for m in ms] or [torch.nn.Parameter(torch.ones(1, 1))]
@@ -102,12 +106,12 @@ class Reference:
         bfloat16."""
         for key, parameters in self.matrices.items():
             shape = parameters[0].shape
-            whole = gradient(key, self.shapes[key], seed).to(self.full)
+            whole = draw_gradient(key, self.shapes[key], seed).to(self.dtype)
             for parameter, grad in zip(parameters, split_into_matrices(key, whole), strict=True):
                 assert grad.shape[1] == shape[1]
                 parameter.grad = grad
         for key, parameter in self.rest.items():
-            parameter.grad = gradient(key, tuple(parameter.shape), seed).to(self.full)
+            parameter.grad = draw_gradient(key, tuple(parameter.shape), seed).to(self.dtype)
         if low_precision:
             self.muon.step()
         else:
@@ -116,35 +120,40 @@ class Reference:
         self.adamw.step()
 
 
-def updates(settings: list[str], seed: int) -> dict[str, Any]:
-    """Take some steps next to torch's optimizers; return each tensor's difference after each step."""
+def compare_updates(settings: list[str], seed: int) -> dict[str, Any]:
+    """Take `STEPS` steps with our optimizer and with torch's optimizers.
+
+    Returns:
+        Per matrix or other tensor: "differences", the largest after any step, and "changes", the largest
+        since the start. "kinds": kinds of optimizer state.
+    """
     config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, seed=seed)
     optimizer = Optimizer(model, config.optim, config.parallel)
     optimizer.sync_master_weights()
-    start = gathered(model, optimizer)
-    full = torch.float64 if config.train.precision == "fp64" else torch.float32
-    reference = Reference(start, config.optim, full)
-    apart: dict[str, float] = {}
-    moved: dict[str, float] = {}
+    start = gather_weights(model, optimizer)
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    reference = Reference(start, config.optim, dtype)
+    differences: dict[str, float] = {}
+    changes: dict[str, float] = {}
     for step in range(STEPS):
         optimizer.zero_grad()
-        put_gradients(optimizer, model, 100 * seed + step)
+        write_gradients(optimizer, model, 100 * seed + step)
         optimizer.step(LR)
         reference.step(100 * seed + step, low_precision=config.train.precision == "bf16")
-        now = gathered(model, optimizer)
+        weights = gather_weights(model, optimizer)
+        compared = {key: (weights[key], expected, start[key]) for key, expected in reference.rest.items()}
         for key, parameters in reference.matrices.items():
-            for i, (ours,
-                    theirs) in enumerate(zip(split_into_matrices(key, now[key]), parameters, strict=True)):
-                name = f"{key} {i}"
-                apart[name] = max(apart.get(name, 0.0), float((ours.to(full) - theirs.detach()).abs().max()))
-                moved[name] = float((ours.to(full) - split_into_matrices(key,
-                                                                         start[key])[i].to(full)).abs().max())
-        for key, theirs in reference.rest.items():
-            apart[key] = max(apart.get(key, 0.0), float((now[key].to(full) - theirs.detach()).abs().max()))
-            moved[key] = float((now[key].to(full) - start[key].to(full)).abs().max())
+            matrices, start_matrices = split_into_matrices(key, weights[key]), split_into_matrices(key,
+                                                                                                   start[key])
+            for i, triple in enumerate(zip(matrices, parameters, start_matrices, strict=True)):
+                compared[f"{key} {i}"] = triple
+        for name, (updated, expected, initial) in compared.items():
+            difference = float((updated.to(dtype) - expected.detach()).abs().max())
+            differences[name] = max(differences.get(name, 0.0), difference)
+            changes[name] = float((updated.to(dtype) - initial.to(dtype)).abs().max())
     kinds = sorted({block.key.split("/")[0] for block in optimizer.state_shards()})
     world.leave_world()
-    return {"apart": apart, "moved": moved, "kinds": kinds}
+    return {"differences": differences, "changes": changes, "kinds": kinds}
 
 
 LAYOUTS = {
@@ -158,30 +167,32 @@ LAYOUTS = {
     "TP2+SP x EP2 x ZeRO-1 overlapped": (4, (*TP2, "parallel.ep=2", *OVERLAP)),
     "PP2 VPP2 x CP2 ZeRO-1 overlapped": (4, ("parallel.pp=2", "parallel.vpp=2", "parallel.cp=2", *OVERLAP)),
 }
-FIRST = {"TP2+SP x EP2 x ZeRO-1 overlapped"}
-"""Layouts that `make test` runs."""
+TIER1_LAYOUTS = {"TP2+SP x EP2 x ZeRO-1 overlapped"}
+"""Layouts that `make test` runs; the others are `deep`."""
 
 
-def worst(result: dict[str, Any]) -> tuple[float, str]:
+def find_largest_difference(result: dict[str, Any]) -> tuple[float, str]:
     """Return the largest difference from torch's weights, and its tensor."""
-    return max((apart, name) for name, apart in result["apart"].items())
+    return max((difference, name) for name, difference in result["differences"].items())
 
 
 @pytest.mark.essential
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [FIRST, pytest.param(LAYOUTS.keys() - FIRST, marks=pytest.mark.deep)],
-                         ids=["at once", "each alone"])
+@pytest.mark.parametrize("names", [
+    TIER1_LAYOUTS, pytest.param(LAYOUTS.keys() - TIER1_LAYOUTS, marks=pytest.mark.deep)],
+    ids=["tier 1", "other layouts"])
 def test_matrices_follow_torch_muon_and_other_parameters_torch_adamw(names: set[str], ranks: Any,
                                                                      job: Any) -> None:
     cases = [(name, n, settings, seed) for seed, (name, (n, settings)) in enumerate(LAYOUTS.items(), 1)
              if name in names]
-    results = ranks(*(job(__file__, "updates", n, {"settings": [FP64, *settings], "seed": seed})
+    results = ranks(*(job(__file__, "compare_updates", n, {"settings": [FP64, *settings], "seed": seed})
                       for _, n, settings, seed in cases), timeout_s=600)
     for case, per_rank in zip(cases, results, strict=True):
         for result in per_rank:
-            assert len(result["apart"]) > 90, "each expert's gate, up and down are matrices of their own"
-            assert min(result["moved"].values()) > 0.01, case
-            assert worst(result)[0] < 1e-13, (case, worst(result))
+            assert len(
+                result["differences"]) > 90, "each expert's gate, up and down are matrices of their own"
+            assert min(result["changes"].values()) > 0.01, case
+            assert find_largest_difference(result)[0] < 1e-13, (case, find_largest_difference(result))
             assert result["kinds"] == ["exp_avg", "exp_avg_sq", "momentum"]
 
 
@@ -195,8 +206,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 @pytest.mark.each("shape", [(12, 40), (40, 12), (16, 16)])
 def test_the_update_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
     update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    low = update.bfloat16()
-    assert orthogonalize(low, 5, COEFFICIENTS).equal(
+    update_bf16 = update.bfloat16()
+    assert orthogonalize(update_bf16, 5, COEFFICIENTS).equal(
         _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
     # torch's algorithm without its rounding to bfloat16
     with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
@@ -209,5 +220,5 @@ def test_scales_are_those_of_the_papers() -> None:
     assert ((compute_update_scale("match_rms_adamw", 200, 50) * orthogonal).square().mean().sqrt()
             == pytest.approx(0.2))
     assert compute_update_scale("original", 200, 50) == compute_update_scale("spectral", 200, 50) == 2.0
-    assert compute_update_scale("original", 50,
-                                200) == 1.0 and compute_update_scale("spectral", 50, 200) == math.sqrt(0.25)
+    assert compute_update_scale("original", 50, 200) == 1.0
+    assert compute_update_scale("spectral", 50, 200) == math.sqrt(0.25)

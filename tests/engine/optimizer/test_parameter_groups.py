@@ -19,7 +19,7 @@ from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import OptimConfig, apply_settings
 from tests.tiny import tiny_model
 
-# Overlapped communication: it overlaps, and no reader sees a weight before it has arrived.
+# Overlapped communication: buckets are in flight during a step, and evaluation waits for gathered weights.
 
 RUN = str(Path(__file__).parents[2] / "layouts/layout_run.py")
 FP64, ZERO1 = "train.precision=fp64", "parallel.zero1=true"
@@ -43,59 +43,65 @@ def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(ranks: Any, job
         for result in per_rank:
             assert result["losses"] == pytest.approx(plain["losses"], rel=1e-12), name
             assert result["heldout"] == pytest.approx(plain["heldout"], rel=1e-11), name
-        same_part = [r for r in per_rank if r["place"] == 0], [r for r in per_rank if r["place"] == 1]
-        for one, other in zip(*same_part, strict=True):
-            assert (one["updated"] != other["updated"]) == (name == "both"), (
-                f"{name}: each process has its own updates only")
-            assert one["evaluated"] == other["evaluated"] and one["ended"] == other["ended"], name
+        (rank0,), (rank1,) = ([result for result in per_rank if result["place"] == rank] for rank in (0, 1))
+        assert (rank0["updated"] != rank1["updated"]) == (name == "both"), (
+            f"{name}: before the all-gather, each rank has only the updates of its own ZeRO-1 shard")
+        assert rank0["evaluated"] == rank1["evaluated"] and rank0["ended"] == rank1["ended"], name
     assert results["both"][0]["groups"] > 2, "dense and expert parameters, in buckets"
     assert set(results["plain"][0]["on their way"]) == {0}
     for result in results["both"]:  # the first step only counts how often each gradient is added to
         assert result["on their way"][1:] == [result["groups"]] * 3
 
 
-def zero1_layouts() -> list[Any]:
-    """Return for each kind of overlap: whether parameters have the places that the library computes without a
-    given layout, the number of buckets, and whether the library asks for a layout."""
+def compare_zero1_layouts() -> list[Any]:
+    """Wrap a model for ZeRO-1 with our parameter layout, and with the one that Megatron-Core computes.
+
+    Returns, for each kind of overlap: whether both layouts are equal, the number of buckets, and whether
+    Megatron-Core warns of a missing layout, with and without ours.
+    """
     from unittest import mock
 
-    from megatron.core.distributed import distributed_data_parallel as library
+    from megatron.core.distributed import distributed_data_parallel
 
     config, model = tiny_model("tiny-solar-open", layout={"ep": 2})
 
-    def wrapped(changes: dict[str, Any]) -> tuple[list[Any], bool]:
+    def wrap_chunks(changes: dict[str, Any]) -> tuple[list[Any], bool]:
         messages, parallel = list[str](), dataclasses.replace(config.parallel, zero1=True, **changes)
-        with mock.patch.object(library, "log_single_rank", lambda logger, level, said: messages.append(said)):
+        with mock.patch.object(distributed_data_parallel, "log_single_rank",
+                               lambda logger, level, message: messages.append(message)):
             (chunk,) = parameter_groups.wrap_chunks(model, parallel)
-        places = [[[*part.param_index_map.values()], part.bucket_indices]
-                  for part in chunk.full_param_layout.layouts.values()]
-        return places, any("full_param_layout not provided" in said for said in messages)
+        layouts = [[[*buffer.param_index_map.values()], buffer.bucket_indices]
+                   for buffer in chunk.full_param_layout.layouts.values()]
+        return layouts, any("full_param_layout not provided" in message for message in messages)
 
-    found = []
+    results = []
     for changes in ({}, {"overlap_grad_reduce": True}, {"overlap_grad_reduce": True, "bucket_params": 9000}):
-        ours, asks = wrapped(changes)
+        layouts, warns = wrap_chunks(changes)
         with mock.patch.object(parameter_groups, "_zero1_layout", lambda *_, **__: None):
-            theirs, asks_without = wrapped(changes)
-        found.append([ours == theirs, sum(len(buckets) for _, buckets in ours), asks, asks_without])
-    return found
+            computed_layouts, warns_without = wrap_chunks(changes)
+        results.append([layouts == computed_layouts, sum(len(buckets) for _, buckets in layouts), warns,
+                        warns_without])
+    return results
 
 
 @pytest.mark.distributed
-def test_layouts_of_zero1_are_those_of_the_library(ranks: Any, job: Any) -> None:
-    for found in ranks(job(__file__, "zero1_layouts", 2))[0]:
-        assert found[:2] == [[True, 2, False, True]] * 2
-        assert found[2][0] and found[2][1] > 2 and not found[2][2]
+def test_layouts_of_zero1_are_those_of_megatron_core(ranks: Any, job: Any) -> None:
+    for results in ranks(job(__file__, "compare_zero1_layouts", 2))[0]:
+        assert results[:2] == [[True, 2, False, True]] * 2
+        assert results[2][0] and results[2][1] > 2 and not results[2][2]
 
 
-SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-         "model.dense_ffn_dim=40", "train.precision=fp64", "optim.clip_grad=0.0", "optim.weight_decay=0.2")
+SMALL_SETTINGS = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8",
+                  "model.expert_ffn_dim=16",
+                  "model.dense_ffn_dim=40", "train.precision=fp64", "optim.clip_grad=0.0",
+                  "optim.weight_decay=0.2")
 GROUPS = ('optim.groups=[{"pattern": "*linear_proj.weight", "lr_scale": 0.5}, '
           '{"pattern": "decoder.layers.1.*", "weight_decay": 0.0}, {"pattern": "*final_layernorm.weight", '
           '"weight_decay": 0.3}, {"pattern": "output_layer.weight", "lr_scale": 0.0}]')
 
 
 def expected_setting(key: str) -> tuple[float, float]:
-    """Return the rate factor and weight decay of a tensor, by GROUPS read by hand."""
+    """Return the factor of the learning rate and the weight decay that `GROUPS` gives a tensor."""
     if key == "output_layer.weight":
         return 0.0, 0.2
     if key.endswith("final_layernorm.weight"):
@@ -106,10 +112,12 @@ def expected_setting(key: str) -> tuple[float, float]:
     return (0.5 if key.endswith("linear_proj.weight") else 1.0), 0.0 if norm else 0.2
 
 
-def grouped(settings: list[str]) -> dict[str, float]:
-    """Take three updates next to torch.optim.AdamW with one group per tensor; return each tensor's
-    difference."""
-    config, model = tiny_model("tiny-k-exaone", *SMALL, *settings)
+def compare_grouped_updates(settings: list[str]) -> dict[str, float]:
+    """Take three updates with our optimizer, and with torch.optim.AdamW with one group per tensor.
+
+    Returns the largest difference of each tensor.
+    """
+    config, model = tiny_model("tiny-k-exaone", *SMALL_SETTINGS, *settings)
     optimizer = Optimizer(model, config.optim, config.parallel)
     lookup = ParameterLookup(model)
     key_of = {id(lookup.find_parameter(block)): block.key for block in list_local_shards(model)}
@@ -135,7 +143,7 @@ def grouped(settings: list[str]) -> dict[str, float]:
 
 def list_rules(settings: list[str]) -> list[Any]:
     """Return algorithm, factor, weight decay and frozen flag of some tensors."""
-    config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, *settings]).optim
+    config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL_SETTINGS, *settings]).optim
     tensors = {"decoder.layers.1.mlp.router.weight": 2,
                "decoder.layers.1.self_attention.linear_qkv.weight": 2,
                "decoder.layers.1.pre_mlp_layernorm.weight": 1, "embedding.word_embeddings.weight": 2,
@@ -144,18 +152,18 @@ def list_rules(settings: list[str]) -> list[Any]:
     return [[r.algorithm, r.lr_scale, r.weight_decay, r.frozen] for r in rules]
 
 
-def refusals(settings: list[list[str]]) -> list[str]:
+def list_errors(settings: list[list[str]]) -> list[str]:
     """Return the optimizer's errors for invalid settings."""
-    found = []
-    base = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, "parallel.pp=2"])
+    errors = []
+    base = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL_SETTINGS, "parallel.pp=2"])
     world.join_world(base.parallel)
-    for wrong in settings:
+    for settings_of_case in settings:
         model = build_model(base.model, base.parallel, base.train)
         try:
-            Optimizer(model, apply_settings(base, wrong).optim, base.parallel)
+            Optimizer(model, apply_settings(base, settings_of_case).optim, base.parallel)
         except UserError as e:
-            found.append(str(e))
-    return found
+            errors.append(str(e))
+    return errors
 
 
 @pytest.mark.distributed
@@ -166,16 +174,17 @@ def test_groups_change_only_matching_parameters(ranks: Any, job: Any) -> None:
                   '"embedding.*", "optimizer": "muon"}]')
     unknown = ['optim.groups=[{"pattern": "decoder.layers.0.*"}, {"pattern": "decoder.layer.1.*"}]']
     everything = ['optim.groups=[{"pattern": "*", "frozen": true}]']
-    (apart,), (plain,), (muon,), *refused = ranks(
-        job(__file__, "grouped", 1, {"settings": [GROUPS]}), job(__file__, "list_rules", 1, {"settings": []}),
+    (differences,), (adamw_rules,), (muon_rules,), *refused = ranks(
+        job(__file__, "compare_grouped_updates", 1, {"settings": [GROUPS]}),
+        job(__file__, "list_rules", 1, {"settings": []}),
         job(__file__, "list_rules", 1, {"settings": ["optim.name=muon", exceptions]}),
-        job(__file__, "refusals", 2, {"settings": [unknown, everything]}))
-    assert len(apart) > 60 and max(apart.values()) < 1e-14, max(apart, key=apart.get)
-    assert (plain == [["adamw", 1.0, 0.2, False]] * 2 + [["adamw", 1.0, 0.0, False]]
+        job(__file__, "list_errors", 2, {"settings": [unknown, everything]}))
+    assert len(differences) > 60 and max(differences.values()) < 1e-14, max(differences, key=differences.get)
+    assert (adamw_rules == [["adamw", 1.0, 0.2, False]] * 2 + [["adamw", 1.0, 0.0, False]]
             + [["adamw", 1.0, 0.2, False]] * 2)
     # the last matching pattern applies: the router is Muon's again, at half the rate
-    assert muon == [["muon", 0.5, 0.2, False], ["muon", 0.5, 0.2, False], ["adamw", 1.0, 0.0, True],
-                    ["adamw", 1.0, 0.2, False], ["adamw", 1.0, 0.2, False]]
+    assert muon_rules == [["muon", 0.5, 0.2, False], ["muon", 0.5, 0.2, False], ["adamw", 1.0, 0.0, True],
+                          ["adamw", 1.0, 0.2, False], ["adamw", 1.0, 0.2, False]]
     for told in refused[0]:
         assert "optim.groups.1.pattern = 'decoder.layer.1.*': matches no parameter" in told[0]
         assert "freeze every parameter" in told[1]

@@ -1,4 +1,4 @@
-"""Ranges of parameters that a process updates, and the number of updates."""
+"""Optimizer state: ranges of parameters that a process updates under ZeRO-1, and the number of updates."""
 
 from itertools import pairwise
 from typing import Any
@@ -17,60 +17,67 @@ from megatron_sov.model.config import ParallelConfig
 from tests.tiny import tiny_model
 
 
-def counted(fused: bool) -> dict[str, Any]:
-    """Return the number of updates after a restore, in torch's Adam or in an optimizer that counts in its
-    groups.
-    """
+def restore_update_count(fused: bool) -> dict[str, Any]:
+    """Set the number of updates to 5, in torch's AdamW (and take a step) or in a double of a fused Adam."""
     from torch.optim import AdamW, Optimizer
 
-    class Fused(Optimizer):
-        """Counts as transformer_engine.pytorch.optimizers.FusedAdam does: in the group, from the first update
-        on."""
+    class FusedAdamDouble(Optimizer):
+        """Like transformer_engine.pytorch.optimizers.FusedAdam, counts updates in the group, not per
+        parameter."""
 
-    class Library:
+    class MegatronOptimizerDouble:
         def __init__(self, inner: Optimizer) -> None:
             self.optimizer = inner
 
     parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
-    library = Library(Fused(parameters, {"lr": 0.1}) if fused else AdamW(parameters, lr=0.1))
-    made = [sorted(s.state()) for s in list_shards(library)]
-    set_update_count(list_shards(library), 5)
-    states = [library.optimizer.state[p] for p in parameters]
-    own = [s["step"] for s in states if "step" in s]
+    megatron_optimizer = MegatronOptimizerDouble(FusedAdamDouble(parameters, {"lr": 0.1})
+                                                 if fused else AdamW(parameters, lr=0.1))
+    states_before = [sorted(s.state()) for s in list_shards(megatron_optimizer)]
+    set_update_count(list_shards(megatron_optimizer), 5)
+    states = [megatron_optimizer.optimizer.state[p] for p in parameters]
+    own_counts = [s["step"] for s in states if "step" in s]
     if not fused:
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
-        library.optimizer.step()
-    return {"made": made, "groups": [g.get("step") for g in library.optimizer.param_groups],
-            "own": [float(t) for t in own],
+        megatron_optimizer.optimizer.step()
+    return {"states_before": states_before,
+            "groups": [g.get("step") for g in megatron_optimizer.optimizer.param_groups],
+            "own_counts": [float(t) for t in own_counts],
             "shapes": [[list(s[name].shape) for name in ("exp_avg", "exp_avg_sq")] for s in states]}
 
 
 @pytest.mark.distributed
 def test_every_parameter_counts_its_own_updates_and_fused_optimizers_count_in_groups(ranks, job) -> None:
-    (plain,), (fused,) = ranks(job(__file__, "counted", 1, {"fused": False}),
-                               job(__file__, "counted", 1, {"fused": True}))
+    (plain,), (fused,) = ranks(job(__file__, "restore_update_count", 1, {"fused": False}),
+                               job(__file__, "restore_update_count", 1, {"fused": True}))
     shapes = [[[2, 3], [2, 3]], [[4], [4]]]
-    assert plain == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [None], "own": [6.0, 6.0],
+    assert plain == {"states_before": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [None],
+                     "own_counts": [6.0, 6.0],
                      "shapes": shapes}
-    assert fused == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [5], "own": [], "shapes": shapes}
+    assert fused == {"states_before": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [5], "own_counts": [],
+                     "shapes": shapes}
 
 
 def zero1_shards(precision: str) -> dict[str, Any]:
-    """Return the ranges of both data-parallel processes under ZeRO-1 before the first step."""
+    """Inside ranks: describe the state of both data-parallel processes under ZeRO-1 before the first step.
 
+    Returns the size of each parameter and, for each rank: its range of each parameter, the number of state
+    shards that it owns, their dtypes, and the kinds of state.
+    """
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     config, model = tiny_model("tiny-k-exaone", f"train.precision={precision}", layout={"zero1": True})
     optimizer = Optimizer(model, config.optim, config.parallel)
     names = {id(p): name for name, p in model.named_parameters()}
-    mine = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
+    local_ranges = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
     blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_shards() if b.owned]
-    everyones: list[Any] = [None] * dist.get_world_size()
+    results_by_rank: list[Any] = [None] * dist.get_world_size()
     names_of_state = {key.split("/")[0] for key, *_ in blocks}
-    dist.all_gather_object(everyones, (mine, len(blocks), sorted({dtype for *_, dtype in blocks}),
-                                       sorted(names_of_state)))
-    return {"sizes": {names[id(p)]: p.numel() for p in model.parameters()}, "everyones": everyones}
+    dist.all_gather_object(results_by_rank,
+                           (local_ranges, len(blocks), sorted({dtype for *_, dtype in blocks}),
+                            sorted(names_of_state)))
+    return {"sizes": {names[id(p)]: p.numel() for p in model.parameters()},
+            "results_by_rank": results_by_rank}
 
 
 @pytest.mark.deep
@@ -81,17 +88,21 @@ def test_zero1_assigns_disjoint_parameter_ranges(ranks, job) -> None:
              ("fp64", ["exp_avg", "exp_avg_sq"], "float64"))
     results = ranks(*(job(__file__, "zero1_shards", 2, {"precision": precision}) for precision, *_ in cases))
     for (precision, kinds, dtype), (result, _) in zip(cases, results, strict=True):
-        updated = []
-        for ranges, num_blocks, dtypes, names in result["everyones"]:
+        num_updated = []
+        for ranges, num_blocks, dtypes, names in result["results_by_rank"]:
             assert names == kinds and dtypes == [f"torch.{dtype}"]
             assert num_blocks >= len(kinds) * len(ranges)
-            updated.append(sum(stop - start for start, stop in ranges.values()))
-        whole = sum(result["sizes"].values())
-        assert sum(updated) == whole, precision
-        assert max(updated) < 0.55 * whole, "the halves are even but for padding"
+            num_updated.append(sum(stop - start for start, stop in ranges.values()))
+        num_elements = sum(result["sizes"].values())
+        assert sum(num_updated) == num_elements, precision
+        assert max(num_updated) < 0.55 * num_elements, "apart from padding, the halves have equal sizes"
         for name, size in result["sizes"].items():
-            spans = sorted(ranges[name] for ranges, *_ in result["everyones"] if name in ranges)
-            assert spans[0][0] == 0 and spans[-1][1] == size and all(a[1] == b[0] for a, b in pairwise(spans))
+            ranges_of_rank = sorted(ranges[name] for ranges,
+                                    *_ in result["results_by_rank"] if name in ranges)
+            assert ranges_of_rank[0][0] == 0 and ranges_of_rank[-1][1] == size and all(a[1] == b[0] for a,
+                                                                                       b
+                                                                                       in pairwise(
+                                                                                           ranges_of_rank))
 
 
 # Rectangles of flat ranges against numpy's element order.
@@ -107,25 +118,27 @@ def test_an_element_range_is_a_few_ordered_rectangles(shape: list[int], data: st
     stop = data.draw(st.integers(start, size))
     numbers = np.arange(size).reshape(shape)
     result = list(iter_rectangles(shape, start, stop))
-    taken = [numbers[tuple(slice(o, o + n) for o, n in zip(place, extent, strict=True))].ravel()
-             for place, extent in result]
-    assert np.concatenate([*taken, np.empty(0, int)]).tolist() == list(range(start, stop))
+    elements = [numbers[tuple(slice(o, o + n) for o,
+                              n in zip(offset, shape_of_rectangle, strict=True))].ravel()
+                for offset, shape_of_rectangle in result]
+    assert np.concatenate([*elements, np.empty(0, int)]).tolist() == list(range(start, stop))
     assert len(result) <= 2 * len(shape) - 1
-    assert all(part.size for part in taken)
+    assert all(rectangle.size for rectangle in elements)
 
 
-def test_processes_that_take_turns_change_the_names_of_types_once() -> None:
+def test_allow_float64_is_reentrant_over_simulated_ranks() -> None:
+    """All simulated ranks share one `torch.Tensor.type`, and enter the context while others are inside."""
     cpu_shims.prepare_without_gpu()
     library_patches.patch_defects()
-    before, number = torch.Tensor.type, torch.zeros(1, dtype=torch.float64)
+    original_type, number = torch.Tensor.type, torch.zeros(1, dtype=torch.float64)
     own_names = number.type()
 
-    def named(_: Any) -> list[Any]:
+    def list_type_names(_: Any) -> list[Any]:
         with allow_float64:
-            found = [torch.Tensor.type]
+            names = [torch.Tensor.type]
             torch.distributed.barrier()
-            return [*found, torch.Tensor.type, number.type()]
+            return [*names, torch.Tensor.type, number.type()]
 
-    changed = SimulatedRanks(3).run(ParallelConfig(), named)
-    assert changed == [[changed[0][0]] * 2 + [own_names.replace("Double", "Float")]] * 3
-    assert torch.Tensor.type is before
+    names_by_rank = SimulatedRanks(3).run(ParallelConfig(), list_type_names)
+    assert names_by_rank == [[names_by_rank[0][0]] * 2 + [own_names.replace("Double", "Float")]] * 3
+    assert torch.Tensor.type is original_type

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 
-def measured(folder: str) -> list[Any]:
-    """Inside ranks: rank 1 works 0.4 s longer than rank 0, which waits.
+def time_steps(folder: str) -> list[Any]:
+    """Inside ranks: take two steps in which rank 1 computes 0.4 s longer than rank 0, which waits for it.
 
-    Returns the timer's times, the times of whole steps and of the collective, and their statistics.
+    Returns:
+        For each step, in seconds: the timer's compute time, the whole step and the all-reduce. Last, the
+        events that `Stragglers` writes.
     """
     import time
     from pathlib import Path
@@ -23,46 +25,47 @@ def measured(folder: str) -> list[Any]:
 
     class Events:
         def write(self, event: str, **fields: Any) -> None:
-            found.append([event, fields])
+            events.append([event, fields])
 
-    found: list[Any] = []
+    events: list[Any] = []
     place = world.join_world(ParallelConfig())
     stragglers = Stragglers(GuardConfig(straggler_every_steps=2, straggler_ratio=1.05))
     clock = stragglers.clock
     assert clock is not None
-    seconds, steps_s, collectives_s = [], [], []
+    computed_s, steps_s, collectives_s = [], [], []
     for step in (1, 2):
         dist.barrier()
         begun_s = time.perf_counter()
         clock.start()
-        waits = Path(folder) / f"rank-0-waits-in-{step}"
+        waiting_file = Path(folder) / f"rank-0-waits-in-{step}"
         if place.is_main:
             time.sleep(0.05)
         else:
-            while not waits.exists():
+            while not waiting_file.exists():
                 time.sleep(0.001)
             time.sleep(0.4)
-        meets_s = time.perf_counter()
-        waits.touch()  # from here on it waits
+        reduce_begun_s = time.perf_counter()
+        waiting_file.touch()
         dist.all_reduce(torch.ones(4))
-        collectives_s.append(time.perf_counter() - meets_s)
+        collectives_s.append(time.perf_counter() - reduce_begun_s)
         clock.stop()
         steps_s.append(time.perf_counter() - begun_s)
-        seconds.append(clock.seconds())
+        computed_s.append(clock.seconds())
         stragglers.add_step(step, Events())  # type: ignore[arg-type]
     world.leave_world()
-    return [seconds, steps_s, collectives_s, found]
+    return [computed_s, steps_s, collectives_s, events]
 
 
 @pytest.mark.distributed
 def test_the_slow_process_is_named_but_waiting_ones_are_not(ranks: Any, job: Any, tmp_path: Path) -> None:
-    ((fast, fast_steps, waits, found), (slow, slow_steps, _, other)) = ranks(
-        job(__file__, "measured", 2, {"folder": str(tmp_path)}))[0]
+    (fast_rank, slow_rank), = ranks(job(__file__, "time_steps", 2, {"folder": str(tmp_path)}))
+    fast, fast_steps, waits, events = fast_rank
+    slow, slow_steps, _, slow_rank_events = slow_rank
     for computed_s, step_s, waited_s in zip(fast, fast_steps, waits, strict=True):
         assert 0.05 <= computed_s <= step_s - 0.5 * waited_s and waited_s > 0.2, (fast, fast_steps, waits)
     assert all(0.4 <= computed_s <= step_s for computed_s, step_s in zip(slow, slow_steps, strict=True))
-    assert found == other, "all processes know, rank 0 writes"
-    (measured_event, fields), (alarm_event, alarm) = found
+    assert events == slow_rank_events, "all processes compute the same statistics"
+    (measured_event, fields), (alarm_event, alarm) = events
     assert (measured_event, alarm_event) == ("compute_time", "alarm")
     assert (fields["step"] == 2 and fields["slow"] == [1]
             and fields["median_s"] == pytest.approx(sum(fast) / 2))

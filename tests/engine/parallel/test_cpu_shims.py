@@ -7,8 +7,8 @@ import sys
 import pytest
 
 
-def opened() -> dict:
-    """Return the state of a process with the shims."""
+def inspect_shims() -> dict:
+    """Return the effects of the CPU shims on torch and Megatron-Core in this process."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import torch
     from megatron.core.transformer import TransformerConfig
@@ -17,29 +17,30 @@ def opened() -> dict:
     from megatron_sov.engine.parallel import cpu_shims
     from megatron_sov.engine.parallel.device import get_local_device, on_gpu
 
-    before = torch.zeros
+    original_zeros = torch.zeros
     cpu_shims.prepare_megatron()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
     config.sequence_parallel = True
     norm = WrappedTorchNorm(config, 8)
     torch.cuda.manual_seed(3)
-    first = torch.rand(2)
+    expected_draw = torch.rand(2)
     torch.manual_seed(3)
-    asked = (torch.zeros(1, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(1).cuda(),
-             torch.ones(1).to("cuda"), torch.empty(1, pin_memory=True),
-             torch.ones(1, device=torch.cuda.current_device()))
-    return {"once": torch.zeros is before, "device": str(get_local_device()), "on_gpu": on_gpu(),
-            "landed": [str(t.device) for t in asked], "meta": str(torch.zeros(1, device="meta").device),
+    tensors = (torch.zeros(1, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(1).cuda(),
+               torch.ones(1).to("cuda"), torch.empty(1, pin_memory=True),
+               torch.ones(1, device=torch.cuda.current_device()))
+    return {"is_patched_once": torch.zeros is original_zeros, "device": str(get_local_device()),
+            "on_gpu": on_gpu(),
+            "devices": [str(t.device) for t in tensors], "meta": str(torch.zeros(1, device="meta").device),
             "type": torch.ones(1).type(), "cast": str(torch.ones(1).type(torch.int64).dtype),
-            "marked": norm.weight.sequence_parallel, "flag": config.sequence_parallel,
-            "split": moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True).tolist(),
+            "norm_is_marked": norm.weight.sequence_parallel, "config_is_unchanged": config.sequence_parallel,
+            "split_sizes": moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True).tolist(),
             "hidden": sys.modules["transformer_engine"] is None,
-            "same_generator": bool(torch.rand(2).equal(first)),
+            "same_generator": bool(torch.rand(2).equal(expected_draw)),
             "compiled": torch.compile.__module__}
 
 
-def marks() -> dict[str, list[str]]:
-    """Return the weights that Megatron-Core leaves without attributes for reduction and counting."""
+def find_unmarked_weights() -> dict[str, list[str]]:
+    """Return the weights to which Megatron-Core alone, without `mark_parameters`, gives no attributes."""
     from unittest import mock
 
     from megatron_sov import recipes
@@ -57,24 +58,24 @@ def marks() -> dict[str, list[str]]:
 
 
 @pytest.mark.distributed
-def test_cpu_shims_put_everything_on_the_cpu(ranks, job) -> None:
-    (seen,), (unmarked,) = ranks(job(__file__, "opened"), job(__file__, "marks"))
-    assert seen["once"] and not seen["on_gpu"] and seen["device"] == "cpu"
-    assert set(seen["landed"]) == {"cpu"} and seen["meta"] == "meta"
-    assert (seen["type"], seen["cast"]) == ("torch.cuda.FloatTensor", "torch.int64")
-    assert seen["marked"] and seen["flag"]
-    assert seen["split"] == [1.0, 1.0] and seen["same_generator"] and seen["compiled"] == "torch"
-    assert unmarked["expert"], "the library marks experts itself now: so much of mark_parameters can go"
+def test_cpu_shims_create_all_tensors_on_the_cpu(ranks, job) -> None:
+    (state,), (unmarked,) = ranks(job(__file__, "inspect_shims"), job(__file__, "find_unmarked_weights"))
+    assert state["is_patched_once"] and not state["on_gpu"] and state["device"] == "cpu"
+    assert set(state["devices"]) == {"cpu"} and state["meta"] == "meta"
+    assert (state["type"], state["cast"]) == ("torch.cuda.FloatTensor", "torch.int64")
+    assert state["norm_is_marked"] and state["config_is_unchanged"]
+    assert state["split_sizes"] == [1.0, 1.0] and state["same_generator"] and state["compiled"] == "torch"
+    assert unmarked["expert"], "Megatron-Core now marks experts itself: remove this part of mark_parameters"
     # except the weights of Transformer Engine's grouped layers
-    assert not unmarked["split"], "the library no longer marks split weights: mark_parameters has to"
+    assert not unmarked["split"], "Megatron-Core no longer marks split weights: mark_parameters has to"
 
 
-# The library's defects still exist, and are fixed on any device, without the CPU shims.
+# Megatron-Core's defects still exist, and `patch_defects` fixes them without the CPU shims.
 
 
-LIBRARY = """
+DEFECTS_PROGRAM = """
 import json, torch
-torch.cuda.is_available = lambda: True  # as on a GPU: nothing but the defects is touched
+torch.cuda.is_available = lambda: True  # as on a GPU, where only the defects are patched
 from megatron_sov.engine.parallel import library_patches
 import megatron.core.transformer.moe.moe_utils as moe_utils
 from megatron.core.transformer import TransformerConfig
@@ -83,7 +84,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
 config.sequence_parallel = True
 
-def look():
+def find_defects():
     try:
         norms = not WrappedTorchNorm(config, 8).weight.sequence_parallel
     except AssertionError:
@@ -91,17 +92,17 @@ def look():
     return {"norms": norms,
             "split sizes": torch.is_tensor(moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True))}
 
-before = look()
+before = find_defects()
 library_patches.patch_defects()
 library_patches.patch_defects()
-print(json.dumps([before, look(), config.sequence_parallel]))
+print(json.dumps([before, find_defects(), config.sequence_parallel]))
 """
 
 
 @pytest.fixture(scope="module")
-def looks() -> list[dict[str, bool]]:
-    """Return a process's state before and after, with a library without Transformer Engine."""
-    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY], capture_output=True,
+def defects() -> list[dict[str, bool]]:
+    """Return the defects of Megatron-Core without Transformer Engine, before and after `patch_defects`."""
+    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", DEFECTS_PROGRAM], capture_output=True,
                                text=True, check=True)
     before, after, flag = json.loads(completed.stdout)
     assert flag is True
@@ -110,10 +111,11 @@ def looks() -> list[dict[str, bool]]:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("defect", ["norms", "split sizes"])
-def test_the_library_still_needs_the_patch(defect: str, looks: list[dict[str, bool]]) -> None:
-    assert looks[0][defect], f"{defect}: the library is mended; its patch in library_patches.py can go"
+def test_megatron_core_still_needs_the_patch(defect: str, defects: list[dict[str, bool]]) -> None:
+    assert defects[0][defect], f"{defect}: Megatron-Core is fixed; remove the patch in library_patches.py"
 
 
 @pytest.mark.deep
-def test_the_defects_are_mended_where_the_cpu_shims_are_not_in_place(looks: list[dict[str, bool]]) -> None:
-    assert looks[1] == {"norms": False, "split sizes": True}
+def test_defects_are_patched_without_the_cpu_shims(defects: list[dict[str, bool]]) -> None:
+    # Only `patch_for_cpus` converts split sizes of CPU tensors to numbers.
+    assert defects[1] == {"norms": False, "split sizes": True}

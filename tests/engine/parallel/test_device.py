@@ -1,4 +1,7 @@
-"""Settings before CUDA starts; tests/layouts/test_precision.py shows that runs repeat."""
+"""Determinism settings, random generators of a step, and the GPU, environment and CPU cores of a rank.
+
+tests/layouts/test_precision.py shows that whole runs repeat to the bit.
+"""
 
 import datetime
 import os
@@ -28,7 +31,7 @@ from megatron_sov.work.clusters.units import GIB
 
 
 @pytest.fixture(autouse=True)
-def _left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _restore_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in DETERMINISM_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
@@ -63,16 +66,20 @@ def test_started_cuda_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
         enable_determinism()
 
 
-# Randomness is a function of seed and step: a run in two pieces equals one run, without stored generator
-# states.
+# The generators of a step are seeded from the run's seed and the step: checkpoints need not store their
+# states, and a resumed run equals an uninterrupted one.
 
-STEPS, FIRST = 2, 1
+STEPS, STEPS_BEFORE_RESUME = 2, 1
 
 
-def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
-           recompute: bool = False) -> dict[str, Any]:
-    """Train once, then in two pieces with a checkpoint between; return the losses and whether all bits
-    agree."""
+def train_with_resume(data: str, run: str, layout: dict[str, Any], dropout: float,
+                      recompute: bool = False) -> dict[str, Any]:
+    """Train without interruption, then again with a checkpoint and a second trainer that resumes from it.
+
+    Returns:
+        "steps": loss and gradient norm of each uninterrupted step; "same": whether the resumed run has the
+        same; "differing": keys of parameters and optimizer states that differ at the end.
+    """
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
         "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
@@ -86,92 +93,104 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
         folder.declare(config)
     dist.barrier()
 
-    def trainer() -> Any:
+    def build_trainer() -> Trainer:
         return Trainer(config, place, folder, open_sources({data: 1.0}, 368), LanguageModelling)
 
-    def steps(trainer: Any, count: int) -> list[tuple[float, float]]:
-        results = [train_step(trainer) for _ in range(count)]
-        return [(r.loss, r.grad_norm) for r in results]
+    def train(trainer: Trainer, num_steps: int) -> list[tuple[float, float]]:
+        results = [train_step(trainer) for _ in range(num_steps)]
+        return [(result.loss, result.grad_norm) for result in results]
 
-    whole = trainer()
-    expected = steps(whole, STEPS)
-    first = trainer()
-    found = steps(first, FIRST)
-    first.save()
-    first.checkpointer.finish()
-    second = trainer()
-    assert load.find_damage(folder.checkpoint(FIRST)) is None
-    second.resume(folder.checkpoint(FIRST))
-    found += steps(second, STEPS - FIRST)
-    tensors = [{b.key: b.data for b in [*list_local_shards(t.model), *t.optimizer.state_shards()]}
-               for t in (whole, second)]
-    differing = [key for key, value in tensors[0].items() if not value.equal(tensors[1][key])]
+    def get_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+        shards = [*list_local_shards(trainer.model), *trainer.optimizer.state_shards()]
+        return {shard.key: shard.data for shard in shards}
+
+    uninterrupted = build_trainer()
+    expected = train(uninterrupted, STEPS)
+    saving = build_trainer()
+    steps = train(saving, STEPS_BEFORE_RESUME)
+    saving.save()
+    saving.checkpointer.finish()
+    resumed = build_trainer()
+    checkpoint = folder.checkpoint(STEPS_BEFORE_RESUME)
+    assert load.find_damage(checkpoint) is None
+    resumed.resume(checkpoint)
+    steps += train(resumed, STEPS - STEPS_BEFORE_RESUME)
+    state, resumed_state = get_state(uninterrupted), get_state(resumed)
+    differing = [key for key, tensor in state.items() if not tensor.equal(resumed_state[key])]
     world.leave_world()
-    return {"losses": expected, "same": expected == found, "differing": differing}
+    return {"steps": expected, "same": expected == steps, "differing": differing}
 
 
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
-    runs = {"alone": (1, {}, 0.1), "recomputed": (1, {}, 0.1, True), "without": (1, {}, 0.0)}
-    result = dict(zip(runs, ranks(*(
-        job(__file__, "pieces", nproc, {"data": str(packed_data.text), "run": str(tmp_path / name),
-                                        "layout": layout, "dropout": dropout, "recompute": bool(more)})
-        for name, (nproc, layout, dropout, *more) in runs.items())), strict=True))
-    for name, results in result.items():
-        assert all(r["same"] and r["differing"] == [] for r in results), name
-        assert all(r["losses"] == results[0]["losses"] for r in results), name
-    losses = {name: [loss for loss, _ in results[0]["losses"]] for name, results in result.items()}
-    assert losses["recomputed"] == losses["alone"]
-    assert all(abs(a - b) > 1e-6 for a, b in zip(losses["alone"], losses["without"], strict=True))
+    runs = {"dropout": {"dropout": 0.1}, "recomputed": {"dropout": 0.1, "recompute": True},
+            "no dropout": {"dropout": 0.0}}
+    results = ranks(*(
+        job(__file__, "train_with_resume", 1, {
+            "data": str(packed_data.text), "run": str(tmp_path / name), "layout": {}, **arguments})
+        for name, arguments in runs.items()))
+    losses = {}
+    for name, (result,) in zip(runs, results, strict=True):
+        assert result["same"] and result["differing"] == [], name
+        losses[name] = [loss for loss, _ in result["steps"]]
+    assert losses["recomputed"] == losses["dropout"]
+    assert all(abs(a - b) > 1e-6 for a, b in zip(losses["dropout"], losses["no dropout"], strict=True))
 
 
-def draws() -> list[Any]:
-    """Return draws of the default and the tensor-parallel generator at some steps, at tp = 2."""
+DRAWN_STEPS = [(1, 0), (1, 1), (2, 0), (1, 0)]
+"""Seed of the run and step of each draw; the last repeats the first."""
+
+
+def draw_at_steps() -> list[list[list[float]]]:
+    """Inside ranks, tp = 2: draw from the default and from the tensor-parallel generator at each step."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     world.join_world(ParallelConfig(tp=2))
-    found = []
-    for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
+    draws = []
+    for seed, step in DRAWN_STEPS:
         rng.seed_step(seed, step)
         with get_cuda_rng_tracker().fork():
-            split = torch.rand(2).tolist()
-        found.append([torch.rand(2).tolist(), split])
+            tensor_parallel_draw = torch.rand(2).tolist()
+        draws.append([torch.rand(2).tolist(), tensor_parallel_draw])
     world.leave_world()
-    return found
+    return draws
 
 
 @pytest.mark.distributed
 def test_generators_differ_where_work_is_split(ranks: Any, job: Any) -> None:
-    (found,) = ranks(job(__file__, "draws", 4))
-    assert all(rank[0] == rank[3] for rank in found), "the same step again"
-    for at in range(3):
-        shared, split = ([rank[at][kind] for rank in found] for kind in (0, 1))
-        assert shared[0] == shared[1] != shared[2] == shared[3], (
-            "tensor-parallel neighbours drop alike what they both hold")
-        assert len({tuple(s) for s in split}) == 4
-    assert len({tuple(rank[at][0]) for rank in found for at in range(3)}) == 6
+    (draws_by_rank,) = ranks(job(__file__, "draw_at_steps", 4))
+    assert all(draws[0] == draws[3] for draws in draws_by_rank), "the same seed and step"
+    different_draws = set()
+    for step in range(3):
+        default = [tuple(draws[step][0]) for draws in draws_by_rank]
+        tensor_parallel = [tuple(draws[step][1]) for draws in draws_by_rank]
+        assert default[0] == default[1] != default[2] == default[3], (
+            "tensor-parallel neighbours apply the same dropout to activations that both have")
+        assert len(set(tensor_parallel)) == 4
+        different_draws |= set(default)
+    assert len(different_draws) == 6
 
 
 # The GPU of each rank, with a double of `torch.cuda`.
 
-SOON = datetime.timedelta(seconds=20)
+STORE_TIMEOUT = datetime.timedelta(seconds=20)
 
 
 def get_rank_errors(uuids: list[str], problems: dict[int, str]) -> list[str]:
     """Return the error of each rank; the ranks share a store."""
     store = dist.HashStore()
 
-    def rank(number: int) -> str:
+    def check_gpus(rank: int) -> str:
+        problem = problems.get(rank, "")
         try:
-            problem = problems.get(number, "")
-            gpu_setup.check_all_gpus(store, number, len(uuids), uuids[number], problem, SOON)
+            gpu_setup.check_all_gpus(store, rank, len(uuids), uuids[rank], problem, STORE_TIMEOUT)
         except UserError as e:
             return str(e)
         return ""
 
-    with ThreadPoolExecutor(len(uuids)) as ranks:
-        return list(ranks.map(rank, range(len(uuids))))
+    with ThreadPoolExecutor(len(uuids)) as executor:
+        return list(executor.map(check_gpus, range(len(uuids))))
 
 
 def test_all_ranks_report_a_rank_without_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,84 +198,88 @@ def test_all_ranks_report_a_rank_without_its_own_gpu(monkeypatch: pytest.MonkeyP
     assert get_rank_errors(["a", "b"], {1: "is on fire"}) == ["rank 1: its GPU is on fire"] * 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    (said,) = set(get_rank_errors(["a", "b", "a"], {}))
-    assert "(a) is another rank's as well: LOCAL_RANK = 2 of 2 visible GPUs" in said
+    (error,) = set(get_rank_errors(["a", "b", "a"], {}))
+    assert "(a) is another rank's as well: LOCAL_RANK = 2 of 2 visible GPUs" in error
 
 
 @pytest.mark.each(("local_rank", "count", "index"), [("3", 8, 3), ("3", 1, 0), ("5", 4, 1)])
 def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int, index: int,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that sees only its own GPU uses GPU 0."""
-    taken = []
+    devices = []
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 79 * GIB))
-    device = gpu_setup.select_gpu(dist.HashStore(), 0, 1, 60 * GIB, SOON)
-    assert taken == [device] == [torch.device("cuda", index)]
+    device = gpu_setup.select_gpu(dist.HashStore(), 0, 1, 60 * GIB, STORE_TIMEOUT)
+    assert devices == [device] == [torch.device("cuda", index)]
     with pytest.raises(UserError, match=r"70\.0 of 79\.0 GiB"):
-        gpu_setup.select_gpu(dist.HashStore(), 0, 1, 75 * GIB, SOON)
+        gpu_setup.select_gpu(dist.HashStore(), 0, 1, 75 * GIB, STORE_TIMEOUT)
 
-    def busy(device: torch.device) -> None:
+    def raise_busy(device: torch.device) -> None:
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
 
-    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    monkeypatch.setattr(torch.cuda, "set_device", raise_busy)
     with pytest.raises(UserError, match="0: its GPU cannot"):
-        gpu_setup.select_gpu(dist.HashStore(), 0, 1, 0, SOON)
+        gpu_setup.select_gpu(dist.HashStore(), 0, 1, 0, STORE_TIMEOUT)
 
 
 # Environment variables before the start of a run, and CPU affinity.
 
 
 def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of(gpu: str, *settings: str) -> dict[str, str]:
-        return gpu_setup.build_run_variables(apply_settings(recipes.get("tiny-solar-open"), list(settings)),
-                                           gpu)
+    def build_variables(gpu: str, *settings: str) -> dict[str, str]:
+        config = apply_settings(recipes.get("tiny-solar-open"), list(settings))
+        return gpu_setup.build_run_variables(config, gpu)
 
-    halves, passes = ("parallel.tp=2", "parallel.sp=true"), ("parallel.ep=2",
-                                                             "parallel.expert_overlap=micro_batches")
+    tp_overlap = ("parallel.tp=2", "parallel.sp=true")
+    ep_overlap = ("parallel.ep=2", "parallel.expert_overlap=micro_batches")
     hopper, blackwell = "NVIDIA H100 80GB HBM3", "NVIDIA B200"
-    assert of(hopper) == {"TORCH_NCCL_HIGH_PRIORITY": "1", gpu_setup.MAX_CONNECTIONS_VARIABLE: "32",
-                          "NCCL_NVLS_ENABLE": "0"}
     connections = gpu_setup.MAX_CONNECTIONS_VARIABLE
-    assert of(hopper, *halves)[connections] == "1" == of(hopper, "parallel.cp=2")[connections]
-    assert of(blackwell, *halves)[connections] == "32" == of(hopper, *halves, *passes)[connections]
-    assert of(hopper, *passes)["NVTE_BWD_LAYERNORM_SM_MARGIN"] == "16"
-    assert of(hopper, *passes, "parallel.expert_dispatcher=deepep")["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "20"
-    assert of(hopper, "gpu.nccl_user_buffers=on")["NCCL_NVLS_ENABLE"] == "1"
-    assert of(hopper, 'gpu.cuda_graphs=["moe_router"]')["NCCL_GRAPH_REGISTER"] == "0"
+    assert build_variables(hopper) == {
+        "TORCH_NCCL_HIGH_PRIORITY": "1", connections: "32", "NCCL_NVLS_ENABLE": "0"}
+    assert build_variables(hopper, *tp_overlap)[connections] == "1"
+    assert build_variables(hopper, "parallel.cp=2")[connections] == "1"
+    assert build_variables(blackwell, *tp_overlap)[connections] == "32"
+    assert build_variables(hopper, *tp_overlap, *ep_overlap)[connections] == "32"
+    assert build_variables(hopper, *ep_overlap)["NVTE_BWD_LAYERNORM_SM_MARGIN"] == "16"
+    deepep_variables = build_variables(hopper, *ep_overlap, "parallel.expert_dispatcher=deepep")
+    assert deepep_variables["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "20"
+    assert build_variables(hopper, "gpu.nccl_user_buffers=on")["NCCL_NVLS_ENABLE"] == "1"
+    assert build_variables(hopper, 'gpu.cuda_graphs=["moe_router"]')["NCCL_GRAPH_REGISTER"] == "0"
 
     monkeypatch.setattr(gpu_setup, "list_visible_gpus", lambda: [SimpleNamespace(name=hopper)])
-    for name in of(hopper, *passes):
+    for name in build_variables(hopper, *ep_overlap):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
-    config = apply_settings(recipes.get("tiny-solar-open"), [*passes])
-    gpu_setup.set_run_variables(config)
+    ep_config = apply_settings(recipes.get("tiny-solar-open"), [*ep_overlap])
+    gpu_setup.set_run_variables(ep_config)
     assert (os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_NCCL_HIGH_PRIORITY"]) == ("1", "1")
-    # a second run of the process replaces its own values and keeps the user's
-    gpu_setup.set_run_variables(apply_settings(recipes.get("tiny-solar-open"), [*halves]))
+    # A second run in this process replaces the values of the first run, but not the user's.
+    gpu_setup.set_run_variables(apply_settings(recipes.get("tiny-solar-open"), [*tp_overlap]))
     assert os.environ[connections] == "1" and "NVTE_FWD_LAYERNORM_SM_MARGIN" not in os.environ
     assert os.environ["NCCL_NVLS_ENABLE"] == "1"
-    gpu_setup.set_run_variables(config)
-    assert os.environ[gpu_setup.MAX_CONNECTIONS_VARIABLE] == "32"
-    monkeypatch.setenv(gpu_setup.MAX_CONNECTIONS_VARIABLE, "1")
+    gpu_setup.set_run_variables(ep_config)
+    assert os.environ[connections] == "32"
+    monkeypatch.setenv(connections, "1")
     with pytest.raises(UserError, match="CUDA_DEVICE_MAX_CONNECTIONS=1, with which messages"):
-        gpu_setup.set_run_variables(config)
+        gpu_setup.set_run_variables(ep_config)
 
 
 def test_a_process_is_bound_to_cores_near_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[Any] = []
-    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: taken.append(sorted(cpus)), raising=False)
+    affinities: list[list[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: affinities.append(sorted(cpus)),
+                        raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1b, pci_device_id=0)
-    gpu_setup.bind_near_gpu(gpu, tmp_path)
-    folder = tmp_path / "0000:1b:00.0"
-    folder.mkdir()
-    (tmp_path / "0000:00:00.0").mkdir()  # the bridge
-    (tmp_path / "0000:00:00.0" / "local_cpulist").write_text("0-1\n")
-    gpu_setup.bind_near_gpu(SimpleNamespace(), tmp_path)
-    for text in ("2-5,8\n", "6-7\n", "nothing\n"):
-        (folder / "local_cpulist").write_text(text)
+    gpu_setup.bind_near_gpu(gpu, tmp_path)  # no folder in sysfs yet
+    gpu_folder, bridge_folder = tmp_path / "0000:1b:00.0", tmp_path / "0000:00:00.0"
+    gpu_folder.mkdir()
+    bridge_folder.mkdir()
+    (bridge_folder / "local_cpulist").write_text("0-1\n")
+    gpu_setup.bind_near_gpu(SimpleNamespace(), tmp_path)  # without PCI ids the bridge's folder would match
+    for cpu_list in ("2-5,8\n", "6-7\n", "nothing\n"):
+        (gpu_folder / "local_cpulist").write_text(cpu_list)
         gpu_setup.bind_near_gpu(gpu, tmp_path)
-    assert taken == [[2, 3]], "of a GPU that the kernel does not know, or with none of ours, nothing changes"
+    assert affinities == [[2, 3]], "only cores near the GPU that the process may use; else nothing changes"

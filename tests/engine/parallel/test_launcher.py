@@ -1,4 +1,4 @@
-"""Local ranks start and end together."""
+"""The launcher of local ranks: plan files, signals, failures, restarts and CPU threads."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from megatron_sov.work.processes.stop_signals import catch_stop_signals
 
 # Plan files for ranks that are new processes.
 
-def passed_on(value: Any) -> Any:
+def pickle_to_new_process(value: Any) -> Any:
     """Return the value that a new process would unpickle."""
     with write_plan_file(lambda: value, 1) as plan:
         return read_plan(os.dup(plan))()
@@ -32,21 +32,21 @@ def passed_on(value: Any) -> Any:
 
 def test_shards_are_reopened_instead_of_pickled(packed_data: Any) -> None:
     shard = open_sources({str(packed_data.text): 1.0}, 368)[0].open_split("train")
-    again = passed_on(shard)
-    assert isinstance(again, ShardChain) and again is not shard
-    assert again.tokens(3, 0, 9).tolist() == shard.tokens(3, 0, 9).tolist()
-    assert passed_on(np.arange(3)).tolist() == [0, 1, 2]
+    reopened = pickle_to_new_process(shard)
+    assert isinstance(reopened, ShardChain) and reopened is not shard
+    assert reopened.tokens(3, 0, 9).tolist() == shard.tokens(3, 0, 9).tolist()
+    assert pickle_to_new_process(np.arange(3)).tolist() == [0, 1, 2]
     (index,) = {file for file in Path(packed_data.text).rglob("*.bin") if "even" in str(file)
                 and "train" in str(file)}
     with pytest.raises(TypeError, match="map of a file"):
-        passed_on(map_numbers(index, np.dtype(np.uint8), index.stat().st_size)[3:9])
+        pickle_to_new_process(map_numbers(index, np.dtype(np.uint8), index.stat().st_size)[3:9])
 
 
 def test_user_code_runs_unchanged_in_new_processes(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("class Own:\n    number = 7\n")
     value = load_plugin(f"{file}:Own").value()
-    assert passed_on(value).number == 7
+    assert pickle_to_new_process(value).number == 7
     with write_plan_file(lambda: value, 1) as plan:
         file.write_text("class Own:\n    number = 8\n")
         with pytest.raises(UserError, match=r"own\.py: has changed"):
@@ -55,9 +55,9 @@ def test_user_code_runs_unchanged_in_new_processes(tmp_path: Path) -> None:
 
 def test_a_stop_signal_reaches_the_rank() -> None:
     with catch_stop_signals() as flag:
-        again = passed_on(flag)
+        rank_flag = pickle_to_new_process(flag)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert (again.reason, flag.reason) == ("SIGUSR1", None)
+        assert (rank_flag.reason, flag.reason) == ("SIGUSR1", None)
 
 
 CASES = """
@@ -82,15 +82,15 @@ PROGRAM = CASES + """
 def rank():
     number = os.environ["RANK"]
     if case in ("forward", "orphan"):
-        got = []
+        received = []
         for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(s, lambda n, frame: got.append(signal.Signals(n).name))
-    (folder / f"pid-{number}.part").write_text(str(os.getpid()))
+            signal.signal(s, lambda n, frame: received.append(signal.Signals(n).name))
+    (folder / f"pid-{number}.part").write_text(str(os.getpid()))  # renamed, so that no reader sees it empty
     (folder / f"pid-{number}.part").rename(folder / f"pid-{number}")
     if case == "forward":
-        while len(got) < 3:
+        while len(received) < 3:
             time.sleep(0.01)
-        (folder / f"got-{number}").write_text(" ".join(sorted(got)))
+        (folder / f"signals-{number}").write_text(" ".join(sorted(received)))
         return 0
     if number == "1" and case == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -102,11 +102,11 @@ def rank():
         time.sleep(0.05)
     return 0
 
-def fails():
+def fail_rounds():  # rank 1 fails in as many rounds as the case's number
     if os.environ["RANK"] == "1":
-        done = len(list(folder.glob(f"{case}-*")))
-        (folder / f"{case}-{done}").touch()
-        return 0 if done >= int(case) else 7
+        num_rounds = len(list(folder.glob(f"{case}-*")))
+        (folder / f"{case}-{num_rounds}").touch()
+        return 0 if num_rounds >= int(case) else 7
     return 0
 
 if case != "ends":
@@ -121,16 +121,20 @@ for case in ("3", "9"):
     restarts = launcher.RestartPolicy(2, (folder / f"{case}-1").exists,
                                      lambda code, cause: noted.append([code, cause]),
                                      lambda code, cause: noted.append([code, f"{cause}, for good"]))
-    codes[case] = [launcher.launch_ranks(fails, 2, restarts=restarts), noted]
+    codes[case] = [launcher.launch_ranks(fail_rounds, 2, restarts=restarts), noted]
 (folder / "codes.json").write_text(json.dumps(codes))
 (folder / "threads.json").write_text(json.dumps(threads))
 """
 
 
 @contextmanager
-def launchers(program: str, folder: Path, *cases: str) -> Iterator[tuple[dict[str, int], Callable[..., Any]]]:
-    """Start each case's launcher; yield their process ids and a function that waits and returns their
-    exits."""
+def start_launchers(program: str, folder: Path,
+                    *cases: str) -> Iterator[tuple[dict[str, int], Callable[..., Any]]]:
+    """Start the launcher of each case.
+
+    Yields:
+        Process id of each case's launcher, and a function that waits for them and returns their exit codes.
+    """
     for case in cases:
         (folder / case).mkdir()
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # for the libraries: the test counts threads
@@ -145,8 +149,8 @@ def launchers(program: str, folder: Path, *cases: str) -> Iterator[tuple[dict[st
             process.kill()  # do not wait after a failure
 
 
-def pids(folder: Path) -> list[int]:
-    """Wait until both ranks run."""
+def wait_for_ranks(folder: Path) -> list[int]:
+    """Wait until both ranks run; return their process ids."""
     deadline = time.monotonic() + 600
     while not all((folder / f"pid-{r}").exists() for r in range(2)):
         assert time.monotonic() < deadline
@@ -158,26 +162,28 @@ def pids(folder: Path) -> list[int]:
 @pytest.mark.distributed
 def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
                                                               ends: Callable[[int], bool]) -> None:
-    with launchers(PROGRAM, tmp_path, "ends", "forward", "orphan") as (started, ended):
-        pids(tmp_path / "forward")
+    with start_launchers(PROGRAM, tmp_path, "ends", "forward", "orphan") as (started, ended):
+        wait_for_ranks(tmp_path / "forward")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(started["forward"], number)
-        ranks_of_killed = pids(tmp_path / "orphan")
+        ranks_of_killed = wait_for_ranks(tmp_path / "orphan")
         os.kill(started["orphan"], signal.SIGKILL)
         assert all(ends(pid) for pid in ranks_of_killed)
         assert ended() == {"ends": 0, "forward": 0, "orphan": -signal.SIGKILL}
     text = (tmp_path / "ends/errors").read_text()
-    assert {(tmp_path / "forward" / f"got-{r}").read_text() for r in range(2)} == {"SIGINT SIGTERM SIGUSR1"}
-    # progress happens once, in the second round, and two restarts are allowed without progress: the fourth
-    # round is the last
-    again, for_good = [[7, "rank 1 ended with exit code 7"]] * 3, [7,
-                                                                   "rank 1 ended with exit code 7, for good"]
+    signals = {(tmp_path / "forward" / f"signals-{rank}").read_text() for rank in range(2)}
+    assert signals == {"SIGINT SIGTERM SIGUSR1"}
+    # The run makes progress once, in the second round, and may restart twice without progress: the fourth
+    # round is the last.
+    restarts = [[7, "rank 1 ended with exit code 7"]] * 3
+    last_failure = [7, "rank 1 ended with exit code 7, for good"]
     assert json.loads((tmp_path / "ends" / "codes.json").read_text()) == {
-        "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL, "3": [0, again], "9": [7, [*again, for_good]]}
+        "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL,
+        "3": [0, restarts], "9": [7, [*restarts, last_failure]]}
     assert len(list((tmp_path / "ends").glob("9-*"))) == 4
-    # a thread that holds a lock during a fork would block the forked rank
+    # A lock that another thread holds during a fork is never released in the forked rank.
     assert json.loads((tmp_path / "ends" / "threads.json").read_text()) == [1] * 2 * (3 + 4 + 4)
-    assert all(ends(pid) for pid in pids(tmp_path / "ends"))  # the other rank ended as well
+    assert all(ends(pid) for pid in wait_for_ranks(tmp_path / "ends"))  # the other rank ended as well
     assert text.count("error: seq_len = 0: must be positive") == 1
     assert "Traceback" not in text
     assert "error: rank 1 was ended by SIGKILL" in text

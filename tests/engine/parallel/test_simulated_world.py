@@ -16,59 +16,54 @@ from megatron_sov.model.config import ParallelConfig
 cpu_shims.prepare_without_gpu()
 
 
-def everything(place: ParallelWorld) -> dict[str, list[float]]:
-    """Call every collective once with values that identify the sender."""
+def call_every_collective(place: ParallelWorld) -> dict[str, list[float]]:
+    """Call every collective once with values that identify the sender; return each output."""
     rank, size = place.rank, place.size
-    mine = torch.arange(3.0) + 10 * rank
-    found: dict[str, Any] = {}
+    local = torch.arange(3.0) + 10 * rank
+    outputs: dict[str, Any] = {}
     for name, op in {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "mean": dist.ReduceOp.AVG}.items():
-        found[name] = mine.clone()
-        dist.all_reduce(found[name], op)
-    found["broadcast"] = mine.clone()
-    dist.broadcast(found["broadcast"], src=1)
-    gathered = [torch.empty(3) for _ in range(size)]
-    dist.all_gather(gathered, mine)
-    found["gathered"] = torch.cat(gathered)
-    found["together"] = torch.empty(3 * size)
-    dist.all_gather_into_tensor(found["together"], mine)
-    found["scattered"] = torch.empty(1)
-    dist.reduce_scatter_tensor(found["scattered"], torch.arange(float(size)) + 10 * rank)
-    # rank r sends s + 1 rows to rank s
-    sizes = [to + 1 for to in range(size)]
-    found["exchanged"] = torch.empty((rank + 1) * size)
-    dist.all_to_all_single(found["exchanged"], torch.full((sum(sizes),), float(rank)), [rank + 1] * size,
-                           sizes)
-    found["objects"] = torch.tensor([float(value) for value in _objects(rank, size)])
-    found["next"] = torch.empty(3)
-    work = dist.isend(mine, (rank + 1) % size)
-    dist.recv(found["next"], (rank - 1) % size)
+        outputs[name] = local.clone()
+        dist.all_reduce(outputs[name], op)
+    outputs["broadcast"] = local.clone()
+    dist.broadcast(outputs["broadcast"], src=1)
+    tensors = [torch.empty(3) for _ in range(size)]
+    dist.all_gather(tensors, local)
+    outputs["all_gather"] = torch.cat(tensors)
+    outputs["all_gather_into_tensor"] = torch.empty(3 * size)
+    dist.all_gather_into_tensor(outputs["all_gather_into_tensor"], local)
+    outputs["reduce_scatter"] = torch.empty(1)
+    dist.reduce_scatter_tensor(outputs["reduce_scatter"], torch.arange(float(size)) + 10 * rank)
+    # Every rank sends 1 number to rank 0, 2 to rank 1, and so on; the numbers are the sender's rank.
+    send_sizes = [receiver + 1 for receiver in range(size)]
+    outputs["all_to_all"] = torch.empty((rank + 1) * size)
+    dist.all_to_all_single(outputs["all_to_all"], torch.full((sum(send_sizes),), float(rank)),
+                           [rank + 1] * size, send_sizes)
+    objects: list[Any] = [None] * size
+    dist.all_gather_object(objects, rank)
+    outputs["objects"] = torch.tensor(objects, dtype=torch.float32)
+    outputs["received"] = torch.empty(3)
+    work = dist.isend(local, (rank + 1) % size)
+    dist.recv(outputs["received"], (rank - 1) % size)
     assert work is not None
     work.wait()
-    return {name: tensor.tolist() for name, tensor in found.items()}
-
-
-def _objects(rank: int, size: int) -> list[Any]:
-    values: list[Any] = [None] * size
-    dist.all_gather_object(values, rank)
-    return values
+    return {name: tensor.tolist() for name, tensor in outputs.items()}
 
 
 def test_collectives_return_their_defined_results() -> None:
-    mine = [torch.arange(3.0) + 10 * rank for rank in range(3)]
-    result = SimulatedRanks(3).run(ParallelConfig(), everything)
+    inputs = [torch.arange(3.0) + 10 * rank for rank in range(3)]
 
-    for rank, results in enumerate(result):
+    for rank, outputs in enumerate(SimulatedRanks(3).run(ParallelConfig(), call_every_collective)):
         expected = {
-            "sum": sum(mine[1:], mine[0]), "max": mine[2], "mean": mine[1], "broadcast": mine[1],
-            "gathered": torch.cat(mine), "together": torch.cat(mine),
-            "scattered": torch.tensor([3.0 * rank + 30]),
-            "exchanged": torch.arange(3.0).repeat_interleave(rank + 1), "objects": torch.arange(3.0),
-            "next": mine[(rank - 1) % 3]}
-        assert results == {name: value.tolist() for name, value in expected.items()}
+            "sum": sum(inputs[1:], inputs[0]), "max": inputs[2], "mean": inputs[1], "broadcast": inputs[1],
+            "all_gather": torch.cat(inputs), "all_gather_into_tensor": torch.cat(inputs),
+            "reduce_scatter": torch.tensor([3.0 * rank + 30]),
+            "all_to_all": torch.arange(3.0).repeat_interleave(rank + 1), "objects": torch.arange(3.0),
+            "received": inputs[(rank - 1) % 3]}
+        assert outputs == {name: value.tolist() for name, value in expected.items()}
 
 
 def test_each_process_has_its_own_rank_and_groups() -> None:
-    def place_of(place: ParallelWorld) -> tuple[Any, ...]:
+    def list_ranks(place: ParallelWorld) -> tuple[Any, ...]:
         from megatron.core import parallel_state
 
         dist.barrier()  # lets the other ranks run
@@ -76,7 +71,7 @@ def test_each_process_has_its_own_rank_and_groups() -> None:
                 parallel_state.get_pipeline_model_parallel_rank(), place.dp_rank,
                 dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
 
-    result = SimulatedRanks(8).run(ParallelConfig(tp=2, pp=2), place_of)
+    result = SimulatedRanks(8).run(ParallelConfig(tp=2, pp=2), list_ranks)
 
     # tensor-parallel ranks are adjacent, then data-parallel ranks, then stages
     assert result == [(rank, rank, rank % 2, rank // 4, rank // 2 % 2,
@@ -85,40 +80,40 @@ def test_each_process_has_its_own_rank_and_groups() -> None:
 
 
 def test_a_deadlock_names_each_waiting_process_and_call() -> None:
-    def waits(place: ParallelWorld) -> None:
+    def reduce_without_rank_0(place: ParallelWorld) -> None:
         if place.rank:
             dist.all_reduce(torch.ones(1))
 
     with pytest.raises(Deadlock, match="2 of 3 processes"):
-        SimulatedRanks(3).run(ParallelConfig(), waits)
+        SimulatedRanks(3).run(ParallelConfig(), reduce_without_rank_0)
 
 
 def test_mismatched_calls_are_reported() -> None:
-    def differ(place: ParallelWorld) -> None:
+    def call_different_collectives(place: ParallelWorld) -> None:
         if place.rank:
             dist.barrier()
         else:
             dist.all_reduce(torch.ones(1))
 
     with pytest.raises(Deadlock, match="rank 1 calls barrier"):
-        SimulatedRanks(2).run(ParallelConfig(), differ)
+        SimulatedRanks(2).run(ParallelConfig(), call_different_collectives)
 
 
 def test_an_error_of_one_process_ends_all() -> None:
-    def fails(place: ParallelWorld) -> None:
+    def fail_on_rank_1(place: ParallelWorld) -> None:
         if place.rank == 1:
-            raise KeyError("mine")
+            raise KeyError("rank 1")
         dist.barrier()
 
-    with pytest.raises(KeyError, match="mine"):
-        SimulatedRanks(3).run(ParallelConfig(), fails)
+    with pytest.raises(KeyError, match="rank 1"):
+        SimulatedRanks(3).run(ParallelConfig(), fail_on_rank_1)
 
 
-def test_places_are_counted() -> None:
+def test_call_sites_are_counted() -> None:
     ranks = SimulatedRanks(2)
     ranks.run(ParallelConfig(), lambda place: dist.barrier())
 
-    assert ranks.sites == {CallSite("barrier", "WORLD", "outside of the library"): 2}
+    assert ranks.sites == {CallSite("barrier", "WORLD", "outside of Megatron-Core"): 2}
 
 
 def test_an_unreceived_message_is_reported() -> None:
@@ -136,25 +131,26 @@ def test_an_unreceived_message_is_reported() -> None:
         SimulatedRanks(2).run(ParallelConfig(), call_without_waiting)
 
 
-def send(mine: torch.Tensor, is_first: bool) -> None:
-    dist.send(mine, 1) if is_first else dist.recv(mine, 0)
+def send_to_rank_1(tensor: torch.Tensor, rank: int) -> None:
+    dist.send(tensor, 1) if rank == 0 else dist.recv(tensor, 0)
 
 
-@pytest.mark.each("other", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.float64)])
+@pytest.mark.each("tensor_of_rank_1", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.float64)])
 @pytest.mark.each("call", [
-    send, lambda mine, is_first: dist.all_reduce(mine), lambda mine, is_first: dist.broadcast(mine, 0),
-    lambda mine, is_first: dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine)])
-def test_messages_of_other_size_or_dtype_are_reported(call: Callable[[torch.Tensor, bool], None],
-                                                      other: torch.Tensor) -> None:
-    """torch's copy would broadcast and convert them."""
+    send_to_rank_1, lambda tensor, rank: dist.all_reduce(tensor),
+    lambda tensor, rank: dist.broadcast(tensor, 0),
+    lambda tensor, rank: dist.all_gather([torch.empty_like(tensor) for _ in range(2)], tensor)])
+def test_messages_of_other_size_or_dtype_are_reported(call: Callable[[torch.Tensor, int], None],
+                                                      tensor_of_rank_1: torch.Tensor) -> None:
+    """Without the check, `Tensor.copy_` inside the simulation would broadcast shapes and convert dtypes."""
     with pytest.raises(Deadlock, match="call pass different"):
         SimulatedRanks(2).run(ParallelConfig(), lambda place: call(
-            torch.zeros(4) if place.rank == 0 else other.clone(), place.rank == 0))
+            torch.zeros(4) if place.rank == 0 else tensor_of_rank_1.clone(), place.rank))
 
 
 @pytest.mark.parametrize("call", [
-    lambda mine, rank: dist.all_reduce(mine, [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank]),
-    lambda mine, rank: dist.broadcast(mine, rank)])
+    lambda tensor, rank: dist.all_reduce(tensor, [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank]),
+    lambda tensor, rank: dist.broadcast(tensor, rank)])
 def test_mismatched_reductions_or_sources_are_reported(call: Callable[[torch.Tensor, int], None]) -> None:
     with pytest.raises(Deadlock, match=r"(allreduce MAX|broadcast from 1)"):
         SimulatedRanks(2).run(ParallelConfig(), lambda place: call(torch.zeros(4), place.rank))

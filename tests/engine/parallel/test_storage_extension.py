@@ -13,8 +13,8 @@ from megatron_sov.engine.parallel.storage_extension import extension_file, load_
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The library's module without extension, an empty cache, and a compiler that writes text."""
+def megatron_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return Megatron-Core's module, with no extension loaded, an empty cache, and no real compiler."""
     from megatron.core.tensor_parallel import random
 
     def load_text(file: Path) -> str:
@@ -36,27 +36,27 @@ def compile_text(name: str, source: str, *, functions: list[str], build_director
 
 
 def test_second_run_reads_the_file_of_the_first(
-    library: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    megatron_random: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(cpp_extension, "load_inline", compile_text)
     load_storage_extension(["moe", "core_attn"])
-    assert library._share_storage_ext is None and not (tmp_path / "cache").exists()
+    assert megatron_random._share_storage_ext is None and not (tmp_path / "cache").exists()
     load_storage_extension(["layernorm"])
-    assert library._get_share_storage.__globals__["_share_storage_ext"] == "compiled share_storage"
+    assert megatron_random._get_share_storage.__globals__["_share_storage_ext"] == "compiled share_storage"
     monkeypatch.setattr(cpp_extension, "load_inline", None)
-    monkeypatch.setattr(library, "_share_storage_ext", None)
+    monkeypatch.setattr(megatron_random, "_share_storage_ext", None)
     load_storage_extension(["moe_act"])
-    assert library._share_storage_ext == "compiled share_storage"
+    assert megatron_random._share_storage_ext == "compiled share_storage"
 
 
-def test_killed_compilation_stops_no_later_run(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_compilation_stops_no_later_run(megatron_random: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(name: str, source: str, *, functions: list[str], build_directory: str) -> None:
         Path(build_directory, "lock").touch()
         Path(build_directory, f"{name}.so").write_text("half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cpp_extension, "load_inline", kill)
-    file = extension_file(library._SHARE_STORAGE_SRC)
+    file = extension_file(megatron_random._SHARE_STORAGE_SRC)
     with pytest.raises(KeyboardInterrupt):
         load_storage_extension(["layernorm"])
     assert not list(file.parent.iterdir())
@@ -64,10 +64,11 @@ def test_killed_compilation_stops_no_later_run(library: Any, monkeypatch: pytest
     file.write_text("of another torch")
     monkeypatch.setattr(cpp_extension, "load_inline", compile_text)
     load_storage_extension(["layernorm"])
-    assert library._share_storage_ext == "compiled share_storage"
+    assert megatron_random._share_storage_ext == "compiled share_storage"
 
 
-def test_second_process_of_a_node_compiles_nothing(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_process_of_a_node_compiles_nothing(megatron_random: Any,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_extension, "run_on_each_rank", lambda action: action(1, 2))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(cpp_extension, "load_inline", None)
@@ -76,11 +77,11 @@ def test_second_process_of_a_node_compiles_nothing(library: Any, monkeypatch: py
     monkeypatch.setattr(cpp_extension, "load_inline", compile_text)
     monkeypatch.setenv("LOCAL_RANK", "0")
     load_storage_extension(["layernorm"])
-    assert library._share_storage_ext == "compiled share_storage"
+    assert megatron_random._share_storage_ext == "compiled share_storage"
 
 
 def test_missing_tools_and_failed_compilations_are_named(
-    library: Any, monkeypatch: pytest.MonkeyPatch,
+    megatron_random: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*args: Any, **settings: Any) -> None:
         raise RuntimeError("Error building extension\nmain.cpp:1: fatal error: Python.h: No such file\nninja")
@@ -89,7 +90,7 @@ def test_missing_tools_and_failed_compilations_are_named(
     with pytest.raises(UserError, match=r"modules = \['layernorm'\].*fatal error: Python.h.*python3-dev"):
         load_storage_extension(["layernorm"])
     monkeypatch.undo()
-    monkeypatch.setattr(library, "_share_storage_ext", None)
+    monkeypatch.setattr(megatron_random, "_share_storage_ext", None)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(Path("absent").absolute()))
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "clang++ -O1")

@@ -1,4 +1,4 @@
-"""Named values survive the flat tensor, and sums equal the tensor's."""
+"""Sums, gathers and broadcasts of named tensors and Python objects over ranks."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatron_sov.engine.parallel.values import (
 from megatron_sov.model.config import ParallelConfig
 
 
-def test_packed_values_are_returned_by_name() -> None:
+def test_unflatten_tensors_is_the_inverse_of_flatten_tensors() -> None:
     values = {"loss": torch.tensor(2.5, dtype=torch.float64),
               "by source": torch.arange(6, dtype=torch.float64).view(3, 2),
               "none": torch.zeros(0, 2, dtype=torch.float64)}
@@ -34,34 +34,31 @@ def test_another_number_of_elements_is_refused() -> None:
         unflatten_tensors(torch.zeros(3), {"a": (), "b": (1,)})
 
 
-def sums() -> list[Any]:
-    """Inside ranks: named values of each rank."""
+def sum_named_values() -> dict[str, float]:
+    """Inside ranks: sum three named values over the ranks."""
     place = world.join_world(ParallelConfig())
-    result = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
+    sums = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
     world.leave_world()
-    return [result[name] for name in ("one", "rank", "third")]
+    return sums
 
 
 @pytest.mark.distributed
-def test_every_process_gets_the_same(ranks: Any, job: Any) -> None:
-    (found,) = ranks(job(__file__, "sums", 2))
-    assert found == [[2.0, 1.0, 2 / 3]] * 2
+def test_every_rank_gets_the_same_sums(ranks: Any, job: Any) -> None:
+    (sums,) = ranks(job(__file__, "sum_named_values", 2))
+    assert sums == [{"rank": 1.0, "one": 2.0, "third": 2 / 3}] * 2
 
 
-# Plain Python values: all ranks' values by rank, and rank 0's value for all.
-
-
-def exchanged() -> list[Any]:
-    """Inside ranks: gathered values of all ranks, of a group, and rank 0's value."""
+def exchange_objects() -> list[Any]:
+    """Inside ranks: gather objects over all ranks and over a group of one rank, and broadcast from rank 0."""
     place = world.join_world(ParallelConfig())
-    alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
-    found = [gather_objects({"rank": place.rank}), gather_objects(place.rank, alone),
-             broadcast_object(f"of {place.rank}")]
+    groups = [dist.new_group([rank]) for rank in range(place.size)]  # every rank must create every group
+    objects = [gather_objects({"rank": place.rank}), gather_objects(place.rank, groups[place.rank]),
+               broadcast_object(f"from rank {place.rank}")]
     world.leave_world()
-    return found
+    return objects
 
 
 @pytest.mark.distributed
-def test_values_come_by_rank_from_the_processes_that_are_meant(ranks: Any, job: Any) -> None:
-    (found,) = ranks(job(__file__, "exchanged", 2))
-    assert found == [[[{"rank": 0}, {"rank": 1}], [rank], "of 0"] for rank in range(2)]
+def test_objects_are_gathered_in_rank_order_and_broadcast_from_rank_0(ranks: Any, job: Any) -> None:
+    (objects,) = ranks(job(__file__, "exchange_objects", 2))
+    assert objects == [[[{"rank": 0}, {"rank": 1}], [rank], "from rank 0"] for rank in range(2)]

@@ -1,4 +1,4 @@
-"""A process's place in the layout, and its groups."""
+"""`world.join_world`: a process's rank in each dimension of the layout, and its process groups."""
 
 from typing import Any
 from unittest import mock
@@ -12,12 +12,13 @@ from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig
 
 
-def place(layout: dict[str, int]) -> list[int | bool]:
-    """Return this process's ranks and sizes in `layout`, which it joins after leaving another layout."""
+def join_second_layout(layout: dict[str, int]) -> list[int | bool]:
+    """Join and leave another layout, then join `layout`; return this process's ranks in it."""
     world.join_world(ParallelConfig(pp=2))
     world.leave_world()
-    w = world.join_world(ParallelConfig(**layout))
-    return [w.rank, w.size, w.dp_rank, w.dp_size, w.first_stage, w.last_stage, w.is_main]
+    joined = world.join_world(ParallelConfig(**layout))
+    return [joined.rank, joined.size, joined.dp_rank, joined.dp_size, joined.first_stage, joined.last_stage,
+            joined.is_main]
 
 
 def test_store_keys_of_one_join_do_not_affect_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,64 +35,74 @@ def test_store_keys_of_one_join_do_not_affect_the_next(monkeypatch: pytest.Monke
 
 
 @pytest.mark.distributed
-def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
-    (places,) = ranks(job(__file__, "place", 4, {"layout": {"tp": 2}}))
+def test_a_process_can_join_a_second_layout(ranks, job) -> None:
+    (places,) = ranks(job(__file__, "join_second_layout", 4, {"layout": {"tp": 2}}))
     assert places == [[0, 4, 0, 2, True, True, True], [1, 4, 0, 2, True, True, False],
                       [2, 4, 1, 2, True, True, False], [3, 4, 1, 2, True, True, False]]
 
 
-def joining(timeout_s: float) -> list[Any]:
-    """Return what `join_world` requests on a simulated GPU: GPU, default group, and the library's groups."""
+def record_gpu_calls(timeout_s: float) -> list[list[Any]]:
+    """Join a world on a double of a GPU.
+
+    Returns the arguments of the calls that select the GPU, start NCCL and create Megatron-Core's groups.
+    """
     from megatron.core import parallel_state
 
-    asked: list[Any] = []
+    calls: list[list[Any]] = []
 
-    class Asked(Exception):
-        """Ends the call after the requests."""
+    class GroupsCreated(Exception):
+        """Leaves `join_world` at its last call, because no NCCL group exists on this machine."""
 
-    def take(store: Any, rank: int, size: int, needs_bytes: int, timeout: Any) -> torch.device:
-        asked.append([rank, size, needs_bytes, timeout.total_seconds()])
+    def select_gpu(store: Any, rank: int, size: int, needs_bytes: int, timeout: Any) -> torch.device:
+        calls.append([rank, size, needs_bytes, timeout.total_seconds()])
         return torch.device("cuda", 3)
 
-    def groups(*sizes: Any, **given: Any) -> None:
-        asked.append([given["create_gloo_process_groups"], given["distributed_timeout_minutes"]])
-        raise Asked
+    def init_process_group(backend: str, **options: Any) -> None:
+        calls.append([backend, "device_id" in options, options["timeout"].total_seconds()])
 
-    with (mock.patch.object(world, "on_gpu", lambda: True), mock.patch.object(world, "select_gpu", take),
-          mock.patch.object(world.dist, "init_process_group", lambda backend, **given: asked.append(
-              [backend, "device_id" in given, given["timeout"].total_seconds()])),
+    def initialize_model_parallel(*sizes: Any, **options: Any) -> None:
+        calls.append([options["create_gloo_process_groups"], options["distributed_timeout_minutes"]])
+        raise GroupsCreated
+
+    with (mock.patch.object(world, "on_gpu", lambda: True),
+          mock.patch.object(world, "select_gpu", select_gpu),
+          mock.patch.object(world.dist, "init_process_group", init_process_group),
           mock.patch.object(world.dist, "get_world_size", lambda: 1),
-          mock.patch.object(parallel_state, "initialize_model_parallel", groups), pytest.raises(Asked)):
+          mock.patch.object(parallel_state, "initialize_model_parallel", initialize_model_parallel),
+          pytest.raises(GroupsCreated)):
         world.join_world(ParallelConfig(timeout_s=timeout_s), 7)
-    return asked
+    return calls
 
 
 @pytest.mark.distributed
 def test_gpu_groups_are_not_split_from_the_world_and_gloo_creates_none(ranks: Any, job: Any) -> None:
-    """A default group bound to a device would make every process take part in every `new_group`."""
-    ((asked,),) = ranks(job(__file__, "joining", 1, {"timeout_s": 90.0}))
-    assert asked == [[0, 1, 7, 90.0], ["nccl", False, 90.0], [False, 2]]
+    """With a default group bound to a device, every process takes part in every `new_group`."""
+    ((calls,),) = ranks(job(__file__, "record_gpu_calls", 1, {"timeout_s": 90.0}))
+    assert calls == [[0, 1, 7, 90.0], ["nccl", False, 90.0], [False, 2]]
 
 
-def joined(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[Any]:
-    """Return, for the ranks `places` in a world without communication, how many new groups have the rank, and
-    the members of the library's groups."""
+def create_groups(num_ranks: int, layout: dict[str, int], tested_ranks: list[int]) -> list[Any]:
+    """Let `join_world` create the groups of some ranks, in a world without communication.
+
+    Returns, for each tested rank, the number of created groups that contain it, and the members of its
+    Megatron-Core groups.
+    """
     from torch import distributed as dist
 
-    found = []
-    for place in places:
-        dist.init_process_group("fake", rank=place, world_size=num_ranks, store=FakeStore())
-        with (mock.patch.dict("os.environ", RANK=str(place), WORLD_SIZE=str(num_ranks)),
-              mock.patch.object(dist, "new_group", wraps=dist.new_group) as made):
+    results = []
+    for rank in tested_ranks:
+        dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
+        with (mock.patch.dict("os.environ", RANK=str(rank), WORLD_SIZE=str(num_ranks)),
+              mock.patch.object(dist, "new_group", wraps=dist.new_group) as new_group):
             world.join_world(ParallelConfig(**layout))
-        taken = sum(place in call.kwargs["ranks"] for call in made.call_args_list)
-        found.append([taken, members_by_name()])
+        num_created = sum(rank in call.kwargs["ranks"] for call in new_group.call_args_list)
+        results.append([num_created, get_group_members()])
         world.leave_world()
-    return found
+    return results
 
 
-def members_by_name() -> dict[str, Any]:
-    """Return the members of each library group of this process."""
+def get_group_members() -> dict[str, list[int]]:
+    """Return the ranks in each of this process's groups, by the name of the variable in `parallel_state`."""
     from megatron.core import parallel_state
     from torch import distributed as dist
 
@@ -99,59 +110,66 @@ def members_by_name() -> dict[str, Any]:
             if name.endswith(("_GROUP", "_GROUP_WITH_CP")) and isinstance(group, dist.ProcessGroup)}
 
 
-def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[Any]:
-    """Return the members of the library's groups if Megatron-Core creates them itself, each separately."""
+def create_megatron_groups(num_ranks: int, layout: dict[str, int], tested_ranks: list[int]) -> list[Any]:
+    """Let Megatron-Core create the same groups by itself; return their members for each tested rank.
+
+    Megatron-Core creates one group per variable, even if two variables have the same members.
+    """
     from megatron.core import parallel_state
     from torch import distributed as dist
 
-    found = []
-    for place in places:
-        dist.init_process_group("fake", rank=place, world_size=num_ranks, store=FakeStore())
+    members = []
+    for rank in tested_ranks:
+        dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
         parallel_state.initialize_model_parallel(
             pipeline_model_parallel_size=layout["pp"], context_parallel_size=layout.get("cp", 1),
             expert_model_parallel_size=layout["ep"], expert_tensor_parallel_size=1,
             create_gloo_process_groups=False)
-        found.append(members_by_name())
+        members.append(get_group_members())
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-    return found
+    return members
 
 
 @pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("num_ranks", "layout"), [
     (480, {"pp": 2, "ep": 8}), (1024, {"pp": 8, "ep": 64, "cp": 2})])
-def test_a_rank_joins_few_group_creations_and_has_the_library_groups(ranks: Any, job: Any, num_ranks: int,
+def test_a_rank_creates_few_groups_with_the_members_of_megatron_core(ranks: Any, job: Any, num_ranks: int,
                                                                      layout: dict[str, int]) -> None:
-    places = [0, num_ranks // 2 + 3]  # the second may be in no embedding group
-    given = {"num_ranks": num_ranks, "layout": layout, "places": places}
-    ((shared,),), ((alone,),) = (ranks(job(__file__, name, 1, given)) for name in ("joined", "unshared"))
-    assert [members for _, members in shared] == alone
-    assert all(taken <= 11 for taken, _ in shared), [taken for taken, _ in shared]
+    tested_ranks = [0, num_ranks // 2 + 3]  # rank 0 is in an embedding group; the second rank may be in none
+    arguments = {"num_ranks": num_ranks, "layout": layout, "tested_ranks": tested_ranks}
+    ((results,),) = ranks(job(__file__, "create_groups", 1, arguments))
+    ((expected,),) = ranks(job(__file__, "create_megatron_groups", 1, arguments))
+    assert [members for _, members in results] == expected
+    assert max(num_created for num_created, _ in results) <= 11
 
 
-def on_main(fail: bool) -> list[Any]:
-    """Call `run_on_main` with an action that may fail; return the result, and the rank if it acted."""
+def run_on_main(fail: bool) -> list[Any]:
+    """Inside ranks: rank 0 returns a value or raises an error.
+
+    Returns the value or error that this rank receives, and the ranks that ran the action in this process.
+    """
     place = world.join_world(ParallelConfig())
-    asked: list[int] = []
+    acting_ranks: list[int] = []
 
     def action() -> str:
-        asked.append(place.rank)
+        acting_ranks.append(place.rank)
         if fail:
             raise UserError("the disk is full")
-        return "answer"
+        return "value"
 
     try:
         outcome = world.run_on_main(place, action)
     except UserError as e:
-        outcome = f"refused: {e}"
+        outcome = f"error: {e}"
     world.leave_world()
-    return [outcome, asked]
+    return [outcome, acting_ranks]
 
 
 @pytest.mark.distributed
-def test_every_rank_hears_of_an_answer_and_of_a_failure(ranks: Any, job: Any) -> None:
-    answered, refused = ranks(job(__file__, "on_main", 2, {"fail": False}),
-                              job(__file__, "on_main", 2, {"fail": True}))
-    assert answered == [["answer", [0]], ["answer", []]]
-    assert refused == [["refused: the disk is full", [0]], ["refused: the disk is full", []]]
+def test_every_rank_receives_the_value_or_error_of_rank_0(ranks: Any, job: Any) -> None:
+    values, errors = ranks(job(__file__, "run_on_main", 2, {"fail": False}),
+                           job(__file__, "run_on_main", 2, {"fail": True}))
+    assert values == [["value", [0]], ["value", []]]
+    assert errors == [["error: the disk is full", [0]], ["error: the disk is full", []]]

@@ -54,7 +54,7 @@ class LookupEngine:
     corrupt: Callable[[list[list[int]]], list[list[int]]] = lambda needles: needles
 
     def generate(self, prompts: Any, sampling: Sampling, **extra_options: Any) -> GenerationResult:
-        result = self.spoil(answer_by_lookup(prompts, sampling.max_new_tokens))
+        result = self.corrupt(answer_by_lookup(prompts, sampling.max_new_tokens))
         written = [(tokens, [0.0] * len(tokens)) for tokens in result]
         return GenerationResult.of(written, sampling, StopRule(), 0)
 

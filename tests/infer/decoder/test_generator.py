@@ -24,7 +24,7 @@ from megatron_sov.infer.request import Batching, GenerationBounds, Sampling, Sto
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from tests.tiny import tiny_model
 
-WINDOW, NEW = 8, 8
+WINDOW, MAX_TOKENS = 8, 8
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 44)), [7] * 9, [80, 81, 82, 83, 84],
            [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
 """Prompts shorter and longer than the sliding window."""
@@ -32,63 +32,65 @@ REPEATED = [0, 2, 0, 5, 2, 0, 1, 1, 5, 2]
 """Indices of prompts in a batch in which prompts occur several times."""
 LIMITS = [3, 8, 1, 5, 8, 2]
 """Maximum length of each prompt's continuation."""
-ALONE = (1, 2, 5)
+CONTINUED_ALONE = (1, 2, 5)
 """Indices of prompts that are also continued alone: the shortest, the longest, the last."""
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
             "model.init_std=0.3", f"model.sliding_window_tokens={WINDOW}", "model.num_layers=4",
             "model.num_experts=4", "train.precision=fp64"]
 
 
-def generate_in_all_ways(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
+def generate_by_each_method(layout: dict[str, Any], *, full: bool = False, in_pieces: bool = False,
                          family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return way -> continuations of PROMPTS by a random model, on this rank.
+    """Continue PROMPTS by a random model on this rank, with each kind of sampling, batch and limit.
+
+    Returns the continuations by the name of the method, and further results.
 
     Args:
         layout: fields of ParallelConfig.
-        full: compare with full forward passes, too, and continue prompts alone and repeated.
-        pieces: read prompts in pieces, too, with room for few sequences at a time.
+        full: also compute full forward passes, and continue prompts alone and repeated.
+        in_pieces: also read prompts in several passes, with slots for few sequences at a time.
         family: family of the model.
         settings: further settings of the model.
     """
     _, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
     policy = ForwardModel(model, 50)
     attention = [type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
-    warm = Sampling(NEW, temperature=1.0, top_k=40, top_p=0.9, seed=3)
+    sampling = Sampling(MAX_TOKENS, temperature=1.0, top_k=40, top_p=0.9, seed=3)
 
     def generate(prompts: Any, sampling: Any, batching: Any = None, **options: Any) -> Any:
         return MegatronEngine(policy, batching).generate(prompts, sampling, **options).continuations
 
-    routed = Sampling(NEW, with_routes=True)
-    plain = MegatronEngine(policy).generate(PROMPTS, routed)
-    greedy = plain.continuations
+    greedy_with_routes = Sampling(MAX_TOKENS, with_routes=True)
+    unbatched = MegatronEngine(policy).generate(PROMPTS, greedy_with_routes)
+    greedy = unbatched.continuations
     rows = iter(range(1000))
-    # the function is called on every rank, but only the answer of rank 0 counts
+    # Every rank calls the function, but only the value of rank 0 stops the generation.
     stop_row = 2 if int(os.environ["RANK"]) == 0 else 0
     stopping = GenerationBounds(LIMITS, lambda: next(rows) == stop_row)
     limited = GenerationBounds(LIMITS, lambda: False)
-    result = {"greedy": greedy, "routes": [r.tolist() for r in plain.routes],
-              "sampled": generate(PROMPTS, warm),
-              "stopped early": generate(PROMPTS, Sampling(NEW), bounds=stopping),
-              "limited": generate(PROMPTS, Sampling(NEW), bounds=limited)}
+    result = {"greedy": greedy, "routes": [r.tolist() for r in unbatched.routes],
+              "sampled": generate(PROMPTS, sampling),
+              "stopped early": generate(PROMPTS, Sampling(MAX_TOKENS), bounds=stopping),
+              "limited": generate(PROMPTS, Sampling(MAX_TOKENS), bounds=limited)}
     if full:
         result["end"] = greedy[2][5]
-        result["stopped"] = generate(PROMPTS, Sampling(NEW), stop=StopRule((result["end"],)))
-        result["alone"] = {i: generate([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
-        result |= generate_repeated_prompts(policy, warm, routed)
+        result["stopped"] = generate(PROMPTS, Sampling(MAX_TOKENS), stop=StopRule((result["end"],)))
+        result["alone"] = {i: generate([PROMPTS[i]], sampling, streams=[i])[0] for i in CONTINUED_ALONE}
+        result |= generate_repeated_prompts(policy, sampling, greedy_with_routes)
         model.config.routing_step.record = record = {}
         result["full"] = []
         for prompt, continuation in zip(PROMPTS, greedy, strict=True):
             batch = DocumentBatch([[*prompt, *continuation]], torch.device("cpu"))
-            places = torch.arange(len(prompt) - 1, len(prompt) + NEW - 1)
-            result["full"].append(policy.logits(batch, places).argmax(-1).tolist())
+            positions = torch.arange(len(prompt) - 1, len(prompt) + MAX_TOKENS - 1)
+            result["full"].append(policy.logits(batch, positions).argmax(-1).tolist())
         model.config.routing_step.record = None
-        # the last token of a continuation is not read, so it has no route
+        # The decoder does not read the last token of a continuation, so this token has no route.
         result["full routes"] = [torch.stack([record[layer][i] for layer in sorted(record)], 1)[:-1].tolist()
                                  for i in range(len(PROMPTS))]
-    if pieces:
-        result["pieces"] = generate(PROMPTS, Sampling(NEW), Batching(2, 3))
+    if in_pieces:
+        result["pieces"] = generate(PROMPTS, Sampling(MAX_TOKENS), Batching(2, 3))
         request.CACHE_TOKENS = 1
-        result["one slot"] = generate(PROMPTS, Sampling(NEW))
+        result["one slot"] = generate(PROMPTS, Sampling(MAX_TOKENS))
     result["as before"] = model.training and attention == [
         type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
     world.leave_world()
@@ -129,25 +131,25 @@ LAYOUTS = {
 }
 
 
-def check_equal_ways(result: dict[str, Any]) -> None:
-    """Compare all continuations of a rank with its greedy continuations."""
+def check_equal_continuations(result: dict[str, Any]) -> None:
+    """Fail unless all results of `generate_by_each_method` on one rank agree."""
     greedy = result["greedy"]
     assert greedy == result["full"], "cached decoding differs from a full forward pass"
     assert result["routes"] == result["full routes"] and greedy != result["sampled"]
-    assert result["alone"] == {str(i): result["sampled"][i] for i in ALONE}, (
+    assert result["alone"] == {str(i): result["sampled"][i] for i in CONTINUED_ALONE}, (
         "a prompt's samples depend on the other prompts of its batch")
     assert result["repeated"] == [result["one by one"]] * 4, "a shared prompt has other continuations"
     assert result["repeated routes"] == [result["routes"][i] for i in REPEATED]
-    # a repeated prompt is read once, except for its last token, whose logits each sequence needs
+    # A repeated prompt is read once, except for its last token: each sequence needs its logits.
     unique = set(REPEATED)
     assert result["prompt tokens read"] == (
         sum(len(PROMPTS[i]) for i in unique) + len(REPEATED) - len(unique))
-    assert len({tuple(c) for c in greedy}) == len(PROMPTS) and {len(c) for c in greedy} == {NEW}
+    assert len({tuple(c) for c in greedy}) == len(PROMPTS) and {len(c) for c in greedy} == {MAX_TOKENS}
     end = result["end"]
     assert result["stopped"] == [c[:c.index(end) + 1] if end in c else c for c in greedy]
     assert result["as before"]
     assert result["limited"] == [c[:limit] for c, limit in zip(greedy, LIMITS, strict=True)]
-    # stopped in the third forward pass: each of them generates one token per sequence
+    # The generation stops in its third forward pass, and each pass generates one token per sequence.
     assert result["stopped early"] == [c[:min(limit, 3)] for c, limit in zip(greedy, LIMITS, strict=True)]
 
 
@@ -156,15 +158,15 @@ def check_equal_ways(result: dict[str, Any]) -> None:
 @pytest.mark.parametrize("names", [["TP2+SP x CP2, EP4"], ["PP2 VPP2", "EP2, experts by gathering"]],
                          ids=["all kinds", "gathering"])
 def test_generation_is_equal_at_every_layout(ranks, job, names: list[str]) -> None:
-    alone, *others = ranks(
-        job(__file__, "generate_in_all_ways", 1, {"layout": {}, "full": True, "pieces": True}),
-        *(job(__file__, "generate_in_all_ways", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
-    check_equal_ways(alone[0])
-    assert alone[0]["pieces"] == alone[0]["one slot"] == alone[0]["greedy"]
-    for name, per_rank in zip(names, others, strict=True):
+    one_rank, *split_results = ranks(
+        job(__file__, "generate_by_each_method", 1, {"layout": {}, "full": True, "in_pieces": True}),
+        *(job(__file__, "generate_by_each_method", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
+    check_equal_continuations(one_rank[0])
+    assert one_rank[0]["in_pieces"] == one_rank[0]["one slot"] == one_rank[0]["greedy"]
+    for name, per_rank in zip(names, split_results, strict=True):
         for rank, result in enumerate(per_rank):
-            for way in ("greedy", "routes", "sampled", "limited", "as before"):
-                assert result[way] == alone[0][way], (name, rank, way)
+            for method in ("greedy", "routes", "sampled", "limited", "as before"):
+                assert result[method] == one_rank[0][method], (name, rank, method)
             assert result["stopped early"] == per_rank[0]["stopped early"]
             assert all(0 < len(c) <= 3 for c in result["stopped early"]), "another rank than 0 stopped it"
 
@@ -173,7 +175,7 @@ FAMILY_SETTINGS = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "mo
             "qwen3": SETTINGS[:3]}
 
 
-def compare_logprobs(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[str, Any]:
+def compare_logprobs(layout: dict[str, Any], family: str, methods: list[str]) -> dict[str, Any]:
     """Compare the engine's log-probabilities with the trainer's (fp32), on this rank.
 
     Args:
@@ -218,15 +220,16 @@ def compare_logprobs(layout: dict[str, Any], family: str, chosen: list[str]) -> 
         return {"gap": float(max(gaps)), "tokens": result.continuations, "reasons": result.finish_reasons,
                 "lowest": min(map(min, result.logprobs))}
 
-    ways = {"greedy": Sampling(NEW), "T 1": Sampling(NEW, 1.0, seed=3), "T 0.7": Sampling(NEW, 0.7, seed=3)}
-    results: dict[str, Any] = {name: generate_and_compare(ways[name]) for name in chosen}
-    other = build_model(config.model, parallel, config.train)
-    initial_weights.initialize_weights(other, config.model, 2)
-    engine = MegatronEngine(ForwardModel(other, 7))
+    sampling_by_method = {"greedy": Sampling(MAX_TOKENS), "T 1": Sampling(MAX_TOKENS, 1.0, seed=3),
+                          "T 0.7": Sampling(MAX_TOKENS, 0.7, seed=3)}
+    results: dict[str, Any] = {name: generate_and_compare(sampling_by_method[name]) for name in methods}
+    other_model = build_model(config.model, parallel, config.train)
+    initial_weights.initialize_weights(other_model, config.model, 2)
+    engine = MegatronEngine(ForwardModel(other_model, 7))
     versions = []
     for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):
         engine.update(weights, version)
-        result = engine.generate(FEW_PROMPTS, ways["T 1"], stop=StopRule((50,)))
+        result = engine.generate(FEW_PROMPTS, sampling_by_method["T 1"], stop=StopRule((50,)))
         versions.append((result.version, result.continuations == results["T 1"]["tokens"]))
     results["updated"] = versions
     world.leave_world()
@@ -244,23 +247,23 @@ LOGPROB_CASES = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7"]),
 
 @pytest.mark.distributed
 @pytest.mark.essential
-@pytest.mark.parametrize("further", [[1], pytest.param([2, 3], marks=pytest.mark.deep)],
+@pytest.mark.parametrize("case_indices", [[1], pytest.param([2, 3], marks=pytest.mark.deep)],
                          ids=["tensors", "stages and experts"])
-def test_logprobs_equal_those_of_the_trainer(ranks, job, further: list[int]) -> None:
-    """At the first layout of WHERE, and further layouts."""
-    chosen = [LOGPROB_CASES[i] for i in (0, *further)]
-    alone, *others = ranks(*(
-        job(__file__, "compare_logprobs", n, {"layout": layout, "family": family, "chosen": ways})
-        for family, n, layout, ways in chosen))
-    for case, per_rank in zip(chosen, (alone, *others), strict=True):
+def test_logprobs_equal_those_of_the_trainer(ranks, job, case_indices: list[int]) -> None:
+    """At the first of `LOGPROB_CASES`, and the cases of `case_indices`."""
+    cases = [LOGPROB_CASES[i] for i in (0, *case_indices)]
+    one_rank, *split_results = ranks(*(
+        job(__file__, "compare_logprobs", n, {"layout": layout, "family": family, "methods": methods})
+        for family, n, layout, methods in cases))
+    for case, per_rank in zip(cases, (one_rank, *split_results), strict=True):
         for rank in per_rank:
             assert rank.pop("updated") == [[1, False], [7, True]], case
-        for way, result in per_rank[0].items():
-            assert result["gap"] < 1e-5, (case, way, result["gap"])
+        for method, result in per_rank[0].items():
+            assert result["gap"] < 1e-5, (case, method, result["gap"])
             assert result["lowest"] < -0.5, "a test with tokens of probability 1 would show little"
-            assert all(rank[way]["tokens"] == result["tokens"] for rank in per_rank), (case, way)
+            assert all(rank[method]["tokens"] == result["tokens"] for rank in per_rank), (case, method)
             assert result["reasons"] == ["stop" if c[-1] == 50 else "length" for c in result["tokens"]]
-    assert alone[0]["T 1"]["tokens"] != alone[0]["greedy"]["tokens"]
+    assert one_rank[0]["T 1"]["tokens"] != one_rank[0]["greedy"]["tokens"]
 
 
 @pytest.mark.essential

@@ -47,16 +47,17 @@ TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2.5, dtype=to
 def workers() -> Iterator[list[subprocess.Popen[str]]]:
     """Start two processes as vLLM does, with only the worker's folder on their path."""
     environment = {**os.environ, "PYTHONPATH": str(WORKER_FOLDER), "OMP_NUM_THREADS": "1"}
-    found = [subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              text=True, env=environment, cwd="/") for _ in range(2)]
-    yield found
-    for worker in found:
+    processes = [subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE,
+                                  text=True, env=environment, cwd="/") for _ in range(2)]
+    yield processes
+    for worker in processes:
         worker.kill()
         worker.communicate()
 
 
 @pytest.fixture(autouse=True)
-def _a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def _use_local_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sov_weight_group, "BUCKET_BYTES", 64)
     monkeypatch.setattr(sov_weight_group, "find_local_address", lambda host, port: host)
 
@@ -66,22 +67,22 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], name: str = 
     return str(folder / name)
 
 
-def call(workers: list[subprocess.Popen[str]], meeting: Mapping[str, Any]) -> None:
+def start_receiving(workers: list[subprocess.Popen[str]], meeting: Mapping[str, Any]) -> None:
     for rank, worker in enumerate(workers, 1):
         assert worker.stdin is not None
         worker.stdin.write(json.dumps([rank, meeting]) + "\n")
         worker.stdin.flush()
 
 
-def pair() -> tuple[WeightGroup, WeightGroup]:
-    """Return a trainer and a worker, both in this process."""
+def build_group_pair() -> tuple[WeightGroup, WeightGroup]:
+    """Return the groups of a trainer and of a worker, both in this process."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting, cpu, found = Meeting("127.0.0.1", store.port, 2, "gloo", 60), torch.device("cpu"), []
-    trainer = threading.Thread(target=lambda: found.append(WeightGroup(meeting, 0, "127.0.0.1", cpu, store)))
+    meeting, cpu, groups = Meeting("127.0.0.1", store.port, 2, "gloo", 60), torch.device("cpu"), []
+    trainer = threading.Thread(target=lambda: groups.append(WeightGroup(meeting, 0, "127.0.0.1", cpu, store)))
     trainer.start()
     worker = WeightGroup(meeting, 1, "127.0.0.1", cpu)
     trainer.join()
-    return found.pop(), worker
+    return groups.pop(), worker
 
 
 def read_line(worker: subprocess.Popen[str]) -> str:
@@ -92,52 +93,52 @@ def read_line(worker: subprocess.Popen[str]) -> str:
 @pytest.mark.deep
 def test_each_update_uses_a_new_group_until_a_worker_dies(workers: list[subprocess.Popen[str]],
                                                           tmp_path: Path) -> None:
-    first, second = dict(list(TENSORS.items())[:3]), dict(list(TENSORS.items())[3:])
-    before = threading.active_count()
-    for sent in ([save_tensors(tmp_path, first), save_tensors(tmp_path, second, "1")],
-                 [save_tensors(tmp_path, first, "2")]):
-        found: list[dict[str, Any]] = []
+    first_tensors, second_tensors = dict(list(TENSORS.items())[:3]), dict(list(TENSORS.items())[3:])
+    num_threads = threading.active_count()
+    for files in ([save_tensors(tmp_path, first_tensors), save_tensors(tmp_path, second_tensors, "1")],
+                 [save_tensors(tmp_path, first_tensors, "2")]):
+        received: list[dict[str, Any]] = []
 
-        def receive(meeting: Mapping[str, Any], found: list[dict[str, Any]] = found) -> None:
-            call(workers, meeting)
+        def receive(meeting: Mapping[str, Any], received: list[dict[str, Any]] = received) -> None:
+            start_receiving(workers, meeting)
             assert [read_line(worker) for worker in workers] == ["begun", "begun"]
-            found.extend(json.loads(read_line(worker)) for worker in workers)
+            received.extend(json.loads(read_line(worker)) for worker in workers)
 
-        send_files(sent, URL, 2, receive)
+        send_files(files, URL, 2, receive)
         expected = {name: [str(t.dtype), list(t.shape), t.flatten().float().tolist()]
-                    for name, t in (TENSORS if len(sent) == 2 else first).items()}
-        assert found == [expected, expected]
-        # the thread ends and releases its files
-        wait_until(lambda: threading.active_count() <= before)
+                    for name, t in (TENSORS if len(files) == 2 else first_tensors).items()}
+        assert received == [expected, expected]
+        # The sending thread ends.
+        wait_until(lambda: threading.active_count() <= num_threads)
 
-
-    # the tensors exceed the socket buffers
-    large = {"a": torch.ones(1), "stop": torch.ones(1), **{f"w{i}": torch.ones(1 << 20) for i in range(12)}}
-    never, began_s = threading.Event(), []
+    # These tensors are larger than the socket buffers: the trainer still sends when the worker dies.
+    many_tensors = {"a": torch.ones(1), "stop": torch.ones(1),
+                    **{f"w{i}": torch.ones(1 << 20) for i in range(12)}}
+    forever, began_s = threading.Event(), []
 
     def receive_no_more(meeting: Mapping[str, Any]) -> None:
-        # the server itself does not say that a worker of its has died
-        call(workers, meeting)
+        # A vLLM server does not report that one of its workers has died.
+        start_receiving(workers, meeting)
         assert [read_line(worker) for worker in workers] == ["begun", "begun"]
         workers[1].kill()
         began_s.append(time.monotonic())
-        never.wait()
+        forever.wait()
 
     with pytest.raises(RuntimeError, match="peer"):
-        send_files([save_tensors(tmp_path, large)], URL, 2, receive_no_more)
+        send_files([save_tensors(tmp_path, many_tensors)], URL, 2, receive_no_more)
     assert time.monotonic() - began_s[0] < 60
-    never.set()
+    forever.set()
 
 
 def test_stalled_worker_blocks_at_most_patience() -> None:
-    trainer, worker = pair()
-    for patience_s, is_over, said in ((0.2, False, "was not transferred within 0.2 s"),
+    trainer, worker = build_group_pair()
+    for patience_s, is_cancelled, message in ((0.2, False, "was not transferred within 0.2 s"),
                                       (60, True, "transfer was cancelled")):
-        trainer._patience_s, over = patience_s, threading.Event()
-        if is_over:
-            over.set()
-        with pytest.raises((TimeoutError, RuntimeError), match=said):
-            trainer.send(iter(TENSORS.items()), over)
+        trainer._patience_s, cancelled = patience_s, threading.Event()
+        if is_cancelled:
+            cancelled.set()
+        with pytest.raises((TimeoutError, RuntimeError), match=message):
+            trainer.send(iter(TENSORS.items()), cancelled)
     worker.close()
     trainer.close()
 
@@ -146,14 +147,14 @@ def test_server_error_ends_the_transfer(tmp_path: Path) -> None:
     def receive(meeting: Mapping[str, Any]) -> None:
         raise ValueError("the engine is dead")
 
-    before = threading.active_count()
+    num_threads = threading.active_count()
     with pytest.raises(ValueError, match="the engine is dead"):
         send_files([save_tensors(tmp_path, TENSORS)], URL, 1, receive, patience_s=1)
-    wait_until(lambda: threading.active_count() <= before)
+    wait_until(lambda: threading.active_count() <= num_threads)
 
 
 def test_worker_gets_an_error_when_the_trainer_leaves() -> None:
-    trainer, worker = pair()
+    trainer, worker = build_group_pair()
     trainer.close()
     del trainer
     with pytest.raises(RuntimeError, match="peer"):
@@ -161,12 +162,12 @@ def test_worker_gets_an_error_when_the_trainer_leaves() -> None:
 
 
 def test_local_address_is_the_address_seen_by_the_peer() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as there:
-        assert find_local_address("localhost", there.getsockname()[1]) == "127.0.0.1"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert find_local_address("localhost", server.getsockname()[1]) == "127.0.0.1"
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    ends_s = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < ends_s
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_s
         time.sleep(0.01)

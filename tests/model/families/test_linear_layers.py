@@ -17,10 +17,10 @@ MODEL = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads
                 linear_attention=LinearAttentionConfig(2, 2, 3, 3, 3, conv_taps=2))
 
 
-def link(name: str) -> Link:
-    """Return the block of the first layer that has a tensor of this name."""
-    return next(one for one in models.get_family("solar_open2").links(MODEL)
-                if one.key.startswith("decoder.") and one.key.endswith(name))
+def find_link(name: str) -> Link:
+    """Return the link of the first layer whose Megatron tensor has this name."""
+    return next(link for link in models.get_family("solar_open2").links(MODEL)
+                if link.key.startswith("decoder.") and link.key.endswith(name))
 
 
 def build_numbered_tensor(shape: tuple[int, ...]) -> torch.Tensor:
@@ -29,65 +29,70 @@ def build_numbered_tensor(shape: tuple[int, ...]) -> torch.Tensor:
 
 @pytest.mark.each("name", [entry.megatron for entry in (*KIMI_DELTA, *GATED_ATTENTION)])
 def test_split_tensors_are_joined_unchanged(name: str) -> None:
-    one = link(name)
-    block = build_numbered_tensor(one.block_shape)
-    parts = one.split(block)
-    assert {n: tuple(t.shape) for n, t in parts.items()} == one.hf_shapes()
-    assert torch.equal(one.join(parts), block)
+    link = find_link(name)
+    block = build_numbered_tensor(link.block_shape)
+    tensors = link.split(block)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == link.hf_shapes()
+    assert torch.equal(link.join(tensors), block)
 
 
 def test_gates_of_solar_open_2_are_a_separate_tensor() -> None:
     """A group has two query heads, their two gates, key and value, of 8 rows each."""
     solar = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads=2, head_dim=8,
                     hidden_size=5)
-    one = next(x
-               for x in models.get_family("solar_open2").links(solar) if x.key.endswith("linear_qkv.weight"))
+    link = next(x
+                for x in models.get_family("solar_open2").links(solar) if x.key.endswith("linear_qkv.weight"))
     rows = torch.arange(96.)[:, None].expand(96, 5)
-    found = {name.split(".")[-2]: part[::8, 0].tolist() for name, part in one.split(rows).items()}
-    assert found == {"q_proj": [0, 8, 48, 56], "g_proj": [16, 24, 64, 72], "k_proj": [32, 80],
-                     "v_proj": [40, 88]}
-    assert torch.equal(one.join(one.split(rows)), rows)
+    rows_by_projection = {name.split(".")[-2]: tensor[::8, 0].tolist() for name,
+                          tensor in link.split(rows).items()}
+    assert rows_by_projection == {"q_proj": [0, 8, 48, 56], "g_proj": [16, 24, 64, 72], "k_proj": [32, 80],
+                                  "v_proj": [40, 88]}
+    assert torch.equal(link.join(link.split(rows)), rows)
 
 
 SOLAR = {"num_hidden_layers": 8, "num_attention_heads": 6, "head_dim": 4}
-PART = {"num_heads": 6, "head_dim": 4, "short_conv_kernel_size": 4}
+LINEAR_CONFIG = {"num_heads": 6, "head_dim": 4, "short_conv_kernel_size": 4}
 
 
 def test_solar_open_2_counts_layers_from_0_in_one_of_three_spellings() -> None:
     read = SolarLayers().read
-    listed = ["linear_attention", "full_attention"] * 4
-    for said, pattern in (({}, "GDDD"), ({"gqa_interval": 1}, "GD"), ({"gqa_layers": [3, 7]}, "DDDG"),
-                          ({"gqa_interval": 1, "gqa_layers": [3, 7]}, "DDDG"),
-                          ({"layer_types": listed}, "DG"),
-                          ({"layer_types": listed, "gqa_layers": [7, 1, 3, 5], "gqa_interval": 3}, "DG")):
-        assert read({**SOLAR, **said})["attention_pattern"] == pattern, said
+    layer_types = ["linear_attention", "full_attention"] * 4
+    for fields, pattern in (({}, "GDDD"), ({"gqa_interval": 1}, "GD"), ({"gqa_layers": [3, 7]}, "DDDG"),
+                            ({"gqa_interval": 1, "gqa_layers": [3, 7]}, "DDDG"),
+                            ({"layer_types": layer_types}, "DG"),
+                            ({"layer_types": layer_types, "gqa_layers": [7, 1, 3, 5], "gqa_interval": 3},
+                             "DG")):
+        assert read({**SOLAR, **fields})["attention_pattern"] == pattern, fields
 
 
 def test_sizes_of_solar_open_2_are_explicit_or_follow_from_heads() -> None:
     read = SolarLayers().read
-    usual = {"num_key_heads": 6, "num_value_heads": 6, "key_head_dim": 4, "value_head_dim": 4, "conv_taps": 4,
-             "gate_rank": 4, "negative_eigenvalues": True}
-    for said, changed in (({}, {}), ({"linear_attn_config": PART | {"num_kv_heads": None}}, {}),
-                          ({"linear_attn_config": PART | {"num_kv_heads": 6}}, {}),
-                          ({"linear_attn_config": PART | {"short_conv_kernel_size": 3}}, {"conv_taps": 3}),
-                          ({"kda_allow_neg_eigval": False}, {"negative_eigenvalues": False})):
-        assert read({**SOLAR, **said})["linear_attention"] == usual | changed, said
+    default_sizes = {"num_key_heads": 6, "num_value_heads": 6, "key_head_dim": 4, "value_head_dim": 4,
+                     "conv_taps": 4,
+                     "gate_rank": 4, "negative_eigenvalues": True}
+    for fields, changed in (({}, {}), ({"linear_attn_config": LINEAR_CONFIG | {"num_kv_heads": None}}, {}),
+                            ({"linear_attn_config": LINEAR_CONFIG | {"num_kv_heads": 6}}, {}),
+                            ({"linear_attn_config": LINEAR_CONFIG | {"short_conv_kernel_size": 3}},
+                             {"conv_taps": 3}),
+                            ({"kda_allow_neg_eigval": False}, {"negative_eigenvalues": False})):
+        assert read({**SOLAR, **fields})["linear_attention"] == default_sizes | changed, fields
 
 
-@pytest.mark.each(("said", "message"), [
+@pytest.mark.each(("fields", "message"), [
     ({"gqa_interval": 0}, "gqa_interval = 0 must be an integer of 1 or more"),
     ({"gqa_interval": 3.5}, "gqa_interval = 3.5 must be a whole number"),
     ({"gqa_layers": [0, 8]}, r"gqa_layers = \[0, 8\] must name layers from 0 to 7 once each"),
     ({"gqa_layers": [0], "layer_types": ["full_attention"] * 8}, "and agree with layer_types"),
     ({"layer_types": ["full_attention"], "gqa_layers": [0]}, "layer_types must name .* for each of 8 layers"),
     ({"layer_types": ["linear_attention"] * 8}, "no layer has softmax attention"),
-    ({"linear_attn_config": PART | {"num_kv_heads": 2}}, "num_kv_heads = 2, but only null or num_heads = 6"),
+    ({"linear_attn_config": LINEAR_CONFIG | {"num_kv_heads": 2}},
+     "num_kv_heads = 2, but only null or num_heads = 6"),
     ({"kda_allow_neg_eigval": "false"}, "kda_allow_neg_eigval = 'false' must be true or false"),
     ({"linear_attn_config": {"num_heads": 6}}, "exactly num_heads, head_dim, short_conv_kernel_size"),
     ({"num_hidden_layers": 10**9}, "count its zeros")])
-def test_layers_of_solar_open_2_that_are_not_understood(said: dict, message: str) -> None:
+def test_invalid_layers_of_solar_open_2_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SolarLayers().read({**SOLAR, **said})
+        SolarLayers().read({**SOLAR, **fields})
 
 
 @pytest.mark.each(("field", "value"), [

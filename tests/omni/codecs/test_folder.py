@@ -22,7 +22,7 @@ SETTINGS = TATokSettings(side_pixels=8, encoder=SiglipSettings(
 @pytest.fixture
 def codec(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    save_codec(tmp_path / "codec", "ta-tok", TATok(SETTINGS), facts={"heldout": {"psnr_db": 20.5}})
+    save_codec(tmp_path / "codec", "ta-tok", TATok(SETTINGS))
     return tmp_path / "codec"
 
 

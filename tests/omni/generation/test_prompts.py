@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from data_prep.cli import main as sov_data
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.infer.request import Batching, Sampling
+from megatron_sov.model.modality import EncoderInputs
 from megatron_sov.omni.generation.prompts import PromptMediaEncoder, encode_media_prompts
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, build_row
@@ -110,40 +113,40 @@ def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:
     assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.encoder_inputs == [{}, {}]
 
 
+def score_answer(policy: ForwardModel, prompt: list[int], answer: list[int], media: EncoderInputs
+                 ) -> list[float]:
+    """Return the answer's log-probabilities by a forward pass without a cache."""
+    batch = DocumentBatch([[*prompt, *answer]], get_local_device())
+    batch.inputs = replace(batch.inputs, encoder_inputs=media)
+    logits = policy.logits(batch, torch.arange(len(answer)) + len(prompt) - 1)
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+
+
 @pytest.mark.deep
 def test_decoder_and_training_logprobs_agree(site: Site) -> None:
     """Prompts with equal ids but different images have different log-probabilities."""
     prompts, answers = asked(), site.answers
     seen, second = prompts.encoder_inputs
     other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}
+    shown = (seen, other, seen)
 
     def work(loaded: LoadedModel) -> Any:
-        batches = [build_micro_batch(row) for row in site.rows]
-        trained = []
-        for batch in batches:
-            (found,) = loaded.policy.map([batch], lambda hidden, head, b: head.logprobs(hidden[0], b.labels))
-            trained.append(found[batch.weights > 0].tolist())
-        questions = [AnswerChoice(prompts.ids[i], [answers[i], answers[i][:2]], prompts.encoder_inputs[i])
-                     for i in (0, 1)]
-        scored = [compute_answer_logprobs(loaded.policy, questions, Batching(1, tokens))
-                  for tokens in (8192, 7)]
-        written = []
-        for tokens in (8192, 7):
-            engine = MegatronEngine(loaded.policy, Batching(prefill_tokens=tokens))
-            written.append(engine.generate([prompts.ids[0]] * 3, Sampling(4),
-                                           encoder_inputs=[seen, other, seen]))
-        behind = [[AnswerChoice(prompts.ids[0], [of], media)] for of, media in zip(
-            written[0].continuations, (seen, other, seen), strict=True)]
-        again = [compute_answer_logprobs(loaded.policy, question)[0][0] for question in behind]
-        return trained, scored, [w.logprobs for w in written], again
+        policy, trained = loaded.policy, []
+        for batch in [build_micro_batch(row) for row in site.rows]:
+            (row_logprobs,) = policy.map([batch], lambda hidden, head, b: head.logprobs(hidden[0], b.labels))
+            trained.append(row_logprobs[batch.weights > 0].tolist())
+        scored = [score_answer(policy, prompts.ids[i], answers[i], prompts.encoder_inputs[i]) for i in (0, 1)]
+        written = [MegatronEngine(policy, Batching(prefill_tokens=tokens)).generate(
+            [prompts.ids[0]] * 3, Sampling(4), encoder_inputs=list(shown)) for tokens in (8192, 7)]
+        rescored = [score_answer(policy, prompts.ids[0], answer, media)
+                    for answer, media in zip(written[0].continuations, shown, strict=True)]
+        return trained, scored, [result.logprobs for result in written], rescored
 
-    trained, scored, written, again = run_forward_model(find_target(Path("model")), ["train.precision=fp64"],
-                                                        None, work)
-    for found in scored:
-        for of_row, of_question in zip(trained, found, strict=True):
-            assert of_question[0] == pytest.approx(of_row, abs=1e-9)
-            assert of_question[1] == pytest.approx(of_row[:2], abs=1e-9)
+    trained, scored, written, rescored = run_forward_model(
+        find_target(Path("model")), ["train.precision=fp64"], None, work)
+    for row_logprobs, answer_logprobs in zip(trained, scored, strict=True):
+        assert answer_logprobs == pytest.approx(row_logprobs, abs=1e-9)
     for logprobs in written:
         assert logprobs[0] == pytest.approx(logprobs[2], abs=1e-12)
         assert logprobs[0] != pytest.approx(logprobs[1], abs=1e-6)
-        assert np.array(logprobs) == pytest.approx(np.array(again), abs=1e-9)
+        assert np.array(logprobs) == pytest.approx(np.array(rescored), abs=1e-9)

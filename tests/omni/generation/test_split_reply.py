@@ -31,19 +31,19 @@ def test_formatted_blocks_split_into_parts() -> None:
     picture, speech = format_image_tokens([3, 1, 4, 1, 5, 9], 3, 900, 1200), format_audio_tokens([2, 7, 1])
     reply = _ids(f"ab{picture}b{speech}a")
     assert split_reply(reply, BLOCKS, MARKS) == [
-        TextPart((0, 1)), ImagePart((3, 1, 4, 1, 5, 9), (3, 4)), TextPart((1,)), AudioPart((2, 7, 1)),
+        TextPart((0, 1)), ImagePart((3, 1, 4, 1, 5, 9)), TextPart((1,)), AudioPart((2, 7, 1)),
         TextPart((0,))]
 
 
 @pytest.mark.each(("ids", "parts"), [
     ([], []),
-    (_ids(format_image_tokens([1, 2], 2, 1, 1))[:-1], [ImagePart((1, 2), (1, 1), complete=False)]),
-    (_ids("<|discrete_image_start|>b"), [ImagePart((), (1, 1), complete=False), TextPart((1,))]),
+    (_ids(format_image_tokens([1, 2], 2, 1, 1))[:-1], [ImagePart((1, 2), complete=False)]),
+    (_ids("<|discrete_image_start|>b"), [ImagePart((), complete=False), TextPart((1,))]),
     (_ids("<|vision00001|>a<|audio0005|>"),
-     [ImagePart((1,), (1, 1), complete=False), TextPart((0,)), AudioPart((5,))]),
+     [ImagePart((1,), complete=False), TextPart((0,)), AudioPart((5,))]),
     (_ids("<|audio0001|>b<|audio0002|>"), [AudioPart((1,)), TextPart((1,)), AudioPart((2,))]),
     (_ids("<|discrete_image_start|><|vision00001|><|discrete_image_start|><|vision00002|>"),
-     [ImagePart((1,), (1, 1), complete=False), ImagePart((2,), (1, 1), complete=False)]),
+     [ImagePart((1,), complete=False), ImagePart((2,), complete=False)]),
 ])
 def test_incomplete_replies_are_split(ids: list[int], parts: list[ReplyPart]) -> None:
     assert split_reply(ids, BLOCKS, MARKS) == parts

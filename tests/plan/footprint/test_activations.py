@@ -18,7 +18,7 @@ from megatron_sov.model.config import LinearAttentionConfig, RunConfig, apply_se
 from megatron_sov.plan.footprint.activations import (
     Tokens, _estimate_fla_attention, count_pending_micro_batches, count_stored_bytes, estimate_saved,
     list_layer_kinds)
-from tests.engine.model.test_linear_attention import Plain, row
+from tests.engine.model.test_linear_attention import LocalLinear, pack_row
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from plan_activations import CASES, said
@@ -164,7 +164,7 @@ def test_linear_attention_kernels_save_the_predicted_bytes(sizes: LinearAttentio
                              params_dtype=torch.bfloat16, layernorm_epsilon=1e-6, sequence_parallel=False,
                              delta_kernels=True)
     alone = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
-    layer = LinearAttention(config, 1, (Plain, Plain, Plain), sizes, alone).bfloat16()
+    layer = LinearAttention(config, 1, (LocalLinear, LocalLinear, LocalLinear), sizes, alone).bfloat16()
     inputs = torch.randn(4096, 1, 8, dtype=torch.bfloat16, requires_grad=True)
     left_out = {t.untyped_storage().data_ptr() for t in (inputs, *layer.parameters())}
     found: dict[int, torch.UntypedStorage] = {}
@@ -176,7 +176,7 @@ def test_linear_attention_kernels_save_the_predicted_bytes(sizes: LinearAttentio
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        layer(inputs, packed_seq_params=row([0, 4096]))
+        layer(inputs, packed_seq_params=pack_row([0, 4096]))
     estimate = _estimate_fla_attention(sizes, Tokens(4096, 4096, 4096), 1)
     assert sum(s.nbytes() for s in found.values()) == pytest.approx(sum(estimate.values()), rel=3e-3)
 

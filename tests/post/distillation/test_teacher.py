@@ -1,5 +1,4 @@
-"""The job `distill states`: hidden states equal those of transformers at every layout, killed jobs continue,
-and mismatched data or teachers are refused."""
+"""`distill states`: hidden states of a teacher equal transformers' at every layout; killed jobs resume."""
 
 import errno
 import json
@@ -44,16 +43,18 @@ def open_states(out: Path, data: Path) -> StateFiles:
     return StateFiles(out, open_sources({str(data): 1.0}, 1024, FORMATS))
 
 
-def reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> TeacherReading:
+def build_reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> TeacherReading:
     return TeacherReading(Target(model, is_hf), {str(data): 1.0}, state_format=StateFormat("float32", top_k),
                           part_tokens=80)
 
 
-def everything(out: Path, data: Path) -> torch.Tensor:
-    """Return the states of all documents."""
-    files = open_states(out, data)
-    return torch.cat([files.read_states(i, "train", d, 0, int(n)) for i, s in enumerate(open_sources(
-        {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.open_split("train").lengths)])
+def read_all_states(out: Path, data: Path) -> torch.Tensor:
+    """Return the states of all documents, concatenated."""
+    files, states = open_states(out, data), []
+    for number, source in enumerate(open_sources({str(data): 1.0}, 1024, FORMATS)):
+        for document, length in enumerate(source.open_split("train").lengths):
+            states.append(files.read_states(number, "train", document, 0, int(length)))
+    return torch.cat(states)
 
 
 def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict[str, Path], data: Path,
@@ -70,8 +71,8 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
         ids = shard.tokens(document, 0, int(shard.lengths[document]))
         with torch.no_grad():
             logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
-        found = files.read_states(1, "train", document, 2, len(ids) - 2) @ head.T
-        torch.testing.assert_close(found, logits[2:], rtol=2e-5, atol=2e-5)
+        logits_of_states = files.read_states(1, "train", document, 2, len(ids) - 2) @ head.T
+        torch.testing.assert_close(logits_of_states, logits[2:], rtol=2e-5, atol=2e-5)
     assert find_damaged_files(tmp_path / "states") == []
     with pytest.raises(UserError, match="99 of source 'second'"):
         files.read_states(1, "train", 99, 0, 1)
@@ -79,11 +80,11 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
         files.read_states(1, "train", 7, 2, int(shard.lengths[7]))
 
 
-def read(model: str, data: str, out: str, settings: list[str], top_too: bool) -> None:
-    """Read the data, on this process as one of several."""
-    write_outputs(reading(Path(model), Path(data)), Path(out), settings, None)
-    if top_too:
-        write_outputs(reading(Path(model), Path(data), top_k=TOP_K), Path(f"{out}-top"), settings, None)
+def write_states(model: str, data: str, out: str, settings: list[str], with_top_k: bool) -> None:
+    """Inside ranks: write the teacher's states, and with `with_top_k` its most probable tokens."""
+    write_outputs(build_reading(Path(model), Path(data)), Path(out), settings, None)
+    if with_top_k:
+        write_outputs(build_reading(Path(model), Path(data), top_k=TOP_K), Path(f"{out}-top"), settings, None)
 
 
 @pytest.mark.distributed
@@ -94,54 +95,54 @@ def read(model: str, data: str, out: str, settings: list[str], top_too: bool) ->
 def test_every_layout_leaves_the_same_states(split: dict[str, list[str]], imported: dict[str, Path],
                                              data: Path, tmp_path: Path, ranks, job) -> None:
     layouts = {"one": [], **split}
-    ranks(*(job(__file__, "read", 2 if settings else 1, {
+    ranks(*(job(__file__, "write_states", 2 if settings else 1, {
         "model": str(imported[FAMILY]), "data": str(data), "out": str(tmp_path / name), "settings": settings,
-        "top_too": name in ("one", "tp")})
-        for name, settings in layouts.items()))
-    expected = everything(tmp_path / "one", data)
+        "with_top_k": name in ("one", "tp")})
+            for name, settings in layouts.items()))
+    expected = read_all_states(tmp_path / "one", data)
     logprobs = (expected @ load_file(open_states(tmp_path / "one", data).head)[HEAD_WEIGHT].T).log_softmax(-1)
     for name in layouts:
-        difference = (everything(tmp_path / name, data) - expected).norm() / expected.norm()
+        difference = (read_all_states(tmp_path / name, data) - expected).norm() / expected.norm()
         assert difference <= 2e-6, f"{name}: {difference:.1e}"
     for name in sorted({"one", "tp"} & set(layouts)):
-        token, kept = unpack_rows(everything(tmp_path / f"{name}-top", data))
-        torch.testing.assert_close(kept, logprobs.topk(TOP_K).values, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(kept, logprobs.gather(1, token), rtol=1e-5, atol=1e-5)
+        token_ids, top_logprobs = unpack_rows(read_all_states(tmp_path / f"{name}-top", data))
+        torch.testing.assert_close(top_logprobs, logprobs.topk(TOP_K).values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(top_logprobs, logprobs.gather(1, token_ids), rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "one-top/head.safetensors").exists()
 
 
 def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Path], data: Path,
                                           tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, read_parts, seen = tmp_path / "states", teaching._read_parts, []
+    out, read_parts, read_batches = tmp_path / "states", teaching._read_parts, []
 
-    def killed(*arguments: Any) -> None:
-        if len(seen) == 2:
+    def read_two_batches(*arguments: Any) -> None:
+        if len(read_batches) == 2:
             raise KeyboardInterrupt
-        seen.append(arguments[3])
+        read_batches.append(arguments[3])
         read_parts(*arguments)
 
-    monkeypatch.setattr(teaching, "_read_parts", killed)
+    monkeypatch.setattr(teaching, "_read_parts", read_two_batches)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        write_outputs(reading(imported[FAMILY], data), out, [], None)
-    assert not out.exists() and len(seen) == 2
-    monkeypatch.setattr(teaching, "_read_parts", lambda *a: (seen.append(a[3]), read_parts(*a)))
-    write_outputs(reading(imported[FAMILY], data), out, [], None)
-    files = [part.file for together in seen for part in together]
+        write_outputs(build_reading(imported[FAMILY], data), out, [], None)
+    assert not out.exists() and len(read_batches) == 2
+    monkeypatch.setattr(teaching, "_read_parts", lambda *a: (read_batches.append(a[3]), read_parts(*a)))
+    write_outputs(build_reading(imported[FAMILY], data), out, [], None)
+    files = [part.file for batch in read_batches for part in batch]
     assert sorted(files) == sorted(p.relative_to(out).as_posix() for p in (out / "states").iterdir())
     assert len(set(files)) == len(files) > 4
 
 
-def test_a_full_disk_is_reported_on_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch ) -> None:
-    def full(file: int) -> None:
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_no_space(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", raise_no_space)
     with pytest.raises(UserError, match=r"0000-train-0\.bin: no space left"):
         teaching._write_states(tmp_path / "0000-train-0.bin", [torch.zeros(2, 4)])
 
 
 def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
-    def checkpoint(part: str, weights: bytes, base: str = "1", alpha: int = 16) -> str:
+    def hash_checkpoint(part: str, weights: bytes, base: str = "1", alpha: int = 16) -> str:
         with create_artifact(tmp_path / "checkpoint", "checkpoint", overwrite=True) as artifact:
             (artifact.path / part).mkdir()
             (artifact.path / part / "0.safetensors").write_bytes(weights)
@@ -149,28 +150,30 @@ def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
             artifact.content = {"base": {"path": "base", "sha256": base}} if part == "adapter" else {}
         return hash_weights(Target(tmp_path / "checkpoint", False))
 
-    def folder(weights: bytes, config: str) -> str:
+    def hash_hf_folder(weights: bytes, config: str) -> str:
         (tmp_path / "model.safetensors").write_bytes(weights)
         (tmp_path / "config.json").write_text(config)
         return hash_weights(Target(tmp_path, True))
 
-    assert checkpoint("adapter", b"1") == checkpoint("adapter", b"1")
-    assert len({checkpoint("model", b"1"), checkpoint("model", b"2"), checkpoint("adapter", b"1"),
-                checkpoint("adapter", b"2"), checkpoint("adapter", b"1", base="2"),
-                checkpoint("adapter", b"1", alpha=32)}) == 6
-    assert len({folder(b"1", "{}"), folder(b"2", "{}"), folder(b"1", '{"rope_theta": 1}')}) == 3
+    assert hash_checkpoint("adapter", b"1") == hash_checkpoint("adapter", b"1")
+    assert len({hash_checkpoint("model", b"1"), hash_checkpoint("model", b"2"),
+                hash_checkpoint("adapter", b"1"),
+                hash_checkpoint("adapter", b"2"), hash_checkpoint("adapter", b"1", base="2"),
+                hash_checkpoint("adapter", b"1", alpha=32)}) == 6
+    assert len({hash_hf_folder(b"1", "{}"), hash_hf_folder(b"2", "{}"),
+                hash_hf_folder(b"1", '{"rope_theta": 1}')}) == 3
 
 
 def test_mismatched_teacher_and_data_are_refused(one_rank: None, imported: dict[str, Path], data: Path,
                                                  packed_data: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"than in .* \(e.g."):
-        write_outputs(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
+        write_outputs(build_reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
     with pytest.raises(UserError, match="must be one of bfloat16, float32"):
         write_outputs(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0},
                                       state_format=StateFormat("int8")),
                        tmp_path / "states", [], None)
     with pytest.raises(UserError, match="--top-k 1024: must lie"):
-        write_outputs(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
+        write_outputs(build_reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
     write_outputs(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [],
                    None)
     assert open_states(tmp_path / "states", data).read_states(0, "train", 3, 0, 2).dtype == torch.bfloat16

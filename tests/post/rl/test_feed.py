@@ -1,4 +1,4 @@
-"""Rounds for the training loop: waiting for rounds, and log-probability columns of a fake model."""
+"""Rollout rounds for the training loop: waiting for a round, and its columns of log-probabilities."""
 
 import re
 from dataclasses import replace
@@ -24,7 +24,7 @@ from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.data.rounds import PublishedRound, RoundDocuments
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
-STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
+STEPS_OF_ROUND = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
 
 
 class FakeDocuments:
@@ -33,15 +33,16 @@ class FakeDocuments:
     columns = ("behaviour_logprobs", "advantage")
 
     def __init__(self, number: int) -> None:
-        self.lengths = [4] * STEPS[number][1].stop
+        self.lengths = [4] * STEPS_OF_ROUND[number][1].stop
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
         return np.array([0, 0, 1, 1], np.float32)[start:start + count]
 
 
 @pytest.fixture
-def view(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run before its first step, in one process."""
+def trainer_double(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Double of a trainer before its first step, in one process; its log-probabilities equal minus its
+    step."""
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):
@@ -55,10 +56,10 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
         numbers[:4 * num_skipped] = np.nan
         write_sealed(file, numbers.tobytes(), identity)
 
-    def run_with_weights(start: Path, view: Any, compute: Any) -> None:
-        view.step += 100
+    def run_with_weights(start: Path, trainer_double: Any, compute: Any) -> None:
+        trainer_double.step += 100
         compute()
-        view.step -= 100
+        trainer_double.step -= 100
 
     monkeypatch.setattr(logprob_columns, "write_logprobs", write_logprobs)
     monkeypatch.setattr(logprob_columns, "run_with_weights", run_with_weights)
@@ -82,7 +83,7 @@ def build_cycle(folder: Path, monkeypatch: pytest.MonkeyPatch, find_missing: Any
 
     def read(number: int, seq_len: int, num_steps: int) -> PublishedRound:
         documents: Any = FakeDocuments(number)
-        return PublishedRound(folder / f"{number:04d}", documents, STEPS[number], {},
+        return PublishedRound(folder / f"{number:04d}", documents, STEPS_OF_ROUND[number], {},
                               np.arange(len(documents.lengths) + 1) * 4)
 
     monkeypatch.setattr(rounds, "read", read)
@@ -99,51 +100,55 @@ def build_cycle(folder: Path, monkeypatch: pytest.MonkeyPatch, find_missing: Any
         loader=RoundLoader(documents=rounds, rollout=rollout, columns=columns))
 
 
-def test_waiting_for_a_round_saves_a_checkpoint_first(view: Any, tmp_path: Path,
+def test_waiting_for_a_round_saves_a_checkpoint_first(trainer_double: Any, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     missing = iter(["one piece"] * 3 + [""])
-    feed = build_cycle(tmp_path, monkeypatch, lambda number: next(missing), wait_s=60)
-    assert feed.prepare_data(view, lambda: False) is None
-    assert [name for name, _ in view.events_written] == ["saved", "waiting", "warning", "round"]
+    cycle = build_cycle(tmp_path, monkeypatch, lambda number: next(missing), wait_s=60)
+    assert cycle.prepare_data(trainer_double, lambda: False) is None
+    assert [name for name, _ in trainer_double.events_written] == ["saved", "waiting", "warning", "round"]
     assert capsys.readouterr().err.startswith("waits up to 60 s for round 1: one piece\n")
-    assert feed.prepare_data(view, lambda: False) is None  # the round is open already
+    assert cycle.prepare_data(trainer_double, lambda: False) is None  # the round is open already
 
-    view.step = 2
-    impatient = build_cycle(tmp_path, monkeypatch, lambda number: "one piece")
-    assert impatient.prepare_data(view, lambda: False) == "round 2 is not there yet: one piece"
+    trainer_double.step = 2
+    without_waiting = build_cycle(tmp_path, monkeypatch, lambda number: "one piece")
+    assert without_waiting.prepare_data(trainer_double,
+                                        lambda: False) == "round 2 is not there yet: one piece"
     assert "warning: round 2 is not there yet: one piece" in capsys.readouterr().err
-    waited = build_cycle(tmp_path, monkeypatch, lambda number: "one part is not judged", wait_s=0.02)
-    assert waited.prepare_data(view, lambda: False) == (
+    timed_out = build_cycle(tmp_path, monkeypatch, lambda number: "one part is not judged", wait_s=0.02)
+    assert timed_out.prepare_data(trainer_double, lambda: False) == (
         "round 2 is not there yet: one part is not judged; the run waited 0.02 s: check that "
         "`rl generate` and `rl reward` are running, and give the same command with --resume")
     stopped = build_cycle(tmp_path, monkeypatch, lambda number: "one piece", wait_s=60)
-    assert stopped.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
+    assert stopped.prepare_data(trainer_double,
+                                lambda: True) == "asked to stop while waiting for round 2: one piece"
 
 
-def test_requested_further_prompts_are_generated(view: Any, tmp_path: Path,
+def test_requested_further_prompts_are_generated(trainer_double: Any, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     missing = iter(["2 pieces", "3 further prompts", "1 further prompt", ""])
-    produced: list[int] = []
+    generated_rounds: list[int] = []
 
-    def write(view: Any, number: int, policy: Policy, is_stopping: Any) -> dict[str, float]:
-        assert policy == feed.policies.at(view.step)
-        produced.append(number)
+    def write_round(trainer_double: Any, number: int, policy: Policy, is_stopping: Any) -> dict[str, float]:
+        assert policy == cycle.policies.at(trainer_double.step)
+        generated_rounds.append(number)
         return {"write_s": 2.0}
 
-    def judge(view: Any, number: int, is_stopping: Any) -> dict[str, float]:
+    def judge_round(trainer_double: Any, number: int, is_stopping: Any) -> dict[str, float]:
         return {"judge_s": 0.5}
 
-    feed = build_cycle(tmp_path, monkeypatch, lambda number: next(missing))
-    feed.rollouts = SimpleNamespace(write=write, judge=judge, close=lambda: produced.append(0))
-    assert feed.prepare_data(view, lambda: False) is None and produced == [1, 1, 1]
-    ((_, round_event),) = [event for event in view.events_written if event[0] == "round"]
-    assert "saved" not in dict(view.events_written), "a checkpoint was awaited"
+    cycle = build_cycle(tmp_path, monkeypatch, lambda number: next(missing))
+    cycle.rollouts = SimpleNamespace(write=write_round, judge=judge_round,
+                                     close=lambda: generated_rounds.append(0))
+    assert cycle.prepare_data(trainer_double, lambda: False) is None and generated_rounds == [1, 1, 1]
+    ((_, round_event),) = [event for event in trainer_double.events_written if event[0] == "round"]
+    assert "saved" not in dict(trainer_double.events_written), "a checkpoint was awaited"
     assert (round_event["write_s"], round_event["judge_s"]) == (6.0, 1.5) and round_event["waited_s"] < 60
-    view.step = 2
-    feed.publisher.publish = lambda number: "2 pieces"  # a stopped job has written nothing
-    assert feed.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
-    feed.close()
-    assert produced == [1, 1, 1, 2, 0]
+    trainer_double.step = 2
+    cycle.publisher.publish = lambda number: "2 pieces"  # a stopped job has written nothing
+    assert cycle.prepare_data(trainer_double,
+                              lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
+    cycle.close()
+    assert generated_rounds == [1, 1, 1, 2, 0]
 
 
 DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
@@ -156,7 +161,7 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
     (PolicyConfig("grpo", kl="k3", kl_coeff=0.1), {}, [1, 2]),
     (PolicyConfig("opd"), {}, [1, 2]), (PolicyConfig("grpo", opd_coeff=0.5), {}, [1, 2]),
     (PolicyConfig("gkd"), {}, [1, 2]), (PolicyConfig("preference"), {}, [1, 2]),
-    # text is drawn for all steps, so the third step is computed although it has no document
+    # Text is drawn for all steps: the third step has a loss, although it has no rollout.
     (PolicyConfig("ink_grpo", knowledge_share=1.0), {}, [1, 2, 3]),
     (PolicyConfig("ink_grpo", knowledge_share=1e-9), {}, [2]),
     (PolicyConfig("grpo"), {"recipe": MOE}, [1, 2]),
@@ -166,19 +171,20 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
     (PolicyConfig("grpo"), {"num_mtp_layers": 1, "mtp_loss_coeff": 0.0}, [2]),
     (PolicyConfig("grpo"), {"objective": "mine"}, [1, 2])])
 def test_a_step_without_gradients_is_skipped(policy: PolicyConfig, model: dict[str, Any], computed: list[int],
-                                             view: Any, tmp_path: Path,
+                                             trainer_double: Any, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """All advantages of step 1 are 0, one of step 2 is not, and step 3 has no document."""
-    monkeypatch.setitem(STEPS, 1, (range(2), range(2, 4), range(4, 4)))
+    monkeypatch.setitem(STEPS_OF_ROUND, 1, (range(2), range(2, 4), range(4, 4)))
     monkeypatch.setattr(FakeDocuments, "column", lambda self, name, document, start, count: np.full(
         count, 0.5 * (document == 3), np.float32))
-    view.config.policy, changes = policy, dict(model)
-    view.config.objective.name = changes.pop("objective", "policy")
-    view.config.model = replace(recipes.get(changes.pop("recipe", DENSE)).model, **changes)
-    feed = build_cycle(tmp_path, monkeypatch, lambda number: "")
-    feed.rollout = replace(feed.rollout, steps_per_round=3)
-    assert feed.prepare_data(view, lambda: False) is None
-    assert [step + 1 for step in range(3) if not view.batches.ledger.get_entry(step).skip] == computed
+    trainer_double.config.policy, changes = policy, dict(model)
+    trainer_double.config.objective.name = changes.pop("objective", "policy")
+    trainer_double.config.model = replace(recipes.get(changes.pop("recipe", DENSE)).model, **changes)
+    cycle = build_cycle(tmp_path, monkeypatch, lambda number: "")
+    cycle.rollout = replace(cycle.rollout, steps_per_round=3)
+    assert cycle.prepare_data(trainer_double, lambda: False) is None
+    assert [step + 1 for step in range(3)
+            if not trainer_double.batches.ledger.get_entry(step).skip] == computed
 
 
 RATES = [
@@ -193,41 +199,43 @@ RATES = [
     (0, 8, None, False, "0 of 8 groups learn .* equal worth"), (8, 8, None, True, "")]
 
 
-@pytest.mark.each(("learn", "count", "rate", "is_first", "words"), RATES)
-def test_a_round_with_few_learning_groups_warns_with_a_remedy(learn: int, count: int, rate: float | None,
-                                                              is_first: bool, words: str) -> None:
-    groups = {"learns": learn, "no_advantage": count - learn}
-    means = {} if rate is None else {"pass_rate": rate}
+@pytest.mark.each(("num_learning", "num_groups", "pass_rate", "is_first", "pattern"), RATES)
+def test_a_round_with_few_learning_groups_warns_with_a_remedy(num_learning: int, num_groups: int,
+                                                              pass_rate: float | None,
+                                                              is_first: bool, pattern: str) -> None:
+    groups = {"learns": num_learning, "no_advantage": num_groups - num_learning}
+    means = {} if pass_rate is None else {"pass_rate": pass_rate}
     result = find_round_problem({"groups": groups, "means": means}, is_first=is_first)
-    assert re.search(words, result) if words else result == ""
+    assert re.search(pattern, result) if pattern else result == ""
 
 
-def test_the_initial_pass_rate_is_printed_once(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_the_initial_pass_rate_is_printed_once(trainer_double: Any, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch,
                                                capsys: Any) -> None:
     content = {"groups": {"learns": 1, "no_advantage": 7},
                "means": {"responses": 64, "reward": 0.1, "pass_rate": 1 / 64}}
     monkeypatch.setattr(round_loader, "read_manifest", lambda path: SimpleNamespace(content=content))
-    feed = build_cycle(tmp_path, monkeypatch, lambda number: "")
-    assert feed.prepare_data(view, lambda: False) is None
+    cycle = build_cycle(tmp_path, monkeypatch, lambda number: "")
+    assert cycle.prepare_data(trainer_double, lambda: False) is None
     errors = capsys.readouterr().err
     assert ("before the first step: 1.6% of 64 responses have a reward of at least policy.right_from = 1\n"
             ) in errors
     assert "warning: round 1: 1 of 8 groups learn (1 learns, 7 no advantage), and" in errors
-    assert feed.meters["groups_learning"] == 1 / 8
+    assert cycle.meters["groups_learning"] == 1 / 8
     content["groups"] = {"learns": 0, "no_advantage": 8}
-    for view.step in (2, 4):
-        assert feed.prepare_data(view, lambda: False) is None
+    for trainer_double.step in (2, 4):
+        assert cycle.prepare_data(trainer_double, lambda: False) is None
     errors = capsys.readouterr().err
     assert "before the first step" not in errors and "round 3" not in errors, "a warning is repeated"
 
 
-def test_old_logprobs_belong_to_the_start_of_the_round(view: Any, tmp_path: Path,
+def test_old_logprobs_belong_to_the_start_of_the_round(trainer_double: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def open_rounds(step: int) -> RoundDocuments:
-        view.step = step
-        feed = build_cycle(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
-        assert feed.prepare_data(view, lambda: False) is None
-        return feed.loader.documents
+        trainer_double.step = step
+        cycle = build_cycle(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
+        assert cycle.prepare_data(trainer_double, lambda: False) is None
+        return cycle.loader.documents
 
     document = (3 << 32) + 1
     for step, expected in ((4, -4.0), (5, -4.0)):  # step 5 is inside the round and reads the file
@@ -252,24 +260,24 @@ def test_old_logprobs_belong_to_the_start_of_the_round(view: Any, tmp_path: Path
         open_rounds(5)
 
 
-def test_labels_of_the_first_step_have_no_old_logprobs(view: Any, tmp_path: Path,
+def test_labels_of_the_first_step_have_no_old_logprobs(trainer_double: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = build_cycle(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
-    for view.step in (0, 2, 4, 5):
-        assert feed.prepare_data(view, lambda: False) is None
-    # the first step of round 2 has no gradient, so the policy is unchanged
-    assert not any((tmp_path / f"000{n}.old_logprobs.f32").exists() for n in (1, 2)), "nothing needs a pass"
-    column = feed.loader.documents.column
+    cycle = build_cycle(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
+    for trainer_double.step in (0, 2, 4, 5):
+        assert cycle.prepare_data(trainer_double, lambda: False) is None
+    # The first step of round 2 has no gradient: its second step needs no stored log-probabilities either.
+    assert not any((tmp_path / f"000{n}.old_logprobs.f32").exists() for n in (1, 2))
+    column = cycle.loader.documents.column
     first, second = (column("old_logprobs", (3 << 32) + d, 1, 2).tolist() for d in (0, 1))
     assert np.isnan(first).all() and second == [-4.0, -4.0]
 
 
-def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
+def test_a_resumed_run_keeps_its_reference(trainer_double: Any, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     def open_with_reference(reference: str) -> None:
-        feed = build_cycle(tmp_path, monkeypatch, lambda number: "", ("reference_logprobs",),
-                           reference=reference)
-        assert feed.prepare_data(view, lambda: False) is None
+        cycle = build_cycle(tmp_path, monkeypatch, lambda number: "", ("reference_logprobs",),
+                            reference=reference)
+        assert cycle.prepare_data(trainer_double, lambda: False) is None
 
     for _ in range(2):
         open_with_reference("a" * 64)
@@ -277,24 +285,27 @@ def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
         open_with_reference("b" * 64)
 
 
-def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(view: Any, teachers: Any, opened: PublishedRound, file: Path, identity: str) -> None:
+def test_a_resumed_run_keeps_its_teachers(trainer_double: Any, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_teachers(trainer_double: Any, teachers: Any, prepare_round: PublishedRound, file: Path,
+                       identity: str) -> None:
         write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), identity)
 
-    monkeypatch.setattr(logprob_columns, "write_teachers", write)
+    monkeypatch.setattr(logprob_columns, "write_teachers", write_teachers)
     monkeypatch.setattr(round_loader, "compute_reverse_kl",
-                        lambda opened, column: {"reverse_kl": -float(column.mean())})
+                        lambda prepare_round, column: {"reverse_kl": -float(column.mean())})
 
-    def opened(*teachers: ScoringTeacher) -> None:
+    def prepare_round(*teachers: ScoringTeacher) -> None:
         cycle = build_cycle(tmp_path, monkeypatch, lambda number: "", ("teacher_logprobs",))
         cycle.loader.columns = replace(cycle.loader.columns, teachers=teachers)
-        assert cycle.prepare_data(view, lambda: False) is None
+        assert cycle.prepare_data(trainer_double, lambda: False) is None
         assert cycle.loader.documents.column("teacher_logprobs", 1 << 32, 1, 3).tolist() == [-2.0] * 3
 
-    math, served = ScoringTeacher("math", tmp_path, "a" * 64), ScoringTeacher("", urls=("http://a",))
-    opened(math, served)
+    math_teacher = ScoringTeacher("math", tmp_path, "a" * 64)
+    served_teacher = ScoringTeacher("", urls=("http://a",))
+    prepare_round(math_teacher, served_teacher)
     assert [events_written["reverse_kl"]
-            for name, events_written in view.events_written if name == "round"] == [2]
-    opened(math, replace(served, urls=("http://b",)))  # servers may move
+            for name, events_written in trainer_double.events_written if name == "round"] == [2]
+    prepare_round(math_teacher, replace(served_teacher, urls=("http://b",)))  # servers may move
     with pytest.raises(UserError, match=r"teachers.json: earlier rounds"):
-        opened(replace(math, sha256="b" * 64), served)
+        prepare_round(replace(math_teacher, sha256="b" * 64), served_teacher)

@@ -1,5 +1,5 @@
-"""The generating job with a counting engine: no response is lost or
-written twice, and every token has its policy."""
+"""The generating job with a counting engine: each response is written once, and each token names its
+policy."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -41,26 +41,27 @@ class CountingEngine:
         assert stop is not None and streams is not None
         self.streams += streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
-        written: list[list[int]] = [[] for _ in prompts]
-        while going := [i for i, w in enumerate(written) if len(w) < limits[i] and not (w and w[-1] == END)]:
-            for i in going:
-                text = [*prompts[i], *written[i]]
-                written[i].append(END if text[-1] % 10 == get_answer_length(text[0]) else text[-1] + 1)
+        continuations: list[list[int]] = [[] for _ in prompts]
+        while active := [i for i,
+                         w in enumerate(continuations) if len(w) < limits[i] and not (w and w[-1] == END)]:
+            for i in active:
+                text = [*prompts[i], *continuations[i]]
+                continuations[i].append(END if text[-1] % 10 == get_answer_length(text[0]) else text[-1] + 1)
             self.now_s += 1
             if bounds and bounds.should_stop():
                 break
-        scored = [(w, [-1.0 - self.step] * len(w)) for w in written]
-        return GenerationResult.of(scored, sampling, stop, self.step)
+        completions = [(w, [-1.0 - self.step] * len(w)) for w in continuations]
+        return GenerationResult.of(completions, sampling, stop, self.step)
 
     def update(self, weights: Any, version: int) -> None:
-        raise AssertionError("the job loads weights by `take`")
+        raise AssertionError("the job loads weights by `load_policy`")
 
 
 def get_answer_length(first: int) -> int:
     return first // 10 % 9
 
 
-def expected_tokens(first: int) -> list[int]:
+def build_expected_tokens(first: int) -> list[int]:
     tokens = [*range(first + 1, first + get_answer_length(first) + 1), END]
     return tokens[:ROLLOUT.max_new_tokens]
 
@@ -91,7 +92,7 @@ def prompts(tmp_path: Path) -> PromptList:
     return read_prompts(path)
 
 
-def policy(step: int) -> Policy:
+def build_policy(step: int) -> Policy:
     return Policy(Path(f"step-{step}"), step, f"{step:064x}")
 
 
@@ -100,15 +101,15 @@ class Job:
 
     def __init__(self, store: Path, prompts: PromptList, newest: Callable[[], int],
                  rollout: RolloutConfig = ROLLOUT, further: Any = None, **queue: Any) -> None:
-        self.engine, self.taken = CountingEngine(), [0]
+        self.engine, self.loaded_steps = CountingEngine(), [0]
         self.store = RolloutStore.create(store, "sha256:0", 1000)
 
-        def policy_of(number: int) -> Policy | None:
-            return policy(newest()) if newest() >= number - 1 else None
+        def find_policy(number: int) -> Policy | None:
+            return build_policy(newest()) if newest() >= number - 1 else None
 
         self.pending = PendingPieces(
             store=self.store, claims=Claims(self.store.claims, 60), prompts=prompts, rollout=rollout,
-            rounds=range(1, 4), find_policy=policy_of, further=further,
+            rounds=range(1, 4), find_policy=find_policy, further=further,
             sampling_digest=lambda number: compute_sampling_digest(rollout, number, {}))
         self.source = ResponseSource(NumberEncoder(), rollout,  # type: ignore[arg-type]
                                      "counting", False, {},
@@ -116,12 +117,13 @@ class Job:
         self.queue = PieceQueue(pending=self.pending, store=self.store,
                                 **{"wait_s": 0.0, "provenance": {}, **queue})
 
-    def take(self, new_policy: Policy) -> None:
-        self.taken.append(new_policy.step)
+    def load_policy(self, new_policy: Policy) -> None:
+        self.loaded_steps.append(new_policy.step)
         self.engine.step = new_policy.step
 
     def run(self) -> dict[str, Any]:
-        return write_batches(self.engine, self.source, self.queue, loaded=policy(0), load_policy=self.take)
+        return write_batches(self.engine, self.source, self.queue, loaded=build_policy(0),
+                             load_policy=self.load_policy)
 
 
 def read_all_rows(store: RolloutStore) -> list[Rollout]:
@@ -129,28 +131,32 @@ def read_all_rows(store: RolloutStore) -> list[Rollout]:
 
 
 def check_complete(store: RolloutStore, prompts: PromptList, rounds: Sequence[int]) -> list[Rollout]:
-    """Check that the last attempts contain each response once and complete; return them."""
+    """Check that the last attempts at all pieces contain each response once and complete; return these rows.
+
+    An attempt continues the unfinished responses of the attempt before it.
+    """
     rows = read_all_rows(store)
     assert len({(row.key, row.attempt) for row in rows}) == len(rows)
-    result = select_last_attempts(rows)
-    assert sorted((r.round, r.key.prompt, r.key.sample) for r in result) == sorted(
+    last_rows = select_last_attempts(rows)
+    assert sorted((r.round, r.key.prompt, r.key.sample) for r in last_rows) == sorted(
         (number, p.id, sample) for number in rounds for p in select_round_prompts(prompts, ROLLOUT, number)
         for sample in range(2))
-    for row in result:
+    for row in last_rows:
         first = int(row.prompt_tokens[0])
-        assert row.tokens.tolist() == expected_tokens(first) and row.record["answer"] == first // 10
+        assert row.tokens.tolist() == build_expected_tokens(first) and row.record["answer"] == first // 10
         assert row.finish_reason == (STOP if row.tokens[-1] == END else LENGTH)
         assert row.response == "<think>" * (first == THINKS) + " ".join(map(str, row.tokens))
     for row in rows:
         assert np.array_equal(row.logprobs, -1.0 - row.versions)
-        assert row.key.policy == policy(int(row.versions[0])).sha256 and (np.diff(row.versions) >= 0).all()
+        assert row.key.policy == build_policy(int(row.versions[0])).sha256 and (
+            np.diff(row.versions) >= 0).all()
         if row.attempt:
-            (before,) = [r for r in rows if (r.key, r.attempt) == (row.key, row.attempt - 1)]
-            assert before.finish_reason == UNFINISHED and len(before.tokens) < len(row.tokens)
-            n = len(before.tokens)
-            assert (row.tokens[:n].tolist(), row.versions[:n].tolist()) == (before.tokens.tolist(),
-                                                                            before.versions.tolist())
-    return result
+            (previous,) = [r for r in rows if (r.key, r.attempt) == (row.key, row.attempt - 1)]
+            assert previous.finish_reason == UNFINISHED and len(previous.tokens) < len(row.tokens)
+            num_previous = len(previous.tokens)
+            assert row.tokens[:num_previous].tolist() == previous.tokens.tolist()
+            assert row.versions[:num_previous].tolist() == previous.versions.tolist()
+    return last_rows
 
 
 def test_each_round_is_written_by_its_required_policy(tmp_path: Path, prompts: PromptList) -> None:
@@ -160,12 +166,12 @@ def test_each_round_is_written_by_its_required_policy(tmp_path: Path, prompts: P
     assert (summary["parts"], summary["responses"]) == (2, 8)
     assert summary["waits_for"] == "round 2 waits for a policy that round 1 has trained"
     newest = 2
-    second = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
-    assert second.run()["waits_for"] == "" and second.pending.is_complete
-    result = check_complete(job.store, prompts, (1, 2, 3))
-    assert {(r.round, int(v)) for r in result for v in set(r.versions)} == {(1, 0), (2, 2), (3, 2)}
-    assert second.taken == [0, 2], "each policy is loaded once"
-    streams = job.engine.streams[1:] + second.engine.streams[1:]
+    resumed = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
+    assert resumed.run()["waits_for"] == "" and resumed.pending.is_complete
+    rows = check_complete(job.store, prompts, (1, 2, 3))
+    assert {(r.round, int(v)) for r in rows for v in set(r.versions)} == {(1, 0), (2, 2), (3, 2)}
+    assert resumed.loaded_steps == [0, 2], "each policy is loaded once"
+    streams = job.engine.streams[1:] + resumed.engine.streams[1:]
     assert len(set(streams)) == len(streams) == 24
     parts = job.store.parts(2)
     assert parts[0].provenance["step"] == 2 and parts[0].num_rows == 4
@@ -180,23 +186,25 @@ def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, pr
     job = Job(tmp_path / "store", prompts, newest)
     publish = job.queue.publish
 
-    def counted(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
+    def publish_and_count(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         nonlocal parts
         parts += len(attempts)
         publish(attempts, rows)
 
-    job.queue.publish = counted  # type: ignore[method-assign]
+    job.queue.publish = publish_and_count  # type: ignore[method-assign]
     assert job.run()["unfinished"] > 0
-    result = check_complete(job.store, prompts, (1, 2, 3))
-    assert any(len(set(r.versions)) > 1 for r in result), "no response was written by two policies"
-    assert {r.attempt for r in result} == {0, 1}
-    written = sorted(job.store.parts(), key=lambda part: part.created_s)
-    for later_part in (part for part in written if part.attempt):
-        place = (later_part.round, later_part.piece, later_part.attempt - 1)
-        (cut,) = [part for part in written if (part.round, part.piece, part.attempt) == place]
-        between = written[written.index(cut) + 1:written.index(later_part)]
-        assert all(part.attempt or part.provenance["step"] <= cut.provenance["step"] for part in between), (
-            "a newer policy began fresh pieces before it continued those of an older policy")
+    rows_by_response = check_complete(job.store, prompts, (1, 2, 3))
+    assert any(len(set(r.versions)) > 1 for r in rows_by_response), "no response was written by two policies"
+    assert {r.attempt for r in rows_by_response} == {0, 1}
+    parts_in_order = sorted(job.store.parts(), key=lambda part: part.created_s)
+    for later_part in (part for part in parts_in_order if part.attempt):
+        key = (later_part.round, later_part.piece, later_part.attempt - 1)
+        (unfinished_part,) = [part for part in parts_in_order
+                              if (part.round, part.piece, part.attempt) == key]
+        between = parts_in_order[parts_in_order.index(unfinished_part) + 1:parts_in_order.index(later_part)]
+        assert all(part.attempt or part.provenance["step"] <= unfinished_part.provenance["step"]
+                   for part in between), (
+                       "a newer policy began fresh pieces before it continued those of an older policy")
 
 
 def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> None:
@@ -206,17 +214,17 @@ def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> Non
             routes = [np.full((len(p) + len(w) - 1, 2, 2), self.step, np.uint8)
                       for p, w in zip(prompts, result.continuations, strict=True)]
             if self.step == 0:
-                routes[0][1:] = 255  # this sequence was still waiting for a slot
+                routes[0][1:] = 255  # not recorded: the sequence was still waiting for a decoding slot
             return replace(result, routes=routes)
 
     engine = Routed()
     writer = ResponseSource(NumberEncoder(), ROLLOUT, "counting", False, {},  # type: ignore[arg-type]
                             lambda: engine.now_s, with_routes=True)
     piece = PromptPiece(1, 0, prompts[5:6])
-    [partial_rows] = writer.write(engine, [SampleAttempt(piece, 0, policy(0))])
+    [partial_rows] = writer.write(engine, [SampleAttempt(piece, 0, build_policy(0))])
     assert {row.finish_reason for row in partial_rows} == {UNFINISHED}
     engine.step = 1
-    [[first, other]] = writer.write(engine, [SampleAttempt(piece, 1, policy(1), tuple(partial_rows))])
+    [[first, other]] = writer.write(engine, [SampleAttempt(piece, 1, build_policy(1), tuple(partial_rows))])
     routed_steps = [row.routes[:, 0, 0].tolist() for row in (first, other) if row.routes is not None]
     assert routed_steps == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
@@ -241,13 +249,13 @@ def test_further_prompts_are_generated_until_the_round_is_trained(tmp_path: Path
     assert {row.key.prompt for row in read_all_rows(job.store)} == prompt_ids
     is_final = True
     assert "round 2 waits for a policy" in job.run()["waits_for"]
-    # a job that starts now knows the earlier requests
+    # A new job reads the further prompts of the round from the store.
     later_job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (num_further, is_final))
     assert later_job.run()["parts"] == 0 and "round 2 waits" in later_job.queue.summary["waits_for"]
 
 
 class HangingEngine(CountingEngine):
-    """Produces no token for one prompt, and counts forward passes by their content."""
+    """Generates no token for one prompt; records the prompts and the seconds of each call in `passes`."""
 
     def __init__(self, silent_prompt: int) -> None:
         super().__init__()
@@ -258,19 +266,19 @@ class HangingEngine(CountingEngine):
                  streams: Sequence[int] | None = None,
                  bounds: GenerationBounds | None = None) -> GenerationResult:
         assert stop is not None and streams is not None and bounds is not None
-        answered = [i for i, text in enumerate(prompts) if text[0] != self.silent_prompt]
-        began_s, last = self.now_s, bounds.should_stop
-        result = super().generate([prompts[i] for i in answered], sampling, stop=stop, streams=[
-            streams[i] for i in answered], bounds=GenerationBounds([bounds.limits[i] for i in answered],
-                                                                   last))
-        written: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
-        for i, tokens, logprobs in zip(answered, result.continuations, result.logprobs, strict=True):
-            written[i] = (tokens, logprobs)
-        while len(answered) < len(prompts) and not last():
+        answering = [i for i, text in enumerate(prompts) if text[0] != self.silent_prompt]
+        began_s, should_stop = self.now_s, bounds.should_stop
+        result = super().generate(
+            [prompts[i] for i in answering], sampling, stop=stop, streams=[streams[i] for i in answering],
+            bounds=GenerationBounds([bounds.limits[i] for i in answering], should_stop))
+        completions: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
+        for i, tokens, logprobs in zip(answering, result.continuations, result.logprobs, strict=True):
+            completions[i] = (tokens, logprobs)
+        while len(answering) < len(prompts) and not should_stop():
             self.now_s += 1
             self.on_wait()
         self.passes.append((sorted({text[0] for text in prompts}), self.now_s - began_s))
-        return GenerationResult.of(written, sampling, stop, self.step)
+        return GenerationResult.of(completions, sampling, stop, self.step)
 
 
 def test_stuck_pieces_come_last_once_per_policy(tmp_path: Path, prompts: PromptList) -> None:
@@ -316,19 +324,19 @@ def test_continuations_of_several_pieces_are_generated_together(tmp_path: Path, 
     batches: list[list[str]] = []
     publish = job.queue.publish
 
-    def counted(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
+    def publish_and_record(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         nonlocal newest
         batches.append([attempt.name for attempt in attempts])
         publish(attempts, rows)
         newest = max(newest, int(len(batches) >= 2))
 
-    job.queue.publish = counted  # type: ignore[method-assign]
+    job.queue.publish = publish_and_record  # type: ignore[method-assign]
     job.run()
     assert batches[:2] == [["round-0001-piece-0000"], ["round-0001-piece-0001"]]
     assert batches[2] == ["round-0001-piece-0000-attempt-1", "round-0001-piece-0001-attempt-1"]
     assert all(len(names) == 1 or all("attempt" in name for name in names) for names in batches)
     for row in read_all_rows(job.store):
-        assert row.tokens.tolist() == expected_tokens(int(row.prompt_tokens[0]))[:len(row.tokens)]
+        assert row.tokens.tolist() == build_expected_tokens(int(row.prompt_tokens[0]))[:len(row.tokens)]
 
 
 def test_published_attempts_are_released(tmp_path: Path, prompts: PromptList) -> None:
@@ -342,26 +350,26 @@ def test_published_attempts_are_released(tmp_path: Path, prompts: PromptList) ->
 
 def test_two_jobs_share_pieces_and_the_first_version_of_a_piece_stays(
         tmp_path: Path, prompts: PromptList, capsys: pytest.CaptureFixture[str]) -> None:
-    slept: list[float] = []
+    pauses_s: list[float] = []
 
-    def sleep(pause_s: float) -> None:
-        slept.append(pause_s)
+    def pause(pause_s: float) -> None:
+        pauses_s.append(pause_s)
         for claim in (tmp_path / "store/claims").glob("*/1.json"):  # a heartbeat of the other job
-            claim.write_text(json.dumps({"beat": len(slept)}))
+            claim.write_text(json.dumps({"beat": len(pauses_s)}))
 
-    first, second = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, patience=IdleTimeout(sleep))
+    first, second = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, patience=IdleTimeout(pause))
                      for _ in range(2))
     [attempt] = first.pending.claim_attempts()
     assert attempt.name == "round-0001-piece-0000"
     assert second.run()["waits_for"] == "round 1 waits for pieces that other jobs have claimed"
-    assert slept == [5.0, 2.0], "the second job waits wait_s seconds"
+    assert pauses_s == [5.0, 2.0], "the second job waits wait_s seconds"
     second.queue.asked_to_stop = lambda: True
-    assert second.run() is second.queue.summary and len(slept) == 2
-    # a job that seemed dead has written the same piece with another policy
+    assert second.run() is second.queue.summary and len(pauses_s) == 2
+    # Another job, whose claim had expired, has written the same piece with another policy.
     source = ResponseSource(NumberEncoder(), ROLLOUT, "other", False, {})  # type: ignore[arg-type]
     engine = CountingEngine()
     engine.step = 1
-    [rows] = source.write(engine, [replace(attempt, policy=policy(1))])
+    [rows] = source.write(engine, [replace(attempt, policy=build_policy(1))])
     first.store.add_rollouts(attempt.name, rows, {})
     first.queue.publish([attempt], first.source.write(first.engine, [attempt]))
     assert "stay" in capsys.readouterr().err and first.queue.summary["parts"] == 0

@@ -1,4 +1,4 @@
-"""Tool results are not labels: a round of episodes from the store to packed rows."""
+"""Loss masks of a round of episodes, from the store to packed rows: tokens of tools are no labels."""
 
 import dataclasses
 import json
@@ -21,51 +21,52 @@ from megatron_sov.train.data.rounds import RoundDocuments
 from megatron_sov.train.data.rows import build_row
 from megatron_sov.train.data.streams import PackedSegment
 
-VERSION, LONGEST, BUFFER = "a" * 64, 12, 4
+VERSION, MAX_TOKENS, OVERLONG_BUFFER = "a" * 64, 12, 4
 ROLLOUT = RolloutConfig(rounds=1, prompts_per_round=6, samples_per_prompt=4, piece_prompts=4,
-                        max_new_tokens=LONGEST, max_prompt_tokens=6)
-Judged = tuple[Rollout, float]
+                        max_new_tokens=MAX_TOKENS, max_prompt_tokens=6)
+ScoredRollout = tuple[Rollout, float]
 
 
-def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list[list[Judged]]:
-    """Write a round of episodes with some tokens from tools; return its groups."""
+def write_round(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list[list[ScoredRollout]]:
+    """Write and score a round of random episodes, in which tools wrote some of the tokens; return its
+    groups."""
     groups = []
     for piece in split_into_pieces(select_round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
         rows = []
         for prompt in piece.prompts:
             for sample in range(ROLLOUT.samples_per_prompt):
-                count = int(random.integers(1, LONGEST + 1))
-                written = random.random(count) < 0.6
-                written[0] = True
+                count = int(random.integers(1, MAX_TOKENS + 1))
+                is_written = random.random(count) < 0.6
+                is_written[0] = True
                 rows.append(Rollout(
                     Key(prompt.id, sample, "f" * 64, "s"), 1, 0, prompt.record,
                     random.integers(0, 368, 3 + sample).astype(np.int32),
                     random.integers(0, 368, count).astype(np.int32),
-                    np.where(written, -random.random(count), 0).astype(np.float32),
-                    np.where(written, 0, NOT_WRITTEN).astype(np.int32),
+                    np.where(is_written, -random.random(count), 0).astype(np.float32),
+                    np.where(is_written, 0, NOT_WRITTEN).astype(np.int32),
                     str(random.choice(["answered", "turns", "tokens"])), "", 1.0, "scripted", 0.0, 1.0))
         rewards = random.integers(0, 3, len(rows)) / 2
         store.add_rollouts(piece.part(), rows, {})
         store.add_rewards(VERSION, piece.part(), [RewardRow(row.key, 0, VERSION, float(reward), "scored")
                                                   for row, reward in zip(rows, rewards, strict=True)])
-        judged = list(zip(rows, rewards.tolist(), strict=True))
-        groups += [judged[i:i + 4] for i in range(0, len(judged), 4)]
+        scored = list(zip(rows, rewards.tolist(), strict=True))
+        groups += [scored[i:i + 4] for i in range(0, len(scored), 4)]
     return groups
 
 
-def learned(groups: list[list[Judged]]) -> list[Judged]:
-    """Return rows and advantages by the formulas of the DAPO paper."""
-    found = []
+def compute_expected(groups: list[list[ScoredRollout]]) -> list[ScoredRollout]:
+    """Return the rollouts to train on with their advantages, by the formulas of the DAPO paper."""
+    expected = []
     for group in groups:
         rewards = np.array([reward for _, reward in group])
         if rewards.min() == rewards.max():
             continue
         lengths = np.array([(row.versions != NOT_WRITTEN).sum() for row, _ in group])
-        shaped = rewards - np.clip((lengths - (LONGEST - BUFFER)) / BUFFER, 0, 1)
-        values = (shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-4)
-        found += [(row, value) for (row, _), value in zip(group, values.tolist(), strict=True)
-                  if row.finish_reason != "tokens"]
-    return found
+        penalized = rewards - np.clip((lengths - (MAX_TOKENS - OVERLONG_BUFFER)) / OVERLONG_BUFFER, 0, 1)
+        values = (penalized - penalized.mean()) / (penalized.std(ddof=1) + 1e-4)
+        expected += [(row, value) for (row, _), value in zip(group, values.tolist(), strict=True)
+                     if row.finish_reason != "tokens"]
+    return expected
 
 
 def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path) -> None:
@@ -73,8 +74,8 @@ def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path)
     (tmp_path / "prompts.jsonl").write_text("".join(tasks))
     prompts, base = read_prompts(tmp_path / "prompts.jsonl"), recipes.get("tiny-solar-open")
     store = RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer), 368)
-    expected = learned(fill(store, prompts, np.random.default_rng(5)))
-    policy = PolicyConfig(method="dapo", max_gen_batches=1, overlong_buffer_tokens=BUFFER,
+    expected = compute_expected(write_round(store, prompts, np.random.default_rng(5)))
+    policy = PolicyConfig(method="dapo", max_gen_batches=1, overlong_buffer_tokens=OVERLONG_BUFFER,
                           mask_truncated=True)
     config = add_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
@@ -90,11 +91,12 @@ def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path)
         ids, begin = [*row.prompt_tokens, *row.tokens], len(row.prompt_tokens)
         result = build_row(OrderedSample(0, (PackedSegment((1 << 32) + i, 0, len(ids)),)), rounds, 32, 0,
                            ("behaviour_logprobs", "advantage"))
-        # label t is token t + 1
-        written = np.array([t + 1 >= begin and row.versions[t + 1 - begin] != NOT_WRITTEN
-                            for t in range(len(ids) - 1)] + [False] * (33 - len(ids)))
+        # The label of position t is token t + 1.
+        is_written = np.array([t + 1 >= begin and row.versions[t + 1 - begin] != NOT_WRITTEN
+                               for t in range(len(ids) - 1)] + [False] * (33 - len(ids)))
         assert result.labels[:len(ids) - 1].tolist() == ids[1:]
-        assert result.weights.tolist() == written.tolist() and set(result.types[written]) == {2}
-        assert result.columns["behaviour_logprobs"][written].tolist() == row.logprobs[row.is_written].tolist()
-        assert not result.columns["behaviour_logprobs"][~written].any()
-        np.testing.assert_allclose(result.columns["advantage"][written], advantage, rtol=1e-6)
+        assert result.weights.tolist() == is_written.tolist() and set(result.types[is_written]) == {2}
+        assert result.columns["behaviour_logprobs"][is_written].tolist() == row.logprobs[
+            row.is_written].tolist()
+        assert not result.columns["behaviour_logprobs"][~is_written].any()
+        np.testing.assert_allclose(result.columns["advantage"][is_written], advantage, rtol=1e-6)

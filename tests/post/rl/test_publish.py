@@ -29,8 +29,9 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, ste
                         piece_prompts=4, max_new_tokens=12, max_prompt_tokens=6)
 
 
-def build_config(**asked: Any) -> RunConfig:
-    policy = PolicyConfig(**{"method": "dapo", "max_gen_batches": 1, "overlong_buffer_tokens": 0, **asked})
+def build_config(**policy_settings: Any) -> RunConfig:
+    policy = PolicyConfig(**{
+        "method": "dapo", "max_gen_batches": 1, "overlong_buffer_tokens": 0, **policy_settings})
     base = recipes.get("tiny-solar-open")
     return add_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
@@ -49,7 +50,7 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
         prompts=read_prompts(file), reward_version=VERSION, tokenizer=packed_data.tokenizer)
 
 
-def write(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) -> RolloutStore:
+def write_parts(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) -> RolloutStore:
     store = RolloutStore.open(publisher.store)
     write_round(store, publisher.prompts, ROLLOUT, number, VERSION, **more)
     return store
@@ -57,10 +58,10 @@ def write(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) 
 
 def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher: Publisher,
                                                                        write_round: Any) -> None:
-    store = write(publisher, write_round)
+    store = write_parts(publisher, write_round)
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
-    # a prompt's place + 1 is divided by 1; by 2, 3 and 4 in part: none has equal rewards
+    # A response is right if its sample number + 1 divides its prompt's index + 1: no group has equal rewards.
     assert content["groups"] == {"learns": 6} and content["steps"] == [[0, 12], [12, 12]]
     rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(format_part_name(1, piece))}
     expected = [rows[prompt.id, sample] for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)
@@ -76,10 +77,10 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
         assert logprobs.tolist() == [0.0] * begin + row.logprobs.tolist()
         assert weights.tolist() == [0.0] * begin + [1.0] * len(row.tokens)
         assert documents.types(i, 0, count).tolist() == [1] * begin + [2] * len(row.tokens)
-    rewards = np.array([1.0, 1.0, 0.0, 0.0])  # of the second prompt: 2 is divided by 1 and 2
-    found = [float(documents.column("advantage", 4 + i, len(r.prompt_tokens), 1)[0])
-             for i, r in enumerate(expected[4:8])]
-    assert found == pytest.approx((rewards - 0.5) / (np.std(rewards, ddof=1) + 1e-4), rel=1e-6)
+    rewards = np.array([1.0, 1.0, 0.0, 0.0])  # of the second prompt: 1 and 2 divide 2
+    advantages = [float(documents.column("advantage", 4 + i, len(r.prompt_tokens), 1)[0])
+                  for i, r in enumerate(expected[4:8])]
+    assert advantages == pytest.approx((rewards - 0.5) / (np.std(rewards, ddof=1) + 1e-4), rel=1e-6)
     means = content["means"]
     assert means["responses"] == 24 and means["components"] == {"right": 1.0}
     rewards = np.array([(i + 1) % (s + 1) == 0 for i in range(6) for s in range(4)])
@@ -90,31 +91,31 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
 
 def test_a_flipped_bit_in_any_file_of_a_round_is_named(publisher: Publisher, write_round: Any,
                                                        tmp_path: Path) -> None:
-    write(publisher, write_round)
+    write_parts(publisher, write_round)
     assert publisher.publish(1) == ""
     rounds, files = RoundDocuments(publisher.rounds), sorted((publisher.rounds / "0001/rollouts").iterdir())
     assert {f.name.partition(".")[2] for f in files} == {"bin", "idx", "written", "advantage.documents",
                                                          "behaviour_logprobs"}, files
     rounds.verify(1)
     for file in [*files, publisher.rounds / "0001/manifest.json"]:
-        whole = file.read_bytes()
-        for place in {len(whole) // 7, len(whole) // 2, len(whole) - 2}:
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        content = file.read_bytes()
+        for offset in {len(content) // 7, len(content) // 2, len(content) - 2}:
+            file.write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1:])
             with pytest.raises(UserError, match=file.name):
                 rounds.verify(1)
         file.unlink()
         with pytest.raises(UserError, match=file.name):
             rounds.verify(1)
-        file.write_bytes(whole)
+        file.write_bytes(content)
     rounds.verify(1)
 
 
-def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, write_round: Any) -> None:
+def test_only_manifests_remain_of_rounds_that_no_resume_needs(publisher: Publisher, write_round: Any) -> None:
     rollout = dataclasses.replace(ROLLOUT, rounds=5, keep_rounds=1)
     publisher = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, rollout=rollout))
     rounds = publisher.rounds
 
-    def publish(number: int) -> list[int]:
+    def publish_round(number: int) -> list[int]:
         """Return the published rounds whose files exist at publication."""
         store = RolloutStore.open(publisher.store)
         write_round(store, publisher.prompts, rollout, number, VERSION)
@@ -122,20 +123,21 @@ def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, w
         (rounds / f"{number:04d}.old_logprobs.f32").write_bytes(b"")
         return [n for n in range(1, number) if (rounds / f"{n:04d}/rollouts").is_dir()]
 
-    def keep(*steps: int) -> None:
+    def save_checkpoints(*steps: int) -> None:
         shutil.rmtree(rounds.parent / "checkpoints", ignore_errors=True)
         for step in steps:
             with create_artifact(rounds.parent / f"checkpoints/step-{step}", "checkpoint"):
                 pass
 
-    assert [publish(1), publish(2), publish(3)] == [[], [1], [1, 2]]  # from the start all are needed
-    keep(3, 6)  # the second round has steps 3 and 4
-    assert publish(4) == [2, 3] and read_manifest(rounds / "0001").content["round"] == 1
+    # Without a checkpoint, a resumed run would start again from round 1.
+    assert [publish_round(1), publish_round(2), publish_round(3)] == [[], [1], [1, 2]]
+    save_checkpoints(3, 6)  # round 2 has steps 3 and 4
+    assert publish_round(4) == [2, 3] and read_manifest(rounds / "0001").content["round"] == 1
     assert [file.name for file in sorted(rounds.glob("*.f32"))] == [
         f"000{n}.old_logprobs.f32" for n in (2, 3, 4)]
-    keep(8)
+    save_checkpoints(8)
     shutil.rmtree(publisher.store / "rollouts" / format_part_name(2, 1))
-    assert publish(5) == [2, 4]  # the second one is nowhere else
+    assert publish_round(5) == [2, 4], "round 2 could not be published again: the store has lost a part"
     with pytest.raises(UserError, match=r"missing; delete .*0003"):
         RoundDocuments(rounds).verify(3)
     shutil.rmtree(rounds / "0003")
@@ -149,20 +151,20 @@ def test_missing_parts_of_a_round_are_described(publisher: Publisher, write_roun
     elsewhere.store.mkdir()
     assert elsewhere.publish(1) == f"no job has written to {tmp_path / 'no store'} yet"
     assert publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
-    write(publisher, write_round, judge=False)
+    write_parts(publisher, write_round, judge=False)
     assert publisher.publish(1) == ("2 of 2 parts are not judged yet by reward version aaaaaaaaaaaa, the "
                                     "first is round-0001-piece-0000")
     assert not publisher.rounds.exists()
-    write(publisher, write_round, 2)
-    assert publisher.publish(2) == ""  # in any order
+    write_parts(publisher, write_round, 2)
+    assert publisher.publish(2) == "", "rounds can be published in any order"
     assert not (publisher.rounds / "0001").exists()
 
 
 def test_unfinished_responses_are_waited_for(publisher: Publisher, write_round: Any) -> None:
-    cut = [(1, 0), (1, 3), (4, 2)]
-    write(publisher, write_round, unfinished=cut)
+    unfinished = [(1, 0), (1, 3), (4, 2)]
+    write_parts(publisher, write_round, unfinished=unfinished)
     assert publisher.publish(1) == "2 of 6 groups wait for responses that are not finished"
-    write(publisher, write_round, attempt=1, unfinished=cut)
+    write_parts(publisher, write_round, attempt=1, unfinished=unfinished)
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["steps"] == [[0, 12], [12, 12]]
@@ -171,13 +173,13 @@ def test_unfinished_responses_are_waited_for(publisher: Publisher, write_round: 
 
 
 def test_publishing_does_not_wait_for_invalid_continuations(publisher: Publisher, write_round: Any) -> None:
-    store = write(publisher, write_round, unfinished=[(1, 0)])
+    store = write_parts(publisher, write_round, unfinished=[(1, 0)])
     [row] = [row for row in store.read_rollouts(format_part_name(1, 0)) if row.finish_reason == "unfinished"]
-    broken = dataclasses.replace(row, attempt=1, finish_reason="stop",
-                                 logprobs=np.full(len(row.tokens), np.nan, np.float32))
-    store.add_rollouts(format_part_name(1, 0, 1), [broken], {})
+    invalid_row = dataclasses.replace(row, attempt=1, finish_reason="stop",
+                                      logprobs=np.full(len(row.tokens), np.nan, np.float32))
+    store.add_rollouts(format_part_name(1, 0, 1), [invalid_row], {})
     store.add_rewards(VERSION, format_part_name(1, 0, 1), [])
-    assert publisher.publish(1) == ""  # nobody writes it again: its job was done
+    assert publisher.publish(1) == "", "no job would write the invalid response again"
     content = read_manifest(publisher.rounds / "0001").content
     assert content["unjudged"] == {"kept_out": 1}
     assert content["steps"] == [[0, 11], [11, 12]]
@@ -186,8 +188,8 @@ def test_publishing_does_not_wait_for_invalid_continuations(publisher: Publisher
 def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, write_round: Any,
                                                         tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    write(publisher, write_round, 1)
-    write(publisher, write_round, 2)  # by step 2, whose digest is made up
+    write_parts(publisher, write_round, 1)
+    write_parts(publisher, write_round, 2)  # by the policy of step 2, which the run below does not know
     publisher = dataclasses.replace(publisher, is_own=lambda step, sha256: not step)
     assert publisher.publish(1) == "" and capsys.readouterr().err == ""
     assert publisher.publish(2) == ""
@@ -197,7 +199,7 @@ def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, wr
 
 def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher: Publisher,
                                                                        write_round: Any) -> None:
-    store = write(publisher, write_round, judge=False)
+    store = write_parts(publisher, write_round, judge=False)
     ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1], 3: [1, 0, None, 0],
                4: [0, 0, 1, 0], 5: [1, 1, 1, 0]}
@@ -226,12 +228,12 @@ LEARNING = [
     ({"method": "grpo", "opd_coeff": 0.5}, {"learns": 6})]
 
 
-@pytest.mark.parametrize(("asked", "groups"), LEARNING)
-def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[str, int],
+@pytest.mark.parametrize(("policy_settings", "groups"), LEARNING)
+def test_groups_that_learn_have_advantages(policy_settings: dict[str, Any], groups: dict[str, int],
                                            publisher: Publisher, write_round: Any) -> None:
     """Regression: the report said "groups that learn 100 %" for 64 correct responses of 64."""
-    publisher.config = build_config(**{"overlong_buffer_tokens": 0, **asked})
-    store = write(publisher, write_round, judge=False)
+    publisher.config = build_config(**{"overlong_buffer_tokens": 0, **policy_settings})
+    store = write_parts(publisher, write_round, judge=False)
     ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = [[1, 1, 1, 1], [0.1] * 4, [0, 0, 0, 0], [1, 0, 0, 0], [0.2, 0.1, 0, 0], [1, 1, 1, 0.9]]
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
@@ -242,25 +244,26 @@ def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[s
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == groups
     assert content["means"]["pass_rate"] == pytest.approx(8 / 24)
-    # a group without advantages is kept all the same: means over the step are of all responses
+    # Groups without advantages stay in the step: the loss is a mean over all its responses.
     assert sum(count for _, count in content["steps"]) == 4 * (6 - groups.get("all_wrong", 0))
 
 
 def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, number: int = 1) -> None:
     """Write and score some pieces of a round; `rewards` maps a group index to its rewards."""
     store = RolloutStore.open(publisher.store)
-    asked = plan_round_pieces(publisher.prompts, ROLLOUT, number, 99)
-    places = {prompt.id: i for i, prompt in enumerate(p for piece in asked for p in piece.prompts)}
-    for piece in asked[first:end]:
+    pieces = plan_round_pieces(publisher.prompts, ROLLOUT, number, 99)
+    group_of_prompt = {prompt.id: i for i, prompt in enumerate(p for piece in pieces for p in piece.prompts)}
+    for piece in pieces[first:end]:
         rows = [Rollout(
             Key(prompt.id, sample, "0" * 64, "sampling"), number, 0, prompt.record,
-            np.arange(3, dtype=np.int32), np.full(4 + sample, places[prompt.id], np.int32),
+            np.arange(3, dtype=np.int32), np.full(4 + sample, group_of_prompt[prompt.id], np.int32),
             np.full(4 + sample, -1.0, np.float32), np.zeros(4 + sample, np.int32),
             "length" if sample == 3 else "stop", "text", 1.0, "scripted", 0.0, 1.0)
-            for prompt in piece.prompts for sample in range(4)]
+                for prompt in piece.prompts for sample in range(4)]
         store.add_rollouts(piece.part(), rows, {})
         store.add_rewards(VERSION, piece.part(), [
-            RewardRow(row.key, 0, VERSION, float(rewards(places[row.key.prompt])[row.key.sample]), "scored")
+            RewardRow(row.key, 0, VERSION, float(rewards(group_of_prompt[row.key.prompt])[row.key.sample]),
+                      "scored")
             for row in rows])
 
 
@@ -268,22 +271,25 @@ def test_preferences_pair_the_best_with_the_worst_response_unless_their_tokens_a
         publisher: Publisher) -> None:
     policy = PolicyConfig("preference", max_gen_batches=1)
     publisher.config = dataclasses.replace(build_config(), policy=policy)
-    # responses of 4, 5, 6 and 7 equal tokens
+    # `write_pieces` makes responses of 4, 5, 6 and 7 tokens, all with the same id.
     write_pieces(publisher, lambda group: [0, 1, 0.5, 0], 0, 2)
     assert publisher.publish(1) == ""
     assert read_manifest(publisher.rounds / "0001").content["groups"] == {"learns": 6}
 
 
 @pytest.fixture
-def filling(publisher: Publisher, tmp_path: Path) -> Publisher:
-    """A publisher of 40 prompts that replaces groups which do not learn."""
+def filling_publisher(publisher: Publisher, tmp_path: Path) -> Publisher:
+    """A publisher of 40 prompts that requests further prompts for groups without advantages."""
     file = tmp_path / "many.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(40)))
     return dataclasses.replace(publisher, prompts=read_prompts(file), config=build_config(max_gen_batches=4))
 
 
-def learned_places(publisher: Publisher, number: int = 1) -> list[list[int]]:
-    """Return the places of the groups that each step of a round learns."""
+def list_learned_groups(publisher: Publisher, number: int = 1) -> list[list[int]]:
+    """Return the indices of the groups that each step of a round trains on.
+
+    `write_pieces` uses the index of the group as token id.
+    """
     rounds = RoundDocuments(publisher.rounds, 368)
     opened = rounds.read(number, 32, 2)
     rounds.open(number, opened)
@@ -291,48 +297,53 @@ def learned_places(publisher: Publisher, number: int = 1) -> list[list[int]]:
             for step in opened.steps]
 
 
-def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: Publisher,
+def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling_publisher: Publisher,
                                                                        tmp_path: Path) -> None:
-    def even(place: int) -> list[int]:
-        return [1, 0, 0, 0] if place % 2 == 0 else [place % 4 == 1] * 4
+    def score_even(group: int) -> list[int]:
+        """Give only groups with an even index different rewards."""
+        return [1, 0, 0, 0] if group % 2 == 0 else [group % 4 == 1] * 4
 
-    assert filling.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
-    write_pieces(filling, even, 0, 2)
+    assert filling_publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
+    write_pieces(filling_publisher, score_even, 0, 2)
     message = "3 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested"
-    assert filling.publish(1) == message and read_further_pieces(filling.rounds, 1) == 2
+    assert filling_publisher.publish(1) == message and read_further_pieces(filling_publisher.rounds, 1) == 2
     for _ in range(2):  # a resumed run continues the same requests
-        assert filling.publish(1) == "2 of 4 pieces are not written yet, the first is 2"
-    write_pieces(filling, even, 2, 4)
-    assert filling.publish(1) == ""
-    content = read_manifest(filling.rounds / "0001").content
+        assert filling_publisher.publish(1) == "2 of 4 pieces are not written yet, the first is 2"
+    write_pieces(filling_publisher, score_even, 2, 4)
+    assert filling_publisher.publish(1) == ""
+    content = read_manifest(filling_publisher.rounds / "0001").content
     assert content["groups"] == {"all_right": 4, "all_wrong": 3, "surplus": 1, "learns": 6}
-    assert learned_places(filling) == [[0, 2, 4], [6, 8, 10]] and content["means"]["responses"] == 56
-    # without replacements a run learns only from its own rows, and a smaller allowance requests less
-    alone = dataclasses.replace(filling, rounds=tmp_path / "alone", config=build_config())
-    assert alone.publish(1) == "" and learned_places(alone) == [[0, 2], [4]]
+    assert list_learned_groups(filling_publisher) == [[0, 2, 4],
+                                                      [6, 8, 10]] and content["means"]["responses"] == 56
+    # Another run on the same store, which requests no further prompts, trains only on the planned groups.
+    without_replacement = dataclasses.replace(filling_publisher, rounds=tmp_path / "alone",
+                                              config=build_config())
+    assert without_replacement.publish(1) == "" and list_learned_groups(without_replacement) == [[0, 2], [4]]
 
 
 def test_a_round_without_further_prompts_trains_on_learning_groups(
-        filling: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def rare(place: int) -> list[int]:
-        return [place == 3, 0, 0, 0]
+        filling_publisher: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def score_rare(group: int) -> list[int]:
+        return [group == 3, 0, 0, 0]
 
-    write_pieces(filling, rare, 0, 99)
-    assert filling.publish(1) == (  # a batch at most
+    write_pieces(filling_publisher, score_rare, 0, 99)
+    assert filling_publisher.publish(1) == (
         "1 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
-    assert filling.publish(1) == (
+    assert filling_publisher.publish(1) == (
         "1 of 14 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
-    assert filling.publish(1) == (
+    assert filling_publisher.publish(1) == (
         "1 of 22 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
-    assert filling.publish(1) == ""
+    assert filling_publisher.publish(1) == ""
     assert ("1 of 30 groups of round 1 learn, and the round needs 6; policy.max_gen_batches = 4: the run "
             "trains on these groups") in capsys.readouterr().err
-    assert learned_places(filling) == [[], [3]]
-    few = dataclasses.replace(filling, prompts=filling.prompts[:9], rounds=tmp_path / "few",
-                              store=tmp_path / "other")
-    RolloutStore.create(few.store, RolloutStore.open(filling.store).tokenizer_digest, 368)
-    write_pieces(few, rare, 0, 99)
-    assert "3 further prompts" in few.publish(1) and few.publish(1) == ""
+    assert list_learned_groups(filling_publisher) == [[], [3]]
+    with_few_prompts = dataclasses.replace(filling_publisher, prompts=filling_publisher.prompts[:9],
+                                           rounds=tmp_path / "few",
+                                           store=tmp_path / "other")
+    RolloutStore.create(with_few_prompts.store, RolloutStore.open(filling_publisher.store).tokenizer_digest,
+                        368)
+    write_pieces(with_few_prompts, score_rare, 0, 99)
+    assert "3 further prompts" in with_few_prompts.publish(1) and with_few_prompts.publish(1) == ""
     assert "1 of 9 groups of round 1 learn, and the round needs 6; no prompts are left" in (
         capsys.readouterr().err)
 
@@ -340,22 +351,22 @@ def test_a_round_without_further_prompts_trains_on_learning_groups(
 def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher, write_round: Any,
                                                            tmp_path: Path) -> None:
     store = RolloutStore.open(publisher.store)
-    long, asked = publisher.prompts[0], publisher.prompts[1:]
-    write_unused_rows(store.path, find_unused_rows(publisher.prompts, {long.id: 9}, 6))
-    write_round(store, asked, ROLLOUT, 1, VERSION)
+    long_prompt, other_prompts = publisher.prompts[0], publisher.prompts[1:]
+    write_unused_rows(store.path, find_unused_rows(publisher.prompts, {long_prompt.id: 9}, 6))
+    write_round(store, other_prompts, ROLLOUT, 1, VERSION)
     assert publisher.publish(1) == ""
     (store.path / "set_aside.json").unlink()
-    forgets = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
+    without_set_aside = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
     with pytest.raises(UserError, match="not in piece 0"):
-        forgets.publish(1)
+        without_set_aside.publish(1)
 
 
 @pytest.mark.parametrize(("status", "reason", "message"), [
     ("failed", "no server answers", r"reward \(24 failed"),
     ("refused", "has no 'answer'", r"another --run and --store$")])
-def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str, message: str,
+def test_a_round_without_any_reward_is_an_error(status: str, reason: str, message: str,
                                                        publisher: Publisher, write_round: Any) -> None:
-    store = write(publisher, write_round, judge=False)
+    store = write_parts(publisher, write_round, judge=False)
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
         store.add_rewards(VERSION, name, [RewardRow(row.key, 0, VERSION, None, status, {}, reason)
                                           for row in store.read_rollouts(name)])
@@ -366,7 +377,7 @@ def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str,
 
 def test_resume_rejects_other_prompts_and_warns_about_another_reward(
         publisher: Publisher, write_round: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    store = write(publisher, write_round)
+    store = write_parts(publisher, write_round)
     assert publisher.publish(1) == ""
     resumed = dataclasses.replace(publisher)
     assert "pieces are not written" in resumed.publish(2) and not capsys.readouterr().err
@@ -380,39 +391,42 @@ def test_resume_rejects_other_prompts_and_warns_about_another_reward(
 
 def test_resume_rejects_other_sampling_settings(publisher: Publisher, write_round: Any,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    store, chat = write(publisher, write_round), {"chat_template.jinja": "sha256:1"}
-    asked = {"plain": False, "chat": chat, "environment": "1", "limits": {"max_turns": 5}}
-    assert dataclasses.replace(publisher, chosen_by=asked).publish(1) == ""
-    for change, told in [({"limits": {"max_turns": 7}}, "limits.max_turns = 5, and .* with 7; resume with"),
-                         ({"chat": {"chat_template.jinja": "sha256:2"}},
-                          "chat.chat_template.jinja = sha256:1, and .* with sha256:2"),
-                         ({"chat": {}}, "chat.chat_template.jinja = sha256:1, and .* with None")]:
-        with pytest.raises(UserError, match=f"rounds/0001: was generated with {told}"):
-            dataclasses.replace(publisher, chosen_by=asked | change).publish(2)
-    # a run that trains on others' rounds does not know their requests
+    store, chat = write_parts(publisher, write_round), {"chat_template.jinja": "sha256:1"}
+    sampling = {"plain": False, "chat": chat, "environment": "1", "limits": {"max_turns": 5}}
+    assert dataclasses.replace(publisher, chosen_by=sampling).publish(1) == ""
+    for change, message in [({"limits": {"max_turns": 7}},
+                             "limits.max_turns = 5, and .* with 7; resume with"),
+                            ({"chat": {"chat_template.jinja": "sha256:2"}},
+                             "chat.chat_template.jinja = sha256:1, and .* with sha256:2"),
+                            ({"chat": {}}, "chat.chat_template.jinja = sha256:1, and .* with None")]:
+        with pytest.raises(UserError, match=f"rounds/0001: was generated with {message}"):
+            dataclasses.replace(publisher, chosen_by=sampling | change).publish(2)
+    # A run without `chosen_by`, which trains on rounds of other runs, accepts any sampling settings.
     assert "pieces are not written" in dataclasses.replace(publisher).publish(2)
     assert not capsys.readouterr().err
     write_round(store, publisher.prompts, ROLLOUT, 2, VERSION)
-    assert dataclasses.replace(publisher, chosen_by=asked | {"environment": "2"}).publish(2) == ""
+    assert dataclasses.replace(publisher, chosen_by=sampling | {"environment": "2"}).publish(2) == ""
     assert "environment = 1, and the next round would be with 2: the code" in capsys.readouterr().err
 
 
 def test_published_routes_match_replayed_tokens(publisher: Publisher, write_round: Any,
                                                 tmp_path: Path) -> None:
     model = dataclasses.replace(publisher.config.model, num_experts=8, num_experts_per_token=2)
-    replaying = dataclasses.replace(publisher, rounds=tmp_path / "replayed", config=dataclasses.replace(
-        publisher.config, model=model, policy=PolicyConfig(method="dapo", router_replay=True)))
-    store = write(publisher, write_round)
+    replay_publisher = dataclasses.replace(publisher, rounds=tmp_path / "replayed",
+                                           config=dataclasses.replace(
+                                               publisher.config, model=model,
+                                               policy=PolicyConfig(method="dapo", router_replay=True)))
+    store = write_parts(publisher, write_round)
     with pytest.raises(UserError, match="round 1: sample 0"):
-        replaying.publish(1)
-    routed = RolloutStore.create(tmp_path / "routed", store.tokenizer_digest, 368)
+        replay_publisher.publish(1)
+    routed_store = RolloutStore.create(tmp_path / "routed", store.tokenizer_digest, 368)
     layers = model.num_moe_layers()
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
         rows = [dataclasses.replace(row, routes=np.tile(np.arange(2, dtype=np.uint8) + row.key.sample, (
             len(row.prompt_tokens) + len(row.tokens) - 1, layers, 1))) for row in store.read_rollouts(name)]
-        routed.add_rollouts(name, rows, {})
-        routed.add_rewards(VERSION, name, store.read_rewards(VERSION, name))
-    assert dataclasses.replace(replaying, store=routed.path).publish(1) == ""
+        routed_store.add_rollouts(name, rows, {})
+        routed_store.add_rewards(VERSION, name, store.read_rewards(VERSION, name))
+    assert dataclasses.replace(replay_publisher, store=routed_store.path).publish(1) == ""
     assert verify_shards(tmp_path / "replayed/0001") == ([], [])
     rounds = RoundDocuments(tmp_path / "replayed", 368)
     rounds.open(1, rounds.read(1, 32, 2))
@@ -423,21 +437,22 @@ def test_published_routes_match_replayed_tokens(publisher: Publisher, write_roun
 
 
 def test_publishing_rejects_foreign_stores(publisher: Publisher, write_round: Any, tmp_path: Path) -> None:
-    write(publisher, write_round)
-    others = dataclasses.replace(publisher, prompts=publisher.prompts[:-1])
+    write_parts(publisher, write_round)
+    fewer_prompts = dataclasses.replace(publisher, prompts=publisher.prompts[:-1])
     with pytest.raises(UserError, match="round 1 holds responses"):
-        others.publish(1)
+        fewer_prompts.publish(1)
     RolloutStore.create(tmp_path / "other", "sha256:0", 368)
     with pytest.raises(UserError, match=r"another tokenizer \(sha256:0\)"):
         dataclasses.replace(publisher, store=tmp_path / "other").publish(1)
     data = dataclasses.replace(publisher.config.data, phases=(PhaseConfig("round-0001", seq_len=12),))
-    short = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, data=data))
+    short_rows = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, data=data))
     with pytest.raises(UserError, match=r"1\d tokens"):
-        short.publish(1)
+        short_rows.publish(1)
     rollout = dataclasses.replace(ROLLOUT, temperature=0.7)
-    cooler = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, rollout=rollout))
+    other_temperature = dataclasses.replace(publisher,
+                                            config=dataclasses.replace(publisher.config, rollout=rollout))
     with pytest.raises(UserError, match=r"1, and rollout.temperature"):
-        cooler.publish(1)
+        other_temperature.publish(1)
     assert not publisher.rounds.exists() or not any(publisher.rounds.iterdir())
     assert publisher.publish(1) == ""
     rounds = RoundDocuments(publisher.rounds, 368)

@@ -10,10 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sov.infer.engines.fleet import Fleet
+from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations
 from megatron_sov.infer.engines.server_process import EngineServers
+from megatron_sov.infer.engines.target import find_target
+from megatron_sov.infer.engines.transformers_engine import load_hf
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import live, requests, servers
 from megatron_sov.post.rl.generate.live import LiveRollouts
@@ -270,6 +274,17 @@ def test_remote_servers_get_the_initial_weights(urls: tuple[str, ...], expected_
         live_servers.push_weights(view, Policy(Path("p"), 0, "0" * 64))
     live_servers.close()
     assert updates == expected_updates
+
+
+def test_trainer_logprobs_for_the_weight_check_equal_transformers(
+        one_rank: None, hf_models: dict[str, Path], imported: dict[str, Path]) -> None:
+    text = [5, 17, 300, 8, 41]
+    own = run_forward_model(find_target(imported["solar_open"]), [], None,
+                            lambda loaded: servers.compute_logprobs(loaded.policy, text))
+    with torch.no_grad():
+        logits = load_hf(hf_models["solar_open"])(torch.tensor([text])).logits[0]
+    reference = logits.log_softmax(-1)[torch.arange(4), text[1:]].tolist()
+    assert own == pytest.approx(reference, abs=1e-5)
 
 
 def test_a_stopping_run_does_not_wait_for_a_silent_server(tmp_path: Path,

@@ -58,9 +58,9 @@ class GreedyModel:
         opening = CHAT.encode_text(f"{BEGIN}assistant\n")
         start = max(n for n, id_ in enumerate(ids) if id_ == BEGIN_ID) + len(opening)
         turn = self._turn(ids[:start])
-        written = len(ids) - start
-        assert list(ids[start:]) == turn[:written], "the beginning is not of this model"
-        return turn[written:]
+        num_written = len(ids) - start
+        assert list(ids[start:]) == turn[:num_written], "another model wrote the beginning of the turn"
+        return turn[num_written:]
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
@@ -89,7 +89,7 @@ def compute_routes(ids: Sequence[int]) -> np.ndarray:
 
 @dataclass
 class ModelServer:
-    """A server of a GreedyModel without HTTP, and its keeper.
+    """A server of a GreedyModel without HTTP, and the handle that starts and stops it.
 
     With `stall_at`, a turn stops growing at that number of tokens until it is aborted.
     """
@@ -171,27 +171,27 @@ class Job:
         self.queue = PieceQueue(pending=pending, store=self.store, wait_s=0.0, provenance={})
         self.fleet = fleet
 
-    def take(self, policy: Policy) -> None:
+    def load_policy(self, policy: Policy) -> None:
         self.fleet.update([], policy.step)
 
-    def rows(self) -> list[Rollout]:
+    def read_rows(self) -> list[Rollout]:
         return [row for part in self.store.parts(1) for row in self.store.read_rollouts(part.name)]
 
     def play_in_step(self, model: GreedyModel) -> list[Rollout]:
         """Return the rows of an engine that generates one turn of all episodes at a time."""
         piece = PromptPiece(1, 0, self.prompts)
-        [rows] = self.source.play_attempts(model, [SampleAttempt(piece, 0, Policy(Path(), 0, "0" * 64))])
-        return rows
+        [read_rows] = self.source.play_attempts(model, [SampleAttempt(piece, 0, Policy(Path(), 0, "0" * 64))])
+        return read_rows
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     with contextlib.ExitStack() as stack:
         def make_job(*settings: Any) -> Job:
-            made = Job(tmp_path, *settings)
-            stack.enter_context(made.stack)
-            stack.callback(made.requests.close)
-            return made
+            new_job = Job(tmp_path, *settings)
+            stack.enter_context(new_job.stack)
+            stack.callback(new_job.requests.close)
+            return new_job
 
         yield make_job
 
@@ -207,15 +207,16 @@ EXAMPLES: Any = build_versioned_environment(request_environment("files", {}))[0]
 
 def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]) -> None:
     model = GreedyModel(draw_turn)
-    one = job("files", EXAMPLES.EXAMPLES[:2], [ModelServer(model), ModelServer(model)])
-    summary = write_by_requests(one.requests, one.queue, 4, one.take)
+    generating_job = job("files", EXAMPLES.EXAMPLES[:2], [ModelServer(model), ModelServer(model)])
+    summary = write_by_requests(generating_job.requests, generating_job.queue, 4, generating_job.load_policy)
     assert (summary["parts"], summary["responses"], summary["waits_for"]) == (1, 4, "")
-    contents = {(row.key.prompt, row.key.sample): get_row_contents(row) for row in one.rows()}
-    expected = {(row.key.prompt, row.key.sample): get_row_contents(row) for row in one.play_in_step(model)}
+    contents = {(row.key.prompt, row.key.sample): get_row_contents(row) for row in generating_job.read_rows()}
+    expected = {(row.key.prompt, row.key.sample): get_row_contents(row)
+                for row in generating_job.play_in_step(model)}
     assert contents == expected and len(contents) == 4
-    assert any(len(row.spans) > 1 for row in one.rows()), "no tool was called"
-    # joined over turns, the routes are those of the whole conversation
-    for row in one.rows():
+    assert any(len(row.spans) > 1 for row in generating_job.read_rows()), "no tool was called"
+    # Routes are recorded turn by turn; joined, they equal the routes of the whole conversation.
+    for row in generating_job.read_rows():
         conversation = [*row.prompt_tokens.tolist(), *row.tokens.tolist()]
         assert row.routes is not None and np.array_equal(row.routes, compute_routes(conversation[:-1]))
 
@@ -223,23 +224,24 @@ def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]
 def test_the_next_policy_continues_a_turn_after_a_deadline(job: Callable[..., Job]) -> None:
     model, now_s = GreedyModel(draw_turn), [0.0]
     server = ModelServer(model, stall_at=3)
-    one = job("files", EXAMPLES.EXAMPLES[:2], [server], replace(ROLLOUT, deadline_s=10.0))
-    queue = RolloutRequestQueue(requests=one.requests, pieces=one.queue, load_policy=one.take, room=4,
+    generating_job = job("files", EXAMPLES.EXAMPLES[:2], [server], replace(ROLLOUT, deadline_s=10.0))
+    queue = RolloutRequestQueue(requests=generating_job.requests, pieces=generating_job.queue,
+                                load_policy=generating_job.load_policy, room=4,
                                 clock_s=lambda: now_s[0])
     assert queue.advance(1.0, lambda: server.num_generated < 12) is False
     now_s[0] = 20.0
-    assert queue.advance(1.0, lambda: not one.store.parts(1)) is False
-    cut = [row for row in one.rows() if row.finish_reason == UNFINISHED]
-    assert cut and all(len(row.tokens) and row.tokens[-1] not in ENCODER.end_ids for row in cut)
-    # a second episode in the same process would end a running server session
-    requests: Any = one.requests
+    assert queue.advance(1.0, lambda: not generating_job.store.parts(1)) is False
+    unfinished = [row for row in generating_job.read_rows() if row.finish_reason == UNFINISHED]
+    assert unfinished and all(len(row.tokens) and row.tokens[-1] not in ENCODER.end_ids for row in unfinished)
+    # Unfinished episodes end their worker processes: a second episode would end the session of the first.
+    requests: Any = generating_job.requests
     processes = [host._workers._workers for host in requests._player._free_hosts]
-    assert processes.count([]) >= len(cut)
-    one.step, server.stall_at = 1, None
+    assert processes.count([]) >= len(unfinished)
+    generating_job.step, server.stall_at = 1, None
     while queue.advance(1.0, lambda: True):
         pass
-    rows = {(row.key.prompt, row.key.sample): row for row in select_last_attempts(one.rows())}
-    for expected in one.play_in_step(model):
+    rows = {(row.key.prompt, row.key.sample): row for row in select_last_attempts(generating_job.read_rows())}
+    for expected in generating_job.play_in_step(model):
         row = rows.pop((expected.key.prompt, expected.key.sample))
         assert get_row_contents(row) == get_row_contents(expected)
         assert {0, 1} <= set(row.versions[row.is_written].tolist()), "no turn was cut off"
@@ -252,15 +254,16 @@ def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., J
     """The next policy, which could continue the turns, needs the round that waits for these turns."""
     monkeypatch.setattr(requests, "LOOKUP_S", 0.02)  # deadlines are measured by the clock below
     clock = itertools.count(0, 20)
-    one = job("files", EXAMPLES.EXAMPLES[:2], [ModelServer(GreedyModel(draw_turn), stall_at=0)],
-              replace(ROLLOUT, deadline_s=10.0))
-    queue = RolloutRequestQueue(requests=one.requests, pieces=replace(one.queue, wait_s=60.0),
+    generating_job = job("files", EXAMPLES.EXAMPLES[:2], [ModelServer(GreedyModel(draw_turn), stall_at=0)],
+                         replace(ROLLOUT, deadline_s=10.0))
+    queue = RolloutRequestQueue(requests=generating_job.requests,
+                                pieces=replace(generating_job.queue, wait_s=60.0),
                                 load_policy=None, room=4, clock_s=lambda: float(next(clock)))
     with pytest.raises(UserError, match=r"rollout.deadline_s = 10: some"):
         queue.advance(1e9, lambda: True)
 
 
-WAITING = '''
+WAITING_WORLD = '''
 import pathlib
 import time
 from megatron_sov.judge.tools.environment import World
@@ -291,8 +294,8 @@ class Waiting(World):
 
 
 def test_an_episode_waits_for_no_tool_of_another(job: Callable[..., Job], tmp_path: Path) -> None:
-    """In step they would deadlock: the first episode's tool waits for the second turn of the other."""
-    (tmp_path / "world.py").write_text(WAITING)
+    """Turn by turn they would deadlock: the first episode's tool waits for the second turn of the other."""
+    (tmp_path / "world.py").write_text(WAITING_WORLD)
     turns = {"first": ["wait"], "second": ["look", "go"]}
 
     def write_turn(conversation: Sequence[int]) -> list[int]:
@@ -305,18 +308,19 @@ def test_an_episode_waits_for_no_tool_of_another(job: Callable[..., Job], tmp_pa
             reply = f"<tool_call>{call}</tool_call>"
         return [*CHAT.encode_text(reply), ENCODER.end_ids[0]]
 
-    tasks = [{"question": f"I am {who}.", "file": str(tmp_path / "went")} for who in turns]
-    one = job(f"{tmp_path / 'world.py'}:Waiting", tasks, [ModelServer(GreedyModel(write_turn))],
-              replace(ROLLOUT, samples_per_prompt=1))
-    write_by_requests(one.requests, one.queue, 4, one.take)
-    first, second = one.rows()
+    tasks = [{"question": f"I am {name}.", "file": str(tmp_path / "went")} for name in turns]
+    generating_job = job(f"{tmp_path / 'world.py'}:Waiting", tasks, [ModelServer(GreedyModel(write_turn))],
+                         replace(ROLLOUT, samples_per_prompt=1))
+    write_by_requests(generating_job.requests, generating_job.queue, 4, generating_job.load_policy)
+    first, second = generating_job.read_rows()
     assert "it came" in first.response and "went" in second.response
     assert all(row.outcome is not None and row.outcome["reward"] == 1.0 for row in (first, second))
 
 
 def test_a_wrong_task_ends_the_work_and_every_episode(job: Callable[..., Job]) -> None:
     server = ModelServer(GreedyModel(draw_turn), token_s=0.01)
-    one = job("files", [EXAMPLES.EXAMPLES[0], {"question": 3}], [server])
+    generating_job = job("files", [EXAMPLES.EXAMPLES[0], {"question": 3}], [server])
     with pytest.raises(UserError, match="task question = '3'"):
-        write_by_requests(one.requests, one.queue, 4, one.take)
-    assert not one.rows() and not [t for t in threading.enumerate() if t.name.startswith("episode")]
+        write_by_requests(generating_job.requests, generating_job.queue, 4, generating_job.load_policy)
+    assert not generating_job.read_rows() and not [t for t in threading.enumerate()
+                                                   if t.name.startswith("episode")]

@@ -1,4 +1,4 @@
-"""Batches of ranks: together they contain the order's samples, with any amount of prefetching."""
+"""Batches of ranks: together they contain the samples of `SampleOrder`, however many steps are prefetched."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def sources(make_source: MakeSource) -> list[Source]:
             make_source("chat", [6, 12, 30, 4] * 4, 0.3, is_chat=True)]
 
 
-def config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...] = (),
+def build_config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...] = (),
            micro_batch_size: int = 2) -> RunConfig:
     phases = (PhaseConfig("short", seq_len=16), PhaseConfig("long", seq_len=24, global_batch_size=8))
     return dataclasses.replace(
@@ -41,20 +41,23 @@ def config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...] = ()
                           ramp_from_batch_size=8, ramp_increment=8, ramp_steps=3))
 
 
-def batches(config_: RunConfig, sources: list[Source], rank: int = 0, size: int = 1,
+def read_batches(config: RunConfig, sources: list[Source], rank: int = 0, size: int = 1,
             state: dict[str, Any] | None = None, count: int = STEPS) -> list[RankBatch]:
-    order = SampleOrder(config_, sources,
+    order = SampleOrder(config, sources,
                         OrderState.from_dict(json.loads(json.dumps(state))) if state else None)
-    stream = BatchStream(config_, order, rank, size, STEPS, ("score",))
-    found = [stream.next() for _ in range(count)]
+    stream = BatchStream(config, order, rank, size, STEPS, ("score",))
+    read = [stream.next() for _ in range(count)]
     stream.close()
-    return found
+    return read
 
 
-def plain(batch: RankBatch) -> Any:
-    """Everything in a batch as comparable values."""
-    rows = [[(name, value.tolist() if isinstance(value, np.ndarray) else value) for name, value in
-             (vars(row) | dict(row.columns) | {"columns": list(row.columns)}).items()] for row in batch.rows]
+def to_comparable(batch: RankBatch) -> Any:
+    """Return the contents of a batch as values that `==` compares."""
+    rows = []
+    for row in batch.rows:
+        fields = vars(row) | dict(row.columns) | {"columns": list(row.columns)}
+        rows.append({name: value.tolist() if isinstance(value, np.ndarray) else value
+                     for name, value in fields.items()})
     return batch.entry, rows, batch.order_state, batch.epochs
 
 
@@ -62,8 +65,8 @@ def plain(batch: RankBatch) -> Any:
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_ranks_together_have_each_sample_once_in_order(sources: list[Source], size: int,
                                                        micro_batch_size: int) -> None:
-    settings = config(micro_batch_size=micro_batch_size)
-    per_rank = [batches(settings, sources, rank, size) for rank in range(size)]
+    settings = build_config(micro_batch_size=micro_batch_size)
+    per_rank = [read_batches(settings, sources, rank, size) for rank in range(size)]
     order = SampleOrder(settings, sources)
     for step in range(STEPS):
         entry, samples = order.next_batch()
@@ -76,31 +79,33 @@ def test_ranks_together_have_each_sample_once_in_order(sources: list[Source], si
         assert all(ranks[step].order_state == order.state.to_dict() for ranks in per_rank)
 
 
-@pytest.mark.parametrize("killed", range(1, STEPS))
-def test_a_checkpoint_after_any_step_resumes_at_any_size(sources: list[Source], killed: int) -> None:
+@pytest.mark.parametrize("last_step", range(1, STEPS))
+def test_a_checkpoint_after_any_step_resumes_at_any_size(sources: list[Source], last_step: int) -> None:
     """The saved position is after the returned batch, not after prefetched ones."""
-    whole = batches(config(), sources, rank=1, size=2)
-    state = batches(config(3), sources, count=killed)[-1].order_state
-    assert [plain(b) for b in batches(config(), sources, 1, 2, state, STEPS - killed)] == [
-        plain(b) for b in whole[killed:]]
+    uninterrupted = read_batches(build_config(), sources, rank=1, size=2)
+    state = read_batches(build_config(3), sources, count=last_step)[-1].order_state
+    assert [to_comparable(b)
+            for b in read_batches(build_config(), sources, 1, 2, state, STEPS - last_step)] == [
+                to_comparable(b) for b in uninterrupted[last_step:]]
 
 
 def test_skipped_steps_are_drawn_and_not_read(sources: list[Source]) -> None:
     """Other steps have the same samples as without skips."""
-    skipping, whole = batches(config(skip_steps=((2, 3), (9, 9))), sources), batches(config(), sources)
-    skipped = [step for step, batch in enumerate(skipping, 1) if batch.entry.skip]
-    assert skipped == [2, 3, 9]
-    for step, (ours, theirs) in enumerate(zip(skipping, whole, strict=True), 1):
-        assert plain(ours)[1] == ([] if step in skipped else plain(theirs)[1])
-        assert ours.order_state["cursors"] == theirs.order_state["cursors"]
+    with_skips, without_skips = read_batches(build_config(skip_steps=((2, 3), (9, 9))),
+                                             sources), read_batches(build_config(), sources)
+    skipped_steps = [step for step, batch in enumerate(with_skips, 1) if batch.entry.skip]
+    assert skipped_steps == [2, 3, 9]
+    for step, (batch, expected) in enumerate(zip(with_skips, without_skips, strict=True), 1):
+        assert to_comparable(batch)[1] == ([] if step in skipped_steps else to_comparable(expected)[1])
+        assert batch.order_state["cursors"] == expected.order_state["cursors"]
 
 
-def test_a_mistake_while_preparing_reaches_the_loop_and_the_thread_ends(make_source: MakeSource) -> None:
-    broken = make_source("web", [3, 17])
-    broken.open_split("train").lengths[:] = 40  # type: ignore[index]  # longer than what the documents hold
-    object.__setattr__(broken.train_documents, "tokens", lambda *_: 1 / 0)
+def test_an_error_of_the_prefetching_thread_is_raised_by_next(make_source: MakeSource) -> None:
+    broken_source = make_source("web", [3, 17])
+    broken_source.open_split("train").lengths[:] = 40  # type: ignore[index]  # longer than what the documents hold
+    object.__setattr__(broken_source.train_documents, "tokens", lambda *_: 1 / 0)
     threads = threading.active_count()
-    stream = BatchStream(config(), SampleOrder(config(), [broken]), 0, 1, STEPS)
+    stream = BatchStream(build_config(), SampleOrder(build_config(), [broken_source]), 0, 1, STEPS)
     with pytest.raises(ZeroDivisionError):
         stream.next()
     stream.close()

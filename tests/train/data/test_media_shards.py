@@ -1,4 +1,4 @@
-"""Images and audio in token shards: a row has the features of its placeholders, wherever documents are
+"""Images and audio in token shards: each placeholder token of a row gets its feature, however documents are
 split."""
 
 import dataclasses
@@ -24,7 +24,7 @@ from megatron_sov.train.data.views import DocumentPieces, LongDocuments
 IMAGE_PAD, AUDIO_PAD = 5, 6
 BANKS = {PICTURES: BankShape(PICTURES, (3, 4, 4), 4, (IMAGE_PAD,)),
          SOUNDS: BankShape(SOUNDS, (2, 8), 2, (AUDIO_PAD,), 16000, 160)}
-DOCUMENTS = [  # (token, feature)
+DOCUMENTS = [  # of (token id, feature index; -1: the token is no placeholder)
     [(10, -1), *[(IMAGE_PAD, 8 + i) for i in range(4)], (11, -1), (AUDIO_PAD, 2), (AUDIO_PAD, 3), (12, -1)],
     [(13, -1), (14, -1), (15, -1)],
     [(16, -1), (AUDIO_PAD, 0), *[(IMAGE_PAD, i) for i in range(4)], *[(IMAGE_PAD, 8 + i) for i in range(4)],
@@ -32,7 +32,7 @@ DOCUMENTS = [  # (token, feature)
 ]
 
 
-def write(prefix: Path, documents: list[list[tuple[int, int]]]) -> None:
+def write_shard(prefix: Path, documents: list[list[tuple[int, int]]]) -> None:
     """Write a shard with banks of three images and two sounds, whose values identify them."""
     lengths = np.array([len(d) for d in documents], np.int32)
     flat = np.array([pair for document in documents for pair in document])
@@ -50,46 +50,49 @@ def write(prefix: Path, documents: list[list[tuple[int, int]]]) -> None:
 @pytest.fixture
 def chain(tmp_path: Path) -> ShardChain:
     """Return the three documents, in two shards."""
-    write(tmp_path / "a", DOCUMENTS[:2])
-    write(tmp_path / "b", DOCUMENTS[2:])
+    write_shard(tmp_path / "a", DOCUMENTS[:2])
+    write_shard(tmp_path / "b", DOCUMENTS[2:])
     return ShardChain([tmp_path / "a", tmp_path / "b"], 32, banks=BANKS)
 
 
 def list_features(media: EncoderInputs | None) -> list[tuple[int, int]]:
-    """Return (place, feature of the bank), by the numbers that records hold."""
-    found = []
-    for part in (media or {}).values():
-        for place, feature in zip(part.places, part.features, strict=True):
-            record = int(part.records[feature // part.slots].flat[0])
-            found.append((int(place), record * part.slots + int(feature) % part.slots))
-    return sorted(found)
+    """Return (position in the row, feature of the bank) of each placeholder.
+
+    The values of a record are its index in the bank (`write_shard`).
+    """
+    features = []
+    for inputs in (media or {}).values():
+        for position, feature in zip(inputs.places, inputs.features, strict=True):
+            record = int(inputs.records[feature // inputs.slots].flat[0])
+            features.append((int(position), record * inputs.slots + int(feature) % inputs.slots))
+    return sorted(features)
 
 
-def concatenate_features(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
+def concatenate_features(*segments: tuple[int, int, int]) -> list[tuple[int, int]]:
     """Return the expected features of several (document, start, count) spans, concatenated."""
-    flat = [pair for document, start, count in pieces for pair in DOCUMENTS[document][start:start + count]]
-    return [(place, feature) for place, (_, feature) in enumerate(flat) if feature >= 0]
+    flat = [pair for document, start, count in segments for pair in DOCUMENTS[document][start:start + count]]
+    return [(position, feature) for position, (_, feature) in enumerate(flat) if feature >= 0]
 
 
-@pytest.mark.parametrize("pieces", [
+@pytest.mark.parametrize("segments", [
     [(0, 0, 9)], [(1, 0, 3)], [(0, 3, 4), (2, 0, 4)], [(2, 4, 7), (1, 0, 2), (0, 0, 3)]])
-def test_a_row_has_the_features_of_its_placeholders(chain: ShardChain, pieces: list[Any]) -> None:
-    row = build_row(OrderedSample(0, tuple(PackedSegment(*piece) for piece in pieces)), chain, 16)
-    assert list_features(row.encoder_inputs) == concatenate_features(*pieces)
-    assert (row.encoder_inputs is None) == (not concatenate_features(*pieces))
+def test_a_row_has_the_features_of_its_placeholders(chain: ShardChain, segments: list[Any]) -> None:
+    row = build_row(OrderedSample(0, tuple(PackedSegment(*segment) for segment in segments)), chain, 16)
+    assert list_features(row.encoder_inputs) == concatenate_features(*segments)
+    assert (row.encoder_inputs is None) == (not concatenate_features(*segments))
 
 
 def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
     rows = [build_row(OrderedSample(0, (PackedSegment(document, 0, count),)), chain, 12)
             for document, count in ((1, 3), (0, 9), (2, 11))]
-    whole = join_rows(rows)
-    found = [(place + 12, feature) for place, feature in concatenate_features((0, 0, 9))] + [
-        (place + 24, feature) for place, feature in concatenate_features((2, 0, 11))]
-    assert list_features(whole.encoder_inputs) == found
-    parts = [slice_inputs(whole.encoder_inputs, start, 7) for start in range(0, 36, 7)]
-    assert [feature for number, part in enumerate(parts)
-            for feature in list_features(join_inputs([(7 * number, part)]))] == found
-    assert all(len(part.records) <= 3 for media in parts for part in media.values())
+    joined_row = join_rows(rows)
+    expected = [(position + 12, feature) for position, feature in concatenate_features((0, 0, 9))] + [
+        (position + 24, feature) for position, feature in concatenate_features((2, 0, 11))]
+    assert list_features(joined_row.encoder_inputs) == expected
+    slices = [slice_inputs(joined_row.encoder_inputs, start, 7) for start in range(0, 36, 7)]
+    assert [feature for number, inputs in enumerate(slices)
+            for feature in list_features(join_inputs([(7 * number, inputs)]))] == expected
+    assert all(len(inputs.records) <= 3 for media in slices for inputs in media.values())
 
 
 def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
@@ -102,14 +105,14 @@ def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
     ((IMAGE_PAD, 12), "feature 12, and there are 12"),
     ((9, 2), "feature 2 at token id 9, which is not a placeholder")])
 def test_an_invalid_media_index_is_refused(tmp_path: Path, pair: tuple[int, int], message: str) -> None:
-    write(tmp_path / "a", [[(10, -1), pair]])
+    write_shard(tmp_path / "a", [[(10, -1), pair]])
     with pytest.raises(UserError, match=message):
         ShardChain([tmp_path / "a"], 32, banks=BANKS).encoder_inputs(0, 0, 2)
 
 
 @pytest.mark.each(("suffix", "size_bytes"), [(".media", 8), (".pictures", 47), (".sounds", None)])
 def test_damaged_files_are_named(tmp_path: Path, suffix: str, size_bytes: int | None) -> None:
-    write(tmp_path / "a", DOCUMENTS)
+    write_shard(tmp_path / "a", DOCUMENTS)
     file = (tmp_path / "a").with_suffix(suffix)
     file.unlink()
     if size_bytes is not None:

@@ -29,14 +29,14 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=9), st.integers(1, 300))
-# choosing the source with the largest deficit errs by more than a sample here
+# With these weights, choosing the source with the largest deficit would err by more than a sample.
 @example([0.09, 0.74, 0.74, 0.21, 0.01], 130)
-def test_each_source_is_within_one_sample_of_its_weight(raw: list[float], num_samples: int) -> None:
-    weights = {str(i): w / sum(raw) for i, w in enumerate(raw)}
-    taken: dict[str, int] = dict.fromkeys(weights, 0)
+def test_each_source_is_within_one_sample_of_its_weight(raw_weights: list[float], num_samples: int) -> None:
+    weights = {str(i): w / sum(raw_weights) for i, w in enumerate(raw_weights)}
+    num_taken: dict[str, int] = dict.fromkeys(weights, 0)
     for n in range(1, num_samples + 1):
-        taken[choose_source(weights, taken)] += 1
-        assert max(abs(weight * n - taken[name]) for name, weight in weights.items()) < 1
+        num_taken[choose_source(weights, num_taken)] += 1
+        assert max(abs(weight * n - num_taken[name]) for name, weight in weights.items()) < 1
 
 
 class RandomRun:
@@ -80,15 +80,14 @@ class RandomRun:
 
 
 def take_steps(steps: int, initial: Settings, resumed: dict[int, Settings]) -> tuple[SampleOrder, Steps]:
-    """Take all steps; before some of them pass the state through JSON and continue with the (config, sources)
-    of that step."""
-    order, taken = SampleOrder(*initial), []
+    """Take all steps; before the steps in `resumed`, store the state as JSON and resume with new settings."""
+    order, steps_taken = SampleOrder(*initial), []
     for step in range(steps):
         if step in resumed:
             order = SampleOrder(*resumed[step],
                                 OrderState.from_dict(json.loads(json.dumps(order.state.to_dict()))))
-        taken.append(order.next_batch())
-    return order, taken
+        steps_taken.append(order.next_batch())
+    return order, steps_taken
 
 
 def run_with_kills(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
@@ -113,41 +112,41 @@ def test_a_run_killed_at_any_step_resumes_identically(seed: int, make_source: Ma
 @pytest.mark.each("seed", range(12))
 def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: MakeSource) -> None:
     """The last ledger alone reproduces the samples of several restarts with changed settings."""
-    order, taken = run_with_kills(seed, make_source)
+    order, steps = run_with_kills(seed, make_source)
     history = json.loads(json.dumps(order.state.to_dict()))["history"]
     config = dataclasses.replace(
-        recipes.get("tiny-solar-open"), train=TrainConfig(steps=len(taken)),
+        recipes.get("tiny-solar-open"), train=TrainConfig(steps=len(steps)),
         data=DataConfig(packing=order._packing))  # type: ignore[arg-type]
     recomputed = SampleOrder(config, order.sources)
     recomputed.ledger = Ledger([LedgerEntry(**entry) for entry in history])
-    assert [recomputed.next_batch() for _ in taken] == taken
+    assert [recomputed.next_batch() for _ in steps] == steps
 
 
 @pytest.mark.each("seed", range(12))
 def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_source: MakeSource) -> None:
     """With changed blends, lengths, batches and skips, and an added source, each token occurs once per
     complete epoch, and at most once more."""
-    order, taken = run_with_kills(seed, make_source)
-    seen: dict[str, Counter[tuple[int, int]]] = {s.name: Counter() for s in order.sources}
-    for entry, samples in taken:
+    order, steps = run_with_kills(seed, make_source)
+    occurrences: dict[str, Counter[tuple[int, int]]] = {s.name: Counter() for s in order.sources}
+    for entry, samples in steps:
         assert len(samples) == entry.global_batch_size
         for sample in samples:
             source = order.sources[sample.source]
             assert (entry.weights[source.name] > 0
                     and 0 < sum(s.count for s in sample.segments) <= entry.seq_len)
             for s in sample.segments:
-                seen[source.name].update((s.document, t) for t in range(s.start, s.start + s.count))
+                occurrences[source.name].update((s.document, t) for t in range(s.start, s.start + s.count))
                 if source.is_chat:
                     assert (s.start, s.count) == (0, min(entry.seq_len, get_lengths(source)[s.document]))
     for source in order.sources:
         epochs = order.state.cursors[source.name].epoch if source.name in order.state.cursors else 0
-        counted, lengths = seen[source.name], get_lengths(source)
-        assert set(counted) <= {(d, t) for d, n in enumerate(lengths) for t in range(n)}
-        assert max(counted.values(), default=0) <= epochs + 1
-        # conversations longer than a sample are truncated: check only tokens that the shortest sample holds
-        required = [(document, position) for document, length in enumerate(lengths)
-                    for position in range(min(length, 8) if source.is_chat else length)]
-        assert min((counted[token] for token in required), default=0) >= epochs
+        counts, lengths = occurrences[source.name], get_lengths(source)
+        assert set(counts) <= {(d, t) for d, n in enumerate(lengths) for t in range(n)}
+        assert max(counts.values(), default=0) <= epochs + 1
+        # Conversations longer than a row are truncated; 8 tokens, the shortest row, are read in any case.
+        required_tokens = [(document, position) for document, length in enumerate(lengths)
+                           for position in range(min(length, 8) if source.is_chat else length)]
+        assert min((counts[token] for token in required_tokens), default=0) >= epochs
 
 
 def get_lengths(source: Source) -> list[int]:
@@ -156,14 +155,14 @@ def get_lengths(source: Source) -> list[int]:
 
 @pytest.mark.each("seed", range(12))
 def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: MakeSource) -> None:
-    order, taken = run_with_kills(seed, make_source)
-    since: Counter[str] = Counter()
+    order, steps = run_with_kills(seed, make_source)
+    counts: Counter[str] = Counter()
     weights: dict[str, float] = {}
-    for entry, samples in taken:
+    for entry, samples in steps:
         if entry.weights != weights:
-            since, weights = Counter(), entry.weights
-        since.update(order.sources[s.source].name for s in samples)
-        assert all(abs(since[name] - weight * since.total()) < 1 for name, weight in weights.items())
+            counts, weights = Counter(), entry.weights
+        counts.update(order.sources[s.source].name for s in samples)
+        assert all(abs(counts[name] - weight * counts.total()) < 1 for name, weight in weights.items())
 
 
 def test_heldout_documents_never_occur(packed_data: Any) -> None:

@@ -30,7 +30,7 @@ def find_fewest_rows(counts: list[int], seq_len: int) -> int:
     lengths = sorted(counts, reverse=True)
     best = len(lengths)
 
-    def place(i: int, spaces: tuple[int, ...]) -> None:
+    def place_from(i: int, spaces: tuple[int, ...]) -> None:
         nonlocal best
         missing = sum(lengths[i:]) - sum(spaces)
         if len(spaces) + max(0, math.ceil(missing / seq_len)) >= best:
@@ -40,10 +40,10 @@ def find_fewest_rows(counts: list[int], seq_len: int) -> int:
             return
         for space in sorted({space for space in spaces if space >= lengths[i]}):
             k = spaces.index(space)
-            place(i + 1, (*spaces[:k], *spaces[k + 1:], space - lengths[i]))
-        place(i + 1, (*spaces, seq_len - lengths[i]))
+            place_from(i + 1, (*spaces[:k], *spaces[k + 1:], space - lengths[i]))
+        place_from(i + 1, (*spaces, seq_len - lengths[i]))
 
-    place(0, ())
+    place_from(0, ())
     return best
 
 
@@ -59,28 +59,29 @@ def test_best_fit_uses_at_most_one_row_more_than_the_optimum(counts: list[int]) 
 
 
 @given(documents)
-def test_only_documents_longer_than_a_row_are_cut(parts: list[PackedSegment]) -> None:
-    rows = pack_best_fit(cut_segments(parts, SEQ_LEN), SEQ_LEN)
-    assert sorted(list_tokens(rows)) == sorted((p.document, t) for p in parts for t in range(p.count))
-    documents_of_pieces = [segment.document for row in rows for segment in row]
-    for part in parts:
-        assert documents_of_pieces.count(part.document) == math.ceil(part.count / SEQ_LEN)
+def test_only_documents_longer_than_a_row_are_cut(segments: list[PackedSegment]) -> None:
+    rows = pack_best_fit(cut_segments(segments, SEQ_LEN), SEQ_LEN)
+    assert sorted(list_tokens(rows)) == list_tokens([segments])
+    cut_documents = [segment.document for row in rows for segment in row]
+    for segment in segments:
+        assert cut_documents.count(segment.document) == math.ceil(segment.count / SEQ_LEN)
 
 
 @given(documents)
-def test_only_tokens_beyond_a_row_are_truncated(parts: list[PackedSegment]) -> None:
-    units, over_long = fit_units(parts, 1, SEQ_LEN, drop=False)
+def test_only_tokens_beyond_a_row_are_truncated(segments: list[PackedSegment]) -> None:
+    units, over_long = fit_units(segments, 1, SEQ_LEN, drop=False)
     rows = pack_units(units, SEQ_LEN)
-    truncated = [PackedSegment(p.document, 0, min(p.count, SEQ_LEN)) for p in parts]
+    truncated = [PackedSegment(p.document, 0, min(p.count, SEQ_LEN)) for p in segments]
     assert sorted(segment for row in rows for segment in row) == truncated
-    assert over_long == sum(p.count > SEQ_LEN for p in parts)
-    assert fit_units(parts, 1, SEQ_LEN, drop=True) == ([(p,) for p in parts if p.count <= SEQ_LEN], over_long)
+    assert over_long == sum(p.count > SEQ_LEN for p in segments)
+    assert fit_units(segments, 1, SEQ_LEN, drop=True) == ([(p,) for p in segments if p.count <= SEQ_LEN],
+                                                          over_long)
 
 
 @given(st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=12), st.booleans())
 def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool) -> None:
-    parts = [PackedSegment(3 * i + j, 0, n) for i, unit in enumerate(counts) for j, n in enumerate(unit)]
-    units, over_long = fit_units(parts, 3, SEQ_LEN, drop=drop)
+    documents = [PackedSegment(3 * i + j, 0, n) for i, unit in enumerate(counts) for j, n in enumerate(unit)]
+    units, over_long = fit_units(documents, 3, SEQ_LEN, drop=drop)
     rows = pack_units(units, SEQ_LEN)
     assert over_long == sum(sum(unit) > SEQ_LEN for unit in counts)
     assert all(count_tokens(row) <= SEQ_LEN and len(row) % 3 == 0 for row in rows)
@@ -122,7 +123,7 @@ def test_nearby_packing_keeps_units_close_to_their_order(counts: list[tuple[int,
 
 
 @given(documents)
-def test_concatenation_leaves_space_only_in_the_last_row(parts: list[PackedSegment]) -> None:
-    rows = concatenate_segments(parts, SEQ_LEN)
-    assert list_tokens(rows) == [(p.document, t) for p in parts for t in range(p.count)]
+def test_concatenation_leaves_space_only_in_the_last_row(segments: list[PackedSegment]) -> None:
+    rows = concatenate_segments(segments, SEQ_LEN)
+    assert list_tokens(rows) == [(p.document, t) for p in segments for t in range(p.count)]
     assert all(count_tokens(row) == SEQ_LEN for row in rows[:-1])

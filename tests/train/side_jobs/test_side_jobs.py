@@ -17,69 +17,73 @@ from megatron_sov.train.side_jobs import side_jobs, side_jobs as average_module
 from megatron_sov.train.side_jobs.side_jobs import SideJobs, average_checkpoints
 
 
-class Noted:
-    """Records calls in place of exports or evaluations."""
+class CallRecorder:
+    """Double of exports or evaluations: records calls as "NAME CALL", and raises OSError for
+    `failing_calls`."""
 
-    def __init__(self, name: str, asked: list[str], fails: set[str],
+    def __init__(self, name: str, calls: list[str], failing_calls: set[str],
                  exported: Callable[[int], None] | None = None) -> None:
-        self._name, self._asked, self._fails, self._exported = name, asked, fails, exported
+        self._name, self._calls, self._failing_calls, self._exported = name, calls, failing_calls, exported
 
-    def _note(self, what: str) -> None:
-        self._asked.append(f"{self._name} {what}")
-        if f"{self._name} {what}" in self._fails:
+    def _record(self, call: str) -> None:
+        self._calls.append(f"{self._name} {call}")
+        if f"{self._name} {call}" in self._failing_calls:
             raise OSError("stale file handle")
 
     def offer(self, step: int, *checkpoint: Any) -> None:
-        self._note(f"offer {step}")
+        self._record(f"offer {step}")
         if self._exported is not None:
             self._exported(step)
 
     def __getattr__(self, name: str) -> Any:
-        return lambda: self._note(name)
+        return lambda: self._record(name)
 
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[SideJobs, list[str], set[str]]:
-    """Side jobs with immediate exports, the recorded calls, and errors that the file system raises."""
-    asked: list[str] = []
-    fails: set[str] = set()
+    """Return side jobs with immediate exports, the recorded calls, and the set of calls that fail."""
+    calls: list[str] = []
+    failing_calls: set[str] = set()
     monkeypatch.setattr(side_jobs, "ExportEvaluations",
-                        lambda run, config, record: Noted("judge", asked, fails))
+                        lambda run, config, record: CallRecorder("judge", calls, failing_calls))
     monkeypatch.setattr(side_jobs, "CheckpointExports",
-                        lambda run, config, record, exported: Noted("export", asked, fails, exported))
-    return SideJobs(tmp_path, recipes.get("tiny-solar-open"), lambda event, **fields: None), asked, fails
+                        lambda run, config, record,
+                        exported: CallRecorder("export", calls, failing_calls, exported))
+    return SideJobs(tmp_path, recipes.get("tiny-solar-open"), lambda event,
+                    **fields: None), calls, failing_calls
 
 
 def test_exports_are_evaluated_and_both_processes_end(jobs: Any) -> None:
-    beside, asked, _ = jobs
-    beside.offer(10, Path("step-10"), last=False)
-    for action in (beside.poll, beside.wait, beside.close):
+    side_jobs_of_run, calls, _ = jobs
+    side_jobs_of_run.offer(10, Path("step-10"), last=False)
+    for action in (side_jobs_of_run.poll, side_jobs_of_run.wait, side_jobs_of_run.close):
         action()
-    assert asked == ["export offer 10", "judge offer 10", "export poll", "judge poll", "export wait",
+    assert calls == ["export offer 10", "judge offer 10", "export poll", "judge poll", "export wait",
                      "judge wait", "export close", "judge close"]
 
 
-@pytest.mark.parametrize(("refused", "action"), [
+@pytest.mark.parametrize(("failing_call", "action"), [
     ("judge poll", SideJobs.poll),
-    ("judge offer 10", lambda beside: beside.offer(10, Path("step-10"), last=False))])
-def test_a_file_system_that_refuses_is_a_warning(refused: str, action: Callable[[SideJobs], None], jobs: Any,
+    ("judge offer 10", lambda side_jobs_of_run: side_jobs_of_run.offer(10, Path("step-10"), last=False))])
+def test_a_file_system_that_refuses_is_a_warning(failing_call: str, action: Callable[[SideJobs], None],
+                                                 jobs: Any,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    beside, asked, fails = jobs
-    fails.add(refused)
-    action(beside)
-    assert asked[-1] == refused
+    side_jobs_of_run, calls, failing_calls = jobs
+    failing_calls.add(failing_call)
+    action(side_jobs_of_run)
+    assert calls[-1] == failing_call
     assert capsys.readouterr().err == (
         "warning: background evaluations cannot be followed (stale file handle)\n")
 
 
-# The mean that a complete run leaves: made once, by the ordinary command, and a failure is an event.
+# The mean of the last checkpoints: computed once, after the last step, by `megatron-sov average`.
 
 
 TRAIN = TrainConfig(keep_checkpoints=3, average_last=2, average_weights="linear")
 
 
-class Here:
-    """`BackgroundProcess`, in this process."""
+class ForegroundProcess:
+    """Double of `BackgroundProcess` that runs the command in this process."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.exit_code, self.took_s = main(command[command.index("megatron_sov") + 1:]), 0.1
@@ -88,7 +92,7 @@ class Here:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    monkeypatch.setattr(average_module, "BackgroundProcess", Here)
+    monkeypatch.setattr(average_module, "BackgroundProcess", ForegroundProcess)
     return []
 
 
@@ -102,8 +106,8 @@ def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(tmp_path: Path
     for step in (1, 2, 3):
         shutil.copytree(imported["solar_open"], run / f"checkpoints/step-{step}")
     average_checkpoints(run, TrainConfig(), record)
-    assert not events and not (run / "average").exists(), "by itself none is made"
-    for _ in range(2):  # once, however often the run is asked for
+    assert not events and not (run / "average").exists(), "average_last = 0 computes no mean"
+    for _ in range(2):  # the second call finds the mean of the first
         average_checkpoints(run, TRAIN, record)
     assert [(e["event"], e["step"], e["path"], e["weights"]) for e in events] == [
         ("average", 3, "average", "linear")]

@@ -1,5 +1,6 @@
 """State of a run, computed from its folder, and its text for the terminal."""
 
+import itertools
 import json
 import math
 import shlex
@@ -128,15 +129,16 @@ class RunState:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """Return the run in `path`, after its stages or rounds, or all runs below `path`. Raises `UserError`: no
-    run."""
+    """Return the run in `path` after its stages or rounds, or all runs below. Raises `UserError`: none."""
     if _is_run(path):
         parts = [*(path / STAGES).glob("*"), *(path / ROUNDS).glob("*/run")]
-        runs = [*sorted(p for p in parts if _is_run(p)), path]
+        runs = [*sorted(filter(_is_run, parts)), path]
     else:
-        runs = sorted({p for depth in range(1, MAX_DEPTH + 1) for name in (CONFIG, EVENTS, SUBMITTED)
-                        for file in path.glob("/".join(["*"] * depth + [name]))
-                        if _is_run(p := file.parents[name.count("/")])})
+        folders: set[Path] = set()
+        for depth, name in itertools.product(range(1, MAX_DEPTH + 1), (CONFIG, EVENTS, SUBMITTED)):
+            files = path.glob("/".join(["*"] * depth + [name]))
+            folders |= {file.parents[name.count("/")] for file in files}  # a name may have folders
+        runs = sorted(filter(_is_run, folders))
     if not runs:
         refuse_run_part(path)
         check_folder_kind(path, (RUN,), "a run")
@@ -167,6 +169,7 @@ class RunStateReader:
         self._heldout = HeldoutFigures()
 
     def add(self, event: dict[str, Any]) -> None:
+        """Update the state by the next event of the run."""
         state = self._so_far
         self._attempts.add(event)
         self._heldout.add(event)
@@ -200,8 +203,7 @@ class RunStateReader:
             state.incidents[event["event"]] = state.incidents.get(event["event"], 0) + 1
 
     def state(self, now_s: float | None = None) -> RunState:
-        """Return the state at Unix time `now_s` (default: now). Raises `UserError`: damaged settings of the
-        run."""
+        """Return the state at Unix time `now_s` (default: now). Raises `UserError`: damaged settings."""
         now_s = time.time() if now_s is None else now_s
         # copies, because reasons are added to the attempts
         attempts = [replace(attempt) for attempt in self._attempts.all]

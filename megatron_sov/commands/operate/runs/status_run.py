@@ -28,8 +28,7 @@ RIGHT = frozenset(("step", "loss", "held-out", "tokens", "last change"))
 
 
 def show_status(options: StatusOptions) -> None:
-    """Print the state of the runs. Raises `UserError`: a folder without a run, or --follow with several
-    runs."""
+    """Print the state of the runs. Raises `UserError`: no run, or --follow with several runs."""
     paths = list(dict.fromkeys(run for path in options.runs for run in find_runs(path)))
     if options.follow:
         if len(paths) > 1:
@@ -107,9 +106,12 @@ def format_runs(states: Sequence[RunState], root: Path | None = None) -> str:
     """Format a table with a row per run; run names are relative to `root`."""
     rows = [HEAD, *(_list_cells(state, root) for state in states)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    return "\n".join("  ".join(cell.rjust(width) if name in RIGHT else cell.ljust(width)
-                               for name, cell, width in zip(HEAD, row, widths, strict=True)).rstrip()
-                     for row in rows)
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) if name in RIGHT else cell.ljust(width)
+                 for name, cell, width in zip(HEAD, row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _list_cells(state: RunState, root: Path | None) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ def wait_for_store(path: Path, wait_s: float) -> RolloutStore:
 
 
 def _report_summary(options: RewardOptions, version: str, summary: RewardSummary) -> int:
+    """Print the counts of a scoring job; return STOPPED while responses remain. Raises `GateFailed`."""
     tally = summary.tally
     for text in tally.examples:
         print(escape_controls(text), file=sys.stderr)

@@ -16,7 +16,7 @@ from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.ledger import count_unit_tokens
 from megatron_sov.train.data.sources import Source, open_sources
-from megatron_sov.train.data.streams import Cursor, DocumentStream
+from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing
 
 MIN_SEQ_LEN, MAX_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
 """Limits for the default sample length in tokens, and the default length for text."""
@@ -136,8 +136,7 @@ def _choose_seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, 
 
 
 def _choose_batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -> int:
-    """Return a batch size up to `most`: the samples that all processes compute at once, times a power of
-    two."""
+    """Return a batch size up to `most`: the samples of all processes, times a power of two."""
     size = config.train.micro_batch_size * max(1, num_ranks(nproc) // config.parallel.ranks_per_replica)
     size *= config.parallel.pp if config.parallel.vpp > 1 else 1
     while 2 * size <= min(most, samples // MIN_EPOCH_STEPS):
@@ -151,13 +150,14 @@ def count_epoch_samples(config: RunConfig, sources: Sequence[Source]) -> int:
 
 
 def _count_samples(config: RunConfig, source: Source) -> int:
-    packing = config.data.packing if not source.is_chat else (
-        "drop" if config.data.over_long == "drop" else "truncate")
+    packing: Packing = config.data.packing
+    if source.is_chat:  # packing splits no conversation
+        packing = "drop" if config.data.over_long == "drop" else "truncate"
     stream = DocumentStream(source.name, source.open_split("train"), config.train.seed, packing, Cursor(),
                             source.group)
     windows = max(1, min(MAX_WINDOWS, stream.num_windows))
-    counted = stream.count_samples(config.data.phases[0].seq_len, windows)
-    return math.ceil(counted * stream.num_windows / windows)
+    num_samples = stream.count_samples(config.data.phases[0].seq_len, windows)
+    return math.ceil(num_samples * stream.num_windows / windows)
 
 
 def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | None, num_prompts: int,

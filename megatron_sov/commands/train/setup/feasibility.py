@@ -104,8 +104,7 @@ def count_epochs(config: RunConfig, sources: Sequence[Source]) -> float:
 
 def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: Sequence[str],
                         command: str) -> None:
-    """Raise `UserError` for data that would be read very often; `lengths`: settings that determine the run's
-    length."""
+    """Raise `UserError` for data read very often; `lengths`: settings that determine the run's length."""
     limit = max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     if not config.data.max_epochs or (epochs := count_epochs(config, sources)) <= limit:
         return

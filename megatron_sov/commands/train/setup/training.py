@@ -247,8 +247,7 @@ def _plan_packing(options: StageOptions, objective: BuiltIn) -> FilePacking:
 
 
 def _find_packing_tokenizer(options: StageOptions, first: DataFile) -> Path:
-    """Return the folder with the tokenizer that packs the files in --data; `UserError` without a
-    tokenizer."""
+    """Return the folder of the tokenizer that packs the files in --data. Raises `UserError`: none."""
     if options.start_from is not None:
         return find_tokenizer_folder(find_start(options.start_from))
     if teachers := getattr(options, "teacher", ()):  # a student learns the teacher's tokens

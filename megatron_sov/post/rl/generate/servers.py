@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import export_weights, to_hf
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.engine.parallel.world import run_on_main
-from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations, open_server_engine
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.engines.target import find_target
@@ -109,7 +112,7 @@ class LiveServers:
         """
         text = list(prompt[:COMPARED_TOKENS])
         if len(text) > 1:
-            [[logprobs]] = compute_answer_logprobs(view.policy, [AnswerChoice(text[:1], [text[1:]])])
+            logprobs = compute_logprobs(view.policy, text)
             run_on_main(view.world, lambda: self._compare_logprobs(text, logprobs, policy))
 
     def close(self) -> None:
@@ -143,6 +146,14 @@ class LiveServers:
                             f"are {gap:.3g} nats a token from the trainer's at step {policy.step} (at most "
                             f"{MAX_GAP_NATS:g}): the server did not load the weights or computes another "
                             "model; look at its log")
+
+
+def compute_logprobs(model: ForwardModel, text: Sequence[int]) -> list[float]:
+    """Return log p(token | preceding tokens) for each token after the first, in nats (collective)."""
+    logits = model.logits(DocumentBatch([text], get_local_device()), torch.arange(len(text) - 1))
+    labels = torch.tensor(text[1:], device=logits.device)
+    logprobs: list[float] = logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0].tolist()
+    return logprobs
 
 
 def _raise_problem(problem: str) -> None:

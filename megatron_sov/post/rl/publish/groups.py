@@ -1,4 +1,9 @@
-"""Groups of judged responses in the rollout store: the last attempt per response, with the reward."""
+"""Groups of judged responses in the rollout store: the last attempt per response, with the reward.
+
+A round is generated in pieces, each with the responses to some of its prompts. Each attempt at a piece
+writes a part (a table) to the store; a later attempt continues the unfinished responses of the attempt
+before it. The responses to a prompt are a group.
+"""
 
 from __future__ import annotations
 
@@ -95,9 +100,9 @@ class JudgedPiece:
     unjudged: Counter[str]
     """Status -> responses without a reward, which are not trained on."""
     begun: set[tuple[int, str]]
-    """Step and digest per policy that made first attempts."""
+    """(step, digest) of each policy that made first attempts."""
     policies: set[str]
-    """Digest per policy that made an attempt."""
+    """Digest of each policy that made an attempt."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +175,8 @@ class StoredRound:
         return [prompt for piece in self.pieces[:self.num_pieces] for prompt in piece.prompts.ids]
 
     def parts(self) -> list[RolloutPart] | str:
-        """Return the parts, or a description of missing parts. Raises `UserError`: a part has another number
-        of responses than the settings."""
+        """Return the parts of the pieces in use, or a description of missing parts. Raises `UserError`: a
+        part has another number of responses than the settings make."""
         parts = self.store.parts(self.number)
         self._check_pieces(parts)
         used = [part for part in parts if part.piece < self.num_pieces]
@@ -275,7 +280,7 @@ class StoredRound:
 
 
 def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFacts], list[str]]:
-    """Read the rows in a part, and a problem per row ("" for sound rows)."""
+    """Read the rows of a part without their tokens, and a problem per row ("" for valid rows)."""
     table = store.read_columns(part, FACT_COLUMNS)
     column = table["versions"].combine_chunks()
     versions, num_tokens = column.flatten().to_numpy().astype(np.int64), column.value_lengths().to_numpy()
@@ -287,16 +292,17 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
     starts = ends - num_tokens
     num_written = written_before[ends] - written_before[starts]
     sums = version_sums[ends] - version_sums[starts]
-    written_places = np.append(np.flatnonzero(is_written), 0)  # the last row may have no generated token
-    first = np.where(num_written > 0, np.append(versions, 0)[written_places[written_before[starts]]], 0)
+    written_positions = np.append(np.flatnonzero(is_written), 0)  # the last row may have no generated token
+    first_positions = written_positions[written_before[starts]]
+    first_versions = np.where(num_written > 0, np.append(versions, 0)[first_positions], 0)
     columns = zip(read_keys(table), table["attempt"].to_pylist(), read_strings(table["finish_reason"]),
-                  zip(num_tokens.tolist(), num_written.tolist(), first.tolist(), sums.tolist(), strict=True),
+                  num_tokens.tolist(), num_written.tolist(), first_versions.tolist(), sums.tolist(),
                   strict=True)
     facts = []
-    for index, (key, attempt, reason, (tokens, written, version, total)) in enumerate(columns):
+    for row, (key, attempt, reason, tokens, written, first_version, sum_versions) in enumerate(columns):
         facts.append(RolloutFacts(
-            key, attempt, reason or "", num_tokens=tokens, num_written=written, first_version=version,
-            sum_versions=total, part=part.name, row=index))
+            key, attempt, reason or "", num_tokens=tokens, num_written=written, first_version=first_version,
+            sum_versions=sum_versions, part=part.name, row=row))
     return facts, read_problems(table)
 
 
@@ -321,14 +327,15 @@ def _build_rows(responses: Sequence[JudgedResponse], groups: Sequence[JudgedGrou
     advantages: list[float] = []
     orders: list[int] = []
     for group in groups:
-        order = {response: index for index, response in enumerate(group.learned)}
+        document_indices = {response: index for index, response in enumerate(group.learned)}
         advantages += group.advantages.tolist()
-        orders += [order.get(response, -1) for response in range(len(group.advantages))]
-    values = ((part_indices[facts.part], facts.row, facts.num_tokens, facts.num_written, facts.sum_versions,
-               response.reward, advantage, facts.finish_reason == LENGTH, order)
-              for response, advantage, order in zip(responses, advantages, orders, strict=True)
-              for facts in [response.rollout])
-    return np.fromiter(values, ROW, len(responses))
+        orders += [document_indices.get(response, -1) for response in range(len(group.advantages))]
+    values = []
+    for response, advantage, order in zip(responses, advantages, orders, strict=True):
+        facts = response.rollout
+        values.append((part_indices[facts.part], facts.row, facts.num_tokens, facts.num_written,
+                       facts.sum_versions, response.reward, advantage, facts.finish_reason == LENGTH, order))
+    return np.array(values, ROW)
 
 
 def _collect_components(responses: Sequence[JudgedResponse]) -> dict[str, np.ndarray]:

@@ -128,8 +128,8 @@ class Publisher:
         requested = read_further_pieces(self.rounds, number)
         # Another run may have requested more pieces in the same store.
         stored = max((part.piece + 1 - num_pieces for part in self._opened_store.parts(number)), default=0)
-        most = max(requested, stored, (policy.parts.max_gen_batches - 1) * num_pieces)
-        inputs = _RoundInputs(most, num_pieces + requested)
+        num_further = max(requested, stored, (policy.parts.max_gen_batches - 1) * num_pieces)
+        inputs = _RoundInputs(num_further, num_pieces + requested)
         parts = self._open_round(number, inputs).parts()
         return parts if isinstance(parts, str) else replace(inputs, parts=tuple(parts))
 
@@ -158,14 +158,16 @@ class Publisher:
     def _compare_sampling(self, folder: Path, previous: Mapping[str, Any]) -> None:
         # Rounds by other jobs record no settings.
         current = self.chosen_by if previous else {}
-        then, now = ({name: value for name, value in iter_leaves(settings) if value != {}}
-                     for settings in (previous, current))
-        for name in sorted(then.keys() | now.keys() if now else ()):
-            old, new = then.get(name), now.get(name)
-            if old == new:
+        previous_settings, current_settings = ({name: value for name,
+                                                value in iter_leaves(settings) if value != {}}
+                                               for settings in (previous, current))
+        for name in sorted(previous_settings.keys() | current_settings.keys() if current_settings else ()):
+            previous_value, current_value = previous_settings.get(name), current_settings.get(name)
+            if previous_value == current_value:
                 continue
-            change = f"{folder}: was generated with {name} = {old}, and the next round would be with {new}"
-            if name != "environment" or old is None or new is None:
+            change = (f"{folder}: was generated with {name} = {previous_value}, and the next round would be "
+                      f"with {current_value}")
+            if name != "environment" or previous_value is None or current_value is None:
                 raise UserError(f"{change}; resume with the settings that began the run, or choose another "
                                 "--run and --store")
             warn(f"{change}: the code or settings of the environment changed, and their episodes are not "
@@ -242,27 +244,27 @@ class Publisher:
         if policy.parts.max_gen_batches == 1:
             return ""
         num_learn = gathered.reasons.count(GROUP_LEARNS)
-        lacking, num_prompts = rollout.prompts_per_round - num_learn, len(source.prompts)
-        if lacking <= 0:
+        num_missing, num_prompts = rollout.prompts_per_round - num_learn, len(source.prompts)
+        if num_missing <= 0:
             return ""
-        # Enough to fill the round at the present share of learning groups.
-        num_requested = min(lacking * num_prompts / num_learn if num_learn else math.inf,
+        # Request enough prompts to fill the round if the share of learning groups does not change.
+        num_requested = min(num_missing * num_prompts / num_learn if num_learn else math.inf,
                             rollout.prompts_per_round)
         num_pieces = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
-        most = min(len(source.pieces), policy.parts.max_gen_batches * num_pieces)
-        more = min(math.ceil(num_requested / rollout.piece_prompts), most - source.num_pieces)
+        max_pieces = min(len(source.pieces), policy.parts.max_gen_batches * num_pieces)
+        num_new_pieces = min(math.ceil(num_requested / rollout.piece_prompts), max_pieces - source.num_pieces)
         state = (f"{num_learn} of {num_prompts} groups of round {source.number} learn, and the round needs "
                  f"{rollout.prompts_per_round}")
-        if more <= 0:
+        if num_new_pieces <= 0:
             reason = f"policy.max_gen_batches = {policy.parts.max_gen_batches}"
-            if most < policy.parts.max_gen_batches * num_pieces:
+            if max_pieces < policy.parts.max_gen_batches * num_pieces:
                 reason = "no prompts are left"
             warn(f"{state}; {reason}: the run trains on these groups")
             return ""
         file = _further_file(self.rounds, source.number)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed_json(file, {"pieces": source.num_pieces - num_pieces + more}, file.name)
-        count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
+        write_sealed_json(file, {"pieces": source.num_pieces - num_pieces + num_new_pieces}, file.name)
+        count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:num_new_pieces])
         return f"{state}: {count} further prompts are requested"
 
     def _store_exists(self) -> bool:
@@ -380,26 +382,27 @@ class Publisher:
     def _select_responses(self, gathered: JudgedRound) -> _Selection:
         """Distribute a round's groups over the optimizer steps, and compute the advantages per step."""
         num_steps, reasons, rows = self.config.rollout.steps_per_round, Counter[str](), gathered.rows
-        groups = [GroupAdvantages(rows["advantage"][place], reason)
-                  for place, reason in zip(gathered.groups, gathered.reasons, strict=True)]
-        used = self._choose_groups(gathered, reasons)
-        bounds = [len(used) * step // num_steps for step in range(num_steps + 1)]
+        groups = [GroupAdvantages(rows["advantage"][rows_of_group], reason)
+                  for rows_of_group, reason in zip(gathered.groups, gathered.reasons, strict=True)]
+        used_groups = self._choose_groups(gathered, reasons)
+        bounds = [len(used_groups) * step // num_steps for step in range(num_steps + 1)]
         advantages, is_trained = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         steps: list[list[int]] = []
         num_documents = 0
         for first, end in pairwise(bounds):
-            indices = used[first:end]
-            compared = compute_step_advantages([groups[i] for i in indices], self.config.policy)
-            for i, group in zip(indices, compared, strict=True):
+            indices = used_groups[first:end]
+            step_advantages = compute_step_advantages([groups[i] for i in indices], self.config.policy)
+            for i, group in zip(indices, step_advantages, strict=True):
                 if group.reason:
                     reasons[group.reason] += 1
                     continue
-                place = gathered.groups[i]
-                advantages[place], is_trained[place] = group.advantages, rows["order"][place] >= 0
-                trained = advantages[place][is_trained[place]]
-                learns = has_advantage(trained) or not self.config.policy.learns_from_rewards
-                reasons[TRAINED_GROUPS if learns else NO_ADVANTAGE] += 1
-                num_documents += len(trained)
+                rows_of_group = gathered.groups[i]
+                advantages[rows_of_group], is_trained[rows_of_group] = group.advantages, rows["order"][
+                    rows_of_group] >= 0
+                trained_advantages = advantages[rows_of_group][is_trained[rows_of_group]]
+                is_learning = has_advantage(trained_advantages) or not self.config.policy.learns_from_rewards
+                reasons[TRAINED_GROUPS if is_learning else NO_ADVANTAGE] += 1
+                num_documents += len(trained_advantages)
             first_document = sum(steps[-1]) if steps else 0
             steps.append([first_document, num_documents - first_document])
         return _Selection(advantages, is_trained, steps, dict(reasons))
@@ -418,12 +421,12 @@ class Publisher:
         return used
 
     def _judge_groups(self, groups: Sequence[Sequence[JudgedResponse]]) -> list[JudgedGroup]:
-        compared = compute_advantages(
+        group_advantages = compute_advantages(
             [np.array([r.reward for r in group]) for group in groups],
             [np.array([r.rollout.num_written for r in group]) for group in groups],
             self.config.policy, self.config.rollout.max_new_tokens)
         return [JudgedGroup(advantages.advantages, *self._choose_responses(group, advantages))
-                for group, advantages in zip(groups, compared, strict=True)]
+                for group, advantages in zip(groups, group_advantages, strict=True)]
 
     def _choose_responses(self, group: Sequence[JudgedResponse], advantages: GroupAdvantages
                           ) -> tuple[list[int], str]:
@@ -439,8 +442,8 @@ class Publisher:
         values = advantages.advantages.tolist()
         may_be_best = [policy.keep_unfinished or not truncated for truncated in is_truncated]
         if self.config.documents_per_unit == 1:
-            return [i for i, (value, ended) in enumerate(zip(values, may_be_best, strict=True))
-                    if should_train(value, ended)], ""
+            return [i for i, (value, may_win) in enumerate(zip(values, may_be_best, strict=True))
+                    if should_train(value, may_win)], ""
         pair, _ = choose_pair(values, may_be_best,
                           lambda i, j: self._has_equal_tokens(group[i].rollout, group[j].rollout))
         return (list(pair), "") if pair else ([], NO_PAIR)
@@ -451,7 +454,6 @@ class Publisher:
             return False
         first_tokens, second_tokens = (self._read_tokens(row.part)[row.row] for row in (first, second))
         return bool(first_tokens == second_tokens)
-
 
 
 @dataclass(frozen=True)
@@ -478,12 +480,12 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class _Selection:
-    """Responses to train on."""
+    """Responses of a round to train on; rows are those of `JudgedRound.rows`."""
 
     advantages: np.ndarray
-    """[rows in the round] float32."""
+    """[rows] float32."""
     is_trained: np.ndarray
-    """[rows in the round] bool."""
+    """[rows] bool."""
     steps: list[list[int]]
     """[first document, document count] per optimizer step."""
     reasons: dict[str, int]
