@@ -47,8 +47,9 @@ def find_chat_model(url: str, key_env: str, name: str = "", key: str = "") -> Ch
     except (BadAnswer, TimeoutError, LookupError, TypeError) as e:
         address = urlsplit(url)
         if address.hostname in ("localhost", "127.0.0.1") and "ConnectError" in str(e):
-            raise UserError(f"{url}: nothing listens on this port; start a server in another terminal, then use this "
-                            "command again", Fix(f"megatron-sov serve MODEL --port {address.port or 80}")) from None
+            raise UserError(f"{url}: nothing listens on this port; start a server in another terminal, "
+                            "then use this command again",
+                            Fix(f"megatron-sov serve MODEL --port {address.port or 80}")) from None
         raise UserError(f"{url}: the models cannot be listed ({e}); check the address and the key") from None
     if not name and len(cards) != 1:
         raise UserError(f"{url}: has {len(cards)} models ({', '.join([*cards][:8])}); name one with --model")

@@ -111,9 +111,10 @@ def _format_step_settings(step: str, values: Mapping[str, str]) -> str:
     settings: dict[str, Any] = {}
     for option, value in values.items():
         for key in index_words("steps").get(f"{step}.{option}", ()):
-            *groups, name = key.split(".")[1:]  # rules.thresholds.min_words, language.keep[]
+            # rules.thresholds.min_words, language.keep[]
+            *groups, name = key.removesuffix("[]").split(".")[1:]
             block = settings.setdefault(groups[0], {}) if groups else settings
-            block[name.removesuffix("[]")] = value.split(",") if name.endswith("[]") else yaml.safe_load(value)
+            block[name] = value.split(",") if key.endswith("[]") else yaml.safe_load(value)
     return str(yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1_000)).strip()[1:-1]
 
 

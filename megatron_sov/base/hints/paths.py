@@ -91,17 +91,8 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
 
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
     source = Path(path)
-    prefix = re.sub(r"\.(bin|idx)\Z", "", path)
-    if program == "megatron-sov" and os.path.isfile(f"{prefix}.idx") and find_shards(prefix) == prefix:
-        adoption = fix_by_packing(prefix, Path(_choose_tokenizer(line)), [])
-        return UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
-                         replace(adoption, words={path: adoption.words[prefix]}))
-    if line[:1] == ["pack"] and option == "--input" and os.path.isfile(f"{prefix}.idx"):
-        return UserError(f"--input {path}: is data of Megatron-LM (.bin, .idx); `sov-data adopt` takes it over",
-                         Fix(command="adopt", arguments=(prefix,), left_out=(f"--input {path}",)))
-    if source.suffix == ".json" and (listed := read_data_registry(source)):
-        return UserError(f"{option} {path}: is LLaMA-Factory's list of data sets; pass their files: "
-                         f"{', '.join(listed)}", Fix(words={path: listed[0]}))
+    if fault := _find_foreign_data_fault(program, line, option, path):
+        return fault
     if not os.path.exists(source):
         if files := sorted(glob.glob(path)):
             is_short = option == "--input" and len(files) <= MAX_FILES
@@ -155,8 +146,25 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
                             "--data ")
 
 
+def _find_foreign_data_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
+    """Return the fault of data in a form of Megatron-LM or LLaMA-Factory."""
+    prefix = re.sub(r"\.(bin|idx)\Z", "", path)
+    if program == "megatron-sov" and os.path.isfile(f"{prefix}.idx") and find_shards(prefix) == prefix:
+        adoption = fix_by_packing(prefix, Path(_choose_tokenizer(line)), [])
+        return UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
+                         replace(adoption, words={path: adoption.words[prefix]}))
+    if line[:1] == ["pack"] and option == "--input" and os.path.isfile(f"{prefix}.idx"):
+        return UserError(f"--input {path}: is data of Megatron-LM (.bin, .idx), which `sov-data "
+                         "adopt` takes over",
+                         Fix(command="adopt", arguments=(prefix,), left_out=(f"--input {path}",)))
+    if path.endswith(".json") and (listed := read_data_registry(Path(path))):
+        return UserError(f"{option} {path}: is LLaMA-Factory's list of data sets; pass their files: "
+                         f"{', '.join(listed)}", Fix(words={path: listed[0]}))
+    return None
+
+
 def _find_benchmark_fault(line: Sequence[str]) -> tuple[str, UserError] | None:
-    """Return the first missing file of --benchmarks with its fault; known names of benchmarks are downloaded."""
+    """Return the first file of --benchmarks and the fault, if all missing files are known benchmarks."""
     rest = list(line[line.index("--benchmarks") + 1:]) if "--benchmarks" in line else []
     words = list(takewhile(lambda word: not word.startswith("-"), rest))
     names = [name for word in words for name in ([word] if os.path.exists(word) else word.split(","))]
@@ -169,7 +177,7 @@ def _find_benchmark_fault(line: Sequence[str]) -> tuple[str, UserError] | None:
     for name in missing:
         code = f"import datasets; datasets.load_dataset({sources[name.lower()]}).to_json('{name}.jsonl')"
         commands.append(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
-    error = UserError(f"--benchmarks {' '.join(words)}: files are passed; download {', '.join(missing)} first",
+    error = UserError(f"--benchmarks {' '.join(words)}: names no files; download {', '.join(missing)} first",
                       Fix(options=("--benchmarks", *files), left_out=("--benchmarks", *words),
                           words={name: f"{name}.jsonl" for name in missing}, before=tuple(commands)))
     return words[0], error

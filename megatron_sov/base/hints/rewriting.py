@@ -168,7 +168,7 @@ class Rewrite:
 
     def _list_holes(self, value: str) -> dict[str, str]:
         """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
-        {output}, {folder}, {tokens}, {share}, and {first} and {second} of two numbers."""
+        {output}, {folder}, {tokens}, {share}, {first}, {second} (of two numbers)."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -184,7 +184,8 @@ class Rewrite:
         gpus = re.search(r"(?:\A|:)(\d+)(?:x|\Z)", value)  # 16, 8xH100, h100:8
         nodes = str(-(-int(gpus[1]) // GPUS_PER_NODE)) if gpus else "N"
         numbers = re.findall(r"[\d.]+(?:e-?\d+)?", value)
-        return {"value": value, "first": "".join(numbers[:1]), "second": "".join(numbers[1:2]), "nodes": nodes, "stem": Path(value).stem, "run": run,
+        return {"value": value, "nodes": nodes, "first": "".join(numbers[:1]),
+                "second": "".join(numbers[1:2]), "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
                 "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),
                 "output": find_value(self.typed, "--output") or "DIR", "share": compute_share(value)}

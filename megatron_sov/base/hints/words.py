@@ -350,8 +350,8 @@ def _count_values(words: Sequence[str]) -> int:
 
 
 def _split_files(option: str, values: Sequence[str]) -> list[str]:
-    """Return the files in a comma-separated list of FILE[:WEIGHT] or WEIGHT:FILE as FILE[:WEIGHT]; empty unless
-    every file exists."""
+    """Return the files in a comma-separated list of FILE[:WEIGHT] or WEIGHT:FILE as FILE[:WEIGHT]; empty
+    unless every file exists."""
     if not values or option not in ("", "--data", "--input", "--prompts") or os.path.exists(values[0]):
         return []
     items = [re.sub(r"\A([\d.]+):(?!\d)(.+)", r"\2:\1", item) for item in values[0].split(",")]
