@@ -24,9 +24,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine import read_processor_name
-
 from megatron_sov.base.digests import BLAKE3, SHA256, Digest
+from megatron_sov.runs.launch_environment import read_processor_name
 
 HASH_BLOCKS = 128
 HASH = """

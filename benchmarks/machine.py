@@ -5,12 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-
-def read_processor_name() -> str:
-    """Return the processor's model, or its architecture if Linux names no model."""
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        models = (line.split(":")[1].strip() for line in file if line.startswith("model name"))
-        return next(models, platform.machine())
+from megatron_sov.runs.launch_environment import read_processor_name
 
 
 def describe_machine() -> str:

@@ -51,7 +51,12 @@ COPIED = ("megatron_sov", "data_prep", "tokenizer", "tests", "benchmarks", "docs
 PLAN = "PLANTED_PLAN"
 """Variable that names the plan of a session of pytest: faults, and the file of results."""
 FUTURE = "from __future__ import annotations\n"
-SWITCH = '''"""Switch of the planted faults: PLANTED_FAULT has the number of the fault that acts."""
+SANDBOXED = ("check_program.py", "solution_frameworks.py", "solution_peer.py", "solution_tests.py")
+"""Files that run as programs of the sandbox, which cannot import the switch."""
+SWITCH = '''"""Switch of the planted faults: PYTHON_PLANTED_FAULT has the number of the fault that acts.
+
+Workers of rewards delete all variables but some, such as those whose names begin with PYTHON.
+"""
 
 import os
 
@@ -59,8 +64,8 @@ SEEN: set[int] = set()
 
 
 def planted(number: int) -> bool:
-    """Return whether this fault acts, and record in the file PLANTED_REACHED that it was reached."""
-    file = os.environ.get("PLANTED_REACHED")
+    """Return whether this fault acts, and record in the file PYTHON_PLANTED_REACHED that it was reached."""
+    file = os.environ.get("PYTHON_PLANTED_REACHED")
     if file and number not in SEEN:
         SEEN.add(number)
         try:
@@ -69,7 +74,7 @@ def planted(number: int) -> bool:
             os.close(lines)
         except OSError:
             pass
-    return os.environ.get("PLANTED_FAULT") == str(number)
+    return os.environ.get("PYTHON_PLANTED_FAULT") == str(number)
 '''
 """megatron_sov/planted_switch.py of the copy."""
 SLOWER, LEAST_S = 5.0, 60.0
@@ -175,7 +180,8 @@ def faults_of(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
         """Return the place in characters of a line and a column, which ast counts in bytes."""
         return starts[number - 1] + len(lines[number - 1].encode()[:column].decode())
 
-    if FUTURE not in source or "jit" in source:  # numba compiles no switch
+    # numba compiles no switch
+    if FUTURE not in source or "jit" in source or Path(file).name in SANDBOXED:
         return
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -235,7 +241,7 @@ class Reach:
 
     def _write_to(self, name: str) -> None:
         sys.modules["megatron_sov.planted_switch"].SEEN.clear()  # type: ignore[attr-defined]
-        os.environ["PLANTED_REACHED"] = str(self._folder / name)
+        os.environ["PYTHON_PLANTED_REACHED"] = str(self._folder / name)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -308,9 +314,9 @@ class Measurement:
         reached = sum(map(len, files.values()))
         left_out = reached - len(chosen)
         while chosen:
-            os.environ["PLANTED_FAULT"] = str(number)
+            os.environ["PYTHON_PLANTED_FAULT"] = str(number)
             rows = self._fork(chosen, LEAST_S + SLOWER * seconds)
-            del os.environ["PLANTED_FAULT"]
+            del os.environ["PYTHON_PLANTED_FAULT"]
             has_failed = bool(rows and rows[-1][1])
             if len(rows) == len(chosen) and not has_failed:
                 break

@@ -30,9 +30,9 @@ from pathlib import Path
 from string import ascii_lowercase
 
 import psutil
-from machine import read_processor_name
 
 from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.runs.launch_environment import read_processor_name
 from tokenizer.presets import PRESETS
 
 SOLAR, EXAONE = ("solar-open", 196_608), ("k-exaone", 153_600)

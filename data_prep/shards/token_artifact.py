@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_sov.base.artifacts import Manifest, read_manifest
 from megatron_sov.base.documents.shard_files import (
-    DTYPE_CODES, FEATURE_DTYPE, FEATURES, HEADER, MAGIC, VERSION)
+    DTYPE_CODES, FEATURE_DTYPE, FEATURES, HEADER, MAGIC, VERSION, check_token_manifest)
 from megatron_sov.base.errors import Fix, UserError, find_nearest_name
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -78,6 +78,7 @@ def read_tokens_manifest(data: Path) -> Manifest:
     if (version := manifest.content.get("content_version", 1)) != CONTENT_VERSION:
         raise UserError(f"{data}: was packed in layout {version}, this version reads layout "
                         f"{CONTENT_VERSION}; pack the data again")
+    check_token_manifest(str(data), manifest.content)
     return manifest
 
 
@@ -166,7 +167,8 @@ def open_pair(prefix: Path, remedy: str) -> tuple[IndexedSplit, NDArray[np.int64
     if len(wrong):
         raise UserError(f"{index}: sequence {wrong[0]} begins at byte {starts[wrong[0]]}, and the one "
                         f"before it ends at {expected_starts[wrong[0]]}; {remedy}")
-    if not num_bounds or bounds[0] != 0 or bounds[-1] != num_sequences or (np.diff(bounds) < 0).any():
+    # compared, not subtracted: differences of hostile numbers overflow
+    if not num_bounds or bounds[0] != 0 or bounds[-1] != num_sequences or (bounds[1:] < bounds[:-1]).any():
         raise UserError(f"{index}: its document bounds do not go from 0 to its {num_sequences} sequences in "
                         f"order; {remedy}")
     expected_bytes = int(ends[-1]) if num_sequences else 0

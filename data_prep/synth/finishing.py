@@ -108,8 +108,7 @@ def _write_samples(output: Path, run: SynthRunRecord, judged: JudgedSamples, tal
                 provenance = _build_provenance(run, item, sample_id, sample)
                 tally.models[provenance["model"]] += 1
                 # steps judge only samples that pass the generator's checks
-                step_verdict = None if sample.failed_verdict else judged.find_verdict(
-                    run.kind, sample_id, sample)
+                step_verdict = judged.rejected.get(sample_id)
                 if failed := sample.failed_verdict or step_verdict:
                     tally.rejected[failed.check] += 1
                     verdicts = [*sample.verdicts, *([step_verdict] if step_verdict else [])]
@@ -120,10 +119,8 @@ def _write_samples(output: Path, run: SynthRunRecord, judged: JudgedSamples, tal
                 tally.num_kept += 1
                 tally.licences[item.item["licence"]] += 1
                 tally.sources[item.item["source"]] += 1
-                # `find_verdict` rejects changed samples except of kind text
-                changed = {"text": judged.changed[sample_id]} if sample_id in judged.changed else {}
                 accepted.write(format_json_line(
-                    {"id": sample_id, **sample.record, **changed, PROVENANCE: provenance}))
+                    {"id": sample_id, **sample.record, PROVENANCE: provenance}))
         # content before names: after a power cut, no named file may lack its end
         for file in (accepted, rejected):
             file.flush()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from data_prep.synth.requests import Role
 from data_prep.synth.synth import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, suggest_download
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
+from megatron_sov.model.pretrained import hash_model_folder
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.local_server import serve_model
@@ -24,8 +24,6 @@ from megatron_sov.work.processes.pool import StopSignal
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
 _STOP_POLL_S = 0.5
-_MAX_FULL_BYTES, _END_BYTES = 1 << 24, 1 << 20
-"""`hash_model_folder` reads files up to `_MAX_FULL_BYTES` completely, and larger files at both ends."""
 
 
 @dataclass(frozen=True)
@@ -71,37 +69,18 @@ class Model:
             payload[self.max_tokens_field] = request["max_tokens"]
         return payload
 
-    def compute_identity(self) -> str:
-        """Return the model's name in cache keys, equal at every address."""
-        if self.is_local:
-            return f"local:{hash_model_folder(Path(self.engine), self.options[0])}"
-        return f"endpoint:{self.model}"
-
-
-def hash_model_folder(folder: Path, option: str = "--engine") -> str:
-    """Hash names, sizes and contents in a model folder; large files count by both ends.
-
-    Raises `UserError`, with the command-line `option`, if the folder is missing or empty.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
-                        f"{suggest_download(folder)}")
-    digest = hashlib.sha256()
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    if not files:
-        raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
-    for file in files:
-        size_bytes = file.stat().st_size
-        # with names: files that swap places give another model
-        digest.update(f"{file.relative_to(folder)}\0{size_bytes}\0".encode())
-        with open(file, "rb") as f:
-            if size_bytes <= _MAX_FULL_BYTES:
-                digest.update(f.read())
-            else:
-                digest.update(f.read(_END_BYTES))
-                f.seek(-_END_BYTES, os.SEEK_END)
-                digest.update(f.read())
-    return digest.hexdigest()
+    @cached_property
+    def identity(self) -> str:
+        """Name in cache keys, equal at every address. Raises `UserError`: the folder is missing or empty."""
+        if not self.is_local:
+            return f"endpoint:{self.model}"
+        folder, option = Path(self.engine), self.options[0]
+        if not folder.is_dir():
+            raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
+                            f"{suggest_download(folder)}")
+        if not any(folder.iterdir()):
+            raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
+        return f"local:{hash_model_folder(folder)}"
 
 
 class TokenBudget:
@@ -172,7 +151,7 @@ def open_clients(writer: Model, judge: Model, options: SynthOptions, cache: Endp
             clients[model] = Endpoint(f"{url}/chat/completions", model.key_env,
                                       EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0,
                                                      0.0, 0.0, 0.0, patience_s),
-                                      cache, cache_name=model.compute_identity(), gate=budget,
+                                      cache, cache_name=model.identity, gate=budget,
                                       sleep=stop.sleep, model=name, key=key, transform=model.build_payload,
                                       report=lambda sentence: print(sentence, flush=True),
                                       accepted_models=None if model.is_local else options.accept_model)

@@ -56,12 +56,6 @@ class FinishedItem:
     """Reason if all answers were unusable."""
 
     @classmethod
-    def from_item(cls, item: GeneratorItem, samples: Sequence[GeneratedSample], asked: Sequence[str] = (),
-                  writers: Sequence[str] = (), unusable: str = "") -> FinishedItem:
-        return cls({"id": item.id, "source": item.source, "licence": item.licence,
-                    "digest": hash_item(item)}, samples, asked, writers, unusable)
-
-    @classmethod
     def from_json(cls, record: bytes) -> FinishedItem:
         fields = json.loads(record)
         samples = [GeneratedSample(**{**sample, "verdicts": tuple(
@@ -76,9 +70,11 @@ class FinishedItem:
         return ((f"{self.item['id']}/{number}", sample) for number, sample in enumerate(self.samples))
 
 
-def hash_item(item: GeneratorItem) -> str:
-    text = json.dumps([item.fields, item.source, item.licence], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def describe_item(item: GeneratorItem) -> dict[str, str]:
+    """Return `FinishedItem.item`."""
+    content = json.dumps([item.fields, item.source, item.licence], sort_keys=True)
+    return {"id": item.id, "source": item.source, "licence": item.licence,
+            "digest": hashlib.sha256(content.encode()).hexdigest()[:16]}
 
 
 def read_finished_items(output: Path) -> Iterator[FinishedItem]:

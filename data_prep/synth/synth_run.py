@@ -20,7 +20,8 @@ from data_prep.synth.declared.generator import PACKAGED, Generator, load_generat
 from data_prep.synth.models import Model, open_clients
 from data_prep.synth.replies import NoReply, NoUsableReply
 from data_prep.synth.requests import Draw, Requester, Role
-from data_prep.synth.run_records import ANSWERS, FinishedItem, SynthRunRecord, hash_item, read_finished_items
+from data_prep.synth.run_records import (
+    ANSWERS, FinishedItem, SynthRunRecord, describe_item, read_finished_items)
 from data_prep.synth.samples import GeneratedSample, GeneratorItem, replace_unwritable_sample
 from data_prep.synth.synth import SynthOptions
 from megatron_sov.base.artifacts import MANIFEST, translate_disk_errors
@@ -144,8 +145,8 @@ def prepare_run(options: SynthOptions) -> SynthRun:
     # all facts that samples depend on: a later command with another record is refused
     record = SynthRunRecord(
         generator=generator.name, kind=generator.kind,
-        settings=asdict(generator.settings), model=writer.name, identity=writer.compute_identity(),
-        judge=judge.name, judge_identity=judge.compute_identity(), judge_max_tokens=options.judge_max_tokens,
+        settings=asdict(generator.settings), model=writer.name, identity=writer.identity,
+        judge=judge.name, judge_identity=judge.identity, judge_max_tokens=options.judge_max_tokens,
         digests={f"{generator.name}.yaml": definition.digest},
         files={str(file): hash_file(file) for file in generator.list_files()})
     _check_folder(output, options.redo)
@@ -206,7 +207,7 @@ def _check_folder(output: Path, redo: bool) -> None:
 def find_unfinished_items(run: SynthRun) -> set[str]:
     """Return the ids of unfinished items; raises `UserError` for a damaged, empty or changed input."""
     options, unfinished = run.options, set[str]()
-    # digests only: the samples of all items would not fit into memory
+    # without samples, which would not fit into memory
     finished = {item.item["id"]: item.item["digest"] for item in read_finished_items(run.output)}
     changed, num_items, num_repeated, repeated = [], 0, 0, GeneratorItem("")
     for number, item in run.read_items():
@@ -216,7 +217,7 @@ def find_unfinished_items(run: SynthRun) -> set[str]:
         num_items += 1
         if item.id not in finished:
             unfinished.add(item.id)
-        elif finished[item.id] != hash_item(item):
+        elif finished[item.id] != describe_item(item)["digest"]:
             # the source would mix samples of both contents
             changed.append(item.id)
     if not num_items:
@@ -289,8 +290,8 @@ class ItemMaker:
             return number, NoReply(f"{item.id}: {e}")
         except EndpointUnavailable as e:  # the next item would meet the same error
             raise StopRequested(f"{e}; nothing is lost, and the same command goes on") from None
-        return number, FinishedItem.from_item(item, samples, tuple(requester.request_keys),
-                                              tuple(requester.writers), unusable)
+        return number, FinishedItem(describe_item(item), samples, tuple(requester.request_keys),
+                                    tuple(requester.writers), unusable)
 
     def _map_draws(self, function: Callable[[int], Draw], draws: Iterable[int]) -> Iterator[Draw]:
         numbers = list(draws)

@@ -436,7 +436,7 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
             raise UserError(f"{file}: has format_version {version}, not {FORMAT_VERSION}; {fix}")
         files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
         # readers join these names to paths, and the manifest may come from a stranger
-        if outside := [name for name in files if not _is_inside(name)]:
+        if outside := [name for name in files if not is_inside(name)]:
             raise ValueError(f"it names the file {outside[0]!r}, which is not inside the folder")
         manifest = Manifest(files=files, **raw)
         if manifest.sha256 != "":
@@ -468,7 +468,8 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
+    """Return whether a relative path from a manifest stays inside the artifact's folder."""
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 

@@ -13,6 +13,7 @@ import ctypes
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 """Dtype name in the file -> dtype. Reading a tensor with a further dtype raises `UserError`."""
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 MAX_HEADER_BYTES = 100_000_000
+MAX_AXES = 64
+"""Maximum axes of a tensor, as in torch."""
 _COVER_BYTES = 32 << 20
 """Maximum bytes per read if only some columns are needed: whole rows are read and then cut."""
 _READ_BYTES = 1 << 30
@@ -148,6 +151,8 @@ def _parse_entry(name: str, raw: dict[str, Any], first: int) -> TensorEntry:
     shape = tuple(raw["shape"])
     if odd := [n for n in (start, stop, *shape) if type(n) is not int]:
         raise ValueError(f"{name} has {odd[0]!r} in its shape and offsets, which is not an integer")
+    if len(shape) > MAX_AXES:  # the product of a hostile header's numbers would take hours
+        raise ValueError(f"{name} has {len(shape)} axes, more than {MAX_AXES}")
     size_bytes = stop - start
     dtype = DTYPES.get(raw["dtype"])
     if (min(shape, default=0) < 0 or size_bytes < 0
@@ -159,8 +164,7 @@ def _parse_entry(name: str, raw: dict[str, Any], first: int) -> TensorEntry:
 def _build_unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        duplicate = next(name for name in names if names.count(name) > 1)
+        [(duplicate, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{duplicate} is in its header twice")
     return values
 

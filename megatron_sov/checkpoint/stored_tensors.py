@@ -125,16 +125,16 @@ class StoredTensors(ABC):
         """Return the keys with a piece in `file` (path relative to the checkpoint folder)."""
         return [key for key, pieces in self._pieces.items() if any(piece.file == file for piece in pieces)]
 
-    def list_files(self, key: str) -> set[str]:
-        """Return the files (paths relative to the checkpoint folder) with a piece of tensor `key`."""
-        return {piece.file for piece in self._pieces[key]}
+    def list_files(self, key: str, offset: Sequence[int] | None = None,
+                   shape: Sequence[int] | None = None) -> set[str]:
+        """Return the files (paths relative to the checkpoint folder) that `read` may open for a block."""
+        return {piece.file for piece in self._find_candidates(key, *self._locate(key, offset, shape))}
 
     def read(self, key: str, offset: Sequence[int] | None = None,
              shape: Sequence[int] | None = None) -> torch.Tensor:
         """Return the block of `shape` at `offset` (default: the whole tensor), copied from overlapping
         pieces. Raises `UserError`: a file is missing or damaged, or the pieces do not cover the block."""
-        extent = tuple(shape) if shape is not None else self._shapes[key]
-        start = tuple(offset) if offset is not None else (0,) * len(extent)
+        start, extent = self._locate(key, offset, shape)
         candidates = self._find_candidates(key, start, extent)
         for piece in candidates:
             if (piece.offset, piece.shape) == (start, extent):
@@ -157,6 +157,12 @@ class StoredTensors(ABC):
             raise UserError(f"{self._where}: {key} is damaged (the index covers {num_read} of the "
                             f"{out.numel()} elements at {start}); {self._remedy}")
         return out
+
+    def _locate(self, key: str, offset: Sequence[int] | None, shape: Sequence[int] | None
+                ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return offset and shape of a block; the whole tensor by default."""
+        extent = tuple(shape) if shape is not None else self._shapes[key]
+        return tuple(offset) if offset is not None else (0,) * len(extent), extent
 
     def _find_candidates(self, key: str, start: tuple[int, ...],
                          extent: tuple[int, ...]) -> Sequence[StoredBlock]:

@@ -133,8 +133,9 @@ class SourceCheck:
         names = list(names)
         if self._base is not None:
             self._base.wait_for(names)
-        files = {file for name in names for file in self._weights.list_files(name)}
-        self._refuse_damage(file for file in self._damage if file in files)
+        if self._damage:
+            files = {file for name in names for file in self._weights.list_files(name)}
+            self._refuse_damage(sorted(files & self._damage.keys()))
 
     def wait_for_all(self) -> None:
         """Wait until every source file is verified; raises `UserError` like `wait_for`."""

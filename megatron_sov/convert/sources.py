@@ -156,18 +156,18 @@ class HfWeights:
         """Image and audio encoder tensors."""
         self.notes: list[str] = []
         """Warnings about ignored fields and tensors."""
-        text_inside = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
+        text_model = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
         try:
             self.config = extract_text_config(config)
             family = models.get_family(str(self.config.get("model_type")))
             self._stored = _stored_tensors(self._shards, config)
             """Hugging Face name -> stored tensor."""
-            if text_inside is not None:
-                text_names, self.encoder_tensors = text_inside.map_tensor_names(self._stored)
+            if text_model is not None:
+                text_names, self.encoder_tensors = text_model.map_tensor_names(self._stored)
                 if self.encoder_tensors:
                     self.notes.append(f"the {len(self.encoder_tensors)} tensors of the image encoder ("
                                       f"{self.encoder_tensors[0]}, ...) are not converted")
-                self._stored = {name: self._stored[other] for name, other in text_names.items()}
+                self._stored = {name: self._stored[stored_name] for name, stored_name in text_names.items()}
             known_config = {name: value for name, value in self.config.items() if name != FIELD}
             if ignored_fields := family.find_ignored_fields(known_config):
                 field_names = [name for item in family.config for name in item.names]
@@ -228,7 +228,9 @@ class HfWeights:
         """Return tensors under the weight map's names, for folders with different spellings."""
         tensors = {}
         for name, tensor in self._stored.items():
-            spellings = (name, *(name.replace(theirs, ours) for theirs, ours in replacements))
+            spellings = (name,
+                         *(name.replace(other_spelling, map_spelling) for other_spelling,
+                           map_spelling in replacements))
             tensors[next((spelling for spelling in spellings if spelling in self._shapes), name)] = tensor
         return tensors
 
@@ -248,10 +250,10 @@ class HfWeights:
         return self._stored[name].read()
 
 
-def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Compare bit patterns: NaN equals NaN, and 0.0 differs from -0.0."""
-    return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8),
-                                                    other.contiguous().view(torch.uint8))
+    return first.dtype == second.dtype and torch.equal(first.contiguous().view(torch.uint8),
+                                                       second.contiguous().view(torch.uint8))
 
 
 def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
@@ -271,11 +273,12 @@ def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[in
         if not match or not isinstance(tensor, FileTensor) or len(tensor.shape) != 3 or name in shapes:
             tensors[name] = tensor
             continue
-        parts, (experts, outputs, _) = match[2].split("_"), tensor.shape
-        rows = outputs // len(parts)
-        tensors |= {f"{match[1]}.{e}.{part}_proj.weight": ExpertPart(
-            tensor.file, tensor.name, e, slice(i * rows, (i + 1) * rows))
-            for e in range(experts) for i, part in enumerate(parts)}
+        projections, (experts, outputs, _) = match[2].split("_"), tensor.shape
+        rows = outputs // len(projections)
+        for expert in range(experts):
+            for i, projection in enumerate(projections):
+                tensors[f"{match[1]}.{expert}.{projection}_proj.weight"] = ExpertPart(
+                    tensor.file, tensor.name, expert, slice(i * rows, (i + 1) * rows))
     return tensors
 
 
@@ -325,7 +328,8 @@ class CheckpointWeights(BlockWeights):
         return self._reader.list_keys_in(file)
 
     def list_files(self, name: str) -> set[str]:
-        return self._reader.list_files(self._links_by_name[name].key)
+        link = self._links_by_name[name]
+        return self._reader.list_files(link.key, link.offset, link.extent)
 
     def _read_block(self, link: Link) -> torch.Tensor:
         return self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape)
@@ -375,15 +379,15 @@ def list_ignored_prefixes(folder: Path) -> tuple[str, ...]:
     config = read_json(folder / CONFIG)
     model_type = str(config.get("model_type"))
     prefixes = NESTED_TEXT_MODELS[model_type].others if model_type in NESTED_TEXT_MODELS else ()
-    layers, num_predictions = config.get("num_hidden_layers"), config.get(PREDICTION_NAMES[0])
+    num_layers, num_predictions = config.get("num_hidden_layers"), config.get(PREDICTION_NAMES[0])
     try:
         if not isinstance(num_predictions, int):
             num_predictions = int(models.get_family(model_type).has_mtp_after_trunk())
     except UserError:  # a transformers family without support here
         num_predictions = 0
-    if not isinstance(layers, int) or not 0 <= num_predictions <= MAX_LAYERS:
+    if not isinstance(num_layers, int) or not 0 <= num_predictions <= MAX_LAYERS:
         return prefixes
-    return (*prefixes, *(f"model.layers.{layers + i}." for i in range(num_predictions)))
+    return (*prefixes, *(f"model.layers.{num_layers + i}." for i in range(num_predictions)))
 
 
 def check_export(folder: Path) -> None:
@@ -423,15 +427,16 @@ def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[st
         UserError: a tensor is unknown, repeated or has a wrong shape; after the last tensor, if tensors are
             missing.
     """
-    seen: dict[str, tuple[int, ...]] = {}
+    received_shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in weights:
         if name not in shapes and any(re.search(pattern, name) for pattern in ignored):
             continue
-        if name in seen:
+        if name in received_shapes:
             raise UserError(f"{IMPORTED_WEIGHTS}: {name} is given twice; give each tensor once")
-        seen[name] = tuple(tensor.shape)
-        if shapes.get(name) != seen[name]:
-            check_shapes(IMPORTED_WEIGHTS, {name: seen[name]}, {n: s for n, s in shapes.items() if n == name},
+        received_shapes[name] = tuple(tensor.shape)
+        if shapes.get(name) != received_shapes[name]:
+            check_shapes(IMPORTED_WEIGHTS, {name: received_shapes[name]},
+                         {n: s for n, s in shapes.items() if n == name},
                          "take a model of the same family and sizes")
         yield name, tensor
-    check_shapes(IMPORTED_WEIGHTS, seen, dict(shapes), "give every tensor of the model")
+    check_shapes(IMPORTED_WEIGHTS, received_shapes, dict(shapes), "give every tensor of the model")

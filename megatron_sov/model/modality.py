@@ -54,7 +54,7 @@ EncoderInputs = Mapping[str, EncoderInput]
 """Kind -> input; kinds without records are left out."""
 
 
-def take_records(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.ndarray] | np.ndarray,
+def take_records(places: np.ndarray, feature_numbers: np.ndarray, records: Sequence[np.ndarray] | np.ndarray,
                  slots: int) -> EncoderInput:
     """Return a row's input with the records of a bank that its placeholders need.
 
@@ -64,50 +64,53 @@ def take_records(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.n
         records: the bank.
         slots: features per record.
     """
-    rows, index = np.unique(numbers // slots, return_inverse=True)
-    return EncoderInput(places.astype(np.int64), index * slots + numbers % slots,
+    rows, index = np.unique(feature_numbers // slots, return_inverse=True)
+    return EncoderInput(places.astype(np.int64), index * slots + feature_numbers % slots,
                         tuple(records[row] for row in rows.tolist()), slots)
 
 
-def select_placeholders(part: EncoderInput, which: np.ndarray, places: np.ndarray) -> EncoderInput:
+def select_placeholders(encoder_input: EncoderInput, mask: np.ndarray, places: np.ndarray) -> EncoderInput:
     """Return selected placeholders at new positions, with the records they need."""
-    return take_records(places, part.features[which], part.records, part.slots)
+    return take_records(places, encoder_input.features[mask], encoder_input.records, encoder_input.slots)
 
 
 def join_inputs(parts: Iterable[tuple[int, EncoderInputs | None]]) -> dict[str, EncoderInput]:
     """Join the inputs for parts in a row, given as (row index of the part's first token, inputs)."""
     by_kind: dict[str, list[tuple[int, EncoderInput]]] = {}
     for first, inputs in parts:
-        for kind, part in (inputs or {}).items():
-            by_kind.setdefault(kind, []).append((first, part))
+        for kind, encoder_input in (inputs or {}).items():
+            by_kind.setdefault(kind, []).append((first, encoder_input))
     return {kind: _join_kind(kind_parts) for kind, kind_parts in by_kind.items()}
 
 
 def _join_kind(parts: list[tuple[int, EncoderInput]]) -> EncoderInput:
     if len(parts) == 1 and parts[0][0] == 0:
         return parts[0][1]
-    starts = np.cumsum([0, *(len(part.records) for _, part in parts[:-1])])
-    return EncoderInput(np.concatenate([part.places + first for first, part in parts]),
-                        np.concatenate([part.features + start * part.slots
-                                        for (_, part), start in zip(parts, starts, strict=True)]),
-                        tuple(record for _, part in parts for record in part.records), parts[0][1].slots)
+    starts = np.cumsum([0, *(len(encoder_input.records) for _, encoder_input in parts[:-1])])
+    return EncoderInput(np.concatenate([encoder_input.places + first for first, encoder_input in parts]),
+                        np.concatenate([encoder_input.features + start * encoder_input.slots
+                                        for (_, encoder_input), start in zip(parts, starts, strict=True)]),
+                        tuple(record for _, encoder_input in parts for record in encoder_input.records),
+                        parts[0][1].slots)
 
 
 def slice_inputs(inputs: EncoderInputs | None, start: int, count: int) -> dict[str, EncoderInput]:
     """Return the inputs for `count` tokens from `start`, with positions relative to `start`."""
     sliced = {}
-    for kind, part in (inputs or {}).items():
-        inside = (part.places >= start) & (part.places < start + count)
-        if inside.any():
-            sliced[kind] = select_placeholders(part, inside, part.places[inside] - start)
+    for kind, encoder_input in (inputs or {}).items():
+        is_inside = (encoder_input.places >= start) & (encoder_input.places < start + count)
+        if is_inside.any():
+            sliced[kind] = select_placeholders(encoder_input, is_inside,
+                                               encoder_input.places[is_inside] - start)
     return sliced
 
 
 def hash_inputs(inputs: EncoderInputs) -> bytes:
     digest = hashlib.blake2b()
-    for kind, part in sorted(inputs.items()):
-        digest.update(f"{kind} {part.slots} {len(part.places)} {len(part.records)}\n".encode())
-        for values in (part.places, part.features, *part.records):
+    for kind, encoder_input in sorted(inputs.items()):
+        digest.update(f"{kind} {encoder_input.slots} {len(encoder_input.places)} "
+                      f"{len(encoder_input.records)}\n".encode())
+        for values in (encoder_input.places, encoder_input.features, *encoder_input.records):
             digest.update(f"{values.dtype} {values.shape}\n".encode())
             digest.update(np.ascontiguousarray(values).tobytes())
     return digest.digest()

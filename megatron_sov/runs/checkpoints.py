@@ -208,7 +208,7 @@ def refuse_pointers(path: Path, option: str = "") -> None:
                                 before=(f"git -C {shlex.quote(str(path))} lfs pull",)))
 
 
-def check_model(path: Path, option: str = "", settings: Sequence[str] = (), nproc: int | None = None) -> None:
+def check_model(path: Path, settings: Sequence[str] = (), nproc: int | None = None, option: str = "") -> None:
     """Raise `UserError` if `path` is neither a Hugging Face folder nor a complete checkpoint, nor a run with
     one, or if the layout in `settings` (`key=value`) does not fit the checkpoint."""
     check_model_path(path, option)
@@ -252,9 +252,7 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
             fix = fix_adapter(path)
         if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
-            converted = choose_free_path(f"{path.name}-checkpoint")
-            fix = Fix(command=command, words={str(path): converted},
-                      before=(shlex.join(["megatron-sov", "convert", "from-hf", str(path), converted]),))
+            fix = replace(_fix_by_conversion(path, "from-hf"), command=command)
         models = list_models() if fix is None and RUN in kinds else []
         if fix is None and (HF_MODEL in kinds or models):
             fix = Fix(words={str(path): models[0] if len(models) == 1 else "MODEL"})
@@ -273,16 +271,22 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
             raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
                             Fix(words={str(path): str(newest)}))
         if (path / TRACKER).is_file():
-            converted = choose_free_path(f"{path.name}-checkpoint")
-            command = shlex.join(["megatron-sov", "convert", "from-megatron", str(path), converted])
-            raise UserError(f"{path}: is a checkpoint of Megatron-LM, not {wanted}; `{command}` makes it one",
-                            Fix(words={str(path): converted}, before=(command,)))
+            fix = _fix_by_conversion(path, "from-megatron")
+            raise UserError(f"{path}: is a checkpoint of Megatron-LM, not {wanted}; `{fix.before[0]}` makes "
+                            "it one", fix)
     has_config = CHECKPOINT_KIND not in kinds and (path / CONFIG).exists()
     is_run = (path / CHECKPOINTS_FOLDER).exists() or has_config
     if not kind and path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):
         description, advice = contents
         expected = " or ".join(KIND_LOCATIONS[kind] for kind in kinds)
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
+
+
+def _fix_by_conversion(path: Path, action: str) -> Fix:
+    """Return the command that makes a checkpoint of a folder of another program."""
+    converted = choose_free_path(f"{path.name}-checkpoint")
+    command = shlex.join(["megatron-sov", "convert", action, str(path), converted])
+    return Fix(words={str(path): converted}, before=(command,))
 
 
 def fix_adapter(path: Path) -> Fix:

@@ -1,12 +1,14 @@
-"""Number of ranks, rank index, start time and typed command, available without torch."""
+"""Number of ranks, rank index, start time, typed command and processor, available without torch."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_sov.base.errors import UserError
 
@@ -14,6 +16,7 @@ STARTTIME_FIELD = 22
 """1-based field in /proc/PID/stat: clock ticks between boot and process start."""
 COMMAND_VARIABLE = "MEGATRON_SOV_COMMAND"
 """Environment variable with the arguments after `megatron-sov` in JSON, inherited by child processes."""
+CPU_INFO = Path("/proc/cpuinfo")
 MAX_LOCAL_RANKS = 4096
 """Maximum --nproc; larger values are typing errors."""
 
@@ -91,3 +94,10 @@ def local_gpu_index(num_gpus: int) -> int:
 def has_launcher() -> bool:
     """Return whether torchrun or Slurm started the process (RANK and WORLD_SIZE exist)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def read_processor_name() -> str:
+    """Return the processor's model, or its architecture if Linux names no model."""
+    lines = CPU_INFO.read_text(encoding="utf-8").split("\n") if CPU_INFO.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()

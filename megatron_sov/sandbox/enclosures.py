@@ -2,8 +2,8 @@
 
 `NamespaceEnclosure` is stronger: user, process, mount, network, IPC and host name namespaces, see
 namespaces(7). The server lives in its own namespaces with only readable paths in the file tree. Each program
-gets its own process namespace and a private /tmp in memory; when the first process ends, the kernel kills the
-others.
+gets its own process namespace and a private /tmp in memory, which has the readable paths below /tmp; when the
+first process ends, the kernel kills the others.
 
 `LandlockEnclosure` uses Landlock, a system call filter and limits. A program's processes cannot leave their
 process group, by which the server kills them.
@@ -35,6 +35,8 @@ PROGRAM_UID = 1000
 OUTER_UID = 65534
 """User `nobody` for root's programs outside the user namespace, because root has no limits."""
 PRIVATE_FOLDER = "/tmp"
+_STAGING_FOLDER = "/.private"
+"""Mount point of a private /tmp while the program's process binds readable paths into it."""
 _MAX_INODES = 4096
 _MOUNT_POINT = "/sys"
 """A folder that every machine has and no program needs."""
@@ -116,6 +118,8 @@ class NamespaceEnclosure(Enclosure):
         if error := receive_message(channel)["error"]:
             raise EnclosureUnavailable(f"users cannot be mapped ({error})")
         self.usage = ProcessTreeUsage(_fork_first_process(), forks=True)
+        self._hidden_paths = [path for path in readable if path.startswith(f"{PRIVATE_FOLDER}/")]
+        """Readable paths below /tmp, e.g. a virtual environment's; a private /tmp would hide them."""
         self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         try:
             _build_file_tree(readable)
@@ -128,7 +132,7 @@ class NamespaceEnclosure(Enclosure):
         """Programs run as `PROGRAM_UID`, the server does not."""
 
     def create_folder(self) -> str:
-        return PRIVATE_FOLDER
+        return f"{PRIVATE_FOLDER}/sandboxed"
 
     def fork_program(self) -> int:
         """Fork like `os.fork`; the child is the first process of a new process namespace."""
@@ -144,13 +148,18 @@ class NamespaceEnclosure(Enclosure):
     def drop_privileges(self, folder: str, limits: Limits) -> None:
         # the tmpfs vanishes with the program's own mount namespace
         sc.unshare(sc.CLONE_NEWNS)
-        sc.mount("tmpfs", folder, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV,
+        sc.mount("tmpfs", _STAGING_FOLDER, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV,
                  f"size={limits.file_bytes},nr_inodes={_MAX_INODES},mode=700,uid={PROGRAM_UID},"
                  f"gid={PROGRAM_UID}")
+        for path in self._hidden_paths:
+            # the bind mount of a read-only mount is read-only, too
+            _bind_path(path, _STAGING_FOLDER + path.removeprefix(PRIVATE_FOLDER))
+        sc.mount(_STAGING_FOLDER, PRIVATE_FOLDER, None, sc.MS_MOVE)
         if self._has_program_user:
             os.setgroups([])
             os.setresgid(PROGRAM_UID, PROGRAM_UID, PROGRAM_UID)
             os.setresuid(PROGRAM_UID, PROGRAM_UID, PROGRAM_UID)
+        os.mkdir(folder)
         sc.set_capabilities(0)
         sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
 
@@ -160,7 +169,8 @@ class NamespaceEnclosure(Enclosure):
         restrictions.set_limit(resource.RLIMIT_NPROC, limits.processes + other_processes)
         # Landlock in addition to the file tree, if the kernel has Landlock
         if self._landlock_version:
-            restrictions.restrict_files(self._landlock_version, ["/"], [folder, *restrictions.list_devices()])
+            restrictions.restrict_files(self._landlock_version, ["/"],
+                                        [PRIVATE_FOLDER, *restrictions.list_devices()])
         restrictions.install_filter(self._filter)
 
     def kill_program(self, pid: int) -> None:
@@ -202,22 +212,26 @@ def _build_file_tree(readable: list[str]) -> None:
     root = _MOUNT_POINT
     sc.mount("tmpfs", root, "tmpfs", sc.MS_NOSUID, "size=1m,mode=755")
     for path in [*readable, *restrictions.list_devices()]:
-        target = root + path
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        # copy links as links, e.g. /bin -> /usr/bin
-        if os.path.islink(path):
-            os.symlink(os.readlink(path), target)
-            continue
-        if os.path.isdir(path):
-            os.mkdir(target)
-        else:
-            os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
-        sc.mount(path, target, None, sc.MS_BIND | sc.MS_REC)
+        _bind_path(path, root + path)
+    os.mkdir(root + _STAGING_FOLDER)
     os.makedirs(f"{root}{PRIVATE_FOLDER}", exist_ok=True)
     os.symlink(PRIVATE_FOLDER, f"{root}/dev/shm")  # the C library's folder for named semaphores
     # after the bind mounts, which become read-only too
     sc.make_read_only(root)
     sc.change_root(root)
+
+
+def _bind_path(path: str, target: str) -> None:
+    """Bind-mount the file or folder `path` at `target`; copy a link as a link, e.g. /bin -> /usr/bin."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(path):
+        os.symlink(os.readlink(path), target)
+        return
+    if os.path.isdir(path):
+        os.mkdir(target)
+    else:
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
+    sc.mount(path, target, None, sc.MS_BIND | sc.MS_REC)
 
 
 class LandlockEnclosure(Enclosure):

@@ -116,15 +116,23 @@ def _list_interpreter_folders() -> list[str]:
     return [f"{prefix}/bin", f"{prefix}/lib"] if prefix == "/usr/local" else [prefix]
 
 
+def is_shared_folder(folder: str) -> bool:
+    """Return whether a folder, like /tmp, has files of all users, which programs must not read."""
+    return bool(os.stat(folder).st_mode & stat.S_ISVTX)
+
+
 def _list_library_folders() -> list[str]:
-    """Return the folders of libraries in `/proc/self/maps`, e.g. from an environment module."""
+    """Return the folders of libraries in `/proc/self/maps`, e.g. from an environment module; a library in a
+    shared folder stands for itself."""
     try:
         lines = Path("/proc/self/maps").read_text().split("\n")
     except OSError:
         return []
     mappings = [line.split(None, 5) for line in lines]  # address, rights, offset, device, inode, file
     files = {fields[5] for fields in mappings if len(fields) == 6}
-    return sorted({os.path.dirname(file) for file in files if file.startswith("/") and ".so" in file})
+    libraries = [file for file in files if file.startswith("/") and ".so" in file and os.path.exists(file)]
+    folders = {library: os.path.dirname(library) for library in libraries}
+    return sorted({library if is_shared_folder(folder) else folder for library, folder in folders.items()})
 
 
 # Landlock.

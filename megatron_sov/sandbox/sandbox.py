@@ -22,6 +22,7 @@ from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.sandbox.enclosures import EnclosureUnavailable, build_id_maps
 from megatron_sov.sandbox.folders import remove_folder
 from megatron_sov.sandbox.program import FILE_NAME, Limits, Outcome, Program
+from megatron_sov.sandbox.restrictions import is_shared_folder
 from megatron_sov.sandbox.supervision import (
     MAX_STARVED_S, START_LIMIT_S, ProgramPipes, SupervisedProgram, supervise_program)
 from megatron_sov.work.processes.channel import receive_message, send_message
@@ -95,6 +96,7 @@ class Sandbox:
             workers = [Worker(name, sorted(readable), packages) for _ in range(count)]
             try:
                 workers[0].start()
+                _check_environment(workers[0], packages)
             except EnclosureUnavailable as e:
                 reasons.append(f"{name}: {e}")
                 continue
@@ -141,6 +143,21 @@ class Sandbox:
             self._idle_workers.put(worker)
 
 
+def _check_environment(worker: Worker, packages: Mapping[str, str]) -> None:
+    """Run a program that reads the standard library and `packages`, without which correct programs fail.
+
+    Raises:
+        EnclosureUnavailable: the program cannot read a file.
+    """
+    files = [os.__file__, *[f"{folder}/__init__.py" for folder in packages.values()]]
+    outcome = worker.run(Program(f"for file in {files!r}:\n    open(file).close()"), DEFAULT_LIMITS)
+    if outcome.status != "ok":
+        worker.stop()
+        raise EnclosureUnavailable(
+            f"programs cannot read the Python environment ({outcome.reason}); let all users read its folders "
+            "(chmod -R a+rX), or install it in another folder")
+
+
 def _find_problems(enclosure: str, workers: int, command: Sequence[str]) -> list[str]:
     problems = []
     if enclosure not in ("auto", "command", *ENCLOSURES):
@@ -149,6 +166,9 @@ def _find_problems(enclosure: str, workers: int, command: Sequence[str]) -> list
         problems.append(f"workers = {workers} must be at least 1")
     if command and enclosure not in ("auto", "command"):
         problems.append(f"enclosure = {enclosure!r} with a command of your own: set one of them")
+    if not command and is_shared_folder(sys.base_prefix):
+        problems.append(f"{sys.base_prefix}: the Python installation lies in a folder of all users, and "
+                        "programs would read their files; install it in a subfolder")
     if enclosure == "command" and not command:
         problems.append("enclosure = 'command' needs `command`")
     if command and shutil.which(command[0], path=os.environ.get("PATH", os.defpath)) is None:

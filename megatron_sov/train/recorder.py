@@ -24,6 +24,7 @@ from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import compute_train_flops_per_token, count_params
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
+from megatron_sov.runs.launch_environment import read_processor_name
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.history import NO_GRADIENT, SKIPPED_BY_SETTING
 from megatron_sov.runs.obs.meters import LOSS, Meter, build_headline_fields, format_step
@@ -37,7 +38,6 @@ from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.progress.progress_bar import ProgressBar
 
-CPU_INFO = Path("/proc/cpuinfo")
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 """Bytes per unit in `ru_maxrss`, a process's peak memory."""
 CARD_TFLOPS = {"NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.5, "NVIDIA H200 NVL": 835.5}
@@ -314,6 +314,4 @@ def read_device_name() -> str:
     """Return this machine's GPU name, or its processor name without a GPU."""
     if on_gpu():
         return str(torch.cuda.get_device_name())
-    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()
+    return read_processor_name()

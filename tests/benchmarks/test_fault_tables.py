@@ -2,12 +2,19 @@
 
 import ast
 import importlib.util
+import os
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from megatron_sov.work.processes.children import remove_unsafe_variables
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import planted_faults
 
 ROOT = Path(__file__).parents[2]
 LAYOUT_FAULTS = yaml.safe_load((ROOT / "benchmarks/data/layout_faults.yaml").read_text(encoding="utf-8"))
@@ -46,3 +53,13 @@ def test_no_place_is_left_of_a_fault_that_is_gone() -> None:
 @pytest.mark.each("folders", [area[key] for area in AREAS.values() for key in ("source", "tests")])
 def test_each_area_of_planted_faults_has_its_folders(folders: str) -> None:
     assert all((ROOT / folder).is_dir() for folder in folders.split())
+
+
+def test_planted_faults_act_in_workers_of_rewards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    variables = {"PYTHON_PLANTED_FAULT": "3", "PYTHON_PLANTED_REACHED": str(tmp_path / "reached")}
+    monkeypatch.setattr(os, "environ", {**os.environ, **variables})
+    remove_unsafe_variables()
+    exec(planted_faults.SWITCH, switch := {})
+    assert [switch["planted"](number) for number in (3, 4)] == [True, False]
+    assert (tmp_path / "reached").read_text() == "3\n4\n"
+    assert all((ROOT / "megatron_sov/judge/rewards" / name).is_file() for name in planted_faults.SANDBOXED)

@@ -34,20 +34,22 @@ def build_model_and_optimizer(layout: dict[str, Any], precision: str = "fp32",
     return model, optimizer
 
 
-def fill(model: Any, optimizer: Any) -> None:
+def fill_with_known_values(model: Any, optimizer: Any) -> None:
     """Fill weights and optimizer state with values that depend on key and global index only."""
-    for block in [*list_local_shards(model), *optimizer.state_shards()]:
-        whole = generate_normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
-        sizes = (1,) * (len(block.offset) - block.data.dim()) + tuple(block.data.shape)  # one expert, say
-        own = tuple(slice(a, a + n) for a, n in zip(block.offset, sizes, strict=True))
+    for shard in [*list_local_shards(model), *optimizer.state_shards()]:
+        values = generate_normals(9, shard.key, 0, math.prod(shard.global_shape)).reshape(shard.global_shape)
+        # A shard may lack leading axes of its tensor, such as the expert axis: it holds one index of each.
+        sizes = (1,) * (len(shard.offset) - shard.data.dim()) + tuple(shard.data.shape)
+        index = tuple(slice(start, start + size)
+                      for start, size in zip(shard.offset, sizes, strict=True))
         with torch.no_grad():
-            block.data.copy_(torch.from_numpy(whole[own]).reshape(block.data.shape))
+            shard.data.copy_(torch.from_numpy(values[index]).reshape(shard.data.shape))
 
 
 def write_checkpoint(layout: dict[str, Any], path: str) -> None:
     """Write a checkpoint with known values."""
     model, optimizer = build_model_and_optimizer(layout)
-    fill(model, optimizer)
+    fill_with_known_values(model, optimizer)
     save_checkpoint(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
 
 
@@ -61,20 +63,31 @@ def copy_checkpoint(layout: dict[str, Any], source: str, target: str) -> dict[st
     return {"updates": optimizer.num_updates, "state": load.read_state(Path(target))}
 
 
+def update(model: Any, optimizer: Any, seed: int) -> None:
+    """Update the weights with random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+    optimizer.step(1e-3)
+
+
+def copy_state(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Copy weights and optimizer state, by key and offset."""
+    return {f"{shard.key}@{shard.offset}": shard.data.clone()
+            for shard in [*list_local_shards(model), *optimizer.state_shards()]}
+
+
 def continue_training(path: str) -> dict[str, Any]:
-    """Update, save and update in bf16; then load into a new model and repeat the second update."""
+    """Update, save and update in bf16; then load into a new model and repeat the second update.
 
-    def update(model: Any, optimizer: Any, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        optimizer.zero_grad()
-        for parameter in model.parameters():
-            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
-        optimizer.step(1e-3)
-
-    def copy_state(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-        return {f"{b.key}@{b.offset}": b.data.clone()
-                for b in [*list_local_shards(model), *optimizer.state_shards()]}
-
+    Returns:
+        "differing": keys of state that the repeated update left different;
+        "bias", "dtype": first value of an expert bias, and its dtype, after loading;
+        "counts": dtype of the router's token counts;
+        "finer": keys of master weights that bf16 cannot hold;
+        "weights": dtypes of the model's parameters.
+    """
     model, optimizer = build_model_and_optimizer({}, "bf16")
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
@@ -89,38 +102,40 @@ def continue_training(path: str) -> dict[str, Any]:
     load.load_optimizer(Path(path), optimizer, 1)
     loaded = copy_state(model, optimizer)
     update(model, optimizer, 2)
-    result = copy_state(model, optimizer)
-    bias = next(t for k, t in loaded.items() if "expert_bias" in k)
-    counts = next(b for n, b in model.named_buffers() if n.endswith("local_tokens_per_expert"))
-    masters = {k: t for k, t in loaded.items() if k.startswith("master/")}
-    return {"differing": [k for k, t in expected.items() if not t.equal(result[k])], "bias": float(bias[0]),
-            "dtype": str(bias.dtype), "counts": str(counts.dtype),
-            "finer": [k for k, t in masters.items() if not t.bfloat16().float().equal(t)],
+    repeated = copy_state(model, optimizer)
+    bias = next(values for key, values in loaded.items() if "expert_bias" in key)
+    counts = next(buffer for name, buffer in model.named_buffers()
+                  if name.endswith("local_tokens_per_expert"))
+    masters = {key: values for key, values in loaded.items() if key.startswith("master/")}
+    return {"differing": [key for key, values in expected.items() if not values.equal(repeated[key])],
+            "bias": float(bias[0]), "dtype": str(bias.dtype), "counts": str(counts.dtype),
+            "finer": [key for key, values in masters.items() if not values.bfloat16().float().equal(values)],
             "weights": sorted({str(p.dtype) for p in model.parameters()})}
 
 
 @pytest.mark.distributed
 @pytest.mark.essential
 def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("two processes", "four processes", "one process")]
-    copies = [job(__file__, "copy_checkpoint", num_ranks,
-                  {"layout": layout, "source": str(source), "target": str(target)})
-              for num_ranks, layout, source, target in ((4, ALL, *folders[:2]), (1, {}, *folders[1:]))]
-    (resumed,), _, *results = ranks(
+    original, *copies = [tmp_path / name for name in ("two processes", "four processes", "one process")]
+    copy_jobs = [job(__file__, "copy_checkpoint", num_ranks,
+                     {"layout": layout, "source": str(source), "target": str(target)})
+                 for num_ranks, layout, source, target in ((4, ALL, original, copies[0]), (1, {}, *copies))]
+    (resumed,), _, *copy_results = ranks(
         job(__file__, "continue_training", 1, {"path": str(tmp_path / "step-1")}),
-        job(__file__, "write_checkpoint", 2, {"layout": {"ep": 2}, "path": str(folders[0])}), *copies)
-    assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
-    assert read_manifest(folders[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
-    for part, count in (("model", 40), ("optimizer", 80)):
-        first = TensorReader(folders[0], part)
-        assert len(first.keys()) > count
-        for folder in folders[1:]:
+        job(__file__, "write_checkpoint", 2, {"layout": {"ep": 2}, "path": str(original)}), *copy_jobs)
+    for results_by_rank in copy_results:
+        assert all(result == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results_by_rank)
+    assert read_manifest(original).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
+    for part, min_keys in (("model", 40), ("optimizer", 80)):
+        reader = TensorReader(original, part)
+        assert len(reader.keys()) > min_keys
+        for folder in copies:
             assert find_damaged_files(folder) == []
-            other = TensorReader(folder, part)
-            assert sorted(other.keys()) == sorted(first.keys())
-            for key in first.keys():  # noqa: SIM118  (a reader is no dict)
-                assert other.read(key).equal(first.read(key)), key
-                assert first.read(key).std() > 0.5, key  # the written values, not initial weights
+            copy_reader = TensorReader(folder, part)
+            assert sorted(copy_reader.keys()) == sorted(reader.keys())
+            for key in reader.keys():  # noqa: SIM118  (a reader is no dict)
+                assert copy_reader.read(key).equal(reader.read(key)), key
+                assert reader.read(key).std() > 0.5, key  # the written values, not initial weights
 
     assert resumed["differing"] == []
     assert (resumed["dtype"], resumed["counts"], resumed["weights"]) == (
@@ -174,7 +189,7 @@ def load_larger_vocabulary(path: str) -> str:
 def test_error_of_one_process_is_raised_on_all(ranks, job, tmp_path: Path) -> None:
     for name in ("failures", "sound"):
         (tmp_path / name).mkdir()
-    errors_by_rank, _, other = ranks(
+    errors_by_rank, _, vocabulary_errors = ranks(
         job(__file__, "collect_errors", 2, {"folder": str(tmp_path / "failures")}),
         job(__file__, "write_checkpoint", 2, {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
         job(__file__, "load_larger_vocabulary", 2, {"path": str(tmp_path / "sound/step-1")}))
@@ -183,4 +198,4 @@ def test_error_of_one_process_is_raised_on_all(ranks, job, tmp_path: Path) -> No
         assert ("rank-00001-00000.safetensors: its content differs from the hash in the manifest; there is no"
                 in errors["damaged"])
         assert "rank-00001-00000.safetensors: cannot be read" in errors["missing"]
-    assert all("has shape (96, 32), the model needs (64, 32)" in message for message in other)
+    assert all("has shape (96, 32), the model needs (64, 32)" in error for error in vocabulary_errors)

@@ -18,15 +18,15 @@ from megatron_sov.checkpoint import sharded_tensors
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.checkpoint.stored_tensors import count_owners
 
-LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
+Block = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and shape."""
 
 
 @st.composite
-def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[LocalShard]]:
+def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Block]]:
     """Draw a tensor shape and irregular blocks that cover it."""
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
-    blocks: list[LocalShard] = [((0,) * len(shape), shape)]
+    blocks: list[Block] = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 4))):
         offset, extent = blocks.pop(draw(st.integers(0, len(blocks) - 1)))
         axis = draw(st.integers(0, len(shape) - 1))
@@ -37,52 +37,52 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[LocalShard]]:
     return shape, blocks
 
 
-def part(whole: torch.Tensor, block: LocalShard) -> torch.Tensor:
-    return whole[tuple(slice(o, o + n) for o, n in zip(*block, strict=True))]
+def slice_block(tensor: torch.Tensor, block: Block) -> torch.Tensor:
+    return tensor[tuple(slice(o, o + n) for o, n in zip(*block, strict=True))]
 
 
-def write(folder: Path, whole: torch.Tensor, blocks: list[LocalShard], num_ranks: int = 1) -> None:
+def write_tensor(folder: Path, tensor: torch.Tensor, blocks: list[Block], num_ranks: int = 1) -> None:
     indices = []
     for rank in range(num_ranks):
         writer = TensorWriter(folder, "model", rank)
         for block in blocks[rank::num_ranks]:
-            writer.add("w", part(whole, block), whole.shape, block[0])
+            writer.add("w", slice_block(tensor, block), tensor.shape, block[0])
         indices.append(writer.finish())
     write_index(folder, "model", indices)
 
 
 @given(grids(), st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), st.integers(1, 3), st.data())
 def test_reader_returns_any_block_of_any_grid(tmp_path_factory,
-                                              grid: tuple[tuple[int, ...], list[LocalShard]],
+                                              grid: tuple[tuple[int, ...], list[Block]],
                                               dtype: torch.dtype, num_ranks: int,
                                               data: st.DataObject) -> None:
     shape, blocks = grid
     folder = tmp_path_factory.mktemp("grid")
-    whole = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
-    write(folder, whole, blocks, num_ranks)
+    tensor = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
+    write_tensor(folder, tensor, blocks, num_ranks)
     reader = TensorReader(folder)
     assert (reader.keys(), reader.get_shape("w"), reader.get_dtype("w")) == (["w"], shape, dtype)
-    assert reader.read("w").equal(whole)
+    assert reader.read("w").equal(tensor)
     offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     extent = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
-    assert reader.read("w", offset, extent).equal(part(whole, (offset, extent)))
+    assert reader.read("w", offset, extent).equal(slice_block(tensor, (offset, extent)))
 
 
 @given(grids(), st.data())
 def test_write_index_rejects_gaps_and_overlaps(tmp_path_factory,
-                                               grid: tuple[tuple[int, ...], list[LocalShard]],
+                                               grid: tuple[tuple[int, ...], list[Block]],
                                                data: st.DataObject) -> None:
-    """Drop, repeat or move a block; compare with a brute-force count of blocks per element."""
+    """Drops, repeats or moves a block, and compares with a count of blocks per element."""
     shape, blocks = grid
     i = data.draw(st.integers(0, len(blocks) - 1))
     offset, extent = blocks[i]
     axis = data.draw(st.integers(0, len(shape) - 1))
-    moved = (*offset[:axis], max(0, offset[axis] - 1), *offset[axis + 1:])
+    moved_offset = (*offset[:axis], max(0, offset[axis] - 1), *offset[axis + 1:])
     changed = data.draw(st.sampled_from([blocks[:i] + blocks[i + 1:], [*blocks, blocks[i]],
-                                         [*blocks[:i], (moved, extent), *blocks[i + 1:]]]))
+                                         [*blocks[:i], (moved_offset, extent), *blocks[i + 1:]]]))
     owners = torch.zeros(shape, dtype=torch.int)
     for block in changed:
-        part(owners, block).add_(1)
+        slice_block(owners, block).add_(1)
     pieces = [{"file": "f", "name": f"{n}", "offset": list(o), "shape": list(s)}
               for n, (o, s) in enumerate(changed)]
     index = {"w": {"dtype": "float32", "shape": list(shape), "pieces": pieces}}
@@ -105,10 +105,10 @@ def test_write_index_rejects_a_gap_hidden_by_an_overlap(tmp_path: Path) -> None:
 
 def test_many_overlapping_blocks_are_rejected_early() -> None:
     """Counting all overlaps would take quadratic time: minutes here."""
-    own = [{"offset": [i], "shape": [1]} for i in range(20_000)]
-    assert (count_owners([20_000], own) == 1).all()
+    single_elements = [{"offset": [i], "shape": [1]} for i in range(20_000)]
+    assert (count_owners([20_000], single_elements) == 1).all()
     with pytest.raises(ValueError, match="40000 blocks overlap"):
-        count_owners([20_000], own + [{"offset": [0], "shape": [20_000]}] * 20_000)
+        count_owners([20_000], single_elements + [{"offset": [0], "shape": [20_000]}] * 20_000)
 
 
 def test_block_outside_its_tensor_is_rejected(tmp_path: Path) -> None:
@@ -131,14 +131,14 @@ def test_different_dtypes_of_processes_are_rejected(tmp_path: Path) -> None:
 def test_large_parts_use_several_files_and_close_them(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded_tensors, "MAX_FILE_BYTES", 100)
-    whole = torch.randn(10, 20)
-    write(tmp_path, whole, [((r, 0), (1, 20)) for r in range(10)])
+    tensor = torch.randn(10, 20)
+    write_tensor(tmp_path, tensor, [((r, 0), (1, 20)) for r in range(10)])
     assert len(list(tmp_path.glob("model/00000/rank-00000-*.safetensors"))) == 10
     reader = TensorReader(tmp_path)
-    before = len(os.listdir("/proc/self/fd"))
-    assert reader.read("w").equal(whole)
-    assert reader.read("w").equal(whole)
-    assert len(os.listdir("/proc/self/fd")) == before
+    num_open_files = len(os.listdir("/proc/self/fd"))
+    assert reader.read("w").equal(tensor)
+    assert reader.read("w").equal(tensor)
+    assert len(os.listdir("/proc/self/fd")) == num_open_files
 
 
 def damage_index(folder: Path, change: Any) -> None:
@@ -150,7 +150,7 @@ def damage_index(folder: Path, change: Any) -> None:
 def test_damaged_checkpoint_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no model\.index\.json"):
         TensorReader(tmp_path)
-    write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
+    write_tensor(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
     damage_index(tmp_path, lambda index: index["w"]["pieces"].pop())
     with pytest.raises(UserError, match="6 of the 12"):
         TensorReader(tmp_path).read("w")
@@ -158,9 +158,9 @@ def test_damaged_checkpoint_raises_user_error(tmp_path: Path) -> None:
         TensorReader(tmp_path).read("w", (0, 0), (9, 2))  # more than the tensor has
     file = next(tmp_path.glob("model/*/*"))
     file.write_bytes(file.read_bytes()[:-8])
-    cut = (r"safetensors: cannot be read .*\bw@3,0 is cut off: .* 8 bytes too early.*; "
-           r"use an earlier checkpoint")
-    with pytest.raises(UserError, match=cut):
+    pattern = (r"safetensors: cannot be read .*\bw@3,0 is cut off: .* 8 bytes too early.*; "
+               r"use an earlier checkpoint")
+    with pytest.raises(UserError, match=pattern):
         TensorReader(tmp_path).read("w", (0, 0), (1, 2))
     file.unlink()
     with pytest.raises(UserError, match="safetensors: cannot be read"):
@@ -174,7 +174,7 @@ def test_damaged_checkpoint_raises_user_error(tmp_path: Path) -> None:
                                    {}, "62", 6, None, [10**30, 2]])
 @pytest.mark.each("place", ["shape", "offset", "tensor"])
 def test_invalid_sizes_in_index_raise_user_error(place: str, value: Any, tmp_path: Path) -> None:
-    write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
+    write_tensor(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
     damage_index(tmp_path,
                  lambda index: (index["w"] if place == "tensor" else index["w"]["pieces"][0]).update(
         {"shape" if place == "tensor" else place: value}))
@@ -185,28 +185,30 @@ def test_invalid_sizes_in_index_raise_user_error(place: str, value: Any, tmp_pat
 @pytest.mark.each("value", [5, None, ["x"], {}, "\0", "x" * 5000])
 @pytest.mark.each("name", ["file", "name"])
 def test_invalid_names_in_index_raise_user_error(name: str, value: Any, tmp_path: Path) -> None:
-    write(tmp_path, torch.randn(6, 2), [((0, 0), (6, 2))])
+    write_tensor(tmp_path, torch.randn(6, 2), [((0, 0), (6, 2))])
     damage_index(tmp_path, lambda index: index["w"]["pieces"][0].update({name: value}))
     with pytest.raises(UserError, match=r"is damaged|cannot be read|the file lacks it"):
         TensorReader(tmp_path).read("w")
 
 
 def test_index_must_match_its_files(tmp_path: Path) -> None:
-    def refused(change: Any, call: Callable[[TensorReader], Any] = TensorReader.check_complete) -> str:
-        write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
+    def damage_and_call(change: Any,
+                        call: Callable[[TensorReader], Any] = TensorReader.check_complete) -> str:
+        write_tensor(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
         damage_index(tmp_path, lambda index: change(index["w"]))
         with pytest.raises(UserError) as e:
             call(TensorReader(tmp_path))
         return str(e.value)
 
-    assert "w points to ../x, which is outside" in refused(lambda w: w["pieces"][0].update(file="../x"))
-    assert "w points to /x" in refused(lambda w: w["pieces"][0].update(file="/x"))
-    assert "a part of w [6, 2] is missing (the pieces begin at (0, 0))" in refused(
+    assert "w points to ../x, which is outside" in damage_and_call(
+        lambda w: w["pieces"][0].update(file="../x"))
+    assert "w points to /x" in damage_and_call(lambda w: w["pieces"][0].update(file="/x"))
+    assert "a part of w [6, 2] is missing (the pieces begin at (0, 0))" in damage_and_call(
         lambda w: w["pieces"].pop())
-    assert "a part of w [6, 2] is stored in several pieces" in refused(
+    assert "a part of w [6, 2] is stored in several pieces" in damage_and_call(
         lambda w: w["pieces"].append(w["pieces"][0]))
-    assert "w: a block reaches beyond" in refused(lambda w: w["pieces"][0].update(shape=[9, 2]))
+    assert "w: a block reaches beyond" in damage_and_call(lambda w: w["pieces"][0].update(shape=[9, 2]))
     read = partial(TensorReader.read, key="w")
-    assert "w at (0, 0) is torch.float16 [3, 2] in the index, but the file stores F32" in refused(
+    assert "w at (0, 0) is torch.float16 [3, 2] in the index, but the file stores F32" in damage_and_call(
         lambda w: w.update(dtype="float16"), read)
-    assert "but the file lacks it" in refused(lambda w: w["pieces"][0].update(name="v@0,0"), read)
+    assert "but the file lacks it" in damage_and_call(lambda w: w["pieces"][0].update(name="v@0,0"), read)

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,18 @@ def tensors() -> dict[str, torch.Tensor]:
             for link in models.get_family("llama").links(MODEL)}
 
 
-def checkpoint(folder: Path) -> Metadata:
-    """Write a valid checkpoint in which each tensor is one piece; return its index."""
+def checkpoint(folder: Path, training: Mapping[str, Any] | None = None) -> Metadata:
+    """Write a valid checkpoint in which each tensor is one piece; return its index.
+
+    Args:
+        training: further entries of common.pt, for a checkpoint with AdamW's state.
+    """
     folder.mkdir(parents=True)
     state, stored, raw = {}, {}, io.BytesIO()
-    for key, tensor in tensors().items():
+    moments = {} if training is None else {
+        f"optimizer.state.{name}.{key}": tensor for key, tensor in tensors().items()
+        for name in ("exp_avg", "exp_avg_sq", "fp32_param")}
+    for key, tensor in {**tensors(), **moments}.items():
         start, origin = raw.tell(), torch.Size([0] * tensor.dim())
         torch.save(tensor, part := io.BytesIO())
         raw.write(part.getvalue())
@@ -48,7 +56,7 @@ def checkpoint(folder: Path) -> Metadata:
     (folder / FILE).write_bytes(raw.getvalue())
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist",
                                                       "sharded_backend_version": 1}))
-    torch.save({"args": argparse.Namespace(**ARGS), "iteration": 3}, folder / "common.pt")
+    torch.save({"args": argparse.Namespace(**ARGS), "iteration": 3, **(training or {})}, folder / "common.pt")
     index = Metadata(state, storage_data=stored)
     write_index(folder, index)
     return index

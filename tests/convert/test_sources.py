@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, create_artifact, find_file_damage, read_manifest
 from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import hf_import
 from megatron_sov.convert.hf_import import verify_source
 from megatron_sov.convert.sources import CheckpointWeights
@@ -339,6 +340,26 @@ def test_damage_replaces_other_errors(folder: Folder) -> None:
     (folder.path / "a").unlink()
     with pytest.raises(UserError, match="a: is missing"), verify_source(folder, workers=2):
         raise ZeroDivisionError
+
+
+class ExpertFiles(StoredTensors):
+    """A stacked weight of 100 experts, with two experts in each file."""
+
+    def __init__(self) -> None:
+        pieces = [StoredBlock(str(first), "w", (first, 0), (2, 8)) for first in range(0, 100, 2)]
+        super().__init__("folder", {"w": (100, 8)}, {"w": torch.float32}, {"w": pieces}, "")
+
+    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+        raise AssertionError
+
+
+def test_an_expert_waits_only_for_its_own_file() -> None:
+    experts = ExpertFiles()
+    assert experts.list_files("w") == {str(first) for first in range(0, 100, 2)}
+    assert experts.list_files("w", (6, 0), (1, 8)) == {"6"}
+    assert experts.list_files("w", (3, 0), (2, 8)) == {"2", "4"}
+    listed = [experts.list_files("w", (expert, 0), (1, 8)) for expert in range(100)]
+    assert sum(map(len, listed)) == 100, "the work for all experts grows with their number, not its square"
 
 
 def test_other_parts_and_unhashed_folders_are_not_verified(folder: Folder) -> None:

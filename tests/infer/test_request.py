@@ -12,7 +12,7 @@ from megatron_sov.infer import request
 from megatron_sov.infer.request import Batching, GenerationResult, Sampling, StopRule
 
 
-class OddAlone:
+class OddTokensOnly:
     """Rules that allow only odd tokens."""
 
     def allowed(self, written: Sequence[int]) -> np.ndarray:
@@ -27,9 +27,10 @@ def test_stop_strings_match_across_token_boundaries() -> None:
     text = "그래요. END of it"
     tokens = list(text.encode())
     stop = StopRule(texts=("END", "요?"), decode=decode)
-    cut = stop.cut(tokens)
-    assert decode(cut) == "그래요. END"
-    assert [stop.is_met(tokens[:n]) for n in range(1, len(cut) + 1)] == [False] * (len(cut) - 1) + [True]
+    stopped = stop.cut(tokens)
+    assert decode(stopped) == "그래요. END"
+    assert [stop.is_met(tokens[:n])
+            for n in range(1, len(stopped) + 1)] == [False] * (len(stopped) - 1) + [True]
     assert stop.truncate_text(text) == "그래요. " and stop.truncate_text("nothing") == "nothing"
     assert stop.cut(tokens[:5]) == tokens[:5]
 
@@ -51,30 +52,30 @@ def test_cache_limit_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batching.slots(20, 10, state_tokens=15) == 4
 
 
-@pytest.mark.each(("wrong", "key"), [({"seed": -1}, "seed"),
-                                     ({"for_training": True, "rules": OddAlone()}, "rules")])
-def test_invalid_sampling_settings_are_rejected(wrong: dict[str, Any], key: str) -> None:
+@pytest.mark.each(("invalid_settings", "key"), [({"seed": -1}, "seed"),
+                                     ({"for_training": True, "rules": OddTokensOnly()}, "rules")])
+def test_invalid_sampling_settings_are_rejected(invalid_settings: dict[str, Any], key: str) -> None:
     with pytest.raises(SettingsError) as e:
-        Sampling(**wrong).check()
+        Sampling(**invalid_settings).check()
     assert [found for _, found in e.value.codes] == [key]
-    Sampling(rules=OddAlone()).check()
+    Sampling(rules=OddTokensOnly()).check()
 
 
 def test_result_has_finish_reasons_and_version() -> None:
     stop = StopRule((9,))
-    written = [([1, 9], [-0.5, -0.25]), ([2, 3], [-1.0, -2.0]), ([], [])]
-    result = GenerationResult.of(written, Sampling(2, 0.7), stop, 4)
+    continuations = [([1, 9], [-0.5, -0.25]), ([2, 3], [-1.0, -2.0]), ([], [])]
+    result = GenerationResult.of(continuations, Sampling(2, 0.7), stop, 4)
     assert result.finish_reasons == ["stop", "length", "length"]
     assert (result.temperature, result.version) == (0.7, 4)
     with pytest.raises(ValueError, match="engine returned 2 tokens"):
         GenerationResult.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
 
 
-@pytest.mark.parametrize("part", [{"top_k": 5}, {"top_p": 0.9}])
-def test_training_samples_reject_truncation(part: dict[str, float]) -> None:
-    cut = Sampling(4, 0.7, for_training=True, **part)
+@pytest.mark.parametrize("truncation", [{"top_k": 5}, {"top_p": 0.9}])
+def test_training_samples_reject_truncation(truncation: dict[str, float]) -> None:
+    sampling = Sampling(4, 0.7, for_training=True, **truncation)
     with pytest.raises(UserError, match="samples for training"):
-        cut.check()
-    Sampling(4, 0.7, **part).check()
+        sampling.check()
+    Sampling(4, 0.7, **truncation).check()
     Sampling(4, 0.7, for_training=True).check()
-    Sampling(4, 0.7, for_training=True, allow_truncation=True, **part).check()
+    Sampling(4, 0.7, for_training=True, allow_truncation=True, **truncation).check()

@@ -16,15 +16,6 @@ def vqmodel(num_codes: int = 16) -> Any:
                    latent_channels=4, sample_size=16)
 
 
-def janus() -> Any:
-    """The same by another network."""
-    from transformers import JanusVQVAE, JanusVQVAEConfig
-
-    return JanusVQVAE(JanusVQVAEConfig(
-        embed_dim=4, num_embeddings=16, latent_channels=8, base_channels=32, channel_multiplier=[1, 1, 1],
-        num_res_blocks=1, num_patches=4, projection_dim=8, image_token_embed_dim=8))
-
-
 def dac() -> Any:
     """Sounds of 16 kHz in frames of 640 samples, three codes of 512 in each."""
     from transformers import DacConfig, DacModel
@@ -43,7 +34,7 @@ def mimi() -> Any:
         num_hidden_layers=1, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2))
 
 
-MADE: dict[str, Callable[[], Any]] = {"vqmodel": vqmodel, "janus-vq": janus, "dac": dac, "mimi": mimi}
+MADE: dict[str, Callable[[], Any]] = {"vqmodel": vqmodel, "dac": dac, "mimi": mimi}
 
 
 def save(kind: str, folder: Path, made: Callable[[], Any] | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""The terms of supervised fine-tuning and their denominators."""
+"""Loss terms of supervised fine-tuning: response, text and MTP, each a mean over its own tokens or units."""
 
 import dataclasses
 from itertools import pairwise
@@ -29,7 +29,7 @@ CHATS = ("PPRRRPPRRRRRRPR", "PRPRR", "PPP", "RRR", "PPPRRRRRRRRRRRR", "PRRPPRPRR
 ROWS = ((0, 1), (2, 3), (4,), (5, 1))
 
 
-def a_row(kind: int, seed: int) -> PackedRow:
+def build_row(kind: int, seed: int) -> PackedRow:
     """Return a document of 10 tokens and 2 of padding: text, or a prompt of 4 labels and a response of 5."""
     labels = np.random.default_rng(seed).integers(1, 32, LENGTH)
     types = np.full(LENGTH, kind, np.uint8)
@@ -47,52 +47,58 @@ def build_config(*settings: str) -> RunConfig:
                           ["objective.name=sft", "objective.text_coeff=0.3", *settings])
 
 
-def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
-    """Runs inside a rank: losses and gradient for one response and some copies of a text,
-    through a head of 32 tokens."""
+def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
+    """Inside a rank: compute the loss terms of one response and some copies of a text, and their expected
+    means.
+
+    The head has a vocabulary of 32 tokens.
+    """
     config = build_config()
     world.join_world(config.parallel)
-    row = join_rows([a_row(RESPONSE, 1)] + [a_row(TEXT, 3 if swap_texts else 2)] * num_texts)
+    row = join_rows([build_row(RESPONSE, 1)] + [build_row(TEXT, 3 if swap_texts else 2)] * num_texts)
     context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=2))
     objective = SupervisedFineTuning(context)
     batch = objective.prepare(GlobalBatch((build_micro_batch(row),), LENGTH, 1 + num_texts, "main"))
     generator = torch.Generator().manual_seed(0)
-    one, text = (torch.randn(2, LENGTH, 1, 8, generator=generator),
-                 torch.randn(2, LENGTH, 1, 8, generator=generator))
-    hidden = torch.cat([one] + [text] * num_texts, dim=1)
+    response, text = (torch.randn(2, LENGTH, 1, 8, generator=generator),
+                      torch.randn(2, LENGTH, 1, 8, generator=generator))
+    hidden = torch.cat([response] + [text] * num_texts, dim=1)
     weight = torch.randn(32, 8, generator=generator).requires_grad_()
     head = Head(weight, head_config(), 7, len(weight))
     sums = objective.loss([hidden[0], hidden[1]], head, batch.micro_batches[0])
     loss = compute_total_loss(sums, objective.coefficients, batch.targets)
     loss.backward()
     logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
-    picked = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
+    losses = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
               for depth in (0, 1)]
     world.leave_world()
     return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
             "tokens": batch.num_tokens,
-            "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
-            "expected": {"response": picked[0][4:9].mean().item(),
-                         "text": picked[0][LENGTH:LENGTH + 9].mean().item(),
-                         "mtp": picked[1][3:8].mean().item()}}
+            "compute_terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
+            "expected": {"response": losses[0][4:9].mean().item(),
+                         "text": losses[0][LENGTH:LENGTH + 9].mean().item(),
+                         "mtp": losses[1][3:8].mean().item()}}
 
 
 def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
-    (once,), (twice,), (other,) = ranks(*(job(__file__, "terms", 1, {"num_texts": n, "swap_texts": s})
-                                          for n, s in ((1, False), (2, False), (1, True))))
-    assert (once["targets"] == {"response": 5, "text": 9, "mtp": 5}
-            and twice["targets"] == {"response": 5, "text": 18, "mtp": 5})
-    assert (once["tokens"], twice["tokens"]) == (20, 30)
-    for found in (once, twice):
-        assert found["terms"] == pytest.approx(found["expected"], rel=1e-5)
-        assert found["loss"] == pytest.approx(
-            found["terms"]["response"] + 0.3 * found["terms"]["text"] + 0.05 * found["terms"]["mtp"],
+    (one_text,), (two_texts,), (other_text,) = ranks(*(job(__file__, "compute_terms", 1,
+                                                           {"num_texts": n, "swap_texts": s})
+                                                       for n, s in ((1, False), (2, False), (1, True))))
+    assert (one_text["targets"] == {"response": 5, "text": 9, "mtp": 5}
+            and two_texts["targets"] == {"response": 5, "text": 18, "mtp": 5})
+    assert (one_text["tokens"], two_texts["tokens"]) == (20, 30)
+    for result in (one_text, two_texts):
+        assert result["compute_terms"] == pytest.approx(result["expected"], rel=1e-5)
+        assert result["loss"] == pytest.approx(
+            result["compute_terms"]["response"] + 0.3 * result["compute_terms"]["text"]
+            + 0.05 * result["compute_terms"]["mtp"],
             rel=1e-6)
-    # twice the text: the text term is estimated from more tokens, and weighs the same
-    assert twice["loss"] == pytest.approx(once["loss"], rel=1e-6)
-    np.testing.assert_allclose(twice["gradient"], once["gradient"], rtol=1e-5, atol=1e-7)
-    # other text changes the text term only: neither prompts nor text are learned by the other terms
-    assert {n for n in once["terms"] if other["terms"][n] != once["terms"][n]} == {"text"}
+    # With twice the text, the text term is a mean over more tokens, and has the same weight.
+    assert two_texts["loss"] == pytest.approx(one_text["loss"], rel=1e-6)
+    np.testing.assert_allclose(two_texts["gradient"], one_text["gradient"], rtol=1e-5, atol=1e-7)
+    # Other text changes only the text term: the other terms have no loss on prompts and text.
+    assert {n for n in one_text["compute_terms"]
+            if other_text["compute_terms"][n] != one_text["compute_terms"][n]} == {"text"}
 
 
 def test_without_text_data_there_is_no_text_term() -> None:
@@ -124,7 +130,7 @@ def test_data_without_chats_proposes_the_chats_in_the_folder(tmp_path: Path,
     assert raised.value.fix == Fix(options=("--data", "chats.jsonl"))
 
 
-def a_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> PackedRow:
+def build_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> PackedRow:
     """Return conversations and padding; the last token of each has no label."""
     kinds = "".join(CHATS[i] + "." for i in chats)
     types = np.array([{"P": 1, "R": 2, ".": 0}[k] for k in kinds.ljust(ROW, ".")], np.uint8)
@@ -138,7 +144,7 @@ def a_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> PackedRow
                      bounds=np.array([0, *ends, *([ROW] if filled < ROW else [])], np.int32))
 
 
-def config_per(loss_per: str) -> RunConfig:
+def build_unit_config(loss_per: str) -> RunConfig:
     return apply_settings(recipes.get("tiny-solar-open"), [
         "objective.name=sft", f"objective.loss_per={loss_per}", "train.precision=fp64"])
 
@@ -167,33 +173,34 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
         loss_per: str, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "all_reduce_dp", lambda values: values)
     random = np.random.default_rng(0)
-    rows = [a_chat_row(chats, random) for chats in ROWS]
+    rows = [build_chat_row(chats, random) for chats in ROWS]
     logits = [torch.randn(ROW, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(i),
                           requires_grad=True) for i in range(len(rows))]
     expected = compute_mean_loss(rows, logits, loss_per)
     gradients = torch.autograd.grad(expected, logits)
-    context: Any = SimpleNamespace(config=config_per(loss_per), batches=SimpleNamespace(num_sources=1))
+    context: Any = SimpleNamespace(config=build_unit_config(loss_per), batches=SimpleNamespace(num_sources=1))
     objective = SupervisedFineTuning(context)
     for size in (1, 2, 4):
         split = [range(i, i + size) for i in range(0, len(rows), size)]
         batch = objective.prepare(GlobalBatch(
-            tuple(build_micro_batch(join_rows([rows[i] for i in part])) for part in split), ROW, len(rows),
+            tuple(build_micro_batch(join_rows([rows[i] for i in indices])) for indices in split), ROW,
+            len(rows),
             "main"))
         assert batch.targets["response"] == pytest.approx(units, rel=1e-12)
         head: Any = Logits()
-        loss = sum(compute_total_loss(objective.loss([torch.cat([logits[i] for i in part])], head, m),
-                              objective.coefficients, batch.targets)
-                   for part, m in zip(split, batch.micro_batches, strict=True))
+        loss = sum(compute_total_loss(objective.loss([torch.cat([logits[i] for i in indices])], head, m),
+                                      objective.coefficients, batch.targets)
+                   for indices, m in zip(split, batch.micro_batches, strict=True))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)  # type: ignore[union-attr]
-        for ours, theirs in zip(torch.autograd.grad(loss, logits), gradients,
+        for gradient, expected_gradient in zip(torch.autograd.grad(loss, logits), gradients,
                                 strict=True):  # type: ignore[arg-type]
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
 
 
 def test_device_weights_equal_the_counted_weights() -> None:
-    """As `tests/train/objectives/test_data_batches.py` does it: who sent a row keeps it on the host."""
-    context: Any = SimpleNamespace(config=config_per("turn"), batches=SimpleNamespace(num_sources=1))
-    host = build_micro_batch(a_chat_row((0, 1), np.random.default_rng(1)))
+    """A batch on a GPU has its rows on the host, too, from which targets are counted."""
+    context: Any = SimpleNamespace(config=build_unit_config("turn"), batches=SimpleNamespace(num_sources=1))
+    host = build_micro_batch(build_chat_row((0, 1), np.random.default_rng(1)))
     sent = SupervisedFineTuning(context)._weigh_responses(dataclasses.replace(host, on_host=host))
     assert sent.on_host is not None and torch.equal(sent.weights, sent.on_host.weights)
     assert float(sent.host.weights.sum()) == pytest.approx(5)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.sandbox import restrictions
 from megatron_sov.sandbox.enclosures import EnclosureUnavailable
 from megatron_sov.sandbox.folders import MAX_ENTRIES, measure_folder, remove_folder
 from megatron_sov.sandbox.program import Limits, Outcome, Program
@@ -87,8 +88,8 @@ def test_outcomes_come_in_order_from_several_workers(monkeypatch: pytest.MonkeyP
         outcome: Outcome = now(self, *given)
         return outcome
 
-    monkeypatch.setattr(Worker, "run", run)
     with Sandbox(workers=2) as sandbox, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(Worker, "run", run)
         outcomes = list(pool.map(sandbox.run, [Program(f"print({i})") for i in range(4)]))
     assert [outcome.stdout for outcome in outcomes] == ["0\n", "1\n", "2\n", "3\n"]
 
@@ -310,6 +311,54 @@ import {package}
     outcome = sandbox.run(Program(source))
     assert (outcome.status, outcome.stdout.strip()) == ("error", ""), outcome
     assert f"No module named '{package}'" in outcome.stderr
+
+
+def test_an_environment_below_tmp_is_readable_without_its_neighbors(
+        sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    folder = tempfile.mkdtemp(dir="/tmp")  # pytest's folder may lie elsewhere
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    package = Path(folder, "venv/site-packages/numpy")
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("VALUE = 7")
+    Path(folder, "secret").write_text("secret")
+    (package.parent / "torch").mkdir()
+    monkeypatch.setattr("megatron_sov.sandbox.sandbox.find_packages", lambda: {"numpy": str(package)})
+    with Sandbox(enclosure=sandbox.enclosure) as own:
+        outcome = own.run(Program(f"""
+import os, numpy
+print(numpy.VALUE, os.listdir("."))
+for attempt in (lambda: open("{folder}/secret").read(), lambda: os.listdir("{package.parent}/torch"),
+                lambda: open(numpy.__file__, "w"), lambda: os.rename("{package}", "{package}-mine"),
+                lambda: open("{package}/new", "w")):
+    try:
+        print(attempt())
+    except OSError:
+        pass
+"""))
+    assert (outcome.status, outcome.stdout) == ("ok", "7 ['program.py']\n"), outcome
+    assert sorted(os.listdir(package)) == ["__init__.py"]
+
+
+def test_a_package_that_programs_cannot_read_is_refused(sandbox: Sandbox, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.sandbox.sandbox.find_packages", lambda: {"numpy": str(tmp_path)})
+    with pytest.raises(UserError, match=f"cannot read the Python environment .*{tmp_path}/__init__.py"):
+        Sandbox(enclosure=sandbox.enclosure)
+
+
+def test_a_folder_of_all_users_never_becomes_readable(tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (library := shared / "libpreloaded.so").touch()
+    (maps := tmp_path / "maps").write_text(f"7f00-7f01 r--p 00000000 fd:00 12  {library}\n")
+    monkeypatch.setattr(restrictions, "Path", lambda _: maps)
+    assert str(shared) in restrictions.list_readable_paths()
+    shared.chmod(0o1777)
+    assert str(library) in restrictions.list_readable_paths()
+    monkeypatch.setattr(sys, "base_prefix", str(shared))
+    with pytest.raises(UserError, match=f"{shared}: the Python installation lies in a folder of all users"):
+        Sandbox()
 
 
 LIMITS = Limits(wall_s=1, cpu_s=20, memory_bytes=256 << 20)

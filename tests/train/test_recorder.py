@@ -14,6 +14,7 @@ from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import compute_train_flops_per_token
+from megatron_sov.runs import launch_environment
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.history import NO_GRADIENT, is_incident
 from megatron_sov.runs.obs.meters import Meter, format_recent_means
@@ -47,9 +48,9 @@ def test_peak_flops_of_known_chips(name: str, bf16: float | None) -> None:
 
 def test_a_processor_is_named_by_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "on_gpu", lambda: False)
-    monkeypatch.setattr(recorder, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(launch_environment, "CPU_INFO", tmp_path / "cpuinfo")
     assert read_device_name() in (platform.processor(), platform.machine())
-    recorder.CPU_INFO.write_text("processor\t: 0\nmodel name\t: AMD EPYC 9334\n")
+    launch_environment.CPU_INFO.write_text("processor\t: 0\nmodel name\t: AMD EPYC 9334\n")
     assert read_device_name() == "AMD EPYC 9334"
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,7 @@ from data_prep.damaged_files import explain_deletion
 from data_prep.synth.checks.settings import (
     INPUT, SOURCES, NoSample, choose_steps_file, extract_question, extract_texts, read_steps)
 from data_prep.synth.run_records import SynthRunRecord, read_finished_items
-from data_prep.synth.samples import GeneratedSample, Kind, SampleVerdict
+from data_prep.synth.samples import Kind, SampleVerdict
 from data_prep.synth.synth import SynthOptions
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
@@ -34,35 +34,18 @@ from megatron_sov.work.progress.journal import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
 """Folder in the work folder, and in it the folder for the documents."""
-FORM = "form"
-"""Name of the check that later commands can read a sample's record."""
+FORM, CHANGED = "form", "changed by a step"
+"""Names of checks: later commands can read a sample's record, and each step leaves the sample as it is."""
 
 
 @dataclass(frozen=True)
 class JudgedSamples:
-    """Documents that the steps dropped or changed, and the counts of the steps."""
+    """Verdicts and counts of the steps."""
 
-    dropped: Mapping[str, SampleVerdict] = field(default_factory=dict)
-    """Sample id -> reason."""
-    changed: Mapping[str, str] = field(default_factory=dict)
-    """Sample id -> text after the last step that changed the document."""
+    rejected: Mapping[str, SampleVerdict]
+    """Sample id -> `FORM`, or verdict of the first step that drops or would change the sample."""
     steps: tuple[Mapping[str, Any], ...] = ()
     """Counts for each step and source, as in `summary.json` from a pipeline."""
-
-    def find_verdict(self, kind: Kind, sample_id: str, sample: GeneratedSample) -> SampleVerdict | None:
-        """Return why a sample is rejected, or None. The sample must have passed the generator's checks."""
-        try:
-            # invalid records were never sent through the steps
-            extract_texts(kind, sample.record)
-        except NoSample as e:
-            return SampleVerdict(FORM, False, str(e))
-        if sample_id in self.dropped:
-            return self.dropped[sample_id]
-        # a changed text cannot be split into messages again
-        if kind != "text" and sample_id in self.changed:
-            return SampleVerdict("changed by a step", False,
-                                 "only texts can follow; use steps that keep or drop")
-        return None
 
 
 def judge_samples(output: Path, run: SynthRunRecord, options: SynthOptions) -> JudgedSamples:
@@ -71,23 +54,26 @@ def judge_samples(output: Path, run: SynthRunRecord, options: SynthOptions) -> J
     folder = work_folder(output) / FOLDER
     with translate_disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        folders = _write_texts(output, run.kind, options.input, folder / TEXTS)
+        folders, invalid = _write_texts(output, run.kind, options.input, folder / TEXTS)
     if not folders:
-        return JudgedSamples()
+        return JudgedSamples(invalid)
     file = choose_steps_file(options.checks, run.generator, run.kind)
     pipeline = read_steps(file, folders)
     if not pipeline.steps:
-        return JudgedSamples()
+        return JudgedSamples(invalid)
     check_libraries(pipeline, file)
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, options.workers or count_cores())
-    dropped, changed = _collect_results(plan, folder)
-    return JudgedSamples(dropped, changed, tuple(_iter_step_counts(build_summary(plan, folder))))
+    return JudgedSamples({**invalid, **_collect_verdicts(plan, folder)},
+                         tuple(_iter_step_counts(build_summary(plan, folder))))
 
 
-def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path) -> dict[str, Path]:
-    """Write a file for each source, and return source -> folder; empty without samples."""
+def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path
+                 ) -> tuple[dict[str, Path], dict[str, SampleVerdict]]:
+    """Write a file for each source; return source -> folder, empty without samples, and sample id -> verdict
+    for invalid records."""
     files: dict[str, IO[str]] = {}
+    invalid: dict[str, SampleVerdict] = {}
     with ExitStack() as stack:
         def write_text(source: str, document_id: str, text: str) -> None:
             if source not in files:
@@ -98,21 +84,20 @@ def _write_texts(output: Path, kind: Kind, inputs: Sequence[Path], folder: Path)
 
         for item in read_finished_items(output):
             for sample_id, sample in item.iter_samples():
-                for source, text in _extract_sample_texts(kind, sample).items():
+                if sample.failed_verdict:
+                    continue
+                try:
+                    texts = extract_texts(kind, sample.record)
+                except NoSample as e:
+                    invalid[sample_id] = SampleVerdict(FORM, False, str(e))
+                    continue
+                for source, text in texts.items():
                     write_text(source, sample_id, text)
         if files:  # the input is not judged: the steps compare samples with it
             for path in inputs:
                 for place, text in iter_input_texts(path):
                     write_text(INPUT, f"input {place}", text)
-    return {name: folder / name for name in SOURCES if name in files}
-
-
-def _extract_sample_texts(kind: Kind, sample: GeneratedSample) -> dict[str, str]:
-    """Return source -> text; empty for a rejected or invalid sample."""
-    try:
-        return {} if sample.failed_verdict else extract_texts(kind, sample.record)
-    except NoSample:
-        return {}
+    return {name: folder / name for name in SOURCES if name in files}, invalid
 
 
 def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -134,37 +119,26 @@ def _iter_documents(file: Path) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class _StepResult:
-    """A document that a step drops or changes."""
+    """A document that a step drops or would change."""
 
     document_id: str
     step_number: int
     reason: str
-    """Why the document was dropped; "" if it was changed."""
     detail: str
     """Pipeline id of the original (duplicate), text of a benchmark (contamination), or ""."""
-    text: str | None
-    """New text, if changed."""
 
 
-def _collect_results(plan: PipelinePlan, folder: Path) -> tuple[dict[str, SampleVerdict], dict[str, str]]:
-    """Return (document id -> verdict) for dropped and (document id -> text) for changed documents."""
-    drops: list[_StepResult] = []
-    changed: dict[str, str] = {}
-    for source in plan.sources:
-        if source.settings.name == INPUT:
-            continue
-        for result in _iter_results(source, folder):
-            if result.reason:
-                drops.append(result)
-            elif result.text is not None:
-                changed[result.document_id] = result.text
-    duplicates = _describe_duplicates(plan, folder, {drop.detail for drop in drops})
-    dropped: dict[str, SampleVerdict] = {}
-    # the first step that drops a document gives the reason
-    for drop in sorted(drops, key=lambda drop: drop.step_number):
-        detail = duplicates.get(drop.detail, drop.detail)
-        dropped.setdefault(drop.document_id, SampleVerdict(drop.reason, False, detail))
-    return dropped, {key: text for key, text in changed.items() if key not in dropped}
+def _collect_verdicts(plan: PipelinePlan, folder: Path) -> dict[str, SampleVerdict]:
+    """Return document id -> verdict for documents that a step drops or would change."""
+    results = [result for source in plan.sources if source.settings.name != INPUT
+               for result in _iter_results(source, folder)]
+    duplicates = _describe_duplicates(plan, folder, {result.detail for result in results})
+    verdicts: dict[str, SampleVerdict] = {}
+    # the first step gives the reason
+    for result in sorted(results, key=lambda result: result.step_number):
+        detail = duplicates.get(result.detail, result.detail)
+        verdicts.setdefault(result.document_id, SampleVerdict(result.reason, False, detail))
+    return verdicts
 
 
 def _iter_results(source: SourcePlan, folder: Path) -> Iterator[_StepResult]:
@@ -184,7 +158,7 @@ def _iter_results(source: SourcePlan, folder: Path) -> Iterator[_StepResult]:
                     document_ids, table.column("reason").to_pylist(), table.column("text").to_pylist(),
                     details, strict=True):
                 if reason or text is not None:
-                    yield _StepResult(document_id, layer.number, reason or "", detail or "", text)
+                    yield _StepResult(document_id, layer.number, reason or CHANGED, detail or "")
 
 
 def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +22,8 @@ from megatron_sov.base.errors import Fix, RowProblems, UserError, choose_free_pa
 
 Row = Mapping[str, Any]
 """A JSON object."""
+MAX_JUDGED_ROWS = 10_000
+"""Rows that are searched for a prompt with two responses."""
 MAX_LINE_BYTES = 64 << 20
 """Limit of a row; longer lines mean that the file lost its line ends."""
 ROW_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
@@ -116,6 +121,8 @@ def fix_records(file: Path, reason: str) -> Fix | None:
         target = choose_free_path(f"{file.with_suffix('')}-lines.jsonl")
         return Fix(words={str(file): target}, before=(
             f"{shlex.join(['jq', '-c', '.', str(file)])} > {shlex.quote(target)}",))
+    if "sov-data pairs" in reason and (fix := fix_judged(file)):
+        return fix
     if "an array of records" in reason:
         target = choose_free_path(f"{file.with_suffix('')}.json")
         return Fix(words={str(file): target}, before=(shlex.join(["cp", str(file), target]),))
@@ -138,6 +145,20 @@ def fix_records(file: Path, reason: str) -> Fix | None:
                      for end in ("groups.jsonl", "pairs"))
     fix = _fix_by_rewriting(file, groups, row, f"sov-data pairs --input {groups} --output {pairs}")
     return replace(fix, words={str(file): f"{pairs}/pairs.jsonl"})
+
+
+def fix_judged(file: Path) -> Fix | None:
+    """Return the command that makes pairs of responses that are judged one by one; None: no prompt has two
+    responses."""
+    rows = islice(read_lines(file, "--input"), MAX_JUDGED_ROWS) if file.suffix == ".jsonl" else ()
+    prompts = Counter[str]()
+    with contextlib.suppress(ValueError, AttributeError):  # the command reports a damaged row
+        prompts.update(json.dumps(json.loads(row).get("prompt")) for _, row in rows)
+    if prompts and max(prompts.values()) == 1:
+        return None
+    folder = choose_free_path(f"{file.stem}-pairs")
+    return Fix(words={str(file): f"{folder}/pairs.jsonl"}, left_out=("--method kto",),
+               before=(f"sov-data pairs {shlex.join(['--input', str(file), '--output', folder])}",))
 
 
 def _fix_field(file: Path, field: str, problems: Sequence[str]) -> Fix | None:

@@ -1,4 +1,4 @@
-"""Token shard files: Megatron-Core's indexed format, and expert routes per token.
+"""Token shard files: Megatron-Core's indexed format, expert routes per token, and checks of the manifest.
 
 `PREFIX.bin` holds tokens, `PREFIX.idx` the beginning of each document. The index contains (little endian):
 magic, version (int64), dtype code (int8), number of sequences and of document bounds (int64 each), lengths in
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sov.base.artifacts import is_inside
 from megatron_sov.base.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -44,6 +45,9 @@ PER_DOCUMENT = ".documents"
 ROUTES = "routes"
 """Ending for the routes sidecar, and key for the routes' shape in a source's record."""
 NARROW, WIDE = "uint8", "uint16"
+ARTIFACT_FIELDS = ("tokenizer_sha256", "vocab_size", "sources")
+SOURCE_FIELDS = ("name", "format", "splits")
+SPLIT_FIELDS = ("num_tokens", "shards")
 _ROUTE_TOKENS = 1 << 10
 """Tokens checked at a time: few enough for the processor's cache."""
 
@@ -218,3 +222,35 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
             was_read = (part != mark).all(axis=2, keepdims=True)
             joined[:len(part)] = np.where(was_read, part, joined[:len(part)])
     return joined
+
+
+def check_token_manifest(path: str, content: dict[str, Any]) -> None:
+    """Check the manifest `content` of the token shards in `path`. Raises `UserError`: a field is missing, or
+    a shard is not inside the folder."""
+    try:
+        missing = list(_iter_missing_fields(content))
+    except (TypeError, AttributeError, KeyError) as e:
+        missing = [f"readable sources ({e})"]
+    if missing:
+        raise UserError(f"{path}: its manifest lacks {', '.join(missing)}; pack the data again, or restore "
+                        "it from a copy")
+    prefixes = [shard["prefix"] for source in content["sources"] for split in source["splits"].values()
+                for shard in split["shards"]]
+    if outside := [prefix for prefix in prefixes if not is_inside(prefix)]:
+        raise UserError(f"{path}: its manifest names the shard {outside[0]!r}, which is not inside the "
+                        "folder; restore it from a copy")
+
+
+def _iter_missing_fields(content: dict[str, Any]) -> Iterator[str]:
+    yield from (name for name in ARTIFACT_FIELDS if name not in content)
+    for i, source in enumerate(content.get("sources", ())):
+        where = f"sources[{i}]"
+        yield from (f"{where}.{name}" for name in SOURCE_FIELDS if name not in source)
+        splits = source.get("splits", {})
+        for split in sorted({"train", *splits} if splits else ()):
+            for name in SPLIT_FIELDS:
+                if name not in splits.get(split, {}):
+                    yield f"{where}.splits.{split}.{name}"
+            yield from (f"{where}.splits.{split}.shards[{n}].prefix"
+                        for n, shard in enumerate(splits.get(split, {}).get("shards", ()))
+                        if not isinstance(shard.get("prefix"), str))

@@ -89,7 +89,10 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         step = next((name for name in reversed(candidates) if settings[name]), candidates[0])
         if required_step := load_table()["needed_steps"].get(step):
             steps.setdefault(required_step, _format_step_settings(required_step, values))
-        steps[step] = settings[step]
+        if step in ("sources", "output"):  # parts of every pipeline, which also needs a step
+            steps.setdefault("exact_dedup", "")
+        else:
+            steps[step] = settings[step]
     if not steps or not source:
         return None
     name = next((step for step in steps if step != "language"), "language")

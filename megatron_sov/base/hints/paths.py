@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
@@ -31,6 +31,8 @@ _PACK_OPTIONS = {"sft": ["--format", "chat"], "prefer": ["--format", "preference
 """Command -> options of `sov-data pack` for its data."""
 _SHARD_COMMANDS = ("stats", "verify", "sample", "mix", "inspect")
 """Commands of sov-data whose arguments are folders of token shards."""
+_FIELDS = ("columns", "text", "prompt", "chosen", "rejected", "response")
+"""Words for fields of records in options."""
 _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 
@@ -68,9 +70,7 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         yield str(model), UserError(f"--from {model}, --data {data}: are swapped; --from takes a model",
                                     Fix(options=("--from", str(data), "--data", str(model))))
         return
-    words = [part for word in line  # --option=value -> --option value
-             for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for option, value in pairwise(words):
+    for option, value in pair_words(line):
         path = re.sub(r"(?<=.):[\d.]+\Z", "", value)  # FOLDER:WEIGHT -> FOLDER; ":1" alone stays
         if "=" in path and not os.path.exists(path):
             path = path.partition("=")[2]  # NAME=FOLDER -> FOLDER
@@ -248,6 +248,26 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
         command = ["sov-data", "adopt", path, "--tokenizer", str(tokenizer)]
     commands.append([*command, "--output", shards])
     return Fix(words={path: shards}, before=tuple(map(shlex.join, commands)))
+
+
+def fix_columns(command: str, typed: Sequence[str]) -> Fix | None:
+    """Return the command that packs the file in --data with the typed fields, for a training command; None:
+    no fields were typed."""
+    file, fields = find_value(typed, "--data"), dict[str, str]()
+    typed_fields = []
+    for option, value in pair_words(typed):
+        target = re.sub(r"_(column|field|key|col)s?\Z", "", normalize_word(option))
+        if option.startswith("--") and target in _FIELDS:
+            fields[target] = value
+            typed_fields += [f"{option} {value}", f"{option}={value}"]
+    if not fields or not os.path.isfile(file) or command not in ("pretrain", "extend", "sft", "prefer"):
+        return None
+    text, columns = fields.pop("text", ""), fields.pop("columns", "")
+    columns = ",".join(filter(None, [columns, *(f"{target}={name}" for target, name in fields.items())]))
+    options = ["--columns", columns] if columns else ["--text-field", text]
+    options = [*_PACK_OPTIONS.get(command, []), *options]
+    packing = fix_by_packing(file, Path(_choose_tokenizer(typed)), options)
+    return replace(packing, left_out=tuple(typed_fields))
 
 
 def fix_address(word: str, program: str) -> Fix | None:

@@ -26,6 +26,8 @@ OPTIONS: dict[str, str] = _TABLES["options"]
 """Program, command and option -> successor."""
 SETTINGS: dict[str, tuple[Any, str]] = {name: tuple(row) for name, row in _TABLES["settings"].items()}
 """Setting of a run -> (default, successor)."""
+RENAMED: dict[str, str] = _TABLES["renamed"]
+"""Setting of an earlier version -> its current name, in the same block and with the same values."""
 VALUES: dict[str, str] = _TABLES["values"]
 """Value of an option or setting, such as an engine, recipe or model family -> successor."""
 PIPELINE: dict[str, str] = _TABLES["pipeline"]
@@ -73,20 +75,32 @@ def _find_fix(program: str, successor: str, option: str, words: Sequence[str]) -
     return Fix(options=(renamed[1], value) if renamed and value else (), left_out=left_out)
 
 
-def drop_removed_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a run's saved settings without removed settings at their defaults."""
+def update_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a run's saved settings with current names, without removed settings at their
+    defaults."""
     settings = copy.deepcopy(dict(raw))
     for code in settings.get("code") or ():
         if isinstance(code, dict):
             code.pop("package", None)
     for name, (default, _) in SETTINGS.items():
-        *groups, last = name.split(".")
-        block: Any = settings
-        for group in groups:
-            block = block.get(group) if isinstance(block, dict) else None
-        if isinstance(block, dict) and last in block and block[last] == default:
+        block, last = _find_block(settings, name)
+        if last in block and block[last] == default:
             del block[last]
+    for old, new in RENAMED.items():
+        block, last = _find_block(settings, old)
+        current = new.rpartition(".")[2]
+        if last in block and current not in block:
+            block[current] = block.pop(last)
     return settings
+
+
+def _find_block(settings: Mapping[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Split a setting name into its block of the saved settings ({} if absent) and its last part."""
+    *groups, last = name.split(".")
+    block: Any = settings
+    for group in groups:
+        block = block.get(group) if isinstance(block, dict) else None
+    return block if isinstance(block, dict) else {}, last
 
 
 def check_folder(path: Path) -> None:

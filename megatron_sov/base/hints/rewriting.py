@@ -44,6 +44,8 @@ class Rewrite:
     is_recipe: Callable[[str], bool] = lambda word: False
     repeated: Collection[str] = ()
     """Options that may be given several times, with a value each."""
+    required: Collection[str] = ()
+    """Options that the command requires."""
     many: Collection[str] = ()
     """Options that take several values."""
     command: str = ""
@@ -295,8 +297,17 @@ class Rewrite:
             self._write_option(option, normalize_word(option), name, values)
         elif values and (name := find_by_parts(option, self.list_settings())):
             self.add_setting(option, f"{name}={values[0]}")
+        elif name := self._find_data_option(values):
+            self.add_words(f"{option} is {name} here", name, *values)
         else:
             self.add_words(f"{option}: nothing takes this; leave it out")
+
+    def _find_data_option(self, values: list[str]) -> str:
+        """Return the required option that takes a file of records and was not typed; "": none."""
+        if not values or classify_word(values[0]) != "data" or not os.path.exists(values[0]):
+            return ""
+        return next((name for name in load_table()["kind_options"]["data"]
+                     if name in self.required and name not in self.typed), "")
 
     def add_changes(self, texts: Sequence[str]) -> None:
         """Write settings changes, `name=value`, under our names."""

@@ -93,7 +93,7 @@ def find_value(words: Sequence[str], *options: str) -> str:
 
 def pair_words(words: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Return each word with the next word; `--option=value` counts as two words."""
-    return pairwise(part for word in words for part in word.split("=", 1))
+    return pairwise(part for word in words for part in word.split("=", word.startswith("-")))
 
 
 def compute_share(parts: str) -> str:

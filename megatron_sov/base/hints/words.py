@@ -16,9 +16,9 @@ from pathlib import Path
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.hints.commands import PROGRAMS, propose_pipeline, unwrap_launcher
 from megatron_sov.base.hints.foreign import find_word, parse_blend, read_foreign_config, read_recipe_name
-from megatron_sov.base.hints.kinds import classify_word, find_recipe_option
+from megatron_sov.base.hints.kinds import classify_folder, classify_word, find_recipe_option
 from megatron_sov.base.hints.missing import choose_placeholder, split_positionals
-from megatron_sov.base.hints.paths import fix_address
+from megatron_sov.base.hints.paths import fix_address, fix_columns
 from megatron_sov.base.hints.rewriting import FOLDER, Rewrite
 from megatron_sov.base.hints.table import get_last_part, index_words, load_table, normalize_word
 from megatron_sov.base.hints.values import find_value
@@ -43,6 +43,8 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     if parser.prog == "sov-data run" and typed and typed[0].startswith("-") and (
             error := propose_pipeline("run", typed)):
         raise error
+    if "--data" in options and (fix := fix_columns(parser.prog.rpartition(" ")[2], typed)):
+        raise UserError(f"{parser.prog}: fields are named when the file is packed", fix)
     addresses = [fix for word in typed if (fix := fix_address(word.partition("=")[2] or word, parser.prog))]
     if addresses:
         raise UserError(f"{parser.prog}: addresses are not read; download their files first", Fix(
@@ -88,6 +90,7 @@ def _create_rewrite(parser: argparse.ArgumentParser, typed: Sequence[str]) -> Re
         list_settings=getattr(cls, "list_settings", list) if takes_settings else list,
         is_recipe=getattr(cls if "RECIPE" in positionals else None, "is_recipe", lambda word: False),
         repeated=[name for name, action in actions.items() if type(action).__name__ == "_AppendAction"],
+        required=[name for name, action in actions.items() if action.required],
         many=[name for name, action in actions.items() if action.nargs in ("+", "*")],
         command=parser.prog.removeprefix("megatron-sov "), exists=getattr(cls, "is_setting", None))
 
@@ -203,6 +206,8 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
                 split_positionals(parser, [*rewrite.words, text])[0] == [text]):
             if "--from" in rewrite.words and "--teacher" in options:
                 option = "--teacher"
+            if classify_folder(Path(text).parent) == "hf" and Path(text).name == "config.json":
+                option, text = "--from", str(Path(text).parent)
             if option == "--config" and (values := _read_foreign(rewrite, text)):
                 _add_foreign_config(rewrite, "RECIPE", text, values)
             else:
@@ -531,7 +536,7 @@ def _find_missing_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite,
     first = []
     for name in missing:
         if name != "RECIPE":
-            first.append(name)
+            first.append(load_table()["missing"].get(f"{rewrite.command} {name}", {}).get("write", name))
         elif recipe or "--from" not in options:  # for a model that is not a run the command proposes a recipe
             first.append(recipe or name)
     if missing and "RECIPE" in [*first, *missing[1:]]:

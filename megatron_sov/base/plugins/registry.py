@@ -132,7 +132,7 @@ class Registry(Generic[T]):
         sentence = self._explain_unknown(name, recorded)
         if nearest:
             raise UserError(sentence, Fix(words={name: nearest}))
-        if self.kind == "recipe" and not is_reference(name):
+        if self.kind == "recipe" and re.search(r"\d", name) and not is_reference(name):  # a model's name
             nearest = _find_nearest_size(name, names)
             raise UserError(f"{sentence}; the nearest in size is {nearest!r}; weights of a published model "
                             "are --from HF_DIR (`hf download OWNER/NAME --local-dir HF_DIR`)",

@@ -5,7 +5,6 @@ The first rank talks to lm-eval. Other ranks only run the model.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -23,7 +22,7 @@ from megatron_sov.base.settings import SettingsError, find_all_problems
 from megatron_sov.bench.lm.answers import AnswerCache, Request, get_answer_folder
 from megatron_sov.bench.lm.engine_runs import Subject, answer_requests, resolve_subject
 from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
-from megatron_sov.bench.lm.harness import configure_downloads, suppress_output
+from megatron_sov.bench.lm.harness import forbid_downloads, suppress_output
 from megatron_sov.bench.lm.results import DEFAULT_MODE, ResultItem, Results, write_results
 from megatron_sov.bench.lm.scoring import BuiltTask, check_scorable, hash_prompts, score_tasks
 from megatron_sov.bench.lm.settings import LmEvalSettings
@@ -60,19 +59,14 @@ def evaluate(target: str, tasks: Sequence[str], settings: LmEvalSettings) -> Res
         raise SettingsError("eval lm", problems)
     check_output("--output", settings.output)
     events = RunEvents(settings.run)
-    dataset_cache = configure_downloads(settings.sources.allow_download, settings.cache_folder)
+    if not settings.sources.allow_download:
+        forbid_downloads()
     with catch_stop_signals() as flag:
         if not is_first_rank():
-            # no hash: the first rank reads the weights for it, which takes minutes
+            # no hash: the first rank reads from every file for it
             answer_requests(resolve_subject(target, settings, with_hash=False).engine, [], None, flag)
             return None
-        try:
-            results, items, notes = _evaluate_tasks(target, tasks, settings, flag)
-        except UserError:
-            with contextlib.suppress(OSError):  # delete the folders if empty
-                dataset_cache.rmdir()
-                settings.cache_folder.rmdir()
-            raise
+        results, items, notes = _evaluate_tasks(target, tasks, settings, flag)
     for note in notes:
         print(escape_controls(note), file=sys.stderr)
     # the jobs of an array write equal files

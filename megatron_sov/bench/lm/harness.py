@@ -1,4 +1,4 @@
-"""Set up the library lm-eval: its downloads, caches and output."""
+"""Set up the library lm-eval: its downloads and output."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 from megatron_sov.base.errors import UserError, escape_controls, format_install_command
 
@@ -28,35 +26,14 @@ def require_harness() -> None:
         raise UserError(f"eval lm: lm-eval is not installed; run `{format_install_command('eval')}`")
 
 
-def configure_downloads(allow_download: bool, cache: Path) -> Path:
-    """Forbid downloads by the Hugging Face libraries unless allowed, and return their cache: a private folder
-    in `cache`."""
-    if not allow_download:
-        forbid_downloads()
-    private = cache / "datasets"
-    private.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # private, because `datasets` loads files from its cache without checks
-    os.environ["HF_DATASETS_CACHE"] = str(private)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    _set_constants({"HF_DATASETS_CACHE": private, "DOWNLOADED_DATASETS_PATH": str(private / "downloads"),
-                    "EXTRACTED_DATASETS_PATH": str(private / "downloads" / "extracted"),
-                    "HF_DATASETS_DISABLE_PROGRESS_BARS": True})
-    return private
-
-
 def forbid_downloads() -> None:
     """Let the Hugging Face libraries read their caches only."""
-    os.environ.update(dict.fromkeys(OFFLINE_VARIABLES, "1"))
-    _set_constants(dict.fromkeys(OFFLINE_VARIABLES, True))
-
-
-def _set_constants(settings: Mapping[str, Any]) -> None:
-    """Set constants in loaded Hugging Face libraries, which have read the environment already."""
-    for module in ("datasets.config", "huggingface_hub.constants"):
-        for name, value in settings.items():
+    for name in OFFLINE_VARIABLES:
+        os.environ[name] = "1"
+        # loaded libraries have read the environment already
+        for module in ("datasets.config", "huggingface_hub.constants"):
             if hasattr(sys.modules.get(module), name):
-                setattr(sys.modules[module], name, value)
+                setattr(sys.modules[module], name, True)
 
 
 def can_reach_hub() -> bool:

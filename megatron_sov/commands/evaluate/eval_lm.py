@@ -31,7 +31,7 @@ def check_lm(options: EvalLmOptions) -> EvalLmOptions:
         raise UserError(f"{options.target}: `eval lm` runs checkpoints and Hugging Face folders; evaluate an "
                         "endpoint with lm-eval's own command: lm_eval --model local-chat-completions "
                         "--model_args base_url=URL,model=NAME")
-    check_model(Path(options.target), "", options.settings.settings, options.settings.nproc)
+    check_model(Path(options.target), options.settings.settings, options.settings.nproc)
     require_harness()
     check_task_names([name for name in options.tasks.split(",") if name], options.settings.sources)
     return options

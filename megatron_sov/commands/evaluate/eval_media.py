@@ -74,7 +74,7 @@ class MediaEvaluation:
 
 def check_media(options: EvalMediaOptions) -> MediaEvaluation:
     events = RunEvents(options.run)
-    check_model(options.target, "", options.settings, options.nproc)
+    check_model(options.target, options.settings, options.nproc)
     rows = [_read_pair(argument) for argument in options.data]
     judges = _load_judges(options, {PAIRS[name][1] for name, _ in rows})
     kinds = [PAIRS[name][1] for name, _ in rows if PAIRS[name][1] != TEXT]

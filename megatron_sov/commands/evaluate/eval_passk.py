@@ -90,7 +90,7 @@ class PasskRequest:
 def check_passk(options: EvalPasskOptions) -> PasskRequest:
     """Check target, reward and prompts without loading the model."""
     events = RunEvents(options.run)
-    check_model(options.target, "", options.settings, options.nproc)
+    check_model(options.target, options.settings, options.nproc)
     reward_order = request_reward(options.reward, parse_nested(options.reward_set, "--reward-set"))
     reward = build_versioned_reward(reward_order)
     check_rows(options.input, field=PROMPT)

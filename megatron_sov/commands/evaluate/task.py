@@ -31,6 +31,6 @@ class HeldoutOptions(FigureOptions):
 def check_task(options: Any) -> Any:
     """Check --run and TARGET, and return the options."""
     RunEvents(options.run)
-    check_model(options.target, "", options.settings, options.nproc)
+    check_model(options.target, options.settings, options.nproc)
     check_token_shards(getattr(options, "data", ()))
     return options

@@ -65,7 +65,7 @@ def chat(options: ChatOptions) -> int:
         if re.fullmatch(r"[\w.-]+:\d+(/.*)?", options.target) and not Path(options.target).exists():
             raise UserError(f"{options.target}: is an address without http://",
                             Fix(words={options.target: f"http://{options.target}"}))
-        check_model(Path(options.target), "", options.settings, options.nproc)
+        check_model(Path(options.target), options.settings, options.nproc)
     if missing := find_missing_libraries():
         raise UserError(missing[0])
     stop_check()

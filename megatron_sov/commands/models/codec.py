@@ -17,8 +17,8 @@ RUN = "megatron_sov.commands.models.codec_run"
 class CodecImportOptions(OverwriteOptions):
     """Convert a published codec; code in the files is not executed."""
 
-    kind: Annotated[Literal["vqmodel", "janus-vq", "mimi", "dac", "ta-tok", "cosyvoice2"], Flag("KIND")]
-    """Kind: vqmodel, janus-vq, mimi, dac, ta-tok or cosyvoice2."""
+    kind: Annotated[Literal["vqmodel", "mimi", "dac", "ta-tok", "cosyvoice2"], Flag("KIND")]
+    """Kind: vqmodel, mimi, dac, ta-tok or cosyvoice2."""
     source: Annotated[Path, Flag("FILE_OR_DIR")]
     """Downloaded file or folder."""
     output: Annotated[Path, Flag("DIR")]

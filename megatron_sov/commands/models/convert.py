@@ -235,7 +235,7 @@ def _check_verify(options: VerifyOptions) -> VerifyOptions:
     check_output("--card", options.card)
     _check_paths("a", "b")(options)
     for path in (options.a, options.b) if options.settings else ():
-        check_model(path, "", options.settings, options.nproc)
+        check_model(path, options.settings, options.nproc)
     return options
 
 

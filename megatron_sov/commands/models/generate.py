@@ -30,7 +30,7 @@ class CodecsOptions:
     audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
     """Codec that encodes prompt sounds: the codec used in training."""
     image_decoder: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that decodes generated picture tokens (vqmodel, janus-vq)."""
+    """Codec that decodes generated picture tokens (vqmodel)."""
     vocoder: Annotated[Path | None, Flag(value="CODEC")] = None
     """Codec that decodes generated sound tokens (mimi, dac)."""
     no_features: bool = False
@@ -151,7 +151,7 @@ def check_generate(options: GenerateOptions) -> GenerateRequest | MediaRequest:
         return _check_media(options)
     prompts = [prompt for prompt in read_prompts(options.prompt, options.prompts)
                for _ in range(options.samples)]
-    check_model(options.target, "", options.settings, options.nproc)
+    check_model(options.target, options.settings, options.nproc)
     return GenerateRequest(options, prompts, RunEvents(options.run))
 
 
@@ -168,7 +168,7 @@ def _check_media(options: GenerateOptions) -> MediaRequest:
     root = _find_common_folder([file for _, file in files])
     parts = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
              for kind, file in files]
-    check_model(options.target, "", options.settings, options.nproc)
+    check_model(options.target, options.settings, options.nproc)
     return MediaRequest(options, root, parts, output_folders)
 
 

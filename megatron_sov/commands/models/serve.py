@@ -64,7 +64,7 @@ class ServeRequest:
 def check_serve(options: ServeOptions) -> ServeRequest:
     load_plugins(options.plugins)
     num_ranks(options.nproc)
-    check_model(options.target, "", options.settings, options.nproc)
+    check_model(options.target, options.settings, options.nproc)
     _refuse_layout(options)
     settings = dataclasses.replace(options.serving, name=options.model_name,
                                    api_key=_read_api_key(options.api_key_env))

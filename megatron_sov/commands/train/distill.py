@@ -45,7 +45,7 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
 
 def check_states(options: DistillStatesOptions) -> DistillStatesOptions:
     load_plugins(options.plugins)
-    check_model(options.teacher, "", options.settings, options.nproc)
+    check_model(options.teacher, options.settings, options.nproc)
     check_token_shards(options.data)
     return options
 
@@ -88,7 +88,7 @@ class DistillOptions(StageOptions):
             raise UserError("--teacher: is missing; pass the teacher model, or --states with its outputs for "
                             "the data", Fix(options=("--teacher", "TEACHER")))
         for teacher in self.teacher:
-            check_model(Path(split_source_name(teacher)[1]), "--teacher ")
+            check_model(Path(split_source_name(teacher)[1]), option="--teacher ")
         if not self.teacher:
             for path in self.states:
                 check_model_path(path, "--states ")

@@ -23,7 +23,7 @@ from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import ImportSource, StateBlock, write_imported
-from megatron_sov.convert.megatron.inert_pickle import STATE_KEY, TorchArchive, read_in_subprocess
+from megatron_sov.convert.megatron.inert_pickle import MAX_SIZE, STATE_KEY, TorchArchive, read_in_subprocess
 from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -313,8 +313,9 @@ class TorchDistWeights(BlockWeights):
         return self.tensors.list_keys_in(file)
 
     def list_files(self, name: str) -> set[str]:
-        return {file for source in self._get_sources(self._links_by_name[name])
-                for file in self.tensors.list_files(source.key)}
+        link = self._links_by_name[name]
+        return {file for source in self._get_sources(link)
+                for file in self.tensors.list_files(source.key, *self._locate_block(link, source))}
 
     def _get_sources(self, link: Link) -> list[DistSource]:
         return self._sources[link.key, link.offset]
@@ -340,19 +341,21 @@ class TorchDistWeights(BlockWeights):
         return blocks
 
     def _read_block(self, link: Link, state: str = "") -> torch.Tensor:
-        parts = []
-        for source in self._get_sources(link):
-            offset, extent = link.offset, link.extent
-            if source.has_one_expert:
-                offset, extent = offset[1:], extent[1:]
-            if len(self._get_sources(link)) > 1:  # gate or up rows
-                axis = len(extent) - len(link.block_shape)
-                extent = (*extent[:axis], extent[axis] // 2, *extent[axis + 1:])
-            parts.append(self.tensors.read(state + source.key, (*source.leading_indices, *offset),
-                                           (*(1,) * len(source.leading_indices), *extent)))
+        parts = [self.tensors.read(state + source.key, *self._locate_block(link, source))
+                 for source in self._get_sources(link)]
         rows = [part.reshape(-1, *link.block_shape[1:]) for part in parts]
         joined = rows[0] if len(rows) == 1 else torch.cat(rows)
         return joined.reshape(link.block_shape)
+
+    def _locate_block(self, link: Link, source: DistSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return offset and shape of a block's part in Megatron's tensor."""
+        offset, extent = link.offset, link.extent
+        if source.has_one_expert:
+            offset, extent = offset[1:], extent[1:]
+        if len(self._get_sources(link)) > 1:  # gate or up rows
+            axis = len(extent) - len(link.block_shape)
+            extent = (*extent[:axis], extent[axis] // 2, *extent[axis + 1:])
+        return (*source.leading_indices, *offset), (*(1,) * len(source.leading_indices), *extent)
 
     def _match_tensors(self) -> dict[tuple[str, tuple[int, ...]], list[DistSource]]:
         """Find each block's sources; keys and shapes must match the model exactly."""
@@ -395,6 +398,9 @@ FROM_MEGATRON = "from_megatron"
 """Manifest key for the checkpoint's origin."""
 SETTINGS = {"optim.lr": "max_lr", "optim.min_lr": "min_lr", "optim.weight_decay": "end_wd"}
 """Our setting -> field of Megatron's scheduler."""
+SAMPLE_COUNTS = {"step": "num_steps", "train.steps": "lr_decay_steps",
+                 "optim.warmup_steps": "lr_warmup_steps"}
+"""Step, and our settings in steps -> field of Megatron's scheduler in samples."""
 
 
 @dataclass(frozen=True)
@@ -458,7 +464,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     weights = TorchDistWeights(iteration_folder, model, with_optimizer=not weights_only)
     check_dtypes(weights)
     states = weights.list_states()
-    training = _describe_training(stored, iteration or 0) if states else None
+    training = _describe_training(iteration_folder, stored, iteration or 0) if states else None
     index_sha256 = hashlib.sha256((iteration_folder / METADATA).read_bytes()).hexdigest()
     origin = {"path": str(iteration_folder), "iteration": iteration, "index_sha256": index_sha256}
     loop = None if training is None else {
@@ -469,26 +475,40 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     return ImportReport(iteration, count_padded_rows(weights), weights.tensors.num_skipped, model, training)
 
 
-def _describe_training(stored: Mapping[str, Any], iteration: int) -> TrainingState:
-    """Return where and how to continue; counts of the library's scheduler are in samples."""
-    scheduler, group, args = (stored.get(name) or {} for name in ("scheduler", "group", "args"))
-    settings = {ours: scheduler[theirs] for ours, theirs in SETTINGS.items() if theirs in scheduler}
-    step, samples = iteration, args.get("global_batch_size")
-    if isinstance(samples, int) and samples > 0 and isinstance(scheduler.get("num_steps"), int):
+def _describe_training(folder: Path, stored: Mapping[str, Any], iteration: int) -> TrainingState:
+    """Return where and how to continue; raises `UserError` for numbers that no training has."""
+    scheduler, group, args = (block if isinstance(block := stored.get(name), dict) else {}
+                              for name in ("scheduler", "group", "args"))
+    step, settings = iteration, _read_numbers(folder, scheduler, SETTINGS)
+    num_samples = _read_numbers(folder, scheduler, SAMPLE_COUNTS)
+    batch_size = _read_numbers(folder, args, {"samples": "global_batch_size"}).get("samples", 0)
+    if batch_size and "step" in num_samples:
+        counts = {name: int(value // batch_size) for name, value in num_samples.items()}
         # our first step has the rate after one step of warm-up, the library's has the rate before it
-        step = max(0, scheduler["num_steps"] // samples - 1)
-        settings |= {"train.global_batch_size": samples,
-                     "train.steps": scheduler["lr_decay_steps"] // samples,
-                     "optim.warmup_steps": scheduler["lr_warmup_steps"] // samples}
-    styles = {theirs: ours for ours, theirs in DECAY_STYLES.items()}
-    if scheduler.get("lr_decay_style") in styles:
-        settings["optim.schedule"] = styles[scheduler["lr_decay_style"]]
-    if isinstance(group.get("betas"), list):
-        settings |= dict(zip(("optim.beta1", "optim.beta2", "optim.eps"), [*group["betas"], group.get("eps")],
-                             strict=False))
-    num_updates = group.get("step")
-    return TrainingState(step, int(num_updates) if isinstance(num_updates, (int, float)) else iteration,
+        step = max(0, counts.pop("step") - 1)
+        settings |= {"train.global_batch_size": batch_size, **counts}
+    for ours, theirs in DECAY_STYLES.items():
+        if scheduler.get("lr_decay_style") == theirs:
+            settings["optim.schedule"] = ours
+    betas = group.get("betas")
+    if isinstance(betas, list) and len(betas) == 2:
+        values = {"beta1": betas[0], "beta2": betas[1], "eps": group.get("eps")}
+        settings |= _read_numbers(folder, values, {f"optim.{name}": name for name in values})
+    # in some versions a tensor, whose value is not in the header
+    counted = {} if isinstance(group.get("step"), dict) else _read_numbers(folder, group, {"step": "step"})
+    return TrainingState(step, int(counted.get("step", iteration)),
                          tuple(f"{name}={value}" for name, value in settings.items()))
+
+
+def _read_numbers(folder: Path, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return our name -> number for the fields in `names` that a checkpoint has. Raises `UserError`: a value
+    is not a finite number from 0 to `MAX_SIZE`."""
+    numbers = {ours: block[theirs] for ours, theirs in names.items() if block.get(theirs) is not None}
+    for ours, value in numbers.items():
+        if type(value) not in (int, float) or not 0 <= value <= MAX_SIZE:  # NaN compares as false
+            raise UserError(f"{folder}: its {names[ours]} = {str(value)[:80]!r} must be a number from 0 to "
+                            f"{MAX_SIZE:,}; {REMEDY}, or pass --weights-only")
+    return numbers
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
@@ -506,5 +526,5 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
         if settings["model"] is None:
             raise UserError(f"{folder / RUN_CONFIG}: has no `model` section with the architecture; "
                             "restore it from its source")
-    stored_iteration = settings["iteration"] if isinstance(settings["iteration"], int) else None
-    return settings, iteration if stored_iteration is None else stored_iteration
+    stored_iteration = _read_numbers(folder, settings, {"iteration": "iteration"}).get("iteration")
+    return settings, iteration if stored_iteration is None else int(stored_iteration)

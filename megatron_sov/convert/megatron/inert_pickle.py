@@ -2,7 +2,8 @@
 
 A pickle is a program. Python's interpreter here builds plain values only: `GLOBAL` pushes a `Name`, `REDUCE`
 and `NEWOBJ` push an `InertCall` with the name and its arguments. Names that are not allowed, and opcodes that
-writers of plain values do not emit, raise ValueError.
+writers of plain values do not emit, raise ValueError. No opcode copies a value, so a small pickle cannot fill
+the memory.
 
 The index and settings of `torch_dist` checkpoints are read in a subprocess, whose limits stop a file that
 would exhaust memory or never end.
@@ -32,6 +33,8 @@ from megatron_sov.sandbox.restrictions import set_limit
 
 MAX_NAME_CHARS = 80
 """Limit for a name in an error message."""
+
+
 @dataclass(frozen=True)
 class Name:
     """A module attribute that the pickle would import."""
@@ -41,10 +44,6 @@ class Name:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"[:MAX_NAME_CHARS]
-
-
-    def __call__(self, *arguments: Any) -> InertCall:
-        return InertCall(self, arguments)
 
 
 class Items:
@@ -103,23 +102,32 @@ _PLAIN_OPCODES = (
     "PROTO", "FRAME", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4",
     "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES",
     "BINBYTES8", "MARK", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND",
-    "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPERSID", "MEMOIZE",
+    "APPENDS", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "BUILD", "BINPERSID", "MEMOIZE",
     "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "STOP")
-_CHANGED_OPCODES = {"EMPTY_SET": "EMPTY_LIST", "ADDITEMS": "APPENDS", "FROZENSET": "LIST", "NEWOBJ": "REDUCE"}
-"""Opcode -> the opcode that it is executed as: nothing is hashed, and every call stays data."""
+_CHANGED_OPCODES = {"EMPTY_SET": "EMPTY_LIST", "ADDITEMS": "APPENDS", "FROZENSET": "LIST"}
+"""Opcode -> the opcode that it is executed as: nothing is hashed."""
 
 
 class _Machine(pickle._Unpickler):
     """Python's own interpreter of pickles, in which names, calls and dicts stay data."""
 
+    stack: list[Any]
     dispatch = _Opcodes()
     for _name, _executed in (*zip(_PLAIN_OPCODES, _PLAIN_OPCODES, strict=True), *_CHANGED_OPCODES.items()):
         dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[getattr(pickle, _executed)[0]]
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Items())
+    dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = lambda self: self.load_call()
 
     def __init__(self, raw: bytes, allowed: Callable[[Name], bool]) -> None:
         super().__init__(io.BytesIO(raw))
         self._allowed = allowed
+
+    def load_call(self) -> None:
+        """Push the call of a name with a tuple of arguments, which is not copied."""
+        arguments, name = self.stack.pop(), self.stack[-1]
+        if not isinstance(name, Name) or not isinstance(arguments, tuple):
+            raise TypeError("a call needs a name and a tuple of arguments")
+        self.stack[-1] = InertCall(name, arguments)
 
     def find_class(self, module: str, name: str) -> Name:
         """Return a `Name`; raises ValueError if it is not allowed."""
@@ -429,9 +437,9 @@ class TorchArchive:
         if not (isinstance(storage, tuple) and len(storage) == 5 and storage[0] == "storage"
                 and isinstance(storage[1], Name) and storage[1] in STORAGES and isinstance(storage[2], str)):
             raise ValueError("its header names no known storage")
-        if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
-                and all(type(n) is int and 0 <= n <= MAX_SIZE
-                        for n in (storage[4], first, *shape, *strides))):
+        if not (isinstance(shape, tuple) and isinstance(strides, tuple)
+                and len(shape) == len(strides) <= MAX_AXES and all(
+                    type(n) is int and 0 <= n <= MAX_SIZE for n in (storage[4], first, *shape, *strides))):
             raise ValueError("its header has invalid sizes")
         contiguous_strides = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
         if any(n > 1 and stride != contiguous_stride

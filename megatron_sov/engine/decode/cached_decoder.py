@@ -1,8 +1,8 @@
 """Generate with a KV cache, at any `ParallelConfig`.
 
-A row (`SpanRow`) packs spans, the new tokens of several sequences. It passes through the pipeline stages, and
-through all chunks of an interleaved stage in turn. Processes of a context-parallel group read different
-sequences, as data-parallel processes do: a single new token cannot be split.
+A row (`SpanRow`) packs spans: a span is the new tokens of one sequence. It passes through the pipeline
+stages, and through all chunks of an interleaved stage in turn. Processes of a context-parallel group read
+different sequences, as data-parallel processes do: a single new token cannot be split.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class CachedDecoder:
         if not longest:
             return 0
         # the allgather dispatcher requires rows of equal length
-        wanted = longest if self._model.config.moe_token_dispatcher_type == "allgather" else num_tokens
+        local_tokens = longest if self._model.config.moe_token_dispatcher_type == "allgather" else num_tokens
         multiple = context.get_row_multiple()
-        return -(-max(wanted, 1) // multiple) * multiple
+        return -(-max(local_tokens, 1) // multiple) * multiple
 
     def read(self, spans: Sequence[CacheSpan], row_tokens: int) -> DecodeOutput:
         """Run the trunk on new tokens, in a row of the length that `agree_row_tokens` returned."""
@@ -104,15 +104,15 @@ class CachedDecoder:
         return DecodeOutput(row, hidden if self.last_stage else None,
                             self._combine_routes(record, row_tokens) if self._with_routes else None)
 
-    def best_tokens(self, read: DecodeOutput, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the most probable next token [places] int64 and its log-probability at row indices, on the
+    def best_tokens(self, output: DecodeOutput, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the most probable next token [indices] int64 and its log-probability at row indices, on the
         last stage."""
-        tokens, logprobs = self._build_head().best_tokens(self._gather_states(read, places))
+        tokens, logprobs = self._build_head().best_tokens(self._gather_states(output, indices))
         return tokens.cpu(), logprobs.cpu()
 
-    def logits(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
-        """Return full logits [places, vocab_size] at row indices, on the last stage."""
-        return self._build_head().logits(self._gather_states(read, places))
+    def logits(self, output: DecodeOutput, indices: Sequence[int]) -> torch.Tensor:
+        """Return full logits [indices, vocab_size] at row indices, on the last stage."""
+        return self._build_head().logits(self._gather_states(output, indices))
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
         for layer in self._layers:
@@ -124,9 +124,9 @@ class CachedDecoder:
         if group.size() == 1:
             return values
         source = group.size() - parallel_state.get_tensor_model_parallel_world_size()
-        sent = collectives.to_comm_device(values.clone())
-        dist.broadcast(sent, group=group, group_src=source)
-        return sent.cpu()
+        shared = collectives.to_comm_device(values.clone())
+        dist.broadcast(shared, group=group, group_src=source)
+        return shared.cpu()
 
     def _combine_routes(self, record: dict[int, list[torch.Tensor]], row_tokens: int) -> torch.Tensor:
         """Combine a row's routes over the replica's tp x pp group: a process recorded only local layers, and
@@ -151,10 +151,10 @@ class CachedDecoder:
     def _build_head(self) -> Head:
         return build_head(self._model, self._policy.head_chunk_tokens)
 
-    def _gather_states(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
-        assert read.hidden is not None
-        gathered = prepare_head_input(read.hidden, self._model.config)
-        return gathered[torch.tensor(list(places), device=gathered.device)]
+    def _gather_states(self, output: DecodeOutput, indices: Sequence[int]) -> torch.Tensor:
+        assert output.hidden is not None
+        states = prepare_head_input(output.hidden, self._model.config)
+        return states[torch.tensor(list(indices), device=states.device)]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Core attention inside packed documents, for rows that Transformer Engine does not serve or context
-parallelism splits.
+"""Core attention inside packed documents, for rows that context parallelism splits or Transformer Engine
+lacks.
 
 Megatron-Core's local attention refuses packed sequences and context parallelism, and on sliding layers
 replaces the document mask by the window mask, so that documents would attend to each other. Transformer
@@ -7,10 +7,10 @@ Engine's context parallelism requires documents padded to a multiple of twice th
 sliding window over split documents. `DocumentAttention` therefore also serves `parallel.cp` > 1, unless
 `gpu.attention` selects another kernel (`specs.build_exchanged_attention`).
 
-Documents are attended separately: on GPUs in 16 bits one kernel call covers all documents of a piece
-(`attend_documents`); otherwise documents of equal length share a call. Queries stay on their process. Keys
-and values arrive by an all-gather over the context-parallel group (Llama 3, arXiv 2407.21783, section 3.3.2):
-the whole row for global attention, the last window - 1 tokens of each piece for sliding windows.
+Documents are attended separately: on GPUs in 16 bits one kernel call covers all documents of a piece, a
+range of the row on this process (`attend_documents`); otherwise documents of equal length share a call. Keys
+and values arrive by an all-gather over the context-parallel group (Llama 3, arXiv 2407.21783, section
+3.3.2): the whole row for global attention, the last window - 1 tokens of each piece for sliding windows.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class DocumentAttention(MegatronModule):
                              "micro-batches are rows of packed documents")
         spans, shared, window = packed_seq_params.spans, packed_seq_params.shared, self.window_tokens
         varlen = supports_varlen(query)
-        if not varlen and (alike := packed_seq_params.group_by_length(self.window_tokens)) is not None:
-            return self._attend_by_length(query, key, value, alike).reshape(len(query), -1)
+        if not varlen and (
+            length_groups := packed_seq_params.group_by_length(self.window_tokens)) is not None:
+            return self._attend_by_length(query, key, value, length_groups).reshape(len(query), -1)
         if shared is not None:  # expand every document's keys; the kernel applies the window
             key, value, window = key.index_select(0, shared.source), value.index_select(0, shared.source), 0
         pieces = zip(query.chunk(len(spans)), self._gather_reachable_keys(key, value), spans, strict=True)
@@ -95,21 +96,23 @@ class DocumentAttention(MegatronModule):
         return torch.cat(outputs).reshape(len(query), -1)
 
     def _attend_by_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                          alike: LengthGroups) -> torch.Tensor:
+                          length_groups: LengthGroups) -> torch.Tensor:
         """Return [tokens, heads, head_dim], with one kernel call per document length."""
-        queries = _permute_rows(query, alike.order, alike.inverse).split(
-            [count * length for count, length, _ in alike.groups])
-        if alike.keys is None:
-            key, value = (_permute_rows(tensor, alike.order, alike.inverse) for tensor in (key, value))
+        queries = _permute_rows(query, length_groups.order, length_groups.inverse).split(
+            [count * length for count, length, _ in length_groups.groups])
+        if length_groups.keys is None:
+            key, value = (_permute_rows(tensor, length_groups.order, length_groups.inverse)
+                          for tensor in (key, value))
         else:
-            key, value = (tensor.index_select(0, alike.keys) for tensor in (key, value))
-        num_keys = [count * length for count, _, length in alike.groups]
+            key, value = (tensor.index_select(0, length_groups.keys) for tensor in (key, value))
+        num_keys = [count * length for count, _, length in length_groups.groups]
         keys, values = key.split(num_keys), value.split(num_keys)
         outputs = [attend_equal_lengths(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
                                         v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
-                   for (count, _, _), q, k, v in zip(alike.groups, queries, keys, values, strict=True)]
-        return _permute_rows(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.inverse,
-                             alike.order)
+                   for (count, _, _), q, k,
+                   v in zip(length_groups.groups, queries, keys, values, strict=True)]
+        return _permute_rows(outputs[0] if len(outputs) == 1 else torch.cat(outputs), length_groups.inverse,
+                             length_groups.order)
 
     def _gather_reachable_keys(self, key: torch.Tensor,
                                value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
@@ -238,9 +241,9 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
         # end fill up the number.
         longest = min(_round_up_to_power_of_two(max_document_tokens),
                       row_tokens) if bucketed else max_document_tokens
-        number = _round_up_to_power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
-        filled = pad(bounds, (0, number + 1 - len(bounds)), value=row_tokens)
-        return PackedDocuments(qkv_format="thd", cu_seqlens_q=filled, cu_seqlens_kv=filled,
+        num_documents = _round_up_to_power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
+        padded_bounds = pad(bounds, (0, num_documents + 1 - len(bounds)), value=row_tokens)
+        return PackedDocuments(qkv_format="thd", cu_seqlens_q=padded_bounds, cu_seqlens_kv=padded_bounds,
                                max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds,
                                host_bounds=host_bounds)
     documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
@@ -309,11 +312,11 @@ def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
         firsts = find_first_keys(documents, window_tokens)
         lengths.append([end - start for _, start, end in documents])
         lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
-    cumulative = [list(accumulate(part, initial=0)) for part in lengths]
-    flat = torch.tensor([bound for part in cumulative for bound in part], dtype=torch.int32)
+    cumulative = [list(accumulate(piece_lengths, initial=0)) for piece_lengths in lengths]
+    flat = torch.tensor([bound for piece_lengths in cumulative for bound in piece_lengths], dtype=torch.int32)
     on_device = to_device(flat, device)
-    parts = on_device.split([len(part) for part in cumulative])
-    return [PieceBounds(parts[i], parts[i + 1], max(lengths[i]), max(lengths[i + 1]))
+    bounds = on_device.split([len(piece_lengths) for piece_lengths in cumulative])
+    return [PieceBounds(bounds[i], bounds[i + 1], max(lengths[i]), max(lengths[i + 1]))
             for i in range(0, len(lengths), 2)]
 
 
@@ -338,20 +341,20 @@ def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         scale: softmax scale.
         window_tokens: sliding window, current token included. 0: no window.
     """
-    grouped: dict[str, Any] = {}
-    groups = query.shape[1] // key.shape[1]
+    options: dict[str, Any] = {}
+    group_size = query.shape[1] // key.shape[1]
     # a module-level import would take a second, for torch's compiler
     from torch.nn.attention import varlen
 
-    if groups > 1 and _accepts_grouped_heads(varlen.varlen_attn):
-        grouped = {"enable_gqa": True}
-    elif groups > 1:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if group_size > 1 and _accepts_grouped_heads(varlen.varlen_attn):
+        options = {"enable_gqa": True}
+    elif group_size > 1:
+        key, value = (t.repeat_interleave(group_size, dim=1) for t in (key, value))
     # the log-sum-exp is returned only on request
-    attended: Any = varlen.varlen_attn(
+    output: Any = varlen.varlen_attn(
         query, key, value, bounds.queries, bounds.keys, bounds.max_queries, bounds.max_keys, scale=scale,
-        window_size=(window_tokens - 1, 0) if window_tokens else (-1, 0), **grouped)
-    return attended
+        window_size=(window_tokens - 1, 0) if window_tokens else (-1, 0), **options)
+    return output
 
 
 @cache
@@ -394,8 +397,8 @@ def _group_documents(documents: Sequence[Span], device: torch.device,
         for _, start in starts]), device)]
     groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
     # equal lengths become contiguous: a group is a slice
-    places = [row_index for starts in by_length.values() for row_index, _ in starts]
-    if places == sorted(places):  # for example a single document
+    query_rows = [row_index for starts in by_length.values() for row_index, _ in starts]
+    if query_rows == sorted(query_rows):  # for example a single document
         return LengthGroups(None, None, groups, keys)
     order = torch.cat([torch.arange(row_index, row_index + queries)
                        for (queries, _), starts in by_length.items() for row_index, _ in starts])
@@ -417,9 +420,9 @@ def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         window_tokens: sliding window, current token included. 0: no window.
     """
     m, total = len(query), len(key)
-    slides = 0 < window_tokens < total
+    is_sliding = 0 < window_tokens < total
     # a whole document needs no mask: the fused kernel has a causal flag, and blocks are unnecessary
-    if m == total and not slides:
+    if m == total and not is_sliding:
         return attend_equal_lengths(query[None], key[None], value[None], scale)[0]
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
     gqa = q.shape[1] != k.shape[1]
@@ -428,19 +431,19 @@ def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         stop = min(start + QUERY_BLOCK, m)
         # skip keys after the last query of the block
         first_key, end_key = 0, total - m + stop
-        if slides:
+        if is_sliding:
             first_key = max(0, total - m + start - window_tokens + 1)
             mask = _build_band_mask(stop - start, end_key - first_key, window_tokens, q.device)
         else:
             mask = _build_causal_mask(stop - start, end_key, q.device)
         keys = slice(first_key, end_key)
-        attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        attend = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
         block = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
-        if slides or q.is_cuda or not torch.is_grad_enabled():
-            blocks.append(attended(*block))
+        if is_sliding or q.is_cuda or not torch.is_grad_enabled():
+            blocks.append(attend(*block))
         # without a fused kernel every block would save its mask, quadratic memory in the row length
         else:
-            blocks.append(checkpoint(attended, *block, use_reentrant=False, preserve_rng_state=False))
+            blocks.append(checkpoint(attend, *block, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(blocks, dim=2)[0].transpose(0, 1)
 
 
@@ -456,7 +459,7 @@ def attend_document_list(documents: Sequence[tuple[torch.Tensor, ...]], scale: f
         else:
             outputs[i] = attend_document(query, key, value, scale, window_tokens)
     for group in by_length.values():
-        query, key, value = (torch.stack([documents[i][part] for i in group]) for part in range(3))
+        query, key, value = (torch.stack([documents[i][tensor] for i in group]) for tensor in range(3))
         outputs |= dict(zip(group, attend_equal_lengths(query, key, value, scale), strict=True))
     return [outputs[i] for i in range(len(documents))]
 

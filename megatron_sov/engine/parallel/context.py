@@ -103,12 +103,12 @@ def gather_positions(values: torch.Tensor, positions: torch.Tensor) -> torch.Ten
     length = len(values) // 2
     piece, offset = positions // length, positions % length
     early, late = _get_piece_indices()
-    picked = values[torch.where(piece == late, offset + length, offset)]
+    gathered = values[torch.where(piece == late, offset + length, offset)]
     is_local = (piece == early) | (piece == late)
     # only the owner contributes a nonzero value, so the sum over the group equals the owner's value
-    picked = torch.where(is_local.reshape(-1, *[1] * (values.dim() - 1)), picked, 0)
-    dist.all_reduce(picked, group=_get_group())
-    return picked
+    gathered = torch.where(is_local.reshape(-1, *[1] * (values.dim() - 1)), gathered, 0)
+    dist.all_reduce(gathered, group=_get_group())
+    return gathered
 
 
 def _get_group() -> Any:
@@ -145,28 +145,28 @@ def _all_gather(values: torch.Tensor) -> torch.Tensor:
 
 def _reduce_scatter(row: torch.Tensor) -> torch.Tensor:
     """Reduce-scatter [n, ...] -> [n / c, ...] over the group."""
-    summed = row.new_empty(len(row) // get_cp_size(), *row.shape[1:])
-    dist.reduce_scatter_tensor(summed, _split_by_rank(row).flatten(0, 1), group=_get_group())
-    return summed
+    local = row.new_empty(len(row) // get_cp_size(), *row.shape[1:])
+    dist.reduce_scatter_tensor(local, _split_by_rank(row).flatten(0, 1), group=_get_group())
+    return local
 
 
 class _HeadExchange(torch.autograd.Function):
     """All-to-all between tokens and heads; the backward pass is the opposite exchange."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, of_tokens: bool) -> torch.Tensor:
-        ctx.of_tokens = of_tokens
-        if of_tokens:
-            outgoing = values.unflatten(1, (get_cp_size(), -1)).transpose(0, 1).contiguous()
+    def forward(ctx: Any, values: torch.Tensor, from_tokens: bool) -> torch.Tensor:
+        ctx.from_tokens = from_tokens
+        if from_tokens:
+            sent = values.unflatten(1, (get_cp_size(), -1)).transpose(0, 1).contiguous()
         else:
-            outgoing = _split_by_rank(values).contiguous()
-        incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=_get_group())
-        return _to_row_order(incoming) if of_tokens else incoming.transpose(0, 1).flatten(1, 2)
+            sent = _split_by_rank(values).contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=_get_group())
+        return _to_row_order(received) if from_tokens else received.transpose(0, 1).flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _HeadExchange.apply(grads[0], not ctx.of_tokens), None
+        return _HeadExchange.apply(grads[0], not ctx.from_tokens), None
 
 
 class _GatherReplicated(torch.autograd.Function):

@@ -64,8 +64,8 @@ class Continuation:
     @property
     def has_ended(self) -> bool:
         """Whether the continuation reached `limit` or its stop rule."""
-        written = self.tokens[self.prompt_tokens:]
-        return bool(written) and (len(written) >= self.limit or self.stop.is_met(written))
+        new_tokens = self.tokens[self.prompt_tokens:]
+        return bool(new_tokens) and (len(new_tokens) >= self.limit or self.stop.is_met(new_tokens))
 
     @property
     def in_prompt(self) -> bool:
@@ -98,7 +98,7 @@ class RowItem:
                 or self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens)
 
     @property
-    def last_place(self) -> int:
+    def last_index(self) -> int:
         """Row index of the last token of the span."""
         return self.start + len(self.span.tokens) - 1
 

@@ -81,40 +81,40 @@ class DecodingBatch:
         # before `read` grows: `in_prompt` must be true for prompts that end in this row
         self._copy_prompts(items)
         # spans that end inside a prompt choose no token
-        chosen = [i for i in items if i.predicts]
-        tokens, logprobs = self._choose_tokens(output, chosen)
+        predicting = [i for i in items if i.predicts]
+        tokens, logprobs = self._choose_tokens(output, predicting)
         for item in items:
             item.sequence.read += len(item.span.tokens)
-        for item, token, logprob in zip(chosen, tokens, logprobs, strict=True):
+        for item, token, logprob in zip(predicting, tokens, logprobs, strict=True):
             item.sequence.tokens.append(token)
             item.sequence.logprobs.append(logprob)
         # From the last slot down: `_free_slot` moves the last sequence, which must be unfinished.
-        for slot in [i.span.slot for i in reversed(chosen) if i.sequence.has_ended]:
+        for slot in [i.span.slot for i in reversed(predicting) if i.sequence.has_ended]:
             self._free_slot(slot)
         return True
 
     def _next_row(self) -> list[RowItem]:
         """Return prompt spans, or a decoding step per sequence once all prompts are read."""
         items: list[RowItem] = []
-        filled = 0
+        num_tokens = 0
         prompts_in_row = set[bytes]()
         for slot, sequence in enumerate(self._slots):
             if sequence.in_prompt and not sequence.read and sequence.prompt in prompts_in_row:
                 continue  # the same prompt is read in another slot and copied
-            room = self._prefill_tokens - filled
+            max_tokens = self._prefill_tokens - num_tokens
             if sequence.in_prompt and sequence.prompt:
                 prompts_in_row.add(sequence.prompt)
-            if sequence.in_prompt and room > 0:
-                span = sequence.span(slot, room)
-                items.append(RowItem(sequence, span, filled))
-                filled += len(span.tokens)
+            if sequence.in_prompt and max_tokens > 0:
+                span = sequence.span(slot, max_tokens)
+                items.append(RowItem(sequence, span, num_tokens))
+                num_tokens += len(span.tokens)
         # Decoding steps wait until all prompts are read.
         if items:
             return items
         for slot, sequence in enumerate(self._slots):
             span = CacheSpan(slot, sequence.read, [sequence.tokens[-1]])
-            items.append(RowItem(sequence, span, filled))
-            filled += len(span.tokens)
+            items.append(RowItem(sequence, span, num_tokens))
+            num_tokens += len(span.tokens)
         return items
 
     def _copy_prompts(self, items: list[RowItem]) -> None:
@@ -122,16 +122,16 @@ class DecodingBatch:
 
         The last token is not copied: each sequence reads it itself to choose its next token.
         """
-        waiting: dict[bytes, list[int]] = {}
-        read_now = {item.span.slot for item in items}
+        waiting_slots: dict[bytes, list[int]] = {}
+        read_slots = {item.span.slot for item in items}
         for slot, sequence in enumerate(self._slots):
-            if sequence.in_prompt and not sequence.read and slot not in read_now:
-                waiting.setdefault(sequence.prompt, []).append(slot)
+            if sequence.in_prompt and not sequence.read and slot not in read_slots:
+                waiting_slots.setdefault(sequence.prompt, []).append(slot)
         for item in items:
             source = item.sequence
             if not (source.in_prompt and item.predicts and source.prompt):
                 continue
-            if slots := waiting.pop(source.prompt, []):
+            if slots := waiting_slots.pop(source.prompt, []):
                 self._decoder.copy(item.span.slot, slots)
             for slot in slots:
                 self._slots[slot].read = source.prompt_tokens - 1
@@ -147,25 +147,25 @@ class DecodingBatch:
             with_rules = [n for n, item in enumerate(items) if item.sequence.sampling.rules]
             # Rules mask whole rows of logits; greedy choice needs the best token of each vocabulary shard
             # only.
-            free = [n for n, item in enumerate(items) if not item.sequence.sampling.rules]
-            greedy = [n for n in free if items[n].sequence.sampling.temperature == 0]
-            sampled = [n for n in free if items[n].sequence.sampling.temperature]
-            for places, choose in ((greedy, self._choose_greedy), (sampled, self._choose_sampled),
+            without_rules = [n for n, item in enumerate(items) if not item.sequence.sampling.rules]
+            greedy = [n for n in without_rules if items[n].sequence.sampling.temperature == 0]
+            sampled = [n for n in without_rules if items[n].sequence.sampling.temperature]
+            for indices, choose in ((greedy, self._choose_greedy), (sampled, self._choose_sampled),
                                    (with_rules, self._choose_with_rules)):
-                if places:
-                    tokens[places], logprobs[places] = choose(output, [items[n] for n in places])
+                if indices:
+                    tokens[indices], logprobs[indices] = choose(output, [items[n] for n in indices])
         # only the last stage has logits; an int64 table sends tokens and log-probabilities to all stages
         table = self._decoder.agree(torch.stack([tokens, logprobs.view(torch.int64)]))
         return table[0].tolist(), table[1].contiguous().view(torch.float64).tolist()
 
     def _choose_greedy(self, output: DecodeOutput, items: list[RowItem]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, logprobs = self._decoder.best_tokens(output, [i.last_place for i in items])
+        tokens, logprobs = self._decoder.best_tokens(output, [i.last_index for i in items])
         return tokens, logprobs.double()
 
     def _choose_with_rules(self, output: DecodeOutput, items: list[RowItem]
                            ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose tokens that each sequence's rules allow."""
-        logits = self._decoder.logits(output, [i.last_place for i in items]).double()
+        logits = self._decoder.logits(output, [i.last_index for i in items]).double()
         tokens: list[int] = []
         logprobs: list[float] = []
         for item, row in zip(items, logits, strict=True):
@@ -186,7 +186,7 @@ class DecodingBatch:
 
     def _choose_sampled(self, output: DecodeOutput, items: list[RowItem]
                         ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self._decoder.logits(output, [i.last_place for i in items])
+        logits = self._decoder.logits(output, [i.last_index for i in items])
         shares = compute_distributions(logits, [i.sequence.sampling for i in items])
         tokens = torch.tensor(draw_tokens(shares, [i.sequence.random.random() for i in items]))
         logprobs = shares.gather(1, tokens[:, None].to(shares.device))[:, 0].log()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
 from megatron_sov.base.errors import UserError, fix_missing, suggest_download, suggest_name
-from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, drop_removed_settings
+from megatron_sov.base.hints.removed import RENAMED, SETTINGS as REMOVED_SETTINGS, update_settings
 from megatron_sov.base.hints.table import explain_key, find_note, translate_to_settings
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
@@ -39,9 +39,6 @@ from megatron_sov.model.config.post_training import (
     REFERENCE_METHODS, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
-RENAMED = {"evaluate.beside": "evaluate.background",
-           "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
-"""Setting of an earlier version -> its current name."""
 SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
             ("preference.method", ("preference.beta", "preference.simpo_gamma")))
 """A setting that selects a method, and the numbers that belong to the method. If the method changes, the
@@ -320,7 +317,7 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         SettingsError: unknown settings (with the nearest known name), wrong types or values out of bounds.
     """
-    return parse_settings(RunConfig, drop_removed_settings(raw) if isinstance(raw, dict) else raw, where,
+    return parse_settings(RunConfig, update_settings(raw) if isinstance(raw, dict) else raw, where,
                 instead=_suggest_setting, rules=False)
 
 

@@ -98,15 +98,15 @@ def infer_architecture(stated: Stated, family: str = "",
         # Families with a fixed uncommon value, such as output norms, need a setting that says so.
         and all(field in fields or candidate.structure.get(field, plain) == plain
                 for field, plain in COMMON_VALUES.items())]
-    fitting = {name: model for name in names if (model := _build_model(name, fields)) is not None}
+    matches = {name: model for name in names if (model := _build_model(name, fields)) is not None}
     # If several families can express the model, prefer families with the fewest optional features.
-    num_varied = {name: len(models.get_family(name).varies) for name in fitting}
+    num_varied = {name: len(models.get_family(name).varies) for name in matches}
     fewest = min(num_varied.values(), default=0)
-    fitting = {name: model for name, model in fitting.items() if num_varied[name] == fewest}
-    if len(fitting) == 1:
-        return next(iter(fitting.values()))
-    if fitting:
-        raise UserError(f"the model's settings: fit the families {', '.join(fitting)}; choose one with "
+    matches = {name: model for name, model in matches.items() if num_varied[name] == fewest}
+    if len(matches) == 1:
+        return next(iter(matches.values()))
+    if matches:
+        raise UserError(f"the model's settings: fit the families {', '.join(matches)}; choose one with "
                         "--family")
     reasons = {name: _find_mismatches(name, fields) for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
@@ -118,7 +118,7 @@ def infer_architecture(stated: Stated, family: str = "",
 def describe_model(model: ModelConfig) -> dict[str, Any]:
     """Return a model's settings as Megatron-LM arguments; inverse of `normalize_arguments` and
     `infer_architecture`. Raises `UserError`: Megatron-Core has no setting for a field of the model."""
-    args = {theirs: getattr(model, ours) for theirs, ours in RENAMED.items()} | {
+    args = {megatron_name: getattr(model, field) for megatron_name, field in RENAMED.items()} | {
         "num_query_groups": model.num_kv_heads, "group_query_attention": True, "kv_channels": model.head_dim,
         "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim, "vocab_size": model.vocab_size,
         "max_position_embeddings": model.max_position_tokens, "normalization": "RMSNorm", "swiglu": True,
@@ -131,37 +131,39 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
         args |= _describe_experts(model)
     if model.yarn is not None:
         args |= {"position_embedding_type": "yarn", **{
-            f"yarn_{theirs}": getattr(model.yarn, ours) for ours, theirs in YARN_NAMES.items()}}
+            f"yarn_{megatron_name}": getattr(model.yarn, field) for field,
+            megatron_name in YARN_NAMES.items()}}
     if model.llama3_rope is not None:
         args |= {"use_rope_scaling": True, "rope_scaling_factor": model.llama3_rope.factor}
     if model.sliding_window_tokens:
-        slides = [int(kind == "sliding_attention") for kind in model.layer_types()]
-        args |= {"window_size": (model.sliding_window_tokens - 1, 0), "window_attn_skip_freq": slides}
+        is_sliding = [int(kind == "sliding_attention") for kind in model.layer_types()]
+        args |= {"window_size": (model.sliding_window_tokens - 1, 0), "window_attn_skip_freq": is_sliding}
         if not model.rope_on_global:
-            args["no_rope_freq"] = [1 - layer_slides for layer_slides in slides]
+            args["no_rope_freq"] = [1 - layer_slides for layer_slides in is_sliding]
     _check_inverse(model, args)
     return args
 
 
 def _check_inverse(model: ModelConfig, args: Stated) -> None:
     """Raise `UserError` if Megatron-LM arguments do not say everything about a model."""
-    lost = [name for name, plain in COMMON_VALUES.items()
-            if getattr(model, name) != plain and name not in (*EXPERT_GROUPS, "mtp_experts")]
-    if not lost:
+    missing_fields = [name for name, plain in COMMON_VALUES.items()
+                      if getattr(model, name) != plain and name not in (*EXPERT_GROUPS, "mtp_experts")]
+    if not missing_fields:
         # without dense layers their width is not read
         idle = {} if model.num_dense_layers or not model.num_experts else {
             "dense_ffn_dim": model.dense_ffn_dim}
         family = models.get_family(model.family)
         inferred = infer_architecture(normalize_arguments(args), model.family, idle)
-        described, again = (family.to_hf_config(one, "any", TokenIds()) for one in (model, inferred))
-        lost = [name for name in described if described[name] != again.get(name)]
-    if lost:
+        config, inferred_config = (family.to_hf_config(candidate, "any", TokenIds())
+                                   for candidate in (model, inferred))
+        missing_fields = [name for name in config if config[name] != inferred_config.get(name)]
+    if missing_fields:
         raise UserError(f"Megatron-Core's GPTModel cannot be this model of family {model.family}: it has no "
-                        f"setting for {', '.join(lost)}; use `megatron-sov convert to-hf`")
+                        f"setting for {', '.join(missing_fields)}; use `megatron-sov convert to-hf`")
 
 
 def _describe_experts(model: ModelConfig) -> dict[str, Any]:
-    args = {theirs: getattr(model, ours) for theirs, ours in EXPERT_NAMES.items()}
+    args = {megatron_name: getattr(model, field) for megatron_name, field in EXPERT_NAMES.items()}
     args["num_experts"] = args.pop("num_moe_experts")
     if model.num_expert_groups > 1:
         args |= {"moe_router_num_groups": model.num_expert_groups,
@@ -180,13 +182,14 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
     problems = [f"{name} = {stated[name]!r}: only {' or '.join(map(repr, allowed))} is read"
                 for name, allowed in SUPPORTED_VALUES.items() if name in stated
                 and not _is_supported(stated[name], allowed)]
-    fields = {ours: MEGATRON_DEFAULTS.get(theirs) if stated.get(theirs) is None else stated[theirs]
-              for theirs, ours in RENAMED.items()
-              if theirs in MEGATRON_DEFAULTS or stated.get(theirs) is not None}
-    parts = (_infer_attention, _infer_feed_forward, _infer_positions, _infer_pattern, _infer_prediction)
-    for part in parts:
+    fields = {field: MEGATRON_DEFAULTS.get(megatron_name)
+              if stated.get(megatron_name) is None else stated[megatron_name]
+              for megatron_name, field in RENAMED.items()
+              if megatron_name in MEGATRON_DEFAULTS or stated.get(megatron_name) is not None}
+    inferences = (_infer_attention, _infer_feed_forward, _infer_positions, _infer_pattern, _infer_prediction)
+    for infer in inferences:
         try:
-            fields |= part(stated)
+            fields |= infer(stated)
         except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as e:
             problems.append(str(e) if type(e) is ValueError  # raised by `part`, with a sentence
                             else f"a value cannot be read ({type(e).__name__}: {e})")
@@ -200,7 +203,8 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
 def _is_supported(value: Any, allowed: Sequence[Any]) -> bool:
     if isinstance(value, Mapping):  # Bridge's way to name a function: {_target_: torch.nn.functional.silu}
         value = str(value.get("_target_", value.get("class", ""))).rpartition(".")[2]
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+    return any(value == allowed_value and isinstance(value, bool) == isinstance(allowed_value, bool)
+               for allowed_value in allowed)
 
 
 def _infer_attention(stated: Stated) -> dict[str, Any]:
@@ -217,27 +221,30 @@ def _infer_attention(stated: Stated) -> dict[str, Any]:
 
 def _infer_feed_forward(stated: Stated) -> dict[str, Any]:
     """Return feed-forward widths, experts and routing."""
-    ffn, experts = stated.get("ffn_hidden_size"), stated.get("num_moe_experts")
+    ffn_dim, experts = stated.get("ffn_hidden_size"), stated.get("num_moe_experts")
     if not experts:
         return {"num_experts": 0, "num_shared_experts": 0, "num_dense_layers": 0,
-                **({"dense_ffn_dim": ffn} if ffn else {})}
-    inner = stated.get("moe_ffn_hidden_size") or ffn or 1
-    shared = stated.get("moe_shared_expert_intermediate_size") or 0
-    if shared % inner:
-        raise ValueError(f"moe_shared_expert_intermediate_size = {shared} must be a multiple of the experts' "
-                         f"width {inner}")
-    dense = _count_dense_layers(stated.get("moe_layer_freq", 1), stated["num_layers"])
+                **({"dense_ffn_dim": ffn_dim} if ffn_dim else {})}
+    expert_dim = stated.get("moe_ffn_hidden_size") or ffn_dim or 1
+    shared_dim = stated.get("moe_shared_expert_intermediate_size") or 0
+    if shared_dim % expert_dim:
+        raise ValueError(
+            f"moe_shared_expert_intermediate_size = {shared_dim} must be a multiple of the experts' "
+            f"width {expert_dim}")
+    num_dense = _count_dense_layers(stated.get("moe_layer_freq", 1), stated["num_layers"])
     score = stated.get("moe_router_score_function", "softmax")
     fields: dict[str, Any] = {"num_experts_per_token": 2}  # Megatron's default
-    fields |= {ours: stated[theirs] for theirs, ours in EXPERT_NAMES.items()
-               if stated.get(theirs) is not None}
-    fields |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
-               "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
+    fields |= {field: stated[megatron_name] for megatron_name, field in EXPERT_NAMES.items()
+               if stated.get(megatron_name) is not None}
+    fields |= {"expert_ffn_dim": expert_dim, "num_shared_experts": shared_dim // expert_dim,
+               "num_dense_layers": num_dense, "router_score": score,
+               "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
                "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
                # Softmax over chosen experts equals softmax over all experts divided by the chosen sum.
                "norm_topk_prob": score == "sigmoid" or not stated.get("moe_router_pre_softmax", False),
                # Megatron builds the prediction layer like the last transformer layer.
-               "dense_ffn_dim": ffn if dense else 0, "mtp_experts": bool(stated.get("mtp_num_layers")),
+               "dense_ffn_dim": ffn_dim if num_dense else 0,
+               "mtp_experts": bool(stated.get("mtp_num_layers")),
                **_infer_groups(stated)}
     if stated.get("moe_router_load_balancing_type") == "seq_aux_loss":
         fields["seq_aux_loss_coeff"] = stated.get("moe_aux_loss_coeff", 0.0)
@@ -263,11 +270,11 @@ def _count_dense_layers(frequency: Any, num_layers: int) -> int:
         pattern = [int(layer % frequency == 0) for layer in range(num_layers)]
     else:
         pattern = list(frequency)
-    dense = pattern.index(1) if 1 in pattern else len(pattern)
-    if len(pattern) != num_layers or pattern[dense:] != [1] * (num_layers - dense):
+    num_dense = pattern.index(1) if 1 in pattern else len(pattern)
+    if len(pattern) != num_layers or pattern[num_dense:] != [1] * (num_layers - num_dense):
         raise ValueError(f"moe_layer_freq = {frequency!r}: all dense layers must come before layers with "
                          "experts")
-    return dense
+    return num_dense
 
 
 def _parse_list(text: str) -> list[int]:
@@ -293,8 +300,9 @@ def _infer_positions(stated: Stated) -> dict[str, Any]:
     if stated.get("position_embedding_type") == "yarn":
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
-        fields["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in YARN_NAMES.items()
-                          if stated.get(f"yarn_{theirs}") is not None}
+        fields["yarn"] = {field: stated[f"yarn_{megatron_name}"] for field,
+                          megatron_name in YARN_NAMES.items()
+                          if stated.get(f"yarn_{megatron_name}") is not None}
     if stated.get("rope_scaling"):
         # Other parameters are constants in Megatron-Core's RotaryEmbedding.
         fields["llama3_rope"] = {"factor": stated.get("rope_scaling_factor") or 8.0}
@@ -312,14 +320,15 @@ def _infer_pattern(stated: Stated) -> dict[str, Any]:
             raise ValueError(f"no_rope_freq = {no_rope!r}: layers without RoPE are only supported in models "
                              "with sliding layers")
         return {}
-    left = (window if isinstance(window, (list, tuple)) else _parse_list(f"[{str(window).strip('()[]')}]"))[0]
+    num_left = (window
+                if isinstance(window, (list, tuple)) else _parse_list(f"[{str(window).strip('()[]')}]"))[0]
     flags, is_number = _expand_frequency([True] * num_layers if frequency is None else frequency, num_layers)
     # a number flags every n-th layer, which is global; a list flags the sliding layers
-    slides = [not flag for flag in flags] if is_number else flags
-    letters = "".join("L" if layer_slides else "G" for layer_slides in slides)
-    fields = {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": left + 1}
+    is_sliding = [not flag for flag in flags] if is_number else flags
+    letters = "".join("L" if layer_slides else "G" for layer_slides in is_sliding)
+    fields = {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": num_left + 1}
     if no_rope:
-        if [not flag for flag in _expand_frequency(no_rope, num_layers)[0]] != slides:
+        if [not flag for flag in _expand_frequency(no_rope, num_layers)[0]] != is_sliding:
             raise ValueError("no_rope_freq and window_attn_skip_freq: only layers without a window may be "
                              "without RoPE")
         fields["rope_on_global"] = False

@@ -42,11 +42,12 @@ def _find_main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
     The prediction layer's window comes first, then the most frequent window of the trunk. `sliding_window`
     counts only if all windows are equal, because classes with a single window write a default there.
     """
-    predicting, trunk = ([int(window) for window in config.get(name, []) if window]
-                         for name in ("mtp_sliding_windows", "sliding_windows"))
-    differ = len({*predicting, *trunk}) > 1
-    listed = next(iter(predicting), max(trunk, key=trunk.count, default=0))
-    return (listed, True) if differ else (config.get("sliding_window", listed or default), False)
+    prediction_windows, trunk_windows = ([int(window) for window in config.get(name, []) if window]
+                                         for name in ("mtp_sliding_windows", "sliding_windows"))
+    differ = len({*prediction_windows, *trunk_windows}) > 1
+    listed_window = next(iter(prediction_windows), max(trunk_windows, key=trunk_windows.count, default=0))
+    return (listed_window, True) if differ else (config.get("sliding_window", listed_window or default),
+                                                 False)
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,17 @@ class SlidingLayers:
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _parse_layer_letters(types, "layer_types", num_layers)
         fields = {"attention_pattern": shortest_pattern(letters), "layer_windows": ()}
-        listed = [int(w or 0) for w in config.get("sliding_windows", [])]
+        layer_windows = [int(w or 0) for w in config.get("sliding_windows", [])]
         window, differ = _find_main_window(config, self.default_window)
         window = window if "L" in letters else 0
-        if not listed or listed == [window if letter == "L" else 0 for letter in letters]:
+        if not layer_windows or layer_windows == [window if letter == "L" else 0 for letter in letters]:
             return fields | {"sliding_window_tokens": window}
-        if not differ or [w > 0 for w in listed] != [letter == "L" for letter in letters]:
+        if not differ or [w > 0 for w in layer_windows] != [letter == "L" for letter in letters]:
             raise UserError(
                 f"config.json: sliding_windows = {config['sliding_windows']} disagree with layer_types or "
                 f"with sliding_window = {config.get('sliding_window')}, and programs read one or the other; "
                 "give each sliding layer a window above 0, the others 0, and leave sliding_window out")
-        return fields | {"sliding_window_tokens": window, "layer_windows": tuple(listed)}
+        return fields | {"sliding_window_tokens": window, "layer_windows": tuple(layer_windows)}
 
     @staticmethod
     def from_period(period: Any, num_layers: int) -> list[str]:
@@ -109,15 +110,16 @@ class SlidingSwitch:
         """Return the switch, the window and, with `by_layer`, the explicit list. Raises `UserError`: layers
         differ although `by_layer` is False."""
         types = model.layer_types()
-        slides = "sliding_attention" in types
-        written = {"use_sliding_window": slides, "sliding_window": model.sliding_window_tokens or None}
+        has_sliding_layers = "sliding_attention" in types
+        fields = {"use_sliding_window": has_sliding_layers,
+                  "sliding_window": model.sliding_window_tokens or None}
         if self.by_layer:
-            first = types.index("sliding_attention") if slides else model.num_layers
-            return {**written, "max_window_layers": first, "layer_types": types}
+            first_sliding = types.index("sliding_attention") if has_sliding_layers else model.num_layers
+            return {**fields, "max_window_layers": first_sliding, "layer_types": types}
         if len(set(types)) > 1:
             raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family "
                             f"'{model.family}' either every layer slides or none does; use 'L' or 'G'")
-        return written
+        return fields
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return pattern and window; `UserError` if switch, window and list disagree."""
@@ -151,14 +153,14 @@ class RotatingWindows:
         """Return list, window and pattern; `UserError` for a combination of RoPE and windows that the family
         does not have."""
         types = model.layer_types()
-        slides = "sliding_attention" in types
-        if model.rope_on_global == slides:
+        has_sliding_layers = "sliding_attention" in types
+        if model.rope_on_global == has_sliding_layers:
             raise UserError(f"model.rope_on_global = {model.rope_on_global}: in family '{model.family}' "
                             "global layers rotate exactly where no layer slides; set it to "
-                            f"{str(not slides).lower()} for model.attention_pattern = "
+                            f"{str(not has_sliding_layers).lower()} for model.attention_pattern = "
                             f"{model.attention_pattern!r}")
         return {"layer_types": types, "sliding_window": model.sliding_window_tokens or None,
-                "sliding_window_pattern": model.attention_pattern if slides else None}
+                "sliding_window_pattern": model.attention_pattern if has_sliding_layers else None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return pattern, window and `rope_on_global`; `UserError` for a window without sliding layers, and
@@ -176,14 +178,14 @@ class RotatingWindows:
                 "rope_on_global": not window}
 
 
-def _count_dense_layers(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
+def _count_dense_layers(config: dict[str, Any], is_dense: list[bool], name: str) -> dict[str, Any]:
     """Count dense layers; `UserError` unless all dense layers come first."""
     num_layers = _read_num_layers(config)
-    if len(dense) != num_layers or dense != sorted(dense, reverse=True):
-        raise UserError(f"config.json: {what} must name dense layers first and layers with experts after, "
+    if len(is_dense) != num_layers or is_dense != sorted(is_dense, reverse=True):
+        raise UserError(f"config.json: {name} must name dense layers first and layers with experts after, "
                         f"for num_hidden_layers = {num_layers} layers; a dense layer after a layer with "
                         "experts is not supported")
-    return {"num_dense_layers": sum(dense)}
+    return {"num_dense_layers": sum(is_dense)}
 
 
 @dataclass(frozen=True)
@@ -201,23 +203,24 @@ class LeadingDenseLayers:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Count dense layers; `UserError` if two spellings disagree."""
-        def leading(count: Any) -> list[bool]:
+        def mark_leading(count: Any) -> list[bool]:
             return [i < count for i in range(_read_num_layers(config))]
 
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
-            "is_moe_layer": lambda flags: [not flag for flag in flags], "first_k_dense_replace": leading,
-            "first_last_k_dense_replace": leading}
-        by_spelling = {name: read(config[name]) for name, read in spellings.items() if name in config}
-        if "mlp_layer_types" in by_spelling and config.get("first_k_dense_replace") == self.default:
+            "is_moe_layer": lambda flags: [not flag for flag in flags], "first_k_dense_replace": mark_leading,
+            "first_last_k_dense_replace": mark_leading}
+        layers_by_spelling = {name: read(config[name]) for name, read in spellings.items() if name in config}
+        if "mlp_layer_types" in layers_by_spelling and config.get("first_k_dense_replace") == self.default:
             # transformers' classes use the list, and write the default of an absent count.
-            by_spelling.pop("first_k_dense_replace")
+            layers_by_spelling.pop("first_k_dense_replace")
         # Lists of layers come first in `spellings`: they are more precise than a count.
-        dense = next(iter(by_spelling.values()), leading(self.default))
-        if any(other != dense for other in by_spelling.values()):
-            raise UserError(f"config.json: {' and '.join(by_spelling)} disagree about which layers are "
-                            "dense; make them agree")
-        return _count_dense_layers(config, dense, next(iter(by_spelling), "first_k_dense_replace"))
+        is_dense = next(iter(layers_by_spelling.values()), mark_leading(self.default))
+        if any(layers != is_dense for layers in layers_by_spelling.values()):
+            raise UserError(
+                f"config.json: {' and '.join(layers_by_spelling)} disagree about which layers are "
+                "dense; make them agree")
+        return _count_dense_layers(config, is_dense, next(iter(layers_by_spelling), "first_k_dense_replace"))
 
 
 @dataclass(frozen=True)
@@ -231,9 +234,9 @@ class SparseSteps:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Count leading dense layers."""
-        listed, step = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
-        dense = [i in listed or (i + 1) % step != 0 for i in range(_read_num_layers(config))]
-        return _count_dense_layers(config, dense, "mlp_only_layers and decoder_sparse_step")
+        dense_layers, step = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
+        is_dense = [i in dense_layers or (i + 1) % step != 0 for i in range(_read_num_layers(config))]
+        return _count_dense_layers(config, is_dense, "mlp_only_layers and decoder_sparse_step")
 
 
 @dataclass(frozen=True)
@@ -251,11 +254,13 @@ class HfPredictionLayer:
         """Return all fields; without prediction layers at most their number."""
         if not model.num_mtp_layers:
             return {"num_nextn_predict_layers": 0} if self.writes_zero else {}
-        n = model.num_mtp_layers
-        repeated = {"mtp_num_speculative_steps": model.mtp_depths, "mtp_share_layers": True}
-        return {"num_nextn_predict_layers": n, "mtp_layer_types": [model.mtp_layer_type()] * n,
-                "mtp_sliding_windows": [model.mtp_window()] * n,
-                "mtp_loss_scaling_factor": model.mtp_loss_coeff, **(repeated if model.mtp_depths > 1 else {})}
+        num_layers = model.num_mtp_layers
+        depth_fields = {"mtp_num_speculative_steps": model.mtp_depths, "mtp_share_layers": True}
+        return {"num_nextn_predict_layers": num_layers,
+                "mtp_layer_types": [model.mtp_layer_type()] * num_layers,
+                "mtp_sliding_windows": [model.mtp_window()] * num_layers,
+                "mtp_loss_scaling_factor": model.mtp_loss_coeff,
+                **(depth_fields if model.mtp_depths > 1 else {})}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return number, attention (global by default), depths and loss weight."""

@@ -294,16 +294,17 @@ class WeightSection:
                              f"{'both prefixes need' if per_layer else 'neither prefix may have'} the "
                              "placeholder {l}")
         for entry in self.entries:
-            misplaced = ["{l}"] if isinstance(entry, Experts) else ["{l}", "{e}"]
-            if any(placeholder in name for placeholder in misplaced
+            forbidden = ["{l}"] if isinstance(entry, Experts) else ["{l}", "{e}"]
+            if any(placeholder in name for placeholder in forbidden
                    for name in (entry.megatron, *entry.hf_names)):
                 raise ValueError(f"section {self.megatron!r}, entry {entry.megatron!r} <-> {entry.hf_names}: "
                                  "a layer's placeholder belongs in the prefixes, an expert's in Experts(...)")
         for names in ([n for entry in self.entries for n in entry.hf_names],
                       [entry.megatron for entry in self.entries]):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f"section {self.megatron!r} <-> {self.hf!r}: names {', '.join(twice)} twice")
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(
+                    f"section {self.megatron!r} <-> {self.hf!r}: names {', '.join(repeated)} twice")
 
     def layers(self, model: ModelConfig) -> Sequence[int | None]:
         """Return the layers with this section by Hugging Face index; [None] for a section outside layers."""
@@ -311,18 +312,18 @@ class WeightSection:
             return []
         # Dense layers come first, then layers with experts (DeepSeek-V3).
         first_moe = model.num_layers - model.num_moe_layers()
-        linear = [kind == "linear_attention" for kind in model.layer_types()]
-        places: dict[str, Sequence[int | None]] = {
+        is_linear_layer = [kind == "linear_attention" for kind in model.layer_types()]
+        layers_by_kind: dict[str, Sequence[int | None]] = {
             "once": [None], "untied": [] if model.tied_embeddings else [None],
             "mtp": [None] if model.num_mtp_layers else [],
             "mtp layer behind": [model.num_layers] if model.num_mtp_layers else [],
             "every layer": range(model.num_layers),
-            "linear layers": [i for i, is_linear in enumerate(linear) if is_linear],
-            "other layers": [i for i, is_linear in enumerate(linear) if not is_linear],
+            "linear layers": [i for i, is_linear in enumerate(is_linear_layer) if is_linear],
+            "other layers": [i for i, is_linear in enumerate(is_linear_layer) if not is_linear],
             "layers with norms behind": range(
                 model.num_layers if model.block_norms in ("post", "both") else 0),
             "dense layers": range(first_moe), "moe layers": range(first_moe, model.num_layers)}
-        return places[self.where]
+        return layers_by_kind[self.where]
 
 
 @dataclass(frozen=True)
@@ -363,14 +364,14 @@ class Link:
         return {name: (start * rows_per_unit, length * rows_per_unit) for name, start, length in zip(
             self.hf_names, self.layout.starts(), self.layout.lengths, strict=True)}
 
-    def _iter_parts(self, viewed: Any) -> Iterator[tuple[str, int, Any]]:
+    def _iter_parts(self, block_view: Any) -> Iterator[tuple[str, int, Any]]:
         for name, start, length in zip(self.hf_names, self.layout.starts(), self.layout.lengths, strict=True):
-            yield name, length, viewed.narrow(self.layout.axis, start, length)
+            yield name, length, block_view.narrow(self.layout.axis, start, length)
 
     def split(self, block: Any) -> dict[str, Any]:
         """Return the Hugging Face tensors of a block; the tensors may share the block's memory."""
-        viewed = block.reshape(self.layout.view)
-        return {name: self.layout.to_stored(part, n) for name, n, part in self._iter_parts(viewed)}
+        block_view = block.reshape(self.layout.view)
+        return {name: self.layout.to_stored(part, n) for name, n, part in self._iter_parts(block_view)}
 
     def join(self, tensors: dict[str, Any]) -> Any:
         """Return the block made up of Hugging Face tensors with the same dtype and device."""
@@ -379,10 +380,10 @@ class Link:
             tensor = tensors[self.hf_names[0]]
             return self.layout.to_view(tensor, self.layout.lengths[0]).reshape(self.block_shape)
         # `new_empty` keeps dtype and device without importing torch.
-        viewed = tensors[self.hf_names[0]].new_empty(self.layout.view)
-        for name, length, part in self._iter_parts(viewed):
+        block_view = tensors[self.hf_names[0]].new_empty(self.layout.view)
+        for name, length, part in self._iter_parts(block_view):
             part.copy_(self.layout.to_view(tensors[name], length))
-        return viewed.reshape(self.block_shape)
+        return block_view.reshape(self.block_shape)
 
 
 def build_links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
@@ -405,19 +406,19 @@ def build_links(sections: Sequence[WeightSection], model: ModelConfig) -> list[L
 
 def _iter_section_links(section: WeightSection, model: ModelConfig,
                         layer: int | None = None) -> Iterator[Link]:
-    def named(prefix: str, name: str, expert: int | None = None) -> str:
+    def format_name(prefix: str, name: str, expert: int | None = None) -> str:
         return (prefix + name).replace("{l}", str(layer)).replace("{e}", str(expert))
 
     for entry in section.entries:
         layout = entry.layout(model)
-        key = named(section.megatron, entry.megatron)
+        key = format_name(section.megatron, entry.megatron)
         block = layout.block
         # Stacked experts have a block per expert; other tensors are a single block at offset 0.
-        stacked = isinstance(entry, Experts)
-        for expert in range(model.num_experts if stacked else 1):
-            shape = (model.num_experts, *block) if stacked else block
-            offset = (expert if stacked else 0, *(0,) * (len(shape) - 1))
-            yield Link(key, shape, offset, tuple(named(section.hf, n, expert) for n in entry.hf_names),
+        is_stacked = isinstance(entry, Experts)
+        for expert in range(model.num_experts if is_stacked else 1):
+            shape = (model.num_experts, *block) if is_stacked else block
+            offset = (expert if is_stacked else 0, *(0,) * (len(shape) - 1))
+            yield Link(key, shape, offset, tuple(format_name(section.hf, n, expert) for n in entry.hf_names),
                        layout, entry.fp32)
 
 

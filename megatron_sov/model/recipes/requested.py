@@ -160,9 +160,9 @@ class RecipeRequest:
             objectives.check_command(config, self.trains_by)
         self.refuse_inert(config)
         _refuse_two_lengths(config, self.requested_keys)
-        used = [models.FAMILY_PLUGINS.code(config.model.family),
-                objectives.OBJECTIVE_PLUGINS.code(config.objective.name)]
-        code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
+        used_code = [models.FAMILY_PLUGINS.code(config.model.family),
+                     objectives.OBJECTIVE_PLUGINS.code(config.objective.name)]
+        code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used_code if c is not None))
         return dataclasses.replace(config, code=code)
 
 
@@ -180,28 +180,29 @@ def request_recipe(args: RecipeOptions, of_model: Callable[[], RunConfig] | None
     load_plugins(args.plugins)
     files = [_read_layer(path) for path in args.configs]
     settings = tuple(_register_code(setting) for setting in args.settings)
-    named = [(file, str(file.value["recipe"])) for file in files if "recipe" in file.value]
-    is_whole = bool(files) and _is_whole_config(files[0].value)
-    is_of_model = args.recipe is None and not named and of_model is not None
-    for file, name in named:
-        first = args.recipe or named[0][1]
+    recipe_names = [(file, str(file.value["recipe"])) for file in files if "recipe" in file.value]
+    is_complete = bool(files) and _is_whole_config(files[0].value)
+    is_of_model = args.recipe is None and not recipe_names and of_model is not None
+    for file, name in recipe_names:
+        first = args.recipe or recipe_names[0][1]
         if name != first:
             raise UserError(f"{file.where}: is for recipe {name}, not {first}; name one recipe")
     if of_model is not None and is_of_model:
         base = of_model()
-    elif args.recipe is None and not named:
+    elif args.recipe is None and not recipe_names:
         if files:
             raise UserError(f"{files[0].where}: names no recipe; add a line `recipe: NAME` "
                             "(`megatron-sov recipes` lists them), or pass RECIPE too")
         raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists them), or pass "
                         "--config FILE with a recipe in it", Fix(arguments=("RECIPE",)))
-    elif args.recipe is None and is_whole:
+    elif args.recipe is None and is_complete:
         base, files = _read_whole_config(files[0]), files[1:]
     else:
-        if args.recipe is None and is_reference(named[0][1]):  # a config file must not run code
-            raise UserError(f"{named[0][0].where}: recipe = {named[0][1]!r} is code; pass it as RECIPE")
-        base = _load_recipe(args.recipe or named[0][1])
-    recipe, from_file = base, args.recipe is None and is_whole
+        if args.recipe is None and is_reference(recipe_names[0][1]):  # a config file must not run code
+            raise UserError(
+                f"{recipe_names[0][0].where}: recipe = {recipe_names[0][1]!r} is code; pass it as RECIPE")
+        base = _load_recipe(args.recipe or recipe_names[0][1])
+    recipe, from_file = base, args.recipe is None and is_complete
     for file in files:
         base = file.apply_to(base)
     layered = frozenset(".".join(place) for file in files for place,
@@ -220,10 +221,10 @@ DERIVED = ("recipe", "code", "data.phases", "train.steps", "train.tokens", "trai
 def _find_changed_settings(config: RunConfig) -> set[str]:
     """Return the settings in a run's config.json that differ from its recipe and from defaults."""
     of_model = build_base_config(config.recipe, config.model, config.train.precision, "sft")
-    usual = (RunConfig(config.recipe, config.model),
-             recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
+    reference_configs = (RunConfig(config.recipe, config.model),
+                         recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
     return {key for key in setting_names() if key not in DERIVED and not key.startswith("model.")
-            and get_setting(config, key) not in [get_setting(other, key) for other in usual]}
+            and get_setting(config, key) not in [get_setting(other, key) for other in reference_configs]}
 
 
 def _refuse_two_lengths(config: RunConfig, requested: Collection[str]) -> None:
@@ -308,10 +309,10 @@ def _load_recipe(recipe: str) -> RunConfig:
 
 def _find_released(model: str) -> str:
     """Return the first recipe with the config.json of a model on the Hugging Face hub, or ""."""
-    wanted = _VARIANT.sub("", model.lower())
+    base_name = _VARIANT.sub("", model.lower())
     for name in recipes.names():
         source = None if name.startswith("tiny-") else recipes.sources(name).get("model.*")
-        if source and _VARIANT.sub("", source.where.partition(",")[0].lower()) == wanted:
+        if source and _VARIANT.sub("", source.where.partition(",")[0].lower()) == base_name:
             return name
     return ""
 
@@ -359,9 +360,9 @@ def _read_layer(path: Path) -> ConfigLayer:
 def _is_whole_config(value: Mapping[str, Any]) -> bool:
     """Return whether a file has all required settings, like a run's config.json."""
     model = value.get("model")
-    needed = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING
-              and f.default_factory is dataclasses.MISSING]
-    return isinstance(model, dict) and all(name in model for name in needed)
+    required_fields = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING
+                       and f.default_factory is dataclasses.MISSING]
+    return isinstance(model, dict) and all(name in model for name in required_fields)
 
 
 def _read_whole_config(file: ConfigLayer) -> RunConfig:

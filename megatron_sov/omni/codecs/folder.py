@@ -25,7 +25,6 @@ from megatron_sov.base.settings import parse_settings, to_plain_values
 
 CODEC_CLASSES = {
     "vqmodel": "megatron_sov.omni.codecs.hf_codecs:VQModelCodec",
-    "janus-vq": "megatron_sov.omni.codecs.hf_codecs:JanusCodec",
     "mimi": "megatron_sov.omni.codecs.hf_codecs:MimiCodec",
     "dac": "megatron_sov.omni.codecs.hf_codecs:DacCodec", "ta-tok": "megatron_sov.omni.codecs.ta_tok:TATok",
     "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer"}

@@ -172,21 +172,22 @@ def _extract_sizes(config: Any) -> Any:
     return [_extract_sizes(value) for value in config] if isinstance(config, list) else config
 
 
-class HfImageCodec(HfCodec):
-    """Encodes pictures as ids and decodes ids."""
+class VQModelCodec(HfCodec):
+    """`VQModel` from diffusers: encodes pictures as ids and decodes ids."""
 
+    MODEL = "diffusers:VQModel"
     Settings = HfImageSettings
 
     def __init__(self, settings: HfImageSettings) -> None:
         super().__init__()
         self.settings, self.side_pixels = settings, settings.side_pixels
         self._build_network(settings.config)
-        self.grid, remainder = divmod(settings.side_pixels, self._get_patch_pixels())
+        patch_pixels = 2 ** (len(self.network.config.block_out_channels) - 1)
+        self.grid, remainder = divmod(settings.side_pixels, patch_pixels)
         if remainder:
             raise UserError(f"side_pixels = {settings.side_pixels}: must be a multiple of the codec's "
-                            f"{self._get_patch_pixels()} pixels for a token; import the codec with "
-                            "--side-pixels")
-        self.codebook_size = self._get_codebook_size()
+                            f"{patch_pixels} pixels for a token; import the codec with --side-pixels")
+        self.codebook_size = int(self.network.config.num_vq_embeddings)
 
     @classmethod
     def from_folder(cls, folder: Path, side_pixels: int | None = None) -> Self:
@@ -197,98 +198,27 @@ class HfImageCodec(HfCodec):
             side_pixels: height and width of pictures; None: from the config.
         """
         network, config = cls._load_network(folder)
-        codec = cls(HfImageSettings(config, side_pixels or cls._get_default_side(config)))
+        codec = cls(HfImageSettings(config, side_pixels or int(config["sample_size"])))
         codec.network = network
         return codec
-
-    @classmethod
-    def _get_default_side(cls, config: Config) -> int:
-        raise NotImplementedError
-
-    def _get_patch_pixels(self) -> int:
-        raise NotImplementedError
-
-    def _get_codebook_size(self) -> int:
-        raise NotImplementedError
-
-    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return ids, row by row, for pixels [n, 3, side, side] in -1..1."""
-        raise NotImplementedError
-
-    def _decode_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return pixels [n, 3, side, side] in -1..1 for ids [n, grid * grid]."""
-        raise NotImplementedError
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return int64 ids [n, grid * grid] for float32 pictures [n, 3, side, side] in 0..1."""
         with torch.no_grad():
-            return self._encode_pixels(pictures * 2 - 1).view(len(pictures), -1).long()
+            latents = self.network.encode(pictures * 2 - 1).latents
+            ids: torch.Tensor = self.network.quantize(latents)[2][2]
+        return ids.view(len(pictures), -1).long()
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
         """Return float32 pictures [n, 3, side, side] in 0..1 for ids [n, grid * grid]."""
-        with torch.no_grad():
-            return (self._decode_ids(ids) / 2 + 0.5).clamp(0, 1)
-
-
-class VQModelCodec(HfImageCodec):
-    """`VQModel` from diffusers."""
-
-    MODEL = "diffusers:VQModel"
-
-    @classmethod
-    def _get_default_side(cls, config: Config) -> int:
-        return int(config["sample_size"])
-
-    def _get_patch_pixels(self) -> int:
-        return int(2 ** (len(self.network.config.block_out_channels) - 1))
-
-    def _get_codebook_size(self) -> int:
-        return int(self.network.config.num_vq_embeddings)
-
-    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        ids: torch.Tensor = self.network.quantize(self.network.encode(pixels).latents)[2][2]
-        return ids
-
-    def _decode_ids(self, ids: torch.Tensor) -> torch.Tensor:
         network = self.network
         shape = (len(ids), self.grid, self.grid, network.quantize.vq_embed_dim)
         latents = ids.flatten()
-        if not network.config.lookup_from_codebook:
-            latents = network.quantize.get_codebook_entry(latents, shape)
-        pixels: torch.Tensor = network.decode(latents, force_not_quantize=True, shape=shape).sample
-        return pixels
-
-
-class JanusCodec(HfImageCodec):
-    """`JanusVQVAE` from transformers."""
-
-    MODEL = "transformers:JanusVQVAE"
-
-    def __init__(self, settings: HfImageSettings) -> None:
-        super().__init__(settings)
-        num_patches = self.network.config.num_patches
-        if self.grid != num_patches:  # the decoder has a fixed picture size
-            raise UserError(f"side_pixels = {settings.side_pixels}: must be "
-                            f"{num_patches * self._get_patch_pixels()} for this codec; import the codec "
-                            "again")
-
-    @classmethod
-    def _get_default_side(cls, config: Config) -> int:
-        return int(config["num_patches"] * 2 ** (len(config["channel_multiplier"]) - 1))
-
-    def _get_patch_pixels(self) -> int:
-        return int(2 ** (len(self.network.config.channel_multiplier) - 1))
-
-    def _get_codebook_size(self) -> int:
-        return int(self.network.config.num_embeddings)
-
-    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        ids: torch.Tensor = self.network.encode(pixels).image_tokens
-        return ids
-
-    def _decode_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = self.network.decode(ids)
-        return pixels
+        with torch.no_grad():
+            if not network.config.lookup_from_codebook:
+                latents = network.quantize.get_codebook_entry(latents, shape)
+            pixels: torch.Tensor = network.decode(latents, force_not_quantize=True, shape=shape).sample
+        return (pixels / 2 + 0.5).clamp(0, 1)
 
 
 class HfAudioCodec(HfCodec):

@@ -31,7 +31,7 @@ def reconstruct_media(folder: Path, files: Sequence[Path], output: Path) -> Iter
     codec = open_codec(folder)
     if not hasattr(codec, "encode") or not hasattr(codec, "decode"):
         raise UserError(f"{folder}: does not both encode and decode ({type(codec).__name__}); pass a codec "
-                        "of kind vqmodel, janus-vq, mimi or dac")
+                        "of kind vqmodel, mimi or dac")
     is_image_codec = hasattr(codec, "side_pixels")
     targets = [output / f"{file.stem}{'.png' if is_image_codec else '.wav'}" for file in files]
     if len(set(targets)) < len(targets):

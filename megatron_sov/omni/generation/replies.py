@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
 
 DECODER_OPTIONS = {IMAGE: "--image-decoder", AUDIO: "--vocoder"}
-DECODER_KINDS = {IMAGE: "vqmodel or janus-vq", AUDIO: "mimi or dac"}
+DECODER_KINDS = {IMAGE: "vqmodel", AUDIO: "mimi or dac"}
 BLOCK_MARKS = {IMAGE: DISCRETE_IMAGE, AUDIO: DISCRETE_AUDIO}
 """Kind -> start and end mark around discrete blocks."""
 

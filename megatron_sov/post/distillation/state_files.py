@@ -70,7 +70,7 @@ class StateFiles:
         Raises:
             UserError: the artifact has outputs for other data than `sources`.
         """
-        self._opened_by = folder, sources
+        self._arguments = folder, sources
         manifest = read_manifest(folder, KIND)
         self.folder, content = folder, manifest.content
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
@@ -101,7 +101,7 @@ class StateFiles:
             lambda source, split: self._sources[source].open_split(split).lengths)
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
-        return StateFiles, self._opened_by
+        return StateFiles, self._arguments
 
     @property
     def head(self) -> Path:
@@ -129,8 +129,8 @@ class StateFiles:
         return states[first:first + count]
 
     def _map_part(self, part: StatesPart) -> tuple[np.ndarray, torch.Tensor]:
-        file, stored = self.folder / part.file, self._lengths(part.source, part.split)
-        lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)
+        file, lengths_of_split = self.folder / part.file, self._lengths(part.source, part.split)
+        lengths = np.asarray(lengths_of_split[part.first_document + np.arange(part.num_documents)], np.int64)
         expected_bytes = part.num_tokens * self.width * self.dtype.itemsize
         size_bytes = file.stat().st_size if file.is_file() else 0
         if size_bytes != expected_bytes or lengths.sum() != part.num_tokens:

@@ -207,8 +207,12 @@ def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[Ro
         if not field:
             return
         problem = problem or f"{prompt.place} has no {field!r}, which --reward {name} needs"
-        if other := propose_field(prompt.record, field):
-            fix = Fix(options=("--columns", f"{field}={other}"))
+        unread = [name for name in prompt.record if name not in ("prompt", "instruction", "id", "messages")]
+        if other := propose_field(prompt.record, field) or (unread[0] if len(unread) == 1 else ""):
+            # the option replaces the layout in which the file names its prompts
+            named = "" if "prompt" in prompt.record else propose_field(prompt.record, "prompt")
+            columns = f"prompt={named},{field}={other}" if named else f"{field}={other}"
+            fix = Fix(options=("--columns", columns))
     raise UserError(f"{option}: {problem}, and no prompt of round 1 has all fields of the reward; add the "
                     "field, or rename another one by --columns TARGET=FIELD", fix)
 

@@ -82,23 +82,24 @@ def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: P
     """
     assert opened.documents is not None, f"{opened.path} has no documents"
     document_teachers = _assign_teachers(opened, teachers)
-    parts: list[tuple[np.ndarray, Path]] = []
+    teacher_files: list[tuple[np.ndarray, Path]] = []
     for index, teacher in enumerate(teachers):
-        chosen = np.flatnonzero(document_teachers == index)
-        if not len(chosen):
+        teacher_documents = np.flatnonzero(document_teachers == index)
+        if not len(teacher_documents):
             continue
-        part, part_identity = file.with_suffix(f".{index}{file.suffix}"), f"{identity} {teacher.domain}"
-        if run_on_main(view.world, partial(find_seal_damage, part, part_identity)):
-            selected = _SelectedDocuments(opened.documents, chosen)
+        teacher_file, teacher_identity = file.with_suffix(
+            f".{index}{file.suffix}"), f"{identity} {teacher.domain}"
+        if run_on_main(view.world, partial(find_seal_damage, teacher_file, teacher_identity)):
+            documents = _SelectedDocuments(opened.documents, teacher_documents)
             if teacher.checkpoint is None:
-                _score_by_servers(view, teacher, selected, part, part_identity)
+                _score_by_servers(view, teacher, documents, teacher_file, teacher_identity)
             else:
                 run_with_weights(teacher.checkpoint, view, partial(
-                    write_logprobs, view, selected, part, part_identity,
+                    write_logprobs, view, documents, teacher_file, teacher_identity,
                     seq_len=view.config.data.phases[0].seq_len,
                     rows_per_batch=view.config.train.micro_batch_size))
-        parts.append((chosen, part))
-    run_on_main(view.world, partial(_join_parts, opened.starts, parts, file, identity))
+        teacher_files.append((teacher_documents, teacher_file))
+    run_on_main(view.world, partial(_join_parts, opened.starts, teacher_files, file, identity))
 
 
 def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
@@ -114,19 +115,22 @@ def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher])
     return np.array([domain_indices[domain] for domain in domains], np.int64)
 
 
-def _join_parts(starts: np.ndarray, parts: Sequence[tuple[np.ndarray, Path]], file: Path, identity: str
+def _join_parts(starts: np.ndarray, teacher_files: Sequence[tuple[np.ndarray, Path]], file: Path,
+                identity: str
                 ) -> None:
-    """Join the `parts`, (document indices, a teacher's file), to the column `file`, and delete the parts."""
-    numbers = np.zeros(int(starts[-1]), np.float32)
-    for chosen, part in parts:
-        scores, offset = np.fromfile(part, np.float32, int((starts[chosen + 1] - starts[chosen]).sum())), 0
-        for document in chosen.tolist():
+    """Join `teacher_files`, (document indices, a teacher's file), to the column `file`, and delete them."""
+    logprobs = np.zeros(int(starts[-1]), np.float32)
+    for teacher_documents, teacher_file in teacher_files:
+        scores, offset = np.fromfile(teacher_file, np.float32,
+                                     int((starts[teacher_documents
+                                                 + 1] - starts[teacher_documents]).sum())), 0
+        for document in teacher_documents.tolist():
             begin, end = int(starts[document]), int(starts[document + 1])
-            numbers[begin:end] = scores[offset:offset + end - begin]
+            logprobs[begin:end] = scores[offset:offset + end - begin]
             offset += end - begin
-    write_sealed(file, numbers.tobytes(), identity)
-    for _, part in parts:
-        part.unlink()
+    write_sealed(file, logprobs.tobytes(), identity)
+    for _, teacher_file in teacher_files:
+        teacher_file.unlink()
 
 
 def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str, object]:
@@ -141,9 +145,9 @@ def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str,
     sums: dict[str, list[float]] = {}
     for document, domain in enumerate(read_document_domains(opened)):
         begin, end = int(opened.starts[document]), int(opened.starts[document + 1])
-        written = opened.documents.loss_weights(document, 0, end - begin) > 0
+        is_generated = opened.documents.loss_weights(document, 0, end - begin) > 0
         student = opened.documents.column(BEHAVIOUR, document, 0, end - begin).astype(np.float64)
-        log_ratios = (student - teacher[begin:end])[written]
+        log_ratios = (student - teacher[begin:end])[is_generated]
         total = sums.setdefault(domain, [0.0, 0.0])
         total[0] += float(log_ratios.sum())
         total[1] += len(log_ratios)
@@ -155,13 +159,13 @@ def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str,
 class _SelectedDocuments(DocumentView):
     """Selected documents in a split, renumbered from 0."""
 
-    def __init__(self, documents: Documents, chosen: np.ndarray) -> None:
-        self._documents, self._chosen = documents, chosen
-        self.lengths = np.asarray(documents.lengths[chosen], np.int64)
+    def __init__(self, documents: Documents, indices: np.ndarray) -> None:
+        self._documents, self._indices = documents, indices
+        self.lengths = np.asarray(documents.lengths[indices], np.int64)
         self.is_plain, self.columns, self.banks = documents.is_plain, documents.columns, get_banks(documents)
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
-        return self._documents, int(self._chosen[document]), 0
+        return self._documents, int(self._indices[document]), 0
 
 
 def _score_by_servers(view: FeedView, teacher: ScoringTeacher, documents: Documents, file: Path, identity: str

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
-from megatron_sov.base.documents.shard_files import FEATURES, ROUTES, WRITTEN, RouteShape
+from megatron_sov.base.documents.shard_files import (
+    FEATURES, ROUTES, WRITTEN, RouteShape, check_token_manifest)
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import Banks, read_banks
 from megatron_sov.runs.launch_environment import is_first_rank
-from megatron_sov.train.data.token_manifest import check_token_manifest
 from megatron_sov.train.data.token_shards import Documents, ShardChain
 
 TEXTS = ("text", "chat")

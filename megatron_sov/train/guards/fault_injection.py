@@ -138,13 +138,13 @@ def parse_faults(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
     """
     faults: list[Fault] = []
     for text in texts:
-        for part in _split_faults(text):
-            fault = _parse_fault(part)
+        for fault_text in _split_faults(text):
+            fault = _parse_fault(fault_text)
             if fault.rank >= num_ranks:
-                raise UserError(f"--inject {part}: rank {fault.rank} does not exist; "
+                raise UserError(f"--inject {fault_text}: rank {fault.rank} does not exist; "
                                 f"the run has {num_ranks} (counted from 0)")
             if fault in faults:
-                raise UserError(f"--inject {part}: is passed twice; choose another "
+                raise UserError(f"--inject {fault_text}: is passed twice; choose another "
                                 "step for one of the two")
             faults.append(fault)
     return tuple(faults)
@@ -169,11 +169,11 @@ def corrupt_checkpoint(checkpoint: Path) -> None:
 def _split_faults(text: str) -> Iterator[str]:
     """Yield the faults in a comma-separated list; each begins with KIND@."""
     current: list[str] = []
-    for piece in text.split(","):
-        if "@" in piece and current:
+    for item in text.split(","):
+        if "@" in item and current:
             yield ",".join(current)
             current = []
-        current.append(piece)
+        current.append(item)
     yield ",".join(current)
 
 

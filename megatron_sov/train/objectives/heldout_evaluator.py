@@ -133,15 +133,16 @@ class HeldoutEvaluator:
             micro_batches = [build_micro_batch(r) for r in rows]
             sums = wrap(name, partial(policy.map, micro_batches, compute_sums))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
-            reduced = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu()))
-            total = unflatten_tensors(reduced, SUMS)
-            if total["tokens"] > 0:  # prompts alone have no targets, and a loss of 0 would look perfect
-                results[name] = compute_heldout_loss({key: float(value) for key, value in total.items()})
+            totals = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu()))
+            sums_of_source = unflatten_tensors(totals, SUMS)
+            if sums_of_source["tokens"] > 0:  # prompts have no targets, and a loss of 0 would look perfect
+                results[name] = compute_heldout_loss({key: float(value) for key,
+                                                      value in sums_of_source.items()})
         return results
 
     def _sum_losses(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
         losses = -head.logprobs(hidden[0], batch.labels).double()
-        counted = (batch.weights > 0).double()
+        is_target = (batch.weights > 0).double()
         if self._bytes is None:
             # without a tokenizer, NaN passes through the sums to bits per byte
             size_bytes = torch.full_like(losses, math.nan)
@@ -150,10 +151,10 @@ class HeldoutEvaluator:
         accepted, drafts = losses.new_zeros(2)
         if len(hidden) > 1:
             accepted, drafts = _count_accepted_drafts(hidden, head, batch)
-        sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(),
-                "size_bytes": (size_bytes * counted).sum(), "accepted": accepted, "drafts": drafts}
+        sums = {"nats": (losses * is_target).sum(), "tokens": is_target.sum(),
+                "size_bytes": (size_bytes * is_target).sum(), "accepted": accepted, "drafts": drafts}
         for part, (column, selects) in PARTS.items():
-            mask = counted * selects(batch.columns.get(column, torch.zeros_like(losses)))
+            mask = is_target * selects(batch.columns.get(column, torch.zeros_like(losses)))
             sums |= {f"{part}_nats": (losses * mask).sum(), f"{part}_tokens": mask.sum()}
         return flatten_tensors({name: sums[name] for name in SUMS})
 
@@ -170,12 +171,12 @@ def _add_turns(row: PackedRow, documents: Documents) -> PackedRow:
     numbers = np.zeros(len(row.tokens), np.float32)
     for first, _, (document, start, count) in row.origins:
         end = min(start + count + 1, int(documents.lengths[document]))  # includes the last label
-        learned = ((documents.types(document, 0, end) == TYPE_RESPONSE)
-                   & (documents.loss_weights(document, 0, end) > 0))
+        is_learned = ((documents.types(document, 0, end) == TYPE_RESPONSE)
+                      & (documents.loss_weights(document, 0, end) > 0))
         # a turn begins at a learned token after an unlearned token, and its number is the running count
-        begins = learned.copy()
-        begins[1:] &= ~learned[:-1]
-        numbers[first:first + end - start - 1] = (begins.cumsum() * learned)[start + 1:]
+        begins_turn = is_learned.copy()
+        begins_turn[1:] &= ~is_learned[:-1]
+        numbers[first:first + end - start - 1] = (begins_turn.cumsum() * is_learned)[start + 1:]
     return dataclasses.replace(row, columns={**row.columns, TURN: numbers})
 
 
@@ -193,7 +194,7 @@ def compute_heldout_loss(sums: Mapping[str, float]) -> HeldoutLoss:
 
 def _count_accepted_drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
     """Return [2] float64: accepted drafts and drafts from the first prediction layer."""
-    chosen, drafted = head.predict_row(hidden[0]), head.predict_row(hidden[1])
-    counted = shift_labels(batch, 1).weights > 0
+    trunk_tokens, drafts = head.predict_row(hidden[0]), head.predict_row(hidden[1])
+    is_target = shift_labels(batch, 1).weights > 0
     # the layer drafts token t + 2 at position t, and the trunk chooses it at t + 1
-    return torch.stack([((drafted == chosen.roll(-1)) & counted).sum(), counted.sum()]).double()
+    return torch.stack([((drafts == trunk_tokens.roll(-1)) & is_target).sum(), is_target.sum()]).double()

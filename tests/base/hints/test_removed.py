@@ -76,7 +76,7 @@ def test_a_removed_setting_is_refused_unless_an_old_run_has_its_default(name: st
 
 @pytest.mark.parametrize("raw", [{"data": 7}, {"data": None}, {}, {"data": {"phases": 3}}])
 def test_settings_of_another_form_pass_to_the_reader(raw: dict[str, object]) -> None:
-    assert removed.drop_removed_settings(raw) == raw
+    assert removed.update_settings(raw) == raw
 
 
 @pytest.mark.parametrize("file", list(removed.FOLDERS))

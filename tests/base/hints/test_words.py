@@ -161,6 +161,10 @@ def test_a_line_is_proposed_for_a_split_name_a_long_record_and_a_setting_without
     Path("long.jsonl").write_text('{\n "text": "a"\n}')
     assert fix_records(Path("long.jsonl"), "is not valid JSON") == Fix(
         words={"long.jsonl": "long-lines.jsonl"}, before=("jq -c . long.jsonl > long-lines.jsonl",))
+    Path("judged.jsonl").write_text(2 * '{"prompt": "a", "completion": "b", "label": true}\n')
+    assert fix_records(Path("judged.jsonl"), "turn such rows into pairs with `sov-data pairs`") == Fix(
+        words={"judged.jsonl": "judged-pairs/pairs.jsonl"}, left_out=("--method kto",),
+        before=("sov-data pairs --input judged.jsonl --output judged-pairs",))
     inert = SettingsProblem(ProblemCode.INERT, "lora.alpha", "has no effect", 32.0)
     assert SettingsError("", [inert]).fix == Fix(options=("--set", "lora.rank=16"))
 

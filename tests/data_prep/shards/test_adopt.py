@@ -109,6 +109,8 @@ def change_index(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
     (HEADER.size, struct.pack("<i", -5), "sequence 0 has -5 tokens"),
     (HEADER.size, struct.pack("<i", 1), "sequence 1 begins at byte"),
     (HEADER.size + 12 * 200 + 8, struct.pack("<q", 300), "document bounds do not go from 0"),
+    (HEADER.size + 12 * 200 + 8, struct.pack("<3q", (1 << 63) - 1, -1 << 63, -1),
+     "document bounds do not go from 0"),
 ])
 def test_adopt_rejects_damaged_index(at: int, raw: bytes, message: str, pair: Path, tokenizer: Path,
                                      tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

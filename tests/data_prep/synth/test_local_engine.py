@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.synth.models import hash_model_folder
+from data_prep.synth.models import Model
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.work.endpoints.local_server import KEY_ENV, serve_model
 from megatron_sov.work.processes.pool import StopSignal
@@ -80,11 +80,14 @@ def test_a_stop_request_does_not_wait_for_the_model_to_load(model: Path, tmp_pat
     assert not servers(tmp_path)
 
 
-def test_the_hash_of_a_model_depends_on_its_files_only(model: Path, tmp_path: Path) -> None:
-    before = hash_model_folder(model)
+def test_the_identity_of_a_model_depends_on_its_files_only(model: Path, tmp_path: Path) -> None:
+    def identify(folder: Path) -> str:
+        return Model(str(folder), "").identity
+
+    before = identify(model)
     model.rename(tmp_path / "moved")
-    assert hash_model_folder(tmp_path / "moved") == before
+    assert identify(tmp_path / "moved") == before
     (tmp_path / "moved" / "weights").write_bytes(b"x")
-    assert hash_model_folder(tmp_path / "moved") != before
+    assert identify(tmp_path / "moved") != before
     with pytest.raises(UserError, match="is neither an address"):
-        hash_model_folder(tmp_path / "nowhere")
+        identify(tmp_path / "nowhere")

@@ -21,7 +21,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 
 from data_prep.cli import main
 from data_prep.synth import finishing, models
-from data_prep.synth.run_records import FinishedItem
+from data_prep.synth.run_records import FinishedItem, describe_item
 from data_prep.synth.samples import GeneratedSample, GeneratorItem, SampleVerdict, replace_unwritable_sample
 from data_prep.synth.synth_run import create_generator
 from megatron_sov.work.endpoints.cache import EndpointCache
@@ -392,7 +392,7 @@ def nest_lists(levels: int) -> list[Any]:
 def test_samples_that_json_cannot_hold_are_rejected(sample: GeneratedSample) -> None:
     result = replace_unwritable_sample(sample)
     assert (result.reason, result.record) == ("form", {})
-    finished = FinishedItem.from_item(GeneratorItem("a"), (result,))
+    finished = FinishedItem(describe_item(GeneratorItem("a")), (result,))
     assert json.loads(finished.to_json())["samples"][0]["record"] == {}
 
 

@@ -18,8 +18,8 @@ from tests.tiny import tiny_model
 SELECTIVE = ["train.recompute=selective", 'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
 
 
-def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Take one step on four micro-batches with two sequences each."""
+def take_step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Inside ranks: take one optimizer step on four micro-batches with two sequences each."""
 
     @dataclasses.dataclass
     class Row:
@@ -68,43 +68,46 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
 
 @pytest.mark.distributed
 def test_biases_follow_counts_without_padding_and_recomputed_passes_have_the_same_bits(ranks, job) -> None:
-    (recomputed,), (partly,), (whole,) = ranks(*(
-        job(__file__, "step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": settings})
+    (fully_recomputed,), (partly_recomputed,), (stored,) = ranks(*(
+        job(__file__, "take_step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": settings})
         for settings in (["train.recompute=true"], SELECTIVE, [])))
-    assert recomputed == partly == whole
-    assert sum(whole["load"][-1]) == 121 * 2  # 128 tokens minus 7 of padding, two experts each
-    for counts, biases in zip(whole["load"], whole["bias"][1:], strict=True):
+    assert fully_recomputed == partly_recomputed == stored
+    assert sum(stored["load"][-1]) == 121 * 2  # 128 tokens minus 7 of padding, two experts each
+    for counts, biases in zip(stored["load"], stored["bias"][1:], strict=True):
         mean = sum(counts) / len(counts)
-        assert biases == pytest.approx([whole["rate"] * ((c < mean) - (c > mean)) for c in counts])
+        assert biases == pytest.approx([stored["rate"] * ((c < mean) - (c > mean)) for c in counts])
 
 
 @pytest.mark.distributed
 def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(ranks, job) -> None:
-    (wide,), (narrow,) = ranks(*(
-        job(__file__, "step", 1, {"recipe": "tiny-solar-open", "layout": {},
-                                  "settings": ["train.precision=bf16", *settings]})
+    (fp32,), (bf16,) = ranks(*(
+        job(__file__, "take_step", 1, {"recipe": "tiny-solar-open", "layout": {},
+                                       "settings": ["train.precision=bf16", *settings]})
         for settings in ([], ["gpu.grad_dtype=bf16"])))
-    assert (wide["gradients"], narrow["gradients"]) == ("torch.float32", "torch.bfloat16")
-    assert narrow["loss"] == wide["loss"]
-    assert narrow["norm"] != wide["norm"] and narrow["norm"] == pytest.approx(wide["norm"], rel=1e-2)
+    assert (fp32["gradients"], bf16["gradients"]) == ("torch.float32", "torch.bfloat16")
+    assert bf16["loss"] == fp32["loss"]
+    assert bf16["norm"] != fp32["norm"] and bf16["norm"] == pytest.approx(fp32["norm"], rel=1e-2)
 
 
-def offloading_plans() -> dict[str, Any]:
-    """Evaluate, train and evaluate with a group of offloaded activations."""
-    from megatron.core.pipeline_parallel import fine_grained_activation_offload as library
+def record_offloading_plans() -> dict[str, Any]:
+    """Inside a rank: alternate passes without and with gradients, with a group of offloaded activations.
+
+    Returns Megatron-Core's number of cached chunks and its index before each forward pass.
+    """
+    from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
 
     config, model = tiny_model("tiny-qwen3", layout={})
     model.config.fine_grained_activation_offloading = True
     optimizer = Optimizer(model, config.optim, gpu=config.gpu)
     rows = forward_only.DocumentBatch([[1, 2, 3]], torch.device("cpu"))
-    planned = []
+    plans = []
 
     def loss(hidden: torch.Tensor, row: Any) -> tuple[torch.Tensor, None]:
-        group = library.FineGrainedActivationOffloadingInterface(True, hidden, "group")
-        hidden = library.fine_grained_offloading_group_start(hidden, "group")
+        group = offload.FineGrainedActivationOffloadingInterface(True, hidden, "group")
+        hidden = offload.fine_grained_offloading_group_start(hidden, "group")
         hidden = group.group_offload(hidden)
-        manager = library.PipelineOffloadManager.get_instance()
-        planned.append([len(manager._cached_chunks_forward), manager._cached_chunks_index_forward])
+        manager = offload.PipelineOffloadManager.get_instance()
+        plans.append([len(manager._cached_chunks_forward), manager._cached_chunks_index_forward])
         return hidden.sum(), None
 
     for count, is_training in ((3, False), (2, True), (3, False), (2, True)):
@@ -112,10 +115,10 @@ def offloading_plans() -> dict[str, Any]:
             chunks = optimizer.wrapped if is_training else model.chunks
             forward_only.run_pipeline(chunks, [rows] * count, loss, len(rows.inputs.tokens),
                                       forward_only=not is_training)
-    return {"planned": planned}
+    return {"plans": plans}
 
 
 @pytest.mark.distributed
 def test_passes_without_gradients_leave_the_plan_of_offloading_alone(ranks: Any, job: Any) -> None:
-    (found,), = ranks(job(__file__, "offloading_plans", 1))
-    assert found["planned"] == [[0, 0]] * 3 + [[1, 0], [2, 0]] + [[2, 0]] * 3 + [[2, 1], [2, 2]]
+    (result,), = ranks(job(__file__, "record_offloading_plans", 1))
+    assert result["plans"] == [[0, 0]] * 3 + [[1, 0], [2, 0]] + [[2, 0]] * 3 + [[2, 1], [2, 2]]

@@ -1,5 +1,4 @@
-"""Calls of flash-linear-attention's kernel: they match its signature, and with the package's plain torch
-version in place of the kernel the results equal ours."""
+"""Calls of flash-linear-attention's kernel; the package's plain torch function replaces the kernel."""
 
 import __future__
 
@@ -30,14 +29,17 @@ def fla() -> Path:
     return releases.fetch_wheel("fla-core", "0.6.0") / "fla/ops"
 
 
-def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:
-    """Return a function with the signature of a function in a file; it returns its arguments."""
+def load_signature(file: Path, function: str) -> Callable[..., dict[str, Any]]:
+    """Return a function with the signature of `function` in `file` that returns its arguments by name.
+
+    The file itself imports only on GPUs.
+    """
     [node] = [n for n in ast.parse(file.read_text()).body
               if isinstance(n, ast.FunctionDef) and n.name == function]
     node.body, node.decorator_list = ast.parse("def f():\n  return locals()").body[0].body, []
-    found: dict[str, Any] = {}
-    exec(compile(ast.Module([node], []), str(file), "exec", __future__.annotations.compiler_flag), found)
-    return found[function]
+    namespace: dict[str, Any] = {}
+    exec(compile(ast.Module([node], []), str(file), "exec", __future__.annotations.compiler_flag), namespace)
+    return namespace[function]
 
 
 def load_plain_function(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
@@ -53,22 +55,22 @@ def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the kernel by the plain version, document by document."""
     module, name = FLA_KERNEL
     folder = fla / module.rpartition(".")[2]
-    signature = arguments(folder / "chunk.py", name)
+    signature = load_signature(folder / "chunk.py", name)
     rule = load_plain_function(folder / "naive.py", f"naive_recurrent_{folder.name}")
 
-    def kernel(*values: Any, **named: Any) -> tuple[torch.Tensor, None]:
-        given = signature(*values, **named)
-        q, k, v, g, beta, bounds = (given[n] for n in ("q", "k", "v", "g", "beta", "cu_seqlens"))
-        assert given["kwargs"] == {} and bounds.dtype == torch.int64
+    def apply_plain_rule(*values: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        arguments = signature(*values, **options)
+        q, k, v, g, beta, bounds = (arguments[n] for n in ("q", "k", "v", "g", "beta", "cu_seqlens"))
+        assert arguments["kwargs"] == {} and bounds.dtype == torch.int64
         assert g.dtype == beta.dtype == torch.float32
         assert (len(q), q.shape, g.shape[:3]) == (1, k.shape, v.shape[:3]) and beta.shape == v.shape[:3]
-        assert torch.equal(bounds, given["cu_seqlens_cpu"])
+        assert torch.equal(bounds, arguments["cu_seqlens_cpu"])
         q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], 2) for t in (q, k))
         return torch.cat([rule(q=q[:, a:b], k=k[:, a:b], v=v[:, a:b], g=g[:, a:b], beta=beta[:, a:b],
-                               scale=given["scale"])[0]
+                               scale=arguments["scale"])[0]
                           for a, b in itertools.pairwise(bounds)], 1), None
 
-    monkeypatch.setattr(delta_rule, "_load_fla_kernel", lambda: kernel)
+    monkeypatch.setattr(delta_rule, "_load_fla_kernel", lambda: apply_plain_rule)
 
 
 @pytest.mark.usefixtures("plain_kernel")
@@ -82,8 +84,8 @@ def test_outputs_and_gradients_equal_plain_torch() -> None:
     torch.testing.assert_close(result, expected, atol=2e-6, rtol=2e-5)
     for outputs in (result, expected):
         (outputs * torch.linspace(-1, 1, VALUES)).sum().backward()
-    for one, other in zip(*rows, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=2e-5)
+    for tensor, expected_tensor in zip(*rows, strict=True):
+        torch.testing.assert_close(tensor.grad, expected_tensor.grad, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.usefixtures("plain_kernel")

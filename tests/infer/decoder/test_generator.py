@@ -162,7 +162,7 @@ def test_generation_is_equal_at_every_layout(ranks, job, names: list[str]) -> No
         job(__file__, "generate_by_each_method", 1, {"layout": {}, "full": True, "in_pieces": True}),
         *(job(__file__, "generate_by_each_method", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
     check_equal_continuations(one_rank[0])
-    assert one_rank[0]["in_pieces"] == one_rank[0]["one slot"] == one_rank[0]["greedy"]
+    assert one_rank[0]["pieces"] == one_rank[0]["one slot"] == one_rank[0]["greedy"]
     for name, per_rank in zip(names, split_results, strict=True):
         for rank, result in enumerate(per_rank):
             for method in ("greedy", "routes", "sampled", "limited", "as before"):

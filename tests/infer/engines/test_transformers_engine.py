@@ -25,12 +25,13 @@ PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
 
 def test_generation_defaults_of_the_folder_are_ignored(hf_models: dict[str, Path], tmp_path: Path,
                                                        logged: list[logging.LogRecord]) -> None:
-    plain = HfEngine(load_hf(hf_models["solar_open"])).generate(PROMPTS, Sampling(10)).continuations
-    opinionated = shutil.copytree(hf_models["solar_open"], tmp_path / "opinionated")
-    defaults = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "eos_token_id": plain[0][0]}
-    (opinionated / "generation_config.json").write_text(json.dumps(defaults))
-    assert HfEngine(load_hf(opinionated)).generate(PROMPTS, Sampling(10)).continuations == plain
-    assert all(len(c) == 10 for c in plain)
+    expected = HfEngine(load_hf(hf_models["solar_open"])).generate(PROMPTS, Sampling(10)).continuations
+    with_defaults = shutil.copytree(hf_models["solar_open"], tmp_path / "opinionated")
+    defaults = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0,
+                "eos_token_id": expected[0][0]}
+    (with_defaults / "generation_config.json").write_text(json.dumps(defaults))
+    assert HfEngine(load_hf(with_defaults)).generate(PROMPTS, Sampling(10)).continuations == expected
+    assert all(len(c) == 10 for c in expected)
     assert not logged
 
 
@@ -47,22 +48,23 @@ def test_ignored_config_fields_are_rejected(hf_models: dict[str, Path], tmp_path
 
 def test_streams_are_part_of_the_seed_and_routes_are_refused(hf_models: dict[str, Path]) -> None:
     engine = HfEngine(load_hf(hf_models["solar_open"]))
-    first, again, other = (engine.generate(PROMPTS, Sampling(4, temperature=1.0), streams=range(s, s + 4))
-                           for s in (0, 0, 4))
-    assert first == again != other
+    first, same_streams, other_streams = (engine.generate(PROMPTS, Sampling(4, temperature=1.0),
+                                                          streams=range(s, s + 4))
+                                          for s in (0, 0, 4))
+    assert first == same_streams != other_streams
     with pytest.raises(UserError, match="--engine transformers:"):
         engine.generate(PROMPTS, Sampling(8, with_routes=True))
 
 
 def test_unloadable_folder_is_named(hf_models: dict[str, Path], tmp_path: Path) -> None:
-    broken = shutil.copytree(hf_models["solar_open"], tmp_path / "broken")
-    whole = (broken / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    damaged = shutil.copytree(hf_models["solar_open"], tmp_path / "broken")
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[:len(content) // 2])
     with pytest.raises(UserError, match=r"broken/model\.safetensors: cannot be read"):
-        load_hf(broken)
-    (broken / "model.safetensors").unlink()
+        load_hf(damaged)
+    (damaged / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"broken: has neither model\.safetensors nor"):
-        load_hf(broken)
+        load_hf(damaged)
 
 
 @pytest.mark.each("longest", [10, 1000, 16_384, 131_072, 262_144, 1 << 20])
@@ -99,27 +101,28 @@ def test_code_in_a_folder_is_never_run(hf_models: dict[str, Path], tmp_path: Pat
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logprobs_are_of_the_sampled_distribution(temperature: float, hf_models: dict[str, Path]) -> None:
-    """Against one plain forward pass over prompt and continuation."""
+    """Compares with one forward pass over prompt and continuation, without a cache."""
     model = load_hf(hf_models["exaone_moe"])
     sampling = Sampling(12, temperature, seed=1, for_training=True)
     result = HfEngine(model, Batching(2, 5)).generate(PROMPTS, sampling, stop=StopRule((7,)))
-    for prompt, tokens, told in zip(PROMPTS, result.continuations, result.logprobs, strict=True):
+    for prompt, tokens, logprobs in zip(PROMPTS, result.continuations, result.logprobs, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
         expected = (logits / (temperature or 1)).log_softmax(-1)[len(prompt) - 1:-1].gather(
             1, torch.tensor(tokens)[:, None])[:, 0]
-        assert torch.allclose(torch.tensor(told), expected, atol=1e-5, rtol=0)
+        assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
     assert result.finish_reasons == ["stop" if c[-1] == 7 else "length" for c in result.continuations]
     assert (result.temperature, result.version) == (temperature, 0)
 
 
 def test_truncated_sampling_for_training_needs_permission(hf_models: dict[str, Path]) -> None:
     engine = HfEngine(load_hf(hf_models["solar_open"]))
-    cut = Sampling(3, 1.0, top_k=1, for_training=True)
+    sampling = Sampling(3, 1.0, top_k=1, for_training=True)
     with pytest.raises(UserError, match="samples for training"):
-        engine.generate(PROMPTS, cut)
-    result = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
-    assert all(logprob == 0 for told in result.logprobs for logprob in told), "of one token, it is certain"
+        engine.generate(PROMPTS, sampling)
+    result = engine.generate(PROMPTS, dataclasses.replace(sampling, allow_truncation=True))
+    assert all(logprob == 0 for logprobs in result.logprobs
+               for logprob in logprobs), "of one token, it is certain"
 
 
 def test_latent_attention_is_rejected() -> None:

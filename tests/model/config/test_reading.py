@@ -11,36 +11,36 @@ from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.removed import RENAMED
 from megatron_sov.base.hints.table import find_note
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import (
     DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
     RunConfig, TrainConfig, apply_settings, from_dict, parse_data_paths)
 from megatron_sov.model.config.post_training import METHODS
-from megatron_sov.model.config.run import RENAMED
 from tests.te_double.library_shapes import CONTRACT
 
 Small = Callable[..., RunConfig]
 
 
-def some(cls: type, *names: str, **given: Any) -> st.SearchStrategy[Any]:
-    """Draw these fields of a class, by their types and bounds."""
-    return st.builds(cls, **dict.fromkeys(names, ...), **given)
+def draw_fields(cls: type, *names: str, **strategies: Any) -> st.SearchStrategy[Any]:
+    """Draw an instance: fields in `names` by their types and bounds, others by their strategies."""
+    return st.builds(cls, **dict.fromkeys(names, ...), **strategies)
 
 
 blend = st.dictionaries(st.text(max_size=8), st.floats(0, 9), max_size=3)
-phase = some(PhaseConfig, "tokens", "share", "seq_len", "global_batch_size", "min_lr", blend=blend)
-run_configs = some(
+phase = draw_fields(PhaseConfig, "tokens", "share", "seq_len", "global_batch_size", "min_lr", blend=blend)
+run_configs = draw_fields(
     RunConfig, "recipe",
-    model=some(ModelConfig, "family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
-               "rope_theta", "rope_share", "yarn", "num_mtp_layers",
-               head_dim=st.sampled_from([2, 16])),
-    parallel=some(ParallelConfig, "tp", "sp", "ep", "pipeline_layout"),
-    data=some(DataConfig, "packing", "skip_steps", "max_epochs",
-              phases=st.lists(phase, min_size=1, max_size=3).map(tuple)),
-    optim=some(OptimConfig, "lr", "schedule", "beta1", "rewarm", "muon_ns_coefficients"),
-    train=some(TrainConfig, "steps", "tokens", "precision", "recompute", "hidden_dropout"),
-    objective=some(ObjectiveConfig, "name", "text_coeff"))
+    model=draw_fields(ModelConfig, "family", "vocab_size", "hidden_size", "num_layers", "num_heads",
+                      "num_kv_heads", "rope_theta", "rope_share", "yarn", "num_mtp_layers",
+                      head_dim=st.sampled_from([2, 16])),
+    parallel=draw_fields(ParallelConfig, "tp", "sp", "ep", "pipeline_layout"),
+    data=draw_fields(DataConfig, "packing", "skip_steps", "max_epochs",
+                     phases=st.lists(phase, min_size=1, max_size=3).map(tuple)),
+    optim=draw_fields(OptimConfig, "lr", "schedule", "beta1", "rewarm", "muon_ns_coefficients"),
+    train=draw_fields(TrainConfig, "steps", "tokens", "precision", "recompute", "hidden_dropout"),
+    objective=draw_fields(ObjectiveConfig, "name", "text_coeff"))
 
 
 @pytest.mark.deep
@@ -64,8 +64,8 @@ def test_a_config_reads_back_equal_from_its_json(config: RunConfig) -> None:
 def test_set_converts_to_the_type_of_the_field(setting: str, path: tuple[str | int, ...], value: object,
                                                small: Small) -> None:
     node: Any = apply_settings(small(), [setting])
-    for part in path:
-        node = node[part] if isinstance(node, (dict, tuple)) else getattr(node, str(part))
+    for key in path:
+        node = node[key] if isinstance(node, (dict, tuple)) else getattr(node, str(key))
     assert (node, type(node)) == (value, type(value))
 
 
@@ -75,7 +75,7 @@ def test_later_settings_win_without_changing_the_given_config(small: Small) -> N
     assert config.train.steps == 10
 
 
-def test_all_problems_of_a_file_are_named_in_field_order(small: Small ) -> None:
+def test_all_problems_of_a_file_are_named_in_field_order(small: Small) -> None:
     raw = small().to_dict()
     raw["train"] |= {"stepz": 3, "micro_batch_size": "two"}
     raw["model"] |= {"num_expert": 4}
@@ -86,14 +86,23 @@ def test_all_problems_of_a_file_are_named_in_field_order(small: Small ) -> None:
 
 
 @pytest.mark.each(("old", "now"), RENAMED.items())
-def test_a_renamed_setting_is_refused_with_its_new_name(old: str, now: str, small: Small ) -> None:
+def test_a_renamed_setting_is_refused_with_its_new_name(old: str, now: str, small: Small) -> None:
     with pytest.raises(SettingsError, match=f"{old}: no such setting; it is now called {now}$"):
         apply_settings(small(), [f"{old}=1"])
+
+
+def test_a_run_of_an_earlier_version_opens_with_its_values(small: Small) -> None:
     raw = small().to_dict()
-    group, _, name = old.partition(".")
-    raw[group] |= {name: 1} if "." not in name else {name.split(".")[0]: {name.split(".")[1]: 1}}
-    with pytest.raises(SettingsError, match=f"it is now called {now}"):
-        from_dict(raw)
+    evaluation, guards = raw["evaluate"], raw["guards"]
+    evaluation["beside"] = evaluation.pop("background") | {"judges": ["ppl"], "max_waiting": 3}
+    del evaluation["beside"]["tasks"], guards["on_sdc"]
+    guards["on_corruption"] = "record"
+    config = from_dict(raw)
+    assert (config.evaluate.background.tasks, config.evaluate.background.max_waiting) == (("ppl",), 3)
+    assert config.guards.on_sdc == "record"
+    assert "on_corruption" in guards, "the caller's settings stay as they are"
+    with pytest.raises(SettingsError, match="it is now called guards"):
+        from_dict(raw | {"guards": {"on_corruption": "record", "on_sdc": "exit"}})
 
 
 @pytest.fixture
@@ -131,53 +140,59 @@ def test_unoffered_library_fields_have_a_reason(small: Small) -> None:
     with pytest.raises(UserError, match=r"_for_mxfp8_param_ag: no such setting; .*train\.fp8_weights"):
         from_dict({**small().to_dict(), "train": {"reuse_grad_buf_for_mxfp8_param_ag": 1}})
     contract = json.loads(CONTRACT.read_text())["megatron.core"]
-    theirs = {name for fields in contract["fields"].values() for name in fields}
+    megatron_fields = {name for fields in contract["fields"].values() for name in fields}
     not_offered = (
         "num_distributed_optimizer_instances", "overlap_param_gather_with_optimizer_step",
         "fp8_dot_product_attention", "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",
         "cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
-    assert set(not_offered) - theirs == set() and all(map(find_note, not_offered))
+    assert set(not_offered) <= megatron_fields and all(map(find_note, not_offered))
     page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert [name for name in not_offered if f"`{name}`" not in page] == []
 
 
-def test_numbers_follow_the_method_unless_they_are_set_too() -> None:
-    def changed(recipe: str, *settings: str) -> Any:
-        return apply_settings(recipes.get(recipe), list(settings))
+def change_recipe(recipe: str, *settings: str) -> RunConfig:
+    """Return a recipe's config with settings as given to `--set`."""
+    return apply_settings(recipes.get(recipe), list(settings))
 
-    recipe = changed("tiny-solar-open-rl")
+
+def test_policy_numbers_follow_the_method_unless_they_are_set_too() -> None:
+    recipe = change_recipe("tiny-solar-open-rl")
     assert (recipe.policy.parts.clip_low, recipe.policy.parts.kl) == (3e-4, "none")
-    for method, parts in METHODS.items():
-        policy = changed("tiny-solar-open-rl", f"policy.method={method}").policy
-        own: Any = {"method": method}
-        expected = recipe.policy if parts is METHODS["gspo"] else PolicyConfig(**own)
+    for method, method_parts in METHODS.items():
+        policy = change_recipe("tiny-solar-open-rl", f"policy.method={method}").policy
+        # The recipe is set for GSPO, so its own numbers stay with this method only.
+        fields: Any = {"method": method}
+        expected = recipe.policy if method_parts is METHODS["gspo"] else PolicyConfig(**fields)
         assert policy.parts == expected.parts, method
-    both = ["policy.method=grpo", "policy.clip_low=0.1"]
-    for settings in (both, both[::-1]):
-        parts = changed("tiny-solar-open-rl", *settings).policy.parts
+    settings = ["policy.method=grpo", "policy.clip_low=0.1"]
+    for ordered_settings in (settings, settings[::-1]):
+        parts = change_recipe("tiny-solar-open-rl", *ordered_settings).policy.parts
         assert (parts.clip_low, parts.clip_high, parts.kl, parts.kl_coeff) == (0.1, 0.2, "k3", 0.0)
-    ink = changed("tiny-typhoon-s-legal", "policy.method=dapo").policy.parts
-    assert (ink.clip_high, ink.knowledge_coeff, ink.knowledge_batch_size) == (0.28, 0, 0)
-    preference = changed("solar-open-102b-dpo", "preference.method=simpo").preference
+    parts = change_recipe("tiny-typhoon-s-legal", "policy.method=dapo").policy.parts
+    assert (parts.clip_high, parts.knowledge_coeff, parts.knowledge_batch_size) == (0.28, 0, 0)
+
+
+def test_preference_beta_follows_the_method_unless_it_is_set_too() -> None:
+    preference = change_recipe("solar-open-102b-dpo", "preference.method=simpo").preference
     assert (preference.effective_beta, preference.beta) == (2.0, None)
-    assert changed("solar-open-102b-dpo", "preference.method=ipo",
-                   "preference.beta=0.3").preference.effective_beta == 0.3
+    preference = change_recipe("solar-open-102b-dpo", "preference.method=ipo",
+                               "preference.beta=0.3").preference
+    assert preference.effective_beta == 0.3
 
 
-@pytest.mark.each(("recipe", "given", "expected"), [
+@pytest.mark.each(("recipe", "changes", "expected"), [
     ("tiny-solar-open", {"lr": 1e-5}, 1e-5 * 2e-4 / 4e-3),  # below the recipe's own least rate
     ("tiny-solar-open", {"lr": 1e-5, "min_lr": 1e-6}, 1e-6), ("tiny-solar-open", {"min_lr": 1e-6}, 1e-6),
     ("solar-open-102b-rl", {"lr": 1e-3}, 1e-3),  # a constant rate stays one
     ("solar-open-102b-rl", {"lr": 1e-3, "schedule": "cosine"}, 1e-3 * 3e-6 / 2.5e-4),
     ("solar-open-102b", {"schedule": "wsd"}, 3e-6), ("solar-open-102b-dpo", {"lr": 1e-9}, 0)])
-def test_the_least_rate_follows_the_peak_at_the_recipes_ratio(recipe: str, given: dict[str, Any],
-                                                              expected: float) -> None:
-    settings = [f"optim.{name}={value}" for name, value in given.items()]
-    optim = apply_settings(recipes.get(recipe), settings).optim
+def test_min_lr_follows_the_peak_at_the_recipes_ratio(recipe: str, changes: dict[str, Any],
+                                                      expected: float) -> None:
+    optim = change_recipe(recipe, *(f"optim.{name}={value}" for name, value in changes.items())).optim
     assert optim.min_lr == pytest.approx(expected, rel=1e-12) and not optim.problems()
 
 
-def test_the_same_peak_keeps_the_very_least_rate() -> None:
+def test_an_unchanged_peak_leaves_min_lr_bit_equal() -> None:
     recipe = recipes.get("k-exaone-236b")  # 3e-5 / 3e-4 * 3e-4 is another number than 3e-5
     assert apply_settings(recipe, [f"optim.lr={recipe.optim.lr}"]).optim == recipe.optim
 

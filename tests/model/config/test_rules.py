@@ -233,7 +233,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f'{LM} evaluate.lm.tasks=["x","x"]', 1, "evaluate.lm.tasks"),
     ("evaluate.background.where=slurm", 1, "evaluate.background.where"),
 ])
-def test_a_broken_rule_names_its_key(settings: str, num_ranks: int, keys: str, small: Small ) -> None:
+def test_a_broken_rule_names_its_key(settings: str, num_ranks: int, keys: str, small: Small) -> None:
     problems = apply_settings(small(), settings.split()).problems(num_ranks)
     assert [(problem.code, problem.key) for problem in problems] == [("rule", key) for key in keys.split()]
 

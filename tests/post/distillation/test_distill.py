@@ -1,4 +1,4 @@
-"""Distillation losses against formulas in float64, document by document, and equal at every layout."""
+"""Distillation losses are equal to the papers' formulas, computed by hand in float64."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,89 +28,131 @@ KINDS = {
                     "distillation.keep_remainder=false"],
 }
 FOLDERS = {"whole": ("whole",), "two": ("first", "second")}
-"""Objective kind -> stored teacher outputs, if these are other than the
-most probable tokens of one teacher in `top`."""
+"""Kind -> folders of stored teacher outputs; other kinds read `top`, one teacher's most probable tokens."""
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
-            "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
-FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
-"""For what is done at several layouts, or token by token."""
+            "train.global_batch_size=4", "optim.lr=0.01", "data.heldout_tokens=200"]
 
 
-def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tuple[Any, Any, list[Any]]:
-    """Return a trainer, its teacher, and its data sources."""
-    config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind], *settings], data, "distill")
-    place = world.join_world(config.parallel)
-    config.check(place.size)
+def build_trainer(kind: str, data: list[str], states: str) -> tuple[Trainer, list[Any]]:
+    """Return a trainer with one of `KINDS` as objective, and its data sources."""
+    config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind]], data, "distill")
+    parallel_world = world.join_world(config.parallel)
+    config.check(parallel_world.size)
     sources = open_sources(config.data.paths, config.model.vocab_size)
     files = [StateFiles(Path(states) / name, sources) for name in FOLDERS.get(kind, ("top",))]
     teacher = StoredTeacher(files, config.distillation, sources, config.model.vocab_size)
     objective = TeacherFactory(Distillation, [teacher])
-    return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
+    return Trainer(config, parallel_world, RunFolder(Path("not-written")), sources, objective), sources
 
 
 @pytest.fixture(scope="module")
-def kept(write_teacher_states: Any, packed_data: Any, tmp_path_factory: pytest.TempPathFactory
-         ) -> dict[str, Any]:
-    """Arguments of the jobs: conversations and texts, longer ones truncated, and the stored form of the
-    teacher's outputs."""
-    data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
+def stored_teachers(write_teacher_states: Any, packed_data: Any, tmp_path_factory: pytest.TempPathFactory
+                    ) -> dict[str, Any]:
+    """Data folders (conversations and texts, longer ones truncated) and the folder of stored teacher
+    outputs: arguments of `compare_losses`."""
+    data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("teachers")
     write_teacher_states(states / "whole", data, StateFormat("float32"))
     write_teacher_states(states / "first", data[:1], StateFormat("float32"))
     write_teacher_states(states / "second", data[1:], StateFormat("float32"), teacher="two")
     write_teacher_states(states / "top", data, StateFormat(top_k=12, temperature=2.0))
-    return {"data": [str(d) for d in data], "states": str(states)}
+    return {"data": [str(folder) for folder in data], "states": str(states)}
 
 
-def written_out(data: list[str], states: str) -> list[dict[str, float]]:
-    """Return, for each kind, terms and meters of the second batch, ours and the formula's, each segment
-    passed through the model alone."""
+def _match_vocabulary(log_p: torch.Tensor, log_q: torch.Tensor,
+                      settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reduce both distributions, [tokens, vocabulary], to the teacher's most probable tokens, if so set."""
+    if not settings.top_k:
+        return log_p, log_q
+    ids = log_q.topk(settings.top_k).indices
+    log_p, log_q = log_p.gather(1, ids), log_q.gather(1, ids)
+    if not settings.keep_remainder:
+        return log_p.log_softmax(-1), log_q.log_softmax(-1)
+
+    def add_remainder(log_probs: torch.Tensor) -> torch.Tensor:
+        return torch.cat([log_probs, torch.log1p(-log_probs.exp().sum(1, keepdim=True))], 1)
+
+    return add_remainder(log_p), add_remainder(log_q)
+
+
+def compute_by_hand(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor,
+                    settings: Any) -> dict[str, torch.Tensor]:
+    """Compute the papers' losses and meters of each token.
+
+    Args:
+        logits, teacher_logits: shape [tokens, vocabulary].
+        labels: shape [tokens].
+        settings: DistillationConfig.
+
+    Returns:
+        Name -> values, shape [tokens].
+    """
+    log_p = (logits / settings.temperature).log_softmax(-1)
+    log_q = (teacher_logits / settings.temperature).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    log_p, log_q = _match_vocabulary(log_p, log_q, settings)
+    p, q, beta = log_p.exp(), log_q.exp(), settings.beta
+    forward_kl = (q * (log_q - log_p)).sum(-1)
+    if beta == 0:
+        divergence = forward_kl
+    elif beta == 1:
+        divergence = (p * (log_p - log_q)).sum(-1)
+    else:
+        log_mixture = (beta * q + (1 - beta) * p).log()
+        divergence = (beta * (q * (log_q - log_mixture)).sum(-1)
+                      + (1 - beta) * (p * (log_p - log_mixture)).sum(-1))
+    cross_entropy = -logits.log_softmax(-1)[torch.arange(len(labels)), labels]
+    return {"divergence": divergence, "kl": forward_kl, "entropy": entropy, "cross_entropy": cross_entropy,
+            "tokens": torch.ones(len(labels))}
+
+
+def sum_by_hand(trainer: Any, batch: Any, teacher_files: dict[int, StateFiles]) -> dict[str, float]:
+    """Sum `compute_by_hand` over a batch's learned tokens; each segment passes through the model alone.
+
+    Args:
+        trainer: its policy computes the logits.
+        batch: the prepared batch.
+        teacher_files: data source -> files with the teacher's exact hidden states.
+
+    Returns:
+        Name -> sum, and "starts": the largest offset of a segment in its document.
+    """
+    sums = {"starts": 0.0}
+    for m in batch.micro_batches:
+        for first, source, (document, start, count) in m.origins:
+            segment = slice(first, first + count)
+            alone = DocumentBatch([m.inputs.tokens[segment].tolist()], torch.device("cpu"))
+            files = teacher_files[source]
+            states = files.read_states(source, "train", document, start, count).double()
+            values = compute_by_hand(trainer.policy.logits(alone, torch.arange(count)),
+                                     states @ load_file(files.head)[HEAD_WEIGHT].double().T,
+                                     m.labels[segment], trainer.config.distillation)
+            learned = (m.weights[segment] > 0).double()
+            for name, token_values in values.items():
+                sums[name] = sums.get(name, 0.0) + float((token_values.double() * learned).sum())
+            sums["starts"] = max(sums["starts"], start)
+    return sums
+
+
+def compare_losses(data: list[str], states: str) -> list[dict[str, Any]]:
+    """Return terms and meters of the second batch, ours and those by hand, for each kind."""
     results = []
     for kind in KINDS:
-        trainer, _, sources = _begin(kind, FEWER, data, states)
-        asked = trainer.config.distillation
-        exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
-                 for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
+        trainer, sources = build_trainer(kind, data, states)
+        # By hand, whole distributions are always available, also where ours reads the top k.
+        exact_files = [StateFiles(Path(states) / name, sources)
+                       for name in FOLDERS["two" if kind == "two" else "whole"]]
         train_step(trainer)
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
-        expected = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
-                    "starts": 0.0}
-        for m in batch.micro_batches:
-            for first, source, (document, start, count) in m.origins:
-                here = slice(first, first + count)
-                logits = trainer.policy.logits(DocumentBatch([m.inputs.tokens[here].tolist()],
-                                                             torch.device("cpu")), torch.arange(count))
-                head = load_file(exact[source].head)[HEAD_WEIGHT].double()
-                seen = exact[source].read_states(source, "train", document, start, count).double() @ head.T
-                log_p, log_q = ((x / asked.temperature).log_softmax(-1) for x in (logits, seen))
-                entropy = -(log_p.exp() * log_p).sum(-1)
-                if asked.top_k:
-                    ids = log_q.topk(asked.top_k).indices
-                    log_p, log_q = (x.gather(1, ids) for x in (log_p, log_q))
-                    if asked.keep_remainder:
-                        log_p, log_q = (torch.cat([x, torch.log1p(-x.exp().sum(1, keepdim=True))], 1)
-                                        for x in (log_p, log_q))
-                    else:
-                        log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
-                p, q, b = log_p.exp(), log_q.exp(), asked.beta
-                log_m = (b * q + (1 - b) * p).log()
-                kl = (q * (log_q - log_p)).sum(-1)
-                divergence = (kl if b == 0 else (p * (log_p - log_q)).sum(-1) if b == 1 else
-                              b * (q * (log_q - log_m)).sum(-1) + (1 - b) * (p * (log_p - log_m)).sum(-1))
-                picked = -logits.log_softmax(-1)[torch.arange(count), m.labels[here]]
-                learned = (m.weights[here] > 0).double()
-                expected["cross_entropy"] += float((picked.double() * learned).sum())
-                for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),
-                                     ("tokens", torch.ones(count))):
-                    expected[name] += float((values.double() * learned).sum())
-                expected["starts"] = max(expected["starts"], start)
+        expected = sum_by_hand(trainer, batch, {index: files for files in exact_files
+                                                for index in files.sources})
         sums = trainer.forward_backward.compute_gradients(batch, objective, 2)
         tokens = expected["tokens"]
         results.append({
             "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],
             "starts": expected["starts"], "mtp": sums.terms["mtp"],
             "ours": [sums.terms["divergence"] / tokens, sums.meters["kl"], sums.meters["entropy"]],
-            "wanted": [expected[name] / tokens for name in ("divergence", "kl", "entropy")],
+            "by hand": [expected[name] / tokens for name in ("divergence", "kl", "entropy")],
             "ce": [sums.terms.get("cross_entropy"), expected["cross_entropy"]]})
         trainer.close()
         world.leave_world()
@@ -118,13 +160,15 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.distributed
-def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> None:
-    ((results,),) = ranks(job(__file__, "written_out", 1, kept))
-    for found in results:
-        assert found["tokens"] == found["denominator"] > 100 and found["starts"] > 0 and found["mtp"] > 0
-        # the most probable tokens' log-probabilities are kept in float32
-        exact = 1e-12 if found["kind"] in ("whole", "two") else 1e-6
-        assert found["ours"] == pytest.approx(found["wanted"], rel=exact, abs=exact), found
+def test_losses_are_the_papers(ranks: Any, job: Any, stored_teachers: dict[str, Any]) -> None:
+    ((results,),) = ranks(job(__file__, "compare_losses", 1, stored_teachers))
+    for result in results:
+        assert result["tokens"] == result["denominator"] > 100
+        assert result["starts"] > 0, "a segment inside its document was compared"
+        assert result["mtp"] > 0
+        # The most probable tokens' log-probabilities are stored in float32.
+        tolerance = 1e-12 if result["kind"] in ("whole", "two") else 1e-6
+        assert result["ours"] == pytest.approx(result["by hand"], rel=tolerance, abs=tolerance), result
     assert results[0]["ce"][0] == pytest.approx(results[0]["ce"][1], rel=1e-12)
     assert results[1]["kind"] == "two" and results[2]["ce"][0] is None
     assert results[1]["ours"] != pytest.approx(results[0]["ours"], rel=0.01)

@@ -1,5 +1,4 @@
-"""Stages of an extension in one command: a gate that fails with exit code 3, continues with more steps, and
-passes."""
+"""Stages of a context extension: search for contamination, blends of stages, gates, and resumption."""
 
 import dataclasses
 import json
@@ -23,8 +22,8 @@ from megatron_sov.train.data.sources import Source
 from tests.run_files import read_run_events
 from tests.typed_words import format_set_options, parse_settings
 
-# The search of the training text finds planted needles only, and a gate that would test memorization is
-# refused.
+# The search for needle questions and held-out text in the training text, which would let a model memorize
+# them.
 
 QUESTION = [5, 6, 7]
 
@@ -42,7 +41,7 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed(Source):
+class MemorySource(Source):
     """A source with its splits in memory."""
 
     splits: Any = None
@@ -51,10 +50,11 @@ class Packed(Source):
         return Texts(self.splits[split])
 
 
-def source(train: list[list[int]], heldout: list[list[int]]) -> Packed:
+def build_source(train: list[list[int]], heldout: list[list[int]]) -> MemorySource:
     splits = {"train": train, "heldout": heldout}
-    return Packed("web", None, "text", {}, {name: sum(map(len, docs)) for name, docs in splits.items()}, 1.0,
-                  splits=splits)
+    return MemorySource("web", None, "text", {}, {name: sum(map(len, docs)) for name, docs in splits.items()},
+                        1.0,
+                        splits=splits)
 
 
 def random_text(seed: int, count: int) -> list[int]:
@@ -63,47 +63,49 @@ def random_text(seed: int, count: int) -> list[int]:
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 6))
 def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], window: int) -> None:
-    places = [tuple(text[i:i + window]) for i in range(len(text) - window + 1)]
+    windows = [tuple(text[i:i + window]) for i in range(len(text) - window + 1)]
     hashes = hash_windows(np.array(text, np.int64), window).tolist()
-    assert len(hashes) == len(places)
-    assert len(set(zip(places, hashes, strict=True))) == len(set(places)) == len(set(hashes))
+    assert len(hashes) == len(windows)
+    assert len(set(zip(windows, hashes, strict=True))) == len(set(windows)) == len(set(hashes))
 
 
 def test_clean_text_is_clean() -> None:
-    result = search_contamination([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
+    result = search_contamination([QUESTION], [build_source([random_text(1, 5000)], [random_text(2, 640)])],
+                                  10_000)
     assert (result.questions_found, result.windows, result.windows_found, result.overlap) == (0, 20, 0, 0)
     assert result.scanned_tokens == result.train_tokens == {"web": 5000}
     check_contamination(result, 0.0)
 
 
 def test_search_finds_shared_ranges_of_two_windows() -> None:
-    held = random_text(2, 640)
+    heldout = random_text(2, 640)
     for start in (0, 7, 101, 640 - 2 * WINDOW_TOKENS):
-        train = random_text(1, 333) + held[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
-        result = search_contamination([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
+        train = random_text(1, 333) + heldout[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
+        result = search_contamination([QUESTION], [build_source([random_text(4, 90), train], [heldout])],
+                                      10_000)
         assert result.windows_found >= 1
     with pytest.raises(UserError, match="held-out text occurs"):
         check_contamination(result, 0.01)
 
 
 def test_search_finds_questions_within_documents_only() -> None:
-    sources = [source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])]
+    sources = [build_source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])]
     inside = search_contamination([QUESTION], sources, 10_000)
-    across = search_contamination([QUESTION], [source([[1, 5, 6], [7, 2]], [random_text(2, 64)])], 10_000)
+    across = search_contamination([QUESTION], [build_source([[1, 5, 6], [7, 2]], [random_text(2, 64)])],
+                                  10_000)
     assert (inside.questions_found, across.questions_found) == (1, 0)
     with pytest.raises(UserError, match="1 questions"):
         check_contamination(inside, 1.0)
 
 
 def test_search_stops_at_its_bound_with_a_warning() -> None:
-    sources = [source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])]
+    sources = [build_source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])]
     result = search_contamination([QUESTION], sources, 500)
     assert (result.scanned_tokens, result.train_tokens, result.questions_found) == (
         {"web": 500}, {"web": 903}, 0)
 
 
-# Parts of a stage become one blend: shares hold, a part without source uses all of its kind, and missing
-# sources are named.
+# The parts of a stage become one blend; a part without sources uses all sources of its kind.
 
 
 def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = False) -> Source:
@@ -119,38 +121,38 @@ def sources() -> list[Source]:
             blend_source("chats", [8], 0.2, is_chat=True)]
 
 
-def stage(*parts: PartConfig, kind: str = "extension", **blend: float) -> ExtendStageConfig:
+def build_stage(*parts: PartConfig, kind: str = "extension", **blend: float) -> ExtendStageConfig:
     return ExtendStageConfig("s", 64, kind=kind, parts=parts, blend=blend)  # type: ignore[arg-type]
 
 
 def test_without_parts_the_blend_is_the_stages_own(sources: list[Source]) -> None:
-    assert ((build_stage_blend(stage(), sources, 32, 0.0),
-             build_stage_blend(stage(web=2.0), sources, 32, 0.0))
+    assert ((build_stage_blend(build_stage(), sources, 32, 0.0),
+             build_stage_blend(build_stage(web=2.0), sources, 32, 0.0))
             == ({}, {"web": 2.0}))
 
 
 def test_rehearsal_is_every_text_in_pieces_of_the_trained_length(sources: list[Source]) -> None:
-    blend = build_stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.0)
+    blend = build_stage_blend(build_stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.0)
     assert blend == pytest.approx({"web/32": 0.15, "books/32": 0.05, "books": 0.8})
 
 
 def test_rehearsal_has_short_needle_documents_and_replay_has_none(sources: list[Source]) -> None:
-    blend = build_stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.25)
+    blend = build_stage_blend(build_stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.25)
     assert blend == pytest.approx({"web/32": 0.1125, "books/32": 0.0375, "needle/32": 0.05, "books": 0.8})
     parts = (PartConfig("trajectories", 0.5), PartConfig("replay", 0.5))
     assert not any("needle" in name
-                   for name in build_stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.25))
+                   for name in build_stage_blend(build_stage(*parts, kind="midtraining"), sources, 32, 0.25))
 
 
 def test_mid_training_mixes_trajectories_long_documents_and_replay(sources: list[Source]) -> None:
     parts = (PartConfig("trajectories", 0.7), PartConfig("long", 0.1),
              PartConfig("replay", 0.2, {"web/8": 3.0, "books": 1.0}))
-    blend = build_stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.0)
+    blend = build_stage_blend(build_stage(*parts, kind="midtraining"), sources, 32, 0.0)
     assert blend == pytest.approx({"chats": 0.7, "books@33": 0.1, "web/8": 0.15, "books": 0.05})
 
 
 def test_remaining_tokens_go_to_sources_by_share(sources: list[Source]) -> None:
-    blend = build_stage_blend(stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
+    blend = build_stage_blend(build_stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
     assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
 
 
@@ -161,7 +163,7 @@ def test_remaining_tokens_go_to_sources_by_share(sources: list[Source]) -> None:
 def test_stages_without_matching_data_are_refused(part: PartConfig, trained: int, message: str,
                                                   sources: list[Source]) -> None:
     with pytest.raises(UserError, match=message):
-        build_stage_blend(stage(part), sources, trained, 0.0)
+        build_stage_blend(build_stage(part), sources, trained, 0.0)
 
 
 SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
@@ -186,13 +188,13 @@ def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.Tem
     return run
 
 
-def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str,
+def build_command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str,
             **settings: Any) -> list[str]:
     gate = {"max_overlap": 1} | settings if settings else {}
-    chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
-                                                             for name, v in gate.items()}
+    all_settings = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
+                                                                   for name, v in gate.items()}
     return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",
-            str(run), *format_set_options(chosen), *more]
+            str(run), *format_set_options(all_settings), *more]
 
 
 @pytest.mark.essential
@@ -202,15 +204,16 @@ def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shard
     rehearsal = {"name": "rehearsal", "share": 0.5, "blend": {"first/64": 1}}
     stages = [{"name": "near", "seq_len": 96, "steps": 2, "max_steps": 4, "parts": [rehearsal]},
               {"name": "far", "seq_len": 192, "steps": 1, "lr": 1e-3, "rope_theta": 5e6}]
-    assert main(command(short_run, token_shards, run, stages, every_steps=1, min_accuracy=0,
-                        loss_tolerance_nats=9)) == 0
+    assert main(build_command(short_run, token_shards, run, stages, every_steps=1, min_accuracy=0,
+                              loss_tolerance_nats=9)) == 0
     near, far = run / "stages" / "1-near", run
-    first, second = (json.loads((folder / "config.json").read_text()) for folder in (near, far))
-    assert ([(c["data"]["phases"][0]["seq_len"], c["train"]["steps"]) for c in (first, second)]
+    near_config, far_config = (json.loads((folder / "config.json").read_text()) for folder in (near, far))
+    assert ([(c["data"]["phases"][0]["seq_len"], c["train"]["steps"]) for c in (near_config, far_config)]
             == [(96, 4), (192, 1)])
-    assert ((first["model"]["yarn"]["factor"], second["model"]["yarn"], second["model"]["rope_theta"])
+    assert ((near_config["model"]["yarn"]["factor"], far_config["model"]["yarn"],
+             far_config["model"]["rope_theta"])
             == (1.5, None, 5e6))
-    assert second["optim"]["lr"] == 1e-3
+    assert far_config["optim"]["lr"] == 1e-3
     assert ([(e["step"], e["judged"], e["passed"]) for e in read_run_events(near, "gate")]
             == [(0, True, False), (1, True, False), (2, True, True)]), (
         "neither before its steps nor long behind them")
@@ -218,12 +221,14 @@ def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shard
     assert (completion["step"], completion["gate"]["passed"]) == (2, True)
     starts = {e["start_loss"] for folder in (near, far) for e in read_run_events(folder, "gate")}
     assert len(starts) == 1, "both stages are held to the loss before the first one"
-    blend = first["data"]["phases"][0]["blend"]
+    blend = near_config["data"]["phases"][0]["blend"]
     assert blend["first/64"] / sum(blend.values()) == pytest.approx(0.5 * 0.9), "half of what is not needles"
-    (found,) = read_run_events(near, "decontamination")
-    assert ((found["questions_found"], found["questions"] > 100, found["scanned_tokens"]["needle"] > 0)
+    (contamination,) = read_run_events(near, "decontamination")
+    assert ((contamination["questions_found"], contamination["questions"] > 100,
+             contamination["scanned_tokens"]["needle"] > 0)
             == (0, True, True))
-    assert main(command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0)) == 0
+    assert main(build_command(short_run, token_shards, run, stages, "--resume", every_steps=1,
+                              min_accuracy=0)) == 0
 
 
 def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
@@ -236,11 +241,11 @@ def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path
     planned = plan_stages(request, find_checkpoint(short_run), args.run, 1)
     near, far = (stage.config for stage in planned)
     assert near.problems(1) == far.problems(1) == []
-    (first,), (second,) = near.data.phases, far.data.phases
-    assert (first.name, first.seq_len, near.train.steps) == ("32k", 80, 40)
-    assert (second.name, second.seq_len, far.train.steps) == ("100k", 96, 40)
+    (near_phase,), (far_phase,) = near.data.phases, far.data.phases
+    assert (near_phase.name, near_phase.seq_len, near.train.steps) == ("32k", 80, 40)
+    assert (far_phase.name, far_phase.seq_len, far.train.steps) == ("100k", 96, 40)
     assert (near.model.yarn, far.model.yarn) == (None, YarnConfig(2.0, 48))
-    assert {"first@65", "first/64", "needle/64"} <= set(first.blend)
+    assert {"first@65", "first/64", "needle/64"} <= set(near_phase.blend)
     assert near.extend.gate.every_steps == 20
 
 
@@ -256,6 +261,6 @@ def test_recipe_defines_its_extension_stages(short_run: Path, token_shards: Path
 def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], message: str, short_run: Path,
                                                        token_shards: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "long"
-    assert main(command(short_run, token_shards, run, [{"name": "a", "steps": 1} | stage])) == 2
+    assert main(build_command(short_run, token_shards, run, [{"name": "a", "steps": 1} | stage])) == 2
     assert message in capsys.readouterr().err
     assert not run.exists()

@@ -8,16 +8,21 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.parallel import world
 from megatron_sov.infer.engines.fleet import Fleet
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.infer.engines.transformers_engine import load_hf
+from megatron_sov.model.config import ParallelConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import live, requests, servers
 from megatron_sov.post.rl.generate.live import LiveRollouts
@@ -295,3 +300,31 @@ def test_a_stopping_run_does_not_wait_for_a_silent_server(tmp_path: Path,
     assert live_servers.is_opening(0.1)
     live_servers.close()
     assert live_servers.engine is None
+
+
+def push_to_failing_servers() -> str:
+    """Return the error of `push_weights` where rank 0's servers fail before they read a tensor."""
+    parallel_world = world.join_world(ParallelConfig())
+
+    def export_three(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abc":
+            dist.all_reduce(gathered := torch.ones(1))
+            yield name, gathered
+
+    def fail(weights: Any, version: int) -> None:
+        raise UserError("disk full")
+
+    engine: Any = SimpleNamespace(update=fail)
+    live_servers = LiveServers(make_settings(Path("unused")), engine=engine)
+    view: Any = SimpleNamespace(world=parallel_world, policy=SimpleNamespace(model=None))
+    with mock.patch.object(servers, "export_weights", export_three), pytest.raises(UserError) as raised:
+        live_servers.push_weights(view, Policy(Path("p"), 0, "0" * 64))
+    live_servers.close()
+    world.leave_world()
+    return str(raised.value)
+
+
+@pytest.mark.distributed
+def test_every_rank_raises_the_error_of_rank_0_s_servers(ranks: Any, job: Any) -> None:
+    (errors,) = ranks(job(__file__, "push_to_failing_servers", 2, {}))
+    assert errors == ["disk full", "disk full"]

@@ -18,7 +18,7 @@ from megatron_sov.work.progress.locks import Claims, IdleTimeout
 SETTINGS = ["language=ko"]
 
 
-def rollout(round_: int, prompt: int, response: str, **more: object) -> Rollout:
+def build_rollout(round_: int, prompt: int, response: str, **more: object) -> Rollout:
     row = Rollout(Key(f"{prompt:016x}", 0, "p" * 64, "s" * 16), round_, 0, {"prompt": "?", "answer": "1"},
                   np.array([1], np.int32), np.array([2, 3], np.int32), np.array([-1, -1], np.float32),
                   np.zeros(2, np.int32), STOP, response, 1.0, "test", 0.0, 1.0)
@@ -27,70 +27,70 @@ def rollout(round_: int, prompt: int, response: str, **more: object) -> Rollout:
 
 @pytest.fixture
 def store(tmp_path: Path) -> RolloutStore:
-    """Two rounds; of the second one a response is unfinished."""
+    """A store with two rounds; a response of the second round is unfinished."""
     result = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
-    result.add_rollouts("round-0001-piece-0000", [rollout(1, 0, "가나"), rollout(1, 1, "ab")], {})
+    result.add_rollouts("round-0001-piece-0000", [build_rollout(1, 0, "가나"), build_rollout(1, 1, "ab")], {})
     result.add_rollouts("round-0002-piece-0000", [
-        rollout(2, 2, "가a", outcome={"reward": 0.5, "status": "scored", "components": {"x": 1},
-                                      "reason": "", "reward_version": "v", "last_turn": "가a"}),
-        rollout(2, 3, "가", finish_reason=UNFINISHED)], {})
+        build_rollout(2, 2, "가a", outcome={"reward": 0.5, "status": "scored", "components": {"x": 1},
+                                           "reason": "", "reward_version": "v", "last_turn": "가a"}),
+        build_rollout(2, 3, "가", finish_reason=UNFINISHED)], {})
     return result
 
 
-class Script:
-    """Rewards the number of characters, and records its requests."""
+class LengthReward:
+    """Reward that is the length of a response; "ab" fails. `judged` has the responses of all calls."""
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.judged: list[str] = []
 
     def __call__(self, rows: Sequence[Rollout]) -> list[Result]:
-        self.seen += [row.response for row in rows]
+        self.judged += [row.response for row in rows]
         return [Result(None, "failed", {}, "broken") if row.response == "ab"
                 else Result(float(len(row.response)), "scored", {"n": 1, "said": "it", "part": {"ok": True}})
                 for row in rows]
 
 
-def job(store: RolloutStore, judge: Script, version: str = "v1", **more: object) -> JudgingJob:
+def build_job(store: RolloutStore, judge: LengthReward, version: str = "v1", **more: object) -> JudgingJob:
     return JudgingJob(**{  # type: ignore[arg-type]
         "store": store, "claims": Claims(store.claims, 60), "version": version, "judge": judge,
         "rounds": None, "provenance": {"reward": "script"}, **more})
 
 
 def test_every_response_is_judged_once_and_a_new_version_judges_again(store: RolloutStore) -> None:
-    script = Script()
-    summary = job(store, script, rounds=range(1, 2)).run()
-    assert script.seen == ["가나", "ab"] and (summary.parts, summary.unfinished) == (1, 0)
-    assert job(store, script).run().unfinished == 1
-    assert script.seen == ["가나", "ab", "가a"]
-    assert job(store, script).run().parts == 0 and len(script.seen) == 3
+    reward = LengthReward()
+    summary = build_job(store, reward, rounds=range(1, 2)).run()
+    assert reward.judged == ["가나", "ab"] and (summary.parts, summary.unfinished) == (1, 0)
+    assert build_job(store, reward).run().unfinished == 1
+    assert reward.judged == ["가나", "ab", "가a"]
+    assert build_job(store, reward).run().parts == 0 and len(reward.judged) == 3
     hashes = {part.name: part.manifest_sha256 for part in store.parts()}
-    assert job(store, script, "v2").run().tally.statuses == {"scored": 2, "failed": 1}
+    assert build_job(store, reward, "v2").run().tally.statuses == {"scored": 2, "failed": 1}
     assert {part.name: part.manifest_sha256 for part in store.parts()} == hashes
     first, second = store.read_rewards("v1", "round-0001-piece-0000")
     assert (first.reward, first.status, first.reward_version) == (2.0, "scored", "v1")
     assert first.components == {"n": 1.0, "part.ok": 1.0}
-    # the infrastructure's fault is no 0
+    # A reward that fails gives no reward, not a reward of 0.
     assert (second.reward, second.status, second.reason) == (None, "failed", "broken")
     assert len(store.read_rewards("v2", "round-0002-piece-0000")) == 1
 
 
 def test_judging_waits_for_claims_of_other_jobs(store: RolloutStore) -> None:
-    slept: list[float] = []
+    pauses_s: list[float] = []
     claim = Claims(store.claims, 60).take("reward-v1-round-0001-piece-0000")
     assert claim is not None
 
-    def sleep(pause_s: float) -> None:
-        slept.append(pause_s)
+    def pause_and_renew(pause_s: float) -> None:
+        pauses_s.append(pause_s)
         assert claim.renew()
 
-    script = Script()
-    assert job(store, script, wait_s=6.0, patience=IdleTimeout(sleep)).run().left == 1
-    assert slept == [5.0, 1.0] and script.seen == ["가a"]
-    assert job(store, script, patience=IdleTimeout(sleep)).run().left == 1
-    assert job(store, script, claimed_wait_s=3.0, patience=IdleTimeout(sleep)).run().left == 1
-    assert slept[2:] == [5.0, 3.0], "until a sign of life is seen, and as long as it was told"
+    reward = LengthReward()
+    assert build_job(store, reward, wait_s=6.0, patience=IdleTimeout(pause_and_renew)).run().left == 1
+    assert pauses_s == [5.0, 1.0] and reward.judged == ["가a"]
+    assert build_job(store, reward, patience=IdleTimeout(pause_and_renew)).run().left == 1
+    assert build_job(store, reward, claimed_wait_s=3.0, patience=IdleTimeout(pause_and_renew)).run().left == 1
+    assert pauses_s[2:] == [5.0, 3.0], "until a sign of life is seen, and as long as it was told"
     claim.release()
-    assert job(store, script).run().left == 0
+    assert build_job(store, reward).run().left == 0
 
 
 def test_judging_takes_over_claims_of_killed_jobs(store: RolloutStore) -> None:
@@ -102,7 +102,7 @@ def test_judging_takes_over_claims_of_killed_jobs(store: RolloutStore) -> None:
         now_s += pause_s
 
     claims = Claims(store.claims, 60, lambda: now_s)
-    summary = job(store, Script(), claims=claims, patience=IdleTimeout(sleep)).run()
+    summary = build_job(store, LengthReward(), claims=claims, patience=IdleTimeout(sleep)).run()
     assert (summary.parts, summary.left, now_s) == (2, 0, 60.0)
 
 
@@ -110,46 +110,47 @@ def test_judging_waits_for_generation_and_reports_missing_responses(tmp_path: Pa
     store = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
     store_plan = StorePlan(rounds=2, pieces=2)
 
-    def write(name: str, *rows: Rollout) -> None:
+    def add_part(name: str, *rows: Rollout) -> None:
         num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
         store.add_rollouts(name, rows, store_plan.to_provenance(num_unfinished))
 
-    def waited(rounds: range | None = None, wait_s: float = 12.0) -> tuple[str, list[float]]:
-        slept: list[float] = []
-        summary = job(store, Script(), rounds=rounds, wait_s=wait_s, patience=IdleTimeout(slept.append)).run()
-        return summary.waited_for, slept
+    def run_job(rounds: range | None = None, wait_s: float = 12.0) -> tuple[str, list[float]]:
+        pauses_s: list[float] = []
+        summary = build_job(store, LengthReward(), rounds=rounds, wait_s=wait_s,
+                            patience=IdleTimeout(pauses_s.append)).run()
+        return summary.waited_for, pauses_s
 
-    whole = [5.0, 5.0, 2.0]
-    assert waited() == ("", whole), "nobody has written, and nobody has said what is to come"
-    write("round-0001-piece-0000", rollout(1, 0, "a"))
-    assert waited() == ("1 of 2 pieces of round 1", whole)
-    assert waited(wait_s=0) == ("", []), "who does not wait judges what is there"
-    write("round-0001-piece-0001", rollout(1, 1, "a", finish_reason=UNFINISHED))
-    assert waited() == ("the ends of responses in 1 of 2 pieces of round 1", whole)
-    write("round-0001-piece-0001-attempt-1", rollout(1, 1, "ab", attempt=1))
-    assert waited() == ("2 of 2 pieces of round 2", whole)
-    assert waited(range(1, 2)) == ("", []), "what was asked for is judged"
-    write("round-0002-piece-0000", rollout(2, 2, "a"))
-    write("round-0002-piece-0001", rollout(2, 3, "a"))
-    assert waited() == ("", whole), "another command may ask for more rounds"
-    assert waited(range(1, 4)) == ("2 of 2 pieces of round 3", whole)
+    full_wait_s = [5.0, 5.0, 2.0]
+    assert run_job() == ("", full_wait_s), "nobody has written, and nobody has said what is to come"
+    add_part("round-0001-piece-0000", build_rollout(1, 0, "a"))
+    assert run_job() == ("1 of 2 pieces of round 1", full_wait_s)
+    assert run_job(wait_s=0) == ("", []), "who does not wait judges what is there"
+    add_part("round-0001-piece-0001", build_rollout(1, 1, "a", finish_reason=UNFINISHED))
+    assert run_job() == ("the ends of responses in 1 of 2 pieces of round 1", full_wait_s)
+    add_part("round-0001-piece-0001-attempt-1", build_rollout(1, 1, "ab", attempt=1))
+    assert run_job() == ("2 of 2 pieces of round 2", full_wait_s)
+    assert run_job(range(1, 2)) == ("", []), "what was asked for is judged"
+    add_part("round-0002-piece-0000", build_rollout(2, 2, "a"))
+    add_part("round-0002-piece-0001", build_rollout(2, 3, "a"))
+    assert run_job() == ("", full_wait_s), "another command may ask for more rounds"
+    assert run_job(range(1, 4)) == ("2 of 2 pieces of round 3", full_wait_s)
     store_plan = StorePlan(rounds=2, pieces=2, grows=True)
-    write("round-0002-piece-0002", rollout(2, 4, "a"))
-    assert waited(range(1, 3)) == ("", whole), "a round may ask further prompts until it is trained"
+    add_part("round-0002-piece-0002", build_rollout(2, 4, "a"))
+    assert run_job(range(1, 3)) == ("", full_wait_s), "a round may ask further prompts until it is trained"
 
 
 def test_judging_warns_about_different_rewards_of_one_version(
         store: RolloutStore, capsys: pytest.CaptureFixture[str]) -> None:
     name = "round-0001-piece-0000"
 
-    class Late(Script):
+    class OvertakenReward(LengthReward):
         """A judging job that another job overtakes because it seemed dead."""
 
         def __call__(self, rows: Sequence[Rollout]) -> list[Result]:
             store.add_rewards("v1", name, [RewardRow(row.key, 0, "v1", 7.0, "scored") for row in rows])
             return super().__call__(rows)
 
-    assert job(store, Late(), rounds=range(1, 2)).run().parts == 0
+    assert build_job(store, OvertakenReward(), rounds=range(1, 2)).run().parts == 0
     assert "2 of 2 responses have another reward under the same version v1" in capsys.readouterr().err
     assert [row.reward for row in store.read_rewards("v1", name)] == [7.0, 7.0]
 
@@ -165,19 +166,19 @@ def test_an_environments_word_is_taken_from_the_rows(store: RolloutStore) -> Non
 
 def test_rewards_get_fields_and_messages_of_the_prompt() -> None:
     chat = [{"role": "user", "content": "hi"}]
-    assert build_record(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
+    assert build_record(build_rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
         "messages": chat, "prompt": chat, "answer": "2", "response": "x", "num_tokens": 2,
         "finish_reason": "stop"}
-    # of an episode the model's own final text, never a tool result
-    played = rollout(1, 0, "\\boxed{7} said a tool", outcome={"last_turn": "It is 8."})
-    assert build_record(played)["response"] == "It is 8."
-    assert run_reward(Math(), build_record(replace(played, outcome={}))).status == "refused"
+    # The response of an episode is the last turn of the model, not text of tools.
+    episode = build_rollout(1, 0, "\\boxed{7} said a tool", outcome={"last_turn": "It is 8."})
+    assert build_record(episode)["response"] == "It is 8."
+    assert run_reward(Math(), build_record(replace(episode, outcome={}))).status == "refused"
 
 
 def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:
     version = resolve_reward_version("language", SETTINGS)
     with start_judge("language", SETTINGS, 1) as judge:
-        summary = job(store, judge, version).run()  # type: ignore[arg-type]
+        summary = build_job(store, judge, version).run()  # type: ignore[arg-type]
     assert (summary.parts, summary.tally.num_rewards, summary.tally.statuses) == (2, 3, {"scored": 3})
     rewards = [row.reward for row in store.read_rewards(version, "round-0001-piece-0000")]
     assert rewards == [1.0, 0.0] and version != resolve_reward_version("language", ["language=en"])
@@ -191,14 +192,14 @@ def fewest(prompts, completions, completion_ids, **kwargs):
     return [float(x == min(n)) for x in n]
 """)
     store = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
-    written = [(prompt, sample, n) for prompt in range(45) for sample, n in enumerate((3, 2, 4))]
+    responses = [(prompt, sample, n) for prompt in range(45) for sample, n in enumerate((3, 2, 4))]
     store.add_rollouts("round-0001-piece-0000", [
-        rollout(1, prompt, "a", key=Key(f"{prompt:016x}", sample, "p" * 64, "s" * 16),
-                record={"prompt": f"p{prompt}"}, tokens=np.zeros(n, np.int32),
-                logprobs=np.full(n, -1, np.float32), versions=np.zeros(n, np.int32))
-        for prompt, sample, n in written], {})
+        build_rollout(1, prompt, "a", key=Key(f"{prompt:016x}", sample, "p" * 64, "s" * 16),
+                      record={"prompt": f"p{prompt}"}, tokens=np.zeros(n, np.int32),
+                      logprobs=np.full(n, -1, np.float32), versions=np.zeros(n, np.int32))
+        for prompt, sample, n in responses], {})
     with start_judge(f"{tmp_path}/own.py:fewest", [], 2) as judge:
-        assert job(store, judge).run().tally.statuses == {"scored": 135}
+        assert build_job(store, judge).run().tally.statuses == {"scored": 135}
     rewards = {(row.key.prompt, row.key.sample): row.reward
                for row in store.read_rewards("v1", "round-0001-piece-0000")}
-    assert rewards == {(f"{prompt:016x}", sample): float(n == 2) for prompt, sample, n in written}
+    assert rewards == {(f"{prompt:016x}", sample): float(n == 2) for prompt, sample, n in responses}

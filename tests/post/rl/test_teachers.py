@@ -1,4 +1,4 @@
-"""Scoring teachers: retries, refusals, and teachers per domain."""
+"""Teachers that score responses over HTTP: one per domain, retries and refusals."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ DOMAINS = [["math", 2], ["", 1], ["code", 2]]
 
 
 class CountedDocuments:
-    """Documents that count up from 5; every token but the first is learned."""
+    """Documents whose token ids count up from 5; all tokens except the first have loss weight 1."""
 
     is_plain, columns = False, ("behaviour_logprobs",)
     lengths = np.array(LENGTHS)
@@ -37,15 +37,15 @@ class CountedDocuments:
 
 
 @pytest.fixture
-def servers() -> Iterator[list[Any]]:
-    found: list[Any] = [VllmDouble(), VllmDouble()]
-    yield found
-    for server in found:
+def server_doubles() -> Iterator[list[Any]]:
+    doubles: list[Any] = [VllmDouble(), VllmDouble()]
+    yield doubles
+    for server in doubles:
         server.close()
 
 
 @pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedRound:
+def published_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedRound:
     manifest = SimpleNamespace(content={"document_domains": DOMAINS})
     monkeypatch.setattr(teachers, "read_manifest", lambda path: manifest)
     monkeypatch.setattr(teachers, "BACKOFF_S", (0.001, 0.001))
@@ -57,49 +57,49 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedRound:
 VIEW: Any = SimpleNamespace(world=None, checkpointer=SimpleNamespace(advance=lambda: None))
 
 
-def score_round(opened: PublishedRound, *teachers: Any) -> list[float]:
+def score_round(published_round: PublishedRound, *teachers: Any) -> list[float]:
     """Return the teachers' scores of a round, in hundredths."""
-    file = opened.path.with_name("0001.teacher_logprobs.f32")
-    write_teachers(VIEW, teachers, opened, file, "these")
+    file = published_round.path.with_name("0001.teacher_logprobs.f32")
+    write_teachers(VIEW, teachers, published_round, file, "these")
     assert find_seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
     return (np.fromfile(file, np.float32, sum(LENGTHS)) * -100).round(3).tolist()
 
 
-def test_each_teacher_scores_its_documents_on_several_servers(opened: PublishedRound,
-                                                              servers: list[Any]) -> None:
-    one, other = servers
+def test_each_teacher_scores_its_documents_on_several_servers(published_round: PublishedRound,
+                                                              server_doubles: list[Any]) -> None:
+    first_server, second_server = server_doubles
     expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]  # hundredths; the first token has none
-    teachers = ScoringTeacher("", urls=(one.url,)), ScoringTeacher("code", urls=(other.url,))
-    assert score_round(opened, *teachers) == expected
-    assert [len(body["token_ids"]) for body in other.generate_bodies] in ([2, 5], [5, 2])
-    # the document of one token has nothing to score
-    assert sorted(len(body["token_ids"]) for body in one.generate_bodies) == [3, 4]
-    result = compute_reverse_kl(opened, np.array(expected) / -100)
+    teachers = ScoringTeacher("", urls=(first_server.url,)), ScoringTeacher("code", urls=(second_server.url,))
+    assert score_round(published_round, *teachers) == expected
+    assert [len(body["token_ids"]) for body in second_server.generate_bodies] in ([2, 5], [5, 2])
+    # The document of one token has no label, so it is not sent.
+    assert sorted(len(body["token_ids"]) for body in first_server.generate_bodies) == [3, 4]
+    result = compute_reverse_kl(published_round, np.array(expected) / -100)
     differences = np.array(expected)[np.array(expected) > 0] / 100 - 0.25
     assert result["reverse_kl"] == pytest.approx(differences.mean())
     domains: Any = result["reverse_kl_domains"]
     assert domains == {"code": pytest.approx(differences[5:].mean()),
                        "math": pytest.approx(differences[:2].mean())}
     with pytest.raises(UserError, match=r"responses of domain '(math|)'"):
-        score_round(opened, ScoringTeacher("code", urls=(other.url,)))
+        score_round(published_round, ScoringTeacher("code", urls=(second_server.url,)))
 
 
-def test_scoring_retries_absent_servers_and_reports_refusals(opened: PublishedRound,
-                                                             servers: list[Any]) -> None:
-    one, other = servers
-    expected = score_round(opened, ScoringTeacher("", urls=(one.url,)))
-    other.is_dead = True
-    both_servers = ScoringTeacher("", urls=(other.url, one.url))
-    assert score_round(opened, both_servers) == expected, "the living server answers"
-    one.refuses = lambda path: path.startswith("/inference")
-    # the OpenAI path scores as well
-    assert score_round(opened, ScoringTeacher("", urls=(one.url,))) == expected
-    one.refuses = lambda path: path.startswith(("/inference", "/v1/completions"))
+def test_scoring_retries_absent_servers_and_reports_refusals(published_round: PublishedRound,
+                                                             server_doubles: list[Any]) -> None:
+    first_server, second_server = server_doubles
+    expected = score_round(published_round, ScoringTeacher("", urls=(first_server.url,)))
+    second_server.is_dead = True
+    both_servers = ScoringTeacher("", urls=(second_server.url, first_server.url))
+    assert score_round(published_round, both_servers) == expected, "the living server answers"
+    first_server.refuses = lambda path: path.startswith("/inference")
+    # Without the path /inference, the teacher is asked through /v1/completions.
+    assert score_round(published_round, ScoringTeacher("", urls=(first_server.url,))) == expected
+    first_server.refuses = lambda path: path.startswith(("/inference", "/v1/completions"))
     with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses \d"):
-        score_round(opened, ScoringTeacher("", urls=(one.url,)))
-    one.is_dead = True
+        score_round(published_round, ScoringTeacher("", urls=(first_server.url,)))
+    first_server.is_dead = True
     with pytest.raises(UserError, match="HTTP 500: EngineCore"):
-        score_round(opened, ScoringTeacher("", urls=(one.url,)))
+        score_round(published_round, ScoringTeacher("", urls=(first_server.url,)))
 
 
 def test_scoring_rejects_invalid_logprobs() -> None:

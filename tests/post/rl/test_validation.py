@@ -1,4 +1,4 @@
-"""Validation of a run's policies on four prompts: when it runs, and the recorded figures."""
+"""Validation of a run's policies on held-out prompts: when it runs, and the figures that it records."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ REWARDS = {"a": (1.0, 0.0), "b": (0.0, 0.0), "c": (1.0, None)}
 
 @pytest.fixture
 def store(tmp_path: Path) -> RolloutStore:
-    """A validation of three prompts in two pieces, with two responses each; one has no reward."""
+    """A store with one validation: three prompts in two pieces, two responses each; one has no reward."""
     store = RolloutStore.create(tmp_path / "validation", "0" * 64, 100)
     for piece, prompts in enumerate(("ab", "c")):
         rows = [Rollout(Key(prompt, sample, "p", "s"), 1, 0,
@@ -45,37 +45,38 @@ def store(tmp_path: Path) -> RolloutStore:
 
 
 @pytest.fixture
-def view(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run's view on one process; `recorded` has its events as (name, fields)."""
+def trainer_double(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Double of a trainer in one process; `recorded` has its events as (name, fields)."""
     monkeypatch.setattr(validation, "run_on_main", lambda world, action: action())
     recorded: list[tuple[str, dict[str, Any]]] = []
     return SimpleNamespace(step=0, world=None, recorded=recorded, events=SimpleNamespace(
         write=lambda name, **fields: recorded.append((name, fields))))
 
 
-def build_validation(store: RolloutStore, every: int = 2, num_responses: int = 6,
-                     measured: Mapping[str, str] = MEASURED) -> tuple[Any, list[int]]:
+def build_validation(store: RolloutStore, every_rounds: int = 2, num_responses: int = 6,
+                     measured_by: Mapping[str, str] = MEASURED) -> tuple[Any, list[int]]:
     """Return a validation over stored rounds, and the list of rounds that it has written."""
     written_rounds: list[int] = []
 
-    def write(view: Any, number: int, policy: Any, is_stopping: Any) -> dict[str, float]:
+    def write_round(trainer_double: Any, number: int, policy: Any, is_stopping: Any) -> dict[str, float]:
         written_rounds.append(number)
         return {"write_s": 2.0}
 
-    rollout = RolloutConfig(rounds=5, validation_every_rounds=every)
+    rollout = RolloutConfig(rounds=5, validation_every_rounds=every_rounds)
     rollouts: Any = SimpleNamespace(
-        write=write, judge=lambda *_: {}, reward=SimpleNamespace(version=VERSION),
+        write=write_round, judge=lambda *_: {}, reward=SimpleNamespace(version=VERSION),
         settings=SimpleNamespace(store=SimpleNamespace(open=lambda: store)))
     return Validation(run=store.path.parent, rollouts=rollouts, rollout=rollout, num_responses=num_responses,
-                      right_from=1.0, samples=SampledRounds(2, 6), measured_by=measured), written_rounds
+                      right_from=1.0, samples=SampledRounds(2, 6), measured_by=measured_by), written_rounds
 
 
-def test_validation_figures_cover_all_responses_and_each_domain(store: RolloutStore, view: Any) -> None:
+def test_validation_figures_cover_all_responses_and_each_domain(store: RolloutStore,
+                                                                trainer_double: Any) -> None:
     validation, _ = build_validation(store)
-    assert validation.validate(view, 1, POLICY, lambda: False) is None
-    (samples_event, samples), (event, figures) = view.recorded
+    assert validation.validate(trainer_double, 1, POLICY, lambda: False) is None
+    (samples_event, samples), (event, figures) = trainer_double.recorded
     assert event == "validation" and figures["statuses"] == {"scored": 5, "timeout": 1}
-    # a prompt counts once, even if only some of its responses have a reward
+    # Every prompt counts once, also if only some of its responses have a reward.
     assert figures["reward"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert [(point["k"], point["value"]) for point in figures["pass_at_k"]] == [(1, pytest.approx(0.5))]
     assert (figures["response_tokens"], figures["truncated"], figures["write_s"]) == (2.5, 0.5, 2.0)
@@ -89,66 +90,68 @@ def test_validation_figures_cover_all_responses_and_each_domain(store: RolloutSt
     assert (first["reward"], first["components"], first["tokens"]) == (1.0, {"format": 0.5}, 2)
 
 
-def test_policies_are_validated_once_when_due(store: RolloutStore, view: Any,
+def test_policies_are_validated_once_when_due(store: RolloutStore, trainer_double: Any,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    for every, due in ((2, [1, 3, 5, 6]), (0, [1, 6]), (10, [1, 6])):
-        validation, written_rounds = build_validation(store, every)
+    for every_rounds, due_rounds in ((2, [1, 3, 5, 6]), (0, [1, 6]), (10, [1, 6])):
+        validation, written_rounds = build_validation(store, every_rounds)
         monkeypatch.setattr(validation, "_record_figures", lambda *_: None)
         for number in range(1, 7):
-            view.step = number - 1
-            assert validation.validate(view, number, POLICY, lambda: False) is None
-        assert written_rounds == due
+            trainer_double.step = number - 1
+            assert validation.validate(trainer_double, number, POLICY, lambda: False) is None
+        assert written_rounds == due_rounds
     log = EventLog(store.path.parent / "events.jsonl")
     log.write("validation", step=0)  # before the run was killed
     log.close()
     resumed, written_rounds = build_validation(store)
-    view.step = 0
-    assert resumed.validate(view, 1, POLICY, lambda: False) is None
-    assert written_rounds == [] and not view.recorded
+    trainer_double.step = 0
+    assert resumed.validate(trainer_double, 1, POLICY, lambda: False) is None
+    assert written_rounds == [] and not trainer_double.recorded
 
 
-def test_changed_validation_settings_are_refused_before_training(store: RolloutStore, view: Any) -> None:
+def test_changed_validation_settings_are_refused_before_training(store: RolloutStore,
+                                                                 trainer_double: Any) -> None:
     validation, _ = build_validation(store)
-    validation.validate(view, 1, POLICY, lambda: False)
+    validation.validate(trainer_double, 1, POLICY, lambda: False)
     log = EventLog(store.path.parent / "events.jsonl")
-    log.write("validation", **view.recorded[-1][1])
+    log.write("validation", **trainer_double.recorded[-1][1])
     log.close()
-    view.step = 1
+    trainer_double.step = 1
     resumed, written_rounds = build_validation(store)
-    assert resumed.validate(view, 2, POLICY, lambda: False) is None and written_rounds == [], "not due"
-    changed, _ = build_validation(store, measured={**MEASURED, "prompts": "q", "reward": "t"})
+    assert resumed.validate(trainer_double, 2, POLICY,
+                            lambda: False) is None and written_rounds == [], "not due"
+    changed, _ = build_validation(store, measured_by={**MEASURED, "prompts": "q", "reward": "t"})
     with pytest.raises(UserError, match="step 0 were validated"):
-        changed.validate(view, 2, POLICY, lambda: False)
+        changed.validate(trainer_double, 2, POLICY, lambda: False)
 
 
 def test_digests_of_validation_conditions() -> None:
-    """Excludes everything without effect on responses and verdicts: the
-    order of prompts, and the number at a time."""
+    """Settings without effect on responses and verdicts, such as the order of prompts, change no digest."""
     prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 
-    def digest(given_prompts: PromptList = prompts, reward: str = "v", right_from: float = 1.0,
+    def compute_digests(given_prompts: PromptList = prompts, reward: str = "v", right_from: float = 1.0,
                **changes: Any) -> dict[str, str]:
         return digest_conditions(prompts=given_prompts, reward_version=reward,
                                  rollout=replace(rollout, **changes), chosen_by={"plain": True},
                                  right_from=right_from)
 
-    assert digest(prompts[::-1]) == digest(piece_prompts=7, rounds=9) == digest()
+    assert compute_digests(prompts[::-1]) == compute_digests(piece_prompts=7, rounds=9) == compute_digests()
 
-    def changed_digests(digests: dict[str, str]) -> list[str]:
-        return [name for name, value in digest().items() if digests[name] != value]
+    def list_changed(digests: dict[str, str]) -> list[str]:
+        return [name for name, value in compute_digests().items() if digests[name] != value]
 
-    assert changed_digests(digest(prompts[:2])) == ["prompts"]
-    assert changed_digests(digest(reward="w")) == changed_digests(digest(right_from=0.5)) == ["reward"]
-    for changed in (digest(samples_per_prompt=9), digest(temperature=0.5)):
-        assert changed_digests(changed) == ["sampling"]
+    assert list_changed(compute_digests(prompts[:2])) == ["prompts"]
+    assert list_changed(compute_digests(reward="w")) == list_changed(compute_digests(right_from=0.5)) == [
+        "reward"]
+    for changed_digest in (compute_digests(samples_per_prompt=9), compute_digests(temperature=0.5)):
+        assert list_changed(changed_digest) == ["sampling"]
 
 
-def test_a_stopped_validation_ends_the_run_without_figures(store: RolloutStore, view: Any) -> None:
+def test_a_stopped_validation_ends_the_run_without_figures(store: RolloutStore, trainer_double: Any) -> None:
     validation, written_rounds = build_validation(store, num_responses=8)
-    assert validation.validate(view, 1, POLICY, lambda: True) == (
+    assert validation.validate(trainer_double, 1, POLICY, lambda: True) == (
         "asked to stop while validating the policy of step 0: 6 of 8 responses are judged")
-    assert written_rounds == [1] and not view.recorded
+    assert written_rounds == [1] and not trainer_double.recorded
 
 
 def test_validation_without_reward_records_lengths(tmp_path: Path, store: RolloutStore) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.base.documents.shard_files import check_token_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.token_manifest import build_source_record, check_token_manifest
+from megatron_sov.train.data.token_manifest import build_source_record
 
 WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
     {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}
@@ -25,6 +26,14 @@ def test_every_missing_part_is_named(place: tuple[Any, ...], message: str) -> No
         inside = inside[key]
     del inside[place[-1]]
     with pytest.raises(UserError, match=f"shards: its manifest {message}"):
+        check_token_manifest("shards", content)
+
+
+@pytest.mark.each("prefix", ["../other/train-00000", "/data/train-00000", "a/../../b", ""])
+def test_a_shard_outside_of_the_folder_is_refused(prefix: str) -> None:
+    content = copy.deepcopy(WHOLE)
+    content["sources"][0]["splits"]["train"]["shards"] = [{"prefix": prefix}]
+    with pytest.raises(UserError, match=f"its manifest names the shard '{prefix}', which is not inside"):
         check_token_manifest("shards", content)
 
 

@@ -23,8 +23,8 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 7)
 
 
-class Lengths:
-    """Documents that have only lengths."""
+class DocumentLengths:
+    """Documents without tokens: a stream reads only their lengths."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, np.int32)
@@ -32,31 +32,30 @@ class Lengths:
 
 def create_stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None,
                   seed: int = 1) -> DocumentStream:
-    return DocumentStream("web", Lengths(corpus), seed, packing, cursor or Cursor())  # type: ignore[arg-type]
+    return DocumentStream("web", DocumentLengths(corpus), seed, packing, cursor or Cursor())  # type: ignore[arg-type]
 
 
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60))
 @SETTINGS
 def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packing,
                                               seq_lens: list[int]) -> None:
-    """Read samples of any lengths in any order. Within an epoch no token
-    occurs twice; at its end every token has occurred."""
+    """Within an epoch no token occurs twice; at its end every token has occurred."""
     source = create_stream(corpus, packing)
-    seen: dict[int, Counter[tuple[int, int]]] = {}
+    counts_by_epoch: dict[int, Counter[tuple[int, int]]] = {}
     for seq_len in seq_lens:
         row = source.next_sample(seq_len)
         assert 0 < sum(s.count for s in row) <= seq_len
-        counted = seen.setdefault(source.cursor.epoch, Counter())
-        counted.update((s.document, t) for s in row for t in range(s.start, s.start + s.count))
-    everything = {(d, t) for d, n in enumerate(corpus) for t in range(n)}
-    # a truncated document keeps at least these
+        counts = counts_by_epoch.setdefault(source.cursor.epoch, Counter())
+        counts.update((s.document, t) for s in row for t in range(s.start, s.start + s.count))
+    all_tokens = {(d, t) for d, n in enumerate(corpus) for t in range(n)}
+    # The shortest sample has 5 tokens: truncation leaves at least these.
     beginnings = {(d, t) for d, n in enumerate(corpus) for t in range(min(n, 5))}
-    short = {(d, t) for d, n in enumerate(corpus) for t in range(n) if n <= 5}
-    for epoch, counted in seen.items():
-        assert max(counted.values()) == 1
-        assert set(counted) <= everything
+    tokens_of_short = {(d, t) for d, n in enumerate(corpus) for t in range(n) if n <= 5}
+    for epoch, counts in counts_by_epoch.items():
+        assert max(counts.values()) == 1
+        assert set(counts) <= all_tokens
         if epoch < source.cursor.epoch:
-            assert set(counted) >= {"truncate": beginnings, "drop": short}.get(packing, everything)
+            assert set(counts) >= {"truncate": beginnings, "drop": tokens_of_short}.get(packing, all_tokens)
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30),
@@ -65,28 +64,28 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
 @SETTINGS
 def test_pairs_stay_together_at_changing_lengths_and_after_kills(pairs: list[tuple[int, int]],
                                                                  packing: Packing, seq_lens: list[int],
-                                                                 killed: int) -> None:
+                                                                 killed_before: int) -> None:
     corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
 
     def create_pair_stream(cursor: Cursor) -> DocumentStream:
-        return DocumentStream("pairs", Lengths(corpus), 1, packing, cursor, group=2)  # type: ignore[arg-type]
+        return DocumentStream("pairs", DocumentLengths(corpus), 1, packing, cursor, group=2)  # type: ignore[arg-type]
 
     source = create_pair_stream(Cursor())
-    seen: dict[int, Counter[int]] = {}
+    counts_by_epoch: dict[int, Counter[int]] = {}
     for number, seq_len in enumerate(seq_lens):
-        if number == killed:
+        if number == killed_before:
             source = create_pair_stream(Cursor(**json.loads(json.dumps(dataclasses.asdict(source.cursor)))))
         row = source.next_sample(seq_len)
         assert sum(s.count for s in row) <= seq_len
         for chosen, rejected in zip(row[::2], row[1::2], strict=True):
             assert chosen.document % 2 == 0 and rejected.document == chosen.document + 1
-            seen.setdefault(source.cursor.epoch, Counter())[chosen.document // 2] += 1
+            counts_by_epoch.setdefault(source.cursor.epoch, Counter())[chosen.document // 2] += 1
             if packing == "drop":
                 assert (chosen.count, rejected.count) == tuple(corpus[chosen.document:rejected.document + 1])
-    for epoch, counted in seen.items():
-        assert set(counted.values()) == {1}
+    for epoch, counts in counts_by_epoch.items():
+        assert set(counts.values()) == {1}
         if epoch < source.cursor.epoch and packing == "truncate":
-            assert len(counted) == len(corpus) // 2
+            assert len(counts) == len(corpus) // 2
 
 
 def test_overlong_documents_are_counted_at_each_occurrence() -> None:
@@ -103,21 +102,20 @@ def test_overlong_documents_are_counted_at_each_occurrence() -> None:
 def test_the_order_depends_on_seed_name_and_epoch() -> None:
     corpus = [4] * 20
 
-    def documents(source: DocumentStream, count: int) -> list[int]:
+    def read_documents(source: DocumentStream, count: int) -> list[int]:
         return [source.next_sample(4)[0].document for _ in range(count)]
 
     first = create_stream(corpus, "best_fit")
-    epochs = [documents(first, 20), documents(first, 20)]
+    epochs = [read_documents(first, 20), read_documents(first, 20)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
-    assert documents(create_stream(corpus, "best_fit", seed=2), 20) != epochs[0]
-    assert (documents(DocumentStream("code", Lengths(corpus), 1, "best_fit", Cursor()),
+    assert read_documents(create_stream(corpus, "best_fit", seed=2), 20) != epochs[0]
+    assert (read_documents(DocumentStream("code", DocumentLengths(corpus), 1, "best_fit", Cursor()),
                       20)  # type: ignore[arg-type]
             != epochs[0])
 
 
 def test_windows_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """15 documents with windows of at most 7 make three windows of 5, not
-    two of 7 and a single document in its own row."""
+    """15 documents with windows of at most 7 make three windows of 5, not windows of 7, 7 and 1."""
     source = create_stream([1] * 15, "best_fit")
     rows = [source.next_sample(5) for _ in range(3)]
     assert [len(row) for row in rows] == [5, 5, 5]

@@ -1,4 +1,4 @@
-"""`NAME@N`: the documents of a source with at least N tokens, as a source of their own."""
+"""Views of a source in a blend: `NAME@N`, documents with at least N tokens, and `NAME/N`, short pieces."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from megatron_sov.train.data.views import DocumentPieces, LongDocuments, add_sou
 LENGTHS = [3, 12, 30, 0, 11, 40, 12]
 
 
-def config(*blends: dict[str, float]) -> RunConfig:
+def build_config(*blends: dict[str, float]) -> RunConfig:
     phases = tuple(PhaseConfig(str(i), seq_len=16, blend=blend) for i, blend in enumerate(blends))
     return dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(phases=phases))
 
@@ -33,50 +33,53 @@ def web(make_source: Callable[..., Source]) -> Source:
 
 
 def test_only_long_documents_are_read_and_under_their_own_cursor(web: Source) -> None:
-    sources = add_source_views(config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
+    sources = add_source_views(build_config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
     assert [(s.name, s.num_tokens["train"], s.share) for s in sources] == [
         ("web", sum(LENGTHS), 1.0), ("web@12", 94, 0.0)]
-    order = SampleOrder(config({"web@12": 1.0}), sources)
+    order = SampleOrder(build_config({"web@12": 1.0}), sources)
     _, samples = order.next_batch()
-    long = sources[1].open_split("train")
-    given_ = {int(t) for sample in samples for s in sample.segments for t in long.tokens(*s) // 100 - 1}
-    assert given_ == {1, 2, 5, 6}, "the documents of at least 12 tokens, by their number in the source"
+    long_documents = sources[1].open_split("train")
+    read_documents = {int(t) for sample in samples for s in sample.segments
+                      for t in long_documents.tokens(*s) // 100 - 1}
+    assert read_documents == {1, 2, 5,
+                              6}, "the documents of at least 12 tokens, by their number in the source"
     assert list(order.state.cursors) == ["web@12"]
 
 
 def test_tokens_weights_and_types_are_those_of_the_source(web: Source) -> None:
     documents = web.open_split("train")
-    long = LongDocuments(documents, 12)
-    assert (long.index.tolist(), long.lengths.tolist()) == ([1, 2, 5, 6], [12, 30, 40, 12])
+    long_documents = LongDocuments(documents, 12)
+    assert (long_documents.index.tolist(), long_documents.lengths.tolist()) == ([1, 2, 5, 6],
+                                                                                [12, 30, 40, 12])
     for name in ("tokens", "loss_weights", "types"):
-        assert np.array_equal(getattr(long, name)(2, 5, 9), getattr(documents, name)(5, 5, 9))
+        assert np.array_equal(getattr(long_documents, name)(2, 5, 9), getattr(documents, name)(5, 5, 9))
 
 
 def test_a_whole_source_by_default_never_counts_its_long_documents_twice(web: Source) -> None:
-    (entry,) = plan_ledger(config({}), add_source_views(config({"web@12": 1.0}), [web]))
+    (entry,) = plan_ledger(build_config({}), add_source_views(build_config({"web@12": 1.0}), [web]))
     assert entry.weights == {"web": 1.0}
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any), st.data())
-def test_chained_lengths_are_one_sequence(parts: list[list[int]], data: st.DataObject) -> None:
-    chained = ChainedLengths([np.array(p, np.int32) for p in parts])
-    flat = [n for part in parts for n in part]
-    chosen = data.draw(st.lists(st.integers(0, len(flat) - 1), max_size=8))
-    assert chained[np.array(chosen, np.int64)].tolist() == [flat[i] for i in chosen] == [
-        chained[i] for i in chosen]
-    assert (list(chained), len(chained)) == (flat, len(flat))
+def test_chained_lengths_are_one_sequence(lengths_by_shard: list[list[int]], data: st.DataObject) -> None:
+    chained = ChainedLengths([np.array(p, np.int32) for p in lengths_by_shard])
+    lengths = [n for shard_lengths in lengths_by_shard for n in shard_lengths]
+    indices = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=8))
+    assert chained[np.array(indices, np.int64)].tolist() == [lengths[i] for i in indices] == [
+        chained[i] for i in indices]
+    assert (list(chained), len(chained)) == (lengths, len(lengths))
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any),
        st.integers(1, 9))
-def test_long_documents_are_selected_in_every_shard(numbered: Any, parts: list[list[int]],
+def test_long_documents_are_selected_in_every_shard(numbered: Any, lengths_by_shard: list[list[int]],
                                                     minimum: int) -> None:
-    flat = [n for part in parts for n in part]
-    documents = numbered(flat)
-    documents.lengths = ChainedLengths([np.array(p, np.int32) for p in parts])
-    long = LongDocuments(documents, minimum)
-    assert long.index.tolist() == [i for i, n in enumerate(flat) if n >= minimum]
-    assert long.lengths.tolist() == [n for n in flat if n >= minimum]
+    lengths = [n for shard_lengths in lengths_by_shard for n in shard_lengths]
+    documents = numbered(lengths)
+    documents.lengths = ChainedLengths([np.array(p, np.int32) for p in lengths_by_shard])
+    long_documents = LongDocuments(documents, minimum)
+    assert long_documents.index.tolist() == [i for i, n in enumerate(lengths) if n >= minimum]
+    assert long_documents.lengths.tolist() == [n for n in lengths if n >= minimum]
 
 
 @pytest.mark.parametrize(("blend", "message"), [
@@ -89,15 +92,15 @@ def test_long_documents_are_selected_in_every_shard(numbered: Any, parts: list[l
 ])
 def test_missing_views_are_named(blend: dict[str, float], message: str, web: Source) -> None:
     with pytest.raises(UserError, match=message):
-        plan_ledger(config(blend), add_source_views(config(blend), [web]))
+        plan_ledger(build_config(blend), add_source_views(build_config(blend), [web]))
 
 
 def test_a_name_with_an_at_sign_is_a_name_if_the_data_has_it(make_source: Callable[..., Source]) -> None:
     sources = [make_source("web@12", [5])]
-    assert add_source_views(config({"web@12": 1.0}), sources) == sources
+    assert add_source_views(build_config({"web@12": 1.0}), sources) == sources
 
 
-# Conversations longer than a sample: counted before a run begins, and refused where that is asked.
+# Conversations longer than a sample are counted before a run begins, and refused by `check_units_fit`.
 
 
 ENTRIES = (LedgerEntry(0, "short", 8, 2, {"web": 1.0, "chat": 0.0}),
@@ -140,7 +143,7 @@ def test_pieces_are_the_documents_cut(numbered: Any, lengths: list[int], max_tok
 
 
 def test_rows_contain_whole_pieces(make_source: Callable[..., Source]) -> None:
-    settings = config({"web/4": 1.0})
+    settings = build_config({"web/4": 1.0})
     sources = add_source_views(settings, [make_source("web", [3, 12, 9])])
     assert [(s.name, s.num_tokens["train"]) for s in sources] == [("web", 24), ("web/4", 24)]
     _, samples = SampleOrder(settings, sources).next_batch()

@@ -18,13 +18,13 @@ LEDGER = Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(60, "b", 64
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace sums over processes by the values of this process."""
     monkeypatch.setattr(step_guard.collectives, "all_reduce_world", lambda values: values)
 
 
-def reference(losses: list[float], norms: list[float], window: int, sigma: float) -> bool:
-    """OLMo-core's one-sided rule in torch: compare the newest values with the values before."""
+def accept_by_olmo_rule(losses: list[float], norms: list[float], window: int, sigma: float) -> bool:
+    """Apply OLMo-core's one-sided rule: new values must be below mean + sigma * std of the earlier values."""
     if len(losses) < max(20, window // 2) + 1:
         return True
     return all(bool(v[-1] <= v[:-1].mean() + sigma * v[:-1].std()) for v in (
@@ -42,7 +42,7 @@ def test_spikes_are_those_of_the_rule() -> None:
         if step > 20 and step % 9 == 0:
             loss, norm = draw.choice([(loss + draw.uniform(0, 2), norm), (loss, norm + draw.uniform(0, 1)),
                                       (2.0, 0.5)])
-        expected = reference([*losses, loss], [*norms, norm], 40, 4.0)
+        expected = accept_by_olmo_rule([*losses, loss], [*norms, norm], 40, 4.0)
         assert guard.accept_step(loss, norm) == expected, step
         losses.append(loss)
         norms.append(norm)
@@ -60,8 +60,8 @@ def test_non_finite_values_are_rejected_from_the_first_step(loss: float, norm: f
     assert guard.accept_step(2.0, 1.0) and guard.rejection is None and guard.consecutive_rejections == 0
 
 
-def steady(settings: GuardConfig, steps: int) -> StepGuard:
-    """A guard that has seen so many usual steps."""
+def build_steady_guard(settings: GuardConfig, steps: int) -> StepGuard:
+    """Return a guard that has accepted `steps` steps with nearly constant values."""
     guard = StepGuard(settings, is_main=True)
     assert all(guard.accept_step(2.0 + 0.1 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(steps))
     return guard
@@ -77,20 +77,20 @@ def test_incomparable_losses_are_not_spikes_but_gradients_are() -> None:
 
 def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint() -> None:
     settings = GuardConfig(rollback_after_skips=2)
-    guard = steady(settings, 100)
-    again = StepGuard(settings, is_main=True)
-    again.restore(guard.state())
-    for g in (guard, again):
+    guard = build_steady_guard(settings, 100)
+    restored = StepGuard(settings, is_main=True)
+    restored.restore(guard.state())
+    for g in (guard, restored):
         assert not g.accept_step(9.0, 1.0) and not g.wants_rollback
         assert not g.accept_step(9.0, 1.0) and g.wants_rollback and g.consecutive_rejections == 2
-    assert guard.state() == again.state()
+    assert guard.state() == restored.state()
     guard.reset_rejections()
     assert (not guard.wants_rollback
             and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).wants_rollback)
 
 
 def test_persistently_large_gradients_are_accepted_without_rollback() -> None:
-    guard = steady(GuardConfig(rollback_after_skips=2), 128)
+    guard = build_steady_guard(GuardConfig(rollback_after_skips=2), 128)
     decisions = [guard.accept_step(2.0, 5.0) or guard.wants_rollback for _ in range(6)]
     # k equal spikes in a window of n lie sqrt((n - k) / k) standard deviations above its mean:
     # more than 6 up to k = 3
@@ -117,17 +117,17 @@ def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
     assert not guard.accept_step(math.nan, 1.0)
 
 
-def disagree() -> list[Any]:
-    """Runs inside ranks: only rank 1 sees a bad number; return each rank's decision and stored state."""
+def guard_with_one_nan() -> list[Any]:
+    """Inside ranks: take a step with a NaN on rank 1 only; return each rank's decisions and stored state."""
     place = world.join_world(ParallelConfig())
     guard = StepGuard(GuardConfig(), place.is_main)
-    first = guard.accept_step(2.0 + 1e-9 * place.rank, 1.0)
-    second = guard.accept_step(math.nan if place.rank == 1 else 2.0, 1.0)
+    is_first_accepted = guard.accept_step(2.0 + 1e-9 * place.rank, 1.0)
+    is_second_accepted = guard.accept_step(math.nan if place.rank == 1 else 2.0, 1.0)
     world.leave_world()
-    return [first, second, guard.state()["losses"], guard.consecutive_rejections]
+    return [is_first_accepted, is_second_accepted, guard.state()["losses"], guard.consecutive_rejections]
 
 
 @pytest.mark.distributed
 def test_one_rejecting_process_decides_for_all(ranks: Any, job: Any) -> None:
-    (found,) = ranks(job(__file__, "disagree", 2))
-    assert found == [[True, False, [2.0], 1]] * 2
+    (decisions,) = ranks(job(__file__, "guard_with_one_nan", 2))
+    assert decisions == [[True, False, [2.0], 1]] * 2

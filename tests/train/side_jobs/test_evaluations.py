@@ -1,4 +1,5 @@
-"""Evaluations next to training: one at a time, without delaying steps; failures and hangs are reported."""
+"""Background evaluations of exports: one at a time, without delaying steps; failures and hangs are
+reported."""
 
 import argparse
 import json
@@ -37,151 +38,155 @@ HANGS = "import time; time.sleep(600)"
 SUBMITS = "print('submitted eval as job 12')"
 
 
-def settings(*changes: str) -> RunConfig:
+def build_config(*changes: str) -> RunConfig:
     return apply_settings(recipes.get("tiny-solar-open"), [
         "train.export_every_checkpoints=1", 'evaluate.background.tasks=["ppl"]', *changes])
 
 
-class Run:
-    """A run with exports, whose judges are small programs."""
+class RunWithExports:
+    """A run with exports, whose evaluation commands are small programs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.events: list[dict[str, Any]] = []
         self.programs: dict[int, str] = {}
 
-    def evaluations(self, *changes: str) -> ExportEvaluations:
-        def command_of(task: EvalJob, export: Path, out: Path) -> list[str]:
-            assert export == self.path / f"exports/step-{task.step}"
+    def build_evaluations(self, *changes: str) -> ExportEvaluations:
+        def build_command(task: EvalJob, write_export: Path, out: Path) -> list[str]:
+            assert write_export == self.path / f"exports/step-{task.step}"
             return [sys.executable, "-c", self.programs.get(task.step, WRITES), str(out)]
 
         def record(name: str, **fields: Any) -> None:
             self.events.append({"event": name, **fields})
 
-        return ExportEvaluations(self.path, settings(*changes), record, command_of)
+        return ExportEvaluations(self.path, build_config(*changes), record, build_command)
 
-    def export(self, step: int) -> int:
+    def write_export(self, step: int) -> int:
         (folder := self.path / f"exports/step-{step}").mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
         return step
 
-    def files(self) -> list[str]:
+    def list_files(self) -> list[str]:
         return sorted(p.name for p in (self.path / EVALUATIONS).iterdir())
 
-    def told(self) -> list[tuple[int, str, str | None]]:
+    def list_outcomes(self) -> list[tuple[int, str, str | None]]:
         return [(e["step"], e["task"], e.get("error")) for e in self.events if e["event"] == "evaluation"]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run")
+def run(tmp_path: Path) -> RunWithExports:
+    return RunWithExports(tmp_path / "run")
 
 
-def test_judges_follow_one_another_and_training_never_waits(run: Run) -> None:
+def test_judges_follow_one_another_and_training_never_waits(run: RunWithExports) -> None:
     run.programs = {10: WAITS}
-    beside = run.evaluations('evaluate.background.tasks=["ppl", "needle"]')
-    beside.offer(run.export(10))
-    beside.poll(now=True)
-    assert run.told() == [], "the judge waits for this test, so nobody has waited for the judge"
+    background = run.build_evaluations('evaluate.background.tasks=["ppl", "needle"]')
+    background.offer(run.write_export(10))
+    background.poll(now=True)
+    assert run.list_outcomes() == [], "the evaluation waits for a file, and `poll` has not waited for it"
     (run.path / EVALUATIONS / "goes-on").touch()
-    beside.wait()
-    assert (run.told() == [(10, "ppl", None), (10, "needle", None)]
+    background.wait()
+    assert (run.list_outcomes() == [(10, "ppl", None), (10, "needle", None)]
             and all(e["took_s"] > 0 for e in run.events))
-    assert run.files() == ["goes-on", "step-10.needle.json", "step-10.ppl.json"]
+    assert run.list_files() == ["goes-on", "step-10.needle.json", "step-10.ppl.json"]
 
 
-def test_scores_of_benchmarks_become_events_and_their_answers_go(run: Run, written_scores: Any) -> None:
-    planted = written_scores(run.path.parent / "planted.json", [1.0, 0.0, 1.0, 1.0])
-    run.programs = {10: f"import sys, shutil; shutil.copy({str(planted)!r}, sys.argv[1])", 20: WRITES}
-    beside = run.evaluations('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]')
+def test_scores_of_benchmarks_become_events_and_their_answers_go(run: RunWithExports,
+                                                                 written_scores: Any) -> None:
+    stored_scores = written_scores(run.path.parent / "planted.json", [1.0, 0.0, 1.0, 1.0])
+    run.programs = {10: f"import sys, shutil; shutil.copy({str(stored_scores)!r}, sys.argv[1])", 20: WRITES}
+    background = run.build_evaluations('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]')
     for step in (10, 20):
         (answers := run.path / EVALUATIONS / f".step-{step}.lm.cache").mkdir(parents=True)
-        beside.offer(run.export(step))
+        background.offer(run.write_export(step))
         answers.mkdir(exist_ok=True)  # as its process does
-        beside.wait()
+        background.wait()
     (score,) = [e for e in run.events if e["event"] == "eval_lm"]
     assert (score["step"], score["task"], score["metric"], score["value"]) == (10, "quiz", "acc", 0.75)
     assert score["output"] == str(run.path / EVALUATIONS / "step-10.lm.json")
-    (_, (step, _, why)) = run.told()
+    (_, (step, _, why)) = run.list_outcomes()
     assert step == 20 and "holds no results of `megatron-sov eval lm`" in str(why)
     assert [p.name for p in (run.path / EVALUATIONS).glob(".*.cache")] == [".step-20.lm.cache"]
 
 
-def test_an_interrupted_task_resumes(run: Run) -> None:
+def test_an_interrupted_task_resumes(run: RunWithExports) -> None:
     begun = run.path / EVALUATIONS / "begun"
     run.programs = {10: f"import os, sys\nif not os.path.exists({str(begun)!r}):\n"
                         f"    open({str(begun)!r}, 'w')\n    sys.exit(75)\n{WRITES}"}
-    beside = run.evaluations()
-    beside.offer(run.export(10))
-    beside.wait()
-    assert begun.is_file() and run.told() == [(10, "ppl", None)]
+    background = run.build_evaluations()
+    background.offer(run.write_export(10))
+    background.wait()
+    assert begun.is_file() and run.list_outcomes() == [(10, "ppl", None)]
 
 
-def test_failing_hanging_and_displaced_evaluations_are_reported(run: Run,
+def test_failing_hanging_and_displaced_evaluations_are_reported(run: RunWithExports,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     run.programs = {10: FAILS, 20: HANGS, 30: HANGS}
-    beside = run.evaluations("evaluate.background.timeout_s=1000", "evaluate.background.max_waiting=2")
-    beside.offer(run.export(10))
-    beside.wait()
+    background = run.build_evaluations("evaluate.background.timeout_s=1000",
+                                       "evaluate.background.max_waiting=2")
+    background.offer(run.write_export(10))
+    background.wait()
     for step in (20, 30, 40, 50):
-        beside.offer(run.export(step))
-    assert beside._running is not None
-    beside._running.process.began_s -= 1001
-    beside.wait()
-    assert run.told() == [(10, "ppl", "no memory"),
-                          (30, "ppl", "2 newer exports were ready before it was begun"),
-                          (20, "ppl", "it took more than evaluate.background.timeout_s = 1000"),
-                          (40, "ppl", None), (50, "ppl", None)]
+        background.offer(run.write_export(step))
+    assert background._running is not None
+    background._running.process.began_s -= 1001
+    background.wait()
+    assert run.list_outcomes() == [(10, "ppl", "no memory"),
+                                   (30, "ppl", "2 newer exports were ready before it was begun"),
+                                   (20, "ppl", "it took more than evaluate.background.timeout_s = 1000"),
+                                   (40, "ppl", None), (50, "ppl", None)]
     assert (next(e["text"] for e in run.events if e["event"] == "warning")
             == "evaluation ppl at step 10 failed: no memory")
     assert (run.path / EVALUATIONS / "step-10.ppl.failed").read_text() == "no memory\n"
     assert capsys.readouterr().err.count("warning: evaluation ppl at step") == 3
-    assert run.evaluations()._waiting == []  # a failed evaluation is not retried
+    assert run.build_evaluations()._waiting == []  # a failed evaluation is not retried
 
 
-def test_resumed_runs_evaluate_repeated_steps_again(run: Run) -> None:
+def test_resumed_runs_evaluate_repeated_steps_again(run: RunWithExports) -> None:
     run.programs = {10: HANGS}
-    beside = run.evaluations()
-    beside.offer(run.export(10))
-    beside.close()
+    background = run.build_evaluations()
+    background.offer(run.write_export(10))
+    background.close()
     run.programs = {}
-    resumed = run.evaluations()
+    resumed = run.build_evaluations()
     resumed.wait()
-    assert run.told() == [(10, "ppl", None)]
+    assert run.list_outcomes() == [(10, "ppl", None)]
     run.programs = {10: FAILS}
     resumed.offer(10)
     resumed.wait()
-    assert run.told()[1:] == [(10, "ppl", "no memory")] and "step-10.ppl.json" not in run.files()
+    assert run.list_outcomes()[1:] == [(10, "ppl",
+                                        "no memory")] and "step-10.ppl.json" not in run.list_files()
 
 
-def test_jobs_report_their_figures_when_they_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_report_their_figures_when_they_end(run: RunWithExports,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     run.programs = dict.fromkeys((10, 20, 30, 40), SUBMITS)
     slurm = ("evaluate.background.where=slurm", "evaluate.background.cluster=local",
              "evaluate.background.timeout_s=100")
-    beside = run.evaluations(*slurm)
+    background = run.build_evaluations(*slurm)
     for step in (10, 20, 30):
-        beside.offer(run.export(step))
-    beside.wait()
-    # the third has to wait for one of them
-    assert run.told() == [] and [t.step for t in beside._submitted] == [10, 20]
+        background.offer(run.write_export(step))
+    background.wait()
+    # At most two jobs run at a time: the third waits.
+    assert run.list_outcomes() == [] and [t.step for t in background._submitted] == [10, 20]
     (run.path / EVALUATIONS / "step-10.ppl.json").write_text("{}")
-    beside.wait()
-    assert run.told() == [(10, "ppl", None)] and [t.step for t in beside._submitted] == [20, 30]
-    beside.offer(run.export(40))
+    background.wait()
+    assert run.list_outcomes() == [(10, "ppl", None)] and [t.step for t in background._submitted] == [20, 30]
+    background.offer(run.write_export(40))
     (run.path / EVALUATIONS / "step-30.ppl.json").write_text("{}")
-    resumed = run.evaluations(*slurm)
+    resumed = run.build_evaluations(*slurm)
     assert [t.step for t in resumed._submitted] == [20, 30] and [t.step for t in resumed._waiting] == [40]
     later_s = time.time() + 200
     monkeypatch.setattr(evaluations.time, "time", lambda: later_s)
     resumed.poll(now=True)
-    assert run.told() == [(10, "ppl", None), (20, "ppl",
+    assert run.list_outcomes() == [(10, "ppl", None), (20, "ppl",
                            "its job gave no result within evaluate.background.timeout_s = 100; see its log"),
                           (30, "ppl", None)]
 
 
 def test_benchmarks_take_the_options_of_eval_lm(tmp_path: Path) -> None:
-    config = settings('evaluate.lm={"tasks": ["capitals", "-odd"], "options": '
-                      '["--task-dir=a b", "--limit=3", "--output=elsewhere"]}')
+    config = build_config('evaluate.lm={"tasks": ["capitals", "-odd"], "options": '
+                          '["--task-dir=a b", "--limit=3", "--output=elsewhere"]}')
     output, cache = tmp_path / "step-10.lm.json", tmp_path / ".step-10.lm.cache"
     argv = build_eval_command(config, EvalJob(10, "lm"), tmp_path / "export", output)
     parser = argparse.ArgumentParser()
@@ -195,16 +200,16 @@ def test_benchmarks_take_the_options_of_eval_lm(tmp_path: Path) -> None:
     (["--task-dir=nowhere"], "nowhere: is no folder"), (["--limitt=3"], "--limitt"),
     (["--run=x"], "leave it out"), ([], "'quiz'")])
 def test_wrong_benchmarks_are_refused_before_the_run(options: list[str], reason: str) -> None:
-    config = settings('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]',
-                      f"evaluate.lm.options={json.dumps(options)}")
+    config = build_config('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]',
+                          f"evaluate.lm.options={json.dumps(options)}")
     with pytest.raises(UserError, match=reason):
         check_benchmarks(config)
 
 
 def test_evaluation_jobs_are_valid_submit_commands(tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
-    config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.background.where=slurm",
-                      "evaluate.background.cluster=local")
+    config = build_config(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.background.where=slurm",
+                          "evaluate.background.cluster=local")
     argv = build_eval_command(config, EvalJob(10, "needle"), tmp_path / "step-10", tmp_path / "out.json")
     assert argv[1:4] == ["-m", "megatron_sov", "submit"]
     assert cli.main([*argv[3:], "--dry-run"]) == 0
@@ -219,7 +224,7 @@ def test_evaluation_jobs_are_valid_submit_commands(tmp_path: Path,
             and f"--output={tmp_path / 'out.json'}" in script)
 
 
-def capitals(folder: Path) -> Path:
+def write_capitals_task(folder: Path) -> Path:
     """Write a task folder with the task of docs/eval_lm.md."""
     folder.mkdir()
     text = (Path(__file__).parents[3] / "docs/eval_lm.md").read_text()
@@ -233,7 +238,7 @@ def capitals(folder: Path) -> Path:
 def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, run_command: Any,
                                             warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
-    tasks = capitals(tmp_path / "tasks")
+    tasks = write_capitals_task(tmp_path / "tasks")
     changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
                "model.num_experts=4",
                "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",
@@ -245,14 +250,14 @@ def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, ru
                          str(tmp_path / "run"), *(f"--set={change}" for change in changes))
     assert result.returncode == 0, result.stderr
     events = list(read_events(tmp_path / "run" / EVENTS))
-    told, benchmarks = [e for e in events if e["event"] == "evaluation"]
-    beside = json.loads((tmp_path / "run" / told["path"]).read_text())
-    before, own = [e["heldout"] for e in events if e["event"] == "eval"]
-    assert set(before) == set(own)
-    assert set(beside) == set(own) == {"even", "odd"}
-    for source, figures in own.items():
-        assert beside[source]["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-4)
-        assert beside[source]["tokens"] == figures["tokens"]
+    ppl_event, benchmarks = [e for e in events if e["event"] == "evaluation"]
+    background_losses = json.loads((tmp_path / "run" / ppl_event["path"]).read_text())
+    initial_losses, run_losses = [e["heldout"] for e in events if e["event"] == "eval"]
+    assert set(initial_losses) == set(run_losses)
+    assert set(background_losses) == set(run_losses) == {"even", "odd"}
+    for source, figures in run_losses.items():
+        assert background_losses[source]["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-4)
+        assert background_losses[source]["tokens"] == figures["tokens"]
     (score,) = [e for e in events if e["event"] == "eval_lm"]
     outcome = read_results(tmp_path / "run" / benchmarks["path"])
     assert (score["step"], score["task"], score["items"]) == (2, "capitals", 3)

@@ -16,9 +16,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_er
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import format_location
-from megatron_sov.base.documents.rows import fix_records, read_lines
+from megatron_sov.base.documents.rows import fix_judged, fix_records
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
 from megatron_sov.base.hints.foreign import find_shards
 from megatron_sov.base.hints.paths import fix_by_packing, fix_table
@@ -56,8 +54,6 @@ REFUSED_FILES = {
                  "`sov-data adopt FILE.bin --tokenizer DIR --output DIR`",
     ".arrow": "is an Arrow file of datasets; save it by to_json or to_parquet"}
 """File suffixes that --data refuses -> message with the fix."""
-MAX_JUDGED_ROWS = 1000
-"""Rows that are searched for a prompt with two responses."""
 RESERVED_NAME = "tokenizer"
 """Source name that `sov-data pack` refuses: the tokenizer's folder has it."""
 BEGUN = {"tokenizer": ""}
@@ -298,20 +294,14 @@ def _read_first_record(file: Path, reading: RecordReading) -> Any:
 def _explain_judged(file: Path, location: str) -> UserError:
     """Build the error for responses with a label each: pairs of one prompt's responses, or the good ones."""
     begin = f"--data {location}: is a response judged on its own, and this command learns from pairs"
-    method = ("--method kto",)
-    rows = islice(read_lines(file, "--data"), MAX_JUDGED_ROWS) if file.suffix == ".jsonl" else ()
-    prompts = Counter(json.dumps(json.loads(row).get("prompt")) for _, row in rows)
-    if prompts and max(prompts.values()) == 1:
-        good = choose_free_path(f"{file.stem}-good.jsonl")
-        program = "select((.label // .kto_tag) as $l | $l == true or $l == 1) | del(.label, .kto_tag)"
-        return UserError(f"{begin}, but no prompt has two responses; TRL's KTOTrainer learns from such rows, "
-                         "`megatron-sov sft` from the good responses",
-                         Fix(command="sft", words={str(file): good}, left_out=method,
-                             before=(f"jq -c '{program}' {shlex.quote(str(file))} > {shlex.quote(good)}",)))
-    folder = choose_free_path(f"{file.stem}-pairs")
-    return UserError(begin, Fix(
-        words={str(file): f"{folder}/pairs.jsonl"}, left_out=method,
-        before=(f"{PAIRS} {shlex.join(['--input', str(file), '--output', folder])}",)))
+    if fix := fix_judged(file):
+        return UserError(begin, fix)
+    good = choose_free_path(f"{file.stem}-good.jsonl")
+    program = "select((.label // .kto_tag) as $l | $l == true or $l == 1) | del(.label, .kto_tag)"
+    return UserError(f"{begin}, but no prompt has two responses; TRL's KTOTrainer learns from such rows, "
+                     "`megatron-sov sft` from the good responses",
+                     Fix(command="sft", words={str(file): good}, left_out=("--method kto",),
+                         before=(f"jq -c '{program}' {shlex.quote(str(file))} > {shlex.quote(good)}",)))
 
 
 def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:

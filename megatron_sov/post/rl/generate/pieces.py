@@ -1,6 +1,7 @@
 """Pending pieces in rounds, and the claims that generating jobs have on them.
 
-A job can be killed at any moment: published pieces stay, and any job generates the remaining pieces.
+A piece is a number of consecutive prompts of a round, with all their responses. A job can be killed at any
+moment: published pieces stay, and any job generates the remaining pieces.
 Responses that a deadline cut off wait for a newer policy, which continues them before fresh pieces; otherwise
 a busy job would never finish long responses. Without a fresh piece to generate, the same policy continues
 them. A piece has few unfinished responses, so an engine continues several pieces together. A piece whose last
@@ -59,14 +60,14 @@ class PendingPieces:
         self._find_policy, self._sampling_digest = find_policy, sampling_digest
         self._further = further or (lambda number: (0, True))
         self._open: dict[int, dict[str, PromptPiece]] = {number: {} for number in rounds}
-        self._continued: set[str] = set()
+        self._continued_names: set[str] = set()
         self._claimed_pieces: dict[str, str] = {}
         self._num_calls = 0
         self._num_listed: dict[int, int] = {}
         self._states: dict[str, _PieceState] = {}
-        self._refused: list[str] = []
+        self._refused_names: list[str] = []
         self._is_idle = False
-        self._held: dict[str, contextlib.ExitStack] = {}
+        self._open_claims: dict[str, contextlib.ExitStack] = {}
         self.plan = StorePlan(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts),
                                 further is not None)
         """Rounds and pieces that all jobs generate together."""
@@ -90,7 +91,7 @@ class PendingPieces:
     @property
     def is_stuck(self) -> bool:
         """Whether a piece made no progress in an attempt and waits for another policy."""
-        return not self._refused and any(state.is_stuck for state in self._states.values())
+        return not self._refused_names and any(state.is_stuck for state in self._states.values())
 
     @property
     def waiting_reason(self) -> str:
@@ -108,7 +109,7 @@ class PendingPieces:
     @property
     def may_be_dead(self) -> bool:
         """Whether a job stopped renewing a claim that refused this job in the last `claim_attempts`."""
-        return any(map(self._claims.may_be_dead, self._refused))
+        return any(map(self._claims.may_be_dead, self._refused_names))
 
     def claim_attempts(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
         """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows in several
@@ -130,7 +131,7 @@ class PendingPieces:
         return self._num_calls * LOOKUPS_PER_CLAIM >= sum(map(len, self._open.values()))
 
     def _claim_next(self, num_rows: int, *, reads_all: bool) -> tuple[SampleAttempt, ...]:
-        self._refused = []
+        self._refused_names = []
         ready = list(self._iter_ready_rounds())
         for number, _ in ready:
             self._update_round(number, reads_all=reads_all)
@@ -138,33 +139,34 @@ class PendingPieces:
             self._num_calls = 0
         # Released pieces have been looked up after the release.
         self._claimed_pieces = {name: piece for name, piece in self._claimed_pieces.items()
-                                if name in self._held}
+                                if name in self._open_claims}
         attempts: list[SampleAttempt] = []
         batch: tuple[int, Policy] | None = None
-        most = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
-        count, self._is_idle = 0, False
+        max_rows = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
+        num_claimed, self._is_idle = 0, False
         for rank, piece, policy in self._iter_candidates(ready):
             # Attempts in a batch share the policy, and the rank, which decides whether to yield.
             if batch is not None and (policy != batch[1] or (rank != batch[0] and not num_rows)):
                 break
             # The same policy continues cut-off responses only without better work.
-            if num_rows and rank in (SAME, STUCK) and (attempts or self._held):
+            if num_rows and rank in (SAME, STUCK) and (attempts or self._open_claims):
                 break
             attempt = self._claim_piece(piece, policy)
             if attempt is not None:
                 attempts.append(attempt)
                 batch = rank, policy
                 self._is_idle = rank in (SAME, STUCK)
-                count += len(attempt.unfinished) or len(piece.prompts) * self._rollout.samples_per_prompt
+                num_claimed += len(attempt.unfinished) or len(
+                    piece.prompts) * self._rollout.samples_per_prompt
             # A fresh piece fills the engine; continued rows are joined up to the size of a piece.
-            if attempts and (count >= most or (rank == FRESH and not num_rows)):
+            if attempts and (num_claimed >= max_rows or (rank == FRESH and not num_rows)):
                 break
         return tuple(attempts)
 
     def release(self, attempts: Sequence[SampleAttempt] | None = None) -> None:
         """Release the claims on `attempts`, published or not; None: all claims."""
-        for name in list(self._held) if attempts is None else [attempt.name for attempt in attempts]:
-            if (claim := self._held.pop(name, None)) is not None:
+        for name in list(self._open_claims) if attempts is None else [attempt.name for attempt in attempts]:
+            if (claim := self._open_claims.pop(name, None)) is not None:
                 claim.close()
 
     def should_yield(self, policy: Policy) -> bool:
@@ -176,7 +178,7 @@ class PendingPieces:
     def _rank_piece(self, piece: PromptPiece, policy: Policy) -> int | None:
         """Return the rank of a piece's next attempt; None: the piece waits."""
         state = self._states[piece.part()]
-        if piece.part(state.next_attempt) in self._held:
+        if piece.part(state.next_attempt) in self._open_claims:
             return None
         if not state.next_attempt:
             return FRESH
@@ -196,14 +198,14 @@ class PendingPieces:
     def _iter_candidates(self, ready: Sequence[tuple[int, Policy]]
                          ) -> Iterator[tuple[int, PromptPiece, Policy]]:
         """Yield rank, piece and policy per possible attempt, ordered by rank, round and piece."""
-        continued = []
+        candidates = []
         for number, policy in ready:
             pieces = self._open.get(number, {})
-            names = self._continued & pieces.keys()
+            names = self._continued_names & pieces.keys()
             for piece in sorted((pieces[name] for name in names), key=lambda piece: piece.number):
-                continued.append((self._rank_piece(piece, policy), piece, policy))
+                candidates.append((self._rank_piece(piece, policy), piece, policy))
         for wanted_rank in (NEWER, FRESH, SAME, STUCK):
-            yield from ((wanted_rank, piece, policy) for rank, piece, policy in continued
+            yield from ((wanted_rank, piece, policy) for rank, piece, policy in candidates
                         if rank == wanted_rank)
             if wanted_rank == FRESH:  # most pieces are fresh, and the caller takes the first few
                 yield from ((FRESH, piece, policy) for number, policy in ready
@@ -212,23 +214,23 @@ class PendingPieces:
 
     def _update_round(self, number: int, *, reads_all: bool) -> None:
         """Look up a round's pieces in the store: all pieces, or the pieces that this job claimed."""
-        more, is_final = self._further(number)
+        num_further, is_final = self._further(number)
         pieces, num_planned = self._open[number], self.plan.pieces
-        fresh: list[PromptPiece] = []
-        if number not in self._num_listed or num_planned + more > self._num_listed[number]:
-            planned = plan_round_pieces(self._prompts, self._rollout, number, more)
-            fresh = planned[self._num_listed.get(number, 0):]
-            self._num_listed[number] = num_planned + more
+        new_pieces: list[PromptPiece] = []
+        if number not in self._num_listed or num_planned + num_further > self._num_listed[number]:
+            planned_pieces = plan_round_pieces(self._prompts, self._rollout, number, num_further)
+            new_pieces = planned_pieces[self._num_listed.get(number, 0):]
+            self._num_listed[number] = num_planned + num_further
         claimed = {*self._claimed_pieces.values()}
-        looked_up = [piece for name, piece in pieces.items() if reads_all or name in claimed]
-        pieces |= {piece.part(): piece for piece in fresh}
-        for piece in (*looked_up, *fresh):
+        pieces_to_check = [piece for name, piece in pieces.items() if reads_all or name in claimed]
+        pieces |= {piece.part(): piece for piece in new_pieces}
+        for piece in (*pieces_to_check, *new_pieces):
             if not self._needs_attempt(piece):
                 del pieces[piece.part()]
-                self._continued.discard(piece.part())
+                self._continued_names.discard(piece.part())
                 self.num_complete += 1
             elif self._states[piece.part()].next_attempt:
-                self._continued.add(piece.part())
+                self._continued_names.add(piece.part())
         if not pieces and is_final:
             del self._open[number]
 
@@ -257,14 +259,14 @@ class PendingPieces:
         sampling = self._sampling_digest(piece.round)
         for row in rows:
             if row.key.prompt not in prompt_ids:
-                content = (f"a response to prompt {row.key.prompt}, which is not in this piece: another file "
+                problem = (f"a response to prompt {row.key.prompt}, which is not in this piece: another file "
                            "of prompts, seed, or size of rounds or pieces")
             elif row.key.sampling != sampling or row.key.sample >= self._rollout.samples_per_prompt:
-                content = ("responses of other settings: temperature, lengths, seed, samples_per_prompt, "
+                problem = ("responses of other settings: temperature, lengths, seed, samples_per_prompt, "
                            "chat template or environment")
             else:
                 continue
-            raise UserError(f"{self._store.path}: {piece.part(number)} holds {content}; use the settings "
+            raise UserError(f"{self._store.path}: {piece.part(number)} holds {problem}; use the settings "
                             "that began the store, or choose another --store")
 
     def _claim_piece(self, piece: PromptPiece, policy: Policy) -> SampleAttempt | None:
@@ -272,14 +274,14 @@ class PendingPieces:
         state = self._states[piece.part()]
         claim = self._claims.take(name := piece.part(state.next_attempt))
         if claim is None:
-            self._refused.append(name)
+            self._refused_names.append(name)
             return None
         if self._store.has_part(name):  # published by another job since the lookup
             claim.release()
             self._claimed_pieces[name] = piece.part()
             return None
         # Renewed until `release`, because a piece may take longer than a lease.
-        self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renew_while_open())
+        self._open_claims.setdefault(name, contextlib.ExitStack()).enter_context(claim.renew_while_open())
         state.claimed_step = policy.step
         self._claimed_pieces[name] = piece.part()
         unfinished: tuple[Rollout, ...] = ()

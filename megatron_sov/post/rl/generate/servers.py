@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.convert import export_weights, to_hf
 from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
 from megatron_sov.engine.parallel.device import get_local_device
-from megatron_sov.engine.parallel.world import run_on_main
+from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_main
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations, open_server_engine
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.engines.target import find_target
@@ -123,18 +122,21 @@ class LiveServers:
             self._context = self.engine = None
 
     def _send_weights(self, view: FeedView, policy: Policy) -> None:
-        weights, problem = export_weights(view.policy.model), ""
-        if view.world.is_main:
-            assert self.engine is not None, "the servers are not open"
+        weights = export_weights(view.policy.model)
+        self._loaded_step = None
+
+        def update_engine(rank: int, size: int) -> None:
             try:
-                self.engine.update(weights, policy.step)
-                self._loaded_step = policy.step
-            except UserError as e:
-                problem = str(e)
-        else:
-            for _ in weights:  # gathers the weights with rank 0, and gets no tensor
-                pass
-        run_on_main(view.world, partial(_raise_problem, problem))
+                if rank == 0:
+                    assert self.engine is not None, "the servers are not open"
+                    self.engine.update(weights, policy.step)
+                    self._loaded_step = policy.step
+            finally:
+                # every rank gathers each weight, also after an error on rank 0
+                for _ in weights:
+                    pass
+
+        run_on_each_rank(update_engine)
 
     def _compare_logprobs(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
         assert self.engine is not None, "the servers are not open"
@@ -154,8 +156,3 @@ def compute_logprobs(model: ForwardModel, text: Sequence[int]) -> list[float]:
     labels = torch.tensor(text[1:], device=logits.device)
     logprobs: list[float] = logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0].tolist()
     return logprobs
-
-
-def _raise_problem(problem: str) -> None:
-    if problem:
-        raise UserError(problem)
