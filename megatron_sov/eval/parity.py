@@ -96,8 +96,9 @@ class _Difference:
         # Rounding errors grow with the logits.
         limit = MAX_DIFFERENCE * self._scale
         return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit,
-                            self._worst), ParityCheck("greedy tokens that differ", self._num_different, 0,
-                                                      self._num_different == 0, f"of {self._num_compared}")]
+                            self._worst),
+                ParityCheck("greedy tokens that differ", self._num_different, 0, self._num_different == 0,
+                            f"of {self._num_compared}")]
 
 
 def _compare_documents(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
@@ -124,9 +125,9 @@ def _compute_hf_logits(model: Any, prompt: Sequence[int]) -> torch.Tensor:
 def _count_different_tokens(ours: torch.Tensor, reference: torch.Tensor) -> int:
     """Count positions with different greedy tokens, except near ties of transformers' best logits."""
     best = reference.topk(2, dim=-1).values
-        # Each of the two logits may be off by the limit, hence the factor 2.
-    clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))
-    return int(((ours.argmax(-1) != reference.argmax(-1)) & clear).sum())
+    # Each of the two logits may be off by the limit, hence the factor 2.
+    is_clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))
+    return int(((ours.argmax(-1) != reference.argmax(-1)) & is_clear).sum())
 
 
 SEED = 0

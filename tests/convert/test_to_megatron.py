@@ -1,12 +1,15 @@
 """Megatron-Core's own model, optimizer and scheduler continue from a written `torch_dist` checkpoint."""
 
+import errno
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sov import convert
@@ -20,6 +23,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.model.counterparts.architecture import (
     describe_model, infer_architecture, normalize_arguments)
 from megatron_sov.schedules import Schedule
+from tests.convert.test_refusals import FC1_EXPERT, change_weights, set_value
 from tests.packing import Packed
 
 JOBS = str(Path(__file__).with_name("stock_training.py"))
@@ -155,10 +159,10 @@ def test_weights_come_back_with_equal_bits(solar_dir: Path, tmp_path: Path,
     assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "back"),
                  "--tokenizer", str(tmp_path / "ours/tokenizer")]) == 0
     assert convert.verify(tmp_path / "ours", tmp_path / "back", load=False).passed
-    damaged = tmp_path / "out/iter_0000000/__0_5.distcp"
+    damaged = tmp_path / "out/iter_0000000/__5_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
     assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
-    assert re.search(r"__0_5\.distcp: its content differs.*\(it holds \S+\)", capsys.readouterr().err)
+    assert re.search(r"__5_0\.distcp: its content differs.*\(it holds \S+\)", capsys.readouterr().err)
 
 
 def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path,
@@ -212,3 +216,28 @@ def test_other_schedules_are_written_as_constant(setting: str, reason: str) -> N
 def test_optimizers_beyond_the_librarys_are_refused(setting: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         build_common_state(apply_settings(recipes.get(DENSE), [setting]), 1, 1, one_optimizer=True)
+
+
+def test_a_value_that_is_not_finite_is_not_exported(solar_dir: Path, tmp_path: Path) -> None:
+    convert.from_hf(solar_dir, tmp_path / "ours")
+    change_weights(set_value(FC1_EXPERT, torch.inf))(tmp_path / "ours")
+    with pytest.raises(UserError, match=r"ours: \S+linear_fc1.weight contains infinity \(1 of"):
+        to_megatron(tmp_path / "ours", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_an_error_in_any_worker_ends_the_export(solar_dir: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors in the threads of torch's writer are lost, and the index would lack their tensors."""
+    convert.from_hf(solar_dir, tmp_path / "ours")
+    serialize = export.CheckpointPlanner.resolve_data
+
+    def fail_outside_the_main_thread(planner: Any, item: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return serialize(planner, item)
+
+    monkeypatch.setattr(export.CheckpointPlanner, "resolve_data", fail_outside_the_main_thread)
+    with pytest.raises(UserError, match="no space left"):
+        to_megatron(tmp_path / "ours", tmp_path / "out", workers=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]

@@ -309,9 +309,9 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
-        fields["messages"], shared = _parse_chat(record)
+        fields["messages"], num_implied = _parse_chat(record)
         # an explicit count overrides the count implied by the layout
-        fields["num_prompt"] = _parse_num_prompt(record, len(fields["messages"])) or shared
+        fields["num_prompt"] = _parse_num_prompt(record, len(fields["messages"])) or num_implied
     elif kind == "preference":
         fields = _parse_preference(record)
     else:
@@ -361,41 +361,49 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
     elif reading.kind in kinds:
         return reading.kind
     elif kinds:
-        kind = kinds[0]
-        article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
-                   "prompt": "a prompt"}[kind]
-        # judged responses: chats would teach the bad responses too
-        if kind == "chat" and parse_label(record.get(LABEL)) is not None:
-            raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r})",
-                            packing=f", but --format is {reading.kind}; turn such rows into pairs with "
-                                    "`sov-data pairs`")
-        addition = "" if kind != "prompt" else (": no response is learned then; a chat has 'messages', or "
-                                                 "'prompt' and 'completion'")
-        if kind == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
-                record.get("completions"), list):
-            raise BadRecord("fields", "has no 'chosen' and 'rejected' (fields: "
-                                      f"{', '.join(map(str, list(record)[:8]))}); pass --columns "
-                                      "chosen=FIELD,rejected=FIELD to `sov-data pack --format preference`")
-        if kind == "prompt" and isinstance(record.get("completions"), list):
-            addition = (": its 'completions' are not learned; steps with labels train reward models of "
-                        "steps, which no command here trains")
-        raise BadRecord("fields", f"is {article}", options=("--format", kind),
-                        packing=f", but --format is {reading.kind}; "
-                                f"pack it on its own with --format {kind}{addition}")
-    expected = ({"text": f"string field {reading.text_field!r}",
-                 "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
-                 "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
-                + (" and no 'messages'" if reading.kind is None else ""))
+        raise _build_kind_fault(record, kinds[0], reading.kind)
+    raise _build_missing_fault(record, reading)
+
+
+def _build_kind_fault(record: dict[str, Any], kind: str, wanted: str) -> BadRecord:
+    """Return the fault of a record of another kind than the `wanted` one."""
+    # judged responses: chats would teach the bad responses too
+    if kind == "chat" and parse_label(record.get(LABEL)) is not None:
+        return BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r})",
+                         packing=f", but --format is {wanted}; turn such rows into pairs with "
+                                 "`sov-data pairs`")
+    has_completions = isinstance(record.get("completions"), list)
+    addition = ""
+    if kind == "prompt" and has_completions:
+        addition = (": its 'completions' are not learned; steps with labels train reward models of steps, "
+                    "which no command here trains")
+    elif kind == "prompt" and wanted == "preference" and len(record) > 2:
+        return BadRecord("fields", f"has no 'chosen' and 'rejected' (fields: {', '.join([*record][:8])}); "
+                                   "pass --columns chosen=FIELD,rejected=FIELD to `sov-data pack --format "
+                                   "preference`")
+    elif kind == "prompt":
+        addition = ": no response is learned then; a chat has 'messages', or 'prompt' and 'completion'"
+    description = "plain text" if kind == "text" else f"a {kind}"
+    return BadRecord("fields", f"is {description}", options=("--format", kind),
+                     packing=f", but --format is {wanted}; pack it on its own with --format {kind}{addition}")
+
+
+def _build_missing_fault(record: dict[str, Any], reading: RecordReading) -> BadRecord:
+    """Return the fault of a record without the fields of any kind, with the columns that may be meant."""
+    expected = {"text": f"string field {reading.text_field!r}",
+                "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
+                "preference": "'chosen' and 'rejected'", "prompt": "'prompt'",
+                None: f"string field {reading.text_field!r} and no 'messages'"}[reading.kind]
     fault = f"has no {expected} (fields: {', '.join(record) or 'none'})"
     if reading.kind is None or not record:
-        raise BadRecord("fields", f"{fault}; add one")
+        return BadRecord("fields", f"{fault}; add one")
     if reading.kind == "chat" and (turns := describe_foreign_turns(record)):
-        raise BadRecord("fields", f"{fault}; {turns}")
+        return BadRecord("fields", f"{fault}; {turns}")
     # `sov-data pack` and `rl` read prompts with the same option
     command = "sov-data pack " if reading.kind in ("chat", "preference") else ""
     proposed = propose_columns(record, reading.kind)
-    raise BadRecord("fields", fault, options=tuple(proposed.split()),
-                    packing=f"; name yours with `{command}{proposed}`")
+    return BadRecord("fields", fault, options=tuple(proposed.split()),
+                     packing=f"; name yours with `{command}{proposed}`")
 
 
 def find_table_problem(names: Iterable[str], reading: RecordReading) -> BadRecord | None:

@@ -126,12 +126,14 @@ class Registry(Generic[T]):
         if name in self._known:
             return self._known[name].value
         names = [*self._built_in, *self._known]
-        nearest = find_nearest_name(name, names) or _find_same_size(name, names)
+        part = next((other for other in names if other in re.split(r"[_-]", name)), "")  # length_penalty
+        nearest = find_nearest_name(name, names) or _find_same_size(name, names) or part
         if meant := load_table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
             raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
         sentence = self._explain_unknown(name, recorded)
         if nearest:
-            raise UserError(sentence, Fix(words={name: nearest}))
+            question = "" if repr(nearest) in sentence else f"; did you mean {nearest!r}?"
+            raise UserError(sentence + question, Fix(words={name: nearest}))
         if self.kind == "recipe" and re.search(r"\d", name) and not is_reference(name):  # a model's name
             nearest = _find_nearest_size(name, names)
             raise UserError(f"{sentence}; the nearest in size is {nearest!r}; weights of a published model "

@@ -161,6 +161,7 @@ def _parse_number(text: str) -> float:
 
 
 def _read_yaml(text: str) -> LocatedDocument:
+    """Parse YAML; faults become problems of the document."""
     located = LocatedDocument()
     # a loader for `finally`: the constructor in the `try` block raises on characters that YAML forbids
     loader = _build_loader()("")
@@ -190,10 +191,12 @@ def _read_yaml(text: str) -> LocatedDocument:
 class _NodeConverter:
     """Converts YAML nodes to plain values, expanding aliases at each use."""
 
-    def __init__(self, loader: Any, found: LocatedDocument) -> None:
-        self.loader, self.found, self.num_values = loader, found, 0
+    def __init__(self, loader: Any, located: LocatedDocument) -> None:
+        self.loader, self.located, self.num_values = loader, located, 0
 
     def convert(self, node: Any, place: Place, depth: int) -> Any:
+        """Return a node's value, and record lines and problems. Raises `MarkedYAMLError`: nested too deep, or
+        too many values."""
         line = node.start_mark.line + 1
         self.num_values += 1
         if depth > MAX_DEPTH:
@@ -204,7 +207,7 @@ class _NodeConverter:
             raise yaml.MarkedYAMLError(problem=f"its aliases make more than {MAX_VALUES:,} values",
                                        problem_mark=node.start_mark)
         # `_convert_mapping` replaces this line with the line of the key
-        self.found.lines.setdefault(place, line)
+        self.located.lines.setdefault(place, line)
         if isinstance(node, yaml.SequenceNode):
             return [self.convert(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
@@ -227,26 +230,26 @@ class _NodeConverter:
         for key_node, child in node.value:
             line, key = key_node.start_mark.line + 1, getattr(key_node, "value", None)
             if key_node.tag == "tag:yaml.org,2002:merge":
-                for part in child.value if isinstance(child, yaml.SequenceNode) else [child]:
-                    if isinstance(part, yaml.MappingNode):
+                for alias in child.value if isinstance(child, yaml.SequenceNode) else [child]:
+                    if isinstance(alias, yaml.MappingNode):
                         # YAML: earlier merged mappings win over later ones, and own keys win over merged keys
-                        merged = {**self.convert(part, place, depth + 1), **merged}
+                        merged = {**self.convert(alias, place, depth + 1), **merged}
                     else:
                         self._report(line, place, "<< takes an alias of a mapping", "")
             elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
                 self._report(line, place, "a key must be a word, not a list or a mapping", "")
             elif key in mapping:
-                self.found.problems.append(SettingsProblem(ProblemCode.TWICE,
-                                                           ".".join(map(str, (*place, key))),
-                                                           "is set twice", way_out="set it once", line=line))
+                self.located.problems.append(SettingsProblem(
+                    ProblemCode.TWICE, ".".join(map(str, (*place, key))), "is set twice",
+                    way_out="set it once", line=line))
             else:
                 mapping[key] = self.convert(child, (*place, key), depth + 1)
-                self.found.lines[*place, key] = line
+                self.located.lines[*place, key] = line
         return {**merged, **mapping}
 
     def _report(self, line: int, place: Place, rule: str, way_out: str) -> None:
         key = ".".join(map(str, place))
-        self.found.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
+        self.located.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
 
 
 def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:

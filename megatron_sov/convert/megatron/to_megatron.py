@@ -1,6 +1,6 @@
 """Export a checkpoint, with its optimizer, as a `torch_dist` checkpoint of Megatron-Core.
 
-Torch's writer reads one block per thread and gives each its own file, so a damaged file names its tensor.
+Torch's writer gives each block its own file, so a damaged file names its tensor.
 Optimizer state has the library's `fully_reshardable` form, which loads at any layout.
 """
 
@@ -10,6 +10,7 @@ import io
 import json
 import math
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from megatron_sov.base.hints.kinds import TRACKER
 from megatron_sov.checkpoint.load import read_state
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.dtypes import check_space
+from megatron_sov.convert.dtypes import check_space, convert_tensor
 from megatron_sov.convert.hf_import import INTEGRITY
 from megatron_sov.convert.megatron.from_megatron import (
     BACKEND, DECAY_STYLES, EXPERTS, FORMAT, STATES, VERSIONS)
@@ -114,7 +115,7 @@ class CheckpointPlanner(DefaultSavePlanner):
     def __init__(self, path: Path, common: dict[str, Any], *, has_optimizer: bool) -> None:
         """Read the indices; raises `UserError` for damage, or for state without counterpart."""
         super().__init__(flatten_state_dict=False)
-        self._common = common
+        self._path, self._common = path, common
         self._sources: dict[str, tuple[TensorReader, str]] = {}
         """Megatron's key -> reader and our key."""
         for part in (MODEL, OPTIMIZER) if has_optimizer else (MODEL,):
@@ -126,12 +127,21 @@ class CheckpointPlanner(DefaultSavePlanner):
                               for reader, key in self._sources.values())
 
     def write(self, folder: Path, workers: int) -> None:
-        """Write files and index; raises OSError."""
-        writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=workers)
+        """Write files and index, with a block per worker in memory. Raises `UserError`: a value is not finite
+        or cannot be read; OSError: a file cannot be written."""
+        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         writer.set_up_storage_writer(True)
         self.set_up_planner({}, is_coordinator=True)
-        plans, index = self.create_global_plan([writer.prepare_local_plan(self.create_local_plan())])
-        results = writer.write_data(writer.prepare_global_plan(plans)[0], self).wait()
+        plans, index = self.create_global_plan([writer.prepare_local_plan(SavePlan([item]))
+                                                for item in self.create_local_plan().items])
+        # a plan per block, because errors in threads of torch's writer are lost
+        pool = ThreadPoolExecutor(workers)
+        try:
+            blocks = [pool.submit(writer.write_data, plan, self)
+                      for plan in writer.prepare_global_plan(plans)]
+            results = [result for block in blocks for result in block.result().wait()]
+        finally:
+            pool.shutdown(cancel_futures=True)
         aliases = self._list_aliases()
         for key, names in aliases.items():
             index.state_dict_metadata |= dict.fromkeys(names, index.state_dict_metadata[key])
@@ -160,7 +170,8 @@ class CheckpointPlanner(DefaultSavePlanner):
             torch.save([self._common if item.index.fqn == COMMON_STATE else None], raw := io.BytesIO())
             return raw
         reader, key = self._sources[item.index.fqn]
-        return reader.read(key, item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes)
+        block = reader.read(key, item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes)
+        return convert_tensor(block, block.dtype, self._path, key)
 
     def _list_aliases(self) -> dict[str, list[str]]:
         """Return key -> further names of the same values.

@@ -272,10 +272,10 @@ def _last_number(folder: Path) -> int:
 def _read_claim(content: bytes) -> dict[str, Any]:
     """Parse a claim file; return {} if its writer was killed first."""
     try:
-        told = json.loads(content)
+        claim = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return claim if isinstance(claim, dict) else {}
 
 
 @contextlib.contextmanager

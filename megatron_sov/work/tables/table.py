@@ -297,8 +297,7 @@ class Table(Generic[P]):
             raise UserError(f"{damage}; restore it from a copy, or delete {part.path} to have it made again")
         table = read_table(part.file, schema)
         if table.num_rows != part.num_rows:
-            raise UserError(f"{part.file}: has {table.num_rows:,} rows, its manifest says "
-                            f"{part.num_rows:,}")
+            raise UserError(f"{part.file}: has {table.num_rows:,} rows, its manifest says {part.num_rows:,}")
         return table
 
     def publish(self, name: str, version: str, table: pa.Table, provenance: Mapping[str, Any],
