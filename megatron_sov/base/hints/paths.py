@@ -63,8 +63,8 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
             fuse = shlex.join(["megatron-sov", "ssp", "fuse", *models, "--output", output])
             yield path, UserError(f"{path}: is a mergekit file; its models are arguments here, and their "
                                   "weighted mean is written", Fix(fuse))
-    if line[:1] == ["decontaminate"] and (fault := _find_benchmark_fault(line)):
-        yield fault
+    if line[:1] == ["decontaminate"] and (benchmark_fault := _find_benchmark_fault(line)):
+        yield find_value(line, "--benchmarks"), benchmark_fault
     model, data = Path(find_value(line, "--from")), Path(find_value(line, "--data"))
     if classify_folder(model) == "tokens" and classify_folder(data) in ("hf", "run", "checkpoint", "peft"):
         yield str(model), UserError(f"--from {model}, --data {data}: are swapped; --from takes a model",
@@ -172,8 +172,8 @@ def _find_foreign_data_fault(program: str, line: Sequence[str], option: str, pat
     return None
 
 
-def _find_benchmark_fault(line: Sequence[str]) -> tuple[str, UserError] | None:
-    """Return the first file of --benchmarks and the fault, if all missing files are known benchmarks."""
+def _find_benchmark_fault(line: Sequence[str]) -> UserError | None:
+    """Return the fault of missing files of --benchmarks, if all are names of known benchmarks."""
     rest = list(line[line.index("--benchmarks") + 1:]) if "--benchmarks" in line else []
     words = list(takewhile(lambda word: not word.startswith("-"), rest))
     names = [name for word in words for name in ([word] if os.path.exists(word) else word.split(","))]
@@ -186,10 +186,9 @@ def _find_benchmark_fault(line: Sequence[str]) -> tuple[str, UserError] | None:
     for name in missing:
         code = f"import datasets; datasets.load_dataset({sources[name.lower()]}).to_json('{name}.jsonl')"
         commands.append(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
-    error = UserError(f"--benchmarks {' '.join(words)}: names no files; download {', '.join(missing)} first",
-                      Fix(options=("--benchmarks", *files), left_out=("--benchmarks", *words),
-                          words={name: f"{name}.jsonl" for name in missing}, before=tuple(commands)))
-    return words[0], error
+    return UserError(f"--benchmarks {' '.join(words)}: names no files; download {', '.join(missing)} first",
+                     Fix(options=("--benchmarks", *files), left_out=("--benchmarks", *words),
+                         words={name: f"{name}.jsonl" for name in missing}, before=tuple(commands)))
 
 
 def _find_windows_path(path: str) -> str:

@@ -298,10 +298,11 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
     elif name in list_profiles():
         text = list_packaged_files("clusters")[name].read_text(encoding="utf-8")
     elif name in CHIPS:
-        file = choose_free_path(f"{name}.yaml")
+        own_profile = choose_free_path(f"{name}.yaml")
         lines = shlex.join([f"description: nodes of 8 {CHIPS[name].name}", f"gpu: {name}"])
         raise UserError(f"--cluster {name}: no packaged profile has {CHIPS[name].name}, so a file names it",
-                        Fix(options=("--cluster", file), before=(f"printf '%s\\n' {lines} > {file}",)))
+                        Fix(options=("--cluster", own_profile),
+                            before=(f"printf '%s\\n' {lines} > {own_profile}",)))
     else:
         nearest = find_nearest_name(name, list_profiles())
         raise UserError(f"--cluster {name}: there is no such profile{suggest_name(name, list_profiles())} "
