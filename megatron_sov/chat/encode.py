@@ -472,8 +472,7 @@ class TurnEncoder:
         self._decode_turn = build_marks_decoder(added, self.end_ids, encoder.decode, text_marks)
 
     def opening(self, chat: Conversation) -> list[int]:
-        """Encode the first prompt for the model. Raises `BadRecord`: the template refuses the conversation.
-        """
+        """Encode the first prompt for the model. Raises `BadRecord`: refused by the template."""
         prompt = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
         return self._encoder.encode(prompt, awaits_response=True).ids
 

@@ -31,8 +31,7 @@ _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _GENERATED = re.compile(f"({BEGIN_GENERATION}|{END_GENERATION})")
 MAX_CACHED_CONTEXT = 10_000
-"""Maximum characters of tools and variables for caching generation prompts; longer texts would fill the
-memory."""
+"""Maximum characters of tools and variables in cached generation prompts; limits the memory."""
 
 
 @dataclass(frozen=True)

@@ -183,11 +183,8 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
                   for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
     elif (path / INTEGRITY).is_file():
-        digests = read_json(path / INTEGRITY).get("files")
-        digests = digests if isinstance(digests, dict) else {}
-        records = {file: FileRecord(f"{SHA256}:{digests[file.name]}", file.stat().st_size)
-                   for file in path.iterdir() if file.name in digests}
-        damage = {file.name: pool.submit(find_file_damage, file, record) for file, record in records.items()}
+        damage = {name: pool.submit(find_file_damage, path / name, record)
+                  for name, record in _read_integrity(path).items()}
     check = SourceCheck(weights, damage, remedy, base)
     try:
         yield check
@@ -198,6 +195,21 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _read_integrity(folder: Path) -> dict[str, FileRecord]:
+    """Return file name -> record of a `torch_dist` checkpoint. Raises `UserError`: `INTEGRITY` lacks a tensor
+    file, or lists an absent file."""
+    sizes_bytes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    tensor_files = sorted(name for name in sizes_bytes if name.endswith(".distcp"))
+    digests = read_json(folder / INTEGRITY).get("files") if tensor_files else {}
+    if not isinstance(digests, dict) or any(name not in digests for name in tensor_files):
+        raise UserError(f"{folder / INTEGRITY}: must list the hash of each file in its folder, e.g. of "
+                        f"{format_names(tensor_files)}; {DAMAGED_HF}")
+    if absent := [name for name in digests if name not in sizes_bytes]:
+        raise UserError(f"{folder / INTEGRITY}: lists {format_names(absent)}, missing in its folder; "
+                        f"{DAMAGED_HF}")
+    return {name: FileRecord(f"{SHA256}:{digest}", sizes_bytes[name]) for name, digest in digests.items()}
 
 
 def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSpec]], read: TensorSource,

@@ -78,8 +78,7 @@ class _Difference:
         self._largest, self._scale, self._num_different, self._num_compared, self._worst = 0.0, 1.0, 0, 0, ""
 
     def add_document(self, document: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
-        """Compare a document's logits [tokens, vocab_size]. Raises `UserError`: the vocabulary sizes differ.
-        """
+        """Compare a document's logits [tokens, vocab_size]. Raises `UserError`: the vocabularies differ."""
         if ours.shape != reference.shape:
             raise UserError(f"the models have {ours.shape[-1]} and {reference.shape[-1]} token ids, so their "
                             "logits cannot be compared; pass two forms of one model")

@@ -62,8 +62,7 @@ class RolloutPrompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptList(Sequence[RolloutPrompt]):
-    """An ordered list of distinct prompts on disk. A million prompts take 24 MB of memory; `record` is read
-    on access."""
+    """Distinct prompts on disk, in order. A million take 24 MB of memory; `record` is read on access."""
 
     option: str
     repeats: Mapping[str, Sequence[str]]

@@ -1,5 +1,4 @@
-"""The folder of a training run: paths, settings, completion state, recorded command, and checks before a
-start."""
+"""The folder of a training run: paths, settings, completion state, command, and checks before a start."""
 
 from __future__ import annotations
 
@@ -81,9 +80,7 @@ class RunFolder:
     def completion(self) -> dict[str, Any] | None:
         """Read a finished stage's `complete.json`, or return None."""
         file = self.path / COMPLETION
-        if not file.is_file():
-            return None
-        return _read_completion(file)
+        return _read_completion(file) if file.is_file() else None
 
     def complete(self, content: dict[str, Any]) -> None:
         write_atomically(self.path / COMPLETION, format_json(content))

@@ -3,6 +3,7 @@
 import builtins
 import collections
 import io
+import json
 import os
 import pickle
 import struct
@@ -293,6 +294,14 @@ def write_changed_index(change: Callable[[Any], None]) -> Callable[[Path], None]
     return lambda folder: (folder / ".metadata").write_bytes(change_index(change)(folder)) and None
 
 
+def write_integrity(files: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        made_by_hand.checkpoint(folder)
+        (folder / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}))
+
+    return write
+
+
 def write_with_backend(metadata: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         made_by_hand.checkpoint(folder)
@@ -310,6 +319,10 @@ def write_with_backend(metadata: str) -> Callable[[Path], None]:
     (write_changed_index(lambda index: index.state_dict_metadata.pop(KEY)),
      "1 missing (decoder.final_layernorm.weight)"),
     (write_link_outside, "is a link to"),
+    (write_integrity([made_by_hand.FILE]), "must list the hash of each file"),
+    (write_integrity({".metadata": "0" * 64}), "each file in its folder, e.g. of __0_0"),
+    (write_integrity({made_by_hand.FILE: "0" * 64, "../x": "0" * 64}), "lists ../x, missing in its folder"),
+    (write_integrity({made_by_hand.FILE: None}), "its content differs"),
     (write_with_backend('{"sharded_backend": "zarr", "sharded_backend_version": 1}'),
      "'zarr' version 1 is not supported"),
     (write_with_backend('{"sharded_backend": "torch_dist", "sharded_backend_version": 9}'),

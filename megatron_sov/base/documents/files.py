@@ -297,8 +297,7 @@ def has_word(name: str, words: Iterable[str]) -> bool:
 
 
 def is_records(name: str) -> bool:
-    """Return whether a file name belongs to a record file; caches from `map` and `filter` in a saved dataset
-    do not."""
+    """Return whether a file name belongs to a record file, and not to a cache of `map` or `filter`."""
     suffix = get_ending(name)
     return suffix in RECORD_SUFFIXES and not (suffix in ARROW_SUFFIXES
                                               and name.rpartition("/")[2].startswith("cache-"))
@@ -465,9 +464,7 @@ def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
     """Open a file for reading, decompressing ".gz" or ".zst"."""
     if compression == ".gz":
         return cast(IO[bytes], gzip.open(file, "rb"))
-    if compression == ".zst":
-        return io.BufferedReader(ZstdFile(file))
-    return open(file, "rb")
+    return io.BufferedReader(ZstdFile(file)) if compression == ".zst" else open(file, "rb")
 
 
 class ZstdFile(io.RawIOBase):

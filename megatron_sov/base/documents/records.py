@@ -141,8 +141,7 @@ class RecordReading:
     text_field: str = "text"
     """Field or column with the text."""
     max_document_bytes: int = 64 << 20
-    """Maximum bytes per line, row or value; longer records are bad and are skipped without loading the whole
-    record."""
+    """Maximum bytes per line, row or value; longer records are bad, and are skipped without loading them."""
     columns: tuple[str, ...] = ()
     """Numeric fields that become columns."""
     bucket_by: str = ""
@@ -183,8 +182,7 @@ class Document:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Chat template variables (`chat_template_kwargs`)."""
     num_prompt: int = 0
-    """Number of leading messages that form a prompt shared with other chats (held out together); 0: not
-    shared."""
+    """Number of leading messages shared with other chats (held out together) as prompt; 0: not shared."""
     awaits_response: bool = False
     """Whether the document is a prompt for generating responses."""
     id: str | None = None
@@ -549,8 +547,7 @@ def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:
 
 
 def count_text_bytes(text: str) -> int:
-    """Return the UTF-8 bytes of a text. Raises `BadRecord`: the text holds a lone surrogate, which no
-    tokenizer accepts."""
+    """Return the UTF-8 bytes of a text. Raises `BadRecord`: a lone surrogate, which no tokenizer accepts."""
     if text.isascii():  # Python stores whether a text is: no character is read
         return len(text)
     try:

@@ -252,7 +252,7 @@ class _NodeConverter:
         self.located.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
 
 
-def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
+def parse_changes(changes: Iterable[str], option: str = "--set") -> dict[str, Any]:
     """Parse `key=value` changes to key -> value; the last change of a key wins, so users can override
     scripts.
 
@@ -267,7 +267,7 @@ def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]
     """
     values: dict[str, Any] = {}
     problems: list[SettingsProblem] = []
-    for text in given:
+    for text in changes:
         key, equals, value = text.partition("=")
         # `a..b=1` and `=1` have an empty part
         if not equals or not all(key.split(".")):
@@ -299,11 +299,11 @@ def parse_value(text: str) -> Any:
     return int(value) if is_integer else value
 
 
-def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
+def parse_nested(changes: Iterable[str], option: str = "--set") -> dict[str, Any]:
     """Parse `key=value` changes to nested dictionaries: dots in keys separate levels. Raises `SettingsError`:
     as `parse_changes`, or a key has both a value and fields."""
     values: dict[str, Any] = {}
-    for key, value in parse_changes(given, option).items():
+    for key, value in parse_changes(changes, option).items():
         *path, last = key.split(".")
         node: Any = values
         for depth, part in enumerate(path):
@@ -315,20 +315,20 @@ def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
     return values
 
 
-def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
+def apply_changes(settings: S, changes: Iterable[str], option: str = "--set", *,
                   instead: KeyHint = no_hint, rules: bool = True) -> S:
     """Return settings with `key=value` changes applied, e.g. ``train.steps=100`` or ``phases.0.seq_len=512``;
     `option` is named in error messages, `instead` and `rules`: see `parse_settings`. Raises
     `SettingsError`."""
-    raw = assign_values(settings, parse_changes(given, option), option, instead)
+    raw = assign_values(settings, parse_changes(changes, option), option, instead)
     return parse_settings(type(settings), raw, option, instead=instead, rules=rules)
 
 
-def assign_values(settings: Any, given: Mapping[str, Any], option: str, instead: KeyHint = no_hint
+def assign_values(settings: Any, changes: Mapping[str, Any], option: str, instead: KeyHint = no_hint
                ) -> dict[str, Any]:
     """Return plain settings with values assigned by dotted key. Raises `SettingsError`: unknown keys."""
     raw = to_plain_values(settings)
-    results = [_assign_value(type(settings), raw, key, value, instead) for key, value in given.items()]
+    results = [_assign_value(type(settings), raw, key, value, instead) for key, value in changes.items()]
     problems = [problem for problem in results if problem]
     if problems:
         raise SettingsError(option, problems)

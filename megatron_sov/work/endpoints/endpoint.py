@@ -230,8 +230,7 @@ class Endpoint:
         self._sleep(turn_s - now_s)
 
     def _send_request(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
-        """Send a request; return `read` applied to the answer. `EndpointCache` stores answer and cost
-        together."""
+        """Send a request; return `read` of the answer. `EndpointCache` stores answer and cost together."""
         max_usage = self._max_usage(payload)
         # a budget reserves the worst case before sending; `leave` corrects it
         self._gate.enter(max_usage)

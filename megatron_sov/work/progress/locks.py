@@ -130,8 +130,7 @@ class IdleTimeout:
 
 
 class Claims:
-    """A job's view on the claims in a folder. Call `take` repeatedly: an expired lease shows only over
-    time."""
+    """A job's view on the claims in a folder. Call `take` repeatedly: expired leases show only over time."""
 
     def __init__(self, folder: Path, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Args:

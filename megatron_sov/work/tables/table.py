@@ -357,8 +357,7 @@ class Table(Generic[P]):
         return clearables
 
     def _iter_deletable(self, folders: set[str], firsts: Collection[int]) -> Iterator[tuple[Path, str]]:
-        """Yield (path, reason) to delete the versions in `folders`, and parts whose first number is in
-        `firsts`."""
+        """Yield (path, reason) to delete: versions in `folders`, parts whose first number is in `firsts`."""
         remaining_versions = ["", *(folder for folder in self.versions() if folder not in folders)]
         for folder in (self.path / self.ADDED, self.claims, *map(self._version_folder, remaining_versions)):
             for path in sorted(folder.iterdir()):

@@ -126,8 +126,7 @@ class LogTail:
 
 
 def list_log_files(run: Path) -> list[LogFile]:
-    """Return a run's log files: job scripts and attempts in start order, then hangs, exports, evaluations and
-    events."""
+    """Return a run's logs: job scripts and attempts in start order, hangs, exports, evaluations, events."""
     files = _list_job_files(run / JOB_LOGS, "")
     for path in sorted(run.glob("hang/*.txt")):
         step = path.name.partition("-rank-")[0]
