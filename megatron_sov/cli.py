@@ -1,7 +1,6 @@
 """The program `megatron-sov COMMAND ...`. Imports only the typed command's module."""
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -20,8 +19,6 @@ from megatron_sov.runs.launch_environment import (
     export_command, has_launcher, is_first_rank, process_started_s, set_command_start)
 
 PROGRAM = "megatron-sov"
-FIRST_RANK_S = 3.0
-"""Seconds in which the first rank prints an error of all ranks."""
 
 
 def build_help_parser() -> argparse.ArgumentParser:
@@ -77,27 +74,14 @@ def run_command(argv: list[str], began_s: float) -> int:
         return _run_once(argv)
     except UserError as e:
         if has_launcher():
-            raise _state_processes(e, argv) from None
+            if not is_first_rank() and e.fix and e.fix.line:
+                time.sleep(3)  # the first rank prints, and torchrun ends all ranks at the first exit
+                raise SystemExit(ExitCode.USER_ERROR) from None
+            raise
         check = partial(_run_once, only_checks=True)
         raise propose_line(PROGRAM, argv, e, check, find_check) from None
     finally:
         set_command_start(None)
-
-
-def _state_processes(error: UserError, argv: list[str]) -> UserError:
-    """Return an error of a launched process, with the number of processes of torchrun in its line, which the
-    first rank prints."""
-    line = error.fix.line if error.fix else ""
-    num_processes, num_local = os.environ["WORLD_SIZE"], os.environ.get("LOCAL_WORLD_SIZE")
-    if not line:
-        return error
-    if not is_first_rank():
-        time.sleep(FIRST_RANK_S)  # the launcher ends all ranks at the first exit
-        raise SystemExit(ExitCode.USER_ERROR)
-    if num_local != num_processes or "--nproc" in line or split_command(line.split()[1:])[0] != argv[0]:
-        return error
-    return UserError(f"{error.sentence}; --nproc starts the processes of torchrun",
-                     Fix(f"{line} --nproc {num_processes}"))
 
 
 def _run_once(argv: list[str], only_checks: bool = False) -> int:

@@ -180,11 +180,9 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
         raise UserError(f"{where}: {vocabulary[0]} with use_dora = True: DoRA is not supported for "
                         f"{' and '.join(tables)}; merge the adapter with PEFT, and convert the merged model")
     if unknown:
-        adapted = "".join(unknown[0].split(".")[-3:-2])
-        similar = sorted(names_by_target.get(adapted, ()))[:1]
+        similar = sorted(names_by_target.get("".join(unknown[0].split(".")[-3:-2]), names_by_target))[:4]
         raise UserError(f"{where}: {unknown[0]} ({len(unknown)} such tensors) is not an adapter "
-                        f"of a module of --base, which has {', '.join(similar or names_by_target)}; pass the "
-                        f"adapter's own base model as --base ({CONFIG} names it)")
+                        f"of a module of --base, which has {', '.join(similar)}; pass the adapter's own base")
     targets = tuple(target for target, tensors in names_by_target.items() if tensors & names)
     for target in targets:
         missing = sorted(names_by_target[target] - names)

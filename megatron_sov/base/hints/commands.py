@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign_config
@@ -109,16 +108,11 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
 
 def _format_step_settings(step: str, values: Mapping[str, str]) -> str:
     """Return the settings of a pipeline step for foreign options: "threshold: 0.8, num_hashes: 64"."""
-    import yaml  # not at the top: `--help` of a program reads no YAML
-
-    settings: dict[str, Any] = {}
+    index = index_words("steps")
+    settings = []
     for option, value in values.items():
-        for key in index_words("steps").get(f"{step}.{option}", ()):
-            # rules.thresholds.min_words, language.keep[]
-            *groups, name = key.removesuffix("[]").split(".")[1:]
-            block = settings.setdefault(groups[0], {}) if groups else settings
-            block[name] = value.split(",") if key.endswith("[]") else yaml.safe_load(value)
-    return str(yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1_000)).strip()[1:-1]
+        settings += [key.partition(".")[2].format(value) for key in index.get(f"{step}.{option}", ())]
+    return ", ".join(settings).replace("}, thresholds: {", ", ")
 
 
 def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:

@@ -51,14 +51,6 @@ def read_merge(file: Path) -> list[str]:
             for row in models if isinstance(row, dict)]
 
 
-def read_data_registry(file: Path) -> list[str]:
-    """Return the files that LLaMA-Factory's `dataset_info.json` lists; empty for other files."""
-    registry = _parse_file(file)
-    rows = registry.values() if isinstance(registry, dict) else ()
-    return [str(file.parent / str(row["file_name"])) for row in rows
-            if isinstance(row, dict) and "file_name" in row]
-
-
 def parse_object(text: str) -> dict[str, str]:
     """Return dotted key -> value of a JSON object of settings; empty for other texts."""
     import yaml  # not at the top: `--help` of a program reads no YAML

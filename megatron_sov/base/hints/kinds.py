@@ -7,8 +7,6 @@ import os
 import re
 from pathlib import Path
 
-from megatron_sov.base.hints.table import load_table
-
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file with the newest iteration of a checkpoint folder."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
@@ -63,13 +61,6 @@ def list_run_tokenizers(run: Path) -> list[Path]:
     """List the tokenizer folders in a run's checkpoints, oldest step first."""
     folders = [path for path in run.glob("checkpoints/step-*/tokenizer") if path.parent.name[5:].isdigit()]
     return sorted(folders, key=lambda path: int(path.parent.name[5:]))
-
-
-def find_enclosing_artifact(path: str) -> str:
-    """Return the nearest parent folder of a file or missing path that is a run, model or other artifact; "":
-    none."""
-    parents = [] if os.path.isdir(path) else list(Path(path).parents)[:-1]
-    return next((str(folder) for folder in parents if classify_folder(folder) in load_table()["kinds"]), "")
 
 
 def classify_folder(path: Path) -> str:

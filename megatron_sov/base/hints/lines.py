@@ -14,8 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, check_only, choose_free_path, fix_missing
-from megatron_sov.base.hints.kinds import (
-    classify_folder, find_enclosing_artifact, find_only_folder, list_models)
+from megatron_sov.base.hints.kinds import classify_folder, find_only_folder, list_models
 from megatron_sov.base.hints.paths import find_path_faults, use_typed_tokenizer
 from megatron_sov.base.hints.table import load_table
 from megatron_sov.base.hints.values import find_value
@@ -100,15 +99,14 @@ class _Proposal:
 
     def _find_artifact_fault(self, message: str) -> UserError | None:
         """Return the fault of a named path in an artifact, if the check accepts the artifact in its place."""
-        for word in self.line[1:]:
-            folder = find_enclosing_artifact(word) if _names_word(message, word) else ""
-            fix = Fix(words={word: folder})
-            line = apply_fix(self.program, self.line, fix) if folder else None
+        words = [word for word in self.line[1:] if _names_word(message, word) and not os.path.isdir(word)
+                 and not re.search(r"/step-\d+\Z", word)]  # a run is not taken for its missing checkpoint
+        for word, folder in [(path, folder) for path in words for folder in Path(path).parents[:-1]]:
+            kind, fix = load_table()["kinds"].get(classify_folder(folder)), Fix(words={word: str(folder)})
+            line = apply_fix(self.program, self.line, fix) if kind else None
             after = replace(self, line=line).run_check() if line else None
-            if line and (after is None or not _names_word(after.sentence, folder)):
-                relation = "is a file in" if os.path.exists(word) else "does not exist in"
-                kind = load_table()["kinds"][classify_folder(Path(folder))]
-                return UserError(f"{word}: {relation} {folder}, {kind}; pass the folder", fix)
+            if line and (after is None or not _names_word(after.sentence, str(folder))):
+                return UserError(f"{word}: is in {folder}, {kind}; pass the folder", fix)
         return None
 
     def find_independent_fault(self, fault: UserError) -> UserError | None:

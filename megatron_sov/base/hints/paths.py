@@ -12,11 +12,10 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
-from megatron_sov.base.hints.foreign import MAX_BYTES, find_shards, read_data_registry, read_merge
+from megatron_sov.base.hints.foreign import MAX_BYTES, find_shards, parse_object, read_merge
 from megatron_sov.base.hints.kinds import (
     DATA_SUFFIXES, classify_folder, find_only_folder, list_run_tokenizers)
 from megatron_sov.base.hints.table import load_table, normalize_word
@@ -63,8 +62,6 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
             fuse = shlex.join(["megatron-sov", "ssp", "fuse", *models, "--output", output])
             yield path, UserError(f"{path}: is a mergekit file; its models are arguments here, and their "
                                   "weighted mean is written", Fix(fuse))
-    if line[:1] == ["decontaminate"] and (benchmark_fault := _find_benchmark_fault(line)):
-        yield find_value(line, "--benchmarks"), benchmark_fault
     model, data = Path(find_value(line, "--from")), Path(find_value(line, "--data"))
     if classify_folder(model) == "tokens" and classify_folder(data) in ("hf", "run", "checkpoint", "peft"):
         yield str(model), UserError(f"--from {model}, --data {data}: are swapped; --from takes a model",
@@ -78,7 +75,15 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         if value.startswith("-") or _PLACEHOLDER.fullmatch(path):
             continue
         fault = None
-        if option in INPUT_OPTIONS:
+        if line[0] == "pack" and os.path.isfile(f"{path}.idx"):
+            fault = UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
+                              Fix(command="adopt", arguments=(path,), left_out=(f"{option} {path}",)))
+        elif os.path.basename(path) == "dataset_info.json" and os.path.isfile(path):
+            settings = parse_object(Path(path).read_text(encoding="utf-8")).items()
+            files = [name for key, name in settings if key.endswith("file_name")] or ["FILE.jsonl"]
+            fault = UserError(f"{option} {path}: lists the files {', '.join(files)}; pass one of them",
+                              Fix(words={path: os.path.join(os.path.dirname(path), files[0])}))
+        elif option in INPUT_OPTIONS:
             fault = _find_input_fault(program, [*line, *typed], option, path)
         elif option == "--run" and program == "megatron-sov":
             fault = _find_output_fault(path)
@@ -93,8 +98,11 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     """Return the fault of the input `path` of an option: missing, a table, or of a kind that the command does
     not read; None: no fault, or one without a fix, which the command reports itself."""
     source = Path(path)
-    if fault := _find_foreign_data_fault(program, line, option, path):
-        return fault
+    prefix = re.sub(r"\.(bin|idx)\Z", "", path)
+    if program == "megatron-sov" and os.path.isfile(f"{prefix}.idx") and find_shards(prefix) == prefix:
+        adoption = fix_by_packing(prefix, Path(_choose_tokenizer(line)), [])
+        return UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
+                         replace(adoption, words={path: adoption.words[prefix]}))
     if not os.path.exists(source):
         return _find_missing_input(option, path)
     is_pack = line[0] == "pack"
@@ -153,42 +161,6 @@ def _find_unpacked_data(line: Sequence[str], path: str) -> UserError | None:
     if needs_shards and os.path.isfile(source) and source.name.endswith(DATA_SUFFIXES):
         return _ask_for_packing(path, line, "is a file", options, "--data ")
     return None
-
-
-def _find_foreign_data_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
-    """Return the fault of data in a form of Megatron-LM or LLaMA-Factory."""
-    prefix = re.sub(r"\.(bin|idx)\Z", "", path)
-    if program == "megatron-sov" and os.path.isfile(f"{prefix}.idx") and find_shards(prefix) == prefix:
-        adoption = fix_by_packing(prefix, Path(_choose_tokenizer(line)), [])
-        return UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
-                         replace(adoption, words={path: adoption.words[prefix]}))
-    if line[:1] == ["pack"] and option == "--input" and os.path.isfile(f"{prefix}.idx"):
-        return UserError(f"--input {path}: is data of Megatron-LM (.bin, .idx), which `sov-data "
-                         "adopt` takes over",
-                         Fix(command="adopt", arguments=(prefix,), left_out=(f"--input {path}",)))
-    if path.endswith(".json") and (listed := read_data_registry(Path(path))):
-        return UserError(f"{option} {path}: is LLaMA-Factory's list of data sets; pass their files: "
-                         f"{', '.join(listed)}", Fix(words={path: listed[0]}))
-    return None
-
-
-def _find_benchmark_fault(line: Sequence[str]) -> UserError | None:
-    """Return the fault of missing files of --benchmarks, if all are names of known benchmarks."""
-    rest = list(line[line.index("--benchmarks") + 1:]) if "--benchmarks" in line else []
-    words = list(takewhile(lambda word: not word.startswith("-"), rest))
-    names = [name for word in words for name in ([word] if os.path.exists(word) else word.split(","))]
-    missing = [name for name in names if not os.path.exists(name)]
-    sources = load_table()["benchmarks"]
-    if not missing or not all(name.lower() in sources for name in missing):
-        return None
-    files = [name if os.path.exists(name) else f"{name}.jsonl" for name in names]
-    commands = []
-    for name in missing:
-        code = f"import datasets; datasets.load_dataset({sources[name.lower()]}).to_json('{name}.jsonl')"
-        commands.append(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
-    return UserError(f"--benchmarks {' '.join(words)}: names no files; download {', '.join(missing)} first",
-                     Fix(options=("--benchmarks", *files), left_out=("--benchmarks", *words),
-                         words={name: f"{name}.jsonl" for name in missing}, before=tuple(commands)))
 
 
 def _find_windows_path(path: str) -> str:

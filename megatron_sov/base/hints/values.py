@@ -105,7 +105,6 @@ def compute_share(parts: str) -> str:
 
 
 def parse_cluster(name: str) -> str:
-    """Return the cluster profile, or the chip without a profile, for a GPU name: NVIDIA-A100-80GB -> a100,
-    A100-SXM4-40GB -> a100-40."""
-    match = re.search(r"(gb[23]00|mi300x|[abhv]\d{3})(?:.*(-40|-96)g?b?\Z)?", name.lower())
-    return f"{match[1]}{match[2] or ''}" if match else name.lower()
+    """Return the cluster profile for a GPU name: NVIDIA-A100-80GB -> a100."""
+    match = re.search(r"gb200|gb300|[abhv]\d{3}", name.lower())
+    return match.group() if match else name.lower()

@@ -355,8 +355,7 @@ def _count_values(words: Sequence[str]) -> int:
 
 
 def _split_files(option: str, values: Sequence[str]) -> list[str]:
-    """Return the files in a comma-separated list of FILE[:WEIGHT] or WEIGHT:FILE as FILE[:WEIGHT]; empty
-    unless every file exists."""
+    """Return FILE[:WEIGHT] for each item of FILE[:WEIGHT],WEIGHT:FILE,...; empty unless every file exists."""
     if not values or option not in ("", "--data", "--input", "--prompts") or os.path.exists(values[0]):
         return []
     items = [re.sub(r"\A([\d.]+):(?!\d)(.+)", r"\2:\1", item) for item in values[0].split(",")]
@@ -458,7 +457,7 @@ def _add_companions(rewrite: Rewrite) -> None:
     """Write settings and processes that written settings require: two processes for parallel.tp=2."""
     changes = [change for option, change in pairwise(rewrite.words) if option == "--set"]
     values = dict(change.partition("=")[::2] for change in changes)
-    if "--config" in rewrite.words or not values:
+    if "--config" in rewrite.words:
         return
     for name, required in load_table()["acts_with"].items():
         if name in values and required.partition("=")[0] not in values:
@@ -469,9 +468,11 @@ def _add_companions(rewrite: Rewrite) -> None:
     if "--nproc" in rewrite.words or not all(size.isdigit() for size in sizes):
         return
     tp, pp, cp, ep, etp = map(int, sizes)
-    num_processes = pp * max(tp * cp, ep * etp)
+    num_local = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's processes on this machine
+    num_started = int(num_local) if num_local == os.environ.get("WORLD_SIZE") else 1
+    num_processes = max(num_started, pp * max(tp * cp, ep * etp))
     if num_processes > 1:
-        rewrite.add_words(f"this layout needs {num_processes} processes", "--nproc", str(num_processes))
+        rewrite.add_words(f"{num_processes} processes are started by --nproc", "--nproc", str(num_processes))
 
 
 def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError:

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.resources
 import math
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_nearest_name, suggest_name
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name, suggest_name
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
     Violation, find_broken_rules, find_rule_problems, parse_settings_yaml, read_settings_text)
@@ -294,12 +293,6 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
         text = read_settings_text(file, f"--cluster {name}")
     elif name in list_profiles():
         text = list_packaged_files("clusters")[name].read_text(encoding="utf-8")
-    elif name in CHIPS:
-        own_profile = choose_free_path(f"{name}.yaml")
-        lines = shlex.join([f"description: nodes of 8 {CHIPS[name].name}", f"gpu: {name}"])
-        raise UserError(f"--cluster {name}: no packaged profile has {CHIPS[name].name}, so a file names it",
-                        Fix(options=("--cluster", own_profile),
-                            before=(f"printf '%s\\n' {lines} > {own_profile}",)))
     else:
         nearest = find_nearest_name(name, list_profiles())
         raise UserError(f"--cluster {name}: there is no such profile{suggest_name(name, list_profiles())} "

@@ -1,6 +1,5 @@
 """Options and checks for `megatron-sov plan`."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +74,7 @@ def check_plan(options: PlanOptions) -> PlanRequest:
         raise UserError(f"{option}: needs a cluster; add --cluster{fix}", Fix(options=("--cluster", "h100")))
     if options.cluster is not None and options.nproc is not None:
         profile = cluster.load_profile(options.cluster, needs_account=False)
-        nodes = max(options.nodes or 1, math.ceil(options.nproc / profile.tasks_per_node))
+        nodes = max(options.nodes or 1, -(-options.nproc // profile.tasks_per_node))
         raise UserError(f"--nproc {options.nproc}: the processes are those of --nodes {nodes} of --cluster "
                         f"{options.cluster}; leave --nproc out",
                         Fix(options=("--nodes", str(nodes)), left_out=(f"--nproc {options.nproc}",)))
