@@ -334,7 +334,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
     check_texts(document.texts(), reading)
     if kind != "text":
-        for text in (*document.conversation().beside(), document.extra):
+        for text in (*document.conversation().extra_texts(), document.extra):
             count_text_bytes(text)  # raises for invalid text; these bytes are not counted
     return document
 
