@@ -172,7 +172,8 @@ def load_pretrained(model_class: Any, folder: str | Path, *, left_out: Sequence[
         options: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: the library cannot load the folder, or tensors are missing, unexpected or mismatched.
+        UserError: transformers or diffusers cannot load the folder, or tensors are missing, unexpected or
+            mismatched.
     """
     model, names_by_problem = load_and_compare(model_class, folder, left_out=left_out, **options)
     if problems := [f"{len(names)} {problem} ({format_names(names)})"
@@ -196,7 +197,7 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
         options: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: the library cannot load the folder.
+        UserError: transformers or diffusers cannot load the folder.
     """
     folder = Path(folder)
     is_transformers = model_class.__module__.startswith("transformers.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -160,7 +161,8 @@ class SettingsError(UserError):
 
 
 def _fix_value(problem: SettingsProblem) -> str | Fix:
-    key, value = problem.key, problem.value_to_write
+    bound = re.match(r"must be at (?:least|most) (\d[\d.]*)(?::|\Z)", problem.rule)
+    key, value = problem.key, problem.value_to_write or (bound[1] if bound else "")
     if problem.code == ProblemCode.INERT and (needed := load_table()["acts_with"].get(key)):
         return str(needed)
     if problem.way_out.endswith(LEFT_OUT) or problem.code == ProblemCode.INERT:
