@@ -244,7 +244,9 @@ def _iter_missing_fields(content: dict[str, Any]) -> Iterator[str]:
     for i, source in _iter_items(content, "sources"):
         yield from _find_missing(source, SOURCE_FIELDS, f"sources[{i}].")
         splits = source.get("splits") if isinstance(source, dict) else None
-        for name, split in ({"train": {}} | splits).items() if isinstance(splits, dict) else ():
+        if not isinstance(splits, dict):
+            continue
+        for name, split in {"train": {}, **splits}.items():
             where = f"sources[{i}].splits.{name}."
             yield from _find_missing(split, SPLIT_FIELDS, where)
             for n, shard in _iter_items(split, "shards"):
