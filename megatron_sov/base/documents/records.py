@@ -334,7 +334,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
     check_texts(document.texts(), reading)
     if kind != "text":
-        for text in (*document.conversation().beside(), document.extra):
+        for text in (*document.conversation().extra_texts(), document.extra):
             count_text_bytes(text)  # raises for invalid text; these bytes are not counted
     return document
 
@@ -432,13 +432,13 @@ def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
         parse = parse_messages if chat == "messages" else parse_sharegpt
         return parse(record[chat], chat), 0
     # TRL allows a string on a side and messages on the other side
-    both = [[{"role": role, "content": value}] if isinstance(value, str) else value
-            for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
-    for field_name, messages in zip(("prompt", name), both, strict=True):
+    sides = [[{"role": role, "content": value}] if isinstance(value, str) else value
+             for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
+    for field_name, messages in zip(("prompt", name), sides, strict=True):
         if not isinstance(messages, list) or not messages:
             raise BadRecord("fields", f"{field_name!r} must be a string, or a non-empty list of messages")
-    messages_read = parse_messages([*both[0], *both[1]], f"prompt + {name}")
-    num_prompt = len(both[0])
+    messages_read = parse_messages([*sides[0], *sides[1]], f"prompt + {name}")
+    num_prompt = len(sides[0])
     if not any(m.role == "assistant" and m.is_learned for m in messages_read[num_prompt:]):
         raise BadRecord("fields", f"{name!r} holds no message of the assistant that is learned")
     prompt = (replace(message, is_learned=False) for message in messages_read[:num_prompt])
@@ -480,7 +480,7 @@ def _parse_media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...
             raise TypeError("no object")
         rows_by_bank: dict[str, tuple[tuple[int, int], ...]] = {}
         for kind, rows in value.items():
-            rows_by_bank[str(kind)] = tuple((row, used) for row, used in rows)
+            rows_by_bank[str(kind)] = tuple((row, used_slots) for row, used_slots in rows)
         numbers = [n for rows in rows_by_bank.values() for pair in rows for n in pair]
         if not all(type(n) is int and 0 <= n < 1 << 40 for n in numbers):
             raise ValueError("no whole numbers")

@@ -150,7 +150,7 @@ class RouteShape:
     def bytes_per_token(self) -> int:
         return self.layers * self.top_k * np.dtype(self.dtype).itemsize
 
-    def absent(self, num_tokens: int) -> np.ndarray:
+    def build_unrecorded(self, num_tokens: int) -> np.ndarray:
         """Return routes [num_tokens, layers, top_k] without any recorded choice."""
         return np.full((num_tokens, self.layers, self.top_k), self.mark, self.dtype)
 

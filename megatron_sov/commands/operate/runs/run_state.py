@@ -343,8 +343,8 @@ def _format_meters(state: RunState) -> str:
     return tokens + (f", {state.told}" if state.told else "")
 
 
-def _format_age(before: str, age_s: float) -> str:
-    return f"{before} {format_duration(max(0.0, age_s))} ago" if math.isfinite(age_s) else ""
+def _format_age(event: str, age_s: float) -> str:
+    return f"{event} {format_duration(max(0.0, age_s))} ago" if math.isfinite(age_s) else ""
 
 
 def _format_starts(state: RunState) -> list[str]:

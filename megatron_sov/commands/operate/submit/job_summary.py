@@ -106,7 +106,7 @@ def summarize(prepared: PreparedStage) -> list[str]:
     data = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _format_data(work, config)
     days = format_days(total.days * SECONDS_PER_DAY)
     gpu_hours = format_value(total.gpu_hours, 3)
-    return [*lines, data, f"time      {days}, {gpu_hours} GPU-hours, predicted (docs/plan_speed.md)",
+    return [*lines, data, f"time      {days}, {gpu_hours} GPU-hours, predicted (docs/plan.md)",
             f"cost      {_format_cost(total)}", f"jobs      {_format_jobs(total, profile, job.time_limit)}"]
 
 
