@@ -5,7 +5,7 @@
     python benchmarks/plan_calibration.py --no-refit       only print errors of the package's parameters
 
 Each line of benchmarks/data/published_runs.jsonl is a published run: source, measured speed, and workload
-without fields at their default. docs/plan_speed.md explains the output.
+without fields at their default. docs/plan.md explains the output.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.pipeline.addresses import hash_tree
 from data_prep.synth.requests import Role
 from data_prep.synth.synth import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, suggest_download
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
+from megatron_sov.model.pretrained import hash_model_folder
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.local_server import serve_model
@@ -80,7 +80,7 @@ class Model:
                             f"{suggest_download(folder)}")
         if not any(folder.iterdir()):
             raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
-        return f"local:{hash_tree(folder)}"
+        return f"local:{hash_model_folder(folder)}"
 
 
 class TokenBudget:

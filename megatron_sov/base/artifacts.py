@@ -91,8 +91,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     """Manifest format version; readers refuse newer versions."""
     sha256: str = ""
-    """SHA-256 of `manifest.json` with zeros in place of `sha256`; "": written by hand. Must stay the last
-    field."""
+    """SHA-256 of `manifest.json` with zeros for `sha256`; "": written by hand. Must stay the last field."""
 
 
 def sha256_file(path: Path) -> str:

@@ -78,10 +78,11 @@ class Parser(argparse.ArgumentParser):
             typed = list(self._typed)
             if typed[0].startswith("-") and not find_action(self.prog, typed):
                 path = next(filter(os.path.exists, typed), "")
-                at = typed.index(path) if path else 0
-                if at:
-                    rest = [*typed[:at - 1], *typed[at + 1:]]
-                    raise build_command_error(self.prog, path, list(action.choices), rest)
+                index = typed.index(path) if path else 0
+                if index:
+                    # without the option before the path: the command will take the path itself
+                    others = [*typed[:index - 1], *typed[index + 1:]]
+                    raise build_command_error(self.prog, path, list(action.choices), others)
                 raise UserError(f"{self.prog}: an action comes before the options: "
                                 f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows more)")
             start = 0 if typed[0].startswith("-") else typed.index(value)
@@ -385,9 +386,7 @@ def run_to_exit_code(action: Callable[[], int]) -> int:
 
 def _escape_controls(message: str) -> str:
     """Escape control characters: file names and contents may come from strangers."""
-    if message.replace("\n", "").isprintable():
-        return message
-    return escape_controls(message)
+    return message if message.replace("\n", "").isprintable() else escape_controls(message)
 
 
 def _drop_output() -> None:

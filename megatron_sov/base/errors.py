@@ -196,12 +196,12 @@ class RowProblems(dict[str, list[str]]):
         lines = [f"{subject}: {count:,} bad row{'s' if count > 1 else ''}; {remedy}"]
         for problem, places in islice(self.items(), MAX_ROW_PROBLEMS):
             more = f" and {len(places) - MAX_PLACES:,} more" if len(places) > MAX_PLACES else ""
-            named = ", ".join(places[:MAX_PLACES])
+            listed = ", ".join(places[:MAX_PLACES])
             if len(places) > 1:  # "line 1, line 2" is "lines 1, 2"
-                named = re.sub(r"\Aline ", "lines ", named).replace(", line ", ", ")
-            lines.append(f"  {named}{more}: {problem}")
-        left = len(self) - MAX_ROW_PROBLEMS
-        return "\n".join([*lines, *([f"  and {left:,} other problems"] if left > 0 else [])])
+                listed = re.sub(r"\Aline ", "lines ", listed).replace(", line ", ", ")
+            lines.append(f"  {listed}{more}: {problem}")
+        num_others = len(self) - MAX_ROW_PROBLEMS
+        return "\n".join([*lines, *([f"  and {num_others:,} other problems"] if num_others > 0 else [])])
 
 
 def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:

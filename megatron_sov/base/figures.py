@@ -76,9 +76,7 @@ def format_value(value: float, digits: int = 4) -> str:
         return NO_VALUE
     if math.isinf(value) or not value:
         return f"{value:g}"
-    if abs(value) < 10.0 ** (digits - 1):
-        return f"{value:.{digits}g}"
-    return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) < 10.0 ** (digits - 1) else f"{value:,.0f}"
 
 
 def _format_scaled(value: float, units: Sequence[tuple[float, str]], whole_below: float = 0.0,

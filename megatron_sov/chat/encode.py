@@ -156,7 +156,7 @@ class ChatEncoder:
 
     def _check_extra_texts(self, chat: Conversation) -> None:
         """Raise `BadRecord` if tools, variables or names would insert special tokens into the text."""
-        extra_text = "\n".join(chat.beside())
+        extra_text = "\n".join(chat.extra_texts())
         if extra_text and (spelled := self._find_special_token([extra_text])):
             raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
                                              "chat_template_kwargs or a name, where it would become one; "
@@ -472,8 +472,7 @@ class TurnEncoder:
         self._decode_turn = build_marks_decoder(added, self.end_ids, encoder.decode, text_marks)
 
     def opening(self, chat: Conversation) -> list[int]:
-        """Encode the first prompt for the model. Raises `BadRecord`: the template refuses the conversation.
-        """
+        """Encode the first prompt for the model. Raises `BadRecord`: refused by the template."""
         prompt = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
         return self._encoder.encode(prompt, awaits_response=True).ids
 

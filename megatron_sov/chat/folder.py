@@ -1,5 +1,4 @@
-"""Read tokenizer and chat template from a Hugging Face folder, a checkpoint's `tokenizer/` or a tokenizer
-artifact."""
+"""Read tokenizer and chat template from a Hugging Face folder, a checkpoint or a tokenizer artifact."""
 
 from __future__ import annotations
 

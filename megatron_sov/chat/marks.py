@@ -128,28 +128,29 @@ def to_hermes_form(text: str, *, in_thoughts: bool = False, form: CallForm | Non
     # Solar's template opened the thoughts in the prompt; the turn starts inside them
     if in_thoughts and "<|think|>" not in text and "<|begin|>" in text:
         text = f"<|think|>{text}"
-    place = 0
+    index = 0
     if text.lstrip().startswith(BEGIN_THOUGHTS) or (in_thoughts and not text.startswith("<|think|>")):
         # thoughts already have Hermes' form; only the rest may have another family's
-        place = text.find(END_THOUGHTS)
-        place = len(text) if place < 0 else place + len(END_THOUGHTS)
-    first = _FIRST_MARK.search(text, place)
-    if first is None or first[0] == BEGIN_CALL:  # the first mark determines the turn's form
+        index = text.find(END_THOUGHTS)
+        index = len(text) if index < 0 else index + len(END_THOUGHTS)
+    first_mark = _FIRST_MARK.search(text, index)
+    # the first mark determines the turn's form
+    if first_mark is None or first_mark[0] == BEGIN_CALL:
         return text
     # marks of other families in this turn are text and must not open anything below
-    text = text[:place] + quote_marks(text[place:], _FOREIGN_MARKS[first[0]])
-    if first[0] == PYTHON_TAG:  # the call extends to the end of the turn
-        tag = text.index(PYTHON_TAG, place)
+    text = text[:index] + quote_marks(text[index:], _FOREIGN_MARKS[first_mark[0]])
+    if first_mark[0] == PYTHON_TAG:  # the call extends to the end of the turn
+        tag = text.index(PYTHON_TAG, index)
         return f"{text[:tag]}{BEGIN_CALL}{quote_marks(text[tag + len(PYTHON_TAG):])}{END_CALL}"
-    spans = [text[:place]]
+    spans = [text[:index]]
     for thoughts in _THOUGHTS.finditer(text):
-        if thoughts.start() < place:
+        if thoughts.start() < index:
             continue
-        spans += [_convert_outside_thoughts(text[place:thoughts.start()]), BEGIN_THOUGHTS,
+        spans += [_convert_outside_thoughts(text[index:thoughts.start()]), BEGIN_THOUGHTS,
                   quote_marks(thoughts[1], _FOREIGN),
                   END_THOUGHTS if thoughts[2] or thoughts.end() < len(text) else ""]
-        place = thoughts.end()
-    return "".join([*spans, _convert_outside_thoughts(text[place:])])
+        index = thoughts.end()
+    return "".join([*spans, _convert_outside_thoughts(text[index:])])
 
 
 def _is_bare_call(text: str) -> bool:
@@ -164,21 +165,21 @@ def _is_bare_call(text: str) -> bool:
 
 def _convert_outside_thoughts(text: str) -> str:
     """Convert text outside thoughts: calls to Hermes' form, without turn frames."""
-    parts, place = [], 0
+    parts, index = [], 0
     begins = [(match, end) for pattern, end in _CALLS for match in pattern.finditer(text)]
     for match, end in sorted(begins, key=lambda item: item[0].start()):
         # a call inside another call's arguments is text
-        if match.start() < place:
+        if match.start() < index:
             continue
         stop = text.find(end, match.end())
         is_complete = stop >= 0
         inside = text[match.end():stop if stop >= 0 else len(text)].strip().removesuffix("```").strip()
         name = json.dumps(match["name"].strip(), ensure_ascii=False)
         inside = quote_marks(inside, _FOREIGN) or ("{}" if is_complete else "")
-        parts += [_remove_frames(text[place:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
+        parts += [_remove_frames(text[index:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
                   f"{inside}}}{END_CALL}" if is_complete else inside]
-        place = stop + len(end) if stop >= 0 else len(text)
-    return "".join([*parts, _remove_frames(text[place:])])
+        index = stop + len(end) if stop >= 0 else len(text)
+    return "".join([*parts, _remove_frames(text[index:])])
 
 
 def _remove_frames(text: str) -> str:
@@ -234,13 +235,13 @@ def build_marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plai
         ids = list(tokens[:-1] if tokens and tokens[-1] in ends else tokens)
         # quote ordinary tokens, keep mark tokens
         parts, start, marks = [], 0, quotable
-        for place in [*(n for n, id_ in enumerate(ids) if id_ in id_to_mark), len(ids)]:
-            if place > start:
-                parts.append(quote_marks(plain(ids[start:place]), marks))
-            if place < len(ids):
-                parts.append(id_to_mark[ids[place]])
+        for index in [*(n for n, id_ in enumerate(ids) if id_ in id_to_mark), len(ids)]:
+            if index > start:
+                parts.append(quote_marks(plain(ids[start:index]), marks))
+            if index < len(ids):
+                parts.append(id_to_mark[ids[index]])
                 marks = in_calls if parts[-1] in _SECTIONS else quotable
-            start = place + 1
+            start = index + 1
         return "".join(parts)
 
     return decode
@@ -258,13 +259,13 @@ def classify_turn(text: str, message: Message) -> bytes:
         message: the message of the turn.
     """
     # strip because templates trim; search in order because texts may repeat
-    answer = _find_thoughts_end(text, message.reasoning.strip())
+    num_thought = _find_thoughts_end(text, message.reasoning.strip())
     content = message.content.strip()
-    place = text.find(content, answer)
-    calls = _find_calls_begin(text, message, place + len(content) if place >= 0 else answer)
-    spoken = text[answer:calls]
-    return (bytes([KIND_THOUGHT]) * answer + _classify_text(spoken, message)
-            + bytes([KIND_CALL]) * (len(text) - answer - len(spoken)))
+    content_begin = text.find(content, num_thought)
+    content_end = content_begin + len(content) if content_begin >= 0 else num_thought
+    calls_begin = _find_calls_begin(text, message, content_end)
+    return (bytes([KIND_THOUGHT]) * num_thought + _classify_text(text[num_thought:calls_begin], message)
+            + bytes([KIND_CALL]) * (len(text) - calls_begin))
 
 
 def _find_thoughts_end(text: str, thoughts: str) -> int:

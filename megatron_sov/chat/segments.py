@@ -31,8 +31,7 @@ _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _GENERATED = re.compile(f"({BEGIN_GENERATION}|{END_GENERATION})")
 MAX_CACHED_CONTEXT = 10_000
-"""Maximum characters of tools and variables for caching generation prompts; longer texts would fill the
-memory."""
+"""Maximum characters of tools and variables in cached generation prompts; limits the memory."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +151,8 @@ def _separate_thoughts(message: Message) -> Message:
     if (message.role != "assistant" or message.reasoning or END_THOUGHTS not in content
             or not content.lstrip().startswith(BEGIN_THOUGHTS)):
         return message
-    thoughts, rest = split_thoughts(content, False)
-    return replace(message, reasoning=thoughts, content=rest)
+    thoughts, content = split_thoughts(content, False)
+    return replace(message, reasoning=thoughts, content=content)
 
 
 def split_at_turns(template: ChatTemplate, conversation: Conversation, learned: Collection[int],
@@ -178,9 +177,9 @@ def split_at_turns(template: ChatTemplate, conversation: Conversation, learned: 
         spans = {i: _find_prefix_span(template, conversation, i, text, ends) for i in sorted(learned)}
     segments, start = [], 0
     for i in sorted(learned):
-        first, end = spans[i]
-        _check_turn_complete(template, conversation.messages[i], i, text[first:end])
-        segments += [ChatSegment(text[start:first], None), ChatSegment(text[first:end], i, is_turn=True)]
+        begin, end = spans[i]
+        _check_turn_complete(template, conversation.messages[i], i, text[begin:end])
+        segments += [ChatSegment(text[start:begin], None), ChatSegment(text[begin:end], i, is_turn=True)]
         start = end
     segments = [s for s in (*segments, ChatSegment(text[start:], None)) if s.text]
     # overlapping turns would duplicate or reorder characters
@@ -193,16 +192,16 @@ def split_at_turns(template: ChatTemplate, conversation: Conversation, learned: 
 def _check_contents_shown(template: ChatTemplate, conversation: Conversation, text: str,
                           learned: Collection[int]) -> None:
     """Raise `BadRecord` if a content is missing or out of order; unlearned turns may lose thoughts."""
-    place = 0
+    start = 0
     for i, message in enumerate(conversation.messages):
         content = message.content.strip()
         if message.role == "assistant" and i not in learned:
             content = content.rpartition(END_THOUGHTS)[2].strip()
-        position = text.find(content, place)
-        if position < 0:
+        begin = text.find(content, start)
+        if begin < 0:
             raise BadRecord("template", f"has a message that the chat template of {template.where} does not "
                                         f"show as it is: {i + 1} ({message.role}); change it or the template")
-        place = position + len(content)
+        start = begin + len(content)
 
 
 def _check_turn_complete(template: ChatTemplate, message: Message, number: int, turn: str) -> None:
@@ -218,12 +217,12 @@ def _check_turn_complete(template: ChatTemplate, message: Message, number: int, 
 
 def _contains_in_order(pieces: Sequence[str], text: str) -> bool:
     """Return whether a text contains pieces in order; two calls may name the same function."""
-    place = 0
+    start = 0
     for piece in pieces:
-        position = text.find(piece, place)
-        if position < 0:
+        begin = text.find(piece, start)
+        if begin < 0:
             return False
-        place = position + len(piece)
+        start = begin + len(piece)
     return True
 
 
@@ -236,12 +235,13 @@ def _find_generation_spans(template: ChatTemplate, conversation: Conversation, a
     is_complete = parts[1::2] == [BEGIN_GENERATION, END_GENERATION] * len(turns)
     if not turns or not is_complete or "".join(parts[::2]) != text:
         return None
-    places, start = [], 0
-    for part in parts[:-1:2]:
-        start += len(part)
-        places.append(start)
-    return {i: (_find_turn_begin(template, conversation, i, text, *places[2 * n:2 * n + 2]),
-                _find_turn_end(text, places[2 * n], places[2 * n + 1], ends)) for n, i in enumerate(turns)}
+    # an index in the real text for each mark, which has no length there; marks alternate begin, end
+    indices = list(itertools.accumulate(map(len, parts[:-1:2])))
+    spans = {}
+    for turn, begin, end in zip(turns, indices[::2], indices[1::2], strict=True):
+        spans[turn] = (_find_turn_begin(template, conversation, turn, text, begin, end),
+                       _find_turn_end(text, begin, end, ends))
+    return spans
 
 
 def _find_turn_begin(template: ChatTemplate, conversation: Conversation, number: int, text: str, begin: int,
@@ -276,9 +276,9 @@ def _find_prefix_span(template: ChatTemplate, conversation: Conversation, number
     begin = len(prompt) + (len(header) if text.startswith(header, len(prompt)) else 0)
     rendered = template.render(replace(conversation, messages=messages[:number + 1]))
     # the last end token after the turn's begin: end tokens of calls inside come before it
-    places = [rendered.rfind(end, begin) + len(end) for end in ends if end in rendered[begin:]]
+    token_ends = [rendered.rfind(token, begin) + len(token) for token in ends if token in rendered[begin:]]
     is_last = number == len(messages) - 1
-    end = max(places, default=len(rendered) if is_last else len(rendered.rstrip()))
+    end = max(token_ends, default=len(rendered) if is_last else len(rendered.rstrip()))
     if text[:end] != rendered[:end] or end <= begin:
         raise BadRecord("template", f"is shown by the chat template of {template.where} with turn "
                                     f"{number + 1} changed once others follow (its thoughts left out, say); "
@@ -287,21 +287,22 @@ def _find_prefix_span(template: ChatTemplate, conversation: Conversation, number
     return begin, end
 
 
-def _find_header(template: ChatTemplate, conversation: Conversation, number: int, asked: str) -> str:
+def _find_header(template: ChatTemplate, conversation: Conversation, number: int, prompt: str) -> str:
     """Return the text between prompt and response for templates without `add_generation_prompt`.
 
     It is computed for messages with contents only, so that prefixes learn as much as marks do.
     """
-    if asked != template.render(replace(conversation, messages=conversation.messages[:number])):
+    # a template with `add_generation_prompt` has put the header into the prompt
+    if prompt != template.render(replace(conversation, messages=conversation.messages[:number])):
         return ""
     plain = tuple(Message(m.role, "a") for m in conversation.messages[:number + 1])
     try:
-        prompt, segments = (split_at_contents(template, replace(conversation, messages=messages))
-                            for messages in (plain[:number], plain))
+        prompt_segments = split_at_contents(template, replace(conversation, messages=plain[:number]))
+        segments = split_at_contents(template, replace(conversation, messages=plain))
     except BadRecord:
         return ""
     text_before = _text_before(segments, number)
-    prompt_text = "".join(s.text for s in prompt)
+    prompt_text = "".join(s.text for s in prompt_segments)
     return text_before[len(prompt_text):] if text_before.startswith(prompt_text) else ""
 
 

@@ -67,19 +67,19 @@ def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
     """
     # convert to Hermes' form: parsing handles a single pair of marks
     text = to_hermes_form(text, in_thoughts=in_thoughts, form=form)
-    place, last_end = _skip_opened_thoughts(text, in_thoughts), text.rfind(END_CALL)
-    texts: list[str] = []
+    index, last_end = _skip_opened_thoughts(text, in_thoughts), text.rfind(END_CALL)
+    content_parts: list[str] = []
     calls: list[ToolCall | BadCall] = []
-    while mark := _MARK.search(text, place):
-        texts.append(text[place:mark.start()])
+    while mark := _MARK.search(text, index):
+        content_parts.append(text[index:mark.start()])
         if mark[0] == BEGIN_CALL:
-            call, place = _parse_call(text, mark.end(), last_end, form)
+            call, index = _parse_call(text, mark.end(), last_end, form)
             calls.append(call)
         else:
-            place = _skip_thoughts(text, mark.end())
-    texts.append(text[place:])
+            index = _skip_thoughts(text, mark.end())
+    content_parts.append(text[index:])
     # keep indentation: an answer may be code
-    return WrittenTurn(unquote_marks("".join(texts)).lstrip("\n").rstrip(), tuple(calls))
+    return WrittenTurn(unquote_marks("".join(content_parts)).lstrip("\n").rstrip(), tuple(calls))
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,17 @@ def parse_served_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str,
         form: call form; None: decided by the marks.
     """
     text = to_hermes_form(text, in_thoughts=in_thoughts, form=form if tools else None)
-    thoughts, rest = split_thoughts(text, in_thoughts)
+    thoughts, content = split_thoughts(text, in_thoughts)
     # text before the first call remains content
-    place = rest.find(BEGIN_CALL) if tools else -1
-    if place < 0:
-        return build_served_turn(thoughts, rest)
-    parsed = parse_turn(rest[place:], form=form)
+    index = content.find(BEGIN_CALL) if tools else -1
+    if index < 0:
+        return build_served_turn(thoughts, content)
+    parsed = parse_turn(content[index:], form=form)
     calls = tuple(call for call in parsed.calls if isinstance(call, ToolCall))
     if not calls or any(isinstance(call, BadCall) for call in parsed.calls):
-        return build_served_turn(thoughts, rest)
+        return build_served_turn(thoughts, content)
     suffix = f"\n{parsed.content}" if parsed.content else ""
-    return build_served_turn(thoughts, rest[:place].rstrip(), calls, suffix)
+    return build_served_turn(thoughts, content[:index].rstrip(), calls, suffix)
 
 
 def build_served_turn(thoughts: str, content: str, calls: tuple[ToolCall, ...] = (),
@@ -140,8 +140,8 @@ def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
         text = stripped.removeprefix(BEGIN_THOUGHTS)
     elif not in_thoughts:
         return "", text
-    thoughts, _, rest = text.partition(END_THOUGHTS)
-    return thoughts.strip("\n"), rest.lstrip("\n")
+    thoughts, _, content = text.partition(END_THOUGHTS)
+    return thoughts.strip("\n"), content.lstrip("\n")
 
 
 def _skip_opened_thoughts(text: str, in_thoughts: bool) -> int:

@@ -191,18 +191,18 @@ def _describe_id_difference(folder: Path, other: Path, differing: list[int], our
 def _describe_field_difference(folder: Path, other: Path, ours: dict[str, Any], theirs: dict[str, Any]
                           ) -> str | None:
     for name in {**ours, **theirs}:
-        if (left := ours.get(name)) != (right := theirs.get(name)):
+        if (our_value := ours.get(name)) != (their_value := theirs.get(name)):
             effect = "ids have another text" if name == "decoder" else "the same text has other ids"
             return (f"{folder / TOKENIZER_JSON}: its {name} differs from that of {other} "
-                    f"({_describe_first_difference(left, right)}), so {effect}")
+                    f"({_describe_first_difference(our_value, their_value)}), so {effect}")
     return None
 
 
-def _describe_first_difference(left: Any, right: Any, place: str = "") -> str:
+def _describe_first_difference(ours: Any, theirs: Any, path: str = "") -> str:
     """Return the path and values of the first difference between two JSON values."""
-    if isinstance(left, list) and isinstance(right, list):
-        left, right = dict(enumerate(left)), dict(enumerate(right))
-    if not isinstance(left, dict) or not isinstance(right, dict):
-        return f"{place}{left!r:.80} here, {right!r:.80} there"
-    key = next(key for key in {**left, **right} if left.get(key) != right.get(key))
-    return _describe_first_difference(left.get(key), right.get(key), f"{place}{key}: ")
+    if isinstance(ours, list) and isinstance(theirs, list):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return f"{path}{ours!r:.80} here, {theirs!r:.80} there"
+    key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+    return _describe_first_difference(ours.get(key), theirs.get(key), f"{path}{key}: ")

@@ -72,24 +72,24 @@ def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
     """
     stds = {STANDARD: 1.0, NORMAL: config.init_std,
             RESIDUAL: config.init_std / math.sqrt(2 * config.num_layers)}
-    random_blocks = []
-    for block in list_local_shards(model):
-        if not block.key.startswith(only):
+    random_shards = []
+    for shard in list_local_shards(model):
+        if not shard.key.startswith(only):
             continue
-        rule = find_init_rule(block.key)
+        rule = find_init_rule(shard.key)
         if rule == ADAPTER_INPUT:
-            random_blocks.append((block, 1 / math.sqrt(3 * block.global_shape[-1])))
+            random_shards.append((shard, 1 / math.sqrt(3 * shard.global_shape[-1])))
         elif rule == FAN_IN:
-            random_blocks.append((block, 1 / math.sqrt(math.prod(block.global_shape[1:]))))
+            random_shards.append((shard, 1 / math.sqrt(math.prod(shard.global_shape[1:]))))
         elif rule in (SINUSOIDS, STEPS, DECAYS, EVEN_DECAYS):
-            local = tuple(slice(start, start + n) for start, n in zip(block.offset, block.shape, strict=True))
-            block.data.copy_(compute_fixed_values(rule, block.global_shape)[local])
+            index = tuple(slice(start, start + n) for start, n in zip(shard.offset, shard.shape, strict=True))
+            shard.data.copy_(compute_fixed_values(rule, shard.global_shape)[index])
         elif rule in stds:
-            random_blocks.append((block, stds[rule]))
+            random_shards.append((shard, stds[rule]))
         else:
             is_one = rule == ONES or (rule == NORM and not config.zero_centered_norms)
-            block.data.fill_(1.0 if is_one else 0.0)
-    parts = (part for block, std in random_blocks for part in _split_rows(block, std))
+            shard.data.fill_(1.0 if is_one else 0.0)
+    parts = (part for shard, std in random_shards for part in _split_rows(shard, std))
     for part, values in _generate_values(parts, seed, torch.get_num_threads()):
         part.target.copy_(values)
 
@@ -114,17 +114,17 @@ def generate_normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
     """
     digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
-    first = start // _PER_COUNTER
+    first_step = start // _PER_COUNTER
     # Philox is counter-based: a skip to `start` costs no time
-    generator.advance(first)
-    steps = -(-(start + count) // _PER_COUNTER) - first
-    words = generator.random_raw(steps * 4).view(np.uint32)
+    generator.advance(first_step)
+    num_steps = -(-(start + count) // _PER_COUNTER) - first_step
+    words = generator.random_raw(num_steps * 4).view(np.uint32)
     # Uniforms in the open interval (0, 1): log(0) would be infinite.
-    u = (words.astype(np.float64) + 0.5) / 2.0**32
-    radius, angle = np.sqrt(-2.0 * np.log(u[0::2])), 2.0 * np.pi * u[1::2]
-    values = np.empty(len(u), dtype=np.float32)
+    uniforms = (words.astype(np.float64) + 0.5) / 2.0**32
+    radius, angle = np.sqrt(-2.0 * np.log(uniforms[0::2])), 2.0 * np.pi * uniforms[1::2]
+    values = np.empty(len(uniforms), dtype=np.float32)
     values[0::2], values[1::2] = radius * np.cos(angle), radius * np.sin(angle)
-    skip = start - first * _PER_COUNTER
+    skip = start - first_step * _PER_COUNTER
     return values[skip:skip + count]
 
 
@@ -151,19 +151,20 @@ class _InitPart:
         return torch.from_numpy(rows[:, self.local_columns] * np.float32(self.std))
 
 
-def _split_rows(block: LocalShard, std: float) -> Iterator[_InitPart]:
+def _split_rows(shard: LocalShard, std: float) -> Iterator[_InitPart]:
     """Split a shard into parts with about `_PART_VALUES` values."""
-    leading = block.offset[: len(block.global_shape) - 2]
-    rows, columns = (1, *block.global_shape)[-2:]
-    matrix = int(np.ravel_multi_index(leading, block.global_shape[:-2])) if leading else 0
-    row0, column0 = (0, *block.offset)[-2:]
-    target = block.data.reshape(-1, block.data.shape[-1]) if block.data.is_contiguous() else block.data
-    step = max(1, _PART_VALUES // columns)
-    for row in range(0, target.shape[0], step):
+    leading_offset = shard.offset[: len(shard.global_shape) - 2]
+    num_rows, num_columns = (1, *shard.global_shape)[-2:]
+    # Flat index of the shard's matrix in a stack of matrices, such as an expert's.
+    matrix = int(np.ravel_multi_index(leading_offset, shard.global_shape[:-2])) if leading_offset else 0
+    first_row, first_column = (0, *shard.offset)[-2:]
+    target = shard.data.reshape(-1, shard.data.shape[-1]) if shard.data.is_contiguous() else shard.data
+    part_rows = max(1, _PART_VALUES // num_columns)
+    for row in range(0, target.shape[0], part_rows):
         # The stream index of a row's first value is independent of the layout. If the shard has only some
         # columns, whole rows are generated and cut.
-        yield _InitPart(block.key, (matrix * rows + row0 + row) * columns, columns,
-                        slice(column0, column0 + target.shape[1]), target[row:row + step], std)
+        yield _InitPart(shard.key, (matrix * num_rows + first_row + row) * num_columns, num_columns,
+                        slice(first_column, first_column + target.shape[1]), target[row:row + part_rows], std)
 
 
 def compute_fixed_values(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -183,8 +184,8 @@ def compute_fixed_values(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
         step = (low + (index + 0.5) / shape[0] * (high - low)).exp()
         return step + torch.log(-torch.expm1(-step))  # inverse of softplus
     half = shape[1] // 2
-    turns = torch.exp(-math.log(10_000) / max(half - 1, 1) * torch.arange(half, dtype=torch.float64))
-    angle = index[:, None] * turns
+    frequencies = torch.exp(-math.log(10_000) / max(half - 1, 1) * torch.arange(half, dtype=torch.float64))
+    angle = index[:, None] * frequencies
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 

@@ -147,7 +147,7 @@ COMMANDS = {
          "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
     "convert": Command(
         "megatron_sov.commands.models.convert:CONVERT",
-        "from-hf, to-hf, from-megatron, to-megatron, verify, inspect, average, to-peft, from-peft: "
+        "from-hf, to-hf, from-megatron, to-megatron, to-dcp, verify, inspect, average, to-peft, from-peft: "
         "checkpoints, Hugging Face folders, adapters", PUBLISH, "convert.md", ("convert to-hf runs/sft hf",
          "convert from-hf hf checkpoint")),
     "chat": Command(

@@ -1,8 +1,7 @@
 """Average checkpoints with equal architectures, tensor by tensor, in float64.
 
 Memory holds two output tensors and a million elements of each checkpoint. Adapters of one base are averaged
-as merged
-models: tensors without an adapter keep the base's bits, and adapted tensors are merged for each checkpoint.
+as merged models: tensors without an adapter keep the base's bits, the others are merged for each checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,14 +36,8 @@ OpenCheckpoint = CheckpointWeights | AdaptedWeights
 
 
 def compute_weights(count: int, kind: str, decay: float) -> list[float]:
-    """Return averaging weights for checkpoints, oldest first.
-
-    Args:
-        count: number of checkpoints.
-        kind: "uniform"; "linear": 1, 2, 3, ...; "ema": each weight is `decay` times the next, which
-            approximates an exponential moving average that starts at the first checkpoint.
-        decay: 0 to 1.
-    """
+    """Return averaging weights for checkpoints, oldest first. linear: 1, 2, 3, ...; ema: each weight is
+    `decay` times the next, an exponential moving average that starts at the first checkpoint."""
     if kind == "uniform":
         return [1.0] * count
     if kind == "linear":
@@ -55,17 +47,10 @@ def compute_weights(count: int, kind: str, decay: float) -> list[float]:
 
 def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] = (None, None),
                        kind: str = "uniform", decay: float = 0.5) -> list[tuple[Path, float]]:
-    """Return a run's complete checkpoints to average, with averaging weights.
+    """Return a run's complete checkpoints to average, with averaging weights (see `compute_weights`).
 
-    Args:
-        run: folder of the run.
-        last: number of newest checkpoints; None uses all.
-        steps: first and last step; None means unbounded.
-        kind: see `weights_of`.
-        decay: decay of "ema".
-
-    Raises:
-        UserError: there are fewer than two checkpoints, or fewer than `last`.
+    `last` is the number of newest checkpoints, `steps` are first and last step; None means all. Raises
+    `UserError`: there are fewer than two checkpoints, or fewer than `last`.
     """
     check_model_path(run)
     first, end = steps
@@ -111,11 +96,14 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     """
     out = Path(out)
     check_output_folder(out, CHECKPOINT_KIND, overwrite)
-    paths = [_find_start(path) for path, _ in checkpoints]
+    for path, _ in checkpoints:
+        check_model_path(path)
+    paths = [find_checkpoint(path) for path, _ in checkpoints]
     if len(paths) < min_checkpoints:
         raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
                         "checkpoints; pass another checkpoint")
-    weights = _check_weights(paths, [weight for _, weight in checkpoints])
+    weights = [weight for _, weight in checkpoints]
+    _check_weights(paths, weights)
     sources = [open_checkpoint_weights(path) for path in paths]
     links = {format_block_name(link.key, link.offset): link for link in sources[0].links}
     files = plan_files(links, sources[0].get_dtype, KEEP)
@@ -183,28 +171,23 @@ def _iter_slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]
                (*link.extent[:axis], rows, *link.extent[axis + 1:]))
 
 
-def _find_start(path: Path) -> Path:
-    check_model_path(path)
-    return find_checkpoint(path)
-
-
-def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[float]:
-    """Check headers, and return the opened weights."""
+def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> None:
     for path, weight in zip(paths, weights, strict=True):
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{path}: its weight {weight:g} must be a positive number; omit the checkpoint, "
                             "or increase its weight")
     for path in paths[1:]:
         _check_compatible(paths[0], path)
-    return list(weights)
 
 
 def _check_compatible(first: Path, path: Path) -> None:
     """Raise `UserError` if architecture, tokenizer or base differ."""
-    first_model, other_model = read_checkpoint_settings(first).model, read_checkpoint_settings(path).model
-    for name, value, other_value in _iter_differences(first_model, other_model):
-        raise UserError(f"{path}: has model.{name} = {other_value}, but {first} has {value}; only "
-                        "checkpoints of one architecture can be averaged")
+    models = [read_checkpoint_settings(folder).model for folder in (first, path)]
+    for field in dataclasses.fields(ModelConfig):
+        value, other_value = (getattr(model, field.name) for model in models)
+        if value != other_value and field.name not in TRAINING_FIELDS:
+            raise UserError(f"{path}: has model.{field.name} = {other_value}, but {first} has {value}; only "
+                            "checkpoints of one architecture can be averaged")
     bases = [read_adapter_base(p) for p in (first, path)]
     digests = [None if base is None else base.sha256 for base in bases]
     if digests[0] != digests[1]:
@@ -213,10 +196,3 @@ def _check_compatible(first: Path, path: Path) -> None:
                         "adapters to full checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
     check_same_tokenizer(first / "tokenizer", path / "tokenizer",
                          "only checkpoints with the same tokenizer can be averaged")
-
-
-def _iter_differences(first: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    for field in dataclasses.fields(first):
-        pair = getattr(first, field.name), getattr(other, field.name)
-        if pair[0] != pair[1] and field.name not in TRAINING_FIELDS:
-            yield field.name, *pair

@@ -135,9 +135,8 @@ def describe_split_conflict(folder: Path, split: str | None) -> str | None:
     """Return a warning if tokenizer.json splits text unlike `split`, which transformers uses for the model
     family."""
     tokenizer_file = folder / "tokenizer.json"
-    if split is None or not tokenizer_file.is_file():
-        return None
-    if json.dumps(split) in json.dumps(read_json(tokenizer_file).get("pre_tokenizer")):
+    if split is None or not tokenizer_file.is_file() or (
+            json.dumps(split) in json.dumps(read_json(tokenizer_file).get("pre_tokenizer"))):
         return None
     return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer "
             "uses for this model family, so token ids may differ; "

@@ -205,7 +205,11 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     """Load the folder with transformers, and check the reported keys."""
     from transformers import AutoModelForCausalLM  # slow to import, and few exports are loaded
 
-    _check_memory(side.path)
+    needed_bytes = sum(file.stat().st_size for file in side.path.glob("*.safetensors"))
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        raise UserError(f"{side.path}: loading takes {format_size(needed_bytes)} of memory, but "
+                        f"{format_size(free_bytes)} are free; pass --no-load to compare files only")
     try:
         _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=list_ignored_prefixes(side.path),
                                    **{"dtype": "auto", **find_low_bit_options(side.path)})
@@ -213,14 +217,6 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
     return [_check_none(f"{side.path}: transformers reports keys {kind}", names)
             for kind, names in keys.items()]
-
-
-def _check_memory(path: Path) -> None:
-    needed_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    free_bytes = psutil.virtual_memory().available
-    if needed_bytes > free_bytes:
-        raise UserError(f"{path}: loading takes {format_size(needed_bytes)} of memory, but "
-                        f"{format_size(free_bytes)} are free; pass --no-load to compare files only")
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,

@@ -330,19 +330,8 @@ class ImportSource:
 def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int, overwrite: bool,
                    redo: bool) -> None:
     """Write a checkpoint (part `model`, and `optimizer` if `source` has states), which appears when complete.
-
-    Args:
-        out: checkpoint to write.
-        source: weights and companion files.
-        dtype: see `from_hf`.
-        workers: files written at a time.
-        overwrite: replace an existing checkpoint.
-        redo: start over if unfinished work with other arguments exists.
-
-    Raises:
-        UserError: a tensor is damaged, a value is not finite, the disk is full, or other work on `out` is
-            unfinished.
-    """
+    For the other arguments see `from_hf`. Raises `UserError`: a tensor is damaged, a value is not finite, the
+    disk is full, or other work on `out` is unfinished."""
     weights, folder = source.weights, source.weights.path
     links = {format_block_name(link.key, link.offset): link for link in weights.links}
     files = plan_files(links, weights.get_dtype, dtype)

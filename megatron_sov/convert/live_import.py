@@ -6,7 +6,6 @@ Exports equal the files of `to_hf` bit for bit. Imports are the inverse, with th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -73,7 +72,8 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
             for link in by_key[key]:
                 model_dtype = get_merged_dtype(whole.dtype) if model.lora.on else whole.dtype
                 target = choose_export_dtype(dtype, link.fp32, model_dtype)
-                for name, tensor in _split_block(link, whole):
+                place = tuple(slice(o, o + n) for o, n in zip(link.offset, link.extent, strict=True))
+                for name, tensor in link.split(whole[place]).items():
                     yield name, (merge_adapter(tensor, adapted_places[name], factors, model.lora)
                                  if name in adapted_places else tensor).to(target)
             factors.clear()
@@ -81,21 +81,8 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
         tensors.close()
 
 
-def _split_block(link: Link, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the Hugging Face tensors in a block of a whole tensor."""
-    block = whole[tuple(slice(o, o + n) for o, n in zip(link.offset, link.extent, strict=True))].reshape(
-        link.block_shape)
-    yield from link.split(block).items()
-
-
-@dataclass(frozen=True)
-class _Region:
-    """Overlap between a block and a local shard."""
-
-    target: torch.Tensor
-    """View into the shard."""
-    source: tuple[slice, ...]
-    """Slices into the block, per axis of the global tensor."""
+_Region = tuple[torch.Tensor, tuple[slice, ...]]
+"""Overlap between a block and a local shard: view into the shard, and slices into the block."""
 
 
 class LiveImport:
@@ -130,7 +117,7 @@ class LiveImport:
         """Hugging Face name -> local regions. Interleaved tensors (query, key, value) share the entry of the
         first name in their block."""
         for link in links:
-            local = [shard for group in _list_groups(link) for shard in shards.get(group, ())]
+            local = shards.get(_get_group(link.key, link.offset), [])
             for name, (first, count) in link.rows().items():
                 offset, self._extents[name] = _locate_rows(link, first, count)
                 self._regions[name] = _find_regions(local, offset, self._extents[name])
@@ -173,13 +160,6 @@ def _get_group(key: str, offset: tuple[int, ...]) -> tuple[str, int]:
     return key, offset[0] if ".experts.experts." in key else 0
 
 
-def _list_groups(link: Link) -> list[tuple[str, int]]:
-    """Return the groups with shards of a block; stacked experts have a group per expert."""
-    if ".experts.experts." not in link.key:
-        return [(link.key, 0)]
-    return [(link.key, link.offset[0] + expert) for expert in range(link.extent[0])]
-
-
 def _locate_rows(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return offset and extent in the global tensor for `count` rows in a block."""
     axis = len(link.shape) - len(link.block_shape)
@@ -199,8 +179,8 @@ def _find_regions(shards: list[LocalShard], offset: tuple[int, ...],
                 for a, n, b, m in zip(shard.offset, shard.shape, offset, extent, strict=True)]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             continue
-        target = _to_slices(starts, ends, shard.offset)
-        regions.append(_Region(shard.data.view(shard.shape)[target], _to_slices(starts, ends, offset)))
+        target = shard.data.view(shard.shape)[_to_slices(starts, ends, shard.offset)]
+        regions.append((target, _to_slices(starts, ends, offset)))
     return regions
 
 
@@ -209,7 +189,6 @@ def _to_slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]
 
 
 def _copy_block(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:
-    if regions:
-        block = block.reshape(extent)
-    for region in regions:
-        region.target.copy_(block[region.source])
+    block = block.reshape(extent)
+    for target, place in regions:
+        target.copy_(block[place])

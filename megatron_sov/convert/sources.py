@@ -6,10 +6,11 @@ thread.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +20,6 @@ from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manif
 from megatron_sov.base.errors import UserError, suggest_spelling
 from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.convert.low_bit import FIELD, find_low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import NESTED_TEXT_MODELS, extract_text_config
@@ -28,39 +28,84 @@ from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import (
     CONFIG, DAMAGED_HF, EMBEDDING, HEAD, RECOMPUTED, find_tensor_files, format_names,
     is_hf_folder as is_hf_folder, read_json)
-from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, find_checkpoint, read_checkpoint_settings
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINTS_FOLDER, OPTIMIZER, find_checkpoint, read_checkpoint_settings)
 
 HASHED_AT_A_TIME = 4
 PART = "model"
 """Checkpoint part with the weights."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Accepted weight dtypes."""
+def find_low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile]) -> dict[str,
+                         LowBitWeight]:
+    """Return name -> weight for a folder's FP8 weights; {} without `quantization_config`. Raises `UserError`:
+    the format is not supported, or a stored tensor is missing or has a wrong shape or dtype."""
+    quantised = config.get(FIELD)
+    if quantised is None:
+        return {}
+    if not isinstance(quantised, dict):
+        raise UserError(f"{FIELD} = {quantised!r} must be an object; download config.json again")
+    suffix = BLOCK_SCALES
+    if quantised.get("quant_method") == "compressed-tensors":
+        _check_compressed(quantised)
+        suffix = SINGLE_SCALE
+    else:
+        _check_blocks(quantised)
+    names = {name.removesuffix(suffix) for name, file in shards.items()
+             if file.entries[name].dtype == EIGHT_BITS or name.endswith(f".weight{suffix}")}
+    return {name: _open_weight(name, suffix, shards) for name in names}
+
+
+def _open_weight(name: str, suffix: str, shards: Mapping[str, TensorFile]) -> LowBitWeight:
+    """Check a weight's header and that of its scales."""
+    scales = name + suffix
+    if name not in shards:
+        raise UserError(f"{name} is missing, although {scales} exists; download the folder again")
+    if scales not in shards:
+        raise UserError(f"{name} has no scale ({scales}); download the folder again")
+    shape = shards[name].entries[name].shape
+    if len(shape) != 2:
+        raise UserError(f"{name} has shape {list(shape)}, but an FP8 weight is a matrix; download the folder "
+                        "again")
+    num_scales = (1,) if suffix == SINGLE_SCALE else tuple(-(-n // BLOCK) for n in shape)
+    for part, kind, expected, itemsize in ((name, EIGHT_BITS, shape, 1), (scales, "F32", num_scales, 4)):
+        stored, size_bytes = shards[part].entries[part], math.prod(expected) * itemsize
+        if (stored.dtype, stored.shape, stored.size_bytes) != (kind, expected, size_bytes):
+            raise UserError(f"{part} is {stored.dtype} {list(stored.shape)} and must be {kind} "
+                            f"{list(expected)}, see {FIELD}")
+    return LowBitWeight((name, scales), shards)
+
+
+def _check_blocks(quantised: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless the format is FP8 with block scales."""
+    # Absent fields count as None, except for `quant_method` and `weight_block_size`, which must be present.
+    values = {name: quantised.get(name) for name in {*SUPPORTED_VALUES, *quantised}
+              if name not in MODULE_FIELDS}
+    for name, value in sorted(values.items()):
+        if value not in SUPPORTED_VALUES.get(name, (None,)):
+            raise UserError(f"{FIELD} has {name} = {value!r}, but only weights in float8 (e4m3) with a scale "
+                            f"per block of {BLOCK} x {BLOCK} and those of compressed-tensors are supported; "
+                            "save the model without quantization")
+
+
+def _check_compressed(quantised: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless a compressed-tensors folder has a single scale per weight."""
+    groups = quantised.get("config_groups")
+    group_list = list(groups.values()) if isinstance(groups, dict) else []
+    is_supported = (group_list and quantised.get("format") == "float-quantized"
+                    and not any(quantised.get(name) for name in ("transform_config", "sparsity_config"))
+                    and all(isinstance(group, dict) and isinstance(group.get("weights"), dict)
+                       and all(group["weights"].get(name) == value for name, value in TENSOR_WISE.items())
+                            for group in group_list))
+    if not is_supported:
+        raise UserError(f"{FIELD} has format = {quantised.get('format')!r} with config_groups = {groups!r}, "
+                        "but the only supported compressed-tensors format is float-quantized with one scale "
+                        "per tensor; save the model without quantization")
+
+
 STACK = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 """A layer's stacked experts, as in transformers' memory layout."""
 IMPORTED_WEIGHTS = "the weights to take in"
-
-
-class StoredTensor(Protocol):
-    """A tensor in a Hugging Face folder, stored plain or packed in several tensors."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape after unpacking."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype after unpacking."""
-
-    @property
-    def files(self) -> Set[str]:
-        """Return the file names that store the tensor."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Return the stored tensors' names, for example packed values and scales."""
-
-    def read(self) -> torch.Tensor:
-        """Read the tensor; raises `UserError` if a file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +151,65 @@ class ExpertPart(FileTensor):
     def read(self) -> torch.Tensor:
         inputs = slice(0, self.shape[1])
         return self.file.read(self.name, [slice(self.expert, self.expert + 1), self.rows, inputs])[0]
+
+
+# FP8 weights have a scale per block of 128 x 128 (DeepSeek-V3), or one scale (format `float-quantized` of
+# compressed-tensors). They are value times scale, rounded as in DeepSeek-V3's `inference/fp8_cast_bf16.py`.
+
+FIELD = "quantization_config"
+EIGHT_BITS = "F8_E4M3"
+"""Name for `torch.float8_e4m3fn` in safetensors headers."""
+BLOCK = 128
+"""Rows and columns per block."""
+BLOCK_SCALES, SINGLE_SCALE = "_scale_inv", "_scale"
+"""Suffixes of the names of scales."""
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",), "weight_block_size": ([BLOCK, BLOCK],), "fmt": ("e4m3", None),
+    "activation_scheme": ("dynamic", None), "scale_fmt": ("ue8m0", "float", None)}
+"""Field -> values that do not change how stored bytes are interpreted."""
+MODULE_FIELDS = ("modules_to_not_convert", "ignored_layers")
+"""Fields that list unquantized modules; the dtypes in the files contain the same information."""
+TENSOR_WISE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "group_size": None,
+               "block_structure": None, "actorder": None}
+"""Field in a compressed-tensors group that determines how bytes are interpreted -> supported values."""
+
+
+@dataclass(frozen=True)
+class LowBitWeight:
+    """A weight stored in FP8."""
+
+    parts: tuple[str, str]
+    """Names of the stored weight and its scales."""
+    shards: Mapping[str, TensorFile]
+    """Tensor name -> file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shards[self.parts[0]].entries[self.parts[0]].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    @property
+    def files(self) -> set[str]:
+        return {self.shards[part].path.name for part in self.parts}
+
+    def read(self) -> torch.Tensor:
+        """Read the weight in bfloat16; raises `UserError` if a file is damaged."""
+        numbers, scales = (self.shards[part].read(part, dtype=dtype) for part, dtype in zip(
+            self.parts, (torch.float8_e4m3fn, torch.float32), strict=True))
+        if scales.dim() == 1:
+            return (numbers.float() * scales).bfloat16()
+        weight = torch.empty(numbers.shape, dtype=torch.bfloat16)
+        for row, row_scales in enumerate(scales):
+            strip = slice(row * BLOCK, (row + 1) * BLOCK)
+            weight[strip] = numbers[strip].float() * row_scales.repeat_interleave(BLOCK)[:numbers.shape[1]]
+        return weight
+
+
+StoredTensor = FileTensor | LowBitWeight
+"""A tensor in a Hugging Face folder, stored plain or in FP8."""
 
 
 class Weights(Protocol):
@@ -258,7 +362,7 @@ def has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return name -> stored tensor; raises `UserError` for an unknown storage format."""
-    low_bit: dict[str, StoredTensor] = {**find_low_bit_weights(config, shards)}
+    low_bit = find_low_bit_weights(config, shards)
     parts = {part for tensor in low_bit.values() for part in tensor.parts}
     return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | low_bit
 
@@ -309,13 +413,20 @@ class BlockWeights:
 class CheckpointWeights(BlockWeights):
     """Checkpoint tensors, split into Hugging Face tensors."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, state: str = "") -> None:
+        """`state`: read this optimizer tensor, such as exp_avg, of the weights that have it; "": weights."""
         settings = read_checkpoint_settings(path)
         model = settings.model
-        super().__init__(path, model, models.get_family(model.family, settings.code).links(model))
-        self._reader = TensorReader(path, PART)
-        shapes = {key: self._reader.get_shape(key)
-                  for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
+        links = models.get_family(model.family, settings.code).links(model)
+        self._reader = TensorReader(path, OPTIMIZER if state else PART)
+        keys = self._reader.keys()
+        if state:
+            keys = [key for key in keys if key.startswith(f"{state}/")]
+            trained = set(keys)
+            links = [replace(link, key=f"{state}/{link.key}") for link in links
+                     if f"{state}/{link.key}" in trained]
+        super().__init__(path, model, links)
+        shapes = {key: self._reader.get_shape(key) for key in keys}
         check_shapes(path, shapes, {link.key: link.shape for link in self.links},
                      "the checkpoint is damaged or of another version")
         self._reader.check_complete()
@@ -402,31 +513,15 @@ def check_export(folder: Path) -> None:
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
 
 
-class HasShape(Protocol):
-    """A tensor, or a message that announces a tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the whole tensor's shape."""
-        ...
-
-
-_Tensor = TypeVar("_Tensor", bound=HasShape)
+_Tensor = TypeVar("_Tensor", bound=Any)
+"""A tensor, or a message that announces one: has a `shape`."""
 
 
 def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
                       ignored: Sequence[str] = ()) -> Iterator[tuple[str, _Tensor]]:
-    """Yield tensors in arrival order, and check that the tensors form a whole model.
-
-    Args:
-        weights: (name, tensor) or (name, announcement).
-        shapes: name -> shape of the model.
-        ignored: regular expressions for names that are skipped.
-
-    Raises:
-        UserError: a tensor is unknown, repeated or has a wrong shape; after the last tensor, if tensors are
-            missing.
-    """
+    """Yield tensors in arrival order, and check that the tensors form a whole model with `shapes`; names that
+    match the regular expressions `ignored` are skipped. Raises `UserError`: a tensor is unknown, repeated or
+    has a wrong shape; after the last tensor, if tensors are missing."""
     received_shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in weights:
         if name not in shapes and any(re.search(pattern, name) for pattern in ignored):

@@ -45,14 +45,14 @@ class HeldoutData:
     max_tokens: int
     """Maximum tokens per source."""
 
-    def judged(self) -> list[tuple[int, Source]]:
+    def list_heldout_sources(self) -> list[tuple[int, Source]]:
         """Return (index, source) for sources with held-out documents."""
         return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
 
     @cached_property
     def _cut_sources(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
         """Source index -> (`Documents`, `OrderedSample` per row)."""
-        opened = {index: source.open_split("heldout") for index, source in self.judged()}
+        opened = {index: source.open_split("heldout") for index, source in self.list_heldout_sources()}
         return {index: (shard, build_heldout_samples(shard, index, self.seq_len, self.max_tokens))
                 for index, shard in opened.items()}
 
@@ -91,10 +91,11 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
     vocab_size = max(int(read_manifest(split_source_name(path)[1], "tokens").content["vocab_size"])
                      for path in paths)
     data = HeldoutData(sources, vocab_size, seq_len, max_tokens)
-    if not data.judged():
+    heldout_sources = data.list_heldout_sources()
+    if not heldout_sources:
         raise UserError(f"--data {', '.join(paths)}: has no held-out documents to evaluate on; "
                         "pack with --heldout 0.02")
-    if not any((row.weights > 0).any() for index, _ in data.judged() for row in data.rows(index)):
+    if not any((row.weights > 0).any() for index, _ in heldout_sources for row in data.rows(index)):
         raise UserError(f"--data {', '.join(paths)}: all held-out tokens have loss weight 0 (prompts only), "
                         "so there is no loss to compute; look at them with `sov-data sample`")
     if model_tokenizer is not None:
@@ -113,16 +114,16 @@ def evaluate_rows(data: HeldoutData, compute_losses: Callable[[PackedRow], np.nd
     results = {}
     sizes = data.bytes_of_token(data.vocab_size)
     with create_bar("judging", data.num_rows, "row") as bar:
-        for index, source in data.judged():
+        for index, source in data.list_heldout_sources():
             sums = dict.fromkeys(SUMS, 0.0)
             for row in data.rows(index):
                 # Loss weights only select the targets; held-out losses are not weighted.
-                counted, losses = row.weights > 0, compute_losses(row)
-                sums["nats"] += float(losses[counted].sum(dtype=np.float64))
-                sums["tokens"] += int(counted.sum())
-                sums["size_bytes"] += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
-                for part, (column, chosen) in PARTS.items() if row.columns else ():
-                    in_part = counted & chosen(row.columns[column])
+                is_target, losses = row.weights > 0, compute_losses(row)
+                sums["nats"] += float(losses[is_target].sum(dtype=np.float64))
+                sums["tokens"] += int(is_target.sum())
+                sums["size_bytes"] += int(sizes[row.labels[is_target]].sum()) if sizes is not None else 0
+                for part, (column, select) in PARTS.items() if row.columns else ():
+                    in_part = is_target & select(row.columns[column])
                     sums[f"{part}_nats"] += float(losses[in_part].sum(dtype=np.float64))
                     sums[f"{part}_tokens"] += int(in_part.sum())
                 bar.update()

@@ -78,8 +78,7 @@ class _Difference:
         self._largest, self._scale, self._num_different, self._num_compared, self._worst = 0.0, 1.0, 0, 0, ""
 
     def add_document(self, document: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
-        """Compare a document's logits [tokens, vocab_size]. Raises `UserError`: the vocabulary sizes differ.
-        """
+        """Compare a document's logits [tokens, vocab_size]. Raises `UserError`: the vocabularies differ."""
         if ours.shape != reference.shape:
             raise UserError(f"the models have {ours.shape[-1]} and {reference.shape[-1]} token ids, so their "
                             "logits cannot be compared; pass two forms of one model")
@@ -96,8 +95,9 @@ class _Difference:
         # Rounding errors grow with the logits.
         limit = MAX_DIFFERENCE * self._scale
         return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit,
-                            self._worst), ParityCheck("greedy tokens that differ", self._num_different, 0,
-                                                      self._num_different == 0, f"of {self._num_compared}")]
+                            self._worst),
+                ParityCheck("greedy tokens that differ", self._num_different, 0, self._num_different == 0,
+                            f"of {self._num_compared}")]
 
 
 def _compare_documents(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
@@ -124,9 +124,9 @@ def _compute_hf_logits(model: Any, prompt: Sequence[int]) -> torch.Tensor:
 def _count_different_tokens(ours: torch.Tensor, reference: torch.Tensor) -> int:
     """Count positions with different greedy tokens, except near ties of transformers' best logits."""
     best = reference.topk(2, dim=-1).values
-        # Each of the two logits may be off by the limit, hence the factor 2.
-    clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))
-    return int(((ours.argmax(-1) != reference.argmax(-1)) & clear).sum())
+    # Each of the two logits may be off by the limit, hence the factor 2.
+    is_clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))
+    return int(((ours.argmax(-1) != reference.argmax(-1)) & is_clear).sum())
 
 
 SEED = 0

@@ -1,12 +1,11 @@
-"""Estimate pass@k and maj@k without bias from n samples per prompt, with confidence intervals over
-prompts."""
+"""Estimate pass@k and maj@k without bias from n samples per prompt, with intervals over prompts."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -87,39 +86,48 @@ def compute_majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: 
 
 
 def _count_draws(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> dict[int, int]:
-    """Return tied answers -> ways to draw wrong and silent samples, an answer at most `votes` times."""
+    """Return tied answers -> number of draws of wrong and silent samples, an answer at most `votes` times.
+
+    `sizes`: samples of a wrong answer -> number of answers with as many samples. Answers are added one by
+    one, as factors of the polynomial product.
+    """
     # answers too rare to tie count like silent samples
     num_free = num_silent + sum(size * count for size, count in sizes.items() if size < votes)
-    # draws_by_ties[ties][number drawn] = ways
-    draws_by_ties = {0: [math.comb(num_free, num_drawn) for num_drawn in range(draws + 1)]}
-    for size in (size for size, count in sizes.items() if size >= votes for _ in range(count)):
-        next_draws: dict[int, list[int]] = {}
-        for ties, ways in draws_by_ties.items():
-            for num_taken in range(min(votes, draws) + 1):
-                num_ties = ties + 1 if num_taken == votes else ties
-                row = next_draws.setdefault(num_ties, [0] * (draws + 1))
-                choices = math.comb(size, num_taken)
-                # a tied answer has taken `votes` samples, so at least ties * votes samples are drawn
-                for num_drawn in range(ties * votes, draws + 1 - num_taken):
-                    row[num_drawn + num_taken] += choices * ways[num_drawn]
-        draws_by_ties = next_draws
-    return {ties: ways[draws] for ties, ways in draws_by_ties.items()}
+    # tied answers -> polynomial: for each number of drawn samples, the number of draws
+    polynomials = {0: [math.comb(num_free, num_drawn) for num_drawn in range(draws + 1)]}
+    for size in Counter(sizes).elements():
+        if size < votes:
+            continue
+        products: dict[int, list[int]] = {}
+        for ties, polynomial in polynomials.items():
+            for num_added in range(min(votes, draws) + 1):
+                num_ties = ties + 1 if num_added == votes else ties
+                product = products.setdefault(num_ties, [0] * (draws + 1))
+                choices = math.comb(size, num_added)
+                # each tied answer has `votes` samples, so at least ties * votes samples are drawn
+                for num_drawn in range(ties * votes, draws + 1 - num_added):
+                    product[num_drawn + num_added] += choices * polynomial[num_drawn]
+        polynomials = products
+    return {ties: polynomial[draws] for ties, polynomial in polynomials.items()}
 
 
 def estimate_pass_at_k(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
-    return _estimate_all(ks, [{k: compute_pass_at_k(p.num_scored, p.num_right, k)
-                               for k in ks if k <= p.num_scored} for p in prompts])
+    return _estimate_all(prompts, ks, lambda p, k: compute_pass_at_k(p.num_scored, p.num_right, k))
 
 
 def estimate_majority_at_k(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
-    return _estimate_all(ks, [{k: compute_majority_at_k(p.num_right, p.wrong, p.num_silent, k)
-                               for k in ks if k <= p.num_scored} for p in prompts])
+    return _estimate_all(prompts, ks,
+                         lambda p, k: compute_majority_at_k(p.num_right, p.wrong, p.num_silent, k))
 
 
-def _estimate_all(ks: Sequence[int], by_prompt: Sequence[Mapping[int, float]]) -> list[Estimate]:
-    values = {k: [shares_by_k[k] for shares_by_k in by_prompt if k in shares_by_k] for k in ks}
-    return [Estimate(k, fmean(shares), compute_mean_interval(shares), len(shares))
-            for k, shares in values.items() if shares]
+def _estimate_all(prompts: Sequence[PromptCounts], ks: Sequence[int],
+                  compute: Callable[[PromptCounts, int], float]) -> list[Estimate]:
+    """Return the mean of `compute(prompt, k)` for each k, over the prompts with at least k samples."""
+    estimates = []
+    for k in ks:
+        if shares := [compute(prompt, k) for prompt in prompts if prompt.num_scored >= k]:
+            estimates.append(Estimate(k, fmean(shares), compute_mean_interval(shares), len(shares)))
+    return estimates
 
 
 def choose_default_ks(num_samples: int) -> list[int]:

@@ -7,6 +7,7 @@ this module, which rejects both.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -31,6 +32,9 @@ OTHER_WEIGHTS = "transformers_weights"
 """Key of config.json that redirects transformers to another weight file."""
 DAMAGED_HF = "copy or download it again"
 NAMES_SHOWN = 5
+MAX_FULL_BYTES, BLOCK_BYTES, NUM_BLOCKS = 1 << 22, 1 << 16, 1024
+"""`hash_model_folder` reads files up to `MAX_FULL_BYTES` completely, and about `NUM_BLOCKS` blocks of larger
+files together."""
 
 
 def format_names(names: Sequence[str]) -> str:
@@ -55,6 +59,29 @@ def is_hf_folder(path: Path) -> bool:
     weights."""
     return (path / CONFIG).is_file() and any(
         next(path.glob(pattern), None) for pattern in ("*.safetensors", PICKLED))
+
+
+def hash_model_folder(folder: Path) -> str:
+    """Hash names, sizes and contents of the files in a checkpoint or Hugging Face folder.
+
+    Large files count by evenly spaced blocks, so that a large model takes seconds. Hidden files do not count.
+    """
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    blocks_per_file = max(2, NUM_BLOCKS // max(1, len(names)))
+    digest = hashlib.sha256()
+    for name in names:
+        size_bytes = (folder / name).stat().st_size
+        # with names: files that swap places give another model
+        digest.update(f"{name}\0{size_bytes}\0".encode())
+        with open(folder / name, "rb") as f:
+            if size_bytes <= MAX_FULL_BYTES:
+                digest.update(f.read())
+                continue
+            for number in range(blocks_per_file):
+                f.seek(number * (size_bytes - BLOCK_BYTES) // (blocks_per_file - 1))
+                digest.update(f.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def find_hub_name(folder: Path) -> str:
@@ -145,7 +172,8 @@ def load_pretrained(model_class: Any, folder: str | Path, *, left_out: Sequence[
         options: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: the library cannot load the folder, or tensors are missing, unexpected or mismatched.
+        UserError: transformers or diffusers cannot load the folder, or tensors are missing, unexpected or
+            mismatched.
     """
     model, names_by_problem = load_and_compare(model_class, folder, left_out=left_out, **options)
     if problems := [f"{len(names)} {problem} ({format_names(names)})"
@@ -169,7 +197,7 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
         options: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: the library cannot load the folder.
+        UserError: transformers or diffusers cannot load the folder.
     """
     folder = Path(folder)
     is_transformers = model_class.__module__.startswith("transformers.")

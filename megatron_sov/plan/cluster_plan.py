@@ -127,7 +127,7 @@ class ClusterPlan:
         seconds = sum_quotes(self.quotes).days * SECONDS_PER_DAY
         low, high = seconds / (1 + UNSEEN_ERROR), seconds * (1 + UNSEEN_ERROR)
         return (f"In nine of ten cases the time is {format_days(low)} to {format_days(high)} "
-                "(docs/plan_speed.md).")
+                "(docs/plan.md).")
 
 
 def _format_time_and_cost(total: QuoteTotals) -> str:

@@ -67,7 +67,7 @@ class PolicyLoss:
     def __init__(self, policy: PolicyConfig, max_new_tokens: int, loss: LabelLoss | None = None) -> None:
         """Select the columns, terms and meters for `policy`; `loss` replaces `compute_surrogate_loss`."""
         self._loss = loss or partial(compute_surrogate_loss, parts=policy.parts)
-        self._policy, self._parts, self._longest = policy, policy.parts, max_new_tokens
+        self._policy, self._parts, self._max_new_tokens = policy, policy.parts, max_new_tokens
         self.coefficients = {POLICY: 1.0}
         if self._parts.kl != "none" and self._parts.kl_coeff > 0:
             self.coefficients[KL] = self._parts.kl_coeff
@@ -75,20 +75,21 @@ class PolicyLoss:
         # rounding in the engine for a policy step and drop responses below the group mean.
         self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []),
                         *([TEACHER] if self._parts.opd_coeff else []))
-        self._masks = policy.correction.endswith("mask") or policy.geo_bounds is not None
+        self._has_masks = policy.correction.endswith("mask") or policy.geo_bounds is not None
         self.meters = ("ratio", "clip_share", "entropy_estimate", "engine_gap", "engine_kl",
-                       *(["masked_share"] if self._masks else []),
+                       *(["masked_share"] if self._has_masks else []),
                        *(["reference_kl"] if KL in self.coefficients else []),
                        *([REVERSE_KL] if self._parts.opd_coeff else []))
 
     def count_denominators(self, responses: ResponseSpans) -> dict[str, float]:
-        """Count the share of `responses`, on the host, in the denominator per term.
+        """Count, on the host, what `responses` add to the denominator of each term.
 
         Masked labels count, as in IcePop and TRL; otherwise the remaining labels would weigh more.
         """
         kinds = {POLICY: self._parts.aggregation,
                  KL: "sequence" if self._parts.kl == "sequence" else self._parts.aggregation}
-        return {term: count_denominator(responses, kinds[term], self._longest) for term in self.coefficients}
+        return {term: count_denominator(responses, kinds[term], self._max_new_tokens)
+                for term in self.coefficients}
 
     def compute_terms(self, logprobs: torch.Tensor, columns: Columns,
                       responses: ResponseSpans) -> tuple[dict[str, torch.Tensor], Measured]:
@@ -104,49 +105,52 @@ class PolicyLoss:
         old = columns[OLD].double()
         columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
         # The engine error has a separate factor and never enters the ratio.
-        factors = compute_engine_correction(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
+        engine_factors = compute_engine_correction(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
         is_learned = responses.index < len(responses)
         # `where` instead of a product: labels that are not learned may have log p = -inf.
         logprobs = torch.where(is_learned, logprobs.double(), 0.0)
-        numbers = {name: torch.where(is_learned, columns[name].double(), 0.0) for name in self.columns}
-        ratio = compute_importance_ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
+        columns = {name: torch.where(is_learned, columns[name].double(), 0.0) for name in self.columns}
+        ratios = compute_importance_ratios(logprobs, columns[OLD], responses, self._parts.ratio)
         if self._parts.opd_coeff:
             # On-policy distillation. `old` is log p of the student before the step, so the advantage has no
             # gradient, and advantage * grad log p is the gradient of KL(student || teacher).
-            signal = self._parts.opd_coeff * (numbers[TEACHER] - numbers[OLD])
-            numbers[ADVANTAGE] = numbers[ADVANTAGE] + signal
-        losses = self._loss(ratio, logprobs, numbers[ADVANTAGE]) * factors
+            signal = self._parts.opd_coeff * (columns[TEACHER] - columns[OLD])
+            columns[ADVANTAGE] = columns[ADVANTAGE] + signal
+        losses = self._loss(ratios, logprobs, columns[ADVANTAGE]) * engine_factors
         weights = compute_label_weights(responses, self._parts.aggregation)
         terms = {POLICY: (losses * weights).sum()}
         if KL in self.coefficients:
-            reference = numbers[REFERENCE]
             if self._parts.kl == "sequence":
                 # Without label weights, because the denominator counts responses.
-                terms[KL] = sequence_kl(logprobs, reference, responses).sum()
+                terms[KL] = sequence_kl(logprobs, columns[REFERENCE], responses).sum()
             else:
-                if self._parts.kl == "k1":
-                    estimate = k1(logprobs, reference)
-                else:
-                    estimate = k3(logprobs, reference) * (ratio if self._parts.kl_weighted else 1)
-                terms[KL] = (estimate * weights).sum()
+                terms[KL] = (self._estimate_kl(logprobs, columns[REFERENCE], ratios) * weights).sum()
         with torch.no_grad():
-            meters = self._token_meters(ratio, logprobs, numbers, factors)
-            return terms, {name: (torch.where(is_learned, value.double(), 0.0).sum(), is_learned.sum())
-                           for name, value in meters.items()}
+            meters = self._compute_meters(ratios, logprobs, columns, engine_factors)
+            return terms, {name: (torch.where(is_learned, values.double(), 0.0).sum(), is_learned.sum())
+                           for name, values in meters.items()}
 
-    def _token_meters(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns,
-                      factors: torch.Tensor) -> Columns:
+    def _estimate_kl(self, logprobs: torch.Tensor, reference: torch.Tensor, ratios: torch.Tensor
+                     ) -> torch.Tensor:
+        """Return `policy.kl`'s estimate of the divergence from the reference per label, [T] float64."""
+        if self._parts.kl == "k1":
+            return k1(logprobs, reference)
+        return k3(logprobs, reference) * (ratios if self._parts.kl_weighted else 1)
+
+    def _compute_meters(self, ratios: torch.Tensor, logprobs: torch.Tensor, columns: Columns,
+                        engine_factors: torch.Tensor) -> Columns:
         """Return the meters per label, [T], masked labels included: a mask must not hide the cause."""
-        old, behaviour = numbers[OLD], numbers[BEHAVIOUR]
-        meters = {"ratio": ratio, "clip_share": find_clipped_tokens(ratio, numbers[ADVANTAGE], self._parts),
+        old, behaviour = columns[OLD], columns[BEHAVIOUR]
+        meters = {"ratio": ratios,
+                  "clip_share": find_clipped_tokens(ratios, columns[ADVANTAGE], self._parts),
                   "entropy_estimate": -logprobs, "engine_gap": old - behaviour,
                   "engine_kl": k3(behaviour, old)}
-        if self._masks:
-            meters["masked_share"] = factors == 0
+        if self._has_masks:
+            meters["masked_share"] = engine_factors == 0
         if KL in self.coefficients:
-            meters["reference_kl"] = k3(logprobs, numbers[REFERENCE])
+            meters["reference_kl"] = k3(logprobs, columns[REFERENCE])
         if self._parts.opd_coeff:
-            meters[REVERSE_KL] = old - numbers[TEACHER]
+            meters[REVERSE_KL] = old - columns[TEACHER]
         return meters
 
 
@@ -209,7 +213,7 @@ def compute_label_weights(responses: ResponseSpans, kind: Aggregation) -> torch.
 
 
 def count_denominator(responses: ResponseSpans, kind: Aggregation, max_new_tokens: int) -> float:
-    """Count the share of `responses`, on the host, in the step's denominator.
+    """Count, on the host, what `responses` add to the step's denominator.
 
     `kind` token: tokens (DAPO, arXiv 2503.14476, equation 8); sequence: responses, with the mean over the
     tokens of each (GRPO, arXiv 2402.03300, equation 3); constant: responses times `max_new_tokens`, the
@@ -305,8 +309,8 @@ class PolicyLearning(DataObjective):
         super().__init__(context)
         policy, rollout = context.config.policy, context.config.rollout
         self._rollout, self._parts = rollout, policy.parts
-        self._temperature, self._loss = rollout.temperature, PolicyLoss(
-            policy, rollout.max_new_tokens, self.policy_loss)
+        self._temperature = rollout.temperature
+        self._loss = PolicyLoss(policy, rollout.max_new_tokens, self.policy_loss)
         self.meters = self._loss.meters
         if self._parts.opd_coeff:
             self.headline = (Meter(REVERSE_KL, "KL to the teacher", "nats", "lower"), *self.headline)
@@ -363,8 +367,9 @@ class PolicyLearning(DataObjective):
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Sum the losses over responses and text in a micro-batch."""
         # The head is applied to learned labels only: most labels belong to prompts.
-        needed = find_learned_labels(batch.host) if KNOWLEDGE in self.coefficients else batch.host.weights > 0
-        logprobs = head.logprobs(hidden[0], batch.labels, self._temperature, needed)
+        is_needed = (find_learned_labels(batch.host) if KNOWLEDGE in self.coefficients
+                     else batch.host.weights > 0)
+        logprobs = head.logprobs(hidden[0], batch.labels, self._temperature, is_needed)
         # Text labels belong to no response, hence these sums leave text out.
         terms, meters = self._loss.compute_terms(logprobs, batch.columns, find_responses(batch))
         losses = -logprobs.detach()

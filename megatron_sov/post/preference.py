@@ -163,8 +163,8 @@ def measure_heldout_pairs(view: GateView, sources: Sequence[Source], read_refere
     """
     seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
 
-    def compute_logprobs(documents: Documents, chosen: range) -> np.ndarray:
-        return score_documents(view, documents, chosen, seq_len, size)
+    def compute_logprobs(documents: Documents, indices: range) -> np.ndarray:
+        return score_documents(view, documents, indices, seq_len, size)
 
     source_figures = measure_pairs(sources, compute_logprobs, seq_len, view.config.preference, read_reference)
     for name, figures in source_figures.items():
@@ -191,26 +191,25 @@ def measure_pairs(sources: Sequence[Source], compute_logprobs: LogprobScorer, se
     """
     source_figures = {}
     for source in sources:
-        chosen = find_heldout_documents(source)
-        if not chosen:
+        indices = find_heldout_documents(source)
+        if not indices:
             continue
         documents = source.open_split("heldout")
-        learned = [_learned_tokens(documents, document, seq_len) for document in chosen]
-        lengths = torch.tensor([float(mask.sum()) for mask in learned], dtype=torch.float64)
+        masks = [_find_learned_tokens(documents, index, seq_len) for index in indices]
+        lengths = torch.tensor([float(mask.sum()) for mask in masks], dtype=torch.float64)
         # The documents of a pair are neighbours, the chosen response first.
         is_complete = (lengths.reshape(-1, 2) > 0).all(dim=1)
         if not is_complete.any():
             continue
-        both = is_complete.repeat_interleave(2)
-        sums, lengths = _learned_sums(compute_logprobs(documents, chosen), learned)[both], lengths[both]
-        means = sums / lengths
-        differences = means[0::2] - means[1::2]
-        # Equal means count half.
-        chosen_likelier = (differences > 0).double() + (differences == 0).double() / 2
-        figures = {CHOSEN_LIKELIER: float(chosen_likelier.mean())}
-        numbers = None if read_reference is None else read_reference(source)
-        if preference is not None and (read_reference is None or numbers is not None):
-            reference_sums = None if numbers is None else _learned_sums(numbers, learned)[both]
+        is_measured = is_complete.repeat_interleave(2)
+        lengths = lengths[is_measured]
+        sums = _sum_learned_tokens(compute_logprobs(documents, indices), masks)[is_measured]
+        figures = {CHOSEN_LIKELIER: _compute_chosen_likelier(sums / lengths)}
+        reference_logprobs = None if read_reference is None else read_reference(source)
+        if preference is not None and (read_reference is None or reference_logprobs is not None):
+            reference_sums = None
+            if reference_logprobs is not None:
+                reference_sums = _sum_learned_tokens(reference_logprobs, masks)[is_measured]
             values = compare_values(preference, sums, lengths, reference_sums)
             meters = compute_pair_meters(preference, values)
             figures |= {name: float(column.mean()) for name, column in meters.items()}
@@ -218,7 +217,14 @@ def measure_pairs(sources: Sequence[Source], compute_logprobs: LogprobScorer, se
     return source_figures
 
 
-def _learned_tokens(documents: Documents, document: int, seq_len: int) -> np.ndarray:
+def _compute_chosen_likelier(means: torch.Tensor) -> float:
+    """Return `chosen_likelier` for mean log-probabilities [2 P], chosen and rejected alternating."""
+    differences = means[0::2] - means[1::2]
+    # Equal means count half.
+    return float(((differences > 0).double() + (differences == 0).double() / 2).mean())
+
+
+def _find_learned_tokens(documents: Documents, document: int, seq_len: int) -> np.ndarray:
     """Return the learned tokens up to `seq_len` in a document, [tokens] bool."""
     length = int(documents.lengths[document])
     learned: np.ndarray = ((documents.types(document, 0, length) == TYPE_RESPONSE)
@@ -228,13 +234,13 @@ def _learned_tokens(documents: Documents, document: int, seq_len: int) -> np.nda
     return learned
 
 
-def _learned_sums(logprobs: np.ndarray, learned: Sequence[np.ndarray]) -> torch.Tensor:
+def _sum_learned_tokens(logprobs: np.ndarray, masks: Sequence[np.ndarray]) -> torch.Tensor:
     """Sum `logprobs`, [tokens of all documents], over the learned tokens per document, [documents]
     float64."""
-    ends = np.cumsum([len(mask) for mask in learned])[:-1]
-    return torch.tensor([float(numbers[mask].astype(np.float64).sum())
-                         for numbers, mask in zip(np.split(logprobs, ends), learned, strict=True)],
-                        dtype=torch.float64)
+    ends = np.cumsum([len(mask) for mask in masks])[:-1]
+    sums = [float(document_logprobs[mask].astype(np.float64).sum())
+            for document_logprobs, mask in zip(np.split(logprobs, ends), masks, strict=True)]
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 class PairLearning(DataObjective):
@@ -275,19 +281,19 @@ class PairLearning(DataObjective):
         logprobs = head.logprobs(hidden[0], batch.labels)
         sums = responses.sum_labels(logprobs)
         losses, compared = self._compute_losses(sums, batch, responses)
-        complete = responses.select_pairs()
+        is_complete = responses.select_pairs()
         chosen = _restrict_weights(batch, responses.select_side(0))
-        terms = {PREFERENCE: (losses * complete).sum()}
+        terms = {PREFERENCE: (losses * is_complete).sum()}
         if CHOSEN in self.coefficients:
             # `where` instead of a product: labels that are not learned may have log p = -inf.
             terms[CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
         terms |= self._compute_mtp_sum(hidden, head, chosen)
-        # Truncated pairs have values too; `complete` removes truncated pairs from every sum.
+        # Truncated pairs have values too; `is_complete` removes them from every sum.
         meters = compute_pair_meters(self._preference, compared.detach())
         means = responses.average_labels(logprobs.detach())
         values = (meters[PAIRS_RIGHT], meters[MARGIN], means[0::2], means[1::2])
         return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
-                        meters={name: ((value * complete).sum(), complete.sum())
+                        meters={name: ((value * is_complete).sum(), is_complete.sum())
                                 for name, value in zip(self.meters, values, strict=True)})
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
@@ -369,10 +375,10 @@ class GroupLearning(DataObjective):
                               for name in (ADVANTAGE, GROUP_SHARE))
         terms = {PREFERENCE: (grouper(means, advantages) * shares).sum()}
         terms |= self._compute_mtp_sum(hidden, head, _restrict_weights(batch, find_learned_labels(batch)))
-        better, worse = ((advantages > 0).double(), (advantages < 0).double())
+        is_better, is_worse = (advantages > 0).double(), (advantages < 0).double()
         return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
-                        meters={"better_logprob": ((means.detach() * better).sum(), better.sum()),
-                                "worse_logprob": ((means.detach() * worse).sum(), worse.sum())})
+                        meters={"better_logprob": ((means.detach() * is_better).sum(), is_better.sum()),
+                                "worse_logprob": ((means.detach() * is_worse).sum(), is_worse.sum())})
 
 
 def select_objective(config: RunConfig) -> type[PairLearning | GroupLearning]:

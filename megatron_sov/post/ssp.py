@@ -45,20 +45,20 @@ class MeasuredCheckpoint:
     domain: str
     figures: Mapping[str, Any]
     """See `ScoredResponses.figures`."""
-    solved: Mapping[int, Mapping[str, float]]
+    pass_at_k: Mapping[int, Mapping[str, float]]
     """k -> problem -> pass@k; problems with fewer than k scored samples are left out."""
 
     @staticmethod
-    def from_values(checkpoint: str, domain: str, judged: ScoredResponses, ks: Sequence[int]
-                    ) -> MeasuredCheckpoint:
-        solved: dict[int, dict[str, float]] = {}
+    def from_responses(checkpoint: str, domain: str, responses: ScoredResponses, ks: Sequence[int]
+                       ) -> MeasuredCheckpoint:
+        pass_at_k: dict[int, dict[str, float]] = {}
         for k in ks:
-            solved[k] = {problem: compute_pass_at_k(counts.num_scored, counts.num_right, k)
-                         for problem, counts in judged.prompts.items() if counts.num_scored >= k}
-        return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), solved)
+            pass_at_k[k] = {problem: compute_pass_at_k(counts.num_scored, counts.num_right, k)
+                            for problem, counts in responses.prompts.items() if counts.num_scored >= k}
+        return MeasuredCheckpoint(checkpoint, domain, responses.figures(ks), pass_at_k)
 
     def mean_pass_at_k(self, k: int) -> float:
-        return fmean(self.solved[k].values())
+        return fmean(self.pass_at_k[k].values())
 
     def row(self, ks: Sequence[int]) -> dict[str, Any]:
         row: dict[str, Any] = {"checkpoint": self.checkpoint, "domain": self.domain}
@@ -85,7 +85,7 @@ class DomainChoice:
 def choose_checkpoint(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
     """Choose the best candidate in a domain; `candidates` are ordered from the earliest."""
     best = max(candidates, key=lambda measured: measured.mean_pass_at_k(k))  # max returns the first tie
-    # worse: the interval of (best - candidate) lies above 0
+    # A candidate is worse if the interval of (best - candidate) lies above 0.
     as_good = tuple(candidate.checkpoint for candidate in candidates
                     if candidate is not best and not _compare_values(best, candidate, k)[1][0] > 0)
     return DomainChoice(best.domain, best.checkpoint, best.mean_pass_at_k(k), as_good)
@@ -102,8 +102,8 @@ def _compare_values(first: MeasuredCheckpoint, second: MeasuredCheckpoint, k: in
                     ) -> tuple[float, tuple[float, float]]:
     """Return the mean of pass@k of `first` minus `second` over common problems, and its 95 % interval;
     without common problems 0 and (-1, 1)."""
-    differences = [share - second.solved[k][problem] for problem, share in first.solved[k].items()
-                   if problem in second.solved[k]]
+    differences = [value - second.pass_at_k[k][problem] for problem, value in first.pass_at_k[k].items()
+                   if problem in second.pass_at_k[k]]
     if not differences:
         return 0.0, (-1.0, 1.0)
     return fmean(differences), compute_difference_interval(differences)
@@ -157,8 +157,12 @@ def find_candidates(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
-    """Write the problems in all domains to `PROBLEMS` in the probe's folder; return the file. `domains`:
-    domain -> file; "": the rows name their domains."""
+    """Write the problems of all domains to `PROBLEMS` in the probe's folder; return the file.
+
+    Args:
+        probe: the folder.
+        domains: domain -> file; "": the rows name their domains.
+    """
     lines = [json.dumps({**row, DOMAIN: domain or row["domain"]}) + "\n" for domain, file in domains.items()
              for _, row in read_rows(file, "--problems", "prompt")]
     write_atomically(probe / PROBLEMS, "".join(lines))
@@ -213,9 +217,9 @@ def _measure_checkpoint(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[i
     if problems := find_damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and repeat the command")
     parts = read_scored_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
-    for domain, judged in parts.items():
+    for domain, responses in parts.items():
         try:
-            yield MeasuredCheckpoint.from_values(candidate.name, domain, judged, ks)
+            yield MeasuredCheckpoint.from_responses(candidate.name, domain, responses, ks)
         except UserError as e:
             raise UserError(f"{candidate.name}, domain {domain}: {e}") from None
 

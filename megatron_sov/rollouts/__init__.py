@@ -1,2 +1,1 @@
-"""Rollout stores, which generation, reward and training share: prompts, rows, parts. Does not import
-torch."""
+"""Rollout stores, shared by generation, reward and training: prompts, rows, parts. Without torch."""

@@ -36,8 +36,9 @@ class StoreCheck:
     """Sentences with the names of part and row."""
 
 
-def check_store(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
-    """Check the files, rows, keys and rewards of a store; `done` receives 1 after each part."""
+def check_store(store: RolloutStore, report_done: Callable[[int], object] = lambda num_parts: None
+                ) -> StoreCheck:
+    """Check the files, rows, keys and rewards of a store; `report_done` receives 1 after each part."""
     result = StoreCheck()
     parts = store.parts(refused=result.problems.append)
     heads: list[np.ndarray] = []
@@ -48,7 +49,7 @@ def check_store(store: RolloutStore, done: Callable[[int], object] = lambda part
             result.problems.append(str(e))
             continue
         finally:  # also before `continue`: an unreadable part is a step of the progress bar
-            done(1)
+            report_done(1)
         result.parts, result.rows = result.parts + 1, result.rows + len(rows)
         result.problems += [f"{part.file}: row {i} {problem}"
                             for i, problem in enumerate(problems) if problem]
@@ -57,7 +58,7 @@ def check_store(store: RolloutStore, done: Callable[[int], object] = lambda part
     for version in store.versions():
         for part in store.parts(version=version, refused=result.problems.append):
             result.problems += _find_reward_problems(store, part, result)
-            done(1)
+            report_done(1)
     return result
 
 

@@ -62,8 +62,7 @@ class RolloutPrompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptList(Sequence[RolloutPrompt]):
-    """An ordered list of distinct prompts on disk. A million prompts take 24 MB of memory; `record` is read
-    on access."""
+    """Distinct prompts on disk, in order. A million take 24 MB of memory; `record` is read on access."""
 
     option: str
     repeats: Mapping[str, Sequence[str]]
@@ -93,11 +92,11 @@ class PromptList(Sequence[RolloutPrompt]):
                 starts.append(starts[-1] + len(text))
             file.flush()
         ids = np.array(numbers, np.uint64)
-        first = np.unique(ids, return_index=True)[1]
-        prompt_list = cls(option, {}, file, ids, np.array(starts, np.int64), _rows=np.sort(first))
-        repeated = np.setdiff1d(np.arange(len(ids)), first)
+        distinct_rows = np.unique(ids, return_index=True)[1]
+        prompt_list = cls(option, {}, file, ids, np.array(starts, np.int64), _rows=np.sort(distinct_rows))
+        repeated_rows = np.setdiff1d(np.arange(len(ids)), distinct_rows)
         repeats: dict[str, list[str]] = {}
-        for prompt in map(prompt_list._read_prompt, repeated.tolist()):
+        for prompt in map(prompt_list._read_prompt, repeated_rows.tolist()):
             repeats.setdefault(prompt.id, []).append(prompt.place)
         return replace(prompt_list, repeats=repeats)
 
@@ -171,8 +170,8 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
     are checked by their environments. Raises `UserError`: the file cannot be read, has no rows, or bad
     rows."""
     problems, columns = RowProblems(), list[str]()
-    found = _iter_prompts(path, renames, option, is_asked, problems, columns)
-    prompts = PromptList.from_prompts(found, option)
+    rows = _iter_prompts(path, renames, option, is_asked, problems, columns)
+    prompts = PromptList.from_prompts(rows, option)
     if problems:
         is_renamed = bool(columns) and not len(prompts)  # else other rows have the fields
         remedy = f"pass --columns {columns[0]}" if is_renamed else "correct or remove these rows"

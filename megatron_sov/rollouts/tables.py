@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,11 +67,11 @@ def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     columns["response"] = [_replace_surrogates(row.response) for row in rows]
     columns |= _route_columns(rows)
     # int64 ids would wrap around silently in an int32 column and look valid.
-    wide = any(getattr(row, name).dtype != np.int32 for row in rows for name in ("prompt_tokens", "tokens"))
+    is_int32 = all(row.prompt_tokens.dtype == row.tokens.dtype == np.int32 for row in rows)
     columns["problem"] = [""] * len(rows)
     table = _build_table(columns, ROLLOUTS)
     # Usually all rows are sound, and `Rollout.problems` need not run row by row.
-    if are_rows_sound(table, vocab_size) and not wide:
+    if are_rows_sound(table, vocab_size) and is_int32:
         return table
     columns["problem"] = ["; ".join(row.problems(vocab_size)) for row in rows]
     return _build_table(columns, ROLLOUTS)
@@ -98,16 +98,16 @@ def are_rows_sound(table: pa.Table, vocab_size: int) -> bool:
 
 def table_to_rollouts(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     """Convert a table with the columns from `select_schema` to rows."""
-    read: dict[str, list[Any]] = {name: _read_values(table, name) for name in columns if name != "routes"}
+    values: dict[str, list[Any]] = {name: _read_values(table, name) for name in columns if name != "routes"}
     if "routes" in columns:
-        read["routes"] = read_routes(table)
-    empty = {name: np.zeros(0, dtype) for name, dtype in _ARRAYS.items()} | _OTHERS
-    unread = {name: value for name, value in empty.items() if name not in columns}
+        values["routes"] = read_routes(table)
+    defaults = {name: np.zeros(0, dtype) for name, dtype in _ARRAYS.items()} | _OTHERS
+    unread = {name: default for name, default in defaults.items() if name not in columns}
     heads = zip(read_keys(table), table["round"].to_pylist(), table["attempt"].to_pylist(), strict=True)
     rows = []
-    for i, (key, number, attempt) in enumerate(heads):
-        fields = {name: values[i] for name, values in read.items()}
-        rows.append(Rollout(key, number, attempt, **fields, **unread))
+    for i, (key, round, attempt) in enumerate(heads):
+        fields = {name: column[i] for name, column in values.items()}
+        rows.append(Rollout(key, round, attempt, **fields, **unread))
     return rows
 
 
@@ -217,11 +217,10 @@ def _read_values(table: pa.Table, name: str) -> list[Any]:
 def _from_json(texts: Sequence[str | None]) -> list[Any]:
     """Parse JSON texts; equal texts become one object, as samples with one prompt share the record."""
     parsed: dict[str | None, Any] = {None: None}
-    read: Callable[[str], Any] = json.loads
     for text in texts:
         if text is not None and text not in parsed:
             try:
-                parsed[text] = read(text)
+                parsed[text] = json.loads(text)
             except RecursionError:
                 raise ValueError("JSON that is nested too deep") from None
             if not isinstance(parsed[text], dict):

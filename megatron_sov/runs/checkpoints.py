@@ -66,7 +66,8 @@ KIND_CONSUMERS = {
     "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
 """Folder kind -> name in messages, and commands for a folder with `path` and `name`."""
 KIND_LOCATIONS = {RUN: "the folder given to --run", CHECKPOINT_KIND: "RUN/checkpoints/step-N",
-            HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
+                  HF_MODEL: "a folder with config.json and *.safetensors",
+                  PEFT_ADAPTER: "what PEFT has saved"}
 """Folder kind -> description for messages."""
 FOREIGN_MODEL_SUFFIXES = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
 """Suffixes: whole-model files from other programs."""
@@ -154,35 +155,36 @@ def list_complete(folder: Path) -> list[Path]:
 def check_model_path(path: Path, option: str = "") -> None:
     """Raise `UserError` if folder `path` is missing; suggest existing checkpoints or a download. Runs before
     torch loads."""
-    if not path.is_dir():
-        problem = "is no folder" if path.exists() else "does not exist"
-        entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_FOLDER else ()
-        if siblings := sorted(folder.name for folder in entries):
-            newest = latest_checkpoint(path.parent)
-            fix = Fix(words={str(path): str(newest)}) if newest else None
-            raise UserError(f"{option}{path}: {problem}; "
-                            f"the run's checkpoints are {', '.join(siblings)[:500]}", fix)
-        if re.match(r"https?:/", str(path)):
-            _refuse_address(str(path), option)
-        if path.suffix in FOREIGN_MODEL_SUFFIXES:
-            raise UserError(f"{option}{path}: {problem}: {path.suffix} is not read; download the original, "
-                            "whose weights are *.safetensors: hf download OWNER/NAME --local-dir NAME, and "
-                            f"pass {option}NAME")
-        if path.is_file() and is_hf_folder(path.parent):
-            raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
-                            Fix(words={str(path): str(path.parent)}))
-        if (path.parent / EVENTS).is_file():
-            raise UserError(f"{option}{path}: {problem}; pass the run, {path.parent}",
-                            Fix(words={str(path): str(path.parent)}))
-        if str(path) in recipes.names():
-            raise UserError(f"{option}{path}: is a recipe, which comes before the options",
-                            Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
-        is_model_file = path.is_file() and path.suffix not in (".yml", ".yaml")  # mergekit's: `hints.paths`
-        fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if is_model_file else None)
-        models = list_models() if fix is None else []
-        listed = f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
-        raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{listed}{suggest_download(path)}", fix)
+    if path.is_dir():
+        return
+    problem = "is no folder" if path.exists() else "does not exist"
+    entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_FOLDER else ()
+    if siblings := sorted(folder.name for folder in entries):
+        newest = latest_checkpoint(path.parent)
+        fix = Fix(words={str(path): str(newest)}) if newest else None
+        raise UserError(f"{option}{path}: {problem}; the run's checkpoints are {', '.join(siblings)[:500]}",
+                        fix)
+    if re.match(r"https?:/", str(path)):
+        _refuse_address(str(path), option)
+    if path.suffix in FOREIGN_MODEL_SUFFIXES:
+        raise UserError(f"{option}{path}: {problem}: {path.suffix} is not read; download the original, whose "
+                        "weights are *.safetensors: hf download OWNER/NAME --local-dir NAME, and pass "
+                        f"{option}NAME")
+    if path.is_file() and is_hf_folder(path.parent):
+        raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
+                        Fix(words={str(path): str(path.parent)}))
+    if (path.parent / EVENTS).is_file():
+        raise UserError(f"{option}{path}: {problem}; pass the run, {path.parent}",
+                        Fix(words={str(path): str(path.parent)}))
+    if str(path) in recipes.names():
+        raise UserError(f"{option}{path}: is a recipe, which comes before the options",
+                        Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
+    is_model_file = path.is_file() and path.suffix not in (".yml", ".yaml")  # mergekit's: `hints.paths`
+    fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if is_model_file else None)
+    models = list_models() if fix is None else []
+    listed = f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
+    raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
+                    f"folder{listed}{suggest_download(path)}", fix)
 
 
 def _refuse_address(address: str, option: str) -> None:
@@ -245,38 +247,49 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kind = PEFT_ADAPTER
     else:
         kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
-    if kind in KIND_CONSUMERS and kind not in kinds:
-        description, advice = KIND_CONSUMERS[kind]
-        command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
-        fix = Fix(command=command) if command else None
-        if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
-            fix = fix_adapter(path)
-        if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
-            fix = replace(_fix_by_conversion(path, "from-hf"), command=command)
-        models = list_models() if fix is None and RUN in kinds else []
-        if fix is None and (HF_MODEL in kinds or models):
-            fix = Fix(words={str(path): models[0] if len(models) == 1 else "MODEL"})
-        listed = f"; models here: {', '.join(models)}" if models else ""
-        raise UserError(f"{path}: is {description}, not {wanted}; "
-                        f"{advice.format(path=path, name=path.name)}{listed}", fix)
     if not kind:
-        check_folder(path)
-        if RUN in kinds and (runs := find_runs(path)):
-            unfinished = [run for run in runs if not (run / "complete.json").exists()]
-            run = str((unfinished if unfinished and kinds == (RUN,) else runs)[-1])
-            raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass "
-                            f"one of them, e.g. {run}", Fix(words={str(path): run}))
-        if saved := [folder for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]:
-            newest = max(saved, key=lambda folder: int(folder.name[11:]))
-            raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
-                            Fix(words={str(path): str(newest)}))
-        if (path / TRACKER).is_file():
-            fix = _fix_by_conversion(path, "from-megatron")
-            raise UserError(f"{path}: is a checkpoint of Megatron-LM, not {wanted}; `{fix.before[0]}` makes "
-                            "it one", fix)
+        _refuse_unknown_folder(path, kinds, wanted)
+    elif kind in KIND_CONSUMERS and kind not in kinds:
+        raise _build_kind_error(path, kind, kinds, wanted)
+
+
+def _build_kind_error(path: Path, kind: str, kinds: Collection[str], wanted: str) -> UserError:
+    """Return the error for a folder of another kind, with the command that takes or converts it."""
+    description, advice = KIND_CONSUMERS[kind]
+    command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
+    fix = Fix(command=command) if command else None
+    if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
+        fix = fix_adapter(path)
+    if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
+        fix = replace(_fix_by_conversion(path, "from-hf"), command=command)
+    models = list_models() if fix is None and RUN in kinds else []
+    if fix is None and (HF_MODEL in kinds or models):
+        fix = Fix(words={str(path): models[0] if len(models) == 1 else "MODEL"})
+    listed = f"; models here: {', '.join(models)}" if models else ""
+    return UserError(f"{path}: is {description}, not {wanted}; "
+                     f"{advice.format(path=path, name=path.name)}{listed}", fix)
+
+
+def _refuse_unknown_folder(path: Path, kinds: Collection[str], wanted: str) -> None:
+    """Raise `UserError` for a folder of no known kind: one above several runs or checkpoints, one of another
+    program, or one with other files. Missing folders and runs that have just begun pass."""
+    check_folder(path)
+    if RUN in kinds and (runs := find_runs(path)):
+        unfinished = [run for run in runs if not (run / "complete.json").exists()]
+        run = str((unfinished if unfinished and kinds == (RUN,) else runs)[-1])
+        raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass "
+                        f"one of them, e.g. {run}", Fix(words={str(path): run}))
+    if saved := [folder for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]:
+        newest = max(saved, key=lambda folder: int(folder.name[11:]))
+        raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
+                        Fix(words={str(path): str(newest)}))
+    if (path / TRACKER).is_file():
+        fix = _fix_by_conversion(path, "from-megatron")
+        raise UserError(f"{path}: is a checkpoint of Megatron-LM, not {wanted}; `{fix.before[0]}` makes it "
+                        "one", fix)
     has_config = CHECKPOINT_KIND not in kinds and (path / CONFIG).exists()
     is_run = (path / CHECKPOINTS_FOLDER).exists() or has_config
-    if not kind and path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):
+    if path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):
         description, advice = contents
         expected = " or ".join(KIND_LOCATIONS[kind] for kind in kinds)
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
@@ -341,8 +354,13 @@ def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
 
 
 def check_run_folder(path: Path) -> None:
-    """Raise `UserError` if a folder has no `events.jsonl`."""
+    """Raise `UserError` if a folder does not exist or has no `events.jsonl`."""
     refuse_run_part(path)
+    if not path.exists():
+        fix = fix_missing(path)
+        near = ", ".join(map(str, find_runs(path.parent) or find_runs(Path()))) or "none"
+        raise UserError(f"{path}: does not exist; pass the folder of a training command's --run (runs there: "
+                        f"{near[:300]})", fix if fix and not fix.before else None)
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "

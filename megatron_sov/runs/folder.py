@@ -1,5 +1,4 @@
-"""The folder of a training run: paths, settings, completion state, recorded command, and checks before a
-start."""
+"""The folder of a training run: paths, settings, completion state, command, and checks before a start."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import adapter_identity
-from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder, find_runs
+from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, find_living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
@@ -81,9 +80,7 @@ class RunFolder:
     def completion(self) -> dict[str, Any] | None:
         """Read a finished stage's `complete.json`, or return None."""
         file = self.path / COMPLETION
-        if not file.is_file():
-            return None
-        return _read_completion(file)
+        return _read_completion(file) if file.is_file() else None
 
     def complete(self, content: dict[str, Any]) -> None:
         write_atomically(self.path / COMPLETION, format_json(content))
@@ -217,17 +214,17 @@ class RunFolder:
 
     def _record_settings_change(self, config: RunConfig, step: int) -> None:
         """Record the previous settings and command as an event, before both files are replaced."""
-        before = self.config()
-        if before is None or not (self.path / EVENTS).is_file():
+        old_config = self.config()
+        if old_config is None or not (self.path / EVENTS).is_file():
             return
-        changes = changed_settings(before, config)
-        command_file, words, earlier = self.path / COMMAND, typed_command(), None
+        changes = changed_settings(old_config, config)
+        command_file, words, old_command = self.path / COMMAND, typed_command(), None
         if words is not None and command_file.is_file():
             recorded = command_file.read_text(encoding="utf-8")
-            earlier = json.loads(recorded) if recorded != _format_command(words) else None
-        if changes or earlier is not None:
+            old_command = json.loads(recorded) if recorded != _format_command(words) else None
+        if changes or old_command is not None:
             text = {"text": "; ".join(describe_changes(changes))} if changes else {}
-            RunEvents(self.path).add(SETTINGS_CHANGED, step=step, was=changes, command=earlier, **text)
+            RunEvents(self.path).add(SETTINGS_CHANGED, step=step, was=changes, command=old_command, **text)
 
     def remove_unstarted(self) -> None:
         """After a refused start, delete the run's files if no step was trained."""
@@ -278,14 +275,6 @@ def read_command(run: Path) -> TypedCommand:
     files = [file for file in (run / COMMAND, *sorted(run.glob(f"{STAGES}/*/{COMMAND}"))) if file.is_file()]
     if not files:
         if not (run / CONFIG).is_file():
-            if not run.exists():
-                fix = fix_missing(run)
-                near = list(map(str, find_runs(run.parent) or find_runs(Path())))
-                raise UserError(
-                    f"{run}: does not exist; pass the folder of a training command's --run "
-                    + (f"(runs there: {', '.join(near)[:300]})" if near else
-                       "(`megatron-sov status FOLDER` lists the runs in a folder)"),
-                    fix if fix and not fix.before else None)
             check_run_folder(run)
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")
@@ -296,22 +285,22 @@ def read_command(run: Path) -> TypedCommand:
                         "--resume") from None
 
 
-def check_code_unchanged(run: Path, before: RunConfig, now: RunConfig) -> None:
+def check_code_unchanged(run: Path, old_config: RunConfig, new_config: RunConfig) -> None:
     """Check that user code (recipes, rewards, objectives) still has the hashes of the run's start. Raises
     `UserError`: a file has changed."""
-    earlier = {(code.kind, code.name): code for code in before.code}
-    for code in now.code:
-        started = earlier.get((code.kind, code.name))
-        if started is None or not started.files or not code.files:
+    old_codes = {(code.kind, code.name): code for code in old_config.code}
+    for code in new_config.code:
+        old_code = old_codes.get((code.kind, code.name))
+        if old_code is None or not old_code.files or not code.files:
             continue
         files = dict(code.files)
         # The first file may have another name now.
-        files[next(iter(started.files))] = files.pop(next(iter(files)))
-        for name, sha256 in started.files.items():
+        files[next(iter(old_code.files))] = files.pop(next(iter(files)))
+        for name, sha256 in old_code.files.items():
             if files.get(name, sha256) != sha256:
                 recipe = (f", pass --config {run / CONFIG} in the recipe's place,"
                           if code.kind == "recipe" else ",")
-                raise UserError(f"{run}: was started with {code.kind} {code.name} of {started.reference}, "
+                raise UserError(f"{run}: was started with {code.kind} {code.name} of {old_code.reference}, "
                                 f"and {name} has changed since (sha256 {sha256[:12]}, "
                                 f"now {files[name][:12]}); put it back as it was{recipe} or start a new "
                                 "--run --from its checkpoint")
@@ -344,33 +333,35 @@ def _comparable_settings(config: RunConfig) -> dict[str, Any]:
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Return settings that change the trained weights and therefore stay fixed on resume."""
     settings = _comparable_settings(config)
-    return {f"{part}.{name}": settings[part][name]
-            for part, names in FIXED_SETTINGS.items() for name in names or settings[part]}
+    return {f"{group}.{name}": settings[group][name]
+            for group, names in FIXED_SETTINGS.items() for name in names or settings[group]}
 
 
-def _changed_fixed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _changed_fixed_settings(old_groups: dict[str, Any], new_groups: dict[str, Any]
+                            ) -> list[tuple[str, Any, Any]]:
     """Return name, old and new value for each changed setting in `FIXED_SETTINGS`."""
     changes = []
-    for part, names in FIXED_SETTINGS.items():
-        for name in names or before[part]:
-            old = before[part][name]
-            new = now[part].get(name, old)
+    for group, names in FIXED_SETTINGS.items():
+        for name in names or old_groups[group]:
+            old = old_groups[group][name]
+            # A setting that the new version lacks counts as unchanged.
+            new = new_groups[group].get(name, old)
             if new != old:
-                changes.append((f"{part}.{name}", old, new))
+                changes.append((f"{group}.{name}", old, new))
     return changes
 
 
-def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
+def changed_settings(old_config: RunConfig, new_config: RunConfig) -> dict[str, list[Any]]:
     """Return setting name -> [old, new] for each difference outside the `MONITORING_GROUPS` groups."""
-    old_groups, new_groups = before.to_dict(), now.to_dict()
+    old_groups, new_groups = old_config.to_dict(), new_config.to_dict()
     changes: dict[str, list[Any]] = {}
-    for part, value in old_groups.items():
-        if part in MONITORING_GROUPS:
+    for group, value in old_groups.items():
+        if group in MONITORING_GROUPS:
             continue
         if isinstance(value, dict):
-            pairs = {f"{part}.{key}": [old, new_groups[part][key]] for key, old in value.items()}
-        else:
-            pairs = {part: [value, new_groups[part]]}
+            pairs = {f"{group}.{key}": [old, new_groups[group][key]] for key, old in value.items()}
+        else:  # a field outside the groups, such as the recipe's name
+            pairs = {group: [value, new_groups[group]]}
         changes |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return changes
 

@@ -1,2 +1,1 @@
-"""Processes, locks, journals, endpoints, tables and cluster jobs. Other packages start no processes
-themselves."""
+"""Processes, locks, journals, endpoints, tables and cluster jobs. Only this package starts processes."""

@@ -103,8 +103,12 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 def split_by_kind(text: str, message: Message) -> list[tuple[str, str]]:
     """Return (kind letter, text) per run of equal kinds."""
     kinds = classify_turn(text, message)
-    runs = groupby(zip(text, kinds, strict=True), key=lambda one: KIND_LETTERS[one[1]])
-    return [(letter, "".join(char for char, _ in run)) for letter, run in runs]
+    spans, start = [], 0
+    for kind, run in groupby(kinds):
+        end = start + len(list(run))
+        spans.append((KIND_LETTERS[kind], text[start:end]))
+        start = end
+    return spans
 
 
 def build_message(content: str = "", reasoning: str = "", calls: int = 0) -> Message:

@@ -23,9 +23,9 @@ from tokenizer.cli import main as sov_tokenizer
 def write_tokenizer(folder: Path, words: list[str], special: str = "<end>") -> Path:
     """Write a tokenizer with the ids of `words`, and then of a special token."""
     folder.mkdir()
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    made.add_special_tokens([special])
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.add_special_tokens([special])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -131,13 +131,13 @@ PROBES = ("the fox <end> jumps", "The\u0301 fox12 34<end>", "<pad> the\n\nfoxes"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(["the fox jumps over the dogs"] * 4, trainers.BpeTrainer(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(["the fox jumps over the dogs"] * 4, trainers.BpeTrainer(
         vocab_size=280, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<end>", "<pad>"]))
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -153,12 +153,12 @@ def copy_tokenizer(source: Path, target: Path, change: Callable[[dict[str, Any]]
 
 def encode_probes(folder: Path) -> list[Any]:
     """Return ids and texts of the probes from the `tokenizers` library."""
-    result = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    result.no_padding()
-    result.no_truncation()
-    ids = [result.encode(text, add_special_tokens=False).ids for text in PROBES]
-    texts = [[result.decode(row, skip_special_tokens=skip) for skip in (True, False)] for row in ids]
-    return [ids, texts]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in PROBES]
+    return [ids, [tokenizer.decode(row) for row in ids],
+            [tokenizer.decode(row, skip_special_tokens=False) for row in ids]]
 
 
 def set_fields(*path: str | int, **values: Any) -> Callable[[dict[str, Any]], None]:
@@ -172,8 +172,8 @@ def set_fields(*path: str | int, **values: Any) -> Callable[[dict[str, Any]], No
 
 def swap_merges(raw: dict[str, Any]) -> None:
     merges = raw["model"]["merges"]
-    first, other = merges.index(["d", "o"]), merges.index(["o", "v"])
-    merges[first], merges[other] = merges[other], merges[first]
+    i, j = merges.index(["d", "o"]), merges.index(["o", "v"])
+    merges[i], merges[j] = merges[j], merges[i]
 
 
 def swap_ids(raw: dict[str, Any]) -> None:

@@ -25,52 +25,53 @@ def read_files(checkpoint: Path, part: str) -> dict[str, bytes]:
 
 @pytest.mark.essential
 def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Path, run_command: Any) -> None:
-    def command(run: Path, *arguments: str, settings: tuple[str, ...]) -> Any:
+    def run_pretrain(run: Path, *arguments: str, settings: tuple[str, ...]) -> Any:
         chosen = format_set_options((*SMALL, *settings))
         return run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
                            *arguments, *chosen)
 
-    base, other, run, again = (tmp_path / name for name in ("base", "other", "run", "again"))
+    base, other, run, killed_run = (tmp_path / name for name in ("base", "other", "run", "again"))
     for folder, seed in ((base, 1), (other, 2)):
-        result = command(folder, settings=("train.steps=1", f"train.seed={seed}"))
+        result = run_pretrain(folder, settings=("train.steps=1", f"train.seed={seed}"))
         assert result.returncode == 0, result.stderr
-    lost = command(run, settings=LORA)
-    assert lost.returncode == 2 and "base model; add --from" in lost.stderr and not run.exists()
-    result = command(run, "--from", str(base), settings=LORA)
+    missing_base = run_pretrain(run, settings=LORA)
+    assert missing_base.returncode == 2 and "base model; add --from" in missing_base.stderr
+    assert not run.exists()
+    result = run_pretrain(run, "--from", str(base), settings=LORA)
     assert result.returncode == 0, result.stderr
 
     assert (base / "checkpoints" / "step-1" / ADAPTER_BASE_MARKER).is_file(), "its run does not prune it"
 
-    last = run / "checkpoints" / "step-4"
-    size = sum(p.stat().st_size for p in last.rglob("*.safetensors"))
-    whole = sum(p.stat().st_size for p in (base / "checkpoints" / "step-1").rglob("*.safetensors"))
-    assert size < whole / 2 and not (last / "model").exists()
-    manifest = json.loads((last / "manifest.json").read_text())
+    last_checkpoint = run / "checkpoints" / "step-4"
+    adapter_bytes = sum(p.stat().st_size for p in last_checkpoint.rglob("*.safetensors"))
+    base_bytes = sum(p.stat().st_size for p in (base / "checkpoints" / "step-1").rglob("*.safetensors"))
+    assert adapter_bytes < base_bytes / 2 and not (last_checkpoint / "model").exists()
+    manifest = json.loads((last_checkpoint / "manifest.json").read_text())
     assert manifest["content"]["base"]["path"] == str(base / "checkpoints" / "step-1")
-    index = json.loads((last / "optimizer.index.json").read_text())
+    index = json.loads((last_checkpoint / "optimizer.index.json").read_text())
     assert all("/adapter.model.layers." in key for key in index), "the frozen model has no state"
 
-    shutil.copytree(run, again)  # like a run that was killed after step 2
-    shutil.rmtree(again / "checkpoints" / "step-4")
-    (again / "complete.json").unlink()
-    refusal = command(again, "--resume", "--from", str(other), settings=LORA)
-    assert refusal.returncode == 2 and "is another model than" in refusal.stderr, refusal.stderr
+    shutil.copytree(run, killed_run)  # like a run that was killed after step 2
+    shutil.rmtree(killed_run / "checkpoints" / "step-4")
+    (killed_run / "complete.json").unlink()
+    other_base = run_pretrain(killed_run, "--resume", "--from", str(other), settings=LORA)
+    assert other_base.returncode == 2 and "is another model than" in other_base.stderr, other_base.stderr
     respelled = 'lora.targets=["all-linear", "q_proj"]'
-    assert command(again, "--resume", settings=(*LORA, respelled)).returncode == 0
+    assert run_pretrain(killed_run, "--resume", settings=(*LORA, respelled)).returncode == 0
     for part in ("adapter", "optimizer"):
-        assert read_files(again / "checkpoints" / "step-4", part) == read_files(last, part)
+        assert read_files(killed_run / "checkpoints" / "step-4", part) == read_files(last_checkpoint, part)
 
-    outcome = run_command("convert", "inspect", str(run))
-    assert "LoRA, rank 4, alpha 16, of down_proj, experts" in outcome.stdout, outcome.stderr
-    merged = run_command("convert", "to-hf", str(run), str(tmp_path / "hf"))
-    assert merged.returncode == 0, merged.stderr
-    same = run_command("convert", "verify", str(run), str(tmp_path / "hf"), "--no-load")
-    assert same.returncode == 0 and "verified" in same.stdout, same.stdout
-    full = command(tmp_path / "full", "--from", str(run), settings=("train.steps=1",))
-    assert full.returncode == 2 and "is an adapter with lora.rank = 4, not 0" in full.stderr
-    told = run_command("convert", "to-peft", str(base), str(tmp_path / "peft"))
-    assert told.returncode == 2 and "contains all weights, not an adapter" in told.stderr
+    inspection = run_command("convert", "inspect", str(run))
+    assert "LoRA, rank 4, alpha 16, of down_proj, experts" in inspection.stdout, inspection.stderr
+    export = run_command("convert", "to-hf", str(run), str(tmp_path / "hf"))
+    assert export.returncode == 0, export.stderr
+    verification = run_command("convert", "verify", str(run), str(tmp_path / "hf"), "--no-load")
+    assert verification.returncode == 0 and "verified" in verification.stdout, verification.stdout
+    full_training = run_pretrain(tmp_path / "full", "--from", str(run), settings=("train.steps=1",))
+    assert full_training.returncode == 2 and "is an adapter with lora.rank = 4, not 0" in full_training.stderr
+    peft_export = run_command("convert", "to-peft", str(base), str(tmp_path / "peft"))
+    assert peft_export.returncode == 2 and "contains all weights, not an adapter" in peft_export.stderr
 
     shutil.move(base, tmp_path / "moved")
-    gone = run_command("convert", "to-hf", str(run), str(tmp_path / "no"))
-    assert gone.returncode == 2 and "restore that folder from a copy" in gone.stderr
+    moved_base = run_command("convert", "to-hf", str(run), str(tmp_path / "no"))
+    assert moved_base.returncode == 2 and "restore that folder from a copy" in moved_base.stderr

@@ -18,6 +18,7 @@ SIZES = ("model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "mod
 MODELS = {"tiny-qwen3": ("model.dense_ffn_dim=48",), "tiny-solar-open": (
     "model.num_experts=4", "model.num_experts_per_token=2", "model.expert_ffn_dim=16",
     "model.seq_aux_loss_coeff=0")}
+MODELS["tiny-qwen3-moe"] = MODELS["tiny-solar-open"]
 """Recipe -> settings of its models."""
 TRAINING = ("optim.lr=0.01", "optim.min_lr=0.001", "optim.warmup_steps=2", "optim.schedule=cosine",
             "optim.clip_grad=0", "optim.eps=1e-4", "train.steps=24", f"train.global_batch_size={BATCH_SIZE}",

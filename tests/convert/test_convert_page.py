@@ -15,7 +15,7 @@ def test_commands_of_the_page_run(exaone_dir: Path, one_rank: None, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     assert [language for language, _ in blocks] == ["bash", "bash", "python", "bash", "bash", "python",
-                                                    "python"]
+                                                    "python", "python"]
     for language, block in blocks:
         if language == "python":
             exec(compile(block, "convert.md", "exec"), {})

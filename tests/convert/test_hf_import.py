@@ -85,9 +85,9 @@ def test_turn_ends_are_stop_tokens_of_the_export(solar_dir: Path, tmp_path: Path
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 1
 
 
-GENERATION, CONFIG, TEXTS, MAP = ("generation_config.json", "config.json", "tokenizer_config.json",
-                                  "special_tokens_map.json")
-NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
+GENERATION, CONFIG = "generation_config.json", "config.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+TOKEN_ID_FILES: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
     "generation defaults before the config": (
         {GENERATION: {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
          CONFIG: {"bos_token_id": 4, "eos_token_id": 5, "pad_token_id": 6}}, TokenIds(1, 2, 3)),
@@ -104,20 +104,23 @@ NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
     "no generation defaults": ({CONFIG: {"bos_token_id": 4, "eos_token_id": [5]}}, TokenIds(4, [5])),
     "a part of the text model": (
         {CONFIG: {"bos_token_id": 4, "text_config": {"bos_token_id": 8, "eos_token_id": 9}}}, TokenIds(4, 9)),
-    "texts": ({GENERATION: {"bos_token_id": 1}, TEXTS: {"bos_token": "<s>", "eos_token": "</s>"}},
+    "texts": ({GENERATION: {"bos_token_id": 1}, TOKENIZER_CONFIG: {"bos_token": "<s>", "eos_token": "</s>"}},
               TokenIds(1, 1)),
-    "texts as objects": ({TEXTS: {"eos_token": {"content": "<end>", "lstrip": False}, "pad_token": "a"}},
+    "texts as objects": ({TOKENIZER_CONFIG: {"eos_token": {"content": "<end>", "lstrip": False},
+                                             "pad_token": "a"}},
                          TokenIds(eos=7, pad=2)),
-    "texts of an older file": ({MAP: {"eos_token": "</s>"}, TEXTS: {"pad_token": None}}, TokenIds(eos=1)),
+    "texts of an older file": ({SPECIAL_TOKENS: {"eos_token": "</s>"}, TOKENIZER_CONFIG: {"pad_token": None}},
+                               TokenIds(eos=1)),
     "values that are no ids": ({GENERATION: {"bos_token_id": True, "eos_token_id": ["x", 3, -1]},
                                 CONFIG: {"bos_token_id": 4}}, TokenIds(4, [3])),
     "nothing": ({}, TokenIds())}
+"""Case -> (contents of a folder's files, the token ids that are read from them)."""
 
 
-@pytest.mark.each("name", NAMED)
+@pytest.mark.each("name", TOKEN_ID_FILES)
 def test_special_ids_come_from_the_first_file(name: str, tmp_path: Path) -> None:
     """transformers' generate uses the same order of files; without an id it would never stop."""
-    files, expected = NAMED[name]
+    files, expected = TOKEN_ID_FILES[name]
     (tmp_path / "tokenizer.json").write_text(json.dumps({
         "added_tokens": [{"id": 7, "content": "<end>"}], "model": {"vocab": {"<s>": 0, "</s>": 1, "a": 2}}}))
     for file, content in files.items():
@@ -125,21 +128,20 @@ def test_special_ids_come_from_the_first_file(name: str, tmp_path: Path) -> None
     result = read_token_ids(tmp_path)
     assert result == expected
     if name != "values that are no ids" and {GENERATION, CONFIG} & set(files):
-        used = (GenerationConfig.from_pretrained(tmp_path) if GENERATION in files
-                else GenerationConfig.from_model_config(files[CONFIG]))
-        for token, value in vars(result).items():
-            theirs = getattr(used, f"{token}_token_id")
-            assert theirs in (None, [], value), token
+        hf_config = (GenerationConfig.from_pretrained(tmp_path) if GENERATION in files
+                     else GenerationConfig.from_model_config(files[CONFIG]))
+        for token, token_id in vars(result).items():
+            assert getattr(hf_config, f"{token}_token_id") in (None, [], token_id), token
 
 
 def test_unknown_eos_token_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-    (tmp_path / TEXTS).write_text('{"eos_token": "<gone>"}')
+    (tmp_path / TOKENIZER_CONFIG).write_text('{"eos_token": "<gone>"}')
     with pytest.raises(UserError, match="eos_token = '<gone>'"):
         read_token_ids(tmp_path)
     (tmp_path / GENERATION).write_text('{"eos_token_id": 0}')
     assert read_token_ids(tmp_path) == TokenIds(eos=0)
-    (tmp_path / TEXTS).write_text('{"bos_token": "a", "pad_token": "<unused>"}')
+    (tmp_path / TOKENIZER_CONFIG).write_text('{"bos_token": "a", "pad_token": "<unused>"}')
     assert read_token_ids(tmp_path) == TokenIds(bos=0, eos=0)
 
 
@@ -152,16 +154,16 @@ def test_missing_ids_are_added_to_generation_config(defaults: dict[str, Any] | N
         (source / GENERATION).write_text(json.dumps(defaults))
     convert.from_hf(source, tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    written, config = (json.loads((tmp_path / "hf" / name).read_text()) for name in (GENERATION, CONFIG))
-    assert written == (defaults or {}) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    generation, config = (json.loads((tmp_path / "hf" / name).read_text()) for name in (GENERATION, CONFIG))
+    assert generation == (defaults or {}) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 2
-    proof = convert.verify(tmp_path / "ckpt", tmp_path / "hf", load=False)
-    assert proof.passed, proof.checks
-    (tmp_path / "hf" / GENERATION).write_text(json.dumps(written | {"eos_token_id": 1}))
-    failed = [check for check in convert.verify(source, tmp_path / "hf", load=False).checks
-              if check.name == "special token ids that differ" and not check.passed]
-    assert [check.detail for check in failed] == ["eos ([2] and [1])"]
+    verification = convert.verify(tmp_path / "ckpt", tmp_path / "hf", load=False)
+    assert verification.passed, verification.checks
+    (tmp_path / "hf" / GENERATION).write_text(json.dumps(generation | {"eos_token_id": 1}))
+    failed_checks = [check for check in convert.verify(source, tmp_path / "hf", load=False).checks
+                     if check.name == "special token ids that differ" and not check.passed]
+    assert [check.detail for check in failed_checks] == ["eos ([2] and [1])"]
 
 
 def test_turn_ends_are_added_to_base_defaults(solar_dir: Path, tmp_path: Path) -> None:
@@ -188,22 +190,24 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 1}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=1024, **sizes))
-    alphabet = {chr(i): n for n, i in enumerate([*range(33, 127), *range(161, 173), *range(174, 256),
-                                                 *range(256, 324)])}
-    for name in ("another", "its own"):
+    # The characters by which byte-level BPE writes the 256 bytes.
+    byte_characters = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]
+    alphabet = {chr(code): i for i, code in enumerate(byte_characters)}
+    for name in ("other pre-tokenizer", "qwen2"):
         model.save_pretrained(source := tmp_path / name)
-        if name == "another":
+        if name == "other pre-tokenizer":
             shutil.copy(solar_dir / "tokenizer.json", source)
         else:
             Qwen2Tokenizer(vocab={**alphabet, "<|endoftext|>": 256}, merges=[]).save_pretrained(source)
         convert.from_hf(source, tmp_path / f"{name} ckpt")
         capsys.readouterr()
         convert.to_hf(tmp_path / f"{name} ckpt", tmp_path / f"{name} hf")
-        assert ("token ids may differ" in capsys.readouterr().err) == (name == "another")
-    written, text = tmp_path / "another hf", "in 1234 words 가나다"
+        assert ("token ids may differ" in capsys.readouterr().err) == (
+            name == "other pre-tokenizer")
+    exported, text = tmp_path / "other pre-tokenizer hf", "in 1234 words 가나다"
     ids = PreTrainedTokenizerFast.from_pretrained(str(solar_dir))(text)["input_ids"]
-    assert PreTrainedTokenizerFast.from_pretrained(str(written))(text)["input_ids"] == ids
-    assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != ids
+    assert PreTrainedTokenizerFast.from_pretrained(str(exported))(text)["input_ids"] == ids
+    assert AutoTokenizer.from_pretrained(str(exported))(text)["input_ids"] != ids
 
 
 # Claims of docs/omni.md about Hugging Face folders with encoders: transformers' classes load them and compute
@@ -213,13 +217,22 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
 PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 
-def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
-    """Return logits of a row in which placeholders of one kind represent records in order."""
+def compute_logits(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
+    """Compute our logits of a row.
+
+    Args:
+        checkpoint: folder of a model with encoders of images and audio.
+        ids: tokens; the placeholders of a kind represent its records in order.
+        records: kind -> records, as the encoder takes them.
+
+    Returns:
+        Shape [tokens, vocabulary].
+    """
     config = read_checkpoint_settings(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
-    pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
+    encoders = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
     inputs = {}
-    for kind, encoder in pads.items():
+    for kind, encoder in encoders.items():
         places = np.flatnonzero(np.isin(ids, encoder.placeholder_ids))
         inputs[kind] = take_records(places, np.arange(len(places)), records[kind], encoder.slots)
     world.join_world(config.parallel)
@@ -237,27 +250,28 @@ def test_multimodal_export_equals_our_model(tmp_path: Path, packed_data: Any, on
     monkeypatch.chdir(tmp_path)
     save_omni_model(tmp_path / "model", packed_data.tokenizer, ("model.init_std=0.1",))
     to_hf("model", "omni-hf")
-    names: dict[str, Any] = {}
+    page_names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     [code] = [block for block in blocks if "def logits" in block]
-    exec(compile(code, "the page", "exec"), names)
-    media, random = names["media"], np.random.default_rng(0)
+    exec(compile(code, "docs/omni.md", "exec"), page_names)
+    media, random = page_names["media"], np.random.default_rng(0)
     assert media["pictures"]["placeholders"] == ["<|IMAGE_PAD|>", "<|VIDEO_PAD|>"]
     assert (media["pictures"]["slots"], media["sounds"]["slots"]) == (4, 50)
     assert media["image_tokens"]["size"] == NUM_PICTURE_TOKENS and media["image_tokens"]["codecs"] == []
     pixels = random.integers(256, size=(2, 16, 16, 3), dtype=np.uint8)
     sound = random.uniform(-0.5, 0.5, 30_000).astype(np.float32)
-    pad, said = media["pictures"]["placeholder_ids"][0], media["sounds"]["placeholder_ids"][0]
-    ids = [9, *[pad] * 4, 7, *[pad] * 4, 30, *[said] * 50, 5, 4]
-    heard = names["AutoFeatureExtractor"].from_pretrained("omni-hf")(
+    image_id, audio_id = (media[kind]["placeholder_ids"][0] for kind in ("pictures", "sounds"))
+    ids = [9, *[image_id] * 4, 7, *[image_id] * 4, 30, *[audio_id] * 50, 5, 4]
+    spectrogram = page_names["AutoFeatureExtractor"].from_pretrained("omni-hf")(
         sound, sampling_rate=16_000, return_tensors="np")["input_features"]
-    assert heard.shape[1:] == tuple(media["sounds"]["record_shape"])
+    assert spectrogram.shape[1:] == tuple(media["sounds"]["record_shape"])
     with torch.no_grad():
-        theirs = names["logits"](torch.tensor(ids), [Image.fromarray(p) for p in pixels], [sound])
-        blind = names["logits"](torch.tensor(ids), [Image.new("RGB", (16, 16))] * 2, [sound])
-    result = ours(tmp_path / "model", ids, {PICTURES: pixels.transpose(0, 3, 1, 2), SOUNDS: heard})
-    assert torch.allclose(result, theirs, rtol=1e-5, atol=1e-5)
-    assert (theirs[-1] - blind[-1]).abs().max() > 1e-3
+        hf_logits = page_names["logits"](torch.tensor(ids), [Image.fromarray(p) for p in pixels], [sound])
+        black_logits = page_names["logits"](torch.tensor(ids), [Image.new("RGB", (16, 16))] * 2, [sound])
+    logits = compute_logits(tmp_path / "model", ids,
+                            {PICTURES: pixels.transpose(0, 3, 1, 2), SOUNDS: spectrogram})
+    assert torch.allclose(logits, hf_logits, rtol=1e-5, atol=1e-5)
+    assert (hf_logits[-1] - black_logits[-1]).abs().max() > 1e-3, "the images change the logits"
     prefixes = (*media["pictures"]["prefixes"], *media["sounds"]["prefixes"])
     tensors = load_file("omni-hf/model.safetensors")
     assert all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes)
@@ -272,38 +286,39 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
     files = build_processor_files(model, tmp_path, {})
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    for kept in ([*files], ["preprocessor_config.json"]):  # either file alone will do
-        for name in set(files) - set(kept):
+    for remaining_files in ([*files], ["preprocessor_config.json"]):  # this file alone is enough
+        for name in set(files) - set(remaining_files):
             (tmp_path / name).unlink()
         picture = Image.new("RGB", (60, 30), (255, 0, 0))
         pixels = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="np")["pixel_values"]
         red = (1 - model.vision.mean[0]) / model.vision.std[0] if model.vision else 0
         assert pixels.shape == (1, 3, 24, 24) and pixels[0, 0] == pytest.approx(np.full((24, 24), red),
                                                                                 rel=1e-5)
-        heard = AutoFeatureExtractor.from_pretrained(tmp_path)(np.zeros(5), sampling_rate=16_000)
-        assert np.shape(heard["input_features"]) == (1, 8, 200)
-    plain = get("tiny-qwen3").model
-    assert build_processor_files(plain, tmp_path, {}) == {}
-    part = dataclasses.replace(plain, audio=AudioEncoderConfig("whisper", (6,), num_frames=60))
-    assert "feature_extractor" not in build_processor_files(part, tmp_path, {})["processor_config.json"]
+        features = AutoFeatureExtractor.from_pretrained(tmp_path)(np.zeros(5), sampling_rate=16_000)
+        assert np.shape(features["input_features"]) == (1, 8, 200)
+    text_model = get("tiny-qwen3").model
+    assert build_processor_files(text_model, tmp_path, {}) == {}
+    short_audio = dataclasses.replace(text_model, audio=AudioEncoderConfig("whisper", (6,), num_frames=60))
+    assert "feature_extractor" not in build_processor_files(short_audio, tmp_path,
+                                                            {})["processor_config.json"]
 
 
 # The text model inside a vision-language folder written by transformers: it is read alone, computes the same,
 # and omitted tensors are reported.
 
 
-NAMES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
-         "as in memory": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")}
-"""Prefixes of the tensor names of the text model, the encoder and the projector."""
+PREFIXES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
+            "as in memory": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")}
+"""Spelling -> prefixes of the tensor names of the text model, the encoder and the projector."""
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny Gemma 3 with a vision tower."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("seeing") / "hf"
+    folder = tmp_path_factory.mktemp("vision_model") / "hf"
     text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8,
             "sliding_window_pattern": 2, "query_pre_attn_scalar": 5, "initializer_range": 0.3,
@@ -317,16 +332,16 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_renamed_folder(folder: Path, names: str, out: Path,
+def write_renamed_folder(folder: Path, spelling: str, out: Path,
                          change: Callable[[dict[str, Any]], Any] = bool) -> Path:
-    """Write the folder with renamed tensors and a changed config.json."""
+    """Write a model's folder with tensor names in a spelling of `PREFIXES` and a changed config.json."""
     out.mkdir()
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        place = next(i for i, starts in enumerate(zip(*NAMES.values(), strict=True))
-                     if name.startswith(starts))
-        old = next(starts[place] for starts in NAMES.values() if name.startswith(starts[place]))
-        tensors[NAMES[names][place] + name.removeprefix(old)] = tensor
+        old, new = next((prefix, new_prefix) for prefixes in PREFIXES.values()
+                        for prefix, new_prefix in zip(prefixes, PREFIXES[spelling], strict=True)
+                        if name.startswith(prefix))
+        tensors[new + name.removeprefix(old)] = tensor
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     change(config)
@@ -334,34 +349,37 @@ def write_renamed_folder(folder: Path, names: str, out: Path,
     return out
 
 
-@pytest.mark.parametrize("names", NAMES)
-def test_text_model_of_a_multimodal_folder_is_equal(seeing: Path, names: str, tmp_path: Path,
+@pytest.mark.parametrize("spelling", PREFIXES)
+def test_text_model_of_a_multimodal_folder_is_equal(vision_model: Path, spelling: str, tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
-    source = write_renamed_folder(seeing, names, tmp_path / "hf")
+    source = write_renamed_folder(vision_model, spelling, tmp_path / "hf")
     convert.from_hf(source, tmp_path / "ckpt")
     errors = capsys.readouterr().err
     assert (Target(source, True).vocab_size, Target(source, True).max_tokens) == (96, 131072)
     assert "tensors of the image encoder (" in errors and errors.count("are not converted") == 1
     convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
-    written = json.loads((tmp_path / "back/config.json").read_text())
-    assert written["architectures"] == ["Gemma3ForCausalLM"] and written["model_type"] == "gemma3_text"
-    assert written["rope_parameters"]["full_attention"] == {
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert config["architectures"] == ["Gemma3ForCausalLM"] and config["model_type"] == "gemma3_text"
+    assert config["rope_parameters"]["full_attention"] == {
         "rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
-    stored = load_file(source / "model.safetensors")
-    text = NAMES[names][0]
+    remaining = load_file(source / "model.safetensors")
+    text_prefix = PREFIXES[spelling][0]
     for name, tensor in load_file(tmp_path / "back/model.safetensors").items():
-        assert torch.equal(tensor, stored.pop(text + name.removeprefix("model.")))
-    assert not [name for name in stored if name.startswith(text)], "every tensor of the text model is there"
+        assert torch.equal(tensor, remaining.pop(text_prefix + name.removeprefix("model.")))
+    assert not [name for name in remaining if name.startswith(text_prefix)], (
+        "every tensor of the text model is exported")
     tokens = torch.arange(20)[None] * 7 % 90
     with torch.no_grad():
-        inside = Gemma3ForConditionalGeneration.from_pretrained(seeing)(input_ids=tokens).logits
-        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "back")(input_ids=tokens).logits
-    torch.testing.assert_close(alone, inside, rtol=1e-5, atol=1e-5)
+        multimodal_logits = Gemma3ForConditionalGeneration.from_pretrained(vision_model)(
+            input_ids=tokens).logits
+        text_logits = AutoModelForCausalLM.from_pretrained(tmp_path / "back")(input_ids=tokens).logits
+    torch.testing.assert_close(text_logits, multimodal_logits, rtol=1e-5, atol=1e-5)
 
 
-def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+def set_text(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    """Return a change of `text_config` for `write_renamed_folder`."""
     return lambda config: config["text_config"].update({name: value})
 
 
@@ -369,24 +387,25 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     (lambda config: config.pop("text_config"), "text_config = None must hold the text model's"),
     (lambda config: config.update(architectures=["Gemma3ForSequenceClassification"]),
      r"architectures = \['Gemma3ForSequenceClassification'\], but model_type 'gemma3' is Gemma3ForCond"),
-    (part("model_type", "llama"), "text_config.model_type = 'llama', but only 'gemma3_text' is supported"),
-    (part("tie_word_embeddings", False), "tie_word_embeddings = True, and False in text_config"),
-    (part("tie_word_embeddings", [True]), r"tie_word_embeddings = True, and \[True\] in text_config"),
-    (part("attn_logit_softcapping", 50.0), r"attn_logit_softcapping = 50\.0, but only None is supported"),
-    (part("intermediate_size", 25), r"its tensors do not match the model: .* of another shape"),
-    (part("is_causal", False), r"is_causal = False \(read by transformers, but not supported\)"),
+    (set_text("model_type", "llama"),
+     "text_config.model_type = 'llama', but only 'gemma3_text' is supported"),
+    (set_text("tie_word_embeddings", False), "tie_word_embeddings = True, and False in text_config"),
+    (set_text("tie_word_embeddings", [True]), r"tie_word_embeddings = True, and \[True\] in text_config"),
+    (set_text("attn_logit_softcapping", 50.0), r"attn_logit_softcapping = 50\.0, but only None is supported"),
+    (set_text("intermediate_size", 25), r"its tensors do not match the model: .* of another shape"),
+    (set_text("is_causal", False), r"is_causal = False \(read by transformers, but not supported\)"),
 ])
-def test_unsupported_multimodal_folders_raise_user_error(seeing: Path,
+def test_unsupported_multimodal_folders_raise_user_error(vision_model: Path,
                                                          change: Callable[[dict[str, Any]], Any],
                                                          expected: str, tmp_path: Path) -> None:
-    source = write_renamed_folder(seeing, "as released", tmp_path / "hf", change)
+    source = write_renamed_folder(vision_model, "as released", tmp_path / "hf", change)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_duplicate_and_unknown_tensors_are_rejected(seeing: Path, tmp_path: Path) -> None:
-    source = write_renamed_folder(seeing, "as released", tmp_path / "hf")
+def test_duplicate_and_unknown_tensors_are_rejected(vision_model: Path, tmp_path: Path) -> None:
+    source = write_renamed_folder(vision_model, "as released", tmp_path / "hf")
     tensors = load_file(source / "model.safetensors")
     norm = tensors["language_model.model.norm.weight"]
     for name, expected in (("model.language_model.norm.weight", "are both model.norm.weight of the text"),

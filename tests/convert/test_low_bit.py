@@ -66,7 +66,7 @@ def test_other_compressed_tensors_formats_are_rejected(field: Any, solar_dir: Pa
     (lambda t, name: t.pop(name), "is missing, although"),
     (lambda t, name: t.update({f"{name}_scale": torch.ones(2)}), r"_scale is F32 \[2\] and must be"),
     (lambda t, name: t.update({name: t[name].float()}), r"is F32 .* and must be"),
-    (lambda t, name: t.update({name: t[name].flatten()}), r"must be F8_E4M3 \[0, 0\]")])
+    (lambda t, name: t.update({name: t[name].flatten()}), "an FP8 weight is a matrix")])
 def test_incomplete_fp8_weight_is_named(change: Any, expected: str, solar_dir: Path, tmp_path: Path) -> None:
     name = next(iter(write_fp8_copy(solar_dir, tmp_path / "fp8")))
     file = tmp_path / "fp8/model.safetensors"

@@ -39,29 +39,32 @@ TOKENS = [(7 * i + 3) % 95 for i in range(41)]
 
 
 def save_adapter(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
-    """Write a base and a random adapter; return logits and hashes of the live export."""
+    """Write FOLDER/base, FOLDER/adapter with random values, and FOLDER/live.pt: the logits of `TOKENS` and
+    the merged weights of the live model."""
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
-    frozen = apply_settings(config, ["lora.rank=0"])
-    base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
+    base_config = apply_settings(config, ["lora.rank=0"])
+    base, adapter, num_tokens = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
     world.join_world(config.parallel)
     model = build_model(config.model, config.parallel, config.train)
     initial_weights.initialize_weights(model, config.model, 1)
-    save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
+    save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, base_config.to_dict(), None)
     model = build_model(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
-    for block in list_local_shards(model):
-        if block.key.startswith("adapter."):
+    for shard in list_local_shards(model):
+        if shard.key.startswith("adapter."):
             # the same numbers on every rank that has a replica of the block
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{block.key} {block.offset}".encode()))
-            noise = torch.randn(block.data.shape, generator=generator) * 0.2
-            block.data.copy_(block.data * (1 + noise) if block.key.endswith("magnitude") else noise)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{shard.key} {shard.offset}".encode()))
+            noise = torch.randn(shard.data.shape, generator=generator) * 0.2
+            shard.data.copy_(shard.data * (1 + noise) if shard.key.endswith("magnitude") else noise)
     save_checkpoint(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
-    zeros = torch.zeros(n, dtype=torch.int64)
-    inputs = ModelInputs(tokens=torch.tensor(TOKENS), positions=torch.arange(n), max_document_tokens=n,
-                         cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
-                         padding=torch.zeros(n, dtype=torch.bool))
-    logits = ForwardModel(model, 64).logits(MicroBatch(inputs, zeros, torch.ones(n), zeros.byte(), zeros),
-                                            torch.arange(n))
+    zeros = torch.zeros(num_tokens, dtype=torch.int64)
+    inputs = ModelInputs(tokens=torch.tensor(TOKENS), positions=torch.arange(num_tokens),
+                         max_document_tokens=num_tokens,
+                         cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
+                         padding=torch.zeros(num_tokens, dtype=torch.bool))
+    logits = ForwardModel(model,
+                          64).logits(MicroBatch(inputs, zeros, torch.ones(num_tokens), zeros.byte(), zeros),
+                                     torch.arange(num_tokens))
     live = dict(export_weights(model))
     if live:  # rank 0 receives the tensors
         torch.save({"logits": logits, "live": live}, Path(folder) / "live.pt")
@@ -95,7 +98,7 @@ def test_adapter_round_trip_with_peft(case: str, ranks: Any, job: Any, tmp_path:
 
     recipe, settings = CASES[case]
     ranks(job(__file__, "save_adapter", 1, {"recipe": recipe, "settings": settings, "folder": str(tmp_path)}))
-    live = torch.load(tmp_path / "live.pt")
+    saved_live = torch.load(tmp_path / "live.pt")
     adapter, base = tmp_path / "adapter", tmp_path / "base"
     to_peft(adapter, tmp_path / "peft")
     assert json.loads((tmp_path / "peft" / CONFIG).read_text())["base_model_name_or_path"] == "base"
@@ -104,32 +107,35 @@ def test_adapter_round_trip_with_peft(case: str, ranks: Any, job: Any, tmp_path:
     for file in (p for name in ("peft", "hf", "merged") for p in (tmp_path / name).iterdir()):
         assert str(tmp_path).encode() not in file.read_bytes(), file
 
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", experts_implementation="eager")
-    wrapped = peft.PeftModel.from_pretrained(plain, tmp_path / "peft")
-    theirs = wrapped(torch.tensor([TOKENS])).logits[0]
-    limit = 1e-5 * float(theirs.abs().max())
-    assert float((theirs - live["logits"]).abs().max()) < limit
-    with wrapped.disable_adapter():
-        assert float((wrapped(torch.tensor([TOKENS])).logits[0] - live["logits"]).abs().max()) > 0.1
+    base_model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", experts_implementation="eager")
+    peft_model = peft.PeftModel.from_pretrained(base_model, tmp_path / "peft")
+    peft_logits = peft_model(torch.tensor([TOKENS])).logits[0]
+    tolerance = 1e-5 * float(peft_logits.abs().max())
+    assert float((peft_logits - saved_live["logits"]).abs().max()) < tolerance
+    with peft_model.disable_adapter():
+        assert float((peft_model(torch.tensor([TOKENS])).logits[0] - saved_live["logits"]).abs().max()) > 0.1
 
     weights = open_weights(tmp_path / "merged")
-    assert set(weights.list_names()) == set(live["live"])
+    assert set(weights.list_names()) == set(saved_live["live"])
     for name in weights.list_names():
-        assert weights.read(name).equal(live["live"][name]), name
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="eager")
-    assert float((whole(torch.tensor([TOKENS])).logits[0] - live["logits"]).abs().max()) < limit
+        assert weights.read(name).equal(saved_live["live"][name]), name
+    merged_model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="eager")
+    assert float(
+        (merged_model(torch.tensor([TOKENS])).logits[0] - saved_live["logits"]).abs().max()) < tolerance
 
-    wrapped.save_pretrained(tmp_path / "again")
+    peft_model.save_pretrained(tmp_path / "again")
     saved = load_file(tmp_path / "again" / WEIGHTS)
-    frozen = find_frozen_copies(saved)
-    assert len(frozen) == (2 if case == "dense" else 0), "PEFT saves the weights of embedding and head, too"
-    assert saved.keys() - frozen.keys() == load_file(tmp_path / "peft" / WEIGHTS).keys()
+    frozen_copies = find_frozen_copies(saved)
+    assert len(frozen_copies) == (2
+                                  if case == "dense"
+                                  else 0), "PEFT saves the weights of embedding and head, too"
+    assert saved.keys() - frozen_copies.keys() == load_file(tmp_path / "peft" / WEIGHTS).keys()
     from_peft(tmp_path / "again", tmp_path / "back", base)
-    ours, back = TensorReader(adapter, "adapter"), TensorReader(tmp_path / "back", "adapter")
-    assert sorted(ours.keys()) == sorted(back.keys())
-    for key in ours.keys():  # noqa: SIM118
-        assert ours.read(key).equal(back.read(key)), key
-    for name in frozen:
+    original, imported = TensorReader(adapter, "adapter"), TensorReader(tmp_path / "back", "adapter")
+    assert sorted(original.keys()) == sorted(imported.keys())
+    for key in original.keys():  # noqa: SIM118
+        assert original.read(key).equal(imported.read(key)), key
+    for name in frozen_copies:
         save_file({**saved, name: saved[name] + 1}, tmp_path / "again" / WEIGHTS)
         with pytest.raises(UserError, match="trained together with the adapter"):
             from_peft(tmp_path / "again", tmp_path / "no", base)
@@ -257,7 +263,7 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
 SPACING = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-11}
 
 
-def adapted_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+def save_merge_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
     """Write FOLDER/hf, a random model in `dtype`, FOLDER/peft, an adapter with updates below the bfloat16
     spacing, and FOLDER/reference, merged by PEFT in float32."""
     import peft
@@ -290,7 +296,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
                                                 capfd: pytest.CaptureFixture[str]) -> None:
     kind, settings = MERGES[case]
-    adapted_by_peft(tmp_path, kind, settings, torch.bfloat16)
+    save_merge_by_peft(tmp_path, kind, settings, torch.bfloat16)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
     from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
     base, reference = read_tensors(tmp_path / "hf"), read_tensors(tmp_path / "reference")
@@ -299,24 +305,24 @@ def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
         warning = capfd.readouterr().err
         is_warned = "of the adapter's own update; pass --dtype float32 to keep" in warning
         assert is_warned == (dtype != "float32")
-        written = read_tensors(tmp_path / dtype)
-        assert written.keys() == reference.keys()
-        for name, tensor in written.items():
+        merged = read_tensors(tmp_path / dtype)
+        assert merged.keys() == reference.keys()
+        for name, tensor in merged.items():
             # the order of PEFT's sums may move the last bit of float32, and a tie then falls the other way
-            limit = spacing * reference[name].abs() + 1e-7
-            assert bool(((tensor.float() - reference[name]).abs() <= limit).all()), name
+            tolerance = spacing * reference[name].abs() + 1e-7
+            assert bool(((tensor.float() - reference[name]).abs() <= tolerance).all()), name
             if dtype != "float32":
                 assert float((tensor != reference[name].to(tensor.dtype)).float().mean()) < 0.01, name
     convert.to_hf(tmp_path / "adapter", tmp_path / "default")
     default = read_tensors(tmp_path / "default")
     assert json.loads((tmp_path / "default/config.json").read_text())["dtype"] == "float32"
     assert all(default[name].equal(tensor) for name, tensor in read_tensors(tmp_path / "float32").items())
-    changed = [name for name in base if not reference[name].equal(base[name].float())]
-    assert changed and all(not default[name].equal(base[name].float()) for name in changed)
+    changed_names = [name for name in base if not reference[name].equal(base[name].float())]
+    assert changed_names and all(not default[name].equal(base[name].float()) for name in changed_names)
 
 
 def test_adapter_with_a_missing_part_is_rejected(tmp_path: Path) -> None:
-    adapted_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj"]}, torch.float32)
+    save_merge_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj"]}, torch.float32)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
     from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
     index = tmp_path / "adapter/adapter.index.json"
@@ -330,16 +336,16 @@ def test_adapter_with_a_missing_part_is_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_verify_reports_rounding_of_the_update(dtype: torch.dtype, tmp_path: Path) -> None:
-    adapted_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj", "up_proj"]}, dtype)
+    save_merge_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj", "up_proj"]}, dtype)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
     from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
-    for written in ("keep", "bfloat16"):
-        convert.to_hf(tmp_path / "adapter", tmp_path / written, written)
-        proof = convert.verify(tmp_path / "adapter", tmp_path / written, load=False)
-        assert proof.passed
-        (difference,) = [c for c in proof.checks if c.name == "largest difference of a weight"]
+    for dtype_option in ("keep", "bfloat16"):
+        convert.to_hf(tmp_path / "adapter", tmp_path / dtype_option, dtype_option)
+        verification = convert.verify(tmp_path / "adapter", tmp_path / dtype_option, load=False)
+        assert verification.passed
+        (difference,) = [c for c in verification.checks if c.name == "largest difference of a weight"]
         assert ("rounding to bfloat16 changes the adapted weights by" in difference.detail) == (
-            written == "bfloat16")
+            dtype_option == "bfloat16")
     trained, rounded, frozen = (
         torch.cat([tensor.double().flatten()
                    for name, tensor in sorted(read_tensors(tmp_path / folder).items())

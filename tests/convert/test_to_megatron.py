@@ -16,7 +16,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.megatron import to_megatron as export
+from megatron_sov.convert.dcp import writer
 from megatron_sov.convert.megatron.to_megatron import build_common_state, to_megatron
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
@@ -42,8 +42,8 @@ class Case:
                                                     "first": FIRST, "steps": STEPS})
 
     def export(self, out: str, **options: bool) -> None:
-        report = to_megatron(self.folder / f"checkpoints/step-{FIRST}", self.folder / out, **options)
-        assert (report.step, report.num_updates, report.schedule_problem) == (FIRST, FIRST, "")
+        source, problem = to_megatron(self.folder / f"checkpoints/step-{FIRST}", self.folder / out, **options)
+        assert (source.step, source.num_updates, problem) == (FIRST, FIRST, "")
 
     def continue_from(self, out: str, num_ranks: int, layout: dict[str, Any], *, distributed: bool,
                       saved: str = "") -> Any:
@@ -169,7 +169,7 @@ def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     convert.from_hf(solar_dir, tmp_path / "ours")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(export, "sha256_file", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(writer, "sha256_file", Mock(side_effect=KeyboardInterrupt))
         to_megatron(tmp_path / "ours", tmp_path / "out")
     file = next((tmp_path / "ours").rglob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
@@ -230,14 +230,14 @@ def test_an_error_in_any_worker_ends_the_export(solar_dir: Path, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors in the threads of torch's writer are lost, and the index would lack their tensors."""
     convert.from_hf(solar_dir, tmp_path / "ours")
-    serialize = export.CheckpointPlanner.resolve_data
+    serialize = writer.DcpPlanner.resolve_data
 
     def fail_outside_the_main_thread(planner: Any, item: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             raise OSError(errno.ENOSPC, "No space left on device")
         return serialize(planner, item)
 
-    monkeypatch.setattr(export.CheckpointPlanner, "resolve_data", fail_outside_the_main_thread)
+    monkeypatch.setattr(writer.DcpPlanner, "resolve_data", fail_outside_the_main_thread)
     with pytest.raises(UserError, match="no space left"):
         to_megatron(tmp_path / "ours", tmp_path / "out", workers=4)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]

@@ -41,7 +41,7 @@ def decode_tables() -> list[list[Any]]:
     """Encode four tokens of a table of 10 in a padding mask, and decode their routes, for both dtypes."""
     lookups = []
     for shape in (RouteShape(2, 2, 40), RouteShape(2, 2, 400)):
-        routes = shape.absent(10)
+        routes = shape.build_unrecorded(10)
         routes[3], routes[9] = [[5, 1], [39, 38]], [[0, shape.num_experts - 1], [2, 7]]
         table = RouteTable(routes, first_layer=4)
         mask = table.encode_mask(torch.tensor([False, False, False, True]), torch.tensor([9, 3, 0, 9]))

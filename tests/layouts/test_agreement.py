@@ -1,5 +1,5 @@
-"""The table of docs/layout_agreement.md: losses, gradient norms and weights at every layout equal one
-process's.
+"""The tables in benchmarks/results/layout_agreement.txt: losses, gradient norms and weights at every layout
+equal one process's.
 
 Runs use float64, so that a difference means a mistake and not another summation order. `make test` runs the
 fewest products that contain every setting, alternating between the two MoE models, and the dense model at one
@@ -18,7 +18,7 @@ import pytest
 from tests.layouts import covering
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
-PAGE = Path(__file__).parents[2] / "docs/layout_agreement.md"
+PAGE = Path(__file__).parents[2] / "benchmarks/results/layout_agreement.txt"
 
 
 WHOLE_TABLE = bool(os.environ.get("SOV_WRITE_TABLE"))

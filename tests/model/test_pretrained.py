@@ -19,6 +19,7 @@ from transformers import (
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.transformers_engine import load_hf
+from megatron_sov.model import pretrained
 from megatron_sov.model.pretrained import find_weight_files, load_pretrained
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
@@ -170,3 +171,25 @@ def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, mode
     for read in (load_hf, find_weight_files, lambda folder: convert.from_hf(folder, tmp_path / "out")):
         with pytest.raises(UserError, match=r"config.json: transformers_weights"):
             read(folder)
+
+
+def test_hash_of_a_model_changes_with_each_block_read(tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "MAX_FULL_BYTES", 64)
+    monkeypatch.setattr(pretrained, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(pretrained, "NUM_BLOCKS", 8)
+    weights = bytearray(range(256))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / ".cache").write_text("1")
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    before = pretrained.hash_model_folder(tmp_path)
+    (tmp_path / ".cache").write_text("2")
+    assert pretrained.hash_model_folder(tmp_path) == before
+    hashes = {before}
+    for index in (0, 84, 255):  # in the first, a middle and the last block
+        changed = weights.copy()
+        changed[index] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        hashes.add(pretrained.hash_model_folder(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    assert len(hashes | {pretrained.hash_model_folder(tmp_path)}) == 5

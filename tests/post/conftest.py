@@ -12,7 +12,7 @@ VOCABULARY, TEACHER_HIDDEN = 368, 24
 
 @pytest.fixture(scope="session")
 def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs whose better answer is the right sum, packed."""
+    """Packed preference pairs whose chosen answer is the right sum."""
     from data_prep.cli import main as sov_data
 
     folder = tmp_path_factory.mktemp("pairs")
@@ -27,8 +27,8 @@ def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_teacher_states() -> Callable[..., None]:
-    """Return `write(out, data, kept, part_tokens=400, teacher="one")`: write the artifact of a teacher with
-    random states, which do not depend on `kept`; any other teacher name is a wider model."""
+    """Return `write(out, data, state_format, part_tokens=400, teacher="one")`: write the artifact of a
+    teacher with random states, which are the same in each format; any other teacher name is a wider model."""
     import torch
     from safetensors.torch import save_file
 
@@ -36,23 +36,24 @@ def write_teacher_states() -> Callable[..., None]:
     from megatron_sov.post.distillation import state_files
     from megatron_sov.train.data.sources import describe_inputs, open_sources
 
-    def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400, teacher: str = "one") -> None:
+    def write(out: Path, data: list[Path], state_format: Any, part_tokens: int = 400,
+              teacher: str = "one") -> None:
         is_other = teacher != "one"
-        random, hidden = torch.Generator().manual_seed(int(is_other)), TEACHER_HIDDEN + 8 * is_other
-        head = torch.randn(VOCABULARY, hidden, generator=random) / 4
+        random, hidden_size = torch.Generator().manual_seed(int(is_other)), TEACHER_HIDDEN + 8 * is_other
+        head = torch.randn(VOCABULARY, hidden_size, generator=random) / 4
         sources = open_sources({str(folder): 1.0 for folder in data}, VOCABULARY)
         parts = state_files.plan_parts(sources, ("train", "heldout"), part_tokens)
         with create_artifact(out, state_files.KIND) as artifact:
             (artifact.path / "states").mkdir()
             for part in parts:
-                rows = torch.randn(part.num_tokens, hidden, generator=random)
-                if kept.top_k:
-                    logits = rows.double() @ head.double().T / kept.temperature
-                    logprobs, token = logits.log_softmax(-1).topk(kept.top_k)
-                    rows = state_files.pack_rows(token, logprobs)
+                rows = torch.randn(part.num_tokens, hidden_size, generator=random)
+                if state_format.top_k:
+                    logits = rows.double() @ head.double().T / state_format.temperature
+                    logprobs, tokens = logits.log_softmax(-1).topk(state_format.top_k)
+                    rows = state_files.pack_rows(tokens, logprobs)
                 (artifact.path / part.file).write_bytes(rows.numpy().tobytes())
             save_file({state_files.HEAD_WEIGHT: head}, artifact.path / state_files.HEAD)
-            artifact.content = state_files.build_content(parts, hidden, VOCABULARY, kept)
+            artifact.content = state_files.build_content(parts, hidden_size, VOCABULARY, state_format)
             artifact.settings = {"teacher": f"blake3:{teacher}", "teacher_path": teacher}
             artifact.inputs += describe_inputs(sources)
 

@@ -12,29 +12,29 @@ SAMPLES, K = 6, 3
 
 
 def build_checkpoint(checkpoint: str, num_right: list[int]) -> MeasuredCheckpoint:
-    """A checkpoint that gives so many right answers of six to each problem."""
-    judged = ScoredResponses()
-    for problem, right in enumerate(num_right):
+    """Return a checkpoint with this number of right answers of six to each problem."""
+    responses = ScoredResponses()
+    for problem, problem_right in enumerate(num_right):
         for sample in range(SAMPLES):
-            row = {"status": "scored", "reward": float(sample < right), "components": {}}
-            judged.add(str(problem), row, right_from=1.0)
-    return MeasuredCheckpoint.from_values(checkpoint, "algebra", judged, [1, K])
+            row = {"status": "scored", "reward": float(sample < problem_right), "components": {}}
+            responses.add(str(problem), row, right_from=1.0)
+    return MeasuredCheckpoint.from_responses(checkpoint, "algebra", responses, [1, K])
 
 
 def compute_pass_at_3(num_right: int) -> Fraction:
-    """pass@3 by all draws of three of six."""
+    """Compute pass@3 over all draws of three of six answers."""
     draws = list(combinations(range(SAMPLES), K))
     return Fraction(sum(min(draw) < num_right for draw in draws), len(draws))
 
 
 def test_the_best_checkpoint_has_the_best_pass_at_k() -> None:
-    # the first is right more often in all, the second on more problems
-    sure, wide = build_checkpoint("step-100", [6, 6, 0, 0]), build_checkpoint("step-200", [2, 2, 2, 2])
-    assert sure.mean_pass_at_k(1) == 0.5 > wide.mean_pass_at_k(1)
-    choice = choose_checkpoint([sure, wide], K)
+    more_right = build_checkpoint("step-100", [6, 6, 0, 0])
+    more_problems = build_checkpoint("step-200", [2, 2, 2, 2])
+    assert more_right.mean_pass_at_k(1) == 0.5 > more_problems.mean_pass_at_k(1)
+    choice = choose_checkpoint([more_right, more_problems], K)
     assert choice.checkpoint == "step-200"
     assert choice.value == pytest.approx(float(compute_pass_at_3(2)))
-    assert choose_checkpoint([sure, wide], 1).checkpoint == "step-100"
+    assert choose_checkpoint([more_right, more_problems], 1).checkpoint == "step-100"
 
 
 def test_ties_go_to_the_earliest_checkpoint() -> None:
@@ -44,10 +44,10 @@ def test_ties_go_to_the_earliest_checkpoint() -> None:
 
 
 def test_a_choice_is_clear_if_problems_separate_the_best_checkpoint() -> None:
-    many = 30
-    worse, noisy, best = (build_checkpoint("worse", [0] * many),
-                          build_checkpoint("noisy", [6, 1, 6, 0, 3] * 6),
-                          build_checkpoint("best", [6, 6, 0, 3, 5] * 6))
+    # 30 problems
+    worse = build_checkpoint("worse", [0] * 30)
+    noisy = build_checkpoint("noisy", [6, 1, 6, 0, 3] * 6)
+    best = build_checkpoint("best", [6, 6, 0, 3, 5] * 6)
     choice = choose_checkpoint([worse, noisy, best], K)
     assert (choice.checkpoint, choice.as_good) == ("best", ("noisy",))
     assert choose_checkpoint([worse, best], K).row()["is_clear"] is True

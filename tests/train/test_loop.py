@@ -13,8 +13,8 @@ from megatron_sov.train.loop import start_run, train
 from megatron_sov.train.trainer import CurrentWork
 
 
-class Recorded:
-    """Stands for a trainer and its parts: records the calls of the loop."""
+class RecordingTrainer:
+    """Stands for a trainer and its parts; `actions` has the loop's calls, as "action step"."""
 
     def __init__(self, num_steps: int, step: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
@@ -53,13 +53,13 @@ class Recorded:
     work = CurrentWork()
 
     def fetch_data(self, stop: Any) -> str | None:
-        assert self.watched is None, "data that are waited for are no hang"
+        assert self.watched is None, "waiting for data is no hang"
         return self.missing
 
     missing_at_the_end: str | None = None
 
     def finish_data(self, stop: Any) -> str | None:
-        assert self.watched is None, "what is still to be done at the end is no hang"
+        assert self.watched is None, "the work after the last step is no hang"
         return self.missing_at_the_end
 
     def is_evaluation_due(self) -> bool:
@@ -109,8 +109,9 @@ def recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
 EVERY_STEP = ("observe", "poll", "record", "expert load", "sync")
 
 
-def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = None) -> tuple[bool, list[str]]:
-    """Return the actions of `train`, without the actions of every step."""
+def run_loop(trainer: RecordingTrainer, stop_after: int = 10 ** 9,
+             until: int | None = None) -> tuple[bool, list[str]]:
+    """Run `train`; return whether the run is complete, and its actions without those of every step."""
     trainer.stop_after = stop_after
     complete = train(trainer, SimpleNamespace(reason="SIGTERM"), until)  # type: ignore[arg-type]
     return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]
@@ -120,91 +121,93 @@ def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = No
     (0, True, ["evaluate 0"]), (0, False, []), (1, True, [])])
 def test_a_new_run_is_evaluated_before_its_first_step(step: int, has_heldout: bool,
                                                       evaluated: list[str]) -> None:
-    trainer = Recorded(2, step)
+    trainer = RecordingTrainer(2, step)
     trainer.has_heldout = has_heldout
     start_run(trainer)  # type: ignore[arg-type]
     assert trainer.actions == [f"start {step}", *evaluated]
 
 
 def test_a_run_ends_after_the_configured_step() -> None:
-    complete, done = actions(Recorded(7, checkpoint_every_steps=4), until=5)
-    assert not complete and done[:2] == ["save 4", "save 5"]
-    assert actions(Recorded(5), until=5)[0]
+    complete, actions = run_loop(RecordingTrainer(7, checkpoint_every_steps=4), until=5)
+    assert not complete and actions[:2] == ["save 4", "save 5"]
+    assert run_loop(RecordingTrainer(5), until=5)[0]
 
 
 def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> None:
-    result = actions(Recorded(7, eval_every_steps=3, checkpoint_every_steps=2))
-    assert result == (True, ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7",
-                             "saved 7", "run_end 7"])
+    complete_and_actions = run_loop(RecordingTrainer(7, eval_every_steps=3, checkpoint_every_steps=2))
+    assert complete_and_actions == (True,
+                                    ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7",
+                                     "save 7",
+                                     "saved 7", "run_end 7"])
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_stop_saves_once_and_leaves(step: int) -> None:
-    assert actions(Recorded(5, checkpoint_every_steps=2), step) == (
+    assert run_loop(RecordingTrainer(5, checkpoint_every_steps=2), step) == (
         False, [f"save {step}", f"saved {step}", f"stop {step}"])
 
 
 def test_a_stop_at_the_last_step_completes_the_run() -> None:
-    assert actions(Recorded(3), 3) == (True, ["evaluate 3", "save 3", "saved 3", "run_end 3"])
+    assert run_loop(RecordingTrainer(3), 3) == (True, ["evaluate 3", "save 3", "saved 3", "run_end 3"])
 
 
 def test_a_run_killed_after_its_last_step_only_finishes() -> None:
-    assert actions(Recorded(3, step=3)) == (True, ["saved 3", "run_end 3"])
+    assert run_loop(RecordingTrainer(3, step=3)) == (True, ["saved 3", "run_end 3"])
 
 
 def test_a_passing_gate_ends_the_run_like_the_last_step() -> None:
-    trainer = Recorded(9, eval_every_steps=2)
+    trainer = RecordingTrainer(9, eval_every_steps=2)
     trainer.gate = SimpleNamespace(passed=False)
     trainer.gate.check = lambda trainer: setattr(trainer.gate, "passed", trainer.step == 5)
-    assert actions(trainer) == (True, ["evaluate 2", "evaluate 4", "evaluate 5", "save 5", "saved 5",
-                                       "run_end 5"])
-    assert actions(trainer)[1][-2:] == ["saved 5", "run_end 5"], "entered again it only ends"
+    assert run_loop(trainer) == (True, ["evaluate 2", "evaluate 4", "evaluate 5", "save 5", "saved 5",
+                                        "run_end 5"])
+    assert run_loop(trainer)[1][-2:] == ["saved 5", "run_end 5"], "a second call only ends the run"
 
 
-def test_a_step_is_looked_at_recorded_and_then_agreed_on() -> None:
-    trainer = Recorded(1)
-    actions(trainer)
+def test_a_step_is_observed_recorded_and_then_synchronized() -> None:
+    trainer = RecordingTrainer(1)
+    run_loop(trainer)
     assert trainer.actions == ["observe 1", "poll 1", "record 1", "expert load 1", "evaluate 1",
                                "sync 1", "save 1", "saved 1", "run_end 1"]
 
 
 def test_a_skipped_step_keeps_intervals_and_records_no_step() -> None:
-    trainer = Recorded(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
-    assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4",
-                                       "run_end 4"])
+    trainer = RecordingTrainer(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
+    assert run_loop(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4",
+                                        "run_end 4"])
     step_actions = [a for a in trainer.actions if a.startswith(("observe", "record"))]
     assert step_actions == ["observe 1", "record 1", "observe 3", "record 3"]
     assert [a for a in trainer.actions if a.startswith("expert load")] == [], (
         "both evaluations follow a step without tokens")
 
 
-def test_side_jobs_are_followed_whether_a_step_is_learned_or_not() -> None:
-    trainer = Recorded(4, skipped=(2, 3))
-    actions(trainer)
+def test_side_jobs_are_polled_after_learned_and_skipped_steps() -> None:
+    trainer = RecordingTrainer(4, skipped=(2, 3))
+    run_loop(trainer)
     assert [a for a in trainer.actions if a.startswith("poll")] == ["poll 1", "poll 2", "poll 3", "poll 4"]
-    elsewhere = Recorded(4)
-    elsewhere.side_jobs = None  # rank 0 has them
-    assert actions(elsewhere)[0]
+    other_rank = RecordingTrainer(4)
+    other_rank.side_jobs = None  # rank 0 has them
+    assert run_loop(other_rank)[0]
 
 
-def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Recorded(5, skipped=(2, 3), checkpoint_every_steps=4)
-    before = trainer.train_step
+def test_a_rollback_is_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = RecordingTrainer(5, skipped=(2, 3), checkpoint_every_steps=4)
+    train_step = trainer.train_step
 
     def update() -> Any:
-        result = before()
+        result = train_step()
         trainer.guards.step_guard.wants_rollback = trainer.step == 3
         return result
 
     trainer.train_step = update  # type: ignore[method-assign]
     monkeypatch.setattr("megatron_sov.train.loop.rollback_weights",
                         lambda t: t.actions.append(f"roll back {t.step}"))
-    assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5",
-                                       "run_end 5"])
+    assert run_loop(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5",
+                                        "run_end 5"])
 
 
 def test_missing_data_ends_the_run_without_another_checkpoint() -> None:
-    trainer: Any = Recorded(3, step=2)
+    trainer: Any = RecordingTrainer(3, step=2)
     trainer.missing = "round 2 is not there yet"
     assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
     assert trainer.actions == ["saved 2", "stop 2"]
@@ -215,7 +218,7 @@ def test_missing_data_ends_the_run_without_another_checkpoint() -> None:
 
 # A signal that asks for a stop is remembered, and ends nothing by itself.
 
-ANSWERED = """
+SIGNAL_PROGRAM = """
 import os, signal, sys, time
 from megatron_sov.work.processes.stop_signals import StopFlag
 stop, answers = StopFlag(), []
@@ -242,13 +245,13 @@ with stop.answer_first_signal(lambda name: answers.append((name, time.monotonic(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_the_first_signal_is_answered_from_a_thread(number: signal.Signals) -> None:
-    completed = subprocess.run([sys.executable, "-c", ANSWERED, str(int(number))], capture_output=True,
+    completed = subprocess.run([sys.executable, "-c", SIGNAL_PROGRAM, str(int(number))], capture_output=True,
                                text=True, env=os.environ, check=False)
     assert (completed.returncode, completed.stdout.splitlines()) == (
         0, [f"{number.name} ['{number.name}']", "2 True"]), completed.stderr
 
 
-def test_the_time_that_work_still_needs_follows_from_earlier_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remaining_time_is_predicted_from_earlier_work(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
     work = CurrentWork()
@@ -256,8 +259,8 @@ def test_the_time_that_work_still_needs_follows_from_earlier_work(monkeypatch: p
     for number, (kind, seconds) in enumerate((("step", 100.0), ("evaluation", 7.0), ("step", 300.0),
                                               ("step", 240.0), ("step", 40.0)), 1):
         work.begin(kind, f"{kind} {number}")
-        told, now_s = work.describe(), now_s + seconds
-    assert told == "step 5 (about 5 min 0 s)"
+        description, now_s = work.describe(), now_s + seconds
+    assert description == "step 5 (about 5 min 0 s)"
     work.begin("step", "step 5")  # which goes on
     assert work.describe() == "step 5 (about 4 min 20 s)"
     now_s += 1000
@@ -265,9 +268,9 @@ def test_the_time_that_work_still_needs_follows_from_earlier_work(monkeypatch: p
 
 
 def test_a_run_waits_for_background_work_at_its_end() -> None:
-    trainer = Recorded(num_steps=1)
+    trainer = RecordingTrainer(num_steps=1)
     trainer.missing_at_the_end = "asked to stop in the last validation"
 
-    complete, found = actions(trainer)
+    complete, actions = run_loop(trainer)
     assert not complete
-    assert found[-1] == "stop 1" and "run_end 1" not in found
+    assert actions[-1] == "stop 1" and "run_end 1" not in actions

@@ -297,8 +297,7 @@ def has_word(name: str, words: Iterable[str]) -> bool:
 
 
 def is_records(name: str) -> bool:
-    """Return whether a file name belongs to a record file; caches from `map` and `filter` in a saved dataset
-    do not."""
+    """Return whether a file name belongs to a record file, and not to a cache of `map` or `filter`."""
     suffix = get_ending(name)
     return suffix in RECORD_SUFFIXES and not (suffix in ARROW_SUFFIXES
                                               and name.rpartition("/")[2].startswith("cache-"))
@@ -407,11 +406,11 @@ def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -
                         "check the path and its permissions") from e
 
 
-def _iter_starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
+def _iter_starts(span: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
     """Yield the spans' start offsets: line starts in JSONL, after blank lines in text."""
     start = 0
-    with open(whole.file, "rb") as f:
-        while start < whole.stop:
+    with open(span.file, "rb") as f:
+        while start < span.stop:
             yield start
             start += span_bytes
             f.seek(start)
@@ -426,18 +425,18 @@ def _iter_starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]
                 return
 
 
-def _iter_row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
+def _iter_row_groups(span: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
     """Yield ranges of row groups; a damaged file is a single span, whose reader reports the damage."""
     try:
-        metadata = open_parquet(whole.file).metadata
+        metadata = open_parquet(span.file).metadata
     except BadRecord:
-        yield whole
+        yield span
         return
     first, size_bytes = 0, 0
     for i in range(metadata.num_row_groups):
         size_bytes += metadata.row_group(i).total_byte_size
         if size_bytes >= span_bytes or i == metadata.num_row_groups - 1:
-            yield FileSpan(whole.file, first, i + 1, whole.document_bytes, size_bytes)
+            yield FileSpan(span.file, first, i + 1, span.document_bytes, size_bytes)
             first, size_bytes = i + 1, 0
 
 
@@ -465,9 +464,7 @@ def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
     """Open a file for reading, decompressing ".gz" or ".zst"."""
     if compression == ".gz":
         return cast(IO[bytes], gzip.open(file, "rb"))
-    if compression == ".zst":
-        return io.BufferedReader(ZstdFile(file))
-    return open(file, "rb")
+    return io.BufferedReader(ZstdFile(file)) if compression == ".zst" else open(file, "rb")
 
 
 class ZstdFile(io.RawIOBase):

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 REWARD_TOLERANCE = 1e-8
-"""Rewards closer than this (relative to the largest above 1) are equal: 0.1 + 0.2 + 0.3 and 0.6 differ only
-by rounding."""
+"""Rewards closer than this (relative to the largest above 1) are equal, as 0.1 + 0.2 + 0.3 and 0.6."""
 
 
 def are_equal(rewards: Sequence[float]) -> bool:

@@ -97,9 +97,9 @@ class PlainForm:
         # computed lazily: most texts contain no item and need no origins
         starts, ends = self.steps[0]()
         for step in self.steps[1:]:
-            at, upto = step()
+            step_starts, step_ends = step()
             # each step maps characters to the text before the step: compose the maps
-            starts, ends = starts[at], ends[upto - 1]
+            starts, ends = starts[step_starts], ends[step_ends - 1]
         return starts, ends
 
 
@@ -130,37 +130,40 @@ def list_search_forms(text: str) -> list[str]:
 
 
 def _replace_matches(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str]], str]
-              ) -> tuple[str, _Step]:
+                     ) -> tuple[str, _Step]:
     """Replace matches of a pattern; return the new text, and new position -> old position."""
     parts: list[str] = []
     begins, stops = [0], []  # origins of the parts, alternately unchanged and replaced
-    at = 0
+    start = 0  # of the unchanged part
     # a search for signs is many times faster than matching the whole pattern everywhere
     for sign in _SIGNS[pattern].finditer(text):
-        if sign.start() < at or (match := pattern.match(text, sign.start())) is None:
+        if sign.start() < start or (match := pattern.match(text, sign.start())) is None:
             continue
         new = value(match)
         if new == match[0]:
             continue
         begin, end = match.span()
-        parts += [text[at:begin], new]
+        parts += [text[start:begin], new]
         begins += [begin, end]
         stops += [begin, end]
-        at = end
-    parts.append(text[at:])
+        start = end
+    parts.append(text[start:])
     stops.append(len(text))
     return "".join(parts), partial(_compute_origins, parts, begins, stops)
 
 
 def _compute_origins(parts: list[str], begins: list[int], stops: list[int]) -> _Places:
-    # even parts are unchanged, odd parts replaced
+    """Return the start and end in the old text of each character in the joined `parts`.
+
+    Parts alternate: even ones are unchanged, odd ones replaced; part i comes from `begins[i]`:`stops[i]`.
+    """
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
-    part = np.repeat(np.arange(len(parts)), sizes)
-    # characters in an unchanged part have consecutive origins; a replaced part shares a range
-    offset = np.arange(len(part)) - (np.cumsum(sizes) - sizes)[part]
-    is_unchanged = part % 2 == 0
-    starts = np.array(begins)[part] + offset * is_unchanged
-    return starts, np.where(is_unchanged, starts + 1, np.array(stops)[part])
+    part_indices = np.repeat(np.arange(len(parts)), sizes)  # per character
+    # characters in an unchanged part have consecutive origins; those of a replaced part share a range
+    offsets = np.arange(len(part_indices)) - (np.cumsum(sizes) - sizes)[part_indices]
+    is_unchanged = part_indices % 2 == 0
+    starts = np.array(begins)[part_indices] + offsets * is_unchanged
+    return starts, np.where(is_unchanged, starts + 1, np.array(stops)[part_indices])
 
 
 def _unescape(match: re.Match[str]) -> str:
@@ -191,12 +194,12 @@ def _replace_letters(text: str) -> tuple[str, _Step]:
     # complete table: `translate` would raise and catch an exception for each missing character
     table = {ord(c): _to_latin(c) for c in set(text)}
 
-    def places() -> _Places:
+    def compute_origins() -> _Places:
         sizes = np.fromiter((len(table[ord(c)]) for c in text), np.int64, len(text))
-        at = np.repeat(np.arange(len(text)), sizes)
-        return at, at + 1
+        starts = np.repeat(np.arange(len(text)), sizes)
+        return starts, starts + 1
 
-    return text.translate(table), places
+    return text.translate(table), compute_origins
 
 
 @lru_cache(maxsize=1 << 16)

@@ -103,10 +103,10 @@ class Conversation:
     def of(*turns: tuple[str, str]) -> Conversation:
         return Conversation(tuple(Message(role, content) for role, content in turns))
 
-    def beside(self) -> tuple[str, ...]:
+    def extra_texts(self) -> tuple[str, ...]:
         """Return a record's strings outside message contents: in tools, variables and names."""
-        other = [value for message in self.messages for _, value in message.other]
-        return tuple(_iter_strings([*self.tools, dict(self.template_kwargs), *other]))
+        other_fields = [value for message in self.messages for _, value in message.other]
+        return tuple(_iter_strings([*self.tools, dict(self.template_kwargs), *other_fields]))
 
 
 def _iter_strings(value: Any) -> Iterator[str]:

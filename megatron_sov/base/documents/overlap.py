@@ -35,8 +35,7 @@ _HAS_IGNORED, _HAS_LONG_FOLDS = 1, 2
 
 @dataclass(frozen=True)
 class Units:
-    """Units of a text: words, or characters in scripts without reliable blanks. Arrays have one entry per
-    unit."""
+    """Units of a text: words, or characters in scripts without blanks. Arrays have one entry per unit."""
 
     folded: str
     """The text that `span` indexes: an ASCII text as given, another in NFKC. Its case is folded only if that

@@ -141,8 +141,7 @@ class RecordReading:
     text_field: str = "text"
     """Field or column with the text."""
     max_document_bytes: int = 64 << 20
-    """Maximum bytes per line, row or value; longer records are bad and are skipped without loading the whole
-    record."""
+    """Maximum bytes per line, row or value; longer records are bad, and are skipped without loading them."""
     columns: tuple[str, ...] = ()
     """Numeric fields that become columns."""
     bucket_by: str = ""
@@ -183,8 +182,7 @@ class Document:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Chat template variables (`chat_template_kwargs`)."""
     num_prompt: int = 0
-    """Number of leading messages that form a prompt shared with other chats (held out together); 0: not
-    shared."""
+    """Number of leading messages shared with other chats (held out together) as prompt; 0: not shared."""
     awaits_response: bool = False
     """Whether the document is a prompt for generating responses."""
     id: str | None = None
@@ -309,9 +307,9 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
-        fields["messages"], shared = _parse_chat(record)
+        fields["messages"], num_implied = _parse_chat(record)
         # an explicit count overrides the count implied by the layout
-        fields["num_prompt"] = _parse_num_prompt(record, len(fields["messages"])) or shared
+        fields["num_prompt"] = _parse_num_prompt(record, len(fields["messages"])) or num_implied
     elif kind == "preference":
         fields = _parse_preference(record)
     else:
@@ -336,7 +334,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
     check_texts(document.texts(), reading)
     if kind != "text":
-        for text in (*document.conversation().beside(), document.extra):
+        for text in (*document.conversation().extra_texts(), document.extra):
             count_text_bytes(text)  # raises for invalid text; these bytes are not counted
     return document
 
@@ -361,41 +359,49 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
     elif reading.kind in kinds:
         return reading.kind
     elif kinds:
-        kind = kinds[0]
-        article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
-                   "prompt": "a prompt"}[kind]
-        # judged responses: chats would teach the bad responses too
-        if kind == "chat" and parse_label(record.get(LABEL)) is not None:
-            raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r})",
-                            packing=f", but --format is {reading.kind}; turn such rows into pairs with "
-                                    "`sov-data pairs`")
-        addition = "" if kind != "prompt" else (": no response is learned then; a chat has 'messages', or "
-                                                 "'prompt' and 'completion'")
-        if kind == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
-                record.get("completions"), list):
-            raise BadRecord("fields", "has no 'chosen' and 'rejected' (fields: "
-                                      f"{', '.join(map(str, list(record)[:8]))}); pass --columns "
-                                      "chosen=FIELD,rejected=FIELD to `sov-data pack --format preference`")
-        if kind == "prompt" and isinstance(record.get("completions"), list):
-            addition = (": its 'completions' are not learned; steps with labels train reward models of "
-                        "steps, which no command here trains")
-        raise BadRecord("fields", f"is {article}", options=("--format", kind),
-                        packing=f", but --format is {reading.kind}; "
-                                f"pack it on its own with --format {kind}{addition}")
-    expected = ({"text": f"string field {reading.text_field!r}",
-                 "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
-                 "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
-                + (" and no 'messages'" if reading.kind is None else ""))
+        raise _build_kind_fault(record, kinds[0], reading.kind)
+    raise _build_missing_fault(record, reading)
+
+
+def _build_kind_fault(record: dict[str, Any], kind: str, wanted: str) -> BadRecord:
+    """Return the fault of a record of another kind than the `wanted` one."""
+    # judged responses: chats would teach the bad responses too
+    if kind == "chat" and parse_label(record.get(LABEL)) is not None:
+        return BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r})",
+                         packing=f", but --format is {wanted}; turn such rows into pairs with "
+                                 "`sov-data pairs`")
+    has_completions = isinstance(record.get("completions"), list)
+    addition = ""
+    if kind == "prompt" and has_completions:
+        addition = (": its 'completions' are not learned; steps with labels train reward models of steps, "
+                    "which no command here trains")
+    elif kind == "prompt" and wanted == "preference" and len(record) > 2:
+        return BadRecord("fields", f"has no 'chosen' and 'rejected' (fields: {', '.join([*record][:8])}); "
+                                   "pass --columns chosen=FIELD,rejected=FIELD to `sov-data pack --format "
+                                   "preference`")
+    elif kind == "prompt":
+        addition = ": no response is learned then; a chat has 'messages', or 'prompt' and 'completion'"
+    description = "plain text" if kind == "text" else f"a {kind}"
+    return BadRecord("fields", f"is {description}", options=("--format", kind),
+                     packing=f", but --format is {wanted}; pack it on its own with --format {kind}{addition}")
+
+
+def _build_missing_fault(record: dict[str, Any], reading: RecordReading) -> BadRecord:
+    """Return the fault of a record without the fields of any kind, with the columns that may be meant."""
+    expected = {"text": f"string field {reading.text_field!r}",
+                "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
+                "preference": "'chosen' and 'rejected'", "prompt": "'prompt'",
+                None: f"string field {reading.text_field!r} and no 'messages'"}[reading.kind]
     fault = f"has no {expected} (fields: {', '.join(record) or 'none'})"
     if reading.kind is None or not record:
-        raise BadRecord("fields", f"{fault}; add one")
+        return BadRecord("fields", f"{fault}; add one")
     if reading.kind == "chat" and (turns := describe_foreign_turns(record)):
-        raise BadRecord("fields", f"{fault}; {turns}")
+        return BadRecord("fields", f"{fault}; {turns}")
     # `sov-data pack` and `rl` read prompts with the same option
     command = "sov-data pack " if reading.kind in ("chat", "preference") else ""
     proposed = propose_columns(record, reading.kind)
-    raise BadRecord("fields", fault, options=tuple(proposed.split()),
-                    packing=f"; name yours with `{command}{proposed}`")
+    return BadRecord("fields", fault, options=tuple(proposed.split()),
+                     packing=f"; name yours with `{command}{proposed}`")
 
 
 def find_table_problem(names: Iterable[str], reading: RecordReading) -> BadRecord | None:
@@ -426,13 +432,13 @@ def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
         parse = parse_messages if chat == "messages" else parse_sharegpt
         return parse(record[chat], chat), 0
     # TRL allows a string on a side and messages on the other side
-    both = [[{"role": role, "content": value}] if isinstance(value, str) else value
-            for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
-    for field_name, messages in zip(("prompt", name), both, strict=True):
+    sides = [[{"role": role, "content": value}] if isinstance(value, str) else value
+             for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
+    for field_name, messages in zip(("prompt", name), sides, strict=True):
         if not isinstance(messages, list) or not messages:
             raise BadRecord("fields", f"{field_name!r} must be a string, or a non-empty list of messages")
-    messages_read = parse_messages([*both[0], *both[1]], f"prompt + {name}")
-    num_prompt = len(both[0])
+    messages_read = parse_messages([*sides[0], *sides[1]], f"prompt + {name}")
+    num_prompt = len(sides[0])
     if not any(m.role == "assistant" and m.is_learned for m in messages_read[num_prompt:]):
         raise BadRecord("fields", f"{name!r} holds no message of the assistant that is learned")
     prompt = (replace(message, is_learned=False) for message in messages_read[:num_prompt])
@@ -474,7 +480,7 @@ def _parse_media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...
             raise TypeError("no object")
         rows_by_bank: dict[str, tuple[tuple[int, int], ...]] = {}
         for kind, rows in value.items():
-            rows_by_bank[str(kind)] = tuple((row, used) for row, used in rows)
+            rows_by_bank[str(kind)] = tuple((row, used_slots) for row, used_slots in rows)
         numbers = [n for rows in rows_by_bank.values() for pair in rows for n in pair]
         if not all(type(n) is int and 0 <= n < 1 << 40 for n in numbers):
             raise ValueError("no whole numbers")
@@ -541,8 +547,7 @@ def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:
 
 
 def count_text_bytes(text: str) -> int:
-    """Return the UTF-8 bytes of a text. Raises `BadRecord`: the text holds a lone surrogate, which no
-    tokenizer accepts."""
+    """Return the UTF-8 bytes of a text. Raises `BadRecord`: a lone surrogate, which no tokenizer accepts."""
     if text.isascii():  # Python stores whether a text is: no character is read
         return len(text)
     try:

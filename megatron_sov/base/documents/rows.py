@@ -148,8 +148,7 @@ def fix_records(file: Path, reason: str) -> Fix | None:
 
 
 def fix_judged(file: Path) -> Fix | None:
-    """Return the command that makes pairs of responses that are judged one by one; None: no prompt has two
-    responses."""
+    """Return the command that makes pairs of singly judged responses; None: no prompt has two."""
     rows = islice(read_lines(file, "--input"), MAX_JUDGED_ROWS) if file.suffix == ".jsonl" else ()
     prompts = Counter[str]()
     with contextlib.suppress(ValueError, AttributeError):  # the command reports a damaged row

@@ -150,7 +150,7 @@ class RouteShape:
     def bytes_per_token(self) -> int:
         return self.layers * self.top_k * np.dtype(self.dtype).itemsize
 
-    def absent(self, num_tokens: int) -> np.ndarray:
+    def build_unrecorded(self, num_tokens: int) -> np.ndarray:
         """Return routes [num_tokens, layers, top_k] without any recorded choice."""
         return np.full((num_tokens, self.layers, self.top_k), self.mark, self.dtype)
 
@@ -216,14 +216,14 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
     if available is None:
         return None
     mark = np.iinfo(available.dtype).max
-    joined = np.full((num_read, *available.shape[1:]), mark, available.dtype)
+    merged = np.full((num_read, *available.shape[1:]), mark, available.dtype)
     # the earlier routes come last and overwrite the current routes
-    for part in (current, previous):
-        if part is not None:
-            part = part[:num_read]
-            was_read = (part != mark).all(axis=2, keepdims=True)
-            joined[:len(part)] = np.where(was_read, part, joined[:len(part)])
-    return joined
+    for routes in (current, previous):
+        if routes is not None:
+            routes = routes[:num_read]
+            was_read = (routes != mark).all(axis=2, keepdims=True)
+            merged[:len(routes)] = np.where(was_read, routes, merged[:len(routes)])
+    return merged
 
 
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:

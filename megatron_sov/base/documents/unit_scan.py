@@ -85,45 +85,45 @@ def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: 
     Returns:
         The number of units.
     """
-    count, at, begin, end, group_digits, num_groups = 0, 0, 0, 0, 0, 0
+    count, index, begin, end, group_digits, num_groups = 0, 0, 0, 0, 0, 0
     is_open = is_number = False  # whether a word has begun, and has only digits
     value = _OFFSET
-    while at < len(codes):
-        code = np.int64(codes[at])
+    while index < len(codes):
+        code = np.int64(codes[index])
         kind = np.int64(classes[code])
         if kind == WORD or kind >= DIGIT:
             if not is_open:
                 is_open = is_number = True
-                begin, group_digits, num_groups, value = at, 0, 0, _OFFSET
+                begin, group_digits, num_groups, value = index, 0, 0, _OFFSET
             if kind >= DIGIT:
                 code = _ZERO + kind - DIGIT
                 group_digits += 1
             else:
                 is_number = False
             value = (value ^ np.uint64(code)) * _PRIME
-            at += 1
-            end = at
+            index += 1
+            end = index
             continue
         if is_open and kind == SEPARATOR:
-            if is_number and _is_thousands_separator(codes, classes, at, group_digits, num_groups):
-                at, group_digits, num_groups = at + 1, 0, num_groups + 1
+            if is_number and _is_thousands_separator(codes, classes, index, group_digits, num_groups):
+                index, group_digits, num_groups = index + 1, 0, num_groups + 1
                 continue
-            next_at = 0 if is_number else _skip_hyphen(codes, classes, at)
-            if next_at:
-                at = next_at
+            next_index = 0 if is_number else _skip_hyphen(codes, classes, index)
+            if next_index:
+                index = next_index
                 continue
         if is_open:
             hashes[count], sizes[count], begins[count], ends[count] = _mix_bits(value), WORD_SIZE, begin, end
             count += 1
             is_open = False
         if kind == SEPARATOR:
-            at = _skip_markup(codes, classes, commands, at)
+            index = _skip_markup(codes, classes, commands, index)
             continue
         hashes[count] = _mix_bits((_OFFSET ^ np.uint64(code)) * _PRIME)
         sizes[count] = QUARTER_SIZE if kind == QUARTER else THIRD_SIZE
-        begins[count], ends[count] = at, at + 1
+        begins[count], ends[count] = index, index + 1
         count += 1
-        at += 1
+        index += 1
     if is_open:
         hashes[count], sizes[count], begins[count], ends[count] = _mix_bits(value), WORD_SIZE, begin, end
         count += 1
@@ -148,71 +148,72 @@ def _mix_bits(value: np.uint64) -> np.uint64:
 
 
 @jit_compile
-def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int,
+def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8], index: int,
                             group_digits: int, num_groups: int) -> bool:
     """Return whether the character at `at` separates thousands: 1,000 and 1 000 equal 1000. The number has
     `num_groups` groups before the last separator, and `group_digits` digits after it."""
-    code = codes[at]
+    code = codes[index]
     if code not in (_COMMA, _STOP, _QUOTE, _LOW_LINE, _BLANK, _APOSTROPHE, _ARABIC_THOUSANDS):
         return False
     # groups have three digits; only the first group may be shorter
-    if not (group_digits == 3 or (num_groups == 0 and 1 <= group_digits < 3)) or at + 3 >= len(codes):
+    if not (group_digits == 3 or (num_groups == 0 and 1 <= group_digits < 3)) or index + 3 >= len(codes):
         return False
-    for place in range(at + 1, at + 4):
-        if classes[codes[place]] < DIGIT:
+    for position in range(index + 1, index + 4):
+        if classes[codes[position]] < DIGIT:
             return False
     # a fourth digit starts a separate number
-    return at + 4 == len(codes) or bool(classes[codes[at + 4]] < DIGIT)
+    return index + 4 == len(codes) or bool(classes[codes[index + 4]] < DIGIT)
 
 
 @jit_compile
-def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int) -> int:
+def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], index: int) -> int:
     """Return the index after a hyphen and a line end inside a word, or 0."""
-    if codes[at] != _HYPHEN and codes[at] != _UNICODE_HYPHEN:
+    if codes[index] != _HYPHEN and codes[index] != _UNICODE_HYPHEN:
         return 0
-    at += 1
+    index += 1
     num_lines = 0
-    while at < len(codes) and (codes[at] == _BLANK or codes[at] == _TAB or codes[at] == _RETURN
-                               or codes[at] == _NEW_LINE):
-        if codes[at] == _NEW_LINE:
+    while index < len(codes) and (codes[index] == _BLANK or codes[index] == _TAB or codes[index] == _RETURN
+                                  or codes[index] == _NEW_LINE):
+        if codes[index] == _NEW_LINE:
             num_lines += 1
-        at += 1
+        index += 1
     # two line ends separate paragraphs
-    return at if num_lines == 1 and at < len(codes) and classes[codes[at]] == WORD else 0
+    return index if num_lines == 1 and index < len(codes) and classes[codes[index]] == WORD else 0
 
 
 @jit_compile
 def _skip_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
-                 at: int) -> int:
+                 index: int) -> int:
     """Return the index after a separator, or after a tag, entity or formatting command."""
-    code, after = codes[at], at + 1
+    code, after = codes[index], index + 1
     if after == len(codes):
         return after
     if code == _LESS:
         first = codes[after]
         if _A <= first <= _Z or first in (_SLASH, _EXCLAMATION):
             # limited search: many `<` without `>` must cost linear time
-            for place in range(after + 1, min(after + _TAG_CHARACTERS, len(codes))):
-                if codes[place] == _GREATER:
-                    return place + 1
-                if codes[place] == _LESS:
+            for position in range(after + 1, min(after + _TAG_CHARACTERS, len(codes))):
+                if codes[position] == _GREATER:
+                    return position + 1
+                if codes[position] == _LESS:
                     return after
     elif code == _AMPERSAND:
-        place = after
-        while (place < min(after + _NAME_CHARACTERS, len(codes))
-               and (codes[place] == _HASH or _ZERO <= codes[place] <= _NINE or _A <= codes[place] <= _Z)):
-            place += 1
-        if after < place < len(codes) and codes[place] == _SEMICOLON:
-            return place + 1
+        position = after
+        limit = min(after + _NAME_CHARACTERS, len(codes))
+        while position < limit and (codes[position] == _HASH or _ZERO <= codes[position] <= _NINE
+                                    or _A <= codes[position] <= _Z):
+            position += 1
+        if after < position < len(codes) and codes[position] == _SEMICOLON:
+            return position + 1
     elif code == _BACKSLASH:
-        place = after
-        while place < len(codes) and _A <= codes[place] <= _Z and place <= after + _NAME_CHARACTERS:
-            place += 1
-        if place > after:
-            name = hash_word(codes[after:place])
-            index = np.searchsorted(commands, name)
-            if index < len(commands) and commands[index] == name:
-                return place
+        position = after
+        while position < len(codes) and _A <= codes[position] <= _Z and position <= after + _NAME_CHARACTERS:
+            position += 1
+        if position > after:
+            name = hash_word(codes[after:position])
+            row = np.searchsorted(commands, name)
+            if row < len(commands) and commands[row] == name:
+                return position
     return after
 
 

@@ -36,8 +36,7 @@ def classify_word(word: str) -> str:
 
 
 def find_recipe_option(path: Path) -> str:
-    """Return the option that takes a configuration file or a model folder in place of a recipe; ""
-    for other paths."""
+    """Return the option that takes a configuration file or model folder in place of a recipe; "": none."""
     if path.suffix in (".yaml", ".yml", ".json", ".toml") and os.path.isfile(path):
         with path.open("rb") as file:
             has_records = path.suffix == ".json" and file.read(64).lstrip()[:1] == b"["

@@ -231,9 +231,9 @@ def _find_advice(proposal: _Proposal, fault: UserError) -> Fix | None:
         line = apply_fix(proposal.program, proposal.line, fix)
         if is_placeholder(words[1]) or "..." in words[1] or line is None:
             continue
-        after = replace(proposal, line=line).run_check()
-        if after is None or not (after.sentence == fault.sentence or words[0] in after.sentence
-                                 or re.split("[=:]", words[1])[0] in after.sentence):
+        new_fault = replace(proposal, line=line).run_check()
+        if new_fault is None or not (new_fault.sentence == fault.sentence or words[0] in new_fault.sentence
+                                     or re.split("[=:]", words[1])[0] in new_fault.sentence):
             return fix
     return None
 
@@ -331,12 +331,12 @@ def _pair_options(line: Sequence[str]) -> list[str]:
 def _leave_out(words: Sequence[str], left_out: Sequence[str]) -> list[str]:
     """Remove words from `words`; "--set a.b=1" in `left_out` stands for an option with its value, as
     two words or joined by "="."""
-    rest: list[str] = []
-    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+    kept: list[str] = []
+    for previous, word, following in zip(["", *words], words, [*words[1:], ""], strict=False):
         option = word.replace("=", " ", 1) if word.startswith("--") else word
-        if not {word, option, f"{word} {after}", f"{before} {word}"} & {*left_out}:
-            rest.append(word)
-    return rest
+        if not {word, option, f"{word} {following}", f"{previous} {word}"} & {*left_out}:
+            kept.append(word)
+    return kept
 
 
 def _replace_path(word: str, fix: Fix) -> str:
@@ -352,22 +352,22 @@ def _replace_path(word: str, fix: Fix) -> str:
 
 def _remove_option(words: Sequence[str], name: str, values: Sequence[str]) -> list[str]:
     """Remove an option with its values; for `--set`, only changes of the same setting."""
-    rest: list[str] = []
+    kept: list[str] = []
     words = list(words)
     key = values[0].partition("=")[0] if name == "--set" and values else ""
     while words:
         word = words.pop(0)
         option, equals, value = word.partition("=")
         if option != name:
-            rest.append(word)
+            kept.append(word)
             continue
-        removed = [word]
+        option_words = [word]
         if not equals and values and words:
-            removed.append(words.pop(0))
-            value = removed[1]
+            option_words.append(words.pop(0))
+            value = option_words[1]
         if key and value.partition("=")[0] != key:
-            rest += removed
-    return rest
+            kept += option_words
+    return kept
 
 
 def _run_check(check: Check, words: list[str]) -> UserError | None:

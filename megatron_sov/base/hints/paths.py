@@ -87,6 +87,8 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
 
 
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
+    """Return the fault of the input `path` of an option: missing, a table, or of a kind that the command does
+    not read; None: no fault, or one without a fix, which the command reports itself."""
     source = Path(path)
     prefix = re.sub(r"\.(bin|idx)\Z", "", path)
     if program == "megatron-sov" and os.path.isfile(f"{prefix}.idx") and find_shards(prefix) == prefix:
@@ -94,22 +96,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         return UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
                          replace(adoption, words={path: adoption.words[prefix]}))
     if not os.path.exists(source):
-        if files := sorted(glob.glob(path)):
-            is_short = option == "--input" and len(files) <= MAX_FILES
-            return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
-                             Fix(options=(option, *files)) if is_short else
-                             Fix(words={path: os.path.dirname(path) or "."}))
-        if "\\" in path and (local := _find_windows_path(path)):
-            return UserError(f"{option} {path}: is a path of Windows; name it as this system does", Fix(
-                words={path: local}))
-        fix = fix_missing(path, is_data=option in DATA_OPTIONS)
-        if classify_folder(source.parent) == "tokens":
-            fix = Fix(words={path: str(source.parent)})
-        if fix is None:
-            return None
-        # a fix with commands downloads the data set; any other fix names a similar path that exists
-        hint = "download it first" if fix.before else "take the one of a similar name"
-        return UserError(f"{option} {path}: does not exist; {hint}", fix)
+        return _find_missing_input(option, path)
     is_pack = line[0] == "pack"
     takes_text = is_pack or line[0] in ("train", "pretrain", "extend")
     has_columns = bool({"--format", "--text-field", "--columns"} & {*line})
@@ -117,40 +104,62 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         form = choose_pack_options(source) if is_pack and not has_columns else []
         return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read",
                          replace(table, options=tuple(form) if form[:1] == ["--format"] else ()))
-    kind = classify_folder(source)
-    what = load_table()["kinds"].get(kind, "")
-    if what and option in ("--prompts", "--input", "--validation"):
+    description = load_table()["kinds"].get(classify_folder(source), "")
+    if description and option in ("--prompts", "--input", "--validation"):
         kind = "prompt" if option == "--prompts" else "text"
         files = [*list_records(kind), *list_records("chat"), "FILE.jsonl"]
-        return UserError(f"{option} {path}: is {what}; pass a file of records or text",
+        return UserError(f"{option} {path}: is {description}; pass a file of records or text",
                          Fix(options=(option, files[0])))
-    if option != "--data" or program != "megatron-sov":
+    return _find_unpacked_data(line, path) if option == "--data" and program == "megatron-sov" else None
+
+
+def _find_missing_input(option: str, path: str) -> UserError | None:
+    """Return the fault of a path that does not exist, if a fix is known."""
+    fix: Fix | None
+    if files := sorted(glob.glob(path)):
+        is_short = option == "--input" and len(files) <= MAX_FILES
+        fix = Fix(options=(option, *files)) if is_short else Fix(words={path: os.path.dirname(path) or "."})
+        return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off", fix)
+    if "\\" in path and (local := _find_windows_path(path)):
+        return UserError(f"{option} {path}: is a path of Windows; name it as this system does",
+                         Fix(words={path: local}))
+    fix = fix_missing(path, is_data=option in DATA_OPTIONS)
+    if classify_folder(Path(path).parent) == "tokens":
+        fix = Fix(words={path: str(Path(path).parent)})
+    if fix is None:
         return None
+    # a fix with commands downloads the data set; any other fix names a similar path that exists
+    hint = "download it first" if fix.before else "take the one of a similar name"
+    return UserError(f"{option} {path}: does not exist; {hint}", fix)
+
+
+def _find_unpacked_data(line: Sequence[str], path: str) -> UserError | None:
+    """Return the fault of a --data of megatron-sov that is neither token shards nor packed by the command."""
+    source, kind = Path(path), classify_folder(Path(path))
     if source.name == "manifest.json" and classify_folder(source.parent) == "tokens":
         return UserError(f"--data {path}: is the manifest of token shards; pass their folder",
                          Fix(words={path: str(source.parent)}))
     if kind == "tokens":
         return None
-    if what:
-        return UserError(f"--data {path}: is {what}; pass token shards or a file of records",
+    if description := load_table()["kinds"].get(kind):
+        return UserError(f"--data {path}: is {description}; pass token shards or a file of records",
                          Fix(options=("--data", find_only_folder("tokens") or "DIR")))
-    is_text_folder = os.path.isdir(source) and any(
-        name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json")
+    options = _PACK_OPTIONS.get(line[0], [])
+    if os.path.isdir(source) and any(
+            name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json"):
+        return _ask_for_packing(path, line, "is a folder of text", options, "--data ")
     # training commands pack a file themselves; `eval` and `plan` need token shards, `eval media` reads rows
     needs_shards = (line[0] in ("eval", "plan") and "media" not in line[:2]) or line[1] == "states"
-    is_unpacked_file = needs_shards and os.path.isfile(source) and source.name.endswith(DATA_SUFFIXES)
-    if not is_text_folder and not is_unpacked_file:
-        return None
-    options = _PACK_OPTIONS.get(line[0], [])
-    return _ask_for_packing(path, line, "is a file" if is_unpacked_file else "is a folder of text", options,
-                            "--data ")
+    if needs_shards and os.path.isfile(source) and source.name.endswith(DATA_SUFFIXES):
+        return _ask_for_packing(path, line, "is a file", options, "--data ")
+    return None
 
 
 def _find_windows_path(path: str) -> str:
     """Return the longest end of a Windows path that exists here, else its place in WSL."""
-    drive, _, rest = path.rpartition(":")
-    parts = rest.strip("\\").split("\\")
-    ends = [os.path.join(*parts[at:]) for at in range(len(parts))]
+    drive, _, path_in_drive = path.rpartition(":")
+    parts = path_in_drive.strip("\\").split("\\")
+    ends = [os.path.join(*parts[start:]) for start in range(len(parts))]
     return next(filter(os.path.exists, ends), f"/mnt/{drive.lower()}/{ends[0]}" if drive else "")
 
 

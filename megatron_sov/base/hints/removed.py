@@ -76,8 +76,7 @@ def _find_fix(program: str, successor: str, option: str, words: Sequence[str]) -
 
 
 def update_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a run's saved settings with current names, without removed settings at their
-    defaults."""
+    """Return a copy of saved settings with current names, without removed settings at their defaults."""
     settings = copy.deepcopy(dict(raw))
     for code in settings.get("code") or ():
         if isinstance(code, dict):

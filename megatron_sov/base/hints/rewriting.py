@@ -145,6 +145,8 @@ class Rewrite:
         holes = self._list_holes(value)
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
         self.target = value.rpartition("=")[2] if "target" in row else self.target
+        if "step" in row:
+            self.target = f"{holes['folder']}/checkpoints/step-{value}"
         ours = load_table()["values"]["--reward"]
         rewards = [ours.get(name, name)
                    for name in re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))]
@@ -322,6 +324,7 @@ class Rewrite:
                 self._add_change(part)
 
     def _add_change(self, text: str) -> None:
+        """Write a settings change, or the option with its meaning, or the note why there is none."""
         if match := re.fullmatch(r"([a-z]\w*(?:\.\w+)+):([^=]+)", text):
             self.add_words("a setting and its value are joined by =")
             text = f"{match[1]}={match[2].strip()}"

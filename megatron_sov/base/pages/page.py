@@ -57,9 +57,12 @@ class PageTable:
     @property
     def figure_columns(self) -> list[bool]:
         """Per column, whether the cells are numbers, aligned right."""
-        columns = [[str(row[i]) for row in self.rows if i < len(row)] for i in range(len(self.head))]
-        return [any(map(_FIGURE.fullmatch, cells)) and all(map(_FIGURE_OR_NOTHING.fullmatch, cells))
-                for cells in columns]
+        is_figure = []
+        for i in range(len(self.head)):
+            cells = [str(row[i]) for row in self.rows if i < len(row)]
+            is_figure.append(any(map(_FIGURE.fullmatch, cells))
+                             and all(map(_FIGURE_OR_NOTHING.fullmatch, cells)))
+        return is_figure
 
     @property
     def becomes_cards(self) -> bool:

@@ -70,30 +70,29 @@ def load_plugin(reference: str) -> LoadedPlugin:
     `UserError`: the reference is malformed, the file or module is missing or fails, or the name is undefined.
     """
     # split at the last colon: paths may contain colons
-    place, _, name = reference.rpartition(":")
-    if not place or not name.isidentifier():
+    location, _, name = reference.rpartition(":")
+    if not location or not name.isidentifier():
         names = _list_names(Path(reference))
         raise UserError(f"{reference}: must have the form FILE.py:NAME or MODULE:NAME"
                         + (f"; write {reference}:{names[-1]}" if names else ""),
                         Fix(words={reference: f"{reference}:{names[-1]}"}) if names else None)
-    if place.endswith(".py") or "/" in place:
-        path = Path(os.path.abspath(place))
+    if location.endswith(".py") or "/" in location:
+        path = Path(os.path.abspath(location))
         module, digest = _execute_file(path)
-        loaded = LoadedPlugin(None, name, f"{path}:{name}",
-                              {path.name: digest, **_hash_sibling_modules(path)})
+        absolute_reference, files = f"{path}:{name}", {path.name: digest, **_hash_sibling_modules(path)}
     else:
-        module = _import_module(place)
-        loaded = LoadedPlugin(None, name, reference, hash_module_files(module))
+        module = _import_module(location)
+        absolute_reference, files = reference, hash_module_files(module)
     if not hasattr(module, name):
         public_names = [n for n in vars(module) if not n.startswith("_")]
-        own_names = _list_names(Path(place)) if place.endswith(".py") else []
-        meant = find_nearest_name(name, public_names)
+        own_names = _list_names(Path(location)) if location.endswith(".py") else []
+        nearest = find_nearest_name(name, public_names)
         listed = f"; it has {', '.join(own_names[-5:])}" if own_names else ""
-        others = f"; did you mean '{meant}'?" if meant else listed
-        meant = meant or "".join(own_names[-1:])
-        raise UserError(f"{reference}: {place} has no {name!r}{others}",
-                        Fix(words={reference: f"{place}:{meant}"}) if meant else None)
-    return LoadedPlugin(getattr(module, name), name, loaded.reference, loaded.files)
+        advice = f"; did you mean '{nearest}'?" if nearest else listed
+        proposed = nearest or "".join(own_names[-1:])
+        raise UserError(f"{reference}: {location} has no {name!r}{advice}",
+                        Fix(words={reference: f"{location}:{proposed}"}) if proposed else None)
+    return LoadedPlugin(getattr(module, name), name, absolute_reference, files)
 
 
 def call_plugin(reference: str, action: Callable[[], Any]) -> Any:

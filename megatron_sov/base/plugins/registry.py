@@ -126,12 +126,14 @@ class Registry(Generic[T]):
         if name in self._known:
             return self._known[name].value
         names = [*self._built_in, *self._known]
-        nearest = find_nearest_name(name, names) or _find_same_size(name, names)
+        part = next((other for other in names if other in re.split(r"[_-]", name)), "")  # length_penalty
+        nearest = find_nearest_name(name, names) or _find_same_size(name, names) or part
         if meant := load_table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
             raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
         sentence = self._explain_unknown(name, recorded)
         if nearest:
-            raise UserError(sentence, Fix(words={name: nearest}))
+            question = "" if repr(nearest) in sentence else f"; did you mean {nearest!r}?"
+            raise UserError(sentence + question, Fix(words={name: nearest}))
         if self.kind == "recipe" and re.search(r"\d", name) and not is_reference(name):  # a model's name
             nearest = _find_nearest_size(name, names)
             raise UserError(f"{sentence}; the nearest in size is {nearest!r}; weights of a published model "
@@ -203,9 +205,12 @@ def _find_same_size(name: str, known: Iterable[str]) -> str:
 def _find_nearest_size(name: str, known: Iterable[str]) -> str:
     """Return the name of the model with the nearest number of parameters; of several, the shortest name."""
     matches = [re.fullmatch(r"(?!tiny)(.*)-([\d.]+)b", other) for other in known]
-    sizes = {match[0]: float(match[2]) for match in matches if match}
-    match = re.search(r"(\d[\d.]*)([bm])(?![a-z])", name.lower())
-    size = float(match[1]) * (1 if match[2] == "b" else 0.001) if match else min(sizes.values())
+    sizes = {match[0]: float(match[2]) for match in matches if match}  # in billions
+    typed_size = re.search(r"(\d[\d.]*)([bm])(?![a-z])", name.lower())
+    if typed_size:
+        size = float(typed_size[1]) * (1 if typed_size[2] == "b" else 0.001)
+    else:
+        size = min(sizes.values())
     return min(sizes, key=lambda other: (abs(math.log(sizes[other] / size)), len(other)))
 
 
@@ -219,10 +224,11 @@ def _fix_by_skeleton(name: str, lines: Sequence[str]) -> Fix:
 
 
 def _find_by_prefix(parts: Sequence[str], known: Iterable[str]) -> list[str]:
-    split = {candidate: _split_name(candidate) for candidate in known} if parts else {}
-    matches = [name for name, words in split.items() if words[:len(parts)] == parts]
-    if not matches and parts[0].isdigit():  # 8b: the size at the end
-        matches = [name for name, words in split.items() if words[-len(parts):] == parts]
+    """Return the names whose first parts, or for a size such as 8b whose last parts, are `parts`."""
+    parts_by_name = {name: _split_name(name) for name in known} if parts else {}
+    matches = [name for name, own_parts in parts_by_name.items() if own_parts[:len(parts)] == parts]
+    if not matches and parts[0].isdigit():
+        matches = [name for name, own_parts in parts_by_name.items() if own_parts[-len(parts):] == parts]
     return matches[:MAX_PROPOSED]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -103,13 +104,15 @@ class SettingsProblem:
         return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
-def to_problem(said: SettingsProblem | str) -> SettingsProblem:
+def to_problem(problem: SettingsProblem | str) -> SettingsProblem:
     """Convert a sentence from a user's own `problems()` to a `SettingsProblem`."""
-    return said if isinstance(said, SettingsProblem) else SettingsProblem(ProblemCode.RULE, "", said)
+    if isinstance(problem, SettingsProblem):
+        return problem
+    return SettingsProblem(ProblemCode.RULE, "", problem)
 
 
 def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
-                ) -> list[SettingsProblem]:
+                      ) -> list[SettingsProblem]:
     """Return a problem per broken rule of (holds, dotted key, rule) or (holds, dotted key, rule, fix), with
     `prefix` before its key."""
     problems = [SettingsProblem(ProblemCode.RULE, key, rule, _get_value(settings, key), "".join(way_out))
@@ -128,8 +131,8 @@ def use_option_names(problems: Sequence[SettingsProblem], **options: str) -> lis
 
 
 def _get_value(settings: Any, key: str) -> Any:
-    for part in key.split("."):
-        settings = settings[int(part)] if part.isdecimal() else getattr(settings, part)
+    for name in key.split("."):
+        settings = settings[int(name)] if name.isdecimal() else getattr(settings, name)
     return settings
 
 
@@ -158,7 +161,8 @@ class SettingsError(UserError):
 
 
 def _fix_value(problem: SettingsProblem) -> str | Fix:
-    key, value = problem.key, problem.value_to_write
+    bound = re.match(r"must be at (?:least|most) (\d[\d.]*)(?::|\Z)", problem.rule)
+    key, value = problem.key, problem.value_to_write or (bound[1] if bound else "")
     if problem.code == ProblemCode.INERT and (needed := load_table()["acts_with"].get(key)):
         return str(needed)
     if problem.way_out.endswith(LEFT_OUT) or problem.code == ProblemCode.INERT:

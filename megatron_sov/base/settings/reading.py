@@ -95,8 +95,7 @@ def split_key(key: str) -> tuple[str | int, ...]:
 
 def try_parse_settings(cls: type[S], raw: object, instead: KeyHint = no_hint) -> tuple[S | None,
                                                                                        list[SettingsProblem]]:
-    """Return (settings or None, violated declarations in field order), without checking rules between
-    fields."""
+    """Return (settings or None, violated declarations in field order); checks no rules between fields."""
     if not isinstance(raw, Mapping):
         return None, [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", raw)]
     try:

@@ -161,6 +161,7 @@ def _parse_number(text: str) -> float:
 
 
 def _read_yaml(text: str) -> LocatedDocument:
+    """Parse YAML; faults become problems of the document."""
     located = LocatedDocument()
     # a loader for `finally`: the constructor in the `try` block raises on characters that YAML forbids
     loader = _build_loader()("")
@@ -190,10 +191,12 @@ def _read_yaml(text: str) -> LocatedDocument:
 class _NodeConverter:
     """Converts YAML nodes to plain values, expanding aliases at each use."""
 
-    def __init__(self, loader: Any, found: LocatedDocument) -> None:
-        self.loader, self.found, self.num_values = loader, found, 0
+    def __init__(self, loader: Any, located: LocatedDocument) -> None:
+        self.loader, self.located, self.num_values = loader, located, 0
 
     def convert(self, node: Any, place: Place, depth: int) -> Any:
+        """Return a node's value, and record lines and problems. Raises `MarkedYAMLError`: nested too deep, or
+        too many values."""
         line = node.start_mark.line + 1
         self.num_values += 1
         if depth > MAX_DEPTH:
@@ -204,7 +207,7 @@ class _NodeConverter:
             raise yaml.MarkedYAMLError(problem=f"its aliases make more than {MAX_VALUES:,} values",
                                        problem_mark=node.start_mark)
         # `_convert_mapping` replaces this line with the line of the key
-        self.found.lines.setdefault(place, line)
+        self.located.lines.setdefault(place, line)
         if isinstance(node, yaml.SequenceNode):
             return [self.convert(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
@@ -227,29 +230,29 @@ class _NodeConverter:
         for key_node, child in node.value:
             line, key = key_node.start_mark.line + 1, getattr(key_node, "value", None)
             if key_node.tag == "tag:yaml.org,2002:merge":
-                for part in child.value if isinstance(child, yaml.SequenceNode) else [child]:
-                    if isinstance(part, yaml.MappingNode):
+                for alias in child.value if isinstance(child, yaml.SequenceNode) else [child]:
+                    if isinstance(alias, yaml.MappingNode):
                         # YAML: earlier merged mappings win over later ones, and own keys win over merged keys
-                        merged = {**self.convert(part, place, depth + 1), **merged}
+                        merged = {**self.convert(alias, place, depth + 1), **merged}
                     else:
                         self._report(line, place, "<< takes an alias of a mapping", "")
             elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
                 self._report(line, place, "a key must be a word, not a list or a mapping", "")
             elif key in mapping:
-                self.found.problems.append(SettingsProblem(ProblemCode.TWICE,
-                                                           ".".join(map(str, (*place, key))),
-                                                           "is set twice", way_out="set it once", line=line))
+                self.located.problems.append(SettingsProblem(
+                    ProblemCode.TWICE, ".".join(map(str, (*place, key))), "is set twice",
+                    way_out="set it once", line=line))
             else:
                 mapping[key] = self.convert(child, (*place, key), depth + 1)
-                self.found.lines[*place, key] = line
+                self.located.lines[*place, key] = line
         return {**merged, **mapping}
 
     def _report(self, line: int, place: Place, rule: str, way_out: str) -> None:
         key = ".".join(map(str, place))
-        self.found.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
+        self.located.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
 
 
-def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
+def parse_changes(changes: Iterable[str], option: str = "--set") -> dict[str, Any]:
     """Parse `key=value` changes to key -> value; the last change of a key wins, so users can override
     scripts.
 
@@ -264,7 +267,7 @@ def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]
     """
     values: dict[str, Any] = {}
     problems: list[SettingsProblem] = []
-    for text in given:
+    for text in changes:
         key, equals, value = text.partition("=")
         # `a..b=1` and `=1` have an empty part
         if not equals or not all(key.split(".")):
@@ -296,11 +299,11 @@ def parse_value(text: str) -> Any:
     return int(value) if is_integer else value
 
 
-def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
+def parse_nested(changes: Iterable[str], option: str = "--set") -> dict[str, Any]:
     """Parse `key=value` changes to nested dictionaries: dots in keys separate levels. Raises `SettingsError`:
     as `parse_changes`, or a key has both a value and fields."""
     values: dict[str, Any] = {}
-    for key, value in parse_changes(given, option).items():
+    for key, value in parse_changes(changes, option).items():
         *path, last = key.split(".")
         node: Any = values
         for depth, part in enumerate(path):
@@ -312,20 +315,20 @@ def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
     return values
 
 
-def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
+def apply_changes(settings: S, changes: Iterable[str], option: str = "--set", *,
                   instead: KeyHint = no_hint, rules: bool = True) -> S:
     """Return settings with `key=value` changes applied, e.g. ``train.steps=100`` or ``phases.0.seq_len=512``;
     `option` is named in error messages, `instead` and `rules`: see `parse_settings`. Raises
     `SettingsError`."""
-    raw = assign_values(settings, parse_changes(given, option), option, instead)
+    raw = assign_values(settings, parse_changes(changes, option), option, instead)
     return parse_settings(type(settings), raw, option, instead=instead, rules=rules)
 
 
-def assign_values(settings: Any, given: Mapping[str, Any], option: str, instead: KeyHint = no_hint
+def assign_values(settings: Any, changes: Mapping[str, Any], option: str, instead: KeyHint = no_hint
                ) -> dict[str, Any]:
     """Return plain settings with values assigned by dotted key. Raises `SettingsError`: unknown keys."""
     raw = to_plain_values(settings)
-    results = [_assign_value(type(settings), raw, key, value, instead) for key, value in given.items()]
+    results = [_assign_value(type(settings), raw, key, value, instead) for key, value in changes.items()]
     problems = [problem for problem in results if problem]
     if problems:
         raise SettingsError(option, problems)

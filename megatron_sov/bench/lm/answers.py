@@ -143,9 +143,13 @@ class AnswerCache(dict[str, Answer]):
         begin, end = (len(chunks) * share // num_jobs for share in (job, job + 1))
         other_chunks = [*range(end, len(chunks)), *range(begin)]
         for number in [*range(begin, end), *reversed(other_chunks)]:
-            self.load_new_answers()
-            if indices := [i for i, request in enumerate(chunks[number]) if request.key not in self]:
+            if self._find_open(chunks[number]):
+                self.load_new_answers()  # of other jobs
+            if indices := self._find_open(chunks[number]):
                 yield number, indices
+
+    def _find_open(self, chunk: Sequence[Request]) -> list[int]:
+        return [i for i, request in enumerate(chunk) if request.key not in self]
 
 
 def _read_array_index() -> tuple[int, int]:

@@ -8,7 +8,6 @@ answers are on disk before the next chunk starts. The jobs of a Slurm array shar
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import sys
 import time
@@ -21,10 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, find_damaged_files, manifest_sha256, read_manifest)
-from megatron_sov.base.digests import hash_file
-from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.answers import (
     Answer, AnswerCache, GenerationRequest, LikelihoodRequest, Request, group_by_input)
 from megatron_sov.bench.lm.results import EvaluatedModel
@@ -49,6 +45,7 @@ from megatron_sov.infer.prompts import read_stop_ids
 from megatron_sov.infer.request import (
     LENGTH, MEGATRON, STOP, TRANSFORMERS, VLLM, Batching, GenerationBounds, GenerationResult, Sampling,
     StopRule, Tokens)
+from megatron_sov.model.pretrained import hash_model_folder
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.work.processes.stop_signals import StopFlag
 from megatron_sov.work.progress.progress_bar import create_bar
@@ -94,8 +91,8 @@ class Subject:
 
 
 def resolve_subject(path: str, settings: LmEvalSettings, with_hash: bool = True) -> Subject:
-    """Resolve a target as typed; `with_hash` computes the content hash, which may read every weight file.
-    Raises `UserError`: no model at `path`, or settings that the model does not support."""
+    """Resolve a target as typed; `with_hash` computes the content hash, which reads from every file. Raises
+    `UserError`: no model at `path`, or settings that the model does not support."""
     check_model_path(Path(path))
     target = find_target(Path(path))
     has_layout = bool(settings.settings) or settings.nproc is not None
@@ -111,7 +108,7 @@ def resolve_subject(path: str, settings: LmEvalSettings, with_hash: bool = True)
     max_length = UNKNOWN_LENGTH if math.isinf(max_length) else int(max_length)
     if max_length > target.max_tokens:
         raise UserError(f"--max-length {max_length}: the model ends at {target.max_tokens}; choose less")
-    digest = hash_model(target) if with_hash else ""
+    digest = hash_model_folder(target.path) if with_hash else ""
     model = EvaluatedModel(str(target.path), digest, "huggingface" if target.is_hf else "checkpoint",
                            target.step, str(settings.run) if settings.run else None)
     end_ids = read_stop_ids(target, tokenizer.eos_token_id, encoder)
@@ -126,33 +123,6 @@ def resolve_subject(path: str, settings: LmEvalSettings, with_hash: bool = True)
     answer_engine = AnswerEngine(target, engine, tuple(settings.settings), settings.nproc,
                                  Batching(settings.batch_size), end_ids, special_ids, decode)
     return Subject(model, identity, tokenizer, max_length, answer_engine)
-
-
-def hash_model(target: Target) -> str:
-    """Hash a model's content: the hash of its manifest, or without a manifest of every file. Raises
-    `UserError`: a file differs from the manifest. Weight files with size and time as written are not read."""
-    folder = target.path
-    if (folder / MANIFEST).is_file():
-        written_ns = (folder / MANIFEST).stat().st_mtime_ns  # the manifest is written last
-        checked = [name for name, record in read_manifest(folder).files.items()
-                   if not name.endswith(".safetensors") or _may_differ(folder / name, record, written_ns)]
-        if damaged := find_damaged_files(folder, checked):
-            raise UserError(format_problems(str(folder), damaged, "restore it from a copy"))
-        return manifest_sha256(folder)
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        digest.update(f"{file.name} {hash_file(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def _may_differ(file: Path, record: FileRecord, written_ns: int) -> bool:
-    """Return whether a file is missing, has another size, or is younger than its manifest, as after another
-    save into the folder."""
-    try:
-        status = file.stat()
-    except OSError:
-        return True
-    return status.st_size != record.size_bytes or status.st_mtime_ns > written_ns
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: LmEvalSettings) -> Res
         forbid_downloads()
     with catch_stop_signals() as flag:
         if not is_first_rank():
-            # no hash: the first rank reads the weights for it, which takes minutes
+            # no hash: the first rank reads from every file for it
             answer_requests(resolve_subject(target, settings, with_hash=False).engine, [], None, flag)
             return None
         results, items, notes = _evaluate_tasks(target, tasks, settings, flag)

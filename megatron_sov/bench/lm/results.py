@@ -32,7 +32,7 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 class EvaluatedModel:
     path: str
     hash: str
-    """Hash from `hash_model`."""
+    """Hash from `hash_model_folder`."""
     kind: str
     """`checkpoint` or `huggingface`."""
     step: int | None = None

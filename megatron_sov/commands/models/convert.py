@@ -90,17 +90,31 @@ class FromMegatronOptions(ConversionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMegatronOptions(WrittenOptions, WorkersOptions):
-    """Convert a checkpoint, with its optimizer, to a torch_dist checkpoint of Megatron-Core."""
+class TrainedOptions(WrittenOptions, WorkersOptions):
+    """Options for exports with the optimizer."""
 
     checkpoint: CheckpointPath
+    weights_only: bool = False
+    """Leave out optimizer, step and schedule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMegatronOptions(TrainedOptions):
+    """Convert a checkpoint, with its optimizer, to a torch_dist checkpoint of Megatron-Core."""
+
     out: Annotated[Path, Flag("OUT")]
     """Folder to write, for Megatron-LM's --load."""
-    weights_only: bool = False
-    """Leave out moments, master weights and learning rate schedule."""
     one_optimizer: bool = False
     """The run that loads the optimizer has expert-parallel size 1, and expert-tensor-parallel size equal to
     tensor-parallel size: Megatron-Core then has no second optimizer for experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToDcpOptions(TrainedOptions):
+    """Convert a checkpoint, with its optimizer, to a checkpoint of torch.distributed.checkpoint."""
+
+    out: Annotated[Path, Flag("OUT")]
+    """Folder to write, with step-N, config.json and tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +188,6 @@ class ConvertInspectOptions(PluginOptions):
     """Print JSON."""
 
 
-@dataclass(frozen=True)
-class MegatronImport:
-    """Checked input for `convert_run.import_megatron`."""
-
-    options: FromMegatronOptions
-    family: str
-    """"": the single family that fits."""
-    overrides: dict[str, Any]
-    """`ModelConfig` fields."""
-
-
 OptionsT = TypeVar("OptionsT", bound=PluginOptions)
 
 
@@ -208,18 +211,22 @@ def _check_paths(*names: str, kinds: tuple[str, ...] = (), expected: str = ""
     return check
 
 
-def _check_from_megatron(options: FromMegatronOptions) -> MegatronImport:
+def _check_from_megatron(options: FromMegatronOptions) -> FromMegatronOptions:
     load_plugins(options.plugins)
+    resolve_architecture(options)
+    if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer {options.tokenizer}: has no tokenizer.json; pass a tokenizer folder")
+    return options
+
+
+def resolve_architecture(options: FromMegatronOptions) -> tuple[str, dict[str, Any]]:
+    """Return the family ("": the only one that fits) and the `ModelConfig` fields of recipe and --set."""
     overrides, family = parse_model_settings(options.settings), options.family
-    # --set overrides the recipe
     if options.recipe:
         model = dataclasses.asdict(recipes.get(options.recipe).model)
         recipe_family = model.pop("family")
-        family = family or recipe_family
-        overrides = model | overrides
-    if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer {options.tokenizer}: has no tokenizer.json; pass a tokenizer folder")
-    return MegatronImport(options, family, overrides)
+        return family or recipe_family, model | overrides
+    return family, overrides
 
 
 def _check_from_peft(options: FromPeftOptions) -> FromPeftOptions:
@@ -252,18 +259,16 @@ def parse_model_settings(settings: Sequence[str]) -> dict[str, Any]:
     return dict(values)
 
 
+_check_trained = _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN), expected="a checkpoint or a run")
 CONVERT = ActionGroup({
     "from-hf": DeclaredCommand(
         FromHfOptions, _check_paths("hf_dir", kinds=(HF_MODEL,), expected="a Hugging Face folder"),
         f"{RUN_MODULE}:import_hf"),
-    "to-hf": DeclaredCommand(
-        ToHfOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
-                                  expected="a checkpoint or a run"), f"{RUN_MODULE}:export_hf"),
+    "to-hf": DeclaredCommand(ToHfOptions, _check_trained, f"{RUN_MODULE}:export_hf"),
     "from-megatron": DeclaredCommand(FromMegatronOptions, _check_from_megatron,
                                      f"{RUN_MODULE}:import_megatron"),
-    "to-megatron": DeclaredCommand(
-        ToMegatronOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
-                                        expected="a checkpoint or a run"), f"{RUN_MODULE}:export_megatron"),
+    "to-megatron": DeclaredCommand(ToMegatronOptions, _check_trained, f"{RUN_MODULE}:export_megatron"),
+    "to-dcp": DeclaredCommand(ToDcpOptions, _check_trained, f"{RUN_MODULE}:export_dcp"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),
     "from-peft": DeclaredCommand(FromPeftOptions, _check_from_peft, f"{RUN_MODULE}:import_peft"),
     "average": DeclaredCommand(AverageOptions, _check_paths(), f"{RUN_MODULE}:average_checkpoints"),

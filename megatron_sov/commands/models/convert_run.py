@@ -7,9 +7,10 @@ from typing import Any
 
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.commands.models.convert import (
-    AverageOptions, ConvertInspectOptions, FromHfOptions, FromPeftOptions, MegatronImport, ToHfOptions,
-    ToMegatronOptions, ToPeftOptions)
+    AverageOptions, ConvertInspectOptions, FromHfOptions, FromMegatronOptions, FromPeftOptions, ToDcpOptions,
+    ToHfOptions, ToMegatronOptions, ToPeftOptions, resolve_architecture)
 from megatron_sov.convert.averaging import average, choose_checkpoints
+from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
 from megatron_sov.convert.megatron.from_megatron import from_megatron
@@ -30,11 +31,11 @@ def export_hf(options: ToHfOptions) -> None:
     print(f"wrote Hugging Face folder {options.out}")
 
 
-def import_megatron(request: MegatronImport) -> None:
+def import_megatron(options: FromMegatronOptions) -> None:
     """Convert a torch_dist checkpoint, and print the parts left out and the command that continues it."""
-    options = request.options
-    result = from_megatron(options.megatron_dir, options.out, options.dtype, family=request.family,
-                           overrides=request.overrides, tokenizer=options.tokenizer,
+    family, overrides = resolve_architecture(options)
+    result = from_megatron(options.megatron_dir, options.out, options.dtype, family=family,
+                           overrides=overrides, tokenizer=options.tokenizer,
                            weights_only=options.weights_only, workers=options.workers,
                            overwrite=options.overwrite, redo=options.redo)
     iteration = "" if result.iteration is None else f", iteration {result.iteration}"
@@ -54,17 +55,25 @@ def import_megatron(request: MegatronImport) -> None:
 
 
 def export_megatron(options: ToMegatronOptions) -> None:
-    report = to_megatron(options.checkpoint, options.out, weights_only=options.weights_only,
-                         one_optimizer=options.one_optimizer, workers=options.workers,
-                         overwrite=options.overwrite)
-    print(f"wrote torch_dist checkpoint {options.out}, iteration {report.step}")
-    if report.num_updates is None:
+    source, problem = to_megatron(
+        options.checkpoint, options.out, weights_only=options.weights_only,
+        one_optimizer=options.one_optimizer, workers=options.workers, overwrite=options.overwrite)
+    print(f"wrote torch_dist checkpoint {options.out}, iteration {source.step}")
+    if source.num_updates is None:
         print("left out the optimizer: start with --finetune or --no-load-optim")
         return
-    print(f"with the moments of {report.num_updates} updates; without data order and random state")
-    if report.schedule_problem:
-        print(f"the learning rate is constant, because {report.schedule_problem}: pass "
+    print(f"with the moments of {source.num_updates} updates; without data order and random state")
+    if problem:
+        print(f"the learning rate is constant, because {problem}: pass "
               "--override-opt_param-scheduler with your schedule")
+
+
+def export_dcp(options: ToDcpOptions) -> None:
+    source = to_dcp(options.checkpoint, options.out, weights_only=options.weights_only,
+                    workers=options.workers, overwrite=options.overwrite)
+    print(f"wrote torch.distributed checkpoint {options.out}/step-{source.step}")
+    print("without optimizer" if source.num_updates is None else
+          f"with the moments of {source.num_updates} updates; without data order and random state")
 
 
 def export_peft(options: ToPeftOptions) -> None:

@@ -47,9 +47,7 @@ def _generate(options: GenerateOptions, target: Target, encoded: EncodedPrompts,
 
     fields = run_with_engine(engine_name, target, work, longest=longest, batching=options.batching,
                              settings=options.settings, nproc=options.nproc)
-    if fields is None:
-        return None
-    return GenerationResult(**fields)
+    return None if fields is None else GenerationResult(**fields)
 
 
 def _print_texts(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str],

@@ -289,9 +289,10 @@ def check_teachers(options: ScoringTeacherOptions, policy: PolicyConfig, reward:
         _check_single_teacher(teachers)
         return
     if teachers and not parts.opd_coeff:
-        first = teachers[0]
-        raise UserError(f"{first.option} {first.location}: policy.method = {policy.method} learns from no "
-                        "teacher; set policy.method=opd or gkd, or policy.opd_coeff in addition to a reward")
+        teacher = teachers[0]
+        raise UserError(f"{teacher.option} {teacher.location}: policy.method = {policy.method} learns from "
+                        "no teacher; set policy.method=opd or gkd, or policy.opd_coeff in addition to a "
+                        "reward")
     if parts.opd_coeff and not teachers:
         raise UserError(f"policy.opd_coeff = {parts.opd_coeff:g}: needs a teacher; add --teacher or "
                         "--teacher-url")

@@ -157,7 +157,7 @@ def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[Dat
 def find_unread(paths: Mapping[str, float], states: Sequence[Path]) -> dict[str, float]:
     """Return the entries of `paths` that no folder in `states` covers; the folders must exist."""
     # by hash: repacked data under the same name are different data
-    read = {source["manifest_sha256"] for folder in states
-            for source in read_manifest(folder, TEACHER_STATES).inputs}
+    read_hashes = {source["manifest_sha256"] for folder in states
+                   for source in read_manifest(folder, TEACHER_STATES).inputs}
     return {path: weight for path, weight in paths.items()
-            if manifest_sha256(Path(split_source_name(path)[1])) not in read}
+            if manifest_sha256(Path(split_source_name(path)[1])) not in read_hashes}

@@ -37,17 +37,17 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
         reference = _open_reference(request, sources, pairs, reference_path)
     compute_logprobs = None if reference is None else reference.heldout_logprobs
 
-    def before(view: GateView) -> None:
+    def measure_before(view: GateView) -> None:
         if reference is not None:
             reference.score_heldout(view)
         measure_heldout_pairs(view, pairs, compute_logprobs)
 
-    def after(view: GateView) -> dict[str, Any]:
+    def measure_after(view: GateView) -> dict[str, Any]:
         return {HELDOUT_PAIRS: measure_heldout_pairs(view, pairs, compute_logprobs)}
 
     inputs = () if reference_path is None else (describe_input(REFERENCE, reference_path),)
-    return replace(stage, sources=sources if reference is None else reference.sources, before=before,
-                   after=after, extra_inputs=inputs)
+    return replace(stage, sources=sources if reference is None else reference.sources,
+                   before=measure_before, after=measure_after, extra_inputs=inputs)
 
 
 def _open_reference(request: TrainingRequest, sources: tuple[Source, ...], pairs: Sequence[Source],

@@ -55,11 +55,6 @@ def find_iteration(folder: Path) -> Path:
     return iteration_folder
 
 
-def parse_iteration(folder: Path) -> int | None:
-    number = re.fullmatch(r"iter_(\d{7,12})", folder.name)
-    return int(number[1]) if number else None
-
-
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / METADATA).exists() or (folder / FORMAT).exists() or any(folder.glob("mp_rank_*"))
 
@@ -387,13 +382,6 @@ class TorchDistWeights(BlockWeights):
         return (*(self.model.num_layers,) * len(source.leading_indices), *shape)
 
 
-def count_padded_rows(weights: TorchDistWeights) -> int:
-    """Return how many vocabulary rows have no token id."""
-    keys = weights.tensors.keys()
-    return max((weights.tensors.get_shape(key)[0] - weights.model.vocab_size
-                for key in VOCABULARY_WEIGHTS if key in keys), default=0)
-
-
 FROM_MEGATRON = "from_megatron"
 """Manifest key for the checkpoint's origin."""
 SETTINGS = {"optim.lr": "max_lr", "optim.min_lr": "min_lr", "optim.weight_decay": "end_wd"}
@@ -434,23 +422,13 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
                   overrides: Mapping[str, Any] | None = None, tokenizer: Path | None = None,
                   weights_only: bool = False, workers: int = DEFAULT_WORKERS, overwrite: bool = False,
                   redo: bool = False) -> ImportReport:
-    """Convert a Megatron-LM or Megatron-Bridge checkpoint to this project's format, with AdamW's state.
+    """Convert a Megatron-LM, Megatron-Bridge or NeMo 2 checkpoint to this project's format, with AdamW's
+    state.
 
-    Args:
-        folder: folder of an iteration, or of several iterations; NeMo 2 as well.
-        out: checkpoint to write. It appears when complete; a killed command continues where it stopped.
-        dtype: see `from_hf`; the optimizer keeps its dtype.
-        family: family name; "" uses the only family that can express the model.
-        overrides: `ModelConfig` fields that replace those of the checkpoint.
-        tokenizer: tokenizer folder to copy into the checkpoint.
-        weights_only: leave out the optimizer; the checkpoint has step 0.
-        workers: files written at a time.
-        overwrite: replace an existing checkpoint.
-        redo: start over if unfinished work with other arguments exists.
-
-    Raises:
-        UserError: the format is not supported, the index contains forbidden names, no family can express the
-            model, or a tensor is missing or damaged.
+    `folder` is an iteration or holds several; `family` "" finds the only family that can express the model;
+    `overrides` replace `ModelConfig` fields of the checkpoint; `weights_only` leaves out the optimizer (step
+    0). For the other arguments see `from_hf`. Raises `UserError`: the format is not supported, the index
+    contains forbidden names, no family can express the model, or a tensor is missing or damaged.
     """
     out = Path(out)
     check_dtype_name(dtype)
@@ -472,7 +450,10 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     source = ImportSource(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin}, states,
                           loop)
     write_imported(out, source, dtype, workers=workers, overwrite=overwrite, redo=redo)
-    return ImportReport(iteration, count_padded_rows(weights), weights.tensors.num_skipped, model, training)
+    tensors = weights.tensors
+    num_padded_rows = max(tensors.get_shape(key)[0] - model.vocab_size
+                          for key in VOCABULARY_WEIGHTS if key in tensors.keys())  # noqa: SIM118
+    return ImportReport(iteration, num_padded_rows, tensors.num_skipped, model, training)
 
 
 def _describe_training(folder: Path, stored: Mapping[str, Any], iteration: int) -> TrainingState:
@@ -513,7 +494,8 @@ def _read_numbers(folder: Path, block: Mapping[str, Any], names: Mapping[str, st
 
 def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     """Return a checkpoint's settings (`model`, and `read_settings`) and iteration."""
-    iteration = parse_iteration(folder)
+    number = re.fullmatch(r"iter_(\d{7,12})", folder.name)
+    iteration = int(number[1]) if number else None
     settings: dict[str, Any] = {"args": {}, "iteration": None}
     if (folder / COMMON).is_file():
         settings = read_in_subprocess("settings", folder / COMMON)

@@ -1,210 +1,110 @@
 """Export a checkpoint, with its optimizer, as a `torch_dist` checkpoint of Megatron-Core.
 
-Torch's writer gives each block its own file, so a damaged file names its tensor.
 Optimizer state has the library's `fully_reshardable` form, which loads at any layout.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import math
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_sov.base.artifacts import (
-    FileRecord, create_artifact, format_json, read_manifest, sha256_file, write_atomically)
-from megatron_sov.base.digests import SHA256
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints.kinds import TRACKER
-from megatron_sov.checkpoint.load import read_state
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.dtypes import check_space, convert_tensor
-from megatron_sov.convert.hf_import import INTEGRITY
+from megatron_sov.convert.dcp.writer import (
+    DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
 from megatron_sov.convert.megatron.from_megatron import (
     BACKEND, DECAY_STYLES, EXPERTS, FORMAT, STATES, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
-from megatron_sov.convert.sources import resolve_run
 from megatron_sov.engine.model.specs import PRECISION
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.counterparts.architecture import describe_model
-from megatron_sov.runs.checkpoints import (
-    ADAPTER, MODEL, OPTIMIZER, find_damage, read_checkpoint_settings, suggest_replacement)
+from megatron_sov.runs.checkpoints import MODEL, OPTIMIZER
 from megatron_sov.schedules import Schedule, bound_lengths
 
 KIND = "megatron_checkpoint"
 EMPTY_STATE = "empty/shard_0_1"
-MAX_BLOCK_BYTES = 1 << 30
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
            "non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
 """Form of the tensors, which Megatron-LM reads before it declares its own."""
 WSD_STYLES = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "minus_sqrt"}
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """Facts about an export, for the command's output."""
-
-    step: int
-    """Completed optimizer steps, Megatron's iteration."""
-    num_updates: int | None
-    """Updates in the moments; None: weights only."""
-    schedule_problem: str
-    """Reason why the learning rate is written as constant; "": it is not."""
-
-
 def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool = False,
                 one_optimizer: bool = False, workers: int = DEFAULT_WORKERS,
-                overwrite: bool = False) -> ExportReport:
-    """Write a checkpoint for Megatron-Core's `dist_checkpointing` (artifact kind `megatron_checkpoint`).
+                overwrite: bool = False) -> tuple[TrainedModel, str]:
+    """Write a checkpoint for Megatron-LM's `--load` (artifact kind `megatron_checkpoint`), which appears when
+    complete; return its source, and why its learning rate is written as constant ("": it is not).
 
-    Args:
-        checkpoint: checkpoint, or run (newest checkpoint).
-        out: folder to write, for Megatron-LM's `--load`; it appears when complete.
-        weights_only: leave out moments, master weights and schedule.
-        one_optimizer: the loading run has one optimizer for experts and other weights, as Megatron-Core has
-            without expert parallelism if tensor parallelism splits both alike.
-        workers: files written at a time, each with one block in memory.
-        overwrite: replace an existing `megatron_checkpoint` artifact.
-
-    Raises:
-        UserError: Megatron-Core cannot build the model or its optimizer, the checkpoint is damaged, or the
-            disk is full.
+    `one_optimizer`: the loading run has one optimizer for experts and other weights, as Megatron-Core has
+    without expert parallelism if tensor parallelism splits both alike. `workers`: files written at a time,
+    each with one block in memory. Raises `UserError`: Megatron-Core cannot build the model or its optimizer,
+    the checkpoint is damaged, or the disk is full.
     """
-    checkpoint, out = resolve_run(Path(checkpoint)), Path(out)
-    settings, content = read_checkpoint_settings(checkpoint), read_manifest(checkpoint).content
-    parts, step = content.get("parts", []), content["step"]
-    if ADAPTER in parts:
-        raise UserError(f"{checkpoint}: is an adapter, which Megatron-Core's GPTModel does not have; merge "
-                        "it with `megatron-sov convert to-hf`, then `from-hf`")
-    has_optimizer = OPTIMIZER in parts and not weights_only
-    num_updates = read_state(checkpoint)["num_updates"] if has_optimizer else None
-    common, problem = build_common_state(settings, step, num_updates, one_optimizer=one_optimizer)
-    planner = CheckpointPlanner(checkpoint, common, has_optimizer=has_optimizer)
-    check_space(out, planner.size_bytes)
-    if damage := find_damage(checkpoint, weights_only=not has_optimizer):
-        raise UserError(f"{damage}; {suggest_replacement(checkpoint)}")
-    with create_artifact(out, KIND, overwrite=overwrite) as artifact:
-        folder = artifact.path / f"iter_{step:07d}"
-        planner.write(folder, workers)
-        write_atomically(folder / FORMAT, json.dumps({"sharded_backend": BACKEND,
-                                                      "sharded_backend_version": VERSIONS[0]}))
-        digests = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
-        artifact.hashed_files = {
-            f"{folder.name}/{name}": FileRecord(f"{SHA256}:{digest}", (folder / name).stat().st_size)
-            for name, digest in digests.items()}
-        write_atomically(folder / INTEGRITY, format_json({"algorithm": SHA256, "files": digests}))
-        write_atomically(artifact.path / TRACKER, str(step))
-        artifact.add_input(checkpoint, for_export=True)
-        artifact.content = {"step": step, "family": settings.model.family, "num_updates": num_updates}
-    return ExportReport(step, num_updates, problem)
+    source = open_trained_model(checkpoint, weights_only=weights_only)
+    common, problem = build_common_state(source.settings, source.step, source.num_updates,
+                                         one_optimizer=one_optimizer)
+    tensors = _list_tensors(source)
+    planner = DcpPlanner(source.path, tensors, {COMMON_STATE: [common], EMPTY_STATE: [None]},
+                         _list_aliases(tensors))
+    subfolder = f"iter_{source.step:07d}"
+
+    def write_companions(folder: Path) -> None:
+        write_atomically(folder / TRACKER, str(source.step))
+        write_atomically(folder / subfolder / FORMAT, json.dumps({"sharded_backend": BACKEND,
+                                                                  "sharded_backend_version": VERSIONS[0]}))
+
+    write_export(Path(out), KIND, source, planner, subfolder, write_companions, workers=workers,
+                 overwrite=overwrite)
+    return source, problem
 
 
-class CheckpointPlanner(DefaultSavePlanner):
-    """Gives torch's writer the tensors of a checkpoint under Megatron's keys, a block at a time."""
-
-    def __init__(self, path: Path, common: dict[str, Any], *, has_optimizer: bool) -> None:
-        """Read the indices; raises `UserError` for damage, or for state without counterpart."""
-        super().__init__(flatten_state_dict=False)
-        self._path, self._common = path, common
-        self._sources: dict[str, tuple[TensorReader, str]] = {}
-        """Megatron's key -> reader and our key."""
-        for part in (MODEL, OPTIMIZER) if has_optimizer else (MODEL,):
-            reader = TensorReader(path, part)
-            reader.check_complete()
-            keys = reader.keys()
-            self._sources |= {_find_key(path, part, key): (reader, key) for key in keys}
-        self.size_bytes = sum(math.prod(reader.get_shape(key)) * reader.get_dtype(key).itemsize
-                              for reader, key in self._sources.values())
-
-    def write(self, folder: Path, workers: int) -> None:
-        """Write files and index, with a block per worker in memory. Raises `UserError`: a value is not finite
-        or cannot be read; OSError: a file cannot be written."""
-        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-        writer.set_up_storage_writer(True)
-        self.set_up_planner({}, is_coordinator=True)
-        plans, index = self.create_global_plan([writer.prepare_local_plan(SavePlan([item]))
-                                                for item in self.create_local_plan().items])
-        # a plan per block, because errors in threads of torch's writer are lost
-        pool = ThreadPoolExecutor(workers)
-        try:
-            blocks = [pool.submit(writer.write_data, plan, self)
-                      for plan in writer.prepare_global_plan(plans)]
-            results = [result for block in blocks for result in block.result().wait()]
-        finally:
-            pool.shutdown(cancel_futures=True)
-        aliases = self._list_aliases()
-        for key, names in aliases.items():
-            index.state_dict_metadata |= dict.fromkeys(names, index.state_dict_metadata[key])
-        results += [replace(result, index=replace(result.index, fqn=name)) for result in list(results)
-                    for name in aliases.get(result.index.fqn, ())]
-        writer.finish(index, [results])
-
-    def create_local_plan(self) -> SavePlan:
-        """Return blocks of at most `MAX_BLOCK_BYTES`, or one row."""
-        self.plan = SavePlan([WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)
-                              for name in (COMMON_STATE, EMPTY_STATE)])
-        for key, (reader, ours) in self._sources.items():
-            shape, dtype = torch.Size(reader.get_shape(ours)), reader.get_dtype(ours)
-            rows = max(1, MAX_BLOCK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
-            for first in range(0, shape[0], rows):
-                chunk = ChunkStorageMetadata(torch.Size([first, *[0] * (len(shape) - 1)]),
-                                             torch.Size([min(rows, shape[0] - first), *shape[1:]]))
-                self.plan.items.append(WriteItem(
-                    MetadataIndex(key, chunk.offsets), WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(chunk, TensorProperties(dtype), shape)))
-        return self.plan
-
-    def resolve_data(self, item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """Read a block, or serialize an object."""
-        if item.tensor_data is None:
-            torch.save([self._common if item.index.fqn == COMMON_STATE else None], raw := io.BytesIO())
-            return raw
-        reader, key = self._sources[item.index.fqn]
-        block = reader.read(key, item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes)
-        return convert_tensor(block, block.dtype, self._path, key)
-
-    def _list_aliases(self) -> dict[str, list[str]]:
-        """Return key -> further names of the same values.
-
-        The distributed optimizer asks for the weights that it updates: masters, or in float32 the weights
-        themselves. With Transformer Engine, modules with weights and attention ask for `_extra_state`, which
-        is empty without FP8 history.
-        """
-        empty: list[str] = []
-        prefix, masters = "optimizer.state.exp_avg.", f"optimizer.state.{STATES['master']}."
-        aliases = {EMPTY_STATE: empty}
-        for key, (reader, ours) in self._sources.items():
-            if key == ours:
-                module, num_parts = key.rpartition(".")[0], reader.get_shape(key)[0] if EXPERTS in key else 1
-                empty += [f"{module}._extra_state/shard_{part}_{num_parts}" for part in range(num_parts)]
-                if module.endswith(".linear_proj"):
-                    empty.append(f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1")
-            elif key.startswith(prefix):
-                name = key.removeprefix(prefix)
-                updated = masters + name if masters + name in self._sources else name
-                aliases[updated] = [f"optimizer.state.param.{name}"]
-        return aliases
+def _list_tensors(source: TrainedModel) -> dict[str, DcpTensor]:
+    """Return tensors under Megatron's keys; raises `UserError` for damage, or state without counterpart."""
+    tensors = {}
+    for part in (MODEL,) if source.num_updates is None else (MODEL, OPTIMIZER):
+        reader = TensorReader(source.path, part)
+        reader.check_complete()
+        for key in reader.keys():  # noqa: SIM118  (a method of the reader, not a dict)
+            state, _, name = key.partition("/")
+            if part == OPTIMIZER and state not in STATES:
+                raise UserError(f"{source.path}: {key} is Muon's state, for which Megatron-Core needs "
+                                "another package (emerging_optimizers); pass --weights-only")
+            theirs = key if part == MODEL else f"optimizer.state.{STATES[state]}.{name}"
+            tensors[theirs] = DcpTensor(reader.get_shape(key), reader.get_dtype(key),
+                                        partial(reader.read, key))
+    return tensors
 
 
-def _find_key(path: Path, part: str, key: str) -> str:
-    """Return Megatron's key; raises `UserError` for Muon's state."""
-    if part == MODEL:
-        return key
-    state, _, name = key.partition("/")
-    if state not in STATES:
-        raise UserError(f"{path}: {key} is Muon's state, for which Megatron-Core needs another package "
-                        "(emerging_optimizers); pass --weights-only")
-    return f"optimizer.state.{STATES[state]}.{name}"
+def _list_aliases(tensors: Mapping[str, DcpTensor]) -> dict[str, list[str]]:
+    """Return key -> further names of the same values.
+
+    The distributed optimizer asks for the weights that it updates: masters, or in float32 the weights
+    themselves. With Transformer Engine, modules with weights and attention ask for `_extra_state`, which is
+    empty without FP8 history.
+    """
+    empty: list[str] = []
+    prefix, masters = "optimizer.state.exp_avg.", f"optimizer.state.{STATES['master']}."
+    aliases = {EMPTY_STATE: empty}
+    for key, tensor in tensors.items():
+        if not key.startswith("optimizer."):
+            module, num_parts = key.rpartition(".")[0], tensor.shape[0] if EXPERTS in key else 1
+            empty += [f"{module}._extra_state/shard_{part}_{num_parts}" for part in range(num_parts)]
+            if module.endswith(".linear_proj"):
+                empty.append(f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_0_1")
+        elif key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            updated = masters + name if masters + name in tensors else name
+            aliases[updated] = [f"optimizer.state.param.{name}"]
+    return aliases
 
 
 def build_common_state(settings: RunConfig, step: int, num_updates: int | None, *,

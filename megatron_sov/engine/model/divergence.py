@@ -102,32 +102,31 @@ class TeacherTopK:
 
     def compare(self, part: TokenSubset, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
-
         ids, teacher = self.ids[part].to(student.device), self.logprobs[part].to(student)
-        # ids cover the whole vocabulary, columns the local part: foreign tokens read column 0 and are zeroed,
-        # so the sum over the group counts a token once
+        # Ids cover the whole vocabulary, columns the local part. Tokens of other ranks read column 0 and are
+        # zeroed, so the sum over the group counts a token once.
         column = ids - parallel_state.get_tensor_model_parallel_rank() * student.shape[1]
         is_local = (column >= 0) & (column < student.shape[1])
         column = column.where(is_local, 0)
-        chosen = _sum_over_group(student.gather(1, column).where(is_local, 0.0))
+        top_logprobs = _sum_over_group(student.gather(1, column).where(is_local, 0.0))
         probabilities = student.exp()
         entropy = -_sum_over_group((student * probabilities).sum(-1))
         if not self.keep_remainder:
-            values, derivative = _compute_divergence(chosen.log_softmax(-1), teacher.log_softmax(-1),
+            values, derivative = _compute_divergence(top_logprobs.log_softmax(-1), teacher.log_softmax(-1),
                                                      divergence.beta)
-            spread = student.zero_()  # no gradient for tokens outside the K
+            full_derivative = student.zero_()  # no gradient for tokens outside the K
         else:
-            subtracted = -chosen.exp().where(is_local, 0.0)
-            remainder = probabilities.scatter_add_(1, column, subtracted).clamp_(min=0)
+            top_probabilities = top_logprobs.exp().where(is_local, 0.0)
+            remainder = probabilities.scatter_add_(1, column, -top_probabilities).clamp_(min=0)
             total = _sum_over_group(remainder.sum(-1)).clamp(min=torch.finfo(remainder.dtype).tiny)
-            values, derivative = _compute_divergence(torch.cat([chosen, total.log()[:, None]], 1),
-                                                     torch.cat([teacher, _compute_log_remainder(teacher)],
-                                                               1), divergence.beta)
-            # distribute the remainder's derivative over the other tokens by their share of the remainder
-            spread = remainder.mul_((derivative[:, -1] / total)[:, None])
+            values, derivative = _compute_divergence(
+                torch.cat([top_logprobs, total.log()[:, None]], 1),
+                torch.cat([teacher, _compute_log_remainder(teacher)], 1), divergence.beta)
+            # Distribute the remainder's derivative over the other tokens by their share of the remainder.
+            full_derivative = remainder.mul_((derivative[:, -1] / total)[:, None])
             derivative = derivative[:, :-1]
-        spread.scatter_add_(1, column, derivative.where(is_local, 0.0))
-        return torch.cat([values[:2], entropy[None]]), spread
+        full_derivative.scatter_add_(1, column, derivative.where(is_local, 0.0))
+        return torch.cat([values[:2], entropy[None]]), full_derivative
 
 
 @dataclass(frozen=True)
@@ -228,18 +227,20 @@ def find_most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token
 
     K must be smaller than the vocabulary, so that padding rows never enter.
     """
-    logprobs, token = compute_log_softmax(states, weight, token_rows, temperature,
-                                          softcap).topk(min(k, len(weight)))
+    logprobs, columns = compute_log_softmax(states, weight, token_rows, temperature,
+                                            softcap).topk(min(k, len(weight)))
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
-        return token, logprobs
-    gathered = []
-    for local in (token + group.rank() * len(weight), logprobs):
-        parts = [torch.empty_like(local) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, local, group=group)
-        gathered.append(torch.cat(parts, dim=1))
-    logprobs, best = gathered[1].topk(k)
-    return gathered[0].gather(1, best), logprobs
+        return columns, logprobs
+    # The K best of the vocabulary are among the K best of each rank.
+    candidates = []
+    for local in (columns + group.rank() * len(weight), logprobs):
+        by_rank = [torch.empty_like(local) for _ in range(group.size())]
+        torch.distributed.all_gather(by_rank, local, group=group)
+        candidates.append(torch.cat(by_rank, dim=1))
+    candidate_ids, candidate_logprobs = candidates
+    logprobs, indices = candidate_logprobs.topk(k)
+    return candidate_ids.gather(1, indices), logprobs
 
 
 def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_group: bool = False

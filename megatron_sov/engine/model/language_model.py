@@ -248,7 +248,7 @@ def check_layers(chunk: Chunk, first: int) -> None:
                 raise RuntimeError(f"layer {number}: {type(part).__name__} has number {part.layer_number}")
         for router in routers:
             if not isinstance(router, BalancedRouter):
-                raise RuntimeError(f"layer {number}: its router is the library's {type(router).__name__}")
+                raise RuntimeError(f"layer {number}: its router is Megatron-Core's {type(router).__name__}")
 
 
 def count_token_rows(weight: torch.Tensor, vocab_size: int) -> int:

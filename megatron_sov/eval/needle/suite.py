@@ -135,21 +135,22 @@ def build_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: in
 
 
 def run_suite(suite: NeedleSuite, engine: Engine,
-              done: Callable[[int], object] = lambda examples: None) -> NeedleResult:
-    """Evaluate an engine (collective); `done` receives the number of newly completed examples."""
+              report_done: Callable[[int], object] = lambda num_examples: None) -> NeedleResult:
+    """Evaluate an engine (collective); `report_done` receives the number of newly completed examples."""
     correct: dict[tuple[NeedleKind, Language, int, float], int] = {}
     for haystack, cells, examples in suite.examples():
         continuations = engine.generate([e.prompt for e in examples], Sampling(PAIR_TOKENS)).continuations
         for (kind, length, depth), example, continuation in zip(cells, examples, continuations, strict=True):
             cell = (kind, haystack.language, length, depth)
             correct[cell] = correct.get(cell, 0) + (list(continuation) == example.answer)
-        done(len(examples))
+        report_done(len(examples))
     forms = {h.language: h.form for h in suite.haystacks}
-    return NeedleResult(suite.seed, suite.distractor_share, tuple(
-        Cell(kind, language, length, depth,
-             count_distractors(kind, forms[language], length, suite.distractor_share), right, suite.samples,
-             compute_wilson_interval(right, suite.samples))
-        for (kind, language, length, depth), right in correct.items()))
+    result_cells = []
+    for (kind, language, length, depth), num_correct in correct.items():
+        num_distractors = count_distractors(kind, forms[language], length, suite.distractor_share)
+        result_cells.append(Cell(kind, language, length, depth, num_distractors, num_correct, suite.samples,
+                                    compute_wilson_interval(num_correct, suite.samples)))
+    return NeedleResult(suite.seed, suite.distractor_share, tuple(result_cells))
 
 
 def format_table(result: NeedleResult) -> str:

@@ -28,8 +28,7 @@ from megatron_sov.train.data.token_shards import Documents
 
 NUM_WORDS, MIN_WORDS, MAX_WORDS = 64, 16, 512
 TOKENS_PER_WORD = 64
-"""Vocabulary tokens per needle word, above `NUM_WORDS`; larger vocabularies give more keys for long
-contexts."""
+"""Vocabulary tokens per needle word, above `NUM_WORDS`; larger vocabularies give long texts more keys."""
 MIN_WORD_BYTES = 4
 SLOT = "{}"
 PAIR_TOKENS = 2

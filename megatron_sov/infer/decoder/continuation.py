@@ -75,7 +75,7 @@ class Continuation:
     def join_routes(self, shape: RouteShape) -> np.ndarray:
         """Return the expert routes [tokens - 1, layers, top_k]; the last token was not read and has no
         routes."""
-        rows = shape.absent(len(self.tokens) - 1)
+        rows = shape.build_unrecorded(len(self.tokens) - 1)
         for first, span_routes in self.routes:
             rows[first:first + len(span_routes)] = span_routes[:len(rows) - first]
         return rows

@@ -148,7 +148,7 @@ class ServerEngine:
         assert self._route_shape is not None, "routes were not asked for"
         # aborted before a server began the request, so it has no routes
         if answer.reason == ABORTED and answer.routes is None:
-            return self._route_shape.absent(num_tokens)
+            return self._route_shape.build_unrecorded(num_tokens)
         return check_routes(answer.routes, num_tokens, self._route_shape)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ UNITS = {"bf16": "bf16", "fp8": "fp8", "fp8_blockwise": "fp8", "mxfp8": "fp8", "
 @dataclass(frozen=True, eq=False)
 class Parameters:
     """Fractions below hardware peaks, and fixed costs; fitted by `benchmarks/plan_calibration.py`
-    (docs/plan_speed.md)."""
+    (docs/plan.md)."""
 
     product_fraction: dict[str, dict[str, float]]
     """Generation -> unit (bf16, fp8, fp4) -> share of the peak that a large matrix product reaches on the

@@ -1,5 +1,5 @@
 """Estimate the seconds per optimizer step and component: a roofline with few fitted numbers
-(docs/plan_speed.md)."""
+(docs/plan.md)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ products (arXiv 2502.16982)."""
 
 
 class Clock:
-    """Converts a workload's FLOPs and bytes to seconds on its chip (docs/plan_speed.md)."""
+    """Converts a workload's FLOPs and bytes to seconds on its chip (docs/plan.md)."""
 
     def __init__(self, w: Workload, p: Parameters) -> None:
         self.w, self.p = w, p

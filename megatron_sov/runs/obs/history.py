@@ -90,9 +90,9 @@ def describe_incident(event: dict[str, Any]) -> str:
         reason, ranks = str(event.get("reason", "")), ", ".join(map(str, event.get("ranks") or []))
         return f"{reason}; not finite on rank {ranks}" if ranks else reason
     if kind == "hang":
-        places = (f"rank {', '.join(map(str, ranks))} in {place}"
-                  for place, ranks in (event.get("places") or {}).items())
-        return f"no progress; every process wrote its stacks into hang/ and ended: {'; '.join(places)}"
+        hung_ranks = (f"rank {', '.join(map(str, ranks))} in {place}"
+                      for place, ranks in (event.get("places") or {}).items())
+        return f"no progress; every process wrote its stacks into hang/ and ended: {'; '.join(hung_ranks)}"
     if kind == "fault":
         return f"--inject {event.get('fault', '')}"
     if kind == "damaged_checkpoint":

@@ -67,8 +67,7 @@ def build_headline_fields(headline: Sequence[Meter], *, comparable: bool) -> dic
 
 
 def read_headline(start: Mapping[str, Any]) -> tuple[tuple[Meter, ...], bool]:
-    """Return the meters in a `run_start` event, and whether to display its loss; older runs have only a
-    loss."""
+    """Return the meters in a `run_start` event, and whether to display its loss; old runs have only it."""
     try:
         meters = tuple(Meter(**fields) for fields in start["headline"])
     except (KeyError, TypeError):

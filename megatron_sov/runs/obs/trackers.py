@@ -64,11 +64,12 @@ class _TensorBoard:
             self._samples = files.EventFileWriter(str(self._folder / "samples"))
         texts = _import_package("tensorboard.plugins.text.summary_v2", "obs.tensorboard", "tensorboard")
         event = _import_package("tensorboard.compat.proto.event_pb2", "obs.tensorboard", "tensorboard")
-        # TensorBoard renders Markdown; indented text appears verbatim.
-        cells = [RESPONSE_COLUMNS, *([f"    {_format_cell(cell)}".replace("\n", "\n    ") for cell in row]
-                                     for row in rows)]
-        self._samples.add_event(event.Event(step=step, wall_time=time.time(), summary=texts.text_pb(
-            f"samples/{name}", np.array(cells, dtype=object))))
+        table: list[Sequence[str]] = [RESPONSE_COLUMNS]
+        for row in rows:
+            # TensorBoard renders Markdown; indented text appears verbatim.
+            table.append([f"    {_format_cell(cell)}".replace("\n", "\n    ") for cell in row])
+        summary = texts.text_pb(f"samples/{name}", np.array(table, dtype=object))
+        self._samples.add_event(event.Event(step=step, wall_time=time.time(), summary=summary))
 
     def close(self) -> None:
         self._writer.close()

@@ -120,17 +120,18 @@ class RoundDocuments(DocumentView):
                             "seq_len, or lower rollout.max_new_tokens")
         return PublishedRound(path, documents, steps, {}, np.concatenate([[0], np.cumsum(lengths)]))
 
-    def open(self, number: int, opened: PublishedRound) -> None:
+    def open(self, number: int, published_round: PublishedRound) -> None:
         """Open round `number`, and close the rounds before its predecessor.
 
-        `opened` is the result of `read`, with a value for each of `self.trainer_columns`.
+        `published_round` is the result of `read`, with a value for each of `self.trainer_columns`.
         """
-        missing = [name for name in self.trainer_columns if name not in opened.trainer_columns]
-        if missing and opened.documents is not None:
+        missing = [name for name in self.trainer_columns if name not in published_round.trainer_columns]
+        if missing and published_round.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")
-        # one assignment, because a second thread reads the table. The previous round stays open, because its
-        # last batches may not be prepared yet
-        self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
+        # The previous round stays open, because its last batches may not be prepared yet.
+        recent_rounds = {n: r for n, r in self._rounds.items() if n >= number - 1}
+        # One assignment, because a second thread reads the table.
+        self._rounds = recent_rounds | {number: published_round}
 
     def step_segments(self, number: int, step: int) -> list[PackedSegment]:
         """Return whole documents for `step` (from 0 in the round), in order."""
@@ -142,9 +143,9 @@ class RoundDocuments(DocumentView):
         if name not in self.trainer_columns:
             return super().column(name, document, start, count)
         _, index, _ = self.locate(document)
-        opened = self._rounds[document >> _ROUND_BITS]
-        first = opened.starts[index] + start
-        column: np.ndarray = opened.trainer_columns[name][first:first + count]
+        published_round = self._rounds[document >> _ROUND_BITS]
+        first = published_round.starts[index] + start
+        column: np.ndarray = published_round.trainer_columns[name][first:first + count]
         return column
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
@@ -160,17 +161,17 @@ class _Lengths:
         self._rounds = rounds
 
     def __len__(self) -> int:
-        return sum(len(opened.starts) - 1 for opened in self._rounds._rounds.values())
+        return sum(len(published.starts) - 1 for published in self._rounds._rounds.values())
 
     def __getitem__(self, documents: Any) -> Any:
         if isinstance(documents, int):
-            stored, index, _ = self._rounds.locate(documents)
-            return int(stored.lengths[index])
+            round_documents, index, _ = self._rounds.locate(documents)
+            return int(round_documents.lengths[index])
         return np.array([self[int(document)] for document in documents], np.int64)
 
     def __iter__(self) -> Iterator[int]:
-        for _, opened in sorted(self._rounds._rounds.items()):
-            yield from np.diff(opened.starts).tolist()
+        for _, published in sorted(self._rounds._rounds.items()):
+            yield from np.diff(published.starts).tolist()
 
 
 def build_rounds_source(documents: RoundDocuments, tokenizer: Path | None, routes: RouteShape | None = None

@@ -76,7 +76,7 @@ def build_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id:
     tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
     weights, types = np.zeros(seq_len, np.float32), np.zeros(seq_len, np.uint8)
     positions, indices = np.empty(seq_len, np.int64), _get_positions(seq_len)
-    token_routes = None if routes is None else routes.absent(seq_len)
+    token_routes = None if routes is None else routes.build_unrecorded(seq_len)
     bounds = [0]
     encoder_inputs: list[tuple[int, EncoderInputs]] = []
     for document, start, count in sample.segments:

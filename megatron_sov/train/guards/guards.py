@@ -229,13 +229,13 @@ class RoutingMonitor:
         counts = load[layers].numpy()
         entropy = routing.load_entropy(counts)
         spread = (biases[layers].max(dim=1).values - biases[layers].min(dim=1).values).numpy()
-        numbers = (layers + 1).tolist()
-        events.write("routing", step=step, layers=numbers,
+        layer_numbers = (layers + 1).tolist()
+        events.write("routing", step=step, layers=layer_numbers,
                      max_violation=routing.max_violation(counts).tolist(), entropy=entropy.tolist(),
                      dead=routing.count_dead_experts(counts).tolist(), bias_spread=spread.tolist())
         previous_idle = np.zeros_like(counts, np.int64) if self._idle is None else self._idle
         self._idle = np.where(counts == 0, previous_idle + 1, 0)
-        alarms = dict(self._iter_alarms(numbers, entropy, spread, self._idle))
+        alarms = dict(self._iter_alarms(layer_numbers, entropy, spread, self._idle))
         for kind, layer in sorted(alarms.keys() - self._active):
             events.write("alarm", step=step, kind=kind, layer=layer, text=alarms[kind, layer])
         self._active = set(alarms)

@@ -12,8 +12,7 @@ from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.work.clusters.units import GIB
 
 INSIDE_LATENCY_S = 3.3e-6
-"""Latency of a small message between two GPUs over NVLink and a switch (DeepSeek-V3, arXiv
-2505.09343, table 5)."""
+"""Latency of a small message over NVLink and a switch (DeepSeek-V3, arXiv 2505.09343, table 5)."""
 INFINIBAND_LATENCY_S = 3.7e-6
 """Latency of a small message between two nodes over InfiniBand across leaves (same table)."""
 PRECISIONS = ("bf16", "fp8", "fp4")
@@ -78,8 +77,7 @@ class Chip(Gpu):
     """tflops, hbm, nvlink, memory, network, power, price -> source."""
 
     def flops_per_s(self, precision: str) -> float:
-        """Return the dense peak for "bf16", "fp8" or "fp4". Raises `UserError`: the chip does not support the
-        precision."""
+        """Return the dense peak for "bf16", "fp8" or "fp4". Raises `UserError`: not supported by the chip."""
         peaks = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
         if not peaks.get(precision):
             supported = [name for name in PRECISIONS if peaks[name]]

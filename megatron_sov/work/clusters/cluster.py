@@ -155,8 +155,7 @@ class ClusterProfile:
     python: str = ""
     """Python program on the nodes or in the container; empty: the login node's, or python3 in a container."""
     scratch: Annotated[str, Bound(_check_absolute_path)] = ""
-    """Folder on each node's local disk for temporary files and compiled kernels, created if missing; empty:
-    default."""
+    """Folder for temporary files on each node's local disk, created if missing; empty: default."""
     preflight: PreflightConfig = PreflightConfig()
     """Node checks before each start."""
     nvlink_domain: Annotated[int, Ge(0), Le(MAX_AMOUNT)] = 0
@@ -180,8 +179,7 @@ class ClusterProfile:
 
     @property
     def chip(self) -> Chip:
-        """GPU model of the nodes. Raises `UserError`: the nodes have no GPUs, or the profile does not name
-        them."""
+        """GPU model of the nodes. Raises `UserError`: no GPUs, or the profile does not name them."""
         if not (self.gpus_per_node and self.gpu):
             problem = "gpu is empty" if self.gpus_per_node else "gpus_per_node is 0"
             raise UserError(f"{problem} in the profile, so the nodes' GPUs are unknown; "
@@ -264,8 +262,7 @@ def parse_time_limit(text: str) -> float:
 
 
 def parse_node_settings(arguments: Sequence[str]) -> dict[int, tuple[str, ...]]:
-    """Parse N:key=value arguments into number of nodes -> settings. Raises `UserError`: an argument has
-    another form."""
+    """Parse N:key=value into number of nodes -> settings. Raises `UserError`: another form."""
     settings: dict[int, tuple[str, ...]] = {}
     for text in arguments:
         count, colon, setting = text.partition(":")

@@ -104,9 +104,6 @@ class EndpointCache:
         return Usage(*self._execute("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
                                     "coalesce(sum(cost), 0.0) FROM requests", ())[0])
 
-    def num_requests(self) -> int:
-        return int(self._execute("SELECT count(*) FROM requests", ())[0][0])
-
     def summarize_requests(self) -> dict[str, Any]:
         """Return counts of requests by outcome, failures included, and their tokens and seconds."""
         rows = self._execute("SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(wall_s) "

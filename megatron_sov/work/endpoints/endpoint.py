@@ -230,19 +230,18 @@ class Endpoint:
         self._sleep(turn_s - now_s)
 
     def _send_request(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
-        """Send a request; return `read` applied to the answer. `EndpointCache` stores answer and cost
-        together."""
-        most = self._max_usage(payload)
+        """Send a request; return `read` of the answer. `EndpointCache` stores answer and cost together."""
+        max_usage = self._max_usage(payload)
         # a budget reserves the worst case before sending; `leave` corrects it
-        self._gate.enter(most)
+        self._gate.enter(max_usage)
         outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:
             response = self._transport.post(self._transform(payload))
             outcome = str(response.status)
             self._check_status(response.status, response.headers.get("retry-after"), response.body)
-            usage = most  # also if the answer was truncated in transit
+            usage = max_usage  # also if the answer was truncated in transit
             content = parse_json_answer(response.body)
-            usage = self._read_billing(content, most)
+            usage = self._read_billing(content, max_usage)
             self._check_model(payload, content)
             try:
                 result = read(content)
@@ -260,7 +259,7 @@ class Endpoint:
             try:
                 self._cache.note(key, outcome, usage, time.monotonic() - began_s, answer)
             finally:
-                self._gate.leave(most, usage)
+                self._gate.leave(max_usage, usage)
 
     def _check_status(self, status: int, retry_after: str | None, body: bytes) -> None:
         """Raise `UserError`, `BadAnswer` or `RequestRefused` unless the status is 200."""

@@ -157,8 +157,7 @@ class ServerCalls:
 
 
 def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list[TokenAnswer]:
-    """Check number and consistency of answers; return them. Raises `BadAnswer`: wrong number or inconsistent
-    fields."""
+    """Return the answers after checks. Raises `BadAnswer`: wrong number or inconsistent fields."""
     if len(answers) != expected:
         raise BadAnswer(f"{where}: returned {len(answers)} answers instead of {expected}")
     for answer in answers:

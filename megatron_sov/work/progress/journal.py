@@ -18,6 +18,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,7 +93,8 @@ class Journal:
 
     def records(self) -> Iterator[tuple[Item, bytes]]:
         """Yield records in order of writing; with several writers, sorted by item."""
-        for item, payload, _ in heapq.merge(*map(_iter_records, _record_files(self.folder)), key=_get_item):
+        sorted_files = map(_iter_records, _record_files(self.folder))
+        for item, payload, _ in heapq.merge(*sorted_files, key=itemgetter(0)):
             yield item, payload
 
     def write_payloads(self, file: Path) -> None:
@@ -235,15 +237,15 @@ def list_recorded_items(folder: Path) -> set[Item]:
 
 def iter_records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
     """Yield a journal's records sorted by item, reading one at a time."""
-    # Sort positions instead of records: the output may exceed memory.
-    places: list[tuple[Any, int, int]] = []
+    # Sort positions (item, file number, byte offset) instead of records: the output may exceed memory.
+    positions: list[tuple[Any, int, int]] = []
     files = _record_files(folder)
     for number, file in enumerate(files):
         start = 0
         for item, _, end in _iter_records(file):
-            places.append((item, number, start))
+            positions.append((item, number, start))
             start = end
-    for _, number, start in sorted(places):
+    for _, number, start in sorted(positions):
         with open(files[number], "rb") as f:  # reopened: writers may outnumber file handles
             f.seek(start)
             record = _read_record(f)
@@ -267,11 +269,11 @@ def read_job(folder: Path) -> dict[str, Any]:
             + sum(read_job(inside)["num_done"] for inside in folder.glob(".*.work"))}
 
 
-def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Describe the differences between two identities, up to `MAX_DIFFERENCES`."""
-    lines = [f"{name} was {old}, and is {new}" for name, old, new in iter_changes(before, now)]
-    more = len(lines) - MAX_DIFFERENCES
-    return [*lines[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else lines
+    lines = [f"{name} was {old}, and is {new}" for name, old, new in iter_changes(recorded, current)]
+    num_hidden = len(lines) - MAX_DIFFERENCES
+    return [*lines[:MAX_DIFFERENCES], f"and {num_hidden:,} more"] if num_hidden > 0 else lines
 
 
 def _record_files(folder: Path) -> list[Path]:
@@ -293,9 +295,6 @@ def _iter_records(file: Path, begin: int = 0) -> Iterator[tuple[Item, bytes, int
         while (record := _read_record(f)) is not None:
             yield *record, f.tell()
 
-
-def _get_item(record: tuple[Item, bytes, int]) -> Any:
-    return record[0]
 
 
 def _read_record(f: IO[bytes]) -> tuple[Item, bytes] | None:

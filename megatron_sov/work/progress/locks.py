@@ -130,8 +130,7 @@ class IdleTimeout:
 
 
 class Claims:
-    """A job's view on the claims in a folder. Call `take` repeatedly: an expired lease shows only over
-    time."""
+    """A job's view on the claims in a folder. Call `take` repeatedly: expired leases show only over time."""
 
     def __init__(self, folder: Path, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Args:
@@ -272,10 +271,10 @@ def _last_number(folder: Path) -> int:
 def _read_claim(content: bytes) -> dict[str, Any]:
     """Parse a claim file; return {} if its writer was killed first."""
     try:
-        told = json.loads(content)
+        claim = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return claim if isinstance(claim, dict) else {}
 
 
 @contextlib.contextmanager

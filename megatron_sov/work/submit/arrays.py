@@ -134,11 +134,11 @@ def print_failures(folder: Path, names: Sequence[str]) -> None:
         failures = [read_sealed_json(file) for file in sorted((logs / FAILED_FOLDER).glob("*.json"))]
         if failures:
             defects = [failure for failure in failures if not failure["is_user_error"]]
-            first = defects[0] if defects else failures[0]
+            failure = (defects or failures)[0]
             more = ""
             if len(failures) > 1:
                 more = f" (and {len(failures) - 1} other tasks: {logs / FAILED_FOLDER})"
-            text = first["sentence"] if first["is_user_error"] else first["trace"]
+            text = failure["sentence"] if failure["is_user_error"] else failure["trace"]
             print(f"the jobs before were stopped by: {text.strip()}{more}")
             return
 

@@ -123,8 +123,7 @@ def _find_excess(rows: int, size_bytes: int) -> str:
 
 
 def read_strings(column: pa.ChunkedArray) -> list[str | None]:
-    """Return a string column as list; equal strings share a `str` object. Raises `ValueError`: invalid UTF-8.
-    """
+    """Return a string column as list; equal strings share an object. Raises `ValueError`: invalid UTF-8."""
     texts: list[str | None] = []
     for chunk in column.chunks:
         # one object per distinct string; the appended None stands for missing values
@@ -144,8 +143,7 @@ def read_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 
 def build_list_column(values: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
-    """Build a list column from an array per row. Raises `ValueError`: the total exceeds the limit of a file.
-    """
+    """Build a list column from an array per row. Raises `ValueError`: the total is too large for a file."""
     ends = np.zeros(len(values) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
     if problem := _find_excess(0, int(ends[-1]) * np.dtype(dtype).itemsize):

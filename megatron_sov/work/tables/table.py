@@ -297,8 +297,7 @@ class Table(Generic[P]):
             raise UserError(f"{damage}; restore it from a copy, or delete {part.path} to have it made again")
         table = read_table(part.file, schema)
         if table.num_rows != part.num_rows:
-            raise UserError(f"{part.file}: has {table.num_rows:,} rows, its manifest says "
-                            f"{part.num_rows:,}")
+            raise UserError(f"{part.file}: has {table.num_rows:,} rows, its manifest says {part.num_rows:,}")
         return table
 
     def publish(self, name: str, version: str, table: pa.Table, provenance: Mapping[str, Any],
@@ -358,8 +357,7 @@ class Table(Generic[P]):
         return clearables
 
     def _iter_deletable(self, folders: set[str], firsts: Collection[int]) -> Iterator[tuple[Path, str]]:
-        """Yield (path, reason) to delete the versions in `folders`, and parts whose first number is in
-        `firsts`."""
+        """Yield (path, reason) to delete: versions in `folders`, parts whose first number is in `firsts`."""
         remaining_versions = ["", *(folder for folder in self.versions() if folder not in folders)]
         for folder in (self.path / self.ADDED, self.claims, *map(self._version_folder, remaining_versions)):
             for path in sorted(folder.iterdir()):

@@ -84,7 +84,7 @@ def test_route_dtype_leaves_value_for_mark(num_experts: int, dtype: str, mark: i
     shape = RouteShape(48, 8, num_experts)
     assert (shape.dtype, shape.mark) == (dtype, mark)
     assert shape.bytes_per_token == 48 * 8 * (1 if dtype == "uint8" else 2)
-    assert shape.absent(3).nbytes == 3 * shape.bytes_per_token
+    assert shape.build_unrecorded(3).nbytes == 3 * shape.bytes_per_token
     assert RouteShape.from_record(shape.record(), "x") == shape
 
 
@@ -96,7 +96,7 @@ def test_route_dtype_leaves_value_for_mark(num_experts: int, dtype: str, mark: i
 ])
 def test_invalid_routes_name_token_and_layer(choice: list[int], message: str) -> None:
     shape = RouteShape(3, 2, 4)
-    routes = shape.absent(2)
+    routes = shape.build_unrecorded(2)
     routes[0] = [3, 0]
     assert shape.problem(routes) == ""
     routes[1, 2] = choice

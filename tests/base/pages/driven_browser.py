@@ -25,18 +25,20 @@ class DrivenPage:
         """Exceptions in the page, and violations of its content security policy."""
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        return self._loop.run_until_complete(self._sent(method, parameters))
+        """Send a command of the protocol, and return its result."""
+        return self._loop.run_until_complete(self._send_message(method, parameters))
 
-    async def _sent(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    async def _send_message(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Send a command; the browser sends events (errors go to `console`) before the result."""
         self._number += 1
         await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
         while True:
-            came = json.loads(await self._socket.receive_str(timeout=LIMIT_S))
-            if came.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                self.console.append(json.dumps(came["params"]))
-            if came.get("id") == self._number:
-                assert "error" not in came, came
-                result: dict[str, Any] = came["result"]
+            message = json.loads(await self._socket.receive_str(timeout=LIMIT_S))
+            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.console.append(json.dumps(message["params"]))
+            if message.get("id") == self._number:
+                assert "error" not in message, message
+                result: dict[str, Any] = message["result"]
                 return result
 
     def value(self, expression: str) -> Any:
@@ -101,13 +103,13 @@ def _connect(loop: asyncio.AbstractEventLoop, file: Path) -> Iterator[DrivenPage
         time.sleep(0.05)
     port = file.read_text().split()[0]
 
-    async def connected() -> tuple[aiohttp.ClientSession, aiohttp.ClientWebSocketResponse]:
+    async def connect() -> tuple[aiohttp.ClientSession, aiohttp.ClientWebSocketResponse]:
         session = aiohttp.ClientSession()
         async with session.get(f"http://127.0.0.1:{port}/json") as answer:
             pages = [page for page in await answer.json() if page["type"] == "page"]
         return session, await session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0)
 
-    session, socket = loop.run_until_complete(connected())
+    session, socket = loop.run_until_complete(connect())
     try:
         page = DrivenPage(loop, socket)
         for domain in ("Page", "Runtime", "Log"):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +10,9 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm import scoring
 from megatron_sov.bench.lm.answers import LikelihoodRequest
-from megatron_sov.bench.lm.engine_runs import hash_model
 from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
 from megatron_sov.bench.lm.results import (
     EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, format_scores, get_items_path,
@@ -167,26 +164,3 @@ def test_items_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(UserError, match="does not exist"):
         next(read_items(tmp_path / "out.json", written))
-
-
-WEIGHTS = "model.safetensors"
-
-
-def test_weights_overwritten_inside_an_artifact_are_detected(tmp_path: Path) -> None:
-    with create_artifact(tmp_path / "hf", "hf_model") as artifact:
-        (artifact.path / "config.json").write_bytes(b"{}")
-        (artifact.path / WEIGHTS).write_bytes(b"12345678")
-    target: Any = SimpleNamespace(path=tmp_path / "hf")
-    whole = hash_model(target)
-    file = tmp_path / "hf" / WEIGHTS
-    written_s = (tmp_path / "hf" / MANIFEST).stat().st_mtime
-    os.utime(file, (written_s + 9, written_s + 9))  # a copy may be younger
-    assert hash_model(target) == whole
-    file.write_bytes(b"87654321")
-    os.utime(file, (written_s + 9, written_s + 9))
-    with pytest.raises(UserError, match=WEIGHTS):
-        hash_model(target)
-    file.write_bytes(b"1234")
-    os.utime(file, (written_s - 9, written_s - 9))
-    with pytest.raises(UserError, match=WEIGHTS):
-        hash_model(target)

@@ -122,13 +122,13 @@ def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytes
     calls: list[int] = []
     generate = HfEngine.generate
 
-    def counted(engine: HfEngine, prompts: list, *rest: object, **more: object) -> object:
+    def generate_or_stop(engine: HfEngine, prompts: list, *rest: object, **more: object) -> object:
         calls.append(len(prompts))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return generate(engine, prompts, *rest, **more)
 
-    monkeypatch.setattr(HfEngine, "generate", counted)
+    monkeypatch.setattr(HfEngine, "generate", generate_or_stop)
     command = [str(hf_models["solar_open"]), *SAMPLING_OPTIONS, "--batch-size", "2"]  # two prompts a call
     assert main(["eval", "passk", *JUDGE, *command, "--output", "out"]) == ExitCode.INTERRUPTED
     assert not Path("out").exists()

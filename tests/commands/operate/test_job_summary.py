@@ -35,25 +35,25 @@ def test_data_that_do_not_fit_are_refused_before_submission(
     more = format_set_options(settings)
     code, out, err = run_submit(capsys, "pretrain", *H100, "--nodes", "8", "qwen3-8b", "--data",
                                 str(packed_data.text), "--run", str(tmp_path / "run"), *more)
-    first, *lines = err.splitlines()
-    assert code == 2 and message in first and out == ""
-    # the proposed line, which has all that is missing
-    assert len(lines) == bool(added)
-    assert all(line.endswith("".join(f" --set {setting}" for setting in (*settings, *added)))
-               for line in lines), lines
+    error, *proposed_lines = err.splitlines()
+    assert code == 2 and message in error and out == ""
+    # a proposed line has all that is missing
+    assert len(proposed_lines) == bool(added)
+    all_settings = "".join(f" --set {setting}" for setting in (*settings, *added))
+    assert all(line.endswith(all_settings) for line in proposed_lines), proposed_lines
 
 
-@pytest.mark.parametrize(("settings", "read"), [
+@pytest.mark.parametrize(("settings", "data_line"), [
     (("train.steps=100",), "tokens    52.4 M: "), (("train.epochs=2",), "tokens    "),
     (("data.max_epochs=0",), "tokens    999.8 M: ")])
 def test_a_dry_run_ends_with_tokens_time_and_cost(packed_data: Any, tmp_path: Path, capsys: Any,
-                                                  settings: tuple[str, ...], read: str) -> None:
+                                                  settings: tuple[str, ...], data_line: str) -> None:
     more = format_set_options(settings)
     code, out, err = run_submit(capsys, "pretrain", *H100, "--nodes", "2", "qwen3-8b", "--data",
                                 str(packed_data.text), "--run", str(tmp_path / "run"), *FITS, *more)
     *_, head, tokens, time, cost, jobs = out.splitlines()
     assert code == 0 and head == "# summary   pretrain qwen3-8b on 2 x 8 H100-80GB"
-    assert tokens.startswith(f"# {read}") and " epochs of the " in tokens
+    assert tokens.startswith(f"# {data_line}") and " epochs of the " in tokens
     assert " GPU-hours" in time and cost.startswith("# cost      $") and " requeues at the time" in jobs
     assert err.splitlines() == [line.removeprefix("# ") for line in (head, tokens, time, cost, jobs)]
 

@@ -89,9 +89,10 @@ def read_judged_responses(store: Path, version: str,
         rewards = {row.key: row.reward for row in opened.read_rewards(version, part.name)
                    if row.reward is not None}
         for row in opened.read_rollouts(part.name):
-            groups.setdefault(row.key.prompt, []).append((row.key.sample, (
-                [*row.prompt_tokens.tolist(), *row.tokens.tolist()], rewards[row.key],
-                row.finish_reason == "stop")))
+            tokens = [*row.prompt_tokens.tolist(), *row.tokens.tolist()]
+            response = (tokens, rewards[row.key], row.finish_reason == "stop")
+            groups.setdefault(row.key.prompt, []).append((row.key.sample, response))
+    # in sample order: of equal rewards the first sample counts
     return [[response for _, response in sorted(group)] for group in groups.values()]
 
 
@@ -114,10 +115,10 @@ def test_a_round_has_the_best_and_the_worst_of_each_group(complete_run: Path, fo
         assert content["groups"]["learns"] == len(expected) > 1
 
 
-def compute_reference_logprobs(run: Path, step: int, documents: list[Any], start: Path,
-                          folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return [documents] log-probability sums of learned tokens after `steps` steps and the token counts,
-    from transformers' model."""
+def compute_reference_logprobs(run: Path, step: int, documents: list[Any], start: Path, folder: Path
+                               ) -> tuple[np.ndarray, np.ndarray]:
+    """Return [documents] log-probability sums of learned tokens after `step` steps, and the token counts,
+    from transformers' model. `start`: the run whose weights step 0 has; `folder`: for the exported models."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -129,8 +130,8 @@ def compute_reference_logprobs(run: Path, step: int, documents: list[Any], start
         with torch.no_grad():
             logits = model(torch.tensor(tokens)[None]).logits[0, :-1].double()
         labels = torch.tensor(tokens[1:])
-        of_labels = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-        sums.append(float(of_labels[torch.tensor(learned[1:])].sum()))
+        label_logprobs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        sums.append(float(label_logprobs[torch.tensor(learned[1:])].sum()))
         counts.append(sum(learned))
     return np.array(sums), np.array(counts)
 
@@ -146,10 +147,11 @@ def test_pairs_are_learned_against_the_weights_that_begin_the_round(complete_run
                                                                     teacher: Path) -> None:
     documents = [*read_documents(complete_run, 1), *read_documents(complete_run, 2)]
     for step in (1, 3):
-        # the second step of each round, after the first
-        now, then = (compute_reference_logprobs(complete_run, at, documents[step], teacher, folder)[0]
-                     for at in (step, step - 1))
-        assert read_steps(complete_run)[step]["loss"] == pytest.approx(compute_dpo_loss(now, then), rel=1e-3)
+        # the second step of each round, after the first; the round began with the weights before the first
+        policy, _ = compute_reference_logprobs(complete_run, step, documents[step], teacher, folder)
+        reference, _ = compute_reference_logprobs(complete_run, step - 1, documents[step], teacher, folder)
+        loss = compute_dpo_loss(policy, reference)
+        assert read_steps(complete_run)[step]["loss"] == pytest.approx(loss, rel=1e-3)
         assert read_steps(complete_run)[step]["meters"]["margin"] != 0
     assert [read_steps(complete_run)[i]["loss"] for i in (0, 2)] == pytest.approx([math.log(2)] * 2, rel=1e-6)
     # one schedule over the whole run
@@ -165,8 +167,9 @@ def test_pairs_are_learned_against_the_start_of_the_run(complete_run: Path, fold
     assert result.returncode == 0, result.stderr
     run = folder / "fixed"
     documents = read_documents(run, 2)[1]
-    now, then = (compute_reference_logprobs(run, at, documents, teacher, folder)[0] for at in (3, 0))
-    assert read_steps(run)[3]["loss"] == pytest.approx(compute_dpo_loss(now, then), rel=1e-3)
+    policy, _ = compute_reference_logprobs(run, 3, documents, teacher, folder)
+    reference, _ = compute_reference_logprobs(run, 0, documents, teacher, folder)
+    assert read_steps(run)[3]["loss"] == pytest.approx(compute_dpo_loss(policy, reference), rel=1e-3)
     # of round 1 both are the start
     assert list_losses(run)[1] == pytest.approx(list_losses(complete_run)[1], rel=1e-5)
 

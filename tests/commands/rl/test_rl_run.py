@@ -186,14 +186,14 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
     def digest_parts() -> dict[str, str]:
         return {part.name: manifest_sha256(store.path / "rollouts" / part.name) for part in store.parts()}
 
-    before, (first,) = digest_parts(), store.versions()
-    assert len(before) == 6
+    digests, (first_reward,) = digest_parts(), store.versions()
+    assert len(digests) == 6
     result = run_command(*build_command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
     assert result.returncode == 0, result.stderr
-    assert digest_parts() == before, "responses were generated again"
-    (second,) = set(store.versions()) - {first}
+    assert digest_parts() == digests, "responses were generated again"
+    (second_reward,) = set(store.versions()) - {first_reward}
     rounds = read_run_events(folder / "other", "round")
-    assert [e["reward_version"][:len(second)] for e in rounds] == [second] * 3
+    assert [e["reward_version"][:len(second_reward)] for e in rounds] == [second_reward] * 3
     assert list_losses(folder / "other") != list_losses(undisturbed_run)
     assert "began responses of round 2 and does not" in result.stderr
     # `rl train`, which generates nothing, computes the same from the same rounds
@@ -260,8 +260,8 @@ def test_invalid_runs_are_refused_before_work_starts(folder: Path, build_command
     assert "validation_samples" in get_refusal("--plain", *validation_options(folder), "--set",
                                            "rollout.validation_temperature=0")
     words = build_command("refused", "--plain", "--reward", "math")
-    place = words.index("--reward-set")
-    del words[place:place + 2]
+    index = words.index("--reward-set")
+    del words[index:index + 2]
     assert main(words) == 2
     error = str(capsys.readouterr().err)
     assert " has no 'answer', which --reward math needs, and no prompt of round 1 has" in error, error
@@ -271,7 +271,8 @@ def test_invalid_runs_are_refused_before_work_starts(folder: Path, build_command
         "--plain", "--engine", "vllm", "--engine-python", sys.executable)
     (folder / "file").touch()
     result = run_command(*build_command("refused", "--plain", store="file"))
-    assert result.returncode == 2 and "file: is no rollout store" in result.stderr, result.stderr
+    assert result.returncode == 2
+    assert "file: is a file; --store needs a folder" in result.stderr, result.stderr
     without_tokenizer = folder / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", without_tokenizer,
                     ignore=shutil.ignore_patterns("tokenizer"))

@@ -108,8 +108,8 @@ def test_problems_of_the_start_name_its_option(words: list[str], teacher: Path, 
                                                tmp_path: Path) -> None:
     def get_refusal(*more: str) -> str:
         result = run_command(*words, *more)
-        *before, error = result.stderr.splitlines()
-        assert result.returncode == 2 and all("prompts read" in line for line in before), result.stderr
+        *notes, error = result.stderr.splitlines()
+        assert result.returncode == 2 and all("prompts read" in line for line in notes), result.stderr
         return str(error)
 
     bare = tmp_path / "bare"

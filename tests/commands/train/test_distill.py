@@ -23,12 +23,12 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
                                          tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     complete, top = tmp_path / "whole", tmp_path / "top"
 
-    def command(run: Path, *more: str) -> list[str]:
+    def build_command(run: Path, *more: str) -> list[str]:
         return ["distill", "tiny-solar-open", "--data", str(packed_data.chats), "--run", str(run), *tiny,
                 "--set", "train.steps=2", *more]
 
     # killed, and started again by its launcher
-    result = run_command(*command(complete, "--teacher", str(teacher), "--nproc", "2", "--inject",
+    result = run_command(*build_command(complete, "--teacher", str(teacher), "--nproc", "2", "--inject",
                                   "kill@step=2"))
     assert result.returncode == 0, result.stderr
     assert "all processes are started again, from step-1" in result.stderr
@@ -44,27 +44,28 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     states = ("--teacher", str(teacher), "--states", f"{complete}.states")
     # complete: its states are not needed any more
     Path(f"{complete}.states").rename(tmp_path / "elsewhere")
-    result = run_command(*command(complete, "--teacher", str(teacher), "--nproc", "2", "--resume"))
+    result = run_command(*build_command(complete, "--teacher", str(teacher), "--nproc", "2", "--resume"))
     assert (result.returncode, result.stdout) == (0, f"{complete}: is complete at step 2\n")
     (tmp_path / "elsewhere").rename(f"{complete}.states")
 
-    result = run_command(*command(top, "--teacher", str(teacher), "--top-k", "8", "--set", "train.steps=1",
-                                  "--set", "distillation.temperature=2.0"))
+    result = run_command(*build_command(top, "--teacher", str(teacher), "--top-k", "8", "--set",
+                                        "train.steps=1", "--set", "distillation.temperature=2.0"))
     assert result.returncode == 0, result.stderr
     content = read_manifest(tmp_path / "top.states", "teacher_states").content
     assert (content["top_k"], content["temperature"]) == (8, 2.0)
     assert read_last_steps(top)[1][1]["kl"] > 0
 
-    beside = (*states, "--data", str(packed_data.text), "--states", str(tmp_path / "never"))
+    two_sources = (*states, "--data", str(packed_data.text), "--states", str(tmp_path / "never"))
     for more, text in (
             (("--teacher", str(teacher / "checkpoints/step-1"), "--states", f"{complete}.states"),
              "step-1 is a different model; choose"),
             ((*states, "--top-k", "4"), "asks for the 4 most probable tokens"),
-            ((*beside, "--states-dtype", "float32"), "whole.states is in bfloat16, and all folders of a run"),
-            ((*beside, "--top-k", "4"), "asks for the 4 most probable tokens"),
+            ((*two_sources, "--states-dtype", "float32"),
+             "whole.states is in bfloat16, and all folders of a run"),
+            ((*two_sources, "--top-k", "4"), "asks for the 4 most probable tokens"),
             ((*states, "--set", "model.vocab_size=400"), "has 368 token ids, the student model.vocab_size"),
             ((*states, "--set", 'data.phases.0.blend={"chat@40": 1}'), "reads only packed sources")):
-        assert main(command(tmp_path / "no", *more)) == 2
+        assert main(build_command(tmp_path / "no", *more)) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "no").exists() and not (tmp_path / "never").exists()
 
@@ -74,7 +75,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     digest, hashed, begun = teaching.hash_weights, [], []
     monkeypatch.setattr(teaching, "hash_weights", lambda target: hashed.append(1) or digest(target))
     monkeypatch.setattr(teaching, "write_outputs", lambda reading, *rest, redo: begun.append(reading.digest))
-    assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
+    assert main(build_command(tmp_path / "more", *two_sources)) == 2 and "never" in capsys.readouterr().err
     assert (hashed, begun) == ([1], [manifest.settings["teacher"]])
 
 

@@ -123,7 +123,7 @@ def test_routes_are_checked_against_shape(chats: Path, tmp_path: Path) -> None:
     (source,) = raw["content"]["sources"]
     source |= {"sidecars": [*source["sidecars"], "routes"], "routes": shape.record()}
     for file in (data / "chat").glob("*.bin"):
-        rows = shape.absent(file.stat().st_size // 2)
+        rows = shape.build_unrecorded(file.stat().st_size // 2)
         rows[::2] = [3, 1]
         rows.tofile(file.with_suffix(".routes"))
         raw["files"][f"chat/{file.stem}.routes"] = None

@@ -6,69 +6,83 @@ import pytest
 import torch
 
 from megatron_sov.engine.model import attention
-from megatron_sov.engine.model.attention import attend_document as attend_one
+from megatron_sov.engine.model.attention import attend_document
 from megatron_sov.engine.parallel import context, world
 from megatron_sov.model.config import ParallelConfig
 
 LENGTHS = {"few": [1, 7, 40, 16], "one": [64], "many": [3, 1, 1, 8, 2, 17, 5, 11, 16], "half": [32, 32]}
-"""Documents in rows of 64 tokens; with four processes a piece has 8 tokens."""
+"""Lengths of documents in rows of 64 tokens. At context parallelism 4 a rank computes two chunks of 8."""
 HEADS, KV_HEADS, DIM = 4, 2, 8
 WATCHED = slice(1, None, 2)
-"""Every second document."""
+"""Every second document: other documents must get no gradient from its output."""
 
 
-def _dense(inputs: list[Any], document: Any, window: int) -> Any:
-    """Return [tokens, heads * dim] of a softmax over the whole row with one mask for documents, causality and
-    window."""
-    q, k, v = inputs
-    place = torch.arange(len(q))
-    visible = (document[:, None] == document) & (place[:, None] >= place)
+def attend_with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document: torch.Tensor,
+                     window: int) -> torch.Tensor:
+    """Attend by a softmax over the whole row with one mask for documents, causality and window.
+
+    Args:
+        q, k, v: shape [tokens, heads, dim].
+        document: index of each token's document, shape [tokens].
+        window: tokens that a query sees, with its own; 0: all.
+
+    Returns:
+        Shape [tokens, heads * dim].
+    """
+    position = torch.arange(len(q))
+    visible = (document[:, None] == document) & (position[:, None] >= position)
     if window:
-        visible &= place[:, None] - place < window
+        visible &= position[:, None] - position < window
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, dim=1)) * DIM ** -0.5
     out = torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1),
                        v.repeat_interleave(HEADS // KV_HEADS, dim=1))
     return out.reshape(len(q), -1)
 
 
-def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
-    """For each (documents, window, query block) return this process's largest errors of output and gradients,
-    and leaks.
+def compare_attention(cp: int, cases: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    """Compare our attention with `attend_with_mask`.
 
-    A leak is a nonzero gradient of the watched documents' output with respect to another document's inputs.
+    Args:
+        cp: context parallelism.
+        cases: (key of `LENGTHS`, window, query block).
+
+    Returns:
+        For each case, this rank's largest errors of "output" and "gradients"; "leak": the largest gradient
+        of the watched documents' output with respect to other documents' inputs; and "watched": the
+        largest one with respect to all inputs.
     """
     from megatron.core.transformer import TransformerConfig
 
     world.join_world(ParallelConfig(cp=cp))
     config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS)
     results = []
-    for lengths, window, attention.QUERY_BLOCK in rows:
+    for lengths, window, attention.QUERY_BLOCK in cases:
         layer = attention.DocumentAttention(config, 1, None, "self", window_tokens=window)
         documents = torch.tensor(LENGTHS[lengths])
         total = int(documents.sum())
         generator = torch.Generator().manual_seed(0)
         row = [torch.randn(total, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        upstream = torch.randn(total, HEADS * DIM, generator=generator)
+        output_gradient = torch.randn(total, HEADS * DIM, generator=generator)
         packed = attention.pack_documents(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32),
                                           int(documents.max()), total)
 
         document = torch.repeat_interleave(torch.arange(len(documents)), documents)
-        exact = [t.double().requires_grad_() for t in row]
-        expected = _dense(exact, document, window)
-        expected.backward(upstream.double())
+        expected_inputs = [t.double().requires_grad_() for t in row]
+        expected = attend_with_mask(*expected_inputs, document, window)
+        expected.backward(output_gradient.double())
 
         inputs = [context.select_local(t).clone().requires_grad_() for t in row]
         out = layer(*inputs, None, packed_seq_params=packed)
-        watched = context.select_local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
-        leaks = torch.autograd.grad(out, inputs, context.select_local(upstream) * watched[:, None],
-                                    retain_graph=True)
-        out.backward(context.select_local(upstream))
+        is_watched = context.select_local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
+        watched_gradients = torch.autograd.grad(
+            out, inputs, context.select_local(output_gradient) * is_watched[:, None], retain_graph=True)
+        out.backward(context.select_local(output_gradient))
         results.append({
             "output": float((out - context.select_local(expected)).abs().max()),
             "gradients": max(float((a.grad - context.select_local(b.grad)).abs().max())
-                             for a, b in zip(inputs, exact, strict=True)),
-            "leak": max(float((g.abs() * ~watched[:, None, None]).max()) for g in leaks),
-            "watched": max(float(g.abs().max()) for g in leaks)})
+                             for a, b in zip(inputs, expected_inputs, strict=True)),
+            "leak": max(float((g.abs() * ~is_watched[:, None, None]).max()) for g in watched_gradients),
+            "watched": max(float(g.abs().max()) for g in watched_gradients)})
     world.leave_world()
     return results
 
@@ -80,43 +94,43 @@ CASES = [(documents, window, block) for documents in LENGTHS
 @pytest.mark.distributed
 @pytest.mark.parametrize("cp", [1, 2, 4])
 def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
-    (per_rank,) = ranks(job(__file__, "attend", cp, {"cp": cp, "rows": CASES}))
-    for rank, results in enumerate(per_rank):
+    (results_by_rank,) = ranks(job(__file__, "compare_attention", cp, {"cp": cp, "cases": CASES}))
+    for rank, results in enumerate(results_by_rank):
         for case, result in zip(CASES, results, strict=True):
             assert result["output"] < 2e-6, (rank, case)
             assert result["gradients"] < 1e-5, (rank, case)
             assert result["leak"] == 0.0, (rank, case)
-    for number, case in enumerate(CASES):
-        # the test can detect leaks
-        assert case[0] == "one" or max(r[number]["watched"] for r in per_rank) > 0.1, case
+    for i, case in enumerate(CASES):
+        # The watched documents have gradients at all; a row with one document has no watched ones.
+        assert case[0] == "one" or max(results[i]["watched"] for results in results_by_rank) > 0.1, case
 
 
-def kept_bytes() -> list[int]:
+def measure_saved_bytes() -> list[int]:
     """Return the bytes that autograd saves for attention from the second half of a document, for two
     lengths."""
-    found = []
+    saved_bytes = []
     for length in (2048, 8192):
         q, k, v = (torch.randn(n, 1, DIM, requires_grad=True) for n in (length // 2, length, length))
         storages: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+        def save(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = attend_one(q, k, v, 0.3, 0)
-        found.append(sum(storages.values()))
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            out = attend_document(q, k, v, 0.3, 0)
+        saved_bytes.append(sum(storages.values()))
         out.sum().backward()
-    return found
+    return saved_bytes
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> None:
     """On CPUs a split row is attended in blocks with masks; autograd must save none of the masks."""
-    (((short, long),),) = ranks(job(__file__, "kept_bytes", 1, {}))
+    (((short, long),),) = ranks(job(__file__, "measure_saved_bytes", 1, {}))
     assert 0 < long <= 4.5 * short
 
 
-@pytest.mark.each(("longest", "tabled"), [(1, 1), (5, 8), (64, 64), (65, 100)])
-def test_library_attention_sees_few_distinct_lengths(longest: int, tabled: int) -> None:
+@pytest.mark.each(("longest", "rounded"), [(1, 1), (5, 8), (64, 64), (65, 100)])
+def test_megatron_attention_sees_few_distinct_lengths(longest: int, rounded: int) -> None:
     packed = attention.pack_documents(torch.tensor([0, longest, 100]), longest, 100, own=False)
-    assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == rounded

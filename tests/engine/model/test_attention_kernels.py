@@ -16,55 +16,60 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.model import attention_kernels, gpu_settings
 from megatron_sov.model.config import apply_settings
 
-ASKED: Any = attention_kernels._query_backends
+QUERY_BACKENDS: Any = attention_kernels._query_backends
 
 
 @pytest.fixture
-def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], bool], None]]:
-    """A Transformer Engine without kernels for some windows, which it reports only to a disabled log."""
+def simulate_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], bool], None]]:
+    """Return `simulate(rejected_windows, has_flash)`: simulate a Transformer Engine without fused kernels
+    for some window sizes; it gives the reason only in a disabled log."""
     utils = ModuleType("utils")
     utils.__dict__["AttentionLogging"] = SimpleNamespace(_log_level=logging.WARNING)
-    utils.__dict__["AttentionParams"] = dataclasses.make_dataclass("Asked", ["num_heads", "window_size"])
+    utils.__dict__["AttentionParams"] = dataclasses.make_dataclass("AttentionParams",
+                                                                   ["num_heads", "window_size"])
 
-    def without(rejected: set[int], flash: bool) -> None:
-        def decide(params: Any) -> tuple[Any, ...]:
+    def simulate(rejected_windows: set[int], has_flash: bool) -> None:
+        def get_attention_backend(params: Any) -> tuple[Any, ...]:
             log = logging.getLogger("DotProductAttention")
             log.setLevel(utils.AttentionLogging._log_level)
-            fused = params.window_size[0] + 1 not in rejected
-            if not fused:
+            has_fused = params.window_size[0] + 1 not in rejected_windows
+            if not has_fused:
                 log.debug("Disabling FusedAttention: %s", "cuDNN Error: no engine")
-            return flash, None, fused, None, not fused and not flash, []
+            # As Transformer Engine's: flash, its version, fused, its backend, unfused, all available.
+            return has_flash, None, has_fused, None, not has_fused and not has_flash, []
 
-        utils.__dict__["get_attention_backend"] = decide
+        utils.__dict__["get_attention_backend"] = get_attention_backend
 
     name = ""
-    for part in ("transformer_engine", ".pytorch", ".attention", ".dot_product_attention"):
-        name += part
+    for component in ("transformer_engine", ".pytorch", ".attention", ".dot_product_attention"):
+        name += component
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[name].__dict__["utils"] = utils
-    monkeypatch.setattr(attention_kernels, "_query_backends", asked := functools.cache(ASKED.__wrapped__))
+    # A cache of its own: answers of this Transformer Engine must not reach other tests.
+    query_backends = functools.cache(QUERY_BACKENDS.__wrapped__)
+    monkeypatch.setattr(attention_kernels, "_query_backends", query_backends)
     for module in (attention_kernels, gpu_settings):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    yield without
-    asked.cache_clear()
+    yield simulate
+    query_backends.cache_clear()
 
 
-@pytest.mark.parametrize(("rejected", "flash", "attention"), [
+@pytest.mark.parametrize(("rejected_windows", "has_flash", "attention"), [
     (set[int](), False, "auto"), ({0}, False, "local"), ({128}, False, "local"), ({128}, True, "auto")])
-def test_auto_uses_our_attention_without_a_packed_kernel(rejected: set[int], flash: bool, attention: str,
-                                                         rejecting: Callable[[set[int], bool], None],
-                                                         logged: list[logging.LogRecord]) -> None:
+def test_auto_uses_our_attention_without_a_packed_kernel(
+        rejected_windows: set[int], has_flash: bool, attention: str,
+        simulate_kernels: Callable[[set[int], bool], None], logged: list[logging.LogRecord]) -> None:
     """Transformer Engine would otherwise silently compute whole-row products: 11 of the 12 s of a step on an
     H200. `fused` accepts only cuDNN."""
-    rejecting(rejected, flash)
+    simulate_kernels(rejected_windows, has_flash)
     config = apply_settings(recipes.get("tiny-k-exaone"), [
         "train.precision=bf16", "model.sliding_window_tokens=128"])
     assert gpu_settings.resolve_auto_settings(config, te=True)["attention"] == attention
-    fused = apply_settings(config, ["gpu.attention=fused"])
-    if rejected:
+    fused_config = apply_settings(config, ["gpu.attention=fused"])
+    if rejected_windows:
         with pytest.raises(SettingsError, match="4 query heads of size 32"):
-            gpu_settings.check_gpu_settings(fused, te=True)  # as before a run
+            gpu_settings.check_gpu_settings(fused_config, te=True)  # as before a run
     else:
-        gpu_settings.check_gpu_settings(fused, te=True)
-    assert not logged, "what it says is for us"
+        gpu_settings.check_gpu_settings(fused_config, te=True)
+    assert not logged, "Transformer Engine's log is read, but not shown to users"

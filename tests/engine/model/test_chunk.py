@@ -13,7 +13,7 @@ from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, apply_settings
 
 
-def layers_built() -> dict[str, Any]:
+def inspect_layers() -> dict[str, Any]:
     """Build a model with two kinds of layers and an MTP layer with experts; return the layers' kinds, and the
     errors for a wrong number and for Megatron-Core's own router."""
     from unittest import mock
@@ -24,16 +24,16 @@ def layers_built() -> dict[str, Any]:
     world.join_world(ParallelConfig())
     model, (chunk,) = config.model, language_model.build_run_model(config).chunks
     layers = [*chunk.decoder.layers, chunk.mtp.layers[0].transformer_layer]
-    found = [{"number": layer.layer_number, "attention": layer.self_attention.layer_number,
-              "router": layer.mlp.router.layer_number if layer.is_moe_layer else None,
-              "window": layer.self_attention.core_attention.window_tokens}
-             for layer in layers]
+    layers_found = [{"number": layer.layer_number, "attention": layer.self_attention.layer_number,
+                     "router": layer.mlp.router.layer_number if layer.is_moe_layer else None,
+                     "window": layer.self_attention.core_attention.window_tokens}
+                    for layer in layers]
     kinds = [*model.layer_types(), model.mtp_layer_type()]
     windows = [*model.windows(), model.mtp_window()]
     expected = [{"number": n, "attention": n, "router": n if n > model.num_dense_layers else None,
                  "window": window} for n, window in enumerate(windows, 1)]
     names, prefixed = (set(chunk.sharded_state_dict(prefix, metadata={})) for prefix in ("", "model."))
-    stands_still = [bool(chunk.config.no_rope_freq[layer.layer_number - 1]) for layer in layers]
+    skips_rope = [bool(chunk.config.no_rope_freq[layer.layer_number - 1]) for layer in layers]
     refusals = []
     layers[-1].mlp.router.layer_number = 1
     with pytest.raises(RuntimeError) as error:
@@ -41,7 +41,7 @@ def layers_built() -> dict[str, Any]:
     refusals.append(str(error.value))
     with mock.patch.object(specs, "BalancedRouter", TopKRouter), pytest.raises(RuntimeError) as error:
         language_model.build_run_model(config)
-    return {"found": found, "wanted": expected, "stands_still": stands_still, "kinds": kinds,
+    return {"layers": layers_found, "expected": expected, "skips_rope": skips_rope, "kinds": kinds,
             "parameters": [n for n, _ in chunk.named_parameters() if n.startswith("mtp.")],
             "prefix": prefixed == {f"model.{name}" for name in names},
             "refusals": [*refusals, str(error.value)]}
@@ -49,22 +49,22 @@ def layers_built() -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: Any) -> None:
-    (built,), = ranks(job(__file__, "layers_built", 1))
-    assert built["found"] == built["wanted"] and built["prefix"]
-    assert built["stands_still"] == [kind == "full_attention" for kind in built["kinds"]]
-    assert built["kinds"][0] != built["kinds"][-1]  # detects an MTP layer numbered 1
-    # checkpoint names between the names of the norms
-    inside = ["transformer_layer" in name for name in built["parameters"]]
-    assert inside == [*sorted(inside[:-1]), False] and any(inside)
-    last = len(built["kinds"])
-    assert built["refusals"] == [f"layer {last}: BalancedRouter has number 1",
-                                 "layer 2: its router is the library's TopKRouter"]
+    (result,), = ranks(job(__file__, "inspect_layers", 1))
+    assert result["layers"] == result["expected"] and result["prefix"]
+    assert result["skips_rope"] == [kind == "full_attention" for kind in result["kinds"]]
+    assert result["kinds"][0] != result["kinds"][-1]  # detects an MTP layer numbered 1
+    # The transformer layer's parameters lie between those of the norms.
+    is_inside = ["transformer_layer" in name for name in result["parameters"]]
+    assert is_inside == [*sorted(is_inside[:-1]), False] and any(is_inside)
+    num_layers = len(result["kinds"])
+    assert result["refusals"] == [f"layer {num_layers}: BalancedRouter has number 1",
+                                  "layer 2: its router is Megatron-Core's TopKRouter"]
 
 
 # Megatron-Core's own output head refuses fused accumulation of weight gradients without APEX.
 
-def heads() -> list[Any]:
-    """Return the fusion setting of a head and of the model's config, and the library's error for its own
+def compare_heads() -> list[Any]:
+    """Return the fusion setting of our head and of the model's config, and Megatron-Core's error for its own
     head."""
     from megatron.core import tensor_parallel
     from megatron.core.transformer import TransformerConfig
@@ -74,18 +74,18 @@ def heads() -> list[Any]:
                                use_cpu_initialization=True, perform_initialization=False,
                                gradient_accumulation_fusion=True)
 
-    def make(head: Any) -> Any:
+    def build(head: Any) -> Any:
         return head(8, 16, config=config, init_method=torch.nn.init.zeros_, bias=False, skip_bias_add=False)
 
-    head = make(OutputHead)
+    head = build(OutputHead)
     try:
-        make(tensor_parallel.ColumnParallelLinear)
+        build(tensor_parallel.ColumnParallelLinear)
     except RuntimeError as e:
         return [head.gradient_accumulation_fusion, config.gradient_accumulation_fusion, str(e)]
     return []
 
 
-def built_head() -> list[Any]:
+def get_head_type() -> list[Any]:
     """Return the type of a model's output head."""
     config = recipes.get("tiny-qwen3")
     world.join_world(ParallelConfig())
@@ -94,7 +94,7 @@ def built_head() -> list[Any]:
 
 @pytest.mark.distributed
 def test_the_output_head_has_its_own_config(ranks: Any, job: Any) -> None:
-    ((of_head, of_model, refusal),), ((built,),) = ranks(job(__file__, "heads", 1, {}),
-                                                         job(__file__, "built_head", 1, {}))
-    assert (of_head, of_model, built) == (False, True, "OutputHead")
+    ((head_fusion, model_fusion, refusal),), ((head_type,),) = ranks(job(__file__, "compare_heads", 1, {}),
+                                                                     job(__file__, "get_head_type", 1, {}))
+    assert (head_fusion, model_fusion, head_type) == (False, True, "OutputHead")
     assert "gradient_accumulation_fusion" in refusal and "APEX" in refusal

@@ -17,79 +17,85 @@ CHUNKING = Chunking(CHUNK, VOCABULARY)
 
 
 @pytest.fixture(autouse=True)
-def alone(one_rank: None) -> Iterator[None]:
+def joined_world(one_rank: None) -> Iterator[None]:
     world.join_world(ParallelConfig())
     yield
     world.leave_world()
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products and records the largest tensor that an operation creates."""
+class ProductCounter(TorchDispatchMode):
+    """Counts matrix products and records the elements of the largest tensor that an operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.most_numbers = 0
+        self.num_products = self.max_elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.count += "mm" in str(func)
+        self.num_products += "mm" in str(func)
         if torch.is_tensor(out):
-            self.most_numbers = max(self.most_numbers, out.numel())
+            self.max_elements = max(self.max_elements, out.numel())
         return out
 
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> Inputs:
-    """Return hidden states, head weight, labels and token weights."""
+def draw_inputs(dtype: torch.dtype = torch.float32) -> Inputs:
+    """Return hidden states [tokens, hidden], head weight [vocabulary, hidden], labels [tokens] and token
+    weights [tokens]."""
     random = torch.Generator().manual_seed(0)
     return (torch.randn(TOKENS, HIDDEN, generator=random).to(dtype).requires_grad_(),
             torch.randn(VOCABULARY, HIDDEN, generator=random).to(dtype).requires_grad_(),
             torch.randint(VOCABULARY, (TOKENS,), generator=random), torch.rand(TOKENS, generator=random))
 
 
-def fused(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
-          *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    found: tuple[torch.Tensor, ...] = CrossEntropySums.apply(states, weight, labels, CHUNKING,
-                                                             torch.is_grad_enabled(), *weights)
-    return found
+def sum_losses(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
+               *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the loss of each token, and one weighted sum for each of `weights`."""
+    losses_and_sums: tuple[torch.Tensor, ...] = CrossEntropySums.apply(
+        states, weight, labels, CHUNKING, torch.is_grad_enabled(), *weights)
+    return losses_and_sums
 
 
 def test_a_weighted_sum_needs_one_pass_and_other_losses_two() -> None:
-    states, weight, labels, weights = inputs()
-    chunks = -(-TOKENS // CHUNK)
-    with Products() as once:
-        fused(states, weight, labels, weights)[1].backward()
-    with Products() as twice:
+    states, weight, labels, weights = draw_inputs()
+    num_chunks = -(-TOKENS // CHUNK)
+    with ProductCounter() as weighted_sum:
+        sum_losses(states, weight, labels, weights)[1].backward()
+    with ProductCounter() as logprobs:
         LabelLogprobs.apply(states, weight, labels, CHUNKING, 1.0).exp().sum().backward()
-    with Products() as two_terms:
-        sum(fused(states, weight, labels, weights, weights > 0.5)[1:]).backward()
-    assert (once.count, two_terms.count, twice.count) == (3 * chunks, 4 * chunks, 4 * chunks)
-    assert once.most_numbers == twice.most_numbers == max(CHUNK, HIDDEN) * VOCABULARY, "never all logits"
+    with ProductCounter() as two_sums:
+        sum(sum_losses(states, weight, labels, weights, weights > 0.5)[1:]).backward()
+    # Logits, and the gradients of both inputs. Without a single weighted sum, the backward pass computes
+    # the logits again.
+    assert weighted_sum.num_products == 3 * num_chunks
+    assert two_sums.num_products == logprobs.num_products == 4 * num_chunks
+    assert weighted_sum.max_elements == logprobs.max_elements == max(CHUNK, HIDDEN) * VOCABULARY, (
+        "the logits of all tokens never exist at once")
 
 
 def test_without_gradients_only_logits_are_computed() -> None:
-    states, weight, labels, weights = inputs()
-    with torch.no_grad(), Products() as seen:
-        losses, total = fused(states, weight, labels, weights)
-    assert seen.count == -(-TOKENS // CHUNK) and not total.requires_grad
+    states, weight, labels, weights = draw_inputs()
+    with torch.no_grad(), ProductCounter() as counter:
+        losses, total = sum_losses(states, weight, labels, weights)
+    assert counter.num_products == -(-TOKENS // CHUNK) and not total.requires_grad
     torch.testing.assert_close(total, (losses * weights).sum())
 
 
 @pytest.mark.parametrize("frozen", ["states", "weight"])
 def test_a_frozen_head_weight_costs_nothing(frozen: str) -> None:
-    states, weight, labels, weights = inputs()
+    states, weight, labels, weights = draw_inputs()
     (states if frozen == "states" else weight).requires_grad_(False)
-    with Products() as seen:
-        fused(states, weight, labels, weights)[1].backward()
-    assert seen.count == 2 * -(-TOKENS // CHUNK)
+    with ProductCounter() as counter:
+        sum_losses(states, weight, labels, weights)[1].backward()
+    assert counter.num_products == 2 * -(-TOKENS // CHUNK)
     assert (states.grad is None, weight.grad is None) == (frozen == "states", frozen == "weight")
 
 
 def test_gradients_are_returned_once() -> None:
     """Gradients are scaled in place: a second backward pass would scale them twice."""
-    total = fused(*inputs())[1]
+    total = sum_losses(*draw_inputs())[1]
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
@@ -97,13 +103,15 @@ def test_gradients_are_returned_once() -> None:
 
 def test_the_divisor_of_a_mean_is_not_rounded_to_bf16() -> None:
     """1 / 255 rounded to bf16 is off by 0.4 %, and so would be every gradient of a mean."""
-    states, weight, labels, weights = inputs(torch.bfloat16)
-    of_sum = torch.autograd.grad(fused(states, weight, labels, weights)[1], (states, weight))
-    of_mean = torch.autograd.grad(fused(states, weight, labels, weights)[1] / 255, (states, weight))
-    for whole, part in zip(of_sum, of_mean, strict=True):
-        assert part.dtype == torch.bfloat16
-        assert float((255 * part.double() * whole).sum() / whole.double().square().sum()) == pytest.approx(
-            1, abs=2.5e-3)
+    states, weight, labels, weights = draw_inputs(torch.bfloat16)
+    inputs = (states, weight)
+    sum_gradients = torch.autograd.grad(sum_losses(states, weight, labels, weights)[1], inputs)
+    mean_gradients = torch.autograd.grad(sum_losses(states, weight, labels, weights)[1] / 255, inputs)
+    for sum_gradient, mean_gradient in zip(sum_gradients, mean_gradients, strict=True):
+        assert mean_gradient.dtype == torch.bfloat16
+        # The least-squares factor between both gradients, from which single roundings average out.
+        ratio = (mean_gradient.double() * sum_gradient).sum() / sum_gradient.double().square().sum()
+        assert float(255 * ratio) == pytest.approx(1, abs=2.5e-3)
 
 
 def compute_gradient_by_one_sum(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
@@ -125,22 +133,23 @@ def compute_gradient_by_logprobs(inputs: Inputs, chunking: Chunking) -> torch.Te
     return weight.grad
 
 
-@pytest.mark.parametrize("way", [compute_gradient_by_one_sum, compute_gradient_by_two_sums,
-                                 compute_gradient_by_logprobs])
-def test_the_heads_gradient_is_summed_in_float32_under_bf16(way: Any,
+@pytest.mark.parametrize("compute_gradient", [compute_gradient_by_one_sum, compute_gradient_by_two_sums,
+                                              compute_gradient_by_logprobs])
+def test_the_heads_gradient_is_summed_in_float32_under_bf16(compute_gradient: Any,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """With 256 chunks of equal sign, a bf16 sum loses later chunks: 8 bits drop terms below 1/256 of the sum.
     In float32 the sum is as close to float64 as bf16 logits allow."""
     monkeypatch.setattr(chunked_head, "PRODUCT_ROWS", 16)
     random = torch.Generator().manual_seed(0)
-    n = 2048
-    bf16 = ((torch.randn(n, HIDDEN, generator=random) * 0.1 + 1).bfloat16().requires_grad_(),
-            torch.randn(VOCABULARY, HIDDEN, generator=random).bfloat16().requires_grad_(),
-            torch.randint(3, (n,), generator=random), torch.rand(n, generator=random))
-    states, weight = (t.detach().double().requires_grad_() for t in bf16[:2])
-    losses = torch.nn.functional.cross_entropy(states @ weight.T, bf16[2], reduction="none")
-    (losses * bf16[3]).sum().backward()
-    result = way(bf16, Chunking(8, VOCABULARY))
-    assert result.dtype == torch.bfloat16
-    error = (result.double() - weight.grad).norm() / weight.grad.norm()
+    num_tokens = 2048
+    bf16_states = (torch.randn(num_tokens, HIDDEN, generator=random) * 0.1 + 1).bfloat16().requires_grad_()
+    bf16_weight = torch.randn(VOCABULARY, HIDDEN, generator=random).bfloat16().requires_grad_()
+    labels = torch.randint(3, (num_tokens,), generator=random)
+    weights = torch.rand(num_tokens, generator=random)
+    states, weight = (t.detach().double().requires_grad_() for t in (bf16_states, bf16_weight))
+    losses = torch.nn.functional.cross_entropy(states @ weight.T, labels, reduction="none")
+    (losses * weights).sum().backward()
+    gradient = compute_gradient((bf16_states, bf16_weight, labels, weights), Chunking(8, VOCABULARY))
+    assert gradient.dtype == torch.bfloat16
+    error = (gradient.double() - weight.grad).norm() / weight.grad.norm()
     assert error < 4e-3, f"{error:.1e}"

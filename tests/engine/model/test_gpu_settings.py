@@ -23,14 +23,14 @@ from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_s
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def simulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer Engine, which is not installed, reports a kernel for every query."""
-    monkeypatch.setattr(attention_kernels, "_query_backends", lambda *asked: (False, ""))
+    monkeypatch.setattr(attention_kernels, "_query_backends", lambda *query: (False, ""))
 
 
-# FP8: library settings, refusals before the start, checkpoints of experts
+# FP8: Megatron-Core's settings, refusals before the start, checkpoints of experts
 
-def test_each_recipe_has_the_librarys_names() -> None:
+def test_each_recipe_has_megatrons_names() -> None:
     assert fp8_settings(TrainConfig()) == {}
     assert fp8_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
         "fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False,
@@ -41,8 +41,8 @@ def test_each_recipe_has_the_librarys_names() -> None:
 
 
 def test_bf16_layers_are_counted_in_the_whole_model() -> None:
-    """Three of four layers at the start, independent of stages: the library's validation would refuse them at
-    `parallel.pp` = 2, so they are set after it."""
+    """Three of four layers at the start, independent of stages: Megatron-Core's validation would refuse
+    them at `parallel.pp` = 2, so they are set after it."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     config = SimpleNamespace(num_layers=4)
@@ -52,25 +52,25 @@ def test_bf16_layers_are_counted_in_the_whole_model() -> None:
     assert not any(is_first_last_bf16_layer(config, layer) for layer in range(4))
 
 
-def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
-    """Simulate Transformer Engine on a GPU with these recipes."""
-    def answer(found: bool) -> Callable[..., Any]:
-        reason = "" if found else "compute capability 10.0 or higher required"
-        return lambda return_reason=False: (found, reason) if return_reason else found
+def simulate_gpu(monkeypatch: pytest.MonkeyPatch, fp8_recipes: set[str]) -> None:
+    """Simulate Transformer Engine on a GPU that supports these FP8 recipes."""
+    def build_check(recipe: str) -> Callable[..., Any]:
+        available = recipe in fp8_recipes
+        reason = "" if available else "compute capability 10.0 or higher required"
+        return lambda return_reason=False: (available, reason) if return_reason else available
 
     te = ModuleType("transformer_engine.pytorch")
-    te.is_fp8_available, te.is_fp8_block_scaling_available = (  # type: ignore[attr-defined]
-        answer("tensorwise" in has), answer("blockwise" in has))
-    te.is_mxfp8_available, te.is_nvfp4_available = (  # type: ignore[attr-defined]
-        answer("mxfp8" in has), answer("nvfp4" in has))
+    te.__dict__.update(
+        is_fp8_available=build_check("tensorwise"), is_fp8_block_scaling_available=build_check("blockwise"),
+        is_mxfp8_available=build_check("mxfp8"), is_nvfp4_available=build_check("nvfp4"))
     package = ModuleType("transformer_engine")
     package.pytorch = te  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te)
 
 
-def test_an_unsupported_recipe_names_those_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
-    chip(monkeypatch, {"tensorwise", "blockwise"})  # as on Hopper
+def test_the_error_for_an_unsupported_recipe_names_supported_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_gpu(monkeypatch, {"tensorwise", "blockwise"})  # as on Hopper
     check_fp8_support(TrainConfig(fp8="blockwise"), te=True)
     for fp8 in ("mxfp8", "nvfp4"):
         with pytest.raises(UserError, match=f"{fp8} cannot run on this GPU .*10.0 or higher required.*"
@@ -97,10 +97,11 @@ def test_quantization_is_disabled_in_a_context_and_restored() -> None:
 
 
 ROOT = Path(__file__).parents[3]
-OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
-              "optimizer_offload", "linear_attention"}
-"""Settings without a library field; each has its own test."""
-ROUTERS = 'gpu.cuda_graphs=["moe_router"]'
+SETTINGS_WITHOUT_FIELD = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler",
+                          "peak_tflops",
+                          "optimizer_offload", "linear_attention"}
+"""Settings without a field of Megatron-Core; each has its own test."""
+ROUTER_GRAPHS = 'gpu.cuda_graphs=["moe_router"]'
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
     "gpu.rope_fusion": (["gpu.rope_fusion=off"], {"apply_rope_fusion": False}),
@@ -109,7 +110,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.swiglu_fusion": (["gpu.swiglu_fusion=off"], {"bias_activation_fusion": False}),
     "gpu.grad_accumulation_fusion": (["gpu.grad_accumulation_fusion=off"],
                                      {"gradient_accumulation_fusion": False}),
-    "gpu.cuda_graphs": (['gpu.cuda_graphs=["moe_router"]'], {
+    "gpu.cuda_graphs": ([ROUTER_GRAPHS], {
         "cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"],
         "cuda_graph_warmup_steps": 0}),
     "gpu.shared_expert_overlap": (["gpu.shared_expert_overlap=on"], {"moe_shared_expert_overlap": True}),
@@ -117,7 +118,8 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
         "fine_grained_activation_offloading": True, "offload_modules": ["moe_act"]}),
     "gpu.recompute_modules": (["train.recompute=selective",
                                'gpu.recompute_modules=["moe_act", "layernorm"]'], {
-        "recompute_granularity": "selective", "recompute_modules": ["moe_act", "layernorm"]}),
+                                   "recompute_granularity": "selective",
+                                   "recompute_modules": ["moe_act", "layernorm"]}),
     "train.recompute": (["train.recompute=true"], {
         "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
     "parallel.expert_dispatcher": (["parallel.expert_dispatcher=hybridep"], {
@@ -132,36 +134,37 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
         "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False, "fp8_recipe": "tensorwise"}),
     "gpu.pad_buckets": (["gpu.pad_buckets=on"], {"pad_buckets_for_high_nccl_busbw": True}),
     "gpu.nccl_user_buffers": (["gpu.nccl_user_buffers=on"], {"nccl_ub": True}),
-}
-"""Setting -> a changed value, and the resulting fields of the library's config."""
+    }
+"""Setting -> (changes, the fields of Megatron-Core's config that they set)."""
 
 
-def config_with(changes: list[str]) -> RunConfig:
-    """Return a config with every module: shared and routed experts, bf16, plain RoPE."""
+def change_config(changes: list[str]) -> RunConfig:
+    """Return a config with every module (shared and routed experts, bf16, plain RoPE), then changed."""
     return apply_settings(recipes.get("tiny-solar-open"),
                           ["train.precision=bf16", "model.yarn=null", *changes])
 
 
-def fields(config: RunConfig, te: bool) -> dict[str, Any]:
-    """Return the library's fields of a config, with or without Transformer Engine."""
-    here = KernelContext(te, config.model, config.parallel)
-    found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
-             | gradient_settings(config.gpu, config.parallel, bf16=True) | moment_settings(config.gpu))
-    return found | {"attention_backend": found["attention_backend"].name}
+def build_megatron_fields(config: RunConfig, te: bool) -> dict[str, Any]:
+    """Return the fields of Megatron-Core's config, with or without Transformer Engine."""
+    kernels = KernelContext(te, config.model, config.parallel)
+    fields = (transformer_settings(config.gpu, config.train, kernels) | expert_settings(config.gpu, kernels)
+              | gradient_settings(config.gpu, config.parallel, bf16=True) | moment_settings(config.gpu))
+    return fields | {"attention_backend": fields["attention_backend"].name}
 
 
 @pytest.mark.each("setting", CHANGES)
 def test_each_setting_arrives_in_its_fields(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     changes, expected = CHANGES[setting]
-    before, after = fields(config_with([]), te=True), fields(config_with(changes), te=True)
-    changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert {name: after[name] for name in changed} == expected
+    before = build_megatron_fields(change_config([]), te=True)
+    after = build_megatron_fields(change_config(changes), te=True)
+    changed_fields = {name for name in before | after if before.get(name) != after.get(name)}
+    assert {name: after[name] for name in changed_fields} == expected
 
 
 def test_each_setting_has_a_case() -> None:
-    ours = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} - {f"gpu.{name}" for name in OURS_ALONE}
-    assert ours == {name for name in CHANGES if name.startswith("gpu.")}
+    settings = {f.name for f in dataclasses.fields(GpuConfig)} - SETTINGS_WITHOUT_FIELD
+    assert {f"gpu.{name}" for name in settings} == {name for name in CHANGES if name.startswith("gpu.")}
 
 
 def test_the_page_lists_field_and_proof_of_each_setting() -> None:
@@ -169,53 +172,55 @@ def test_the_page_lists_field_and_proof_of_each_setting() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()
             if line.startswith(("| `gpu.", "| `train.", "| `parallel."))]
     assert all(len(row) == 3 for row in rows)
-    named = [(re.findall(r"`([a-z_.0-9]+)`", row[0]), row[1], row[2]) for row in rows]
-    settings = sorted(name for names, _, _ in named for name in names)
-    everything = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} | CHANGES.keys()
-    assert settings == sorted({"parallel.pipeline_layout"} | everything)
-    for names, where, proof in named:
-        fields = {field for setting in names if setting in CHANGES for field in CHANGES[setting][1]
+    parsed_rows = [(re.findall(r"`([a-z_.0-9]+)`", setting_cell), fields_cell, proof_cell)
+                   for setting_cell, fields_cell, proof_cell in rows]
+    expected_settings = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} | CHANGES.keys()
+    assert (sorted(name for settings, _, _ in parsed_rows for name in settings)
+            == sorted({"parallel.pipeline_layout"} | expected_settings))
+    for settings, fields_cell, proof_cell in parsed_rows:
+        fields = {field for setting in settings if setting in CHANGES for field in CHANGES[setting][1]
                   if field != "recompute_granularity"}
-        assert [field for field in fields if f"`{field}`" not in where] == [], names
-        assert re.search(r"not yet|tests/|\.md\)|CPUs", proof), f"{names}: says not how it is proven"
-        assert [f for f in re.findall(r"`(tests/[^`]+)`", proof) if not (ROOT / f).is_file()] == []
+        assert [field for field in fields if f"`{field}`" not in fields_cell] == [], settings
+        assert re.search(r"not yet|tests/|\.md\)|CPUs", proof_cell), f"{settings}: says not how it is proven"
+        assert [f for f in re.findall(r"`(tests/[^`]+)`", proof_cell) if not (ROOT / f).is_file()] == []
 
 
-def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_config() -> None:
-    result = fields(config_with([]), te=False)
-    assert not any(result[fusion.field] for fusion in FUSIONS) and result["attention_backend"] == "auto"
-    assert result["grad_reduce_in_fp32"] and result["moe_token_dispatcher_type"] == "alltoall"
-    # as `plan` reads the settings of a run on GPUs
-    everything = [change for changes, _ in CHANGES.values() for change in changes]
-    assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)
+def test_fusions_are_off_without_transformer_engine() -> None:
+    fields = build_megatron_fields(change_config([]), te=False)
+    assert not any(fields[fusion.field] for fusion in FUSIONS) and fields["attention_backend"] == "auto"
+    assert fields["grad_reduce_in_fp32"] and fields["moe_token_dispatcher_type"] == "alltoall"
+    # As `plan` reads the settings of a run on GPUs.
+    all_changes = [change for changes, _ in CHANGES.values() for change in changes]
+    fields = build_megatron_fields(change_config(all_changes), te=False)
+    assert not any(fields[fusion.field] for fusion in FUSIONS)
 
 
 def test_linear_attention_kernels_are_used_if_importable_and_nondeterminism_is_allowed(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    def serve(*changes: str, te: bool = True) -> bool:
+    def uses_kernels(*changes: str, te: bool = True) -> bool:
         config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16", *changes])
         return bool(gpu_settings.resolve_auto_settings(config, te)["linear_attention"])
 
-    fla = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16",
-                                                           "gpu.linear_attention=fla"])
-    assert not serve(), "it is not installed here"
+    fla_config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16",
+                                                                  "gpu.linear_attention=fla"])
+    assert not uses_kernels(), "fla is not installed here"
     with pytest.raises(SettingsError, match=r"attention does not work here \(Module.*fla"):
-        gpu_settings.check_gpu_settings(fla, te=True)
+        gpu_settings.check_gpu_settings(fla_config, te=True)
     monkeypatch.setattr(gpu_settings, "find_fla_problem", lambda: "")
-    assert serve() and not serve(te=False)
-    assert not serve("gpu.linear_attention=torch") and not serve("train.deterministic=true")
+    assert uses_kernels() and not uses_kernels(te=False)
+    assert not uses_kernels("gpu.linear_attention=torch") and not uses_kernels("train.deterministic=true")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    gpu_settings.check_gpu_settings(fla, te=True)
+    gpu_settings.check_gpu_settings(fla_config, te=True)
 
 
 def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels assert key heads of at most 256 channels."""
     monkeypatch.setattr(gpu_settings, "find_fla_problem", lambda: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    for width, serves in ((256, True), (512, False)):
+    for width, uses_kernels in ((256, True), (512, False)):
         config = apply_settings(recipes.get("tiny-solar-open2"), [
             "train.precision=bf16", f"model.linear_attention.key_head_dim={width}"])
-        assert gpu_settings.resolve_auto_settings(config, te=True)["linear_attention"] == serves
+        assert gpu_settings.resolve_auto_settings(config, te=True)["linear_attention"] == uses_kernels
     with pytest.raises(SettingsError, match="up to 256 channels"):
         gpu_settings.check_gpu_settings(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
 
@@ -241,15 +246,16 @@ def test_older_kernels_do_not_serve(version: str, message: str, tmp_path: Path,
 
 
 def test_a_run_records_the_resolved_auto_settings() -> None:
-    fused: dict[str, Any] = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
-    fused["linear_attention"] = False
-    assert gpu_settings.resolve_auto_settings(config_with([]), te=True) == fused | {"attention": "auto"}
-    assert gpu_settings.resolve_auto_settings(config_with(["parallel.cp=2"]), te=True) == fused | {
-        "rope_fusion": False, "attention": "local"}
-    exchanged = gpu_settings.resolve_auto_settings(config_with(["parallel.cp=2", "gpu.attention=fused"]),
-                                                   te=True)
-    assert exchanged["attention"] == "fused", "over whole rows of half the heads"
-    assert set(gpu_settings.resolve_auto_settings(config_with([]), te=False).values()) == {False, "local"}
+    def resolve(*changes: str, te: bool = True) -> dict[str, Any]:
+        return gpu_settings.resolve_auto_settings(change_config(list(changes)), te=te)
+
+    resolved: dict[str, Any] = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
+    resolved["linear_attention"] = False
+    assert resolve() == resolved | {"attention": "auto"}
+    assert resolve("parallel.cp=2") == resolved | {"rope_fusion": False, "attention": "local"}
+    assert resolve("parallel.cp=2", "gpu.attention=fused")["attention"] == "fused", (
+        "over whole rows of half the heads")
+    assert set(resolve(te=False).values()) == {False, "local"}
 
 
 @pytest.mark.each(("changes", "te", "environment", "keys"), [
@@ -258,8 +264,8 @@ def test_a_run_records_the_resolved_auto_settings() -> None:
     ("gpu.shared_expert_overlap=on", False, {}, "gpu.shared_expert_overlap"),
     ('train.recompute=selective gpu.recompute_modules=["layernorm"]', False, {}, "gpu.recompute_modules"),
     ('gpu.offload_modules=["core_attn"]', False, {}, "gpu.offload_modules"),
-    (ROUTERS, False, {}, "gpu.cuda_graphs"),
-    (ROUTERS, True, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "gpu.cuda_graphs"),
+    (ROUTER_GRAPHS, False, {}, "gpu.cuda_graphs"),
+    (ROUTER_GRAPHS, True, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "gpu.cuda_graphs"),
     ("gpu.moment_dtype=bf16", False, {}, "gpu.moment_dtype"),
     ("gpu.optimizer_offload=0.5", False, {}, "gpu.optimizer_offload"),
     ("gpu.nccl_user_buffers=on", False, {}, "gpu.nccl_user_buffers"),
@@ -270,7 +276,7 @@ def test_a_run_records_the_resolved_auto_settings() -> None:
     ('gpu.offload_modules=["core_attn"]', True, {}, "gpu.offload_modules"),
     ("gpu.nccl_user_buffers=on", True, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
      "gpu.nccl_user_buffers"),
-    # the library lacks the function if Transformer Engine is missing or old
+    # Megatron-Core lacks the function if Transformer Engine is missing or old
     ("gpu.router_fusion=on", True, {}, "gpu.router_fusion"),
     ("gpu.router_fusion=on", False, {}, "gpu.router_fusion"),
     ("parallel.expert_dispatcher=deepep", True, {}, "parallel.expert_dispatcher"),
@@ -279,12 +285,12 @@ def test_a_run_records_the_resolved_auto_settings() -> None:
 def test_unsupported_gpu_settings_are_refused(changes: str, te: bool, environment: dict[str, str], keys: str,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: te)
-    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # set by the library with each model
+    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # set by Megatron-Core with each model
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as error:
-        gpu_settings.check_gpu_settings(config_with(changes.split()), te)
+        gpu_settings.check_gpu_settings(change_config(changes.split()), te)
     assert [key for _, key in error.value.codes] == keys.split()
 
 
@@ -293,23 +299,23 @@ def test_overlap_that_frees_inputs_of_bf16_layers_is_refused(monkeypatch: pytest
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
-    asked = ["parallel.ep=2", "parallel.expert_overlap=micro_batches", "train.fp8=mxfp8",
-             "parallel.expert_dispatcher=hybridep"]
-    gpu_settings.check_gpu_settings(config_with(asked), te=True)
+    overlap = ["parallel.ep=2", "parallel.expert_overlap=micro_batches", "train.fp8=mxfp8",
+               "parallel.expert_dispatcher=hybridep"]
+    gpu_settings.check_gpu_settings(change_config(overlap), te=True)
     with pytest.raises(UserError, match=r"parallel\.expert_overlap = .*micro_batches"):
-        gpu_settings.check_gpu_settings(config_with([*asked, "train.fp8_bf16_layers_at_end=1"]), te=True)
+        gpu_settings.check_gpu_settings(change_config([*overlap, "train.fp8_bf16_layers_at_end=1"]), te=True)
 
 
-@pytest.mark.parametrize(("says", "message"), [
+@pytest.mark.parametrize(("import_code", "message"), [
     # the main branch since April 2026, and its assertion about NCCL at import
     ("", r"AttributeError: module 'deep_ep\.utils' has no attribute 'EventOverlap'"),
     ("raise AssertionError('Invalid NCCL versions: a v.s. b')", "AssertionError: Invalid NCCL versions: a v"),
 ])
-def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, message: str, tmp_path: Path,
+def test_a_broken_deep_ep_is_reported_with_its_own_error(import_code: str, message: str, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "deep_ep"
     package.mkdir()
-    (package / "__init__.py").write_text(f"{says}\nclass Buffer: pass\n")
+    (package / "__init__.py").write_text(f"{import_code}\nclass Buffer: pass\n")
     (package / "utils.py").write_text("class EventHandle: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
@@ -317,8 +323,8 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, message: str
     try:
         with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({message}.*; "
                                             r"install the commit that containers/install\.sh names"):
-            gpu_settings.check_gpu_settings(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
-        gpu_libraries.hide_broken_deep_ep()  # otherwise importing the library fails
+            gpu_settings.check_gpu_settings(change_config(["parallel.expert_dispatcher=deepep"]), te=True)
+        gpu_libraries.hide_broken_deep_ep()  # otherwise importing Megatron-Core fails
         with pytest.raises(ImportError):
             from deep_ep.utils import EventOverlap  # noqa: F401
     finally:
@@ -327,7 +333,7 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, message: str
             sys.modules.pop(name, None)
 
 
-@pytest.mark.each(("capability", "cudnn", "changes", "own", "message"), [
+@pytest.mark.each(("capability", "cudnn", "changes", "is_local", "message"), [
     ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
     # rows with many documents exceed the deterministic fused kernel
     ((9, 0), 92500, "train.deterministic=true", True, "in every row on this GPU"),
@@ -338,30 +344,31 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(says: str, message: str
     ((10, 0), 92401, "model.head_dim=256", True, "no fused kernel of cuDNN 92401 trains heads of 256"),
 ])
 def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], cudnn: int, changes: str,
-                                                   own: bool, message: str,
+                                                   is_local: bool, message: str,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
-    config = config_with(changes.split())
-    assert gpu_settings.resolve_auto_settings(config, te=True)["attention"] == ("local" if own else "auto")
+    config = change_config(changes.split())
+    assert gpu_settings.resolve_auto_settings(config,
+                                              te=True)["attention"] == ("local" if is_local else "auto")
     gpu_settings.check_gpu_settings(config, te=True)
-    fused = config_with([*changes.split(), "gpu.attention=fused"])
+    fused_config = change_config([*changes.split(), "gpu.attention=fused"])
     if not message:
-        return gpu_settings.check_gpu_settings(fused, te=True)
+        return gpu_settings.check_gpu_settings(fused_config, te=True)
     with pytest.raises(UserError, match=f'gpu.attention = "fused" cannot be.*{message}'):
-        gpu_settings.check_gpu_settings(fused, te=True)
+        gpu_settings.check_gpu_settings(fused_config, te=True)
 
 
 def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions import transformer_engine
 
     monkeypatch.setattr(transformer_engine, "fused_topk_with_score_function", lambda: None)
-    gpu_settings.check_gpu_settings(config_with(["gpu.router_fusion=on"]), te=True)
-    one = "model.num_experts_per_token=1"
-    assert [fields(config_with(asked), te=True)["moe_router_fusion"]
-            for asked in ([], [one], ["gpu.router_fusion=off"])] == [True, False, False]
+    gpu_settings.check_gpu_settings(change_config(["gpu.router_fusion=on"]), te=True)
+    one_expert = "model.num_experts_per_token=1"
+    assert [build_megatron_fields(change_config(changes), te=True)["moe_router_fusion"]
+            for changes in ([], [one_expert], ["gpu.router_fusion=off"])] == [True, False, False]
     with pytest.raises(UserError, match=r"model\.num_experts_per_token = 1"):
-        gpu_settings.check_gpu_settings(config_with(["gpu.router_fusion=on", one]), te=True)
+        gpu_settings.check_gpu_settings(change_config(["gpu.router_fusion=on", one_expert]), te=True)

@@ -13,9 +13,13 @@ LAYERS = 8
 """Number of layers of a big model that include every kind."""
 
 
-def full_size(recipe: str) -> dict[str, Any]:
-    """Build the first layers of a big recipe on meta tensors; return the differences from the family's
-    map."""
+def compare_with_family(recipe: str) -> dict[str, Any]:
+    """Build the first layers of a recipe on meta tensors, and compare their tensors with the family's map.
+
+    Returns:
+        "differing": keys whose (number of elements, global shape, dtype) differ; "num_tensors": tensors of
+        the model; "all_on_meta": whether no parameter has memory.
+    """
     import torch
 
     from megatron_sov import recipes
@@ -29,17 +33,17 @@ def full_size(recipe: str) -> dict[str, Any]:
     world.join_world(ParallelConfig())
     with torch.device("meta"):
         model = build_model(config.model, ParallelConfig(), config.train)
-    found: dict[str, list[Any]] = {}
-    for block in list_local_shards(model):
-        tensor = found.setdefault(block.key, [0, list(block.global_shape), str(block.data.dtype)])
-        tensor[0] += block.data.numel()
+    tensors: dict[str, list[Any]] = {}
+    for shard in list_local_shards(model):
+        tensor = tensors.setdefault(shard.key, [0, list(shard.global_shape), str(shard.data.dtype)])
+        tensor[0] += shard.data.numel()
     expected: dict[str, list[Any]] = {}
     for link in models.get_family(config.model.family).links(config.model):
         tensor = expected.setdefault(link.key, [0, list(link.shape),
                                                 "torch.float32" if link.fp32 else "torch.bfloat16"])
         tensor[0] += torch.Size(link.block_shape).numel()
-    return {"num_tensors": len(found), "all_on_meta": all(p.is_meta for p in model.parameters()),
-            "differing": [k for k in {**found, **expected} if found.get(k) != expected.get(k)]}
+    return {"num_tensors": len(tensors), "all_on_meta": all(p.is_meta for p in model.parameters()),
+            "differing": [k for k in {**tensors, **expected} if tensors.get(k) != expected.get(k)]}
 
 
 @pytest.mark.deep
@@ -48,7 +52,8 @@ def test_full_size_models_have_the_tensors_that_their_families_map(ranks, job) -
     sizes = {"solar-open-102b": LAYERS * 10 + 3, "k-exaone-236b": 8 + (LAYERS - 1) * 12 + 12 + 3,
              "qwen3-moe-30b": LAYERS * 9 + 3}
     for name, (result,) in zip(
-            sizes, ranks(*(job(__file__, "full_size", 1, {"recipe": name}) for name in sizes)), strict=True):
+            sizes, ranks(*(job(__file__, "compare_with_family", 1, {"recipe": name}) for name in sizes)),
+            strict=True):
         assert result["differing"] == [] and result["all_on_meta"], name
         assert result["num_tensors"] == sizes[name], name
 
@@ -78,8 +83,8 @@ def test_activation_bounds_apply_after_adapters() -> None:
         linear.register_forward_hook(lambda module, inputs, outputs: (outputs[0] * 3, outputs[1]))
     clamp_gates(SimpleNamespace(decoder=SimpleNamespace(layers=layers)), model)
 
-    given = torch.tensor([[-4.0, 4.0, -4.0, 1.0]])  # two gates, two up projections
+    inputs = torch.tensor([[-4.0, 4.0, -4.0, 1.0]])  # two gates, two up projections
 
-    assert all(linear(given)[0].tolist() == [[-12.0, 12.0, -12.0, 3.0]] for linear in linears[:3])
-    assert all(linear(given)[0].tolist() == [[-12.0, 7.0, -7.0, 3.0]] for linear in linears[3:])
-    assert layers[1].mlp.shared_experts.linear_fc2(given)[0].tolist() == given.tolist()
+    assert all(linear(inputs)[0].tolist() == [[-12.0, 12.0, -12.0, 3.0]] for linear in linears[:3])
+    assert all(linear(inputs)[0].tolist() == [[-12.0, 7.0, -7.0, 3.0]] for linear in linears[3:])
+    assert layers[1].mlp.shared_experts.linear_fc2(inputs)[0].tolist() == inputs.tolist()

@@ -49,18 +49,18 @@ class DoubleKeeper:
 
 @pytest.fixture
 def fleets() -> Iterator[Callable[..., Fleet]]:
-    opened: list[Fleet] = []
+    fleets_to_close: list[Fleet] = []
 
-    def make(keepers: list[DoubleKeeper], requests: int = 4, restarts: int = 3) -> Fleet:
-        opened.append(Fleet(keepers, VOCAB, requests, restarts, look_s=0.02, backoff_s=(0.01, 0.05)))
-        return opened[-1].__enter__()
+    def build(keepers: list[DoubleKeeper], requests: int = 4, restarts: int = 3) -> Fleet:
+        fleets_to_close.append(Fleet(keepers, VOCAB, requests, restarts, look_s=0.02, backoff_s=(0.01, 0.05)))
+        return fleets_to_close[-1].__enter__()
 
-    yield make
-    for fleet in opened:
+    yield build
+    for fleet in fleets_to_close:
         fleet.close()
 
 
-def make_requests(count: int, tokens: int = 5) -> list[TokenRequest]:
+def build_requests(count: int, tokens: int = 5) -> list[TokenRequest]:
     return [TokenRequest(f"r{i}", [3 + i], tokens) for i in range(count)]
 
 
@@ -71,13 +71,13 @@ def compute_answer(request: TokenRequest, version: int = 0) -> list[int]:
 def test_servers_share_one_queue(fleets: Callable[..., Fleet]) -> None:
     keepers = [DoubleKeeper(0.002), DoubleKeeper(0.002)]
     fleet = fleets(keepers, 2)
-    slow = fleet.submit(TokenRequest("slow", [3], 2000))
-    quick = [(request, fleet.submit(request)) for request in make_requests(20)]
-    assert all(future.result(10)[0].tokens == compute_answer(request) for request, future in quick)
-    # both servers generate for the quick requests while one of them generates for the slow one
-    assert not slow.done() and all(keeper.doubles[0].generate_bodies for keeper in keepers)
+    slow_future = fleet.submit(TokenRequest("slow", [3], 2000))
+    quick_futures = [(request, fleet.submit(request)) for request in build_requests(20)]
+    assert all(future.result(10)[0].tokens == compute_answer(request) for request, future in quick_futures)
+    # Both servers answered quick requests, although one of them was busy with the slow one.
+    assert not slow_future.done() and all(keeper.doubles[0].generate_bodies for keeper in keepers)
     fleet.abort(["slow"])
-    assert slow.result(10)[0].reason == "abort"
+    assert slow_future.result(10)[0].reason == "abort"
 
 
 def test_answers_count_against_server_capacity(fleets: Callable[..., Fleet],
@@ -116,9 +116,10 @@ def test_an_abort_ends_all_answers_of_a_request(fleets: Callable[..., Fleet]) ->
     while keeper.doubles[0].num_generated < 4:
         time.sleep(0.002)
     fleet.abort(["written", "waiting"])
-    written, waiting = (future.result(10) for future in futures)
-    assert [answer.reason for answer in (*written, *waiting)] == ["abort"] * 4
-    assert all(answer.tokens for answer in written) and not any(answer.tokens for answer in waiting)
+    running_answers, waiting_answers = (future.result(10) for future in futures)
+    assert [answer.reason for answer in (*running_answers, *waiting_answers)] == ["abort"] * 4
+    assert all(answer.tokens for answer in running_answers) and not any(answer.tokens
+                                                                        for answer in waiting_answers)
 
 
 def count_running(fleet: Fleet) -> int:
@@ -129,7 +130,7 @@ def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fl
     keepers = [DoubleKeeper(0.01), DoubleKeeper(0.01)]
     fleet = fleets(keepers)
     fleet.update(["/first"], 4)
-    futures = [(request, fleet.submit(request)) for request in make_requests(16, 12)]
+    futures = [(request, fleet.submit(request)) for request in build_requests(16, 12)]
     time.sleep(0.05)
     keepers[0].doubles[0].is_dead = True
     for request, future in futures:
@@ -175,7 +176,7 @@ def test_server_that_dies_during_transfer_gets_weights_again(fleets: Callable[..
 def test_update_during_requests_reaches_all_servers(fleets: Callable[..., Fleet]) -> None:
     keepers = [DoubleKeeper(0.01), DoubleKeeper(0.01)]
     fleet = fleets(keepers)
-    futures = [fleet.submit(request) for request in make_requests(4, 30)]
+    futures = [fleet.submit(request) for request in build_requests(4, 30)]
     time.sleep(0.08)
     fleet.update(["/later"], 7)
     for future in futures:
@@ -217,16 +218,16 @@ def test_repeated_server_deaths_raise_user_error(fleets: Callable[..., Fleet]) -
 def test_fleet_implements_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keeper = DoubleKeeper()
     engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path / "w", 4)
-    first = [compute_token([3, 1], place, 0) for place in range(6)]
-    result = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((first[3],)))
-    assert result.continuations[0] == first[:4] and result.finish_reasons[0] == "stop"
-    assert result.logprobs[0] == [-token / 100 for token in first[:4]] and result.version == 0
+    expected = [compute_token([3, 1], place, 0) for place in range(6)]
+    result = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((expected[3],)))
+    assert result.continuations[0] == expected[:4] and result.finish_reasons[0] == "stop"
+    assert result.logprobs[0] == [-token / 100 for token in expected[:4]] and result.version == 0
     engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
     file = load_file(keeper.doubles[0].weights)
     assert torch.equal(file["w"], torch.arange(3.0))
-    again = engine.generate([[3, 1]], Sampling(6))
-    assert again.version == 5
-    assert again.continuations[0] == [compute_token([3, 1], place, 5) for place in range(6)]
+    updated_result = engine.generate([[3, 1]], Sampling(6))
+    assert updated_result.version == 5
+    assert updated_result.continuations[0] == [compute_token([3, 1], place, 5) for place in range(6)]
     engine.close()
     assert not list(tmp_path.iterdir())
 
@@ -289,19 +290,19 @@ def test_weight_files_are_sharded_and_replaced(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("megatron_sov.infer.engines.server_engine.SHARD_BYTES", 40)
     files = WeightFiles(tmp_path / "w")
     block = torch.arange(20.0).reshape(2, 10)
-    first = files.write(iter([("a", block[0]), ("b", block[1]), ("c", torch.ones(1))]))
-    assert [list(load_file(file)) for file in first] == [["a"], ["b"], ["c"]]
-    assert torch.equal(load_file(first[1])["b"], block[1])
-    second = files.write(iter([("a", block[0])]))
-    files.delete_earlier_files(second)
-    assert not Path(first[0]).exists() and Path(second[0]).is_file()
+    first_files = files.write(iter([("a", block[0]), ("b", block[1]), ("c", torch.ones(1))]))
+    assert [list(load_file(file)) for file in first_files] == [["a"], ["b"], ["c"]]
+    assert torch.equal(load_file(first_files[1])["b"], block[1])
+    second_files = files.write(iter([("a", block[0])]))
+    files.delete_earlier_files(second_files)
+    assert not Path(first_files[0]).exists() and Path(second_files[0]).is_file()
     WeightFiles(tmp_path / "w")
-    assert not Path(second[0]).exists()
+    assert not Path(second_files[0]).exists()
 
 
 def test_closed_fleet_fails_pending_requests() -> None:
     with Fleet([DoubleKeeper(0.01)], VOCAB, 1, look_s=0.02) as fleet:
-        futures = [fleet.submit(request) for request in make_requests(3, 1000)]
+        futures = [fleet.submit(request) for request in build_requests(3, 1000)]
     assert all("have been ended" in str(future.exception(10)) for future in futures)
 
 
@@ -346,7 +347,7 @@ def test_server_without_weight_updates_is_reported(fleets: Callable[..., Fleet])
     double = VllmDouble()
     double.refuses = lambda path: path.startswith("/pause")
     with Fleet([AddressKeeper(VllmServer(double.url), 0)], VOCAB, 1, look_s=0.02) as fleet:
-        fleet.submit(make_requests(1)[0]).result(20)
+        fleet.submit(build_requests(1)[0]).result(20)
         with pytest.raises(UserError, match="answered HTTP 404:"):
             fleet.update(["w"], 1)
     double.close()

@@ -112,7 +112,8 @@ def test_score_is_scaled_and_cached(script: Script, judge, tmp_path: Path) -> No
     assert script.paths == ["/v1/chat/completions"]
     assert script.headers == [f"Bearer {KEY}"]
     cache = EndpointCache(tmp_path / "cache.sqlite")
-    assert (cache.num_requests(), cache.cost()) == (1, pytest.approx((100 * 10 + 10 * 100) / 1e6))
+    assert cache.summarize_requests()["num_requests"] == 1
+    assert cache.cost() == pytest.approx((100 * 10 + 10 * 100) / 1e6)
 
 
 BAD = {
@@ -145,7 +146,7 @@ def test_a_misbehaving_endpoint_leaves_no_score(name: str, script: Script, judge
     assert (result.reward, result.status) == (None, "timeout" if name == "late" else "failed")
     assert KEY not in result.reason
     cache = EndpointCache(tmp_path / "cache.sqlite")
-    assert cache.num_requests() == attempts
+    assert cache.summarize_requests()["num_requests"] == attempts
     assert name == "late" or len(script.asked) == attempts  # one that came too late may not have read them
     script.answers = [GOOD]
     assert run_reward(judge(), ROW).reward == 1.0  # no answer was cached

@@ -1,5 +1,5 @@
-"""Weight maps: interleaving against loops and Megatron-Core, inversion, and declarations that fail at
-import."""
+"""Weight maps: interleaved rows equal a loop and Megatron-Core's reading, joins are inverted by splits, and
+invalid declarations fail at import."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ from megatron_sov.model.families.weights import QKV, Experts, GateUp, Link, Same
 TINY = recipes.get("tiny-k-exaone").model
 
 
-def qkv_link(model: ModelConfig) -> Link:
+def build_qkv_link(model: ModelConfig) -> Link:
     return build_links([WeightSection("once", "", "", (QKV("qkv", "q", "k", "v"),))], model)[0]
 
 
@@ -27,40 +27,42 @@ def test_qkv_rows_equal_a_loop_over_groups(groups: int, heads_per_group: int, ha
     dim = 2 * half_dim
     model = replace(TINY, num_heads=groups * heads_per_group, num_kv_heads=groups, head_dim=dim,
                     hidden_size=hidden)
-    q, k, v = (torch.randn(heads * dim, hidden) for heads in (groups * heads_per_group, groups, groups))
+    q, k, v = (torch.randn(num_heads * dim, hidden)
+               for num_heads in (groups * heads_per_group, groups, groups))
     rows = []
     for group in range(groups):
         for head in range(heads_per_group):
             rows += [q[(group * heads_per_group + head) * dim + i] for i in range(dim)]
         rows += [k[group * dim + i] for i in range(dim)]
         rows += [v[group * dim + i] for i in range(dim)]
-    link = qkv_link(model)
-    fused = link.join({"q": q, "k": k, "v": v})
-    assert torch.equal(fused, torch.stack(rows))
-    assert fused.shape == link.shape
-    back = link.split(fused)
-    assert torch.equal(back["q"], q) and torch.equal(back["k"], k) and torch.equal(back["v"], v)
+    link = build_qkv_link(model)
+    qkv = link.join({"q": q, "k": k, "v": v})
+    assert torch.equal(qkv, torch.stack(rows))
+    assert qkv.shape == link.shape
+    split = link.split(qkv)
+    assert torch.equal(split["q"], q) and torch.equal(split["k"], k) and torch.equal(split["v"], v)
 
 
 def test_megatron_reads_the_interleaved_rows_as_query_key_value() -> None:
-    """megatron-core's own SelfAttention, given our fused weight, returns the three separate projections."""
+    """Megatron-Core's own SelfAttention, with our joined weight, returns the three separate projections."""
     from megatron.core.transformer.attention import SelfAttention
 
     model = replace(TINY, num_heads=6, num_kv_heads=2, head_dim=4, hidden_size=8)
-    hf = {"q": torch.randn(24, 8), "k": torch.randn(8, 8), "v": torch.randn(8, 8)}
-    fused = qkv_link(model).join(hf)
+    hf_weights = {"q": torch.randn(24, 8), "k": torch.randn(8, 8), "v": torch.randn(8, 8)}
+    qkv_weight = build_qkv_link(model).join(hf_weights)
     hidden = torch.randn(5, 1, 8)
 
     class Projection(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return x @ fused.T, None
+            return x @ qkv_weight.T, None
 
     attention = SimpleNamespace(
         linear_qkv=Projection(), num_attention_heads_per_partition=6, num_query_groups_per_partition=2,
         hidden_size_per_attention_head=4, world_size=1, q_layernorm=None, k_layernorm=None,
         config=SimpleNamespace(num_query_groups=2, test_mode=False))
-    for part, name in zip(SelfAttention.get_query_key_value_tensors(attention, hidden), "qkv", strict=True):
-        torch.testing.assert_close(part.flatten(2), hidden @ hf[name].T)
+    projections = SelfAttention.get_query_key_value_tensors(attention, hidden)
+    for projection, name in zip(projections, "qkv", strict=True):
+        torch.testing.assert_close(projection.flatten(2), hidden @ hf_weights[name].T)
 
 
 def test_gate_comes_before_up_and_experts_are_stacked() -> None:
@@ -70,36 +72,41 @@ def test_gate_comes_before_up_and_experts_are_stacked() -> None:
     link = links[3]
     assert (link.key, link.shape, link.offset, link.extent) == ("mlp.fc1", (8, 256, 128), (3, 0, 0),
                                                                 (1, 256, 128))
-    gate, up = torch.randn(128, 128), torch.randn(128, 128)
-    joined = link.join({"m.3.gate": gate, "m.3.up": up})
-    assert torch.equal(joined, torch.cat([gate, up]))
+    hf_weights = {"m.3.gate": torch.randn(128, 128), "m.3.up": torch.randn(128, 128)}
+    joined = link.join(hf_weights)
+    assert torch.equal(joined, torch.cat([hf_weights["m.3.gate"], hf_weights["m.3.up"]]))
     for name, (first, count) in link.rows().items():
-        assert torch.equal(joined[first:first + count], {"m.3.gate": gate, "m.3.up": up}[name])
-    (whole,) = build_links([WeightSection("once", "", "", (Same("head", "head", "V H"),))], TINY)
-    assert whole.rows() == {"head": (0, TINY.vocab_size)}
-    (qkv,) = build_links([WeightSection("once", "", "", (QKV("qkv", "q", "k", "v"),))], TINY)
-    assert qkv.rows() == {}, "interleaved"
+        assert torch.equal(joined[first:first + count], hf_weights[name])
+
+
+def test_rows_of_unchanged_and_interleaved_tensors() -> None:
+    (head,) = build_links([WeightSection("once", "", "", (Same("head", "head", "V H"),))], TINY)
+    assert head.rows() == {"head": (0, TINY.vocab_size)}
+    assert build_qkv_link(TINY).rows() == {}, "interleaved rows are no ranges"
 
 
 def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> None:
     from megatron_sov.model.families import supported as models
 
-    built, tried = (recipes.get(name).model for name in recipes.names()), set()
-    # rotations and lengths shape no tensor, and a loop makes the links of as many experts as there are
-    for model in {replace(m, rope_theta=1e6, yarn=None, max_position_tokens=1,
-                          num_experts=min(m.num_experts, 3)) for m in built}:
-        elements: dict[str, int] = {}
+    checked_layouts = set()
+    # RoPE and lengths change no tensor's shape, and further experts only repeat links: models that differ
+    # in these alone are checked once.
+    for model in {replace(model, rope_theta=1e6, yarn=None, max_position_tokens=1,
+                          num_experts=min(model.num_experts, 3))
+                  for model in (recipes.get(name).model for name in recipes.names())}:
+        num_elements: dict[str, int] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for link in models.get_family(model.family).links(model):
-            if link.layout not in tried:  # by which it is joined and split, as in every layer of its kind
-                tried.add(link.layout)
-                tensors = {n: torch.empty(shape, device="meta") for n, shape in link.hf_shapes().items()}
-                block = link.join(tensors)
+            if link.layout not in checked_layouts:  # equal layouts are joined and split in the same way
+                checked_layouts.add(link.layout)
+                hf_shapes = link.hf_shapes()
+                block = link.join({name: torch.empty(shape, device="meta")
+                                   for name, shape in hf_shapes.items()})
                 assert tuple(block.shape) == link.block_shape
-                assert {n: tuple(t.shape) for n, t in link.split(block).items()} == link.hf_shapes()
-            elements[link.key] = elements.get(link.key, 0) + math.prod(link.block_shape)
+                assert {name: tuple(t.shape) for name, t in link.split(block).items()} == hf_shapes
+            num_elements[link.key] = num_elements.get(link.key, 0) + math.prod(link.block_shape)
             assert shapes.setdefault(link.key, link.shape) == link.shape
-        assert elements == {key: torch.Size(shape).numel() for key, shape in shapes.items()}
+        assert num_elements == {key: math.prod(shape) for key, shape in shapes.items()}
 
 
 @pytest.mark.each(("declare", "message"), [

@@ -30,125 +30,135 @@ SETTINGS = GateConfig(every_steps=4, min_accuracy=0.9, loss_tolerance_nats=0.1)
 
 
 class Run:
-    """Stands for the run that is judged: of 20 needles `right` are found,
-    and the short context costs `loss`."""
+    """Stands for a run under a gate: it finds `num_correct` of 20 needles, and its loss is `loss`.
+
+    Attributes:
+        written_events: events, as dicts.
+        records: (when, step, number of correct answers) of each needle record.
+    """
 
     def __init__(self, num_steps: int = 10, is_main: bool = True) -> None:
-        self.step, self.num_steps, self.right, self.loss = 0, num_steps, 0, 2.0
+        self.step, self.num_steps, self.num_correct, self.loss = 0, num_steps, 0, 2.0
         self.world, self.config, self.policy = SimpleNamespace(is_main=is_main), None, None
-        self.told: list[dict[str, Any]] = []
+        self.written_events: list[dict[str, Any]] = []
         self.events = SimpleNamespace(
-            write=lambda event, **fields: self.told.append({"event": event, **fields}))
-        self.recorded: list[tuple[str, int, int]] = []
+            write=lambda event, **fields: self.written_events.append({"event": event, **fields}))
+        self.records: list[tuple[str, int, int]] = []
         self.gate: Any = None
 
     @property
     def finished(self) -> bool:
         return self.step >= self.num_steps or self.gate.passed
 
-    def measure(self, run: Run) -> Any:
-        cell = Cell("single", "english", 512, 0.5, 0, self.right, 20, compute_wilson_interval(self.right, 20))
-        return SimpleNamespace(cells=[cell], right=self.right)
+    def measure_scores(self, run: Run) -> Any:
+        cell = Cell("single", "english", 512, 0.5, 0, self.num_correct, 20,
+                    compute_wilson_interval(self.num_correct, 20))
+        return SimpleNamespace(cells=[cell], num_correct=self.num_correct)
 
-    def record(self, run: Run, when: str, result: Any) -> dict[str, Any]:
-        self.recorded.append((when, self.step, result.right))
-        return {"right": result.right}
+    def record_scores(self, run: Run, when: str, scores: Any) -> dict[str, Any]:
+        self.records.append((when, self.step, scores.num_correct))
+        return {"correct": scores.num_correct}
 
-    def gates(self) -> list[tuple[int, bool]]:
-        return [(e["step"], e["passed"]) for e in self.told if e["event"] == "gate"]
+    def list_gate_checks(self) -> list[tuple[int, bool]]:
+        """Return (step, whether the gate passed) of each gate event."""
+        return [(e["step"], e["passed"]) for e in self.written_events if e["event"] == "gate"]
 
 
 @pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
-    """Return `judged(run, start_loss, min_steps)`: a gate with the losses and needle scores of the run."""
+def build_gate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
+    """Return `build_gate(run, start_loss, min_steps)`: a gate with the losses and scores of the run."""
 
-    def made(run: Run, start_loss: float | None = 2.0, min_steps: int = 4) -> StageGate:
+    def build(run: Run, start_loss: float | None = 2.0, min_steps: int = 4) -> StageGate:
         monkeypatch.setattr(running, "evaluate_forward_model", lambda loaded, short: {"text": HeldoutLoss(
             loss=run.loss, bits_per_byte=1.0, tokens=100)})
         monkeypatch.setattr(running.collectives, "all_reduce_world", lambda values: values)
-        clean: Any = SimpleNamespace(fields=lambda: {"questions_found": 0})
-        needles: Any = SimpleNamespace(measure_scores=run.measure, record=run.record)
-        run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps, clean)
+        search_result: Any = SimpleNamespace(fields=lambda: {"questions_found": 0})
+        needles: Any = SimpleNamespace(measure_scores=run.measure_scores, record=run.record_scores)
+        run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps,
+                             search_result)
         return run.gate
 
-    return made
+    return build
 
 
-def steps(run: Run, *found: tuple[int, int]) -> None:
-    """Let the run go on: (step, needles found there)."""
-    for run.step, run.right in found:
+def check_gate_at(run: Run, *steps: tuple[int, int]) -> None:
+    """Check the gate at each (step, number of needles found there)."""
+    for run.step, run.num_correct in steps:
         run.gate.check(run)
 
 
-def test_gate_checks_before_the_first_step_and_records_the_search(judged: Any, capsys: Any) -> None:
+def test_gate_checks_before_the_first_step_and_records_the_search(build_gate: Any, capsys: Any) -> None:
     run = Run()
-    judged(run).begin(run)
-    assert run.told[0] == {"event": "decontamination", "step": 0, "questions_found": 0}
-    assert run.gates() == [(0, False)] and run.recorded == [("before", 0, 0)]
+    build_gate(run).begin(run)
+    assert run.written_events[0] == {"event": "decontamination", "step": 0, "questions_found": 0}
+    assert run.list_gate_checks() == [(0, False)] and run.records == [("before", 0, 0)]
     assert capsys.readouterr().out.startswith("gate at step 0 does not pass\n  single, english, "
                                               "512 tokens: 0 of 20 right")
 
 
-def test_gate_checks_periodically_and_after_the_last_step(judged: Any) -> None:
+def test_gate_checks_periodically_and_after_the_last_step(build_gate: Any) -> None:
     run = Run()
-    judged(run)
-    steps(run, *((step, 0) for step in range(1, 11)))
-    assert run.gates() == [(4, False), (8, False), (10, False)]
-    assert run.recorded == [("after", 10, 0)]
+    build_gate(run)
+    check_gate_at(run, *((step, 0) for step in range(1, 11)))
+    assert run.list_gate_checks() == [(4, False), (8, False), (10, False)]
+    assert run.records == [("after", 10, 0)]
 
 
-def test_it_looks_and_may_pass_from_the_stages_fewest_steps_on(judged: Any, capsys: Any) -> None:
+def test_gate_passes_from_the_stages_min_steps_on(build_gate: Any, capsys: Any) -> None:
     run = Run()
-    gate = judged(run, min_steps=7)
-    steps(run, (4, 20))
-    assert not gate.passed and run.recorded == []
+    gate = build_gate(run, min_steps=7)
+    check_gate_at(run, (4, 20))
+    assert not gate.passed and run.records == []
     assert "gate at step 4 passes, and the stage continues to step 7\n" in capsys.readouterr().out
-    steps(run, (7, 20))
-    assert gate.passed and run.gates() == [(4, False), (7, True)] and run.recorded == [("after", 7, 20)]
+    check_gate_at(run, (7, 20))
+    assert gate.passed and run.list_gate_checks() == [(4, False),
+                                                      (7, True)] and run.records == [("after", 7, 20)]
     assert capsys.readouterr().out == "gate at step 7 passes\n"
 
 
-def test_a_short_context_that_got_worse_fails_the_gate(judged: Any) -> None:
+def test_a_higher_loss_in_short_contexts_fails_the_gate(build_gate: Any) -> None:
     run = Run()
-    gate = judged(run)
+    gate = build_gate(run)
     for run.loss, passes in ((2.11, False), (math.nan, False), (1.9, True), (2.09, True)):
-        steps(run, (4, 20))
+        check_gate_at(run, (4, 20))
         assert gate.passed == passes == (not gate.state()["checks"][-1]["failures"])
-    (_, event) = [e for e in run.told if e["event"] == "gate" and e["passed"]]
+    (_, event) = [e for e in run.written_events if e["event"] == "gate" and e["passed"]]
     assert (event["start_loss"], event["losses"], event["seq_len"], event["min_steps"]) == (
         2.0, {"text": 2.09}, 64, 4)
 
 
-def test_other_ranks_receive_the_loss_of_rank_0_silently(judged: Any, capsys: Any,
+def test_other_ranks_receive_the_loss_of_rank_0_silently(build_gate: Any, capsys: Any,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    run, sent = Run(is_main=False), []
-    judged(run, start_loss=None)
+    run, summed_losses = Run(is_main=False), []
+    build_gate(run, start_loss=None)
     monkeypatch.setattr(running.collectives, "all_reduce_world",
-                        lambda values: sent.append(values.tolist()) or values + 2.0)
-    steps(run, (4, 20))
-    assert sent == [[0.0]] and run.gate.passed and capsys.readouterr().out == ""
-    steps(run, (8, 20))
-    assert sent == [[0.0], [0.0]], "what it heard it does not add"
+                        lambda values: summed_losses.append(values.tolist()) or values + 2.0)
+    check_gate_at(run, (4, 20))
+    assert summed_losses == [[0.0]] and run.gate.passed and capsys.readouterr().out == ""
+    check_gate_at(run, (8, 20))
+    assert summed_losses == [[0.0], [0.0]], "the loss received before is not sent again"
 
 
-def test_failure_completion_and_checkpoint_tell_all_checks(judged: Any) -> None:
+def test_failure_completion_and_checkpoint_contain_all_checks(build_gate: Any) -> None:
     run = Run()
-    gate = judged(run)
-    steps(run, (4, 3), (8, 12), (10, 17))
-    first, *lines = gate.failure().splitlines()
-    assert first.startswith("the gate has not passed within its 10 steps; give the stage more with max_steps")
+    gate = build_gate(run)
+    check_gate_at(run, (4, 3), (8, 12), (10, 17))
+    summary, *lines = gate.failure().splitlines()
+    assert summary.startswith(
+        "the gate has not passed within its 10 steps; give the stage more with max_steps")
     assert lines == ["  single, english, 512 tokens: 17 of 20 right over all depths = 85.0%, below 90%"]
-    after = judged(other := Run(num_steps=20), start_loss=None)
-    after.restore(json.loads(json.dumps(gate.state())))
-    assert after.state() == gate.state() and after.failure() == gate.failure()
-    steps(other, (12, 20))
-    result = after.completion(other)
-    assert result["needle"] == {"right": 20} and result["gate"]["passed"]
-    assert result["gate"]["start_loss"] == 2.0
-    assert [(c["step"], c["passed"]) for c in result["gate"]["checks"]] == [
+    resumed_run = Run(num_steps=20)
+    resumed_gate = build_gate(resumed_run, start_loss=None)
+    resumed_gate.restore(json.loads(json.dumps(gate.state())))
+    assert resumed_gate.state() == gate.state() and resumed_gate.failure() == gate.failure()
+    check_gate_at(resumed_run, (12, 20))
+    completion = resumed_gate.completion(resumed_run)
+    assert completion["needle"] == {"correct": 20} and completion["gate"]["passed"]
+    assert completion["gate"]["start_loss"] == 2.0
+    assert [(c["step"], c["passed"]) for c in completion["gate"]["checks"]] == [
         (4, False), (8, False), (10, False), (12, True)]
-    assert result["gate"]["decontamination"] == {"questions_found": 0}
-    assert len(gate.state()["checks"]) == 3, "what was restored is a copy"
+    assert completion["gate"]["decontamination"] == {"questions_found": 0}
+    assert len(gate.state()["checks"]) == 3, "the restored checks are a copy"
 
 
 def test_the_mean_is_over_tokens_and_not_over_sources() -> None:
@@ -157,39 +167,41 @@ def test_the_mean_is_over_tokens_and_not_over_sources() -> None:
     assert compute_mean_loss(losses) == pytest.approx(1.2) and compute_mean_loss({}) == 0
 
 
-# The gate's decision on planted cells.
+# The gate's decision on given scores.
 
 
 GATE = GateConfig(every_steps=1, min_accuracy=0.9, loss_tolerance_nats=0.05)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 
 
-def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind = "single") -> list[Cell]:
-    return [Cell(kind, "english", length, depth, 0, right, samples, compute_wilson_interval(right, samples))
-            for depth, right in zip(DEPTHS, correct, strict=False)]
+def build_cells(*correct: int, length: int = 512, kind: NeedleKind = "single") -> list[Cell]:
+    """Build the cell of each depth, with its correct answers of 20."""
+    return [Cell(kind, "english", length, depth, 0, num_correct, 20, compute_wilson_interval(num_correct, 20))
+            for depth, num_correct in zip(DEPTHS, correct, strict=True)]
 
 
-@pytest.mark.each(("correct", "rows", "single"), [
+@pytest.mark.each(("correct", "failing_rows", "failing_cells"), [
     ((20, 20, 20, 20, 20), 0, 0),
-    # one miss of 20 is 5 %: single cells below 90 % prove nothing, their row reaches it
+    # The row reaches 90 %. With 20 answers, a cell of 85 % may be at 90 % too.
     ((18, 19, 17, 20, 18), 0, 0),
     ((18, 18, 18, 18, 17), 1, 0),  # 89 of 100
-    ((20, 20, 20, 20, 13), 0, 1),  # 93 of 100, and one depth that is plainly worse
+    ((20, 20, 20, 20, 13), 0, 1),  # 93 of 100, and one depth that is clearly worse
     ((3, 4, 2, 5, 3), 1, 5),
     ((0, 0, 0, 0, 0), 1, 5),
 ])
 def test_gate_passes_if_rows_reach_the_threshold_and_no_cell_is_clearly_below(
-        correct: tuple[int, ...], rows: int, single: int) -> None:
-    verdict = decide_verdict(cells(*correct), 2.0, 2.0, GATE)
-    assert (len(verdict.failing_rows), len(verdict.failing_cells)) == (rows, single)
-    assert verdict.passed == (not rows and not single)
-    assert len(verdict.lines()) == rows + single
+        correct: tuple[int, ...], failing_rows: int, failing_cells: int) -> None:
+    verdict = decide_verdict(build_cells(*correct), 2.0, 2.0, GATE)
+    assert (len(verdict.failing_rows), len(verdict.failing_cells)) == (failing_rows, failing_cells)
+    assert verdict.passed == (not failing_rows and not failing_cells)
+    assert len(verdict.lines()) == failing_rows + failing_cells
 
 
 def test_every_length_and_kind_is_a_separate_row() -> None:
-    good, bad = (cells(20, 20, 20, 20, 20),
-                 cells(20, 20, 15, 15, 15, length=2048) + cells(17, 17, 17, 17, 17, kind="multi-key"))
-    verdict = decide_verdict(good + bad, 2.0, 2.0, GATE)
+    cells = [*build_cells(20, 20, 20, 20, 20),
+             *build_cells(20, 20, 15, 15, 15, length=2048),
+             *build_cells(17, 17, 17, 17, 17, kind="multi-key")]
+    verdict = decide_verdict(cells, 2.0, 2.0, GATE)
     assert [(r["kind"], r["length_tokens"], r["correct"]) for r in verdict.failing_rows] == [
         ("single", 2048, 85), ("multi-key", 512, 85)]
     assert ("single, english, 2,048 tokens: 85 of 100 right over all depths = 85.0%, below 90%"
@@ -235,9 +247,10 @@ def test_blends_name_short_needle_documents(token_shards: Path) -> None:
     config = build_config(token_shards, 0.0, first=1.0, **{"needle/64": 1.0})
     (short,) = build_needles(config, token_shards).sources
     assert (short.name, short.share, int(short.open_split("train").lengths[0])) == ("needle/64", 0.0, 64)
-    both = build_needles(build_config(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}),
-                         token_shards).sources
-    assert {s.name: int(s.open_split("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
+    sources = build_needles(build_config(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}),
+                            token_shards).sources
+    lengths = {source.name: int(source.open_split("train").lengths[0]) for source in sources}
+    assert lengths == {"needle": 128, "needle/64": 64}
     with pytest.raises(UserError, match=r"e\.g\. needle/4096"):
         build_needles(build_config(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
 
@@ -260,15 +273,16 @@ class Folder:
         return {"step": 4} if self._complete else None
 
 
-@pytest.mark.each(("complete", "begins_s"),
-                         [(0, [1000, 5000, 6000]), (1, [1000, 1000, 6000]), (3, [1000] * 3)])
-def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.each(("num_complete", "start_times_s"),
+                  [(0, [1000, 5000, 6000]), (1, [1000, 1000, 6000]), (3, [1000] * 3)])
+def test_start_times_of_stages(num_complete: int, start_times_s: list[float],
+                               monkeypatch: pytest.MonkeyPatch) -> None:
     config = apply_settings(get("tiny-solar-open"), ["extend.gate.every_steps=0"])
-    stages = [SimpleNamespace(config=config, folder=Folder(f"stage-{i}", i < complete)) for i in range(3)]
-    ran: list[tuple[str, Path, float]] = []
+    stages = [SimpleNamespace(config=config, folder=Folder(f"stage-{i}", i < num_complete)) for i in range(3)]
+    stage_runs: list[tuple[str, Path, float]] = []
 
     def run_stage(stage: Any, nproc: int | None, start_s: float) -> bool:
-        ran.append((stage.folder.path.name, stage.start_from, start_s))
+        stage_runs.append((stage.folder.path.name, stage.start_from, start_s))
         return True
 
     monkeypatch.setattr(running, "run_stage", run_stage)
@@ -278,11 +292,11 @@ def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch
     monkeypatch.setattr(running, "add_needles_to_blends", lambda config: config)
     monkeypatch.setattr(running, "find_checkpoint", lambda path: path / "checkpoints/step-4")
     monkeypatch.setattr(running, "get_command_start", lambda: 1000.0)
-    monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: 4000.0 + 1000 * len(ran)))
+    monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: 4000.0 + 1000 * len(stage_runs)))
     objective: Any = SimpleNamespace()
     run_stages(stages, Path("start"), objective, 1, True)  # type: ignore[arg-type]
     starts = [Path("start"), *(Path(f"stage-{i}/checkpoints/step-4") for i in range(2))]
-    assert ran == [(f"stage-{i}", starts[i], begins_s[i]) for i in range(3)]
+    assert stage_runs == [(f"stage-{i}", starts[i], start_times_s[i]) for i in range(3)]
 
 
 @pytest.mark.each(("lengths", "message"), [
@@ -291,5 +305,5 @@ def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch
 def test_a_gate_with_short_needles_warns(lengths: str, message: str | None) -> None:
     phases = 'data.phases=[{"name": "a", "seq_len": 128}, {"name": "b", "seq_len": 512}]'
     config = apply_settings(get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
-    result = describe_small_suite(config)
-    assert result is None if message is None else message in str(result)
+    warning = describe_small_suite(config)
+    assert warning is None if message is None else message in str(warning)

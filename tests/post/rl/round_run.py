@@ -30,50 +30,50 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4",
             "objective.name=policy", "policy.method=dapo", 'data.phases=[{"name": "main", "seq_len": 32}]')
 
 
-def config_of(settings: list[str]) -> RunConfig:
+def build_config(settings: list[str]) -> RunConfig:
     """Return settings of a model of some thousand parameters."""
     return add_rounds(apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings]))
 
 
-def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
+def train_rounds(settings: list[str], folder: str) -> list[dict[str, Any]]:
     """Train the rounds that are published in FOLDER/rounds; return each step's numbers."""
-    config = config_of(settings)
-    place = world.join_world(config.parallel)
-    config.check(place.size)
+    config = build_config(settings)
+    parallel_world = world.join_world(config.parallel)
+    config.check(parallel_world.size)
     objective = (build_round_objective if config.policy.learns_preferences
                  else build_policy_objective)(config)
-    # a layout stores its log-probabilities next to the rounds, so each has its own rounds
+    # A run stores its log-probabilities next to the rounds, so each layout has a copy of them.
     columns = select_columns(config, objective.columns, Path(folder))
     rounds = RoundDocuments(Path(folder) / "rounds", config.model.vocab_size, columns.names,
                             published=(BEHAVIOUR, *list_number_columns(config)))
     source = build_rounds_source(rounds, None, columns.routes)
     policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})
-    published: Any = SimpleNamespace(publish=lambda number: "")
+    publisher: Any = SimpleNamespace(publish=lambda number: "")
     loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns)
-    feed = RolloutCycle(rollout=config.rollout, policies=policies, rollouts=None, publisher=published,
+    feed = RolloutCycle(rollout=config.rollout, policies=policies, rollouts=None, publisher=publisher,
                         loader=loader)
-    trainer = Trainer(config, place, RunFolder(Path("not-written")), [source], objective,
+    trainer = Trainer(config, parallel_world, RunFolder(Path("not-written")), [source], objective,
                       TrainerOptions(feed=feed))
-    stop, taken = StopFlag(), []
+    stop, steps = StopFlag(), []
     while not trainer.finished:
         assert trainer.fetch_data(stop) is None
         result = train_step(trainer)
         if result is None:
-            taken.append({"passed over": 1.0})
+            steps.append({"skipped": 1.0})
             continue
-        taken.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
+        steps.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
                       **{f"term {name}": value for name, value in result.losses.items()},
                       "load": trainer.expert_load.gather().tolist(),
-                      # meters of the round are in the event, which the first process writes
+                      # meters of the round exist on the first rank only
                       **{f"meter {name}": value for name, value in result.meters.items()
                          if name not in feed.meters}})
     world.leave_world()
-    return taken
+    return steps
 
 
 def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenizer: str, version: str) -> str:
     """Publish the first round, one piece per shard; return its missing parts."""
-    config = config_of(settings)
+    config = build_config(settings)
     world.join_world(ParallelConfig())
     shards.SHARD_TOKENS = 1
     message = Publisher(config=config, rounds=Path(rounds), store=Path(store), tokenizer=Path(tokenizer),

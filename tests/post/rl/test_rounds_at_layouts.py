@@ -22,7 +22,7 @@ from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.rows import RewardRow
 from megatron_sov.rollouts.store import RolloutStore
 
-RUN = str(Path(__file__).with_name("round_run.py"))
+JOBS = str(Path(__file__).with_name("round_run.py"))
 VERSION = "a" * 64
 ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
                         piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6)
@@ -30,10 +30,10 @@ ROUNDS = [f"rollout.{name}={json.dumps(value)}" for name, value in dataclasses.a
 Layout = tuple[int, list[str]]
 
 
-def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
+def publish_rounds(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
             rewards: Sequence[float] = (), **more: bool) -> None:
-    """Write and publish two rounds; with `rewards`, all responses to prompt n of the first round have the
-    n-th reward."""
+    """Write and publish two rounds. With `rewards`, responses to a round's n-th prompt have the n-th reward,
+    except for one response per prompt in round 2."""
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
     prompts, digest = read_prompts(file), tokenizer_digest(packed_data.tokenizer)
@@ -46,51 +46,57 @@ def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConf
                           reward_version=VERSION, tokenizer=packed_data.tokenizer)
     for number in (1, 2):
         write_round(store, prompts, ROLLOUT, number, VERSION, judge=not rewards, **more)
-        places = [prompt.id for prompt in select_round_prompts(prompts, ROLLOUT, number)]
+        prompt_ids = [prompt.id for prompt in select_round_prompts(prompts, ROLLOUT, number)]
         for part in store.parts(number) if rewards else ():
-            store.add_rewards(VERSION, part.name, [
-                RewardRow(row.key, 0, VERSION, rewards[places.index(row.key.prompt)] * (
-                    row.key.sample > 0 or number == 1), "scored") for row in store.read_rollouts(part.name)])
+            rows = []
+            for row in store.read_rollouts(part.name):
+                # In round 2, the first sample of each group gets reward 0.
+                is_zero = number == 2 and row.key.sample == 0
+                reward = 0.0 if is_zero else rewards[prompt_ids.index(row.key.prompt)]
+                rows.append(RewardRow(row.key, 0, VERSION, reward, "scored"))
+            store.add_rewards(VERSION, part.name, rows)
         assert publisher.publish(number) == ""
 
 
-def curves(ranks: Any, job: Any, folder: Path, layouts: dict[str, Layout], settings: list[str]
+def train_at_layouts(ranks: Any, job: Any, folder: Path, layouts: dict[str, Layout], settings: list[str]
            ) -> list[dict[str, Any]]:
-    """Train the rounds at some layouts, see that all do the same, and return the steps of the first."""
+    """Train the rounds at each layout, check that all take equal steps, and return the steps."""
     jobs = []
     for i, (nproc, layout) in enumerate(layouts.values()):
         shutil.copytree(folder / "rounds", folder / settings[-1] / str(i) / "rounds")
-        jobs.append(job(RUN, "curve", nproc, {"settings": [*ROUNDS, *settings, *layout],
-                                              "folder": str(folder / settings[-1] / str(i))}))
-    (reference,), *others = ranks(*jobs)
-    for name, per_rank in zip(list(layouts)[1:], others, strict=True):
-        for steps in per_rank:
-            for number, (ours, theirs) in enumerate(zip(steps, reference, strict=True), 1):
-                for what, value in theirs.items():
-                    # the trainer's own column is kept in float32
-                    assert np.allclose(ours[what], value, rtol=1e-6, atol=1e-8), f"{name}: {number}: {what}"
-    found: list[dict[str, Any]] = reference
-    return found
+        jobs.append(job(JOBS, "train_rounds", nproc, {"settings": [*ROUNDS, *settings, *layout],
+                                                      "folder": str(folder / settings[-1] / str(i))}))
+    reference: list[dict[str, Any]]
+    (reference,), *results = ranks(*jobs)
+    for name, steps_by_rank in zip(list(layouts)[1:], results, strict=True):
+        for steps in steps_by_rank:
+            for number, (step, expected) in enumerate(zip(steps, reference, strict=True), 1):
+                for key, value in expected.items():
+                    # The trainer stores log-probability columns in float32.
+                    assert np.allclose(step[key], value, rtol=1e-6, atol=1e-8), f"{name}: {number}: {key}"
+    return reference
 
 
-NOTHING_ELSE = ["model.seq_aux_loss_coeff=0", "model.router_bias_update_rate=0", "model.num_mtp_layers=0"]
+POLICY_LOSS_ONLY = ["model.seq_aux_loss_coeff=0", "model.router_bias_update_rate=0", "model.num_mtp_layers=0"]
 
 
 @pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
-@pytest.mark.parametrize(("settings", "computed"), [
-    (NOTHING_ELSE, [False, False, True, True]),
-    (NOTHING_ELSE[:2], [True] * 4), (NOTHING_ELSE[1:], [True] * 4)])
-def test_steps_without_advantages_are_passed_over_at_every_number_of_processes(
-        settings: list[str], computed: list[bool], ranks: Any, job: Any, packed_data: Any, write_round: Any,
+@pytest.mark.parametrize(("settings", "is_computed"), [
+    (POLICY_LOSS_ONLY, [False, False, True, True]),
+    (POLICY_LOSS_ONLY[:2], [True] * 4), (POLICY_LOSS_ONLY[1:], [True] * 4)])
+def test_steps_without_advantages_are_skipped_at_every_number_of_processes(
+        settings: list[str], is_computed: list[bool], ranks: Any, job: Any, packed_data: Any,
+        write_round: Any,
         tmp_path: Path) -> None:
     """All rewards of a group of round 1 are equal; in round 2 one differs."""
-    publish(tmp_path, packed_data, write_round, PolicyConfig(method="grpo"), seq_len=32,
-            rewards=[0.1, 1.0, 0.7, 0.3])
+    publish_rounds(tmp_path, packed_data, write_round, PolicyConfig(method="grpo"), seq_len=32,
+                   rewards=[0.1, 1.0, 0.7, 0.3])
     layouts: dict[str, Layout] = {"one rank": (1, []), "DP2": (2, [])}
-    steps = curves(ranks, job, tmp_path, layouts, ["policy.method=grpo", *settings, "rollout.seed=0"])
-    assert ["passed over" not in step for step in steps] == computed
-    assert all(step["grad_norm"] > 0 for step, is_learned in zip(steps, computed, strict=True) if is_learned)
+    steps = train_at_layouts(ranks, job, tmp_path, layouts,
+                             ["policy.method=grpo", *settings, "rollout.seed=0"])
+    assert ["skipped" not in step for step in steps] == is_computed
+    assert all(step["grad_norm"] > 0 for step in steps if "skipped" not in step)
 
 
 ROWS: dict[str, Layout] = {
@@ -106,9 +112,10 @@ def test_rounds_are_the_same_steps_in_rows_of_any_length(method: PolicyMethod, r
                                                          packed_data: Any, write_round: Any, tmp_path: Path
                                                          ) -> None:
     """Prompts are shared within micro-batches: of one row, several, or all of a step."""
-    publish(tmp_path, packed_data, write_round, PolicyConfig(method=method, max_gen_batches=1), seq_len=20,
-            one_prompt=True)
-    steps = curves(ranks, job, tmp_path, ROWS, [*NOTHING_ELSE, f"policy.method={method}"])
+    publish_rounds(tmp_path, packed_data, write_round, PolicyConfig(method=method, max_gen_batches=1),
+                   seq_len=20,
+                   one_prompt=True)
+    steps = train_at_layouts(ranks, job, tmp_path, ROWS, [*POLICY_LOSS_ONLY, f"policy.method={method}"])
     assert len(steps) == 4 and all(step["grad_norm"] > 0 for step in steps)
 
 
@@ -119,11 +126,11 @@ def test_a_round_has_the_same_files_at_any_number_of_processes(ranks: Any, job: 
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
     prompts, digest = read_prompts(file), tokenizer_digest(packed_data.tokenizer)
     write_round(RolloutStore.create(tmp_path / "store", digest, 368), prompts, ROLLOUT, 1, VERSION)
-    results = ranks(*(job(RUN, "publish", nproc, {
+    results = ranks(*(job(JOBS, "publish", nproc, {
         "settings": [*ROUNDS, "policy.max_gen_batches=1"], "rounds": str(tmp_path / str(nproc)),
         "store": str(tmp_path / "store"), "prompts": str(file), "tokenizer": str(packed_data.tokenizer),
         "version": VERSION}) for nproc in (1, 2, 4)))
     assert results == [[""], [""] * 2, [""] * 4]
-    one, *others = (read_manifest(tmp_path / str(nproc) / "0001") for nproc in (1, 2, 4))
-    assert len(one.files) == 10  # of two shards
-    assert all(other.files == one.files and other.content == one.content for other in others)
+    manifest, *manifests = (read_manifest(tmp_path / str(nproc) / "0001") for nproc in (1, 2, 4))
+    assert len(manifest.files) == 10  # of two shards
+    assert all((other.files, other.content) == (manifest.files, manifest.content) for other in manifests)

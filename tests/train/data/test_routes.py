@@ -36,7 +36,7 @@ def write_shards(folder: Path, shape: RouteShape, **changes: Any) -> Path:
             with IndexedWriter(artifact.path / split, "uint16", {"routes": shape.dtype}) as writer:
                 for document, length in enumerate(LENGTHS):
                     tokens = np.arange(length, dtype=np.uint16) + 10 * (document + 1)
-                    rows = np.concatenate([build_routes(document, shape), shape.absent(1)])
+                    rows = np.concatenate([build_routes(document, shape), shape.build_unrecorded(1)])
                     writer.write(np.array([length], np.int32), {"bin": tokens, "routes": rows.reshape(-1)})
         splits = {split: {"shards": [{"prefix": split}], "num_tokens": sum(LENGTHS)}
                   for split in ("train", "heldout")}
@@ -61,7 +61,7 @@ def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
                      routes=source.routes)
     assert row.routes is not None and row.routes.shape == (7, shape.layers, shape.top_k)
     assert row.tokens[:5].tolist() == [22, 23, 24, 10, 11]
-    marked = shape.absent(1)
+    marked = shape.build_unrecorded(1)
     # a document's last token was written and not read; padding is nobody's
     assert np.array_equal(row.routes, np.concatenate([
         build_routes(1, shape)[2:], marked, build_routes(0, shape)[:2], marked, marked]))

@@ -96,9 +96,9 @@ def _describe_data(options: PlanOptions, config: RunConfig) -> list[str]:
     tokens = sum(source["splits"]["train"]["num_tokens"]
                  for content in shards for source in content["sources"])
     schedule = Schedule(config)
-    read = schedule.count_tokens(schedule.num_steps - 1)
-    lines = [f"data: {format_count(tokens)} tokens, of which the run reads {format_count(read)} "
-             f"({format_value(read / max(tokens, 1), 3)} passes)"]
+    run_tokens = schedule.count_tokens(schedule.num_steps - 1)
+    lines = [f"data: {format_count(tokens)} tokens, of which the run reads {format_count(run_tokens)} "
+             f"({format_value(run_tokens / max(tokens, 1), 3)} passes)"]
     if vocab_size < config.model.vocab_size and options.start_from is None:
         lines.append(f"data: its tokenizer has {vocab_size:,} ids, model.vocab_size is "
                      f"{config.model.vocab_size:,}; pass --set model.vocab_size={vocab_size} for a model "

@@ -5,6 +5,7 @@ the preflight check of the nodes. The job's script writes `RUN/slurm/<job>.log`;
 write the same files next to the export. Hung processes write their stacks to `RUN/hang`.
 """
 
+import os
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError, stop_check
+from megatron_sov.base.errors import Fix, UserError, stop_check
 from megatron_sov.commands.operate.runs.logs import LogsOptions
 from megatron_sov.commands.operate.runs.run_state import find_runs, read_run_state
 from megatron_sov.runs.obs.events import EVENTS, GrowingFile, parse_event
@@ -48,7 +49,8 @@ def print_logs(options: LogsOptions) -> None:
     runs = find_runs(options.run)
     if runs[-1] != options.run:
         raise UserError(f"{options.run}: contains runs, but is not a run; pass one of "
-                        f"{', '.join(map(str, runs))}")
+                        f"{', '.join(map(str, runs))}",
+                        Fix(words={str(options.run): str(max(runs, key=os.path.getmtime))}))
     stop_check()
     ranks = sorted({file.rank for file in list_log_files(options.run) if file.rank is not None})
     if options.rank and not set(options.rank) & set(ranks) and not options.follow:
@@ -126,8 +128,7 @@ class LogTail:
 
 
 def list_log_files(run: Path) -> list[LogFile]:
-    """Return a run's log files: job scripts and attempts in start order, then hangs, exports, evaluations and
-    events."""
+    """Return a run's logs: job scripts and attempts in start order, hangs, exports, evaluations, events."""
     files = _list_job_files(run / JOB_LOGS, "")
     for path in sorted(run.glob("hang/*.txt")):
         step = path.name.partition("-rank-")[0]

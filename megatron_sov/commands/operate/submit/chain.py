@@ -108,8 +108,8 @@ def read_chain(name: str) -> ChainConfig:
         raise UserError(f"{name}: {repeated[0]!r} names two stages; give one of them another `name`")
     for number, stage in enumerate(config.stages):
         # only earlier stages: a chain has no cycle
-        for before in stage.after or ():
-            if before not in labels[:number]:
-                raise UserError(f"{name}: {stage.label} comes after {before!r}, which is not an earlier "
-                                f"stage{suggest_name(before, labels[:number])}")
+        for label in stage.after or ():
+            if label not in labels[:number]:
+                raise UserError(f"{name}: {stage.label} comes after {label!r}, which is not an earlier "
+                                f"stage{suggest_name(label, labels[:number])}")
     return config

@@ -1,6 +1,7 @@
 """Runs `megatron-sov submit chain`. A stage starts after its predecessors are complete. --scripts writes the
 stages' scripts for `sbatch` instead."""
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -70,13 +71,13 @@ def submit_chain(chain: str, options: SubmitOptions) -> None:
         check_inputs(link.prepared.work, promised)
         promised.add(link.prepared.work.target)
     state_file = _get_state_file(chain)
-    before = ChainSubmission()
+    earlier = ChainSubmission()
     if state_file.is_file():
-        before = ChainSubmission(**json.loads(state_file.read_text(encoding="utf-8")))
-    if before.jobs:
-        active = client.read_active_states([number for numbers in before.jobs.values() for number in numbers])
+        earlier = ChainSubmission(**json.loads(state_file.read_text(encoding="utf-8")))
+    if earlier.jobs:
+        active = client.read_active_states(list(itertools.chain.from_iterable(earlier.jobs.values())))
         for link in links:
-            print(f"{link.name}: {_describe_state(link, before, active)}")
+            print(f"{link.name}: {_describe_state(link, earlier, active)}")
         # a second job of a stage would write to the same folders
         if active:
             raise UserError(f"{chain}: its jobs are waiting or running; wait until they end, or `scancel "
@@ -87,7 +88,7 @@ def submit_chain(chain: str, options: SubmitOptions) -> None:
     # ask Slurm about every stage before the first submission
     for link in open_links:
         submission.check_with_slurm(link.prepared)
-    _submit_links(open_links, before, state_file)
+    _submit_links(open_links, earlier, state_file)
     if not open_links:
         print(f"{chain}: every stage is complete")
 
@@ -99,40 +100,42 @@ def _get_state_file(chain: str) -> Path:
     return Path(f"{chain}.jobs.json")
 
 
-def _submit_links(links: list[ChainLink], before: ChainSubmission, state_file: Path) -> None:
-    """Submit all stages in order; cancel all jobs if one submission fails."""
-    now = ChainSubmission(time.time(), {})
+def _submit_links(links: list[ChainLink], earlier: ChainSubmission, state_file: Path) -> None:
+    """Submit all stages in order and record their jobs in addition to the `earlier` ones; cancel all new jobs
+    if one submission fails."""
+    submission_s, jobs = time.time(), dict[str, list[str]]()
     try:
         for link in links:
             # a complete stage has no job
-            after = [now.jobs[name][-1] for name in link.after if name in now.jobs]
-            now.jobs[link.name] = jobs = submission.submit_jobs(link.prepared, after)
-            print(f"{link.name}: submitted as job {' and '.join(jobs)}"
-                  + (f", after job {' and '.join(after)}" if after else ""))
+            awaited_jobs = [jobs[name][-1] for name in link.after if name in jobs]
+            jobs[link.name] = submission.submit_jobs(link.prepared, awaited_jobs)
+            print(f"{link.name}: submitted as job {' and '.join(jobs[link.name])}"
+                  + (f", after job {' and '.join(awaited_jobs)}" if awaited_jobs else ""))
         # inside `try`: --continue needs the file, so a failed write cancels the jobs
         if links:
-            write_atomically(state_file, format_json(ChainSubmission(now.time_s, before.jobs | now.jobs)))
+            write_atomically(state_file, format_json(ChainSubmission(submission_s, earlier.jobs | jobs)))
     except UserError:
         # successors of a missing job would wait forever
-        client.cancel_jobs([number for numbers in now.jobs.values() for number in numbers])
+        client.cancel_jobs(list(itertools.chain.from_iterable(jobs.values())))
         raise
 
 
-def _describe_state(link: ChainLink, before: ChainSubmission, active: dict[str, str]) -> str:
-    """Describe a stage's state in an earlier submission."""
+def _describe_state(link: ChainLink, earlier: ChainSubmission, active: dict[str, str]) -> str:
+    """Describe a stage's state in an earlier submission; `active`: job number -> Slurm's state."""
     if link.complete:
         return "complete"
-    numbers = before.jobs.get(link.name, [])
+    numbers = earlier.jobs.get(link.name, [])
     for number in numbers:
         if number in active:
             return f"job {number} is {active[number].lower()}"
     records = link.prepared.work.records
     # the records also contain attempts from earlier submissions
-    ends = [r for file in (records / ATTEMPTS, *sorted(records.glob(f"task-*/{ATTEMPTS}")))
-            for r in read_events(file)
-            if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
-    if ends:
-        return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
+    attempt_files = (records / ATTEMPTS, *sorted(records.glob(f"task-*/{ATTEMPTS}")))
+    events = itertools.chain.from_iterable(map(read_events, attempt_files))
+    failures = [event for event in events if event["event"] == "end"
+                and event["time_s"] >= earlier.time_s and event["outcome"] != "complete"]
+    if failures:
+        return f"not complete, its job ended by: {failures[-1]['outcome']}, {failures[-1]['reason']}"
     if lines := [line for number in numbers if (line := read_last_log_line(records, number))]:
         return f"not complete, its job ended before it started work: {lines[-1]}"
     return (f"not complete, its job {' and '.join(numbers) or '(none)'} never began: "
@@ -145,8 +148,9 @@ def prepare_links(chain: str, options: SubmitOptions) -> list[ChainLink]:
     config = read_chain(chain)
     links: list[ChainLink] = []
     for number, stage in enumerate(config.stages):
-        before = (config.stages[number - 1].label,) if number else ()
-        after = before if stage.after is None else stage.after
+        # without `after`, a stage follows the one above it in the file
+        stage_above = (config.stages[number - 1].label,) if number else ()
+        after = stage_above if stage.after is None else stage.after
         needs = tuple(link.prepared.work.completion for link in links if link.name in after)
         ready = _describe_script(chain, number, stage, options) if options.scripts is not None else None
         try:

@@ -40,12 +40,12 @@ def check_data(work: StageWork) -> StageWork:
     if work.config is None or work.request is None:
         return work
     config, request, recipe_data = work.config, work.request, work.config.data
-    given = work.data or tuple(recipe_data.paths)
+    paths = work.data or tuple(recipe_data.paths)
     _refuse_files(work)
-    if not given or not all((parse_source_path(text) / MANIFEST).is_file() for text in given):
+    if not paths or not all((parse_source_path(text) / MANIFEST).is_file() for text in paths):
         return work
     config = dataclasses.replace(config,
-                                 data=dataclasses.replace(config.data, paths=parse_data_paths(list(given))))
+                                 data=dataclasses.replace(config.data, paths=parse_data_paths(list(paths))))
     is_initial = work.start_from is None
     # a checkpoint has its own vocabulary, not the recipe's
     rows = config.model.vocab_size if is_initial else sys.maxsize
@@ -103,9 +103,10 @@ def summarize(prepared: PreparedStage) -> list[str]:
     if not quotes:
         return [*lines, _format_data(work, config)]
     total = sum_quotes(quotes)
-    read = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _format_data(work, config)
-    return [*lines, read, f"time      {format_days(total.days * SECONDS_PER_DAY)}, "
-            f"{format_value(total.gpu_hours, 3)} GPU-hours, predicted (docs/plan_speed.md)",
+    data = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _format_data(work, config)
+    days = format_days(total.days * SECONDS_PER_DAY)
+    gpu_hours = format_value(total.gpu_hours, 3)
+    return [*lines, data, f"time      {days}, {gpu_hours} GPU-hours, predicted (docs/plan.md)",
             f"cost      {_format_cost(total)}", f"jobs      {_format_jobs(total, profile, job.time_limit)}"]
 
 

@@ -14,14 +14,14 @@ from megatron_sov.post.ssp import TABLE, read_experts
 
 def fuse_checkpoints(options: SspFuseOptions) -> None:
     """Write the weighted mean of `checkpoints`, and print their shares."""
-    first, min_checkpoints = Path(options.checkpoints[0]), 2
+    probe, min_checkpoints = Path(options.checkpoints[0]), 2
     # A probe's table lists the best checkpoints with weights.
-    if (first / TABLE / MANIFEST).is_file():
+    if (probe / TABLE / MANIFEST).is_file():
         if len(options.checkpoints) > 1:
-            raise UserError(f"{first}: is a probe, which already contains its checkpoints and weights; leave "
+            raise UserError(f"{probe}: is a probe, which already contains its checkpoints and weights; leave "
                             f"out {options.checkpoints[1]}")
         # A single checkpoint may be the best in every domain; the next stage still needs a start.
-        experts, min_checkpoints = read_experts(first), 1
+        experts, min_checkpoints = read_experts(probe), 1
     else:
         pairs = [split_weight(text, text) for text in options.checkpoints]
         experts = [(Path(path), weight) for path, weight in pairs]

@@ -107,22 +107,22 @@ def iter_sections(files: Iterable[Path], fields: SectionFields, answers: set[int
         answers: hashes of ten words that no section may contain.
         counts: outcome -> sections; updated.
     """
-    used: set[str] = set()
+    used_keys: set[str] = set()
     for file in files:
         check_rows(file, "--input", "")
         for line, row in read_rows(file, "--input", ""):
             for record in _list_records(row, fields, f"--input {file}: line {line}"):
                 text, key = _read_text(record, fields), _build_key(record, fields)
-                outcome = _judge_section(row, fields, text, key, used, answers=answers)
+                outcome = _judge_section(row, fields, text, key, used_keys, answers=answers)
                 counts[outcome] += 1
                 if outcome == INCLUDED:
                     assert key is not None
-                    used.add(key)
+                    used_keys.add(key)
                     yield {"id": key, "messages": [{"role": "assistant", "content": text}]}
 
 
-def _judge_section(row: Mapping[str, Any], fields: SectionFields, text: str, key: str | None, used: set[str],
-                   *, answers: set[int]) -> str:
+def _judge_section(row: Mapping[str, Any], fields: SectionFields, text: str, key: str | None,
+                   used_keys: set[str], *, answers: set[int]) -> str:
     """Return `INCLUDED`, or the first reason that excludes a section."""
     if fields.split is not None and str(read_field(row, fields.split[0])) != fields.split[1]:
         return DIFFERENT_SPLIT
@@ -130,7 +130,7 @@ def _judge_section(row: Mapping[str, Any], fields: SectionFields, text: str, key
         return NO_TEXT
     if key is None:
         return NO_NAME
-    if key in used:
+    if key in used_keys:
         return REPEATED
     return INCLUDED if answers.isdisjoint(hash_runs(text)) else IN_ANSWERS
 

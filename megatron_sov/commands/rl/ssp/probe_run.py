@@ -32,8 +32,7 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 
 def probe_checkpoints(request: ProbeRequest) -> int:
-    """Evaluate the checkpoints without results and write the table. Return 0, or the exit code of a failed
-    `eval passk`."""
+    """Evaluate the checkpoints without results, write the table, and return the exit code."""
     options = request.options
     events, candidates = RunEvents(options.run), find_candidates(options.checkpoints)
     record_or_check_settings(options.output, options.output / CONDITIONS, _describe_conditions(request),

@@ -121,25 +121,27 @@ def open_all_sources(config: RunConfig) -> list[Source]:
 
 def _choose_seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
     """Return the sample length that holds the longest document, and the reason."""
-    most = min(MAX_SEQ_LEN, config.model.max_position_tokens)
-    most -= most % config.parallel.row_multiple
+    max_length = min(MAX_SEQ_LEN, config.model.max_position_tokens)
+    max_length -= max_length % config.parallel.row_multiple
     chats = [s for s in sources if s.is_chat and s.num_tokens["train"]]
     if not chats:
-        return min(TEXT_SEQ_LEN, most), "text"
+        return min(TEXT_SEQ_LEN, max_length), "text"
     longest = max(int(count_unit_tokens(s.open_split("train").lengths, s.group).max()) for s in chats)
     unit = "pair" if any(s.group > 1 for s in chats) else "conversation"
-    length = max(MIN_SEQ_LEN, 1 << (longest - 1).bit_length())
-    if length <= most:
+    length = max(MIN_SEQ_LEN, 1 << (longest - 1).bit_length())  # the next power of two
+    if length <= max_length:
         return length, f"the longest {unit} has {longest:,}"
-    return most, (f"the longest {unit} has {longest:,}, and the model holds {most:,}"
-                  if most < MAX_SEQ_LEN else f"at most; the longest {unit} has {longest:,}")
+    if max_length < MAX_SEQ_LEN:
+        return max_length, f"the longest {unit} has {longest:,}, and the model holds {max_length:,}"
+    return max_length, f"at most; the longest {unit} has {longest:,}"
 
 
-def _choose_batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -> int:
-    """Return a batch size up to `most`: the samples of all processes, times a power of two."""
+def _choose_batch_size(config: RunConfig, nproc: int | None, max_size: int, samples: int) -> int:
+    """Return a batch size: the samples of all processes, times a power of two up to `max_size`, so that an
+    epoch of `samples` has at least `MIN_EPOCH_STEPS` steps. With 0 for both: the smallest size."""
     size = config.train.micro_batch_size * max(1, num_ranks(nproc) // config.parallel.ranks_per_replica)
     size *= config.parallel.pp if config.parallel.vpp > 1 else 1
-    while 2 * size <= min(most, samples // MIN_EPOCH_STEPS):
+    while 2 * size <= min(max_size, samples // MIN_EPOCH_STEPS):
         size *= 2
     return size
 
@@ -193,14 +195,14 @@ def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | Non
 
 def _with_lengths(config: RunConfig, requested: Collection[str]) -> tuple[RunConfig, list[str]]:
     """Limit prompt and response lengths to the model's context; return settings and notes."""
-    most = config.model.max_position_tokens
+    row_tokens = config.model.max_position_tokens
     if "data.phases" in requested:
-        most = min(most, config.data.phases[0].seq_len)
-    pair = config.documents_per_unit
-    chosen = {f"rollout.{name}": min(getattr(config.rollout, name), most // 2 // pair)
-              for name in ("max_prompt_tokens", "max_new_tokens")}
-    config = apply_settings(config, [f"{key}={value}" for key, value in chosen.items()
-                                     if key not in requested])
+        row_tokens = min(row_tokens, config.data.phases[0].seq_len)
+    # half of a document for the prompt, half for the response
+    max_tokens = row_tokens // config.documents_per_unit // 2
+    changes = [f"rollout.{name}={min(getattr(config.rollout, name), max_tokens)}"
+               for name in ("max_prompt_tokens", "max_new_tokens") if f"rollout.{name}" not in requested]
+    config = apply_settings(config, changes)
     return config, [f"responses of up to {config.rollout.max_new_tokens:,} tokens"
                     + _format_reason(requested, "rollout.max_new_tokens", "rollout.max_new_tokens")]
 
@@ -211,21 +213,22 @@ def _with_row_length(request: RecipeRequest, config: RunConfig, requested: Colle
     longest = config.documents_per_unit * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
     if "data.phases" in requested or (not request.is_model_only and config.data.phases[0].seq_len >= longest):
         return config
+    # the next power of two; above `MAX_SEQ_LEN` the next multiple, which wastes less memory
     seq_len = max(MIN_SEQ_LEN, 1 << (longest - 1).bit_length())
     if seq_len > MAX_SEQ_LEN:
         seq_len = -(-longest // MIN_SEQ_LEN) * MIN_SEQ_LEN
-    most = config.model.max_position_tokens
-    return apply_settings(config, [
-        f"data.phases.0.seq_len={min(seq_len, most - most % config.parallel.row_multiple)}"])
+    max_length = config.model.max_position_tokens
+    max_length -= max_length % config.parallel.row_multiple
+    return apply_settings(config, [f"data.phases.0.seq_len={min(seq_len, max_length)}"])
 
 
 def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | None,
                         requested: Collection[str]) -> RunConfig:
     """Make micro-batches hold all responses to a prompt, so that the prompt is computed once, within the
     limits on memory and batch size."""
-    is_open = request.is_model_only and "train.global_batch_size" not in requested
+    chooses_batch_size = request.is_model_only and "train.global_batch_size" not in requested
     chosen = config
-    if is_open:
+    if chooses_batch_size:
         chosen = _with_train(config, global_batch_size=_choose_batch_size(config, nproc, 0, 0))
     is_set = "train.micro_batch_size" in requested or request.from_file or bool(request.base.code)
     has_fixed_batches = config.policy.on_policy_share < 1 or config.train.ramp_from_batch_size > 0
@@ -236,10 +239,10 @@ def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | 
     rows = -(-responses * (rollout.max_prompt_tokens + rollout.max_new_tokens) // seq_len)
     for size in range(min(rows, MAX_SEQ_LEN // seq_len), config.train.micro_batch_size, -1):
         larger = _with_train(config, micro_batch_size=size)
-        at_once = _choose_batch_size(larger, nproc, 0, 0)
-        if is_open:
-            larger = _with_train(larger, global_batch_size=at_once)
-        if larger.train.global_batch_size % at_once == 0 and _fits_activations(larger, seq_len):
+        smallest_batch = _choose_batch_size(larger, nproc, 0, 0)
+        if chooses_batch_size:
+            larger = _with_train(larger, global_batch_size=smallest_batch)
+        if larger.train.global_batch_size % smallest_batch == 0 and _fits_activations(larger, seq_len):
             return larger
     return chosen
 

@@ -130,10 +130,10 @@ class FilePacking:
     def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
         """Raise `UserError` if a file, or the tokenizer, has changed since the run packed the file."""
         for data_file in stale:
-            before = data_file.recorded(self.run)
-            if before.get("file") == records[data_file]["file"]:
+            recorded = data_file.recorded(self.run)
+            if recorded.get("file") == records[data_file]["file"]:
                 changed = f"tokenizer of {self.tokenizer}"
-                if before.get("digest") != records[data_file]["digest"]:
+                if recorded.get("digest") != records[data_file]["digest"]:
                     changed = str(data_file.file)
                 raise UserError(f"--data {data_file.argument}: {changed} has changed since {self.run} "
                                 f"packed it; restore it, continue with {data_file.shards(self.run)} by "

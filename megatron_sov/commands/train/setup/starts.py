@@ -69,8 +69,7 @@ def read_config_model(folder: Path) -> ModelConfig:
 
 
 def read_start_settings(start_from: Path, stage: Stage, has_gpus: bool | None = None) -> RunConfig:
-    """Return the default settings of a stage for the model in --from; `has_gpus` as in
-    `StageOptions.model_settings`."""
+    """Return a stage's default settings for the model in --from; `has_gpus`: see `model_settings`."""
     start = find_start(start_from)
     if is_hf_folder(start):
         uses_gpus = bool(list_visible_gpus()) if has_gpus is None else has_gpus
@@ -82,8 +81,7 @@ def read_start_settings(start_from: Path, stage: Stage, has_gpus: bool | None = 
 
 
 def request_with_model(options: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
-    """Return the settings requested by a command that accompanies a training command; see
-    `request_recipe`."""
+    """Return the settings of a command that accompanies a training command; see `request_recipe`."""
     request = request_recipe(options, partial(read_start_settings, start_from, stage))
     objective = dataclasses.replace(request.base.objective, name=stage)
     return dataclasses.replace(request, base=dataclasses.replace(request.base, objective=objective))

@@ -263,8 +263,7 @@ def _find_packing_tokenizer(options: StageOptions, first: DataFile) -> Path:
 
 
 def _fix_without_tokenizer(recipe: str | None, first: DataFile) -> Fix | None:
-    """Return the commands that train a tokenizer with the recipe's vocabulary size on a --data file, and pack
-    the file."""
+    """Return the commands that train a tokenizer of the recipe's size on a --data file, and pack the file."""
     if recipe not in recipes.names():
         return None
     size, name = recipes.get(recipe).model.vocab_size, choose_free_path(f"{first.file.stem}-tokenizer")

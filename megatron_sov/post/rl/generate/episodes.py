@@ -104,7 +104,7 @@ class Episodes:
                                      self.clock_s() >= ends_s or should_yield()))
         rows = [(attempt, self.build_row(episode, plan, attempt, began_s))
                 for episode, (attempt, plan) in zip(episodes, planned, strict=True)]
-        return [[row for played, row in rows if played is attempt] for attempt in attempts]
+        return [[row for owner, row in rows if owner is attempt] for attempt in attempts]
 
     @property
     def turn_sampling(self) -> Sampling:

@@ -31,8 +31,6 @@ LOOKUPS_PER_CLAIM = 64
 NEWER, FRESH, SAME, STUCK = range(4)
 """Attempt ranks, best first: continued by a newer policy; a fresh piece; continued by the same policy;
 continued although the previous attempt added no token."""
-WAIT = "wait"
-"""Returned by `PieceQueue.next_attempts` without work at the moment: call again."""
 FurtherPieces = Callable[[int], tuple[int, bool]]
 """Round -> requested pieces with further prompts, and whether the count is final."""
 
@@ -312,8 +310,8 @@ class PieceQueue:
     _checked_s: float = 0.0
 
     def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False
-                      ) -> tuple[SampleAttempt, ...] | str | None:
-        """Return attempts to generate, `WAIT`, or None at the end.
+                      ) -> tuple[SampleAttempt, ...] | None:
+        """Return attempts to generate; () if there are none at the moment, None at the end.
 
         Args:
             num_rows: see `PendingPieces.claim_attempts`.
@@ -328,9 +326,9 @@ class PieceQueue:
         if self.pending.is_complete:
             return None
         if is_busy:
-            return WAIT
+            return ()
         if self.patience.wait(self.wait_s, self.pending.may_be_dead):
-            return WAIT
+            return ()
         self.summary["waits_for"] = self.pending.waiting_reason
         return None
 

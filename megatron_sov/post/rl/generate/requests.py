@@ -327,7 +327,7 @@ class RolloutRequestQueue:
         attempts = self.pieces.next_attempts(num_more, is_busy=bool(self.under_way))
         if attempts is None:
             return False
-        if isinstance(attempts, str):
+        if not attempts:
             if self.load_policy is None and not self.under_way and self.pieces.pending.is_stuck:
                 # The next policy learns from this round: no newer policy will continue the rows.
                 raise UserError(f"rollout.deadline_s = {self.requests.rollout.deadline_s:g}: some responses "

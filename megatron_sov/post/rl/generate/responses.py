@@ -101,9 +101,9 @@ class ResponseSource:
                    for attempt, row in pairs]
         generated = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
                                     sampling, stop=StopRule(self.encoder.end_ids), streams=streams, **options)
-        finished = [(attempt, self._append_generated(row, generated, index, limits[index], attempt))
-                    for index, (attempt, row) in enumerate(pairs)]
-        return [[row for source, row in finished if source is attempt] for attempt in attempts]
+        longer_rows = [(attempt, self._append_generated(row, generated, index, limits[index], attempt))
+                       for index, (attempt, row) in enumerate(pairs)]
+        return [[row for owner, row in longer_rows if owner is attempt] for attempt in attempts]
 
     def encode_prompt(self, prompt: RolloutPrompt) -> list[int]:
         return self._encode_prompts([prompt])[0]
@@ -117,16 +117,16 @@ class ResponseSource:
         return build_sampling(self.rollout, self.rollout.max_new_tokens - len(row.tokens),
                               with_routes=self.with_routes)
 
-    def append_tokens(self, row: Rollout, attempt: SampleAttempt, more: GeneratedTokens) -> Rollout:
-        tokens = np.concatenate([row.tokens, np.array(more.tokens, np.int32)])
+    def append_tokens(self, row: Rollout, attempt: SampleAttempt, generated: GeneratedTokens) -> Rollout:
+        tokens = np.concatenate([row.tokens, np.array(generated.tokens, np.int32)])
         return replace(
-            row, attempt=attempt.number, tokens=tokens, finish_reason=more.reason, ended_s=time.time(),
+            row, attempt=attempt.number, tokens=tokens, finish_reason=generated.reason, ended_s=time.time(),
             # Rounding may leave log p of a certain token slightly above 0.
-            logprobs=np.concatenate([row.logprobs, np.minimum(np.array(more.logprobs, np.float32), 0)]),
-            versions=np.concatenate([row.versions, np.array(more.versions, np.int32)]),
+            logprobs=np.concatenate([row.logprobs, np.minimum(np.array(generated.logprobs, np.float32), 0)]),
+            versions=np.concatenate([row.versions, np.array(generated.versions, np.int32)]),
             response=prepend_mark(self.encoder.decode(tokens.tolist()),
                                   self.encoder.opened_thoughts(row.prompt_tokens.tolist())),
-            routes=merge_routes(row.routes, more.routes, len(row.prompt_tokens) + len(tokens) - 1))
+            routes=merge_routes(row.routes, generated.routes, len(row.prompt_tokens) + len(tokens) - 1))
 
     def _append_generated(self, row: Rollout, generated: GenerationResult, index: int, limit: int,
                           attempt: SampleAttempt) -> Rollout:

@@ -165,7 +165,7 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
     with create_bar("write", queue.pending.num_pieces, "piece", is_first_rank()) as bar:
         while (attempts := run_on_first(queue.next_attempts)) is not None:
             run_on_first(lambda: bar.update(queue.pending.num_complete - bar.n))
-            if isinstance(attempts, str):  # `pieces.WAIT`: no piece to generate yet
+            if not attempts:  # none at the moment; `next_attempts` has waited
                 continue
             try:
                 # Weights change between batches only: all new tokens in a row have the same version.

@@ -94,7 +94,7 @@ class Publisher:
         """
         with contextlib.ExitStack() as building:
             inputs = run_on_first(partial(self._find_inputs, number))
-            if isinstance(inputs, str):
+            if isinstance(inputs, str):  # a description of missing parts
                 return inputs
             source = self._open_round(number, inputs)
             shares = run_on_each_rank(partial(self._judge_round, source, inputs))

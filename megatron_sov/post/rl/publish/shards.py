@@ -176,7 +176,7 @@ class ShardWriter:
 def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.ndarray | None],
                  lengths: np.ndarray) -> np.ndarray:
     """Join all documents' expert routes, [tokens, layers, K]; absent for the last token of a document."""
-    joined = shape.absent(int(lengths.sum()))
+    joined = shape.build_unrecorded(int(lengths.sum()))
     for i, (routes, end) in enumerate(zip(routes_of_row, np.cumsum(lengths).tolist(), strict=True)):
         if routes is None:
             raise UserError(f"{_describe_row(table, i)} has no routes, and policy.router_replay replays "

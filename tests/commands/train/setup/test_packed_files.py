@@ -124,18 +124,18 @@ def test_a_killed_packing_continues_with_missing_files(run: Path, commands: list
                                                        monkeypatch: pytest.MonkeyPatch,
                                                        killed_in: int) -> None:
     data = [write_records("a.jsonl", CHAT), write_records("b.jsonl", CHAT)]
-    whole = packed_files.run_command
+    run_command = packed_files.run_command
 
-    def killed(words: list[str], go_on_by: str) -> int:
+    def run_or_stop(words: list[str], go_on_by: str) -> int:
         if len(commands) + 1 == killed_in:
             raise KeyboardInterrupt
-        return whole(words, go_on_by)
+        return run_command(words, go_on_by)
 
-    monkeypatch.setattr(packed_files, "run_command", killed)
+    monkeypatch.setattr(packed_files, "run_command", run_or_stop)
     with pytest.raises(KeyboardInterrupt):
         pack_files(run, *data)
     assert RunFolder(run).check_available(resume=False) is None, "the same command may enter"
-    monkeypatch.setattr(packed_files, "run_command", whole)
+    monkeypatch.setattr(packed_files, "run_command", run_command)
     assert pack_files(run, *data) == ["runs/a/data/a", "runs/a/data/b"]
     assert [words[1] for words in commands] == ["import", "pack", "pack"], "nothing is made twice"
 
